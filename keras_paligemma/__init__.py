@@ -1,0 +1,33 @@
+"""PaliGemma 2 for Keras 3.
+
+Names are loaded on first use: importing the package costs no KerasHub and no
+TensorFlow, and a command that needs no model never pays for one.
+"""
+
+import importlib
+
+_HOME = {
+    "PaliGemmaBackbone": "models.backbone",
+    "PaliGemmaCausalLM": "models.causal_lm",
+    "PaliGemmaCausalLMPreprocessor": "preprocessing.preprocessor",
+    "PaliGemmaImageConverter": "preprocessing.image_converter",
+    "PaliGemmaTokenizer": "preprocessing.tokenizer",
+    "TextDecoderConfig": "models.text_decoder",
+    "VisionEncoderConfig": "models.vision_encoder",
+    "without_values": "models.backbone",
+}
+
+__all__ = list(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    globals()[name] = getattr(module, name)
+    return globals()[name]
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

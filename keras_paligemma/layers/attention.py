@@ -1,0 +1,272 @@
+"""Masks, rotary positions and grouped-query attention.
+
+The dimension key that every file here uses:
+
+B batch, I image tokens, P prompt, R response, L = I + P + R, T query tokens,
+S key and value tokens (the cache), N query heads, K key-value heads,
+G = N / K query heads a key-value head, H head dim, D width, F MLP width,
+V vocabulary.
+"""
+
+import keras
+from keras import ops
+
+from keras_paligemma.layers.projection import Projection
+
+# Finite, so that a row that may see nothing gives numbers and not NaN.
+MASKED = -2.0e38
+
+
+def attention_mask(padding_mask_BL, response_mask_BL):
+    """Say which token sees which: the one mask rule of PaliGemma.
+
+    Image and prompt tokens see each other in both directions; each response
+    token sees them and the response up to itself. A token's block is the
+    number of response tokens so far, and token t sees token s if and only if
+    `block[s] <= block[t]` and both are valid. Two image tokens, a prompt of
+    two after one padding, and a response of two give
+
+    ```
+                    s: i i . p p r r    block
+        t: i           1 1 0 1 1 0 0      0
+           i           1 1 0 1 1 0 0      0
+           . padding   0 0 0 0 0 0 0      0
+           p           1 1 0 1 1 0 0      0
+           p           1 1 0 1 1 0 0      0
+           r           1 1 0 1 1 1 0      1
+           r           1 1 0 1 1 1 1      2
+    ```
+
+    Args:
+        padding_mask_BL: bool tensor (batch, tokens), True on valid tokens.
+        response_mask_BL: bool tensor (batch, tokens), True on the response.
+
+    Returns:
+        Bool tensor (batch, tokens, tokens): [b, t, s] is True where t sees s.
+
+    Example:
+        >>> valid = ops.ones((1, 3), "bool")
+        >>> response = ops.array([[False, True, True]])
+        >>> attention_mask(valid, response)[0].tolist()
+        [[True, False, False], [True, True, False], [True, True, True]]
+
+    Source: big_vision `models/proj/paligemma/paligemma.py`, `make_attn_mask`.
+    """
+    block_BL = ops.cumsum(ops.cast(response_mask_BL, "int32"), axis=-1)
+    valid_BL = ops.cast(padding_mask_BL, "bool")
+    return ops.logical_and(
+        block_BL[:, None, :] <= block_BL[:, :, None],
+        ops.logical_and(valid_BL[:, None, :], valid_BL[:, :, None]),
+    )
+
+
+def token_positions(padding_mask_BL):
+    """Count the valid tokens before each token: its rotary position.
+
+    Padding takes no position, so a row's numbers do not depend on where its
+    padding lies.
+
+    Args:
+        padding_mask_BL: bool tensor (batch, tokens), True on valid tokens.
+
+    Returns:
+        Int32 tensor (batch, tokens); padding repeats its predecessor's.
+    """
+    count_BL = ops.cumsum(ops.cast(padding_mask_BL, "int32"), axis=-1)
+    return ops.maximum(count_BL - 1, 0)
+
+
+def rotary_angles(positions_BT, head_dim, base=10_000.0):
+    """Turn positions into the cosines and sines that rotate a head.
+
+    Computed once a forward pass and shared by all blocks, in float32.
+
+    Args:
+        positions_BT: int tensor (batch, tokens).
+        head_dim: int, size of a head; even.
+        base: float, ratio of the longest to the shortest wavelength.
+
+    Returns:
+        Two float32 tensors (batch, tokens, 1, head_dim / 2): cosine, sine.
+
+    Source: RoFormer, https://arxiv.org/abs/2104.09864.
+    """
+    half = head_dim // 2
+    exponent_H = ops.arange(half, dtype="float32") / half
+    frequency_H = ops.power(ops.cast(base, "float32"), -exponent_H)
+    angle_BT1H = ops.cast(positions_BT, "float32")[..., None, None]
+    angle_BT1H = angle_BT1H * frequency_H
+    return ops.cos(angle_BT1H), ops.sin(angle_BT1H)
+
+
+def rotate(x_BTNH, angles):
+    """Rotate the first half of each head against its second half.
+
+    Args:
+        x_BTNH: tensor (batch, tokens, heads, head_dim).
+        angles: what `rotary_angles` returned.
+
+    Returns:
+        Tensor of the shape and dtype of `x_BTNH`; the sums are in float32.
+    """
+    cosine, sine = angles
+    first, second = ops.split(ops.cast(x_BTNH, "float32"), 2, axis=-1)
+    rotated = ops.concatenate(
+        [first * cosine - second * sine, second * cosine + first * sine],
+        axis=-1,
+    )
+    return ops.cast(rotated, x_BTNH.dtype)
+
+
+def soft_cap(x, cap):
+    """Squash `x` smoothly into (-cap, cap); `None` leaves it as it is."""
+    return x if cap is None else cap * ops.tanh(x / cap)
+
+
+def attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None):
+    """Mix values by the softmax of capped query-key products.
+
+    Query head n reads key-value head n // (N / K): no key is repeated in
+    memory. Products, cap and softmax are in float32 whatever the inputs.
+
+    Args:
+        query_BTNH: tensor, already scaled.
+        key_BSKH: tensor.
+        value_BSKH: tensor.
+        mask_BTS: bool tensor, True where t sees s; `None` lets all see all.
+        cap: float, soft cap of the logits, or `None`.
+
+    Returns:
+        Tensor (batch, tokens, query heads, head_dim), dtype of the values.
+    """
+    B, T, N, H = ops.shape(query_BTNH)
+    K = key_BSKH.shape[2]
+    query = ops.reshape(query_BTNH, (B, T, K, N // K, H))
+    logits_BKGTS = ops.einsum(
+        "btkgh,bskh->bkgts",
+        ops.cast(query, "float32"),
+        ops.cast(key_BSKH, "float32"),
+    )
+    logits_BKGTS = soft_cap(logits_BKGTS, cap)
+    if mask_BTS is not None:
+        logits_BKGTS = ops.where(mask_BTS[:, None, None], logits_BKGTS, MASKED)
+    weights_BKGTS = ops.softmax(logits_BKGTS, axis=-1)
+    mixed_BTKGH = ops.einsum(
+        "bkgts,bskh->btkgh",
+        ops.cast(weights_BKGTS, value_BSKH.dtype),
+        value_BSKH,
+    )
+    return ops.reshape(mixed_BTKGH, (B, T, N, H))
+
+
+def write_cache(cache, key_BTKH, value_BTKH, index):
+    """Write new keys and values into a cache, in place under compilation.
+
+    A cache is `(keys, values, layer)`. Unrolled stacks give each block arrays
+    (B, S, K, H) and `layer=None`. Stacked ones share (B, layers, S, K, H), and
+    `layer` says which slice is meant, so nothing is ever restacked.
+
+    Args:
+        cache: the tuple above.
+        key_BTKH: tensor to write at S positions index … index + T - 1.
+        value_BTKH: as `key_BTKH`.
+        index: int or int tensor, the first position to write.
+
+    Returns:
+        The cache after writing.
+    """
+    keys, values, layer = cache
+
+    def write(cached, new_BTKH):
+        new_BTKH = ops.cast(new_BTKH, cached.dtype)
+        if layer is None:
+            return ops.slice_update(cached, (0, index, 0, 0), new_BTKH)
+        start = (0, layer, index, 0, 0)
+        return ops.slice_update(cached, start, new_BTKH[:, None])
+
+    return write(keys, key_BTKH), write(values, value_BTKH), layer
+
+
+def read_cache(cache):
+    """Give the keys and values (B, S, K, H) of one layer."""
+    keys, values, layer = cache
+    if layer is None:
+        return keys, values
+    return ops.take(keys, layer, axis=1), ops.take(values, layer, axis=1)
+
+
+class GroupedQueryAttention(keras.layers.Layer):
+    """Attention with rotary positions, soft cap and shared key-value heads.
+
+    Gemma 2's attention and, with one query head a key-value head and no
+    rotary angles, SigLIP's: one layer serves both towers.
+
+    Args:
+        hidden_dim: int, width D of the tokens.
+        num_query_heads: int N.
+        num_key_value_heads: int K, a divisor of N.
+        head_dim: int H.
+        query_scale: float that queries are multiplied with.
+        logit_soft_cap: float or `None`.
+        use_bias: bool, biases on all four projections (SigLIP has them).
+
+    Source: Gemma 2, https://arxiv.org/abs/2408.00118.
+    """
+
+    def __init__(
+        self,
+        hidden_dim,
+        num_query_heads,
+        num_key_value_heads,
+        head_dim,
+        query_scale,
+        logit_soft_cap=None,
+        use_bias=False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.query_scale = query_scale
+        self.logit_soft_cap = logit_soft_cap
+        query_shape = (num_query_heads, head_dim)
+        key_shape = (num_key_value_heads, head_dim)
+
+        def projection(name, input_shape, output_shape):
+            return Projection(
+                input_shape,
+                output_shape,
+                use_bias=use_bias,
+                dtype=self.dtype_policy,
+                name=name,
+            )
+
+        self.query = projection("query", (hidden_dim,), query_shape)
+        self.key = projection("key", (hidden_dim,), key_shape)
+        self.value = projection("value", (hidden_dim,), key_shape)
+        self.output_projection = projection(
+            "output", query_shape, (hidden_dim,)
+        )
+
+    def build(self, input_shape=None):
+        for layer in (self.query, self.key, self.value, self.output_projection):
+            layer.build()
+        self.built = True
+
+    def call(self, x_BTD, mask_BTS=None, angles=None, cache=None, index=None):
+        query_BTNH = self.query(x_BTD)
+        key_BSKH = self.key(x_BTD)
+        value_BSKH = self.value(x_BTD)
+        if angles is not None:
+            query_BTNH = rotate(query_BTNH, angles)
+            key_BSKH = rotate(key_BSKH, angles)
+        query_BTNH = query_BTNH * ops.cast(self.query_scale, query_BTNH.dtype)
+        if cache is not None:
+            cache = write_cache(cache, key_BSKH, value_BSKH, index)
+            # A prefill's mask covers its own tokens only: they need not read
+            # back what they just wrote, nor the empty end of the cache.
+            if mask_BTS.shape[-1] != key_BSKH.shape[1]:
+                key_BSKH, value_BSKH = read_cache(cache)
+        mixed_BTNH = attend(
+            query_BTNH, key_BSKH, value_BSKH, mask_BTS, self.logit_soft_cap
+        )
+        output_BTD = self.output_projection(mixed_BTNH)
+        return output_BTD if cache is None else (output_BTD, cache)

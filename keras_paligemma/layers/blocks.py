@@ -1,0 +1,252 @@
+"""The blocks of both towers: each an ordinary Keras layer."""
+
+import keras
+from keras import ops
+
+from keras_paligemma.layers.attention import GroupedQueryAttention
+from keras_paligemma.layers.projection import Projection
+
+
+class RMSNorm(keras.layers.Layer):
+    """Divide by the root mean square, times (1 + scale), in float32.
+
+    The scale is stored around zero, as the published weights are: storing
+    1 + scale in bfloat16 would cost up to 0.39 %.
+
+    Args:
+        dim: int, size of the last axis.
+        epsilon: float.
+
+    Source: https://arxiv.org/abs/1910.07467.
+    """
+
+    def __init__(self, dim, epsilon=1e-6, **kwargs):
+        super().__init__(**kwargs)
+        self.dim = dim
+        self.epsilon = epsilon
+
+    def build(self, input_shape=None):
+        self.scale = self.add_weight(
+            shape=(self.dim,),
+            initializer="zeros",
+            autocast=False,
+            name="scale",
+        )
+        self.built = True
+
+    def call(self, x_BTD):
+        x = ops.cast(x_BTD, "float32")
+        mean = ops.mean(ops.square(x), axis=-1, keepdims=True)
+        x = x * ops.rsqrt(mean + self.epsilon)
+        x = x * (1.0 + ops.cast(self.scale, "float32"))
+        return ops.cast(x, x_BTD.dtype)
+
+
+class GatedMLP(keras.layers.Layer):
+    """Gemma's feed-forward part: `down(gelu(gate(x)) * up(x))`, no biases.
+
+    Args:
+        hidden_dim: int D.
+        intermediate_dim: int F, the real width of gate and of up.
+    """
+
+    def __init__(self, hidden_dim, intermediate_dim, **kwargs):
+        super().__init__(**kwargs)
+        wide, narrow = (intermediate_dim,), (hidden_dim,)
+        policy = self.dtype_policy
+        self.gate = Projection(narrow, wide, dtype=policy, name="gate")
+        self.up = Projection(narrow, wide, dtype=policy, name="up")
+        self.down = Projection(wide, narrow, dtype=policy, name="down")
+
+    def build(self, input_shape=None):
+        for layer in (self.gate, self.up, self.down):
+            layer.build()
+        self.built = True
+
+    def call(self, x_BTD):
+        gate_BTF = ops.gelu(self.gate(x_BTD), approximate=True)
+        return self.down(gate_BTF * self.up(x_BTD))
+
+
+class MLP(keras.layers.Layer):
+    """SigLIP's feed-forward part: `down(gelu(up(x)))`, with biases.
+
+    Args:
+        hidden_dim: int D.
+        intermediate_dim: int F.
+    """
+
+    def __init__(self, hidden_dim, intermediate_dim, **kwargs):
+        super().__init__(**kwargs)
+        wide, narrow = (intermediate_dim,), (hidden_dim,)
+        policy = self.dtype_policy
+        self.up = Projection(
+            narrow, wide, use_bias=True, dtype=policy, name="up"
+        )
+        self.down = Projection(
+            wide, narrow, use_bias=True, dtype=policy, name="down"
+        )
+
+    def build(self, input_shape=None):
+        self.up.build()
+        self.down.build()
+        self.built = True
+
+    def call(self, x_BTD):
+        return self.down(ops.gelu(self.up(x_BTD), approximate=True))
+
+
+class DecoderBlock(keras.layers.Layer):
+    """One block of Gemma 2; of Gemma with `use_post_norms=False`.
+
+    Args:
+        hidden_dim: int D.
+        intermediate_dim: int F.
+        num_query_heads: int N.
+        num_key_value_heads: int K.
+        head_dim: int H.
+        query_scale: float.
+        logit_soft_cap: float or `None`, cap of the attention logits.
+        use_post_norms: bool, norms behind attention and MLP (Gemma 2).
+        epsilon: float of the norms.
+
+    Call arguments:
+        x_BTD: tensor.
+        mask_BTS: bool tensor.
+        angles: of `rotary_angles`.
+        near_mask_BTS: bool tensor or `None`, the mask of every other block.
+        number: int, which block this is; only `near_mask_BTS` asks for it.
+        cache: `None`, or a cache as `write_cache` describes it.
+        index: where the cache is written.
+
+    Returns:
+        Tensor like `x_BTD`; with a cache, the tensor and the cache.
+    """
+
+    def __init__(
+        self,
+        hidden_dim,
+        intermediate_dim,
+        num_query_heads,
+        num_key_value_heads,
+        head_dim,
+        query_scale,
+        logit_soft_cap=None,
+        use_post_norms=True,
+        epsilon=1e-6,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        policy = self.dtype_policy
+
+        def norm(name):
+            return RMSNorm(hidden_dim, epsilon, dtype=policy, name=name)
+
+        self.pre_attention_norm = norm("pre_attention_norm")
+        self.attention = GroupedQueryAttention(
+            hidden_dim,
+            num_query_heads,
+            num_key_value_heads,
+            head_dim,
+            query_scale,
+            logit_soft_cap,
+            dtype=policy,
+            name="attention",
+        )
+        self.pre_ffw_norm = norm("pre_ffw_norm")
+        self.mlp = GatedMLP(
+            hidden_dim, intermediate_dim, dtype=policy, name="mlp"
+        )
+        self.use_post_norms = use_post_norms
+        if use_post_norms:
+            self.post_attention_norm = norm("post_attention_norm")
+            self.post_ffw_norm = norm("post_ffw_norm")
+
+    def build(self, input_shape=None):
+        for layer in (
+            self.pre_attention_norm,
+            self.attention,
+            self.pre_ffw_norm,
+            self.mlp,
+        ):
+            layer.build()
+        if self.use_post_norms:
+            self.post_attention_norm.build()
+            self.post_ffw_norm.build()
+        self.built = True
+
+    def call(
+        self,
+        x_BTD,
+        mask_BTS,
+        angles,
+        near_mask_BTS=None,
+        number=None,
+        cache=None,
+        index=None,
+    ):
+        if near_mask_BTS is not None:
+            mask_BTS = ops.where(number % 2 == 0, near_mask_BTS, mask_BTS)
+        y_BTD = self.pre_attention_norm(x_BTD)
+        y_BTD = self.attention(
+            y_BTD, mask_BTS, angles, cache=cache, index=index
+        )
+        if cache is not None:
+            y_BTD, cache = y_BTD
+        if self.use_post_norms:
+            y_BTD = self.post_attention_norm(y_BTD)
+        x_BTD = x_BTD + y_BTD
+        y_BTD = self.mlp(self.pre_ffw_norm(x_BTD))
+        if self.use_post_norms:
+            y_BTD = self.post_ffw_norm(y_BTD)
+        x_BTD = x_BTD + y_BTD
+        return x_BTD if cache is None else (x_BTD, cache)
+
+
+class EncoderBlock(keras.layers.Layer):
+    """One block of SigLIP's vision transformer: norms first, biases, no mask.
+
+    Args:
+        hidden_dim: int D.
+        intermediate_dim: int F.
+        num_heads: int, a divisor of D.
+        epsilon: float of the norms.
+    """
+
+    def __init__(
+        self, hidden_dim, intermediate_dim, num_heads, epsilon=1e-6, **kwargs
+    ):
+        super().__init__(**kwargs)
+        policy = self.dtype_policy
+        head_dim = hidden_dim // num_heads
+
+        def norm(name):
+            return keras.layers.LayerNormalization(
+                epsilon=epsilon, dtype=policy, name=name
+            )
+
+        self.attention_norm = norm("attention_norm")
+        self.attention = GroupedQueryAttention(
+            hidden_dim,
+            num_heads,
+            num_heads,
+            head_dim,
+            query_scale=head_dim**-0.5,
+            use_bias=True,
+            dtype=policy,
+            name="attention",
+        )
+        self.mlp_norm = norm("mlp_norm")
+        self.mlp = MLP(hidden_dim, intermediate_dim, dtype=policy, name="mlp")
+        self.hidden_dim = hidden_dim
+
+    def build(self, input_shape=None):
+        for norm in (self.attention_norm, self.mlp_norm):
+            norm.build((None, None, self.hidden_dim))
+        self.attention.build()
+        self.mlp.build()
+        self.built = True
+
+    def call(self, x_BTD):
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))

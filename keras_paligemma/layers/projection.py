@@ -1,0 +1,126 @@
+"""The one matrix-multiply layer of the package."""
+
+import math
+
+import keras
+from keras import ops
+
+
+class Projection(keras.layers.Layer):
+    """Multiply the last axes of a tensor with a kernel, and its adapter.
+
+    Every learned product of both towers is one of these, so what can be done
+    to a product (an adapter, a storage format) is written once. An adapter is
+    low-rank in compute too: `x·A·B` is added, no merged kernel is ever formed
+    and no gradient of the frozen kernel either.
+
+    Args:
+        input_axes: tuple of ints, shape of the axes that are summed over.
+        output_axes: tuple of ints, shape of the axes that replace them.
+        use_bias: bool.
+        kernel_initializer: Keras initializer, or `None` for a normal whose
+            variance is one over the number of inputs.
+
+    Call arguments:
+        x: tensor (..., *input_axes).
+
+    Returns:
+        Tensor (..., *output_axes).
+
+    Example:
+        >>> heads = Projection((8,), (2, 4))
+        >>> heads(ops.ones((1, 3, 8))).shape
+        (1, 3, 2, 4)
+
+    Source: the adapter is LoRA, https://arxiv.org/abs/2106.09685, in the
+        parametrisation of PEFT: one A a projection.
+    """
+
+    def __init__(
+        self,
+        input_axes,
+        output_axes,
+        use_bias=False,
+        kernel_initializer=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.input_axes = tuple(input_axes)
+        self.output_axes = tuple(output_axes)
+        self.use_bias = use_bias
+        self.kernel_initializer = kernel_initializer or normal(
+            math.prod(self.input_axes)
+        )
+        self.adapter_scale = None
+        self.adapter_enabled = True
+
+    def build(self, input_shape=None):
+        self.kernel = self.add_weight(
+            shape=self.input_axes + self.output_axes,
+            initializer=self.kernel_initializer,
+            name="kernel",
+        )
+        self.bias = None
+        if self.use_bias:
+            self.bias = self.add_weight(
+                shape=self.output_axes, initializer="zeros", name="bias"
+            )
+        self.built = True
+
+    def add_adapter(self, rank, alpha):
+        """Freeze kernel and bias, and train a product of two thin matrices.
+
+        Args:
+            rank: int, the width between the two.
+            alpha: float; the adapter is scaled by alpha / rank.
+        """
+        if self.adapter_scale is not None:
+            raise ValueError(
+                f"{self.path} already has an adapter of rank "
+                f"{self.adapter_a.shape[-1]}. Expected a projection without "
+                "one: load the preset again for another rank."
+            )
+        self.freeze()
+        self._tracker.unlock()
+        # float32 whatever the kernel's dtype: in bfloat16 the small updates of
+        # an adapter would round away.
+        self.adapter_a = self.add_weight(
+            shape=self.input_axes + (rank,),
+            initializer=normal(math.prod(self.input_axes)),
+            dtype="float32",
+            name="adapter_a",
+        )
+        self.adapter_b = self.add_weight(
+            shape=(rank,) + self.output_axes,
+            initializer="zeros",
+            dtype="float32",
+            name="adapter_b",
+        )
+        self._tracker.lock()
+        self.adapter_scale = alpha / rank
+
+    def freeze(self):
+        self.kernel.trainable = False
+        if self.bias is not None:
+            self.bias.trainable = False
+
+    def call(self, x):
+        y = contract(x, self.kernel, self.input_axes)
+        if self.bias is not None:
+            y = y + self.bias
+        if self.adapter_scale is not None and self.adapter_enabled:
+            low = contract(x, self.adapter_a, self.input_axes)
+            low = low * ops.cast(self.adapter_scale, low.dtype)
+            y = y + contract(low, self.adapter_b, low.shape[-1:])
+        return y
+
+
+def contract(x, kernel, input_axes):
+    """Sum over the last axes of `x` and the first axes of `kernel`."""
+    kernel = ops.cast(kernel, x.dtype)
+    return ops.tensordot(x, kernel, axes=len(input_axes))
+
+
+def normal(fan_in):
+    """Initializer of variance 1 / fan_in, whatever the shape of a kernel."""
+    return keras.initializers.RandomNormal(stddev=fan_in**-0.5)

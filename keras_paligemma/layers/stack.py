@@ -1,0 +1,251 @@
+"""One block, N times: unrolled or stacked."""
+
+import keras
+import numpy as np
+from keras import ops
+
+FORMS = ("auto", "unrolled", "stacked")
+REMATS = (None, "block")
+
+
+class LayerStack(keras.layers.Layer):
+    """Repeat a block, in one of two forms with the same weights and results.
+
+    *Unrolled* holds N blocks in a list: the plain form, and the reference for
+    the other. *Stacked* holds one block's weights with a leading layer axis
+    and runs them under `keras.ops.scan`: compile time does not grow with
+    depth, and with `remat` only one block's activations live at a time. TPUs
+    fuse the layer's slice into the product, so stacked costs nothing there;
+    CPUs copy each slice, so unrolled is twice as fast there.
+
+    Both forms know their weights by the same names ("attention/query/kernel"),
+    save the same arrays (layer axis first) and load each other's files.
+
+    Args:
+        make_block: function of no arguments that returns a new block.
+        num_layers: int N.
+        form: "unrolled", "stacked" or "auto": stacked on TPU, else unrolled.
+        remat: "block" recomputes each block in the backward pass; `None`
+            keeps all activations.
+        numbered: bool, hand each block its number as `number`.
+
+    Call arguments:
+        x: tensor that goes through all blocks.
+        *args: handed to every block as they are.
+        cache: `None`, or what `make_cache` returned and a call gave back.
+        index: where the cache is written.
+
+    Returns:
+        The last block's output; with a cache, the output and the cache.
+    """
+
+    def __init__(
+        self,
+        make_block,
+        num_layers,
+        form="auto",
+        remat=None,
+        numbered=False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if form not in FORMS:
+            raise ValueError(
+                f"Unknown form of repetition. Received: {form!r}. Expected "
+                f"one of {FORMS}."
+            )
+        if remat not in REMATS:
+            raise ValueError(
+                f"Unknown remat. Received: {remat!r}. Expected one of {REMATS}."
+            )
+        self.make_block = make_block
+        self.num_layers = num_layers
+        self.stacked = form == "stacked" or (form == "auto" and _on_tpu())
+        self.remat = remat
+        self.numbered = numbered
+
+    def build(self, input_shape=None):
+        if self.stacked:
+            # The template's own variables never get values: it lends its
+            # code, and each scan step lends it a slice of the stack. It is
+            # set around Keras's tracking, so that it is not saved or trained.
+            object.__setattr__(self, "_template", self.make_block())
+            with keras.StatelessScope(initialize_variables=False):
+                self._template.build()
+            self._stacks = {}
+            self.adopt_template()
+        else:
+            # Tracked, but out of sight of Keras's saving, which would write
+            # every block apart; `save_own_variables` writes the shared names.
+            for number in range(self.num_layers):
+                with keras.name_scope(str(number), caller=self):
+                    block = self.make_block()
+                    block.build()
+                self._layers.append(block)
+        self.built = True
+
+    def blocks(self):
+        """List the layers that hold the structure: N blocks, or the template.
+
+        What changes the structure (an adapter, a freeze) is done to each of
+        them, followed by `adopt_template`.
+        """
+        return [self._template] if self.stacked else list(self._layers)
+
+    def adopt_template(self):
+        """Own a stacked variable for each of the template's (stacked form)."""
+        if not self.stacked:
+            return
+        self._tracker.unlock()
+        for name, variable in _named(self._template).items():
+            if name not in self._stacks:
+                self._stacks[name] = self.add_weight(
+                    shape=(self.num_layers, *variable.shape),
+                    initializer=_each_layer(variable._initializer),
+                    dtype=variable.dtype,
+                    autocast=variable._autocast,
+                    name=name.replace("/", "_"),
+                )
+            self._stacks[name].trainable = variable.trainable
+        self._tracker.lock()
+
+    def weights_by_name(self):
+        """Map each weight's name to its variable or its N variables.
+
+        Returns:
+            Dict of str to one stacked variable (layer axis first) or to a
+            list of `num_layers` variables, in the same order in both forms.
+        """
+        if self.stacked:
+            return dict(self._stacks)
+        named = [_named(block) for block in self._layers]
+        return {name: [one[name] for one in named] for name in named[0]}
+
+    def save_own_variables(self, store):
+        for name, variable in self.weights_by_name().items():
+            if isinstance(variable, list):
+                values = [ops.convert_to_numpy(one) for one in variable]
+                store[name.replace("/", ".")] = np.stack(values)
+            else:
+                store[name.replace("/", ".")] = variable
+
+    def load_own_variables(self, store):
+        for name, variable in self.weights_by_name().items():
+            value = store[name.replace("/", ".")]
+            if isinstance(variable, list):
+                for number, one in enumerate(variable):
+                    one.assign(value[number])
+            else:
+                variable.assign(value)
+
+    def make_cache(self, shape_BSKH, dtype):
+        """Allocate an empty key-value cache for this stack.
+
+        Args:
+            shape_BSKH: tuple (batch, cached tokens, key-value heads, head_dim).
+            dtype: str.
+
+        Returns:
+            A nest of arrays for the `cache` argument of a call. The batch is
+            their first axis, where samplers that keep beams expect it.
+        """
+        if self.stacked:
+            shape = (shape_BSKH[0], self.num_layers, *shape_BSKH[1:])
+            return ops.zeros(shape, dtype), ops.zeros(shape, dtype)
+        return [
+            (ops.zeros(shape_BSKH, dtype), ops.zeros(shape_BSKH, dtype))
+            for _ in range(self.num_layers)
+        ]
+
+    def call(self, x, *args, cache=None, index=None):
+        run = self._scan if self.stacked else self._unroll
+        return run(x, args, cache, index)
+
+    def _number(self, number):
+        return {"number": number} if self.numbered else {}
+
+    def _unroll(self, x, args, cache, index):
+        if cache is None:
+            for number, block in enumerate(self._layers):
+                # The closure binds its block: remat calls it again later.
+                def run(x, *args, block=block, number=number):
+                    return block(x, *args, **self._number(number))
+
+                x = (keras.remat(run) if self.remat else run)(x, *args)
+            return x
+        written = []
+        for number, (keys, values) in enumerate(cache):
+            x, (keys, values, _) = self._layers[number](
+                x,
+                *args,
+                **self._number(number),
+                cache=(keys, values, None),
+                index=index,
+            )
+            written.append((keys, values))
+        return x, written
+
+    def _scan(self, x, args, cache, index):
+        variables = list(_named(self._template).values())
+        # Read here, inside the trainer's scope of current values: the block's
+        # own scope below replaces that one.
+        stacks = [
+            ops.convert_to_tensor(one.value) for one in self._stacks.values()
+        ]
+        numbers = ops.arange(self.num_layers, dtype="int32")
+
+        def block(slices, number, *args, **kwargs):
+            with keras.StatelessScope(list(zip(variables, slices))):
+                kwargs |= self._number(number)
+                return self._template(*args, **kwargs)
+
+        if cache is None:
+            block = keras.remat(block) if self.remat else block
+
+            def step(x, number_and_slices):
+                number, *slices = number_and_slices
+                return block(slices, number, x, *args), None
+
+            return ops.scan(step, x, [numbers, *stacks])[0]
+
+        def step(carry, number_and_slices):
+            x, keys, values = carry
+            number, *slices = number_and_slices
+            x, (keys, values, _) = block(
+                slices,
+                number,
+                x,
+                *args,
+                cache=(keys, values, number),
+                index=index,
+            )
+            return (x, keys, values), None
+
+        (x, *cache), _ = ops.scan(step, (x, *cache), [numbers, *stacks])
+        return x, tuple(cache)
+
+
+def _named(block):
+    """Map a block's variables by their path below the block."""
+    return {
+        variable.path.split(f"{block.name}/", 1)[1]: variable
+        for variable in block.variables
+    }
+
+
+def _each_layer(initializer):
+    """Initialise each layer's slice by itself, as unrolled blocks would be."""
+
+    def initialize(shape, dtype=None):
+        return ops.stack(
+            [initializer(shape[1:], dtype=dtype) for _ in range(shape[0])]
+        )
+
+    return initialize
+
+
+def _on_tpu():
+    """Say whether the default device is a TPU (JAX knows them alone)."""
+    if keras.backend.backend() != "jax":
+        return False
+    return keras.distribution.list_devices()[0].startswith("tpu")

@@ -1,0 +1,383 @@
+"""PaliGemmaBackbone: vision encoder and text decoder, one sequence."""
+
+import contextlib
+import dataclasses
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_paligemma import presets
+from keras_paligemma.compat import classproperty
+from keras_paligemma.compat import forget_uninitialized_variables
+from keras_paligemma.layers.attention import attention_mask
+from keras_paligemma.layers.attention import token_positions
+from keras_paligemma.layers.projection import Projection
+from keras_paligemma.models.text_decoder import TextDecoder
+from keras_paligemma.models.text_decoder import TextDecoderConfig
+from keras_paligemma.models.vision_encoder import VisionEncoder
+from keras_paligemma.models.vision_encoder import VisionEncoderConfig
+
+ATTENTION_TARGETS = ("query", "key", "value", "output")
+LORA_TARGETS = (*ATTENTION_TARGETS, "gate", "up", "down")
+
+
+@keras.saving.register_keras_serializable(package="keras_paligemma")
+class PaliGemmaBackbone(keras_hub.models.Backbone):
+    """PaliGemma 2 without its head: pictures and tokens in, hidden states out.
+
+    The sequence is the image tokens followed by the text. Any prefix followed
+    by a response is legal; where padding lies does not matter, since rotary
+    positions count valid tokens. PaliGemma 1 is the same class with other
+    numbers.
+
+    Args:
+        image_size: int, side of a picture in pixels, a multiple of the patch.
+        vision_encoder: `VisionEncoderConfig` or dict of its fields.
+        text_decoder: `TextDecoderConfig` or dict of its fields.
+        form: form of repetition of the blocks: "auto", "stacked" or
+            "unrolled"; see `layers.stack.LayerStack`.
+        remat: `None` or "block": recompute blocks in the backward pass.
+        lora: `None` or dict of the arguments of `enable_lora`, which a saved
+            model with adapters has.
+        dtype: dtype policy of weights and computation.
+
+    Call arguments:
+        inputs: dict of
+            images: float tensor (B, h, w, 3) in [-1, 1], or (B, frames, h, w,
+                3); or in its place image_embeddings (B, I, D) from
+                `encode_images`; or neither, for text alone.
+            token_ids: int tensor (B, tokens).
+            padding_mask: bool tensor (B, tokens), True on valid tokens.
+            response_mask: bool tensor (B, tokens), True on the response.
+            attention_mask: optional bool tensor (B, L, L), in place of the
+                mask that follows from the two masks above.
+            positions: optional int tensor (B, L), likewise.
+
+    Returns:
+        Tensor (B, L, D), L = image tokens + text tokens: last hidden states
+        after the final norm. `logits` applies the head.
+
+    Raises:
+        ValueError: on a wrong rank, size or dtype, or an id outside the
+            vocabulary.
+
+    Example:
+        >>> backbone = PaliGemmaBackbone(
+        ...     image_size=28,
+        ...     vision_encoder=dict(patch_size=14, num_layers=1,
+        ...         hidden_dim=8, num_heads=2, intermediate_dim=12),
+        ...     text_decoder=dict(vocabulary_size=32, num_layers=1,
+        ...         hidden_dim=16, intermediate_dim=24, num_query_heads=2,
+        ...         num_key_value_heads=1, head_dim=6),
+        ... )
+        >>> backbone({
+        ...     "images": np.zeros((1, 28, 28, 3), "float32"),
+        ...     "token_ids": np.array([[2, 7, 9]]),
+        ...     "padding_mask": np.ones((1, 3), bool),
+        ...     "response_mask": np.array([[False, False, True]]),
+        ... }).shape
+        (1, 7, 16)
+
+    Source: https://arxiv.org/abs/2412.03555.
+    """
+
+    def __init__(
+        self,
+        image_size=224,
+        vision_encoder=None,
+        text_decoder=None,
+        form="auto",
+        remat=None,
+        lora=None,
+        dtype=None,
+        **kwargs,
+    ):
+        # The policy is set first: the towers below take theirs from it.
+        super().__init__(dtype=dtype or keras.config.dtype_policy(), **kwargs)
+        self.image_size = image_size
+        self.form = form
+        self.remat = remat
+        self.vision_config = _config(VisionEncoderConfig, vision_encoder)
+        self.text_config = _config(TextDecoderConfig, text_decoder)
+        policy = self.dtype_policy
+        self.vision_encoder = VisionEncoder(
+            self.vision_config,
+            image_size,
+            self.text_config.hidden_dim,
+            form,
+            remat,
+            dtype=policy,
+            name="vision_encoder",
+        )
+        self.text_decoder = TextDecoder(
+            self.text_config, form, remat, dtype=policy, name="text_decoder"
+        )
+        self.token_embedding = self.text_decoder.token_embedding
+        with keras.name_scope(self.name, caller=self):
+            self.vision_encoder.build()
+            self.text_decoder.build()
+        self.lora = None
+        if lora is not None:
+            self.enable_lora(**lora)
+        self.built = True
+
+    def build(self, input_shape=None):
+        self.built = True
+
+    def __call__(self, inputs, **kwargs):
+        # Numbers can only be looked at while they are numbers: inside a
+        # compiled step an id outside the vocabulary would read another row.
+        token_ids = inputs.get("token_ids")
+        if isinstance(token_ids, (np.ndarray, list)):
+            check_token_ids(token_ids, self.text_config.vocabulary_size)
+        return super().__call__(inputs, **kwargs)
+
+    def call(self, inputs, training=None):
+        x_BLD = self.embed(inputs)
+        mask_BLL, positions_BL = self.mask_and_positions(
+            inputs, x_BLD.shape[1] - inputs["token_ids"].shape[1]
+        )
+        return self.text_decoder(x_BLD, mask_BLL, positions_BL)
+
+    def compute_output_shape(self, inputs_shape):
+        shape = inputs_shape["token_ids"]
+        tokens = shape[1]
+        if "image_embeddings" in inputs_shape:
+            tokens += inputs_shape["image_embeddings"][1]
+        elif "images" in inputs_shape:
+            tokens += self.vision_encoder.compute_output_shape(
+                inputs_shape["images"]
+            )[1]
+        return (shape[0], tokens, self.text_config.hidden_dim)
+
+    def embed(self, inputs):
+        """Embed pictures and tokens as one sequence (B, L, D).
+
+        Text embeddings are scaled by the square root of the width, image
+        tokens are not.
+        """
+        text_BTD = self.token_embedding(inputs["token_ids"])
+        image_BID = inputs.get("image_embeddings")
+        if image_BID is None and inputs.get("images") is not None:
+            image_BID = self.encode_images(inputs["images"])
+        if image_BID is None:
+            return text_BTD
+        image_BID = ops.cast(image_BID, text_BTD.dtype)
+        return ops.concatenate([image_BID, text_BTD], axis=1)
+
+    def encode_images(self, images):
+        """Turn pictures into image tokens: the vision tower alone.
+
+        Args:
+            images: float tensor (B, h, w, 3) in [-1, 1], or (B, frames, h, w,
+                3).
+
+        Returns:
+            Tensor (B, I, D), I = frames × (image_size / patch_size)².
+        """
+        check_images(images, self.image_size)
+        return self.vision_encoder(images)
+
+    def mask_and_positions(self, inputs, num_image_tokens):
+        """Give the attention mask (B, L, L) and rotary positions (B, L)."""
+        mask_BLL = inputs.get("attention_mask")
+        positions_BL = inputs.get("positions")
+        if mask_BLL is None or positions_BL is None:
+            valid_BL, response_BL = full_masks(inputs, num_image_tokens)
+            if mask_BLL is None:
+                mask_BLL = attention_mask(valid_BL, response_BL)
+            if positions_BL is None:
+                positions_BL = token_positions(valid_BL)
+        return ops.cast(mask_BLL, "bool"), positions_BL
+
+    def logits(self, hidden_states):
+        """Apply the tied head with the final soft cap.
+
+        Args:
+            hidden_states: tensor (..., D), from a call.
+
+        Returns:
+            float32 tensor (..., V).
+        """
+        return self.text_decoder.logits(hidden_states)
+
+    def weights_by_name(self):
+        """Map a stable name to each weight, in both forms of repetition.
+
+        Names are what files and tables of checkpoints know: they do not hold
+        the number of a block, whose weights share one name.
+
+        Returns:
+            Dict of str to a variable (of blocks: layer axis first) or, of
+            unrolled blocks, to a list of one variable a layer.
+        """
+        weights = {}
+        towers = (self.vision_encoder, self.text_decoder)
+        for tower in towers:
+            stack = tower.blocks
+            inside = {id(variable) for variable in stack.variables}
+            for variable in tower.variables:
+                if id(variable) not in inside:
+                    name = variable.path.split(f"{tower.name}/", 1)[1]
+                    weights[f"{tower.name}/{name}"] = variable
+            for name, variable in stack.weights_by_name().items():
+                weights[f"{tower.name}/blocks/{name}"] = variable
+        return weights
+
+    def enable_lora(self, rank, alpha=None, targets=None):
+        """Freeze everything and train low-rank adapters in the decoder.
+
+        Args:
+            rank: int.
+            alpha: float, the adapters are scaled by alpha / rank; `rank` if
+                `None`.
+            targets: names of projections, some of `LORA_TARGETS`; the four of
+                attention if `None`.
+
+        Raises:
+            ValueError: unknown targets, or adapters are there already.
+        """
+        targets = tuple(targets or ATTENTION_TARGETS)
+        unknown = sorted(set(targets) - set(LORA_TARGETS))
+        if unknown:
+            raise ValueError(
+                f"Unknown targets of LoRA. Received: {unknown}. Expected some "
+                f"of {LORA_TARGETS}."
+            )
+        if self.lora is not None:
+            raise ValueError(
+                f"The backbone has adapters already: {self.lora}. Load the "
+                "preset again for others."
+            )
+        for variable in self.variables:
+            variable.trainable = False
+        stack = self.text_decoder.blocks
+        for block in stack.blocks():
+            for layer in block._flatten_layers():
+                if isinstance(layer, Projection):
+                    layer.freeze()
+                    if layer.name in targets:
+                        layer.add_adapter(rank, alpha or rank)
+        stack.adopt_template()
+        self.lora = {
+            "rank": rank,
+            "alpha": alpha or rank,
+            "targets": list(targets),
+        }
+
+    @classproperty
+    def presets(cls):
+        """Describe the presets: a dict of name to what is known of each."""
+        return {name: presets.describe(name) for name in presets.names()}
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, dtype=None, **kwargs):
+        """Load a backbone from a preset; see `PaliGemmaCausalLM`."""
+        from keras_paligemma.models import files
+
+        config, folder = presets.resolve(preset, load_weights)
+        return files.load_backbone(
+            config, folder, load_weights, dtype, **kwargs
+        )
+
+    def save_to_preset(self, preset_dir):
+        """Write configuration and weights to a directory."""
+        from keras_paligemma.models import files
+
+        files.save(preset_dir, self)
+
+    def architecture(self):
+        """Give what a preset's file holds: plain numbers and strings."""
+        config = {
+            "image_size": self.image_size,
+            "dtype": self.dtype_policy.name,
+            "vision_encoder": dataclasses.asdict(self.vision_config),
+            "text_decoder": dataclasses.asdict(self.text_config),
+        }
+        return config if self.lora is None else config | {"lora": self.lora}
+
+    def get_config(self):
+        return super().get_config() | {
+            **self.architecture(),
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "form": self.form,
+            "remat": self.remat,
+        }
+
+
+@contextlib.contextmanager
+def without_values():
+    """Build models whose variables have shapes and dtypes but no values.
+
+    A 28b backbone is built in seconds and no memory. `compat.fill` gives the
+    variables their values, from a file and without a random draw before it.
+
+    Example:
+        >>> with without_values():
+        ...     backbone = PaliGemmaBackbone()
+        >>> backbone.count_params()
+        3032094960
+    """
+    with keras.StatelessScope(initialize_variables=False):
+        yield
+    forget_uninitialized_variables()
+
+
+def full_masks(inputs, num_image_tokens):
+    """Put image tokens, always valid and never response, before the masks."""
+    padding_BT = ops.cast(inputs["padding_mask"], "bool")
+    response_BT = ops.cast(inputs["response_mask"], "bool")
+    if num_image_tokens == 0:
+        return padding_BT, response_BT
+    shape = (ops.shape(padding_BT)[0], num_image_tokens)
+    return (
+        ops.concatenate([ops.ones(shape, "bool"), padding_BT], axis=1),
+        ops.concatenate([ops.zeros(shape, "bool"), response_BT], axis=1),
+    )
+
+
+def check_images(images, image_size):
+    """Refuse pictures whose rank, size or dtype the encoder cannot mean."""
+    shape = tuple(images.shape)
+    expected = (image_size, image_size, 3)
+    if len(shape) not in (4, 5) or shape[-3:] != expected:
+        raise ValueError(
+            f"The backbone takes pictures of shape (batch, {image_size}, "
+            f"{image_size}, 3) or (batch, frames, {image_size}, {image_size}, "
+            f"3). Received: shape {shape}. PaliGemmaImageConverter makes "
+            "them from any picture."
+        )
+    dtype = keras.backend.standardize_dtype(images.dtype)
+    if "float" not in dtype:
+        raise ValueError(
+            f"The backbone takes floats in [-1, 1]. Received: dtype {dtype}. "
+            "PaliGemmaImageConverter makes them from 0…255."
+        )
+
+
+def check_token_ids(token_ids, vocabulary_size):
+    """Refuse token ids that no row of the embedding stands for."""
+    token_ids = np.asarray(token_ids)
+    outside = (token_ids < 0) | (token_ids >= vocabulary_size)
+    if outside.any():
+        raise ValueError(
+            f"Token ids must lie in 0…{vocabulary_size - 1}. Received: "
+            f"{token_ids[outside][0]} at index "
+            f"{tuple(int(i[0]) for i in outside.nonzero())}. Is this the "
+            "tokenizer that belongs to the model?"
+        )
+
+
+def _config(cls, value):
+    if isinstance(value, cls):
+        return value
+    try:
+        return cls(**(value or {}))
+    except TypeError as error:
+        names = [field.name for field in dataclasses.fields(cls)]
+        raise ValueError(
+            f"Unknown field for {cls.__name__}: {error}. Expected some of "
+            f"{names}."
+        ) from error

@@ -1,0 +1,105 @@
+"""Prefill the cache once, then decode one token a row and step."""
+
+import keras_hub
+from keras import ops
+
+from keras_paligemma.layers.attention import attention_mask
+from keras_paligemma.layers.attention import token_positions
+from keras_paligemma.models.backbone import full_masks
+
+
+def generate_tokens(backbone, sampler, inputs, stop_token_ids, model):
+    """Continue a batch of prompts by a sampler of KerasHub.
+
+    Prompts are aligned to the right, so every row writes the cache at the
+    same index; rotary positions and masks stay each row's own.
+
+    Args:
+        backbone: `PaliGemmaBackbone`.
+        sampler: `keras_hub.samplers.Sampler`.
+        inputs: dict of `images` (or `image_embeddings`, or neither),
+            `token_ids` and `padding_mask` (B, P) of the prompts, and
+            `response_ids` and `response_mask` (B, R): what the answers begin
+            with, and True where they do.
+        stop_token_ids: tuple of ints or `None`; decoding ends when every row
+            has produced one of them.
+        model: Keras model whose variables the sampler's loop carries.
+
+    Returns:
+        Int tensor (B, R): the responses.
+    """
+    embeddings_BTD = backbone.embed(inputs)
+    tokens = embeddings_BTD.shape[1]
+    prompt_ids = inputs["token_ids"]
+    prompt = {
+        "padding_mask": inputs["padding_mask"],
+        "response_mask": ops.zeros_like(inputs["padding_mask"]),
+    }
+    valid_BT, response_BT = full_masks(prompt, tokens - prompt_ids.shape[1])
+    decoder = backbone.text_decoder
+    responses = inputs["response_ids"].shape[1]
+    # The last response token is never fed back.
+    layers = decoder.make_cache(
+        ops.shape(prompt_ids)[0], tokens + responses - 1
+    )
+    positions_BT = token_positions(valid_BT)
+    hidden_BTD, layers = decoder(
+        embeddings_BTD,
+        attention_mask(valid_BT, response_BT),
+        positions_BT,
+        cache=layers,
+        index=0,
+    )
+    # The sampler's cache repeats with its beams, so all that has a row goes in.
+    cache = {"layers": layers, "valid": valid_BT, "positions": positions_BT}
+    # Slot 0 holds the last prompt token, slot j is cached at tokens - 1 + j.
+    ids = ops.concatenate([prompt_ids[:, -1:], inputs["response_ids"]], axis=1)
+    begun = ops.cast(inputs["response_mask"], "bool")
+    begun = ops.concatenate([ops.ones_like(begun[:, :1]), begun], axis=1)
+
+    def following(ids, cache, index):
+        """Give logits for slot `index` from the token before it."""
+        step = index - 1
+        token_B1 = ops.take(ids, ops.reshape(step, (1,)), axis=1)
+        later_R = ops.arange(1, responses, dtype="int32")
+        seen_R = ops.cast(later_R <= step, "bool")
+        seen_BR = ops.logical_and(
+            ops.ones_like(cache["valid"][:, :1]), seen_R[None]
+        )
+        mask_BS = ops.concatenate([cache["valid"], seen_BR], axis=1)
+        last_B1 = cache["positions"][:, -1:]
+        positions_BS = ops.concatenate(
+            [cache["positions"], last_B1 + later_R[None]], axis=1
+        )
+        hidden_B1D, layers = decoder(
+            backbone.token_embedding(token_B1),
+            mask_BS[:, None],
+            last_B1 + ops.cast(step, last_B1.dtype),
+            cache=cache["layers"],
+            index=tokens - 1 + step,
+            positions_BS=positions_BS,
+        )
+        hidden_BD = hidden_B1D[:, 0]
+        return backbone.logits(hidden_BD), hidden_BD, cache | {"layers": layers}
+
+    index = 1
+    if type(sampler).__call__ is keras_hub.samplers.Sampler.__call__:
+        # The prefill has computed the first token's logits already.
+        logits_BV = backbone.logits(hidden_BTD[:, -1])
+        first_B = sampler.get_next_token(
+            sampler.compute_probabilities(logits_BV)
+        )
+        first_B = ops.where(begun[:, 1], ids[:, 1], ops.cast(first_B, ids.dtype))
+        ids = ops.concatenate([ids[:, :1], first_B[:, None], ids[:, 2:]], axis=1)
+        index = 2
+    ids = sampler(
+        next=following,
+        prompt=ids,
+        cache=cache,
+        index=index,
+        mask=begun,
+        stop_token_ids=stop_token_ids,
+        hidden_states=hidden_BTD,
+        model=model,
+    )
+    return ids[:, 1:]

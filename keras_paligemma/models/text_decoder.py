@@ -1,0 +1,224 @@
+"""Gemma 2: token embedding, decoder blocks and the tied head."""
+
+from dataclasses import dataclass
+
+import keras
+from keras import ops
+
+from keras_paligemma.layers.attention import rotary_angles
+from keras_paligemma.layers.attention import soft_cap
+from keras_paligemma.layers.blocks import DecoderBlock
+from keras_paligemma.layers.blocks import RMSNorm
+from keras_paligemma.layers.projection import normal
+from keras_paligemma.layers.stack import LayerStack
+
+
+@dataclass(frozen=True)
+class TextDecoderConfig:
+    """Sizes of the decoder; the defaults are Gemma 2 2B, of PaliGemma 2 3b.
+
+    Args:
+        vocabulary_size: int V.
+        num_layers: int.
+        hidden_dim: int D.
+        intermediate_dim: int F, the real width of gate and of up.
+        num_query_heads: int N.
+        num_key_value_heads: int K, a divisor of N.
+        head_dim: int H, even.
+        query_pre_attention_scalar: float; queries are multiplied by its
+            inverse square root (256 for 3b and 10b, 144 for 28b).
+        attention_logit_soft_cap: float or `None`.
+        final_logit_soft_cap: float or `None`.
+        use_post_norms: bool; `False` gives Gemma, of PaliGemma 1.
+        sliding_window_size: int or `None`: every other block, the first one
+            included, sees only tokens nearer than this many positions.
+        rope_base: float, wavelength ratio of the rotary embedding.
+        rms_norm_epsilon: float.
+
+    Source: https://arxiv.org/abs/2408.00118.
+    """
+
+    vocabulary_size: int = 257_152
+    num_layers: int = 26
+    hidden_dim: int = 2304
+    intermediate_dim: int = 9216
+    num_query_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    query_pre_attention_scalar: float = 256
+    attention_logit_soft_cap: float | None = 50.0
+    final_logit_soft_cap: float | None = 30.0
+    use_post_norms: bool = True
+    sliding_window_size: int | None = None
+    rope_base: float = 10_000.0
+    rms_norm_epsilon: float = 1e-6
+
+    def __post_init__(self):
+        if self.num_query_heads % self.num_key_value_heads:
+            raise ValueError(
+                "Query heads must be a multiple of key-value heads. Received: "
+                f"num_query_heads={self.num_query_heads}, "
+                f"num_key_value_heads={self.num_key_value_heads}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                "Rotary embedding splits a head in halves: head_dim must be "
+                f"even. Received: head_dim={self.head_dim}."
+            )
+
+    def query_scale(self):
+        """Give the number that queries are multiplied with."""
+        return self.query_pre_attention_scalar**-0.5
+
+
+class TokenEmbedding(keras.layers.Layer):
+    """The vocabulary's table: it embeds tokens, and it is the head.
+
+    Args:
+        vocabulary_size: int V.
+        hidden_dim: int D.
+    """
+
+    def __init__(self, vocabulary_size, hidden_dim, **kwargs):
+        super().__init__(**kwargs)
+        self.vocabulary_size = vocabulary_size
+        self.hidden_dim = hidden_dim
+
+    def build(self, input_shape=None):
+        self.table = self.add_weight(
+            shape=(self.vocabulary_size, self.hidden_dim),
+            initializer=normal(self.hidden_dim),
+            autocast=False,
+            name="table",
+        )
+        self.built = True
+
+    def call(self, token_ids_BT):
+        x_BTD = ops.take(self.table, token_ids_BT, axis=0)
+        # The scale is rounded to the table's dtype, as the original does: in
+        # bfloat16 it is 48 for 3b, 59.75 for 10b and 68 for 28b.
+        x_BTD = x_BTD * ops.cast(self.hidden_dim**0.5, x_BTD.dtype)
+        return ops.cast(x_BTD, self.compute_dtype)
+
+    def logits(self, hidden_states_BTD):
+        """Multiply with the table: float32 logits before the final cap."""
+        table = ops.cast(self.table, hidden_states_BTD.dtype)
+        logits_BTV = ops.matmul(hidden_states_BTD, ops.transpose(table))
+        return ops.cast(logits_BTV, "float32")
+
+
+class TextDecoder(keras.layers.Layer):
+    """Gemma 2 over embedded tokens, whatever they are tokens of.
+
+    Args:
+        config: `TextDecoderConfig`.
+        form: form of repetition, see `LayerStack`.
+        remat: see `LayerStack`.
+
+    Call arguments:
+        x_BTD: tensor of embeddings.
+        mask_BTS: bool tensor, True where t sees s.
+        positions_BT: int tensor, rotary positions of the tokens.
+        cache: `None`, or of `make_cache`.
+        index: where the cache is written.
+        positions_BS: int tensor, the positions of the cached tokens; only a
+            sliding window over a cache asks for them.
+
+    Returns:
+        Last hidden states after the final norm; with a cache, both.
+    """
+
+    def __init__(self, config, form="auto", remat=None, **kwargs):
+        super().__init__(**kwargs)
+        self.config = config
+        policy = self.dtype_policy
+        self.token_embedding = TokenEmbedding(
+            config.vocabulary_size,
+            config.hidden_dim,
+            dtype=policy,
+            name="token_embedding",
+        )
+        self.blocks = LayerStack(
+            lambda: DecoderBlock(
+                hidden_dim=config.hidden_dim,
+                intermediate_dim=config.intermediate_dim,
+                num_query_heads=config.num_query_heads,
+                num_key_value_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                query_scale=config.query_scale(),
+                logit_soft_cap=config.attention_logit_soft_cap,
+                use_post_norms=config.use_post_norms,
+                epsilon=config.rms_norm_epsilon,
+                dtype=policy,
+                name="block",
+            ),
+            config.num_layers,
+            form,
+            remat,
+            numbered=config.sliding_window_size is not None,
+            dtype=policy,
+            name="blocks",
+        )
+        self.final_norm = RMSNorm(
+            config.hidden_dim,
+            config.rms_norm_epsilon,
+            dtype=policy,
+            name="final_norm",
+        )
+
+    def build(self, input_shape=None):
+        self.token_embedding.build()
+        self.blocks.build()
+        self.final_norm.build()
+        self.built = True
+
+    def make_cache(self, batch_size, length):
+        """Allocate an empty key-value cache.
+
+        Args:
+            batch_size: int.
+            length: int, tokens that the cache can hold, image included.
+
+        Returns:
+            A nest of arrays in the compute dtype.
+        """
+        shape = (
+            batch_size,
+            length,
+            self.config.num_key_value_heads,
+            self.config.head_dim,
+        )
+        return self.blocks.make_cache(shape, self.compute_dtype)
+
+    def call(
+        self,
+        x_BTD,
+        mask_BTS,
+        positions_BT,
+        cache=None,
+        index=None,
+        positions_BS=None,
+    ):
+        angles = rotary_angles(
+            positions_BT, self.config.head_dim, self.config.rope_base
+        )
+        args = (mask_BTS, angles)
+        window = self.config.sliding_window_size
+        if window is not None:
+            if positions_BS is None:
+                positions_BS = positions_BT
+            distance_BTS = positions_BT[:, :, None] - positions_BS[:, None]
+            near_BTS = ops.absolute(distance_BTS) < window
+            args = (mask_BTS, angles, ops.logical_and(mask_BTS, near_BTS))
+        x_BTD = self.blocks(x_BTD, *args, cache=cache, index=index)
+        if cache is None:
+            return self.final_norm(x_BTD)
+        x_BTD, cache = x_BTD
+        return self.final_norm(x_BTD), cache
+
+    def logits(self, hidden_states_BTD):
+        """Apply the tied head with the final soft cap, in float32."""
+        return soft_cap(
+            self.token_embedding.logits(hidden_states_BTD),
+            self.config.final_logit_soft_cap,
+        )

@@ -1,0 +1,152 @@
+"""SigLIP's vision transformer and the projector into the decoder's width."""
+
+from dataclasses import dataclass
+
+import keras
+from keras import ops
+
+from keras_paligemma.layers.blocks import EncoderBlock
+from keras_paligemma.layers.projection import Projection
+from keras_paligemma.layers.stack import LayerStack
+
+
+@dataclass(frozen=True)
+class VisionEncoderConfig:
+    """Sizes of the vision tower; the defaults are SigLIP So400m/14.
+
+    Args:
+        patch_size: int, side of a patch in pixels.
+        num_layers: int, encoder blocks.
+        hidden_dim: int, width D of an image token; a multiple of num_heads.
+        num_heads: int.
+        intermediate_dim: int F.
+        layer_norm_epsilon: float.
+
+    Source: https://arxiv.org/abs/2305.13035.
+    """
+
+    patch_size: int = 14
+    num_layers: int = 27
+    hidden_dim: int = 1152
+    num_heads: int = 16
+    intermediate_dim: int = 4304
+    layer_norm_epsilon: float = 1e-6
+
+    def __post_init__(self):
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(
+                "The width of the vision encoder must be a multiple of its "
+                f"heads. Received: hidden_dim={self.hidden_dim}, "
+                f"num_heads={self.num_heads}."
+            )
+
+    def num_image_tokens(self, image_size):
+        """Count the tokens of one square picture of `image_size` pixels."""
+        return (image_size // self.patch_size) ** 2
+
+
+class VisionEncoder(keras.layers.Layer):
+    """Turn pictures into image tokens of the decoder's width.
+
+    Args:
+        config: `VisionEncoderConfig`.
+        image_size: int, side of a picture in pixels; a multiple of the patch.
+        output_dim: int, width of the decoder.
+        form: form of repetition, see `LayerStack`.
+        remat: see `LayerStack`.
+
+    Call arguments:
+        images_BhwC: float tensor (batch, image_size, image_size, 3) in
+            [-1, 1], or (batch, frames, image_size, image_size, 3).
+
+    Returns:
+        Tensor (batch, image tokens, output_dim); the tokens of several frames
+        follow one another without a separator.
+    """
+
+    def __init__(
+        self,
+        config,
+        image_size,
+        output_dim,
+        form="auto",
+        remat=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if image_size % config.patch_size:
+            raise ValueError(
+                "The image size must be a multiple of the patch size. "
+                f"Received: image_size={image_size}, "
+                f"patch_size={config.patch_size}."
+            )
+        self.config = config
+        self.image_size = image_size
+        policy = self.dtype_policy
+        patch = config.patch_size
+        self.patch_embedding = Projection(
+            (patch, patch, 3),
+            (config.hidden_dim,),
+            use_bias=True,
+            dtype=policy,
+            name="patch_embedding",
+        )
+        self.blocks = LayerStack(
+            lambda: EncoderBlock(
+                config.hidden_dim,
+                config.intermediate_dim,
+                config.num_heads,
+                config.layer_norm_epsilon,
+                dtype=policy,
+                name="block",
+            ),
+            config.num_layers,
+            form,
+            remat,
+            dtype=policy,
+            name="blocks",
+        )
+        self.final_norm = keras.layers.LayerNormalization(
+            epsilon=config.layer_norm_epsilon, dtype=policy, name="final_norm"
+        )
+        # Zero, as the original starts it: an untrained tower is silent.
+        self.projector = Projection(
+            (config.hidden_dim,),
+            (output_dim,),
+            use_bias=True,
+            kernel_initializer="zeros",
+            dtype=policy,
+            name="projector",
+        )
+
+    def build(self, input_shape=None):
+        width = self.config.hidden_dim
+        self.patch_embedding.build()
+        self.position_embedding = self.add_weight(
+            shape=(self.config.num_image_tokens(self.image_size), width),
+            initializer=keras.initializers.RandomNormal(stddev=width**-0.5),
+            name="position_embedding",
+        )
+        self.blocks.build()
+        self.final_norm.build((None, None, width))
+        self.projector.build()
+        self.built = True
+
+    def call(self, images_BhwC):
+        size, patch = self.image_size, self.config.patch_size
+        shape = ops.shape(images_BhwC)
+        rows = size // patch
+        images = ops.cast(images_BhwC, self.compute_dtype)
+        patches = ops.reshape(images, (-1, rows, patch, rows, patch, 3))
+        patches = ops.transpose(patches, (0, 1, 3, 2, 4, 5))
+        patches = ops.reshape(patches, (-1, rows * rows, patch, patch, 3))
+        x_BID = self.patch_embedding(patches) + self.position_embedding
+        x_BID = self.final_norm(self.blocks(x_BID))
+        x_BID = self.projector(x_BID)
+        return ops.reshape(x_BID, (shape[0], -1, x_BID.shape[-1]))
+
+    def compute_output_shape(self, images_shape):
+        frames = images_shape[1] if len(images_shape) == 5 else 1
+        tokens = self.config.num_image_tokens(self.image_size)
+        width = self.projector.output_axes[0]
+        return (images_shape[0], frames * tokens, width)

@@ -1,0 +1,148 @@
+"""Pictures to what the vision encoder reads."""
+
+import keras
+import keras_hub
+import numpy as np
+
+from keras_paligemma.preprocessing.images import read_image
+from keras_paligemma.preprocessing.images import to_bytes
+from keras_paligemma.preprocessing.images import to_rgb
+from keras_paligemma.preprocessing.inputs import to_numpy
+from keras_paligemma.preprocessing.resize import RULES
+
+
+@keras.saving.register_keras_serializable(package="keras_paligemma")
+class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
+    """Pictures of any kind and size to float32 squares in [-1, 1].
+
+    The whole picture is squeezed to `image_size`; nothing is cropped, so
+    coordinates stay relative to the picture. Runs in NumPy and returns NumPy.
+    What counts as a picture, and what becomes of transparency, 16 bits and
+    EXIF, `read_image` says.
+
+    Args:
+        image_size: Integer or `(height, width)`, in pixels.
+        resize: String, what a checkpoint was trained with, pixel for pixel:
+            `"bilinear"`, the default of big_vision's `resize`, without
+            antialias; `"bilinear_antialias"`, what its PaliGemma
+            configurations pass; `"bicubic"`, what transformers does.
+
+    Raises:
+        ValueError: an argument is none of these; on calling, a picture cannot
+            be read, or examples differ in their number of frames.
+
+    Example:
+
+    ```python
+    converter = PaliGemmaImageConverter(224)
+    converter(np.zeros((480, 640, 3), "uint8")).shape  # (224, 224, 3)
+    converter(["cat.jpg", "dog.png"]).shape  # (2, 224, 224, 3)
+    converter([["a.jpg", "b.jpg"]]).shape  # 2 frames: (1, 2, 224, 224, 3)
+    ```
+
+    Source: big_vision `pp/ops_image.py`; transformers
+    `SiglipImageProcessor`.
+    """
+
+    def __init__(self, image_size, resize="bilinear", **kwargs):
+        if not isinstance(image_size, (list, tuple)):
+            image_size = (image_size, image_size)
+        image_size = tuple(image_size)
+        if len(image_size) != 2 or not all(
+            isinstance(s, int) and s > 0 for s in image_size
+        ):
+            raise ValueError(
+                "`image_size` must be a positive integer or two of them, "
+                f"(height, width). Received: {image_size}."
+            )
+        if resize not in RULES:
+            raise ValueError(
+                f"`resize` must be one of {tuple(RULES)}. Received: {resize!r}."
+            )
+        super().__init__(
+            image_size=image_size,
+            scale=1 / 127.5,
+            offset=-1.0,
+            crop_to_aspect_ratio=False,
+            data_format="channels_last",
+            **kwargs,
+        )
+        self.resize = resize
+
+    def __call__(self, inputs):
+        # Keras refuses lists that mix tensors with paths or Pillow images,
+        # and has nothing to trace or build here.
+        return self.call(inputs)
+
+    def call(self, inputs):
+        """Converts a picture, a batch, or a batch of lists of frames.
+
+        Args:
+            inputs: One picture; or an array (B, height, width, channels) or
+                (B, frames, height, width, channels); or a list of pictures,
+                of lists of frames, or of arrays of frames.
+
+        Returns:
+            float32 array (R, R, 3), (B, R, R, 3) or (B, frames, R, R, 3).
+        """
+        pixels = self._pixels(inputs, "images", depth=2)
+        return pixels.astype("float32") / np.float32(127.5) - np.float32(1)
+
+    def _pixels(self, image, name, depth):
+        """Pixels of a picture, or of pictures nested at most `depth` deep."""
+        if hasattr(image, "shape"):
+            image = to_numpy(image)
+            if image.dtype.kind in "OSU":  # Paths, encoded files.
+                image = image.tolist()
+            elif image.ndim > 3:
+                image = to_bytes(image, name)
+        nesting = image.ndim - 3 if isinstance(image, np.ndarray) else 1
+        if nesting < 1 or not isinstance(image, (list, tuple, np.ndarray)):
+            return self._resize(read_image(image, name))
+        if nesting > depth:
+            raise ValueError(
+                f"`{name}` is nested too deep. Expected: a picture, a batch, "
+                "or a batch of lists of frames; pictures as arrays, not as "
+                f"lists of numbers. Received: {type(image).__name__} of "
+                f"length {len(image)}."
+            )
+        if not len(image):
+            raise ValueError(f"`{name}` is empty. Expected: pictures.")
+        if (
+            isinstance(image, np.ndarray)
+            and image.shape[-3:-1] == self.image_size
+        ):
+            return to_rgb(image, name)
+        parts = [
+            self._pixels(part, f"{name}[{i}]", depth - 1)
+            for i, part in enumerate(image)
+        ]
+        shapes = sorted({part.shape for part in parts})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"`{name}` cannot be one batch. Expected: the same number of "
+                f"frames in all examples. Received: shapes {shapes} after "
+                "resizing."
+            )
+        return np.stack(parts)
+
+    def _resize(self, image):
+        if image.shape[:2] == self.image_size:
+            return image
+        return RULES[self.resize](image, self.image_size)
+
+    def get_config(self):
+        config = super().get_config()
+        # The base's arguments, none of which is free here.
+        for key in (
+            "scale",
+            "offset",
+            "interpolation",
+            "antialias",
+            "crop_to_aspect_ratio",
+            "pad_to_aspect_ratio",
+            "bounding_box_format",
+        ):
+            del config[key]
+        config["resize"] = self.resize
+        return config

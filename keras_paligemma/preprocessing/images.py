@@ -1,0 +1,168 @@
+"""A picture of any kind as uint8 RGB."""
+
+import io
+import os
+
+import numpy as np
+from PIL import Image
+from PIL import ImageOps
+
+from keras_paligemma.preprocessing.inputs import to_numpy
+
+
+def read_image(image, name="image"):
+    """Reads a picture of any kind as 8-bit RGB.
+
+    Files are decoded, turned as their EXIF says, and given three channels.
+    Transparency is dropped, not blended, as in the original: what the file
+    hides becomes visible. 16-bit pictures are scaled to 8 bits, not clipped.
+    Of an animation the first frame is taken.
+
+    Args:
+        image: Path; bytes of an encoded file; `PIL.Image.Image`; or an array
+            or tensor of shape (height, width), or (height, width, channels)
+            with 1, 3 or 4 channels. Integers and floats are 0…255, uint16 is
+            0…65535.
+        name: String, what an error calls the picture.
+
+    Returns:
+        uint8 array of shape (height, width, 3).
+
+    Raises:
+        ValueError: the picture cannot be read, or has other values or shape.
+
+    Example:
+
+    >>> read_image(np.zeros((4, 6), "uint8")).shape
+    (4, 6, 3)
+    """
+    if isinstance(image, (str, os.PathLike)):
+        name = f"{name} ({os.fspath(image)!r})"
+    if isinstance(image, (str, os.PathLike, bytes, Image.Image)):
+        pixels = _decode(image, name)
+    else:
+        pixels = to_numpy(image)
+    return to_rgb(to_bytes(pixels, name), name)
+
+
+def to_bytes(array, name):
+    """Brings the values of an array to uint8, 0…255.
+
+    Args:
+        array: NumPy array of numbers; see `read_image`.
+        name: String, what an error calls it.
+
+    Returns:
+        uint8 array of the same shape. Fractions are rounded.
+
+    Raises:
+        ValueError: values are outside 0…255, not finite, or floats that look
+            like 0…1.
+
+    Example:
+
+    >>> to_bytes(np.array([65535], "uint16"), "image")
+    array([255], dtype=uint8)
+    """
+    dtype = array.dtype.name
+    if dtype == "uint8":
+        return array
+    if dtype == "uint16":
+        return ((array.astype("uint32") + 128) // 257).astype("uint8")
+    is_float = dtype.startswith(("float", "bfloat"))
+    if not is_float and not dtype.startswith(("int", "uint")):
+        raise ValueError(
+            f"{name} is not made of numbers. Expected: uint8, uint16, another "
+            f"integer type or floats. Received: dtype {dtype}."
+        )
+    # NumPy alone cannot compare bfloat16.
+    array = array.astype("float32") if is_float else array
+    low, high = (array.min(), array.max()) if array.size else (0, 0)
+    if not (low >= 0 and high <= 255):  # Also false for NaN.
+        raise ValueError(
+            f"{name} has values out of range. Expected: 0 to 255. Received: "
+            f"{low} to {high}, dtype {dtype}."
+        )
+    if is_float and 0 < high <= 1:
+        raise ValueError(
+            f"{name} would be almost black. Expected: floats from 0 to 255. "
+            f"Received: {low} to {high}. If it is scaled to [0, 1], multiply "
+            "it by 255."
+        )
+    return np.rint(array).astype("uint8")
+
+
+def to_rgb(array, name):
+    """Gives (…, height, width[, 1 | 3 | 4]) three channels.
+
+    Args:
+        array: uint8 array of one picture, or of a stack of them with their
+            channels.
+        name: String, what an error calls it.
+
+    Returns:
+        uint8 array of shape (…, height, width, 3).
+
+    Raises:
+        ValueError: the shape is none of these.
+
+    Example:
+
+    >>> to_rgb(np.zeros((4, 6, 1), "uint8"), "image").shape
+    (4, 6, 3)
+    """
+    shape = array.shape
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim < 3 or array.shape[-1] not in (1, 3, 4) or not array.size:
+        raise ValueError(
+            f"{name} has an unknown shape. Expected: (height, width) or "
+            "(height, width, channels) with 1, 3 or 4 channels, channels "
+            f"last. Received: {shape}."
+        )
+    if array.shape[-1] == 1:
+        return np.repeat(array, 3, axis=-1)
+    return array[..., :3]
+
+
+def _decode(source, name):
+    """Pixels of a file, or of a Pillow image, which may be an unread file."""
+    try:
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        if isinstance(source, Image.Image):
+            return _pixels(source)
+        with Image.open(source) as image:
+            return _pixels(image)
+    except (
+        OSError,
+        SyntaxError,
+        EOFError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:
+        # Pillow has no common base for what broken files raise.
+        raise ValueError(
+            f"{name} could not be read. Expected: a whole PNG, JPEG, WebP, "
+            f"GIF or other picture that Pillow reads. Received: {error}"
+        ) from error
+
+
+def _pixels(image):
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        return np.asarray(image)
+    if image.mode.startswith("I"):
+        # 16-bit files open in these modes too. Pillow's own conversion to
+        # RGB would clip them at 255.
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(
+                f"values from {pixels.min()} to {pixels.max()}, more than 16 "
+                "bits hold"
+            )
+        return pixels.astype("uint16")
+    if "transparency" in image.info:
+        # Pillow warns where transparency would be lost on the way to RGB.
+        image = image.convert("RGBA")
+    return np.asarray(image.convert("RGB"))

@@ -1,0 +1,120 @@
+"""Rows of tokens to the arrays of one layout; see the preprocessor."""
+
+import warnings
+
+import numpy as np
+
+
+def fit_prompts(texts, start, separator, length, on_long):
+    """Puts start and separator around prompts, and holds them to a length.
+
+    Args:
+        texts: List of lists of ids.
+        start: List of ids that go first.
+        separator: List of ids that go last.
+        length: Integer, most tokens of a row.
+        on_long: `"error"`, or `"truncate"`, which drops the end of the text.
+
+    Returns:
+        List of lists of at most `length` ids.
+
+    Raises:
+        ValueError: a prompt does not fit and `on_long` is `"error"`.
+
+    Example:
+
+    >>> fit_prompts([[7, 8, 9]], [2], [5], 4, "truncate")
+    [[2, 7, 8, 5]]
+    """
+    room = length - len(start) - len(separator)
+    needed = length - room + max(map(len, texts))
+    if needed > length and on_long == "error":
+        raise ValueError(
+            "A prompt does not fit. Expected: at most "
+            f"`prompt_length={length}` tokens, bos and separator included. "
+            f"Received: {needed}. Raise `prompt_length`, or pass "
+            "`on_long_prompt='truncate'`."
+        )
+    return [start + text[:room] + separator for text in texts]
+
+
+def fit_responses(rows, length, on_long):
+    """Holds responses to a length, and says so where one loses its end.
+
+    Args:
+        rows: List of lists of ids, each with its eos.
+        length: Integer, most tokens of a row.
+        on_long: `"warn"` cuts, `"keep_eos"` cuts before the eos, `"error"`.
+
+    Returns:
+        List of lists of at most `length` ids.
+
+    Raises:
+        ValueError: a response does not fit and `on_long` is `"error"`.
+
+    Example:
+
+    >>> fit_responses([[7, 8, 9, 1]], 3, "keep_eos")
+    [[7, 8, 1]]
+    """
+    long = [len(row) for row in rows if len(row) > length]
+    if not long:
+        return rows
+    message = (
+        f"{len(long)} of {len(rows)} responses do not fit. Expected: at most "
+        f"`response_length={length}` tokens, eos included. Received: "
+        f"{max(long)}. "
+    )
+    if on_long == "error":
+        raise ValueError(
+            f"{message}Raise `response_length`, or cut with "
+            "`on_long_response='warn'` or 'keep_eos'."
+        )
+    if on_long == "warn":
+        warnings.warn(
+            f"{message}They were cut and have no eos. Raise "
+            "`response_length`, or choose with `on_long_response`.",
+            stacklevel=2,
+        )
+        return [row[:length] for row in rows]
+    return [
+        row if len(row) <= length else row[: length - 1] + row[-1:]
+        for row in rows
+    ]
+
+
+def pack(prompts, responses, prompt_length, response_length, pad):
+    """Lays prompts out to the right and responses to the left of one line.
+
+    Args:
+        prompts: List of lists of at most `prompt_length` ids.
+        responses: List of lists of at most `response_length` ids.
+        prompt_length: Integer, tokens of the prompt part.
+        response_length: Integer, tokens of the response part.
+        pad: Integer, the id of empty places.
+
+    Returns:
+        Dictionary of arrays (rows, prompt + response): `token_ids` int32,
+        `padding_mask` and `response_mask` bool, `True` on tokens.
+
+    Example:
+
+    >>> pack([[2, 7, 5]], [[8, 1]], 4, 3, pad=0)["token_ids"]
+    array([[0, 2, 7, 5, 8, 1, 0]], dtype=int32)
+    """
+    shape = (len(prompts), prompt_length + response_length)
+    token_ids = np.full(shape, pad, "int32")
+    padding_mask = np.zeros(shape, bool)
+    rows = zip(prompts, responses, strict=True)
+    for i, (prompt, response) in enumerate(rows):
+        start = prompt_length - len(prompt)
+        end = prompt_length + len(response)
+        token_ids[i, start:end] = prompt + response
+        padding_mask[i, start:end] = True
+    response_mask = padding_mask.copy()
+    response_mask[:, :prompt_length] = False
+    return {
+        "token_ids": token_ids,
+        "padding_mask": padding_mask,
+        "response_mask": response_mask,
+    }

@@ -1,0 +1,226 @@
+"""SentencePiece with the location and segment pieces of PaliGemma."""
+
+import os
+import warnings
+
+import keras
+import keras_hub
+import numpy as np
+from sentencepiece import sentencepiece_model_pb2
+
+from keras_paligemma.preprocessing.inputs import to_numpy
+from keras_paligemma.preprocessing.inputs import to_strings
+
+LOCATION_PIECES = [f"<loc{i:04d}>" for i in range(1024)]
+SEGMENT_PIECES = [f"<seg{i:03d}>" for i in range(128)]
+
+
+def append_location_and_segment_pieces(proto):
+    """Appends `<loc0000>`…`<loc1023>` and `<seg000>`…`<seg127>` to a model.
+
+    This makes PaliGemma's tokenizer from Gemma's, which ends where the pieces
+    begin.
+
+    Args:
+        proto: Bytes, a serialized SentencePiece model.
+
+    Returns:
+        Bytes. `proto` itself where it has all of the pieces already.
+
+    Raises:
+        ValueError: `proto` has some of the pieces, or not in their order.
+
+    Example:
+
+    ```python
+    with open("tokenizer.model", "rb") as file:
+        proto = append_location_and_segment_pieces(file.read())
+    ```
+
+    Source: big_vision `pp/ops_text.py`, `tokensets=("loc", "seg")`. They are
+    user-defined pieces of score 0, as in `paligemma_tokenizer.model`.
+    """
+    model = sentencepiece_model_pb2.ModelProto.FromString(proto)
+    wanted = LOCATION_PIECES + SEGMENT_PIECES
+    wanted_set = set(wanted)
+    ids, found = [], []
+    for id, piece in enumerate(model.pieces):
+        if piece.piece in wanted_set:
+            ids.append(id)
+            found.append(piece.piece)
+    if found == wanted and ids[-1] - ids[0] == len(wanted) - 1:
+        return proto
+    if found:
+        raise ValueError(
+            "The SentencePiece model has some of the location and segment "
+            f"pieces. Expected: none of the {len(wanted)}, or all of them in "
+            f"one run. Received: {len(found)}, from {found[0]} at {ids[0]} "
+            f"to {found[-1]} at {ids[-1]}. Pass Gemma's or PaliGemma's own "
+            "file, or `add_location_and_segment_pieces=False`."
+        )
+    for piece in wanted:
+        model.pieces.add(
+            piece=piece,
+            score=0.0,
+            type=model.SentencePiece.USER_DEFINED,
+        )
+    return model.SerializeToString()
+
+
+@keras.saving.register_keras_serializable(package="keras_paligemma")
+class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
+    """Strings to token ids and back, boxes and masks included.
+
+    Boxes are written as four of 1024 location pieces, masks as 16 of 128
+    segment pieces. Gemma's file lacks both; they are appended on reading.
+    Runs in Python and returns lists.
+
+    Args:
+        proto: Path or bytes of a SentencePiece model whose pad, eos, bos and
+            unknown ids are 0, 1, 2, 3. `None` where assets are loaded later.
+        add_bos: Boolean, whether `tokenize` puts the bos id first.
+        add_eos: Boolean, whether `tokenize` puts the eos id last.
+        add_location_and_segment_pieces: Boolean, whether a model without
+            these pieces gets them.
+
+    Raises:
+        ValueError: `proto` is no such model.
+
+    Example:
+
+    ```python
+    tokenizer = PaliGemmaTokenizer("paligemma_tokenizer.model")
+    ids = tokenizer.tokenize("caption en")  # [21209, 659]
+    tokenizer.detokenize(ids)  # "caption en"
+    ```
+
+    Source: Kudo and Richardson, 2018, https://arxiv.org/abs/1808.06226.
+    """
+
+    pad_token_id = 0
+    end_token_id = 1
+    start_token_id = 2
+    unknown_token_id = 3
+
+    def __init__(
+        self,
+        proto=None,
+        add_bos=False,
+        add_eos=False,
+        add_location_and_segment_pieces=True,
+        **kwargs,
+    ):
+        # Before `super().__init__`, which calls `set_proto`.
+        self.add_location_and_segment_pieces = add_location_and_segment_pieces
+        super().__init__(
+            proto=proto, add_bos=add_bos, add_eos=add_eos, **kwargs
+        )
+
+    def _set_proto_tf(self, proto):
+        # The base would also build the tokenizer as a TensorFlow resource,
+        # which starts TensorFlow's runtime. Nothing here runs in a graph.
+        pass
+
+    def set_proto(self, proto):
+        """Reads a SentencePiece model; see the arguments of the class."""
+        if isinstance(proto, os.PathLike):
+            proto = os.fspath(proto)
+        try:
+            with warnings.catch_warnings():
+                # KerasHub leaves closing a file to the garbage collector.
+                warnings.simplefilter("ignore", ResourceWarning)
+                super().set_proto(proto)
+        except (OSError, RuntimeError) as error:
+            source = proto if isinstance(proto, str) else f"{len(proto)} bytes"
+            raise ValueError(
+                "The tokenizer could not be read. Expected: path or bytes of "
+                f"a SentencePiece model. Received: {source}: {error}"
+            ) from error
+        if proto is None:
+            return
+        self._check_special_ids()
+        if self.add_location_and_segment_pieces:
+            extended = append_location_and_segment_pieces(self.proto)
+            if extended is not self.proto:
+                super().set_proto(extended)
+
+    def _check_special_ids(self):
+        model = sentencepiece_model_pb2.ModelProto.FromString(self.proto)
+        spec = model.trainer_spec
+        names = [spec.pad_piece, spec.eos_piece, spec.bos_piece, spec.unk_piece]
+        received = [piece.piece for piece in model.pieces[:4]]
+        # Models name these pieces differently (`<eos>`, `</s>`), so a name is
+        # taken from the model itself.
+        if received != names:
+            raise ValueError(
+                "The tokenizer has other special ids than Gemma. Expected: "
+                f"pad, eos, bos, unknown = 0, 1, 2, 3, named {names} by this "
+                f"model. Received: {received} as its first pieces."
+            )
+
+    @property
+    def location_token_ids(self):
+        """Range of the 1024 ids of `<loc0000>`…`<loc1023>`."""
+        return self._run_of_ids(LOCATION_PIECES)
+
+    @property
+    def segment_token_ids(self):
+        """Range of the 128 ids of `<seg000>`…`<seg127>`."""
+        return self._run_of_ids(SEGMENT_PIECES)
+
+    def _run_of_ids(self, pieces):
+        first = self.token_to_id(pieces[0])
+        if first == self.unknown_token_id:
+            raise ValueError(
+                f"The tokenizer has no `{pieces[0]}`. Make it with "
+                "`add_location_and_segment_pieces=True`."
+            )
+        return range(first, first + len(pieces))
+
+    def tokenize(self, inputs):
+        """Splits text into token ids.
+
+        Args:
+            inputs: String, or list of strings.
+
+        Returns:
+            List of ids, or list of lists of ids.
+        """
+        strings, batched = to_strings(inputs, "inputs")
+        ids = super().tokenize(strings)
+        return ids if batched else ids[0]
+
+    def detokenize(self, inputs):
+        """Joins token ids to text; pad, eos and bos leave none.
+
+        Args:
+            inputs: List or array of ids, or a list of lists, or an array of
+                shape `(batch, length)`.
+
+        Returns:
+            String, or list of strings.
+        """
+        if not isinstance(inputs, (list, tuple)):
+            inputs = to_numpy(inputs).tolist()
+        batched = bool(inputs) and np.ndim(inputs[0]) == 1
+        rows = (
+            [to_numpy(row).tolist() for row in inputs]
+            if batched
+            else [to_numpy(inputs).tolist()]
+        )
+        size = self.vocabulary_size()
+        for row in rows:
+            if row and not 0 <= min(row) <= max(row) < size:
+                raise ValueError(
+                    f"Ids to detokenize must be in [0, {size - 1}]. "
+                    f"Received: {row}"
+                )
+        texts = super().detokenize(rows)
+        return texts if batched else texts[0]
+
+    def get_config(self):
+        config = super().get_config()
+        config["add_location_and_segment_pieces"] = (
+            self.add_location_and_segment_pieces
+        )
+        return config

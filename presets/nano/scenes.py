@@ -1,0 +1,343 @@
+"""Scenes of emoji pictures, with prompts and the responses they should get.
+
+A scene is a background with one to five sprites on it. All randomness comes
+from the `numpy.random.Generator` that the caller passes, so the same seed
+gives the same scene. Objects are `(name, box)` pairs from left to right, and a
+box is `(y1, x1, y2, x2)` in whole pixels, the ends exclusive.
+"""
+
+import numpy as np
+from PIL import Image
+
+from presets.nano.fetch import ALPHA_THRESHOLD
+from presets.nano.fetch import DEFAULT_CACHE
+
+# The longer side of an object as a share of the picture's edge.
+SINGLE_SCALE = (0.25, 0.7)
+SEVERAL_SCALE = (0.2, 0.45)
+
+# Limits of the layout. The distance is a share of the picture's edge between
+# horizontal centres (11 pixels of 112); it makes "left to right" plain.
+MAX_OVERLAP = 0.04
+MIN_DISTANCE = 11 / 112
+
+# The share of counting questions about a class that is not in the scene.
+ABSENT_SHARE = 0.15
+
+# The share of detection scenes of several objects with two of one class.
+PAIR_SHARE = 0.25
+
+LOCATIONS = 1024
+
+
+def load_sprites(cache=DEFAULT_CACHE):
+    """Reads the sprites that `fetch.py` wrote.
+
+    Args:
+        cache: `pathlib.Path`. The folder of `sprites.npz`.
+
+    Returns:
+        A dict that maps a style's name to a dict that maps a class's name to
+        its picture: a `PIL.Image.Image` cropped to its alpha box, with
+        premultiplied colours (mode "RGBa"), as resizing needs them.
+    """
+    with np.load(cache / "sprites.npz") as data:
+        sprites, sizes = data["sprites"], data["sizes"]
+        classes, styles = data["classes"].tolist(), data["styles"].tolist()
+    return {
+        style: {
+            name: premultiplied(sprites[i, j, :height, :width])
+            for j, name in enumerate(classes)
+            for height, width in [sizes[i, j]]
+        }
+        for i, style in enumerate(styles)
+    }
+
+
+def premultiplied(pixels):
+    """Makes a premultiplied `PIL.Image.Image` of a uint8 RGBA array."""
+    return Image.fromarray(pixels).convert("RGBa")
+
+
+def random_colour(rng):
+    """Returns a float RGB colour; dark, middling and bright alike."""
+    tint = rng.uniform(-0.35, 0.35, 3)
+    return 255 * np.clip(rng.uniform(0, 1) + tint, 0, 1)
+
+
+def ramp(rng, size, steps):
+    """Numbers all pixels along a random direction with whole steps from 0."""
+    angle = rng.uniform(0, 2 * np.pi)
+    line = np.arange(size, dtype="float32")
+    values = np.cos(angle) * line + np.sin(angle) * line[:, None]
+    low, high = values.min(), values.max()
+    return ((values - low) * ((steps - 0.01) / (high - low))).astype("uint8")
+
+
+def background(rng, size):
+    """Draws a plain, graded, cloudy, striped or chequered background.
+
+    Args:
+        rng: `numpy.random.Generator`.
+        size: int. The edge of the picture in pixels.
+
+    Returns:
+        A uint8 array `(size, size, 3)`.
+    """
+    kind = rng.integers(5)
+    first, second = random_colour(rng), random_colour(rng)
+    if kind == 0:
+        return np.full((size, size, 3), first.astype("uint8"))
+    if kind == 1:
+        # Clouds: a few coarse points, enlarged smoothly.
+        points = rng.integers(3, 8)
+        shares = rng.uniform(0, 1, (points, points, 1))
+        coarse = (first + (second - first) * shares).astype("uint8")
+        bicubic = Image.Resampling.BICUBIC
+        return np.array(Image.fromarray(coarse).resize((size, size), bicubic))
+    if kind == 2:
+        steps = ramp(rng, size, 256)
+        shares = np.linspace(0, 1, 256)
+    else:
+        # Stripes, or checks where two sets of stripes cross. Their contrast
+        # is softened, since an object has to stand out from them.
+        steps = ramp(rng, size, rng.integers(3, 13))
+        if kind == 4:
+            steps += ramp(rng, size, rng.integers(3, 13))
+        steps %= 2
+        shares = np.array([0, rng.uniform(0.1, 0.7)])
+    palette = first + (second - first) * shares[:, None]
+    return palette.astype("uint8")[steps]
+
+
+def overlap(first, second):
+    """Returns the intersection over union of two boxes."""
+    height = min(first[2], second[2]) - max(first[0], second[0])
+    width = min(first[3], second[3]) - max(first[1], second[1])
+    if height <= 0 or width <= 0:
+        return 0.0
+    common = height * width
+    areas = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (first, second))
+    return common / (areas - common)
+
+
+def fits(box, boxes, size):
+    """Says if a box keeps clear of the boxes that are already placed."""
+    return all(
+        abs(box[1] + box[3] - other[1] - other[3]) >= 2 * MIN_DISTANCE * size
+        and overlap(box, other) <= MAX_OVERLAP
+        for other in boxes
+    )
+
+
+def layout(rng, shapes, size):
+    """Finds a place for every object of a scene.
+
+    Args:
+        rng: `numpy.random.Generator`.
+        shapes: list of `(height, width)`. The sprites' sizes; only their
+            ratios matter.
+        size: int. The edge of the picture in pixels.
+
+    Returns:
+        A list of boxes, one per shape.
+    """
+    low, high = SINGLE_SCALE if len(shapes) == 1 else SEVERAL_SCALE
+    while True:
+        boxes = []
+        for shape in shapes:
+            edge = rng.uniform(low, high) * size
+            height, width = (
+                max(1, round(side * edge / max(shape))) for side in shape
+            )
+            room = (size - height + 1, size - width + 1)
+            for y, x in (rng.random((12, 2)) * room).astype(int).tolist():
+                box = (y, x, y + height, x + width)
+                if fits(box, boxes, size):
+                    boxes.append(box)
+                    break
+            else:
+                break
+        if len(boxes) == len(shapes):
+            return boxes
+        # Too crowded: start anew, with somewhat smaller objects.
+        high = low + 0.9 * (high - low)
+
+
+def paste(rng, image, pixels, y, x):
+    """Blends a picture into an image, in place.
+
+    The picture's brightness and contrast change slightly at that.
+
+    Args:
+        rng: `numpy.random.Generator`.
+        image: uint8 array `(size, size, 3)`.
+        pixels: uint8 array `(height, width, 4)`, premultiplied.
+        y: int. The picture's top row in the image.
+        x: int. The picture's left column in the image.
+    """
+    height, width, _ = pixels.shape
+    region = image[y : y + height, x : x + width]
+    contrast, brightness = rng.uniform(0.85, 1.15), rng.uniform(-20, 20)
+    alpha = pixels[..., 3:] * np.float32(1 / 255)
+    # Contrast leaves middle grey as it is.
+    shift = 128 * (1 - contrast) + brightness
+    colours = contrast * pixels[..., :3] + shift * alpha
+    blend = region * (1 - alpha) + colours
+    region[:] = np.clip(blend + 0.5, 0, 255)
+
+
+def alpha_box(alpha, y, x):
+    """Returns the box of what is seen of a picture put at `(y, x)`."""
+    seen = alpha > ALPHA_THRESHOLD
+    rows = np.flatnonzero(seen.any(axis=1)).tolist()
+    columns = np.flatnonzero(seen.any(axis=0)).tolist()
+    return (y + rows[0], x + columns[0], y + rows[-1] + 1, x + columns[-1] + 1)
+
+
+def compose(rng, sprites, styles, names, size=112):
+    """Draws a scene.
+
+    Args:
+        rng: `numpy.random.Generator`.
+        sprites: dict. What `load_sprites` returns.
+        styles: sequence of strings. Every object gets one of these styles.
+        names: list of strings. The class of each object.
+        size: int. The edge of the picture in pixels.
+
+    Returns:
+        A tuple of the image, uint8 `(size, size, 3)`, and the list of its
+        objects, `(name, box)` from left to right.
+    """
+    image = background(rng, size)
+    pictures = [sprites[styles[rng.integers(len(styles))]][n] for n in names]
+    boxes = layout(rng, [(p.height, p.width) for p in pictures], size)
+    objects = []
+    for name, picture, (y1, x1, y2, x2) in zip(
+        names, pictures, boxes, strict=True
+    ):
+        resized = picture.resize(
+            (x2 - x1, y2 - y1), Image.Resampling.BILINEAR, reducing_gap=2.0
+        )
+        pixels = np.asarray(resized)
+        paste(rng, image, pixels, y1, x1)
+        objects.append((name, alpha_box(pixels[..., 3], y1, x1)))
+    objects.sort(key=lambda item: item[1][1] + item[1][3])
+    return image, objects
+
+
+def choose_names(task, rng, classes, max_objects):
+    """Chooses the classes of a scene's objects as they suit a task.
+
+    Args:
+        task: string. A key of `TASKS`.
+        rng: `numpy.random.Generator`.
+        classes: sequence of strings.
+        max_objects: int. The most objects in a scene. Captions and detections
+            have three at most.
+
+    Returns:
+        A list of class names, one per object.
+    """
+    if task == "count":
+        # One class repeats; the other objects are all of other classes.
+        repeats = rng.integers(1, max_objects + 1)
+        others = rng.integers(max_objects - repeats + 1)
+        repeated, *names = draw(rng, classes, 1 + others)
+        return [repeated] * repeats + names
+    names = draw(rng, classes, rng.integers(1, min(max_objects, 3) + 1))
+    if task == "detect" and len(names) > 1 and rng.random() < PAIR_SHARE:
+        names[1] = names[0]
+    return names
+
+
+def draw(rng, classes, count):
+    """Draws distinct classes, as a list."""
+    picks = rng.choice(len(classes), count, replace=False)
+    return [classes[pick] for pick in picks]
+
+
+def with_article(name):
+    """Returns a noun with its indefinite article."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def location_tokens(box, size):
+    """Writes a box as four location tokens, in the order y1 x1 y2 x2."""
+    last = LOCATIONS - 1
+    values = (min(max(round(v / size * last), 0), last) for v in box)
+    return "".join(f"<loc{value:04d}>" for value in values)
+
+
+def caption_example(rng, objects, classes, size):
+    """Asks for the objects from left to right."""
+    *others, last = [with_article(name) for name, _ in objects]
+    response = f"{', '.join(others)} and {last}" if others else last
+    return "caption en", response
+
+
+def detect_example(rng, objects, classes, size):
+    """Asks for the boxes of one of the classes in the scene."""
+    asked, _ = objects[rng.integers(len(objects))]
+    found = [
+        f"{location_tokens(box, size)} {name}"
+        for name, box in objects
+        if name == asked
+    ]
+    return f"detect {asked}", " ; ".join(found)
+
+
+def count_example(rng, objects, classes, size):
+    """Asks how often a class is there; now and then an absent one."""
+    present = [name for name, _ in objects]
+    if rng.random() < ABSENT_SHARE:
+        absent = [name for name in classes if name not in present]
+        asked = absent[rng.integers(len(absent))]
+    else:
+        asked = present[rng.integers(len(present))]
+    return f"answer en how many {asked}?", str(present.count(asked))
+
+
+TASKS = {
+    "caption": caption_example,
+    "detect": detect_example,
+    "count": count_example,
+}
+
+
+def sample(
+    rng,
+    sprites,
+    classes,
+    styles,
+    tasks=("caption", "detect", "count"),
+    max_objects=5,
+    size=112,
+):
+    """Makes one training example.
+
+    Args:
+        rng: `numpy.random.Generator`.
+        sprites: dict. What `load_sprites` returns.
+        classes: sequence of strings. The classes to draw from.
+        styles: sequence of strings. The styles to draw from.
+        tasks: sequence of strings. One of these keys of `TASKS` is drawn; a
+            key that is there twice is drawn twice as often.
+        max_objects: int. The most objects in the scene, five at most.
+        size: int. The edge of the picture in pixels.
+
+    Returns:
+        A dict with `"image"`, `"prompt"`, `"response"`, `"objects"` and
+        `"task"`.
+    """
+    task = tasks[rng.integers(len(tasks))]
+    names = choose_names(task, rng, classes, max_objects)
+    image, objects = compose(rng, sprites, styles, names, size)
+    prompt, response = TASKS[task](rng, objects, classes, size)
+    return {
+        "image": image,
+        "prompt": prompt,
+        "response": response,
+        "objects": objects,
+        "task": task,
+    }

@@ -1,0 +1,209 @@
+"""Trains the nano preset's SentencePiece model.
+
+The settings are those of Gemma's tokenizer at a small size: text is taken as
+it is, unknown characters fall back to bytes, and every digit is a piece. The
+first 896 pieces are learned; 1024 location and 128 segmentation pieces
+follow, 2048 in all.
+
+Run it from the repository's root:
+`python -m presets.nano.tokenizer [--cache FOLDER] [--output FILE]`.
+"""
+
+import argparse
+import io
+import re
+import string
+from pathlib import Path
+
+import numpy as np
+import sentencepiece as spm
+from sentencepiece import sentencepiece_model_pb2
+
+from presets.nano import scenes
+from presets.nano.fetch import CLASSES
+from presets.nano.fetch import DEFAULT_CACHE
+from presets.nano.fetch import read_labels
+
+OUTPUT = Path(__file__).parents[1] / "pali_gemma2_nano_112" / "tokenizer.model"
+
+LEARNED_PIECES = 896
+LOCATION_PIECES = 1024
+SEGMENT_PIECES = 128
+
+# How many examples of each task, and how many copies of each class's name,
+# the corpus has. They outweigh the free text, so that every word of the tasks
+# becomes one piece.
+EXAMPLES = 3000
+NAME_COPIES = 500
+
+# Words of captions and prompts; like the classes' names they should be single
+# pieces at the start of a text too.
+TASK_WORDS = ["caption", "detect", "answer", "segment", "describe"] + [
+    "en",
+    "how",
+    "many",
+    "and",
+    "a",
+    "an",
+    "the",
+    "what",
+    "is",
+    "in",
+]
+
+# Free text is made of these, one sentence for each combination.
+SUBJECTS = ["The boy", "A woman", "My friend", "The old man", "She", "He"]
+VERBS = ["sees", "likes", "has", "wants", "looks at", "finds", "draws"]
+OBJECTS = [
+    "a red ball on the table.",
+    "the small picture of a house.",
+    "two of them near the water.",
+    "something good to eat.",
+    "a blue thing with white stripes.",
+    "the green one, not the yellow one.",
+    "many people in the street.",
+    "a black box under the chair.",
+]
+QUESTIONS = [
+    "What is in the picture?",
+    "What colour is it?",
+    "Where is the big one?",
+    "Is there anything on the left?",
+    "Which of these are on the right side?",
+    "Can you describe this image?",
+    "How many of them are there?",
+    "Who is there, and what are they doing?",
+]
+
+
+def task_texts(rng):
+    """Returns prompts and responses of the tasks, without location tokens."""
+    classes = list(CLASSES)
+    texts = []
+    for task, example in scenes.TASKS.items():
+        for _ in range(EXAMPLES):
+            names = scenes.choose_names(task, rng, classes, max_objects=5)
+            # The text does not depend on where the objects are.
+            objects = [(name, (0, 0, 1, 1)) for name in names]
+            prompt, response = example(rng, objects, classes, size=1)
+            texts += [prompt, re.sub("<loc[0-9]{4}>", "", response)]
+    return texts
+
+
+def corpus(labels):
+    """Returns the texts that the pieces are learned from.
+
+    Args:
+        labels: list of strings. English names of all kinds of things.
+
+    Returns:
+        A list of strings.
+    """
+    words = [*CLASSES, *TASK_WORDS]
+    sentences = [
+        f"{subject} {verb} {thing}"
+        for subject in SUBJECTS
+        for verb in VERBS
+        for thing in OBJECTS
+    ]
+    return (
+        task_texts(np.random.default_rng(0))
+        + (words + [f" {word}" for word in words]) * NAME_COPIES
+        + labels
+        + sentences
+        + QUESTIONS * 10
+    )
+
+
+def train(texts):
+    """Learns the first pieces.
+
+    Args:
+        texts: list of strings.
+
+    Returns:
+        The bytes of a SentencePiece model of `LEARNED_PIECES` pieces.
+    """
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=LEARNED_PIECES,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        byte_fallback=True,
+        split_digits=True,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        user_defined_symbols=["\n"],
+        # Plain English text never needs bytes.
+        required_chars=string.ascii_letters
+        + string.digits
+        + string.punctuation,
+        character_coverage=0.9999,
+        num_threads=1,
+        minloglevel=1,
+    )
+    return model.getvalue()
+
+
+def append_location_and_segment_pieces(model_bytes):
+    """Appends `<loc0000>`... and `<seg000>`... to a SentencePiece model.
+
+    Args:
+        model_bytes: bytes. A serialised SentencePiece model.
+
+    Returns:
+        The bytes of the model with the new pieces at its end. They are
+        user-defined pieces, so text that spells one always becomes it.
+    """
+    model = sentencepiece_model_pb2.ModelProto.FromString(model_bytes)
+    names = [f"<loc{i:04d}>" for i in range(LOCATION_PIECES)]
+    names += [f"<seg{i:03d}>" for i in range(SEGMENT_PIECES)]
+    user_defined = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+    for name in names:
+        model.pieces.add(piece=name, score=0.0, type=user_defined)
+    model.trainer_spec.vocab_size = len(model.pieces)
+    return model.SerializeToString()
+
+
+def split_words(model_bytes):
+    """Returns the words of the tasks that are not one piece.
+
+    Args:
+        model_bytes: bytes. A serialised SentencePiece model.
+
+    Returns:
+        A list of strings, a word with or without a space before it.
+    """
+    tokenizer = spm.SentencePieceProcessor(model_proto=model_bytes)
+    words = [*CLASSES, *TASK_WORDS]
+    return [
+        text
+        for word in words
+        for text in (word, f" {word}")
+        if len(tokenizer.encode(text)) != 1
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    arguments = parser.parse_args()
+    texts = corpus(read_labels(arguments.cache))
+    model_bytes = append_location_and_segment_pieces(train(texts))
+    split = split_words(model_bytes)
+    if split:
+        raise RuntimeError(f"These words are not single pieces: {split}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_bytes(model_bytes)
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""Tests of the nano preset's data. They need no network and no emoji."""
+
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+from PIL import Image
+from PIL import ImageDraw
+
+from presets.nano import evaluate
+from presets.nano import fetch
+from presets.nano import scenes
+
+CLASSES = ["apple", "box", "circle", "disc", "egg", "fan", "gem", "hut"]
+STYLES = ["one", "two"]
+TOKENIZER = (
+    Path(__file__).parents[2] / "presets/pali_gemma2_nano_112/tokenizer.model"
+)
+
+
+def make_sprites():
+    sprites = {}
+    for i, style in enumerate(STYLES):
+        sprites[style] = {}
+        for j, name in enumerate(CLASSES):
+            width, height = 128, 40 + 12 * j
+            picture = Image.new("RGBA", (width, height))
+            draw = ImageDraw.Draw(picture)
+            shape = draw.ellipse if j % 2 else draw.rectangle
+            colour = (255 - 20 * j, 30 * j, 200 * i, 255)
+            shape([0, 0, width - 1, height - 1], fill=colour)
+            sprites[style][name] = scenes.premultiplied(np.asarray(picture))
+    return sprites
+
+
+@pytest.fixture(scope="module")
+def sprites():
+    return make_sprites()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return spm.SentencePieceProcessor(model_file=str(TOKENIZER))
+
+
+def samples(sprites, count, **arguments):
+    return [
+        scenes.sample(
+            np.random.default_rng([2, i]), sprites, CLASSES, STYLES, **arguments
+        )
+        for i in range(count)
+    ]
+
+
+def test_same_seed_same_scene(sprites):
+    first, second = (
+        scenes.sample(np.random.default_rng([3, 1]), sprites, CLASSES, STYLES)
+        for _ in range(2)
+    )
+    np.testing.assert_array_equal(first.pop("image"), second.pop("image"))
+    assert first == second
+
+
+def test_other_seed_other_scene(sprites):
+    first, second = samples(sprites, 2)
+    assert not np.array_equal(first["image"], second["image"])
+
+
+@pytest.mark.parametrize("size", [56, 112])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_layout(sprites, size, count):
+    for seed in range(20):
+        image, objects = scenes.compose(
+            np.random.default_rng([4, seed]),
+            sprites,
+            STYLES,
+            CLASSES[:count],
+            size=size,
+        )
+        assert image.shape == (size, size, 3)
+        assert image.dtype == np.uint8
+        assert sorted(name for name, _ in objects) == CLASSES[:count]
+        for i, (_, box) in enumerate(objects):
+            y1, x1, y2, x2 = box
+            assert 0 <= y1 < y2 <= size
+            assert 0 <= x1 < x2 <= size
+            for _, other in objects[i + 1 :]:
+                assert scenes.overlap(box, other) < 0.05
+                distance = (other[1] + other[3] - x1 - x2) / 2
+                assert distance >= size * 10 / 112
+
+
+@pytest.mark.parametrize("size", [56, 112])
+@pytest.mark.parametrize("name", CLASSES)
+def test_box_is_where_the_object_is_drawn(sprites, monkeypatch, name, size):
+    monkeypatch.setattr(
+        scenes,
+        "background",
+        lambda rng, size: np.full((size, size, 3), 128, "uint8"),
+    )
+    # A white shape keeps far from the grey around it, whatever the jitter, so
+    # that more than half of the way to its colour means an alpha above half.
+    array = np.asarray(sprites["one"][name].convert("RGBA")).copy()
+    array[..., :3] = 255
+    white = {"one": {name: scenes.premultiplied(array)}}
+    for seed in range(5):
+        image, [(_, box)] = scenes.compose(
+            np.random.default_rng([5, seed]), white, ["one"], [name], size
+        )
+        shade = image[..., 0].astype(float)
+        seen = shade - 128 > (shade.max() - 128) / 2
+        rows = np.flatnonzero(seen.any(axis=1))
+        columns = np.flatnonzero(seen.any(axis=0))
+        drawn = (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1)
+        np.testing.assert_allclose(box, drawn, atol=1)
+
+
+def test_alpha_box_takes_more_than_half():
+    alpha = np.zeros((6, 7), "uint8")
+    alpha[1:5, 2:4] = 128
+    alpha[0] = 127
+    assert scenes.alpha_box(alpha, y=10, x=20) == (11, 22, 15, 24)
+
+
+@pytest.mark.parametrize(
+    ("names", "caption"),
+    [
+        (["cat"], "a cat"),
+        (["apple"], "an apple"),
+        (["cat", "dog"], "a cat and a dog"),
+        (["cat", "apple", "dog"], "a cat, an apple and a dog"),
+    ],
+)
+def test_caption_grammar(names, caption):
+    objects = [(name, (0, 0, 1, 1)) for name in names]
+    example = scenes.caption_example(None, objects, names, 112)
+    assert example == ("caption en", caption)
+
+
+def test_captions_name_distinct_objects_from_left_to_right(sprites):
+    for example in samples(sprites, 50, tasks=("caption",)):
+        names = re.findall(r"\ban? (\w+)", example["response"])
+        assert names == [name for name, _ in example["objects"]]
+        assert 1 <= len(set(names)) == len(names) <= 3
+
+
+def test_location_tokens():
+    tokens = scenes.location_tokens((0, 28, 56, 112), 112)
+    assert tokens == "<loc0000><loc0256><loc0512><loc1023>"
+    tokens = scenes.location_tokens((-1, 0, 1, 113), 112)
+    assert tokens == "<loc0000><loc0000><loc0009><loc1023>"
+
+
+def test_detections_give_all_boxes_of_a_class(sprites):
+    numbers = set()
+    for example in samples(sprites, 100, tasks=("detect",)):
+        asked = example["prompt"].removeprefix("detect ")
+        boxes = [box for name, box in example["objects"] if name == asked]
+        parts = example["response"].split(" ; ")
+        assert parts == [
+            f"{scenes.location_tokens(box, 112)} {asked}" for box in boxes
+        ]
+        numbers.add(len(boxes))
+    assert numbers == {1, 2}
+
+
+def test_counts(sprites):
+    answers = []
+    for example in samples(sprites, 300, tasks=("count",), size=56):
+        asked = re.fullmatch(
+            r"answer en how many (\w+)\?", example["prompt"]
+        ).group(1)
+        names = [name for name, _ in example["objects"]]
+        assert example["response"] == str(names.count(asked))
+        answers.append(example["response"])
+    assert set(answers) == set("012345")
+    assert 0.08 < answers.count("0") / len(answers) < 0.25
+
+
+def test_max_objects(sprites):
+    for example in samples(sprites, 30, max_objects=1, size=56):
+        assert len(example["objects"]) == 1
+
+
+def test_load_sprites(tmp_path):
+    pixels = np.zeros((1, 1, 128, 128, 4), "uint8")
+    pixels[0, 0, :50, :128] = (200, 100, 0, 255)
+    np.savez(
+        tmp_path / "sprites.npz",
+        sprites=pixels,
+        sizes=[[[50, 128]]],
+        classes=["bar"],
+        styles=["plain"],
+    )
+    picture = scenes.load_sprites(tmp_path)["plain"]["bar"]
+    assert picture.size == (128, 50)
+    assert picture.getpixel((127, 49)) == (200, 100, 0, 255)
+
+
+def test_crop_is_tight():
+    picture = Image.new("RGBA", (256, 256))
+    picture.paste((10, 20, 30, 255), (30, 100, 230, 200))
+    sprite, size = fetch.crop(picture)
+    assert size == (64, 128)
+    assert sprite.shape == (128, 128, 4)
+    assert (sprite[:64, :, 3] == 255).all()
+    assert not sprite[64:].any()
+
+
+def test_classes_are_distinct():
+    assert len(set(fetch.CLASSES.values())) == len(fetch.CLASSES) == 50
+    assert all(re.fullmatch("[a-z]+", name) for name in fetch.CLASSES)
+
+
+def test_missing_npm_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="`npm` is needed"):
+        fetch.fetch_package("some-package@1.0.0", tmp_path)
+
+
+def test_failing_npm_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch.shutil, "which", lambda name: "false")
+    with pytest.raises(RuntimeError, match="npm pack some-package@1.0.0"):
+        fetch.fetch_package("some-package@1.0.0", tmp_path)
+
+
+def test_kept_packages_need_no_npm(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch.shutil, "which", lambda name: None)
+    tarball = tmp_path / "emojibase-data-17.0.0.tgz"
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"label": "red apple"}]))
+    with tarfile.open(tarball, "w:gz") as archive:
+        archive.add(data, "package/en/data.json")
+    assert fetch.read_labels(tmp_path) == ["red apple"]
+
+
+def test_special_pieces(tokenizer):
+    pieces = [tokenizer.id_to_piece(i) for i in range(5)]
+    assert pieces == ["<pad>", "</s>", "<s>", "<unk>", "\n"]
+    assert tokenizer.pad_id() == 0
+    assert tokenizer.eos_id() == 1
+    assert tokenizer.bos_id() == 2
+    assert tokenizer.unk_id() == 3
+
+
+def test_location_and_segment_pieces_are_last(tokenizer):
+    assert tokenizer.get_piece_size() == 2048
+    locations = [f"<loc{i:04d}>" for i in range(1024)]
+    segments = [f"<seg{i:03d}>" for i in range(128)]
+    assert tokenizer.encode("".join(locations + segments)) == list(
+        range(896, 2048)
+    )
+
+
+@pytest.mark.parametrize("name", fetch.CLASSES)
+def test_class_names_are_single_pieces(tokenizer, name):
+    assert len(tokenizer.encode(name)) == 1
+    assert len(tokenizer.encode(f" {name}")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("caption en\n", ["caption", "▁en", "\n"]),
+        ("detect cat\n", ["detect", "▁cat", "\n"]),
+        (
+            "answer en how many owl?\n",
+            ["answer", "▁en", "▁how", "▁many", "▁owl", "?", "\n"],
+        ),
+        (
+            "<loc0001> cat ; <loc0002> cat",
+            ["<loc0001>", "▁cat", "▁;", "▁", "<loc0002>", "▁cat"],
+        ),
+    ],
+)
+def test_pieces_of_the_tasks(tokenizer, text, pieces):
+    assert tokenizer.encode(text, out_type=str) == pieces
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["  two  spaces ", "Grüße, 漢字 and 🙂!", "line\nline\n\n", "year 2024"],
+)
+def test_text_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.unk_id() not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_digits_are_split(tokenizer):
+    assert tokenizer.encode("123", out_type=str) == ["1", "2", "3"]
+
+
+def test_perfect_and_useless_models(sprites):
+    answers = {}
+    for measure in evaluate.MEASURES:
+        for example in evaluate.held_out_scenes(
+            sprites, CLASSES, STYLES, measure, seed=0, count=8
+        ):
+            key = example["image"].tobytes(), example["prompt"]
+            answers[key] = example["response"]
+
+    def perfect(inputs, max_new_tokens):
+        return [
+            answers[image.tobytes(), prompt]
+            for image, prompt in zip(
+                inputs["images"], inputs["prompts"], strict=True
+            )
+        ]
+
+    def useless(inputs, max_new_tokens):
+        return ["<loc0001> ; nothing" for _ in inputs["prompts"]]
+
+    groups = {"all": STYLES}
+    good = evaluate.evaluate(perfect, sprites, CLASSES, groups, count=8)
+    assert good["all"].pop("detect_iou") > 0.98
+    assert set(good["all"].values()) == {1.0}
+    bad = evaluate.evaluate(useless, sprites, CLASSES, groups, count=8)
+    assert set(bad["all"].values()) == {0.0}
+
+
+def test_boxes_are_matched_once():
+    box = [0, 0, 10, 10]
+    assert evaluate.match_boxes([box, box], [box]) == [1.0, 0.0]
+
+
+def test_boxes_of_other_classes_do_not_count():
+    text = "<loc0000><loc0000><loc1023><loc1023> cat ; <loc0000> dog"
+    assert evaluate.read_boxes(text, "cat", 112) == [[0, 0, 112, 112]]
+    assert evaluate.read_boxes(text, "dog", 112) == []
