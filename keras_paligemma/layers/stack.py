@@ -67,11 +67,12 @@ class LayerStack(keras.layers.Layer):
     def build(self, input_shape=None):
         if self.stacked:
             # The template's own variables never get values: it lends its
-            # code, and each scan step lends it a slice of the stack. It is
-            # set around Keras's tracking, so that it is not saved or trained.
-            object.__setattr__(self, "_template", self.make_block())
+            # code, and each scan step lends it a slice of the stack. Behind a
+            # function, Keras neither tracks nor saves it.
+            template = self.make_block()
             with keras.StatelessScope(initialize_variables=False):
-                self._template.build()
+                template.build()
+            self._template = lambda: template
             self._stacks = {}
             self.adopt_template()
         else:
@@ -90,14 +91,14 @@ class LayerStack(keras.layers.Layer):
         What changes the structure (an adapter, a freeze) is done to each of
         them, followed by `adopt_template`.
         """
-        return [self._template] if self.stacked else list(self._layers)
+        return [self._template()] if self.stacked else list(self._layers)
 
     def adopt_template(self):
         """Own a stacked variable for each of the template's (stacked form)."""
         if not self.stacked:
             return
         self._tracker.unlock()
-        for name, variable in _named(self._template).items():
+        for name, variable in _named(self._template()).items():
             if name not in self._stacks:
                 self._stacks[name] = self.add_weight(
                     shape=(self.num_layers, *variable.shape),
@@ -186,7 +187,7 @@ class LayerStack(keras.layers.Layer):
         return x, written
 
     def _scan(self, x, args, cache, index):
-        variables = list(_named(self._template).values())
+        variables = list(_named(self._template()).values())
         # Read here, inside the trainer's scope of current values: the block's
         # own scope below replaces that one.
         stacks = [
@@ -197,7 +198,7 @@ class LayerStack(keras.layers.Layer):
         def block(slices, number, *args, **kwargs):
             with keras.StatelessScope(list(zip(variables, slices))):
                 kwargs |= self._number(number)
-                return self._template(*args, **kwargs)
+                return self._template()(*args, **kwargs)
 
         if cache is None:
             block = keras.remat(block) if self.remat else block

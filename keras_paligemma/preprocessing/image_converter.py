@@ -44,7 +44,12 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
     `SiglipImageProcessor`.
     """
 
-    def __init__(self, image_size, resize="bilinear", **kwargs):
+    def __init__(
+        self,
+        image_size: int | tuple[int, int],
+        resize: str = "bilinear",
+        **kwargs,
+    ):
         if not isinstance(image_size, (list, tuple)):
             image_size = (image_size, image_size)
         image_size = tuple(image_size)
@@ -74,7 +79,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
         # and has nothing to trace or build here.
         return self.call(inputs)
 
-    def call(self, inputs):
+    def call(self, inputs) -> np.ndarray:
         """Converts a picture, a batch, or a batch of lists of frames.
 
         Args:

@@ -10,7 +10,7 @@ from PIL import ImageOps
 from keras_paligemma.preprocessing.inputs import to_numpy
 
 
-def read_image(image, name="image"):
+def read_image(image, name: str = "image") -> np.ndarray:
     """Reads a picture of any kind as 8-bit RGB.
 
     Files are decoded, turned as their EXIF says, and given three channels.
@@ -45,7 +45,7 @@ def read_image(image, name="image"):
     return to_rgb(to_bytes(pixels, name), name)
 
 
-def to_bytes(array, name):
+def to_bytes(array: np.ndarray, name: str) -> np.ndarray:
     """Brings the values of an array to uint8, 0…255.
 
     Args:
@@ -92,7 +92,7 @@ def to_bytes(array, name):
     return np.rint(array).astype("uint8")
 
 
-def to_rgb(array, name):
+def to_rgb(array: np.ndarray, name: str) -> np.ndarray:
     """Gives (…, height, width[, 1 | 3 | 4]) three channels.
 
     Args:

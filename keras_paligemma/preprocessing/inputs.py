@@ -4,7 +4,7 @@ import keras
 import numpy as np
 
 
-def to_numpy(x):
+def to_numpy(x) -> np.ndarray:
     """Converts an array, or a tensor of any framework, to NumPy.
 
     Preprocessing runs in NumPy whatever the backend, so that a JAX or Torch
@@ -25,8 +25,6 @@ def to_numpy(x):
     (2,)
     """
     try:
-        if keras.ops.is_tensor(x):
-            return keras.ops.convert_to_numpy(x)
         return np.asarray(x)
     except NotImplementedError as error:
         # What TensorFlow raises when a symbolic tensor is asked for values.
@@ -37,9 +35,12 @@ def to_numpy(x):
             "Grain, or map the preprocessor over NumPy batches outside of "
             "`tf.data.Dataset.map`."
         ) from error
+    except (TypeError, RuntimeError):
+        # Torch, of tensors on a GPU, in bfloat16 or with a gradient.
+        return keras.ops.convert_to_numpy(x)
 
 
-def to_strings(x, name):
+def to_strings(x, name: str) -> tuple[list[str], bool]:
     """Converts text to Python strings, and says whether it is one example.
 
     Args:

@@ -5,7 +5,13 @@ import warnings
 import numpy as np
 
 
-def fit_prompts(texts, start, separator, length, on_long):
+def fit_prompts(
+    texts: list[list[int]],
+    start: list[int],
+    separator: list[int],
+    length: int,
+    on_long: str,
+) -> list[list[int]]:
     """Puts start and separator around prompts, and holds them to a length.
 
     Args:
@@ -38,7 +44,9 @@ def fit_prompts(texts, start, separator, length, on_long):
     return [start + text[:room] + separator for text in texts]
 
 
-def fit_responses(rows, length, on_long):
+def fit_responses(
+    rows: list[list[int]], length: int, on_long: str
+) -> list[list[int]]:
     """Holds responses to a length, and says so where one loses its end.
 
     Args:
@@ -83,7 +91,13 @@ def fit_responses(rows, length, on_long):
     ]
 
 
-def pack(prompts, responses, prompt_length, response_length, pad):
+def pack(
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    prompt_length: int,
+    response_length: int,
+    pad: int,
+) -> dict[str, np.ndarray]:
     """Lays prompts out to the right and responses to the left of one line.
 
     Args:

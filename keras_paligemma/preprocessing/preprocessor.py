@@ -79,12 +79,12 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     def __init__(
         self,
-        tokenizer,
-        image_converter=None,
-        prompt_length=64,
-        response_length=64,
-        on_long_prompt="error",
-        on_long_response="warn",
+        tokenizer: PaliGemmaTokenizer,
+        image_converter: PaliGemmaImageConverter | None = None,
+        prompt_length: int = 64,
+        response_length: int = 64,
+        on_long_prompt: str = "error",
+        on_long_response: str = "warn",
         **kwargs,
     ):
         _check_length("prompt_length", prompt_length, least=3)
@@ -122,7 +122,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x)
         return self.call(x, y, sample_weight)
 
-    def call(self, x, y=None, sample_weight=None):
+    def call(self, x: dict, y=None, sample_weight=None):
         """Makes a training example, or a batch of them.
 
         Args:
@@ -173,7 +173,9 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             weights = weights * sample_weight[..., None]
         return x, y, weights
 
-    def generate_preprocess(self, x, max_new_tokens=None):
+    def generate_preprocess(
+        self, x: dict, max_new_tokens: int | None = None
+    ) -> dict[str, np.ndarray]:
         """Makes the input of generation: the response part is to be filled.
 
         Args:
@@ -202,7 +204,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             )
         return self._arrays(x, prompts, responses, length, batched)
 
-    def generate_postprocess(self, x):
+    def generate_postprocess(self, x: dict) -> str | list[str]:
         """Makes strings of generated ids.
 
         Args:
@@ -229,10 +231,17 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 f"'images' and 'prompts'. Received: {sorted(x)}."
             )
         strings, batched = to_strings(x["prompts"], "prompts")
+        separator = self._tokenize(["\n"])[0]
+        if not separator:
+            raise ValueError(
+                "The tokenizer drops newlines, which separate prompt and "
+                "response. Expected: a SentencePiece model whose normalizer "
+                "keeps them, such as 'identity'. Received: no token."
+            )
         prompts = fit_prompts(
             self._tokenize([s.removesuffix("\n") for s in strings]),
             [self.tokenizer.start_token_id],
-            self._tokenize(["\n"])[0],
+            separator,
             self.prompt_length,
             self.on_long_prompt,
         )
@@ -287,7 +296,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return {"images": images, **arrays}
 
     @property
-    def sequence_length(self):
+    def sequence_length(self) -> int:
         """Text tokens of a row: `prompt_length + response_length`."""
         return self._sequence_length
 

@@ -11,7 +11,7 @@ _HALF = np.float32(0.5)
 _ONE = np.float32(1)
 
 
-def bilinear(image, size):
+def bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes by the four pixels around each point, without antialias.
 
     Shrinking skips the pixels between, so fine print breaks up.
@@ -43,7 +43,7 @@ def bilinear(image, size):
     return (upper + (along(image.take(bottom, 0)) - upper) * y).astype("uint8")
 
 
-def bilinear_antialias(image, size):
+def bilinear_antialias(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes by a triangle as wide as the pixels that one pixel replaces.
 
     Args:
@@ -71,7 +71,7 @@ def bilinear_antialias(image, size):
     return image.astype("uint8")
 
 
-def bicubic(image, size):
+def bicubic(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes by Pillow's bicubic filter, which has antialias, in 8 bits.
 
     Args:

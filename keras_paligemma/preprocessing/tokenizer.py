@@ -15,7 +15,7 @@ LOCATION_PIECES = [f"<loc{i:04d}>" for i in range(1024)]
 SEGMENT_PIECES = [f"<seg{i:03d}>" for i in range(128)]
 
 
-def append_location_and_segment_pieces(proto):
+def append_location_and_segment_pieces(proto: bytes) -> bytes:
     """Appends `<loc0000>`…`<loc1023>` and `<seg000>`…`<seg127>` to a model.
 
     This makes PaliGemma's tokenizer from Gemma's, which ends where the pieces
@@ -104,10 +104,10 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     def __init__(
         self,
-        proto=None,
-        add_bos=False,
-        add_eos=False,
-        add_location_and_segment_pieces=True,
+        proto: str | os.PathLike | bytes | None = None,
+        add_bos: bool = False,
+        add_eos: bool = False,
+        add_location_and_segment_pieces: bool = True,
         **kwargs,
     ):
         # Before `super().__init__`, which calls `set_proto`.
@@ -159,12 +159,12 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             )
 
     @property
-    def location_token_ids(self):
+    def location_token_ids(self) -> range:
         """Range of the 1024 ids of `<loc0000>`…`<loc1023>`."""
         return self._run_of_ids(LOCATION_PIECES)
 
     @property
-    def segment_token_ids(self):
+    def segment_token_ids(self) -> range:
         """Range of the 128 ids of `<seg000>`…`<seg127>`."""
         return self._run_of_ids(SEGMENT_PIECES)
 
@@ -177,7 +177,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             )
         return range(first, first + len(pieces))
 
-    def tokenize(self, inputs):
+    def tokenize(self, inputs) -> list[int] | list[list[int]]:
         """Splits text into token ids.
 
         Args:
@@ -190,7 +190,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         ids = super().tokenize(strings)
         return ids if batched else ids[0]
 
-    def detokenize(self, inputs):
+    def detokenize(self, inputs) -> str | list[str]:
         """Joins token ids to text; pad, eos and bos leave none.
 
         Args:

@@ -12,6 +12,13 @@ def test_numbers_and_tensors_become_arrays():
         assert type(array) is np.ndarray and array.tolist() == [[1, 2]]
 
 
+# Keras itself warns on Torch, where bfloat16 has no way to NumPy of its own.
+@pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning")
+def test_bfloat16_tensors_become_arrays():
+    array = to_numpy(keras.ops.convert_to_tensor([1, 2], "bfloat16"))
+    assert array.tolist() == [1, 2]
+
+
 def test_tensors_of_tensorflow_work_on_every_backend():
     tf = pytest.importorskip("tensorflow")
     assert to_numpy(tf.constant([1, 2])).tolist() == [1, 2]

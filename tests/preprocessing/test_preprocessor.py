@@ -1,10 +1,12 @@
 import copy
+import io
 import json
 import pathlib
 
 import keras
 import numpy as np
 import pytest
+import sentencepiece
 
 from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
@@ -181,6 +183,26 @@ def test_the_separator_and_bos_are_not_doubled(make, tokenizer):
         keras.tree.flatten(received), keras.tree.flatten(wanted), strict=True
     ):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_tokenizer_without_newlines_is_an_error():
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["caption en"]),  # `nmt_nfkc` by default.
+        model_writer=file,
+        model_type="char",
+        vocab_size=13,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    tokenizer = PaliGemmaTokenizer(file.getvalue())
+    with pytest.raises(ValueError, match="drops newlines"):
+        PaliGemmaCausalLMPreprocessor(tokenizer).generate_preprocess(
+            {"prompts": "ocr"}
+        )
 
 
 def test_bytes_are_text(make):

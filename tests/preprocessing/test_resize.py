@@ -78,7 +78,7 @@ def test_size_is_height_then_width(resize):
     resized = resize(image, (8, 4))
     assert resized.shape == (8, 4, 3)
     expected = np.where(np.arange(8)[:, None, None] < 4, 200, 0)
-    assert abs(resized - expected).max() < 10  # Bicubic overshoots.
+    assert abs(resized - expected).max() < 30  # Antialias blurs the edge.
 
 
 @pytest.mark.parametrize("resize", [bilinear, bilinear_antialias, bicubic])

@@ -1,0 +1,1 @@
+"""What answers mean: text to boxes and back, without Keras."""

@@ -1,0 +1,125 @@
+"""What the tests share: goldens, and tiny models of unequal sizes."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+# TensorFlow's start-up lines, which are not about the package.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from keras_paligemma.checkpoints import big_vision  # noqa: E402
+from keras_paligemma.checkpoints import engine  # noqa: E402
+from tests.numpy_reference import load_arrays  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+PRESETS = Path(__file__).parents[1] / "presets"
+
+# The sizes of the goldens: query heads differ from key-value heads, the width
+# from heads × head_dim, and the MLP from twice the width.
+VISION = {
+    "patch_size": 14,
+    "num_layers": 3,
+    "hidden_dim": 48,
+    "num_heads": 4,
+    "intermediate_dim": 88,
+}
+TEXT = {
+    "vocabulary_size": 320,
+    "num_layers": 3,
+    "hidden_dim": 64,
+    "intermediate_dim": 112,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "query_pre_attention_scalar": 24,
+}
+IMAGE_SIZE = 42
+
+
+@pytest.fixture(scope="session")
+def arrays():
+    """The golden checkpoint, big_vision's names, float32."""
+    return load_arrays(GOLDEN / "tiny_headdim.npz")
+
+
+@pytest.fixture(scope="session")
+def expected():
+    """The original's inputs and outputs for the golden checkpoint."""
+    with np.load(GOLDEN / "tiny_headdim.expected.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture
+def golden_backbone(arrays):
+    """Function that builds a backbone with the golden weights."""
+
+    def build(**changes):
+        from keras_paligemma import PaliGemmaBackbone
+
+        text = TEXT | changes.pop("text", {})
+        backbone = PaliGemmaBackbone(
+            changes.pop("image_size", IMAGE_SIZE),
+            VISION | changes.pop("vision", {}),
+            text,
+            **changes,
+        )
+        fill(backbone, arrays)
+        return backbone
+
+    return build
+
+
+def fill(backbone, arrays, prefix="params/"):
+    """Load arrays in big_vision's layout into a backbone."""
+    engine.load(
+        backbone.weights_by_name(),
+        big_vision.rows(backbone.text_config.use_post_norms, prefix),
+        {key: array.shape for key, array in arrays.items()},
+        arrays.get,
+    )
+
+
+def error(actual, wanted):
+    """The largest difference, as a share of the largest wanted value."""
+    actual = keras.ops.convert_to_numpy(actual)
+    return np.abs(actual - wanted).max() / np.abs(wanted).max()
+
+
+def golden_inputs(expected):
+    """The golden training batch: prompts left-packed, padding is valid."""
+    ids = expected["in/train/text"][:, :-1]
+    return {
+        "images": expected["in/image"][:4],
+        "token_ids": ids,
+        "padding_mask": np.ones(ids.shape, bool),
+        "response_mask": expected["in/train/mask_ar"][:, :-1].astype(bool),
+    }
+
+
+def golden_prompts(expected, room=10, response=8):
+    """The golden evaluation prompts, aligned to the right.
+
+    Four prompts of different lengths; the fourth has a begun response. (The
+    fifth row of the goldens is empty: it only fills a batch.)
+    """
+    ids = np.zeros((4, room + response), "int32")
+    valid, begun = np.zeros(ids.shape, bool), np.zeros(ids.shape, bool)
+    for row in range(4):
+        is_input = expected["in/eval/mask_input"][row].astype(bool)
+        is_response = expected["in/eval/mask_ar"][row].astype(bool)
+        prompt = expected["in/eval/text"][row][is_input & ~is_response]
+        start = expected["in/eval/text"][row][is_input & is_response]
+        here = slice(room - len(prompt), room + len(start))
+        ids[row, here] = np.concatenate([prompt, start])
+        valid[row, here] = True
+        begun[row, room : room + len(start)] = True
+    return {
+        "images": expected["in/image"][:4],
+        "token_ids": ids,
+        "padding_mask": valid,
+        "response_mask": begun,
+    }

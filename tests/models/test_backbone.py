@@ -1,0 +1,332 @@
+"""The backbone against the original, NumPy and transformers; its errors."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_paligemma import PaliGemmaBackbone
+from keras_paligemma import TextDecoderConfig
+from keras_paligemma import VisionEncoderConfig
+from tests.conftest import GOLDEN
+from tests.conftest import IMAGE_SIZE
+from tests.conftest import TEXT
+from tests.conftest import VISION
+from tests.conftest import error
+from tests.conftest import fill
+from tests.conftest import golden_inputs
+from tests.conftest import golden_prompts
+from tests.numpy_reference import forward
+from tests.numpy_reference import load_arrays
+
+FORMS = ("unrolled", "stacked")
+SETTINGS = {
+    "query_scale": 24**-0.5,
+    "attention_soft_cap": 50.0,
+    "final_soft_cap": 30.0,
+    "embedding_scale": 64**0.5,
+    "rope_base": 10_000.0,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_the_original(golden_backbone, expected, form):
+    backbone = golden_backbone(form=form)
+    inputs = golden_inputs(expected)
+    images = backbone.encode_images(inputs["images"])
+    hidden = backbone(inputs)
+    assert error(images, expected["f32/img/zimg"]) < 2e-5
+    assert error(hidden, expected["f32/llm/pre_logits"]) < 2e-5
+    assert error(backbone.logits(hidden), expected["f32/llm/logits"]) < 2e-5
+    # What the original trains on: the head without the final cap.
+    uncapped = backbone.token_embedding.logits(hidden[:, 9:])
+    assert error(uncapped, expected["f32/text_logits"]) < 2e-5
+
+
+def test_frames_follow_one_another(golden_backbone, expected):
+    backbone = golden_backbone()
+    inputs = {key: value[:2] for key, value in golden_inputs(expected).items()}
+    inputs["images"] = expected["in/video"]
+    images = backbone.encode_images(inputs["images"])
+    assert error(images, expected["f32/video/zimg"]) < 2e-5
+    logits = backbone.token_embedding.logits(backbone(inputs)[:, 18:])
+    assert error(logits, expected["f32/video/text_logits"]) < 2e-5
+
+
+def test_bfloat16_checkpoint_in_float32(expected):
+    backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT)
+    fill(backbone, load_arrays(GOLDEN / "tiny_headdim.b16.npz"))
+    hidden = backbone(golden_inputs(expected))
+    assert error(hidden, expected["bf16/llm/pre_logits"]) < 2e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_numpy_wherever_padding_lies(
+    golden_backbone, arrays, expected, form
+):
+    inputs = golden_prompts(expected)
+    # Holes too: any prefix, whatever its padding, before any response.
+    inputs["padding_mask"][1, 4] = False
+    inputs["padding_mask"][0, 10:13] = True
+    inputs["response_mask"][0, 10:13] = True
+    inputs["token_ids"][0, 10:13] = (9, 8, 7)
+    wanted = forward(arrays, SETTINGS, **inputs)
+    valid = np.pad(
+        inputs["padding_mask"], ((0, 0), (9, 0)), constant_values=True
+    )
+    hidden = ops.convert_to_numpy(golden_backbone(form=form)(inputs))
+    assert error(hidden[valid], wanted["hidden_states"][valid]) < 2e-5
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_equals_transformers(version):
+    reference = pytest.importorskip("tests.transformers_reference")
+    model = reference.tiny_transformers_model(seed=3, version=version)
+    text, vision = model.config.text_config, model.config.vision_config
+    second = version == 2
+    backbone = PaliGemmaBackbone(
+        vision.image_size,
+        VisionEncoderConfig(
+            vision.patch_size,
+            vision.num_hidden_layers,
+            vision.hidden_size,
+            vision.num_attention_heads,
+            vision.intermediate_size,
+        ),
+        TextDecoderConfig(
+            vocabulary_size=text.vocab_size,
+            num_layers=text.num_hidden_layers,
+            hidden_dim=text.hidden_size,
+            intermediate_dim=text.intermediate_size,
+            num_query_heads=text.num_attention_heads,
+            num_key_value_heads=text.num_key_value_heads,
+            head_dim=text.head_dim,
+            query_pre_attention_scalar=(
+                text.query_pre_attn_scalar if second else text.head_dim
+            ),
+            attention_logit_soft_cap=50.0 if second else None,
+            final_logit_soft_cap=30.0 if second else None,
+            use_post_norms=second,
+        ),
+    )
+    arrays = reference.transformers_to_big_vision(
+        model.state_dict(), model.config
+    )
+    prefix = "params/" if "params/img/embedding/bias" in arrays else ""
+    fill(backbone, arrays, prefix)
+    random = np.random.default_rng(5)
+    valid = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]], bool)
+    response = np.array([[0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 0, 0]], bool)
+    inputs = {
+        "images": random.uniform(-1, 1, (2, 21, 21, 3)).astype("float32"),
+        "token_ids": random.integers(1, 101, valid.shape) * valid,
+        "padding_mask": valid,
+        "response_mask": response,
+    }
+    wanted = reference.run(model, **inputs)
+    found = ops.convert_to_numpy(backbone.logits(backbone(inputs)))
+    shown = np.pad(valid, ((0, 0), (9, 0)), constant_values=True)
+    assert error(found[shown], wanted[shown]) < 1e-5
+
+
+def test_image_embeddings_masks_and_positions_can_be_given(
+    golden_backbone, expected
+):
+    backbone = golden_backbone()
+    inputs = golden_prompts(expected)
+    wanted = ops.convert_to_numpy(backbone(inputs))
+    images = inputs.pop("images")
+    inputs["image_embeddings"] = backbone.encode_images(images)
+    mask, positions = backbone.mask_and_positions(inputs, 9)
+    given = inputs | {"attention_mask": mask, "positions": positions}
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(backbone(given)), wanted
+    )
+    given["positions"] = positions * 2
+    assert error(backbone(given), wanted) > 1e-3
+
+
+def test_text_alone(golden_backbone, expected):
+    inputs = golden_prompts(expected)
+    del inputs["images"]
+    assert golden_backbone()(inputs).shape == (4, 18, 64)
+
+
+@pytest.mark.parametrize("scale", [(2304, 48.0), (3584, 59.75), (4608, 68.0)])
+def test_embedding_scale_is_rounded_to_the_tables_dtype(scale):
+    from keras_paligemma.models.text_decoder import TokenEmbedding
+
+    width, rounded = scale
+    layer = TokenEmbedding(3, width, dtype="bfloat16")
+    layer.build()
+    layer.table.assign(np.ones((3, width)))
+    embedded = ops.cast(layer(np.array([[1]])), "float32")
+    assert float(embedded[0, 0, 0]) == rounded
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
+def test_bfloat16_is_close(golden_backbone, expected, policy):
+    backbone = golden_backbone(dtype=policy)
+    inputs = golden_inputs(expected)
+    hidden = backbone(inputs)
+    assert keras.backend.standardize_dtype(hidden.dtype) == "bfloat16"
+    logits = backbone.logits(hidden)
+    assert keras.backend.standardize_dtype(logits.dtype) == "float32"
+    difference = ops.convert_to_numpy(logits) - expected["f32/llm/logits"]
+    # Each of some 60 roundings costs up to 2^-9 of its value.
+    assert np.sqrt(np.mean(difference**2)) < 0.05 * np.std(
+        expected["f32/llm/logits"]
+    )
+
+
+def test_norms_are_in_float32():
+    from keras_paligemma.layers.blocks import RMSNorm
+
+    norm = RMSNorm(4, dtype="bfloat16")
+    norm.build()
+    norm.scale.assign([0.0, 0.001, -0.5, 1.0])
+    # 1.001 is no bfloat16; times 300 it must still not be 1.
+    x = ops.cast([[300.0, 300.0, 300.0, 300.0]], "float32")
+    full = RMSNorm(4, dtype="float32")
+    full.build()
+    full.scale.assign(ops.cast(norm.scale, "float32"))
+    one = ops.cast(norm(ops.cast(x, "bfloat16")), "float32")
+    two = ops.cast(ops.cast(full(x), "bfloat16"), "float32")
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(one), ops.convert_to_numpy(two)
+    )
+
+
+CHANGES = [
+    ("vision", "patch_size", 21),
+    ("vision", "num_layers", 2),
+    ("vision", "hidden_dim", 64),
+    ("vision", "num_heads", 6),
+    ("vision", "intermediate_dim", 80),
+    ("vision", "layer_norm_epsilon", 1e-1),
+    ("text", "vocabulary_size", 330),
+    ("text", "num_layers", 2),
+    ("text", "hidden_dim", 72),
+    ("text", "intermediate_dim", 120),
+    ("text", "num_query_heads", 2),
+    ("text", "num_key_value_heads", 1),
+    ("text", "head_dim", 22),
+    ("text", "query_pre_attention_scalar", 25),
+    ("text", "attention_logit_soft_cap", 5.0),
+    ("text", "attention_logit_soft_cap", None),
+    ("text", "final_logit_soft_cap", 5.0),
+    ("text", "final_logit_soft_cap", None),
+    ("text", "use_post_norms", False),
+    ("text", "sliding_window_size", 4),
+    ("text", "rope_base", 100.0),
+    ("text", "rms_norm_epsilon", 1e-1),
+]
+
+
+def test_changes_walk_all_fields():
+    walked = {(tower, field) for tower, field, _ in CHANGES}
+    fields = {
+        (tower, field.name)
+        for tower, cls in (
+            ("vision", VisionEncoderConfig),
+            ("text", TextDecoderConfig),
+        )
+        for field in dataclasses.fields(cls)
+    }
+    assert walked == fields
+
+
+def patterned(backbone):
+    """Give weights that follow from their name and index alone."""
+    for name, weight in backbone.weights_by_name().items():
+        layers = weight if isinstance(weight, list) else [weight]
+        for layer, variable in enumerate(layers):
+            count = int(np.prod(variable.shape))
+            phase = sum(map(ord, name)) + 10 * layer
+            wave = np.sin(np.arange(count) * 0.7 + phase)
+            wave = wave * max(variable.shape[0], 4) ** -0.5
+            variable.assign(wave.reshape(variable.shape))
+    return backbone
+
+
+def summary(logits):
+    """A fixed number of entries, whatever the sizes."""
+    return ops.convert_to_numpy(logits)[:, -5:, :300]
+
+
+@pytest.mark.parametrize("tower, field, value", CHANGES)
+def test_every_field_changes_the_output(expected, tower, field, value):
+    inputs = golden_inputs(expected)
+    changed = {"vision": {}, "text": {}}
+    changed[tower] = {field: value}
+
+    def run(vision, text):
+        backbone = PaliGemmaBackbone(
+            IMAGE_SIZE, VISION | vision, TEXT | text, form="unrolled"
+        )
+        patterned(backbone)
+        return summary(backbone.logits(backbone(inputs))), backbone
+
+    before, _ = run({}, {})
+    after, backbone = run(**changed)
+    if field == "vocabulary_size":
+        logits = backbone.logits(np.ones((1, TEXT["hidden_dim"]), "float32"))
+        assert logits.shape[-1] == value
+    else:
+        assert np.abs(after - before).max() > 1e-5
+
+
+def test_sliding_window_is_of_every_other_block(golden_backbone, expected):
+    inputs = golden_inputs(expected)
+    for form in FORMS:
+        wide = golden_backbone(form=form)
+        same = golden_backbone(form=form, text={"sliding_window_size": 23})
+        near = golden_backbone(form=form, text={"sliding_window_size": 3})
+        wanted = ops.convert_to_numpy(wide(inputs))
+        assert error(same(inputs), wanted) < 2e-5
+        assert error(near(inputs), wanted) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (np.zeros((42, 42, 3), "float32"), r"Received: shape \(42, 42, 3\)"),
+        (np.zeros((4, 56, 56, 3), "float32"), "batch, 42, 42, 3"),
+        (np.zeros((4, 42, 42, 1), "float32"), "PaliGemmaImageConverter"),
+        (np.zeros((4, 42, 42, 3), "uint8"), "Received: dtype uint8"),
+    ],
+)
+def test_wrong_images(golden_backbone, images, message):
+    with pytest.raises(ValueError, match=message):
+        golden_backbone().encode_images(images)
+
+
+@pytest.mark.parametrize("token", [320, -1])
+def test_token_outside_the_vocabulary(golden_backbone, expected, token):
+    inputs = golden_inputs(expected)
+    inputs["token_ids"] = inputs["token_ids"].copy()
+    inputs["token_ids"][2, 5] = token
+    with pytest.raises(ValueError, match=rf"0…319. Received: {token} .*2, 5"):
+        golden_backbone()(inputs)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"image_size": 43}, "image_size=43, patch_size=14"),
+        ({"text_decoder": {"num_query_heads": 3}}, "multiple of key-value"),
+        ({"text_decoder": {"head_dim": 5}}, "even"),
+        ({"text_decoder": {"depth": 5}}, "Unknown field .*depth"),
+        ({"vision_encoder": {"num_heads": 5}}, "num_heads=5"),
+    ],
+)
+def test_wrong_configuration(arguments, message):
+    sizes = {"image_size": 42, "vision_encoder": VISION, "text_decoder": TEXT}
+    for key, value in arguments.items():
+        if isinstance(value, dict):
+            value = sizes[key] | value
+        sizes[key] = value
+    with pytest.raises(ValueError, match=message):
+        PaliGemmaBackbone(**sizes)

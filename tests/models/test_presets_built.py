@@ -1,0 +1,74 @@
+"""Every published preset is built without values and has its exact shapes."""
+
+import json
+import math
+
+import pytest
+
+from keras_paligemma import PaliGemmaBackbone
+from keras_paligemma import presets
+from keras_paligemma import without_values
+from keras_paligemma.checkpoints import big_vision
+from keras_paligemma.checkpoints import engine
+from tests.conftest import GOLDEN
+
+OFFICIAL = json.loads((GOLDEN / "official_shapes.json").read_text())
+PUBLISHED = [
+    name for name in presets.names() if "handles" in presets.describe(name)
+]
+
+
+def official_size(name):
+    """The key of the size in the goldens; `None` for PaliGemma 1."""
+    if name.startswith("pali_gemma_3b"):
+        return None
+    size = next(size for size in ("3b", "10b", "28b") if f"_{size}_" in name)
+    return f"{size}_{name.rsplit('_', 1)[1]}"
+
+
+@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_count_and_shapes(name, form):
+    config, _ = presets.resolve(name, load_weights=False)
+    with without_values():
+        backbone = PaliGemmaBackbone(**config["backbone"], form=form)
+    assert all(variable._value is None for variable in backbone.variables)
+    weights = backbone.weights_by_name()
+    assert engine.count(weights) == config["parameters"]
+    assert backbone.count_params() == config["parameters"]
+    text = backbone.text_config
+    rows = big_vision.rows(text.use_post_norms)
+    shapes = {
+        row.theirs: row.their_shape(engine.shape_of(weights[row.ours]))
+        for row in rows
+    }
+    # All weights have a place in the file and the file has no other place.
+    assert {row.ours for row in rows} == set(weights)
+    assert sum(map(math.prod, shapes.values())) == config["parameters"]
+    size = official_size(name)
+    if size is not None:
+        wanted = OFFICIAL[size]["shapes"]
+        assert shapes == {key: tuple(shape) for key, shape in wanted.items()}
+        assert OFFICIAL[size]["total"] == config["parameters"]
+
+
+def test_presets_are_listed():
+    listed = PaliGemmaBackbone.presets
+    assert set(PUBLISHED) <= set(listed)
+    assert listed["pali_gemma2_pt_28b_448"]["handles"]
+
+
+def test_no_value_is_drawn_after_the_scope():
+    """Keras remembers variables without values: a later scope must not fill."""
+    import keras
+
+    with without_values():
+        backbone = PaliGemmaBackbone()
+    with keras.StatelessScope():
+        pass
+    assert all(variable._value is None for variable in backbone.variables)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="pali_gemma2_pt_3b_224"):
+        PaliGemmaBackbone.from_preset("paligemma2_pt_3b_224")
