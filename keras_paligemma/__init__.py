@@ -14,7 +14,7 @@ _HOME = {
     "PaliGemmaTokenizer": "preprocessing.tokenizer",
     "TextDecoderConfig": "models.text_decoder",
     "VisionEncoderConfig": "models.vision_encoder",
-    "without_values": "models.backbone",
+    "without_values": "compat",
 }
 
 __all__ = list(_HOME)

@@ -171,13 +171,16 @@ def _check(config: dict, path: Path) -> None:
         if given.get(key) != value
     ]
     if not problems:
-        # A published preset has every field; a preprocessor may have more.
+        # A published preset has every field; a preprocessor may have more,
+        # and a backbone with adapters says which.
         fields = describe("pali_gemma2_pt_3b_224")
         preprocessor = given.get("preprocessor")
         if preprocessor is not None:
             own = preprocessor if isinstance(preprocessor, dict) else {}
             preprocessor = own | fields["preprocessor"]
         backbone = fields["backbone"] | {"dtype": ""}
+        if isinstance(given.get("backbone"), dict):
+            backbone |= {"lora": given["backbone"].setdefault("lora", None)}
         parts = {"backbone": backbone, "preprocessor": preprocessor}
         problems = _differences(given, HEADER | {"name": ""} | parts)
     if problems:

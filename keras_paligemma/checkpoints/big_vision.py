@@ -22,8 +22,11 @@ def rows(use_post_norms=True, prefix="params/"):
         `models/vit.py` and `models/ppp/gemma.py`.
     """
     table = [
-        Row("vision_encoder/position_embedding", "img/pos_embedding",
-            squeeze=True),
+        Row(
+            "vision_encoder/position_embedding",
+            "img/pos_embedding",
+            squeeze=True,
+        ),
         *_pair("patch_embedding", "img/embedding/"),
         *_pair("projector", "img/head/"),
         *_norm("final_norm", "img/Transformer/encoder_norm/"),
@@ -37,18 +40,40 @@ def rows(use_post_norms=True, prefix="params/"):
         *_pair("blocks/mlp/down", ENCODER + "MlpBlock_0/Dense_1/"),
         _text("token_embedding/table", "llm/embedder/input_embedding"),
         _text("final_norm/scale", "llm/final_norm/scale"),
-        _text("blocks/attention/query/kernel", DECODER + "attn/q_einsum/w",
-              axes=HEADS_LAST),
-        _text("blocks/attention/key/kernel", DECODER + "attn/kv_einsum/w",
-              axes=HEADS_LAST, part=0, parts=2),
-        _text("blocks/attention/value/kernel", DECODER + "attn/kv_einsum/w",
-              axes=HEADS_LAST, part=1, parts=2),
-        _text("blocks/attention/output/kernel",
-              DECODER + "attn/attn_vec_einsum/w"),
-        _text("blocks/mlp/gate/kernel", DECODER + "mlp/gating_einsum",
-              part=0, parts=2),
-        _text("blocks/mlp/up/kernel", DECODER + "mlp/gating_einsum",
-              part=1, parts=2),
+        _text(
+            "blocks/attention/query/kernel",
+            DECODER + "attn/q_einsum/w",
+            axes=HEADS_LAST,
+        ),
+        _text(
+            "blocks/attention/key/kernel",
+            DECODER + "attn/kv_einsum/w",
+            axes=HEADS_LAST,
+            part=0,
+            parts=2,
+        ),
+        _text(
+            "blocks/attention/value/kernel",
+            DECODER + "attn/kv_einsum/w",
+            axes=HEADS_LAST,
+            part=1,
+            parts=2,
+        ),
+        _text(
+            "blocks/attention/output/kernel", DECODER + "attn/attn_vec_einsum/w"
+        ),
+        _text(
+            "blocks/mlp/gate/kernel",
+            DECODER + "mlp/gating_einsum",
+            part=0,
+            parts=2,
+        ),
+        _text(
+            "blocks/mlp/up/kernel",
+            DECODER + "mlp/gating_einsum",
+            part=1,
+            parts=2,
+        ),
         _text("blocks/mlp/down/kernel", DECODER + "mlp/linear"),
     ]
     norms = ["pre_attention_norm", "pre_ffw_norm"]

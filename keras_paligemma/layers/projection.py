@@ -52,7 +52,6 @@ class Projection(keras.layers.Layer):
             math.prod(self.input_axes)
         )
         self.adapter_scale = None
-        self.adapter_enabled = True
 
     def build(self, input_shape=None):
         self.kernel = self.add_weight(
@@ -80,7 +79,9 @@ class Projection(keras.layers.Layer):
                 f"{self.adapter_a.shape[-1]}. Expected a projection without "
                 "one: load the preset again for another rank."
             )
-        self.freeze()
+        self.kernel.trainable = False
+        if self.bias is not None:
+            self.bias.trainable = False
         self._tracker.unlock()
         # float32 whatever the kernel's dtype: in bfloat16 the small updates of
         # an adapter would round away.
@@ -99,16 +100,11 @@ class Projection(keras.layers.Layer):
         self._tracker.lock()
         self.adapter_scale = alpha / rank
 
-    def freeze(self):
-        self.kernel.trainable = False
-        if self.bias is not None:
-            self.bias.trainable = False
-
     def call(self, x):
         y = contract(x, self.kernel, self.input_axes)
         if self.bias is not None:
             y = y + self.bias
-        if self.adapter_scale is not None and self.adapter_enabled:
+        if self.adapter_scale is not None:
             low = contract(x, self.adapter_a, self.input_axes)
             low = low * ops.cast(self.adapter_scale, low.dtype)
             y = y + contract(low, self.adapter_b, low.shape[-1:])

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_paligemma.compat import without_values
+
 FORMS = ("auto", "unrolled", "stacked")
 REMATS = (None, "block")
 
@@ -70,33 +72,33 @@ class LayerStack(keras.layers.Layer):
             # code, and each scan step lends it a slice of the stack. Behind a
             # function, Keras neither tracks nor saves it.
             template = self.make_block()
-            with keras.StatelessScope(initialize_variables=False):
-                template.build()
             self._template = lambda: template
             self._stacks = {}
-            self.adopt_template()
+            self.change(lambda block: block.build())
         else:
             # Tracked, but out of sight of Keras's saving, which would write
             # every block apart; `save_own_variables` writes the shared names.
             for number in range(self.num_layers):
-                with keras.name_scope(str(number), caller=self):
+                with keras.name_scope(str(number)):
                     block = self.make_block()
                     block.build()
                 self._layers.append(block)
         self.built = True
 
-    def blocks(self):
-        """List the layers that hold the structure: N blocks, or the template.
+    def change(self, function):
+        """Do something to the structure of every block: add an adapter, say.
 
-        What changes the structure (an adapter, a freeze) is done to each of
-        them, followed by `adopt_template`.
+        Args:
+            function: called with each of the N blocks; in the stacked form
+                with the one that stands for all, whose new variables then get
+                stacked ones.
         """
-        return [self._template()] if self.stacked else list(self._layers)
-
-    def adopt_template(self):
-        """Own a stacked variable for each of the template's (stacked form)."""
         if not self.stacked:
+            for block in self._layers:
+                function(block)
             return
+        with without_values():
+            function(self._template())
         self._tracker.unlock()
         for name, variable in _named(self._template()).items():
             if name not in self._stacks:
@@ -107,7 +109,6 @@ class LayerStack(keras.layers.Layer):
                     autocast=variable._autocast,
                     name=name.replace("/", "_"),
                 )
-            self._stacks[name].trainable = variable.trainable
         self._tracker.lock()
 
     def weights_by_name(self):
@@ -187,18 +188,19 @@ class LayerStack(keras.layers.Layer):
         return x, written
 
     def _scan(self, x, args, cache, index):
-        variables = list(_named(self._template()).values())
+        template = self._template()
+        named = _named(template)
         # Read here, inside the trainer's scope of current values: the block's
         # own scope below replaces that one.
         stacks = [
-            ops.convert_to_tensor(one.value) for one in self._stacks.values()
+            ops.convert_to_tensor(self._stacks[name].value) for name in named
         ]
         numbers = ops.arange(self.num_layers, dtype="int32")
 
         def block(slices, number, *args, **kwargs):
-            with keras.StatelessScope(list(zip(variables, slices))):
-                kwargs |= self._number(number)
-                return self._template()(*args, **kwargs)
+            mapping = list(zip(named.values(), slices, strict=True))
+            with keras.StatelessScope(mapping):
+                return template(*args, **self._number(number), **kwargs)
 
         if cache is None:
             block = keras.remat(block) if self.remat else block

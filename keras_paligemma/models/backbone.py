@@ -1,6 +1,5 @@
 """PaliGemmaBackbone: vision encoder and text decoder, one sequence."""
 
-import contextlib
 import dataclasses
 
 import keras
@@ -10,7 +9,6 @@ from keras import ops
 
 from keras_paligemma import presets
 from keras_paligemma.compat import classproperty
-from keras_paligemma.compat import forget_uninitialized_variables
 from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.attention import token_positions
 from keras_paligemma.layers.projection import Projection
@@ -253,14 +251,13 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             )
         for variable in self.variables:
             variable.trainable = False
-        stack = self.text_decoder.blocks
-        for block in stack.blocks():
+
+        def adapt(block):
             for layer in block._flatten_layers():
-                if isinstance(layer, Projection):
-                    layer.freeze()
-                    if layer.name in targets:
-                        layer.add_adapter(rank, alpha or rank)
-        stack.adopt_template()
+                if isinstance(layer, Projection) and layer.name in targets:
+                    layer.add_adapter(rank, alpha or rank)
+
+        self.text_decoder.blocks.change(adapt)
         self.lora = {
             "rank": rank,
             "alpha": alpha or rank,
@@ -290,13 +287,13 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
 
     def architecture(self):
         """Give what a preset's file holds: plain numbers and strings."""
-        config = {
+        return {
             "image_size": self.image_size,
             "dtype": self.dtype_policy.name,
             "vision_encoder": dataclasses.asdict(self.vision_config),
             "text_decoder": dataclasses.asdict(self.text_config),
+            "lora": self.lora,
         }
-        return config if self.lora is None else config | {"lora": self.lora}
 
     def get_config(self):
         return super().get_config() | {
@@ -305,24 +302,6 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             "form": self.form,
             "remat": self.remat,
         }
-
-
-@contextlib.contextmanager
-def without_values():
-    """Build models whose variables have shapes and dtypes but no values.
-
-    A 28b backbone is built in seconds and no memory. `compat.fill` gives the
-    variables their values, from a file and without a random draw before it.
-
-    Example:
-        >>> with without_values():
-        ...     backbone = PaliGemmaBackbone()
-        >>> backbone.count_params()
-        3032094960
-    """
-    with keras.StatelessScope(initialize_variables=False):
-        yield
-    forget_uninitialized_variables()
 
 
 def full_masks(inputs, num_image_tokens):

@@ -103,6 +103,25 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self.sampler = keras_hub.samplers.get(sampler)
         self.generate_function = None
 
+    def get_compile_config(self):
+        """Tell a `.keras` file how the model was compiled."""
+        config = super().get_compile_config()
+        return config | {
+            "loss": "auto" if self.loss_is_auto else config.get("loss"),
+            "sampler": keras_hub.samplers.serialize(self.sampler),
+            "optimizer_built": self.optimizer.built,
+        }
+
+    def compile_from_config(self, config):
+        """Compile as a `.keras` file says."""
+        config = dict(config)
+        optimizer_built = config.pop("optimizer_built")
+        sampler = keras_hub.samplers.deserialize(config.pop("sampler"))
+        config = keras.saving.deserialize_keras_object(config)
+        self.compile(**config, sampler=sampler)
+        if optimizer_built:
+            self.optimizer.build(self.trainable_variables)
+
     @property
     def metrics(self):
         metrics = super().metrics

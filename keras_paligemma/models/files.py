@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
+from keras_paligemma.compat import without_values
 from keras_paligemma.models.backbone import PaliGemmaBackbone
-from keras_paligemma.models.backbone import without_values
 from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
 )
@@ -92,9 +92,7 @@ def load_preprocessor(config, folder, **kwargs):
     converter = PaliGemmaImageConverter(
         config["backbone"]["image_size"], resize=fields.pop("resize")
     )
-    tokenizer = PaliGemmaTokenizer(
-        (folder / presets.TOKENIZER).read_bytes()
-    )
+    tokenizer = PaliGemmaTokenizer((folder / presets.TOKENIZER).read_bytes())
     return PaliGemmaCausalLMPreprocessor(tokenizer, converter, **fields)
 
 
@@ -129,6 +127,8 @@ def save(folder, backbone, preprocessor=None, name=None):
             "resize": preprocessor.image_converter.resize,
             "prompt_length": preprocessor.prompt_length,
             "response_length": preprocessor.response_length,
+            "on_long_prompt": preprocessor.on_long_prompt,
+            "on_long_response": preprocessor.on_long_response,
         }
     config = {
         "name": name or folder.resolve().name,

@@ -89,8 +89,12 @@ def generate_tokens(backbone, sampler, inputs, stop_token_ids, model):
         first_B = sampler.get_next_token(
             sampler.compute_probabilities(logits_BV)
         )
-        first_B = ops.where(begun[:, 1], ids[:, 1], ops.cast(first_B, ids.dtype))
-        ids = ops.concatenate([ids[:, :1], first_B[:, None], ids[:, 2:]], axis=1)
+        first_B = ops.where(
+            begun[:, 1], ids[:, 1], ops.cast(first_B, ids.dtype)
+        )
+        ids = ops.concatenate(
+            [ids[:, :1], first_B[:, None], ids[:, 2:]], axis=1
+        )
         index = 2
     ids = sampler(
         next=following,

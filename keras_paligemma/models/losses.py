@@ -48,9 +48,7 @@ def streamed_cross_entropy(
         chunks = -(-B * R // chunk_tokens)
         size = -(-B * R // chunks)
         pad = chunks * size - B * R
-        hidden = ops.pad(
-            ops.reshape(hidden_BRD, (-1, D)), [(0, pad), (0, 0)]
-        )
+        hidden = ops.pad(ops.reshape(hidden_BRD, (-1, D)), [(0, pad), (0, 0)])
         targets = ops.pad(ops.reshape(targets_BR, (-1,)), [(0, pad)])
         loss, right = ops.map(
             lambda chunk: keras.remat(one_chunk)(*chunk),

@@ -8,6 +8,7 @@ written at the end.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -56,18 +57,41 @@ TEXT_DECODER = {
     "query_pre_attention_scalar": 32,
 }
 
-# Name, edge of the pictures, most objects, tasks, epochs, and the learning
-# rate at the first and the last step; the first stage warms up.
-STAGES = (
-    ("one", 56, 1, ("caption", "caption", "detect"), 8, 1.5e-3, 1.5e-3),
-    ("several", 112, 5, ("caption", "detect", "count"), 40, 1.2e-3, 1.2e-3),
-    ("settle", 112, 5, ("caption", "detect", "count"), 12, 1.2e-3, 2e-5),
-)
-WARMUP_STEPS = 100
 
-# The lengths that training needs; the published preset leaves more room, and
-# padding changes nothing.
-PROMPT_LENGTH, RESPONSE_LENGTH = 8, 13
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One part of the curriculum.
+
+    Args:
+        size: int, edge of the pictures in pixels.
+        max_objects: int, most objects in a scene.
+        tasks: tuple of str; a task that stands twice is drawn twice as often.
+        epochs: int, of `STEPS_AN_EPOCH` steps.
+        rates: pair of floats, learning rate at the first and the last step.
+        single_scale: pair of floats, range of the size of a single object.
+        lengths: pair of ints, prompt and response length that the tasks need;
+            the published preset leaves more room, and padding changes nothing.
+    """
+
+    size: int
+    max_objects: int
+    tasks: tuple
+    epochs: int
+    rates: tuple
+    single_scale: tuple = scenes.SINGLE_SCALE
+    lengths: tuple = (8, 13)
+
+
+ALL_TASKS = ("caption", "detect", "count")
+STAGES = (
+    # What the classes look like: one large object, named.
+    Stage(56, 1, ("caption",), 13, (1.5e-3, 1.5e-3), (0.5, 1.0), (4, 4)),
+    # Where they are and how many, among others.
+    Stage(112, 5, ALL_TASKS, 40, (1.2e-3, 1.2e-3)),
+    # The rate falls: what is known becomes exact.
+    Stage(112, 5, ALL_TASKS, 8, (1.2e-3, 1e-5)),
+)
+WARMUP_STEPS = 50
 PUBLISHED_LENGTH = 32
 
 # Width, in bins, of the targets of a location: an edge that is one pixel off
@@ -123,7 +147,7 @@ class Scenes(keras.utils.PyDataset):
         return STEPS_AN_EPOCH
 
     def __getitem__(self, index):
-        _, size, most, tasks, *_ = STAGES[self.stage]
+        stage = STAGES[self.stage]
         seed = [0, self.stage, self.epoch, index]
         rng = np.random.default_rng(seed)
         examples = [
@@ -132,9 +156,10 @@ class Scenes(keras.utils.PyDataset):
                 self.sprites,
                 list(CLASSES),
                 TRAINED_STYLES,
-                tasks=tasks,
-                max_objects=most,
-                size=size,
+                tasks=stage.tasks,
+                max_objects=stage.max_objects,
+                size=stage.size,
+                single_scale=stage.single_scale,
             )
             for _ in range(BATCH_SIZE)
         ]
@@ -172,14 +197,15 @@ class Progress(keras.callbacks.Callback):
 
 def build(stage):
     """Makes the model of a stage with random weights."""
-    size = STAGES[stage][1]
+    size = STAGES[stage].size
     backbone = PaliGemmaBackbone(size, VISION_ENCODER, TEXT_DECODER)
+    prompt_length, response_length = STAGES[stage].lengths
     tokenizer = PaliGemmaTokenizer(str(FOLDER / "tokenizer.model"))
     preprocessor = PaliGemmaCausalLMPreprocessor(
         tokenizer,
         PaliGemmaImageConverter(size),
-        prompt_length=PROMPT_LENGTH,
-        response_length=RESPONSE_LENGTH,
+        prompt_length=prompt_length,
+        response_length=response_length,
         on_long_response="error",
     )
     return PaliGemmaCausalLM(backbone, preprocessor)
@@ -214,9 +240,7 @@ def adopt(model, earlier):
             old = ops.convert_to_numpy(weights[name])
             new = math.isqrt(variable.shape[0])
             side = math.isqrt(len(old))
-            table = ops.image.resize(
-                old.reshape(1, side, side, -1), (new, new)
-            )
+            table = ops.image.resize(old.reshape(1, side, side, -1), (new, new))
             variable.assign(ops.reshape(table, variable.shape))
             continue
         pairs = (variable, weights[name])
@@ -226,31 +250,25 @@ def adopt(model, earlier):
             mine.assign(theirs)
 
 
-def schedule(stage):
-    """Gives the learning rate of a stage, warmed up in the first."""
-    *_, epochs, first, last = STAGES[stage]
-    return keras.optimizers.schedules.PolynomialDecay(
-        first, epochs * STEPS_AN_EPOCH, last
-    )
-
-
 def compile_for(model, stage):
-    first = model.preprocessor.tokenizer.token_to_id("<loc0000>")
-    rate = schedule(stage)
+    """Choose optimizer and loss; the first stage warms up."""
+    first, last = STAGES[stage].rates
+    steps = STAGES[stage].epochs * STEPS_AN_EPOCH
+    rate = keras.optimizers.schedules.PolynomialDecay(first, steps, last)
     if stage == 0:
-        *_, epochs, peak, _ = STAGES[stage]
         rate = keras.optimizers.schedules.CosineDecay(
             0.0,
-            epochs * STEPS_AN_EPOCH,
+            steps,
             alpha=1.0,
-            warmup_target=peak,
+            warmup_target=first,
             warmup_steps=WARMUP_STEPS,
         )
+    location = model.preprocessor.tokenizer.token_to_id("<loc0000>")
     model.compile(
         optimizer=keras.optimizers.AdamW(
             rate, beta_2=0.98, weight_decay=0.02, clipnorm=1.0
         ),
-        loss=SoftLocationLoss(first),
+        loss=SoftLocationLoss(location),
         weighted_metrics=["sparse_categorical_accuracy"],
     )
 
@@ -296,11 +314,10 @@ def train(cache, folder):
             smooth_locations(model)
         else:
             adopt(model, earlier)
-        epochs = STAGES[stage][4]
         data = Scenes(sprites, stage)
         model.fit(
             data,
-            epochs=epochs,
+            epochs=STAGES[stage].epochs,
             initial_epoch=first_epoch,
             verbose=2,
             callbacks=[

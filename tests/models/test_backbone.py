@@ -141,9 +141,7 @@ def test_image_embeddings_masks_and_positions_can_be_given(
     inputs["image_embeddings"] = backbone.encode_images(images)
     mask, positions = backbone.mask_and_positions(inputs, 9)
     given = inputs | {"attention_mask": mask, "positions": positions}
-    np.testing.assert_array_equal(
-        ops.convert_to_numpy(backbone(given)), wanted
-    )
+    np.testing.assert_array_equal(ops.convert_to_numpy(backbone(given)), wanted)
     given["positions"] = positions * 2
     assert error(backbone(given), wanted) > 1e-3
 

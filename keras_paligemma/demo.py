@@ -1,0 +1,384 @@
+"""The package in three minutes: `python -m keras_paligemma.demo`.
+
+The embedded nano preset says what is on a few small pictures, where, and how
+often. Then it is fine-tuned on a handful of examples that it gets wrong. What
+it draws goes to a folder, what it answers to the terminal.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from PIL import ImageDraw
+from PIL import ImageFont
+from rich.console import Console
+from rich.progress import MofNCompleteColumn
+from rich.progress import Progress
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from keras_paligemma.tasks.boxes import Box
+from keras_paligemma.tasks.boxes import draw_boxes
+from keras_paligemma.tasks.boxes import parse_boxes
+
+NANO = "pali_gemma2_nano_112"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+# Of all batches: another size would be compiled anew.
+BATCH_SIZE = 8
+
+# Enough for the examples to be learnt; `examples/finetune/README.md` has more.
+LORA_RANK, LORA_ALPHA = 8, 16
+LEARNING_RATE = 3e-3
+EPOCHS = 60
+
+# The contact sheet: pictures in a row, their edge and their text in pixels.
+COLUMNS, CELL, FONT_SIZE, MARGIN = 3, 448, 22, 8
+
+
+class Sight(NamedTuple):
+    """What a model says of one picture.
+
+    Args:
+        path: path of the picture.
+        caption: str.
+        boxes: list of `Box`, of everything that the caption names.
+        question: str, a prompt that asks for a number; "" if the caption
+            names nothing that could be counted.
+        count: str, the answer.
+    """
+
+    path: Path
+    caption: str
+    boxes: list[Box]
+    question: str
+    count: str
+
+
+def read_pictures(folder: Path) -> list[Path]:
+    """List the pictures of a folder, sorted by name."""
+    paths = [p for p in folder.glob("*") if p.suffix in (".png", ".jpg")]
+    if not paths:
+        raise ValueError(
+            "There is nothing to look at. Expected: *.png or *.jpg in "
+            f"{folder}. Received: none. Pass another folder as --pictures."
+        )
+    return sorted(paths)
+
+
+def read_truth(folder: Path) -> dict[str, str]:
+    """Map file names to right captions, where `scenes.json` has them."""
+    path = folder / "scenes.json"
+    scenes = json.loads(path.read_text()) if path.is_file() else {}
+    return {
+        name: scene["caption"]
+        for name, scene in scenes.items()
+        if "caption" in scene
+    }
+
+
+def read_examples(path: Path) -> dict[str, list]:
+    """Read JSON lines that have an image, a prefix and a suffix.
+
+    Args:
+        path: path; the images are beside it.
+
+    Returns:
+        Dict of lists `images` (paths), `prompts`, `responses`, as `fit` takes
+        it.
+    """
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {
+        "images": [path.parent / row["image"] for row in rows],
+        "prompts": [row["prefix"] for row in rows],
+        "responses": [row["suffix"] for row in rows],
+    }
+
+
+def nouns(caption: str) -> list[str]:
+    """Give the words after indefinite articles, each once.
+
+    >>> nouns("a cat, an owl and a cat")
+    ['cat', 'owl']
+    """
+    return list(dict.fromkeys(re.findall(r"\ban? (\w+)", caption)))
+
+
+def ask(model, questions: list[tuple], title: str) -> list[str]:
+    """Let a model answer, and show how far it is.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        questions: list of (picture, prompt).
+        title: str, what the progress bar says.
+
+    Returns:
+        List of answers, one a question.
+    """
+    answers = []
+    for start in track(range(0, len(questions), BATCH_SIZE), title):
+        batch = questions[start : start + BATCH_SIZE]
+        filled = batch + batch[-1:] * (BATCH_SIZE - len(batch))
+        pictures, prompts = map(list, zip(*filled, strict=True))
+        inputs = {"images": pictures, "prompts": prompts}
+        answers += model.generate(inputs)[: len(batch)]
+    return answers
+
+
+def look(model, paths: list[Path]) -> list[Sight]:
+    """Caption pictures; then find all, and count the first, that it names.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        paths: list of paths of pictures.
+
+    Returns:
+        List of `Sight`, one a picture.
+    """
+    captions = ask(model, [(p, "caption en") for p in paths], "Captions")
+    named = [
+        (path, noun)
+        for path, caption in zip(paths, captions, strict=True)
+        for noun in nouns(caption)
+    ]
+    found = {path: [] for path in paths}
+    answers = ask(model, [(p, f"detect {noun}") for p, noun in named], "Boxes")
+    for (path, _), answer in zip(named, answers, strict=True):
+        found[path] += parse_boxes(answer)
+    first = {path: noun for path, noun in reversed(named)}
+    questions = {p: f"answer en how many {n}?" for p, n in first.items()}
+    counts = ask(model, list(questions.items()), "Counts")
+    counts = dict(zip(questions, counts, strict=True))
+    return [
+        Sight(p, c, found[p], questions.get(p, ""), counts.get(p, ""))
+        for p, c in zip(paths, captions, strict=True)
+    ]
+
+
+def draw(sights: list[Sight], folder: Path) -> list[Path]:
+    """Write each picture with its boxes, and a sheet of them all.
+
+    Args:
+        sights: of `look`.
+        folder: path, made if it is not there.
+
+    Returns:
+        List of the paths of the files, the sheet last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [draw_boxes(sight.path, sight.boxes) for sight in sights]
+    paths = [folder / f"{sight.path.stem}_boxes.png" for sight in sights]
+    for picture, path in zip(drawn, paths, strict=True):
+        picture.save(path)
+    sheet = contact_sheet(drawn, [sight.caption for sight in sights])
+    sheet.save(folder / "contact_sheet.png")
+    return [*paths, folder / "contact_sheet.png"]
+
+
+def contact_sheet(
+    pictures: list[Image.Image], captions: list[str]
+) -> Image.Image:
+    """Arrange pictures in rows, each above its caption."""
+    width, height = CELL + MARGIN, CELL + MARGIN + 2 * FONT_SIZE
+    columns = min(COLUMNS, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    size = (columns * width + MARGIN, rows * height + MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(FONT_SIZE)
+    for i, (picture, caption) in enumerate(
+        zip(pictures, captions, strict=True)
+    ):
+        x = MARGIN + i % columns * width
+        y = MARGIN + i // columns * height
+        small = picture.copy()
+        small.thumbnail((CELL, CELL))
+        sheet.paste(small, (x, y))
+        pen.text((x, y + CELL + 4), caption, "black", font)
+    return sheet
+
+
+def finetune(model, examples: dict[str, list], epochs: int) -> list[float]:
+    """Train low-rank adapters on a few examples, one batch an epoch.
+
+    Args:
+        model: `PaliGemmaCausalLM` without adapters.
+        examples: dict of `read_examples`.
+        epochs: int.
+
+    Returns:
+        List of the losses of all epochs.
+    """
+    import keras
+
+    model.enable_lora(LORA_RANK, LORA_ALPHA)
+    model.compile(keras.optimizers.Adam(LEARNING_RATE))
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("Fine-tuning", total=epochs)
+        advance = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: progress.advance(task)
+        )
+        history = model.fit(
+            examples,
+            batch_size=len(examples["prompts"]),
+            epochs=epochs,
+            verbose=0,
+            callbacks=[advance],
+        )
+    return history.history["loss"]
+
+
+def judged(answer: str, wanted: str | None) -> Text:
+    """Colour an answer; a wrong one is followed by the right one."""
+    if wanted is None:
+        return Text(answer)
+    if answer == wanted:
+        return Text(f"✓ {answer}", "green")
+    return Text(f"✗ {answer}", "red").append(f"\n  not {wanted}", "default")
+
+
+def sights_table(sights: list[Sight], truth: dict[str, str]) -> Table:
+    """Show what a model says of pictures, and where the truth is known."""
+    table = Table("picture", "caption en", "boxes in %: y, x", "count")
+    for path, caption, boxes, question, count in sights:
+        places = [
+            "{}: {:.0f}–{:.0f}, {:.0f}–{:.0f}".format(
+                label, *(100 * edge for edge in (y1, y2, x1, x2))
+            )
+            for y1, x1, y2, x2, label in boxes
+        ]
+        table.add_row(
+            Text(path.name),
+            judged(caption, truth.get(path.name)),
+            Text("\n".join(places)),
+            Text(f"{question.removeprefix('answer en ')} {count}"),
+        )
+    return table
+
+
+def ask_all(model, examples: dict[str, list], title: str) -> list[str]:
+    """Let a model answer the prompts of examples."""
+    questions = zip(examples["images"], examples["prompts"], strict=True)
+    return ask(model, list(questions), title)
+
+
+def finetune_table(
+    title: str, examples: dict[str, list], before: list[str], after: list[str]
+) -> Table:
+    """Show the answers to examples before and after the fine-tuning."""
+    columns = ("picture", "prompt", "wanted", "before", "after")
+    table = Table(*columns, title=title)
+    for image, prompt, wanted, *answers in zip(
+        *examples.values(), before, after, strict=True
+    ):
+        styles = ["green" if a == wanted else "red" for a in answers]
+        table.add_row(
+            Text(image.name),
+            Text(prompt),
+            Text(wanted),
+            *map(Text, answers, styles),
+        )
+    return table
+
+
+def show_sights(console, model, paths, truth, output) -> list[Sight]:
+    """Print and draw what a model says of pictures."""
+    console.rule("1. Look at pictures")
+    sights = look(model, paths)
+    console.print(sights_table(sights, truth))
+    for path in draw(sights, output):
+        console.print(f"wrote {path}", highlight=False)
+    return sights
+
+
+def show_learning(console, model, seen, unseen) -> None:
+    """Fine-tune a model on the examples in `seen`; print what came of it."""
+    console.rule("2. Learn from a handful of examples")
+    parts = {
+        "What it was trained on": seen,
+        "What it was not trained on": unseen,
+    }
+    before = [ask_all(model, part, "Before") for part in parts.values()]
+    losses = finetune(model, seen, EPOCHS)
+    trained = sum(math.prod(v.shape) for v in model.trainable_variables)
+    console.print(
+        f"{len(seen['prompts'])} examples, {len(losses)} steps, loss "
+        f"{losses[0]:.2f} → {losses[-1]:.2f}; LoRA of rank {LORA_RANK} "
+        f"trained {trained / model.count_params():.1%} of the parameters."
+    )
+    for (title, part), old in zip(parts.items(), before, strict=True):
+        new = ask_all(model, part, "After")
+        console.print(finetune_table(title, part, old, new))
+
+
+def show_memory(console, model, sights, truth) -> None:
+    """Print how many captions were right before learning, and are now."""
+    known = [sight for sight in sights if sight.path.name in truth]
+    questions = [(sight.path, "caption en") for sight in known]
+    wanted = [truth[sight.path.name] for sight in known]
+    now = ask(model, questions, "Old scenes")
+    before, after = (
+        sum(map(str.__eq__, answers, wanted))
+        for answers in ([sight.caption for sight in known], now)
+    )
+    console.print(
+        "The old scenes, captions word for word right: "
+        f"{before} of {len(known)} before, {after} of {len(known)} after."
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the demo; `arguments` are those of the command line."""
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(
+        prog="python -m keras_paligemma.demo", description=__doc__
+    )
+    parser.add_argument("--output", type=Path, default="demo_output")
+    parser.add_argument("--preset", default=NANO)
+    parser.add_argument("--pictures", type=Path, default=EXAMPLES / "pictures")
+    options = parser.parse_args(arguments)
+    try:
+        paths = read_pictures(options.pictures)
+        truth = read_truth(options.pictures)
+        seen = read_examples(EXAMPLES / "finetune" / "train.jsonl")
+        unseen = read_examples(EXAMPLES / "finetune" / "test.jsonl")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+    # Keras reads its backend once, when it is imported; what TensorFlow says
+    # when it starts is not about this package.
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    console = Console()
+    with console.status("Importing Keras and loading the preset"):
+        import keras
+
+        from keras_paligemma import PaliGemmaCausalLM
+
+        model = PaliGemmaCausalLM.from_preset(options.preset)
+    console.print(
+        f"[bold]{options.preset}[/] on {keras.backend.backend()}: "
+        f"{model.count_params() / 1e6:.1f} million parameters"
+    )
+    if options.preset == NANO:
+        console.print(
+            "It knows 50 classes of emoji on small composed scenes, and "
+            "nothing else: what it says of a photograph is a guess."
+        )
+    sights = show_sights(console, model, paths, truth, options.output)
+    show_learning(console, model, seen, unseen)
+    if truth:
+        show_memory(console, model, sights, truth)
+    console.print(f"Done in {time.monotonic() - started:.0f} seconds.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,462 @@
+"""The task: loss, fit, generate, adapters, saving; and its errors."""
+
+import copy
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_paligemma import PaliGemmaBackbone
+from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma import PaliGemmaCausalLMPreprocessor
+from keras_paligemma import PaliGemmaImageConverter
+from keras_paligemma import PaliGemmaTokenizer
+from keras_paligemma.models.losses import streamed_cross_entropy
+from tests.conftest import IMAGE_SIZE
+from tests.conftest import PRESETS
+from tests.conftest import TEXT
+from tests.conftest import VISION
+from tests.conftest import error
+from tests.conftest import golden_prompts
+
+TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
+
+
+@pytest.fixture
+def tiny_model():
+    """Function that builds a random model that reads and writes text."""
+
+    def build(**changes):
+        keras.utils.set_random_seed(0)
+        backbone = PaliGemmaBackbone(
+            IMAGE_SIZE, VISION, TEXT | {"vocabulary_size": 2048}, **changes
+        )
+        # The projector starts at zero; a test of pictures needs it awake.
+        backbone.vision_encoder.projector.kernel.assign(
+            np.random.default_rng(0).normal(size=(48, 64)) * 0.3
+        )
+        preprocessor = PaliGemmaCausalLMPreprocessor(
+            PaliGemmaTokenizer(TOKENIZER.read_bytes()),
+            PaliGemmaImageConverter(IMAGE_SIZE),
+            prompt_length=12,
+            response_length=8,
+        )
+        return PaliGemmaCausalLM(backbone, preprocessor)
+
+    return build
+
+
+@pytest.fixture
+def examples():
+    random = np.random.default_rng(0)
+    return {
+        "images": list(random.integers(0, 256, (4, 50, 40, 3), "uint8")),
+        "prompts": ["caption en", "detect cat", "answer en how many dog?", "a"],
+        "responses": ["a cat and a dog", "cat", "2", "an owl"],
+    }
+
+
+def prompts_of(examples):
+    return {key: examples[key] for key in ("images", "prompts")}
+
+
+@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+def test_greedy_tokens_are_the_originals(golden_backbone, expected, form):
+    model = PaliGemmaCausalLM(golden_backbone(form=form))
+    inputs = golden_prompts(expected)
+    tokens = model.generate(inputs, stop_token_ids=None)
+    wanted = expected["f32/cache_f32/tokens"]
+    np.testing.assert_array_equal(tokens[:3], wanted[:3])
+    # Row 3's response had begun with three tokens.
+    np.testing.assert_array_equal(tokens[3, 3:], wanted[3, :5])
+    begun = inputs["response_mask"][3]
+    np.testing.assert_array_equal(tokens[3, :3], inputs["token_ids"][3][begun])
+
+
+def test_cached_equals_uncached_and_each_row_alone(golden_backbone, expected):
+    backbone = golden_backbone()
+    model = PaliGemmaCausalLM(backbone)
+    inputs = golden_prompts(expected)
+    lengths = {int(row[:10].sum()) for row in inputs["padding_mask"]}
+    assert len(lengths) == 4
+    tokens = model.generate(inputs, stop_token_ids=None)
+    for row in range(4):
+        alone = {key: value[row] for key, value in inputs.items()}
+        np.testing.assert_array_equal(
+            model.generate(alone, stop_token_ids=None), tokens[row]
+        )
+    # Every token is the best guess of a pass without a cache over all tokens.
+    complete = {
+        "images": inputs["images"],
+        "token_ids": np.concatenate(
+            [inputs["token_ids"][:, :10], tokens], axis=1
+        ),
+        "padding_mask": inputs["padding_mask"] | (np.arange(18) >= 10),
+        "response_mask": np.broadcast_to(np.arange(18) >= 10, (4, 18)),
+    }
+    logits = ops.convert_to_numpy(backbone.logits(backbone(complete)))
+    best = logits[:, 9 + 9 : -1].argmax(-1)
+    begun = inputs["response_mask"][:, 10:]
+    np.testing.assert_array_equal(best[~begun], tokens[~begun])
+
+
+def test_sliding_window_in_the_cache(golden_backbone, expected):
+    for form in ("unrolled", "stacked"):
+        backbone = golden_backbone(form=form, text={"sliding_window_size": 6})
+        model = PaliGemmaCausalLM(backbone)
+        inputs = golden_prompts(expected)
+        tokens = model.generate(inputs, stop_token_ids=None)
+        complete = inputs | {
+            "token_ids": np.concatenate(
+                [inputs["token_ids"][:, :10], tokens], axis=1
+            ),
+            "padding_mask": inputs["padding_mask"] | (np.arange(18) >= 10),
+            "response_mask": np.broadcast_to(np.arange(18) >= 10, (4, 18)),
+        }
+        logits = ops.convert_to_numpy(backbone.logits(backbone(complete)))
+        best = logits[:, 18:-1].argmax(-1)
+        begun = inputs["response_mask"][:, 10:]
+        np.testing.assert_array_equal(best[~begun], tokens[~begun])
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        keras_hub.samplers.BeamSampler(num_beams=1),
+        keras_hub.samplers.TopKSampler(k=1, seed=0),
+    ],
+    ids=["beam", "top_k"],
+)
+@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+def test_samplers_of_one_choice_are_greedy(
+    golden_backbone, expected, sampler, form
+):
+    model = PaliGemmaCausalLM(golden_backbone(form=form))
+    model.compile(sampler=sampler)
+    tokens = model.generate(golden_prompts(expected), stop_token_ids=None)
+    np.testing.assert_array_equal(
+        tokens[:3], expected["f32/cache_f32/tokens"][:3]
+    )
+
+
+def test_beams_find_what_is_at_least_as_likely(golden_backbone, expected):
+    backbone = golden_backbone(form="stacked")
+    model = PaliGemmaCausalLM(backbone)
+    inputs = {key: value[:3] for key, value in golden_prompts(expected).items()}
+
+    def log_likelihood(tokens):
+        ids = np.concatenate([inputs["token_ids"][:, :10], tokens], axis=1)
+        response = np.broadcast_to(np.arange(18) >= 10, ids.shape)
+        logits = backbone.logits(
+            backbone(
+                inputs
+                | {
+                    "token_ids": ids,
+                    "padding_mask": inputs["padding_mask"] | response,
+                    "response_mask": response,
+                }
+            )
+        )
+        log_BRV = ops.log_softmax(logits[:, 18:-1], axis=-1)
+        chosen = ops.take_along_axis(log_BRV, tokens[..., None], axis=-1)
+        return ops.convert_to_numpy(ops.sum(chosen, axis=(1, 2)))
+
+    greedy = model.generate(inputs, stop_token_ids=None)
+    model.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=4))
+    beams = model.generate(inputs, stop_token_ids=None)
+    assert (log_likelihood(beams) >= log_likelihood(greedy) - 1e-3).all()
+    assert (beams != greedy).any()
+
+
+def test_stop_token_ends_a_row(golden_backbone, expected):
+    model = PaliGemmaCausalLM(golden_backbone())
+    inputs = golden_prompts(expected)
+    free = model.generate(inputs, stop_token_ids=None)
+    stop = int(free[0, 2])
+    tokens = model.generate(inputs, stop_token_ids=[stop])
+    assert tokens[0].tolist() == [*free[0, :3].tolist(), 0, 0, 0, 0, 0]
+
+
+def test_generate_keeps_its_input_and_ignores_the_order_of_keys(
+    tiny_model, examples
+):
+    model = tiny_model()
+    inputs = prompts_of(examples)
+    before = copy.deepcopy(inputs)
+    answers = model.generate(inputs, max_new_tokens=5)
+    assert isinstance(answers, list) and len(answers) == 4
+    assert inputs.keys() == before.keys()
+    assert inputs["prompts"] == before["prompts"]
+    for one, two in zip(inputs["images"], before["images"], strict=True):
+        np.testing.assert_array_equal(one, two)
+    reverse = dict(reversed(inputs.items()))
+    assert model.generate(reverse, max_new_tokens=5) == answers
+    single = {key: value[1] for key, value in inputs.items()}
+    assert model.generate(single, max_new_tokens=5) == answers[1]
+    reverse = dict(reversed(single.items()))
+    assert model.generate(reverse, max_new_tokens=5) == answers[1]
+    full = model.generate(single, max_new_tokens=5, strip_prompt=False)
+    assert full == "detect cat\n" + answers[1]
+
+
+def test_pictures_change_the_answer(tiny_model, examples):
+    model = tiny_model()
+    inputs = {"images": examples["images"], "prompts": ["caption en"] * 4}
+    x = model.preprocessor.generate_preprocess(inputs)
+    hidden = ops.convert_to_numpy(model.backbone(x))
+    assert error(hidden[0, -9], hidden[1, -9]) > 1e-3
+
+
+def test_loss_is_the_originals(golden_backbone, expected):
+    # The original trains without the final cap.
+    backbone = golden_backbone(text={"final_logit_soft_cap": None})
+    model = PaliGemmaCausalLM(backbone)
+    ids = expected["in/train/text"]
+    x = {
+        "images": expected["in/image"][:4],
+        "token_ids": ids,
+        "padding_mask": np.ones(ids.shape, bool),
+        "response_mask": expected["in/train/mask_ar"].astype(bool),
+    }
+    weights = expected["in/train/mask_loss"][:, 1:].astype("float32")
+    # Its forward pass never sees the last token, whose id ours then embeds
+    # behind everything that counts.
+    logs = model.test_on_batch(x, ids[:, 1:], weights, return_dict=True)
+    wanted = float(expected["f32/loss/ls0.0/mean"])
+    assert float(logs["loss"]) == pytest.approx(wanted, rel=2e-5)
+
+
+def test_streamed_loss_is_the_plain_loss():
+    random = np.random.default_rng(0)
+    hidden = random.normal(size=(3, 7, 6)).astype("float32")
+    table = random.normal(size=(11, 6)).astype("float32")
+    targets = random.integers(0, 11, (3, 7))
+    weights = (random.random((3, 7)) > 0.4).astype("float32")
+    weights[2] = 0
+
+    def head(x):
+        return ops.matmul(x, ops.transpose(ops.convert_to_tensor(table)))
+
+    logits = hidden @ table.T
+    log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    loss = -np.take_along_axis(log, targets[..., None], -1)[..., 0] * weights
+    wanted = (loss.sum(1) / np.maximum(weights.sum(1), 1e-6)).mean()
+    right = ((logits.argmax(-1) == targets) * weights).sum() / weights.sum()
+    for chunk in (4, 5, 1000):
+        found, accuracy = streamed_cross_entropy(
+            ops.convert_to_tensor(hidden), head, targets, weights, chunk
+        )
+        assert float(found) == pytest.approx(wanted, rel=1e-5)
+        assert float(accuracy) == pytest.approx(right, rel=1e-5)
+
+
+def test_auto_loss_equals_keras_loss_on_full_logits(tiny_model, examples):
+    model = tiny_model()
+    # Responses of one length, so that both means weigh tokens the same.
+    examples["responses"] = ["a cat"] * 4
+    model.compile(optimizer="sgd")
+    auto = model.evaluate(examples, verbose=0, return_dict=True)
+    assert set(auto) == {"loss", "token_accuracy"}
+    model.compile(
+        optimizer="sgd",
+        loss=keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        ),
+        weighted_metrics=["sparse_categorical_accuracy"],
+    )
+    plain = model.evaluate(examples, verbose=0, return_dict=True)
+    assert auto["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert auto["token_accuracy"] == pytest.approx(
+        plain["sparse_categorical_accuracy"]
+    )
+
+
+@pytest.mark.parametrize("policy", ["float32", "bfloat16", "mixed_bfloat16"])
+def test_fit_learns(tiny_model, examples, policy):
+    model = tiny_model(dtype=policy)
+    model.compile(optimizer=keras.optimizers.Adam(3e-3, beta_2=0.95))
+    history = model.fit(examples, batch_size=2, epochs=12, verbose=0).history
+    assert history["loss"][-1] < 0.5 * history["loss"][0]
+    answers = model.generate(prompts_of(examples), max_new_tokens=3)
+    assert all(isinstance(answer, str) for answer in answers)
+
+
+def test_default_optimizer_moves_bfloat16_weights(tiny_model, examples):
+    model = tiny_model(dtype="bfloat16")
+    assert model.optimizer.beta_2 < 0.999
+    model.compile(optimizer="auto")
+    assert float(ops.cast(model.optimizer.beta_2, "bfloat16")) < 1
+
+
+def test_fit_takes_batches_and_datasets(tiny_model, examples):
+    model = tiny_model()
+    model.compile(optimizer="sgd")
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return {key: value[:2] for key, value in examples.items()}
+
+    model.fit(Batches(), validation_data=examples, verbose=0)
+    x, y, weights = model.preprocessor(examples)
+    logs = model.train_on_batch(x, y, weights, return_dict=True)
+    assert np.isfinite(logs["loss"])
+
+
+def test_lora_trains_adapters_alone(tiny_model, examples):
+    for form in ("unrolled", "stacked"):
+        model = tiny_model(form=form)
+        x = model.preprocessor.generate_preprocess(prompts_of(examples))
+        before = ops.convert_to_numpy(model(x))
+        model.enable_lora(rank=2, alpha=4)
+        # B starts at zero: nothing has changed yet.
+        np.testing.assert_array_equal(ops.convert_to_numpy(model(x)), before)
+        trained = {v.path.rsplit("_", 1)[0] for v in model.trainable_variables}
+        assert trained and all("adapter" in path for path in trained)
+        # A: D×r, B: r×(heads × head_dim), of q, k, v and o in three layers.
+        size = (64 + 96 + 64 + 48 + 64 + 48 + 96 + 64) * 2 * 3
+        count = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+        assert count == size
+        frozen = [np.array(v) for v in model.non_trainable_variables]
+        model.compile(optimizer=keras.optimizers.Adam(1e-2))
+        losses = model.fit(examples, epochs=8, verbose=0).history["loss"]
+        assert losses[-1] < 0.9 * losses[0]
+        for one, two in zip(model.non_trainable_variables, frozen, strict=True):
+            if "seed" not in one.path:
+                np.testing.assert_array_equal(np.array(one), two)
+        assert error(model(x), before) > 1e-2
+
+
+def test_lora_refuses_a_second_time_and_unknown_targets(tiny_model):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"Received: \['q_proj'\]"):
+        model.enable_lora(2, targets=["q_proj"])
+    model.enable_lora(2, targets=["gate", "query"])
+    with pytest.raises(ValueError, match="has adapters already"):
+        model.enable_lora(2)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("policy", ["float32", "bfloat16"])
+def test_preset_round_trip_is_exact(
+    tiny_model, examples, tmp_path, policy, lora
+):
+    model = tiny_model(dtype=policy)
+    if lora:
+        model.enable_lora(2)
+        for variable in model.trainable_variables:
+            variable.assign(np.full(variable.shape, 0.1))
+    inputs = prompts_of(examples)
+    x = model.preprocessor.generate_preprocess(inputs)
+    wanted = ops.convert_to_numpy(model(x))
+    model.save_to_preset(tmp_path / "preset")
+    for form in ("unrolled", "stacked"):
+        read = PaliGemmaCausalLM.from_preset(tmp_path / "preset", form=form)
+        # The dtype of the file is kept.
+        assert read.backbone.dtype_policy.name == policy
+        if form == "unrolled":
+            np.testing.assert_array_equal(ops.convert_to_numpy(read(x)), wanted)
+            assert read.generate(inputs) == model.generate(inputs)
+        for name, weight in read.backbone.weights_by_name().items():
+            mine = model.backbone.weights_by_name()[name]
+            if isinstance(weight, list):
+                weight = np.stack([np.array(one) for one in weight])
+            np.testing.assert_array_equal(
+                np.array(weight),
+                np.stack([np.array(one) for one in mine])
+                if isinstance(mine, list)
+                else np.array(mine),
+            )
+    half = PaliGemmaCausalLM.from_preset(tmp_path / "preset", dtype="bfloat16")
+    assert half.backbone.compute_dtype == "bfloat16"
+
+
+def test_keras_file_round_trip_is_exact(tiny_model, examples, tmp_path):
+    model = tiny_model()
+    inputs = prompts_of(examples)
+    x = model.preprocessor.generate_preprocess(inputs)
+    model.save(tmp_path / "model.keras")
+    read = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(read(x)), ops.convert_to_numpy(model(x))
+    )
+    assert read.generate(inputs) == model.generate(inputs)
+
+
+def test_saving_over_a_preset_replaces_it(tiny_model, tmp_path):
+    model = tiny_model()
+    for _ in range(2):
+        model.save_to_preset(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors", "tokenizer.model"]
+)
+def test_a_missing_file_is_named(tiny_model, tmp_path, file):
+    tiny_model().save_to_preset(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(ValueError, match=file):
+        PaliGemmaCausalLM.from_preset(tmp_path)
+
+
+def test_a_truncated_weights_file(tiny_model, tmp_path):
+    tiny_model().save_to_preset(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+        PaliGemmaCausalLM.from_preset(tmp_path)
+
+
+def test_a_checkpoint_of_other_sizes_lists_all_problems(
+    golden_backbone, arrays
+):
+    from tests.conftest import fill
+
+    wrong = dict(arrays)
+    wrong["params/img/extra"] = wrong.pop("params/img/head/bias")
+    wrong["params/llm/final_norm/scale"] = np.zeros(3, "float32")
+    backbone = golden_backbone()
+    before = np.array(backbone.token_embedding.table)
+    with pytest.raises(ValueError) as caught:
+        fill(backbone, wrong)
+    message = str(caught.value)
+    assert "in 3 places" in message
+    assert "missing: params/img/head/bias" in message
+    assert "unused: params/img/extra" in message
+    assert r"final_norm/scale is (3,), expected (64,)" in message
+    np.testing.assert_array_equal(
+        np.array(backbone.token_embedding.table), before
+    )
+
+
+def test_errors_of_inputs(tiny_model, examples, expected):
+    model = tiny_model()
+    inputs = prompts_of(examples)
+    with pytest.raises(ValueError, match="prompts are missing"):
+        model.generate({"images": examples["images"]})
+    with pytest.raises(ValueError, match="Training needs the answers"):
+        model.fit(inputs, verbose=0)
+    with pytest.raises(ValueError, match="same length"):
+        model.fit(examples | {"prompts": ["a"]}, verbose=0)
+    x = model.preprocessor.generate_preprocess(inputs)
+    wrong = dict(x)
+    wrong["token_ids"] = x["token_ids"] + 2048
+    with pytest.raises(ValueError, match="0…2047"):
+        model.generate(wrong)
+    bare = PaliGemmaCausalLM(model.backbone)
+    with pytest.raises(ValueError, match="stop_token_ids='auto'"):
+        bare.generate(x)
+    ragged = dict(x)
+    ragged["padding_mask"] = x["padding_mask"].copy()
+    ragged["padding_mask"][0, 11] = False
+    with pytest.raises(ValueError, match=r"ending at \[11, 12\]"):
+        bare.generate(ragged, stop_token_ids=None)

@@ -1,0 +1,212 @@
+import doctest
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from keras_paligemma import demo
+from keras_paligemma.demo import Sight
+from keras_paligemma.preprocessing.images import read_image
+from keras_paligemma.tasks.boxes import Box
+from tests.conftest import PRESETS
+from tests.conftest import TEXT
+from tests.conftest import VISION
+
+BOX = "<loc0000><loc0000><loc0512><loc0512>"
+
+
+class Scripted:
+    """A model whose answers are known, and which keeps the batch sizes."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def generate(self, inputs):
+        self.sizes.append(len(inputs["images"]))
+        return [
+            self.answer(image, prompt)
+            for image, prompt in zip(
+                inputs["images"], inputs["prompts"], strict=True
+            )
+        ]
+
+    def answer(self, image, prompt):
+        if prompt == "caption en":
+            return f"a {image.stem} and an owl"
+        if prompt.startswith("detect "):
+            return f"{BOX} {prompt.removeprefix('detect ')}"
+        return "2" if image.stem in prompt else "0"
+
+
+@pytest.fixture
+def paths(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, name in enumerate(["cat", "dog"]):
+        pixels = np.full((40 + 30 * i, 60, 3), 100, "uint8")
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    (folder / "notes.txt").touch()
+    return demo.read_pictures(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A small random model with the nano preset's tokenizer."""
+    from keras_paligemma import PaliGemmaBackbone
+    from keras_paligemma import PaliGemmaCausalLM
+    from keras_paligemma import PaliGemmaCausalLMPreprocessor
+    from keras_paligemma import PaliGemmaImageConverter
+    from keras_paligemma import PaliGemmaTokenizer
+
+    preprocessor = PaliGemmaCausalLMPreprocessor(
+        PaliGemmaTokenizer(str(PRESETS / demo.NANO / "tokenizer.model")),
+        PaliGemmaImageConverter(28),
+        prompt_length=16,
+        response_length=16,
+    )
+    backbone = PaliGemmaBackbone(28, VISION, TEXT | {"vocabulary_size": 2048})
+    return PaliGemmaCausalLM(backbone, preprocessor)
+
+
+def printed(table):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_examples_of_the_docstrings_run():
+    result = doctest.testmod(demo)
+    assert result.attempted and not result.failed
+
+
+def test_reads_pictures_and_what_is_known_of_them(paths):
+    assert [path.name for path in paths] == ["cat.png", "dog.png"]
+    folder = paths[0].parent
+    assert demo.read_truth(folder) == {}
+    scenes = {"cat.png": {"caption": "a cat"}, "dog.png": {"objects": []}}
+    (folder / "scenes.json").write_text(json.dumps(scenes))
+    assert demo.read_truth(folder) == {"cat.png": "a cat"}
+
+
+def test_a_folder_without_pictures_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="--pictures"):
+        demo.read_pictures(tmp_path)
+
+
+def test_all_batches_have_one_size_and_answers_keep_their_order(paths):
+    model = Scripted()
+    questions = [(paths[0], f"detect {i}") for i in range(11)]
+    answers = demo.ask(model, questions, "Boxes")
+    assert answers == [f"{BOX} {i}" for i in range(11)]
+    assert model.sizes == [demo.BATCH_SIZE] * 2
+    assert demo.ask(model, [], "Nothing") == []
+
+
+def test_finds_all_and_counts_the_first_of_what_it_names(paths):
+    cat, dog = demo.look(Scripted(), paths)
+    assert cat.path == paths[0] and dog.caption == "a dog and an owl"
+    assert [box.label for box in cat.boxes] == ["cat", "owl"]
+    assert dog.question == "answer en how many dog?" and dog.count == "2"
+
+
+def test_a_caption_that_names_nothing_is_shown_alone(paths):
+    model = Scripted()
+    model.answer = lambda image, prompt: "cat cat"
+    sights = demo.look(model, paths)
+    assert sights == [Sight(path, "cat cat", [], "", "") for path in paths]
+
+
+def test_draws_every_picture_and_a_sheet(paths, tmp_path):
+    sights = demo.look(Scripted(), paths)
+    written = demo.draw(sights, tmp_path / "new" / "output")
+    assert [path.name for path in written] == [
+        "cat_boxes.png",
+        "dog_boxes.png",
+        "contact_sheet.png",
+    ]
+    shapes = [read_image(path).shape for path in written]
+    assert shapes[:2] == [(320, 480, 3), (490, 420, 3)]
+    assert shapes[2][0] > demo.CELL and shapes[2][1] > 2 * demo.CELL
+    assert np.ptp(read_image(written[0])) > 0
+
+
+def test_the_table_of_sights_marks_what_is_wrong():
+    box = Box(0.1, 0.25, 0.5, 1.0, "cat")
+    sights = [
+        Sight(Path("a.png"), "a cat", [box], "answer en how many cat?", "3"),
+        Sight(Path("b.png"), "a dog", [], "", ""),
+        Sight(Path("c.png"), "a [red]fox[/]", [], "", ""),
+    ]
+    truth = {"a.png": "a cat", "b.png": "a pig"}
+    text = printed(demo.sights_table(sights, truth))
+    assert "✓ a cat" in text and "✗ a dog" in text and "not a pig" in text
+    assert "cat: 10–50, 25–100" in text and "how many cat? 3" in text
+    # An answer is shown as it is, never read as markup.
+    assert "[red]fox[/]" in text
+
+
+def test_says_how_many_captions_are_still_right(paths):
+    console = Console(file=io.StringIO(), width=200)
+    sights = [Sight(path, "a pig", [], "", "") for path in paths]
+    truth = {"cat.png": "a cat and an owl"}
+    demo.show_memory(console, Scripted(), sights, truth)
+    assert "0 of 1 before, 1 of 1 after" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "test.jsonl"])
+def test_reads_the_examples_of_the_repository(name):
+    examples = demo.read_examples(demo.EXAMPLES / "finetune" / name)
+    assert 0 < len(examples["images"]) <= demo.BATCH_SIZE
+    assert all(path.is_file() for path in examples["images"])
+    after = examples["responses"]
+    before = ["nonsense"] * len(after)
+    text = printed(demo.finetune_table("Title", examples, before, after))
+    assert "Title" in text and text.count("nonsense") == len(after)
+    assert all(text.count(answer) >= 2 for answer in after)
+
+
+def test_finetuning_trains_adapters_and_nothing_else(tiny, tmp_path):
+    tiny.save_to_preset(tmp_path)
+    model = type(tiny).from_preset(tmp_path)
+    examples = demo.read_examples(demo.EXAMPLES / "finetune" / "train.jsonl")
+    losses = demo.finetune(model, examples, epochs=3)
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    names = {v.path.rsplit("/", 1)[1] for v in model.trainable_variables}
+    assert names == {"adapter_a", "adapter_b"}
+    table = model.backbone.token_embedding.table
+    np.testing.assert_array_equal(
+        table.numpy(), tiny.backbone.token_embedding.table.numpy()
+    )
+
+
+def test_the_whole_demo_runs_with_any_preset(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    tiny.save_to_preset(tmp_path / "tiny")
+    monkeypatch.setattr(demo, "EPOCHS", 2)
+    output = tmp_path / "output"
+    demo.main(["--preset", str(tmp_path / "tiny"), "--output", str(output)])
+    text = capsys.readouterr().out
+    pictures = demo.read_pictures(demo.EXAMPLES / "pictures")
+    assert len(list(output.iterdir())) == len(pictures) + 1
+    assert all(path.name in text for path in pictures)
+    assert "2 steps" in text and "Done in" in text
+    # The note about the nano preset is about no other.
+    assert "emoji" not in text
+
+
+def test_a_wrong_folder_ends_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--pictures", str(tmp_path)])
+    assert "nothing to look at" in capsys.readouterr().err
+
+
+def test_the_nano_preset_sees_and_learns(tmp_path, capsys):
+    demo.main(["--output", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "a photograph is a guess" in text
+    assert "right: 4 of 4 before, 4 of 4 after" in " ".join(text.split())

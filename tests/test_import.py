@@ -1,0 +1,43 @@
+"""Importing the package is cheap, and imports point one way."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_import_is_lazy():
+    heavy = run(
+        "import sys, keras_paligemma;"
+        "names = ('keras', 'keras_hub', 'tensorflow', 'jax', 'torch', 'numpy');"
+        "print([name for name in names if name in sys.modules])"
+    )
+    assert heavy == "[]"
+
+
+@pytest.mark.parametrize(
+    "module", ["layers.stack", "checkpoints.big_vision", "tasks.boxes"]
+)
+def test_ground_floor_needs_no_keras_hub(module):
+    heavy = run(
+        f"import sys, keras_paligemma.{module};"
+        "names = ('keras_hub', 'tensorflow_text');"
+        "print([name for name in names if name in sys.modules])"
+    )
+    assert heavy == "[]"
+
+
+def test_names_are_listed_and_unknown_ones_refused():
+    import keras_paligemma
+
+    assert set(keras_paligemma.__all__) <= set(dir(keras_paligemma))
+    for name in keras_paligemma.__all__:
+        assert getattr(keras_paligemma, name) is not None
+    with pytest.raises(AttributeError, match="PaliGemma3"):
+        _ = keras_paligemma.PaliGemma3
