@@ -123,3 +123,56 @@ def golden_prompts(expected, room=10, response=8):
         "padding_mask": valid,
         "response_mask": begun,
     }
+
+
+def transformers_backbone(model, **changes):
+    """Ours with the sizes and weights of a model of transformers."""
+    from keras_paligemma import PaliGemmaBackbone
+    from tests.transformers_reference import transformers_to_big_vision
+
+    text, vision = model.config.text_config, model.config.vision_config
+    second = text.model_type == "gemma2"
+    backbone = PaliGemmaBackbone(
+        vision.image_size,
+        {
+            "patch_size": vision.patch_size,
+            "num_layers": vision.num_hidden_layers,
+            "hidden_dim": vision.hidden_size,
+            "num_heads": vision.num_attention_heads,
+            "intermediate_dim": vision.intermediate_size,
+        },
+        {
+            "vocabulary_size": text.vocab_size,
+            "num_layers": text.num_hidden_layers,
+            "hidden_dim": text.hidden_size,
+            "intermediate_dim": text.intermediate_size,
+            "num_query_heads": text.num_attention_heads,
+            "num_key_value_heads": text.num_key_value_heads,
+            "head_dim": text.head_dim,
+            "query_pre_attention_scalar": (
+                text.query_pre_attn_scalar if second else text.head_dim
+            ),
+            "attention_logit_soft_cap": 50.0 if second else None,
+            "final_logit_soft_cap": 30.0 if second else None,
+            "use_post_norms": second,
+        },
+        **changes,
+    )
+    arrays = transformers_to_big_vision(model.state_dict(), model.config)
+    prefix = "params/" if "params/img/embedding/bias" in arrays else ""
+    fill(backbone, arrays, prefix)
+    return backbone
+
+
+def transformers_inputs():
+    """Two rows of different padding, and which positions mean something."""
+    random = np.random.default_rng(5)
+    valid = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]], bool)
+    response = np.array([[0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 0, 0]], bool)
+    inputs = {
+        "images": random.uniform(-1, 1, (2, 21, 21, 3)).astype("float32"),
+        "token_ids": random.integers(1, 101, valid.shape) * valid,
+        "padding_mask": valid,
+        "response_mask": response,
+    }
+    return inputs, np.pad(valid, ((0, 0), (9, 0)), constant_values=True)

@@ -28,6 +28,17 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def settings_of(config) -> dict[str, float | None]:
+    """Spells a decoder's configuration as `forward` takes it."""
+    return {
+        "query_scale": config.query_pre_attention_scalar**-0.5,
+        "attention_soft_cap": config.attention_logit_soft_cap,
+        "final_soft_cap": config.final_logit_soft_cap,
+        "embedding_scale": config.hidden_dim**0.5,
+        "rope_base": config.rope_base,
+    }
+
+
 def forward(
     arrays: dict[str, np.ndarray],
     settings: dict[str, float | None],

@@ -1,7 +1,9 @@
 """Importing the package is cheap, and imports point one way."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +43,14 @@ def test_names_are_listed_and_unknown_ones_refused():
         assert getattr(keras_paligemma, name) is not None
     with pytest.raises(AttributeError, match="PaliGemma3"):
         _ = keras_paligemma.PaliGemma3
+
+
+def test_imports_point_down():
+    linter = shutil.which("lint-imports", path=Path(sys.executable).parent)
+    result = subprocess.run(
+        [linter, "--config", Path(__file__).parents[1] / "pyproject.toml"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert result.returncode == 0, result.stdout

@@ -12,6 +12,7 @@ from keras_paligemma.compat import classproperty
 from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.attention import token_positions
 from keras_paligemma.layers.projection import Projection
+from keras_paligemma.models import files
 from keras_paligemma.models.text_decoder import TextDecoder
 from keras_paligemma.models.text_decoder import TextDecoderConfig
 from keras_paligemma.models.vision_encoder import VisionEncoder
@@ -272,17 +273,13 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     @classmethod
     def from_preset(cls, preset, load_weights=True, dtype=None, **kwargs):
         """Load a backbone from a preset; see `PaliGemmaCausalLM`."""
-        from keras_paligemma.models import files
-
         config, folder = presets.resolve(preset, load_weights)
         return files.load_backbone(
-            config, folder, load_weights, dtype, **kwargs
+            cls, config, folder, load_weights, dtype, **kwargs
         )
 
     def save_to_preset(self, preset_dir):
         """Write configuration and weights to a directory."""
-        from keras_paligemma.models import files
-
         files.save(preset_dir, self)
 
     def architecture(self):

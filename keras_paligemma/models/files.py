@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 from keras import ops
+from safetensors import SafetensorError
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.compat import without_values
-from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
 )
@@ -21,10 +21,11 @@ from keras_paligemma.preprocessing.preprocessor import (
 from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
 
 
-def load_backbone(config, folder, load_weights, dtype=None, **kwargs):
+def load_backbone(cls, config, folder, load_weights, dtype=None, **kwargs):
     """Build a backbone from a preset's config and fill it from its folder.
 
     Args:
+        cls: the backbone's class.
         config: dict, of `presets.resolve`.
         folder: path or `None`.
         load_weights: bool; `False` draws random weights.
@@ -32,17 +33,17 @@ def load_backbone(config, folder, load_weights, dtype=None, **kwargs):
         **kwargs: `form`, `remat`, `name`.
 
     Returns:
-        `PaliGemmaBackbone`.
+        Instance of `cls`.
     """
     fields = dict(config["backbone"])
     dtype = dtype or fields.pop("dtype", None)
     fields |= {"dtype": dtype} | kwargs
     if not load_weights:
-        return PaliGemmaBackbone(**fields)
+        return cls(**fields)
     # Each weight arrives once: cast and placed as it is read, with no random
     # value before it.
     with without_values():
-        backbone = PaliGemmaBackbone(**fields)
+        backbone = cls(**fields)
     path = folder / presets.WEIGHTS
     try:
         with safe_open(path, framework="numpy") as file:
@@ -53,9 +54,7 @@ def load_backbone(config, folder, load_weights, dtype=None, **kwargs):
             weights = backbone.weights_by_name()
             rows = [engine.Row(name, name) for name in weights]
             engine.load(weights, rows, shapes, file.get_tensor)
-    except Exception as error:
-        if isinstance(error, ValueError):
-            raise
+    except SafetensorError as error:
         raise ValueError(
             f"{path} cannot be read as safetensors: {error}. Is the file "
             "whole? Copy or save it again."
@@ -69,6 +68,7 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
     backbone_keys = ("form", "remat")
     task_keys = ("compile", "name", "preprocessor")
     backbone = load_backbone(
+        cls.backbone_cls,
         config,
         folder,
         load_weights,

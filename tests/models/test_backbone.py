@@ -18,17 +18,13 @@ from tests.conftest import error
 from tests.conftest import fill
 from tests.conftest import golden_inputs
 from tests.conftest import golden_prompts
+from tests.conftest import transformers_backbone
+from tests.conftest import transformers_inputs
 from tests.numpy_reference import forward
 from tests.numpy_reference import load_arrays
+from tests.numpy_reference import settings_of
 
 FORMS = ("unrolled", "stacked")
-SETTINGS = {
-    "query_scale": 24**-0.5,
-    "attention_soft_cap": 50.0,
-    "final_soft_cap": 30.0,
-    "embedding_scale": 64**0.5,
-    "rope_base": 10_000.0,
-}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -72,11 +68,12 @@ def test_equals_numpy_wherever_padding_lies(
     inputs["padding_mask"][0, 10:13] = True
     inputs["response_mask"][0, 10:13] = True
     inputs["token_ids"][0, 10:13] = (9, 8, 7)
-    wanted = forward(arrays, SETTINGS, **inputs)
+    backbone = golden_backbone(form=form)
+    wanted = forward(arrays, settings_of(backbone.text_config), **inputs)
     valid = np.pad(
         inputs["padding_mask"], ((0, 0), (9, 0)), constant_values=True
     )
-    hidden = ops.convert_to_numpy(golden_backbone(form=form)(inputs))
+    hidden = ops.convert_to_numpy(backbone(inputs))
     assert error(hidden[valid], wanted["hidden_states"][valid]) < 2e-5
 
 
@@ -84,51 +81,11 @@ def test_equals_numpy_wherever_padding_lies(
 def test_equals_transformers(version):
     reference = pytest.importorskip("tests.transformers_reference")
     model = reference.tiny_transformers_model(seed=3, version=version)
-    text, vision = model.config.text_config, model.config.vision_config
-    second = version == 2
-    backbone = PaliGemmaBackbone(
-        vision.image_size,
-        VisionEncoderConfig(
-            vision.patch_size,
-            vision.num_hidden_layers,
-            vision.hidden_size,
-            vision.num_attention_heads,
-            vision.intermediate_size,
-        ),
-        TextDecoderConfig(
-            vocabulary_size=text.vocab_size,
-            num_layers=text.num_hidden_layers,
-            hidden_dim=text.hidden_size,
-            intermediate_dim=text.intermediate_size,
-            num_query_heads=text.num_attention_heads,
-            num_key_value_heads=text.num_key_value_heads,
-            head_dim=text.head_dim,
-            query_pre_attention_scalar=(
-                text.query_pre_attn_scalar if second else text.head_dim
-            ),
-            attention_logit_soft_cap=50.0 if second else None,
-            final_logit_soft_cap=30.0 if second else None,
-            use_post_norms=second,
-        ),
-    )
-    arrays = reference.transformers_to_big_vision(
-        model.state_dict(), model.config
-    )
-    prefix = "params/" if "params/img/embedding/bias" in arrays else ""
-    fill(backbone, arrays, prefix)
-    random = np.random.default_rng(5)
-    valid = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]], bool)
-    response = np.array([[0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 0, 0]], bool)
-    inputs = {
-        "images": random.uniform(-1, 1, (2, 21, 21, 3)).astype("float32"),
-        "token_ids": random.integers(1, 101, valid.shape) * valid,
-        "padding_mask": valid,
-        "response_mask": response,
-    }
+    backbone = transformers_backbone(model)
+    inputs, valid = transformers_inputs()
     wanted = reference.run(model, **inputs)
     found = ops.convert_to_numpy(backbone.logits(backbone(inputs)))
-    shown = np.pad(valid, ((0, 0), (9, 0)), constant_values=True)
-    assert error(found[shown], wanted[shown]) < 1e-5
+    assert error(found[valid], wanted[valid]) < 1e-5
 
 
 def test_image_embeddings_masks_and_positions_can_be_given(

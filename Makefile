@@ -1,0 +1,39 @@
+# Two commands, each of which sets up what it needs in .venv:
+#   make demo   answers on pictures, then a small fine-tune
+#   make test   lint, all tests on all backends, notebooks
+PYTHON ?= python3
+RUN := .venv/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: demo test backends notebooks lint
+
+demo: .venv/for-demo
+	$(RUN) -m keras_paligemma.demo
+
+test: lint backends notebooks
+
+lint: .venv/for-test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# The first run covers everything; the others what a backend can change.
+backends: .venv/for-test
+	KERAS_BACKEND=jax $(RUN) -m pytest
+	KERAS_BACKEND=torch $(RUN) -m pytest tests/layers tests/models tests/preprocessing
+	KERAS_BACKEND=tensorflow $(RUN) -m pytest tests/layers tests/models tests/preprocessing
+
+notebooks: .venv/for-test
+	KERAS_BACKEND=jax $(RUN) -m pytest --nbmake notebooks
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/for-demo: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) install --quiet -c constraints.txt -e ".[jax]"
+	touch $@
+
+.venv/for-test: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) install --quiet -c constraints.txt \
+		-e ".[jax,tensorflow,torch,hf,notebooks,dev]"
+	touch $@

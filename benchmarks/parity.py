@@ -1,0 +1,89 @@
+"""How far the model is from others: `python -m benchmarks.parity`.
+
+Prints, for the backend of `KERAS_BACKEND`, the rows of the README's table: the
+largest difference as a share of the largest value, float32. Run it from a
+checkout that `make test` has set up.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_paligemma import PaliGemmaBackbone
+from tests import transformers_reference
+from tests.conftest import GOLDEN
+from tests.conftest import IMAGE_SIZE
+from tests.conftest import TEXT
+from tests.conftest import VISION
+from tests.conftest import error
+from tests.conftest import fill
+from tests.conftest import golden_inputs
+from tests.conftest import golden_prompts
+from tests.conftest import transformers_backbone
+from tests.conftest import transformers_inputs
+from tests.numpy_reference import forward
+from tests.numpy_reference import load_arrays
+from tests.numpy_reference import settings_of
+
+
+def rows(form):
+    """Yield what is compared, with whom, and the error."""
+    arrays = load_arrays(GOLDEN / "tiny_headdim.npz")
+    expected = dict(np.load(GOLDEN / "tiny_headdim.expected.npz"))
+    backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT, form=form)
+    fill(backbone, arrays)
+    inputs = golden_inputs(expected)
+    hidden = backbone(inputs)
+    images = backbone.encode_images(inputs["images"])
+    yield (
+        "image embeddings",
+        "big_vision",
+        error(images, expected["f32/img/zimg"]),
+    )
+    yield (
+        "hidden states",
+        "big_vision",
+        error(hidden, expected["f32/llm/pre_logits"]),
+    )
+    yield (
+        "logits",
+        "big_vision",
+        error(backbone.logits(hidden), expected["f32/llm/logits"]),
+    )
+    frames = {key: value[:2] for key, value in inputs.items()}
+    frames["images"] = expected["in/video"]
+    logits = backbone.token_embedding.logits(backbone(frames)[:, 18:])
+    yield (
+        "logits of two frames",
+        "big_vision",
+        error(logits, expected["f32/video/text_logits"]),
+    )
+    inputs = golden_prompts(expected)
+    valid = np.pad(
+        inputs["padding_mask"], ((0, 0), (9, 0)), constant_values=True
+    )
+    wanted = forward(arrays, settings_of(backbone.text_config), **inputs)
+    hidden = ops.convert_to_numpy(backbone(inputs))
+    yield (
+        "hidden states, padded prompts",
+        "NumPy, float64",
+        error(hidden[valid], wanted["hidden_states"][valid]),
+    )
+    for version in (2, 1):
+        model = transformers_reference.tiny_transformers_model(3, version)
+        backbone = transformers_backbone(model, form=form)
+        inputs, valid = transformers_inputs()
+        wanted = transformers_reference.run(model, **inputs)
+        logits = ops.convert_to_numpy(backbone.logits(backbone(inputs)))
+        yield (
+            f"logits, PaliGemma {version}",
+            "transformers",
+            error(logits[valid], wanted[valid]),
+        )
+
+
+if __name__ == "__main__":
+    for form in ("unrolled", "stacked"):
+        for what, whom, found in rows(form):
+            backend = keras.backend.backend()
+            print(f"| {backend} {form} | {what} | {whom} | {found:.1e} |")
