@@ -7,6 +7,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_paligemma.compat import classproperty
 from keras_paligemma.models import files
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.models.backbone import check_token_ids
@@ -175,7 +176,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         y_pred = responses_only(y, y_pred)
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
-    def fit(self, x=None, y=None, batch_size=None, **kwargs):
+    def fit(self, x=None, y=None, batch_size=None, shuffle=True, **kwargs):
         """Train on dictionaries of images, prompts and responses.
 
         Args:
@@ -185,13 +186,14 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 Grain or `tf.data` dataset of preprocessed batches.
             y: `None`; the targets come from the responses.
             batch_size: int, 32 if `None`; only for a dict.
+            shuffle: bool, draw a dict's examples in another order each epoch.
             **kwargs: as `keras.Model.fit` takes them; `validation_data` takes
                 what `x` takes.
 
         Returns:
             `keras.callbacks.History`.
         """
-        x, y = self._batches(x, y, batch_size, shuffle=True)
+        x, y = self._batches(x, y, batch_size, shuffle)
         if kwargs.get("validation_data") is not None:
             kwargs["validation_data"] = self._batches(
                 kwargs["validation_data"], None, batch_size
@@ -214,6 +216,14 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             x = Examples(x, batch_size or 32, shuffle)
         if isinstance(x, keras.utils.PyDataset):
             x = PreprocessedBatches(x, self.preprocess_samples)
+        if "prompts" in str(getattr(x, "element_spec", "")):
+            raise ValueError(
+                "Raw text in a tf.data dataset cannot be preprocessed: that "
+                "runs in Python, not in a graph. Received: "
+                f"{x.element_spec}. Expected: a dict of lists, a "
+                "keras.utils.PyDataset of raw batches, or a Grain dataset "
+                "with `.map(model.preprocessor)`."
+            )
         return x, y
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
@@ -309,6 +319,11 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self.backbone.enable_lora(rank, alpha, targets)
         self.train_function = None
         self.generate_function = None
+
+    @classproperty
+    def presets(cls):
+        """Describe the presets, as `PaliGemmaBackbone.presets` does."""
+        return cls.backbone_cls.presets
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, dtype=None, **kwargs):

@@ -12,13 +12,6 @@ from safetensors.numpy import save_file
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.compat import without_values
-from keras_paligemma.preprocessing.image_converter import (
-    PaliGemmaImageConverter,
-)
-from keras_paligemma.preprocessing.preprocessor import (
-    PaliGemmaCausalLMPreprocessor,
-)
-from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
 
 
 def load_backbone(cls, config, folder, load_weights, dtype=None, **kwargs):
@@ -77,23 +70,10 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
     )
     task = {key: kwargs.pop(key) for key in task_keys if key in kwargs}
     if "preprocessor" not in task:
-        task["preprocessor"] = load_preprocessor(config, folder, **kwargs)
+        task["preprocessor"] = cls.preprocessor_cls.from_files(
+            config, folder, **kwargs
+        )
     return cls(backbone, **task)
-
-
-def load_preprocessor(config, folder, **kwargs):
-    """Build the preprocessor of a preset; `None` where it has no tokenizer."""
-    fields = config["preprocessor"]
-    if fields is None or folder is None:
-        return None
-    if not (folder / presets.TOKENIZER).is_file():
-        return None
-    fields = fields | kwargs
-    converter = PaliGemmaImageConverter(
-        config["backbone"]["image_size"], resize=fields.pop("resize")
-    )
-    tokenizer = PaliGemmaTokenizer((folder / presets.TOKENIZER).read_bytes())
-    return PaliGemmaCausalLMPreprocessor(tokenizer, converter, **fields)
 
 
 def save(folder, backbone, preprocessor=None, name=None):
@@ -117,6 +97,8 @@ def save(folder, backbone, preprocessor=None, name=None):
     # half a file, and a reader never finds a config without its weights.
     draft = folder / f"{presets.WEIGHTS}.{os.getpid()}"
     save_file(arrays, draft)
+    # safetensors lets nobody else read what it writes.
+    draft.chmod(0o644)
     os.replace(draft, folder / presets.WEIGHTS)
     fields = None
     if preprocessor is not None:

@@ -134,7 +134,6 @@ class VisionEncoder(keras.layers.Layer):
 
     def call(self, images_BhwC):
         size, patch = self.image_size, self.config.patch_size
-        shape = ops.shape(images_BhwC)
         rows = size // patch
         images = ops.cast(images_BhwC, self.compute_dtype)
         patches = ops.reshape(images, (-1, rows, patch, rows, patch, 3))
@@ -143,7 +142,9 @@ class VisionEncoder(keras.layers.Layer):
         x_BID = self.patch_embedding(patches) + self.position_embedding
         x_BID = self.final_norm(self.blocks(x_BID))
         x_BID = self.projector(x_BID)
-        return ops.reshape(x_BID, (shape[0], -1, x_BID.shape[-1]))
+        # The count of tokens is static even where the batch is not.
+        tokens_and_width = self.compute_output_shape(images_BhwC.shape)[1:]
+        return ops.reshape(x_BID, (-1, *tokens_and_width))
 
     def compute_output_shape(self, images_shape):
         frames = images_shape[1] if len(images_shape) == 5 else 1

@@ -4,6 +4,7 @@ import keras
 import keras_hub
 import numpy as np
 
+from keras_paligemma import presets
 from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
 )
@@ -110,6 +111,45 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         self.on_long_prompt = on_long_prompt
         self.on_long_response = on_long_response
         self.built = True
+
+    @classmethod
+    def from_preset(cls, preset, **kwargs):
+        """Reads the preprocessor of a preset, without its weights.
+
+        Args:
+            preset: As `PaliGemmaCausalLM.from_preset` takes it.
+            **kwargs: In place of what the preset says: `prompt_length` and
+                the other arguments of the class.
+
+        Returns:
+            `PaliGemmaCausalLMPreprocessor`.
+        """
+        return cls.from_files(*presets.resolve(preset), **kwargs)
+
+    @classmethod
+    def from_files(cls, config, folder, **kwargs):
+        """Reads the preprocessor of what `presets.resolve` found.
+
+        Args:
+            config: Dictionary.
+            folder: Path, or `None` where there are no files.
+            **kwargs: As `from_preset` takes them.
+
+        Returns:
+            `PaliGemmaCausalLMPreprocessor`; `None` where there is no
+            tokenizer.
+        """
+        if config["preprocessor"] is None or folder is None:
+            return None
+        path = folder / presets.TOKENIZER
+        if not path.is_file():
+            return None
+        fields = config["preprocessor"] | kwargs
+        converter = PaliGemmaImageConverter(
+            config["backbone"]["image_size"], resize=fields.pop("resize")
+        )
+        tokenizer = PaliGemmaTokenizer(path.read_bytes())
+        return cls(tokenizer, converter, **fields)
 
     def build(self, input_shape=None):
         """Does nothing; the base class would make a packer."""

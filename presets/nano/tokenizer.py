@@ -17,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece as spm
-from sentencepiece import sentencepiece_model_pb2
 
+from keras_paligemma.preprocessing.tokenizer import (
+    append_location_and_segment_pieces,
+)
 from presets.nano import scenes
 from presets.nano.fetch import CLASSES
 from presets.nano.fetch import DEFAULT_CACHE
@@ -27,8 +29,6 @@ from presets.nano.fetch import read_labels
 OUTPUT = Path(__file__).parents[1] / "pali_gemma2_nano_112" / "tokenizer.model"
 
 LEARNED_PIECES = 896
-LOCATION_PIECES = 1024
-SEGMENT_PIECES = 128
 
 # How many examples of each task, and how many copies of each class's name,
 # the corpus has. They outweigh the free text, so that every word of the tasks
@@ -149,26 +149,6 @@ def train(texts):
         minloglevel=1,
     )
     return model.getvalue()
-
-
-def append_location_and_segment_pieces(model_bytes):
-    """Appends `<loc0000>`... and `<seg000>`... to a SentencePiece model.
-
-    Args:
-        model_bytes: bytes. A serialised SentencePiece model.
-
-    Returns:
-        The bytes of the model with the new pieces at its end. They are
-        user-defined pieces, so text that spells one always becomes it.
-    """
-    model = sentencepiece_model_pb2.ModelProto.FromString(model_bytes)
-    names = [f"<loc{i:04d}>" for i in range(LOCATION_PIECES)]
-    names += [f"<seg{i:03d}>" for i in range(SEGMENT_PIECES)]
-    user_defined = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
-    for name in names:
-        model.pieces.add(piece=name, score=0.0, type=user_defined)
-    model.trainer_spec.vocab_size = len(model.pieces)
-    return model.SerializeToString()
 
 
 def split_words(model_bytes):

@@ -37,7 +37,7 @@ def differentiate(loss, values):
     if backend == "jax":
         import jax
 
-        found = jax.grad(loss)(values)
+        found = jax.jit(jax.grad(loss))(values)
     elif backend == "tensorflow":
         import tensorflow as tf
 

@@ -375,6 +375,19 @@ def test_preset_round_trip_is_exact(
     assert half.backbone.compute_dtype == "bfloat16"
 
 
+def test_preprocessor_alone_from_preset(tiny_model, examples, tmp_path):
+    model = tiny_model()
+    model.save_to_preset(tmp_path)
+    read = PaliGemmaCausalLMPreprocessor.from_preset(
+        tmp_path, response_length=5
+    )
+    assert (read.prompt_length, read.response_length) == (12, 5)
+    inputs = prompts_of(examples)
+    wanted = model.preprocessor.generate_preprocess(inputs, 5)
+    for key, value in read.generate_preprocess(inputs).items():
+        np.testing.assert_array_equal(value, wanted[key])
+
+
 def test_keras_file_round_trip_is_exact(tiny_model, examples, tmp_path):
     model = tiny_model()
     inputs = prompts_of(examples)
