@@ -17,11 +17,15 @@ lint: .venv/for-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# The first run covers everything; the others what a backend can change.
+# The first run covers everything; the others what a backend can change. Tests
+# are many small models, so two processes of one thread each are fastest.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+BY_BACKEND := tests/layers tests/models tests/preprocessing
+
 backends: .venv/for-test
-	KERAS_BACKEND=jax $(RUN) -m pytest
-	KERAS_BACKEND=torch $(RUN) -m pytest tests/layers tests/models tests/preprocessing
-	KERAS_BACKEND=tensorflow $(RUN) -m pytest tests/layers tests/models tests/preprocessing
+	KERAS_BACKEND=jax $(PYTEST)
+	KERAS_BACKEND=torch $(PYTEST) $(BY_BACKEND)
+	KERAS_BACKEND=tensorflow $(PYTEST) $(BY_BACKEND)
 
 notebooks: .venv/for-test
 	KERAS_BACKEND=jax $(RUN) -m pytest --nbmake notebooks

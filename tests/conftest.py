@@ -83,6 +83,15 @@ def fill(backbone, arrays, prefix="params/"):
     )
 
 
+def run(function, inputs):
+    """Call a model; compiled on JAX, which else compiles every operation."""
+    if keras.backend.backend() != "jax":
+        return function(inputs)
+    import jax
+
+    return jax.jit(lambda inputs: function(inputs))(inputs)
+
+
 def error(actual, wanted):
     """The largest difference, as a share of the largest wanted value."""
     actual = keras.ops.convert_to_numpy(actual)

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
+import textwrap
 from pathlib import Path
 
 import keras
@@ -88,9 +89,9 @@ STAGES = (
     # What the classes look like: one large object, named.
     Stage(56, 1, ("caption",), 13, (1.5e-3, 1.5e-3), 64, (0.5, 1.0), (4, 4)),
     # Where they are and how many, among others.
-    Stage(112, 5, ALL_TASKS, 60, (1e-3, 1e-3)),
+    Stage(112, 5, ALL_TASKS, 100, (1e-3, 1e-3)),
     # The rate falls: what is known becomes exact.
-    Stage(112, 5, ALL_TASKS, 10, (1e-3, 1e-5)),
+    Stage(112, 5, ALL_TASKS, 20, (1e-3, 1e-5)),
 )
 WARMUP_STEPS = 50
 PUBLISHED_LENGTH = 32
@@ -343,7 +344,7 @@ the classes {classes}.
 
 Trained styles: {trained}; held out: {held_out}. Pictures and licences are in
 [the notice](../nano/NOTICE.md); the recipe is `presets/nano/train.py`:
-{steps} steps. The weights are under Apache-2.0.
+{steps}. The weights are under Apache-2.0.
 
 Made by `python -m presets.nano.train`, which wrote this page.
 """
@@ -379,14 +380,14 @@ def publish(model, sprites, count=512):
     card = CARD.format(
         name=NAME,
         parameters=model.backbone.count_params(),
-        classes=", ".join(CLASSES),
+        classes=textwrap.fill(", ".join(CLASSES), 80),
         count=count,
         rows=rows,
         trained=", ".join(TRAINED_STYLES),
         held_out=", ".join(HELD_OUT_STYLES),
         steps=", then ".join(
-            f"{stage.epochs * STEPS_AN_EPOCH:,} of {stage.batch_size} scenes "
-            f"at {stage.size} px"
+            f"{stage.epochs * STEPS_AN_EPOCH:,} steps of {stage.batch_size} "
+            f"scenes at {stage.size} px"
             for stage in STAGES
         ),
     )

@@ -20,6 +20,7 @@ from tests.conftest import TEXT
 from tests.conftest import VISION
 from tests.conftest import error
 from tests.conftest import golden_prompts
+from tests.conftest import run
 
 TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
 
@@ -96,7 +97,7 @@ def test_cached_equals_uncached_and_each_row_alone(golden_backbone, expected):
         "padding_mask": inputs["padding_mask"] | (np.arange(18) >= 10),
         "response_mask": np.broadcast_to(np.arange(18) >= 10, (4, 18)),
     }
-    logits = ops.convert_to_numpy(backbone.logits(backbone(complete)))
+    logits = ops.convert_to_numpy(backbone.logits(run(backbone, complete)))
     best = logits[:, 9 + 9 : -1].argmax(-1)
     begun = inputs["response_mask"][:, 10:]
     np.testing.assert_array_equal(best[~begun], tokens[~begun])
@@ -115,7 +116,7 @@ def test_sliding_window_in_the_cache(golden_backbone, expected):
             "padding_mask": inputs["padding_mask"] | (np.arange(18) >= 10),
             "response_mask": np.broadcast_to(np.arange(18) >= 10, (4, 18)),
         }
-        logits = ops.convert_to_numpy(backbone.logits(backbone(complete)))
+        logits = ops.convert_to_numpy(backbone.logits(run(backbone, complete)))
         best = logits[:, 18:-1].argmax(-1)
         begun = inputs["response_mask"][:, 10:]
         np.testing.assert_array_equal(best[~begun], tokens[~begun])
@@ -150,13 +151,14 @@ def test_beams_find_what_is_at_least_as_likely(golden_backbone, expected):
         ids = np.concatenate([inputs["token_ids"][:, :10], tokens], axis=1)
         response = np.broadcast_to(np.arange(18) >= 10, ids.shape)
         logits = backbone.logits(
-            backbone(
+            run(
+                backbone,
                 inputs
                 | {
                     "token_ids": ids,
                     "padding_mask": inputs["padding_mask"] | response,
                     "response_mask": response,
-                }
+                },
             )
         )
         log_BRV = ops.log_softmax(logits[:, 18:-1], axis=-1)
@@ -205,7 +207,7 @@ def test_pictures_change_the_answer(tiny_model, examples):
     model = tiny_model()
     inputs = {"images": examples["images"], "prompts": ["caption en"] * 4}
     x = model.preprocessor.generate_preprocess(inputs)
-    hidden = ops.convert_to_numpy(model.backbone(x))
+    hidden = ops.convert_to_numpy(run(model.backbone, x))
     assert error(hidden[0, -9], hidden[1, -9]) > 1e-3
 
 
@@ -311,10 +313,12 @@ def test_lora_trains_adapters_alone(tiny_model, examples):
     for form in ("unrolled", "stacked"):
         model = tiny_model(form=form)
         x = model.preprocessor.generate_preprocess(prompts_of(examples))
-        before = ops.convert_to_numpy(model(x))
+        before = ops.convert_to_numpy(run(model, x))
         model.enable_lora(rank=2, alpha=4)
         # B starts at zero: nothing has changed yet.
-        np.testing.assert_array_equal(ops.convert_to_numpy(model(x)), before)
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(run(model, x)), before
+        )
         trained = {v.path.rsplit("_", 1)[0] for v in model.trainable_variables}
         assert trained and all("adapter" in path for path in trained)
         # A: D×r, B: r×(heads × head_dim), of q, k, v and o in three layers.
@@ -328,7 +332,7 @@ def test_lora_trains_adapters_alone(tiny_model, examples):
         for one, two in zip(model.non_trainable_variables, frozen, strict=True):
             if "seed" not in one.path:
                 np.testing.assert_array_equal(np.array(one), two)
-        assert error(model(x), before) > 1e-2
+        assert error(run(model, x), before) > 1e-2
 
 
 def test_lora_refuses_a_second_time_and_unknown_targets(tiny_model):
@@ -352,14 +356,16 @@ def test_preset_round_trip_is_exact(
             variable.assign(np.full(variable.shape, 0.1))
     inputs = prompts_of(examples)
     x = model.preprocessor.generate_preprocess(inputs)
-    wanted = ops.convert_to_numpy(model(x))
+    wanted = ops.convert_to_numpy(run(model, x))
     model.save_to_preset(tmp_path / "preset")
     for form in ("unrolled", "stacked"):
         read = PaliGemmaCausalLM.from_preset(tmp_path / "preset", form=form)
         # The dtype of the file is kept.
         assert read.backbone.dtype_policy.name == policy
         if form == "unrolled":
-            np.testing.assert_array_equal(ops.convert_to_numpy(read(x)), wanted)
+            np.testing.assert_array_equal(
+                ops.convert_to_numpy(run(read, x)), wanted
+            )
             assert read.generate(inputs) == model.generate(inputs)
         for name, weight in read.backbone.weights_by_name().items():
             mine = model.backbone.weights_by_name()[name]
@@ -395,7 +401,7 @@ def test_keras_file_round_trip_is_exact(tiny_model, examples, tmp_path):
     model.save(tmp_path / "model.keras")
     read = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(
-        ops.convert_to_numpy(read(x)), ops.convert_to_numpy(model(x))
+        ops.convert_to_numpy(run(read, x)), ops.convert_to_numpy(run(model, x))
     )
     assert read.generate(inputs) == model.generate(inputs)
 
