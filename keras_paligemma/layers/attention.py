@@ -224,7 +224,8 @@ class GroupedQueryAttention(keras.layers.Layer):
         use_bias=False,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        # Keras would cast the rotary angles, which are float32 for a reason.
+        super().__init__(autocast=False, **kwargs)
         self.query_scale = query_scale
         self.logit_soft_cap = logit_soft_cap
         query_shape = (num_query_heads, head_dim)

@@ -136,7 +136,8 @@ class DecoderBlock(keras.layers.Layer):
         epsilon=1e-6,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        # Hands the rotary angles on in float32, see the attention.
+        super().__init__(autocast=False, **kwargs)
         policy = self.dtype_policy
 
         def norm(name):

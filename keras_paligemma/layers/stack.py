@@ -50,7 +50,8 @@ class LayerStack(keras.layers.Layer):
         numbered=False,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        # The blocks cast what they want cast.
+        super().__init__(autocast=False, **kwargs)
         if form not in FORMS:
             raise ValueError(
                 f"Unknown form of repetition. Received: {form!r}. Expected "
