@@ -28,7 +28,7 @@ backends: .venv/for-test
 	KERAS_BACKEND=tensorflow $(PYTEST) $(BY_BACKEND)
 
 notebooks: .venv/for-test
-	KERAS_BACKEND=jax $(RUN) -m pytest --nbmake notebooks
+	KERAS_BACKEND=jax $(RUN) -m pytest --nbmake -W default notebooks
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
