@@ -78,8 +78,7 @@ def fill(backbone, arrays, prefix="params/"):
     engine.load(
         backbone.weights_by_name(),
         big_vision.rows(backbone.text_config.use_post_norms, prefix),
-        {key: array.shape for key, array in arrays.items()},
-        arrays.get,
+        engine.Arrays(arrays),
     )
 
 

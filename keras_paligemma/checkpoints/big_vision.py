@@ -1,19 +1,23 @@
 """The names of big_vision, where PaliGemma comes from (`.npz` files)."""
 
+from dataclasses import replace
+
 from keras_paligemma.checkpoints.engine import Row
 
 ENCODER = "img/Transformer/encoderblock/"
 ATTENTION = ENCODER + "MultiHeadDotProductAttention_0/"
 DECODER = "llm/layers/"
-HEADS_LAST = (0, 2, 1, 3)  # (L, N, D, H) there, (L, D, N, H) here
+HEADS_FIRST = "n d h -> d n h"
 
 
-def rows(use_post_norms=True, prefix="params/"):
+def rows(use_post_norms=True, prefix="params/", scanned=True):
     """List the rows of the format.
 
     Args:
         use_post_norms: bool, `False` for PaliGemma 1.
         prefix: str before each key, "params/" or "".
+        scanned: bool, the vision blocks are stacked; `False` where each has
+            keys of its own, "encoderblock_0/…".
 
     Returns:
         List of `Row`.
@@ -25,7 +29,7 @@ def rows(use_post_norms=True, prefix="params/"):
         Row(
             "vision_encoder/position_embedding",
             "img/pos_embedding",
-            squeeze=True,
+            axes="1 i d -> i d",
         ),
         *_pair("patch_embedding", "img/embedding/"),
         *_pair("projector", "img/head/"),
@@ -43,19 +47,19 @@ def rows(use_post_norms=True, prefix="params/"):
         _text(
             "blocks/attention/query/kernel",
             DECODER + "attn/q_einsum/w",
-            axes=HEADS_LAST,
+            axes=HEADS_FIRST,
         ),
         _text(
             "blocks/attention/key/kernel",
             DECODER + "attn/kv_einsum/w",
-            axes=HEADS_LAST,
+            axes=HEADS_FIRST,
             part=0,
             parts=2,
         ),
         _text(
             "blocks/attention/value/kernel",
             DECODER + "attn/kv_einsum/w",
-            axes=HEADS_LAST,
+            axes=HEADS_FIRST,
             part=1,
             parts=2,
         ),
@@ -81,8 +85,10 @@ def rows(use_post_norms=True, prefix="params/"):
         norms += ["post_attention_norm", "post_ffw_norm"]
     for norm in norms:
         table.append(_text(f"blocks/{norm}/scale", f"{DECODER}{norm}/scale"))
+    one = ENCODER if scanned else ENCODER.rstrip("/") + "_{layer}/"
     return [
-        Row(**(vars(row) | {"theirs": prefix + row.theirs})) for row in table
+        replace(row, theirs=prefix + row.theirs.replace(ENCODER, one))
+        for row in table
     ]
 
 

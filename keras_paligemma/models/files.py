@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 from keras import ops
-from safetensors import SafetensorError
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
+from keras_paligemma.checkpoints.safetensors_files import open_safetensors
 from keras_paligemma.compat import without_values
 
 
@@ -37,21 +36,10 @@ def load_backbone(cls, config, folder, load_weights, dtype=None, **kwargs):
     # value before it.
     with without_values():
         backbone = cls(**fields)
-    path = folder / presets.WEIGHTS
-    try:
-        with safe_open(path, framework="numpy") as file:
-            shapes = {
-                key: tuple(file.get_slice(key).get_shape())
-                for key in file.keys()
-            }
-            weights = backbone.weights_by_name()
-            rows = [engine.Row(name, name) for name in weights]
-            engine.load(weights, rows, shapes, file.get_tensor)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} cannot be read as safetensors: {error}. Is the file "
-            "whole? Copy or save it again."
-        ) from error
+    weights = backbone.weights_by_name()
+    rows = [engine.Row(name, name) for name in weights]
+    with open_safetensors([folder / presets.WEIGHTS]) as tensors:
+        engine.load(weights, rows, tensors)
     return backbone
 
 
