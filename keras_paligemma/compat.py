@@ -6,6 +6,7 @@ Each says why. Whoever updates Keras looks here first.
 import contextlib
 
 import keras
+import numpy as np
 from keras.src.backend.common import global_state
 
 
@@ -35,11 +36,17 @@ def fill(variable, value):
     """Give a variable that was made without a value its first one.
 
     `Variable.assign` wants a value to replace. Handing the value over as the
-    initializer goes through the same door as any new variable: it is cast and
-    placed on its shards, and no random value is ever drawn.
+    initializer goes through the same door as any new variable, and no random
+    value is ever drawn. Where a distribution is active, that door would put
+    the whole array on the first device; the array is cast on the host instead,
+    and each device gets its shard of it.
     """
     if variable._value is not None:
         variable.assign(value)
+        return
+    if keras.distribution.distribution() is not None:
+        variable._initialize(np.asarray(value).astype(variable.dtype, copy=False))
+        variable._initializer = None
         return
     variable._initializer = lambda shape, dtype=None: (
         variable._convert_to_tensor(value, dtype=dtype)

@@ -5,9 +5,12 @@ holds one in this package's own format. No model class is known here.
 """
 
 import difflib
+import functools
 import json
 import os
 from pathlib import Path
+
+from keras_paligemma import downloads
 
 HEADER = {"format": "keras_paligemma", "format_version": 1}
 CONFIG = "config.json"
@@ -44,79 +47,61 @@ def describe(name: str) -> dict:
     if name not in names():
         raise ValueError(_unknown(name))
     path = _HERE / f"{name}.json"
-    return _read_json(path if path.is_file() else _HERE / name / CONFIG)
+    return read_json(path if path.is_file() else _HERE / name / CONFIG)
 
 
-def resolve(
-    source: str | Path, load_weights: bool = True
-) -> tuple[dict, Path | None]:
-    """Find the config and the files of a model.
+def published(source: str | Path) -> str | None:
+    """Give the name of the published model that a name or a handle means."""
+    name = _handles().get(source, source)
+    return name if (_HERE / f"{name}.json").is_file() else None
+
+
+def locate(source: str | Path, load_weights: bool = True) -> Path | None:
+    """Find a model's folder or file; fetch it where it is on a hub.
 
     Args:
-        source: Preset name, folder written by `save_to_preset`, or handle of
-            such a folder on a hub, `hf://…` or `kaggle://…`.
-        load_weights: Whether weights must be there.
+        source: Preset name; folder or file; handle, `hf://…`, `kaggle://…`,
+            `gs://…`.
+        load_weights: Whether weights are wanted: those of a published model
+            are only fetched then. Hugging Face is asked first, then Kaggle;
+            a handle says which.
 
     Returns:
-        The config, with `backbone` and `preprocessor`, and the folder of its
-        files, `None` for a published model without weights.
+        The path; `None` for a published model without weights.
 
     Raises:
-        ValueError: unknown source, no weights, missing file, bad config.
+        ValueError: unknown source.
+        OSError: no hub gave the files.
     """
+    name = published(source)
+    if name and not load_weights:
+        return None
     if isinstance(source, str) and "://" in source:
-        # A published handle means its preset: nothing here reads its files.
-        source = _published().get(source) or download(source)
-    named = source in names()
-    folder = _HERE / source if named else Path(source).expanduser()
-    if named and not folder.is_dir():
-        config = describe(source)
-        if load_weights:
-            pages = "\n".join(map(_page, config["handles"].values()))
-            raise ValueError(
-                f"The weights of {source!r} do not come with this package. "
-                f"They are published under the {config['license']}, at\n"
-                f"{pages}\nReading these formats is on the roadmap. To build "
-                "the model without its weights, pass `load_weights=False`."
-            )
-        return config, None
-    if not folder.is_dir():
-        raise ValueError(_unknown(source))
-    return _read_folder(folder, load_weights), folder
+        return downloads.download(source)
+    if name:
+        return _fetch(describe(name))
+    if source in names():
+        return _HERE / source
+    path = Path(source).expanduser()
+    if path.exists() or any(path.parent.glob(f"{path.name}.part*")):
+        return path
+    raise ValueError(_unknown(source))
 
 
-def download(handle: str) -> Path:
-    """Fetch a folder of this package's format into its hub's own cache.
-
-    Args:
-        handle: `hf://owner/model` or `kaggle://owner/model/keras/variation`.
-
-    Raises:
-        ImportError, OSError: no client of the hub; it did not give the files.
-    """
-    hub, _, path = handle.partition("://")
-    try:
-        if hub == "hf":
-            from huggingface_hub import snapshot_download
-
-            files = [CONFIG, WEIGHTS, TOKENIZER]
-            return Path(snapshot_download(path, allow_patterns=files))
-        if hub == "kaggle":
-            from kagglehub import model_download
-
-            return Path(model_download(path))
-    except ImportError as error:
-        client = "keras_paligemma[hf]" if hub == "hf" else "kagglehub"
-        raise ImportError(f"{handle} needs: pip install '{client}'") from error
-    except Exception as error:  # Every client refuses with its own classes.
-        raise OSError(
-            f"{_page(handle)}\ncould not be downloaded: {error}\nCheck the "
-            "name, the connection, and that you accepted the licence on that "
-            "page with the account that the hub's client is logged in with."
-        ) from error
-    raise ValueError(
-        "A handle starts with its hub. Expected: 'hf://owner/model' or "
-        f"'kaggle://owner/model/keras/variation'. Received: {handle!r}."
+def _fetch(preset: dict) -> Path:
+    """Fetch a published model from the first hub that gives it."""
+    refusals = []
+    for key in ("huggingface_transformers", "kaggle_keras"):
+        try:
+            return downloads.download(preset["handles"][key])
+        except (ImportError, OSError) as error:
+            refusals.append(str(error))
+    shown = "\n".join(refusals)
+    raise OSError(
+        f"The weights of {preset['name']!r} do not come with this package. "
+        f"They are published under the {preset['license']}, and no hub gave "
+        f"them:\n{shown}\nTo build the model without its weights, pass "
+        "`load_weights=False`."
     )
 
 
@@ -138,15 +123,29 @@ def write_config(folder: str | Path, config: dict) -> Path:
     return path
 
 
-def _read_folder(folder: Path, load_weights: bool) -> dict:
+def read_folder(folder: Path, load_weights: bool = True) -> dict:
+    """Read the config of a folder that `save_to_preset` wrote.
+
+    Args:
+        folder: Path.
+        load_weights: Whether weights and tokenizer must be there.
+
+    Returns:
+        The config, with `name`, `backbone` and `preprocessor`.
+
+    Raises:
+        ValueError: missing file, bad config.
+    """
     needed = [CONFIG, WEIGHTS, TOKENIZER] if load_weights else [CONFIG]
     config = {}
     if (folder / CONFIG).is_file():
         # Checked first: a folder of another format lacks the rest as well.
-        config = _read_json(folder / CONFIG)
+        config = read_json(folder / CONFIG)
         _check(config, folder / CONFIG)
     if config.get("preprocessor", True) is None:
         needed = [file for file in needed if file != TOKENIZER]
+    if (folder / f"{WEIGHTS}.index.json").is_file():
+        needed = [file for file in needed if file != WEIGHTS]
     missing = [file for file in needed if not (folder / file).is_file()]
     if missing:
         raise ValueError(
@@ -156,7 +155,8 @@ def _read_folder(folder: Path, load_weights: bool) -> dict:
     return config
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """Read a JSON file; a `ValueError` names one that is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -186,8 +186,7 @@ def _check(config: dict, path: Path) -> None:
     if problems:
         raise ValueError(
             f"{path} is no config of this package: {'; '.join(problems)}. A "
-            "newer format_version needs a newer keras_paligemma; reading "
-            "other formats than 'keras_paligemma' is on the roadmap."
+            "newer format_version needs a newer keras_paligemma."
         )
 
 
@@ -202,23 +201,14 @@ def _differences(found: dict, expected: dict, prefix: str = "") -> list[str]:
     return sorted(problems)
 
 
-def _published() -> dict[str, str]:
+@functools.cache
+def _handles() -> dict[str, str]:
     """Maps the handles of the published models to their presets."""
     return {
         handle: path.stem
         for path in _HERE.glob("*.json")
-        for handle in _read_json(path).get("handles", {}).values()
+        for handle in read_json(path).get("handles", {}).values()
     }
-
-
-def _page(handle: str) -> str:
-    """Says where to accept the licence of a handle's model."""
-    hub, _, path = handle.partition("://")
-    site = "https://huggingface.co/"
-    if hub == "kaggle":
-        site = "https://www.kaggle.com/models/"
-        path = "/".join(path.split("/")[:2])
-    return f"- {handle} (licence: {site}{path})"
 
 
 def _unknown(source: str | Path) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from keras_paligemma import downloads
 from keras_paligemma import presets
 
 OFFICIAL = json.loads(
@@ -221,24 +222,50 @@ def test_kaggle_versions(name, version):
 
 @pytest.mark.parametrize("source", [str, Path], ids=["str", "path"])
 def test_resolve_folder(folder, config, source):
-    found, at = presets.resolve(source(folder))
-    assert at == folder
-    assert found == presets.HEADER | config
+    assert presets.locate(source(folder)) == folder
+    assert presets.read_folder(folder) == presets.HEADER | config
 
 
-def test_resolve_name_without_weights(config):
-    with pytest.raises(ValueError) as error:
-        presets.resolve("pali_gemma2_mix_28b_224")
+def test_name_without_weights():
+    name = "pali_gemma2_mix_28b_224"
+    assert presets.locate(name, load_weights=False) is None
+    for handle in presets.describe(name)["handles"].values():
+        assert presets.published(handle) == name
+        assert presets.locate(handle, load_weights=False) is None
+
+
+def test_name_is_fetched_from_the_first_hub_that_gives_it(monkeypatch, folder):
+    asked = []
+
+    def fetch(path):
+        asked.append(path)
+        if path.startswith("google"):
+            raise RuntimeError("403: gated")
+        return str(folder)
+
+    fake_hubs(monkeypatch, fetch)
+    assert presets.locate("pali_gemma2_mix_28b_224") == folder
+    assert asked == [
+        "google/paligemma2-28b-mix-224",
+        "keras/paligemma2/keras/pali_gemma2_28b_mix_224/3",
+    ]
+
+
+def test_no_hub_gives_it(monkeypatch):
+    def fetch(path):
+        raise RuntimeError("403: gated")
+
+    fake_hubs(monkeypatch, fetch)
+    with pytest.raises(OSError) as error:
+        presets.locate("pali_gemma2_mix_28b_224")
     message = str(error.value)
     assert (
         "kaggle://keras/paligemma2/keras/pali_gemma2_28b_mix_224/3" in message
     )
-    assert "https://www.kaggle.com/models/google/paligemma-2)" in message
+    assert "https://www.kaggle.com/models/keras/paligemma2)" in message
     assert "https://huggingface.co/google/paligemma2-28b-mix-224)" in message
     assert "load_weights=False" in message
-    found, folder = presets.resolve("pali_gemma2_pt_3b_224", load_weights=False)
-    assert folder is None
-    assert found == presets.describe("pali_gemma2_pt_3b_224")
+    assert "Gemma Terms" in message
 
 
 def test_resolve_embedded_preset(folder, monkeypatch, config):
@@ -247,14 +274,13 @@ def test_resolve_embedded_preset(folder, monkeypatch, config):
     described = folder.parent / "pali_gemma2_pt_3b_224.json"
     described.write_text(json.dumps(config))
     assert folder.name in presets.names()
-    found, at = presets.resolve(folder.name)
-    assert at == folder
-    assert presets.describe(folder.name) == found
+    assert presets.locate(folder.name) == folder
+    assert presets.describe(folder.name) == presets.read_folder(folder)
 
 
 def test_unknown_name():
     with pytest.raises(ValueError, match="pali_gemma2_pt_3b_224") as error:
-        presets.resolve("paligemma2_pt_3b_224")
+        presets.locate("paligemma2_pt_3b_224")
     assert "folder" in str(error.value)
     with pytest.raises(ValueError, match="'pali_gemma2_pt_3b_224'"):
         presets.describe("pali_gemma2_pt_3b_225")
@@ -262,25 +288,25 @@ def test_unknown_name():
 
 def test_unknown_folder(tmp_path):
     with pytest.raises(ValueError, match="no preset and no folder"):
-        presets.resolve(tmp_path / "absent")
+        presets.locate(tmp_path / "absent")
 
 
 def test_missing_files_are_named(folder):
     (folder / presets.WEIGHTS).unlink()
     (folder / presets.TOKENIZER).unlink()
     with pytest.raises(ValueError, match="save_to_preset") as error:
-        presets.resolve(folder)
+        presets.read_folder(folder)
     assert "model.safetensors, tokenizer.model" in str(error.value)
-    assert presets.resolve(folder, load_weights=False)[1] == folder
+    assert presets.read_folder(folder, load_weights=False)
     (folder / presets.CONFIG).unlink()
     with pytest.raises(ValueError, match="lacks config.json"):
-        presets.resolve(folder, load_weights=False)
+        presets.read_folder(folder, load_weights=False)
 
 
 def test_no_preprocessor_needs_no_tokenizer(folder, config):
     presets.write_config(folder, config | {"preprocessor": None})
     (folder / presets.TOKENIZER).unlink()
-    assert presets.resolve(folder)[0]["preprocessor"] is None
+    assert presets.read_folder(folder)["preprocessor"] is None
 
 
 # The config's format
@@ -291,7 +317,7 @@ def test_write_config_replaces_the_file(folder, config):
     assert json.loads(path.read_text())["name"] == "other"
     files = {file.name for file in folder.iterdir()}
     assert files == {presets.CONFIG, presets.WEIGHTS, presets.TOKENIZER}
-    again = presets.resolve(folder)[0]
+    again = presets.read_folder(folder)
     presets.write_config(folder / "new" / "copy", again)
     copy = folder / "new" / "copy" / presets.CONFIG
     assert copy.read_bytes() == path.read_bytes()
@@ -335,7 +361,7 @@ def test_wrong_fields(tmp_path, config, spoil, message):
     text = json.dumps(presets.HEADER | config)
     (tmp_path / presets.CONFIG).write_text(text)
     with pytest.raises(ValueError, match=message):
-        presets.resolve(tmp_path)
+        presets.read_folder(tmp_path)
 
 
 def test_preprocessor_may_have_more_options(tmp_path, config):
@@ -349,7 +375,7 @@ def test_preprocessor_may_have_more_options(tmp_path, config):
         (b'{"name": "mi', "not valid JSON"),
         (b'{"name": "\xff"}', "not valid JSON"),
         (b"[]", "received None"),
-        (b'{"model_type": "paligemma"}', "roadmap"),
+        (b'{"model_type": "paligemma"}', "expected format="),
         (
             b'{"format": "keras_paligemma", "format_version": 2}',
             "expected format_version=1, received 2. A newer",
@@ -359,7 +385,7 @@ def test_preprocessor_may_have_more_options(tmp_path, config):
 def test_config_of_another_kind(folder, text, message):
     (folder / presets.CONFIG).write_bytes(text)
     with pytest.raises(ValueError, match=message):
-        presets.resolve(folder)
+        presets.read_folder(folder)
 
 
 # Hubs
@@ -368,8 +394,9 @@ def test_config_of_another_kind(folder, text, message):
 def fake_hubs(monkeypatch, fetch):
     """Puts `fetch` in the place of both clients."""
 
-    def snapshot_download(path, allow_patterns):
-        assert presets.WEIGHTS in allow_patterns
+    def snapshot_download(path, revision, allow_patterns):
+        assert "*.safetensors" in allow_patterns
+        assert revision is None
         return fetch(path)
 
     hf = types.SimpleNamespace(snapshot_download=snapshot_download)
@@ -387,20 +414,8 @@ def test_resolve_handle(monkeypatch, folder, handle):
         return str(folder)
 
     fake_hubs(monkeypatch, fetch)
-    assert presets.resolve(handle)[1] == folder
+    assert presets.locate(handle) == folder
     assert asked == [handle.partition("://")[2]]
-
-
-def test_published_handle_is_not_downloaded(monkeypatch):
-    def fetch(path):
-        raise AssertionError
-
-    fake_hubs(monkeypatch, fetch)
-    preset = presets.describe("pali_gemma2_pt_3b_224")
-    for handle in preset["handles"].values():
-        with pytest.raises(ValueError, match="'pali_gemma2_pt_3b_224' do not"):
-            presets.resolve(handle)
-        assert presets.resolve(handle, load_weights=False) == (preset, None)
 
 
 def test_failed_download(monkeypatch):
@@ -410,10 +425,10 @@ def test_failed_download(monkeypatch):
     fake_hubs(monkeypatch, fetch)
     page = r"https://huggingface.co/me/m\)\n.*403\n.*licence"
     with pytest.raises(OSError, match=page):
-        presets.download("hf://me/m")
+        downloads.download("hf://me/m")
     page = r"https://www.kaggle.com/models/me/m\)"
     with pytest.raises(OSError, match=page):
-        presets.download("kaggle://me/m/keras/v/1")
+        downloads.download("kaggle://me/m/keras/v/1")
 
 
 @pytest.mark.parametrize(
@@ -424,9 +439,9 @@ def test_client_not_installed(monkeypatch, handle, client):
     for module in ("huggingface_hub", "kagglehub"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=f"pip install '{client}'"):
-        presets.download(handle)
+        downloads.download(handle)
 
 
 def test_unknown_hub():
     with pytest.raises(ValueError, match="'hf://owner/model'"):
-        presets.resolve("gs://bucket/model")
+        presets.locate("s3://bucket/model")

@@ -1,5 +1,7 @@
 """The names of big_vision, where PaliGemma comes from (`.npz` files)."""
 
+import math
+import re
 from dataclasses import replace
 
 from keras_paligemma.checkpoints.engine import Row
@@ -90,6 +92,82 @@ def rows(use_post_norms=True, prefix="params/", scanned=True):
         replace(row, theirs=prefix + row.theirs.replace(ENCODER, one))
         for row in table
     ]
+
+
+def infer(shapes):
+    """Read from the shapes all sizes that they tell.
+
+    Args:
+        shapes: dict of key to shape, as the files have them.
+
+    Returns:
+        Dict of the backbone's fields, without those that no shape tells, and
+        the list of rows for these keys.
+
+    Raises:
+        ValueError: keys or ranks are not those of a PaliGemma.
+    """
+    prefix = (
+        "params/" if any(key.startswith("params/") for key in shapes) else ""
+    )
+    scanned = not any(f"{ENCODER[:-1]}_0/" in key for key in shapes)
+    post_norms = f"{prefix}{DECODER}post_attention_norm/scale" in shapes
+    table = {row.ours: row for row in rows(post_norms, prefix, scanned)}
+
+    def sizes(ours, rank, tower="text_decoder"):
+        row = table[f"{tower}/{ours}"]
+        key = row.keys(1)[0]
+        if len(shapes.get(key, ())) != rank:
+            raise ValueError(
+                "The keys are not those of a PaliGemma of big_vision. "
+                f"Expected: {key!r} of rank {rank}, among others. Received: "
+                f"{shapes.get(key, 'no such key')}; there are {len(shapes)} "
+                f"keys, such as {sorted(shapes)[:3]}."
+            )
+        return shapes[key]
+
+    patch, _, _, vision_dim = sizes(
+        "patch_embedding/kernel", 4, "vision_encoder"
+    )
+    tokens = sizes("position_embedding", 3, "vision_encoder")[1]
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(
+            f"Pictures are square here. Received: {tokens} positions."
+        )
+    query = sizes(
+        "blocks/attention/query/kernel", 4 if scanned else 3, "vision_encoder"
+    )
+    up = sizes("blocks/mlp/up/kernel", 3 if scanned else 2, "vision_encoder")
+    numbers = {
+        found[1]
+        for key in shapes
+        if (found := re.search(r"/encoderblock_(\d+)/", key))
+    }
+    vision_layers = query[0] if scanned else len(numbers)
+    vocabulary_size, hidden_dim = sizes("token_embedding/table", 2)
+    layers, heads, _, head_dim = sizes("blocks/attention/query/kernel", 4)
+    backbone = {
+        "image_size": side * patch,
+        "vision_encoder": {
+            "patch_size": patch,
+            "num_layers": vision_layers,
+            "hidden_dim": vision_dim,
+            "num_heads": query[-2],
+            "intermediate_dim": up[-1],
+        },
+        "text_decoder": {
+            "vocabulary_size": vocabulary_size,
+            "num_layers": layers,
+            "hidden_dim": hidden_dim,
+            "num_query_heads": heads,
+            "num_key_value_heads": sizes("blocks/attention/key/kernel", 5)[2],
+            "head_dim": head_dim,
+            "intermediate_dim": sizes("blocks/mlp/down/kernel", 3)[1],
+            "use_post_norms": post_norms,
+        },
+    }
+    return backbone, list(table.values())
 
 
 def _pair(ours, theirs):

@@ -12,6 +12,7 @@ import math
 import re
 
 import numpy as np
+from keras import ops
 
 from keras_paligemma.compat import fill
 
@@ -118,6 +119,76 @@ def _parse(axes):
     theirs, ours = axes.split("->")
     groups = re.findall(r"\(([^)]*)\)|(\S+)", theirs)
     return [(many or one).split() for many, one in groups], ours.split()
+
+
+class Held:
+    """A weight that still lies in its checkpoint.
+
+    Args:
+        row: `Row`.
+        tensors: the checkpoint.
+        shape: tuple, of the weight, or of one block of it.
+        layer: int or `None`, which block.
+    """
+
+    def __init__(self, row, tensors, shape, layer=None):
+        self.row, self.tensors = row, tensors
+        self.shape, self.layer = shape, layer
+
+    def read(self):
+        """Give its array."""
+        if self.layer is None:
+            array = self.tensors.read(self.row.theirs)
+        elif self.row.stacked:
+            array = self.tensors.read(self.row.theirs)[self.layer]
+        else:
+            key = self.row.theirs.replace(LAYER, str(self.layer))
+            array = self.tensors.read(key)
+        return self.row.read(array, self.shape)
+
+
+class Last:
+    """Tensors that keep the array read last: stacked ones are asked often.
+
+    Args:
+        tensors: the checkpoint.
+    """
+
+    def __init__(self, tensors):
+        self.shapes, self.dtypes = tensors.shapes, tensors.dtypes
+        self._tensors = tensors
+        self._key = self._array = None
+
+    def read(self, key):
+        if key != self._key:
+            self._array = None
+            self._key, self._array = key, self._tensors.read(key)
+        return self._array
+
+
+def hold(weights, rows, tensors):
+    """Give weights of a checkpoint that are read when they are asked for.
+
+    Args:
+        weights: dict of name to anything with a shape (layer axis first).
+        rows: list of `Row`.
+        tensors: the checkpoint.
+
+    Returns:
+        Dict of name to `Held`, or of blocks to a list of them, as `write`
+        takes it with `Held.read`.
+    """
+    check(weights, rows, tensors.shapes)
+    tensors = Last(tensors)
+    held = {}
+    for row in rows:
+        shape = shape_of(weights[row.ours])
+        held[row.ours] = (
+            [Held(row, tensors, shape[1:], one) for one in range(shape[0])]
+            if row.in_blocks
+            else Held(row, tensors, shape)
+        )
+    return held
 
 
 class Arrays:
@@ -288,6 +359,11 @@ def _join(group, values):
     """Make their array of one block from the parts that rows hold."""
     parts = [row.write(one) for row, one in zip(group, values, strict=True)]
     return parts[0] if group[0].part is None else np.stack(parts)
+
+
+def to_numpy(variable):
+    """Give a variable's array, bfloat16 included."""
+    return np.asarray(ops.convert_to_numpy(variable))
 
 
 def count(weights):

@@ -8,18 +8,17 @@ import numpy as np
 from keras import ops
 
 from keras_paligemma import presets
+from keras_paligemma.checkpoints import formats
 from keras_paligemma.compat import classproperty
 from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.attention import token_positions
-from keras_paligemma.layers.projection import Projection
+from keras_paligemma.models import adapters
+from keras_paligemma.models import exports
 from keras_paligemma.models import files
 from keras_paligemma.models.text_decoder import TextDecoder
 from keras_paligemma.models.text_decoder import TextDecoderConfig
 from keras_paligemma.models.vision_encoder import VisionEncoder
 from keras_paligemma.models.vision_encoder import VisionEncoderConfig
-
-ATTENTION_TARGETS = ("query", "key", "value", "output")
-LORA_TARGETS = (*ATTENTION_TARGETS, "gate", "up", "down")
 
 
 @keras.saving.register_keras_serializable(package="keras_paligemma")
@@ -226,44 +225,40 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         return weights
 
     def enable_lora(self, rank, alpha=None, targets=None):
-        """Freeze everything and train low-rank adapters in the decoder.
+        """Freeze everything and train low-rank adapters in the blocks.
 
         Args:
             rank: int.
             alpha: float, the adapters are scaled by alpha / rank; `rank` if
                 `None`.
-            targets: names of projections, some of `LORA_TARGETS`; the four of
-                attention if `None`.
+            targets: names of projections, some of `LORA_TARGETS`: plain ones
+                are the decoder's; the four of its attention if `None`.
 
         Raises:
             ValueError: unknown targets, or adapters are there already.
         """
-        targets = tuple(targets or ATTENTION_TARGETS)
-        unknown = sorted(set(targets) - set(LORA_TARGETS))
-        if unknown:
-            raise ValueError(
-                f"Unknown targets of LoRA. Received: {unknown}. Expected some "
-                f"of {LORA_TARGETS}."
-            )
-        if self.lora is not None:
-            raise ValueError(
-                f"The backbone has adapters already: {self.lora}. Load the "
-                "preset again for others."
-            )
-        for variable in self.variables:
-            variable.trainable = False
+        adapters.enable(self, rank, alpha, targets)
 
-        def adapt(block):
-            for layer in block._flatten_layers():
-                if isinstance(layer, Projection) and layer.name in targets:
-                    layer.add_adapter(rank, alpha or rank)
+    def load_adapter(self, folder):
+        """Add the low-rank adapters that PEFT or `save_adapter` wrote.
 
-        self.text_decoder.blocks.change(adapt)
-        self.lora = {
-            "rank": rank,
-            "alpha": alpha or rank,
-            "targets": list(targets),
-        }
+        Args:
+            folder: str or path.
+
+        Raises:
+            ValueError: no adapter, one that does not fit, or adapters are
+                there already; the model is as before.
+        """
+        adapters.load(self, folder)
+
+    def save_adapter(self, folder, base=None):
+        """Write the adapters as PEFT loads them onto transformers' model.
+
+        Args:
+            folder: str or path.
+            base: str or `None`, name of the model that they belong to.
+        """
+        adapters.save(self, folder, base)
 
     @classproperty
     def presets(cls):
@@ -273,14 +268,15 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     @classmethod
     def from_preset(cls, preset, load_weights=True, dtype=None, **kwargs):
         """Load a backbone from a preset; see `PaliGemmaCausalLM`."""
-        config, folder = presets.resolve(preset, load_weights)
+        fields = files.split_fields(kwargs)
+        checkpoint = formats.resolve(preset, load_weights, fields)
         return files.load_backbone(
-            cls, config, folder, load_weights, dtype, **kwargs
+            cls, checkpoint, load_weights, dtype, **kwargs
         )
 
     def save_to_preset(self, preset_dir):
         """Write configuration and weights to a directory."""
-        files.save(preset_dir, self)
+        exports.export(preset_dir, "keras", self)
 
     def architecture(self):
         """Give what a preset's file holds: plain numbers and strings."""

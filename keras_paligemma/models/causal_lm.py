@@ -8,12 +8,15 @@ import numpy as np
 from keras import ops
 
 from keras_paligemma.compat import classproperty
+from keras_paligemma.models import exports
 from keras_paligemma.models import files
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.models.backbone import check_token_ids
 from keras_paligemma.models.batches import Examples
 from keras_paligemma.models.batches import PreprocessedBatches
+from keras_paligemma.models.generation import drop_after_stop
 from keras_paligemma.models.generation import generate_tokens
+from keras_paligemma.models.generation import split_prompt
 from keras_paligemma.models.losses import streamed_cross_entropy
 from keras_paligemma.preprocessing.preprocessor import (
     PaliGemmaCausalLMPreprocessor,
@@ -329,15 +332,22 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, dtype=None, **kwargs):
-        """Load a model from a preset.
+        """Load a model from a checkpoint, whoever made it.
 
         Args:
-            preset: str, a name of `PaliGemmaBackbone.presets`, a directory, or
-                a handle "hf://…" or "kaggle://…".
+            preset: str, a name of `PaliGemmaBackbone.presets`; a directory of
+                this package, of transformers or of KerasHub; big_vision's
+                "X.npz", whole or in pieces; or a handle of any of them,
+                "hf://…", "kaggle://…", "gs://…".
             load_weights: bool; `False` gives a model of random weights.
             dtype: dtype policy; the file's dtype if `None`.
-            **kwargs: `form` and `remat` go to the backbone, `compile` and
-                `name` to the model, `prompt_length`, `response_length` and
+            **kwargs: `image_size` other than the checkpoint's (its positions
+                are resampled as the original does), `tokenizer` where the
+                checkpoint has none beside it, and fields that no file tells
+                or that are to differ: `query_pre_attention_scalar`,
+                `attention_logit_soft_cap`, `final_logit_soft_cap`, …
+                `form` and `remat` go to the backbone, `compile` and `name` to
+                the model, `resize`, `prompt_length`, `response_length` and
                 the like to the preprocessor.
 
         Returns:
@@ -355,7 +365,39 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         Args:
             preset_dir: str or path; `from_preset` loads it, exactly.
         """
-        files.save(preset_dir, self.backbone, self.preprocessor)
+        exports.export(preset_dir, "keras", self.backbone, self.preprocessor)
+
+    def export_to_transformers(self, path):
+        """Write a folder that transformers loads, processor included.
+
+        Args:
+            path: str or path of a folder that is not there yet.
+        """
+        exports.export(path, "transformers", self.backbone, self.preprocessor)
+
+    def export_to_keras_hub(self, path):
+        """Write a preset that KerasHub loads.
+
+        Args:
+            path: str or path of a folder that is not there yet.
+        """
+        exports.export(path, "keras_hub", self.backbone, self.preprocessor)
+
+    def export_to_big_vision(self, path, dtype=None, piece_size=None):
+        """Write big_vision's `.npz`, whole or in pieces.
+
+        Args:
+            path: str or path of the file, "….npz".
+            dtype: "float32" or "bfloat16"; that of the weights if `None`.
+            piece_size: int, bytes of a piece; one file if `None`.
+        """
+        exports.export(
+            path,
+            "big_vision",
+            self.backbone,
+            dtype=dtype,
+            piece_size=piece_size,
+        )
 
 
 def responses_only(y, y_pred):
@@ -367,56 +409,3 @@ def responses_only(y, y_pred):
     if y_pred.shape[1] == length:
         return y_pred
     return y_pred[:, -length - 1 : -1]
-
-
-def split_prompt(arrays, max_new_tokens=None):
-    """Split text arrays where the prompts end: at one index for all rows.
-
-    Args:
-        arrays: dict of `token_ids`, `padding_mask`, `response_mask` (B, P + R)
-            and what else the backbone takes.
-        max_new_tokens: int, length of the response part if there is none.
-
-    Returns:
-        Dict as `generate_tokens` takes it.
-
-    Raises:
-        ValueError: prompts that end at different indices.
-    """
-    ids = ops.convert_to_numpy(arrays["token_ids"])
-    valid = ops.convert_to_numpy(arrays["padding_mask"]).astype(bool)
-    response = ops.convert_to_numpy(arrays["response_mask"]).astype(bool)
-    prompt = valid & ~response
-    ends = {int(row.nonzero()[0][-1]) + 1 if row.any() else 0 for row in prompt}
-    if len(ends) != 1 or 0 in ends:
-        raise ValueError(
-            "Prompts must end at one index in every row: align them to the "
-            f"right. Received: prompts ending at {sorted(ends)}. "
-            "PaliGemmaCausalLMPreprocessor lays them out so."
-        )
-    end = ends.pop()
-    if ids.shape[1] == end:
-        if not max_new_tokens:
-            raise ValueError(
-                "The arrays have no room for a response. Received: "
-                f"{end} tokens, all of them prompt. Expected: "
-                "max_new_tokens, or arrays with a response part."
-            )
-        more = ((0, 0), (0, max_new_tokens))
-        ids, response = np.pad(ids, more), np.pad(response, more)
-    return {
-        **arrays,
-        "token_ids": ids[:, :end].astype("int32"),
-        "padding_mask": valid[:, :end],
-        "response_ids": ids[:, end:].astype("int32"),
-        "response_mask": response[:, end:],
-    }
-
-
-def drop_after_stop(ids, stop_token_ids):
-    """Set what a row produced after its first stop token to padding, 0."""
-    if stop_token_ids is None:
-        return ids
-    stopped = np.cumsum(np.isin(ids, stop_token_ids), axis=1)
-    before = np.pad(stopped, ((0, 0), (1, 0)))[:, :-1]
-    return np.where(before == 0, ids, 0).astype("int32")

@@ -1,35 +1,45 @@
-"""Models to preset folders and back."""
-
-import os
-from pathlib import Path
-
-import numpy as np
-from keras import ops
-from safetensors.numpy import save_file
+"""Models from checkpoints of any format."""
 
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
-from keras_paligemma.checkpoints.safetensors_files import open_safetensors
+from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.positions import Resampled
 from keras_paligemma.compat import without_values
 
+POSITIONS = "vision_encoder/position_embedding"
+BACKBONE_KEYS = ("form", "remat")
+TASK_KEYS = ("compile", "name", "preprocessor")
 
-def load_backbone(cls, config, folder, load_weights, dtype=None, **kwargs):
-    """Build a backbone from a preset's config and fill it from its folder.
+
+def split_fields(kwargs):
+    """Take the fields of the configuration out of a call's keywords."""
+    known = formats.FIELDS["vision_encoder"] ^ formats.FIELDS["text_decoder"]
+    return {key: kwargs.pop(key) for key in known & kwargs.keys()}
+
+
+def load_backbone(
+    cls, checkpoint, load_weights=True, dtype=None, image_size=None, **kwargs
+):
+    """Build a backbone from what was found, and fill it.
 
     Args:
         cls: the backbone's class.
-        config: dict, of `presets.resolve`.
-        folder: path or `None`.
+        checkpoint: `formats.Checkpoint`.
         load_weights: bool; `False` draws random weights.
-        dtype: dtype policy, or `None` for the one that was saved.
+        dtype: dtype policy, or `None` for the one of the file.
+        image_size: int, another picture size than the checkpoint's: its
+            positions are resampled. `None` for its own.
         **kwargs: `form`, `remat`, `name`.
 
     Returns:
         Instance of `cls`.
     """
-    fields = dict(config["backbone"])
+    fields = dict(checkpoint.config["backbone"])
     dtype = dtype or fields.pop("dtype", None)
     fields |= {"dtype": dtype} | kwargs
+    if image_size is not None:
+        fields["image_size"] = image_size
+        checkpoint.config["backbone"]["image_size"] = image_size
     if not load_weights:
         return cls(**fields)
     # Each weight arrives once: cast and placed as it is read, with no random
@@ -37,72 +47,46 @@ def load_backbone(cls, config, folder, load_weights, dtype=None, **kwargs):
     with without_values():
         backbone = cls(**fields)
     weights = backbone.weights_by_name()
-    rows = [engine.Row(name, name) for name in weights]
-    with open_safetensors([folder / presets.WEIGHTS]) as tensors:
+    rows = checkpoint.rows_for(weights)
+    with checkpoint.open() as tensors:
+        if image_size is not None:
+            (key,) = [row.theirs for row in rows if row.ours == POSITIONS]
+            count = len(weights[POSITIONS])
+            tensors = Resampled(tensors, key, count)
         engine.load(weights, rows, tensors)
     return backbone
 
 
 def load_task(cls, preset, load_weights, dtype, kwargs):
     """Build a task with its backbone and preprocessor from a preset."""
-    config, folder = presets.resolve(preset, load_weights)
-    backbone_keys = ("form", "remat")
-    task_keys = ("compile", "name", "preprocessor")
-    backbone = load_backbone(
-        cls.backbone_cls,
-        config,
-        folder,
-        load_weights,
-        dtype,
-        **{key: kwargs.pop(key) for key in backbone_keys if key in kwargs},
-    )
-    task = {key: kwargs.pop(key) for key in task_keys if key in kwargs}
-    if "preprocessor" not in task:
+    kwargs = dict(kwargs)
+    checkpoint = formats.resolve(preset, load_weights, split_fields(kwargs))
+    if "tokenizer" in kwargs:
+        checkpoint.tokenizer = presets.locate(kwargs.pop("tokenizer"))
+    image_size = kwargs.pop("image_size", None)
+    backbone = {key: kwargs.pop(key) for key in BACKBONE_KEYS if key in kwargs}
+    task = {key: kwargs.pop(key) for key in TASK_KEYS if key in kwargs}
+    # The preprocessor first: a lack of its files is found before the weights
+    # are read.
+    if image_size is not None:
+        checkpoint.config["backbone"]["image_size"] = image_size
+    wanted = checkpoint.config["preprocessor"] is not None
+    if not load_weights and checkpoint.tokenizer is None:
+        wanted = False
+    if wanted and "preprocessor" not in task:
         task["preprocessor"] = cls.preprocessor_cls.from_files(
-            config, folder, **kwargs
+            checkpoint.config, checkpoint.tokenizer, **kwargs
         )
-    return cls(backbone, **task)
-
-
-def save(folder, backbone, preprocessor=None, name=None):
-    """Write a preset folder; what stands there is replaced file by file.
-
-    Args:
-        folder: str or path.
-        backbone: `PaliGemmaBackbone`.
-        preprocessor: `PaliGemmaCausalLMPreprocessor` or `None`.
-        name: str or `None`, the name in the config.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = {}
-    for key, weight in backbone.weights_by_name().items():
-        if isinstance(weight, list):
-            arrays[key] = np.stack([ops.convert_to_numpy(w) for w in weight])
-        else:
-            arrays[key] = np.ascontiguousarray(ops.convert_to_numpy(weight))
-    # Written beside and then renamed, the config last: a folder never holds
-    # half a file, and a reader never finds a config without its weights.
-    draft = folder / f"{presets.WEIGHTS}.{os.getpid()}"
-    save_file(arrays, draft)
-    # safetensors lets nobody else read what it writes.
-    draft.chmod(0o644)
-    os.replace(draft, folder / presets.WEIGHTS)
-    fields = None
-    if preprocessor is not None:
-        draft = folder / f"{presets.TOKENIZER}.{os.getpid()}"
-        draft.write_bytes(preprocessor.tokenizer.proto)
-        os.replace(draft, folder / presets.TOKENIZER)
-        fields = {
-            "resize": preprocessor.image_converter.resize,
-            "prompt_length": preprocessor.prompt_length,
-            "response_length": preprocessor.response_length,
-            "on_long_prompt": preprocessor.on_long_prompt,
-            "on_long_response": preprocessor.on_long_response,
-        }
-    config = {
-        "name": name or folder.resolve().name,
-        "backbone": backbone.architecture(),
-        "preprocessor": fields,
-    }
-    presets.write_config(folder, config)
+    elif kwargs:
+        raise TypeError(f"Unknown arguments: {sorted(kwargs)}.")
+    return cls(
+        load_backbone(
+            cls.backbone_cls,
+            checkpoint,
+            load_weights,
+            dtype,
+            image_size,
+            **backbone,
+        ),
+        **task,
+    )

@@ -1,6 +1,7 @@
 """Prefill the cache once, then decode one token a row and step."""
 
 import keras_hub
+import numpy as np
 from keras import ops
 
 from keras_paligemma.layers.attention import attention_mask
@@ -107,3 +108,56 @@ def generate_tokens(backbone, sampler, inputs, stop_token_ids, model):
         model=model,
     )
     return ids[:, 1:]
+
+
+def split_prompt(arrays, max_new_tokens=None):
+    """Split text arrays where the prompts end: at one index for all rows.
+
+    Args:
+        arrays: dict of `token_ids`, `padding_mask`, `response_mask` (B, P + R)
+            and what else the backbone takes.
+        max_new_tokens: int, length of the response part if there is none.
+
+    Returns:
+        Dict as `generate_tokens` takes it.
+
+    Raises:
+        ValueError: prompts that end at different indices.
+    """
+    ids = ops.convert_to_numpy(arrays["token_ids"])
+    valid = ops.convert_to_numpy(arrays["padding_mask"]).astype(bool)
+    response = ops.convert_to_numpy(arrays["response_mask"]).astype(bool)
+    prompt = valid & ~response
+    ends = {int(row.nonzero()[0][-1]) + 1 if row.any() else 0 for row in prompt}
+    if len(ends) != 1 or 0 in ends:
+        raise ValueError(
+            "Prompts must end at one index in every row: align them to the "
+            f"right. Received: prompts ending at {sorted(ends)}. "
+            "PaliGemmaCausalLMPreprocessor lays them out so."
+        )
+    end = ends.pop()
+    if ids.shape[1] == end:
+        if not max_new_tokens:
+            raise ValueError(
+                "The arrays have no room for a response. Received: "
+                f"{end} tokens, all of them prompt. Expected: "
+                "max_new_tokens, or arrays with a response part."
+            )
+        more = ((0, 0), (0, max_new_tokens))
+        ids, response = np.pad(ids, more), np.pad(response, more)
+    return {
+        **arrays,
+        "token_ids": ids[:, :end].astype("int32"),
+        "padding_mask": valid[:, :end],
+        "response_ids": ids[:, end:].astype("int32"),
+        "response_mask": response[:, end:],
+    }
+
+
+def drop_after_stop(ids, stop_token_ids):
+    """Set what a row produced after its first stop token to padding, 0."""
+    if stop_token_ids is None:
+        return ids
+    stopped = np.cumsum(np.isin(ids, stop_token_ids), axis=1)
+    before = np.pad(stopped, ((0, 0), (1, 0)))[:, :-1]
+    return np.where(before == 0, ids, 0).astype("int32")

@@ -1,10 +1,12 @@
 """The one place that knows how text is laid out in a sequence."""
 
+from pathlib import Path
+
 import keras
 import keras_hub
 import numpy as np
 
-from keras_paligemma import presets
+from keras_paligemma.checkpoints import formats
 from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
 )
@@ -124,31 +126,36 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         Returns:
             `PaliGemmaCausalLMPreprocessor`.
         """
-        return cls.from_files(*presets.resolve(preset), **kwargs)
+        checkpoint = formats.resolve(preset)
+        return cls.from_files(checkpoint.config, checkpoint.tokenizer, **kwargs)
 
     @classmethod
-    def from_files(cls, config, folder, **kwargs):
-        """Reads the preprocessor of what `presets.resolve` found.
+    def from_files(cls, config, tokenizer, **kwargs):
+        """Reads the preprocessor of what `formats.resolve` found.
 
         Args:
             config: Dictionary.
-            folder: Path, or `None` where there are no files.
+            tokenizer: Path of a SentencePiece model.
             **kwargs: As `from_preset` takes them.
 
         Returns:
-            `PaliGemmaCausalLMPreprocessor`; `None` where there is no
-            tokenizer.
+            `PaliGemmaCausalLMPreprocessor`.
+
+        Raises:
+            ValueError: there is no tokenizer.
         """
-        if config["preprocessor"] is None or folder is None:
-            return None
-        path = folder / presets.TOKENIZER
-        if not path.is_file():
-            return None
+        if tokenizer is None:
+            raise ValueError(
+                "The checkpoint comes without a SentencePiece model. Pass "
+                "`tokenizer='paligemma_tokenizer.model'`, a path or a handle "
+                "(the original's is gs://big_vision/paligemma_tokenizer.model"
+                "), or `preprocessor=None` to do without strings."
+            )
         fields = config["preprocessor"] | kwargs
         converter = PaliGemmaImageConverter(
             config["backbone"]["image_size"], resize=fields.pop("resize")
         )
-        tokenizer = PaliGemmaTokenizer(path.read_bytes())
+        tokenizer = PaliGemmaTokenizer(Path(tokenizer).read_bytes())
         return cls(tokenizer, converter, **fields)
 
     def build(self, input_shape=None):

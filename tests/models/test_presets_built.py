@@ -29,7 +29,7 @@ def official_size(name):
 @pytest.mark.parametrize("form", ["unrolled", "stacked"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_count_and_shapes(name, form):
-    config, _ = presets.resolve(name, load_weights=False)
+    config = presets.describe(name)
     with without_values():
         backbone = PaliGemmaBackbone(**config["backbone"], form=form)
     assert all(variable._value is None for variable in backbone.variables)
@@ -38,10 +38,7 @@ def test_count_and_shapes(name, form):
     assert backbone.count_params() == config["parameters"]
     text = backbone.text_config
     rows = big_vision.rows(text.use_post_norms)
-    shapes = {
-        row.theirs: row.their_shape(engine.shape_of(weights[row.ours]))
-        for row in rows
-    }
+    shapes = engine.shapes(weights, rows)
     # All weights have a place in the file and the file has no other place.
     assert {row.ours for row in rows} == set(weights)
     assert sum(map(math.prod, shapes.values())) == config["parameters"]

@@ -1,0 +1,315 @@
+"""Which format a file or folder is in, and what it says before it is read."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from keras_paligemma import presets
+from keras_paligemma.checkpoints import big_vision
+from keras_paligemma.checkpoints import engine
+from keras_paligemma.checkpoints import h5_files
+from keras_paligemma.checkpoints import hugging_face
+from keras_paligemma.checkpoints import keras_hub
+from keras_paligemma.checkpoints import npz
+from keras_paligemma.checkpoints import safetensors_files
+
+FORMATS = ("keras", "transformers", "big_vision", "keras_hub")
+
+# Numbers that no shape tells. Published models are known by their sizes; for
+# others these are asked for.
+UNTOLD = (
+    "query_pre_attention_scalar",
+    "attention_logit_soft_cap",
+    "final_logit_soft_cap",
+)
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """What is known of a checkpoint before any of its values is read.
+
+    Args:
+        format: str, one of `FORMATS`.
+        config: dict with `backbone` and `preprocessor`, as a preset's.
+        rows: list of `engine.Row`, or `None` where their names are ours.
+        files: list of `pathlib.Path`, those that hold the weights.
+        tokenizer: `pathlib.Path` of the SentencePiece model, or `None`.
+        open: function that gives a context manager of the tensors.
+        variant: str or `None`, a published model of the same sizes.
+    """
+
+    format: str
+    config: dict
+    rows: list | None
+    files: list
+    tokenizer: Path | None
+    open: Callable
+    variant: str | None = None
+
+    def rows_for(self, weights):
+        """Give the rows; names that are ours map to themselves."""
+        if self.rows is not None:
+            return self.rows
+        return [engine.Row(name, name) for name in weights]
+
+
+def resolve(source, load_weights=True, fields=None):
+    """Find the checkpoint that a source means, fetching it if need be.
+
+    Args:
+        source: as `presets.locate` takes it.
+        load_weights: bool, `False` for a configuration alone.
+        fields: see `find`.
+
+    Returns:
+        `Checkpoint`; of a published model without weights with no files.
+    """
+    path = presets.locate(source, load_weights)
+    name = presets.published(source)
+    if path is None:
+        checkpoint = Checkpoint(None, {}, None, [], None, None, name)
+    else:
+        checkpoint = find(path, fields, load_weights)
+    if name:
+        # What is known of it; a file leaves some of this out.
+        known = presets.describe(name)
+        dtype = checkpoint.config.get("backbone", {}).get("dtype")
+        checkpoint.config = known | {
+            "backbone": known["backbone"] | {"dtype": dtype}
+        }
+        _set(checkpoint.config["backbone"], fields or {})
+    return checkpoint
+
+
+def find(path, fields=None, load_weights=True):
+    """Recognise a checkpoint by what is there and read its configuration.
+
+    Args:
+        path: str or path of a folder, an `.npz` file, one of its pieces
+            `X.npz.part*`, or `X.npz` where only the pieces are.
+        fields: dict of fields of the backbone to be set, such as
+            `query_pre_attention_scalar`: what is given is not looked for.
+        load_weights: bool, `False` lets a folder of ours be without weights.
+
+    Returns:
+        `Checkpoint`.
+
+    Raises:
+        ValueError: no format is recognised; a file is missing or damaged; a
+            number can neither be inferred nor was given.
+    """
+    path = Path(path).expanduser()
+    fields = fields or {}
+    if not path.is_dir():
+        checkpoint = _big_vision(path, fields)
+    else:
+        format = _recognise(path)
+        if format == "keras":
+            checkpoint = _keras(path, load_weights)
+        else:
+            checkpoint = _READERS[format](path, fields)
+    _set(checkpoint.config["backbone"], fields)
+    checkpoint.variant = variant(checkpoint.config["backbone"])
+    return checkpoint
+
+
+def _recognise(folder):
+    """Tell the format of a folder."""
+    path = folder / "config.json"
+    if path.is_file():
+        config = presets.read_json(path)
+        if not isinstance(config, dict):
+            config = {}
+        if "format" in config:
+            return "keras"
+        if "registered_name" in config:
+            return "keras_hub"
+        if config.get("model_type") == "paligemma":
+            return "transformers"
+        what = f"a config.json with the keys {sorted(config)}"
+    elif any(folder.glob("*.npz*")):
+        return "big_vision"
+    else:
+        names = sorted(one.name for one in folder.iterdir())
+        what = f"{names[:10]}{' …' if len(names) > 10 else ''}"
+    raise ValueError(
+        f"{folder} holds no PaliGemma checkpoint that is known. Expected: a "
+        "folder that `save_to_preset` wrote, a PaliGemma of transformers "
+        "(config.json with model_type 'paligemma'), a preset of KerasHub, or "
+        f"big_vision's .npz or .npz.part* files. Received: {what}."
+    )
+
+
+def _keras(folder, load_weights):
+    config = presets.read_folder(folder, load_weights)
+    tokenizer = folder / presets.TOKENIZER
+    files = safetensors_files.find(folder) if load_weights else []
+    return Checkpoint(
+        "keras",
+        config,
+        None,
+        files,
+        tokenizer if tokenizer.is_file() else None,
+        functools.partial(safetensors_files.open_safetensors, files),
+    )
+
+
+def _transformers(folder, fields):
+    config = hugging_face.read_config(folder)
+    files = safetensors_files.find(folder)
+    open_files = functools.partial(safetensors_files.open_safetensors, files)
+    with open_files() as tensors:
+        rows = hugging_face.rows(config["backbone"], tensors.shapes)
+        _set_dtype(config["backbone"], tensors)
+    tokenizer = folder / "tokenizer.model"
+    return Checkpoint(
+        "transformers",
+        config,
+        rows,
+        files,
+        tokenizer if tokenizer.is_file() else None,
+        open_files,
+    )
+
+
+def _keras_hub(folder, fields):
+    config = keras_hub.read_config(folder)
+    files = h5_files.find(folder)
+    open_files = functools.partial(h5_files.open_h5, files)
+    with open_files() as tensors:
+        _set_dtype(config["backbone"], tensors)
+    tokenizer = folder / keras_hub.TOKENIZER
+    return Checkpoint(
+        "keras_hub",
+        config,
+        keras_hub.rows(config["backbone"]),
+        files,
+        tokenizer if tokenizer.is_file() else None,
+        open_files,
+    )
+
+
+def _big_vision(path, fields):
+    folder = path
+    if path.is_dir():
+        names = sorted(
+            {
+                str(one).partition(".npz")[0] + ".npz"
+                for one in path.glob("*.npz*")
+            }
+        )
+        if len(names) > 1:
+            raise ValueError(
+                f"{path} holds several checkpoints: {', '.join(names)}. Pass "
+                "the path of one."
+            )
+        path = Path(names[0])
+    else:
+        folder = path.parent
+    files = npz.find_pieces(path)
+    open_files = functools.partial(npz.open_npz, files)
+    with open_files() as tensors:
+        found, rows = big_vision.infer(tensors.shapes)
+        _set_dtype(found, tensors)
+    config = {
+        "name": path.name.partition(".npz")[0],
+        "backbone": found,
+        "preprocessor": {"resize": "bilinear_antialias"},
+    }
+    known = variant(found)
+    if known is not None:
+        config["backbone"] = found | {
+            key: value | found[key] if isinstance(value, dict) else found[key]
+            for key, value in presets.describe(known)["backbone"].items()
+        }
+        config["preprocessor"] = presets.describe(known)["preprocessor"]
+    else:
+        unknown = [key for key in UNTOLD if key not in fields]
+        if unknown:
+            raise ValueError(
+                f"{path} has the sizes of no published model, and its shapes "
+                f"do not tell {', '.join(unknown)}. Pass them by keyword; "
+                "PaliGemma 2 has soft caps of 50.0 and 30.0 and mostly "
+                f"head_dim ({found['text_decoder']['head_dim']} here) as the "
+                "scalar; PaliGemma 1 has None, None and head_dim."
+            )
+    names = ("paligemma_tokenizer.model", "tokenizer.model")
+    beside = [folder / name for name in names if (folder / name).is_file()]
+    return Checkpoint(
+        "big_vision",
+        config,
+        rows,
+        files,
+        beside[0] if beside else None,
+        open_files,
+    )
+
+
+_READERS = {
+    "transformers": _transformers,
+    "big_vision": _big_vision,
+    "keras_hub": _keras_hub,
+}
+
+
+def variant(backbone):
+    """Find the published model whose sizes a configuration has.
+
+    Args:
+        backbone: dict of fields; those of the towers that are missing are not
+            compared.
+
+    Returns:
+        Name of a preset, one of the same picture size if there is one; `None`
+        if no published model has these sizes.
+    """
+    matching = []
+    for name in presets.names():
+        known = presets.describe(name)["backbone"]
+        towers = ("vision_encoder", "text_decoder")
+        if all(known[one] == known[one] | backbone[one] for one in towers):
+            matching.append(
+                (known["image_size"] != backbone["image_size"], name)
+            )
+    # Pretrained models come before their transfers.
+    matching.sort(key=lambda one: (one[0], "_pt_" not in one[1], one[1]))
+    return matching[0][1] if matching else None
+
+
+def _set(backbone, fields):
+    """Put fields that a caller gave into the configuration of their tower."""
+    for key, value in fields.items():
+        homes = [
+            backbone[tower]
+            for tower in ("vision_encoder", "text_decoder")
+            if key in FIELDS[tower]
+        ]
+        if len(homes) != 1:
+            names = sorted(FIELDS["vision_encoder"] ^ FIELDS["text_decoder"])
+            raise ValueError(
+                f"Not a field that can be given. Received: {key!r}. Expected "
+                f"one of {names}."
+            )
+        homes[0][key] = value
+
+
+def _fields():
+    example = presets.describe("pali_gemma2_pt_3b_224")["backbone"]
+    return {
+        tower: set(example[tower])
+        for tower in ("vision_encoder", "text_decoder")
+    }
+
+
+FIELDS = _fields()
+
+
+def _set_dtype(backbone, tensors):
+    """Keep the dtype of most of the file's values."""
+    sizes = {}
+    for key, dtype in tensors.dtypes.items():
+        sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensors.shapes[key])
+    if sizes:
+        backbone["dtype"] = max(sizes, key=sizes.get)

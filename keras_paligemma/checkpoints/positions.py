@@ -1,0 +1,71 @@
+"""Position tables of one resolution at another."""
+
+import math
+
+import numpy as np
+
+
+def resample(table_ID, num_tokens):
+    """Stretch a square table of positions, its corners staying in place.
+
+    Args:
+        table_ID: array (..., I, D), one row a patch of a square picture.
+        num_tokens: int, rows of the new table, a square.
+
+    Returns:
+        Array (..., num_tokens, D) of the same dtype.
+
+    Raises:
+        ValueError: a number of rows that is no square.
+
+    Source: big_vision, `models/vit.py`, `resample_posemb`: linear
+        `scipy.ndimage.zoom`.
+    """
+    old, new = math.isqrt(table_ID.shape[-2]), math.isqrt(num_tokens)
+    if old * old != table_ID.shape[-2] or new * new != num_tokens:
+        raise ValueError(
+            "Positions are those of square pictures. Received: "
+            f"{table_ID.shape[-2]} rows to make {num_tokens} of."
+        )
+    *lead, _, width = table_ID.shape
+    grid = table_ID.reshape(*lead, old, old, width).astype("float64")
+    line = _line(old, new)
+    grid = np.einsum("ai,bj,...ijd->...abd", line, line, grid)
+    return grid.reshape(*lead, num_tokens, width).astype(table_ID.dtype)
+
+
+def _line(old, new):
+    """Weights of the old points for each new one, on one axis."""
+    at = np.linspace(0, old - 1, new)
+    below = np.minimum(at.astype(int), old - 1)
+    above = np.minimum(below + 1, old - 1)
+    share = at - below
+    weights = np.zeros((new, old))
+    weights[np.arange(new), below] += 1 - share
+    weights[np.arange(new), above] += share
+    return weights
+
+
+class Resampled:
+    """The tensors of a checkpoint, one of them at another resolution.
+
+    Args:
+        tensors: see `engine`.
+        key: str, of the position table.
+        num_tokens: int.
+    """
+
+    def __init__(self, tensors, key, num_tokens):
+        self._tensors, self._key = tensors, key
+        self._num_tokens = num_tokens
+        self.dtypes = tensors.dtypes
+        self.shapes = dict(tensors.shapes)
+        if key in self.shapes:
+            *lead, _, width = self.shapes[key]
+            self.shapes[key] = (*lead, num_tokens, width)
+
+    def read(self, key):
+        array = self._tensors.read(key)
+        if key == self._key:
+            return resample(array, self._num_tokens)
+        return array

@@ -1,0 +1,139 @@
+"""Weights and configuration written in any format."""
+
+import os
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from keras_paligemma import presets
+from keras_paligemma.checkpoints import big_vision
+from keras_paligemma.checkpoints import engine
+from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints import hugging_face
+from keras_paligemma.checkpoints import keras_hub
+from keras_paligemma.checkpoints import npz
+from keras_paligemma.checkpoints import safetensors_files
+
+
+def export(path, to, backbone, preprocessor=None, **options):
+    """Write a model in one of `formats.FORMATS`.
+
+    Args:
+        path: str or path; see `write`.
+        to: str, the format.
+        backbone: `PaliGemmaBackbone`.
+        preprocessor: `PaliGemmaCausalLMPreprocessor` or `None`.
+        **options: `name`, `dtype` and `piece_size` of `write`.
+
+    Raises:
+        ValueError: the format has no place for something of the model.
+    """
+    if backbone.lora is not None and to != "keras":
+        raise ValueError(
+            f"The format {to!r} has no place for adapters. Received: a model "
+            f"with {backbone.lora}. Write them apart with `save_adapter`, or "
+            "load the model again without them."
+        )
+    config = {
+        "backbone": backbone.architecture(),
+        "preprocessor": _fields(preprocessor),
+    }
+    proto = preprocessor.tokenizer.proto if preprocessor else None
+    weights = backbone.weights_by_name()
+    write(path, to, config, weights, engine.to_numpy, proto, **options)
+
+
+def _fields(preprocessor):
+    if preprocessor is None:
+        return None
+    return {
+        "resize": preprocessor.image_converter.resize,
+        "prompt_length": preprocessor.prompt_length,
+        "response_length": preprocessor.response_length,
+        "on_long_prompt": preprocessor.on_long_prompt,
+        "on_long_response": preprocessor.on_long_response,
+    }
+
+
+def write(
+    path,
+    to,
+    config,
+    weights,
+    read,
+    proto=None,
+    *,
+    name=None,
+    dtype=None,
+    piece_size=None,
+):
+    """Write weights, one array in memory at a time.
+
+    Args:
+        path: str or path: a folder, of big_vision a file "….npz". A folder of
+            ours is replaced file by file; other folders must not be there.
+        to: str, one of `formats.FORMATS`.
+        config: dict with `backbone` and `preprocessor`, as a preset's.
+        weights: dict of name to weight or list of weights.
+        read: function of a weight that returns its array.
+        proto: bytes of the SentencePiece model, or `None`: then the folder is
+            written without a tokenizer.
+        name: str, name of the model in a config of ours; the folder's if
+            `None`.
+        dtype: "float32", "bfloat16", "float16", or `None` for the weights'.
+        piece_size: int, bytes of a piece of a big_vision file.
+
+    Raises:
+        ValueError: unknown format; an option that it does not have.
+    """
+    if to not in formats.FORMATS:
+        raise ValueError(
+            f"Unknown format. Received: {to!r}. Expected one of "
+            f"{formats.FORMATS}."
+        )
+    if piece_size is not None and to != "big_vision":
+        raise ValueError(
+            f"Only big_vision's files come in pieces. Received: piece_size="
+            f"{piece_size} for {to!r}."
+        )
+    path = Path(path)
+    backbone = config["backbone"]
+    if dtype is not None:
+        config = config | {"backbone": backbone | {"dtype": dtype}}
+
+    def arrays(rows):
+        for key, array in engine.write(weights, rows, read):
+            yield key, array if dtype is None else cast(array, dtype)
+
+    if to == "big_vision":
+        rows = big_vision.rows(backbone["text_decoder"]["use_post_norms"])
+        npz.write_npz(path, arrays(rows), piece_size)
+    elif to == "transformers":
+        rows = hugging_face.written_rows(backbone)
+        hugging_face.write(path, config, arrays(rows), proto)
+    elif to == "keras_hub":
+        rows = keras_hub.rows(backbone)
+        keras_hub.write(path, config, arrays(rows), proto)
+    else:
+        rows = [engine.Row(key, key) for key in weights]
+        config = {"name": name or path.resolve().name} | config
+        _write_ours(path, config, arrays(rows), proto)
+
+
+def _write_ours(folder, config, arrays, proto):
+    folder.mkdir(parents=True, exist_ok=True)
+    # Written beside and then renamed, the config last: a folder never holds
+    # half a file, and a reader never finds a config without its weights.
+    safetensors_files.write_safetensors(folder, arrays)
+    if proto is not None:
+        draft = folder / f"{presets.TOKENIZER}.{os.getpid()}"
+        draft.write_bytes(proto)
+        os.replace(draft, folder / presets.TOKENIZER)
+    presets.write_config(folder, config)
+
+
+def cast(array, dtype):
+    """Give an array of floats in another dtype, bfloat16 included."""
+    wanted = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    return array.astype(wanted, copy=False)

@@ -1,0 +1,103 @@
+"""Rows, comparison, reading and writing, without any model."""
+
+import types
+
+import numpy as np
+import pytest
+
+from keras_paligemma.checkpoints import engine
+from keras_paligemma.checkpoints.engine import Row
+
+
+def numbers(*shape):
+    return np.arange(np.prod(shape), dtype="float32").reshape(shape)
+
+
+ROWS = [
+    (Row("a", "x"), (2, 3), (2, 3)),
+    (Row("a", "x", "o i -> i o"), (2, 3), (3, 2)),
+    (Row("a", "x", "(n h) d -> d n h"), (5, 2, 3), (6, 5)),
+    (Row("a", "x", "d (n h) -> n h d"), (2, 3, 5), (5, 6)),
+    (Row("a", "x", "1 i d -> i d"), (4, 3), (1, 4, 3)),
+    (Row("a", "x", "o c y x -> y x c o"), (2, 2, 3, 5), (5, 3, 2, 2)),
+    (Row("a", "x", extra=2), (4, 3), (6, 3)),
+]
+
+
+@pytest.mark.parametrize(("row", "ours", "theirs"), ROWS)
+def test_a_row_is_reversible(row, ours, theirs):
+    assert row.their_shape(ours) == theirs
+    value = numbers(*ours)
+    written = row.write(value)
+    assert written.shape == theirs
+    np.testing.assert_array_equal(row.read(written, ours), value)
+
+
+def test_a_split_axis_is_split_in_their_order():
+    row = Row("a", "x", "(n h) d -> d n h")
+    theirs = numbers(6, 5)
+    ours = row.read(theirs, (5, 2, 3))
+    assert ours[4, 1, 2] == theirs[1 * 3 + 2, 4]
+
+
+def test_parts_of_one_array():
+    rows = [
+        Row("t/blocks/key", "kv", "k d h -> d k h", part=0, parts=2),
+        Row("t/blocks/value", "kv", "k d h -> d k h", part=1, parts=2),
+    ]
+    weights = {
+        row.ours: numbers(3, 5, 2, 4) * (1 + n) for n, row in enumerate(rows)
+    }
+    assert engine.shapes(weights, rows) == {"kv": (3, 2, 2, 5, 4)}
+    ((key, array),) = engine.write(weights, rows, np.asarray)
+    assert key == "kv"
+    np.testing.assert_array_equal(
+        array[2, 1, 1, 3],
+        [weights["t/blocks/value"][2, 3, 1, h] for h in range(4)],
+    )
+    held = engine.hold(weights, rows, engine.Arrays({"kv": array}))
+    for name, blocks in held.items():
+        for layer, block in enumerate(blocks):
+            np.testing.assert_array_equal(block.read(), weights[name][layer])
+
+
+def test_one_array_a_block():
+    row = Row("t/blocks/norm", "layers.{layer}.norm")
+    weights = {"t/blocks/norm": numbers(2, 3)}
+    assert engine.shapes(weights, [row]) == {
+        "layers.0.norm": (3,),
+        "layers.1.norm": (3,),
+    }
+    written = dict(engine.write(weights, [row], np.asarray))
+    np.testing.assert_array_equal(written["layers.1.norm"], [3, 4, 5])
+
+
+def test_every_problem_is_listed_at_once():
+    rows = [Row("a", "x"), Row("b", "y"), Row("c", "z")]
+    weights = {name: types.SimpleNamespace(shape=(2, 3)) for name in "abcd"}
+    found = {"x": (2, 3), "y": (3, 2), "other": (1,)}
+    assert engine.problems(weights, rows, found) == [
+        "shape: y is (3, 2), expected (2, 3)",
+        "missing: z (2, 3)",
+        "no row: d",
+        "unused: other",
+    ]
+    with pytest.raises(ValueError, match="in 4 places; nothing was loaded"):
+        engine.check(weights, rows, found)
+
+
+def test_stacked_arrays_are_read_once_when_held():
+    reads = []
+
+    class Counted(engine.Arrays):
+        def __init__(self, arrays):
+            super().__init__(arrays)
+            read = self.read
+            self.read = lambda key: reads.append(key) or read(key)
+
+    weights = {"t/blocks/w": numbers(4, 2)}
+    row = Row("t/blocks/w", "w")
+    held = engine.hold(weights, [row], Counted({"w": numbers(4, 2)}))
+    values = [block.read() for block in held["t/blocks/w"]]
+    np.testing.assert_array_equal(values, weights["t/blocks/w"])
+    assert reads == ["w"]

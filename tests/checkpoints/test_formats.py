@@ -1,0 +1,253 @@
+"""Any source through one door: big_vision's files, sizes, fields, errors."""
+
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+
+from keras_paligemma import PaliGemmaBackbone
+from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma import presets
+from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints import npz
+from tests.conftest import GOLDEN
+from tests.conftest import error
+from tests.conftest import golden_inputs
+from tests.conftest import run
+
+# What no shape tells of the golden model.
+FIELDS = {
+    "query_pre_attention_scalar": 24,
+    "attention_logit_soft_cap": 50.0,
+    "final_logit_soft_cap": 30.0,
+}
+
+
+def logits(backbone):
+    """Function of inputs that gives the logits of all positions."""
+    return lambda inputs: backbone.logits(backbone(inputs))
+
+
+@pytest.fixture
+def pieces(tmp_path):
+    """The golden bfloat16 checkpoint in pieces, in a folder of its own."""
+    for path in GOLDEN.glob("tiny_headdim.b16.npz.part-*"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+def test_float32_file(expected, form):
+    backbone = PaliGemmaBackbone.from_preset(
+        GOLDEN / "tiny_headdim.npz", form=form, **FIELDS
+    )
+    assert backbone.dtype_policy.name == "float32"
+    actual = run(logits(backbone), golden_inputs(expected))
+    assert error(actual, expected["f32/llm/logits"]) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["", "tiny_headdim.b16.npz"])
+def test_pieces_by_folder_and_by_stem(pieces, expected, name):
+    found = formats.find(pieces / name, FIELDS)
+    assert found.format == "big_vision"
+    assert [path.name[-14:] for path in found.files] == [
+        f"-{part:05d}-of-00003"[-14:] for part in range(3)
+    ]
+    backbone = PaliGemmaBackbone.from_preset(
+        pieces / name, dtype="float32", **FIELDS
+    )
+    actual = run(logits(backbone), golden_inputs(expected))
+    whole = PaliGemmaBackbone.from_preset(
+        GOLDEN / "tiny_headdim.b16.npz", dtype="float32", **FIELDS
+    )
+    wanted = run(logits(whole), golden_inputs(expected))
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(actual), keras.ops.convert_to_numpy(wanted)
+    )
+
+
+def test_the_files_dtype_is_kept(pieces):
+    backbone = PaliGemmaBackbone.from_preset(pieces, **FIELDS)
+    assert backbone.dtype_policy.name == "bfloat16"
+    assert backbone.token_embedding.table.dtype == "bfloat16"
+
+
+def test_sizes_are_inferred():
+    found = formats.find(GOLDEN / "tiny_headdim.npz", FIELDS)
+    backbone = found.config["backbone"]
+    assert backbone["image_size"] == 42
+    assert backbone["vision_encoder"] == {
+        "patch_size": 14,
+        "num_layers": 3,
+        "hidden_dim": 48,
+        "num_heads": 4,
+        "intermediate_dim": 88,
+    }
+    assert backbone["text_decoder"] == FIELDS | {
+        "vocabulary_size": 320,
+        "num_layers": 3,
+        "hidden_dim": 64,
+        "num_query_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "intermediate_dim": 112,
+        "use_post_norms": True,
+    }
+    assert found.variant is None
+
+
+def test_what_no_shape_tells_is_asked_for():
+    with pytest.raises(ValueError, match="final_logit_soft_cap. Pass them"):
+        formats.find(
+            GOLDEN / "tiny_headdim.npz",
+            {
+                "query_pre_attention_scalar": 24,
+                "attention_logit_soft_cap": None,
+            },
+        )
+
+
+def test_a_given_field_changes_the_result(expected):
+    backbone = PaliGemmaBackbone.from_preset(
+        GOLDEN / "tiny_headdim.npz",
+        **FIELDS | {"final_logit_soft_cap": None},
+    )
+    assert backbone.text_config.final_logit_soft_cap is None
+    actual = run(logits(backbone), golden_inputs(expected))
+    # The original trains on these: not capped, text positions alone.
+    wanted = expected["f32/text_logits"]
+    actual = keras.ops.convert_to_numpy(actual)[:, -wanted.shape[1] :]
+    assert error(actual, wanted) < 2e-5
+
+
+def test_a_field_that_a_shape_tells_cannot_be_given():
+    with pytest.raises(ValueError, match="'hidden_dim'"):
+        formats.find(GOLDEN / "tiny_headdim.npz", FIELDS | {"hidden_dim": 3})
+
+
+def test_blocks_that_are_not_scanned(arrays, expected, tmp_path):
+    """Some of big_vision's vision towers have keys of their own a block."""
+    start = "params/img/Transformer/encoderblock/"
+    written = {}
+    for key, array in arrays.items():
+        if key.startswith(start):
+            for layer, one in enumerate(array):
+                name = key.replace("encoderblock/", f"encoderblock_{layer}/")
+                written[name.removeprefix("params/")] = one
+        else:
+            written[key.removeprefix("params/")] = array
+    np.savez(tmp_path / "x.npz", **written)
+    backbone = PaliGemmaBackbone.from_preset(tmp_path / "x.npz", **FIELDS)
+    actual = run(logits(backbone), golden_inputs(expected))
+    assert error(actual, expected["f32/llm/logits"]) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "name", ["pali_gemma2_pt_28b_448", "pali_gemma_3b_224"]
+)
+def test_official_sizes_are_recognised(name):
+    known = presets.describe(name)["backbone"]
+    untold = (*FIELDS, "layer_norm_epsilon", "rope_base", "rms_norm_epsilon")
+    partial = {
+        "image_size": known["image_size"],
+        **{
+            tower: {
+                key: value
+                for key, value in known[tower].items()
+                if key not in (*untold, "sliding_window_size")
+            }
+            for tower in ("vision_encoder", "text_decoder")
+        },
+    }
+    assert formats.variant(partial) == name
+    partial["text_decoder"]["num_layers"] += 1
+    assert formats.variant(partial) is None
+
+
+def test_another_picture_size(tmp_path, expected):
+    backbone = PaliGemmaBackbone.from_preset(
+        GOLDEN / "tiny_headdim.npz", image_size=70, **FIELDS
+    )
+    table = backbone.weights_by_name()["vision_encoder/position_embedding"]
+    wanted = expected["f32/resample_posemb/5"]
+    actual = keras.ops.convert_to_numpy(table)
+    assert error(actual, wanted.reshape(actual.shape)) < 1e-6
+    images = np.zeros((1, 70, 70, 3), "float32")
+    assert backbone.encode_images(images).shape == (1, 25, 64)
+
+
+# The way back
+
+
+@pytest.mark.parametrize("piece_size", [None, 200_000])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+def test_written_as_big_vision(arrays, tmp_path, form, dtype, piece_size):
+    source = (
+        "tiny_headdim.npz" if dtype == "float32" else "tiny_headdim.b16.npz"
+    )
+    backbone = PaliGemmaBackbone.from_preset(
+        GOLDEN / source, form=form, **FIELDS
+    )
+    model = PaliGemmaCausalLM(backbone)
+    model.export_to_big_vision(tmp_path / "x.npz", piece_size=piece_size)
+    paths = npz.find_pieces(tmp_path / "x.npz")
+    assert (len(paths) > 1) == (piece_size is not None)
+    with (
+        npz.open_npz(paths) as written,
+        npz.open_npz([GOLDEN / source]) as wanted,
+    ):
+        assert written.shapes == wanted.shapes
+        assert written.dtypes == wanted.dtypes
+        for key in wanted.shapes:
+            one, two = written.read(key), wanted.read(key)
+            assert one.tobytes() == two.tobytes()
+
+
+# Errors
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"Received: \['notes.txt'\]"):
+        formats.find(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="keys .'model_type'"):
+        formats.find(tmp_path)
+
+
+def test_two_checkpoints_in_a_folder(tmp_path):
+    for name in ("a.npz", "b.npz"):
+        shutil.copy(GOLDEN / "tiny_headdim.npz", tmp_path / name)
+    with pytest.raises(ValueError, match="several checkpoints"):
+        formats.find(tmp_path)
+
+
+def test_an_npz_of_something_else(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.zeros((2, 3), "float32"))
+    with pytest.raises(ValueError, match="not those of a PaliGemma"):
+        formats.find(tmp_path / "x.npz", FIELDS)
+
+
+def test_missing_and_unused_keys_are_listed_together(arrays, tmp_path):
+    changed = dict(arrays)
+    del changed["params/llm/final_norm/scale"]
+    changed["params/llm/other"] = np.zeros((2,), "float32")
+    changed["params/img/head/bias"] = np.zeros((3,), "float32")
+    np.savez(tmp_path / "x.npz", **changed)
+    with pytest.raises(ValueError) as raised:
+        PaliGemmaBackbone.from_preset(tmp_path / "x.npz", **FIELDS)
+    message = str(raised.value)
+    assert "in 3 places; nothing was loaded" in message
+    assert "missing: params/llm/final_norm/scale (64,)" in message
+    assert "shape: params/img/head/bias is (3,), expected (64,)" in message
+    assert "unused: params/llm/other" in message
+
+
+def test_a_task_without_a_tokenizer_says_how_to_give_one(pieces):
+    with pytest.raises(ValueError, match="tokenizer='paligemma_tokenizer"):
+        PaliGemmaCausalLM.from_preset(pieces, **FIELDS)
+    model = PaliGemmaCausalLM.from_preset(pieces, preprocessor=None, **FIELDS)
+    assert model.preprocessor is None

@@ -1,0 +1,167 @@
+"""Adapters of PEFT, in and out; PEFT itself made and reads them."""
+
+import copy
+import json
+
+import keras
+import numpy as np
+import pytest
+
+from tests.conftest import error
+from tests.conftest import run
+from tests.conftest import transformers_backbone
+from tests.conftest import transformers_inputs
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+reference = pytest.importorskip("tests.transformers_reference")
+
+TARGETS = {
+    "decoder": (
+        r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+        ["query", "key", "value", "output", "gate", "up", "down"],
+    ),
+    # The popular list: it reaches into the vision tower too.
+    "both": (
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+        [
+            "query",
+            "key",
+            "value",
+            "output",
+            "vision.query",
+            "vision.key",
+            "vision.value",
+        ],
+    ),
+    "vision": (
+        r".*vision_tower.*\.(out_proj|fc1|fc2)",
+        ["vision.output", "vision.up", "vision.down"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return reference.tiny_transformers_model(seed=3)
+
+
+def adapted(base, target_modules, rslora=False):
+    """A copy of the model with random adapters."""
+    model = peft.get_peft_model(
+        copy.deepcopy(base),
+        peft.LoraConfig(
+            r=3,
+            lora_alpha=5,
+            target_modules=target_modules,
+            use_rslora=rslora,
+        ),
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3, generator=generator)
+    return model.eval()
+
+
+def logits(backbone, inputs):
+    hidden = run(backbone, inputs)
+    return keras.ops.convert_to_numpy(backbone.logits(hidden))
+
+
+@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+@pytest.mark.parametrize("which", TARGETS)
+def test_from_peft_and_back(base, tmp_path, which, form):
+    modules, names = TARGETS[which]
+    model = adapted(base, modules)
+    model.save_pretrained(tmp_path / "theirs")
+    inputs, valid = transformers_inputs()
+    wanted = reference.run(model, **inputs)
+    backbone = transformers_backbone(base, form=form)
+    plain = logits(backbone, inputs)
+    backbone.load_adapter(tmp_path / "theirs")
+    assert backbone.lora == {"rank": 3, "alpha": 5, "targets": names}
+    found = logits(backbone, inputs)
+    assert error(found[valid], wanted[valid]) < 1e-5
+    assert error(plain[valid], wanted[valid]) > 1e-2
+
+    backbone.save_adapter(tmp_path / "ours", base="google/paligemma2")
+    again = peft.PeftModel.from_pretrained(
+        copy.deepcopy(base), tmp_path / "ours"
+    ).eval()
+    np.testing.assert_array_equal(reference.run(again, **inputs), wanted)
+
+
+def test_rank_stabilised_scale(base, tmp_path):
+    model = adapted(base, TARGETS["decoder"][0], rslora=True)
+    model.save_pretrained(tmp_path)
+    inputs, valid = transformers_inputs()
+    backbone = transformers_backbone(base)
+    backbone.load_adapter(tmp_path)
+    wanted = reference.run(model, **inputs)
+    assert error(logits(backbone, inputs)[valid], wanted[valid]) < 1e-5
+
+
+def test_names_of_older_versions(base, tmp_path):
+    from safetensors.numpy import load_file
+    from safetensors.numpy import save_file
+
+    model = adapted(base, TARGETS["both"][0])
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    renamed = {
+        key.replace("model.language_model.", "language_model.model.").replace(
+            "model.vision_tower.", "vision_tower.vision_model."
+        ): array
+        for key, array in load_file(path).items()
+    }
+    save_file(renamed, path)
+    inputs, valid = transformers_inputs()
+    backbone = transformers_backbone(base)
+    backbone.load_adapter(tmp_path)
+    wanted = reference.run(model, **inputs)
+    assert error(logits(backbone, inputs)[valid], wanted[valid]) < 1e-5
+
+
+def test_what_does_not_fit_changes_nothing(base, tmp_path):
+    from safetensors.numpy import load_file
+    from safetensors.numpy import save_file
+
+    adapted(base, TARGETS["decoder"][0]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    arrays = load_file(path)
+    key = next(key for key in arrays if "q_proj.lora_A" in key)
+    arrays[key] = arrays[key][:, 1:].copy()
+    save_file(arrays, path)
+    backbone = transformers_backbone(base)
+    before = len(backbone.variables)
+    with pytest.raises(ValueError, match="nothing was loaded") as raised:
+        backbone.load_adapter(tmp_path)
+    assert key in str(raised.value)
+    assert backbone.lora is None
+    assert len(backbone.variables) == before
+    assert all(variable.trainable for variable in backbone.variables)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "'use_dora': True"),
+        ({"modules_to_save": ["lm_head"]}, "'lm_head'"),
+        ({"peft_type": "IA3"}, "'IA3'"),
+    ],
+)
+def test_adapters_of_another_kind(base, tmp_path, change, message):
+    adapted(base, TARGETS["decoder"][0]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        transformers_backbone(base).load_adapter(tmp_path)
+
+
+def test_no_adapter(base, tmp_path):
+    backbone = transformers_backbone(base)
+    with pytest.raises(ValueError, match="lacks adapter_config.json"):
+        backbone.load_adapter(tmp_path)
+    with pytest.raises(ValueError, match="no adapters to write"):
+        backbone.save_adapter(tmp_path)

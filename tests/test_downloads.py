@@ -1,0 +1,109 @@
+"""Downloads, with hubs and buckets that stand in for the real ones."""
+
+import base64
+import hashlib
+
+import fsspec
+import pytest
+
+from keras_paligemma import downloads
+
+
+@pytest.fixture
+def bucket():
+    filesystem = fsspec.filesystem("memory", skip_instance_cache=True)
+    filesystem.store.clear()
+    filesystem.pipe(
+        {
+            "/bucket/model/a.npz.part-0": b"first" * 100,
+            "/bucket/model/a.npz.part-1": b"second",
+            "/bucket/model/tokenizer.model": b"pieces",
+        }
+    )
+    yield filesystem
+    filesystem.store.clear()
+
+
+def test_a_folder(bucket, tmp_path):
+    found = downloads.fetch_files(bucket, "bucket/model", tmp_path)
+    assert found == tmp_path / "bucket/model"
+    names = {path.name: path.read_bytes() for path in found.iterdir()}
+    assert names == {
+        "a.npz.part-0": b"first" * 100,
+        "a.npz.part-1": b"second",
+        "tokenizer.model": b"pieces",
+    }
+
+
+def test_the_stem_of_pieces(bucket, tmp_path):
+    found = downloads.fetch_files(bucket, "bucket/model/a.npz", tmp_path)
+    assert found == tmp_path / "bucket/model/a.npz"
+    names = sorted(path.name for path in found.parent.iterdir())
+    assert names == ["a.npz.part-0", "a.npz.part-1"]
+
+
+def test_a_cut_download_goes_on(bucket, tmp_path):
+    target = tmp_path / "bucket/model/a.npz.part-0"
+    target.parent.mkdir(parents=True)
+    draft = target.with_name(f"{target.name}.500.incomplete")
+    # What is there is kept: an X in it arrives in the file.
+    draft.write_bytes(b"X" * 7)
+    downloads.fetch_files(bucket, "bucket/model/a.npz.part-0", tmp_path)
+    assert target.read_bytes() == b"X" * 7 + (b"first" * 100)[7:]
+    assert not draft.exists()
+
+
+def test_what_is_there_is_not_fetched_again(bucket, tmp_path, monkeypatch):
+    downloads.fetch_files(bucket, "bucket/model", tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(bucket, "open", refuse)
+    downloads.fetch_files(bucket, "bucket/model", tmp_path)
+
+
+def test_a_wrong_hash_is_removed(bucket, tmp_path, monkeypatch):
+    info = bucket.info
+
+    def with_hash(path):
+        return info(path) | {"md5Hash": "1B2M2Y8AsgTpgAmY7PhCfg=="}
+
+    monkeypatch.setattr(bucket, "info", with_hash)
+    with pytest.raises(OSError, match="arrived damaged and was removed"):
+        downloads.fetch_files(bucket, "bucket/model/tokenizer.model", tmp_path)
+    assert not list((tmp_path / "bucket/model").iterdir())
+
+
+def test_the_right_hash(bucket, tmp_path, monkeypatch):
+    info = bucket.info
+    digest = base64.b64encode(hashlib.md5(b"pieces").digest()).decode()
+    monkeypatch.setattr(
+        bucket, "info", lambda path: info(path) | {"md5Hash": digest}
+    )
+    path = downloads.fetch_files(
+        bucket, "bucket/model/tokenizer.model", tmp_path
+    )
+    assert path.read_bytes() == b"pieces"
+
+
+def test_nothing_there(bucket, tmp_path):
+    with pytest.raises(FileNotFoundError, match="bucket/other"):
+        downloads.fetch_files(bucket, "bucket/other", tmp_path)
+
+
+def test_a_path_that_climbs_out(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(bucket, "find", lambda path: ["/bucket/../../x"])
+    with pytest.raises(OSError, match="leaves the folder"):
+        downloads.fetch_files(bucket, "bucket", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("handle", "page"),
+    [
+        ("hf://me/m@main/x.npz", "https://huggingface.co/me/m)"),
+        ("kaggle://me/m/keras/v/1", "https://www.kaggle.com/models/me/m)"),
+    ],
+)
+def test_the_page_of_a_licence(handle, page):
+    assert page in downloads.page(handle)
