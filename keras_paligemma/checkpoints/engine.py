@@ -142,7 +142,7 @@ class Held:
         elif self.row.stacked:
             array = self.tensors.read(self.row.theirs)[self.layer]
         else:
-            key = self.row.theirs.replace(LAYER, str(self.layer))
+            key = self.row.keys(self.layer + 1)[self.layer]
             array = self.tensors.read(key)
         return self.row.read(array, self.shape)
 

@@ -1,0 +1,222 @@
+"""What loading costs: `python -m benchmarks.loading`.
+
+Writes a model of 3b's widths and vocabulary with few layers, in bfloat16, in
+every format, and loads each in float32, in a process of its own, from a warm
+page cache. Memory is the most that the process held beyond what importing
+took, without the pages of mapped files, which the system takes back when it
+wants. Time is compared with a plain read: every array by the format's usual
+library, cast to float32. KerasHub's own loader stands beside. Medians of three
+runs.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+VISION = {"num_layers": 1}
+TEXT = {
+    "vocabulary_size": 257_152,
+    "num_layers": 2,
+    "hidden_dim": 2304,
+    "intermediate_dim": 9216,
+    "num_query_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attention_scalar": 256,
+}
+FIELDS = {
+    "query_pre_attention_scalar": 256,
+    "attention_logit_soft_cap": 50.0,
+    "final_logit_soft_cap": 30.0,
+}
+PATHS = {
+    "keras": "keras",
+    "transformers": "transformers",
+    "big_vision": "big_vision.npz",
+    "keras_hub": "keras_hub",
+}
+RUNS = 3
+
+
+def make(folder):
+    """Write the model in every format."""
+    from keras_paligemma import PaliGemmaBackbone
+    from keras_paligemma import PaliGemmaTokenizer
+    from keras_paligemma.checkpoints import engine
+    from keras_paligemma.models import exports
+
+    backbone = PaliGemmaBackbone(
+        224, VISION, TEXT, form="unrolled", dtype="bfloat16"
+    )
+    config = {
+        "backbone": backbone.architecture(),
+        "preprocessor": {
+            "resize": "bilinear_antialias",
+            "prompt_length": 64,
+            "response_length": 64,
+        },
+    }
+    tokenizer = Path(__file__).parents[1] / "presets/pali_gemma2_nano_112"
+    proto = PaliGemmaTokenizer(str(tokenizer / "tokenizer.model")).proto
+    weights = backbone.weights_by_name()
+    for to, name in PATHS.items():
+        exports.write(
+            folder / name, to, config, weights, engine.to_numpy, proto
+        )
+
+
+def ours(path):
+    """Load by `from_preset`."""
+    from keras_paligemma import PaliGemmaBackbone
+
+    fields = FIELDS if path.suffix == ".npz" else {}
+    return lambda: PaliGemmaBackbone.from_preset(
+        path, dtype="float32", form="unrolled", **fields
+    )
+
+
+def keras_hub(path):
+    """Load by KerasHub."""
+    import keras_hub
+
+    return lambda: keras_hub.models.PaliGemmaBackbone.from_preset(
+        str(path), dtype="float32"
+    )
+
+
+def plain(path):
+    """Read every array by the usual library and cast it."""
+    import h5py
+    import ml_dtypes
+    import numpy as np
+    from safetensors import safe_open
+
+    def read():
+        arrays = []
+        if path.suffix == ".npz":
+            with np.load(path) as file:
+                for key in file.files:
+                    array = file[key].view(ml_dtypes.bfloat16)
+                    arrays.append(array.astype("float32"))
+        elif (path / "model.weights.h5").exists():
+            with h5py.File(path / "model.weights.h5") as file:
+
+                def visit(name, item):
+                    if isinstance(item, h5py.Dataset):
+                        arrays.append(item[...].astype("float32"))
+
+                file.visititems(visit)
+        else:
+            for one in sorted(path.glob("*.safetensors")):
+                with safe_open(one, framework="numpy") as file:
+                    for key in file.keys():
+                        array = file.get_tensor(key)
+                        arrays.append(array.astype("float32"))
+        return arrays
+
+    return read
+
+
+LOADERS = {"ours": ours, "KerasHub": keras_hub, "plain": plain}
+
+
+def anonymous():
+    """Give the bytes that this process holds, without mapped files."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise OSError("RssAnon is not told by this system")
+
+
+def measure(loader, path):
+    """Load once and print seconds and peak bytes."""
+    load = LOADERS[loader](path)
+    start, peak, done = anonymous(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    kept = load()
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    del kept
+    print(json.dumps({"seconds": seconds, "peak": peak[0] - start}))
+
+
+def run(loader, path):
+    """Measure in fresh processes; medians."""
+    results = []
+    for _ in range(RUNS):
+        process = subprocess.run(
+            [
+                sys.executable,
+                *("-m", "benchmarks.loading"),
+                *("--loader", loader, "--path", path),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.getcwd()},
+        )
+        results.append(json.loads(process.stdout.splitlines()[-1]))
+    return {
+        key: statistics.median(one[key] for one in results)
+        for key in results[0]
+    }
+
+
+def main():
+    """Print the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        make(folder)
+        rows = [("big_vision", "ours"), ("transformers", "ours")]
+        rows += [("keras", "ours"), ("keras_hub", "ours")]
+        rows += [("keras_hub", "KerasHub")]
+        weights = parameters() * 4 / 1e9
+        largest = TEXT["vocabulary_size"] * TEXT["hidden_dim"] * 4 / 1e9
+        print(f"weights {weights:.2f} GB, largest tensor {largest:.2f} GB")
+        print("| format | loader | s | × plain read | peak GB | bar GB |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        bar = 1.1 * weights + largest
+        for name, loader in rows:
+            path = folder / PATHS[name]
+            read = run("plain", path)
+            found = run(loader, path)
+            print(
+                f"| {name} | {loader} | {found['seconds']:.1f} | "
+                f"{found['seconds'] / read['seconds']:.2f} | "
+                f"{found['peak'] / 1e9:.2f} | {bar:.2f} |"
+            )
+
+
+def parameters():
+    """Count the model's parameters."""
+    from keras_paligemma import PaliGemmaBackbone
+    from keras_paligemma import without_values
+
+    with without_values():
+        return PaliGemmaBackbone(224, VISION, TEXT).count_params()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--loader", choices=LOADERS)
+    parser.add_argument("--path", type=Path)
+    arguments = parser.parse_args()
+    if arguments.loader:
+        measure(arguments.loader, arguments.path)
+    else:
+        main()

@@ -1,0 +1,77 @@
+"""Loads the golden checkpoint on eight virtual devices; run by its test."""
+
+import os
+
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import keras
+import numpy as np
+
+from keras_paligemma import PaliGemmaBackbone
+from keras_paligemma import compat
+from keras_paligemma.checkpoints import engine
+from tests.checkpoints.test_formats import FIELDS
+from tests.conftest import GOLDEN
+from tests.conftest import golden_inputs
+from tests.conftest import run
+
+mesh = keras.distribution.DeviceMesh((1, 8), ["batch", "model"])
+layout = keras.distribution.LayoutMap(mesh)
+layout[".*token_embedding.*table"] = ("model", None)
+layout[".*text_decoder.*mlp.*up.*kernel"] = (None, "model")
+layout[".*text_decoder.*mlp.*gate.*kernel"] = (None, "model")
+layout[".*text_decoder.*mlp.*down.*kernel"] = ("model", None)
+keras.distribution.set_distribution(
+    keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
+)
+
+largest = []
+fill = compat.fill
+
+
+def watched(variable, value):
+    """Note the largest array of one device while a variable is filled."""
+    put = jax.device_put
+
+    def device_put(x, *args, **kwargs):
+        result = put(x, *args, **kwargs)
+        # A sharded variable must come from the host, not from a device.
+        assert not isinstance(x, jax.Array), variable.path
+        return result
+
+    jax.device_put = device_put
+    try:
+        fill(variable, value)
+    finally:
+        jax.device_put = put
+    shards = variable._value.addressable_shards
+    assert len(shards) == 8
+    largest.append(max(shard.data.nbytes for shard in shards))
+
+
+engine.fill = watched
+backbone = PaliGemmaBackbone.from_preset(
+    GOLDEN / "tiny_headdim.npz", form="unrolled", **FIELDS
+)
+sharded = 0
+for variable in backbone.variables:
+    shard = variable._value.addressable_shards[0].data
+    if any(word in variable.path for word in ("token_embedding", "mlp")):
+        if "text_decoder" in variable.path and "norm" not in variable.path:
+            assert shard.nbytes * 8 == variable._value.nbytes, variable.path
+            sharded += 1
+            continue
+    assert shard.nbytes == variable._value.nbytes, variable.path
+assert sharded == 1 + 3 * 3, sharded
+table = backbone.token_embedding.table._value
+assert max(largest) < table.nbytes, (max(largest), table.nbytes)
+expected = dict(np.load(GOLDEN / "tiny_headdim.expected.npz"))
+logits = run(
+    lambda inputs: backbone.logits(backbone(inputs)), golden_inputs(expected)
+)
+wanted = expected["f32/llm/logits"]
+difference = np.abs(np.asarray(logits) - wanted).max() / np.abs(wanted).max()
+assert difference < 2e-5, difference
+print("sharded", sharded)
