@@ -1,0 +1,218 @@
+"""One file in byte pieces, found, read and written as if it were whole.
+
+Hubs limit the size of a file, so a checkpoint comes as `X.npz.part-00000-of-
+00003` and so on, meant to be joined with `cat`. Nothing is joined here: at
+20 GB that would be a second copy on disk or in memory.
+"""
+
+import bisect
+import io
+import itertools
+import os
+import re
+import sys
+from pathlib import Path
+
+PIECE = re.compile(r"(.+\.npz)\.part(?:-(\d+)-of-(\d+)|.*)")
+NUMBERED = "{}.part-{:05d}-of-{:05d}"
+
+
+def find_pieces(path):
+    """Find the files that together are one .npz.
+
+    A download gives one file or its byte pieces, and either the stem or any
+    piece is what a user has at hand. Names that carry a count are checked
+    against it, so that a piece that is not there is known before any read.
+
+    Args:
+        path: str or path: `X.npz`, there or only in pieces, or one piece of
+            it, `X.npz.part-00000-of-00003` or any other `X.npz.part*`.
+
+    Returns:
+        List of `pathlib.Path`, in the order of their bytes.
+
+    Raises:
+        ValueError: no such file; a piece that is missing, there twice or of
+            another set.
+    """
+    path = Path(path)
+    match = PIECE.fullmatch(path.name)
+    if match is None and path.is_file():
+        return [path]
+    stem = match[1] if match else path.name
+    beside = path.parent.iterdir() if path.parent.is_dir() else []
+    start = f"{stem}.part"
+    found = [one for one in beside if one.name.startswith(start)]
+    ordered = in_order(found) if found else []
+    if not ordered or (match and path not in ordered):
+        raise ValueError(
+            f"{path} does not exist. Expected that file, or {stem}.part* in "
+            f"{path.parent}; found {[one.name for one in ordered]}."
+        )
+    return ordered
+
+
+def in_order(paths):
+    """Sort pieces as they follow one another; refuse a set that is not one."""
+    paths = sorted(paths, key=lambda path: path.name)
+    names = [path.name for path in paths]
+    matches = [PIECE.fullmatch(name) for name in names]
+    if len(paths) == 1 and matches[0] is None:
+        return paths
+    if None in matches or len({(one[1], one[3]) for one in matches}) != 1:
+        raise ValueError(
+            f"{names} are not the pieces of one file. Expected one .npz, or "
+            "X.npz.part* all named alike; move the others away."
+        )
+    if matches[0][3] is None:
+        return paths
+    total = int(matches[0][3])
+    at = {}
+    for path, match in zip(paths, matches, strict=True):
+        at.setdefault(int(match[2]), []).append(path)
+    # Not a set of the whole range: a name may claim any number of pieces.
+    absent = (number for number in range(total) if number not in at)
+    absent = list(itertools.islice(absent, 10))
+    twice = [str(one) for many in at.values() for one in many[1:]]
+    beyond = [str(at[number][0]) for number in at if number >= total]
+    if absent or twice or beyond:
+        stem = paths[0].with_name(matches[0][1])
+        absent = [NUMBERED.format(stem, one, total) for one in absent]
+        raise ValueError(
+            f"{stem} is not whole: expected {total} pieces, received "
+            f"{len(paths)}; missing (at most ten are shown): {absent}, there "
+            f"twice: {twice}, beyond the last: {beyond}. Copy the missing "
+            "ones, move the others away."
+        )
+    return [at[number][0] for number in range(total)]
+
+
+class Reader(io.RawIOBase):
+    """Files, read as if they were joined.
+
+    Args:
+        files: list of `io.FileIO`; whoever opened them closes them.
+    """
+
+    def __init__(self, files):
+        self._files = files
+        sizes = [os.fstat(file.fileno()).st_size for file in files]
+        self._ends = list(itertools.accumulate(sizes))
+        self.size = self._ends[-1]
+        self._position = 0
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        position = offset + (0, self._position, self.size)[whence]
+        if position < 0:
+            raise OSError(f"byte {position} is before the start")
+        self._position = position
+        return position
+
+    def readinto(self, buffer):
+        # zipfile takes a short read for the end: go on to the next file.
+        done = 0
+        while done < len(buffer) and self._position < self.size:
+            index = bisect.bisect_right(self._ends, self._position)
+            left = self._ends[index] - self._position
+            file = self._files[index]
+            file.seek(-left, io.SEEK_END)
+            got = file.readinto(memoryview(buffer)[done : done + left])
+            if not got:
+                raise OSError(f"{file.name} became shorter while it was read")
+            done += got
+            self._position += got
+        return done
+
+    def holding(self, member):
+        """Name the files that a member of the zip lies in."""
+        start = member.header_offset
+        # A hundred bytes: the header that zip puts before, names aside.
+        stop = start + 100 + len(member.orig_filename) + member.compress_size
+        starts = [0, *self._ends]
+        bounds = zip(self._files, starts, self._ends, strict=False)
+        names = [
+            file.name
+            for file, begin, end in bounds
+            if begin < stop and start < end
+        ]
+        return names or [file.name for file in self._files]
+
+
+class Writer(io.RawIOBase):
+    """One file to write and seek in, cut into files of equal size.
+
+    Args:
+        path: `pathlib.Path`, the target.
+        piece_size: int or `None`, bytes; `None` never cuts.
+    """
+
+    def __init__(self, path, piece_size):
+        self._path, self._whole = path, piece_size is None
+        self._size = piece_size or sys.maxsize
+        self._files = []
+        self._position = 0
+
+    def writable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        # zipfile asks where it is and goes back to places that it knows.
+        self._position = offset + (0, self._position)[whence]
+        return self._position
+
+    def write(self, data):
+        data = memoryview(data)
+        done = 0
+        while done < len(data):
+            index, start = divmod(self._position, self._size)
+            if index == len(self._files):
+                # Not named like a piece: nobody takes it for one.
+                name = f".{self._path.name}.{os.getpid()}.draft-{index:05d}"
+                draft = self._path.with_name(name)
+                self._files.append(io.FileIO(draft, "w"))
+            file = self._files[index]
+            file.seek(start)
+            wrote = file.write(data[done : done + self._size - start])
+            done += wrote
+            self._position += wrote
+        return done
+
+    def publish(self):
+        """Give the drafts their names."""
+        for file in self._files:
+            os.fsync(file.fileno())
+            file.close()
+        old = [
+            one
+            for one in self._path.parent.iterdir()
+            if (match := PIECE.fullmatch(one.name))
+            and match[1] == self._path.name
+            and match[3]
+        ]
+        if self._whole:
+            os.replace(self._files[0].name, self._path)
+        # Before the new pieces come: the two must never look like one set.
+        for one in old:
+            one.unlink()
+        if not self._whole:
+            total = len(self._files)
+            for index, file in enumerate(self._files):
+                name = NUMBERED.format(self._path, index, total)
+                os.replace(file.name, name)
+            # Last: until all pieces are there, it is what will be read.
+            self._path.unlink(missing_ok=True)
+
+    def discard(self):
+        """Remove what has not got its name."""
+        for file in self._files:
+            file.close()
+            Path(file.name).unlink(missing_ok=True)
