@@ -45,7 +45,9 @@ def fill(variable, value):
         variable.assign(value)
         return
     if keras.distribution.distribution() is not None:
-        variable._initialize(np.asarray(value).astype(variable.dtype, copy=False))
+        variable._initialize(
+            np.asarray(value).astype(variable.dtype, copy=False)
+        )
         variable._initializer = None
         return
     variable._initializer = lambda shape, dtype=None: (

@@ -1,5 +1,6 @@
 """Which format a file or folder is in, and what it says before it is read."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,6 +13,7 @@ from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import h5_files
 from keras_paligemma.checkpoints import hugging_face
 from keras_paligemma.checkpoints import keras_hub
+from keras_paligemma.checkpoints import keras_hub_config
 from keras_paligemma.checkpoints import npz
 from keras_paligemma.checkpoints import safetensors_files
 
@@ -24,6 +26,9 @@ UNTOLD = (
     "attention_logit_soft_cap",
     "final_logit_soft_cap",
 )
+
+# No other format knows the two parts of a text.
+LENGTHS = {"prompt_length": 64, "response_length": 64}
 
 
 @dataclasses.dataclass
@@ -110,6 +115,10 @@ def find(path, fields=None, load_weights=True):
             checkpoint = _keras(path, load_weights)
         else:
             checkpoint = _READERS[format](path, fields)
+    if checkpoint.config["preprocessor"] is not None:
+        checkpoint.config["preprocessor"] = (
+            LENGTHS | checkpoint.config["preprocessor"]
+        )
     _set(checkpoint.config["backbone"], fields)
     checkpoint.variant = variant(checkpoint.config["backbone"])
     return checkpoint
@@ -159,7 +168,12 @@ def _keras(folder, load_weights):
 def _transformers(folder, fields):
     config = hugging_face.read_config(folder)
     files = safetensors_files.find(folder)
-    open_files = functools.partial(safetensors_files.open_safetensors, files)
+
+    @contextlib.contextmanager
+    def open_files():
+        with safetensors_files.open_safetensors(files) as tensors:
+            yield hugging_face.tied(tensors)
+
     with open_files() as tensors:
         rows = hugging_face.rows(config["backbone"], tensors.shapes)
         _set_dtype(config["backbone"], tensors)
@@ -175,18 +189,21 @@ def _transformers(folder, fields):
 
 
 def _keras_hub(folder, fields):
-    config = keras_hub.read_config(folder)
-    files = h5_files.find(folder)
-    open_files = functools.partial(h5_files.open_h5, files)
+    found = keras_hub_config.read(folder)
+    preprocessor = found["preprocessor"]
+    if preprocessor is not None:
+        # KerasHub crops or pads pictures if told so; the original squeezes.
+        preprocessor = {"resize": preprocessor["resize"]}
+    config = {"backbone": found["backbone"], "preprocessor": preprocessor}
+    open_files = functools.partial(h5_files.open_h5, found["weights"])
     with open_files() as tensors:
         _set_dtype(config["backbone"], tensors)
-    tokenizer = folder / keras_hub.TOKENIZER
     return Checkpoint(
         "keras_hub",
         config,
-        keras_hub.rows(config["backbone"]),
-        files,
-        tokenizer if tokenizer.is_file() else None,
+        keras_hub.rows(config),
+        found["weights"],
+        found["tokenizer"],
         open_files,
     )
 

@@ -110,15 +110,26 @@ def write(
         rows = big_vision.rows(backbone["text_decoder"]["use_post_norms"])
         npz.write_npz(path, arrays(rows), piece_size)
     elif to == "transformers":
-        rows = hugging_face.written_rows(backbone)
+        rows = hugging_face.rows(backbone)
         hugging_face.write(path, config, arrays(rows), proto)
     elif to == "keras_hub":
-        rows = keras_hub.rows(backbone)
-        keras_hub.write(path, config, arrays(rows), proto)
+        keras_hub.write(
+            path, with_length(config), arrays(keras_hub.rows(config)), proto
+        )
     else:
         rows = [engine.Row(key, key) for key in weights]
         config = {"name": name or path.resolve().name} | config
         _write_ours(path, config, arrays(rows), proto)
+
+
+def with_length(config):
+    """Add the one length that KerasHub has for prompt and response."""
+    fields = config["preprocessor"]
+    if fields is None:
+        return config
+    length = fields["prompt_length"] + fields["response_length"]
+    fields = fields | {"sequence_length": length}
+    return config | {"preprocessor": fields}
 
 
 def _write_ours(folder, config, arrays, proto):
