@@ -38,6 +38,8 @@ class Row:
         parts: int, how many there are.
         extra: int, rows that they have beyond ours; filled with zeros when
             written.
+        bare_first: bool, block 0 has no number, as Keras names the items of
+            a list: "block", "block_1", …
 
     Example:
         >>> row = Row("query/kernel", "q_proj.weight", "(n h) d -> d n h")
@@ -51,6 +53,7 @@ class Row:
     part: int | None = None
     parts: int = 0
     extra: int = 0
+    bare_first: bool = False
 
     @property
     def in_blocks(self):
@@ -65,10 +68,13 @@ class Row:
         """List their keys, one a block or one alone."""
         if LAYER not in self.theirs:
             return [self.theirs]
-        return [
+        keys = [
             self.theirs.replace(LAYER, str(layer))
             for layer in range(num_layers)
         ]
+        if self.bare_first:
+            keys[0] = self.theirs.replace(f"_{LAYER}", "")
+        return keys
 
     def read(self, array, shape):
         """Turn their array into ours of `shape`: a view, nothing is copied."""

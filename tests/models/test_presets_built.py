@@ -1,5 +1,6 @@
 """Every published preset is built without values and has its exact shapes."""
 
+import dataclasses
 import json
 import math
 
@@ -10,6 +11,8 @@ from keras_paligemma import presets
 from keras_paligemma import without_values
 from keras_paligemma.checkpoints import big_vision
 from keras_paligemma.checkpoints import engine
+from keras_paligemma.checkpoints import hugging_face
+from keras_paligemma.checkpoints import keras_hub
 from tests.conftest import GOLDEN
 
 OFFICIAL = json.loads((GOLDEN / "official_shapes.json").read_text())
@@ -69,3 +72,43 @@ def test_no_value_is_drawn_after_the_scope():
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match="pali_gemma2_pt_3b_224"):
         PaliGemmaBackbone.from_preset("paligemma2_pt_3b_224")
+
+
+@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+@pytest.mark.parametrize(
+    "name", ["pali_gemma2_pt_28b_448", "pali_gemma_3b_224"]
+)
+def test_every_format_has_a_place_for_all(name, form):
+    """Names and shapes of each format, there and back, without values."""
+    known = presets.describe(name)
+    with without_values():
+        backbone = PaliGemmaBackbone(**known["backbone"], form=form)
+    weights = backbone.weights_by_name()
+    config = {"backbone": backbone.architecture()}
+    padded = hugging_face.rows(config["backbone"])
+    padded = [
+        dataclasses.replace(row, extra=64)
+        if row.ours.endswith("token_embedding/table")
+        else row
+        for row in padded
+    ]
+    tables = {
+        "transformers": (hugging_face.rows(config["backbone"]), 0),
+        "transformers, published": (padded, 64),
+        "keras_hub": (keras_hub.rows(config), 0),
+    }
+    width = known["backbone"]["text_decoder"]["hidden_dim"]
+    for rows, extra in tables.values():
+        shapes = engine.shapes(weights, rows)
+        assert sum(map(math.prod, shapes.values())) == (
+            known["parameters"] + extra * width
+        )
+        assert engine.problems(weights, rows, shapes) == []
+        assert len({row.ours for row in rows}) == len(weights)
+    if "28b" in name:
+        key = "language_model.model.layers.45.self_attn.q_proj.weight"
+        assert engine.shapes(weights, padded)[key] == (32 * 128, 4608)
+    # What transformers published is recognised as such.
+    found = engine.shapes(weights, padded)
+    rows = hugging_face.rows(config["backbone"], found)
+    assert engine.problems(weights, rows, found) == []
