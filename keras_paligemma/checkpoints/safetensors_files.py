@@ -1,32 +1,63 @@
 """Safetensors: one file, or several that together hold a checkpoint."""
 
 import contextlib
+import json
+from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors import safe_open
+from safetensors.numpy import save_file
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 class Tensors:
     """The tensors of open files; see `engine`.
 
     Args:
-        files: list of open `safe_open` handles.
+        files: dict of path to open `safe_open` handle.
+
+    Raises:
+        ValueError: a dtype that no weight has, or a key in two files.
     """
 
     def __init__(self, files):
-        self._file_of = {key: file for file in files for key in file.keys()}
-        slices = {
-            key: file.get_slice(key) for key, file in self._file_of.items()
-        }
-        self.shapes = {
-            key: tuple(one.get_shape()) for key, one in slices.items()
-        }
-        self.dtypes = {
-            key: DTYPES[one.get_dtype()] for key, one in slices.items()
-        }
+        self._path_of, self._slices = {}, {}
+        self._file_of, self.shapes, self.dtypes = {}, {}, {}
+        for path, file in files.items():
+            for key in file.keys():
+                self._add(path, file, key)
+
+    def _add(self, path, file, key):
+        if key in self._file_of:
+            raise ValueError(
+                f"{path} and {self._path_of[key]} both hold {key!r}. "
+                "Expected: each tensor in one file. Remove the files of the "
+                "other checkpoint."
+            )
+        with _damage(path):
+            one = file.get_slice(key)
+            dtype, shape = one.get_dtype(), one.get_shape()
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"{path} holds {key!r} as {dtype}. Expected: one of "
+                f"{sorted(DTYPES)}. A quantised checkpoint must be written "
+                "in one of these; otherwise the file is damaged."
+            )
+        self._path_of[key], self._file_of[key] = path, file
+        self._slices[key] = one
+        self.shapes[key], self.dtypes[key] = tuple(shape), DTYPES[dtype]
 
     def read(self, key):
-        return self._file_of[key].get_tensor(key)
+        with _damage(self._path_of[key]):
+            return self._file_of[key].get_tensor(key)
+
+    def read_rows(self, key, start, stop):
+        """Read rows start…stop, fewer at the end, and nothing else."""
+        with _damage(self._path_of[key]):
+            return self._slices[key][start : min(stop, self.shapes[key][0])]
 
 
 DTYPES = {
@@ -38,28 +69,155 @@ DTYPES = {
 
 
 @contextlib.contextmanager
+def _damage(path):
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as safetensors: {error}. Is the "
+            "file whole? Copy or save it again."
+        ) from error
+
+
+@contextlib.contextmanager
 def open_safetensors(paths):
     """Open files of one checkpoint, memory-mapped.
 
     Args:
-        paths: list of `pathlib.Path`.
+        paths: list of `pathlib.Path`, as `find` gives them.
 
     Yields:
         `Tensors`.
 
     Raises:
-        ValueError: a file that is damaged or holds something else.
+        ValueError: a file that is damaged or holds something else. Damage of
+            the values alone shows nowhere: the format has no checksum.
     """
     with contextlib.ExitStack() as stack:
-        files = []
+        files = {}
         for path in paths:
-            try:
-                files.append(
-                    stack.enter_context(safe_open(path, framework="numpy"))
-                )
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{path} cannot be read as safetensors: {error}. Is the "
-                    "file whole? Copy or save it again."
-                ) from error
+            with _damage(path):
+                file = safe_open(path, framework="numpy")
+                files[path] = stack.enter_context(file)
         yield Tensors(files)
+
+
+def find(folder):
+    """Find the files of the checkpoint in a folder, whole or in shards.
+
+    Args:
+        folder: str or path.
+
+    Returns:
+        List of `pathlib.Path`, sorted.
+
+    Raises:
+        ValueError: no checkpoint, a bad index, or shards that are missing.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    index = folder / INDEX
+    if not index.is_file():
+        raise ValueError(
+            f"{folder} holds no weights. Expected: {SINGLE} or {INDEX} and "
+            "its shards. Older formats (pytorch_model.bin) can be saved anew "
+            "by transformers' `save_pretrained`."
+        )
+    names = _shards(index)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the {len(names)} files that "
+            f"{INDEX} names: {', '.join(missing)}. Download or copy them."
+        )
+    return [folder / name for name in names]
+
+
+def _shards(index):
+    """List the files of an index."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(names.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is no index of shards: {error!r}. Expected: JSON with "
+            "a `weight_map` of tensor names to file names. Copy it again."
+        ) from error
+    # A file from elsewhere must not make a loader open what lies outside the
+    # folder. Symlinks inside it are fine: hubs' caches are made of them.
+    for name in names:
+        if not isinstance(name, str) or name != Path(name).name:
+            raise ValueError(
+                f"{index} names {name!r}. Expected: the name of a file that "
+                "lies beside the index, without a folder."
+            )
+    if not names:
+        raise ValueError(f"{index} names no file. Copy it again.")
+    return names
+
+
+def write_safetensors(folder, arrays, max_shard_size=2_000_000_000):
+    """Write the weights of a checkpoint, holding one shard in memory.
+
+    One shard is `model.safetensors`; several are numbered and have an index,
+    which is written last.
+
+    Args:
+        folder: str or path of a folder that exists and has no weights.
+        arrays: iterable of pairs of key and NumPy array.
+        max_shard_size: int, bytes of tensors in a file; a larger tensor gets
+            a file of its own.
+
+    Returns:
+        List of the keys, in their order.
+
+    Raises:
+        ValueError: a key that comes twice, or a dtype that weights lack.
+    """
+    folder = Path(folder)
+    weight_map, total, shard, size, count = {}, 0, {}, 0, 0
+
+    def flush():
+        path = folder / _shard_name(count, 0)
+        # transformers refuses a file that does not say whose tensors it has.
+        save_file(shard, path, metadata={"format": "pt"})
+        # safetensors lets nobody else read what it writes.
+        path.chmod(0o644)
+        shard.clear()
+
+    for key, array in arrays:
+        if key in weight_map:
+            raise ValueError(f"{key!r} comes twice. Expected: each key once.")
+        if array.dtype.name not in DTYPES.values():
+            raise ValueError(
+                f"{key!r} is an array of {array.dtype.name}. Expected: one of "
+                f"{sorted(DTYPES.values())}. Cast it first."
+            )
+        if shard and size + array.nbytes > max_shard_size:
+            flush()
+            size, count = 0, count + 1
+        shard[key] = np.ascontiguousarray(array)
+        size, total = size + array.nbytes, total + array.nbytes
+        weight_map[key] = count
+    flush()
+    # Names hold the number of all shards, which only now is known.
+    for number in range(count + 1):
+        draft = folder / _shard_name(number, 0)
+        draft.rename(folder / _shard_name(number, count + 1))
+    if count:
+        names = {
+            key: _shard_name(number, count + 1)
+            for key, number in weight_map.items()
+        }
+        index = {"metadata": {"total_size": total}, "weight_map": names}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / INDEX).write_text(text, encoding="utf-8")
+    return list(weight_map)
+
+
+def _shard_name(number, of):
+    """Name a shard of so many; of 0 while their count is not known."""
+    if of == 1:
+        return SINGLE
+    return f"model-{number + 1:05d}-of-{of:05d}.safetensors"

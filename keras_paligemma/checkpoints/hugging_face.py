@@ -1,0 +1,357 @@
+"""The names and folders of transformers (`config.json`, safetensors)."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from keras_paligemma.checkpoints.engine import Row
+from keras_paligemma.checkpoints.hugging_face_config import from_transformers
+from keras_paligemma.checkpoints.hugging_face_config import to_transformers
+from keras_paligemma.checkpoints.hugging_face_config import weight_dtype
+from keras_paligemma.checkpoints.hugging_face_tokenizer import tokenizer_files
+from keras_paligemma.checkpoints.safetensors_files import write_safetensors
+
+# Published files have 64 rows more than the tokenizer has pieces; the first
+# of them stands for `<image>`.
+EXTRA_ROWS = 64
+# Prefixes in the wild, the hub's first: it is what every version reads, so it
+# is what is written. Since 5 the vision tower lost a level, since 4.52 all
+# three moved below `model`; mixtures exist.
+VISION = (
+    "vision_tower.vision_model.",
+    "model.vision_tower.vision_model.",
+    "vision_tower.",
+    "model.vision_tower.",
+)
+PROJECTOR = (
+    "multi_modal_projector.linear.",
+    "model.multi_modal_projector.linear.",
+)
+TEXT = ("language_model.model.", "model.language_model.", "language_model.")
+HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+PATCHES = "embeddings.patch_embedding.weight"
+EMBEDDING = "embed_tokens.weight"
+COMPARED_ROWS = 4096
+
+
+def rows(config, shapes=None):
+    """List the rows of the format.
+
+    Args:
+        config: dict, a backbone's `architecture()`.
+        shapes: dict of the checkpoint's keys to shapes, which tells the
+            layout of the names and how many rows the embedding has beyond
+            ours; `None` for what `write` takes.
+
+    Returns:
+        List of `Row`.
+
+    Raises:
+        ValueError: the keys are of none of the layouts.
+
+    Source: transformers, `models/{paligemma,siglip,gemma,gemma2}`.
+    """
+    vision, projector, text = VISION[0], PROJECTOR[0], TEXT[0]
+    extra = 0
+    if shapes is not None:
+        vision = _prefix(VISION, PATCHES, shapes)
+        projector = _prefix(PROJECTOR, "weight", shapes)
+        text = _prefix(TEXT, EMBEDDING, shapes)
+        size = config["text_decoder"]["vocabulary_size"]
+        extra = shapes[text + EMBEDDING][0] - size
+        if not 0 <= extra <= EXTRA_ROWS:
+            extra = 0  # The engine reports the shape.
+    table = [
+        *_linear("projector", projector, "d v -> v d"),
+        Row(
+            "vision_encoder/position_embedding",
+            vision + "embeddings.position_embedding.weight",
+        ),
+        *_linear(
+            "patch_embedding",
+            vision + "embeddings.patch_embedding.",
+            "d c h w -> h w c d",
+        ),
+        *_norm("final_norm", vision + "post_layernorm."),
+        *_vision_blocks(vision + "encoder.layers.{layer}."),
+        _text("token_embedding/table", text + EMBEDDING, extra=extra),
+        _text("final_norm/scale", text + "norm.weight"),
+    ]
+    block = text + "layers.{layer}."
+    axes = {"query": "q", "key": "k", "value": "v"}
+    for ours, theirs in axes.items():
+        table.append(
+            _text(
+                f"blocks/attention/{ours}/kernel",
+                f"{block}self_attn.{theirs}_proj.weight",
+                axes="(n h) d -> d n h",
+            )
+        )
+    table.append(
+        _text(
+            "blocks/attention/output/kernel",
+            block + "self_attn.o_proj.weight",
+            axes="d (n h) -> n h d",
+        )
+    )
+    for name in ("gate", "up", "down"):
+        table.append(
+            _text(
+                f"blocks/mlp/{name}/kernel",
+                f"{block}mlp.{name}_proj.weight",
+                axes="o i -> i o",
+            )
+        )
+    for ours, theirs in _norm_names(config).items():
+        table.append(
+            _text(
+                f"blocks/{ours}_norm/scale", f"{block}{theirs}_layernorm.weight"
+            )
+        )
+    return table
+
+
+def _norm_names(config):
+    if config["text_decoder"]["use_post_norms"]:
+        return {
+            "pre_attention": "input",
+            "post_attention": "post_attention",
+            "pre_ffw": "pre_feedforward",
+            "post_ffw": "post_feedforward",
+        }
+    # Gemma's second norm comes after attention, but is the MLP's own.
+    return {"pre_attention": "input", "pre_ffw": "post_attention"}
+
+
+def _vision_blocks(block):
+    table = []
+    for ours, theirs in {"query": "q", "key": "k", "value": "v"}.items():
+        table += _linear(
+            f"blocks/attention/{ours}",
+            f"{block}self_attn.{theirs}_proj.",
+            "(n h) d -> d n h",
+            "(n h) -> n h",
+        )
+    return table + [
+        *_linear(
+            "blocks/attention/output",
+            block + "self_attn.out_proj.",
+            "d (n h) -> n h d",
+        ),
+        *_linear("blocks/mlp/up", block + "mlp.fc1.", "f d -> d f"),
+        *_linear("blocks/mlp/down", block + "mlp.fc2.", "d f -> f d"),
+        *_norm("blocks/attention_norm", block + "layer_norm1."),
+        *_norm("blocks/mlp_norm", block + "layer_norm2."),
+    ]
+
+
+def _linear(ours, theirs, kernel, bias=None):
+    return [
+        Row(f"vision_encoder/{ours}/kernel", theirs + "weight", kernel),
+        Row(f"vision_encoder/{ours}/bias", theirs + "bias", bias),
+    ]
+
+
+def _norm(ours, theirs):
+    return [
+        Row(f"vision_encoder/{ours}/gamma", theirs + "weight"),
+        Row(f"vision_encoder/{ours}/beta", theirs + "bias"),
+    ]
+
+
+def _text(ours, theirs, **how):
+    return Row(f"text_decoder/{ours}", theirs, **how)
+
+
+def _prefix(prefixes, name, shapes):
+    for prefix in prefixes:
+        if prefix + name in shapes:
+            return prefix
+    some = sorted(shapes)[:3]
+    raise ValueError(
+        f"The checkpoint has no PaliGemma of transformers: no key "
+        f"{prefixes[0] + name!r}, nor under {list(prefixes[1:])}. Received: "
+        f"{len(shapes)} keys, such as {some}. An adapter has to be merged "
+        "into its model and saved with it."
+    )
+
+
+class _WithoutHead:
+    """The tensors of a checkpoint but for its heads; see `engine`."""
+
+    def __init__(self, tensors, heads):
+        self.shapes = {
+            key: shape
+            for key, shape in tensors.shapes.items()
+            if key not in heads
+        }
+        self.dtypes = {key: tensors.dtypes[key] for key in self.shapes}
+        self.read = tensors.read
+
+
+def tied(tensors):
+    """Compare the head, where it is stored, with the embedding, and hide it.
+
+    The model has one table for both. A few thousand rows are read at a time.
+
+    Args:
+        tensors: `safetensors_files.Tensors`.
+
+    Returns:
+        The tensors without a head, for `rows` and `engine.load`.
+
+    Raises:
+        ValueError: the head was trained apart from the embedding.
+    """
+    heads = [key for key in HEADS if key in tensors.shapes]
+    if not heads:
+        return tensors
+    table = _prefix(TEXT, EMBEDDING, tensors.shapes) + EMBEDDING
+    for head in heads:
+        if not _equal(tensors, head, table):
+            raise ValueError(
+                f"The head {head!r} {tensors.shapes[head]} differs from the "
+                f"embedding {table!r} {tensors.shapes[table]}. Expected: one "
+                "table for both, as in every published PaliGemma. A model "
+                "whose head was trained apart cannot be expressed."
+            )
+    return _WithoutHead(tensors, heads)
+
+
+def _equal(tensors, one, other):
+    if tensors.shapes[one] != tensors.shapes[other]:
+        return False
+    return all(
+        np.array_equal(
+            tensors.read_rows(one, start, start + COMPARED_ROWS),
+            tensors.read_rows(other, start, start + COMPARED_ROWS),
+        )
+        for start in range(0, tensors.shapes[one][0], COMPARED_ROWS)
+    )
+
+
+def read_config(folder):
+    """Read the sizes of a model and how it wants pictures.
+
+    Args:
+        folder: str or path, as transformers' `save_pretrained` or `write`
+            leaves it.
+
+    Returns:
+        Dict of `backbone`, the arguments of `PaliGemmaBackbone`, and of
+        `preprocessor`, a dict of `resize` or `None` where nothing is said.
+
+    Raises:
+        ValueError: another model, or one that cannot be expressed.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / "config.json")
+    processor = None
+    if (folder / "preprocessor_config.json").is_file():
+        processor = _read_json(folder / "preprocessor_config.json")
+    elif (folder / "processor_config.json").is_file():
+        # What the processor of transformers 5 saves.
+        processor = _read_json(folder / "processor_config.json")
+        processor = processor.get("image_processor")
+    return from_transformers(config, processor, folder)
+
+
+def _read_json(path):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}. Expected: a folder of "
+            "transformers. Copy or download it again."
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object. Copy it again.")
+    return value
+
+
+def write(folder, config, arrays, tokenizer=None, max_shard_size=2_000_000_000):
+    """Write a folder that transformers loads: weights, configs, tokenizer.
+
+    It is written beside and then renamed: whoever finds it finds all of it.
+    The embedding gets the 64 rows that published files have. They hold the
+    mean of the others: their logit is the mean of all logits, so that no
+    greedy decoding ever chooses one.
+
+    Args:
+        folder: str or path that does not exist or is empty.
+        config: dict of `backbone`, a backbone's `architecture()`, whose dtype
+            is that of the file; and of `preprocessor` with its `resize`.
+        arrays: iterable of pairs of key and array, as `engine.write` makes
+            them with `rows(config["backbone"])`; asked for one at a time.
+        tokenizer: bytes of the SentencePiece model, or `None`: the folder
+            then has a model alone.
+        max_shard_size: int, bytes of weights in a file.
+
+    Raises:
+        ValueError: the folder is in use, the model or the tokenizer has what
+            transformers lacks, or arrays are missing.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"{folder} is in use. Expected: a folder that is empty or does "
+            "not exist. Remove it or choose another."
+        )
+    backbone = config["backbone"]
+    size = backbone["text_decoder"]["vocabulary_size"]
+    # All that can be refused is refused before the weights are written.
+    files = to_transformers(config, size + EXTRA_ROWS)
+    files = {name: _to_json(value) for name, value in files.items()}
+    if tokenizer is not None:
+        files |= tokenizer_files(tokenizer, size)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        draft.chmod(0o755)
+        for name, content in files.items():
+            (draft / name).write_bytes(content)
+        written = write_safetensors(
+            draft, _as_theirs(arrays, backbone), max_shard_size
+        )
+        _check_keys(written, backbone)
+        if folder.exists():
+            folder.rmdir()
+        os.rename(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft)
+        raise
+
+
+def _to_json(value):
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _as_theirs(arrays, backbone):
+    """Cast arrays to the model's dtype and lengthen the embedding."""
+    dtype = weight_dtype(backbone)
+    for key, array in arrays:
+        array = array.astype(dtype, copy=False)
+        if key == TEXT[0] + EMBEDDING:
+            mean = array.mean(axis=0, keepdims=True, dtype="float64")
+            mean = mean.astype(dtype).repeat(EXTRA_ROWS, axis=0)
+            array = np.concatenate([array, mean])
+        yield key, array
+
+
+def _check_keys(written, backbone):
+    expected = set()
+    for row in rows(backbone):
+        tower = row.ours.split("/")[0]
+        expected.update(row.keys(backbone[tower]["num_layers"]))
+    missing = sorted(expected - set(written))
+    unknown = sorted(set(written) - expected)
+    if missing or unknown:
+        raise ValueError(
+            f"The arrays are not those of the model. Missing: {missing}. "
+            f"Unknown: {unknown}. Expected: what `engine.write` makes with "
+            "`rows(config['backbone'])`."
+        )
