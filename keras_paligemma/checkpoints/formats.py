@@ -107,6 +107,11 @@ def find(path, fields=None, load_weights=True):
     """
     path = Path(path).expanduser()
     fields = fields or {}
+    if path.suffix in (".safetensors", ".h5") and path.is_file():
+        raise ValueError(
+            f"{path} has no configuration. Expected: the folder that it "
+            f"lies in, with its config.json: {path.parent}."
+        )
     if not path.is_dir():
         checkpoint = _big_vision(path, fields)
     else:

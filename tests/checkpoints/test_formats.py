@@ -218,6 +218,12 @@ def test_what_is_no_checkpoint(tmp_path):
         formats.find(tmp_path)
 
 
+def test_weights_without_their_folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="the folder that it lies in"):
+        formats.find(tmp_path / "model.safetensors")
+
+
 def test_two_checkpoints_in_a_folder(tmp_path):
     for name in ("a.npz", "b.npz"):
         shutil.copy(GOLDEN / "tiny_headdim.npz", tmp_path / name)
