@@ -51,7 +51,7 @@ def load_backbone(
     with checkpoint.open() as tensors:
         if image_size is not None:
             (key,) = [row.theirs for row in rows if row.ours == POSITIONS]
-            count = len(weights[POSITIONS])
+            count = weights[POSITIONS].shape[0]
             tensors = Resampled(tensors, key, count)
         engine.load(weights, rows, tensors)
     return backbone
