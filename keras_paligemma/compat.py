@@ -8,6 +8,8 @@ import contextlib
 import keras
 import numpy as np
 from keras.src.backend.common import global_state
+from keras.src.models.functional import Functional
+from keras.src.ops.function import Function
 
 
 @contextlib.contextmanager
@@ -54,6 +56,42 @@ def fill(variable, value):
         variable._convert_to_tensor(value, dtype=dtype)
     )
     variable._deferred_initialize()
+
+
+def never_functional(cls):
+    """Keep a subclass of KerasHub's models an ordinary model.
+
+    The first functional model of KerasHub in a process puts Keras's
+    `Functional` among the bases of KerasHub's `Backbone` and `Task`, and so
+    among those of every class below them. A class with this decorator goes on
+    with what `keras.Model` has, whichever model was built first; it starts
+    itself by `init_model`.
+    """
+    for name in {*vars(Functional), *vars(Function)}:
+        owners = [one for one in cls.__mro__ if name in vars(one)]
+        owners = [one for one in owners if one not in (Functional, Function)]
+        if name.startswith("__") or not owners:
+            continue
+        if owners[0] in keras.Model.__mro__:
+            setattr(cls, name, vars(owners[0])[name])
+    # What `summary` asks of an instance of `Functional`: a list of layers.
+    cls._operations = property(lambda self: self.layers)
+    cls._nodes_by_depth = property(lambda self: {})
+    return cls
+
+
+def init_model(model, dtype, **kwargs):
+    """Do what KerasHub's classes do at a start, but for `Functional`'s part.
+
+    Args:
+        model: instance of a `never_functional` class, in its `__init__`.
+        dtype: dtype policy or its name.
+        **kwargs: as `keras.Model` takes them.
+    """
+    keras.Model.__init__(model, **kwargs)
+    model._functional_layer_ids = set()
+    model._initialized = True
+    model.dtype_policy = keras.dtype_policies.get(dtype)
 
 
 class classproperty(property):

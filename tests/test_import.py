@@ -24,7 +24,13 @@ def test_import_is_lazy():
 
 
 @pytest.mark.parametrize(
-    "module", ["layers.stack", "checkpoints.big_vision", "tasks.boxes"]
+    "module",
+    [
+        "layers.stack",
+        "checkpoints.big_vision",
+        "checkpoints.keras_hub",
+        "tasks.boxes",
+    ],
 )
 def test_ground_floor_needs_no_keras_hub(module):
     heavy = run(

@@ -10,6 +10,8 @@ from keras import ops
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.compat import classproperty
+from keras_paligemma.compat import init_model
+from keras_paligemma.compat import never_functional
 from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.attention import token_positions
 from keras_paligemma.models import adapters
@@ -21,6 +23,7 @@ from keras_paligemma.models.vision_encoder import VisionEncoder
 from keras_paligemma.models.vision_encoder import VisionEncoderConfig
 
 
+@never_functional
 @keras.saving.register_keras_serializable(package="keras_paligemma")
 class PaliGemmaBackbone(keras_hub.models.Backbone):
     """PaliGemma 2 without its head: pictures and tokens in, hidden states out.
@@ -93,7 +96,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         **kwargs,
     ):
         # The policy is set first: the towers below take theirs from it.
-        super().__init__(dtype=dtype or keras.config.dtype_policy(), **kwargs)
+        init_model(self, dtype or keras.config.dtype_policy(), **kwargs)
         self.image_size = image_size
         self.form = form
         self.remat = remat

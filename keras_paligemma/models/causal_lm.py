@@ -8,6 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_paligemma.compat import classproperty
+from keras_paligemma.compat import init_model
+from keras_paligemma.compat import never_functional
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
 from keras_paligemma.models.backbone import PaliGemmaBackbone
@@ -23,6 +25,7 @@ from keras_paligemma.preprocessing.preprocessor import (
 )
 
 
+@never_functional
 @keras.saving.register_keras_serializable(package="keras_paligemma")
 class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     """PaliGemma 2 that answers prompts about pictures, and learns to.
@@ -53,10 +56,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     preprocessor_cls = PaliGemmaCausalLMPreprocessor
 
     def __init__(self, backbone, preprocessor=None, compile=True, **kwargs):
-        super().__init__(compile=False, **kwargs)
+        init_model(self, backbone.dtype_policy, **kwargs)
         self.backbone = backbone
         self.preprocessor = preprocessor
-        self.dtype_policy = backbone.dtype_policy
         self.accuracy_tracker = keras.metrics.Mean(name="token_accuracy")
         self._response_length = None
         self.loss_is_auto = False

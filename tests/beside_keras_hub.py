@@ -1,0 +1,79 @@
+"""Uses models of ours after one of KerasHub was built; run by its test.
+
+    python -m tests.beside_keras_hub first|second TEMPORARY_FOLDER
+
+"first" imports ours before KerasHub's model is built, "second" after it.
+"""
+
+import sys
+from pathlib import Path
+
+import keras_hub
+import numpy as np
+
+from tests.conftest import IMAGE_SIZE
+from tests.conftest import TEXT
+from tests.conftest import VISION
+
+order, folder = sys.argv[1], Path(sys.argv[2])
+if order == "first":
+    import keras_paligemma.models.causal_lm  # noqa: F401
+task = keras_hub.models.PaliGemmaCausalLM(
+    backbone=keras_hub.models.PaliGemmaBackbone(
+        vocabulary_size=320,
+        image_size=42,
+        num_layers=1,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=64,
+        intermediate_dim=224,
+        head_dim=24,
+        vit_patch_size=14,
+        vit_num_heads=4,
+        vit_hidden_dim=48,
+        vit_intermediate_dim=88,
+        vit_num_layers=1,
+    ),
+    preprocessor=None,
+)
+import keras  # noqa: E402
+
+from keras_paligemma import PaliGemmaBackbone  # noqa: E402
+from keras_paligemma import PaliGemmaCausalLM  # noqa: E402
+
+backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT)
+model = PaliGemmaCausalLM(backbone)
+assert isinstance(model, keras_hub.models.CausalLM)
+inputs = {
+    "images": np.zeros((2, 42, 42, 3), "float32"),
+    "token_ids": np.arange(2, 16, dtype="int32").reshape(2, 7),
+    "padding_mask": np.ones((2, 7), bool),
+    "response_mask": np.arange(7)[None].repeat(2, 0) >= 4,
+}
+hidden = keras.ops.convert_to_numpy(backbone(inputs))
+text = {key: value[:, :4] for key, value in inputs.items() if key != "images"}
+ids = model.generate(
+    {"images": inputs["images"], **text},
+    max_new_tokens=3,
+    stop_token_ids=None,
+)
+model.save(folder / "model.keras")
+again = keras.saving.load_model(folder / "model.keras")
+np.testing.assert_array_equal(
+    keras.ops.convert_to_numpy(again.backbone(inputs)), hidden
+)
+backbone.save_to_preset(folder / "preset")
+read = PaliGemmaBackbone.from_preset(folder / "preset")
+np.testing.assert_array_equal(keras.ops.convert_to_numpy(read(inputs)), hidden)
+assert [layer.name for layer in backbone.layers] == [
+    "vision_encoder",
+    "text_decoder",
+]
+lines = []
+backbone.summary(print_fn=lines.append)
+assert "vision_encoder" in "\n".join(lines)
+# KerasHub's model still is what it was.
+assert task.backbone(inputs).shape == (2, 16, 64)
+print(
+    "ok", np.asarray(ids["token_ids"] if isinstance(ids, dict) else ids).shape
+)

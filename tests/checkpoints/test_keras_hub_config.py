@@ -1,0 +1,182 @@
+"""The configuration of KerasHub's presets, both ways, and its refusals."""
+
+import json
+
+import numpy as np
+import pytest
+
+from keras_paligemma import presets
+from keras_paligemma.checkpoints import keras_hub
+from keras_paligemma.checkpoints import keras_hub_config
+from tests.conftest import GOLDEN
+from tests.keras_hub_reference import PREPROCESSOR
+from tests.keras_hub_reference import expected_config
+from tests.keras_hub_reference import tokenizer
+
+PUBLISHED = [
+    name for name in presets.names() if "handles" in presets.describe(name)
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_of_published_models(name, tmp_path):
+    backbone = presets.describe(name)["backbone"] | {"dtype": "bfloat16"}
+    config = {"backbone": backbone, "preprocessor": None}
+    content = keras_hub_config.files(config)["config.json"]
+    (tmp_path / "config.json").write_bytes(content)
+    found = keras_hub_config.read(tmp_path, load_weights=False)
+    assert found["backbone"] == backbone
+    theirs = json.loads(content)["config"]
+    assert theirs["query_head_dim_normalize"] == ("28b" not in name)
+    assert theirs["use_post_ffw_norm"] == ("gemma2" in name or "_2_" in name)
+    if "28b" in name:
+        assert theirs["intermediate_dim"] == 73_728
+
+
+def tiny_config():
+    backbone = expected_config(2)
+    return {"backbone": backbone, "preprocessor": dict(PREPROCESSOR)}
+
+
+@pytest.mark.parametrize(
+    ("tower", "key", "value", "says"),
+    [
+        ("text_decoder", "query_pre_attention_scalar", 20, "expected head_dim"),
+        ("text_decoder", "rope_base", 1e6, "rope_base=1000000.0, expected"),
+        ("text_decoder", "rms_norm_epsilon", 1e-5, "rms_norm_epsilon=1e-05"),
+        ("vision_encoder", "layer_norm_epsilon", 1e-5, "layer_norm_epsilon="),
+        (None, "lora", {"rank": 4}, "lora"),
+        ("preprocessor", "resize", "nearest", "resize='nearest'"),
+    ],
+)
+def test_what_kerashub_lacks_is_refused(tmp_path, tower, key, value, says):
+    config = tiny_config()
+    places = config["backbone"] | {None: config["backbone"]}
+    place = config["preprocessor"] if tower == "preprocessor" else places[tower]
+    place[key] = value
+    with pytest.raises(ValueError, match=says):
+        keras_hub.write(tmp_path / "new", config, iter([]), tokenizer())
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_else_is_refused_when_writing(tmp_path):
+    toy = (GOLDEN / "toy_sp.model").read_bytes()
+    with pytest.raises(ValueError, match="no piece <bos>, <eos>"):
+        keras_hub.write(tmp_path / "new", tiny_config(), iter([]), toy)
+    with pytest.raises(ValueError, match="go together"):
+        keras_hub.write(tmp_path / "new", tiny_config(), iter([]))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").touch()
+    with pytest.raises(ValueError, match="a new or an empty folder"):
+        keras_hub.write(tmp_path, tiny_config(), iter([]), tokenizer())
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    def arrays():
+        yield "vars/0", np.zeros(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        keras_hub.write(tmp_path / "new", tiny_config(), arrays(), tokenizer())
+    assert not list(tmp_path.iterdir())
+
+
+def write_files(folder, change):
+    """A folder whose files `change` changes, parsed, by their names."""
+    config = tiny_config()
+    files = keras_hub_config.files(config, tokenizer())
+    parsed = {
+        name: json.loads(content)
+        for name, content in files.items()
+        if str(name).endswith(".json")
+    }
+    change(parsed)
+    for name, content in parsed.items():
+        (folder / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"registered_name": "keras_hub>GemmaBackbone"}, "PaliGemmaBackbone"),
+        ({"registered_name": "mine>PaliGemmaBackbone"}, "Expected: 'keras_hub"),
+        ({"model_type": "paligemma", "registered_name": None}, "=None"),
+        ({"config": {}}, "num_layers is missing"),
+        ({"num_layers": "3"}, "num_layers='3', expected a positive integer"),
+        ({"vit_pooling": "map"}, "vit_pooling='map', expected None"),
+        ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon=1e-05"),
+        ({"dropout": 0.1}, "dropout=0.1"),
+        ({"use_post_ffw_norm": False}, "differs from use_post_attention"),
+        ({"vision_model": "new"}, "vision_model is unknown"),
+        ({"dtype": {"class_name": "DTypePolicyMap"}}, "quantized"),
+    ],
+)
+def test_other_configs_are_refused(tmp_path, changes, says):
+    def change(files):
+        config = files["config.json"]
+        for key, value in changes.items():
+            outer = key in config or key == "model_type"
+            (config if outer else config["config"])[key] = value
+
+    write_files(tmp_path, change)
+    with pytest.raises(ValueError, match=says) as caught:
+        keras_hub_config.read(tmp_path, load_weights=False)
+    assert "config.json" in str(caught.value)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="config.json cannot be read: .*No"):
+        keras_hub_config.read(tmp_path)
+    write_files(tmp_path, lambda files: None)
+    with pytest.raises(ValueError, match="lacks its weights"):
+        keras_hub_config.read(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json cannot be read"):
+        keras_hub_config.read(tmp_path)
+
+
+def test_older_files(tmp_path):
+    """Fields that KerasHub added later, and the names it had before."""
+
+    def change(files):
+        fields = files["config.json"]["config"]
+        for key in list(fields):
+            if key in keras_hub_config.DEFAULTS or key == "dtype":
+                del fields[key]
+        files["config.json"]["registered_name"] = "keras_nlp>PaliGemmaBackbone"
+        del files["preprocessor.json"]
+        converter = files["image_converter.json"]["config"]
+        del converter["offset"]
+        del converter["crop_to_aspect_ratio"]
+        converter |= {"scale": 1 / 255, "mean": [0.5] * 3}
+        converter["variance"] = [0.25] * 3
+
+    write_files(tmp_path, change)
+    found = keras_hub_config.read(tmp_path, load_weights=False)
+    wanted = expected_config(1)
+    wanted["vision_encoder"]["intermediate_dim"] = 4304
+    assert found["backbone"] == wanted
+    assert found["preprocessor"] == PREPROCESSOR | {
+        "crop_to_aspect_ratio": True,
+        "sequence_length": 1024,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"scale": 1 / 255, "offset": None}, "scale and offset"),
+        ({"offset": 0.0}, "scale and offset"),
+        ({"interpolation": "lanczos5"}, "interpolation='lanczos5'"),
+        ({"interpolation": "bicubic"}, "antialias=False"),
+    ],
+)
+def test_other_pixels_are_refused(tmp_path, changes, says):
+    def change(files):
+        converter = files["preprocessor.json"]["config"]["image_converter"]
+        converter["config"] |= changes
+
+    write_files(tmp_path, change)
+    with pytest.raises(ValueError, match=says):
+        keras_hub_config.read(tmp_path, load_weights=False)

@@ -1,0 +1,208 @@
+"""Tiny models of KerasHub, in a process of their own, and what they give.
+
+The first functional model of KerasHub in a process changes the base class
+that ours share with it, and no model of ours can be built after that. So
+KerasHub runs apart:
+
+    python -m tests.keras_hub_reference make FOLDER
+    python -m tests.keras_hub_reference read FOLDER…
+
+`make` saves presets, each beside an `.npz` of weights and outputs; `read`
+loads presets and saves the same of each.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from keras import ops
+from sentencepiece import sentencepiece_model_pb2
+
+from tests.conftest import GOLDEN
+from tests.conftest import IMAGE_SIZE
+from tests.conftest import TEXT
+from tests.conftest import VISION
+from tests.conftest import run
+
+# Caps and a window that are felt at this size.
+SECOND = {
+    "attention_logit_soft_cap": 5.0,
+    "final_logit_soft_cap": 3.0,
+    "sliding_window_size": 6,
+    "use_post_norms": True,
+}
+FIRST = {
+    "attention_logit_soft_cap": None,
+    "final_logit_soft_cap": None,
+    "sliding_window_size": None,
+    "use_post_norms": False,
+}
+# The fields of both in KerasHub's terms.
+HUB = {
+    "vocabulary_size": 320,
+    "image_size": 42,
+    "num_layers": 3,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_dim": 64,
+    "intermediate_dim": 224,
+    "head_dim": 24,
+    "vit_patch_size": 14,
+    "vit_num_heads": 4,
+    "vit_hidden_dim": 48,
+    "vit_num_layers": 3,
+    "vit_intermediate_dim": 88,
+}
+HUB_SECOND = HUB | {
+    "use_post_ffw_norm": True,
+    "use_post_attention_norm": True,
+    "attention_logit_soft_cap": 5.0,
+    "final_logit_soft_cap": 3.0,
+    "use_sliding_window_attention": True,
+    "sliding_window_size": 6,
+}
+# Bytes, below the size of the tiny model and above that of its largest array.
+SHARD_SIZE = 120_000
+PREPROCESSOR = {
+    "resize": "bilinear",
+    "crop_to_aspect_ratio": False,
+    "pad_to_aspect_ratio": False,
+    "sequence_length": 20,
+}
+
+
+def expected_config(version, dtype="float32"):
+    """What the config of a model is in this package's terms."""
+    return {
+        "image_size": IMAGE_SIZE,
+        "dtype": dtype,
+        "vision_encoder": VISION | {"layer_norm_epsilon": 1e-6},
+        "text_decoder": TEXT
+        | (FIRST if version == 1 else SECOND)
+        | {"rope_base": 10_000.0, "rms_norm_epsilon": 1e-6},
+    }
+
+
+def tokenizer():
+    """The toy tokenizer with Gemma's names of the special pieces."""
+    proto = (GOLDEN / "toy_sp.model").read_bytes()
+    model = sentencepiece_model_pb2.ModelProto.FromString(proto)
+    model.pieces[1].piece, model.pieces[2].piece = "<eos>", "<bos>"
+    return model.SerializeToString()
+
+
+def make_inputs():
+    """Two rows whose padding is on the right, and which positions are valid.
+
+    KerasHub's rotary positions count padding, and what padding sees is not
+    the same: with padding at the end no valid position can tell.
+    """
+    random = np.random.default_rng(7)
+    valid = np.array([[1] * 9, [1] * 6 + [0] * 3], bool)
+    response = np.array([[0] * 5 + [1] * 4, [0] * 4 + [1] * 2 + [0] * 3], bool)
+    inputs = {
+        "images": random.uniform(-1, 1, (2, 42, 42, 3)).astype("float32"),
+        "token_ids": random.integers(1, 320, valid.shape).astype("int32"),
+        "padding_mask": valid,
+        "response_mask": response,
+    }
+    return inputs, np.pad(valid, ((0, 0), (9, 0)), constant_values=True)
+
+
+def in_a_process(*args):
+    """Run this file with arguments."""
+    result = subprocess.run(
+        [sys.executable, "-m", __name__, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def _backbone(seed, **fields):
+    """KerasHub's own backbone; no weight keeps an initial zero or one."""
+    from keras_hub.models import PaliGemmaBackbone
+
+    model = PaliGemmaBackbone(**fields)
+    random = np.random.default_rng(seed)
+    for variable in model.variables:
+        noise = 0.2 * random.normal(size=variable.shape)
+        value = ops.convert_to_numpy(ops.cast(variable, "float32")) + noise
+        variable.assign(value.astype("float32"))
+    return model
+
+
+def _save(path, model, **more):
+    """Save weights, config and outputs at valid positions."""
+    inputs, valid = make_inputs()
+    for key in ("padding_mask", "response_mask"):
+        inputs[key] = inputs[key].astype("int32")
+    hidden = run(model, inputs)
+    outputs = {
+        "hidden": hidden,
+        "logits": model.token_embedding(hidden, reverse=True),
+    }
+    # Names of layers depend on what was built before.
+    weights = {
+        f"weights/{number}": _numpy(variable)
+        for number, variable in enumerate(model.variables)
+    }
+    config = model.get_config() | {"name": "", "dtype": ""}
+    np.savez(
+        f"{path}.npz",
+        config=json.dumps(config, sort_keys=True),
+        **{key: _numpy(value)[valid] for key, value in outputs.items()},
+        **weights,
+        **more,
+    )
+
+
+def _numpy(value):
+    return ops.convert_to_numpy(ops.cast(value, "float32"))
+
+
+def _make(folder):
+    for version, fields in enumerate((HUB, HUB_SECOND), 1):
+        model = _backbone(version, **fields)
+        model.save_to_preset(folder / f"single{version}")
+        size = SHARD_SIZE / 2**30
+        model.save_to_preset(folder / f"sharded{version}", max_shard_size=size)
+        _save(folder / f"single{version}", model)
+    other = _backbone(2, **HUB_SECOND, query_head_dim_normalize=False)
+    other.set_weights(model.get_weights())
+    other.save_to_preset(folder / "scale")
+    _save(folder / "scale", other)
+    model = _backbone(2, **HUB_SECOND, dtype="bfloat16")
+    model.save_to_preset(folder / "bfloat16")
+    _save(folder / "bfloat16", model)
+
+
+def _read(folder):
+    from keras_hub.models import PaliGemmaBackbone
+    from keras_hub.models import PaliGemmaCausalLM
+
+    model = PaliGemmaBackbone.from_preset(str(folder))
+    _save(folder, model)
+    if not (folder / "task.json").exists():
+        return
+    task = PaliGemmaCausalLM.from_preset(str(folder))
+    picture = np.zeros((2, 21, 42, 3), "uint8")
+    picture[:, :, 10:] = 255
+    x = task.preprocessor.generate_preprocess(
+        {"images": picture, "prompts": ["detect cat", "caption en"]}
+    )
+    _save(
+        f"{folder}.task",
+        task.backbone,
+        images=ops.convert_to_numpy(x["images"]),
+        token_ids=ops.convert_to_numpy(x["token_ids"]),
+    )
+
+
+if __name__ == "__main__":
+    command, *paths = sys.argv[1:]
+    for path in paths:
+        {"make": _make, "read": _read}[command](Path(path))
