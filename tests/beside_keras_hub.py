@@ -65,15 +65,11 @@ np.testing.assert_array_equal(
 backbone.save_to_preset(folder / "preset")
 read = PaliGemmaBackbone.from_preset(folder / "preset")
 np.testing.assert_array_equal(keras.ops.convert_to_numpy(read(inputs)), hidden)
-assert [layer.name for layer in backbone.layers] == [
-    "vision_encoder",
-    "text_decoder",
-]
+names = {layer.name for layer in backbone.layers}
+assert {"vision_encoder", "text_decoder"} <= names, names
 lines = []
 backbone.summary(print_fn=lines.append)
 assert "vision_encoder" in "\n".join(lines)
 # KerasHub's model still is what it was.
 assert task.backbone(inputs).shape == (2, 16, 64)
-print(
-    "ok", np.asarray(ids["token_ids"] if isinstance(ids, dict) else ids).shape
-)
+print("ok", np.shape(ids))
