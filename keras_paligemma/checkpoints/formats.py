@@ -242,9 +242,9 @@ def _big_vision(path, fields):
     }
     known = variant(found)
     if known is not None:
+        sizes = presets.describe(known)["backbone"]
         config["backbone"] = found | {
-            key: value | found[key] if isinstance(value, dict) else found[key]
-            for key, value in presets.describe(known)["backbone"].items()
+            tower: sizes[tower] | found[tower] for tower in FIELDS
         }
         config["preprocessor"] = presets.describe(known)["preprocessor"]
     else:

@@ -129,6 +129,9 @@ def train(texts):
         sentence_iterator=iter(texts),
         model_writer=model,
         model_type="bpe",
+        # Gemma's names, by which other packages look for them.
+        bos_piece="<bos>",
+        eos_piece="<eos>",
         vocab_size=LEARNED_PIECES,
         normalization_rule_name="identity",
         add_dummy_prefix=False,
