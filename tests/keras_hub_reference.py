@@ -1,8 +1,8 @@
 """Tiny models of KerasHub, in a process of their own, and what they give.
 
-The first functional model of KerasHub in a process changes the base class
-that ours share with it, and no model of ours can be built after that. So
-KerasHub runs apart:
+The first functional model of KerasHub in a process changes the bases of the
+class that ours share with it. So KerasHub runs apart, and neither can lean on
+what the other left behind:
 
     python -m tests.keras_hub_reference make FOLDER
     python -m tests.keras_hub_reference read FOLDER…

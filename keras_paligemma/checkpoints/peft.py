@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 from safetensors.numpy import save_file
 
 from keras_paligemma import presets
@@ -199,7 +200,9 @@ def write(folder, lora, arrays, base=None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f"{WEIGHTS}.{os.getpid()}"
-    save_file(dict(arrays), draft)
+    # safetensors writes the memory of an array, whatever its strides.
+    arrays = {key: np.ascontiguousarray(array) for key, array in arrays}
+    save_file(arrays, draft)
     # safetensors lets nobody else read what it writes.
     draft.chmod(0o644)
     os.replace(draft, folder / WEIGHTS)
