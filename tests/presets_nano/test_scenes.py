@@ -240,7 +240,7 @@ def test_kept_packages_need_no_npm(tmp_path, monkeypatch):
 
 def test_special_pieces(tokenizer):
     pieces = [tokenizer.id_to_piece(i) for i in range(5)]
-    assert pieces == ["<pad>", "</s>", "<s>", "<unk>", "\n"]
+    assert pieces == ["<pad>", "<eos>", "<bos>", "<unk>", "\n"]
     assert tokenizer.pad_id() == 0
     assert tokenizer.eos_id() == 1
     assert tokenizer.bos_id() == 2
