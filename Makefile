@@ -20,7 +20,8 @@ lint: .venv/for-test
 # The first run covers everything; the others what a backend can change. Tests
 # are many small models, so two processes of one thread each are fastest.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
-BY_BACKEND := tests/layers tests/models tests/preprocessing
+BY_BACKEND := tests/layers tests/models tests/preprocessing \
+	tests/checkpoints/test_formats.py
 
 backends: .venv/for-test
 	KERAS_BACKEND=jax $(PYTEST)
