@@ -48,28 +48,16 @@ RUNS = 3
 def make(folder):
     """Write the model in every format."""
     from keras_paligemma import PaliGemmaBackbone
-    from keras_paligemma import PaliGemmaTokenizer
     from keras_paligemma.checkpoints import engine
     from keras_paligemma.models import exports
 
     backbone = PaliGemmaBackbone(
         224, VISION, TEXT, form="unrolled", dtype="bfloat16"
     )
-    config = {
-        "backbone": backbone.architecture(),
-        "preprocessor": {
-            "resize": "bilinear_antialias",
-            "prompt_length": 64,
-            "response_length": 64,
-        },
-    }
-    tokenizer = Path(__file__).parents[1] / "presets/pali_gemma2_nano_112"
-    proto = PaliGemmaTokenizer(str(tokenizer / "tokenizer.model")).proto
+    config = {"backbone": backbone.architecture(), "preprocessor": None}
     weights = backbone.weights_by_name()
     for to, name in PATHS.items():
-        exports.write(
-            folder / name, to, config, weights, engine.to_numpy, proto
-        )
+        exports.write(folder / name, to, config, weights, engine.to_numpy)
 
 
 def ours(path):
