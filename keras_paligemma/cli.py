@@ -98,7 +98,7 @@ def convert(
     ] = None,
     set: Set = None,
 ) -> None:
-    """Write a checkpoint in another format, one array in memory at a time."""
+    """Write a checkpoint in another format; its model is never in memory."""
     from keras_paligemma.models import exports
 
     checkpoint = formats.resolve(source, fields=read_fields(set))

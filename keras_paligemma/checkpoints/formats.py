@@ -81,8 +81,10 @@ def resolve(source, load_weights=True, fields=None):
         # What is known of it; a file leaves some of this out.
         known = presets.describe(name)
         dtype = checkpoint.config.get("backbone", {}).get("dtype")
-        checkpoint.config = known | {
-            "backbone": known["backbone"] | {"dtype": dtype}
+        checkpoint.config = {
+            "name": name,
+            "backbone": known["backbone"] | {"dtype": dtype},
+            "preprocessor": known["preprocessor"],
         }
         _set(checkpoint.config["backbone"], fields or {})
     return checkpoint

@@ -19,6 +19,7 @@ from keras_paligemma.models.batches import PreprocessedBatches
 from keras_paligemma.models.generation import drop_after_stop
 from keras_paligemma.models.generation import generate_tokens
 from keras_paligemma.models.generation import split_prompt
+from keras_paligemma.models.losses import responses_only
 from keras_paligemma.models.losses import streamed_cross_entropy
 from keras_paligemma.preprocessing.preprocessor import (
     PaliGemmaCausalLMPreprocessor,
@@ -393,21 +394,5 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             dtype: "float32" or "bfloat16"; that of the weights if `None`.
             piece_size: int, bytes of a piece; one file if `None`.
         """
-        exports.export(
-            path,
-            "big_vision",
-            self.backbone,
-            dtype=dtype,
-            piece_size=piece_size,
-        )
-
-
-def responses_only(y, y_pred):
-    """Cut predictions of the whole text to those of the responses.
-
-    Keras builds losses and metrics by a plain call before the first step.
-    """
-    length = y.shape[1]
-    if y_pred.shape[1] == length:
-        return y_pred
-    return y_pred[:, -length - 1 : -1]
+        options = {"dtype": dtype, "piece_size": piece_size}
+        exports.export(path, "big_vision", self.backbone, **options)

@@ -68,7 +68,7 @@ def write(
     dtype=None,
     piece_size=None,
 ):
-    """Write weights, one array in memory at a time.
+    """Write weights, one array, or one file of safetensors, in memory.
 
     Args:
         path: str or path: a folder, of big_vision a file "….npz". A folder of

@@ -66,3 +66,14 @@ def streamed_cross_entropy(
     count_B = ops.maximum(ops.sum(weights_BR, axis=-1), 1e-6)
     loss = ops.mean(ops.sum(loss_BR, axis=-1) / count_B)
     return loss, ops.sum(right_BR) / ops.maximum(ops.sum(weights_BR), 1e-6)
+
+
+def responses_only(y, y_pred):
+    """Cut predictions of the whole text to those of the responses.
+
+    Keras builds losses and metrics by a plain call before the first step.
+    """
+    length = y.shape[1]
+    if y_pred.shape[1] == length:
+        return y_pred
+    return y_pred[:, -length - 1 : -1]

@@ -116,7 +116,9 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     @classmethod
     def from_preset(cls, preset, **kwargs):
-        """Reads the preprocessor of a preset, without its weights.
+        """Reads the preprocessor of a preset; reads none of its weights.
+
+        Where the preset lies on a hub, all of it is fetched nevertheless.
 
         Args:
             preset: As `PaliGemmaCausalLM.from_preset` takes it.

@@ -130,7 +130,7 @@ def fits(box, boxes, size):
     )
 
 
-def layout(rng, shapes, size, single_scale=SINGLE_SCALE):
+def layout(rng, shapes, size):
     """Finds a place for every object of a scene.
 
     Args:
@@ -138,12 +138,11 @@ def layout(rng, shapes, size, single_scale=SINGLE_SCALE):
         shapes: list of `(height, width)`. The sprites' sizes; only their
             ratios matter.
         size: int. The edge of the picture in pixels.
-        single_scale: pair of floats. The range of the size of a single object.
 
     Returns:
         A list of boxes, one per shape.
     """
-    low, high = single_scale if len(shapes) == 1 else SEVERAL_SCALE
+    low, high = SINGLE_SCALE if len(shapes) == 1 else SEVERAL_SCALE
     while True:
         boxes = []
         for shape in shapes:
@@ -196,7 +195,7 @@ def alpha_box(alpha, y, x):
     return (y + rows[0], x + columns[0], y + rows[-1] + 1, x + columns[-1] + 1)
 
 
-def compose(rng, sprites, styles, names, size=112, single_scale=SINGLE_SCALE):
+def compose(rng, sprites, styles, names, size=112):
     """Draws a scene.
 
     Args:
@@ -205,7 +204,6 @@ def compose(rng, sprites, styles, names, size=112, single_scale=SINGLE_SCALE):
         styles: sequence of strings. Every object gets one of these styles.
         names: list of strings. The class of each object.
         size: int. The edge of the picture in pixels.
-        single_scale: pair of floats. The range of the size of a single object.
 
     Returns:
         A tuple of the image, uint8 `(size, size, 3)`, and the list of its
@@ -214,7 +212,7 @@ def compose(rng, sprites, styles, names, size=112, single_scale=SINGLE_SCALE):
     image = background(rng, size)
     pictures = [sprites[styles[rng.integers(len(styles))]][n] for n in names]
     shapes = [(picture.height, picture.width) for picture in pictures]
-    boxes = layout(rng, shapes, size, single_scale)
+    boxes = layout(rng, shapes, size)
     objects = []
     for name, picture, (y1, x1, y2, x2) in zip(
         names, pictures, boxes, strict=True
@@ -316,7 +314,6 @@ def sample(
     tasks=("caption", "detect", "count"),
     max_objects=5,
     size=112,
-    single_scale=SINGLE_SCALE,
 ):
     """Makes one training example.
 
@@ -329,7 +326,6 @@ def sample(
             key that is there twice is drawn twice as often.
         max_objects: int. The most objects in the scene, five at most.
         size: int. The edge of the picture in pixels.
-        single_scale: pair of floats. The range of the size of a single object.
 
     Returns:
         A dict with `"image"`, `"prompt"`, `"response"`, `"objects"` and
@@ -337,7 +333,7 @@ def sample(
     """
     task = tasks[rng.integers(len(tasks))]
     names = choose_names(task, rng, classes, max_objects)
-    image, objects = compose(rng, sprites, styles, names, size, single_scale)
+    image, objects = compose(rng, sprites, styles, names, size)
     prompt, response = TASKS[task](rng, objects, classes, size)
     return {
         "image": image,

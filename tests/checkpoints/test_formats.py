@@ -166,6 +166,15 @@ def test_official_sizes_are_recognised(name):
     assert formats.variant(partial) is None
 
 
+def test_a_published_model_has_the_config_of_a_folder(tmp_path):
+    """Licence and handles describe it, and are no part of what is written."""
+    name = "pali_gemma2_pt_3b_224"
+    config = formats.resolve(name, load_weights=False).config
+    config["backbone"]["dtype"] = "bfloat16"
+    presets.write_config(tmp_path, config)
+    assert presets.read_folder(tmp_path, load_weights=False)["name"] == name
+
+
 def test_another_picture_size(tmp_path, expected):
     backbone = PaliGemmaBackbone.from_preset(
         GOLDEN / "tiny_headdim.npz", image_size=70, **FIELDS
