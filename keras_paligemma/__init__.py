@@ -7,13 +7,16 @@ TensorFlow, and a command that needs no model never pays for one.
 import importlib
 
 _HOME = {
+    "Adam": "models.optimizers",
     "PaliGemmaBackbone": "models.backbone",
     "PaliGemmaCausalLM": "models.causal_lm",
     "PaliGemmaCausalLMPreprocessor": "preprocessing.preprocessor",
     "PaliGemmaImageConverter": "preprocessing.image_converter",
     "PaliGemmaTokenizer": "preprocessing.tokenizer",
+    "StreamedCrossEntropy": "models.losses",
     "TextDecoderConfig": "models.text_decoder",
     "VisionEncoderConfig": "models.vision_encoder",
+    "transfer_recipe": "models.optimizers",
     "without_values": "compat",
 }
 

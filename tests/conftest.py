@@ -108,6 +108,23 @@ def golden_inputs(expected):
     }
 
 
+def golden_training(expected):
+    """The golden training batch as `fit` has it: inputs, targets, weights.
+
+    The original's forward pass never sees the last token, whose id ours embeds
+    behind everything that counts.
+    """
+    ids = expected["in/train/text"]
+    x = {
+        "images": expected["in/image"][:4],
+        "token_ids": ids,
+        "padding_mask": np.ones(ids.shape, bool),
+        "response_mask": expected["in/train/mask_ar"].astype(bool),
+    }
+    weights = expected["in/train/mask_loss"][:, 1:].astype("float32")
+    return x, ids[:, 1:], weights
+
+
 def golden_prompts(expected, room=10, response=8):
     """The golden evaluation prompts, aligned to the right.
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -111,7 +110,7 @@ def read(folder):
         folder: `pathlib.Path`.
 
     Returns:
-        Dict with `rank`, `alpha` and `targets`, as `enable_lora` takes them;
+        Dict of the arguments of `enable_lora`;
         the list of rows; and a function that gives a context manager of the
         tensors.
 
@@ -133,11 +132,13 @@ def read(folder):
     )
     with open_files() as tensors:
         place, targets = _recognise(tensors.shapes, folder / WEIGHTS)
-    rank, alpha = config["r"], config["lora_alpha"]
-    if config.get("use_rslora"):
-        # Scaled by alpha / sqrt(rank) there, by alpha / rank here.
-        alpha = alpha * math.sqrt(rank)
-    lora = {"rank": rank, "alpha": alpha, "targets": targets}
+    lora = {
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "targets": targets,
+        "dropout": config.get("lora_dropout") or 0.0,
+        "rslora": bool(config.get("use_rslora")),
+    }
     return lora, rows(targets, place), open_files
 
 
@@ -193,7 +194,7 @@ def write(folder, lora, arrays, base=None):
 
     Args:
         folder: `pathlib.Path`.
-        lora: dict with `rank`, `alpha` and `targets`.
+        lora: dict of the arguments of `enable_lora`.
         arrays: iterable of pairs of key and array.
         base: str or `None`, name of the model that it belongs to.
     """
@@ -212,10 +213,10 @@ def write(folder, lora, arrays, base=None):
         "base_model_name_or_path": base,
         "r": lora["rank"],
         "lora_alpha": lora["alpha"],
-        "lora_dropout": 0.0,
+        "lora_dropout": lora["dropout"],
         "target_modules": _pattern(lora["targets"]),
         "inference_mode": True,
-        "use_rslora": False,
+        "use_rslora": lora["rslora"],
         **PLAIN_VALUES,
     }
     draft = folder / f"{CONFIG}.{os.getpid()}"

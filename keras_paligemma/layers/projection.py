@@ -5,6 +5,8 @@ import math
 import keras
 from keras import ops
 
+from keras_paligemma.layers.dropout import drop
+
 
 class Projection(keras.layers.Layer):
     """Multiply the last axes of a tensor with a kernel, and its adapter.
@@ -66,22 +68,16 @@ class Projection(keras.layers.Layer):
             )
         self.built = True
 
-    def add_adapter(self, rank, alpha):
-        """Freeze kernel and bias, and train a product of two thin matrices.
+    def add_adapter(self, rank, scale, dropout=0.0):
+        """Add the product of two thin matrices, which is zero at first.
 
         Args:
             rank: int, the width between the two.
-            alpha: float; the adapter is scaled by alpha / rank.
+            scale: float that the product is multiplied with. It is a variable,
+                so that adapters are switched without a new compilation.
+            dropout: float, share of the adapter's inputs that are dropped in
+                training; asks for a seed, see `layers.dropout`.
         """
-        if self.adapter_scale is not None:
-            raise ValueError(
-                f"{self.path} already has an adapter of rank "
-                f"{self.adapter_a.shape[-1]}. Expected a projection without "
-                "one: load the preset again for another rank."
-            )
-        self.kernel.trainable = False
-        if self.bias is not None:
-            self.bias.trainable = False
         self._tracker.unlock()
         # float32 whatever the kernel's dtype: in bfloat16 the small updates of
         # an adapter would round away.
@@ -97,18 +93,30 @@ class Projection(keras.layers.Layer):
             dtype="float32",
             name="adapter_b",
         )
+        self.adapter_scale = self.add_weight(
+            shape=(),
+            initializer=keras.initializers.Constant(scale),
+            dtype="float32",
+            trainable=False,
+            name="adapter_scale",
+        )
         self._tracker.lock()
-        self.adapter_scale = alpha / rank
+        self.adapter_dropout = dropout
 
     def call(self, x):
         y = contract(x, self.kernel, self.input_axes)
         if self.bias is not None:
             y = y + self.bias
         if self.adapter_scale is not None:
-            low = contract(x, self.adapter_a, self.input_axes)
-            low = low * ops.cast(self.adapter_scale, low.dtype)
-            y = y + contract(low, self.adapter_b, low.shape[-1:])
+            y = y + self._adapt(x)
         return y
+
+    def _adapt(self, x):
+        """Run the adapter: through the thin middle, never a merged kernel."""
+        x = drop(x, self.adapter_dropout, self.path)
+        low = contract(x, self.adapter_a, self.input_axes)
+        low = low * ops.cast(self.adapter_scale, low.dtype)
+        return contract(low, self.adapter_b, low.shape[-1:])
 
 
 def contract(x, kernel, input_axes):

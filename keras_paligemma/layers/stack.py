@@ -1,13 +1,18 @@
 """One block, N times: unrolled or stacked."""
 
+import contextlib
+import re
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_paligemma.compat import without_values
+from keras_paligemma.layers.dropout import dropping
+from keras_paligemma.layers.remat import check_remat
+from keras_paligemma.layers.remat import rematerialize
 
 FORMS = ("auto", "unrolled", "stacked")
-REMATS = (None, "block")
 
 
 class LayerStack(keras.layers.Layer):
@@ -27,8 +32,7 @@ class LayerStack(keras.layers.Layer):
         make_block: function of no arguments that returns a new block.
         num_layers: int N.
         form: "unrolled", "stacked" or "auto": stacked on TPU, else unrolled.
-        remat: "block" recomputes each block in the backward pass; `None`
-            keeps all activations.
+        remat: what the backward pass computes again, see `layers.remat`.
         numbered: bool, hand each block its number as `number`.
 
     Call arguments:
@@ -57,15 +61,13 @@ class LayerStack(keras.layers.Layer):
                 f"Unknown form of repetition. Received: {form!r}. Expected "
                 f"one of {FORMS}."
             )
-        if remat not in REMATS:
-            raise ValueError(
-                f"Unknown remat. Received: {remat!r}. Expected one of {REMATS}."
-            )
+        check_remat(remat)
         self.make_block = make_block
         self.num_layers = num_layers
         self.stacked = form == "stacked" or (form == "auto" and _on_tpu())
         self.remat = remat
         self.numbered = numbered
+        self.seed_generator = None
 
     def build(self, input_shape=None):
         if self.stacked:
@@ -103,14 +105,32 @@ class LayerStack(keras.layers.Layer):
         self._tracker.unlock()
         for name, variable in _named(self._template()).items():
             if name not in self._stacks:
-                self._stacks[name] = self.add_weight(
-                    shape=(self.num_layers, *variable.shape),
-                    initializer=_each_layer(variable._initializer),
-                    dtype=variable.dtype,
-                    autocast=variable._autocast,
-                    name=name.replace("/", "_"),
-                )
+                self._stacks[name] = self._stack_of(name, variable)
         self._tracker.lock()
+
+    def _stack_of(self, name, variable):
+        """Make the variable of all layers that `variable` stands for."""
+        *parts, last = name.split("/")
+        # Under its full path: layouts and optimizers know weights by it.
+        with contextlib.ExitStack() as scopes:
+            scopes.enter_context(self._open_name_scope())
+            for part in parts:
+                scopes.enter_context(keras.name_scope(part))
+            return keras.Variable(
+                _each_layer(variable._initializer),
+                shape=(self.num_layers, *variable.shape),
+                dtype=variable.dtype,
+                trainable=variable.trainable,
+                autocast=variable._autocast,
+                name=last,
+            )
+
+    def enable_dropout(self):
+        """Draw a seed a training step for what drops inside of the blocks."""
+        if self.seed_generator is None:
+            self._tracker.unlock()
+            self.seed_generator = keras.random.SeedGenerator()
+            self._tracker.lock()
 
     def weights_by_name(self):
         """Map each weight's name to its variable or its N variables.
@@ -160,21 +180,25 @@ class LayerStack(keras.layers.Layer):
             for _ in range(self.num_layers)
         ]
 
-    def call(self, x, *args, cache=None, index=None):
+    def call(self, x, *args, cache=None, index=None, training=None):
+        seed = None
+        if training and self.seed_generator is not None:
+            seed = self.seed_generator.next()
         run = self._scan if self.stacked else self._unroll
-        return run(x, args, cache, index)
+        return run(x, args, cache, index, seed)
 
     def _number(self, number):
         return {"number": number} if self.numbered else {}
 
-    def _unroll(self, x, args, cache, index):
+    def _unroll(self, x, args, cache, index, seed):
         if cache is None:
             for number, block in enumerate(self._layers):
                 # The closure binds its block: remat calls it again later.
                 def run(x, *args, block=block, number=number):
-                    return block(x, *args, **self._number(number))
+                    with dropping(seed, number):
+                        return block(x, *args, **self._number(number))
 
-                x = (keras.remat(run) if self.remat else run)(x, *args)
+                x = rematerialize(run, self.remat)(x, *args)
             return x
         written = []
         for number, (keys, values) in enumerate(cache):
@@ -188,7 +212,7 @@ class LayerStack(keras.layers.Layer):
             written.append((keys, values))
         return x, written
 
-    def _scan(self, x, args, cache, index):
+    def _scan(self, x, args, cache, index, seed):
         template = self._template()
         named = _named(template)
         # Read here, inside the trainer's scope of current values: the block's
@@ -200,11 +224,11 @@ class LayerStack(keras.layers.Layer):
 
         def block(slices, number, *args, **kwargs):
             mapping = list(zip(named.values(), slices, strict=True))
-            with keras.StatelessScope(mapping):
+            with keras.StatelessScope(mapping), dropping(seed, number):
                 return template(*args, **self._number(number), **kwargs)
 
         if cache is None:
-            block = keras.remat(block) if self.remat else block
+            block = rematerialize(block, self.remat)
 
             def step(x, number_and_slices):
                 number, *slices = number_and_slices
@@ -227,6 +251,25 @@ class LayerStack(keras.layers.Layer):
 
         (x, *cache), _ = ops.scan(step, (x, *cache), [numbers, *stacks])
         return x, tuple(cache)
+
+
+def stable_name(path):
+    """Give the name that a weight has in both forms, from its path.
+
+    Args:
+        path: str, `keras.Variable.path`.
+
+    Returns:
+        str, as `PaliGemmaBackbone.weights_by_name` knows it; a path outside
+        of both towers as it is.
+
+    Example:
+        >>> stable_name("backbone/text_decoder/blocks/3/block/mlp/up/kernel")
+        'text_decoder/blocks/mlp/up/kernel'
+    """
+    found = re.search(r"(vision_encoder|text_decoder)/.*", path)
+    path = found[0] if found else path
+    return re.sub(r"/blocks/\d+/block/", "/blocks/", path)
 
 
 def _named(block):

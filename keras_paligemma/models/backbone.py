@@ -17,6 +17,10 @@ from keras_paligemma.layers.attention import token_positions
 from keras_paligemma.models import adapters
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
+from keras_paligemma.models import trainable
+from keras_paligemma.models.inputs import check_images
+from keras_paligemma.models.inputs import check_token_ids
+from keras_paligemma.models.inputs import full_masks
 from keras_paligemma.models.text_decoder import TextDecoder
 from keras_paligemma.models.text_decoder import TextDecoderConfig
 from keras_paligemma.models.vision_encoder import VisionEncoder
@@ -39,7 +43,8 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         text_decoder: `TextDecoderConfig` or dict of its fields.
         form: form of repetition of the blocks: "auto", "stacked" or
             "unrolled"; see `layers.stack.LayerStack`.
-        remat: `None` or "block": recompute blocks in the backward pass.
+        remat: `None`, "block" or "dots": what the backward pass computes
+            again, see `layers.remat`.
         lora: `None` or dict of the arguments of `enable_lora`, which a saved
             model with adapters has.
         dtype: dtype policy of weights and computation.
@@ -119,7 +124,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         with keras.name_scope(self.name, caller=self):
             self.vision_encoder.build()
             self.text_decoder.build()
-        self.lora = None
+        self.adapters = adapters.Adapters(self)
         if lora is not None:
             self.enable_lora(**lora)
         self.built = True
@@ -193,16 +198,17 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
                 positions_BL = token_positions(valid_BL)
         return ops.cast(mask_BLL, "bool"), positions_BL
 
-    def logits(self, hidden_states):
+    def logits(self, hidden_states, capped=True):
         """Apply the tied head with the final soft cap.
 
         Args:
             hidden_states: tensor (..., D), from a call.
+            capped: bool, apply the cap, where the model has one.
 
         Returns:
             float32 tensor (..., V).
         """
-        return self.text_decoder.logits(hidden_states)
+        return self.text_decoder.logits(hidden_states, capped)
 
     def weights_by_name(self):
         """Map a stable name to each weight, in both forms of repetition.
@@ -227,41 +233,78 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
                 weights[f"{tower.name}/blocks/{name}"] = variable
         return weights
 
-    def enable_lora(self, rank, alpha=None, targets=None):
+    def enable_lora(
+        self,
+        rank,
+        alpha=None,
+        targets=None,
+        dropout=0.0,
+        rslora=False,
+        name="default",
+    ):
         """Freeze everything and train low-rank adapters in the blocks.
+
+        A second one, under another name, shares the room of the first; see
+        `adapters` for switching and merging.
 
         Args:
             rank: int.
             alpha: float, the adapters are scaled by alpha / rank; `rank` if
                 `None`.
-            targets: names of projections, some of `LORA_TARGETS`: plain ones
-                are the decoder's; the four of its attention if `None`.
+            targets: str or list of strs: "decoder", "decoder.attention",
+                "decoder.mlp", the same of "vision", "all", or names of
+                projections, some of `LORA_TARGETS`; the decoder's attention
+                if `None`.
+            dropout: float, share of an adapter's inputs dropped in training.
+            rslora: bool, scale by alpha / √rank.
+            name: str.
 
         Raises:
-            ValueError: unknown targets, or adapters are there already.
+            ValueError: unknown targets, a name that is taken, or more than
+                the first adapter made room for.
         """
-        adapters.enable(self, rank, alpha, targets)
+        lora = adapters.Lora(rank, alpha, targets, dropout, rslora)
+        self.adapters.add(name, lora)
 
-    def load_adapter(self, folder):
-        """Add the low-rank adapters that PEFT or `save_adapter` wrote.
+    def load_adapter(self, folder, name="default"):
+        """Add the low-rank adapter that PEFT or `save_adapter` wrote.
 
         Args:
             folder: str or path.
+            name: str, under which `adapters.select` finds it.
 
         Raises:
-            ValueError: no adapter, one that does not fit, or adapters are
-                there already; the model is as before.
+            ValueError: no adapter, one that does not fit, or a name that is
+                taken; the model is as before.
         """
-        adapters.load(self, folder)
+        adapters.load(self, folder, name)
 
-    def save_adapter(self, folder, base=None):
-        """Write the adapters as PEFT loads them onto transformers' model.
+    def save_adapter(self, folder, name=None, base=None):
+        """Write an adapter as PEFT loads it onto transformers' model.
 
         Args:
             folder: str or path.
-            base: str or `None`, name of the model that they belong to.
+            name: str, which one; `None` the one that is in use.
+            base: str or `None`, name of the model that it belongs to.
         """
-        adapters.save(self, folder, base)
+        adapters.save(self, folder, name, base)
+
+    def freeze(self, *patterns):
+        """Stop training the weights whose names match.
+
+        Args:
+            *patterns: strs, such as "vision_encoder/*" or "*/mlp/*": "*" goes
+                across "/". Names are those of `weights_by_name`.
+        """
+        trainable.set_trainable(self, patterns, False)
+
+    def unfreeze(self, *patterns):
+        """Train the weights whose names match; see `freeze`."""
+        trainable.set_trainable(self, patterns, True)
+
+    def trainable_table(self):
+        """Tell what is trained and how many parameters: a str to print."""
+        return trainable.table(self)
 
     @classproperty
     def presets(cls):
@@ -288,61 +331,17 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             "dtype": self.dtype_policy.name,
             "vision_encoder": dataclasses.asdict(self.vision_config),
             "text_decoder": dataclasses.asdict(self.text_config),
-            "lora": self.lora,
+            "lora": self.adapters.config(),
         }
 
     def get_config(self):
         return super().get_config() | {
             **self.architecture(),
+            "lora": self.adapters.slots and self.adapters.slots.config(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "form": self.form,
             "remat": self.remat,
         }
-
-
-def full_masks(inputs, num_image_tokens):
-    """Put image tokens, always valid and never response, before the masks."""
-    padding_BT = ops.cast(inputs["padding_mask"], "bool")
-    response_BT = ops.cast(inputs["response_mask"], "bool")
-    if num_image_tokens == 0:
-        return padding_BT, response_BT
-    shape = (ops.shape(padding_BT)[0], num_image_tokens)
-    return (
-        ops.concatenate([ops.ones(shape, "bool"), padding_BT], axis=1),
-        ops.concatenate([ops.zeros(shape, "bool"), response_BT], axis=1),
-    )
-
-
-def check_images(images, image_size):
-    """Refuse pictures whose rank, size or dtype the encoder cannot mean."""
-    shape = tuple(images.shape)
-    expected = (image_size, image_size, 3)
-    if len(shape) not in (4, 5) or shape[-3:] != expected:
-        raise ValueError(
-            f"The backbone takes pictures of shape (batch, {image_size}, "
-            f"{image_size}, 3) or (batch, frames, {image_size}, {image_size}, "
-            f"3). Received: shape {shape}. PaliGemmaImageConverter makes "
-            "them from any picture."
-        )
-    dtype = keras.backend.standardize_dtype(images.dtype)
-    if "float" not in dtype:
-        raise ValueError(
-            f"The backbone takes floats in [-1, 1]. Received: dtype {dtype}. "
-            "PaliGemmaImageConverter makes them from 0…255."
-        )
-
-
-def check_token_ids(token_ids, vocabulary_size):
-    """Refuse token ids that no row of the embedding stands for."""
-    token_ids = np.asarray(token_ids)
-    outside = (token_ids < 0) | (token_ids >= vocabulary_size)
-    if outside.any():
-        raise ValueError(
-            f"Token ids must lie in 0…{vocabulary_size - 1}. Received: "
-            f"{token_ids[outside][0]} at index "
-            f"{tuple(int(i[0]) for i in outside.nonzero())}. Is this the "
-            "tokenizer that belongs to the model?"
-        )
 
 
 def _config(cls, value):

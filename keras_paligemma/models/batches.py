@@ -62,3 +62,39 @@ class PreprocessedBatches(keras.utils.PyDataset):
 
     def on_epoch_end(self):
         self.dataset.on_epoch_end()
+
+
+def as_batches(x, y=None, batch_size=None, shuffle=False, preprocess=None):
+    """Turn what `fit` is given into batches that Keras trains on.
+
+    Args:
+        x: see `PaliGemmaCausalLM.fit`.
+        y: `None` where `x` is a dict.
+        batch_size: int, 32 if `None`; only for a dict.
+        shuffle: bool, only for a dict.
+        preprocess: function of raw (x, y, sample_weight).
+
+    Returns:
+        Pair of x and y.
+
+    Raises:
+        ValueError: targets beside a dict, or raw text in a `tf.data` dataset.
+    """
+    if isinstance(x, dict):
+        if y is not None:
+            raise ValueError(
+                "Targets come from the responses. Received: y. Expected: "
+                "a dict with 'images', 'prompts' and 'responses', no y."
+            )
+        x = Examples(x, batch_size or 32, shuffle)
+    if isinstance(x, keras.utils.PyDataset):
+        x = PreprocessedBatches(x, preprocess)
+    if "prompts" in str(getattr(x, "element_spec", "")):
+        raise ValueError(
+            "Raw text in a tf.data dataset cannot be preprocessed: that "
+            "runs in Python, not in a graph. Received: "
+            f"{x.element_spec}. Expected: a dict of lists, a "
+            "keras.utils.PyDataset of raw batches, or a Grain dataset "
+            "with `.map(model.preprocessor)`."
+        )
+    return x, y

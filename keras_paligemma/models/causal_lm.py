@@ -13,14 +13,15 @@ from keras_paligemma.compat import never_functional
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
 from keras_paligemma.models.backbone import PaliGemmaBackbone
-from keras_paligemma.models.backbone import check_token_ids
-from keras_paligemma.models.batches import Examples
-from keras_paligemma.models.batches import PreprocessedBatches
+from keras_paligemma.models.batches import as_batches
 from keras_paligemma.models.generation import drop_after_stop
 from keras_paligemma.models.generation import generate_tokens
 from keras_paligemma.models.generation import split_prompt
+from keras_paligemma.models.inputs import check_token_ids
+from keras_paligemma.models.losses import StreamedCrossEntropy
 from keras_paligemma.models.losses import responses_only
-from keras_paligemma.models.losses import streamed_cross_entropy
+from keras_paligemma.models.optimizers import Adam
+from keras_paligemma.models.optimizers import check_moments
 from keras_paligemma.preprocessing.preprocessor import (
     PaliGemmaCausalLMPreprocessor,
 )
@@ -62,7 +63,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self.preprocessor = preprocessor
         self.accuracy_tracker = keras.metrics.Mean(name="token_accuracy")
         self._response_length = None
-        self.loss_is_auto = False
+        self.own_loss = None
         self.built = True
         if compile:
             self.compile()
@@ -80,31 +81,26 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         """Choose optimizer, loss, metrics and sampler.
 
         Args:
-            optimizer: Keras optimizer or "auto": Adam at 2e-5.
-            loss: "auto", or any Keras loss of (B, R) targets and (B, R, V)
-                logits. "auto" is the original's: the mean over examples of
-                each one's mean over its response, streamed over the head so
-                that the logits are never in memory at once, with the accuracy
-                of the best guess as `token_accuracy`.
+            optimizer: Keras optimizer or "auto": our `Adam` at 2e-5.
+            loss: "auto", which is `StreamedCrossEntropy()`; one of those with
+                other arguments; or any Keras loss of (B, R) targets and (B, R,
+                V) logits. The first adds a metric, `token_accuracy`.
             metrics: Keras metrics, unweighted: they see padding too.
             weighted_metrics: Keras metrics of the response tokens.
             sampler: name or `keras_hub.samplers.Sampler` for `generate`.
             **kwargs: as `keras.Model.compile` takes them.
         """
         if optimizer == "auto":
-            # In bfloat16 a beta_2 of 0.999 rounds to 1 and nothing ever moves.
-            half = self.backbone.dtype_policy.variable_dtype == "bfloat16"
-            optimizer = keras.optimizers.Adam(
-                2e-5, beta_2=0.95 if half else 0.999
-            )
-        self.loss_is_auto = loss == "auto"
-        self.loss_is_streamed = self.loss_is_auto and not (
-            metrics or weighted_metrics
-        )
+            optimizer = Adam(2e-5)
+        loss = StreamedCrossEntropy() if loss == "auto" else loss
+        # Logits that metrics ask for anyway need no streaming.
+        is_own = isinstance(loss, StreamedCrossEntropy)
+        self.own_loss = loss if is_own else None
+        self.streams = is_own and not (metrics or weighted_metrics)
         keras.Model.compile(
             self,
             optimizer=optimizer,
-            loss=None if self.loss_is_auto else loss,
+            loss=None if is_own else loss,
             metrics=metrics,
             weighted_metrics=weighted_metrics,
             **kwargs,
@@ -115,8 +111,10 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     def get_compile_config(self):
         """Tell a `.keras` file how the model was compiled."""
         config = super().get_compile_config()
+        if self.own_loss is not None:
+            loss = keras.saving.serialize_keras_object(self.own_loss)
+            config["loss"] = loss
         return config | {
-            "loss": "auto" if self.loss_is_auto else config.get("loss"),
             "sampler": keras_hub.samplers.serialize(self.sampler),
             "optimizer_built": self.optimizer.built,
         }
@@ -134,7 +132,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     @property
     def metrics(self):
         metrics = super().metrics
-        if self.loss_is_auto:
+        if self.own_loss is not None:
             return metrics
         return [one for one in metrics if one is not self.accuracy_tracker]
 
@@ -145,9 +143,10 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             return self.backbone.logits(hidden_BLD[:, -tokens:])
         # In fit: the states that predict the response, and nothing else.
         hidden_BRD = hidden_BLD[:, -self._response_length - 1 : -1]
-        if self.loss_is_streamed:
+        if self.streams:
             return hidden_BRD
-        return self.backbone.logits(hidden_BRD)
+        capped = self.own_loss is None or self.own_loss.final_soft_cap
+        return self.backbone.logits(hidden_BRD, capped)
 
     def train_step(self, *args):
         with self._answering(args[-1]):
@@ -170,15 +169,21 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
-        if not self.loss_is_auto:
+        if self.own_loss is None:
             y_pred = responses_only(y, y_pred)
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         if sample_weight is None:
             sample_weight = ops.ones_like(y, dtype="float32")
-        head = self.backbone.logits if self.loss_is_streamed else (lambda x: x)
-        loss, accuracy = streamed_cross_entropy(y_pred, head, y, sample_weight)
+        loss, accuracy, _ = self.own_loss.stream(
+            y_pred, self._head, y, sample_weight
+        )
         self.accuracy_tracker.update_state(accuracy)
         return loss
+
+    def _head(self, x):
+        if not self.streams:
+            return x  # These are logits already.
+        return self.backbone.logits(x, self.own_loss.final_soft_cap)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         y_pred = responses_only(y, y_pred)
@@ -201,38 +206,23 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         Returns:
             `keras.callbacks.History`.
         """
-        x, y = self._batches(x, y, batch_size, shuffle)
+        check_moments(self.optimizer, self.trainable_variables)
+        x, y = as_batches(x, y, batch_size, shuffle, self.preprocess_samples)
         if kwargs.get("validation_data") is not None:
-            kwargs["validation_data"] = self._batches(
-                kwargs["validation_data"], None, batch_size
+            kwargs["validation_data"] = as_batches(
+                kwargs["validation_data"],
+                batch_size=batch_size,
+                preprocess=self.preprocess_samples,
             )[0]
         return keras.Model.fit(self, x, y, batch_size=None, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
         """Measure loss and metrics; takes what `fit` takes."""
         if not kwargs.get("_use_cached_eval_dataset"):
-            x, y = self._batches(x, y, batch_size)
-        return keras.Model.evaluate(self, x, y, batch_size=None, **kwargs)
-
-    def _batches(self, x, y, batch_size, shuffle=False):
-        if isinstance(x, dict):
-            if y is not None:
-                raise ValueError(
-                    "Targets come from the responses. Received: y. Expected: "
-                    "a dict with 'images', 'prompts' and 'responses', no y."
-                )
-            x = Examples(x, batch_size or 32, shuffle)
-        if isinstance(x, keras.utils.PyDataset):
-            x = PreprocessedBatches(x, self.preprocess_samples)
-        if "prompts" in str(getattr(x, "element_spec", "")):
-            raise ValueError(
-                "Raw text in a tf.data dataset cannot be preprocessed: that "
-                "runs in Python, not in a graph. Received: "
-                f"{x.element_spec}. Expected: a dict of lists, a "
-                "keras.utils.PyDataset of raw batches, or a Grain dataset "
-                "with `.map(model.preprocessor)`."
+            x, y = as_batches(
+                x, y, batch_size, preprocess=self.preprocess_samples
             )
-        return x, y
+        return keras.Model.evaluate(self, x, y, batch_size=None, **kwargs)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         if "token_ids" in x:
@@ -318,14 +308,44 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             ]
         return texts[0] if single else texts
 
-    def enable_lora(self, rank, alpha=None, targets=None):
-        """Freeze the model and train low-rank adapters in the decoder.
+    @property
+    def adapters(self):
+        """The named adapters: select, merge, unmerge; see `Adapters`."""
+        return self.backbone.adapters
 
-        See `PaliGemmaBackbone.enable_lora`. Compile again afterwards: the
-        optimizer must see the new variables.
+    def enable_lora(self, rank, **kwargs):
+        """Train low-rank adapters alone, and print what is trained.
+
+        Takes what `PaliGemmaBackbone.enable_lora` takes. Compile again
+        afterwards: the optimizer must see the new variables.
         """
-        self.backbone.enable_lora(rank, alpha, targets)
+        self.backbone.enable_lora(rank, **kwargs)
+        self._structure_changed()
+        print(self.backbone.trainable_table())
+
+    def load_adapter(self, folder, name="default"):
+        """Add the adapter of a folder; see `PaliGemmaBackbone`."""
+        self.backbone.load_adapter(folder, name)
+        self._structure_changed()
+
+    def save_adapter(self, folder, **kwargs):
+        """Write an adapter to a folder; see `PaliGemmaBackbone`."""
+        self.backbone.save_adapter(folder, **kwargs)
+
+    def freeze(self, *patterns):
+        """Stop training weights by patterns; see `PaliGemmaBackbone`."""
+        self.backbone.freeze(*patterns)
+        self._structure_changed()
+
+    def unfreeze(self, *patterns):
+        """Train weights by patterns; see `PaliGemmaBackbone`."""
+        self.backbone.unfreeze(*patterns)
+        self._structure_changed()
+
+    def _structure_changed(self):
+        """Forget what was compiled for other variables."""
         self.train_function = None
+        self.test_function = None
         self.generate_function = None
 
     @classproperty
@@ -362,37 +382,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         """
         return files.load_task(cls, preset, load_weights, dtype, kwargs)
 
-    def save_to_preset(self, preset_dir):
-        """Write configuration, weights and tokenizer to a directory.
-
-        Args:
-            preset_dir: str or path; `from_preset` loads it, exactly.
-        """
-        exports.export(preset_dir, "keras", self.backbone, self.preprocessor)
-
-    def export_to_transformers(self, path):
-        """Write a folder that transformers loads, processor included.
-
-        Args:
-            path: str or path of a folder that is not there yet.
-        """
-        exports.export(path, "transformers", self.backbone, self.preprocessor)
-
-    def export_to_keras_hub(self, path):
-        """Write a preset that KerasHub loads.
-
-        Args:
-            path: str or path of a folder that is not there yet.
-        """
-        exports.export(path, "keras_hub", self.backbone, self.preprocessor)
-
-    def export_to_big_vision(self, path, dtype=None, piece_size=None):
-        """Write big_vision's `.npz`, whole or in pieces.
-
-        Args:
-            path: str or path of the file, "….npz".
-            dtype: "float32" or "bfloat16"; that of the weights if `None`.
-            piece_size: int, bytes of a piece; one file if `None`.
-        """
-        options = {"dtype": dtype, "piece_size": piece_size}
-        exports.export(path, "big_vision", self.backbone, **options)
+    save_to_preset = exports.save_to_preset
+    export_to_transformers = exports.export_to_transformers
+    export_to_keras_hub = exports.export_to_keras_hub
+    export_to_big_vision = exports.export_to_big_vision

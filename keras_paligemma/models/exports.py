@@ -29,11 +29,12 @@ def export(path, to, backbone, preprocessor=None, **options):
     Raises:
         ValueError: the format has no place for something of the model.
     """
-    if backbone.lora is not None and to != "keras":
+    lora = backbone.adapters.config()
+    if lora is not None and to != "keras":
         raise ValueError(
             f"The format {to!r} has no place for adapters. Received: a model "
-            f"with {backbone.lora}. Write them apart with `save_adapter`, or "
-            "load the model again without them."
+            f"with {lora}. Write them apart with `save_adapter`, or call "
+            "`adapters.merge()` first."
         )
     config = {
         "backbone": backbone.architecture(),
@@ -41,7 +42,52 @@ def export(path, to, backbone, preprocessor=None, **options):
     }
     proto = preprocessor.tokenizer.proto if preprocessor else None
     weights = backbone.weights_by_name()
+    if lora is None:  # Merged adapters are in the kernels.
+        weights = {
+            name: weight
+            for name, weight in weights.items()
+            if "/adapter_" not in name
+        }
     write(path, to, config, weights, engine.to_numpy, proto, **options)
+
+
+def save_to_preset(model, preset_dir):
+    """Write configuration, weights and tokenizer to a directory.
+
+    Args:
+        preset_dir: str or path; `from_preset` loads it, exactly.
+    """
+    export(preset_dir, "keras", model.backbone, model.preprocessor)
+
+
+def export_to_transformers(model, path):
+    """Write a folder that transformers loads, processor included.
+
+    Args:
+        path: str or path of a folder that is not there yet.
+    """
+    export(path, "transformers", model.backbone, model.preprocessor)
+
+
+def export_to_keras_hub(model, path):
+    """Write a preset that KerasHub loads.
+
+    Args:
+        path: str or path of a folder that is not there yet.
+    """
+    export(path, "keras_hub", model.backbone, model.preprocessor)
+
+
+def export_to_big_vision(model, path, dtype=None, piece_size=None):
+    """Write big_vision's `.npz`, whole or in pieces.
+
+    Args:
+        path: str or path of the file, "….npz".
+        dtype: "float32" or "bfloat16"; that of the weights if `None`.
+        piece_size: int, bytes of a piece; one file if `None`.
+    """
+    options = {"dtype": dtype, "piece_size": piece_size}
+    export(path, "big_vision", model.backbone, **options)
 
 
 def _fields(preprocessor):

@@ -3,69 +3,155 @@
 import keras
 from keras import ops
 
+from keras_paligemma.layers.remat import rematerialize
 
-def streamed_cross_entropy(
-    hidden_BRD, head, targets_BR, weights_BR, chunk_tokens=1024
-):
-    """Average the loss of the responses, chunk of tokens by chunk.
+MEANS = ("example", "token")
+
+
+@keras.saving.register_keras_serializable(package="keras_paligemma")
+class StreamedCrossEntropy(keras.losses.Loss):
+    """Loss of the responses, as the original computes it: `loss="auto"`.
 
     A batch of logits over 257,152 pieces would be the largest tensor of a
     training step by far. Here the head is applied to `chunk_tokens` tokens at
-    a time and, in the backward pass, applied again.
+    a time and, in the backward pass, applied again. The accuracy of the best
+    guess comes from the same pass.
 
     Args:
-        hidden_BRD: tensor, last hidden states that predict the responses.
-        head: function of a tensor (tokens, D) that gives float32 logits
-            (tokens, V).
-        targets_BR: int tensor, the ids to predict.
-        weights_BR: float tensor, 0 where there is nothing to predict.
+        label_smoothing: float ε: the target gets 1 − ε, every other piece
+            ε / (V − 1).
+        mean: "example": the mean over examples of each one's mean over its
+            response, as the original; "token": the mean over all tokens, which
+            weighs long responses more.
+        final_soft_cap: bool; `True` trains what `generate` uses, where the
+            variant has a cap (PaliGemma 2 has, 1 has not); `False` leaves it
+            off, as the original's trainer does.
         chunk_tokens: int, tokens whose logits exist at a time.
 
-    Returns:
-        Two float32 scalars: the mean over examples of each example's mean
-        loss, and the weighted share of tokens whose best guess is right.
+    Example:
 
-    Source: big_vision `train.py` for the two means.
+    ```python
+    model.compile("adam", loss=StreamedCrossEntropy(label_smoothing=0.1))
+    ```
+
+    Source: big_vision, `trainers/proj/paligemma/train.py`.
     """
-    B, R, D = hidden_BRD.shape
-    B = ops.shape(hidden_BRD)[0] if B is None else B
 
-    def one_chunk(hidden_CD, targets_C):
-        logits_CV = head(hidden_CD)
-        best_C = ops.cast(ops.argmax(logits_CV, axis=-1), targets_C.dtype)
-        right_C = ops.cast(ops.equal(best_C, targets_C), "float32")
-        loss_C = keras.losses.sparse_categorical_crossentropy(
-            targets_C, logits_CV, from_logits=True
-        )
-        return loss_C, right_C
+    def __init__(
+        self,
+        label_smoothing=0.0,
+        mean="example",
+        final_soft_cap=True,
+        chunk_tokens=1024,
+        name="streamed_cross_entropy",
+        **kwargs,
+    ):
+        super().__init__(name=name, **kwargs)
+        if mean not in MEANS:
+            raise ValueError(
+                f"Unknown mean. Received: {mean!r}. Expected one of {MEANS}."
+            )
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(
+                "Label smoothing is a share of at least 0 and below 1. "
+                f"Received: {label_smoothing!r}."
+            )
+        self.label_smoothing = label_smoothing
+        self.mean = mean
+        self.final_soft_cap = final_soft_cap
+        self.chunk_tokens = chunk_tokens
 
-    chunks = 1
-    if not isinstance(B, int) or B * R <= chunk_tokens:
-        loss, right = one_chunk(
-            ops.reshape(hidden_BRD, (-1, D)), ops.reshape(targets_BR, (-1,))
+    def call(self, y_true, y_pred):
+        """Give the loss of each token from its logits (B, R, V)."""
+        return token_losses(y_pred, y_true, self.label_smoothing)[0]
+
+    def stream(self, hidden_BRD, head, targets_BR, weights_BR):
+        """Apply a head chunk by chunk, and average.
+
+        Args:
+            hidden_BRD: tensor, last hidden states that predict the responses.
+            head: function of a tensor (tokens, D) that gives float32 logits
+                (tokens, V).
+            targets_BR: int tensor, the ids to predict.
+            weights_BR: float tensor, 0 where there is nothing to predict.
+
+        Returns:
+            Two float32 scalars, the loss and the weighted share of tokens
+            whose best guess is right; and the loss of each example (B,).
+        """
+        B, R, D = hidden_BRD.shape
+        B = ops.shape(hidden_BRD)[0] if B is None else B
+
+        def one_chunk(hidden_CD, targets_C):
+            return token_losses(
+                head(hidden_CD), targets_C, self.label_smoothing
+            )
+
+        hidden = ops.reshape(hidden_BRD, (-1, D))
+        targets = ops.reshape(targets_BR, (-1,))
+        if not isinstance(B, int) or B * R <= self.chunk_tokens:
+            loss, right = one_chunk(hidden, targets)
+        else:
+            chunks = -(-B * R // self.chunk_tokens)
+            size = -(-B * R // chunks)
+            pad = chunks * size - B * R
+            hidden = ops.pad(hidden, [(0, pad), (0, 0)])
+            targets = ops.pad(targets, [(0, pad)])
+            chunk_of = rematerialize(one_chunk, "block")
+            loss, right = ops.map(
+                lambda chunk: chunk_of(*chunk),
+                (
+                    ops.reshape(hidden, (chunks, size, D)),
+                    ops.reshape(targets, (chunks, size)),
+                ),
+            )
+            loss = ops.reshape(loss, (-1,))[: B * R]
+            right = ops.reshape(right, (-1,))[: B * R]
+        weights_BR = ops.cast(weights_BR, "float32")
+        loss_BR = ops.reshape(loss, ops.shape(weights_BR)) * weights_BR
+        right_BR = ops.reshape(right, ops.shape(weights_BR)) * weights_BR
+        count_B = ops.sum(ops.cast(weights_BR > 0, "float32"), axis=-1)
+        loss_B = ops.sum(loss_BR, axis=-1) / ops.maximum(count_B, 1.0)
+        if self.mean == "token":
+            loss = ops.sum(loss_BR) / ops.maximum(ops.sum(count_B), 1.0)
+        else:
+            # A row without weight is no example: it fills a batch, or was
+            # skipped.
+            examples = ops.sum(ops.cast(count_B > 0, "float32"))
+            loss = ops.sum(loss_B) / ops.maximum(examples, 1.0)
+        total = ops.maximum(ops.sum(weights_BR), 1e-6)
+        return loss, ops.sum(right_BR) / total, loss_B
+
+    def get_config(self):
+        return super().get_config() | {
+            "label_smoothing": self.label_smoothing,
+            "mean": self.mean,
+            "final_soft_cap": self.final_soft_cap,
+            "chunk_tokens": self.chunk_tokens,
+        }
+
+
+def token_losses(logits, targets, label_smoothing=0.0):
+    """Give cross-entropy and whether the best guess is right, a token each.
+
+    Args:
+        logits: float tensor (..., V).
+        targets: int tensor (...).
+        label_smoothing: float.
+    """
+    logits = ops.cast(logits, "float32")
+    targets = ops.cast(targets, "int32")
+    total = ops.logsumexp(logits, axis=-1)
+    chosen = ops.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    loss = total - chosen
+    if label_smoothing:
+        others = logits.shape[-1] - 1
+        sum_of_others = ops.sum(logits, axis=-1) - chosen
+        loss = (1 - label_smoothing) * loss + label_smoothing * (
+            total - sum_of_others / others
         )
-    else:
-        chunks = -(-B * R // chunk_tokens)
-        size = -(-B * R // chunks)
-        pad = chunks * size - B * R
-        hidden = ops.pad(ops.reshape(hidden_BRD, (-1, D)), [(0, pad), (0, 0)])
-        targets = ops.pad(ops.reshape(targets_BR, (-1,)), [(0, pad)])
-        loss, right = ops.map(
-            lambda chunk: keras.remat(one_chunk)(*chunk),
-            (
-                ops.reshape(hidden, (chunks, size, D)),
-                ops.reshape(targets, (chunks, size)),
-            ),
-        )
-        loss = ops.reshape(loss, (-1,))[: B * R]
-        right = ops.reshape(right, (-1,))[: B * R]
-    weights_BR = ops.cast(weights_BR, "float32")
-    loss_BR = ops.reshape(loss, ops.shape(weights_BR)) * weights_BR
-    right_BR = ops.reshape(right, ops.shape(weights_BR)) * weights_BR
-    # A row without a response has weight 0 and must not divide by it.
-    count_B = ops.maximum(ops.sum(weights_BR, axis=-1), 1e-6)
-    loss = ops.mean(ops.sum(loss_BR, axis=-1) / count_B)
-    return loss, ops.sum(right_BR) / ops.maximum(ops.sum(weights_BR), 1e-6)
+    best = ops.cast(ops.argmax(logits, axis=-1), "int32")
+    return loss, ops.cast(ops.equal(best, targets), "float32")
 
 
 def responses_only(y, y_pred):

@@ -216,9 +216,9 @@ class TextDecoder(keras.layers.Layer):
         x_BTD, cache = x_BTD
         return self.final_norm(x_BTD), cache
 
-    def logits(self, hidden_states_BTD):
-        """Apply the tied head with the final soft cap, in float32."""
-        return soft_cap(
-            self.token_embedding.logits(hidden_states_BTD),
-            self.config.final_logit_soft_cap,
-        )
+    def logits(self, hidden_states_BTD, capped=True):
+        """Apply the tied head, with the final soft cap or not, in float32."""
+        logits_BTV = self.token_embedding.logits(hidden_states_BTD)
+        if not capped:
+            return logits_BTV
+        return soft_cap(logits_BTV, self.config.final_logit_soft_cap)

@@ -8,55 +8,12 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_paligemma import PaliGemmaBackbone
+from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
-from keras_paligemma import PaliGemmaImageConverter
-from keras_paligemma import PaliGemmaTokenizer
-from keras_paligemma.models.losses import streamed_cross_entropy
-from tests.conftest import IMAGE_SIZE
-from tests.conftest import PRESETS
-from tests.conftest import TEXT
-from tests.conftest import VISION
 from tests.conftest import error
 from tests.conftest import golden_prompts
 from tests.conftest import run
-
-TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
-
-
-@pytest.fixture
-def tiny_model():
-    """Function that builds a random model that reads and writes text."""
-
-    def build(**changes):
-        keras.utils.set_random_seed(0)
-        backbone = PaliGemmaBackbone(
-            IMAGE_SIZE, VISION, TEXT | {"vocabulary_size": 2048}, **changes
-        )
-        # The projector starts at zero; a test of pictures needs it awake.
-        backbone.vision_encoder.projector.kernel.assign(
-            np.random.default_rng(0).normal(size=(48, 64)) * 0.3
-        )
-        preprocessor = PaliGemmaCausalLMPreprocessor(
-            PaliGemmaTokenizer(TOKENIZER.read_bytes()),
-            PaliGemmaImageConverter(IMAGE_SIZE),
-            prompt_length=12,
-            response_length=8,
-        )
-        return PaliGemmaCausalLM(backbone, preprocessor)
-
-    return build
-
-
-@pytest.fixture
-def examples():
-    random = np.random.default_rng(0)
-    return {
-        "images": list(random.integers(0, 256, (4, 50, 40, 3), "uint8")),
-        "prompts": ["caption en", "detect cat", "answer en how many dog?", "a"],
-        "responses": ["a cat and a dog", "cat", "2", "an owl"],
-    }
 
 
 def prompts_of(examples):
@@ -211,70 +168,6 @@ def test_pictures_change_the_answer(tiny_model, examples):
     assert error(hidden[0, -9], hidden[1, -9]) > 1e-3
 
 
-def test_loss_is_the_originals(golden_backbone, expected):
-    # The original trains without the final cap.
-    backbone = golden_backbone(text={"final_logit_soft_cap": None})
-    model = PaliGemmaCausalLM(backbone)
-    ids = expected["in/train/text"]
-    x = {
-        "images": expected["in/image"][:4],
-        "token_ids": ids,
-        "padding_mask": np.ones(ids.shape, bool),
-        "response_mask": expected["in/train/mask_ar"].astype(bool),
-    }
-    weights = expected["in/train/mask_loss"][:, 1:].astype("float32")
-    # Its forward pass never sees the last token, whose id ours then embeds
-    # behind everything that counts.
-    logs = model.test_on_batch(x, ids[:, 1:], weights, return_dict=True)
-    wanted = float(expected["f32/loss/ls0.0/mean"])
-    assert float(logs["loss"]) == pytest.approx(wanted, rel=2e-5)
-
-
-def test_streamed_loss_is_the_plain_loss():
-    random = np.random.default_rng(0)
-    hidden = random.normal(size=(3, 7, 6)).astype("float32")
-    table = random.normal(size=(11, 6)).astype("float32")
-    targets = random.integers(0, 11, (3, 7))
-    weights = (random.random((3, 7)) > 0.4).astype("float32")
-    weights[2] = 0
-
-    def head(x):
-        return ops.matmul(x, ops.transpose(ops.convert_to_tensor(table)))
-
-    logits = hidden @ table.T
-    log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    loss = -np.take_along_axis(log, targets[..., None], -1)[..., 0] * weights
-    wanted = (loss.sum(1) / np.maximum(weights.sum(1), 1e-6)).mean()
-    right = ((logits.argmax(-1) == targets) * weights).sum() / weights.sum()
-    for chunk in (4, 5, 1000):
-        found, accuracy = streamed_cross_entropy(
-            ops.convert_to_tensor(hidden), head, targets, weights, chunk
-        )
-        assert float(found) == pytest.approx(wanted, rel=1e-5)
-        assert float(accuracy) == pytest.approx(right, rel=1e-5)
-
-
-def test_auto_loss_equals_keras_loss_on_full_logits(tiny_model, examples):
-    model = tiny_model()
-    # Responses of one length, so that both means weigh tokens the same.
-    examples["responses"] = ["a cat"] * 4
-    model.compile(optimizer="sgd")
-    auto = model.evaluate(examples, verbose=0, return_dict=True)
-    assert set(auto) == {"loss", "token_accuracy"}
-    model.compile(
-        optimizer="sgd",
-        loss=keras.losses.SparseCategoricalCrossentropy(
-            from_logits=True, reduction="mean_with_sample_weight"
-        ),
-        weighted_metrics=["sparse_categorical_accuracy"],
-    )
-    plain = model.evaluate(examples, verbose=0, return_dict=True)
-    assert auto["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-    assert auto["token_accuracy"] == pytest.approx(
-        plain["sparse_categorical_accuracy"]
-    )
-
-
 @pytest.mark.parametrize("policy", ["float32", "bfloat16", "mixed_bfloat16"])
 def test_fit_learns(tiny_model, examples, policy):
     model = tiny_model(dtype=policy)
@@ -287,9 +180,10 @@ def test_fit_learns(tiny_model, examples, policy):
 
 def test_default_optimizer_moves_bfloat16_weights(tiny_model, examples):
     model = tiny_model(dtype="bfloat16")
-    assert model.optimizer.beta_2 < 0.999
-    model.compile(optimizer="auto")
-    assert float(ops.cast(model.optimizer.beta_2, "bfloat16")) < 1
+    before = np.array(model.backbone.token_embedding.table)
+    model.compile(Adam(1e-3))
+    model.fit(examples, verbose=0)
+    assert (np.array(model.backbone.token_embedding.table) != before).any()
 
 
 def test_fit_takes_batches_and_datasets(tiny_model, examples):
@@ -307,41 +201,6 @@ def test_fit_takes_batches_and_datasets(tiny_model, examples):
     x, y, weights = model.preprocessor(examples)
     logs = model.train_on_batch(x, y, weights, return_dict=True)
     assert np.isfinite(logs["loss"])
-
-
-def test_lora_trains_adapters_alone(tiny_model, examples):
-    for form in ("unrolled", "stacked"):
-        model = tiny_model(form=form)
-        x = model.preprocessor.generate_preprocess(prompts_of(examples))
-        before = ops.convert_to_numpy(run(model, x))
-        model.enable_lora(rank=2, alpha=4)
-        # B starts at zero: nothing has changed yet.
-        np.testing.assert_array_equal(
-            ops.convert_to_numpy(run(model, x)), before
-        )
-        trained = {v.path.rsplit("_", 1)[0] for v in model.trainable_variables}
-        assert trained and all("adapter" in path for path in trained)
-        # A: D×r, B: r×(heads × head_dim), of q, k, v and o in three layers.
-        size = (64 + 96 + 64 + 48 + 64 + 48 + 96 + 64) * 2 * 3
-        count = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
-        assert count == size
-        frozen = [np.array(v) for v in model.non_trainable_variables]
-        model.compile(optimizer=keras.optimizers.Adam(1e-2))
-        losses = model.fit(examples, epochs=8, verbose=0).history["loss"]
-        assert losses[-1] < 0.9 * losses[0]
-        for one, two in zip(model.non_trainable_variables, frozen, strict=True):
-            if "seed" not in one.path:
-                np.testing.assert_array_equal(np.array(one), two)
-        assert error(run(model, x), before) > 1e-2
-
-
-def test_lora_refuses_a_second_time_and_unknown_targets(tiny_model):
-    model = tiny_model()
-    with pytest.raises(ValueError, match=r"Received: \['q_proj'\]"):
-        model.enable_lora(2, targets=["q_proj"])
-    model.enable_lora(2, targets=["gate", "query"])
-    with pytest.raises(ValueError, match="has adapters already"):
-        model.enable_lora(2)
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -1,0 +1,194 @@
+"""Adam for weights of every dtype, and the original's recipe around it."""
+
+import fnmatch
+
+import keras
+from keras import ops
+
+from keras_paligemma.layers.stack import stable_name
+
+# What the original's weight decay reaches: of the text decoder nothing, as its
+# kernels have other names there.
+DECAYED = ("vision_encoder/*kernel",)
+
+
+@keras.saving.register_keras_serializable(package="keras_paligemma")
+class Adam(keras.optimizers.Adam):
+    """Keras's Adam with float32 moments and rates by pattern.
+
+    In bfloat16, 0.999 rounds to 1 and the second moment never moves; here the
+    moments and the step are computed in float32, whatever the weight's dtype.
+
+    Args:
+        learning_rate: float, or schedule.
+        multipliers: dict of pattern to float: the learning rate, and weight
+            decay with it, times that number for weights whose name matches the
+            pattern ("vision_encoder/*": 0.1); the first match counts.
+        decayed: patterns of the weights that weight decay reaches; all if
+            `None`.
+        epsilon: float.
+        **kwargs: as `keras.optimizers.Adam` takes them: `beta_2`,
+            `weight_decay`, `global_clipnorm`, `use_ema`,
+            `gradient_accumulation_steps`, …
+
+    Source: https://arxiv.org/abs/1412.6980.
+    """
+
+    def __init__(
+        self,
+        learning_rate=2e-5,
+        multipliers=None,
+        decayed=None,
+        epsilon=1e-8,
+        name="adam",
+        **kwargs,
+    ):
+        super().__init__(learning_rate, epsilon=epsilon, name=name, **kwargs)
+        self.multipliers = dict(multipliers or {})
+        self.decayed = decayed and tuple(decayed)
+
+    def build(self, variables):
+        names = [stable_name(variable.path) for variable in variables]
+        for pattern in self.multipliers:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(
+                    "No trained weight matches a learning-rate multiplier. "
+                    f"Received: {pattern!r}. Expected: a pattern of names such "
+                    f"as {names[0]!r}."
+                )
+        super().build(variables)
+
+    def add_variable(self, *args, dtype=None, **kwargs):
+        half = dtype in ("bfloat16", "float16")
+        dtype = "float32" if half else dtype
+        return super().add_variable(*args, dtype=dtype, **kwargs)
+
+    def update_step(self, gradient, variable, learning_rate):
+        gradient = ops.cast(gradient, "float32")
+        rate = ops.cast(learning_rate, "float32") * self._multiplier(variable)
+        step = ops.cast(self.iterations + 1, "float32")
+        index = self._get_variable_index(variable)
+        momentum, velocity = self._momentums[index], self._velocities[index]
+        self.assign_add(momentum, (gradient - momentum) * (1 - self.beta_1))
+        self.assign_add(
+            velocity, (ops.square(gradient) - velocity) * (1 - self.beta_2)
+        )
+        # As in the paper and the original: Keras's own leaves the epsilon out
+        # of the correction, which slows small gradients down at the start.
+        mean = momentum / (1 - ops.power(self.beta_1, step))
+        square = velocity / (1 - ops.power(self.beta_2, step))
+        change = rate * mean / (ops.sqrt(square) + self.epsilon)
+        self.assign_sub(variable, ops.cast(change, variable.dtype))
+
+    def _multiplier(self, variable):
+        name = stable_name(variable.path)
+        for pattern, factor in self.multipliers.items():
+            if fnmatch.fnmatch(name, pattern):
+                return factor
+        return 1.0
+
+    def _apply_weight_decay(self, variables):
+        if self.weight_decay is None:
+            return
+        rate = self.weight_decay * self._get_current_learning_rate()
+        for variable in variables:
+            if self._use_weight_decay(variable):
+                share = ops.cast(rate * self._multiplier(variable), "float32")
+                change = ops.cast(variable, "float32") * share
+                self.assign_sub(variable, ops.cast(change, variable.dtype))
+
+    def _use_weight_decay(self, variable):
+        if self.decayed is None:
+            return super()._use_weight_decay(variable)
+        name = stable_name(variable.path)
+        return any(fnmatch.fnmatch(name, one) for one in self.decayed)
+
+    def get_config(self):
+        return super().get_config() | {
+            "multipliers": self.multipliers,
+            "decayed": self.decayed,
+        }
+
+
+def transfer_recipe(
+    steps,
+    learning_rate=1e-5,
+    weight_decay=0.0,
+    warmup=0.05,
+    clip=1.0,
+    **kwargs,
+):
+    """Give the optimizer that the original's transfers are trained with.
+
+    Adam, gradients clipped together, a linear warm-up and a cosine to zero.
+    The published settings of each benchmark are pairs of learning rate and
+    weight decay for batches of 256.
+
+    Args:
+        steps: int, training steps in all.
+        learning_rate: float, at the end of the warm-up.
+        weight_decay: float, share of a weight that a step at the full rate
+            takes; not multiplied by the learning rate. It reaches `DECAYED`.
+        warmup: float, share of the steps.
+        clip: float, largest norm of all gradients together.
+        **kwargs: as `Adam` takes them.
+
+    Returns:
+        `Adam`.
+
+    Example:
+        >>> transfer_recipe(1000, 3e-6, weight_decay=3e-7).global_clipnorm
+        1.0
+
+    Source: big_vision, `configs/proj/paligemma/transfers`.
+    """
+    warmup_steps = int(warmup * steps)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup_steps else learning_rate,
+        steps - warmup_steps,
+        warmup_target=learning_rate if warmup_steps else None,
+        warmup_steps=warmup_steps,
+    )
+    # Keras multiplies the decay by the learning rate.
+    decay = weight_decay / learning_rate if weight_decay else None
+    return Adam(
+        schedule,
+        weight_decay=decay,
+        decayed=DECAYED,
+        global_clipnorm=clip,
+        **kwargs,
+    )
+
+
+def check_moments(optimizer, variables):
+    """Refuse an optimizer that would stand still.
+
+    Args:
+        optimizer: Keras optimizer.
+        variables: the trained variables.
+
+    Raises:
+        ValueError: a beta that is 1 in a variable's dtype.
+    """
+    if optimizer is None or isinstance(optimizer, Adam):
+        return
+    for variable in variables:
+        if variable.dtype not in ("bfloat16", "float16"):
+            continue
+        for name in ("beta_1", "beta_2", "rho", "momentum"):
+            beta = getattr(optimizer, name, None)
+            if not isinstance(beta, float) or beta >= 1:
+                continue
+            rounded = float(
+                ops.convert_to_numpy(
+                    ops.cast(ops.cast(beta, variable.dtype), "float32")
+                )
+            )
+            if rounded == 1:
+                raise ValueError(
+                    f"{name}={beta} is 1 in {variable.dtype}, the dtype of the "
+                    f"trained {variable.path}: nothing would ever move. Use "
+                    "keras_paligemma.Adam, whose moments are float32; load the "
+                    "model with dtype='mixed_bfloat16', whose weights are "
+                    "float32; or train adapters, which are float32."
+                )

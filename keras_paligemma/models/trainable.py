@@ -1,0 +1,78 @@
+"""Which weights are trained: by patterns of names, and shown as a table."""
+
+import difflib
+import fnmatch
+import math
+
+from keras_paligemma.checkpoints import engine
+
+
+def set_trainable(backbone, patterns, value):
+    """Freeze or unfreeze the weights whose names match.
+
+    Args:
+        backbone: `PaliGemmaBackbone`.
+        patterns: strs such as "vision_encoder/*" or "*/mlp/*", matched with
+            the names of `weights_by_name`; "*" goes across "/".
+        value: bool, what `trainable` becomes.
+
+    Raises:
+        ValueError: a pattern that matches nothing: nothing has changed then.
+    """
+    weights = backbone.weights_by_name()
+    chosen = []
+    for pattern in patterns:
+        names = fnmatch.filter(weights, pattern)
+        if not names:
+            near = difflib.get_close_matches(pattern, weights, 3, 0.3)
+            raise ValueError(
+                f"No weight matches. Received: {pattern!r}. Expected: a "
+                "pattern of names such as 'vision_encoder/*'. Near it are: "
+                f"{near or list(weights)[:3]}."
+            )
+        chosen += names
+    for name in chosen:
+        for variable in _variables(weights[name]):
+            if value and "int" in variable.dtype:
+                raise ValueError(
+                    "Weights in low bits cannot be trained. Received: "
+                    f"{name!r} of dtype {variable.dtype}. Train adapters, or "
+                    "load the preset without quantize=."
+                )
+            variable.trainable = value
+
+
+def table(backbone):
+    """Tell what is trained, a line for each part, and how many parameters.
+
+    Args:
+        backbone: `PaliGemmaBackbone`.
+
+    Returns:
+        str, a table to print.
+    """
+    parts, trained, total = {}, 0, 0
+    for name, weight in backbone.weights_by_name().items():
+        size = math.prod(engine.shape_of(weight))
+        total += size
+        first = _variables(weight)[0]
+        if not first.trainable:
+            continue
+        trained += size
+        place = name.rsplit("/", 1)[0]
+        key = place, first.dtype
+        parts[key] = parts.get(key, 0) + size
+    width = max([len(place) for place, _ in parts] + [len("trained")])
+    lines = [f"{'trained':<{width}}  dtype      parameters"]
+    for (place, dtype), count in parts.items():
+        lines.append(f"{place:<{width}}  {dtype:<9}  {count:>11,}")
+    share = 100 * trained / total
+    lines.append(
+        f"{'together':<{width}}  {'':<9}  {trained:>11,}  of {total:,} "
+        f"({share:.3g} %)"
+    )
+    return "\n".join(lines)
+
+
+def _variables(weight):
+    return weight if isinstance(weight, list) else [weight]

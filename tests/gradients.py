@@ -1,0 +1,61 @@
+"""Gradients of a scalar by every trained weight, on each backend."""
+
+import keras
+import numpy as np
+from keras import ops
+
+
+def gradients(function, model):
+    """Differentiate a function of no arguments by a model's weights.
+
+    Args:
+        function: gives a scalar.
+        model: has `weights_by_name`.
+
+    Returns:
+        Dict of name to array, of blocks layer axis first.
+    """
+    weights = {
+        name: weight if isinstance(weight, list) else [weight]
+        for name, weight in model.weights_by_name().items()
+    }
+    weights = {
+        name: variables
+        for name, variables in weights.items()
+        if variables[0].trainable
+    }
+    flat = [one for variables in weights.values() for one in variables]
+
+    def loss(values):
+        with keras.StatelessScope(list(zip(flat, values, strict=True))):
+            return function()
+
+    values = [ops.convert_to_tensor(variable.value) for variable in flat]
+    found = iter(_differentiate(loss, values))
+    result = {}
+    for name in weights:
+        parts = [next(found) for _ in weights[name]]
+        is_list = isinstance(model.weights_by_name()[name], list)
+        result[name] = np.stack(parts) if is_list else parts[0]
+    return result
+
+
+def _differentiate(loss, values):
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        found = jax.jit(jax.grad(loss))(values)
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            total = loss(values)
+        found = tape.gradient(total, values)
+        found = [ops.convert_to_tensor(one) for one in found]
+    else:
+        values = [value.detach().requires_grad_() for value in values]
+        loss(values).backward()
+        found = [value.grad for value in values]
+    return [ops.convert_to_numpy(one) for one in found]

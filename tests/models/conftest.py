@@ -1,0 +1,51 @@
+"""A tiny random model that reads and writes text, and examples for it."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_paligemma import PaliGemmaBackbone
+from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma import PaliGemmaCausalLMPreprocessor
+from keras_paligemma import PaliGemmaImageConverter
+from keras_paligemma import PaliGemmaTokenizer
+from tests.conftest import IMAGE_SIZE
+from tests.conftest import PRESETS
+from tests.conftest import TEXT
+from tests.conftest import VISION
+
+TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
+
+
+@pytest.fixture
+def tiny_model():
+    """Function that builds a random model that reads and writes text."""
+
+    def build(**changes):
+        keras.utils.set_random_seed(0)
+        backbone = PaliGemmaBackbone(
+            IMAGE_SIZE, VISION, TEXT | {"vocabulary_size": 2048}, **changes
+        )
+        # The projector starts at zero; a test of pictures needs it awake.
+        backbone.vision_encoder.projector.kernel.assign(
+            np.random.default_rng(0).normal(size=(48, 64)) * 0.3
+        )
+        preprocessor = PaliGemmaCausalLMPreprocessor(
+            PaliGemmaTokenizer(TOKENIZER.read_bytes()),
+            PaliGemmaImageConverter(IMAGE_SIZE),
+            prompt_length=12,
+            response_length=8,
+        )
+        return PaliGemmaCausalLM(backbone, preprocessor)
+
+    return build
+
+
+@pytest.fixture
+def examples():
+    random = np.random.default_rng(0)
+    return {
+        "images": list(random.integers(0, 256, (4, 50, 40, 3), "uint8")),
+        "prompts": ["caption en", "detect cat", "answer en how many dog?", "a"],
+        "responses": ["a cat and a dog", "cat", "2", "an owl"],
+    }

@@ -1,0 +1,310 @@
+"""Adapters: what they train, how they are switched, merged and saved."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_paligemma import Adam
+from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma import StreamedCrossEntropy
+from keras_paligemma.models.adapters import GROUPS
+from keras_paligemma.models.adapters import LORA_TARGETS
+from tests.conftest import error
+from tests.conftest import golden_training
+from tests.conftest import run
+from tests.gradients import gradients
+
+FORMS = ["unrolled", "stacked"]
+
+
+def inputs_of(model, examples):
+    return model.preprocessor.generate_preprocess(
+        {key: examples[key] for key in ("images", "prompts")}
+    )
+
+
+def output(model, x):
+    return ops.convert_to_numpy(run(model, x))
+
+
+def randomize(backbone, seed):
+    """Give the live adapter values, as training would."""
+    random = np.random.default_rng(seed)
+    for name, weight in backbone.weights_by_name().items():
+        if name.endswith(("adapter_a", "adapter_b")):
+            for one in weight if isinstance(weight, list) else [weight]:
+                one.assign(random.normal(size=one.shape) * 0.2)
+
+
+def test_lora_trains_adapters_alone(tiny_model, examples):
+    for form in FORMS:
+        model = tiny_model(form=form)
+        x = model.preprocessor.generate_preprocess(
+            {key: examples[key] for key in ("images", "prompts")}
+        )
+        before = ops.convert_to_numpy(run(model, x))
+        model.enable_lora(rank=2, alpha=4)
+        # B starts at zero: nothing has changed yet.
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(run(model, x)), before
+        )
+        trained = {v.path.rsplit("_", 1)[0] for v in model.trainable_variables}
+        assert trained and all("adapter" in path for path in trained)
+        # A: D×r, B: r×(heads × head_dim), of q, k, v and o in three layers.
+        size = (64 + 96 + 64 + 48 + 64 + 48 + 96 + 64) * 2 * 3
+        count = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+        assert count == size
+        frozen = [np.array(v) for v in model.non_trainable_variables]
+        model.compile(optimizer=keras.optimizers.Adam(1e-2))
+        losses = model.fit(examples, epochs=8, verbose=0).history["loss"]
+        assert losses[-1] < 0.9 * losses[0]
+        for one, two in zip(model.non_trainable_variables, frozen, strict=True):
+            if "seed" not in one.path:
+                np.testing.assert_array_equal(np.array(one), two)
+        assert error(run(model, x), before) > 1e-2
+
+
+def test_targets_by_tower_and_the_table(tiny_model, capsys):
+    sizes = {}
+    for target in GROUPS:
+        model = tiny_model()
+        model.enable_lora(2, targets=target)
+        trained = sum(
+            int(np.prod(one.shape)) for one in model.trainable_variables
+        )
+        sizes[target] = trained
+        assert f"{trained:,}  of " in capsys.readouterr().out
+        paths = {one.path for one in model.trainable_variables}
+        assert any("vision" in path for path in paths) == (
+            target.startswith("vision") or target == "all"
+        )
+    assert sizes["all"] == sizes["decoder"] + sizes["vision"]
+    for tower in ("decoder", "vision"):
+        parts = sizes[f"{tower}.attention"] + sizes[f"{tower}.mlp"]
+        assert sizes[tower] == parts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rank": 2, "targets": ["q_proj"]}, r"Received: \['q_proj'\]"),
+        ({"rank": 0}, "positive integer"),
+        ({"rank": 2, "dropout": 1.0}, "below 1"),
+    ],
+)
+def test_arguments_that_mean_nothing(tiny_model, arguments, words):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=words):
+        model.enable_lora(**arguments)
+    assert model.adapters.known == {}
+    assert all(one.trainable for one in model.trainable_variables)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_several_adapters_are_switched(tiny_model, examples, tmp_path, form):
+    model = tiny_model(form=form)
+    x = inputs_of(model, examples)
+    bare = output(model, x)
+    model.enable_lora(4, targets="decoder", name="one")
+    randomize(model.backbone, 1)
+    first = output(model, x)
+    model.enable_lora(2, alpha=6, rslora=True, name="two")
+    randomize(model.backbone, 2)
+    # Only what the second one has room for may be there.
+    values = model.adapters.values("two")
+    model.save_adapter(tmp_path / "two")
+    model.adapters.select("one")
+    np.testing.assert_array_equal(output(model, x), first)
+    model.adapters.select(None)
+    np.testing.assert_array_equal(output(model, x), bare)
+    model.adapters.select("two")
+    again = model.adapters.values("two")
+    for name, value in values.items():
+        np.testing.assert_array_equal(again[name], value)
+    # From a file, alone on a base: the same adapter.
+    alone = tiny_model(form=form)
+    alone.load_adapter(tmp_path / "two")
+    for name, value in alone.adapters.values("default").items():
+        np.testing.assert_array_equal(value, values[name])
+    model.load_adapter(tmp_path / "two", name="three")
+    assert error(output(model, x), output(alone, x)) < 1e-5
+    assert model.adapters.known["three"] == alone.adapters.known["default"]
+
+
+def test_a_switch_compiles_nothing_again(tiny_model, examples):
+    model = tiny_model()
+    inputs = {key: examples[key] for key in ("images", "prompts")}
+    model.enable_lora(2, name="one")
+    randomize(model.backbone, 1)
+    model.enable_lora(2, name="two")
+    model.generate(inputs, max_new_tokens=2)
+    compiled = model.generate_function
+    before = count_compilations(compiled)
+    model.adapters.select("one")
+    model.generate(inputs, max_new_tokens=2)
+    assert model.generate_function is compiled
+    assert count_compilations(compiled) == before
+
+
+def count_compilations(function):
+    """How often JAX compiled what a closure holds; 0 elsewhere."""
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    return sum(
+        cell._cache_size() for cell in cells if hasattr(cell, "_cache_size")
+    )
+
+
+def test_adapters_that_do_not_fit_the_slots(tiny_model):
+    model = tiny_model()
+    model.enable_lora(2, targets=["gate", "query"])
+    before = len(model.variables)
+    for arguments in ({"rank": 3}, {"rank": 2, "targets": ["up"]}):
+        with pytest.raises(ValueError, match="add the largest adapter first"):
+            model.enable_lora(**arguments, name="other")
+    with pytest.raises(ValueError, match="'default' already"):
+        model.enable_lora(2, targets=["gate"])
+    with pytest.raises(ValueError, match="Unknown adapter"):
+        model.adapters.select("other")
+    with pytest.raises(ValueError, match="no such adapter"):
+        model.save_adapter("nowhere", name="other")
+    assert len(model.variables) == before
+    assert list(model.adapters.known) == ["default"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_merge_and_unmerge(tiny_model, examples, tmp_path, form):
+    model = tiny_model(form=form)
+    x = inputs_of(model, examples)
+    bare = output(model, x)
+    with pytest.raises(ValueError, match="no active adapter"):
+        model.adapters.merge()
+    model.enable_lora(3, alpha=5, targets="all")
+    randomize(model.backbone, 1)
+    wanted = output(model, x)
+    assert error(wanted, bare) > 1e-2
+    model.adapters.merge()
+    assert error(output(model, x), wanted) < 1e-5
+    with pytest.raises(ValueError, match="is merged"):
+        model.adapters.merge()
+    # What is written holds the adapter in its kernels, and no adapter.
+    model.save_to_preset(tmp_path / "merged")
+    read = PaliGemmaCausalLM.from_preset(tmp_path / "merged")
+    assert read.adapters.slots is None
+    assert error(output(read, x), wanted) < 1e-5
+    model.export_to_big_vision(tmp_path / "merged.npz")
+    model.adapters.unmerge()
+    assert error(output(model, x), wanted) < 1e-5
+    model.adapters.select(None)
+    assert error(output(model, x), bare) < 1e-5
+    with pytest.raises(ValueError, match="No adapter is merged"):
+        model.adapters.unmerge()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dropout_is_in_training_alone(tiny_model, examples, form):
+    model = tiny_model(form=form)
+    model.enable_lora(2, dropout=0.5, targets="all")
+    randomize(model.backbone, 1)
+    x, y, weights = model.preprocessor(examples)
+    tested = model.test_on_batch(x, y, weights)[0]
+    assert model.test_on_batch(x, y, weights)[0] == tested
+    model.compile(keras.optimizers.SGD(0.0))
+    losses = [float(model.train_on_batch(x, y, weights)[0]) for _ in range(3)]
+    # Another mask each step; none of them is the full adapter.
+    assert len({*losses, float(tested)}) == 4
+
+
+def test_dropout_differs_by_layer_and_projection():
+    from keras_paligemma.layers.dropout import drop
+    from keras_paligemma.layers.dropout import dropping
+
+    seed = keras.random.SeedGenerator(3).next()
+    x = ops.ones((64, 8))
+    masks = {}
+    for number in range(3):
+        with dropping(seed, number):
+            for place in ("blocks/block/mlp/up", "blocks/block/mlp/gate"):
+                kept = ops.convert_to_numpy(drop(x, 0.25, place))
+                assert set(np.unique(kept).round(4)) <= {0.0, 1.3333}
+                masks[number, place] = kept.tobytes()
+            again = ops.convert_to_numpy(drop(x, 0.25, "b/block/mlp/up"))
+            assert again.tobytes() == masks[number, "blocks/block/mlp/up"]
+    assert len(set(masks.values())) == 6
+    np.testing.assert_array_equal(drop(x, 0.25, "anywhere"), x)
+
+
+def test_full_rank_is_a_full_update(golden_backbone, expected):
+    """A step on B alone, with A the identity, is a step on the kernel."""
+    x, targets, weights = golden_training(expected)
+    place = "text_decoder/blocks/mlp/up"
+    loss = StreamedCrossEntropy()
+
+    def train(backbone):
+        model = PaliGemmaCausalLM(backbone)
+        model.compile(keras.optimizers.SGD(1e-3), loss=loss)
+        for _ in range(3):
+            model.train_on_batch(x, targets, weights)
+        hidden = backbone(x)
+        return ops.convert_to_numpy(backbone.logits(hidden[:, -6:]))
+
+    full = golden_backbone()
+    bare = ops.convert_to_numpy(full.logits(full(x)[:, -6:]))
+    full.freeze("*")
+    full.unfreeze(f"{place}/kernel")
+    wanted = train(full)
+    adapted = golden_backbone()
+    adapted.enable_lora(64, targets=["up"])
+    adapted.freeze("*/adapter_a")
+    for one in adapted.weights_by_name()[f"{place}/adapter_a"]:
+        one.assign(np.eye(64))
+    found = train(adapted)
+    assert error(wanted, bare) > 1e-3
+    assert error(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_low_rank_gradients_are_the_kernels(golden_backbone, expected, form):
+    """A's and B's gradients follow from the kernel's, by the chain rule."""
+    x, targets, weights = golden_training(expected)
+    loss = StreamedCrossEntropy()
+
+    def gradients_of(backbone):
+        def function():
+            hidden = backbone(x)[:, -targets.shape[1] - 1 : -1]
+            return loss.stream(hidden, backbone.logits, targets, weights)[0]
+
+        return gradients(function, backbone)
+
+    adapted = golden_backbone(form=form)
+    adapted.enable_lora(3, alpha=6, targets=["gate", "vision.down"])
+    randomize(adapted, 0)
+    found = gradients_of(adapted)
+    values = adapted.adapters.values("default")
+    adapted.adapters.merge()
+    adapted.unfreeze("*/kernel")
+    kernels = gradients_of(adapted)
+    assert len(found) == 4
+    for name, gradient in found.items():
+        place, half = name.rsplit("/", 1)
+        kernel = kernels[f"{place}/kernel"]
+        a, b = values[f"{place}/adapter_a"], values[f"{place}/adapter_b"]
+        if half == "adapter_a":
+            wanted = 2 * kernel @ b.transpose(0, 2, 1)
+        else:
+            wanted = 2 * a.transpose(0, 2, 1) @ kernel
+        assert error(gradient, wanted) < 1e-5, name
+
+
+def test_bfloat16_base_has_float32_adapters(tiny_model, examples):
+    model = tiny_model(dtype="bfloat16")
+    model.enable_lora(2, targets=LORA_TARGETS)
+    assert {one.dtype for one in model.trainable_variables} == {"float32"}
+    before = [np.array(one) for one in model.trainable_variables]
+    model.compile(Adam(1e-5))
+    model.fit(examples, epochs=2, verbose=0)
+    moved = [
+        (np.array(one) != two).any()
+        for one, two in zip(model.trainable_variables, before, strict=True)
+    ]
+    assert all(moved)
