@@ -23,7 +23,8 @@ def streamed_cross_entropy(
 
     Returns:
         Two float32 scalars: the mean over examples of each example's mean
-        loss, and the weighted share of tokens whose best guess is right.
+        loss, where a row of no weight is no example, and the weighted share
+        of tokens whose best guess is right.
 
     Source: big_vision `train.py` for the two means.
     """
@@ -62,9 +63,11 @@ def streamed_cross_entropy(
     weights_BR = ops.cast(weights_BR, "float32")
     loss_BR = ops.reshape(loss, ops.shape(weights_BR)) * weights_BR
     right_BR = ops.reshape(right, ops.shape(weights_BR)) * weights_BR
-    # A row without a response has weight 0 and must not divide by it.
-    count_B = ops.maximum(ops.sum(weights_BR, axis=-1), 1e-6)
-    loss = ops.mean(ops.sum(loss_BR, axis=-1) / count_B)
+    # A row of weight 0 is no example: it fills a batch, or was skipped.
+    weight_B = ops.sum(weights_BR, axis=-1)
+    loss_B = ops.sum(loss_BR, axis=-1) / ops.maximum(weight_B, 1e-6)
+    examples = ops.sum(ops.cast(ops.greater(weight_B, 0), "float32"))
+    loss = ops.sum(loss_B) / ops.maximum(examples, 1.0)
     return loss, ops.sum(right_BR) / ops.maximum(ops.sum(weights_BR), 1e-6)
 
 
