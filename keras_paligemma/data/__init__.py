@@ -9,7 +9,7 @@ epoch). `Batches` makes batches of a source. Names are loaded on first use.
 import importlib
 
 _HOME = {
-    "Batches": "batches",
+    "Batches": "pipeline",
     "COCOSource": "coco",
     "ExampleError": "examples",
     "FieldSource": "fields",

@@ -110,9 +110,7 @@ class COCOSource:
                 )
             if one["category_id"] not in class_of:
                 continue
-            box = one.get("bbox")
-            is_box = isinstance(box, list) and len(box) == 4
-            boxes.append(box if is_box else [np.nan] * 4)
+            boxes.append(_box(one.get("bbox")))
             rows.append(row_of[one["image_id"]])
             classes.append(class_of[one["category_id"]])
             ids.append(one.get("id"))
@@ -196,6 +194,17 @@ def _read(path):
             f"{sorted(wanted)}. Received: {received}."
         )
     return data
+
+
+def _box(box):
+    """Four numbers; nan, which fits no picture, for anything else."""
+    if (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(isinstance(edge, (int, float)) for edge in box)
+    ):
+        return box
+    return [np.nan] * 4
 
 
 def _check_masks(encode_mask):

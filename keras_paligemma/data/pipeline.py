@@ -195,6 +195,8 @@ class Batches:
     def _read_ahead(self, first):
         """Iterate over what the reader makes, from a batch on."""
         grain = grain_or_error()
+        from absl import flags  # Grain needs it, so it is there.
+
         stop = _ENDLESS if self.epochs is None else self.epochs * len(self)
         if first >= stop:
             return iter(())
@@ -203,6 +205,9 @@ class Batches:
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         )
         if self.workers:
+            if not flags.FLAGS.is_parsed():
+                # Grain reads flags that only an absl program would parse.
+                flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=self.workers, per_worker_buffer_size=2

@@ -1,6 +1,7 @@
 """The batch of a number: its examples, in their order, read and stacked."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,10 @@ from keras_paligemma.data.examples import ExampleError
 from keras_paligemma.data.examples import answers_of
 from keras_paligemma.data.examples import located
 from keras_paligemma.data.examples import where
+
+# From here on Grain's shuffle, which holds no list, takes some 10 µs a number;
+# below it looks for each among 65,536, up to 10 ms long.
+_FEW = 10_000
 
 
 @dataclasses.dataclass
@@ -56,10 +61,7 @@ class Reader:
         """Numbers of the examples, in the order of an epoch."""
         if not self.shuffle:
             return range(len(self.source))
-        # Seeds that follow each other would share epochs without this.
-        seed = np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]
-        numbers = grain_or_error().MapDataset.range(len(self.source))
-        return numbers.shuffle(seed=int(seed))
+        return _shuffled(len(self.source), self.seed, epoch)
 
     def _example(self, index, epoch):
         with located(where(self.source, index)):
@@ -67,8 +69,8 @@ class Reader:
             answers = answers_of(example)
             answer = answers[0]
             if len(answers) > 1:
-                random = np.random.default_rng([self.seed, epoch, index])
-                answer = answers[random.integers(len(answers))]
+                random = np.random.RandomState([self.seed, epoch, index])
+                answer = answers[random.randint(len(answers))]
             arrays = self.preprocessor(
                 {
                     "images": example["images"],
@@ -105,6 +107,17 @@ class Reader:
                     f"The first: {problem}"
                 )
         return self.blank
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(count, seed, epoch):
+    """The numbers below `count` in an order of their own for each epoch."""
+    # `RandomState`, whose numbers no version of NumPy changes.
+    if count < _FEW:
+        return np.random.RandomState([seed, epoch]).permutation(count)
+    # Seeds that follow each other would share epochs without this.
+    seed = np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
+    return grain_or_error().MapDataset.range(count).shuffle(seed=int(seed))
 
 
 def _stack(examples):

@@ -142,8 +142,9 @@ def test_masks(write):
     )
     source = COCOSource(path, "", "segment", encode_mask=encode)
     codes = "".join(f"<seg{8 * i:03d}>" for i in range(16))
-    assert source[0]["prompts"] == "segment cat ; dog ; hat"
-    assert source[0]["responses"] == (
+    example = source[0]
+    assert example["prompts"] == "segment cat ; dog ; hat"
+    assert example["responses"] == (
         f"<loc0256><loc0256><loc0767><loc0512>{codes} cat ; "
         f"<loc0205><loc0077><loc0307><loc0128>{codes} dog ; "
         f"<loc0205><loc0077><loc0307><loc0128>{codes} hat"

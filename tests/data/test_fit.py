@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaImageConverter
@@ -16,7 +17,8 @@ from keras_paligemma.data import Batches
 from keras_paligemma.data import ExampleError
 from keras_paligemma.data import JSONLSource
 from tests.conftest import GOLDEN
-from tests.conftest import PRESETS
+from tests.conftest import TEXT
+from tests.conftest import VISION
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +42,28 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model():
-    model = PaliGemmaCausalLM.from_preset(
-        PRESETS / "pali_gemma2_nano_112", prompt_length=8, response_length=6
+def preprocessor():
+    return PaliGemmaCausalLMPreprocessor(
+        PaliGemmaTokenizer(GOLDEN / "toy_sp.model"),
+        PaliGemmaImageConverter(28),
+        prompt_length=9,
+        response_length=6,
     )
+
+
+@pytest.fixture(scope="module")
+def model(preprocessor):
+    keras.utils.set_random_seed(0)
+    backbone = PaliGemmaBackbone(
+        28,
+        VISION | {"num_layers": 1},
+        TEXT
+        | {
+            "num_layers": 1,
+            "vocabulary_size": preprocessor.tokenizer.vocabulary_size(),
+        },
+    )
+    model = PaliGemmaCausalLM(backbone, preprocessor)
     model.compile(optimizer=keras.optimizers.SGD(1e-3))
     return model
 
@@ -141,13 +161,10 @@ def test_blank_rows_change_no_loss(model, source):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_bad_pictures_are_told_by_line(source):
-    preprocessor = PaliGemmaCausalLMPreprocessor(
-        PaliGemmaTokenizer(GOLDEN / "toy_sp.model"), PaliGemmaImageConverter(28)
-    )
+def test_bad_pictures_are_told_by_line(source, preprocessor):
     batches = iter(Batches(source, preprocessor, 3, shuffle=False))
     x, y, _ = next(batches)
-    assert x["images"].shape == (3, 28, 28, 3) and y.shape == (3, 64)
+    assert x["images"].shape == (3, 28, 28, 3) and y.shape == (3, 6)
     message = r"train.jsonl, line 4: .*3.png.*No such file"
     with pytest.raises(ExampleError, match=message):
         next(batches)
