@@ -59,7 +59,8 @@ class Batches:
     Attributes:
         skipped: int, examples skipped since this object was made, counted
             once an epoch when their batch is handed out, not when a worker
-            reads it. A warning tells of the 1st, the 10th, the 100th ….
+            reads it (`fit` on TensorFlow asks for some batches ahead of what
+            it uses). A warning tells of the 1st, the 10th, the 100th ….
         problems: dict of example number to message, of the first 1000.
 
     Example:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaImageConverter
@@ -17,8 +16,7 @@ from keras_paligemma.data import Batches
 from keras_paligemma.data import ExampleError
 from keras_paligemma.data import JSONLSource
 from tests.conftest import GOLDEN
-from tests.conftest import TEXT
-from tests.conftest import VISION
+from tests.conftest import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +50,17 @@ def preprocessor():
 
 
 @pytest.fixture(scope="module")
-def model(preprocessor):
-    keras.utils.set_random_seed(0)
-    backbone = PaliGemmaBackbone(
-        28,
-        VISION | {"num_layers": 1},
-        TEXT
-        | {
-            "num_layers": 1,
-            "vocabulary_size": preprocessor.tokenizer.vocabulary_size(),
-        },
+def model():
+    model = PaliGemmaCausalLM.from_preset(
+        PRESETS / "pali_gemma2_nano_112",
+        form="stacked",
+        prompt_length=9,
+        response_length=6,
     )
-    model = PaliGemmaCausalLM(backbone, preprocessor)
+    # A short backward pass compiles in half the time.
+    model.backbone.vision_encoder.trainable = False
+    model.backbone.text_decoder.blocks.trainable = False
+    model.backbone.text_decoder.token_embedding.trainable = False
     model.compile(optimizer=keras.optimizers.SGD(1e-3))
     return model
 
@@ -96,7 +93,9 @@ def test_fit_goes_on_where_it_was(model, source):
     wanted = fit(batches, epochs=2)
     assert len(wanted) == 6 and np.isfinite(wanted).all()
     assert len(set(wanted)) > 4
-    assert batches.skipped == 4
+    # Two of each epoch; TensorFlow takes batches before they are used.
+    assert 4 <= batches.skipped <= 8
+    assert set(batches.problems) == {3, 4}
     # Exactly these batches, from the middle of an epoch on.
     batches = Batches(source, model.preprocessor, 2, skip_errors=True)
     batches.set_state(json.loads(json.dumps(batches.get_state(2))))
@@ -142,23 +141,15 @@ def test_fit_learns_and_validates(model, source):
 
 
 def test_blank_rows_change_no_loss(model, source):
-    kwargs = {"shuffle": False, "epochs": 1}
-    (three,) = Batches(
-        [source[i] for i in (0, 1, 2)], model.preprocessor, 3, **kwargs
-    )
-    (padded,) = Batches(
-        [source[i] for i in (0, 1, 2)],
-        model.preprocessor,
-        5,
-        drop_remainder=False,
-        **kwargs,
-    )
-    assert padded[1].shape[0] == 5
+    kwargs = {"drop_remainder": False, "epochs": 1}
+    (half,) = Batches([source[0]], model.preprocessor, 2, **kwargs)
+    (full,) = Batches([source[0]] * 2, model.preprocessor, 2, **kwargs)
+    assert half[2].any(axis=1).tolist() == [True, False]
     losses = [
         float(model.test_on_batch(*batch, return_dict=True)["loss"])
-        for batch in (three, padded)
+        for batch in (half, full)
     ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_bad_pictures_are_told_by_line(source, preprocessor):
