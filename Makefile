@@ -21,7 +21,7 @@ lint: .venv/for-test
 # are many small models, so two processes of one thread each are fastest.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 BY_BACKEND := tests/layers tests/models tests/preprocessing \
-	tests/checkpoints/test_formats.py
+	tests/checkpoints/test_formats.py tests/data/test_fit.py
 
 backends: .venv/for-test
 	KERAS_BACKEND=jax $(PYTEST)
@@ -40,5 +40,5 @@ notebooks: .venv/for-test
 
 .venv/for-test: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt \
-		-e ".[jax,tensorflow,torch,hf,notebooks,dev]"
+		-e ".[jax,tensorflow,torch,data,eval,hf,notebooks,dev]"
 	touch $@

@@ -41,6 +41,17 @@ def test_ground_floor_needs_no_keras_hub(module):
     assert heavy == "[]"
 
 
+def test_data_needs_no_keras_before_it_reads():
+    heavy = run(
+        "import sys;"
+        "from keras_paligemma.data import *;"
+        "names = ('keras', 'tensorflow', 'jax', 'torch', 'grain',"
+        " 'pycocotools');"
+        "print([name for name in names if name in sys.modules], Batches)"
+    )
+    assert heavy.startswith("[]") and "Batches" in heavy
+
+
 def test_names_are_listed_and_unknown_ones_refused():
     import keras_paligemma
 

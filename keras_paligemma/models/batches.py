@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 
+from keras_paligemma.data.pipeline import Batches
+
 
 class Examples(keras.utils.PyDataset):
     """Slice a dict of equally long lists into batches of raw examples."""
@@ -64,29 +66,68 @@ class PreprocessedBatches(keras.utils.PyDataset):
         self.dataset.on_epoch_end()
 
 
-def as_batches(x, y=None, batch_size=None, shuffle=False, preprocess=None):
-    """Turn what `fit` is given into batches that Keras trains on.
+class Numbered(keras.utils.PyDataset):
+    """Give Keras the batches of a `Batches` by number.
+
+    Keras would take a Grain data set too, but reads its first batches to see
+    their shapes, begins it anew each epoch, in the same order, and knows no
+    length. Numbers make all of that harmless: a batch is a function of its
+    number, and `fit` with `steps_per_epoch` goes on counting over epochs.
+    """
+
+    def __init__(self, batches: Batches):
+        super().__init__()
+        self.batches = batches
+        self.iterator = iter(batches)
+        # Keras reads shapes off the first batches, then begins with them.
+        self.first = {}
+
+    @property
+    def num_batches(self):
+        return self.batches.total
+
+    def __getitem__(self, index):
+        # Asked anew each time: a callback may set the state as `fit` begins.
+        state = self.batches.get_state(index)
+        number = state["batches"]
+        if number in self.first:
+            return self.first[number]
+        self.iterator.set_state(state)
+        batch = next(self.iterator)
+        if index < 2:
+            self.first[number] = batch
+        else:
+            self.first.clear()
+        return batch
+
+
+def steps_of(x) -> int | None:
+    """Steps of an epoch where Keras cannot know: `Batches` have no end."""
+    return len(x) if isinstance(x, Batches) else None
+
+
+def as_dataset(x, y, batch_size, preprocess, shuffle=False):
+    """Make what `fit` was given a data set of preprocessed batches.
 
     Args:
-        x: see `PaliGemmaCausalLM.fit`.
-        y: `None` where `x` is a dict.
+        x: as `PaliGemmaCausalLM.fit` takes it.
+        y: `None`; targets come from the responses.
         batch_size: int, 32 if `None`; only for a dict.
-        shuffle: bool, only for a dict.
-        preprocess: function of raw (x, y, sample_weight).
+        preprocess: function of `(x, y, sample_weight)`.
+        shuffle: bool, draw the examples of a dict in another order each epoch.
 
     Returns:
-        Pair of x and y.
-
-    Raises:
-        ValueError: targets beside a dict, or raw text in a `tf.data` dataset.
+        What `keras.Model.fit` takes.
     """
+    if y is not None and isinstance(x, (dict, Batches)):
+        raise ValueError(
+            "Targets come from the responses. Received: y. Expected: "
+            "a dict with 'images', 'prompts' and 'responses', no y."
+        )
     if isinstance(x, dict):
-        if y is not None:
-            raise ValueError(
-                "Targets come from the responses. Received: y. Expected: "
-                "a dict with 'images', 'prompts' and 'responses', no y."
-            )
         x = Examples(x, batch_size or 32, shuffle)
+    if isinstance(x, Batches):
+        x = Numbered(x)
     if isinstance(x, keras.utils.PyDataset):
         x = PreprocessedBatches(x, preprocess)
     if "prompts" in str(getattr(x, "element_spec", "")):
@@ -97,4 +138,4 @@ def as_batches(x, y=None, batch_size=None, shuffle=False, preprocess=None):
             "keras.utils.PyDataset of raw batches, or a Grain dataset "
             "with `.map(model.preprocessor)`."
         )
-    return x, y
+    return x

@@ -13,7 +13,8 @@ from keras_paligemma.compat import never_functional
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
 from keras_paligemma.models.backbone import PaliGemmaBackbone
-from keras_paligemma.models.batches import as_batches
+from keras_paligemma.models.batches import as_dataset
+from keras_paligemma.models.batches import steps_of
 from keras_paligemma.models.generation import drop_after_stop
 from keras_paligemma.models.generation import generate_tokens
 from keras_paligemma.models.generation import split_prompt
@@ -194,9 +195,10 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
 
         Args:
             x: dict of equally long lists (or arrays) `images`, `prompts`,
-                `responses`, preprocessed a batch at a time; a
-                `keras.utils.PyDataset` of raw or preprocessed batches; a
-                Grain or `tf.data` dataset of preprocessed batches.
+                `responses`, preprocessed a batch at a time;
+                `keras_paligemma.data.Batches`, of which an epoch takes
+                `len`; a `keras.utils.PyDataset` of raw or preprocessed
+                batches; a Grain or `tf.data` dataset of preprocessed ones.
             y: `None`; the targets come from the responses.
             batch_size: int, 32 if `None`; only for a dict.
             shuffle: bool, draw a dict's examples in another order each epoch.
@@ -207,21 +209,26 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             `keras.callbacks.History`.
         """
         check_moments(self.optimizer, self.trainable_variables)
-        x, y = as_batches(x, y, batch_size, shuffle, self.preprocess_samples)
-        if kwargs.get("validation_data") is not None:
-            kwargs["validation_data"] = as_batches(
-                kwargs["validation_data"],
-                batch_size=batch_size,
-                preprocess=self.preprocess_samples,
-            )[0]
-        return keras.Model.fit(self, x, y, batch_size=None, **kwargs)
+        steps = steps_of(x)
+        kwargs.setdefault("steps_per_epoch", steps)
+        x = as_dataset(x, y, batch_size, self.preprocess_samples, shuffle)
+        validation = kwargs.get("validation_data")
+        if validation is not None:
+            kwargs.setdefault("validation_steps", steps_of(validation))
+            kwargs["validation_data"] = as_dataset(
+                validation, None, batch_size, self.preprocess_samples
+            )
+        # `Batches` have an order of their own, which Keras must not mix.
+        shuffle = shuffle and steps is None
+        return keras.Model.fit(
+            self, x, y, batch_size=None, shuffle=shuffle, **kwargs
+        )
 
     def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
         """Measure loss and metrics; takes what `fit` takes."""
         if not kwargs.get("_use_cached_eval_dataset"):
-            x, y = as_batches(
-                x, y, batch_size, preprocess=self.preprocess_samples
-            )
+            kwargs.setdefault("steps", steps_of(x))
+            x = as_dataset(x, y, batch_size, self.preprocess_samples)
         return keras.Model.evaluate(self, x, y, batch_size=None, **kwargs)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):

@@ -1,0 +1,142 @@
+"""Data sets of other libraries, by the names of their fields."""
+
+import string
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+from keras_paligemma.data.examples import located
+
+
+class FieldSource:
+    """Examples of any data set of a length and of `[index]`.
+
+    Of Hugging Face (`datasets.load_dataset(…, split="train")`, which lies on
+    disk, so that it may be larger than memory), of TensorFlow Datasets
+    (`tfds.data_source(…, split="train")`, which needs no TensorFlow), of
+    Grain, of Torch, or a list of dictionaries.
+
+    Args:
+        dataset: the data set; its examples are dictionaries.
+        images: str, the field of the picture, or of a list of frames.
+        prompts: str, the prompt itself, where `{field}` stands for a field's
+            text: "caption en", "answer en {question}".
+        responses: str, the field of the answer, or of a list of answers of
+            which `Batches` draws one each epoch.
+
+            Each of the three may be a function of the example instead, which
+            returns the picture, the prompt, the answer or answers.
+
+    Raises:
+        ValueError: the data set cannot be asked for an example by number. A
+            stream could neither be shuffled as a whole nor be resumed where
+            it stood.
+        ExampleError: on `source[index]`: a field is missing, or not text.
+
+    Example:
+
+    ```python
+    vqa = datasets.load_dataset("…", split="train")
+    source = FieldSource(
+        vqa, prompts="answer en {question}", responses="answers"
+    )
+    digits = tfds.data_source("mnist", split="train")
+    source = FieldSource(
+        digits, prompts="ocr", responses=lambda example: str(example["label"])
+    )
+    ```
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        images: str | Callable = "image",
+        prompts: str | Callable = "caption en",
+        responses: str | Callable = "caption",
+    ):
+        if isinstance(dataset, Mapping):
+            raise ValueError(
+                "This is a dictionary of data sets. Expected: one of them, "
+                f"such as dataset['train']. Received: {sorted(dataset)}."
+            )
+        if not hasattr(dataset, "__len__") or not hasattr(
+            dataset, "__getitem__"
+        ):
+            raise ValueError(
+                "The data set cannot be asked for an example by number. "
+                "Expected: `len(dataset)` and `dataset[index]`, as of "
+                "datasets.Dataset or tfds.data_source. Received: "
+                f"{type(dataset).__name__}. Load it without `streaming=True` "
+                "(it is read from disk all the same), take "
+                "`tfds.data_source` in place of `tfds.load`, or write it to "
+                "JSONL."
+            )
+        self.dataset = dataset
+        self.images = images
+        self.prompts = prompts
+        self.responses = responses
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def where(self, index: int) -> str:
+        """Name the place of an example, counted from 0 as the data set does."""
+        return f"{type(self.dataset).__name__}[{index}]"
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"There is no example {index} of {len(self)}.")
+        with located(self.where(index)):
+            example = self.dataset[int(index)]
+            responses = _get(example, self.responses)
+            if hasattr(responses, "tolist"):  # Arrays, of TFDS.
+                responses = responses.tolist()
+            if isinstance(responses, (list, tuple)):
+                responses = [_text(one, "an answer") for one in responses]
+            else:
+                responses = _text(responses, "the answer")
+            if callable(self.prompts):
+                prompt = _text(self.prompts(example), "the prompt")
+            else:
+                prompt = _fill(self.prompts, example)
+            return {
+                "images": _get(example, self.images),
+                "prompts": prompt,
+                "responses": responses,
+            }
+
+
+def _get(example, field):
+    if callable(field):
+        return field(example)
+    if field not in example:
+        raise ValueError(
+            f"There is no field {field!r}. Expected: one of "
+            f"{sorted(example)}. Name the fields with `images=`, `prompts=` "
+            "and `responses=`, or pass functions of the example."
+        )
+    return example[field]
+
+
+def _fill(template, example):
+    """Put the text of fields in the place of their names."""
+    parts = []
+    for literal, field, _, _ in string.Formatter().parse(template):
+        parts.append(literal)
+        if field is not None:
+            value = _get(example, field)
+            parts.append(_text(value, f"field {field!r}"))
+    return "".join(parts)
+
+
+def _text(value, name):
+    if isinstance(value, bytes):
+        value = value.decode("utf-8")
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(
+            f"{name[0].upper()}{name[1:]} is not text, or empty. Expected: a "
+            f"string or UTF-8 bytes. Received: {value!r:.80} of type "
+            f"{type(value).__name__}. Turn it into text with a function, such "
+            "as `responses=lambda example: str(example['label'])`."
+        )
+    return value

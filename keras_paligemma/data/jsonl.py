@@ -1,0 +1,152 @@
+"""Lines of JSON with a picture, a prompt and an answer."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from keras_paligemma.data.examples import located
+
+_EXPECTED = (
+    'Expected: {"image": "cat.jpg", "prefix": "caption en", "suffix": "a cat"}.'
+)
+_CHUNK = 2**24
+
+
+class JSONLSource:
+    """Examples of a JSONL file, each read when it is asked for.
+
+    The format of the original, Vertex AI and Roboflow: a line holds `image`,
+    `prefix` and `suffix`. Of the file only the places of its lines are kept,
+    16 bytes each, so it may be larger than memory. Empty lines are passed
+    over; everything else that is no example is an error once it is asked for.
+
+    Args:
+        path: str or path of the file.
+        image_folder: str or path that pictures are relative to; the file's
+            own folder if `None`.
+        allow_empty: bool, whether an answer may be empty, as for pictures
+            where there is nothing to detect.
+
+    Raises:
+        ValueError: there is no such file.
+        ExampleError: on `source[index]`, with file and line: it is not JSON,
+            lacks a field, or holds another type. A picture is read later,
+            by the preprocessor.
+
+    Example:
+
+    ```python
+    source = JSONLSource("train.jsonl", image_folder="pictures")
+    source[0]
+    # {"images": "pictures/cat.jpg", "prompts": "caption en",
+    #  "responses": "a cat"}
+    ```
+
+    `image` may be a list (frames), and so may `suffix`: several answers, of
+    which `Batches` draws one each epoch, as the original does.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        image_folder: str | os.PathLike | None = None,
+        allow_empty: bool = False,
+    ):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(
+                "The data file does not exist. Expected: path of a JSONL "
+                f"file. Received: {os.fspath(path)!r}."
+            )
+        self.image_folder = os.fspath(image_folder or self.path.parent)
+        self.allow_empty = allow_empty
+        self.starts, self.lines = _lines(self.path)
+
+    def __len__(self):
+        return len(self.starts)
+
+    def where(self, index: int) -> str:
+        """Name file and line of an example, counted from 1."""
+        return f"{self.path}, line {self.lines[index] + 1}"
+
+    def __getitem__(self, index):
+        with located(self.where(index)):
+            # Opened anew each time: threads and processes share no position.
+            with open(self.path, "rb") as file:
+                file.seek(self.starts[index])
+                return self._example(file.readline())
+
+    def _example(self, line):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"The line is not JSON: {error}. {_EXPECTED} "
+                f"Received: {line[:80]!r}"
+            ) from error
+        if not isinstance(record, dict) or not (
+            {"image", "prefix", "suffix"} <= set(record)
+        ):
+            received = sorted(record) if isinstance(record, dict) else record
+            raise ValueError(
+                f"A field is missing. {_EXPECTED} Received: {received!r:.80}."
+            )
+        several = isinstance(record["image"], list)
+        images = [
+            os.path.join(self.image_folder, name)
+            for name in _strings(record, "image")
+        ]
+        if not isinstance(record["prefix"], str):
+            raise ValueError(
+                "`prefix` is not text. Expected: a string. Received: "
+                f"{record['prefix']!r:.80}."
+            )
+        answers = _strings(record, "suffix", self.allow_empty)
+        return {
+            "images": images if several else images[0],
+            "prompts": record["prefix"],
+            "responses": answers if len(answers) > 1 else answers[0],
+        }
+
+
+def _strings(record, field, allow_empty=False):
+    """Read a field as a list of one or more strings."""
+    value = record[field]
+    strings = value if isinstance(value, list) else [value]
+    if not strings or not all(isinstance(one, str) for one in strings):
+        raise ValueError(
+            f"`{field}` is not text. Expected: a string, or a list of "
+            f"strings. Received: {value!r:.80}."
+        )
+    if not allow_empty and not all(one.strip() for one in strings):
+        raise ValueError(
+            f"`{field}` is empty. Expected: text. Received: {value!r:.80}. "
+            "Where an empty answer is meant, pass `allow_empty=True`."
+        )
+    return strings
+
+
+def _lines(path):
+    """Where the lines of a file begin, and which they are, without empty ones.
+
+    Returns:
+        Two int64 arrays: bytes from the start of the file; numbers of lines,
+        counted from 0.
+    """
+    parts, size = [np.zeros(1, "int64")], 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            ends = np.flatnonzero(np.frombuffer(chunk, "uint8") == ord("\n"))
+            parts.append(ends + (size + 1))
+            size += len(chunk)
+        starts = np.concatenate(parts)
+        lengths = np.diff(starts, append=size)
+        keep = lengths > 0
+        # "\n" and "\r\n"; but no other line of one or two bytes.
+        for line in np.flatnonzero(keep & (lengths <= 2)):
+            file.seek(starts[line])
+            keep[line] = bool(file.readline().strip())
+    lines = np.flatnonzero(keep)
+    return starts[lines], lines

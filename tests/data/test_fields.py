@@ -1,0 +1,73 @@
+"""Data sets of others: fields, prompts, and what cannot be read by number."""
+
+import numpy as np
+import pytest
+
+from keras_paligemma.data import ExampleError
+from keras_paligemma.data import FieldSource
+
+PICTURE = np.zeros((2, 3, 3), "uint8")
+ROWS = [
+    {"image": PICTURE, "question": b"who?", "answers": ["I", "you"], "label": 3}
+]
+
+
+def test_fields_prompts_and_functions():
+    source = FieldSource(
+        ROWS, prompts="answer en {question}", responses="answers"
+    )
+    assert len(source) == 1
+    assert source[0]["images"] is PICTURE
+    assert source[0]["prompts"] == "answer en who?"
+    assert source[0]["responses"] == ["I", "you"]
+    source = FieldSource(
+        ROWS,
+        images=lambda example: [example["image"]] * 2,
+        prompts=lambda example: f"count to {example['label']}",
+        responses=lambda example: str(example["label"]),
+    )
+    assert len(source[0]["images"]) == 2
+    assert source[0]["prompts"] == "count to 3"
+    assert source[0]["responses"] == "3"
+    # A prompt is its own text, even where a field has that name.
+    assert FieldSource(ROWS, prompts="question", responses="answers")[0][
+        "prompts"
+    ] == ("question")
+
+
+def test_arrays_of_bytes_are_text():
+    rows = [{"image": PICTURE, "caption": np.array([b"a", "ä".encode()], "O")}]
+    assert FieldSource(rows)[0]["responses"] == ["a", "ä"]
+    rows = [{"image": PICTURE, "caption": np.array("one")}]
+    assert FieldSource(rows)[0]["responses"] == "one"
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"responses": "caption"}, r"list\[0\]: There is no field 'caption'"),
+        ({"responses": "label"}, r"list\[0\]: The answer is not text"),
+        (
+            {"prompts": "answer {what}", "responses": "answers"},
+            "no field 'what'.*'answers', 'image'",
+        ),
+        (
+            {"prompts": "count {label}", "responses": "answers"},
+            "Field 'label' is not text",
+        ),
+        (
+            {"images": "picture", "responses": "answers"},
+            "no field 'picture'",
+        ),
+    ],
+)
+def test_wrong_fields(fields, message):
+    with pytest.raises(ExampleError, match=message):
+        FieldSource(ROWS, **fields)[0]
+
+
+def test_streams_and_dictionaries_are_refused():
+    with pytest.raises(ValueError, match="by number.*generator.*streaming"):
+        FieldSource(row for row in ROWS)
+    with pytest.raises(ValueError, match=r"one of them.*\['test', 'train'\]"):
+        FieldSource({"train": ROWS, "test": ROWS})

@@ -1,0 +1,144 @@
+"""JSONL: every bad line is told by its number, and no text is held."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_paligemma.data import ExampleError
+from keras_paligemma.data import JSONLSource
+from keras_paligemma.data import check
+
+GOOD = {"image": "a.png", "prefix": "caption en", "suffix": "a cat"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Function that writes lines to a file, and pictures beside it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), "uint8")
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (tmp_path / "broken.png").write_bytes(
+        (tmp_path / "a.png").read_bytes()[:70]
+    )
+
+    def write(*lines, end="\n"):
+        lines = [x if isinstance(x, str) else json.dumps(x) for x in lines]
+        path = tmp_path / "train.jsonl"
+        path.write_bytes((end.join(lines) + end).encode())
+        return path
+
+    return write
+
+
+def test_examples_and_places(write):
+    path = write(
+        GOOD, "", GOOD | {"image": ["a.png", "/b.png"], "suffix": ["x", "é"]}
+    )
+    source = JSONLSource(path)
+    assert len(source) == 2
+    assert list(source) == [
+        {
+            "images": str(path.parent / "a.png"),
+            "prompts": "caption en",
+            "responses": "a cat",
+        },
+        {
+            "images": [str(path.parent / "a.png"), "/b.png"],
+            "prompts": "caption en",
+            "responses": ["x", "é"],
+        },
+    ]
+    assert source.where(1) == f"{path}, line 3"
+    elsewhere = JSONLSource(path, image_folder="pictures")
+    assert elsewhere[0]["images"] == "pictures/a.png"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_line_ends(write, end):
+    path = write("\ufeff" + json.dumps(GOOD), "", GOOD, "7", end=end)
+    whole = JSONLSource(path)
+    path.write_bytes(path.read_bytes().removesuffix(end.encode()))
+    for source in (whole, JSONLSource(path)):
+        assert source.lines.tolist() == [0, 2, 3]
+        assert source[0] == source[1]
+        with pytest.raises(ExampleError, match="line 4: A field is missing"):
+            source[2]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{'image': 1}", "The line is not JSON"),
+        (json.dumps(GOOD)[:-4], "The line is not JSON"),
+        ("[1, 2]", "A field is missing"),
+        ({"image": "a.png", "prefix": ""}, "A field is missing"),
+        (GOOD | {"suffix": ""}, "`suffix` is empty"),
+        (GOOD | {"suffix": ["a", " "]}, "`suffix` is empty"),
+        (GOOD | {"suffix": []}, "`suffix` is not text"),
+        (GOOD | {"suffix": 3}, "`suffix` is not text"),
+        (GOOD | {"prefix": None}, "`prefix` is not text"),
+        (GOOD | {"image": None}, "`image` is not text"),
+    ],
+)
+def test_bad_lines(write, line, message):
+    source = JSONLSource(write(GOOD, line))
+    assert source[0]["responses"] == "a cat"
+    with pytest.raises(ExampleError, match=f"train.jsonl, line 2: {message}"):
+        source[1]
+
+
+def test_empty_answers_on_request(write):
+    source = JSONLSource(write(GOOD | {"suffix": ""}), allow_empty=True)
+    assert source[0]["responses"] == ""
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match="does not exist.*none.jsonl"):
+        JSONLSource(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert len(JSONLSource(tmp_path / "empty.jsonl")) == 0
+
+
+def test_check_tells_all_at_once(write):
+    source = JSONLSource(
+        write(
+            GOOD,
+            "no json",
+            GOOD | {"image": "none.png"},
+            GOOD | {"image": "broken.png"},
+            GOOD | {"suffix": ["fine", "much too long"]},
+        )
+    )
+    problems = check(source)
+    assert [one.split("line ")[1][:3] for one in problems] == [
+        "2: ",
+        "3: ",
+        "4: ",
+    ]
+    assert "none.png" in problems[1] and "No such file" in problems[1]
+    assert "broken.png" in problems[2] and "could not be read" in problems[2]
+
+    def preprocessor(example):
+        assert example["images"].shape == (4, 5, 3)
+        if len(example["responses"]) > 5:
+            raise ValueError("too long")
+
+    assert check(source, preprocessor)[3].endswith("line 5: too long")
+
+
+def test_memory_does_not_grow_with_text(tmp_path):
+    path = tmp_path / "large.jsonl"
+    line = json.dumps(GOOD | {"suffix": "word " * 40})
+    with open(path, "w") as file:
+        for number in range(200_000):
+            file.write(f"{line[:-2]}{number}{line[-2:]}\n")
+    source = JSONLSource(path)
+    assert len(source) == 200_000
+    assert path.stat().st_size > 48_000_000
+    held = [x for x in vars(source).values() if isinstance(x, np.ndarray)]
+    assert sum((x if x.base is None else x.base).nbytes for x in held) == (
+        200_000 * 16
+    )
+    for number in (0, 77_777, 199_999):
+        assert source[number]["responses"].split()[-1] == str(number)
