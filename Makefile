@@ -40,5 +40,5 @@ notebooks: .venv/for-test
 
 .venv/for-test: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt \
-		-e ".[jax,tensorflow,torch,data,eval,hf,notebooks,dev]"
+		-e ".[jax,tensorflow,torch,train,eval,hf,notebooks,dev]"
 	touch $@

@@ -1,4 +1,4 @@
-"""The command line: `keras-paligemma inspect | convert`."""
+"""The command line: `keras-paligemma inspect | convert | finetune`."""
 
 import math
 from pathlib import Path
@@ -120,6 +120,72 @@ def convert(
             piece_size=piece_size,
         )
     typer.echo(f"{target}: {engine.count(weights):,} parameters as {to}")
+
+
+@app.command()
+def finetune(
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of these settings")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="As `from_preset` takes it")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="JSONL file: image, prefix and suffix a line"),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Folder of the run and its result")
+    ] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="Another JSONL file")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Default 1")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Default 8")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Default 1e-4")
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Default 8; 0 trains the weights")
+    ] = None,
+    lora_targets: Annotated[
+        list[str] | None,
+        typer.Option(help="decoder.attention, decoder, vision, all, …"),
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8 | int4")] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Any other setting as TOML: label_smoothing=0.1, "
+            "'freeze=[\"vision_encoder/*\"]'. May be repeated.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop")
+    ] = False,
+) -> None:
+    """Train on a JSONL file; the same command goes on after a kill."""
+    from keras_paligemma.training import run
+
+    given = run.read_pairs(set)
+    given |= {
+        name: value
+        for name, value in {
+            "preset": preset,
+            "data": data,
+            "output": output,
+            "validation": validation,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "lora_rank": lora_rank,
+            "lora_targets": lora_targets,
+            "quantize": quantize,
+        }.items()
+        if value is not None
+    }
+    run.finetune(run.read_settings(config, **given), dry_run)
 
 
 def empty_weights(checkpoint):

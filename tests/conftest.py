@@ -84,11 +84,16 @@ def fill(backbone, arrays, prefix="params/"):
 
 def run(function, inputs):
     """Call a model; compiled on JAX, which else compiles every operation."""
+    return jitted(function)(inputs)
+
+
+def jitted(function):
+    """Compile a function of tensors on JAX; the function itself elsewhere."""
     if keras.backend.backend() != "jax":
-        return function(inputs)
+        return function
     import jax
 
-    return jax.jit(lambda inputs: function(inputs))(inputs)
+    return jax.jit(lambda inputs: function(inputs))
 
 
 def error(actual, wanted):

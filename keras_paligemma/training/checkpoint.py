@@ -1,0 +1,249 @@
+"""A run that can be killed at any step and goes on as if it had not been."""
+
+import math
+from pathlib import Path
+
+import keras
+import numpy as np
+
+
+class RunCheckpoint(keras.callbacks.Callback):
+    """Write what training changes, every so many steps, and restore it.
+
+    That is: the trained weights, the optimizer, random seeds, the metrics of
+    the epoch so far, and the number of the next batch. Frozen weights are not
+    written: a run of adapters writes adapters. Orbax writes a checkpoint whole
+    or not at all, and shards where the weights are sharded; one that was half
+    written when the run was killed is never seen.
+
+    `fit` of this module uses it as it is meant to be used.
+
+    Args:
+        directory: str or path, of this run alone.
+        batches: `keras_paligemma.data.Batches` that the run trains on.
+        every: int, steps from one checkpoint to the next; the last step of an
+            epoch writes one too.
+        keep: int, how many of the latest are kept.
+
+    Raises:
+        ValueError: while training begins: the checkpoint is another run's.
+
+    Source: https://orbax.readthedocs.io.
+    """
+
+    def __init__(self, directory, batches, every=1000, keep=2):
+        super().__init__()
+        if every < 1 or keep < 1:
+            raise ValueError(
+                "`every` and `keep` are positive integers. Received: "
+                f"every={every!r}, keep={keep!r}."
+            )
+        self.batches = batches
+        self.every = every
+        self._orbax = _orbax()
+        self._manager = self._orbax.CheckpointManager(
+            Path(directory).absolute(),
+            options=self._orbax.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=False
+            ),
+        )
+        self.step = 0
+        self._metrics = None
+        self._waits = self._manager.latest_step() is not None
+
+    def steps_done(self):
+        """Give the steps of the latest checkpoint; 0 if there is none."""
+        return self._manager.latest_step() or 0
+
+    def on_train_begin(self, logs=None):
+        if self._waits:
+            self._restore()
+            self._waits = False
+        else:
+            self.batches.set_state(self._place(self.step))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        # Keras has just set them to zero.
+        if self._metrics is not None:
+            for variable, value in zip(
+                self.model.metrics_variables, self._metrics, strict=True
+            ):
+                variable.assign(value)
+            self._metrics = None
+
+    def on_train_batch_end(self, batch, logs=None):
+        loss = float((logs or {}).get("loss", 0.0))
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"The loss is {loss} after step {self.step + 1}. The latest "
+                f"checkpoint is of step {self.steps_done()}, before that. "
+                "Lower the learning rate, clip gradients, or look at the "
+                "examples of that step."
+            )
+        self.step += 1
+        if self.step % self.every == 0 or self.step % len(self.batches) == 0:
+            self._save()
+
+    def _place(self, step):
+        """Describe a step: JSON that Orbax keeps beside the arrays."""
+        whole = self.batches.get_state(0)
+        return whole | {"batches": step}
+
+    def _state(self):
+        """Collect the variables that a step changes, in groups."""
+        model = self.model
+        if keras.backend.backend() == "jax":
+            model.jax_state_sync()
+        frozen = model.non_trainable_variables
+        return {
+            "trained": model.trainable_variables,
+            "optimizer": model.optimizer.variables,
+            "random": [one for one in frozen if "seed" in one.path],
+            "metrics": model.metrics_variables,
+        }
+
+    def _save(self):
+        state = self._state()
+        arguments = self._orbax.args
+        self._manager.save(
+            self.step,
+            args=arguments.Composite(
+                state=arguments.StandardSave(_values(state)),
+                place=arguments.JsonSave(
+                    {"data": self._place(self.step), "shapes": _shapes(state)}
+                ),
+            ),
+        )
+
+    def _restore(self):
+        step = self._manager.latest_step()
+        arguments = self._orbax.args
+        state = self._state()
+        place = self._manager.restore(
+            step, args=arguments.Composite(place=arguments.JsonRestore())
+        ).place
+        if place["shapes"] != _shapes(state):
+            raise ValueError(
+                f"The checkpoint of step {step} in {self._manager.directory} "
+                "is of another run: other weights are trained, or by another "
+                "optimizer. Received: "
+                f"{_difference(place['shapes'], _shapes(state))}. Expected: "
+                "the model as it was set up then, or a new directory."
+            )
+        self.batches.set_state(place["data"])
+        found = self._manager.restore(
+            step,
+            args=arguments.Composite(
+                state=arguments.StandardRestore(_values(state))
+            ),
+        ).state
+        for group, variables in state.items():
+            if group == "metrics":
+                continue
+            for variable, value in zip(variables, found[group], strict=True):
+                variable.assign(value)
+        self._metrics = found["metrics"]
+        self.step = step
+
+
+def fit(
+    model,
+    batches,
+    directory,
+    epochs=1,
+    *,
+    every=1000,
+    keep=2,
+    callbacks=(),
+    **kwargs,
+):
+    """Train, or go on where a run in this directory was killed.
+
+    The losses of every step, the weights and the optimizer are those of a run
+    that was never interrupted, bit for bit on the same devices. The state of
+    other callbacks, such as the patience of early stopping, begins anew.
+
+    Args:
+        model: `PaliGemmaCausalLM`, compiled, set up as at the first start.
+        batches: `keras_paligemma.data.Batches`.
+        directory: str or path, of this run alone.
+        epochs: int, in all.
+        every: int, steps from one checkpoint to the next.
+        keep: int, how many checkpoints are kept.
+        callbacks: Keras callbacks.
+        **kwargs: as `model.fit` takes them.
+
+    Returns:
+        `keras.callbacks.History` of the epochs that were trained now.
+
+    Raises:
+        ValueError: the directory holds another run; the loss is not finite.
+
+    Example:
+
+    ```python
+    fit(model, batches, "runs/ghosts", epochs=3, every=200)
+    ```
+    """
+    checkpoint = RunCheckpoint(directory, batches, every, keep)
+    epoch, rest = divmod(checkpoint.steps_done(), len(batches))
+    history = {}
+    numbers = []
+    # What is left of an epoch is an epoch of fewer steps to Keras.
+    parts = [(epoch, epoch + 1, len(batches) - rest)] if rest else []
+    if epoch + len(parts) < epochs:
+        parts.append((epoch + len(parts), epochs, len(batches)))
+    for first, last, steps in parts:
+        done = model.fit(
+            batches,
+            initial_epoch=first,
+            epochs=last,
+            steps_per_epoch=steps,
+            callbacks=[checkpoint, *callbacks],
+            **kwargs,
+        )
+        numbers += done.epoch
+        for key, values in done.history.items():
+            history.setdefault(key, []).extend(values)
+    result = keras.callbacks.History()
+    result.set_model(model)
+    result.epoch, result.history = numbers, history
+    return result
+
+
+def _orbax():
+    try:
+        import orbax.checkpoint
+    except ImportError as error:
+        raise ImportError(
+            "Checkpoints of a run are written by Orbax. Install it: pip "
+            "install 'keras_paligemma[train]'."
+        ) from error
+    return orbax.checkpoint
+
+
+def _values(state):
+    """Give the arrays of variables: JAX's own, on their shards, or NumPy's."""
+    if keras.backend.backend() == "jax":
+        return keras.tree.map_structure(lambda one: one.value, state)
+    return keras.tree.map_structure(
+        lambda one: np.asarray(keras.ops.convert_to_numpy(one)), state
+    )
+
+
+def _shapes(state):
+    return {
+        group: [[one.name, list(one.shape), one.dtype] for one in variables]
+        for group, variables in state.items()
+        if group != "metrics"
+    }
+
+
+def _difference(found, expected):
+    for group, variables in expected.items():
+        if found.get(group) != variables:
+            return (
+                f"{len(found.get(group, ()))} arrays of {group!r} there, "
+                f"{len(variables)} here"
+            )
+    return "nothing that differs"

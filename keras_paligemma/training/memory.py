@@ -1,0 +1,86 @@
+"""How much memory a training step takes, by arithmetic."""
+
+import math
+
+import ml_dtypes
+
+from keras_paligemma.checkpoints import engine
+
+
+def estimate_memory(
+    backbone, batch_size, text_length, response_length, chunk_tokens=1024
+):
+    """Estimate a training step's memory from the shapes alone.
+
+    The weights, gradients and moments are exact; the activations are those of
+    the blocks that the backward pass reaches, as `remat` keeps them, without
+    what a compiler adds or saves. `keras_paligemma.distribution` compiles.
+
+    Args:
+        backbone: `PaliGemmaBackbone`, with or without values.
+        batch_size: int, examples on this device.
+        text_length: int, prompt and response tokens.
+        response_length: int, response tokens.
+        chunk_tokens: int, of `StreamedCrossEntropy`.
+
+    Returns:
+        Dict of what to bytes: "weights", "gradients and moments",
+        "activations", "logits".
+    """
+    weights = backbone.weights_by_name()
+    stored = trained = 0
+    reached = set()
+    for name, weight in weights.items():
+        first = weight[0] if isinstance(weight, list) else weight
+        size = math.prod(engine.shape_of(weight))
+        stored += size * _bytes(first.dtype)
+        if first.trainable:
+            # A gradient in the weight's dtype, two moments in float32.
+            trained += size * (_bytes(first.dtype) + 8)
+            reached.add(name.split("/")[0])
+    compute = _bytes(backbone.compute_dtype)
+    vision, text = backbone.vision_config, backbone.text_config
+    patches = (backbone.image_size // vision.patch_size) ** 2
+    kept = 0
+    if "vision_encoder" in reached:
+        kept += vision.num_layers * _kept(
+            backbone.remat,
+            patches,
+            vision.hidden_dim,
+            vision.hidden_dim,
+            vision.hidden_dim,
+            2 * vision.intermediate_dim,
+            vision.num_heads,
+        )
+    kept += text.num_layers * _kept(
+        backbone.remat,
+        patches + text_length,
+        text.hidden_dim,
+        text.num_query_heads * text.head_dim,
+        text.num_key_value_heads * text.head_dim,
+        3 * text.intermediate_dim,
+        text.num_query_heads,
+    )
+    tokens = min(batch_size * response_length, chunk_tokens)
+    return {
+        "weights": stored,
+        "gradients and moments": trained,
+        "activations": batch_size * kept * compute,
+        # Logits and their gradient, float32.
+        "logits": 2 * tokens * text.vocabulary_size * 4,
+    }
+
+
+def _kept(remat, tokens, width, queries, keys, hidden, heads):
+    """Count the values that a block keeps for its backward pass."""
+    if remat == "block":
+        return tokens * width
+    products = tokens * (2 * width + 2 * queries + 2 * keys + hidden)
+    if remat == "dots":
+        return products
+    # Norms, and the attention's logits and weights of each head.
+    return products + tokens * (4 * width + 2 * heads * tokens)
+
+
+def _bytes(dtype):
+    return ml_dtypes.finfo(dtype).bits // 8 if "float" in dtype else 1

@@ -1,0 +1,269 @@
+"""A fine-tune from settings: planned, trained, resumed, saved."""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that a fine-tune needs to know; a TOML file has the same names.
+
+    Args:
+        preset: str, as `from_preset` takes it.
+        data: str, path of a JSONL file: a line has `image`, `prefix`, `suffix`.
+        output: str, folder of the run: checkpoints, log, and the result.
+        image_folder: str, where pictures are; the file's folder if `None`.
+        validation: str, path of another JSONL file.
+        epochs: int.
+        batch_size: int.
+        learning_rate: float, at the end of the warm-up.
+        weight_decay: float, see `transfer_recipe`.
+        warmup: float, share of the steps.
+        label_smoothing: float.
+        gradient_accumulation: int, batches an update.
+        lora_rank: int; 0 trains the weights themselves.
+        lora_alpha: float; the rank if `None`.
+        lora_targets: list of str, see `enable_lora`.
+        lora_dropout: float.
+        freeze: list of patterns of weights, where weights are trained.
+        quantize: "int8", "int4" or `None`.
+        dtype: dtype policy; the preset's if `None`.
+        remat: "block", "dots" or `None`.
+        image_size: int; the preset's if `None`.
+        prompt_length: int; the preset's if `None`.
+        response_length: int; the preset's if `None`.
+        skip_errors: bool, count examples that cannot be used and go on.
+        workers: int, processes that read data.
+        save_every: int, steps from one checkpoint to the next.
+        seed: int.
+    """
+
+    preset: str
+    data: str
+    output: str
+    image_folder: str | None = None
+    validation: str | None = None
+    epochs: int = 1
+    batch_size: int = 8
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    label_smoothing: float = 0.0
+    gradient_accumulation: int = 1
+    lora_rank: int = 8
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] = ("decoder.attention",)
+    lora_dropout: float = 0.0
+    freeze: tuple[str, ...] = ()
+    quantize: str | None = None
+    dtype: str | None = None
+    remat: str | None = "block"
+    image_size: int | None = None
+    prompt_length: int | None = None
+    response_length: int | None = None
+    skip_errors: bool = False
+    workers: int = 0
+    save_every: int = 1000
+    seed: int = 0
+
+
+def read_settings(path=None, **given):
+    """Read settings from a TOML file; what is given by name goes before.
+
+    Args:
+        path: str or path, or `None`.
+        **given: fields of `Settings`; `None` means not given.
+
+    Raises:
+        ValueError: an unknown name, or one that is needed and missing.
+    """
+    values = {}
+    if path is not None:
+        with open(path, "rb") as file:
+            try:
+                values = tomllib.load(file)
+            except tomllib.TOMLDecodeError as error:
+                raise ValueError(f"{path} is no TOML file: {error}.") from error
+    values |= {key: value for key, value in given.items() if value is not None}
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    for key in values.keys() - fields.keys():
+        near = difflib.get_close_matches(key, fields, 1)
+        raise ValueError(
+            f"Unknown setting. Received: {key!r}. Expected one of "
+            f"{list(fields)}. {f'Did you mean {near[0]!r}?' if near else ''}"
+        )
+    lacking = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and name not in values
+    ]
+    if lacking:
+        raise ValueError(
+            f"A fine-tune needs more. Missing: {', '.join(lacking)}."
+        )
+    for key, value in values.items():
+        if isinstance(value, list):
+            values[key] = tuple(value)
+    return Settings(**values)
+
+
+def read_pairs(pairs):
+    """Turn ["label_smoothing=0.1"] into a dict, each value read as TOML."""
+    given = {}
+    for pair in pairs or ():
+        try:
+            given |= tomllib.loads(pair)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(
+                "Expected: --set name=value, a string in quotes. Received: "
+                f"{pair!r} ({error})."
+            ) from error
+    return given
+
+
+def finetune(settings, dry_run=False):
+    """Train as the settings say; go on where a killed run in `output` was.
+
+    The result is `output`/adapter, as PEFT reads it, or, where the weights
+    themselves are trained, `output`/preset. `output`/log.csv has a line an
+    epoch.
+
+    Args:
+        settings: `Settings`.
+        dry_run: bool, print the plan and stop.
+
+    Returns:
+        `keras.callbacks.History`, or `None` of a dry run.
+    """
+    import keras
+
+    from keras_paligemma.data import Batches
+    from keras_paligemma.data import JSONLSource
+    from keras_paligemma.training.checkpoint import fit
+
+    keras.utils.set_random_seed(settings.seed)
+    source = JSONLSource(settings.data, settings.image_folder)
+    validation = settings.validation and JSONLSource(
+        settings.validation, settings.image_folder
+    )
+    model = build(settings)
+    batches = Batches(
+        source,
+        model.preprocessor,
+        settings.batch_size,
+        seed=settings.seed,
+        workers=settings.workers,
+        skip_errors=settings.skip_errors,
+    )
+    steps = settings.epochs * len(batches)
+    compile_model(model, settings, steps)
+    print(plan(model, settings, len(source), len(batches)), flush=True)
+    if dry_run:
+        return None
+    output = Path(settings.output)
+    output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
+    (output / "settings.json").write_text(text, encoding="utf-8")
+    kwargs = {}
+    if validation:
+        kwargs["validation_data"] = Batches(
+            validation,
+            model.preprocessor,
+            settings.batch_size,
+            shuffle=False,
+            epochs=1,
+            drop_remainder=False,
+            skip_errors=settings.skip_errors,
+        )
+    history = fit(
+        model,
+        batches,
+        output / "checkpoints",
+        settings.epochs,
+        every=settings.save_every,
+        callbacks=[
+            keras.callbacks.CSVLogger(str(output / "log.csv"), append=True)
+        ],
+        **kwargs,
+    )
+    if settings.lora_rank:
+        model.save_adapter(output / "adapter", base=settings.preset)
+        print(f"The adapter is in {output / 'adapter'}.")
+    else:
+        model.save_to_preset(output / "preset")
+        print(f"The model is in {output / 'preset'}.")
+    if batches.skipped:
+        print(f"Skipped examples: {batches.skipped}. The first of them:")
+        for message in list(batches.problems.values())[:5]:
+            print(f"  {message}")
+    return history
+
+
+def build(settings):
+    """Load the model and choose what is trained."""
+    from keras_paligemma import PaliGemmaCausalLM
+
+    names = (
+        *("quantize", "dtype", "remat"),
+        *("image_size", "prompt_length", "response_length"),
+    )
+    chosen = {name: getattr(settings, name) for name in names}
+    chosen = {name: one for name, one in chosen.items() if one is not None}
+    model = PaliGemmaCausalLM.from_preset(settings.preset, **chosen)
+    if settings.lora_rank:
+        model.enable_lora(
+            settings.lora_rank,
+            alpha=settings.lora_alpha,
+            targets=settings.lora_targets,
+            dropout=settings.lora_dropout,
+        )
+    elif settings.freeze:
+        model.freeze(*settings.freeze)
+    return model
+
+
+def compile_model(model, settings, steps):
+    """Compile with the original's recipe and loss."""
+    from keras_paligemma import StreamedCrossEntropy
+    from keras_paligemma import transfer_recipe
+
+    accumulation = settings.gradient_accumulation
+    model.compile(
+        transfer_recipe(
+            max(1, steps // accumulation),
+            settings.learning_rate,
+            settings.weight_decay,
+            settings.warmup,
+            gradient_accumulation_steps=(
+                accumulation if accumulation > 1 else None
+            ),
+        ),
+        loss=StreamedCrossEntropy(settings.label_smoothing),
+    )
+
+
+def plan(model, settings, examples, steps_an_epoch):
+    """Tell steps and memory before training begins: a str to print."""
+    from keras_paligemma.training.memory import estimate_memory
+
+    preprocessor = model.preprocessor
+    memory = estimate_memory(
+        model.backbone,
+        settings.batch_size,
+        preprocessor.prompt_length + preprocessor.response_length,
+        preprocessor.response_length,
+    )
+    lines = [
+        f"{examples:,} examples, {steps_an_epoch:,} steps an epoch of "
+        f"{settings.batch_size}, {settings.epochs * steps_an_epoch:,} steps",
+        f"pictures of {model.backbone.image_size} pixels, prompts of "
+        f"{preprocessor.prompt_length} tokens, responses of "
+        f"{preprocessor.response_length}",
+        "memory of a step, by arithmetic:",
+    ]
+    for name, size in (memory | {"together": sum(memory.values())}).items():
+        lines.append(f"  {name:<22} {size / 2**30:9.3f} GiB")
+    return "\n".join(lines)

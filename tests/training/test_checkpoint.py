@@ -1,0 +1,105 @@
+"""Runs that are killed: they go on as if they had not been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from keras_paligemma.training import RunCheckpoint
+from keras_paligemma.training import fit
+from tests.training import killed_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder, kill_at=None):
+    """Train in a process of its own, which may kill itself at a step."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.training.killed_run", str(folder)]
+        + ([] if kill_at is None else [str(kill_at)]),
+        cwd=ROOT,
+        env=os.environ | {"KERAS_BACKEND": keras.backend.backend()},
+        capture_output=True,
+        text=True,
+    )
+    if kill_at is None:
+        assert result.returncode == 0, result.stderr[-3000:]
+    else:
+        assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
+
+
+def losses(folder):
+    """The last loss written of each step, and what was trained in the end."""
+    lines = (folder / "losses.jsonl").read_text().splitlines()
+    return {
+        one["step"]: one["loss"] for one in (json.loads(line) for line in lines)
+    }
+
+
+def test_a_killed_run_goes_on_exactly(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    run(whole)
+    # In the first epoch between checkpoints, and in the second one.
+    run(killed, kill_at=4)
+    run(killed, kill_at=7)
+    # What a writer left that was killed: never taken for a checkpoint.
+    half = killed / "run" / "8.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "state").write_bytes(b"half")
+    run(killed)
+    assert losses(killed) == losses(whole)
+    assert len(losses(whole)) == 10
+    with np.load(whole / "end.npz") as one, np.load(killed / "end.npz") as two:
+        assert set(one.files) == set(two.files)
+        for name in one.files:
+            np.testing.assert_array_equal(one[name], two[name])
+    kept = [int(one.name) for one in (whole / "run").iterdir()]
+    assert sorted(kept) == [9, 10]
+
+
+@pytest.fixture
+def model_and_batches():
+    return killed_run.set_up()
+
+
+def test_a_finished_run_trains_no_more(model_and_batches, tmp_path):
+    model, batches = model_and_batches
+    first = fit(model, batches, tmp_path, 1, every=3, verbose=0)
+    assert first.epoch == [0] and len(first.history["loss"]) == 1
+    before = [np.array(one) for one in model.trainable_variables]
+    again = fit(model, batches, tmp_path, 1, every=3, verbose=0)
+    assert again.epoch == [] and again.history == {}
+    for one, two in zip(model.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(np.array(one), two)
+
+
+def test_another_runs_checkpoint_is_refused(model_and_batches, tmp_path):
+    model, batches = model_and_batches
+    fit(model, batches, tmp_path, 1, every=3, verbose=0)
+    model.freeze("*/adapter_b")
+    model.compile("sgd")
+    with pytest.raises(ValueError, match="is of another run"):
+        fit(model, batches, tmp_path, 2, verbose=0)
+
+
+def test_a_loss_that_is_no_number_stops(model_and_batches, tmp_path):
+    model, batches = model_and_batches
+    model.trainable_variables[0].assign(
+        np.full(model.trainable_variables[0].shape, np.nan)
+    )
+    with pytest.raises(ValueError, match="The loss is nan after step 1"):
+        fit(model, batches, tmp_path, 1, verbose=0)
+
+
+def test_arguments_out_of_range(model_and_batches, tmp_path):
+    _, batches = model_and_batches
+    with pytest.raises(ValueError, match="every=0"):
+        RunCheckpoint(tmp_path, batches, every=0)
