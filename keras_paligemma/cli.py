@@ -9,6 +9,8 @@ import typer
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.held import Held
+from keras_paligemma.checkpoints.held import hold
 
 app = typer.Typer(
     help="PaliGemma 2 for Keras 3.",
@@ -108,13 +110,13 @@ def convert(
     if path is None:
         config["preprocessor"] = None
     with checkpoint.open() as tensors:
-        held = engine.hold(weights, checkpoint.rows_for(weights), tensors)
+        held = hold(weights, checkpoint.rows_for(weights), tensors)
         exports.write(
             target,
             to,
             config,
             held,
-            engine.Held.read,
+            Held.read,
             path.read_bytes() if path else None,
             dtype=dtype,
             piece_size=piece_size,

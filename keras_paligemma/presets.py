@@ -7,15 +7,18 @@ holds one in this package's own format. No model class is known here.
 import difflib
 import functools
 import json
-import os
 from pathlib import Path
 
+from keras_paligemma import atomic
 from keras_paligemma import downloads
 
 HEADER = {"format": "keras_paligemma", "format_version": 1}
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.model"
+# What a folder of ours may have been written with.
+WRITTEN = (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", TOKENIZER)
+WRITTEN += ("model-*-of-*.safetensors",)
 
 # A wheel carries the presets inside the package, a checkout beside it.
 _WHEEL = Path(__file__).parent / "preset_files"
@@ -105,8 +108,45 @@ def _fetch(preset: dict) -> Path:
     )
 
 
+def replaced(folder: str | Path):
+    """Write a preset's files at once, in place of an older preset's.
+
+    Args:
+        folder: New, empty, or one of this package, in which files of other
+            names stay as they are.
+
+    Returns:
+        Context manager that gives the folder to write into; see
+        `atomic.whole_folder`.
+
+    Raises:
+        ValueError: the folder is that of another format.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file. Expected: a folder.")
+    config = atomic.current(folder, CONFIG) / CONFIG
+    ours = config.is_file() and _is_ours(config)
+    held = sorted(one.name for name in WRITTEN for one in folder.glob(name))
+    if held and not ours:
+        raise ValueError(
+            f"{folder} holds {', '.join(held)}, which `save_to_preset` did "
+            "not write and would replace. Expected: a folder without, or a "
+            "preset of this package. Move them or choose another folder."
+        )
+    return atomic.whole_folder(folder, CONFIG, WRITTEN)
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        found = read_json(config)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("format") == HEADER["format"]
+
+
 def write_config(folder: str | Path, config: dict) -> Path:
-    """Write `config.json`: the whole file or none, should the process die.
+    """Write `config.json` for `read_folder`.
 
     Args:
         folder: Made where it does not exist.
@@ -117,9 +157,7 @@ def write_config(folder: str | Path, config: dict) -> Path:
     path = Path(folder) / CONFIG
     _check(config, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{CONFIG}.{os.getpid()}")
-    draft.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return path
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from keras_paligemma import atomic
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import big_vision
 from keras_paligemma.checkpoints import engine
@@ -117,6 +118,8 @@ def find(path, fields=None, load_weights=True):
     if not path.is_dir():
         checkpoint = _big_vision(path, fields)
     else:
+        # All formats of folders begin with this file.
+        path = atomic.current(path, presets.CONFIG)
         format = _recognise(path)
         if format == "keras":
             checkpoint = _keras(path, load_weights)

@@ -1,6 +1,5 @@
 """Weights and configuration written in any format."""
 
-import os
 from pathlib import Path
 
 import ml_dtypes
@@ -70,9 +69,13 @@ def write(
 ):
     """Write weights, one array, or one file of safetensors, in memory.
 
+    Killed at any time, what readers find is whole or nothing, and in place of
+    an older preset of ours that one or the new one: `atomic.whole_folder`.
+
     Args:
-        path: str or path: a folder, of big_vision a file "….npz". A folder of
-            ours is replaced file by file; other folders must not be there.
+        path: str or path: a folder, of big_vision a file "….npz". A preset of
+            ours is replaced, and files of other names stay; for the other
+            formats a folder must be new or empty.
         to: str, one of `formats.FORMATS`.
         config: dict with `backbone` and `preprocessor`, as a preset's.
         weights: dict of name to weight or list of weights.
@@ -133,15 +136,11 @@ def with_length(config):
 
 
 def _write_ours(folder, config, arrays, proto):
-    folder.mkdir(parents=True, exist_ok=True)
-    # Written beside and then renamed, the config last: a folder never holds
-    # half a file, and a reader never finds a config without its weights.
-    safetensors_files.write_safetensors(folder, arrays)
-    if proto is not None:
-        draft = folder / f"{presets.TOKENIZER}.{os.getpid()}"
-        draft.write_bytes(proto)
-        os.replace(draft, folder / presets.TOKENIZER)
-    presets.write_config(folder, config)
+    with presets.replaced(folder) as draft:
+        safetensors_files.write_safetensors(draft, arrays)
+        if proto is not None:
+            (draft / presets.TOKENIZER).write_bytes(proto)
+        presets.write_config(draft, config)
 
 
 def cast(array, dtype):

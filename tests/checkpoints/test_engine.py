@@ -7,6 +7,7 @@ import pytest
 
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints.engine import Row
+from keras_paligemma.checkpoints.held import hold
 
 
 def numbers(*shape):
@@ -55,7 +56,7 @@ def test_parts_of_one_array():
         array[2, 1, 1, 3],
         [weights["t/blocks/value"][2, 3, 1, h] for h in range(4)],
     )
-    held = engine.hold(weights, rows, engine.Arrays({"kv": array}))
+    held = hold(weights, rows, engine.Arrays({"kv": array}))
     for name, blocks in held.items():
         for layer, block in enumerate(blocks):
             np.testing.assert_array_equal(block.read(), weights[name][layer])
@@ -97,7 +98,7 @@ def test_stacked_arrays_are_read_once_when_held():
 
     weights = {"t/blocks/w": numbers(4, 2)}
     row = Row("t/blocks/w", "w")
-    held = engine.hold(weights, [row], Counted({"w": numbers(4, 2)}))
+    held = hold(weights, [row], Counted({"w": numbers(4, 2)}))
     values = [block.read() for block in held["t/blocks/w"]]
     np.testing.assert_array_equal(values, weights["t/blocks/w"])
     assert reads == ["w"]
