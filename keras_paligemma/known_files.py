@@ -1,6 +1,7 @@
 """Published files that are known to the byte: a damaged one is found out."""
 
 import hashlib
+from pathlib import Path
 
 # Size in bytes -> name, SHA-256. The sizes are all different.
 KNOWN = {
@@ -38,3 +39,10 @@ def check_known(content: bytes, source: object) -> None:
             f"and another content. Expected: SHA-256 {wanted}. Received: "
             f"{found}. Copy or download it again."
         )
+
+
+def read_checked(path: str | Path) -> bytes:
+    """Read a file; refuse a damaged copy of a known one, by its path."""
+    content = Path(path).read_bytes()
+    check_known(content, path)
+    return content

@@ -59,30 +59,34 @@ def published(source: str | Path) -> str | None:
     return name if (_HERE / f"{name}.json").is_file() else None
 
 
-def locate(source: str | Path, load_weights: bool = True) -> Path | None:
+def locate(
+    source: str | Path, load_weights: bool = True, tokenizer: bool = False
+) -> Path | None:
     """Find a model's folder or file; fetch it where it is on a hub.
 
     Args:
         source: Preset name; folder or file; handle, `hf://…`, `kaggle://…`,
             `gs://…`.
-        load_weights: Whether weights are wanted: those of a published model
-            are only fetched then. Hugging Face is asked first, then Kaggle;
-            a handle says which.
+        load_weights: Whether weights are wanted: they are only fetched then.
+            For a published model Hugging Face is asked first, then Kaggle; a
+            handle says which.
+        tokenizer: Whether that of a published model is wanted, if its weights
+            are not: all else of it is known.
 
     Returns:
-        The path; `None` for a published model without weights.
+        The path; `None` where nothing of a published model is wanted.
 
     Raises:
         ValueError: unknown source.
         OSError: no hub gave the files.
     """
     name = published(source)
-    if name and not load_weights:
+    if name and not load_weights and not tokenizer:
         return None
     if isinstance(source, str) and "://" in source:
-        return downloads.download(source)
+        return downloads.download(source, load_weights)
     if name:
-        return _fetch(describe(name))
+        return _fetch(describe(name), load_weights)
     if source in names():
         return _HERE / source
     path = Path(source).expanduser()
@@ -91,17 +95,17 @@ def locate(source: str | Path, load_weights: bool = True) -> Path | None:
     raise ValueError(_unknown(source))
 
 
-def _fetch(preset: dict) -> Path:
+def _fetch(preset: dict, weights: bool) -> Path:
     """Fetch a published model from the first hub that gives it."""
     refusals = []
     for key in ("huggingface_transformers", "kaggle_keras"):
         try:
-            return downloads.download(preset["handles"][key])
+            return downloads.download(preset["handles"][key], weights)
         except (ImportError, OSError) as error:
             refusals.append(str(error))
     shown = "\n".join(refusals)
     raise OSError(
-        f"The weights of {preset['name']!r} do not come with this package. "
+        f"The files of {preset['name']!r} do not come with this package. "
         f"They are published under the {preset['license']}, and no hub gave "
         f"them:\n{shown}\nTo build the model without its weights, pass "
         "`load_weights=False`."

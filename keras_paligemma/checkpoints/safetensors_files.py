@@ -68,6 +68,20 @@ DTYPES = {
 }
 
 
+class Headers:
+    """What headers say of tensors whose values are elsewhere; see `engine`.
+
+    Args:
+        found: dict of key to dtype, as the format names it, and shape.
+    """
+
+    def __init__(self, found):
+        self.shapes = {key: shape for key, (_, shape) in found.items()}
+        self.dtypes = {
+            key: DTYPES.get(dtype, dtype) for key, (dtype, _) in found.items()
+        }
+
+
 @contextlib.contextmanager
 def _damage(path):
     try:

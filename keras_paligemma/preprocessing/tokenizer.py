@@ -127,7 +127,8 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         """Reads a SentencePiece model; see the arguments of the class."""
         if isinstance(proto, os.PathLike):
             proto = os.fspath(proto)
-        source = "The tokenizer" if isinstance(proto, bytes) else proto
+        is_path = isinstance(proto, str) and len(proto) < 2048  # else base64
+        source = proto if is_path else "The tokenizer"
         try:
             with warnings.catch_warnings():
                 # KerasHub leaves closing a file to the garbage collector.
