@@ -113,15 +113,15 @@ def inspect_handle(handle, sizes, fields):
         `formats.Checkpoint`, or `None` where the sizes of the model lie in
         the weights alone; and whether the tensors' headers are in it.
     """
-    weights_alone = any(".npz" in name for name in sizes)
-    if weights_alone and not presets.published(handle):
+    if any(".npz" in name for name in sizes) and not presets.published(handle):
         return None, False
-    found = {} if weights_alone else downloads.headers(handle)
+    found = {}
+    if any(name.endswith(".safetensors") for name in sizes):
+        found = downloads.headers(handle)
     if not found:
         return formats.resolve(handle, False, fields), False
     folder = downloads.download(handle, weights=False)
-    headers = Headers(found)
-    return formats.find(folder, fields, False, headers), True
+    return formats.find(folder, fields, False, Headers(found)), True
 
 
 def describe(checkpoint):

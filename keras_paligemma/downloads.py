@@ -67,8 +67,8 @@ def headers(handle: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         handle: As `download` takes it.
 
     Returns:
-        Dtype, as the format names it, and shape by key; empty where the files
-        are of another format or the hub gives no parts of files.
+        Dtype, as the format names it, and shape by key; empty where the hub's
+        client gives no parts of files.
     """
     return _ask(handle, 2)
 
@@ -144,10 +144,6 @@ def _hugging_face_sizes(path):
 def _hugging_face_headers(path):
     from huggingface_hub import HfApi
 
-    if not any(
-        one.endswith(".safetensors") for one in _hugging_face_sizes(path)
-    ):
-        return {}
     model, revision, _, _ = _split(path)
     found = HfApi().get_safetensors_metadata(model, revision=revision)
     return {
