@@ -7,9 +7,14 @@ took, without the pages of mapped files, which the system takes back when it
 wants. Time is compared with a plain read: every array by the format's usual
 library, cast to float32. KerasHub's own loader stands beside. Medians of three
 runs.
+
+`--sharded` loads on eight virtual devices of JAX instead, kernels and
+embedding sharded over all of them. Their memory is the host's, so the peak has
+the same bar; no device may hold much more than an eighth of what is sharded.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -43,6 +48,16 @@ PATHS = {
     "keras_hub": "keras_hub",
 }
 RUNS = 3
+DEVICES = "--xla_force_host_platform_device_count=8"
+LAYOUT = {
+    ".*token_embedding.*table": ("model", None),
+    ".*blocks.*attention/(query|key|value).*kernel": ("model", None, None),
+    ".*blocks.*attention/output.*kernel": (None, None, "model"),
+    ".*blocks.*mlp/(gate|up).*kernel": (None, "model"),
+    ".*blocks.*mlp/down.*kernel": ("model", None),
+    ".*projector.*kernel": (None, "model"),
+    ".*patch_embedding.*kernel": (None, None, None, "model"),
+}
 
 
 def make(folder):
@@ -68,6 +83,48 @@ def ours(path):
     return lambda: PaliGemmaBackbone.from_preset(
         path, dtype="float32", form="unrolled", **fields
     )
+
+
+def sharded(path, form):
+    """Load by `from_preset` on eight devices."""
+    import keras
+
+    from keras_paligemma import PaliGemmaBackbone
+
+    mesh = keras.distribution.DeviceMesh((1, 8), ["batch", "model"])
+    layout = keras.distribution.LayoutMap(mesh)
+    for pattern, axes in LAYOUT.items():
+        if "blocks" in pattern and form == "stacked":
+            axes = (None, *axes)
+        layout[pattern] = axes
+    keras.distribution.set_distribution(
+        keras.distribution.ModelParallel(
+            layout_map=layout, batch_dim_name="batch"
+        )
+    )
+    fields = FIELDS if path.suffix == ".npz" else {}
+    return lambda: PaliGemmaBackbone.from_preset(
+        path, dtype="float32", form=form, **fields
+    )
+
+
+def held_by_devices(backbone):
+    """Give bytes: what is sharded, the most of it on a device, and the rest."""
+    total, rest, devices = 0, 0, {}
+    for variable in backbone.variables:
+        shards = variable._value.addressable_shards
+        if shards[0].data.nbytes == variable._value.nbytes:
+            rest += variable._value.nbytes * len(shards)
+            continue
+        total += variable._value.nbytes
+        for shard in shards:
+            known = devices.get(shard.device, 0)
+            devices[shard.device] = known + shard.data.nbytes
+    return {
+        "sharded": total,
+        "device": max(devices.values()),
+        "copied": rest,
+    }
 
 
 def keras_hub(path):
@@ -112,7 +169,13 @@ def plain(path):
     return read
 
 
-LOADERS = {"ours": ours, "KerasHub": keras_hub, "plain": plain}
+LOADERS = {
+    "ours": ours,
+    "KerasHub": keras_hub,
+    "plain": plain,
+    "unrolled": functools.partial(sharded, form="unrolled"),
+    "stacked": functools.partial(sharded, form="stacked"),
+}
 
 
 def anonymous():
@@ -139,13 +202,18 @@ def measure(loader, path):
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
-    del kept
-    print(json.dumps({"seconds": seconds, "peak": peak[0] - start}))
+    found = {"seconds": seconds, "peak": peak[0] - start}
+    if loader in ("unrolled", "stacked"):
+        found |= held_by_devices(kept)
+    print(json.dumps(found))
 
 
 def run(loader, path):
     """Measure in fresh processes; medians."""
     results = []
+    flags = {}
+    if loader in ("unrolled", "stacked"):
+        flags = {"XLA_FLAGS": DEVICES, "KERAS_BACKEND": "jax"}
     for _ in range(RUNS):
         process = subprocess.run(
             [
@@ -156,7 +224,7 @@ def run(loader, path):
             check=True,
             capture_output=True,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.getcwd()},
+            env=os.environ | {"PYTHONPATH": os.getcwd()} | flags,
         )
         results.append(json.loads(process.stdout.splitlines()[-1]))
     return {
@@ -190,6 +258,33 @@ def main():
             )
 
 
+def main_sharded():
+    """Print the table of eight devices."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        make(folder)
+        weights = parameters() * 4
+        largest = TEXT["vocabulary_size"] * TEXT["hidden_dim"] * 4
+        print(f"weights {weights / 1e9:.2f} GB")
+        print(
+            "| format | form | s | peak GB | bar GB | sharded GB | a device |"
+        )
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for name in ("big_vision", "transformers", "keras"):
+            for form in ("unrolled", "stacked"):
+                found = run(form, folder / PATHS[name])
+                # What is not sharded lies on each device, which is the
+                # layout's choice.
+                placed = found["sharded"] + found["copied"]
+                bar = 1.1 * placed + largest
+                share = found["device"] / found["sharded"]
+                print(
+                    f"| {name} | {form} | {found['seconds']:.1f} | "
+                    f"{found['peak'] / 1e9:.2f} | {bar / 1e9:.2f} | "
+                    f"{found['sharded'] / 1e9:.2f} | {share:.3f} |"
+                )
+
+
 def parameters():
     """Count the model's parameters."""
     from keras_paligemma import PaliGemmaBackbone
@@ -203,8 +298,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loader", choices=LOADERS)
     parser.add_argument("--path", type=Path)
+    parser.add_argument("--sharded", action="store_true")
     arguments = parser.parse_args()
     if arguments.loader:
         measure(arguments.loader, arguments.path)
+    elif arguments.sharded:
+        main_sharded()
     else:
         main()

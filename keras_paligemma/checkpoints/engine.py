@@ -251,6 +251,9 @@ def _fill(weight, row, blocks):
     if isinstance(blocks, np.ndarray) and row.axes is None and not row.parts:
         fill(weight, blocks)
         return
+    # Blocks stacked on the host, in the variable's dtype, and let go of once
+    # they are placed: as large as the largest tensor at most, so the peak stays
+    # below the weights and the largest tensor, which here is a stacked one.
     whole = np.empty(shape, np.dtype(weight.dtype))
     for layer, array in enumerate(blocks):
         whole[layer] = row.read(array, shape[1:])
