@@ -365,8 +365,14 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     def save_to_preset(self, preset_dir):
         """Write configuration, weights and tokenizer to a directory.
 
+        A preset that is there is replaced: killed at any time, `from_preset`
+        finds the old one or the new one, whole. Files of other names stay.
+
         Args:
             preset_dir: str or path; `from_preset` loads it, exactly.
+
+        Raises:
+            ValueError: the directory holds a checkpoint of another format.
         """
         exports.export(preset_dir, "keras", self.backbone, self.preprocessor)
 
