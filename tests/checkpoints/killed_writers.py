@@ -24,14 +24,16 @@ from keras_paligemma.models import exports
 CALLS = ("rename", "replace", "link", "unlink", "mkdir", "rmdir", "fsync")
 LORA = {"rank": 2, "alpha": 2, "targets": ["query"]}
 
-source, home, to, before = sys.argv[1:]
-checkpoint = formats.find(source)
+home, *cases = sys.argv[1:]
+# Names are those of a model; a few numbers of each array are enough.
+checkpoint = formats.resolve("pali_gemma2_nano_112")
+config = checkpoint.config | {"preprocessor": None}
 with checkpoint.open() as tensors:
-    weights = {key: tensors.read(key) for key in tensors.shapes}
+    weights = {key: tensors.read(key)[..., :4] for key in tensors.shapes}
 peft_keys = [row.theirs.format(layer=0) for row in peft.rows(["query"])]
 
 
-def write(folder, value, step=lambda: None):
+def write(folder, to, value, step=lambda: None):
     """Write a model, or an adapter, all of whose numbers are one."""
 
     def full(array):
@@ -42,10 +44,10 @@ def write(folder, value, step=lambda: None):
         arrays = ((key, full(np.zeros((2, 3)))) for key in peft_keys)
         peft.write(folder, LORA, arrays)
     else:
-        exports.write(folder, to, checkpoint.config, weights, full)
+        exports.write(folder, to, config, weights, full)
 
 
-def read(folder):
+def read(folder, to):
     """Give the one number of a model or an adapter, or `None` without."""
     try:
         if to == "peft":
@@ -81,14 +83,14 @@ def counted(function, left):
     return call
 
 
-def attempt(kill_at, kind):
+def attempt(to, before, kill_at, kind):
     """Kill a writer at one of its steps of a kind; tell what it left."""
     folder = Path(home) / "a folder" / "model"
     folder.parent.mkdir()
     if before != "absent":
         folder.mkdir()
     if before == "old":
-        write(folder, 1)
+        write(folder, to, 1)
         (folder / "notes.txt").write_text("mine")
     child = os.fork()
     if not child:
@@ -98,19 +100,22 @@ def attempt(kill_at, kind):
         else:
             for name in CALLS:
                 setattr(os, name, counted(getattr(os, name), left))
-        write(folder, 2, step)
+        write(folder, to, 2, step)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     killed = os.WIFSIGNALED(status)
     assert killed or status == 0, status
-    print(json.dumps([kind, killed, visible(folder), read(folder)]))
+    found = [kind, killed, visible(folder), read(folder, to)]
+    print(json.dumps([f"{to} {before}", *found]))
     shutil.rmtree(folder.parent)
     return killed
 
 
-for number in (0, 1, len(peft_keys) - 1 if to == "peft" else len(weights) - 1):
-    assert attempt(number, "arrays")
-# Each call, until one more than there are kills nobody.
-for number in itertools.count():
-    if not attempt(number, "calls"):
-        break
+for case in cases:
+    last = (len(peft_keys) if case.startswith("peft") else len(weights)) - 1
+    for number in (0, 1, last):
+        assert attempt(*case.split(), number, "arrays")
+    # Each call, until one more than there are kills nobody.
+    for number in itertools.count():
+        if not attempt(*case.split(), number, "calls"):
+            break

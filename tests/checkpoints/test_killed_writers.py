@@ -7,45 +7,55 @@ from pathlib import Path
 
 import pytest
 
+CASES = [
+    "keras absent",
+    "keras old",
+    "peft old",
+    "transformers absent",
+    "transformers empty",
+    "keras_hub absent",
+]
 
-@pytest.mark.parametrize(
-    ("to", "before"),
-    [
-        ("keras", "absent"),
-        ("keras", "old"),
-        ("peft", "old"),
-        ("transformers", "absent"),
-        ("transformers", "empty"),
-        ("keras_hub", "absent"),
-    ],
-)
-def test_killed_at_many_steps(golden_backbone, tmp_path, to, before):
-    golden_backbone().save_to_preset(tmp_path / "source")
-    (tmp_path / "home").mkdir()
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What each kill left, by case: one process starts all writers."""
+    home = tmp_path_factory.mktemp("home")
     result = subprocess.run(
         [
             sys.executable,
-            *("-m", "tests.checkpoints.killed_writers"),
-            *(tmp_path / "source", tmp_path / "home", to, before),
+            "-m",
+            "tests.checkpoints.killed_writers",
+            home,
+            *CASES,
         ],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
-    _, killed, whole, value = lines[-1]
+    found = {}
+    for line in result.stdout.splitlines():
+        case, *outcome = json.loads(line)
+        found.setdefault(case, []).append(outcome)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_every_step(outcomes, case):
+    to, before = case.split()
+    _, killed, whole, value = outcomes[case][-1]
     assert not killed and value == 2
     entry = "adapter_config.json" if to == "peft" else "config.json"
     assert entry in whole
     nothing = 1 if before == "old" else None
-    for kind, _, names, value in lines:
+    for kind, _, names, value in outcomes[case]:
         assert value == nothing if kind == "arrays" else value in (nothing, 2)
         # Readers that know nothing of us find the whole or no entry, and the
         # notes of a user are never touched.
         assert names == whole or entry not in names
         assert before != "old" or "notes.txt" in names
-    values = [value for kind, _, _, value in lines if kind == "calls"]
+    values = [one[-1] for one in outcomes[case] if one[0] == "calls"]
     # Old up to one step, new from there on; both were seen.
     assert values.count(nothing) > 4 and values.count(2) > 1
     assert values == sorted(values, key=lambda value: value == 2)
