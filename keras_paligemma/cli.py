@@ -57,32 +57,29 @@ def inspect(source: Source, set: Set = None) -> None:
     read, of all else configuration and sizes.
     """
     fields = read_fields(set)
-    sizes = {}
     if presets.published(source) and "://" not in source:
         checkpoint = formats.resolve(source, False, fields)
         handles = presets.describe(source)["handles"].values()
-        show(describe(checkpoint) | {"published at": ", ".join(handles)})
+        facts = describe(checkpoint, empty_weights(checkpoint))
+        show(facts | {"published at": ", ".join(handles)})
         return
     if "://" in source:
         sizes = downloads.sizes(source)
-        checkpoint, headers = inspect_handle(source, sizes, fields)
+        checkpoint, has_headers = inspect_handle(source, sizes, fields)
     else:
-        checkpoint = formats.resolve(source, fields=fields)
+        checkpoint, has_headers = formats.resolve(source, fields=fields), True
         sizes = {one.name: one.stat().st_size for one in checkpoint.files}
-        headers = True
-    facts = describe(checkpoint) if checkpoint else {}
-    facts |= {
-        "files": f"{len(sizes):,}" if sizes else "not told",
-        "bytes": f"{sum(sizes.values()):,}" if sizes else "not told",
-    }
-    if not headers:
-        for name, size in sizes.items():
-            facts[name] = f"{size:,} bytes"
+    weights = empty_weights(checkpoint) if checkpoint else {}
+    facts = describe(checkpoint, weights) if checkpoint else {}
+    if sizes:
+        facts["files"] = len(sizes)
+        facts["bytes"] = f"{sum(sizes.values()):,}"
+    if not has_headers:
+        facts |= {name: f"{size:,} bytes" for name, size in sizes.items()}
         show(facts)
-        typer.echo("the weights were not looked into: a download has them")
+        typer.echo("a download has the weights; they were not looked into")
         return
     with checkpoint.open() as tensors:
-        weights = empty_weights(checkpoint)
         listed = engine.problems(
             weights, checkpoint.rows_for(weights), tensors.shapes
         )
@@ -90,7 +87,7 @@ def inspect(source: Source, set: Set = None) -> None:
         for key, dtype in tensors.dtypes.items():
             size = math.prod(tensors.shapes[key])
             dtypes[dtype] = dtypes.get(dtype, 0) + size
-    facts["tensors"] = len(tensors.shapes)
+        facts["tensors"] = len(tensors.shapes)
     facts["values"] = ", ".join(f"{n:,} {dtype}" for dtype, n in dtypes.items())
     show(facts)
     if listed:
@@ -124,13 +121,13 @@ def inspect_handle(handle, sizes, fields):
     return formats.find(folder, fields, False, Headers(found)), True
 
 
-def describe(checkpoint):
+def describe(checkpoint, weights):
     """List what a configuration says, as a dict of name to fact."""
     backbone = checkpoint.config["backbone"]
     facts = {
         "format": checkpoint.format or "known by its name",
         "variant": checkpoint.variant or "none of the published",
-        "parameters": f"{engine.count(empty_weights(checkpoint)):,}",
+        "parameters": f"{engine.count(weights):,}",
         "image size": backbone["image_size"],
         "tokenizer": checkpoint.tokenizer or "none beside it",
     }
@@ -172,7 +169,6 @@ def convert(
     config = dict(checkpoint.config)
     if path is None:
         config["preprocessor"] = None
-    if path is None:
         typer.echo(
             "No SentencePiece model is beside the source, so none is written "
             "(a tokenizer.json cannot stand for it). To have one, add "
