@@ -60,8 +60,8 @@ LAYOUT = {
 }
 
 
-def make(folder):
-    """Write the model in every format."""
+def make(folder, formats=tuple(PATHS)):
+    """Write the model in formats, all of them unless told."""
     from keras_paligemma import PaliGemmaBackbone
     from keras_paligemma.checkpoints import engine
     from keras_paligemma.models import exports
@@ -71,8 +71,8 @@ def make(folder):
     )
     config = {"backbone": backbone.architecture(), "preprocessor": None}
     weights = backbone.weights_by_name()
-    for to, name in PATHS.items():
-        exports.write(folder / name, to, config, weights, engine.to_numpy)
+    for to in formats:
+        exports.write(folder / PATHS[to], to, config, weights, engine.to_numpy)
 
 
 def ours(path):
@@ -208,13 +208,13 @@ def measure(loader, path):
     print(json.dumps(found))
 
 
-def run(loader, path):
+def run(loader, path, runs=RUNS):
     """Measure in fresh processes; medians."""
     results = []
     flags = {}
     if loader in ("unrolled", "stacked"):
         flags = {"XLA_FLAGS": DEVICES, "KERAS_BACKEND": "jax"}
-    for _ in range(RUNS):
+    for _ in range(runs):
         process = subprocess.run(
             [
                 sys.executable,
@@ -233,7 +233,7 @@ def run(loader, path):
     }
 
 
-def main():
+def main(runs):
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -249,8 +249,8 @@ def main():
         bar = 1.1 * weights + largest
         for name, loader in rows:
             path = folder / PATHS[name]
-            read = run("plain", path)
-            found = run(loader, path)
+            read = run("plain", path, runs)
+            found = run(loader, path, runs)
             print(
                 f"| {name} | {loader} | {found['seconds']:.1f} | "
                 f"{found['seconds'] / read['seconds']:.2f} | "
@@ -258,11 +258,12 @@ def main():
             )
 
 
-def main_sharded():
+def main_sharded(runs):
     """Print the table of eight devices."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        make(folder)
+        formats = ("big_vision", "transformers")
+        make(folder, formats)
         weights = parameters() * 4
         largest = TEXT["vocabulary_size"] * TEXT["hidden_dim"] * 4
         print(f"weights {weights / 1e9:.2f} GB")
@@ -270,9 +271,9 @@ def main_sharded():
             "| format | form | s | peak GB | bar GB | sharded GB | a device |"
         )
         print("| --- | --- | --- | --- | --- | --- | --- |")
-        for name in ("big_vision", "transformers", "keras"):
+        for name in formats:
             for form in ("unrolled", "stacked"):
-                found = run(form, folder / PATHS[name])
+                found = run(form, folder / PATHS[name], runs)
                 # What is not sharded lies on each device, which is the
                 # layout's choice.
                 placed = found["sharded"] + found["copied"]
@@ -299,10 +300,11 @@ if __name__ == "__main__":
     parser.add_argument("--loader", choices=LOADERS)
     parser.add_argument("--path", type=Path)
     parser.add_argument("--sharded", action="store_true")
+    parser.add_argument("--runs", type=int, default=RUNS)
     arguments = parser.parse_args()
     if arguments.loader:
         measure(arguments.loader, arguments.path)
     elif arguments.sharded:
-        main_sharded()
+        main_sharded(arguments.runs)
     else:
-        main()
+        main(arguments.runs)
