@@ -49,12 +49,13 @@ PATHS = {
 }
 RUNS = 3
 DEVICES = "--xla_force_host_platform_device_count=8"
+# Of one block; a stack of blocks has names with "_", and an axis before.
 LAYOUT = {
     ".*token_embedding.*table": ("model", None),
-    ".*blocks.*attention/(query|key|value).*kernel": ("model", None, None),
-    ".*blocks.*attention/output.*kernel": (None, None, "model"),
-    ".*blocks.*mlp/(gate|up).*kernel": (None, "model"),
-    ".*blocks.*mlp/down.*kernel": ("model", None),
+    ".*blocks.*attention[/_](query|key|value)[/_]kernel": ("model", None, None),
+    ".*blocks.*attention[/_]output[/_]kernel": (None, None, "model"),
+    ".*blocks.*mlp[/_](gate|up)[/_]kernel": (None, "model"),
+    ".*blocks.*mlp[/_]down[/_]kernel": ("model", None),
     ".*projector.*kernel": (None, "model"),
     ".*patch_embedding.*kernel": (None, None, None, "model"),
 }

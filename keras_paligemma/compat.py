@@ -40,22 +40,32 @@ def fill(variable, value):
     `Variable.assign` wants a value to replace. Handing the value over as the
     initializer goes through the same door as any new variable, and no random
     value is ever drawn. Where a distribution is active, that door would put
-    the whole array on the first device; the array is cast on the host instead,
-    and each device gets its shard of it.
+    the whole array on the first device; each shard is cut out on the host and
+    cast there instead, one at a time, so that no second whole array exists.
     """
     if variable._value is not None:
         variable.assign(value)
         return
     if keras.distribution.distribution() is not None:
-        variable._initialize(
-            np.asarray(value).astype(variable.dtype, copy=False)
-        )
+        variable._initialize(_sharded(variable, np.asarray(value)))
         variable._initializer = None
         return
     variable._initializer = lambda shape, dtype=None: (
         variable._convert_to_tensor(value, dtype=dtype)
     )
     variable._deferred_initialize()
+
+
+def _sharded(variable, array):
+    """Give an array as its variable is laid out: Keras takes it as it is."""
+    import jax  # No other backend has layouts.
+
+    layout = keras.distribution.distribution().get_variable_layout(variable)
+    return jax.make_array_from_callback(
+        array.shape,
+        layout.backend_layout,
+        lambda index: array[index].astype(variable.dtype, copy=False),
+    )
 
 
 def never_functional(cls):
