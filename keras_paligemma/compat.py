@@ -61,10 +61,21 @@ def _sharded(variable, array):
     import jax  # No other backend has layouts.
 
     layout = keras.distribution.distribution().get_variable_layout(variable)
-    return jax.make_array_from_callback(
-        array.shape,
-        layout.backend_layout,
-        lambda index: array[index].astype(variable.dtype, copy=False),
+    sharding = layout.backend_layout
+    # Each is placed before the next is cast. jax.make_array_from_callback
+    # would cast all of them first.
+    shards = [
+        jax.block_until_ready(
+            jax.device_put(
+                array[index].astype(variable.dtype, copy=False), device
+            )
+        )
+        for device, index in sharding.addressable_devices_indices_map(
+            array.shape
+        ).items()
+    ]
+    return jax.make_array_from_single_device_arrays(
+        array.shape, sharding, shards
     )
 
 
