@@ -7,9 +7,14 @@ took, without the pages of mapped files, which the system takes back when it
 wants. Time is compared with a plain read: every array by the format's usual
 library, cast to float32. KerasHub's own loader stands beside. Medians of three
 runs, on the JAX backend unless KERAS_BACKEND says another.
+
+`--sharded` loads on eight virtual devices of JAX instead, kernels and
+embedding sharded over all of them. Their memory is the host's, so the peak has
+the same bar; no device may hold much more than an eighth of what is sharded.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -45,10 +50,21 @@ PATHS = {
     "keras_hub": "keras_hub",
 }
 RUNS = 3
+DEVICES = "--xla_force_host_platform_device_count=8"
+# Of one block; a stack of blocks has names with "_", and an axis before.
+LAYOUT = {
+    ".*token_embedding.*table": ("model", None),
+    ".*blocks.*attention[/_](query|key|value)[/_]kernel": ("model", None, None),
+    ".*blocks.*attention[/_]output[/_]kernel": (None, None, "model"),
+    ".*blocks.*mlp[/_](gate|up)[/_]kernel": (None, "model"),
+    ".*blocks.*mlp[/_]down[/_]kernel": ("model", None),
+    ".*projector.*kernel": (None, "model"),
+    ".*patch_embedding.*kernel": (None, None, None, "model"),
+}
 
 
-def make(folder):
-    """Write the model in every format."""
+def make(folder, formats=tuple(PATHS)):
+    """Write the model in formats, all of them unless told."""
     from keras_paligemma import PaliGemmaBackbone
     from keras_paligemma.checkpoints import engine
     from keras_paligemma.models import exports
@@ -58,8 +74,8 @@ def make(folder):
     )
     config = {"backbone": backbone.architecture(), "preprocessor": None}
     weights = backbone.weights_by_name()
-    for to, name in PATHS.items():
-        exports.write(folder / name, to, config, weights, engine.to_numpy)
+    for to in formats:
+        exports.write(folder / PATHS[to], to, config, weights, engine.to_numpy)
 
 
 def ours(path):
@@ -70,6 +86,48 @@ def ours(path):
     return lambda: PaliGemmaBackbone.from_preset(
         path, dtype="float32", form="unrolled", **fields
     )
+
+
+def sharded(path, form):
+    """Load by `from_preset` on eight devices."""
+    import keras
+
+    from keras_paligemma import PaliGemmaBackbone
+
+    mesh = keras.distribution.DeviceMesh((1, 8), ["batch", "model"])
+    layout = keras.distribution.LayoutMap(mesh)
+    for pattern, axes in LAYOUT.items():
+        if "blocks" in pattern and form == "stacked":
+            axes = (None, *axes)
+        layout[pattern] = axes
+    keras.distribution.set_distribution(
+        keras.distribution.ModelParallel(
+            layout_map=layout, batch_dim_name="batch"
+        )
+    )
+    fields = FIELDS if path.suffix == ".npz" else {}
+    return lambda: PaliGemmaBackbone.from_preset(
+        path, dtype="float32", form=form, **fields
+    )
+
+
+def held_by_devices(backbone):
+    """Give bytes: what is sharded, the most of it on a device, and the rest."""
+    total, rest, devices = 0, 0, {}
+    for variable in backbone.variables:
+        shards = variable._value.addressable_shards
+        if shards[0].data.nbytes == variable._value.nbytes:
+            rest += variable._value.nbytes * len(shards)
+            continue
+        total += variable._value.nbytes
+        for shard in shards:
+            known = devices.get(shard.device, 0)
+            devices[shard.device] = known + shard.data.nbytes
+    return {
+        "sharded": total,
+        "device": max(devices.values()),
+        "copied": rest,
+    }
 
 
 def keras_hub(path):
@@ -116,7 +174,13 @@ def plain(path):
     return read
 
 
-LOADERS = {"ours": ours, "KerasHub": keras_hub, "plain": plain}
+LOADERS = {
+    "ours": ours,
+    "KerasHub": keras_hub,
+    "plain": plain,
+    "unrolled": functools.partial(sharded, form="unrolled"),
+    "stacked": functools.partial(sharded, form="stacked"),
+}
 
 
 def anonymous():
@@ -143,14 +207,19 @@ def measure(loader, path):
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
-    del kept
-    print(json.dumps({"seconds": seconds, "peak": peak[0] - start}))
+    found = {"seconds": seconds, "peak": peak[0] - start}
+    if loader in ("unrolled", "stacked"):
+        found |= held_by_devices(kept)
+    print(json.dumps(found))
 
 
-def run(loader, path):
+def run(loader, path, runs=RUNS):
     """Measure in fresh processes; medians."""
     results = []
-    for _ in range(RUNS):
+    flags = {}
+    if loader in ("unrolled", "stacked"):
+        flags = {"XLA_FLAGS": DEVICES, "KERAS_BACKEND": "jax"}
+    for _ in range(runs):
         process = subprocess.run(
             [
                 sys.executable,
@@ -160,7 +229,7 @@ def run(loader, path):
             check=True,
             capture_output=True,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.getcwd()},
+            env=os.environ | {"PYTHONPATH": os.getcwd()} | flags,
         )
         results.append(json.loads(process.stdout.splitlines()[-1]))
     return {
@@ -169,7 +238,7 @@ def run(loader, path):
     }
 
 
-def main():
+def main(runs):
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -185,13 +254,41 @@ def main():
         bar = 1.1 * weights + largest
         for name, loader in rows:
             path = folder / PATHS[name]
-            read = run("plain", path)
-            found = run(loader, path)
+            read = run("plain", path, runs)
+            found = run(loader, path, runs)
             print(
                 f"| {name} | {loader} | {found['seconds']:.1f} | "
                 f"{found['seconds'] / read['seconds']:.2f} | "
                 f"{found['peak'] / 1e9:.2f} | {bar:.2f} |"
             )
+
+
+def main_sharded(runs):
+    """Print the table of eight devices."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        formats = ("big_vision", "transformers")
+        make(folder, formats)
+        weights = parameters() * 4
+        largest = TEXT["vocabulary_size"] * TEXT["hidden_dim"] * 4
+        print(f"weights {weights / 1e9:.2f} GB")
+        print(
+            "| format | form | s | peak GB | bar GB | sharded GB | a device |"
+        )
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for name in formats:
+            for form in ("unrolled", "stacked"):
+                found = run(form, folder / PATHS[name], runs)
+                # What is not sharded lies on each device, which is the
+                # layout's choice.
+                placed = found["sharded"] + found["copied"]
+                bar = 1.1 * placed + largest
+                share = found["device"] / found["sharded"]
+                print(
+                    f"| {name} | {form} | {found['seconds']:.1f} | "
+                    f"{found['peak'] / 1e9:.2f} | {bar / 1e9:.2f} | "
+                    f"{found['sharded'] / 1e9:.2f} | {share:.3f} |"
+                )
 
 
 def parameters():
@@ -207,8 +304,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loader", choices=LOADERS)
     parser.add_argument("--path", type=Path)
+    parser.add_argument("--sharded", action="store_true")
+    parser.add_argument("--runs", type=int, default=RUNS)
     arguments = parser.parse_args()
     if arguments.loader:
         measure(arguments.loader, arguments.path)
+    elif arguments.sharded:
+        main_sharded(arguments.runs)
     else:
-        main()
+        main(arguments.runs)

@@ -1,14 +1,20 @@
 """The command line: `keras-paligemma inspect | convert | finetune`."""
 
+import contextlib
 import math
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from keras_paligemma import downloads
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.held import hold
+from keras_paligemma.checkpoints.safetensors_files import Headers
+from keras_paligemma.known_files import read_checked
 
 app = typer.Typer(
     help="PaliGemma 2 for Keras 3.",
@@ -45,10 +51,35 @@ def main():
 
 @app.command()
 def inspect(source: Source, set: Set = None) -> None:
-    """Tell what a checkpoint is, and what is missing, from its headers."""
-    checkpoint = formats.resolve(source, fields=read_fields(set))
+    """Tell what a checkpoint is, and what is missing, from its headers.
+
+    On a hub it stays there: of Hugging Face's safetensors the headers are
+    read, of all else configuration and sizes.
+    """
+    fields = read_fields(set)
+    if presets.published(source) and "://" not in source:
+        checkpoint = formats.resolve(source, False, fields)
+        handles = presets.describe(source)["handles"].values()
+        facts = describe(checkpoint, empty_weights(checkpoint))
+        show(facts | {"published at": ", ".join(handles)})
+        return
+    if "://" in source:
+        sizes = downloads.sizes(source)
+        checkpoint, has_headers = inspect_handle(source, sizes, fields)
+    else:
+        checkpoint, has_headers = formats.resolve(source, fields=fields), True
+        sizes = {one.name: one.stat().st_size for one in checkpoint.files}
+    weights = empty_weights(checkpoint) if checkpoint else {}
+    facts = describe(checkpoint, weights) if checkpoint else {}
+    if sizes:
+        facts["files"] = len(sizes)
+        facts["bytes"] = f"{sum(sizes.values()):,}"
+    if not has_headers:
+        facts |= {name: f"{size:,} bytes" for name, size in sizes.items()}
+        show(facts)
+        typer.echo("a download has the weights; they were not looked into")
+        return
     with checkpoint.open() as tensors:
-        weights = empty_weights(checkpoint)
         listed = engine.problems(
             weights, checkpoint.rows_for(weights), tensors.shapes
         )
@@ -56,28 +87,59 @@ def inspect(source: Source, set: Set = None) -> None:
         for key, dtype in tensors.dtypes.items():
             size = math.prod(tensors.shapes[key])
             dtypes[dtype] = dtypes.get(dtype, 0) + size
-    backbone = checkpoint.config["backbone"]
-    facts = {
-        "format": checkpoint.format,
-        "variant": checkpoint.variant or "none of the published",
-        "files": len(checkpoint.files),
-        "bytes": f"{sum(one.stat().st_size for one in checkpoint.files):,}",
-        "tensors": len(tensors.shapes),
-        "values": ", ".join(f"{n:,} {dtype}" for dtype, n in dtypes.items()),
-        "parameters": f"{engine.count(weights):,}",
-        "image size": backbone["image_size"],
-        "tokenizer": checkpoint.tokenizer or "none beside it",
-    }
-    for tower in ("vision_encoder", "text_decoder"):
-        facts[tower] = ", ".join(f"{k}={v}" for k, v in backbone[tower].items())
-    for name, fact in facts.items():
-        typer.echo(f"{name:>14}  {fact}")
+        facts["tensors"] = len(tensors.shapes)
+    facts["values"] = ", ".join(f"{n:,} {dtype}" for dtype, n in dtypes.items())
+    show(facts)
     if listed:
         typer.echo(f"{len(listed)} keys do not fit:", err=True)
         for problem in listed:
             typer.echo(f"  {problem}", err=True)
         raise typer.Exit(1)
     typer.echo("every weight is there, with the shape that it should have")
+
+
+def inspect_handle(handle, sizes, fields):
+    """Find what lies on a hub by its small files; nothing else is fetched.
+
+    Args:
+        handle: str.
+        sizes: dict of its files' bytes by name.
+        fields: dict, see `formats.find`.
+
+    Returns:
+        `formats.Checkpoint`, or `None` where the sizes of the model lie in
+        the weights alone; and whether the tensors' headers are in it.
+    """
+    if any(".npz" in name for name in sizes) and not presets.published(handle):
+        return None, False
+    found = {}
+    if any(name.endswith(".safetensors") for name in sizes):
+        found = downloads.headers(handle)
+    if not found:
+        return formats.resolve(handle, False, fields), False
+    folder = downloads.download(handle, weights=False)
+    return formats.find(folder, fields, False, Headers(found)), True
+
+
+def describe(checkpoint, weights):
+    """List what a configuration says, as a dict of name to fact."""
+    backbone = checkpoint.config["backbone"]
+    facts = {
+        "format": checkpoint.format or "known by its name",
+        "variant": checkpoint.variant or "none of the published",
+        "parameters": f"{engine.count(weights):,}",
+        "image size": backbone["image_size"],
+        "tokenizer": checkpoint.tokenizer or "none beside it",
+    }
+    for tower in ("vision_encoder", "text_decoder"):
+        facts[tower] = ", ".join(f"{k}={v}" for k, v in backbone[tower].items())
+    return facts
+
+
+def show(facts):
+    """Print a dict, a line a fact."""
+    for name, fact in facts.items():
+        typer.echo(f"{name:>14}  {fact}")
 
 
 @app.command()
@@ -107,15 +169,22 @@ def convert(
     config = dict(checkpoint.config)
     if path is None:
         config["preprocessor"] = None
-    with checkpoint.open() as tensors:
-        held = engine.hold(weights, checkpoint.rows_for(weights), tensors)
+        typer.echo(
+            "No SentencePiece model is beside the source, so none is written "
+            "(a tokenizer.json cannot stand for it). To have one, add "
+            "--tokenizer paligemma_tokenizer.model, a path or a handle such "
+            "as gs://big_vision/paligemma_tokenizer.model",
+            err=True,
+        )
+    with checkpoint.open() as tensors, progress(weights, target) as read:
+        held = hold(weights, checkpoint.rows_for(weights), tensors)
         exports.write(
             target,
             to,
             config,
             held,
-            engine.Held.read,
-            path.read_bytes() if path else None,
+            read,
+            tokenizer_bytes(path),
             dtype=dtype,
             piece_size=piece_size,
         )
@@ -186,6 +255,54 @@ def finetune(
         if value is not None
     }
     run.finetune(run.read_settings(config, **given), dry_run)
+
+
+@contextlib.contextmanager
+def progress(weights, target):
+    """Show how much of the weights is written, where someone looks on.
+
+    Args:
+        weights: dict of all weights.
+        target: path, which the bar names.
+
+    Yields:
+        Function that reads one weight and moves the bar by its bytes.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn
+    from rich.progress import DownloadColumn
+    from rich.progress import Progress
+    from rich.progress import TextColumn
+    from rich.progress import TimeRemainingColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn()]
+    columns.append(TimeRemainingColumn())
+    bar = Progress(
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stdout.isatty(),
+    )
+    with bar:
+        # The dtype is known with the first array.
+        task = bar.add_task(target.name, total=None)
+
+        def read(weight):
+            array = weight.read()
+            total = engine.count(weights) * array.dtype.itemsize
+            bar.update(task, total=total, advance=array.nbytes)
+            return array
+
+        yield read
+
+
+def tokenizer_bytes(path):
+    """Read a SentencePiece model; Gemma's gets PaliGemma's pieces."""
+    if path is None:
+        return None
+    from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
+
+    return PaliGemmaTokenizer(read_checked(path)).proto
 
 
 def empty_weights(checkpoint):

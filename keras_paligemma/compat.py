@@ -40,8 +40,8 @@ def fill(variable, value):
     `Variable.assign` wants a value to replace. Handing the value over as the
     initializer goes through the same door as any new variable, and no random
     value is ever drawn. Where a distribution is active, that door would put
-    the whole array on the first device; the array is cast on the host instead,
-    and each device gets its shard of it.
+    the whole array on the first device; each shard is cut out on the host and
+    cast there instead, one at a time, so that no second whole array exists.
 
     JAX is given the array as it lies, a transposed view too, and copies and
     casts it by itself: `jnp.asarray`, Keras's way, lets NumPy copy such views
@@ -51,9 +51,7 @@ def fill(variable, value):
         variable.assign(value)
         return
     if keras.distribution.distribution() is not None:
-        variable._initialize(
-            np.asarray(value).astype(variable.dtype, copy=False)
-        )
+        variable._initialize(_sharded(variable, np.asarray(value)))
         variable._initializer = None
         return
     place = variable._convert_to_tensor
@@ -73,6 +71,31 @@ def _place_by_jax(value, dtype):
     # A copy in any case: JAX cannot donate the memory of a NumPy array, and a
     # training step would hold the weights twice.
     return jax.device_put(value, may_alias=False).astype(dtype)
+
+
+def _sharded(variable, array):
+    """Give an array as its variable is laid out: Keras takes it as it is."""
+    import jax  # No other backend has layouts.
+
+    layout = keras.distribution.distribution().get_variable_layout(variable)
+    sharding = layout.backend_layout
+    # Each is placed before the next is cast. jax.make_array_from_callback
+    # would cast all of them first.
+    shards = [
+        jax.block_until_ready(
+            jax.device_put(
+                array[index].astype(variable.dtype, copy=False),
+                device,
+                may_alias=False,
+            )
+        )
+        for device, index in sharding.addressable_devices_indices_map(
+            array.shape
+        ).items()
+    ]
+    return jax.make_array_from_single_device_arrays(
+        array.shape, sharding, shards
+    )
 
 
 def never_functional(cls):

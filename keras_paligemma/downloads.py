@@ -1,16 +1,29 @@
 """Files of a model from a hub or a bucket, into a cache on this machine."""
 
 import base64
+import contextlib
+import fnmatch
 import hashlib
 import os
 from pathlib import Path
 
+from keras_paligemma import known_files
+
 # What a model's folder may hold, whatever its format; hubs keep more.
-PATTERNS = ("*.json", "*.model", "*.spm", "*.safetensors", "*.npz*", "*.h5")
+SMALL = ("*.json", "*.model", "*.spm")
+PATTERNS = (*SMALL, "*.safetensors", "*.npz*", "*.h5")
+# Kaggle's client lists nothing. What KerasHub puts beside weights, of which
+# the first is always there.
+KERAS_HUB_SMALL = (
+    "config.json",
+    "preprocessor.json",
+    "tokenizer.json",
+    "assets/tokenizer/vocabulary.spm",
+)
 CHUNK = 1 << 24
 
 
-def download(handle: str) -> Path:
+def download(handle: str, weights: bool = True) -> Path:
     """Fetch a model's files; what is there already is not fetched again.
 
     The hubs' own clients do their part: progress, resuming, the check of sizes
@@ -22,6 +35,8 @@ def download(handle: str) -> Path:
             need be; `kaggle://owner/model/framework/variation/version`; or
             `gs://bucket/path` of a file, of the stem of its pieces, or of a
             folder.
+        weights: Whether those are wanted, or only the small files beside
+            them: configurations and tokenizer.
 
     Returns:
         The folder, or the file, where the handle names one.
@@ -30,6 +45,36 @@ def download(handle: str) -> Path:
         ImportError, OSError, ValueError: no client of the hub; it did not give
             the files; no such hub.
     """
+    return _ask(handle, 0, weights)
+
+
+def sizes(handle: str) -> dict[str, int]:
+    """Tell which files `download` would fetch, and fetch none.
+
+    Args:
+        handle: As `download` takes it.
+
+    Returns:
+        Bytes by name; empty where the hub's client does not tell.
+    """
+    return _ask(handle, 1)
+
+
+def headers(handle: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Read the headers of a handle's safetensors, and none of the values.
+
+    Args:
+        handle: As `download` takes it.
+
+    Returns:
+        Dtype, as the format names it, and shape by key; empty where the hub's
+        client gives no parts of files.
+    """
+    return _ask(handle, 2)
+
+
+def _ask(handle, what, *args):
+    """Have a hub's client do one thing; its errors say what to mend."""
     hub, _, path = handle.partition("://")
     if hub not in _CLIENTS:
         raise ValueError(
@@ -37,9 +82,9 @@ def download(handle: str) -> Path:
             "'kaggle://owner/model/framework/variation' or "
             f"'gs://bucket/path'. Received: {handle!r}."
         )
-    fetch, client = _CLIENTS[hub]
+    client, *functions = _CLIENTS[hub]
     try:
-        return fetch(path)
+        return functions[what](path, *args)
     except ImportError as error:
         raise ImportError(f"{handle} needs: pip install '{client}'") from error
     except Exception as error:  # Every client refuses with its own classes.
@@ -63,30 +108,83 @@ def page(handle: str) -> str:
     return f"- {handle} (licence: {sites[hub].partition('@')[0]})"
 
 
-def _hugging_face(path):
-    from huggingface_hub import snapshot_download
-
+def _split(path):
+    """Split "owner/model@revision/file"; give the patterns of its files."""
     owner, model, *file = path.split("/")
     model, _, revision = model.partition("@")
     file = "/".join(file)
+    patterns = [f"{file}*"] if file else list(PATTERNS)
+    return f"{owner}/{model}", revision or None, file, patterns
+
+
+def _hugging_face(path, weights):
+    from huggingface_hub import snapshot_download
+
+    model, revision, file, patterns = _split(path)
     folder = snapshot_download(
-        f"{owner}/{model}",
-        revision=revision or None,
-        allow_patterns=[f"{file}*"] if file else list(PATTERNS),
+        model,
+        revision=revision,
+        allow_patterns=patterns if weights else list(SMALL),
     )
     return Path(folder) / file
 
 
-def _kaggle(path):
+def _hugging_face_sizes(path):
+    from huggingface_hub import HfApi
+
+    model, revision, _, patterns = _split(path)
+    found = HfApi().model_info(model, revision=revision, files_metadata=True)
+    return {
+        one.rfilename: one.size
+        for one in found.siblings
+        if any(fnmatch.fnmatch(one.rfilename, each) for each in patterns)
+    }
+
+
+def _hugging_face_headers(path):
+    from huggingface_hub import HfApi
+
+    model, revision, _, _ = _split(path)
+    found = HfApi().get_safetensors_metadata(model, revision=revision)
+    return {
+        key: (one.dtype, tuple(one.shape))
+        for file in found.files_metadata.values()
+        for key, one in file.tensors.items()
+    }
+
+
+def _kaggle(path, weights):
     from kagglehub import model_download
 
-    return Path(model_download(path))
+    if weights:
+        return Path(model_download(path))
+    first, *others = KERAS_HUB_SMALL
+    folder = Path(model_download(path, path=first)).parent
+    for name in others:
+        # A backbone alone has none of them.
+        with contextlib.suppress(Exception):
+            model_download(path, path=name)
+    return folder
 
 
-def _bucket(path):
+def _bucket(path, weights):
+    return fetch_files(_gs(), path, cache() / "gs", weights)
+
+
+def _bucket_sizes(path):
+    filesystem = _gs()
+    found = _listed(filesystem, path)
+    return {one: filesystem.info(one)["size"] for one in found}
+
+
+def _gs():
     import fsspec
 
-    return fetch_files(fsspec.filesystem("gs"), path, cache() / "gs")
+    return fsspec.filesystem("gs")
+
+
+def _untold(path):
+    return {}
 
 
 def cache() -> Path:
@@ -95,13 +193,14 @@ def cache() -> Path:
     return Path(os.environ.get("KERAS_PALIGEMMA_CACHE", default))
 
 
-def fetch_files(filesystem, path, folder):
+def fetch_files(filesystem, path, folder, weights=True):
     """Copy a file, its pieces or a folder; go on where a copy was cut off.
 
     Args:
         filesystem: `fsspec` filesystem.
         path: str, in it.
         folder: `pathlib.Path`, where a copy of the tree is made.
+        weights: bool, whether more than the small files is wanted.
 
     Returns:
         `pathlib.Path` of the copy.
@@ -111,15 +210,30 @@ def fetch_files(filesystem, path, folder):
             is not the original's (it is removed).
     """
     path = path.rstrip("/")
-    found = filesystem.find(path) or sorted(filesystem.glob(path + ".part*"))
-    if not found:
-        raise FileNotFoundError(f"nothing is at {path}")
+    found = _listed(filesystem, path)
+    if not weights:
+        found = [
+            one
+            for one in found
+            if any(fnmatch.fnmatch(one, each) for each in SMALL)
+        ]
+        if not found:
+            raise FileNotFoundError(f"no configuration is at {path}")
     for one in found:
         target = folder / filesystem._strip_protocol(one).lstrip("/")
         if folder.resolve() not in target.resolve().parents:
             raise OSError(f"the path {one!r} leaves the folder {folder}")
         _fetch_file(filesystem, one, target)
     return folder / filesystem._strip_protocol(path).lstrip("/")
+
+
+def _listed(filesystem, path):
+    """List a file, its pieces or the files of a folder."""
+    path = path.rstrip("/")
+    found = filesystem.find(path) or sorted(filesystem.glob(path + ".part*"))
+    if not found:
+        raise FileNotFoundError(f"nothing is at {path}")
+    return found
 
 
 def _fetch_file(filesystem, path, target):
@@ -159,6 +273,11 @@ def _difference(draft, info):
     size = draft.stat().st_size
     if size != info["size"]:
         return f"expected {info['size']} bytes, received {size}"
+    if size in known_files.KNOWN:
+        try:
+            known_files.read_checked(draft)
+        except ValueError as error:
+            return str(error)
     if wanted := info.get("md5Hash"):
         with open(draft, "rb") as file:
             found = hashlib.file_digest(file, "md5").digest()
@@ -167,8 +286,14 @@ def _difference(draft, info):
     return None
 
 
+# What each needs; how it downloads, tells sizes, and reads headers.
 _CLIENTS = {
-    "hf": (_hugging_face, "keras_paligemma[hf]"),
-    "kaggle": (_kaggle, "kagglehub"),
-    "gs": (_bucket, "keras_paligemma[gs]"),
+    "hf": (
+        "keras_paligemma[hf]",
+        _hugging_face,
+        _hugging_face_sizes,
+        _hugging_face_headers,
+    ),
+    "kaggle": ("kagglehub", _kaggle, _untold, _untold),
+    "gs": ("keras_paligemma[gs]", _bucket, _bucket_sizes, _untold),
 }

@@ -7,15 +7,18 @@ holds one in this package's own format. No model class is known here.
 import difflib
 import functools
 import json
-import os
 from pathlib import Path
 
+from keras_paligemma import atomic
 from keras_paligemma import downloads
 
 HEADER = {"format": "keras_paligemma", "format_version": 1}
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.model"
+# What a folder of ours may have been written with.
+WRITTEN = (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", TOKENIZER)
+WRITTEN += ("model-*-of-*.safetensors",)
 
 # A wheel carries the presets inside the package, a checkout beside it.
 _WHEEL = Path(__file__).parent / "preset_files"
@@ -56,30 +59,34 @@ def published(source: str | Path) -> str | None:
     return name if (_HERE / f"{name}.json").is_file() else None
 
 
-def locate(source: str | Path, load_weights: bool = True) -> Path | None:
+def locate(
+    source: str | Path, load_weights: bool = True, tokenizer: bool = False
+) -> Path | None:
     """Find a model's folder or file; fetch it where it is on a hub.
 
     Args:
         source: Preset name; folder or file; handle, `hf://…`, `kaggle://…`,
             `gs://…`.
-        load_weights: Whether weights are wanted: those of a published model
-            are only fetched then. Hugging Face is asked first, then Kaggle;
-            a handle says which.
+        load_weights: Whether weights are wanted: they are only fetched then.
+            For a published model Hugging Face is asked first, then Kaggle; a
+            handle says which.
+        tokenizer: Whether that of a published model is wanted, if its weights
+            are not: all else of it is known.
 
     Returns:
-        The path; `None` for a published model without weights.
+        The path; `None` where nothing of a published model is wanted.
 
     Raises:
         ValueError: unknown source.
         OSError: no hub gave the files.
     """
     name = published(source)
-    if name and not load_weights:
+    if name and not load_weights and not tokenizer:
         return None
     if isinstance(source, str) and "://" in source:
-        return downloads.download(source)
+        return downloads.download(source, load_weights)
     if name:
-        return _fetch(describe(name))
+        return _fetch(describe(name), load_weights)
     if source in names():
         return _HERE / source
     path = Path(source).expanduser()
@@ -88,25 +95,62 @@ def locate(source: str | Path, load_weights: bool = True) -> Path | None:
     raise ValueError(_unknown(source))
 
 
-def _fetch(preset: dict) -> Path:
+def _fetch(preset: dict, weights: bool) -> Path:
     """Fetch a published model from the first hub that gives it."""
     refusals = []
     for key in ("huggingface_transformers", "kaggle_keras"):
         try:
-            return downloads.download(preset["handles"][key])
+            return downloads.download(preset["handles"][key], weights)
         except (ImportError, OSError) as error:
             refusals.append(str(error))
     shown = "\n".join(refusals)
     raise OSError(
-        f"The weights of {preset['name']!r} do not come with this package. "
+        f"The files of {preset['name']!r} do not come with this package. "
         f"They are published under the {preset['license']}, and no hub gave "
         f"them:\n{shown}\nTo build the model without its weights, pass "
         "`load_weights=False`."
     )
 
 
+def replaced(folder: str | Path):
+    """Write a preset's files at once, in place of an older preset's.
+
+    Args:
+        folder: New, empty, or one of this package, in which files of other
+            names stay as they are.
+
+    Returns:
+        Context manager that gives the folder to write into; see
+        `atomic.whole_folder`.
+
+    Raises:
+        ValueError: the folder is that of another format.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file. Expected: a folder.")
+    config = atomic.current(folder, CONFIG) / CONFIG
+    ours = config.is_file() and _is_ours(config)
+    held = sorted(one.name for name in WRITTEN for one in folder.glob(name))
+    if held and not ours:
+        raise ValueError(
+            f"{folder} holds {', '.join(held)}, which `save_to_preset` did "
+            "not write and would replace. Expected: a folder without, or a "
+            "preset of this package. Move them or choose another folder."
+        )
+    return atomic.whole_folder(folder, CONFIG, WRITTEN)
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        found = read_json(config)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("format") == HEADER["format"]
+
+
 def write_config(folder: str | Path, config: dict) -> Path:
-    """Write `config.json`: the whole file or none, should the process die.
+    """Write `config.json` for `read_folder`.
 
     Args:
         folder: Made where it does not exist.
@@ -117,9 +161,7 @@ def write_config(folder: str | Path, config: dict) -> Path:
     path = Path(folder) / CONFIG
     _check(config, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{CONFIG}.{os.getpid()}")
-    draft.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return path
 
 

@@ -1,15 +1,21 @@
 """The command line on the goldens and the nano preset."""
 
 import shutil
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import cli
+from keras_paligemma import downloads
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import npz
 from tests.conftest import GOLDEN
+from tests.conftest import PRESETS
 
 NANO = "pali_gemma2_nano_112"
 SET = [
@@ -52,6 +58,139 @@ def test_inspect_names_what_is_missing(arrays, tmp_path):
     code, output = call("inspect", tmp_path / "x.npz", *SET)
     assert code == 1
     assert "missing: params/llm/final_norm/scale (64,)" in output
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The nano preset as a folder of transformers."""
+    folder = tmp_path_factory.mktemp("hub") / "model"
+    assert call("convert", NANO, folder, "--to", "transformers")[0] == 0
+    return folder
+
+
+@pytest.fixture
+def hub(published, tmp_path, monkeypatch):
+    """Hugging Face's hub, which gives the folder, but for its weights."""
+
+    class Api:
+        def model_info(self, model, revision, files_metadata):
+            assert (model, revision, files_metadata) == ("me/m", None, True)
+            return types.SimpleNamespace(
+                siblings=[
+                    types.SimpleNamespace(
+                        rfilename=path.name, size=path.stat().st_size
+                    )
+                    for path in (*published.iterdir(), Path(__file__))
+                ]
+            )
+
+        def get_safetensors_metadata(self, model, revision):
+            names = {"float32": "F32"}
+            with formats.find(published).open() as tensors:
+                found = {
+                    key: types.SimpleNamespace(
+                        dtype=names[tensors.dtypes[key]], shape=list(shape)
+                    )
+                    for key, shape in tensors.shapes.items()
+                }
+            files = {"x": types.SimpleNamespace(tensors=found)}
+            return types.SimpleNamespace(files_metadata=files)
+
+    def snapshot_download(model, revision, allow_patterns):
+        folder = tmp_path / "cache"
+        folder.mkdir(exist_ok=True)
+        for pattern in allow_patterns:
+            for path in published.glob(pattern):
+                shutil.copy(path, folder)
+        return str(folder)
+
+    module = types.SimpleNamespace(
+        HfApi=Api, snapshot_download=snapshot_download
+    )
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    return tmp_path / "cache"
+
+
+def test_inspect_on_a_hub_reads_headers_alone(hub, published):
+    code, output = call("inspect", "hf://me/m")
+    assert code == 0
+    assert "transformers" in output and "every weight is there" in output
+    assert "2,092,464" in output and "float32" in output
+    size = sum(path.stat().st_size for path in published.iterdir())
+    assert f"{size:,}" in output
+    assert not list(hub.glob("*.safetensors"))
+    assert (hub / "tokenizer.model").exists()
+
+
+def test_a_preprocessor_from_a_hub_needs_no_weights(hub):
+    from keras_paligemma import PaliGemmaCausalLMPreprocessor
+
+    read = PaliGemmaCausalLMPreprocessor.from_preset("hf://me/m")
+    assert read.image_converter.image_size == (112, 112)
+    assert not list(hub.glob("*.safetensors"))
+
+
+def test_inspect_of_what_tells_no_sizes(monkeypatch):
+    """An .npz on a hub is listed; a name is described; nothing is fetched."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(args)
+
+    files = {"X.npz.part-0": 5_000, "X.npz.part-1": 17}
+    monkeypatch.setattr(downloads, "download", refuse)
+    monkeypatch.setattr(downloads, "sizes", lambda handle: files)
+    code, output = call("inspect", "hf://me/m-jax")
+    assert code == 0
+    assert "X.npz.part-0  5,000 bytes" in output and "5,017" in output
+    assert "they were not looked into" in output
+    code, output = call("inspect", "hf://google/paligemma2-3b-pt-224-jax")
+    assert code == 0
+    assert "3,032,094,960" in output and "5,017" in output
+    code, output = call("inspect", "pali_gemma2_pt_28b_448")
+    assert code == 0
+    assert "hf://google/paligemma2-28b-pt-448" in output
+
+
+@pytest.mark.parametrize("looks_on", [False, True])
+def test_progress(monkeypatch, capsys, looks_on):
+    class Weight:
+        shape = (3, 5)
+
+        def read(self):
+            return np.zeros(self.shape, "float32")
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: looks_on, raising=False)
+    weights = {"a": Weight(), "b": [Weight(), Weight()]}
+    with cli.progress(weights, Path("folder/there")) as read:
+        for weight in (weights["a"], *weights["b"]):
+            assert read(weight).shape == (3, 5)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert ("180/180 bytes" in printed.err) is looks_on
+    assert ("there" in printed.err) is looks_on
+
+
+def test_a_source_without_a_tokenizer(published, tmp_path):
+    """transformers' tokenizer.json alone is told, and who has the model."""
+    source = tmp_path / "source"
+    shutil.copytree(published, source)
+    (source / "tokenizer.model").unlink()
+    assert (source / "tokenizer.json").exists()
+    target = tmp_path / "target"
+    code, output = call("convert", source, target, "--to", "keras")
+    assert code == 0
+    assert "--tokenizer paligemma_tokenizer.model" in output
+    assert not (target / "tokenizer.model").exists()
+    with pytest.raises(ValueError) as raised:
+        PaliGemmaCausalLM.from_preset(source)
+    message = str(raised.value)
+    assert "tokenizer.json of transformers cannot stand for it" in message
+    assert "`tokenizer='paligemma_tokenizer.model'`" in message
+    assert "gs://big_vision/paligemma_tokenizer.model" in message
+    tokenizer = str(PRESETS / NANO / "tokenizer.model")
+    model = PaliGemmaCausalLM.from_preset(source, tokenizer=tokenizer)
+    assert model.preprocessor.tokenizer.vocabulary_size() > 1152
 
 
 @pytest.mark.parametrize("to", formats.FORMATS)

@@ -7,6 +7,7 @@ import fsspec
 import pytest
 
 from keras_paligemma import downloads
+from keras_paligemma import known_files
 
 
 @pytest.fixture
@@ -33,6 +34,42 @@ def test_a_folder(bucket, tmp_path):
         "a.npz.part-1": b"second",
         "tokenizer.model": b"pieces",
     }
+
+
+def test_small_files_alone(bucket, tmp_path):
+    found = downloads.fetch_files(bucket, "bucket/model", tmp_path, False)
+    assert [path.name for path in found.iterdir()] == ["tokenizer.model"]
+    with pytest.raises(FileNotFoundError, match="no configuration"):
+        downloads.fetch_files(bucket, "bucket/model/a.npz", tmp_path, False)
+
+
+def test_sizes_are_told_without_a_download(bucket, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(bucket, "open", refuse)
+    monkeypatch.setattr(downloads, "_gs", lambda: bucket)
+    assert downloads.sizes("gs://bucket/model/a.npz") == {
+        "/bucket/model/a.npz.part-0": 500,
+        "/bucket/model/a.npz.part-1": 6,
+    }
+    assert downloads.headers("gs://bucket/model") == {}
+    with pytest.raises(OSError, match="nothing is at bucket/other"):
+        downloads.sizes("gs://bucket/other")
+    assert downloads.sizes("kaggle://me/m/keras/v/1") == {}
+
+
+def test_a_known_file_that_is_another(bucket, tmp_path, monkeypatch):
+    """A bucket that tells no hash: size and content are known here."""
+    wanted = hashlib.sha256(b"pieces").hexdigest()
+    monkeypatch.setattr(known_files, "KNOWN", {6: ("the toy", wanted)})
+    path = "bucket/model/tokenizer.model"
+    downloads.fetch_files(bucket, path, tmp_path)
+    (tmp_path / path).unlink()
+    bucket.pipe("/" + path, b"pieceS")
+    with pytest.raises(OSError, match="arrived damaged.*bytes of the toy"):
+        downloads.fetch_files(bucket, path, tmp_path)
+    assert not list((tmp_path / "bucket/model").iterdir())
 
 
 def test_the_stem_of_pieces(bucket, tmp_path):

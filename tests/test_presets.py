@@ -8,6 +8,7 @@ import pytest
 
 from keras_paligemma import downloads
 from keras_paligemma import presets
+from keras_paligemma.checkpoints import formats
 
 OFFICIAL = json.loads(
     (Path(__file__).parent / "golden" / "official_shapes.json").read_text()
@@ -323,6 +324,23 @@ def test_write_config_replaces_the_file(folder, config):
     assert copy.read_bytes() == path.read_bytes()
 
 
+def test_a_folder_of_others_is_not_written_over(folder, config):
+    """Nor one of a damaged config: it may be anyone's."""
+    before = {one: one.read_bytes() for one in folder.iterdir()}
+    for text in ('{"model_type": "paligemma"}', "{", None):
+        if text is None:
+            (folder / presets.CONFIG).unlink()
+            del before[folder / presets.CONFIG]
+        else:
+            (folder / presets.CONFIG).write_text(text)
+            before[folder / presets.CONFIG] = text.encode()
+        with pytest.raises(ValueError, match="did not write and would replace"):
+            presets.replaced(folder)
+        assert before == {one: one.read_bytes() for one in folder.iterdir()}
+    with pytest.raises(ValueError, match="is a file"):
+        presets.replaced(folder / presets.WEIGHTS)
+
+
 def without(config, *keys):
     *parents, last = keys
     for key in parents:
@@ -391,11 +409,12 @@ def test_config_of_another_kind(folder, text, message):
 # Hubs
 
 
-def fake_hubs(monkeypatch, fetch):
+def fake_hubs(monkeypatch, fetch, weights=True):
     """Puts `fetch` in the place of both clients."""
 
     def snapshot_download(path, revision, allow_patterns):
-        assert "*.safetensors" in allow_patterns
+        assert ("*.safetensors" in allow_patterns) is weights
+        assert "*.json" in allow_patterns and "*.model" in allow_patterns
         assert revision is None
         return fetch(path)
 
@@ -416,6 +435,42 @@ def test_resolve_handle(monkeypatch, folder, handle):
     fake_hubs(monkeypatch, fetch)
     assert presets.locate(handle) == folder
     assert asked == [handle.partition("://")[2]]
+
+
+def test_small_files_of_a_handle(monkeypatch, folder):
+    monkeypatch.setattr(presets, "names", lambda: ())
+    fake_hubs(monkeypatch, lambda path: str(folder), weights=False)
+    assert presets.locate("hf://me/m", load_weights=False) == folder
+
+
+@pytest.mark.parametrize("has_task", [False, True])
+def test_small_files_of_kaggle(monkeypatch, folder, has_task):
+    asked = []
+
+    def model_download(handle, path):
+        assert handle == "me/m/keras/v/1"
+        asked.append(path)
+        if path != "config.json" and not has_task:
+            raise RuntimeError("404")
+        return str(folder / path)
+
+    client = types.SimpleNamespace(model_download=model_download)
+    monkeypatch.setitem(sys.modules, "kagglehub", client)
+    handle = "kaggle://me/m/keras/v/1"
+    assert presets.locate(handle, load_weights=False) == folder
+    assert asked[0] == "config.json"
+    assert "assets/tokenizer/vocabulary.spm" in asked
+    assert not any("weights" in path for path in asked)
+
+
+def test_a_tokenizer_is_fetched_without_weights(monkeypatch, folder):
+    """All else of a published model is known, the tokenizer is not."""
+    fake_hubs(monkeypatch, lambda path: str(folder), weights=False)
+    for name in ("pali_gemma2_pt_3b_224", "hf://google/paligemma2-3b-pt-224"):
+        checkpoint = formats.resolve(name, False, tokenizer=True)
+        assert checkpoint.tokenizer == folder / presets.TOKENIZER
+        assert checkpoint.config["backbone"]["image_size"] == 224
+        assert formats.resolve(name, False).tokenizer is None
 
 
 def test_failed_download(monkeypatch):

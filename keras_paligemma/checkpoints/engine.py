@@ -36,8 +36,9 @@ class Row:
         part: int or `None`: which index of their leading axis is ours, where
             they store several weights as one array.
         parts: int, how many there are.
-        extra: int, rows that they have beyond ours; filled with zeros when
-            written.
+        extra: int, rows that they have beyond ours. Written as the mean of
+            ours: the logit of such a row is the mean of all logits, so that
+            no greedy decoding ever chooses it.
         bare_first: bool, block 0 has no number, as Keras names the items of
             a list: "block", "block_1", …
 
@@ -99,8 +100,9 @@ class Row:
             value = value.transpose([ours.index(name) for name in flat])
             value = value.reshape(shape)
         if self.extra:
-            padding = [(0, self.extra)] + [(0, 0)] * (value.ndim - 1)
-            value = np.pad(value, padding)
+            mean = value.mean(axis=0, keepdims=True, dtype="float64")
+            mean = mean.astype(value.dtype).repeat(self.extra, axis=0)
+            value = np.concatenate([value, mean])
         return value
 
     def their_shape(self, shape):
@@ -125,76 +127,6 @@ def _parse(axes):
     theirs, ours = axes.split("->")
     groups = re.findall(r"\(([^)]*)\)|(\S+)", theirs)
     return [(many or one).split() for many, one in groups], ours.split()
-
-
-class Held:
-    """A weight that still lies in its checkpoint.
-
-    Args:
-        row: `Row`.
-        tensors: the checkpoint.
-        shape: tuple, of the weight, or of one block of it.
-        layer: int or `None`, which block.
-    """
-
-    def __init__(self, row, tensors, shape, layer=None):
-        self.row, self.tensors = row, tensors
-        self.shape, self.layer = shape, layer
-
-    def read(self):
-        """Give its array."""
-        if self.layer is None:
-            array = self.tensors.read(self.row.theirs)
-        elif self.row.stacked:
-            array = self.tensors.read(self.row.theirs)[self.layer]
-        else:
-            key = self.row.keys(self.layer + 1)[self.layer]
-            array = self.tensors.read(key)
-        return self.row.read(array, self.shape)
-
-
-class Last:
-    """Tensors that keep the array read last: stacked ones are asked often.
-
-    Args:
-        tensors: the checkpoint.
-    """
-
-    def __init__(self, tensors):
-        self.shapes, self.dtypes = tensors.shapes, tensors.dtypes
-        self._tensors = tensors
-        self._key = self._array = None
-
-    def read(self, key):
-        if key != self._key:
-            self._array = None
-            self._key, self._array = key, self._tensors.read(key)
-        return self._array
-
-
-def hold(weights, rows, tensors):
-    """Give weights of a checkpoint that are read when they are asked for.
-
-    Args:
-        weights: dict of name to anything with a shape (layer axis first).
-        rows: list of `Row`.
-        tensors: the checkpoint.
-
-    Returns:
-        Dict of name to `Held`, or of blocks to a list of them, as `write`
-        takes it with `Held.read`.
-    """
-    check(weights, rows, tensors.shapes)
-    tensors = Last(tensors)
-    held = {}
-    for row in rows:
-        shape = shape_of(weights[row.ours])
-        held[row.ours] = (
-            [Held(row, tensors, shape[1:], one) for one in range(shape[0])]
-            if row.in_blocks
-            else Held(row, tensors, shape)
-        )
-    return held
 
 
 class Arrays:
@@ -319,6 +251,9 @@ def _fill(weight, row, blocks):
     if isinstance(blocks, np.ndarray) and row.axes is None and not row.parts:
         fill(weight, blocks)
         return
+    # Blocks stacked on the host, in the variable's dtype, and let go of once
+    # they are placed: as large as the largest tensor at most, so the peak stays
+    # below the weights and the largest tensor, which here is a stacked one.
     whole = np.empty(shape, np.dtype(weight.dtype))
     for layer, array in enumerate(blocks):
         whole[layer] = row.read(array, shape[1:])

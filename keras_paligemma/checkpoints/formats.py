@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from keras_paligemma import atomic
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import big_vision
 from keras_paligemma.checkpoints import engine
@@ -60,21 +61,23 @@ class Checkpoint:
         return [engine.Row(name, name) for name in weights]
 
 
-def resolve(source, load_weights=True, fields=None):
+def resolve(source, load_weights=True, fields=None, tokenizer=False):
     """Find the checkpoint that a source means, fetching it if need be.
 
     Args:
         source: as `presets.locate` takes it.
         load_weights: bool, `False` for a configuration alone.
         fields: see `find`.
+        tokenizer: bool, whether that is wanted without weights as well.
 
     Returns:
         `Checkpoint`; of a published model without weights with no files.
     """
-    path = presets.locate(source, load_weights)
+    path = presets.locate(source, load_weights, tokenizer)
     name = presets.published(source)
-    if path is None:
-        checkpoint = Checkpoint(None, {}, None, [], None, None, name)
+    if name and not load_weights:
+        beside = path and _tokenizer(path)
+        checkpoint = Checkpoint(None, {}, None, [], beside, None, name)
     else:
         checkpoint = find(path, fields, load_weights)
     if name:
@@ -90,7 +93,7 @@ def resolve(source, load_weights=True, fields=None):
     return checkpoint
 
 
-def find(path, fields=None, load_weights=True):
+def find(path, fields=None, load_weights=True, headers=None):
     """Recognise a checkpoint by what is there and read its configuration.
 
     Args:
@@ -98,7 +101,9 @@ def find(path, fields=None, load_weights=True):
             `X.npz.part*`, or `X.npz` where only the pieces are.
         fields: dict of fields of the backbone to be set, such as
             `query_pre_attention_scalar`: what is given is not looked for.
-        load_weights: bool, `False` lets a folder of ours be without weights.
+        load_weights: bool, `False` lets a folder be without weights.
+        headers: tensors, see `engine`, that stand for those of a folder
+            without weights; only shapes and dtypes are asked for.
 
     Returns:
         `Checkpoint`.
@@ -117,11 +122,10 @@ def find(path, fields=None, load_weights=True):
     if not path.is_dir():
         checkpoint = _big_vision(path, fields)
     else:
+        # All formats of folders begin with this file.
+        path = atomic.current(path, presets.CONFIG)
         format = _recognise(path)
-        if format == "keras":
-            checkpoint = _keras(path, load_weights)
-        else:
-            checkpoint = _READERS[format](path, fields)
+        checkpoint = _READERS[format](path, fields, load_weights, headers)
     if checkpoint.config["preprocessor"] is not None:
         checkpoint.config["preprocessor"] = (
             LENGTHS | checkpoint.config["preprocessor"]
@@ -158,64 +162,76 @@ def _recognise(folder):
     )
 
 
-def _keras(folder, load_weights):
+def _keras(folder, fields, load_weights, headers):
     config = presets.read_folder(folder, load_weights)
-    tokenizer = folder / presets.TOKENIZER
     files = safetensors_files.find(folder) if load_weights else []
     return Checkpoint(
         "keras",
         config,
         None,
         files,
-        tokenizer if tokenizer.is_file() else None,
-        functools.partial(safetensors_files.open_safetensors, files),
+        _tokenizer(folder),
+        _opener(safetensors_files.open_safetensors, files, headers),
     )
 
 
-def _transformers(folder, fields):
+def _transformers(folder, fields, load_weights, headers):
     config = hugging_face.read_config(folder)
-    files = safetensors_files.find(folder)
+    files = safetensors_files.find(folder) if load_weights else []
+    open_all = _opener(safetensors_files.open_safetensors, files, headers)
 
     @contextlib.contextmanager
     def open_files():
-        with safetensors_files.open_safetensors(files) as tensors:
+        with open_all() as tensors:
             yield hugging_face.tied(tensors)
 
-    with open_files() as tensors:
-        rows = hugging_face.rows(config["backbone"], tensors.shapes)
-        _set_dtype(config["backbone"], tensors)
-    tokenizer = folder / "tokenizer.model"
+    rows = None
+    if files or headers:
+        with open_files() as tensors:
+            rows = hugging_face.rows(config["backbone"], tensors.shapes)
+            _set_dtype(config["backbone"], tensors)
     return Checkpoint(
-        "transformers",
-        config,
-        rows,
-        files,
-        tokenizer if tokenizer.is_file() else None,
-        open_files,
+        "transformers", config, rows, files, _tokenizer(folder), open_files
     )
 
 
-def _keras_hub(folder, fields):
-    found = keras_hub_config.read(folder)
+def _keras_hub(folder, fields, load_weights, headers):
+    found = keras_hub_config.read(folder, load_weights)
+    files = found["weights"] if load_weights else []
     preprocessor = found["preprocessor"]
     if preprocessor is not None:
         # KerasHub crops or pads pictures if told so; the original squeezes.
         preprocessor = {"resize": preprocessor["resize"]}
     config = {"backbone": found["backbone"], "preprocessor": preprocessor}
-    open_files = functools.partial(h5_files.open_h5, found["weights"])
-    with open_files() as tensors:
-        _set_dtype(config["backbone"], tensors)
+    open_files = _opener(h5_files.open_h5, files, headers)
+    if files or headers:
+        with open_files() as tensors:
+            _set_dtype(config["backbone"], tensors)
+    rows = keras_hub.rows(config)
     return Checkpoint(
-        "keras_hub",
-        config,
-        keras_hub.rows(config),
-        found["weights"],
-        found["tokenizer"],
-        open_files,
+        "keras_hub", config, rows, files, found["tokenizer"], open_files
     )
 
 
-def _big_vision(path, fields):
+def _opener(open_files, files, headers):
+    """Give a function that opens files, or gives what stands for them."""
+    if headers is not None:
+        return functools.partial(contextlib.nullcontext, headers)
+    return functools.partial(open_files, files)
+
+
+def _tokenizer(folder):
+    """Find the SentencePiece model in the folder of any format."""
+    names = (
+        "tokenizer.model",
+        "paligemma_tokenizer.model",
+        keras_hub_config.TOKENIZER,
+    )
+    beside = [folder / name for name in names if (folder / name).is_file()]
+    return beside[0] if beside else None
+
+
+def _big_vision(path, fields, load_weights=True, headers=None):
     folder = path
     if path.is_dir():
         names = sorted(
@@ -259,19 +275,13 @@ def _big_vision(path, fields):
                 f"head_dim ({found['text_decoder']['head_dim']} here) as the "
                 "scalar; PaliGemma 1 has None, None and head_dim."
             )
-    names = ("paligemma_tokenizer.model", "tokenizer.model")
-    beside = [folder / name for name in names if (folder / name).is_file()]
     return Checkpoint(
-        "big_vision",
-        config,
-        rows,
-        files,
-        beside[0] if beside else None,
-        open_files,
+        "big_vision", config, rows, files, _tokenizer(folder), open_files
     )
 
 
 _READERS = {
+    "keras": _keras,
     "transformers": _transformers,
     "big_vision": _big_vision,
     "keras_hub": _keras_hub,

@@ -9,6 +9,8 @@ import h5py
 import ml_dtypes
 import numpy as np
 
+from keras_paligemma import atomic
+
 SINGLE = "model.weights.h5"
 INDEX = "model.weights.json"
 SHARD = "model_{:05}.weights.h5"
@@ -232,15 +234,6 @@ class _Writer:
 
 
 def _publish(draft, path):
-    sync(draft)
+    atomic.sync(draft)
     os.replace(draft, path)
-    sync(path.parent)
-
-
-def sync(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    atomic.sync(path.parent)

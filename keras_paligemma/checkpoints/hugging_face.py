@@ -1,13 +1,11 @@
 """The names and folders of transformers (`config.json`, safetensors)."""
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from keras_paligemma import atomic
 from keras_paligemma.checkpoints.engine import Row
 from keras_paligemma.checkpoints.hugging_face_config import from_transformers
 from keras_paligemma.checkpoints.hugging_face_config import to_transformers
@@ -56,7 +54,7 @@ def rows(config, shapes=None):
     Source: transformers, `models/{paligemma,siglip,gemma,gemma2}`.
     """
     vision, projector, text = VISION[0], PROJECTOR[0], TEXT[0]
-    extra = 0
+    extra = EXTRA_ROWS
     if shapes is not None:
         vision = _prefix(VISION, PATCHES, shapes)
         projector = _prefix(PROJECTOR, "weight", shapes)
@@ -280,12 +278,9 @@ def _read_json(path):
 
 
 def write(folder, config, arrays, tokenizer=None, max_shard_size=2_000_000_000):
-    """Write a folder that transformers loads: weights, configs, tokenizer.
+    """Write a folder that transformers loads: all of it or nothing.
 
-    It is written beside and then renamed: whoever finds it finds all of it.
-    The embedding gets the 64 rows that published files have. They hold the
-    mean of the others: their logit is the mean of all logits, so that no
-    greedy decoding ever chooses one.
+    Weights, configs and tokenizer appear at once; see `atomic.whole_folder`.
 
     Args:
         folder: str or path that does not exist or is empty.
@@ -301,51 +296,25 @@ def write(folder, config, arrays, tokenizer=None, max_shard_size=2_000_000_000):
         ValueError: the folder is in use, the model or the tokenizer has what
             transformers lacks, or arrays are missing.
     """
-    folder = Path(folder).expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"{folder} is in use. Expected: a folder that is empty or does "
-            "not exist. Remove it or choose another."
-        )
+    atomic.refuse_in_use(folder)
     backbone = config["backbone"]
     size = backbone["text_decoder"]["vocabulary_size"]
     # All that can be refused is refused before the weights are written.
     files = to_transformers(config, size + EXTRA_ROWS)
     files = {name: _to_json(value) for name, value in files.items()}
+    dtype = weight_dtype(backbone)
     if tokenizer is not None:
         files |= tokenizer_files(tokenizer, size)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        draft.chmod(0o755)
+    with atomic.whole_folder(folder, "config.json") as draft:
         for name, content in files.items():
             (draft / name).write_bytes(content)
-        written = write_safetensors(
-            draft, _as_theirs(arrays, backbone), max_shard_size
-        )
+        cast = ((key, one.astype(dtype, copy=False)) for key, one in arrays)
+        written = write_safetensors(draft, cast, max_shard_size)
         _check_keys(written, backbone)
-        if folder.exists():
-            folder.rmdir()
-        os.rename(draft, folder)
-    except BaseException:
-        shutil.rmtree(draft)
-        raise
 
 
 def _to_json(value):
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _as_theirs(arrays, backbone):
-    """Cast arrays to the model's dtype and lengthen the embedding."""
-    dtype = weight_dtype(backbone)
-    for key, array in arrays:
-        array = array.astype(dtype, copy=False)
-        if key == TEXT[0] + EMBEDDING:
-            mean = array.mean(axis=0, keepdims=True, dtype="float64")
-            mean = mean.astype(dtype).repeat(EXTRA_ROWS, axis=0)
-            array = np.concatenate([array, mean])
-        yield key, array
 
 
 def _check_keys(written, backbone):

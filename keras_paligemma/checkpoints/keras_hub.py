@@ -1,11 +1,9 @@
 """KerasHub's presets of PaliGemma 1 and 2: names of weights, and folders."""
 
 import importlib.metadata
-import os
-import shutil
 from datetime import datetime
-from pathlib import Path
 
+from keras_paligemma import atomic
 from keras_paligemma.checkpoints import h5_files
 from keras_paligemma.checkpoints import keras_hub_config
 from keras_paligemma.checkpoints.engine import LAYER
@@ -102,6 +100,8 @@ def write(
 ):
     """Write a preset folder of KerasHub: all of it or nothing.
 
+    Its files appear at once; see `atomic.whole_folder`.
+
     `keras_hub.models.PaliGemmaBackbone.from_preset` reads it and, where there
     is a tokenizer, `PaliGemmaCausalLM.from_preset`. KerasHub 0.32 scales
     queries by head_dim whatever the config says, so it runs a 28b model with
@@ -122,27 +122,14 @@ def write(
             KerasHub cannot express; nothing was written.
     """
     files = keras_hub_config.files(config, tokenizer)
-    folder = Path(folder).expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"{folder} is there already. Expected: a new or an empty folder. "
-            "Choose another or remove it."
-        )
-    draft = folder.with_name(f"{folder.name}.{os.getpid()}")
-    draft.mkdir(parents=True)
-    try:
+    atomic.refuse_in_use(folder)
+    with atomic.whole_folder(folder, keras_hub_config.CONFIG) as draft:
         for name, content in files.items():
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
             (draft / name).write_bytes(content)
         count = h5_files.write_h5(draft, arrays, shard_size)
         metadata = keras_hub_config.to_json(_metadata(count))
         (draft / METADATA).write_bytes(metadata)
-        for path in (*draft.rglob("*"), draft):
-            h5_files.sync(path)
-        os.replace(draft, folder)
-        h5_files.sync(folder.parent)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _metadata(parameter_count):

@@ -2,13 +2,12 @@
 
 import functools
 import json
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from keras_paligemma import atomic
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import safetensors_files
 from keras_paligemma.checkpoints.engine import LAYER
@@ -107,7 +106,7 @@ def read(folder):
     """Read what an adapter is, and open nothing of its values.
 
     Args:
-        folder: `pathlib.Path`.
+        folder: path.
 
     Returns:
         Dict of the arguments of `enable_lora`;
@@ -118,7 +117,7 @@ def read(folder):
         ValueError: no adapter, a damaged one, or one of a kind that this
             package has not.
     """
-    folder = Path(folder)
+    folder = atomic.current(folder, CONFIG)
     missing = [one for one in (CONFIG, WEIGHTS) if not (folder / one).is_file()]
     if missing:
         raise ValueError(
@@ -192,21 +191,14 @@ def _recognise(shapes, path):
 def write(folder, lora, arrays, base=None):
     """Write an adapter that PEFT loads onto transformers' PaliGemma.
 
+    One that is there is replaced, all at once; see `atomic.whole_folder`.
+
     Args:
-        folder: `pathlib.Path`.
+        folder: path.
         lora: dict of the arguments of `enable_lora`.
         arrays: iterable of pairs of key and array.
         base: str or `None`, name of the model that it belongs to.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{WEIGHTS}.{os.getpid()}"
-    # safetensors writes the memory of an array, whatever its strides.
-    arrays = {key: np.ascontiguousarray(array) for key, array in arrays}
-    save_file(arrays, draft)
-    # safetensors lets nobody else read what it writes.
-    draft.chmod(0o644)
-    os.replace(draft, folder / WEIGHTS)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -219,9 +211,14 @@ def write(folder, lora, arrays, base=None):
         "use_rslora": lora["rslora"],
         **PLAIN_VALUES,
     }
-    draft = folder / f"{CONFIG}.{os.getpid()}"
-    draft.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, folder / CONFIG)
+    # safetensors writes the memory of an array, whatever its strides.
+    arrays = {key: np.ascontiguousarray(array) for key, array in arrays}
+    text = json.dumps(config, indent=2) + "\n"
+    with atomic.whole_folder(folder, CONFIG, [WEIGHTS]) as draft:
+        save_file(arrays, draft / WEIGHTS)
+        # safetensors lets nobody else read what it writes.
+        (draft / WEIGHTS).chmod(0o644)
+        (draft / CONFIG).write_text(text, encoding="utf-8")
 
 
 def _pattern(targets):

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +66,20 @@ DTYPES = {
     "F16": "float16",
     "BF16": "bfloat16",
 }
+
+
+class Headers:
+    """What headers say of tensors whose values are elsewhere; see `engine`.
+
+    Args:
+        found: dict of key to dtype, as the format names it, and shape.
+    """
+
+    def __init__(self, found):
+        self.shapes = {key: shape for key, (_, shape) in found.items()}
+        self.dtypes = {
+            key: DTYPES.get(dtype, dtype) for key, (dtype, _) in found.items()
+        }
 
 
 @contextlib.contextmanager
@@ -165,8 +178,8 @@ def write_safetensors(folder, arrays, max_shard_size=2_000_000_000):
     which is written last.
 
     Args:
-        folder: str or path of a folder that exists; weights that are there
-            are replaced when the new ones are whole.
+        folder: str or path of a folder without weights, such as a draft of
+            `atomic.whole_folder`.
         arrays: iterable of pairs of key and NumPy array.
         max_shard_size: int, bytes of tensors in a file; a larger tensor gets
             a file of its own.
@@ -214,11 +227,7 @@ def write_safetensors(folder, arrays, max_shard_size=2_000_000_000):
         }
         index = {"metadata": {"total_size": total}, "weight_map": names}
         text = json.dumps(index, indent=2) + "\n"
-        draft = folder / f"{INDEX}.{os.getpid()}"
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, folder / INDEX)
-    # Last: until then the old ones are what is found.
-    (folder / (SINGLE if count else INDEX)).unlink(missing_ok=True)
+        (folder / INDEX).write_text(text, encoding="utf-8")
     return list(weight_map)
 
 

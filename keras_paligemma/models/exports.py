@@ -1,6 +1,5 @@
 """Weights and configuration written in any format."""
 
-import os
 from pathlib import Path
 
 import ml_dtypes
@@ -54,8 +53,15 @@ def export(path, to, backbone, preprocessor=None, **options):
 def save_to_preset(model, preset_dir):
     """Write configuration, weights and tokenizer to a directory.
 
+    A preset that is there is replaced: killed at any time, `from_preset` finds
+    the old one or the new one, whole. Files of other names stay. Of several
+    adapters the one in use is written; `save_adapter` writes each.
+
     Args:
         preset_dir: str or path; `from_preset` loads it, exactly.
+
+    Raises:
+        ValueError: the directory holds a checkpoint of another format.
     """
     export(preset_dir, "keras", model.backbone, model.preprocessor)
 
@@ -116,9 +122,13 @@ def write(
 ):
     """Write weights, one array, or one file of safetensors, in memory.
 
+    Killed at any time, what readers find is whole or nothing, and in place of
+    an older preset of ours that one or the new one: `atomic.whole_folder`.
+
     Args:
-        path: str or path: a folder, of big_vision a file "….npz". A folder of
-            ours is replaced file by file; other folders must not be there.
+        path: str or path: a folder, of big_vision a file "….npz". A preset of
+            ours is replaced, and files of other names stay; for the other
+            formats a folder must be new or empty.
         to: str, one of `formats.FORMATS`.
         config: dict with `backbone` and `preprocessor`, as a preset's.
         weights: dict of name to weight or list of weights.
@@ -179,15 +189,11 @@ def with_length(config):
 
 
 def _write_ours(folder, config, arrays, proto):
-    folder.mkdir(parents=True, exist_ok=True)
-    # Written beside and then renamed, the config last: a folder never holds
-    # half a file, and a reader never finds a config without its weights.
-    safetensors_files.write_safetensors(folder, arrays)
-    if proto is not None:
-        draft = folder / f"{presets.TOKENIZER}.{os.getpid()}"
-        draft.write_bytes(proto)
-        os.replace(draft, folder / presets.TOKENIZER)
-    presets.write_config(folder, config)
+    with presets.replaced(folder) as draft:
+        safetensors_files.write_safetensors(draft, arrays)
+        if proto is not None:
+            (draft / presets.TOKENIZER).write_bytes(proto)
+        presets.write_config(draft, config)
 
 
 def cast(array, dtype):

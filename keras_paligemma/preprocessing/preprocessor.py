@@ -1,12 +1,12 @@
 """The one place that knows how text is laid out in a sequence."""
 
-from pathlib import Path
-
 import keras
 import keras_hub
 import numpy as np
 
+from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.known_files import read_checked
 from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
 )
@@ -116,19 +116,22 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     @classmethod
     def from_preset(cls, preset, **kwargs):
-        """Reads the preprocessor of a preset; reads none of its weights.
-
-        Where the preset lies on a hub, all of it is fetched nevertheless.
+        """Reads the preprocessor of a preset; reads and fetches no weights.
 
         Args:
             preset: As `PaliGemmaCausalLM.from_preset` takes it.
             **kwargs: In place of what the preset says: `prompt_length` and
-                the other arguments of the class.
+                the other arguments of the class, and `tokenizer`, a path or
+                a handle, where none lies beside it.
 
         Returns:
             `PaliGemmaCausalLMPreprocessor`.
         """
-        checkpoint = formats.resolve(preset)
+        if "tokenizer" in kwargs:
+            checkpoint = formats.resolve(preset, load_weights=False)
+            checkpoint.tokenizer = presets.locate(kwargs.pop("tokenizer"))
+        else:
+            checkpoint = formats.resolve(preset, False, tokenizer=True)
         return cls.from_files(checkpoint.config, checkpoint.tokenizer, **kwargs)
 
     @classmethod
@@ -148,16 +151,19 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """
         if tokenizer is None:
             raise ValueError(
-                "The checkpoint comes without a SentencePiece model. Pass "
-                "`tokenizer='paligemma_tokenizer.model'`, a path or a handle "
-                "(the original's is gs://big_vision/paligemma_tokenizer.model"
-                "), or `preprocessor=None` to do without strings."
+                "The checkpoint comes without a SentencePiece model; a "
+                "tokenizer.json of transformers cannot stand for it. Pass "
+                "`tokenizer='paligemma_tokenizer.model'`, a path or a handle: "
+                "gs://big_vision/paligemma_tokenizer.model is the original's, "
+                "hf://google/paligemma2-3b-pt-224/tokenizer.model the same "
+                "for every size. Or load with `preprocessor=None` to do "
+                "without strings."
             )
         fields = config["preprocessor"] | kwargs
         converter = PaliGemmaImageConverter(
             config["backbone"]["image_size"], resize=fields.pop("resize")
         )
-        tokenizer = PaliGemmaTokenizer(Path(tokenizer).read_bytes())
+        tokenizer = PaliGemmaTokenizer(read_checked(tokenizer))
         return cls(tokenizer, converter, **fields)
 
     def build(self, input_shape=None):

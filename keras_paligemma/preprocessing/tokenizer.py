@@ -8,6 +8,7 @@ import keras_hub
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
+from keras_paligemma.known_files import check_known
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.inputs import to_strings
 
@@ -84,7 +85,8 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             these pieces gets them.
 
     Raises:
-        ValueError: `proto` is no such model.
+        ValueError: `proto` is no such model, or a damaged copy of Gemma's or
+            PaliGemma's published file, which are known by size and hash.
 
     Example:
 
@@ -125,6 +127,8 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         """Reads a SentencePiece model; see the arguments of the class."""
         if isinstance(proto, os.PathLike):
             proto = os.fspath(proto)
+        is_path = isinstance(proto, str) and len(proto) < 2048  # else base64
+        source = proto if is_path else "The tokenizer"
         try:
             with warnings.catch_warnings():
                 # KerasHub leaves closing a file to the garbage collector.
@@ -138,6 +142,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             ) from error
         if proto is None:
             return
+        check_known(self.proto, source)
         self._check_special_ids()
         if self.add_location_and_segment_pieces:
             extended = append_location_and_segment_pieces(self.proto)

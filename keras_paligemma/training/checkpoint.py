@@ -142,7 +142,9 @@ class RunCheckpoint(keras.callbacks.Callback):
                 continue
             for variable, value in zip(variables, found[group], strict=True):
                 variable.assign(value)
-        self._metrics = found["metrics"]
+        # Those of an epoch that is over are of no use.
+        within = step % len(self.batches)
+        self._metrics = found["metrics"] if within else None
         self.step = step
 
 

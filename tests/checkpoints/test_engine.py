@@ -1,5 +1,6 @@
 """Rows, comparison, reading and writing, without any model."""
 
+import tracemalloc
 import types
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints.engine import Row
+from keras_paligemma.checkpoints.held import hold
 
 
 def numbers(*shape):
@@ -55,7 +57,7 @@ def test_parts_of_one_array():
         array[2, 1, 1, 3],
         [weights["t/blocks/value"][2, 3, 1, h] for h in range(4)],
     )
-    held = engine.hold(weights, rows, engine.Arrays({"kv": array}))
+    held = hold(weights, rows, engine.Arrays({"kv": array}))
     for name, blocks in held.items():
         for layer, block in enumerate(blocks):
             np.testing.assert_array_equal(block.read(), weights[name][layer])
@@ -97,7 +99,60 @@ def test_stacked_arrays_are_read_once_when_held():
 
     weights = {"t/blocks/w": numbers(4, 2)}
     row = Row("t/blocks/w", "w")
-    held = engine.hold(weights, [row], Counted({"w": numbers(4, 2)}))
+    held = hold(weights, [row], Counted({"w": numbers(4, 2)}))
     values = [block.read() for block in held["t/blocks/w"]]
     np.testing.assert_array_equal(values, weights["t/blocks/w"])
     assert reads == ["w"]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_memory_of_loading(monkeypatch, stacked):
+    """At most 1.1 × the weights and the largest tensor, in any form."""
+    names = {"up": (60, 200), "gate": (60, 200), "norm": (60,)}
+    layers = 12
+    rows = [Row("t/table", "a/table"), Row("t/last", "z")]
+    rows += [
+        Row(f"t/blocks/{name}", f"layers.{{layer}}.{name}", axes)
+        for name, axes in {"up": "i o -> o i", "gate": None}.items()
+    ]
+    rows.append(Row("t/blocks/norm", "layers.{layer}.norm"))
+
+    def variable(*shape):
+        return types.SimpleNamespace(shape=shape, dtype="float32")
+
+    weights = {"t/table": variable(900, 60), "t/last": variable(7)}
+    for name, shape in names.items():
+        shape = shape[::-1] if name == "up" else shape
+        many = [variable(*shape) for _ in range(layers)]
+        one = variable(layers, *shape)
+        weights[f"t/blocks/{name}"] = one if stacked else many
+    # What a file gives: halves, which are cast.
+    expected = engine.shapes(weights, rows)
+    tensors = types.SimpleNamespace(
+        shapes=expected, read=lambda key: np.ones(expected[key], "float16")
+    )
+    kept = {}
+
+    def fill(variable, value):
+        kept[id(variable)] = np.array(value, variable.dtype)
+
+    monkeypatch.setattr(engine, "fill", fill)
+    tracemalloc.start()
+    try:
+        engine.load(weights, rows, tensors)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    total = sum(array.nbytes for array in kept.values())
+    assert total == 4 * engine.count(weights)
+    largest = max(array.nbytes for array in kept.values())
+    assert peak < 1.1 * total + largest
+
+
+def test_further_rows_are_the_mean():
+    """Their logit is then the mean of all, so that none is ever the best."""
+    table = np.random.default_rng(0).normal(size=(50, 3)).astype("float32")
+    written = Row("a", "x", extra=2).write(table)
+    np.testing.assert_allclose(written[50:], [table.mean(axis=0)] * 2, 1e-5)
+    hidden = np.random.default_rng(1).normal(size=(20, 3))
+    assert (np.argmax(hidden @ written.T, axis=-1) < 50).all()

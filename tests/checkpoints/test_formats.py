@@ -10,8 +10,10 @@ import pytest
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import presets
+from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import npz
+from keras_paligemma.models import exports
 from tests.conftest import GOLDEN
 from tests.conftest import error
 from tests.conftest import golden_inputs
@@ -266,3 +268,25 @@ def test_a_task_without_a_tokenizer_says_how_to_give_one(pieces):
         PaliGemmaCausalLM.from_preset(pieces, **FIELDS)
     model = PaliGemmaCausalLM.from_preset(pieces, preprocessor=None, **FIELDS)
     assert model.preprocessor is None
+
+
+@pytest.mark.parametrize("to", formats.FORMATS)
+def test_damage_gives_no_model_and_leaves_the_files(
+    golden_backbone, tmp_path, monkeypatch, to
+):
+    """Of each format: what is cut short is found before a value moves."""
+    path = tmp_path / ("x.npz" if to == "big_vision" else "model")
+    exports.export(path, to, golden_backbone())
+    fields = FIELDS if to == "big_vision" else {}
+    PaliGemmaBackbone.from_preset(path, **fields)
+    (weights,) = formats.find(path, fields).files
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    files = [one for one in tmp_path.rglob("*") if one.is_file()]
+    before = {one: one.read_bytes() for one in files}
+    filled = []
+    monkeypatch.setattr(engine, "fill", lambda *args: filled.append(args))
+    with pytest.raises(ValueError, match=f"{weights.name}.*cannot be read"):
+        PaliGemmaBackbone.from_preset(path, **fields)
+    assert not filled
+    files = [one for one in tmp_path.rglob("*") if one.is_file()]
+    assert before == {one: one.read_bytes() for one in files}

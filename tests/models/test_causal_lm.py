@@ -266,12 +266,17 @@ def test_keras_file_round_trip_is_exact(tiny_model, examples, tmp_path):
 
 
 def test_saving_over_a_preset_replaces_it(tiny_model, tmp_path):
+    """Shards of a larger model go too, notes of the user do not."""
     model = tiny_model()
-    for _ in range(2):
-        model.save_to_preset(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    model.save_to_preset(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    (tmp_path / "model.safetensors.index.json").touch()
+    model.save_to_preset(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
         "model.safetensors",
+        "notes.txt",
         "tokenizer.model",
     ]
 

@@ -86,14 +86,12 @@ def test_every_format_has_a_place_for_all(name, form):
     weights = backbone.weights_by_name()
     config = {"backbone": backbone.architecture()}
     padded = hugging_face.rows(config["backbone"])
-    padded = [
-        dataclasses.replace(row, extra=64)
-        if row.ours.endswith("token_embedding/table")
-        else row
-        for row in padded
-    ]
+    bare = [dataclasses.replace(row, extra=0) for row in padded]
+    post_norms = config["backbone"]["text_decoder"]["use_post_norms"]
     tables = {
-        "transformers": (hugging_face.rows(config["backbone"]), 0),
+        "keras": ([engine.Row(name, name) for name in weights], 0),
+        "big_vision": (big_vision.rows(post_norms), 0),
+        "transformers, bare": (bare, 0),
         "transformers, published": (padded, 64),
         "keras_hub": (keras_hub.rows(config), 0),
     }

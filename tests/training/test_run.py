@@ -52,8 +52,10 @@ def test_from_the_command_line_and_again(data):
     assert code == 0
     assert "5 examples, 2 steps an epoch of 2, 2 steps" in output
     assert "GiB" in output and not (data / "run").exists()
-    code, output = call(*arguments)
+    with pytest.warns(UserWarning, match="line 5: images"):
+        code, output = call(*arguments)
     assert code == 0, output
+    assert "Skipped examples: 1" in output
     settings = json.loads((data / "run" / "settings.json").read_text())
     assert settings["label_smoothing"] == 0.1
     assert len((data / "run" / "log.csv").read_text().splitlines()) == 2
@@ -61,7 +63,8 @@ def test_from_the_command_line_and_again(data):
     model.load_adapter(data / "run" / "adapter")
     assert model.adapters.known["default"].targets == ("query",)
     # The same command again, with more epochs: it goes on.
-    code, output = call(*arguments, "--epochs", 2)
+    with pytest.warns(UserWarning, match="line 5: images"):
+        code, output = call(*arguments, "--epochs", 2)
     assert code == 0, output
     lines = (data / "run" / "log.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines[1:]] == ["0", "1"]

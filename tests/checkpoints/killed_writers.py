@@ -1,0 +1,121 @@
+"""Kills writers of folders at their steps; run by its test.
+
+A writer is a forked process; a step is the making of an array or a call that
+changes a folder or waits for the disk.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+# The model is not needed, nor any backend that starts threads.
+os.environ["KERAS_BACKEND"] = "numpy"
+
+import numpy as np
+
+from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints import peft
+from keras_paligemma.models import exports
+
+CALLS = ("rename", "replace", "link", "unlink", "mkdir", "rmdir", "fsync")
+LORA = {"rank": 2, "alpha": 2, "targets": ["query"]}
+
+home, *cases = sys.argv[1:]
+# Names are those of a model; a few numbers of each array are enough.
+checkpoint = formats.resolve("pali_gemma2_nano_112")
+config = checkpoint.config | {"preprocessor": None}
+with checkpoint.open() as tensors:
+    weights = {key: tensors.read(key)[..., :4] for key in tensors.shapes}
+peft_keys = [row.theirs.format(layer=0) for row in peft.rows(["query"])]
+
+
+def write(folder, to, value, step=lambda: None):
+    """Write a model, or an adapter, all of whose numbers are one."""
+
+    def full(array):
+        step()
+        return np.full(array.shape, value, array.dtype)
+
+    if to == "peft":
+        arrays = ((key, full(np.zeros((2, 3)))) for key in peft_keys)
+        peft.write(folder, LORA, arrays)
+    else:
+        exports.write(folder, to, config, weights, full)
+
+
+def read(folder, to):
+    """Give the one number of a model or an adapter, or `None` without."""
+    try:
+        if to == "peft":
+            _, _, open_files = peft.read(folder)
+        else:
+            open_files = formats.find(folder).open
+    except ValueError:
+        return None
+    with open_files() as tensors:
+        values = [tensors.read(key) for key in tensors.shapes]
+    numbers = {float(one) for array in values for one in np.unique(array)}
+    assert len(values) > 1 and len(numbers) == 1, numbers
+    return numbers.pop()
+
+
+def visible(folder):
+    """List files that are not hidden."""
+    names = [path.relative_to(folder) for path in folder.rglob("*")]
+    return sorted(
+        str(name)
+        for name in names
+        if (folder / name).is_file() and not name.parts[0].startswith(".")
+    )
+
+
+def counted(function, left):
+    def call(*args, **kwargs):
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+def attempt(to, before, kill_at, kind):
+    """Kill a writer at one of its steps of a kind; tell what it left."""
+    folder = Path(home) / "a folder" / "model"
+    folder.parent.mkdir()
+    if before != "absent":
+        folder.mkdir()
+    if before == "old":
+        write(folder, to, 1)
+        (folder / "notes.txt").write_text("mine")
+    child = os.fork()
+    if not child:
+        left, step = [kill_at], lambda: None
+        if kind == "arrays":
+            step = counted(step, left)
+        else:
+            for name in CALLS:
+                setattr(os, name, counted(getattr(os, name), left))
+        write(folder, to, 2, step)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    killed = os.WIFSIGNALED(status)
+    assert killed or status == 0, status
+    found = [kind, killed, visible(folder), read(folder, to)]
+    print(json.dumps([f"{to} {before}", *found]))
+    shutil.rmtree(folder.parent)
+    return killed
+
+
+for case in cases:
+    last = (len(peft_keys) if case.startswith("peft") else len(weights)) - 1
+    for number in (0, 1, last):
+        assert attempt(*case.split(), number, "arrays")
+    # Each call, until one more than there are kills nobody.
+    for number in itertools.count():
+        if not attempt(*case.split(), number, "calls"):
+            break

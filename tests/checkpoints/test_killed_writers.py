@@ -1,0 +1,61 @@
+"""Killed half-way, a folder is absent or whole, or still the old one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = [
+    "keras absent",
+    "keras old",
+    "peft old",
+    "transformers absent",
+    "transformers empty",
+    "keras_hub absent",
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What each kill left, by case: one process starts all writers."""
+    home = tmp_path_factory.mktemp("home")
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tests.checkpoints.killed_writers",
+            home,
+            *CASES,
+        ],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    found = {}
+    for line in result.stdout.splitlines():
+        case, *outcome = json.loads(line)
+        found.setdefault(case, []).append(outcome)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_every_step(outcomes, case):
+    to, before = case.split()
+    _, killed, whole, value = outcomes[case][-1]
+    assert not killed and value == 2
+    entry = "adapter_config.json" if to == "peft" else "config.json"
+    assert entry in whole
+    nothing = 1 if before == "old" else None
+    for kind, _, names, value in outcomes[case]:
+        assert value == nothing if kind == "arrays" else value in (nothing, 2)
+        # Readers that know nothing of us find the whole or no entry, and the
+        # notes of a user are never touched.
+        assert names == whole or entry not in names
+        assert before != "old" or "notes.txt" in names
+    values = [one[-1] for one in outcomes[case] if one[0] == "calls"]
+    # Old up to one step, new from there on; both were seen.
+    assert values.count(nothing) > 4 and values.count(2) > 1
+    assert values == sorted(values, key=lambda value: value == 2)

@@ -1,0 +1,152 @@
+"""A folder is written whole: its writer is killed at every step it takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from keras_paligemma import atomic
+
+ROOT = Path(__file__).parents[1]
+ENTRY = "config.json"
+REPLACED = (ENTRY, "data-*", "single")
+OLD = {ENTRY: "old", "data-1": "old 1", "data-2": "old 2"}
+NEW = {ENTRY: "new", "single": "new", "deep/er/data-1": "new 1"}
+
+# Forks a writer for each step and kills it there; prints what it left. A step
+# is a call that changes a folder, or the writing of a file.
+KILLED = """
+import contextlib, itertools, json, os, shutil, signal, sys, tempfile
+from pathlib import Path
+from keras_paligemma import atomic
+from tests.test_atomic import ENTRY, NEW, OLD, REPLACED, contents
+
+def counted(function, left):
+    def call(*args, **kwargs):
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return function(*args, **kwargs)
+    return call
+
+def write(folder, files, step=lambda: None):
+    with atomic.whole_folder(folder, ENTRY, REPLACED) as draft:
+        for name, text in files.items():
+            step()
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft / name).write_text(text)
+
+home, before, links = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+if links == "without":
+    def refuse(*args, **kwargs):
+        raise OSError("no links here")
+    os.link = refuse
+for number in itertools.count():
+    folder = home / str(number) / "model"
+    folder.parent.mkdir()
+    if before != "absent":
+        folder.mkdir()
+        (folder / "notes").mkdir()
+        (folder / "notes/mine.txt").write_text("mine")
+    if before == "old":
+        write(folder, OLD)
+    child = os.fork()
+    if not child:
+        left = [number]
+        for name in ("rename", "link", "unlink", "mkdir", "rmdir", "fsync"):
+            setattr(os, name, counted(getattr(os, name), left))
+        write(folder, NEW, counted(lambda: None, left))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    killed = os.WIFSIGNALED(status)
+    assert killed or status == 0, status
+    plain = contents(folder)
+    found = contents(atomic.current(folder, ENTRY))
+    write(folder, OLD)
+    print(json.dumps([killed, plain, found, contents(folder)]))
+    if not killed:
+        break
+"""
+
+
+def contents(folder):
+    """Visible files of a folder and what they hold."""
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not path.relative_to(folder).parts[0].startswith(".")
+    }
+
+
+@pytest.mark.parametrize(
+    ("before", "links"),
+    [("absent", "with"), ("old", "with"), ("old", "without")],
+)
+def test_killed_at_every_step(tmp_path, before, links):
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), before, links],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    notes = {} if before == "absent" else {"notes/mine.txt": "mine"}
+    seen = []
+    for line in result.stdout.splitlines():
+        killed, plain, found, after = json.loads(line)
+        # A complete set that is not in its place yet is without the notes.
+        found = {**found, **notes}
+        old = OLD | notes if before == "old" else notes
+        new = NEW | notes
+        assert found in (old, new)
+        seen.append("new" if found == new else "old")
+        # Who reads the entry alone finds it with its own files, and the notes
+        # of the user are always in their place.
+        assert notes.items() <= plain.items()
+        if ENTRY in plain:
+            assert plain in (old, new)
+        if not killed:
+            assert plain == new
+        # Whatever was left, the next writer replaces it.
+        deep = {key: NEW[key] for key in NEW if "/" in key and key in after}
+        assert after == OLD | notes | deep
+    # The old one, and from one step on the new one.
+    count = seen.count("old")
+    assert seen == ["old"] * count + ["new"] * (len(seen) - count)
+    assert count > 8 and seen[-1] == "new"
+    if before != "absent":
+        assert seen.count("new") > 8
+
+
+def test_nothing_stays_of_a_block_that_raises(tmp_path):
+    for folder in (tmp_path / "new" / "model", tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            with atomic.whole_folder(folder, ENTRY) as draft:
+                (draft / ENTRY).write_text("half")
+                assert not (folder / ENTRY).exists()
+                raise KeyboardInterrupt
+        assert not list(tmp_path.rglob(ENTRY))
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_current_directory_stays_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text in ("one", "two"):
+        with atomic.whole_folder(".", ENTRY, REPLACED) as draft:
+            (draft / ENTRY).write_text(text)
+        assert Path(ENTRY).read_text() == text
+        assert os.listdir(".") == [ENTRY]
+
+
+def test_what_is_in_use(tmp_path):
+    atomic.refuse_in_use(tmp_path / "new")
+    (tmp_path / f"{atomic.DRAFT}left").mkdir()
+    atomic.refuse_in_use(tmp_path)
+    (tmp_path / "mine").touch()
+    for path in (tmp_path, tmp_path / "mine"):
+        with pytest.raises(ValueError, match=r"in use.*\['mine'\]"):
+            atomic.refuse_in_use(path)

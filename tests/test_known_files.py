@@ -1,0 +1,58 @@
+"""A damaged copy of a published tokenizer is refused wherever it comes in."""
+
+import hashlib
+
+import pytest
+
+from keras_paligemma import known_files
+from tests.conftest import PRESETS
+
+TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
+
+
+@pytest.fixture
+def damaged(tmp_path, monkeypatch):
+    """A known file with one bit changed that SentencePiece does not miss."""
+    content = TOKENIZER.read_bytes()
+    wanted = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(
+        known_files, "KNOWN", {len(content): ("the nano tokenizer", wanted)}
+    )
+    place = content.index(b"detect")
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content[:place] + b"e" + content[place + 1 :])
+    return path
+
+
+def test_the_table():
+    assert len(known_files.KNOWN) == 2
+    for _, (name, digest) in known_files.KNOWN.items():
+        assert len(bytes.fromhex(digest)) == 32 and name.endswith(".model")
+
+
+def test_a_known_file_and_an_unknown_one(damaged, tmp_path):
+    content = TOKENIZER.read_bytes()
+    assert known_files.read_checked(TOKENIZER) == content
+    (tmp_path / "other").write_bytes(content[:-1])
+    assert known_files.read_checked(tmp_path / "other") == content[:-1]
+    with pytest.raises(ValueError, match="bytes of the nano tokenizer and"):
+        known_files.read_checked(damaged)
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path.read_bytes()])
+def test_a_tokenizer(damaged, kind):
+    from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
+
+    PaliGemmaTokenizer(kind(TOKENIZER))
+    named = str(damaged) if kind is str else "The tokenizer"
+    with pytest.raises(ValueError, match=f"{named} is damaged"):
+        PaliGemmaTokenizer(kind(damaged))
+
+
+def test_a_model(damaged):
+    from keras_paligemma import PaliGemmaCausalLM
+
+    with pytest.raises(ValueError, match=f"{damaged} is damaged"):
+        PaliGemmaCausalLM.from_preset(
+            "pali_gemma2_nano_112", tokenizer=str(damaged)
+        )
