@@ -69,8 +69,10 @@ def _place_by_jax(value, dtype):
     if dtype.itemsize < value.dtype.itemsize:
         value = value.astype(dtype, copy=False)
     # A copy in any case: JAX cannot donate the memory of a NumPy array, and a
-    # training step would hold the weights twice.
-    return jax.device_put(value, may_alias=False).astype(dtype)
+    # training step would hold the weights twice. Done before the next array is
+    # read, or several wait in memory.
+    array = jax.device_put(value, may_alias=False).astype(dtype)
+    return jax.block_until_ready(array)
 
 
 def _sharded(variable, array):

@@ -320,13 +320,13 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         """The named adapters: select, merge, unmerge; see `Adapters`."""
         return self.backbone.adapters
 
-    def enable_lora(self, rank, **kwargs):
+    def enable_lora(self, rank, alpha=None, **kwargs):
         """Train low-rank adapters alone, and print what is trained.
 
         Takes what `PaliGemmaBackbone.enable_lora` takes. Compile again
         afterwards: the optimizer must see the new variables.
         """
-        self.backbone.enable_lora(rank, **kwargs)
+        self.backbone.enable_lora(rank, alpha, **kwargs)
         self._structure_changed()
         print(self.backbone.trainable_table())
 
