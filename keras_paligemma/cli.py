@@ -9,6 +9,7 @@ import typer
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.float_views import float_views
 
 app = typer.Typer(
     help="PaliGemma 2 for Keras 3.",
@@ -64,7 +65,7 @@ def inspect(source: Source, set: Set = None) -> None:
         "bytes": f"{sum(one.stat().st_size for one in checkpoint.files):,}",
         "tensors": len(tensors.shapes),
         "values": ", ".join(f"{n:,} {dtype}" for dtype, n in dtypes.items()),
-        "parameters": f"{engine.count(weights):,}",
+        "parameters": f"{engine.count(float_views(weights)):,}",
         "image size": backbone["image_size"],
         "tokenizer": checkpoint.tokenizer or "none beside it",
     }
@@ -119,7 +120,8 @@ def convert(
             dtype=dtype,
             piece_size=piece_size,
         )
-    typer.echo(f"{target}: {engine.count(weights):,} parameters as {to}")
+    count = engine.count(float_views(weights))
+    typer.echo(f"{target}: {count:,} parameters as {to}")
 
 
 def empty_weights(checkpoint):

@@ -41,9 +41,10 @@ def fill(variable, value):
     initializer goes through the same door as any new variable, and no random
     value is ever drawn. Where a distribution is active, that door would put
     the whole array on the first device; the array is cast on the host instead,
-    and each device gets its shard of it.
+    and each device gets its shard of it. What stands for a variable, such as a
+    `FloatView`, is assigned to.
     """
-    if variable._value is not None:
+    if not isinstance(variable, keras.Variable) or variable._value is not None:
         variable.assign(value)
         return
     if keras.distribution.distribution() is not None:

@@ -162,13 +162,14 @@ def _keras(folder, load_weights):
     config = presets.read_folder(folder, load_weights)
     tokenizer = folder / presets.TOKENIZER
     files = safetensors_files.find(folder) if load_weights else []
+    low_bit = config["backbone"]["quantization"] is not None
     return Checkpoint(
         "keras",
         config,
         None,
         files,
         tokenizer if tokenizer.is_file() else None,
-        functools.partial(safetensors_files.open_safetensors, files),
+        functools.partial(safetensors_files.open_safetensors, files, low_bit),
     )
 
 

@@ -5,6 +5,9 @@ import math
 import keras
 from keras import ops
 
+from keras_paligemma.layers.low_bit import LowBit
+from keras_paligemma.layers.low_bit import add_low_bit_weight
+
 
 class Projection(keras.layers.Layer):
     """Multiply the last axes of a tensor with a kernel, and its adapter.
@@ -20,6 +23,8 @@ class Projection(keras.layers.Layer):
         use_bias: bool.
         kernel_initializer: Keras initializer, or `None` for a normal whose
             variance is one over the number of inputs.
+        quantization: "int8", "int4" or `None`: how the kernel is stored. Of
+            few bits it is frozen, and made a float where it is used.
 
     Call arguments:
         x: tensor (..., *input_axes).
@@ -42,6 +47,7 @@ class Projection(keras.layers.Layer):
         output_axes,
         use_bias=False,
         kernel_initializer=None,
+        quantization=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -51,14 +57,26 @@ class Projection(keras.layers.Layer):
         self.kernel_initializer = kernel_initializer or normal(
             math.prod(self.input_axes)
         )
+        self.low_bit = None
+        if quantization is not None:
+            self.low_bit = LowBit(
+                quantization,
+                self.input_axes + self.output_axes,
+                tuple(range(len(self.input_axes))),
+            )
         self.adapter_scale = None
 
     def build(self, input_shape=None):
-        self.kernel = self.add_weight(
-            shape=self.input_axes + self.output_axes,
-            initializer=self.kernel_initializer,
-            name="kernel",
-        )
+        if self.low_bit is not None:
+            self.kernel, self.kernel_scale = add_low_bit_weight(
+                self, self.low_bit, self.kernel_initializer, "kernel"
+            )
+        else:
+            self.kernel = self.add_weight(
+                shape=self.input_axes + self.output_axes,
+                initializer=self.kernel_initializer,
+                name="kernel",
+            )
         self.bias = None
         if self.use_bias:
             self.bias = self.add_weight(
@@ -101,7 +119,7 @@ class Projection(keras.layers.Layer):
         self.adapter_scale = alpha / rank
 
     def call(self, x):
-        y = contract(x, self.kernel, self.input_axes)
+        y = self._product(x)
         if self.bias is not None:
             y = y + self.bias
         if self.adapter_scale is not None:
@@ -109,6 +127,22 @@ class Projection(keras.layers.Layer):
             low = low * ops.cast(self.adapter_scale, low.dtype)
             y = y + contract(low, self.adapter_b, low.shape[-1:])
         return y
+
+    def _product(self, x):
+        if self.low_bit is None:
+            return contract(x, self.kernel, self.input_axes)
+        # Read outside of the function below, which runs once more when the
+        # scope of a trainer's or a stack's values has ended.
+        stored = ops.convert_to_tensor(self.kernel)
+        scale = ops.convert_to_tensor(self.kernel_scale)
+
+        def product(x):
+            kernel = self.low_bit.dequantize(stored, scale, x.dtype)
+            return contract(x, kernel, self.input_axes)
+
+        # The float kernel is made anew in the backward pass: kept until then,
+        # those of all layers would be in memory at once.
+        return keras.remat(product)(x)
 
 
 def contract(x, kernel, input_axes):

@@ -108,8 +108,11 @@ class LayerStack(keras.layers.Layer):
                     initializer=_each_layer(variable._initializer),
                     dtype=variable.dtype,
                     autocast=variable._autocast,
+                    trainable=variable.trainable,
                     name=name.replace("/", "_"),
                 )
+                if hasattr(variable, "low_bit"):
+                    self._stacks[name].low_bit = variable.low_bit
         self._tracker.lock()
 
     def weights_by_name(self):

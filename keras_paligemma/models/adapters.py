@@ -4,6 +4,7 @@ import types
 
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import peft
+from keras_paligemma.checkpoints.float_views import float_views
 from keras_paligemma.layers.projection import Projection
 
 ATTENTION_TARGETS = ("query", "key", "value", "output")
@@ -48,7 +49,7 @@ def load(backbone, folder):
     """Add adapters from a folder; see `PaliGemmaBackbone.load_adapter`."""
     _refuse_second(backbone)
     lora, rows, open_files = peft.read(folder)
-    weights = backbone.weights_by_name()
+    weights = float_views(backbone.weights_by_name())
     with open_files() as tensors:
         # Compared before anything is added, so that what does not fit
         # changes nothing.
