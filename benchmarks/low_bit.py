@@ -58,7 +58,9 @@ def nano_errors(mode):
     """Yield each weight's name and the errors of its layers."""
     backbone = PaliGemmaBackbone.from_preset(NANO, form="unrolled")
     weights = backbone.weights_by_name()
-    for name, found in layouts(presets.describe(NANO)["backbone"], mode).items():
+    for name, found in layouts(
+        presets.describe(NANO)["backbone"], mode
+    ).items():
         weight = weights[name]
         weight = weight if isinstance(weight, list) else [weight]
         arrays = [ops.convert_to_numpy(one) for one in weight]

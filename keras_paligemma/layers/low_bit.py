@@ -162,6 +162,67 @@ class LowBit:
         return values[(..., slice(0, size), *[slice(None)] * len(tail))]
 
 
+def low_bit_product(layout, stored, scale, x):
+    """Multiply with a frozen weight that is a float only for that time.
+
+    The backward pass makes it a float anew: kept for it, the kernels of all
+    layers would be floats at once.
+
+    Args:
+        layout: `LowBit`.
+        stored: int8 variable or tensor, see `LowBit.dequantize`.
+        scale: bfloat16, likewise.
+        x: tensor (..., *axes that are summed over).
+
+    Returns:
+        Tensor (..., *other axes), of the dtype of `x`.
+    """
+    # Read here: the gradient is asked for when the scope of a trainer's or a
+    # stack's values has ended.
+    stored, scale = ops.convert_to_tensor(stored), ops.convert_to_tensor(scale)
+    rank = len(layout.shape)
+    summed = [rank + axis for axis in layout.axes]
+    kept = [axis for axis in range(rank) if axis not in summed]
+
+    def contract(x, axes):
+        kernel = layout.dequantize(*_after(x, stored, scale), x.dtype)
+        last = len(x.shape) - len(axes)
+        return ops.tensordot(
+            x, kernel, axes=[list(range(last, len(x.shape))), axes]
+        )
+
+    @ops.custom_gradient
+    def product(x):
+        def gradient(*args, upstream=None):
+            return contract(args[0] if upstream is None else upstream, kept)
+
+        return contract(x, summed), gradient
+
+    return product(x)
+
+
+def _after(x, stored, scale):
+    """Give a stored weight as something that is known only after `x`.
+
+    Nothing else keeps a compiler from making floats of all layers' kernels
+    first, or from keeping them for the backward pass, where it finds the same
+    expression. XLA:CPU drops optimization barriers before it looks for such;
+    a number of `x` would cost several devices a message.
+    """
+    backend = keras.backend.backend()
+    if backend == "torch":
+        return stored, scale
+    if backend == "jax":
+        import jax
+
+        if jax.default_backend() != "cpu":
+            return jax.lax.optimization_barrier((x, stored, scale))[1:]
+    # Always false, since scales are positive; no compiler knows that.
+    first = ops.cast(ops.reshape(x, (-1,))[0], scale.dtype)
+    never = ops.reshape(scale, (-1,))[0] < -ops.absolute(first)
+    return ops.where(never, -stored, stored), ops.where(never, -scale, scale)
+
+
 def _split(shape, axis):
     """Split a shape before and behind an axis counted from the end."""
     return tuple(shape[:axis]), tuple(shape[len(shape) + axis + 1 :])

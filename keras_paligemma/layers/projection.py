@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_paligemma.layers.low_bit import LowBit
 from keras_paligemma.layers.low_bit import add_low_bit_weight
+from keras_paligemma.layers.low_bit import low_bit_product
 
 
 class Projection(keras.layers.Layer):
@@ -131,18 +132,7 @@ class Projection(keras.layers.Layer):
     def _product(self, x):
         if self.low_bit is None:
             return contract(x, self.kernel, self.input_axes)
-        # Read outside of the function below, which runs once more when the
-        # scope of a trainer's or a stack's values has ended.
-        stored = ops.convert_to_tensor(self.kernel)
-        scale = ops.convert_to_tensor(self.kernel_scale)
-
-        def product(x):
-            kernel = self.low_bit.dequantize(stored, scale, x.dtype)
-            return contract(x, kernel, self.input_axes)
-
-        # The float kernel is made anew in the backward pass: kept until then,
-        # those of all layers would be in memory at once.
-        return keras.remat(product)(x)
+        return low_bit_product(self.low_bit, self.kernel, self.kernel_scale, x)
 
 
 def contract(x, kernel, input_axes):

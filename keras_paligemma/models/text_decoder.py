@@ -11,6 +11,7 @@ from keras_paligemma.layers.blocks import DecoderBlock
 from keras_paligemma.layers.blocks import RMSNorm
 from keras_paligemma.layers.low_bit import LowBit
 from keras_paligemma.layers.low_bit import add_low_bit_weight
+from keras_paligemma.layers.low_bit import low_bit_product
 from keras_paligemma.layers.projection import normal
 from keras_paligemma.layers.stack import LayerStack
 
@@ -136,15 +137,10 @@ class TokenEmbedding(keras.layers.Layer):
         logits = []
         for start in range(0, self.vocabulary_size, HEAD_ROWS):
             rows = slice(start, start + HEAD_ROWS)
-
-            def head(x_BTD, rows=rows):
-                part_VD = self.low_bit.dequantize(
-                    table[rows], scale[rows], x_BTD.dtype
-                )
-                logits_BTV = ops.matmul(x_BTD, ops.transpose(part_VD))
-                return ops.cast(logits_BTV, "float32")
-
-            logits.append(keras.remat(head)(hidden_states_BTD))
+            logits_BTV = low_bit_product(
+                self.low_bit, table[rows], scale[rows], hidden_states_BTD
+            )
+            logits.append(ops.cast(logits_BTV, "float32"))
         return ops.concatenate(logits, axis=-1)
 
 
