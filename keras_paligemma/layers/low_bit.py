@@ -177,14 +177,11 @@ def low_bit_product(layout, stored, scale, x):
     Returns:
         Tensor (..., *other axes), of the dtype of `x`.
     """
-    # Read here: the gradient is asked for when the scope of a trainer's or a
-    # stack's values has ended.
-    stored, scale = ops.convert_to_tensor(stored), ops.convert_to_tensor(scale)
     rank = len(layout.shape)
     summed = [rank + axis for axis in layout.axes]
     kept = [axis for axis in range(rank) if axis not in summed]
 
-    def contract(x, axes):
+    def contract(x, stored, scale, axes):
         kernel = layout.dequantize(*_after(x, stored, scale), x.dtype)
         last = len(x.shape) - len(axes)
         return ops.tensordot(
@@ -192,13 +189,16 @@ def low_bit_product(layout, stored, scale, x):
         )
 
     @ops.custom_gradient
-    def product(x):
+    def product(x, stored, scale):
         def gradient(*args, upstream=None):
-            return contract(args[0] if upstream is None else upstream, kept)
+            upstream = args[0] if upstream is None else upstream
+            return contract(upstream, stored, scale, kept), None, None
 
-        return contract(x, summed), gradient
+        return contract(x, stored, scale, summed), gradient
 
-    return product(x)
+    # Tensors, since the gradient is asked for when the scope of a trainer's or
+    # a stack's values has ended.
+    return product(x, *map(ops.convert_to_tensor, (stored, scale)))
 
 
 def _after(x, stored, scale):

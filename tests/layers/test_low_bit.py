@@ -9,6 +9,7 @@ from keras import ops
 from keras_paligemma.layers.low_bit import LowBit
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.models.text_decoder import TokenEmbedding
+from tests.conftest import run
 from tests.layers.test_stack import differentiate
 
 # Shapes and the axes that are summed: several groups, one short group, a last
@@ -120,8 +121,8 @@ def test_projection_is_that_of_its_float_kernel(mode):
         return differentiate(loss, [ops.convert_to_tensor(x), *values])
 
     np.testing.assert_allclose(
-        ops.convert_to_numpy(layer(x)),
-        ops.convert_to_numpy(plain(x)),
+        ops.convert_to_numpy(run(layer, x)),
+        ops.convert_to_numpy(run(plain, x)),
         atol=1e-5,
     )
     for found, wanted in zip(gradients(layer), gradients(plain), strict=True):
@@ -145,13 +146,14 @@ def test_table_embeds_and_is_the_head(mode, rows, monkeypatch):
     plain.table.assign(table)
     ids = np.array([[0, 10, 3], [3, 1, 9]])
     np.testing.assert_array_equal(
-        ops.convert_to_numpy(layer(ids)), ops.convert_to_numpy(plain(ids))
+        ops.convert_to_numpy(run(layer, ids)),
+        ops.convert_to_numpy(run(plain, ids)),
     )
     x = np.random.default_rng(0).normal(size=(2, 3, 140)).astype("float32")
     x = ops.convert_to_tensor(x)
     np.testing.assert_allclose(
-        ops.convert_to_numpy(layer.logits(x)),
-        ops.convert_to_numpy(plain.logits(x)),
+        ops.convert_to_numpy(run(layer.logits, x)),
+        ops.convert_to_numpy(run(plain.logits, x)),
         atol=1e-5,
     )
 
