@@ -196,9 +196,15 @@ def low_bit_product(layout, stored, scale, x):
 
         return contract(x, stored, scale, summed), gradient
 
-    # Tensors, since the gradient is asked for when the scope of a trainer's or
-    # a stack's values has ended.
-    return product(x, *map(ops.convert_to_tensor, (stored, scale)))
+    # Values, since the gradient is asked for when the scope of a trainer's or
+    # a stack's values has ended: a variable then has others.
+    return product(
+        x,
+        *(
+            one.value if isinstance(one, keras.Variable) else one
+            for one in (stored, scale)
+        ),
+    )
 
 
 def _after(x, stored, scale):

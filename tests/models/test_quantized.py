@@ -62,20 +62,17 @@ def plain_twin(backbone):
     twin = PaliGemmaBackbone.from_config(config)
     views = float_views(backbone.weights_by_name())
     for name, weight in twin.weights_by_name().items():
-        view = views[name]
-        if not isinstance(view, list):
-            view = [view]
+        layers = views[name] if isinstance(views[name], list) else [views[name]]
         values = [
             one.numpy() if isinstance(one, FloatView) else np.array(one)
-            for one in view
+            for one in layers
         ]
         if isinstance(weight, list):
             for variable, value in zip(weight, values, strict=True):
                 variable.assign(value)
-        elif len(values) > 1:
-            weight.assign(np.stack(values))
         else:
-            weight.assign(values[0])
+            stacked = isinstance(views[name], list)
+            weight.assign(np.stack(values) if stacked else values[0])
     return twin
 
 
