@@ -116,7 +116,7 @@ class LayerStack(keras.layers.Layer):
             scopes.enter_context(self._open_name_scope())
             for part in parts:
                 scopes.enter_context(keras.name_scope(part))
-            return keras.Variable(
+            stack = keras.Variable(
                 _each_layer(variable._initializer),
                 shape=(self.num_layers, *variable.shape),
                 dtype=variable.dtype,
@@ -124,6 +124,9 @@ class LayerStack(keras.layers.Layer):
                 autocast=variable._autocast,
                 name=last,
             )
+        if hasattr(variable, "low_bit"):
+            stack.low_bit = variable.low_bit
+        return stack
 
     def enable_dropout(self):
         """Draw a seed a training step for what drops inside of the blocks."""

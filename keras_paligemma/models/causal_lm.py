@@ -231,6 +231,20 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             x = as_dataset(x, y, batch_size, self.preprocess_samples)
         return keras.Model.evaluate(self, x, y, batch_size=None, **kwargs)
 
+    def make_train_function(self, force=False):
+        if self.backbone.quantization and self.backbone.adapters.slots is None:
+            raise ValueError(
+                f"A model of {self.backbone.quantization} kernels has no "
+                "gradients of them: they are frozen integers. Received: a "
+                "model without adapters to train. Call `enable_lora` and "
+                "compile again, or load it without `quantize`."
+            )
+        return super().make_train_function(force)
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Refuse, and say how: weights are quantised as they are read."""
+        self.backbone.quantize(mode)
+
     def preprocess_samples(self, x, y=None, sample_weight=None):
         if "token_ids" in x:
             check_token_ids(
@@ -376,6 +390,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 checkpoint has none beside it, and fields that no file tells
                 or that are to differ: `query_pre_attention_scalar`,
                 `attention_logit_soft_cap`, `final_logit_soft_cap`, …
+                `quantize="int8"` or `"int4"` stores kernels and embedding in
+                so few bits, quantised tensor by tensor as they are read.
                 `form` and `remat` go to the backbone, `compile` and `name` to
                 the model, `resize`, `prompt_length`, `response_length` and
                 the like to the preprocessor.

@@ -5,6 +5,7 @@ import fnmatch
 import math
 
 from keras_paligemma.checkpoints import engine
+from keras_paligemma.checkpoints.float_views import float_views
 
 
 def set_trainable(backbone, patterns, value):
@@ -52,11 +53,11 @@ def table(backbone):
         str, a table to print.
     """
     parts, trained, total = {}, 0, 0
-    for name, weight in backbone.weights_by_name().items():
+    for name, weight in float_views(backbone.weights_by_name()).items():
         size = math.prod(engine.shape_of(weight))
         total += size
         first = _variables(weight)[0]
-        if not first.trainable:
+        if not getattr(first, "trainable", False):
             continue
         trained += size
         place = name.rsplit("/", 1)[0]
