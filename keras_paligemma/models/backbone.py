@@ -244,6 +244,11 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
                 weights[f"{tower.name}/blocks/{name}"] = variable
         return weights
 
+    @property
+    def lora(self):
+        """What the adapter in use is, as a dict, or `None`."""
+        return self.adapters.config()
+
     def enable_lora(
         self,
         rank,

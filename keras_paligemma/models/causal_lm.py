@@ -12,6 +12,7 @@ from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
+from keras_paligemma.models import trainable
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.models.batches import as_dataset
 from keras_paligemma.models.batches import steps_of
@@ -232,13 +233,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         return keras.Model.evaluate(self, x, y, batch_size=None, **kwargs)
 
     def make_train_function(self, force=False):
-        if self.backbone.quantization and self.backbone.adapters.slots is None:
-            raise ValueError(
-                f"A model of {self.backbone.quantization} kernels has no "
-                "gradients of them: they are frozen integers. Received: a "
-                "model without adapters to train. Call `enable_lora` and "
-                "compile again, or load it without `quantize`."
-            )
+        trainable.check(self.backbone)
         return super().make_train_function(force)
 
     def quantize(self, mode=None, config=None, filters=None, **kwargs):
@@ -286,10 +281,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         Example:
 
         ```python
-        model.generate(
-            {"images": [cat, dog], "prompts": ["caption en", "detect dog"]},
-            max_new_tokens=20,
-        )
+        model.generate({"images": [cat, dog], "prompts": ["cap en", "ocr"]})
         ```
         """
         if stop_token_ids == "auto":
@@ -335,10 +327,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         return self.backbone.adapters
 
     def enable_lora(self, rank, alpha=None, **kwargs):
-        """Train low-rank adapters alone, and print what is trained.
+        """Train adapters alone, as the backbone does, and print the table.
 
-        Takes what `PaliGemmaBackbone.enable_lora` takes. Compile again
-        afterwards: the optimizer must see the new variables.
+        Compile again afterwards: the optimizer must see the new variables.
         """
         self.backbone.enable_lora(rank, alpha, **kwargs)
         self._structure_changed()
@@ -364,7 +355,6 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self._structure_changed()
 
     def _structure_changed(self):
-        """Forget what was compiled for other variables."""
         self.train_function = None
         self.test_function = None
         self.generate_function = None

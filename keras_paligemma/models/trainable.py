@@ -43,6 +43,21 @@ def set_trainable(backbone, patterns, value):
             variable.trainable = value
 
 
+def check(backbone):
+    """Refuse to train a model of few bits that has no adapters.
+
+    Raises:
+        ValueError: see above.
+    """
+    if backbone.quantization and backbone.adapters.slots is None:
+        raise ValueError(
+            f"A model of {backbone.quantization} kernels has no gradients of "
+            "them: they are frozen integers. Received: a model without "
+            "adapters to train. Call `enable_lora` and compile again, or load "
+            "it without `quantize`."
+        )
+
+
 def table(backbone):
     """Tell what is trained, a line for each part, and how many parameters.
 
