@@ -139,7 +139,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         return [one for one in metrics if one is not self.accuracy_tracker]
 
     def call(self, inputs, training=None):
-        hidden_BLD = self.backbone(inputs)
+        # Said aloud: the JAX trainer calls `call` outside of Keras's context.
+        hidden_BLD = self.backbone(inputs, training=training)
         if self._response_length is None:
             tokens = inputs["token_ids"].shape[1]
             return self.backbone.logits(hidden_BLD[:, -tokens:])
