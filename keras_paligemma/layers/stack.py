@@ -286,10 +286,16 @@ def _named(block):
 def _each_layer(initializer):
     """Initialise each layer's slice by itself, as unrolled blocks would be."""
 
+    def one(shape, dtype):
+        if not isinstance(initializer, keras.initializers.Initializer):
+            return initializer(shape, dtype=dtype)
+        # Keras's initializers draw the same each time; a new one of the same
+        # configuration, where no seed is given, does not.
+        new = type(initializer).from_config(initializer.get_config())
+        return new(shape, dtype=dtype)
+
     def initialize(shape, dtype=None):
-        return ops.stack(
-            [initializer(shape[1:], dtype=dtype) for _ in range(shape[0])]
-        )
+        return ops.stack([one(shape[1:], dtype) for _ in range(shape[0])])
 
     return initialize
 

@@ -276,11 +276,12 @@ class Adapters:
         for target in lora.targets:
             name = f"{lora.place(target)}/adapter_a"
             layers, *inputs, _ = engine.shape_of(weights[name])
-            draw = normal(math.prod(inputs))
+            # A new initializer a layer: one draws the same each time.
+            draws = [normal(math.prod(inputs)) for _ in range(layers)]
             values[name] = np.stack(
                 [
                     ops.convert_to_numpy(draw((*inputs, lora.rank)))
-                    for _ in range(layers)
+                    for draw in draws
                 ]
             )
         return values

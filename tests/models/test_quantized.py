@@ -23,9 +23,8 @@ from tests.conftest import IMAGE_SIZE
 from tests.conftest import TEXT
 from tests.conftest import VISION
 from tests.conftest import golden_inputs
-from tests.layers.test_stack import differentiate
-from tests.models.test_causal_lm import TOKENIZER
-from tests.models.test_causal_lm import examples  # noqa: F401
+from tests.gradients import differentiate
+from tests.models.conftest import TOKENIZER
 from tests.models.test_causal_lm import prompts_of
 
 MODES = ("int8", "int4")
