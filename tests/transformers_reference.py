@@ -72,10 +72,10 @@ def tiny_transformers_model(
     return model.eval()
 
 
-def run(model, **inputs) -> np.ndarray:
+def run(model, *arrays, **inputs) -> np.ndarray:
     """The logits of `forward` as an array."""
     with torch.no_grad():
-        return forward(model, **inputs).numpy()
+        return forward(model, *arrays, **inputs).numpy()
 
 
 def forward(
