@@ -4,7 +4,7 @@ Names are loaded on first use: importing the package costs no KerasHub and no
 TensorFlow, and a command that needs no model never pays for one.
 """
 
-import importlib
+from keras_paligemma.lazy import attach
 
 _HOME = {
     "Adam": "models.optimizers",
@@ -22,15 +22,4 @@ _HOME = {
 
 __all__ = list(_HOME)
 __version__ = "0.1.0"
-
-
-def __getattr__(name):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_HOME[name]}")
-    globals()[name] = getattr(module, name)
-    return globals()[name]
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = attach(__name__, _HOME)

@@ -14,9 +14,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-from PIL import ImageDraw
-from PIL import ImageFont
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 from rich.progress import Progress
@@ -27,6 +24,7 @@ from rich.text import Text
 from keras_paligemma.tasks.boxes import Box
 from keras_paligemma.tasks.boxes import draw_boxes
 from keras_paligemma.tasks.boxes import parse_boxes
+from keras_paligemma.tasks.sheets import contact_sheet
 
 NANO = "pali_gemma2_nano_112"
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -38,9 +36,6 @@ BATCH_SIZE = 8
 LORA_RANK, LORA_ALPHA = 8, 16
 LEARNING_RATE = 3e-3
 EPOCHS = 60
-
-# The contact sheet: pictures in a row, their edge and their text in pixels.
-COLUMNS, CELL, FONT_SIZE, MARGIN = 3, 448, 22, 8
 
 
 class Sight(NamedTuple):
@@ -180,29 +175,6 @@ def draw(sights: list[Sight], folder: Path) -> list[Path]:
     sheet = contact_sheet(drawn, [sight.caption for sight in sights])
     sheet.save(folder / "contact_sheet.png")
     return [*paths, folder / "contact_sheet.png"]
-
-
-def contact_sheet(
-    pictures: list[Image.Image], captions: list[str]
-) -> Image.Image:
-    """Arrange pictures in rows, each above its caption."""
-    width, height = CELL + MARGIN, CELL + MARGIN + 2 * FONT_SIZE
-    columns = min(COLUMNS, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
-    size = (columns * width + MARGIN, rows * height + MARGIN)
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(FONT_SIZE)
-    for i, (picture, caption) in enumerate(
-        zip(pictures, captions, strict=True)
-    ):
-        x = MARGIN + i % columns * width
-        y = MARGIN + i // columns * height
-        small = picture.copy()
-        small.thumbnail((CELL, CELL))
-        sheet.paste(small, (x, y))
-        pen.text((x, y + CELL + 4), caption, "black", font)
-    return sheet
 
 
 def finetune(model, examples: dict[str, list], epochs: int) -> list[float]:

@@ -19,18 +19,11 @@ NEW = {ENTRY: "new", "single": "new", "deep/er/data-1": "new 1"}
 # Forks a writer for each step and kills it there; prints what it left. A step
 # is a call that changes a folder, or the writing of a file.
 KILLED = """
-import contextlib, itertools, json, os, shutil, signal, sys, tempfile
+import contextlib, itertools, json, os, shutil, sys, tempfile
 from pathlib import Path
 from keras_paligemma import atomic
+from tests.killing import counted
 from tests.test_atomic import ENTRY, NEW, OLD, REPLACED, contents
-
-def counted(function, left):
-    def call(*args, **kwargs):
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left[0] -= 1
-        return function(*args, **kwargs)
-    return call
 
 def write(folder, files, step=lambda: None):
     with atomic.whole_folder(folder, ENTRY, REPLACED) as draft:

@@ -6,7 +6,7 @@ and `responses` (a string, or a list of strings of which one is drawn each
 epoch). `Batches` makes batches of a source. Names are loaded on first use.
 """
 
-import importlib
+from keras_paligemma.lazy import attach
 
 _HOME = {
     "Batches": "pipeline",
@@ -18,15 +18,4 @@ _HOME = {
 }
 
 __all__ = list(_HOME)
-
-
-def __getattr__(name):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_HOME[name]}")
-    globals()[name] = getattr(module, name)
-    return globals()[name]
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = attach(__name__, _HOME)

@@ -95,7 +95,8 @@ class Adapters:
     The first one makes the variables, the slots; the values of the others wait
     on the host. A switch copies values and one number a projection, so that
     nothing is compiled again; an adapter of a lower rank or of fewer targets
-    leaves the rest of the slots zero, where gradients are zero too.
+    leaves the rest of the slots zero, where gradients are zero too. Compile
+    before another adapter is trained: the optimizer's moments are the last's.
 
     Args:
         backbone: `PaliGemmaBackbone`.
@@ -175,8 +176,12 @@ class Adapters:
         return cut
 
     def config(self):
-        """Describe what the slots hold, as a preset's file does, or `None`."""
-        if self.slots is None or self.merged is not None:
+        """Describe the adapter in use as a preset's file does.
+
+        Returns:
+            Dict, or `None`: there is none, all are off, or it is merged.
+        """
+        if self.active is None or self.merged is not None:
             return None
         lora = self.known[self.live]
         if (lora.rank, lora.targets) != (self.slots.rank, self.slots.targets):
@@ -207,7 +212,9 @@ class Adapters:
     def unmerge(self):
         """Take the merged adapter out of the kernels again."""
         if self.merged is None:
-            raise ValueError("No adapter is merged. Expected: `merge_adapter`.")
+            raise ValueError(
+                "No adapter is merged. Expected: `adapters.merge()` first."
+            )
         self._add_to_kernels(-self.known[self.merged].scale())
         self._assign_scale(self.known[self.merged].scale())
         self.merged = None
@@ -216,7 +223,7 @@ class Adapters:
         if self.merged is not None:
             raise ValueError(
                 f"The adapter {self.merged!r} is merged into the kernels. Call "
-                "`unmerge_adapter` first."
+                "`adapters.unmerge()` first."
             )
 
     def _make_slots(self, lora):
@@ -294,24 +301,24 @@ class Adapters:
                 weights[f"{place}/{one}"]
                 for one in ("kernel", "adapter_a", "adapter_b")
             )
-            axes = (kernel, a, b)
             if isinstance(kernel, list):
-                for one in zip(*axes, strict=True):
-                    _add_product(*one, scale, layers=())
+                for one in zip(kernel, a, b, strict=True):
+                    one[0].assign(_with_product(*one, scale))
             else:
-                _add_product(*axes, scale, layers=(kernel.shape[0],))
+                # A layer at a time: the stack is never whole in float32.
+                stacks = [one.value for one in (kernel, a, b)]
+                kernel.assign(
+                    ops.map(lambda one: _with_product(*one, scale), stacks)
+                )
 
 
-def _add_product(kernel, a, b, scale, layers):
+def _with_product(kernel, a, b, scale):
     """Add scale · A · B to a kernel, in float32 before it is rounded."""
     rank = a.shape[-1]
-    product = ops.matmul(
-        ops.reshape(a, (*layers, -1, rank)),
-        ops.reshape(b, (*layers, rank, -1)),
-    )
+    product = ops.matmul(ops.reshape(a, (-1, rank)), ops.reshape(b, (rank, -1)))
     product = ops.reshape(product * scale, kernel.shape)
     whole = ops.cast(kernel, "float32") + product
-    kernel.assign(ops.cast(whole, kernel.dtype))
+    return ops.cast(whole, kernel.dtype)
 
 
 def _to_array(weight):

@@ -19,9 +19,11 @@ from keras_paligemma.models.batches import steps_of
 from keras_paligemma.models.generation import drop_after_stop
 from keras_paligemma.models.generation import generate_tokens
 from keras_paligemma.models.generation import split_prompt
+from keras_paligemma.models.generation import stops_of
 from keras_paligemma.models.inputs import check_token_ids
 from keras_paligemma.models.losses import StreamedCrossEntropy
 from keras_paligemma.models.losses import responses_only
+from keras_paligemma.models.losses import token_losses
 from keras_paligemma.models.optimizers import Adam
 from keras_paligemma.models.optimizers import check_moments
 from keras_paligemma.preprocessing.preprocessor import (
@@ -177,16 +179,18 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         if sample_weight is None:
             sample_weight = ops.ones_like(y, dtype="float32")
-        loss, accuracy, _ = self.own_loss.stream(
-            y_pred, self._head, y, sample_weight
-        )
+        if self.streams:
+            loss, accuracy, _ = self.own_loss.stream(
+                y_pred,
+                lambda x: self.backbone.logits(x, self.own_loss.final_soft_cap),
+                y,
+                sample_weight,
+            )
+        else:
+            each = token_losses(y_pred, y, self.own_loss.label_smoothing)
+            loss, accuracy, _ = self.own_loss.average(*each, sample_weight)
         self.accuracy_tracker.update_state(accuracy)
         return loss
-
-    def _head(self, x):
-        if not self.streams:
-            return x  # These are logits already.
-        return self.backbone.logits(x, self.own_loss.final_soft_cap)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         y_pred = responses_only(y, y_pred)
@@ -237,7 +241,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         trainable.check(self.backbone)
         return super().make_train_function(force)
 
-    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+    def quantize(self, mode=None, **kwargs):
         """Refuse, and say how: weights are quantised as they are read."""
         self.backbone.quantize(mode)
 
@@ -285,16 +289,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         model.generate({"images": [cat, dog], "prompts": ["cap en", "ocr"]})
         ```
         """
-        if stop_token_ids == "auto":
-            if self.preprocessor is None:
-                raise ValueError(
-                    "Without a preprocessor nobody knows what ends an answer. "
-                    "Received: stop_token_ids='auto'. Expected: a list of "
-                    "token ids, or None."
-                )
-            stop_token_ids = [self.preprocessor.tokenizer.end_token_id]
-        if stop_token_ids is not None:
-            stop_token_ids = tuple(stop_token_ids)
+        stop_token_ids = stops_of(stop_token_ids, self.preprocessor)
         arrays = dict(inputs)
         if self.preprocessor is not None:
             arrays = self.preprocessor.generate_preprocess(

@@ -161,3 +161,23 @@ def drop_after_stop(ids, stop_token_ids):
     stopped = np.cumsum(np.isin(ids, stop_token_ids), axis=1)
     before = np.pad(stopped, ((0, 0), (1, 0)))[:, :-1]
     return np.where(before == 0, ids, 0).astype("int32")
+
+
+def stops_of(stop_token_ids, preprocessor):
+    """Give the ids that end an answer as a tuple, or `None` for none.
+
+    Args:
+        stop_token_ids: ints, `None`, or "auto": the tokenizer's end token.
+        preprocessor: `PaliGemmaCausalLMPreprocessor` or `None`.
+    """
+    if stop_token_ids is None:
+        return None
+    if stop_token_ids != "auto":
+        return tuple(stop_token_ids)
+    if preprocessor is None:
+        raise ValueError(
+            "Without a preprocessor nobody knows what ends an answer. "
+            "Received: stop_token_ids='auto'. Expected: a list of token ids, "
+            "or None."
+        )
+    return (preprocessor.tokenizer.end_token_id,)

@@ -6,6 +6,8 @@ from keras import ops
 from keras_paligemma.layers.remat import rematerialize
 
 MEANS = ("example", "token")
+# What a batch of unknown size is taken for: Keras's default.
+USUAL_BATCH = 32
 
 
 @keras.saving.register_keras_serializable(package="keras_paligemma")
@@ -26,7 +28,8 @@ class StreamedCrossEntropy(keras.losses.Loss):
         final_soft_cap: bool; `True` trains what `generate` uses, where the
             variant has a cap (PaliGemma 2 has, 1 has not); `False` leaves it
             off, as the original's trainer does.
-        chunk_tokens: int, tokens whose logits exist at a time.
+        chunk_tokens: int, tokens whose logits exist at a time; one a row at
+            least.
 
     Example:
 
@@ -70,8 +73,8 @@ class StreamedCrossEntropy(keras.losses.Loss):
 
         Args:
             hidden_BRD: tensor, last hidden states that predict the responses.
-            head: function of a tensor (tokens, D) that gives float32 logits
-                (tokens, V).
+            head: function of a tensor (B, tokens, D) that gives float32
+                logits (B, tokens, V).
             targets_BR: int tensor, the ids to predict.
             weights_BR: float tensor, 0 where there is nothing to predict.
 
@@ -80,36 +83,42 @@ class StreamedCrossEntropy(keras.losses.Loss):
             whose best guess is right; and the loss of each example (B,).
         """
         B, R, D = hidden_BRD.shape
-        B = ops.shape(hidden_BRD)[0] if B is None else B
 
-        def one_chunk(hidden_CD, targets_C):
+        def one_chunk(hidden_BrD, targets_Br):
             return token_losses(
-                head(hidden_CD), targets_C, self.label_smoothing
+                head(hidden_BrD), targets_Br, self.label_smoothing
             )
 
-        hidden = ops.reshape(hidden_BRD, (-1, D))
-        targets = ops.reshape(targets_BR, (-1,))
-        if not isinstance(B, int) or B * R <= self.chunk_tokens:
-            loss, right = one_chunk(hidden, targets)
+        # Some tokens of every row: the batch may be of an unknown size, as in
+        # TensorFlow's graphs, or lie on several devices.
+        size = max(1, self.chunk_tokens // (B or USUAL_BATCH))
+        if size >= R:
+            loss_BR, right_BR = one_chunk(hidden_BRD, targets_BR)
         else:
-            chunks = -(-B * R // self.chunk_tokens)
-            size = -(-B * R // chunks)
-            pad = chunks * size - B * R
-            hidden = ops.pad(hidden, [(0, pad), (0, 0)])
-            targets = ops.pad(targets, [(0, pad)])
+            chunks = -(-R // size)
+            size = -(-R // chunks)
+            pad = (0, chunks * size - R)
+            hidden = ops.pad(hidden_BRD, [(0, 0), pad, (0, 0)])
+            targets = ops.pad(targets_BR, [(0, 0), pad])
+            hidden = ops.reshape(hidden, (-1, chunks, size, D))
+            targets = ops.reshape(targets, (-1, chunks, size))
             chunk_of = rematerialize(one_chunk, "block")
-            loss, right = ops.map(
+            parts = ops.map(
                 lambda chunk: chunk_of(*chunk),
-                (
-                    ops.reshape(hidden, (chunks, size, D)),
-                    ops.reshape(targets, (chunks, size)),
-                ),
+                (ops.moveaxis(hidden, 1, 0), ops.moveaxis(targets, 1, 0)),
             )
-            loss = ops.reshape(loss, (-1,))[: B * R]
-            right = ops.reshape(right, (-1,))[: B * R]
+            loss_BR, right_BR = (
+                ops.reshape(ops.moveaxis(part, 0, 1), (-1, chunks * size))[
+                    :, :R
+                ]
+                for part in parts
+            )
+        return self.average(loss_BR, right_BR, weights_BR)
+
+    def average(self, loss_BR, right_BR, weights_BR):
+        """Average what `token_losses` gives; returns what `stream` does."""
         weights_BR = ops.cast(weights_BR, "float32")
-        loss_BR = ops.reshape(loss, ops.shape(weights_BR)) * weights_BR
-        right_BR = ops.reshape(right, ops.shape(weights_BR)) * weights_BR
+        loss_BR, right_BR = loss_BR * weights_BR, right_BR * weights_BR
         count_B = ops.sum(ops.cast(weights_BR > 0, "float32"), axis=-1)
         loss_B = ops.sum(loss_BR, axis=-1) / ops.maximum(count_B, 1.0)
         if self.mean == "token":

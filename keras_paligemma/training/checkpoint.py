@@ -51,6 +51,16 @@ class RunCheckpoint(keras.callbacks.Callback):
         self._metrics = None
         self._waits = self._manager.latest_step() is not None
 
+    def restore(self, model):
+        """Give a model what the latest checkpoint holds, without training.
+
+        Args:
+            model: `PaliGemmaCausalLM`, compiled.
+        """
+        self.set_model(model)
+        model.optimizer.build(model.trainable_variables)
+        self._restore()
+
     def steps_done(self):
         """Give the steps of the latest checkpoint; 0 if there is none."""
         return self._manager.latest_step() or 0
@@ -58,7 +68,6 @@ class RunCheckpoint(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         if self._waits:
             self._restore()
-            self._waits = False
         else:
             self.batches.set_state(self._place(self.step))
 
@@ -99,7 +108,6 @@ class RunCheckpoint(keras.callbacks.Callback):
             "trained": model.trainable_variables,
             "optimizer": model.optimizer.variables,
             "random": [one for one in frozen if "seed" in one.path],
-            "metrics": model.metrics_variables,
         }
 
     def _save(self):
@@ -109,6 +117,9 @@ class RunCheckpoint(keras.callbacks.Callback):
             self.step,
             args=arguments.Composite(
                 state=arguments.StandardSave(_values(state)),
+                metrics=arguments.StandardSave(
+                    _values(self.model.metrics_variables)
+                ),
                 place=arguments.JsonSave(
                     {"data": self._place(self.step), "shapes": _shapes(state)}
                 ),
@@ -131,21 +142,24 @@ class RunCheckpoint(keras.callbacks.Callback):
                 "the model as it was set up then, or a new directory."
             )
         self.batches.set_state(place["data"])
-        found = self._manager.restore(
-            step,
-            args=arguments.Composite(
-                state=arguments.StandardRestore(_values(state))
-            ),
-        ).state
+        found = self._read("state", _values(state))
         for group, variables in state.items():
-            if group == "metrics":
-                continue
             for variable, value in zip(variables, found[group], strict=True):
                 variable.assign(value)
-        # Those of an epoch that is over are of no use.
-        within = step % len(self.batches)
-        self._metrics = found["metrics"] if within else None
+        # The metrics of an epoch that is over are of no use.
+        if step % len(self.batches):
+            values = _values(self.model.metrics_variables)
+            self._metrics = self._read("metrics", values)
         self.step = step
+        self._waits = False
+
+    def _read(self, item, like):
+        """Read arrays of the latest checkpoint, laid out as others are."""
+        arguments = self._orbax.args
+        items = {item: arguments.StandardRestore(like)}
+        return self._manager.restore(
+            self._manager.latest_step(), args=arguments.Composite(**items)
+        )[item]
 
 
 def fit(
@@ -195,6 +209,9 @@ def fit(
     parts = [(epoch, epoch + 1, len(batches) - rest)] if rest else []
     if epoch + len(parts) < epochs:
         parts.append((epoch + len(parts), epochs, len(batches)))
+    if not parts and checkpoint.steps_done():
+        # Nothing is left to do, but the model is to be the trained one.
+        checkpoint.restore(model)
     for first, last, steps in parts:
         done = model.fit(
             batches,
@@ -239,7 +256,6 @@ def _shapes(state):
     return {
         group: [[list(one.shape), one.dtype] for one in variables]
         for group, variables in state.items()
-        if group != "metrics"
     }
 
 

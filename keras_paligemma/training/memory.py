@@ -14,7 +14,7 @@ def estimate_memory(
 
     The weights, gradients and moments are exact; the activations are those of
     the blocks that the backward pass reaches, as `remat` keeps them, without
-    what a compiler adds or saves. `keras_paligemma.distribution` compiles.
+    what a compiler adds or saves.
 
     Args:
         backbone: `PaliGemmaBackbone`, with or without values.

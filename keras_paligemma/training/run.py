@@ -31,7 +31,7 @@ class Settings:
         freeze: list of patterns of weights, where weights are trained.
         quantize: "int8", "int4" or `None`.
         dtype: dtype policy; the preset's if `None`.
-        remat: "block", "dots" or `None`.
+        remat: "block", "dots" or `None`, "none" in a file.
         image_size: int; the preset's if `None`.
         prompt_length: int; the preset's if `None`.
         response_length: int; the preset's if `None`.
@@ -88,6 +88,8 @@ def read_settings(path=None, **given):
             except tomllib.TOMLDecodeError as error:
                 raise ValueError(f"{path} is no TOML file: {error}.") from error
     values |= {key: value for key, value in given.items() if value is not None}
+    # TOML has no word for nothing.
+    values = {k: None if v == "none" else v for k, v in values.items()}
     fields = {field.name: field for field in dataclasses.fields(Settings)}
     for key in values.keys() - fields.keys():
         near = difflib.get_close_matches(key, fields, 1)
@@ -98,7 +100,7 @@ def read_settings(path=None, **given):
     lacking = [
         name
         for name, field in fields.items()
-        if field.default is dataclasses.MISSING and name not in values
+        if field.default is dataclasses.MISSING and not values.get(name)
     ]
     if lacking:
         raise ValueError(
@@ -233,7 +235,7 @@ def compile_model(model, settings, steps):
     accumulation = settings.gradient_accumulation
     model.compile(
         transfer_recipe(
-            max(1, steps // accumulation),
+            steps,  # Keras's schedules count batches, not updates.
             settings.learning_rate,
             settings.weight_decay,
             settings.warmup,

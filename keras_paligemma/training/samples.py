@@ -1,12 +1,13 @@
 """What a model answers while it learns: text, and pictures with boxes."""
 
+import re
 from pathlib import Path
 
 import keras
-from PIL import Image
 
 from keras_paligemma.tasks.boxes import draw_boxes
 from keras_paligemma.tasks.boxes import parse_boxes
+from keras_paligemma.tasks.sheets import contact_sheet
 
 
 class SamplePredictions(keras.callbacks.Callback):
@@ -19,7 +20,7 @@ class SamplePredictions(keras.callbacks.Callback):
         examples: dict of lists `images` and `prompts`, and `responses` where
             the right answers are known.
         directory: str or path for one picture an epoch, "epoch_0003.png", of
-            all examples with their boxes; `None` draws none.
+            all examples with their boxes and words; `None` draws none.
         every: int, epochs from one look to the next.
         max_new_tokens: int, as `generate` takes it.
 
@@ -51,30 +52,11 @@ class SamplePredictions(keras.callbacks.Callback):
         print()
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            sheet = contact_sheet(inputs["images"], answers)
+            pictures = [
+                draw_boxes(image, parse_boxes(answer))
+                for image, answer in zip(inputs["images"], answers, strict=True)
+            ]
+            # Boxes are drawn; their tokens would hide the words.
+            words = [re.sub(r"<(loc|seg)\d+>", "", one) for one in answers]
+            sheet = contact_sheet(pictures, [one.strip() for one in words])
             sheet.save(self.directory / f"epoch_{epoch + 1:04}.png")
-
-
-def contact_sheet(images, answers, side=448):
-    """Draw pictures beside each other, each with the boxes of its answer.
-
-    Args:
-        images: list of paths, Pillow pictures or uint8 arrays.
-        answers: list of str.
-        side: int, longest side of a picture in pixels.
-
-    Returns:
-        `PIL.Image.Image`, at most four pictures wide.
-    """
-    drawn = []
-    for image, answer in zip(images, answers, strict=True):
-        picture = draw_boxes(image, parse_boxes(answer))
-        picture.thumbnail((side, side))
-        drawn.append(picture)
-    columns = min(4, len(drawn))
-    rows = -(-len(drawn) // columns)
-    sheet = Image.new("RGB", (columns * side, rows * side), "white")
-    for number, picture in enumerate(drawn):
-        row, column = divmod(number, columns)
-        sheet.paste(picture, (column * side, row * side))
-    return sheet

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import peft
 from keras_paligemma.models import exports
+from tests.killing import counted
 
 CALLS = ("rename", "replace", "link", "unlink", "mkdir", "rmdir", "fsync")
 LORA = {
@@ -77,16 +77,6 @@ def visible(folder):
         for name in names
         if (folder / name).is_file() and not name.parts[0].startswith(".")
     )
-
-
-def counted(function, left):
-    def call(*args, **kwargs):
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left[0] -= 1
-        return function(*args, **kwargs)
-
-    return call
 
 
 def attempt(to, before, kill_at, kind):

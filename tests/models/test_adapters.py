@@ -203,6 +203,19 @@ def test_merge_and_unmerge(tiny_model, examples, tmp_path, form):
         model.adapters.unmerge()
 
 
+def test_an_adapter_that_is_off_is_not_written(tiny_model, examples, tmp_path):
+    model = tiny_model()
+    x = inputs_of(model, examples)
+    bare = output(model, x)
+    model.enable_lora(2)
+    randomize(model.backbone, 1)
+    model.adapters.select(None)
+    model.save_to_preset(tmp_path / "preset")
+    read = PaliGemmaCausalLM.from_preset(tmp_path / "preset")
+    assert read.adapters.active is None
+    np.testing.assert_array_equal(output(read, x), bare)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_dropout_is_in_training_alone(tiny_model, examples, form):
     model = tiny_model(form=form)

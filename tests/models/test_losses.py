@@ -260,6 +260,6 @@ def test_no_step_holds_the_logits_of_all_tokens(golden_backbone, expected):
         int(np.prod([int(n) for n in shape.split(",")]))
         for shape in re.findall(rf"f32\[((?:\d+,)*{V})\]", text)
     ]
-    assert V * 14 in sizes  # A chunk: 56 tokens are 4 of 14.
-    table = TABLE = 64 * V
-    assert max(size for size in sizes if size != TABLE) <= V * 16, table
+    assert V * 16 in sizes  # A chunk: 4 tokens of each of 4 rows.
+    table = V * 64
+    assert max(size for size in sizes if size != table) <= V * 16

@@ -11,6 +11,7 @@ from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import cli
 from keras_paligemma.training import Settings
 from keras_paligemma.training.run import build
+from keras_paligemma.training.run import compile_model
 from keras_paligemma.training.run import read_settings
 
 NANO = "pali_gemma2_nano_112"
@@ -62,11 +63,36 @@ def test_from_the_command_line_and_again(data):
     model = PaliGemmaCausalLM.from_preset(NANO)
     model.load_adapter(data / "run" / "adapter")
     assert model.adapters.known["default"].targets == ("query",)
-    # The same command again, with more epochs: it goes on.
+    # The same command again has nothing to do, and loses nothing.
+    adapter = data / "run" / "adapter" / "adapter_model.safetensors"
+    before = adapter.read_bytes()
+    code, output = call(*arguments)
+    assert code == 0, output
+    assert adapter.read_bytes() == before
+    # With more epochs it goes on.
     code, output = call(*arguments, "--epochs", 2)
     assert code == 0, output
     lines = (data / "run" / "log.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines[1:]] == ["0", "1"]
+
+
+def test_accumulation_leaves_the_schedule_its_length():
+    settings = Settings(NANO, "", "", gradient_accumulation=4, lora_rank=2)
+    model = build(settings)
+    compile_model(model, settings, steps=100)
+    model.optimizer.build(model.trainable_variables)
+    rates = []
+    for batch in (50, 99, 100):
+        model.optimizer._iterations.assign(batch)
+        rates.append(float(model.optimizer.learning_rate))
+    assert rates[0] > 0.4 * settings.learning_rate > rates[1] > 0
+    assert rates[2] < 1e-9
+
+
+def test_nothing_has_a_word(tmp_path):
+    (tmp_path / "x.toml").write_text('remat = "none"')
+    given = {"preset": NANO, "data": "d", "output": "o"}
+    assert read_settings(tmp_path / "x.toml", **given).remat is None
 
 
 def test_settings_that_mean_nothing(tmp_path):

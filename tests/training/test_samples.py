@@ -3,8 +3,11 @@
 import numpy as np
 from PIL import Image
 
+from keras_paligemma.tasks.sheets import CELL
+from keras_paligemma.tasks.sheets import FONT_SIZE
+from keras_paligemma.tasks.sheets import MARGIN
+from keras_paligemma.tasks.sheets import contact_sheet
 from keras_paligemma.training import SamplePredictions
-from keras_paligemma.training.samples import contact_sheet
 from tests.training import killed_run
 
 
@@ -26,11 +29,24 @@ def test_answers_after_each_epoch(tmp_path, capsys):
     assert names == ["epoch_0002.png", "epoch_0004.png"]
 
 
-def test_boxes_are_drawn_where_they_are():
-    images = [np.zeros((50, 100, 3), "uint8")] * 5
-    answer = "<loc0000><loc0000><loc1023><loc0512> cat"
-    sheet = contact_sheet(images, [answer] + [""] * 4, side=200)
-    assert isinstance(sheet, Image.Image) and sheet.size == (800, 400)
+def test_boxes_are_drawn_and_words_written(tmp_path):
+    class Answers:
+        def generate(self, inputs, max_new_tokens):
+            box = "<loc0000><loc0000><loc1023><loc0512> cat"
+            return [box] + [""] * (len(inputs["prompts"]) - 1)
+
+    examples = {
+        "images": [np.zeros((50, 100, 3), "uint8")] * 4,
+        "prompts": ["detect cat"] * 4,
+    }
+    look = SamplePredictions(examples, tmp_path)
+    look.set_model(Answers())
+    look.on_epoch_end(0)
+    sheet = Image.open(tmp_path / "epoch_0001.png")
+    assert sheet.size == contact_sheet([sheet] * 4, [""] * 4).size
     pixels = np.asarray(sheet)
-    assert (pixels[:100, :200].max(-1) > 100).any()
-    assert not pixels[5:90, 205:395].any()
+    first = pixels[MARGIN : MARGIN + 200, MARGIN : MARGIN + CELL]
+    second = pixels[MARGIN : MARGIN + 200, 2 * MARGIN + CELL : 2 * CELL]
+    assert (first.max(-1) > 100).any() and not second.any()
+    words = pixels[MARGIN + CELL :][: 2 * FONT_SIZE]
+    assert (words[:, :CELL] < 100).any() and (words[:, CELL + 8 :] > 200).all()

@@ -1,0 +1,45 @@
+"""Pictures beside each other, to be looked at."""
+
+from collections.abc import Sequence
+
+from PIL import Image
+from PIL import ImageDraw
+from PIL import ImageFont
+
+# Pictures in a row, their longest side, their text and their distance, pixels.
+COLUMNS, CELL, FONT_SIZE, MARGIN = 3, 448, 22, 8
+
+
+def contact_sheet(
+    pictures: Sequence[Image.Image], captions: Sequence[str]
+) -> Image.Image:
+    """Arrange pictures in rows, each above its caption.
+
+    Args:
+        pictures: of any size, made smaller where they are larger than a cell.
+        captions: one a picture.
+
+    Returns:
+        `PIL.Image.Image` in RGB.
+
+    Example:
+
+    >>> contact_sheet([Image.new("RGB", (100, 50))] * 4, [""] * 4).size
+    (1376, 1008)
+    """
+    width, height = CELL + MARGIN, CELL + MARGIN + 2 * FONT_SIZE
+    columns = min(COLUMNS, len(pictures))
+    rows = -(-len(pictures) // columns)
+    size = (columns * width + MARGIN, rows * height + MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(FONT_SIZE)
+    pairs = zip(pictures, captions, strict=True)
+    for number, (picture, caption) in enumerate(pairs):
+        row, column = divmod(number, columns)
+        x, y = MARGIN + column * width, MARGIN + row * height
+        small = picture.copy()
+        small.thumbnail((CELL, CELL))
+        sheet.paste(small, (x, y))
+        pen.text((x, y + CELL + 4), caption, "black", font)
+    return sheet

@@ -1,0 +1,16 @@
+"""A function that kills its process when it has been called often enough."""
+
+import os
+import signal
+
+
+def counted(function, left):
+    """Call a function `left[0]` times; the next call is the process's end."""
+
+    def call(*args, **kwargs):
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return function(*args, **kwargs)
+
+    return call
