@@ -77,6 +77,9 @@ TABLE = {
 
 # What tensor parallelism splits: axes whose parts do not need one another.
 SPLIT = ("V", "N", "K", "F")
+# Whose storage is split, the first that divides; an adapter's rank never. Not
+# by size: a kernel in low bits and its scales must be split alike.
+STORED = ("V", "F", "D", "M", "I", "H", "N", "K")
 # Values of a layer below which a weight is copied to every chip: gathering it
 # takes longer than it saves memory.
 SMALL = 2**20
@@ -156,16 +159,11 @@ class Layout:
         if self.strategy in ("tensor", "both"):
             split = [i for i, one in enumerate(letters) if one in SPLIT]
             _choose(chosen, sizes, split, self.group, "model")
-            if large and "model" not in chosen:
-                # Heads that do not divide: another axis holds the parts.
-                others = _by_size(letters, sizes)
-                _choose(chosen, sizes, others, self.group, "model")
-        if self.strategy == "both" and large:
-            others = _by_size(letters, sizes)
-            _choose(chosen, sizes, others, self.groups, "batch")
-        if self.strategy == "weights" and large:
-            others = _by_size(letters, sizes)
-            _choose(chosen, sizes, others, self.group, "model")
+        if large and "model" not in chosen and self.strategy != "data":
+            # Storage, or heads that do not divide: what is summed over.
+            _choose(chosen, sizes, _stored(letters), self.group, "model")
+        if large and self.strategy == "both":
+            _choose(chosen, sizes, _stored(letters), self.groups, "batch")
         return (None,) * stacked + tuple(chosen)
 
 
@@ -194,10 +192,10 @@ _IN_OPTIMIZERS = "({})_[a-z]".format(
 )
 
 
-def _by_size(letters, sizes):
-    """Order axes by size, the largest first; never an adapter's rank."""
-    order = [i for i, one in enumerate(letters) if one != "r"]
-    return sorted(order, key=lambda i: -sizes[i])
+def _stored(letters):
+    """Order axes as their storage is split."""
+    order = [i for i, one in enumerate(letters) if one in STORED]
+    return sorted(order, key=lambda i: STORED.index(letters[i]))
 
 
 def _choose(chosen, sizes, order, parts, axis):
@@ -264,9 +262,7 @@ class Sharded(distribution.ModelParallel):
         check_batch(size, self.layout.replicas, self.layout)
         rest = [None] * (len(data_shape) - 1)
         if self.layout.replicas == self.layout.groups:
-            return distribution.TensorLayout(
-                ["batch", *rest], self.device_mesh
-            )
+            return distribution.TensorLayout(["batch", *rest], self.device_mesh)
         return _OverBothAxes(["batch", *rest], self.device_mesh)
 
 

@@ -3,7 +3,6 @@
 Every layout, in both forms, must give the losses and tokens of one device.
 """
 
-import contextlib
 import os
 import zlib
 
@@ -37,7 +36,7 @@ VISION = {
 }
 TEXT = {
     "vocabulary_size": 320,
-    "num_layers": 2,
+    "num_layers": 1,
     "hidden_dim": 64,
     "intermediate_dim": 112,
     "num_query_heads": 6,
@@ -45,15 +44,16 @@ TEXT = {
     "head_dim": 16,
     "query_pre_attention_scalar": 24,
 }
+# Axes of every kind, few enough to compile quickly.
+TARGETS = ("query", "value", "down", "vision.output")
 STEPS, BATCH, PROMPT, RESPONSE = 3, 8, 4, 3
 CASES = (
     # strategy, mesh, form, LoRA or full, generate
-    ("data", (8, 1), "stacked", True, False),
-    ("weights", (1, 8), "stacked", True, True),
-    ("weights", (4, 2), "unrolled", True, False),
-    ("tensor", (1, 8), "stacked", True, True),
-    ("both", (4, 2), "stacked", True, False),
-    ("both", (2, 4), "stacked", False, False),
+    ("data", (8, 1), "unrolled", True, False),
+    ("weights", (4, 2), "stacked", True, True),
+    ("tensor", (1, 8), "unrolled", True, False),
+    ("both", (4, 2), "stacked", True, True),
+    ("weights", (2, 4), "stacked", False, False),
 )
 
 
@@ -105,7 +105,7 @@ def build(form, lora):
     with without_values():
         backbone = PaliGemmaBackbone(28, VISION, TEXT, form=form)
         if lora:
-            backbone.enable_lora(rank=2, targets="all")
+            backbone.enable_lora(rank=2, targets=TARGETS)
     weights = backbone.weights_by_name()
     for name, value in draw(backbone).items():
         held = weights[name]
@@ -150,12 +150,20 @@ def check_shards(model, layout):
     return split
 
 
+def refused(function, message):
+    """Ask for an error that says how to mend it."""
+    try:
+        function()
+    except ValueError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+
+
 def main():
-    import time; t0=time.time()
     wanted = {}
     for lora in (True, False):
         wanted[lora] = train("stacked", lora, lora)[1:]
-    print(time.time()-t0)
     for strategy, mesh, form, lora, generate in CASES:
         chosen = distribute(strategy, mesh, small=64)
         keras.distribution.set_distribution(chosen)
@@ -168,23 +176,11 @@ def main():
         assert difference <= 1e-5, (strategy, mesh, losses, wanted[lora][0])
         if generate:
             np.testing.assert_array_equal(ids, wanted[lora][1])
-        print(time.time()-t0, strategy, mesh, form, f"{difference:.1e}", "split", split)
+        print(strategy, mesh, form, f"{difference:.1e}", "split", split)
     assert len(np.unique(wanted[True][1])) > 3, wanted[True][1]
     chosen = distribute("weights", (1, 8))
-    keras.distribution.set_distribution(chosen)
-    with contextlib.suppress(StopIteration):
-        try:
-            chosen.get_data_layout((6, 4))
-        except ValueError as error:
-            assert "Expected: 8" in str(error), error
-            raise StopIteration from error
-        raise AssertionError("a batch of 6 on 8 devices was not refused")
-    try:
-        distribute("weights", (2, 3))
-    except ValueError as error:
-        assert "Expected, for groups of 3: 2x3" in str(error), error
-    else:
-        raise AssertionError("a mesh of 6 on 8 devices was not refused")
+    refused(lambda: chosen.get_data_layout((6, 4)), "Expected: 8")
+    refused(lambda: distribute("weights", (2, 3)), "groups of 3: 2x3")
     print("same everywhere")
 
 
