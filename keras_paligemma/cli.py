@@ -12,6 +12,7 @@ from keras_paligemma import downloads
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.float_views import float_views
 from keras_paligemma.checkpoints.held import hold
 from keras_paligemma.checkpoints.safetensors_files import Headers
 from keras_paligemma.known_files import read_checked
@@ -127,7 +128,7 @@ def describe(checkpoint, weights):
     facts = {
         "format": checkpoint.format or "known by its name",
         "variant": checkpoint.variant or "none of the published",
-        "parameters": f"{engine.count(weights):,}",
+        "parameters": f"{engine.count(float_views(weights)):,}",
         "image size": backbone["image_size"],
         "tokenizer": checkpoint.tokenizer or "none beside it",
     }
@@ -188,7 +189,8 @@ def convert(
             dtype=dtype,
             piece_size=piece_size,
         )
-    typer.echo(f"{target}: {engine.count(weights):,} parameters as {to}")
+    count = engine.count(float_views(weights))
+    typer.echo(f"{target}: {count:,} parameters as {to}")
 
 
 @app.command()

@@ -42,12 +42,13 @@ def fill(variable, value):
     value is ever drawn. Where a distribution is active, that door would put
     the whole array on the first device; each shard is cut out on the host and
     cast there instead, one at a time, so that no second whole array exists.
+    What stands for a variable, such as a `FloatView`, is assigned to.
 
     JAX is given the array as it lies, a transposed view too, and copies and
     casts it by itself: `jnp.asarray`, Keras's way, lets NumPy copy such views
     first, which for bfloat16 is several times slower and a second copy.
     """
-    if variable._value is not None:
+    if not isinstance(variable, keras.Variable) or variable._value is not None:
         variable.assign(value)
         return
     if keras.distribution.distribution() is not None:
@@ -69,8 +70,10 @@ def _place_by_jax(value, dtype):
     if dtype.itemsize < value.dtype.itemsize:
         value = value.astype(dtype, copy=False)
     # A copy in any case: JAX cannot donate the memory of a NumPy array, and a
-    # training step would hold the weights twice.
-    return jax.device_put(value, may_alias=False).astype(dtype)
+    # training step would hold the weights twice. Done before the next array is
+    # read, or several wait in memory.
+    array = jax.device_put(value, may_alias=False).astype(dtype)
+    return jax.block_until_ready(array)
 
 
 def _sharded(variable, array):

@@ -214,7 +214,7 @@ def _check(config: dict, path: Path) -> None:
     ]
     if not problems:
         # A published preset has every field; a preprocessor may have more,
-        # and a backbone with adapters says which.
+        # and a backbone says its adapters and its bits.
         fields = describe("pali_gemma2_pt_3b_224")
         preprocessor = given.get("preprocessor")
         if preprocessor is not None:
@@ -222,7 +222,8 @@ def _check(config: dict, path: Path) -> None:
             preprocessor = own | fields["preprocessor"]
         backbone = fields["backbone"] | {"dtype": ""}
         if isinstance(given.get("backbone"), dict):
-            backbone |= {"lora": given["backbone"].setdefault("lora", None)}
+            for key in ("lora", "quantization"):
+                backbone[key] = given["backbone"].setdefault(key, None)
         parts = {"backbone": backbone, "preprocessor": preprocessor}
         problems = _differences(given, HEADER | {"name": ""} | parts)
     if problems:

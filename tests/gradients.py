@@ -31,7 +31,7 @@ def gradients(function, model):
             return function()
 
     values = [ops.convert_to_tensor(variable.value) for variable in flat]
-    found = iter(_differentiate(loss, values))
+    found = iter(differentiate(loss, values))
     result = {}
     for name in weights:
         parts = [next(found) for _ in weights[name]]
@@ -40,7 +40,7 @@ def gradients(function, model):
     return result
 
 
-def _differentiate(loss, values):
+def differentiate(loss, values):
     backend = keras.backend.backend()
     if backend == "jax":
         import jax

@@ -232,6 +232,10 @@ def load(weights, rows, tensors):
             keys = row.keys(shape_of(weight)[0])
             _fill(weight, row, (tensors.read(key) for key in keys))
             continue
+        if row.stacked and isinstance(weight, list):
+            if hasattr(tensors, "read_rows"):
+                _fill(weight, row, _layers(tensors, row.theirs))
+                continue
         if row.theirs != key:
             array = None  # Let go of the last one before the next is read.
             key, array = row.theirs, tensors.read(row.theirs)
@@ -239,6 +243,12 @@ def load(weights, rows, tensors):
             _fill(weight, row, array)
         else:
             fill(weight, row.read(array, tuple(weight.shape)))
+
+
+def _layers(tensors, key):
+    """Read an array of all blocks one block at a time."""
+    for layer in range(tensors.shapes[key][0]):
+        yield tensors.read_rows(key, layer, layer + 1)[0]
 
 
 def _fill(weight, row, blocks):

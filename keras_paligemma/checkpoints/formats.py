@@ -165,13 +165,14 @@ def _recognise(folder):
 def _keras(folder, fields, load_weights, headers):
     config = presets.read_folder(folder, load_weights)
     files = safetensors_files.find(folder) if load_weights else []
+    low_bit = config["backbone"]["quantization"] is not None
     return Checkpoint(
         "keras",
         config,
         None,
         files,
         _tokenizer(folder),
-        _opener(safetensors_files.open_safetensors, files, headers),
+        _opener(safetensors_files.open_safetensors, files, headers, low_bit),
     )
 
 
@@ -213,11 +214,11 @@ def _keras_hub(folder, fields, load_weights, headers):
     )
 
 
-def _opener(open_files, files, headers):
+def _opener(open_files, files, headers, *options):
     """Give a function that opens files, or gives what stands for them."""
     if headers is not None:
         return functools.partial(contextlib.nullcontext, headers)
-    return functools.partial(open_files, files)
+    return functools.partial(open_files, files, *options)
 
 
 def _tokenizer(folder):

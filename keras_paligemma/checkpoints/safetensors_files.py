@@ -18,12 +18,14 @@ class Tensors:
 
     Args:
         files: dict of path to open `safe_open` handle.
+        low_bit: bool, take integers for weights: ours of few bits.
 
     Raises:
         ValueError: a dtype that no weight has, or a key in two files.
     """
 
-    def __init__(self, files):
+    def __init__(self, files, low_bit=False):
+        self._known = DTYPES | (LOW_BIT if low_bit else {})
         self._path_of, self._slices = {}, {}
         self._file_of, self.shapes, self.dtypes = {}, {}, {}
         for path, file in files.items():
@@ -40,7 +42,7 @@ class Tensors:
         with _damage(path):
             one = file.get_slice(key)
             dtype, shape = one.get_dtype(), one.get_shape()
-        if dtype not in DTYPES:
+        if dtype not in self._known:
             raise ValueError(
                 f"{path} holds {key!r} as {dtype}. Expected: one of "
                 f"{sorted(DTYPES)}. A quantised checkpoint must be written "
@@ -48,7 +50,7 @@ class Tensors:
             )
         self._path_of[key], self._file_of[key] = path, file
         self._slices[key] = one
-        self.shapes[key], self.dtypes[key] = tuple(shape), DTYPES[dtype]
+        self.shapes[key], self.dtypes[key] = tuple(shape), self._known[dtype]
 
     def read(self, key):
         with _damage(self._path_of[key]):
@@ -66,6 +68,7 @@ DTYPES = {
     "F16": "float16",
     "BF16": "bfloat16",
 }
+LOW_BIT = {"I8": "int8"}
 
 
 class Headers:
@@ -94,11 +97,12 @@ def _damage(path):
 
 
 @contextlib.contextmanager
-def open_safetensors(paths):
+def open_safetensors(paths, low_bit=False):
     """Open files of one checkpoint, memory-mapped.
 
     Args:
         paths: list of `pathlib.Path`, as `find` gives them.
+        low_bit: bool, see `Tensors`.
 
     Yields:
         `Tensors`.
@@ -113,7 +117,7 @@ def open_safetensors(paths):
             with _damage(path):
                 file = safe_open(path, framework="numpy")
                 files[path] = stack.enter_context(file)
-        yield Tensors(files)
+        yield Tensors(files, low_bit)
 
 
 def find(folder):
@@ -204,10 +208,11 @@ def write_safetensors(folder, arrays, max_shard_size=2_000_000_000):
     for key, array in arrays:
         if key in weight_map:
             raise ValueError(f"{key!r} comes twice. Expected: each key once.")
-        if array.dtype.name not in DTYPES.values():
+        known = sorted({**DTYPES, **LOW_BIT}.values())
+        if array.dtype.name not in known:
             raise ValueError(
                 f"{key!r} is an array of {array.dtype.name}. Expected: one of "
-                f"{sorted(DTYPES.values())}. Cast it first."
+                f"{known}. Cast it first."
             )
         if shard and size + array.nbytes > max_shard_size:
             flush()

@@ -209,6 +209,7 @@ class GroupedQueryAttention(keras.layers.Layer):
         query_scale: float that queries are multiplied with.
         logit_soft_cap: float or `None`.
         use_bias: bool, biases on all four projections (SigLIP has them).
+        quantization: storage of the kernels, see `Projection`.
 
     Source: Gemma 2, https://arxiv.org/abs/2408.00118.
     """
@@ -222,6 +223,7 @@ class GroupedQueryAttention(keras.layers.Layer):
         query_scale,
         logit_soft_cap=None,
         use_bias=False,
+        quantization=None,
         **kwargs,
     ):
         # Keras would cast the rotary angles, which are float32 for a reason.
@@ -236,6 +238,7 @@ class GroupedQueryAttention(keras.layers.Layer):
                 input_shape,
                 output_shape,
                 use_bias=use_bias,
+                quantization=quantization,
                 dtype=self.dtype_policy,
                 name=name,
             )

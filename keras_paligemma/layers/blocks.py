@@ -48,15 +48,18 @@ class GatedMLP(keras.layers.Layer):
     Args:
         hidden_dim: int D.
         intermediate_dim: int F, the real width of gate and of up.
+        quantization: storage of the kernels, see `Projection`.
     """
 
-    def __init__(self, hidden_dim, intermediate_dim, **kwargs):
+    def __init__(
+        self, hidden_dim, intermediate_dim, quantization=None, **kwargs
+    ):
         super().__init__(**kwargs)
         wide, narrow = (intermediate_dim,), (hidden_dim,)
-        policy = self.dtype_policy
-        self.gate = Projection(narrow, wide, dtype=policy, name="gate")
-        self.up = Projection(narrow, wide, dtype=policy, name="up")
-        self.down = Projection(wide, narrow, dtype=policy, name="down")
+        same = {"quantization": quantization, "dtype": self.dtype_policy}
+        self.gate = Projection(narrow, wide, name="gate", **same)
+        self.up = Projection(narrow, wide, name="up", **same)
+        self.down = Projection(wide, narrow, name="down", **same)
 
     def build(self, input_shape=None):
         for layer in (self.gate, self.up, self.down):
@@ -74,18 +77,21 @@ class MLP(keras.layers.Layer):
     Args:
         hidden_dim: int D.
         intermediate_dim: int F.
+        quantization: storage of the kernels, see `Projection`.
     """
 
-    def __init__(self, hidden_dim, intermediate_dim, **kwargs):
+    def __init__(
+        self, hidden_dim, intermediate_dim, quantization=None, **kwargs
+    ):
         super().__init__(**kwargs)
         wide, narrow = (intermediate_dim,), (hidden_dim,)
-        policy = self.dtype_policy
-        self.up = Projection(
-            narrow, wide, use_bias=True, dtype=policy, name="up"
-        )
-        self.down = Projection(
-            wide, narrow, use_bias=True, dtype=policy, name="down"
-        )
+        same = {
+            "use_bias": True,
+            "quantization": quantization,
+            "dtype": self.dtype_policy,
+        }
+        self.up = Projection(narrow, wide, name="up", **same)
+        self.down = Projection(wide, narrow, name="down", **same)
 
     def build(self, input_shape=None):
         self.up.build()
@@ -109,6 +115,7 @@ class DecoderBlock(keras.layers.Layer):
         logit_soft_cap: float or `None`, cap of the attention logits.
         use_post_norms: bool, norms behind attention and MLP (Gemma 2).
         epsilon: float of the norms.
+        quantization: storage of the kernels, see `Projection`.
 
     Call arguments:
         x_BTD: tensor.
@@ -134,6 +141,7 @@ class DecoderBlock(keras.layers.Layer):
         logit_soft_cap=None,
         use_post_norms=True,
         epsilon=1e-6,
+        quantization=None,
         **kwargs,
     ):
         # Hands the rotary angles on in float32, see the attention.
@@ -151,12 +159,17 @@ class DecoderBlock(keras.layers.Layer):
             head_dim,
             query_scale,
             logit_soft_cap,
+            quantization=quantization,
             dtype=policy,
             name="attention",
         )
         self.pre_ffw_norm = norm("pre_ffw_norm")
         self.mlp = GatedMLP(
-            hidden_dim, intermediate_dim, dtype=policy, name="mlp"
+            hidden_dim,
+            intermediate_dim,
+            quantization,
+            dtype=policy,
+            name="mlp",
         )
         self.use_post_norms = use_post_norms
         if use_post_norms:
@@ -212,10 +225,17 @@ class EncoderBlock(keras.layers.Layer):
         intermediate_dim: int F.
         num_heads: int, a divisor of D.
         epsilon: float of the norms.
+        quantization: storage of the kernels, see `Projection`.
     """
 
     def __init__(
-        self, hidden_dim, intermediate_dim, num_heads, epsilon=1e-6, **kwargs
+        self,
+        hidden_dim,
+        intermediate_dim,
+        num_heads,
+        epsilon=1e-6,
+        quantization=None,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         policy = self.dtype_policy
@@ -234,11 +254,18 @@ class EncoderBlock(keras.layers.Layer):
             head_dim,
             query_scale=head_dim**-0.5,
             use_bias=True,
+            quantization=quantization,
             dtype=policy,
             name="attention",
         )
         self.mlp_norm = norm("mlp_norm")
-        self.mlp = MLP(hidden_dim, intermediate_dim, dtype=policy, name="mlp")
+        self.mlp = MLP(
+            hidden_dim,
+            intermediate_dim,
+            quantization,
+            dtype=policy,
+            name="mlp",
+        )
         self.hidden_dim = hidden_dim
 
     def build(self, input_shape=None):

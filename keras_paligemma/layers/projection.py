@@ -6,6 +6,9 @@ import keras
 from keras import ops
 
 from keras_paligemma.layers.dropout import drop
+from keras_paligemma.layers.low_bit import LowBit
+from keras_paligemma.layers.low_bit import add_low_bit_weight
+from keras_paligemma.layers.low_bit import low_bit_product
 
 
 class Projection(keras.layers.Layer):
@@ -22,6 +25,8 @@ class Projection(keras.layers.Layer):
         use_bias: bool.
         kernel_initializer: Keras initializer, or `None` for a normal whose
             variance is one over the number of inputs.
+        quantization: "int8", "int4" or `None`: how the kernel is stored. Of
+            few bits it is frozen, and made a float where it is used.
 
     Call arguments:
         x: tensor (..., *input_axes).
@@ -44,6 +49,7 @@ class Projection(keras.layers.Layer):
         output_axes,
         use_bias=False,
         kernel_initializer=None,
+        quantization=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -53,14 +59,26 @@ class Projection(keras.layers.Layer):
         self.kernel_initializer = kernel_initializer or normal(
             math.prod(self.input_axes)
         )
+        self.low_bit = None
+        if quantization is not None:
+            self.low_bit = LowBit(
+                quantization,
+                self.input_axes + self.output_axes,
+                tuple(range(len(self.input_axes))),
+            )
         self.adapter_scale = None
 
     def build(self, input_shape=None):
-        self.kernel = self.add_weight(
-            shape=self.input_axes + self.output_axes,
-            initializer=self.kernel_initializer,
-            name="kernel",
-        )
+        if self.low_bit is not None:
+            self.kernel, self.kernel_scale = add_low_bit_weight(
+                self, self.low_bit, self.kernel_initializer, "kernel"
+            )
+        else:
+            self.kernel = self.add_weight(
+                shape=self.input_axes + self.output_axes,
+                initializer=self.kernel_initializer,
+                name="kernel",
+            )
         self.bias = None
         if self.use_bias:
             self.bias = self.add_weight(
@@ -104,7 +122,7 @@ class Projection(keras.layers.Layer):
         self.adapter_dropout = dropout
 
     def call(self, x):
-        y = contract(x, self.kernel, self.input_axes)
+        y = self._product(x)
         if self.bias is not None:
             y = y + self.bias
         if self.adapter_scale is not None:
@@ -117,6 +135,11 @@ class Projection(keras.layers.Layer):
         low = contract(x, self.adapter_a, self.input_axes)
         low = low * ops.cast(self.adapter_scale, low.dtype)
         return contract(low, self.adapter_b, low.shape[-1:])
+
+    def _product(self, x):
+        if self.low_bit is None:
+            return contract(x, self.kernel, self.input_axes)
+        return low_bit_product(self.low_bit, self.kernel, self.kernel_scale, x)
 
 
 def contract(x, kernel, input_axes):

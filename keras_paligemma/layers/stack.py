@@ -116,7 +116,7 @@ class LayerStack(keras.layers.Layer):
             scopes.enter_context(self._open_name_scope())
             for part in parts:
                 scopes.enter_context(keras.name_scope(part))
-            return keras.Variable(
+            stack = keras.Variable(
                 _each_layer(variable._initializer),
                 shape=(self.num_layers, *variable.shape),
                 dtype=variable.dtype,
@@ -124,6 +124,9 @@ class LayerStack(keras.layers.Layer):
                 autocast=variable._autocast,
                 name=last,
             )
+        if hasattr(variable, "low_bit"):
+            stack.low_bit = variable.low_bit
+        return stack
 
     def enable_dropout(self):
         """Draw a seed a training step for what drops inside of the blocks."""
@@ -283,10 +286,16 @@ def _named(block):
 def _each_layer(initializer):
     """Initialise each layer's slice by itself, as unrolled blocks would be."""
 
+    def one(shape, dtype):
+        if not isinstance(initializer, keras.initializers.Initializer):
+            return initializer(shape, dtype=dtype)
+        # Keras's initializers draw the same each time; a new one of the same
+        # configuration, where no seed is given, does not.
+        new = type(initializer).from_config(initializer.get_config())
+        return new(shape, dtype=dtype)
+
     def initialize(shape, dtype=None):
-        return ops.stack(
-            [initializer(shape[1:], dtype=dtype) for _ in range(shape[0])]
-        )
+        return ops.stack([one(shape[1:], dtype) for _ in range(shape[0])])
 
     return initialize
 

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import peft
+from keras_paligemma.checkpoints.float_views import float_views
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.projection import normal
 
@@ -192,6 +193,13 @@ class Adapters:
                 "There is no active adapter to merge. Expected: "
                 "`enable_lora` or `load_adapter` first."
             )
+        if self.backbone.quantization is not None:
+            raise ValueError(
+                "Kernels of few bits cannot take an adapter up: most of it is "
+                "smaller than their steps. Received: a model of "
+                f"{self.backbone.quantization}. Load the preset without "
+                "`quantize`, add the adapter with `load_adapter`, and merge."
+            )
         self._add_to_kernels(self.known[self.active].scale())
         self._assign_scale(0.0)
         self.merged = self.active
@@ -268,11 +276,12 @@ class Adapters:
         for target in lora.targets:
             name = f"{lora.place(target)}/adapter_a"
             layers, *inputs, _ = engine.shape_of(weights[name])
-            draw = normal(math.prod(inputs))
+            # A new initializer a layer: one draws the same each time.
+            draws = [normal(math.prod(inputs)) for _ in range(layers)]
             values[name] = np.stack(
                 [
                     ops.convert_to_numpy(draw((*inputs, lora.rank)))
-                    for _ in range(layers)
+                    for draw in draws
                 ]
             )
         return values
@@ -327,7 +336,7 @@ def load(backbone, folder, name):
         # Dropout is how the slots train; it is no property of values.
         dropout = backbone.adapters.slots.dropout
         lora = dataclasses.replace(lora, dropout=dropout)
-    weights = backbone.weights_by_name()
+    weights = float_views(backbone.weights_by_name())
     with open_files() as tensors:
         # Compared before anything is added, so that what does not fit
         # changes nothing.

@@ -45,6 +45,9 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             "unrolled"; see `layers.stack.LayerStack`.
         remat: `None`, "block" or "dots": what the backward pass computes
             again, see `layers.remat`.
+        quantization: `None`, "int8" or "int4": storage of the kernels of both
+            towers (not of the patches) and of the token embedding, which are
+            then frozen: adapters train on top. See `layers.low_bit`.
         lora: `None` or dict of the arguments of `enable_lora`, which a saved
             model with adapters has.
         dtype: dtype policy of weights and computation.
@@ -96,6 +99,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         text_decoder=None,
         form="auto",
         remat=None,
+        quantization=None,
         lora=None,
         dtype=None,
         **kwargs,
@@ -105,6 +109,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         self.image_size = image_size
         self.form = form
         self.remat = remat
+        self.quantization = quantization
         self.vision_config = _config(VisionEncoderConfig, vision_encoder)
         self.text_config = _config(TextDecoderConfig, text_decoder)
         policy = self.dtype_policy
@@ -114,11 +119,17 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             self.text_config.hidden_dim,
             form,
             remat,
+            quantization,
             dtype=policy,
             name="vision_encoder",
         )
         self.text_decoder = TextDecoder(
-            self.text_config, form, remat, dtype=policy, name="text_decoder"
+            self.text_config,
+            form,
+            remat,
+            quantization,
+            dtype=policy,
+            name="text_decoder",
         )
         self.token_embedding = self.text_decoder.token_embedding
         with keras.name_scope(self.name, caller=self):
@@ -233,6 +244,11 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
                 weights[f"{tower.name}/blocks/{name}"] = variable
         return weights
 
+    @property
+    def lora(self):
+        """What the adapter in use is, as a dict, or `None`."""
+        return self.adapters.config()
+
     def enable_lora(
         self,
         rank,
@@ -332,7 +348,12 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             "vision_encoder": dataclasses.asdict(self.vision_config),
             "text_decoder": dataclasses.asdict(self.text_config),
             "lora": self.adapters.config(),
+            "quantization": self.quantization,
         }
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Refuse, and say how: weights are quantised as they are read."""
+        raise ValueError(files.QUANTIZE)
 
     def get_config(self):
         return super().get_config() | {

@@ -12,6 +12,7 @@ from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
+from keras_paligemma.models import trainable
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.models.batches import as_dataset
 from keras_paligemma.models.batches import steps_of
@@ -138,7 +139,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         return [one for one in metrics if one is not self.accuracy_tracker]
 
     def call(self, inputs, training=None):
-        hidden_BLD = self.backbone(inputs)
+        # Said aloud: the JAX trainer calls `call` outside of Keras's context.
+        hidden_BLD = self.backbone(inputs, training=training)
         if self._response_length is None:
             tokens = inputs["token_ids"].shape[1]
             return self.backbone.logits(hidden_BLD[:, -tokens:])
@@ -231,6 +233,14 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             x = as_dataset(x, y, batch_size, self.preprocess_samples)
         return keras.Model.evaluate(self, x, y, batch_size=None, **kwargs)
 
+    def make_train_function(self, force=False):
+        trainable.check(self.backbone)
+        return super().make_train_function(force)
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Refuse, and say how: weights are quantised as they are read."""
+        self.backbone.quantize(mode)
+
     def preprocess_samples(self, x, y=None, sample_weight=None):
         if "token_ids" in x:
             check_token_ids(
@@ -272,10 +282,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         Example:
 
         ```python
-        model.generate(
-            {"images": [cat, dog], "prompts": ["caption en", "detect dog"]},
-            max_new_tokens=20,
-        )
+        model.generate({"images": [cat, dog], "prompts": ["cap en", "ocr"]})
         ```
         """
         if stop_token_ids == "auto":
@@ -320,13 +327,12 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         """The named adapters: select, merge, unmerge; see `Adapters`."""
         return self.backbone.adapters
 
-    def enable_lora(self, rank, **kwargs):
-        """Train low-rank adapters alone, and print what is trained.
+    def enable_lora(self, rank, alpha=None, **kwargs):
+        """Train adapters alone, as the backbone does, and print the table.
 
-        Takes what `PaliGemmaBackbone.enable_lora` takes. Compile again
-        afterwards: the optimizer must see the new variables.
+        Compile again afterwards: the optimizer must see the new variables.
         """
-        self.backbone.enable_lora(rank, **kwargs)
+        self.backbone.enable_lora(rank, alpha, **kwargs)
         self._structure_changed()
         print(self.backbone.trainable_table())
 
@@ -350,7 +356,6 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self._structure_changed()
 
     def _structure_changed(self):
-        """Forget what was compiled for other variables."""
         self.train_function = None
         self.test_function = None
         self.generate_function = None
@@ -376,6 +381,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 checkpoint has none beside it, and fields that no file tells
                 or that are to differ: `query_pre_attention_scalar`,
                 `attention_logit_soft_cap`, `final_logit_soft_cap`, …
+                `quantize="int8"` or `"int4"` stores kernels and embedding in
+                so few bits, quantised tensor by tensor as they are read.
                 `form` and `remat` go to the backbone, `compile` and `name` to
                 the model, `resize`, `prompt_length`, `response_length` and
                 the like to the preprocessor.

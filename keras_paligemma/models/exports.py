@@ -155,6 +155,14 @@ def write(
         )
     path = Path(path)
     backbone = config["backbone"]
+    quantization = backbone.get("quantization")
+    if quantization is not None and (to != "keras" or dtype is not None):
+        raise ValueError(
+            f"Kernels of few bits are written as they are, by `save_to_preset` "
+            f"alone. Received: a model of {quantization} for {to!r} with "
+            f"dtype={dtype}. Load the checkpoint that it was made from without "
+            "`quantize`, and write that."
+        )
     if dtype is not None:
         config = config | {"backbone": backbone | {"dtype": dtype}}
 

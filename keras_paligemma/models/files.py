@@ -3,12 +3,19 @@
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.float_views import float_views
 from keras_paligemma.checkpoints.positions import Resampled
 from keras_paligemma.compat import without_values
 
 POSITIONS = "vision_encoder/position_embedding"
-BACKBONE_KEYS = ("form", "remat")
+BACKBONE_KEYS = ("form", "remat", "quantize")
 TASK_KEYS = ("compile", "name", "preprocessor")
+QUANTIZE = (
+    "A model in memory is not quantised: its weights are quantised as they are "
+    "read, so that they are never whole as floats. Save it with "
+    "`save_to_preset(folder)`, then load it with `from_preset(folder, "
+    "quantize='int8')` or 'int4'."
+)
 
 
 def split_fields(kwargs):
@@ -18,7 +25,13 @@ def split_fields(kwargs):
 
 
 def load_backbone(
-    cls, checkpoint, load_weights=True, dtype=None, image_size=None, **kwargs
+    cls,
+    checkpoint,
+    load_weights=True,
+    dtype=None,
+    image_size=None,
+    quantize=None,
+    **kwargs,
 ):
     """Build a backbone from what was found, and fill it.
 
@@ -29,6 +42,8 @@ def load_backbone(
         dtype: dtype policy, or `None` for the one of the file.
         image_size: int, another picture size than the checkpoint's: its
             positions are resampled. `None` for its own.
+        quantize: "int8" or "int4": each weight is quantised as it is read.
+            `None` keeps what the file has.
         **kwargs: `form`, `remat`, `name`.
 
     Returns:
@@ -37,6 +52,13 @@ def load_backbone(
     fields = dict(checkpoint.config["backbone"])
     dtype = dtype or fields.pop("dtype", None)
     fields |= {"dtype": dtype} | kwargs
+    stored = fields.get("quantization")
+    if stored is not None and quantize not in (None, stored):
+        raise ValueError(
+            f"The checkpoint is quantised already: {stored}. Received: "
+            f"quantize={quantize!r}. Expected: none, or a checkpoint of floats."
+        )
+    fields["quantization"] = stored or quantize
     if image_size is not None:
         fields["image_size"] = image_size
         checkpoint.config["backbone"]["image_size"] = image_size
@@ -47,6 +69,8 @@ def load_backbone(
     with without_values():
         backbone = cls(**fields)
     weights = backbone.weights_by_name()
+    if stored is None:
+        weights = float_views(weights)
     rows = checkpoint.rows_for(weights)
     with checkpoint.open() as tensors:
         if image_size is not None:

@@ -9,8 +9,14 @@ from keras_paligemma.layers.attention import rotary_angles
 from keras_paligemma.layers.attention import soft_cap
 from keras_paligemma.layers.blocks import DecoderBlock
 from keras_paligemma.layers.blocks import RMSNorm
+from keras_paligemma.layers.low_bit import LowBit
+from keras_paligemma.layers.low_bit import add_low_bit_weight
+from keras_paligemma.layers.low_bit import low_bit_product
 from keras_paligemma.layers.projection import normal
 from keras_paligemma.layers.stack import LayerStack
+
+# Rows of a low-bit table that the head makes floats of at a time.
+HEAD_ROWS = 32_768
 
 
 @dataclass(frozen=True)
@@ -77,14 +83,27 @@ class TokenEmbedding(keras.layers.Layer):
     Args:
         vocabulary_size: int V.
         hidden_dim: int D.
+        quantization: storage of the table, see `Projection`.
     """
 
-    def __init__(self, vocabulary_size, hidden_dim, **kwargs):
+    def __init__(
+        self, vocabulary_size, hidden_dim, quantization=None, **kwargs
+    ):
         super().__init__(**kwargs)
         self.vocabulary_size = vocabulary_size
         self.hidden_dim = hidden_dim
+        self.low_bit = None
+        if quantization is not None:
+            shape = (vocabulary_size, hidden_dim)
+            self.low_bit = LowBit(quantization, shape, (1,))
 
     def build(self, input_shape=None):
+        if self.low_bit is not None:
+            self.table, self.table_scale = add_low_bit_weight(
+                self, self.low_bit, normal(self.hidden_dim), "table"
+            )
+            self.built = True
+            return
         self.table = self.add_weight(
             shape=(self.vocabulary_size, self.hidden_dim),
             initializer=normal(self.hidden_dim),
@@ -95,6 +114,9 @@ class TokenEmbedding(keras.layers.Layer):
 
     def call(self, token_ids_BT):
         x_BTD = ops.take(self.table, token_ids_BT, axis=0)
+        if self.low_bit is not None:
+            scale = ops.take(self.table_scale, token_ids_BT, axis=0)
+            x_BTD = self.low_bit.dequantize(x_BTD, scale, self.variable_dtype)
         # The scale is rounded to the table's dtype, as the original does: in
         # bfloat16 it is 48 for 3b, 59.75 for 10b and 68 for 28b.
         x_BTD = x_BTD * ops.cast(self.hidden_dim**0.5, x_BTD.dtype)
@@ -102,9 +124,24 @@ class TokenEmbedding(keras.layers.Layer):
 
     def logits(self, hidden_states_BTD):
         """Multiply with the table: float32 logits before the final cap."""
+        if self.low_bit is not None:
+            return self._low_bit_logits(hidden_states_BTD)
         table = ops.cast(self.table, hidden_states_BTD.dtype)
         logits_BTV = ops.matmul(hidden_states_BTD, ops.transpose(table))
         return ops.cast(logits_BTV, "float32")
+
+    def _low_bit_logits(self, hidden_states_BTD):
+        """Multiply with some rows at a time: they alone become floats."""
+        table = ops.convert_to_tensor(self.table)
+        scale = ops.convert_to_tensor(self.table_scale)
+        logits = []
+        for start in range(0, self.vocabulary_size, HEAD_ROWS):
+            rows = slice(start, start + HEAD_ROWS)
+            logits_BTV = low_bit_product(
+                self.low_bit, table[rows], scale[rows], hidden_states_BTD
+            )
+            logits.append(ops.cast(logits_BTV, "float32"))
+        return ops.concatenate(logits, axis=-1)
 
 
 class TextDecoder(keras.layers.Layer):
@@ -114,6 +151,7 @@ class TextDecoder(keras.layers.Layer):
         config: `TextDecoderConfig`.
         form: form of repetition, see `LayerStack`.
         remat: see `LayerStack`.
+        quantization: storage of table and kernels, see `Projection`.
 
     Call arguments:
         x_BTD: tensor of embeddings.
@@ -128,13 +166,16 @@ class TextDecoder(keras.layers.Layer):
         Last hidden states after the final norm; with a cache, both.
     """
 
-    def __init__(self, config, form="auto", remat=None, **kwargs):
+    def __init__(
+        self, config, form="auto", remat=None, quantization=None, **kwargs
+    ):
         super().__init__(**kwargs)
         self.config = config
         policy = self.dtype_policy
         self.token_embedding = TokenEmbedding(
             config.vocabulary_size,
             config.hidden_dim,
+            quantization,
             dtype=policy,
             name="token_embedding",
         )
@@ -149,6 +190,7 @@ class TextDecoder(keras.layers.Layer):
                 logit_soft_cap=config.attention_logit_soft_cap,
                 use_post_norms=config.use_post_norms,
                 epsilon=config.rms_norm_epsilon,
+                quantization=quantization,
                 dtype=policy,
                 name="block",
             ),

@@ -5,6 +5,7 @@ import fnmatch
 import math
 
 from keras_paligemma.checkpoints import engine
+from keras_paligemma.checkpoints.float_views import float_views
 
 
 def set_trainable(backbone, patterns, value):
@@ -42,6 +43,21 @@ def set_trainable(backbone, patterns, value):
             variable.trainable = value
 
 
+def check(backbone):
+    """Refuse to train a model of few bits that has no adapters.
+
+    Raises:
+        ValueError: see above.
+    """
+    if backbone.quantization and backbone.adapters.slots is None:
+        raise ValueError(
+            f"A model of {backbone.quantization} kernels has no gradients of "
+            "them: they are frozen integers. Received: a model without "
+            "adapters to train. Call `enable_lora` and compile again, or load "
+            "it without `quantize`."
+        )
+
+
 def table(backbone):
     """Tell what is trained, a line for each part, and how many parameters.
 
@@ -52,11 +68,11 @@ def table(backbone):
         str, a table to print.
     """
     parts, trained, total = {}, 0, 0
-    for name, weight in backbone.weights_by_name().items():
+    for name, weight in float_views(backbone.weights_by_name()).items():
         size = math.prod(engine.shape_of(weight))
         total += size
         first = _variables(weight)[0]
-        if not first.trainable:
+        if not getattr(first, "trainable", False):
             continue
         trained += size
         place = name.rsplit("/", 1)[0]

@@ -54,6 +54,8 @@ class VisionEncoder(keras.layers.Layer):
         output_dim: int, width of the decoder.
         form: form of repetition, see `LayerStack`.
         remat: see `LayerStack`.
+        quantization: storage of all kernels but that of the patches, see
+            `Projection`.
 
     Call arguments:
         images_BhwC: float tensor (batch, image_size, image_size, 3) in
@@ -71,6 +73,7 @@ class VisionEncoder(keras.layers.Layer):
         output_dim,
         form="auto",
         remat=None,
+        quantization=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -97,6 +100,7 @@ class VisionEncoder(keras.layers.Layer):
                 config.intermediate_dim,
                 config.num_heads,
                 config.layer_norm_epsilon,
+                quantization,
                 dtype=policy,
                 name="block",
             ),
@@ -115,6 +119,7 @@ class VisionEncoder(keras.layers.Layer):
             (output_dim,),
             use_bias=True,
             kernel_initializer="zeros",
+            quantization=quantization,
             dtype=policy,
             name="projector",
         )

@@ -120,9 +120,8 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
         Args:
             preset: As `PaliGemmaCausalLM.from_preset` takes it.
-            **kwargs: In place of what the preset says: `prompt_length` and
-                the other arguments of the class, and `tokenizer`, a path or
-                a handle, where none lies beside it.
+            **kwargs: In place of what the preset says: arguments of the
+                class, and `tokenizer`, a path or handle, where none is there.
 
         Returns:
             `PaliGemmaCausalLMPreprocessor`.

@@ -234,8 +234,10 @@ def _values(state):
 
 
 def _shapes(state):
+    # Without names: those of an optimizer's variables tell how many models
+    # were built before in the process.
     return {
-        group: [[one.name, list(one.shape), one.dtype] for one in variables]
+        group: [[list(one.shape), one.dtype] for one in variables]
         for group, variables in state.items()
         if group != "metrics"
     }

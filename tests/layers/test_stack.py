@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 from keras import ops
 
+from tests.conftest import IMAGE_SIZE
+from tests.conftest import TEXT
+from tests.conftest import VISION
 from tests.conftest import error
 from tests.conftest import golden_inputs
 from tests.conftest import run
@@ -83,6 +86,21 @@ def test_each_form_loads_the_others_files(
     written.save_to_preset(tmp_path / "preset")
     read = PaliGemmaBackbone.from_preset(tmp_path / "preset", form=forms[1])
     assert error(run(read, inputs), wanted) < 2e-5
+
+
+@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+def test_layers_begin_with_values_of_their_own(form):
+    from keras_paligemma import PaliGemmaBackbone
+
+    backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT, form=form)
+    backbone.enable_lora(2)
+    backbone.enable_lora(2, name="second")
+    kernel = backbone.weights_by_name()["text_decoder/blocks/mlp/up/kernel"]
+    first, second = (np.array(kernel[layer]) for layer in range(2))
+    assert (first != second).mean() > 0.99
+    for name in ("default", "second"):
+        for value in backbone.adapters.values(name).values():
+            assert (value[0] != value[1]).all() or not value.any()
 
 
 def test_auto_is_unrolled_without_a_tpu(golden_backbone):

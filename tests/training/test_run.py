@@ -38,6 +38,7 @@ def call(*arguments):
     return result.exit_code, result.output
 
 
+@pytest.mark.filterwarnings("ignore:Examples skipped so far")
 def test_from_the_command_line_and_again(data):
     (data / "settings.toml").write_text(
         f'preset = "{NANO}"\nepochs = 1\nskip_errors = true\n'
@@ -52,10 +53,9 @@ def test_from_the_command_line_and_again(data):
     assert code == 0
     assert "5 examples, 2 steps an epoch of 2, 2 steps" in output
     assert "GiB" in output and not (data / "run").exists()
-    with pytest.warns(UserWarning, match="line 5: images"):
-        code, output = call(*arguments)
+    code, output = call(*arguments)
     assert code == 0, output
-    assert "Skipped examples: 1" in output
+    assert "Skipped examples: 1" in output and "line 5: images" in output
     settings = json.loads((data / "run" / "settings.json").read_text())
     assert settings["label_smoothing"] == 0.1
     assert len((data / "run" / "log.csv").read_text().splitlines()) == 2
@@ -63,8 +63,7 @@ def test_from_the_command_line_and_again(data):
     model.load_adapter(data / "run" / "adapter")
     assert model.adapters.known["default"].targets == ("query",)
     # The same command again, with more epochs: it goes on.
-    with pytest.warns(UserWarning, match="line 5: images"):
-        code, output = call(*arguments, "--epochs", 2)
+    code, output = call(*arguments, "--epochs", 2)
     assert code == 0, output
     lines = (data / "run" / "log.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines[1:]] == ["0", "1"]

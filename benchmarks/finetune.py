@@ -1,0 +1,362 @@
+"""What a step of LoRA costs: `python -m benchmarks.finetune`.
+
+3b's widths and vocabulary with 4 + 4 layers, float32, batch 2, 16 prompt and 48
+response tokens, LoRA of rank 8 on query and value. This package, KerasHub and
+transformers with PEFT, each in a process of its own, all in one run; the median
+of the steps after the first. Memory is the most that the process held beyond
+what it held after its imports. `--size 448` takes larger pictures; `--compile`
+compares the first step of 27 + 26 narrow layers, less a warm one.
+
+"towers" says where the adapters are: the vision tower's as well, as KerasHub's
+`enable_lora` and PEFT's usual targets have them, or the decoder's alone, which
+is this package's default and needs no backward pass through the pictures.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+BATCH, PROMPT, RESPONSE, RANK = 2, 16, 48, 8
+STEPS = 3
+WIDE = {
+    "patch": 14,
+    "vision": {"layers": 4, "width": 1152, "heads": 16, "hidden": 4304},
+    "text": {
+        "vocabulary": 257_152,
+        "layers": 4,
+        "width": 2304,
+        "hidden": 9216,
+        "queries": 8,
+        "keys": 4,
+        "head": 256,
+    },
+}
+# As deep as 3b, and so narrow that compiling is what takes the time.
+DEEP = {
+    "patch": 14,
+    "vision": {"layers": 27, "width": 64, "heads": 4, "hidden": 96},
+    "text": {
+        "vocabulary": 1024,
+        "layers": 26,
+        "width": 64,
+        "hidden": 96,
+        "queries": 4,
+        "keys": 2,
+        "head": 16,
+    },
+}
+
+
+def arrays(sizes, image_size):
+    """Make one batch: pictures, ids, masks; targets and their weights."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    T = PROMPT + RESPONSE
+    ids = random.integers(4, sizes["text"]["vocabulary"], (BATCH, T + 1))
+    x = {
+        "images": random.uniform(-1, 1, (BATCH, image_size, image_size, 3)),
+        "token_ids": ids[:, :T].astype("int32"),
+        "padding_mask": np.ones((BATCH, T), bool),
+        "response_mask": np.tile(np.arange(T) >= PROMPT, (BATCH, 1)),
+    }
+    x["images"] = x["images"].astype("float32")
+    return x, ids[:, 1:].astype("int32")
+
+
+def ours(sizes, image_size, towers, form):
+    """Give a function that trains one step of this package's model."""
+    import numpy as np
+
+    from keras_paligemma import PaliGemmaBackbone
+    from keras_paligemma import PaliGemmaCausalLM
+
+    vision, text = sizes["vision"], sizes["text"]
+    backbone = PaliGemmaBackbone(
+        image_size,
+        {
+            "patch_size": sizes["patch"],
+            "num_layers": vision["layers"],
+            "hidden_dim": vision["width"],
+            "num_heads": vision["heads"],
+            "intermediate_dim": vision["hidden"],
+        },
+        {
+            "vocabulary_size": text["vocabulary"],
+            "num_layers": text["layers"],
+            "hidden_dim": text["width"],
+            "intermediate_dim": text["hidden"],
+            "num_query_heads": text["queries"],
+            "num_key_value_heads": text["keys"],
+            "head_dim": text["head"],
+        },
+        form=form,
+        remat="block" if form == "stacked" else None,
+    )
+    model = PaliGemmaCausalLM(backbone)
+    targets = ["query", "value"]
+    if towers == "both":
+        targets += ["vision.query", "vision.value"]
+    backbone.enable_lora(RANK, targets=targets)
+    model.compile("adam")
+    x, y = arrays(sizes, image_size)
+    # The response's targets alone, as the preprocessor gives them.
+    y = y[:, PROMPT - 1 : -1]
+    return lambda: model.train_on_batch(x, y, np.ones(y.shape, "float32"))
+
+
+def keras_hub(sizes, image_size, towers, form):
+    """The same of KerasHub."""
+    import keras
+    import keras_hub
+    import numpy as np
+
+    vision, text = sizes["vision"], sizes["text"]
+    backbone = keras_hub.models.PaliGemmaBackbone(
+        vocabulary_size=text["vocabulary"],
+        image_size=image_size,
+        num_layers=text["layers"],
+        num_query_heads=text["queries"],
+        num_key_value_heads=text["keys"],
+        hidden_dim=text["width"],
+        intermediate_dim=2 * text["hidden"],
+        head_dim=text["head"],
+        vit_patch_size=sizes["patch"],
+        vit_num_heads=vision["heads"],
+        vit_hidden_dim=vision["width"],
+        vit_num_layers=vision["layers"],
+        vit_intermediate_dim=vision["hidden"],
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
+        attention_logit_soft_cap=50,
+        final_logit_soft_cap=30,
+    )
+    backbone.enable_lora(RANK)
+    model = keras_hub.models.PaliGemmaCausalLM(
+        backbone=backbone, preprocessor=None
+    )
+    model.compile(
+        optimizer="adam",
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    x, y = arrays(sizes, image_size)
+    weights = x["response_mask"].astype("float32")
+    # It answers for pictures too; as its preprocessor does, these weigh zero.
+    images = backbone.image_sequence_length
+    y = np.pad(y, ((0, 0), (images, 0)))
+    weights = np.pad(weights, ((0, 0), (images, 0)))
+    return lambda: model.train_on_batch(x, y, weights)
+
+
+def transformers(sizes, image_size, towers, form):
+    """The same of transformers with PEFT, eager."""
+    import peft
+    import torch
+    import transformers as hf
+
+    vision, text = sizes["vision"], sizes["text"]
+    config = hf.PaliGemmaConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "image_size": image_size,
+            "patch_size": sizes["patch"],
+            "hidden_size": vision["width"],
+            "intermediate_size": vision["hidden"],
+            "num_hidden_layers": vision["layers"],
+            "num_attention_heads": vision["heads"],
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "gemma2",
+            "vocab_size": text["vocabulary"],
+            "hidden_size": text["width"],
+            "intermediate_size": text["hidden"],
+            "num_hidden_layers": text["layers"],
+            "head_dim": text["head"],
+            "num_attention_heads": text["queries"],
+            "num_key_value_heads": text["keys"],
+            "query_pre_attn_scalar": text["head"],
+        },
+        image_token_index=3,
+        vocab_size=text["vocabulary"],
+        hidden_size=text["width"],
+        projection_dim=text["width"],
+    )
+    torch.set_num_threads(os.cpu_count())
+    model = hf.PaliGemmaForConditionalGeneration._from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    )
+    targets = r".*language_model.*\.(q_proj|v_proj)"
+    if towers == "both":
+        targets = ["q_proj", "v_proj"]
+    lora = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
+    model = peft.get_peft_model(model, lora)
+    trained = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.Adam(trained, 2e-5)
+    x, y = arrays(sizes, image_size)
+    images = (image_size // sizes["patch"]) ** 2
+    ids = torch.tensor(x["token_ids"]).long()
+    picture = torch.full((BATCH, images), 3)
+    response = torch.tensor(x["response_mask"]).long()
+    labels = torch.where(response.bool(), ids, -100)
+    inputs = {
+        "pixel_values": torch.tensor(x["images"]).permute(0, 3, 1, 2),
+        "input_ids": torch.cat([picture, ids], 1),
+        "attention_mask": torch.ones((BATCH, images + ids.shape[1])),
+        "token_type_ids": torch.cat([torch.zeros_like(picture), response], 1),
+        "labels": torch.cat([torch.full_like(picture, -100), labels], 1),
+    }
+
+    def step():
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+STEP_OF = {"ours": ours, "KerasHub": keras_hub, "transformers": transformers}
+
+
+def resident():
+    """Give the bytes that this process holds."""
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmRSS"):
+                return int(line.split()[1]) * 1024
+    raise OSError("VmRSS is not told by this system")
+
+
+def measure(arguments):
+    """Train a few steps and print seconds and peak bytes."""
+    sizes = DEEP if arguments.compile else WIDE
+    if arguments.who == "transformers":
+        import peft  # noqa: F401
+    else:
+        import keras_hub  # noqa: F401
+    start, peak, done = resident(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], resident())
+
+    threading.Thread(target=watch, daemon=True).start()
+    step = STEP_OF[arguments.who](
+        sizes, arguments.size, arguments.towers, arguments.form
+    )
+    seconds = []
+    for _ in range(1 + STEPS):
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    done.set()
+    warm = statistics.median(seconds[1:])
+    result = {"step": warm, "compile": seconds[0] - warm}
+    print(json.dumps(result | {"peak": peak[0] - start}))
+
+
+def run(who, towers, form, arguments):
+    """Measure in a fresh process."""
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.finetune", "--who", who),
+            *("--towers", towers, "--form", form),
+            *("--size", str(arguments.size)),
+            *(["--compile"] if arguments.compile else []),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    if process.returncode:
+        raise SystemExit(process.stderr[-3000:])
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def bound(image_size, towers):
+    """Count the multiplications of a step, forward and backward, of `WIDE`.
+
+    A frozen product is done twice where a gradient passes through it, to the
+    values but not to the weight; adapters are too small to count.
+    """
+    vision, text = WIDE["vision"], WIDE["text"]
+    patches = (image_size // WIDE["patch"]) ** 2
+    tokens = patches + PROMPT + RESPONSE
+    D, F = vision["width"], vision["hidden"]
+    encoder = patches * vision["layers"] * (
+        4 * D * D + 2 * D * F + 2 * patches * D
+    ) + patches * (3 * WIDE["patch"] ** 2 * D + D * text["width"])
+    D, F, H = text["width"], text["hidden"], text["head"]
+    decoder = (
+        tokens
+        * text["layers"]
+        * (
+            2 * D * H * (text["queries"] + text["keys"])
+            + 3 * D * F
+            + 2 * tokens * text["queries"] * H
+        )
+    )
+    head = RESPONSE * D * text["vocabulary"]
+    passes = 2 if towers == "both" else 1
+    return BATCH * (passes * encoder + 2 * decoder + 2 * head)
+
+
+def speed():
+    """Measure what this machine multiplies a second, in a large product."""
+    import numpy as np
+
+    a = np.ones((4096, 4096), "float32")
+    a @ a
+    began = time.perf_counter()
+    a @ a
+    return a.shape[0] ** 3 / (time.perf_counter() - began)
+
+
+def main(arguments):
+    """Print the table."""
+    rows = [
+        ("KerasHub", "both", "unrolled"),
+        ("transformers", "both", "unrolled"),
+        ("ours", "both", "unrolled"),
+        ("ours", "decoder", "unrolled"),
+    ]
+    if arguments.compile:
+        rows = [rows[0], rows[2], ("ours", "both", "stacked")]
+    rate = speed()
+    print("| | towers | form | step s | × | peak GB | × | compile s | × |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    first = None
+    for who, towers, form in rows:
+        found = run(who, towers, form, arguments)
+        first = first or found
+        cells = [who, towers, form]
+        for key, scale in (("step", 1), ("peak", 1e9), ("compile", 1)):
+            cells.append(f"{found[key] / scale:.2f}")
+            cells.append(f"{found[key] / first[key]:.2f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+        if who == "ours" and not arguments.compile:
+            least = bound(arguments.size, towers) / rate
+            share = 100 * least / found["step"]
+            print(f"(the arithmetic alone: {least:.2f} s, {share:.0f} %)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--who", choices=STEP_OF)
+    parser.add_argument("--towers", default="both")
+    parser.add_argument("--form", default="unrolled")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--compile", action="store_true")
+    given = parser.parse_args()
+    if given.who:
+        measure(given)
+    else:
+        main(given)

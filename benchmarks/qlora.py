@@ -1,0 +1,112 @@
+"""What low bits cost a fine-tune: `python -m benchmarks.qlora`.
+
+The nano preset learns the style that it was never trained on (needs the sprites
+of `python -m presets.nano.fetch`): adapters over float32, int8 and int4, the
+same scenes, steps and seed. Measured on scenes that none of them saw: the share
+of exactly right captions of one object and of one to three, and the mean IoU of
+boxes. The bars are 97 % (int8) and 93 % (int4) of LoRA's own.
+"""
+
+import argparse
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
+import keras
+import numpy as np
+
+from keras_paligemma import Adam
+from keras_paligemma import PaliGemmaCausalLM
+from presets.nano import scenes
+from presets.nano.evaluate import evaluate
+from presets.nano.fetch import HELD_OUT_STYLES
+
+MEASURES = ("caption_single", "caption", "detect_iou")
+
+
+class Scenes(keras.utils.PyDataset):
+    """Batches of scenes in the new style, drawn by number."""
+
+    def __init__(self, sprites, classes, steps, batch_size):
+        super().__init__()
+        self.sprites, self.classes = sprites, classes
+        self.steps, self.batch_size = steps, batch_size
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, number):
+        random = np.random.default_rng([2, number])
+        examples = [
+            scenes.sample(
+                random,
+                self.sprites,
+                self.classes,
+                HELD_OUT_STYLES,
+                tasks=("caption", "caption", "detect"),
+                max_objects=3,
+            )
+            for _ in range(self.batch_size)
+        ]
+        return {
+            "images": [one["image"] for one in examples],
+            "prompts": [one["prompt"] for one in examples],
+            "responses": [one["response"] for one in examples],
+        }
+
+
+def train(quantize, sprites, classes, arguments):
+    """Fine-tune one model, and score it before and after."""
+    keras.utils.set_random_seed(0)
+    model = PaliGemmaCausalLM.from_preset(
+        "pali_gemma2_nano_112", quantize=quantize, response_length=16
+    )
+
+    def scores():
+        return evaluate(
+            model.generate,
+            sprites,
+            classes,
+            {"new": HELD_OUT_STYLES},
+            seed=3,
+            count=arguments.count,
+        )["new"]
+
+    before = scores()
+    model.enable_lora(8, targets="all")
+    model.compile(
+        Adam(
+            keras.optimizers.schedules.CosineDecay(1e-3, arguments.steps),
+            global_clipnorm=1.0,
+        )
+    )
+    model.fit(
+        Scenes(sprites, classes, arguments.steps, 32), shuffle=False, verbose=2
+    )
+    return before, scores()
+
+
+def main(arguments):
+    """Print the table."""
+    sprites = scenes.load_sprites()
+    classes = sorted(sprites[HELD_OUT_STYLES[0]])
+    lines, plain = [], None
+    for quantize in (None, "int8", "int4"):
+        before, after = train(quantize, sprites, classes, arguments)
+        plain = plain or after
+        shares = [after[key] / plain[key] for key in MEASURES]
+        cells = [
+            f"{before[key]:.3f} → {after[key]:.3f} ({100 * share:.0f} %)"
+            for key, share in zip(MEASURES, shares, strict=True)
+        ]
+        lines.append(f"| {quantize or 'float32'} | {' | '.join(cells)} |")
+    print("| base | caption, one | caption, one to three | IoU |")
+    print("| --- | --- | --- | --- |")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--count", type=int, default=512)
+    main(parser.parse_args())
