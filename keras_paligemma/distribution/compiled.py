@@ -102,6 +102,7 @@ def compile_step(job, layout, remat, topology):
     import numpy as np
     from jax.experimental import topologies
 
+    from keras_paligemma.compat import compiling_for
     from keras_paligemma.distribution.layouts import Sharded
     from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
 
@@ -114,8 +115,7 @@ def compile_step(job, layout, remat, topology):
     distribution = Sharded(layout, list(target.devices))
     backbone, optimizer = job.model(remat)
     model = PaliGemmaCausalLM(backbone, compile=False)
-    from keras_paligemma import StreamedCrossEntropy as S
-    model.compile(optimizer,loss=S(chunk_tokens=int(os.environ.get('CHUNK',1024))))
+    model.compile(optimizer)
 
     def abstract(variables):
         return [
@@ -157,7 +157,8 @@ def compile_step(job, layout, remat, topology):
         donate_argnums=0,
         out_shardings=(None, jax.tree.map(lambda one: one.sharding, state)),
     )
-    lowered = step.lower(state, data)
+    with distribution.scope(), compiling_for("tpu"):
+        lowered = step.lower(state, data)
     try:
         found = lowered.compile(compiler_options=QUICK).memory_analysis()
     except jax.errors.JaxRuntimeError as error:

@@ -71,9 +71,7 @@ class Job:
         with without_values():
             backbone = PaliGemmaBackbone(**fields)
             if self.lora_rank:
-                backbone.enable_lora(
-                    self.lora_rank, targets=self.lora_targets
-                )
+                backbone.enable_lora(self.lora_rank, targets=self.lora_targets)
             optimizer.build(backbone.trainable_variables)
         return backbone, optimizer
 

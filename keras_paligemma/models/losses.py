@@ -26,7 +26,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
         final_soft_cap: bool; `True` trains what `generate` uses, where the
             variant has a cap (PaliGemma 2 has, 1 has not); `False` leaves it
             off, as the original's trainer does.
-        chunk_tokens: int, tokens whose logits exist at a time.
+        chunk_tokens: int, tokens whose logits exist at a time on a device.
 
     Example:
 
@@ -42,7 +42,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
         label_smoothing=0.0,
         mean="example",
         final_soft_cap=True,
-        chunk_tokens=1024,
+        chunk_tokens=256,
         name="streamed_cross_entropy",
         **kwargs,
     ):
@@ -89,10 +89,11 @@ class StreamedCrossEntropy(keras.losses.Loss):
 
         hidden = ops.reshape(hidden_BRD, (-1, D))
         targets = ops.reshape(targets_BR, (-1,))
-        if not isinstance(B, int) or B * R <= self.chunk_tokens:
+        together = self.chunk_tokens * _replicas()
+        if not isinstance(B, int) or B * R <= together:
             loss, right = one_chunk(hidden, targets)
         else:
-            chunks = -(-B * R // self.chunk_tokens)
+            chunks = -(-B * R // together)
             size = -(-B * R // chunks)
             pad = chunks * size - B * R
             hidden = ops.pad(hidden, [(0, pad), (0, 0)])
@@ -129,6 +130,12 @@ class StreamedCrossEntropy(keras.losses.Loss):
             "final_soft_cap": self.final_soft_cap,
             "chunk_tokens": self.chunk_tokens,
         }
+
+
+def _replicas():
+    """Count the parts that devices have of a batch."""
+    active = keras.distribution.distribution()
+    return 1 if active is None else active.num_model_replicas
 
 
 def token_losses(logits, targets, label_smoothing=0.0):
