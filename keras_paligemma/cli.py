@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import sys
 from json import dumps
 from pathlib import Path
@@ -291,6 +292,8 @@ def plan(
     json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Tell before renting chips whether a fine-tune fits, and how."""
+    # It is JAX's step that is planned, and no device of this machine runs it.
+    os.environ |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
     from keras_paligemma.distribution import plan as planning
     from keras_paligemma.distribution.job import Job
 
