@@ -258,7 +258,8 @@ class Sharded(distribution.ModelParallel):
         return distribution.TensorLayout(axes, self.device_mesh)
 
     def get_data_layout(self, data_shape):
-        size = data_shape[0] * self.num_processes
+        # Processes that share a replica bring the same examples.
+        size = data_shape[0] * min(self.num_processes, self.layout.replicas)
         check_batch(size, self.layout.replicas, self.layout)
         rest = [None] * (len(data_shape) - 1)
         if self.layout.replicas == self.layout.groups:
