@@ -72,13 +72,19 @@ def tiny_transformers_model(
     return model.eval()
 
 
-def run(
+def run(model, *arrays, **inputs) -> np.ndarray:
+    """The logits of `forward` as an array."""
+    with torch.no_grad():
+        return forward(model, *arrays, **inputs).numpy()
+
+
+def forward(
     model: transformers.PaliGemmaForConditionalGeneration,
     images: np.ndarray,
     token_ids: np.ndarray,
     padding_mask: np.ndarray,
     response_mask: np.ndarray,
-) -> np.ndarray:
+) -> torch.Tensor:
     """Logits `(B, L, V)` of images `(B, h, w, 3)` or `(B, F, h, w, 3)`.
 
     The masks are as in the NumPy reference. Position ids are given: by
@@ -94,16 +100,14 @@ def run(
     valid = np.pad(padding_mask > 0, image_part, constant_values=True)
     causal = np.pad(response_mask > 0, image_part)
     pixels = images.reshape(-1, *images.shape[-3:]).transpose(0, 3, 1, 2)
-    with torch.no_grad():
-        outputs = model(
-            input_ids=torch.tensor(token_ids),
-            pixel_values=torch.tensor(pixels, dtype=torch.float32),
-            attention_mask=torch.tensor(valid.astype(np.int64)),
-            position_ids=torch.tensor(valid.cumsum(axis=1)),
-            # Without these the prompt silently becomes causal.
-            token_type_ids=torch.tensor(causal.astype(np.int64)),
-        )
-    return outputs.logits.numpy()
+    return model(
+        input_ids=torch.tensor(token_ids),
+        pixel_values=torch.tensor(pixels, dtype=torch.float32),
+        attention_mask=torch.tensor(valid.astype(np.int64)),
+        position_ids=torch.tensor(valid.cumsum(axis=1)),
+        # Without these the prompt silently becomes causal.
+        token_type_ids=torch.tensor(causal.astype(np.int64)),
+    ).logits
 
 
 def numpy_settings(

@@ -57,6 +57,19 @@ class Adam(keras.optimizers.Adam):
                     f"as {names[0]!r}."
                 )
         super().build(variables)
+        # By index: TensorFlow hands its own variables on, which have no path.
+        self._rates = [self._rate(name) for name in names]
+        self._is_decayed = [
+            self.decayed is None
+            or any(fnmatch.fnmatch(name, one) for one in self.decayed)
+            for name in names
+        ]
+
+    def _rate(self, name):
+        for pattern, factor in self.multipliers.items():
+            if fnmatch.fnmatch(name, pattern):
+                return factor
+        return 1.0
 
     def add_variable(self, *args, dtype=None, **kwargs):
         half = dtype in ("bfloat16", "float16")
@@ -65,9 +78,9 @@ class Adam(keras.optimizers.Adam):
 
     def update_step(self, gradient, variable, learning_rate):
         gradient = ops.cast(gradient, "float32")
-        rate = ops.cast(learning_rate, "float32") * self._multiplier(variable)
-        step = ops.cast(self.iterations + 1, "float32")
         index = self._get_variable_index(variable)
+        rate = ops.cast(learning_rate, "float32") * self._rates[index]
+        step = ops.cast(self.iterations + 1, "float32")
         momentum, velocity = self._momentums[index], self._velocities[index]
         self.assign_add(momentum, (gradient - momentum) * (1 - self.beta_1))
         self.assign_add(
@@ -80,28 +93,16 @@ class Adam(keras.optimizers.Adam):
         change = rate * mean / (ops.sqrt(square) + self.epsilon)
         self.assign_sub(variable, ops.cast(change, variable.dtype))
 
-    def _multiplier(self, variable):
-        name = stable_name(variable.path)
-        for pattern, factor in self.multipliers.items():
-            if fnmatch.fnmatch(name, pattern):
-                return factor
-        return 1.0
-
     def _apply_weight_decay(self, variables):
         if self.weight_decay is None:
             return
         rate = self.weight_decay * self._get_current_learning_rate()
         for variable in variables:
-            if self._use_weight_decay(variable):
-                share = ops.cast(rate * self._multiplier(variable), "float32")
+            index = self._get_variable_index(variable)
+            if self._is_decayed[index] and self._use_weight_decay(variable):
+                share = ops.cast(rate * self._rates[index], "float32")
                 change = ops.cast(variable, "float32") * share
                 self.assign_sub(variable, ops.cast(change, variable.dtype))
-
-    def _use_weight_decay(self, variable):
-        if self.decayed is None:
-            return super()._use_weight_decay(variable)
-        name = stable_name(variable.path)
-        return any(fnmatch.fnmatch(name, one) for one in self.decayed)
 
     def get_config(self):
         return super().get_config() | {

@@ -22,7 +22,13 @@ from keras_paligemma.checkpoints import peft
 from keras_paligemma.models import exports
 
 CALLS = ("rename", "replace", "link", "unlink", "mkdir", "rmdir", "fsync")
-LORA = {"rank": 2, "alpha": 2, "targets": ["query"]}
+LORA = {
+    "rank": 2,
+    "alpha": 2,
+    "targets": ["query"],
+    "dropout": 0.0,
+    "rslora": False,
+}
 
 home, *cases = sys.argv[1:]
 # Names are those of a model; a few numbers of each array are enough.

@@ -34,11 +34,11 @@ def watched(variable, value):
     """Refuse all but shards that come from the host, one at a time."""
     put, seen = jax.device_put, []
 
-    def device_put(array, device):
+    def device_put(array, device, may_alias=None):
         assert type(array) is np.ndarray, variable.path
         assert array.dtype == variable.dtype, variable.path
         seen.append((array.shape, device))
-        return put(array, device)
+        return put(array, device, may_alias=may_alias)
 
     jax.device_put = device_put
     try:

@@ -10,7 +10,7 @@ from keras_paligemma.layers.low_bit import LowBit
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.models.text_decoder import TokenEmbedding
 from tests.conftest import run
-from tests.layers.test_stack import differentiate
+from tests.gradients import differentiate
 
 # Shapes and the axes that are summed: several groups, one short group, a last
 # group that is filled up, an odd axis, two axes, a table, one value each.
