@@ -1,8 +1,10 @@
-"""The command line: `keras-paligemma inspect | convert | finetune`."""
+"""The command line: `keras-paligemma inspect | convert | finetune | plan`."""
 
 import contextlib
 import math
+import os
 import sys
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -257,6 +259,58 @@ def finetune(
         if value is not None
     }
     run.finetune(run.read_settings(config, **given), dry_run)
+
+
+@app.command()
+def plan(
+    preset: Annotated[str, typer.Option(help="As `from_preset` takes it")],
+    slice: Annotated[
+        str, typer.Option(help="v5e-1, v5e-4, v5e-8, …; a100-40, l4x4, …")
+    ] = "v5e-8",
+    batch_size: Annotated[int, typer.Option(help="Of all chips")] = 8,
+    prompt_length: Annotated[int, typer.Option()] = 64,
+    response_length: Annotated[int, typer.Option()] = 64,
+    lora_rank: Annotated[int, typer.Option()] = 8,
+    lora_targets: Annotated[
+        list[str] | None,
+        typer.Option(help="decoder.attention, decoder, vision, all, …"),
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8 | int4")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Train all weights")
+    ] = False,
+    dtype: Annotated[str, typer.Option()] = "bfloat16",
+    layout: Annotated[
+        str | None, typer.Option(help='This one alone, such as "weights 1x8"')
+    ] = None,
+    remat: Annotated[
+        str | None, typer.Option(help="This one alone: none | dots | block")
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Arithmetic, no compiler")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Tell before renting chips whether a fine-tune fits, and how."""
+    # It is JAX's step that is planned, and no device of this machine runs it.
+    os.environ |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    from keras_paligemma.distribution import plan as planning
+    from keras_paligemma.distribution.job import Job
+
+    job = Job(
+        preset,
+        batch_size,
+        prompt_length,
+        response_length,
+        0 if full else lora_rank,
+        tuple(lora_targets) if lora_targets else None,
+        quantize,
+        dtype,
+    )
+    result = planning.make_plan(
+        job, slice, layout, remat or "any", False if estimate else None
+    )
+    typer.echo(dumps(result) if json else planning.show(result))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Each says why. Whoever updates Keras looks here first.
 """
 
 import contextlib
+import contextvars
 
 import keras
 import numpy as np
@@ -142,3 +143,30 @@ class classproperty(property):
 
     def __get__(self, instance, owner):
         return self.fget(owner)
+
+
+_target = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(platform):
+    """Tell code that asks `platform` that it is compiled for another one.
+
+    JAX compiles for machines that are not there; its default backend does
+    not tell.
+
+    Args:
+        platform: "tpu", "gpu" or "cpu".
+    """
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def platform():
+    """Give the platform that JAX's programs are compiled for."""
+    import jax
+
+    return _target.get() or jax.default_backend()

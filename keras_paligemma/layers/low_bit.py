@@ -12,6 +12,8 @@ import ml_dtypes
 import numpy as np
 from keras import ops
 
+from keras_paligemma.compat import platform
+
 MODES = (None, "int8", "int4")
 GROUP = 128
 # Rows of a table that are floats at a time while it is quantised.
@@ -218,11 +220,10 @@ def _after(x, stored, scale):
     backend = keras.backend.backend()
     if backend == "torch":
         return stored, scale
-    if backend == "jax":
+    if backend == "jax" and platform() != "cpu":
         import jax
 
-        if jax.default_backend() != "cpu":
-            return jax.lax.optimization_barrier((x, stored, scale))[1:]
+        return jax.lax.optimization_barrier((x, stored, scale))[1:]
     # Always false, since scales are positive; no compiler knows that.
     first = ops.cast(ops.reshape(x, (-1,))[0], scale.dtype)
     never = ops.reshape(scale, (-1,))[0] < -ops.absolute(first)

@@ -28,8 +28,8 @@ class StreamedCrossEntropy(keras.losses.Loss):
         final_soft_cap: bool; `True` trains what `generate` uses, where the
             variant has a cap (PaliGemma 2 has, 1 has not); `False` leaves it
             off, as the original's trainer does.
-        chunk_tokens: int, tokens whose logits exist at a time; one a row at
-            least.
+        chunk_tokens: int, tokens whose logits exist at a time on a device; one
+            a row at least.
 
     Example:
 
@@ -45,7 +45,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
         label_smoothing=0.0,
         mean="example",
         final_soft_cap=True,
-        chunk_tokens=1024,
+        chunk_tokens=256,
         name="streamed_cross_entropy",
         **kwargs,
     ):
@@ -91,7 +91,8 @@ class StreamedCrossEntropy(keras.losses.Loss):
 
         # Some tokens of every row: the batch may be of an unknown size, as in
         # TensorFlow's graphs, or lie on several devices.
-        size = max(1, self.chunk_tokens // (B or USUAL_BATCH))
+        rows = -(-(B or USUAL_BATCH) // _replicas())
+        size = max(1, self.chunk_tokens // rows)
         if size >= R:
             loss_BR, right_BR = one_chunk(hidden_BRD, targets_BR)
         else:
@@ -138,6 +139,12 @@ class StreamedCrossEntropy(keras.losses.Loss):
             "final_soft_cap": self.final_soft_cap,
             "chunk_tokens": self.chunk_tokens,
         }
+
+
+def _replicas():
+    """Count the parts that devices have of a batch."""
+    active = keras.distribution.distribution()
+    return 1 if active is None else active.num_model_replicas
 
 
 def token_losses(logits, targets, label_smoothing=0.0):

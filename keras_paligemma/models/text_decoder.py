@@ -127,7 +127,9 @@ class TokenEmbedding(keras.layers.Layer):
         if self.low_bit is not None:
             return self._low_bit_logits(hidden_states_BTD)
         table = ops.cast(self.table, hidden_states_BTD.dtype)
-        logits_BTV = ops.matmul(hidden_states_BTD, ops.transpose(table))
+        # Not a product with the transpose, which a loop over tokens would hold
+        # as a second table: 1.0 GiB of a 3b on a v5e.
+        logits_BTV = ops.tensordot(hidden_states_BTD, table, axes=[[-1], [1]])
         return ops.cast(logits_BTV, "float32")
 
     def _low_bit_logits(self, hidden_states_BTD):

@@ -117,7 +117,7 @@ class RunCheckpoint(keras.callbacks.Callback):
             self.step,
             args=arguments.Composite(
                 state=arguments.StandardSave(_values(state)),
-                metrics=arguments.StandardSave(
+                epoch_metrics=arguments.StandardSave(
                     _values(self.model.metrics_variables)
                 ),
                 place=arguments.JsonSave(
@@ -149,7 +149,7 @@ class RunCheckpoint(keras.callbacks.Callback):
         # The metrics of an epoch that is over are of no use.
         if step % len(self.batches):
             values = _values(self.model.metrics_variables)
-            self._metrics = self._read("metrics", values)
+            self._metrics = self._read("epoch_metrics", values)
         self.step = step
         self._waits = False
 

@@ -8,7 +8,7 @@ from keras_paligemma.checkpoints import engine
 
 
 def estimate_memory(
-    backbone, batch_size, text_length, response_length, chunk_tokens=1024
+    backbone, batch_size, text_length, response_length, chunk_tokens=256
 ):
     """Estimate a training step's memory from the shapes alone.
 

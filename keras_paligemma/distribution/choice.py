@@ -1,0 +1,95 @@
+"""Choose a distribution for the devices that are there."""
+
+from keras import distribution
+
+from keras_paligemma.distribution import machines
+from keras_paligemma.distribution.job import GIB
+from keras_paligemma.distribution.job import Job
+from keras_paligemma.distribution.job import candidates
+from keras_paligemma.distribution.job import chip_memory
+from keras_paligemma.distribution.layouts import distribute
+from keras_paligemma.distribution.plan import ROOM
+
+
+def auto(preset, devices=None, memory_gib=None, remat="block", **job):
+    """Choose where weights lie: copied if they fit, else shared by few chips.
+
+    By arithmetic: of the layouts that fit, the one whose bounds of time are
+    the lowest. Copies on all chips cost no messages, so they come first, then
+    the smallest group that shares the weights; `keras-paligemma plan` asks the
+    compiler.
+
+    Args:
+        preset: str, as `from_preset` takes it.
+        devices: list of device names such as "tpu:0"; all if `None`.
+        memory_gib: float, GiB a device; known of TPUs and GPUs if `None`.
+        remat: `None`, "dots" or "block", what the model is built with.
+        **job: `batch_size`, `prompt_length`, `response_length`, `lora_rank`
+            (0 trains all weights), `lora_targets`, `quantize`, `dtype`: see
+            `job.Job`.
+
+    Returns:
+        `keras.distribution.DataParallel` or `layouts.Sharded`.
+
+    Raises:
+        ValueError: nothing fits, or the memory is not known.
+
+    Example:
+
+    ```python
+    keras.distribution.set_distribution(
+        auto("pali_gemma2_pt_10b_448", batch_size=32)
+    )
+    ```
+    """
+    devices = distribution.list_devices() if devices is None else list(devices)
+    if memory_gib is None:
+        memory_gib = _memory(devices[0])
+    job = Job(preset, **job)
+    model = job.model(remat)
+    # A v5e's ratio of arithmetic to links stands for all: only the order of
+    # the layouts depends on it.
+    kind = machines.find("v5e-1")
+    machine = machines.Machine(
+        "here",
+        len(devices),
+        memory_gib,
+        kind.flops,
+        kind.bandwidth,
+        kind.link,
+    )
+    needs = {}
+    for layout, kept in candidates(job, machine, model):
+        if kept != remat:
+            continue
+        needs[layout] = sum(chip_memory(job, layout, model).values())
+        if needs[layout] <= ROOM * memory_gib * GIB:
+            shape = (layout.groups, layout.group)
+            return distribute(layout.strategy, shape, devices)
+    least = min(needs, key=needs.get)
+    raise ValueError(
+        f"{preset!r} does not fit on {len(devices)} devices of "
+        f"{memory_gib} GiB: {least}, which needs the least, needs about "
+        f"{needs[least] / GIB:.1f} GiB on each. Expected: more devices, a "
+        "smaller batch, quantize='int8' or 'int4', or adapters instead of "
+        "all weights. `keras-paligemma plan` finds the smallest slice."
+    )
+
+
+def _memory(name):
+    """Give the GiB of a device, from itself or from its kind."""
+    import jax
+
+    platform, _, number = name.partition(":")
+    device = next(
+        one for one in jax.devices(platform) if one.id == int(number or 0)
+    )
+    if device.device_kind in machines.MEMORY:
+        return machines.MEMORY[device.device_kind]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return limit / GIB
+    raise ValueError(
+        "How much memory a device has is not known here. Received: "
+        f"{device.device_kind!r}. Expected: memory_gib=16, say."
+    )

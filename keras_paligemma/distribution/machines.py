@@ -1,0 +1,111 @@
+"""What chips can do: memory, arithmetic, and the ways between them."""
+
+import dataclasses
+import difflib
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Some chips of one kind.
+
+    Args:
+        name: str.
+        chips: int.
+        memory: float, GiB a chip that a program may use.
+        flops: float, products and sums a second and chip in 16 bits.
+        bandwidth: float, bytes a second between a chip and its memory.
+        link: float, bytes a second that a chip receives from others.
+        topology: str or `None`, what the TPU compiler calls it.
+    """
+
+    name: str
+    chips: int
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    topology: str | None = None
+
+
+# Chips of a v5e slice, and its shape.
+V5E = {
+    1: "1x1",
+    4: "2x2",
+    8: "2x4",
+    16: "4x4",
+    32: "4x8",
+    64: "8x8",
+    128: "8x16",
+    256: "16x16",
+}
+# GiB, FLOP/s, bytes/s of memory, bytes/s received: the makers' data sheets.
+# 15.75 is what the v5e's compiler allows of 16.
+_CHIPS = {
+    "v5e": (15.75, 197e12, 819e9, 200e9),
+    "a100-40": (39.5, 312e12, 1555e9, 300e9),
+    "a100-80": (79.1, 312e12, 2039e9, 300e9),
+    "h100-80": (79.1, 989e12, 3350e9, 450e9),
+    "l4": (22.0, 121e12, 300e9, 32e9),
+    "t4": (14.6, 65e12, 320e9, 16e9),
+}
+
+
+def find(name):
+    """Give the machine of a name.
+
+    Args:
+        name: str: "v5e-8", or a GPU such as "a100-40", "l4x4" for four.
+
+    Returns:
+        `Machine`.
+
+    Raises:
+        ValueError: no such machine; names the nearest.
+
+    Example:
+        >>> find("v5e-8").topology
+        'v5e:2x4'
+    """
+    slice_of = re.fullmatch(r"v5e-(\d+)", name)
+    if slice_of:
+        chips = int(slice_of[1])
+        if chips not in V5E:
+            nearest = min(V5E, key=lambda one: (abs(one - chips), one))
+            raise ValueError(
+                f"There is no such slice. Received: {name!r}. Expected: "
+                f"'v5e-{nearest}', the nearest, or one of "
+                f"{[f'v5e-{one}' for one in V5E]}."
+            )
+        return Machine(name, chips, *_CHIPS["v5e"], f"v5e:{V5E[chips]}")
+    kind, _, count = name.partition("x")
+    if kind in _CHIPS and kind != "v5e" and (not count or count.isdigit()):
+        return Machine(name, int(count or 1), *_CHIPS[kind])
+    known = [f"v5e-{one}" for one in V5E] + list(_CHIPS)[1:]
+    near = difflib.get_close_matches(name, known, 1, 0.0)
+    raise ValueError(
+        f"Unknown machine. Received: {name!r}. Expected: {near[0]!r}, the "
+        f"nearest, or one of {known}; 'l4x4' are four of a GPU."
+    )
+
+
+def larger(machine):
+    """List the slices from the smallest on, or 1, 2, 4, … of a GPU."""
+    if machine.topology:
+        return [find(f"v5e-{chips}") for chips in V5E]
+    kind = machine.name.partition("x")[0]
+    return [find(f"{kind}x{2**i}" if i else kind) for i in range(7)]
+
+
+# GiB of a chip by the name that JAX has for its kind.
+MEMORY = {
+    "TPU v2": 8,
+    "TPU v3": 16,
+    "TPU v4": 32,
+    "TPU v5 lite": 15.75,
+    "TPU v5e": 15.75,
+    "TPU v5": 95,
+    "TPU v5p": 95,
+    "TPU v6 lite": 31.25,
+    "TPU v6e": 31.25,
+}

@@ -1,0 +1,188 @@
+"""Trains on one device and on eight virtual ones; run by its test.
+
+Every layout, in both forms, must give the losses and tokens of one device.
+"""
+
+import os
+import zlib
+
+os.environ["KERAS_BACKEND"] = "jax"
+# Most of the time is spent compiling: without LLVM's optimizations it is less.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
+
+import keras
+import numpy as np
+
+from keras_paligemma import Adam
+from keras_paligemma import PaliGemmaBackbone
+from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma import without_values
+from keras_paligemma.checkpoints import engine
+from keras_paligemma.compat import fill
+from keras_paligemma.distribution import distribute
+from keras_paligemma.layers.stack import stable_name
+
+# Three key-value heads divide over no group; the six query heads over two.
+VISION = {
+    "patch_size": 14,
+    "num_layers": 1,
+    "hidden_dim": 48,
+    "num_heads": 4,
+    "intermediate_dim": 88,
+}
+TEXT = {
+    "vocabulary_size": 320,
+    "num_layers": 1,
+    "hidden_dim": 64,
+    "intermediate_dim": 112,
+    "num_query_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "query_pre_attention_scalar": 24,
+}
+# Axes of every kind, few enough to compile quickly.
+TARGETS = ("query", "value", "down", "vision.output")
+STEPS, BATCH, PROMPT, RESPONSE = 3, 8, 4, 3
+CASES = (
+    # strategy, mesh, form, LoRA or full, generate
+    ("data", (8, 1), "unrolled", True, False),
+    ("weights", (4, 2), "stacked", True, True),
+    ("tensor", (1, 8), "unrolled", True, False),
+    ("both", (4, 2), "stacked", True, True),
+    ("weights", (2, 4), "stacked", False, False),
+)
+
+
+class Batches(keras.utils.PyDataset):
+    """Preprocessed batches of random pictures and tokens."""
+
+    def __len__(self):
+        return STEPS
+
+    def __getitem__(self, index):
+        random = np.random.default_rng(index)
+        tokens = PROMPT + RESPONSE
+        ids = random.integers(1, 320, (BATCH, tokens)).astype("int32")
+        response = np.arange(tokens) >= PROMPT
+        inputs = {
+            "images": random.uniform(-1, 1, (BATCH, 28, 28, 3)).astype("f4"),
+            "token_ids": ids,
+            "padding_mask": np.ones(ids.shape, bool),
+            "response_mask": np.broadcast_to(response, ids.shape),
+        }
+        weights = np.ones((BATCH, RESPONSE), "float32")
+        return inputs, ids[:, PROMPT:], weights
+
+
+class Losses(keras.callbacks.Callback):
+    """Keep each step's loss (Keras gives the mean of those so far)."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = []
+
+    def on_train_batch_end(self, batch, logs):
+        self.values.append(float(logs["loss"]))
+
+
+def draw(backbone):
+    """Give random values by name, the same ones whatever the form."""
+    values = {}
+    for name, weight in backbone.weights_by_name().items():
+        shape = engine.shape_of(weight)
+        random = np.random.default_rng(zlib.crc32(name.encode()))
+        spread = 0.3 if "norm" in name else shape[-1] ** -0.5
+        values[name] = random.normal(size=shape).astype("float32") * spread
+    return values
+
+
+def build(form, lora):
+    """Build a model whose weights come from the host, none from a draw."""
+    with without_values():
+        backbone = PaliGemmaBackbone(28, VISION, TEXT, form=form)
+        if lora:
+            backbone.enable_lora(rank=2, targets=TARGETS)
+    weights = backbone.weights_by_name()
+    for name, value in draw(backbone).items():
+        held = weights[name]
+        if isinstance(held, list):
+            for variable, one in zip(held, value, strict=True):
+                fill(variable, one)
+        else:
+            fill(held, value)
+    model = PaliGemmaCausalLM(backbone, compile=False)
+    model.compile(Adam(1e-2))
+    return model
+
+
+def train(form, lora, generate):
+    """Give the losses of three steps, and what the model then answers."""
+    model = build(form, lora)
+    losses = Losses()
+    model.fit(Batches(), epochs=1, shuffle=False, verbose=0, callbacks=[losses])
+    ids = None
+    if generate:
+        inputs, _, _ = Batches()[0]
+        inputs["response_mask"] = np.zeros_like(inputs["response_mask"])
+        inputs = {
+            name: value if name == "images" else value[:, :PROMPT]
+            for name, value in inputs.items()
+        }
+        ids = model.generate(inputs, max_new_tokens=5, stop_token_ids=None)
+    return model, np.array(losses.values), ids
+
+
+def check_shards(model, layout):
+    """Compare where everything lies with the table; count what is split."""
+    parts = {"model": layout.group, "batch": layout.groups, None: 1}
+    split = 0
+    for variable in model.variables + model.optimizer.variables:
+        shape = tuple(variable.shape)
+        axes = layout.axes(stable_name(variable.path), shape)
+        shard = variable.value.addressable_shards[0].data.shape
+        wanted = [n // parts[one] for n, one in zip(shape, axes, strict=True)]
+        assert shard == tuple(wanted), (variable.path, shard, axes)
+        split += shard != shape
+    return split
+
+
+def refused(function, message):
+    """Ask for an error that says how to mend it."""
+    try:
+        function()
+    except ValueError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+
+
+def main():
+    wanted = {}
+    for lora in (True, False):
+        wanted[lora] = train("stacked", lora, lora)[1:]
+    for strategy, mesh, form, lora, generate in CASES:
+        chosen = distribute(strategy, mesh, small=64)
+        keras.distribution.set_distribution(chosen)
+        model, losses, ids = train(form, lora, generate)
+        split = 0
+        if strategy != "data":
+            split = check_shards(model, chosen.layout)
+        keras.distribution.set_distribution(None)
+        difference = np.abs(losses / wanted[lora][0] - 1).max()
+        assert difference <= 1e-5, (strategy, mesh, losses, wanted[lora][0])
+        if generate:
+            np.testing.assert_array_equal(ids, wanted[lora][1])
+        print(strategy, mesh, form, f"{difference:.1e}", "split", split)
+    assert len(np.unique(wanted[True][1])) > 3, wanted[True][1]
+    chosen = distribute("weights", (1, 8))
+    refused(lambda: chosen.get_data_layout((6, 4)), "Expected: 8")
+    refused(lambda: distribute("weights", (2, 3)), "groups of 3: 2x3")
+    print("same everywhere")
+
+
+if __name__ == "__main__":
+    main()
