@@ -179,24 +179,15 @@ def low_bit_product(layout, stored, scale, x):
     Returns:
         Tensor (..., *other axes), of the dtype of `x`.
     """
-    rank = len(layout.shape)
-    summed = [rank + axis for axis in layout.axes]
-    kept = [axis for axis in range(rank) if axis not in summed]
-
-    def contract(x, stored, scale, axes):
-        kernel = layout.dequantize(*_after(x, stored, scale), x.dtype)
-        last = len(x.shape) - len(axes)
-        return ops.tensordot(
-            x, kernel, axes=[list(range(last, len(x.shape))), axes]
-        )
+    summed, kept = _axes(layout)
 
     @ops.custom_gradient
     def product(x, stored, scale):
         def gradient(*args, upstream=None):
             upstream = args[0] if upstream is None else upstream
-            return contract(upstream, stored, scale, kept), None, None
+            return _contract(layout, upstream, stored, scale, kept), None, None
 
-        return contract(x, stored, scale, summed), gradient
+        return _contract(layout, x, stored, scale, summed), gradient
 
     # Values, since the gradient is asked for when the scope of a trainer's or
     # a stack's values has ended: a variable then has others.
@@ -206,6 +197,36 @@ def low_bit_product(layout, stored, scale, x):
             one.value if isinstance(one, keras.Variable) else one
             for one in (stored, scale)
         ),
+    )
+
+
+def low_bit_gradient(layout, stored, scale, gradient):
+    """Take a gradient of `low_bit_product` back to its `x`.
+
+    Args:
+        layout: `LowBit`.
+        stored: int8 tensor, see `LowBit.dequantize`.
+        scale: bfloat16, likewise.
+        gradient: tensor (..., *axes that were not summed over).
+
+    Returns:
+        Tensor (..., *axes that were summed over).
+    """
+    return _contract(layout, gradient, stored, scale, _axes(layout)[1])
+
+
+def _axes(layout):
+    """List the axes that a product sums over, and the others."""
+    rank = len(layout.shape)
+    summed = [rank + axis for axis in layout.axes]
+    return summed, [axis for axis in range(rank) if axis not in summed]
+
+
+def _contract(layout, x, stored, scale, axes):
+    kernel = layout.dequantize(*_after(x, stored, scale), x.dtype)
+    last = len(x.shape) - len(axes)
+    return ops.tensordot(
+        x, kernel, axes=[list(range(last, len(x.shape))), axes]
     )
 
 

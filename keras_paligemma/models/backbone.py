@@ -219,7 +219,11 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         Returns:
             float32 tensor (..., V).
         """
-        return self.text_decoder.logits(hidden_states, capped)
+        return self.head(capped)(hidden_states)
+
+    def head(self, capped=True):
+        """Give the tied head for `StreamedCrossEntropy.stream`."""
+        return self.text_decoder.head(capped)
 
     def weights_by_name(self):
         """Map a stable name to each weight, in both forms of repetition.

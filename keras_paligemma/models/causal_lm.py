@@ -182,9 +182,10 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         if self.streams:
             loss, accuracy, _ = self.own_loss.stream(
                 y_pred,
-                lambda x: self.backbone.logits(x, self.own_loss.final_soft_cap),
+                self.backbone.head(self.own_loss.final_soft_cap),
                 y,
                 sample_weight,
+                training,
             )
         else:
             each = token_losses(y_pred, y, self.own_loss.label_smoothing)

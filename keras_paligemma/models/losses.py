@@ -16,8 +16,9 @@ class StreamedCrossEntropy(keras.losses.Loss):
 
     A batch of logits over 257,152 pieces would be the largest tensor of a
     training step by far. Here the head is applied to `chunk_tokens` tokens at
-    a time and, in the backward pass, applied again. The accuracy of the best
-    guess comes from the same pass.
+    a time. Where it is frozen, their gradient is taken at once, while their
+    logits are there; else the head is applied again in the backward pass. The
+    accuracy of the best guess comes from the same pass.
 
     Args:
         label_smoothing: float ε: the target gets 1 − ε, every other piece
@@ -68,53 +69,99 @@ class StreamedCrossEntropy(keras.losses.Loss):
         """Give the loss of each token from its logits (B, R, V)."""
         return token_losses(y_pred, y_true, self.label_smoothing)[0]
 
-    def stream(self, hidden_BRD, head, targets_BR, weights_BR):
+    def stream(self, hidden_BRD, head, targets_BR, weights_BR, training=True):
         """Apply a head chunk by chunk, and average.
 
         Args:
             hidden_BRD: tensor, last hidden states that predict the responses.
-            head: function of a tensor (B, tokens, D) that gives float32
-                logits (B, tokens, V).
+            head: `backbone.head()`, or any function of a tensor (B, tokens,
+                D) that gives float32 logits (B, tokens, V).
             targets_BR: int tensor, the ids to predict.
             weights_BR: float tensor, 0 where there is nothing to predict.
+            training: bool, whether a gradient will be asked for.
 
         Returns:
             Two float32 scalars, the loss and the weighted share of tokens
             whose best guess is right; and the loss of each example (B,).
         """
-        B, R, D = hidden_BRD.shape
+        if training and getattr(head, "frozen", False):
+            loss_BR, right_BR = self._with_gradient(
+                hidden_BRD, head, targets_BR
+            )
+        else:
+            loss_BR, right_BR = self._in_chunks(
+                lambda hidden, targets: token_losses(
+                    head(hidden), targets, self.label_smoothing
+                ),
+                hidden_BRD,
+                targets_BR,
+            )
+        return self.average(loss_BR, right_BR, weights_BR)
 
-        def one_chunk(hidden_BrD, targets_Br):
-            return token_losses(
-                head(hidden_BrD), targets_Br, self.label_smoothing
+    def _with_gradient(self, hidden_BRD, head, targets_BR):
+        """Compute losses and their gradient in one pass over the head."""
+
+        def one_chunk(hidden, targets):
+            logits = head(hidden)
+            loss, right = token_losses(logits, targets, self.label_smoothing)
+            gradient = head.gradient(
+                logits,
+                token_gradients(logits, targets, self.label_smoothing),
+                hidden.dtype,
+            )
+            return loss, right, gradient
+
+        @ops.custom_gradient
+        def both(hidden_BRD):
+            loss_BR, right_BR, gradient_BRD = self._in_chunks(
+                one_chunk, hidden_BRD, targets_BR, remat=None
             )
 
+            def backward(*args, upstream=None, variables=()):
+                upstream = args[0] if upstream is None else upstream
+                scale_BR1 = ops.cast(upstream[0], gradient_BRD.dtype)[..., None]
+                gradient = scale_BR1 * gradient_BRD
+                # TensorFlow asks for those of variables, frozen or not.
+                none = [None] * len(variables)
+                return (gradient, none) if variables else gradient
+
+            # One array: with several, backends hand gradients on differently.
+            return ops.stack([loss_BR, right_BR]), backward
+
+        loss_BR, right_BR = ops.unstack(both(hidden_BRD), 2)
+        return loss_BR, right_BR
+
+    def _in_chunks(self, function, hidden_BRD, targets_BR, remat="block"):
+        """Apply a function of hidden states and targets to some tokens a time.
+
+        Returns:
+            What it returns, with axes (B, R, …).
+        """
+        B, R, D = hidden_BRD.shape
         # Some tokens of every row: the batch may be of an unknown size, as in
         # TensorFlow's graphs, or lie on several devices.
         rows = -(-(B or USUAL_BATCH) // _replicas())
         size = max(1, self.chunk_tokens // rows)
         if size >= R:
-            loss_BR, right_BR = one_chunk(hidden_BRD, targets_BR)
-        else:
-            chunks = -(-R // size)
-            size = -(-R // chunks)
-            pad = (0, chunks * size - R)
-            hidden = ops.pad(hidden_BRD, [(0, 0), pad, (0, 0)])
-            targets = ops.pad(targets_BR, [(0, 0), pad])
-            hidden = ops.reshape(hidden, (-1, chunks, size, D))
-            targets = ops.reshape(targets, (-1, chunks, size))
-            chunk_of = rematerialize(one_chunk, "block")
-            parts = ops.map(
-                lambda chunk: chunk_of(*chunk),
-                (ops.moveaxis(hidden, 1, 0), ops.moveaxis(targets, 1, 0)),
-            )
-            loss_BR, right_BR = (
-                ops.reshape(ops.moveaxis(part, 0, 1), (-1, chunks * size))[
-                    :, :R
-                ]
-                for part in parts
-            )
-        return self.average(loss_BR, right_BR, weights_BR)
+            return function(hidden_BRD, targets_BR)
+        chunks = -(-R // size)
+        size = -(-R // chunks)
+        pad = (0, chunks * size - R)
+        hidden = ops.pad(hidden_BRD, [(0, 0), pad, (0, 0)])
+        targets = ops.pad(targets_BR, [(0, 0), pad])
+        hidden = ops.reshape(hidden, (-1, chunks, size, D))
+        targets = ops.reshape(targets, (-1, chunks, size))
+        chunk_of = rematerialize(function, remat)
+        parts = ops.map(
+            lambda chunk: chunk_of(*chunk),
+            (ops.moveaxis(hidden, 1, 0), ops.moveaxis(targets, 1, 0)),
+        )
+        return [
+            ops.reshape(
+                ops.moveaxis(part, 0, 1), (-1, chunks * size, *part.shape[3:])
+            )[:, :R]
+            for part in parts
+        ]
 
     def average(self, loss_BR, right_BR, weights_BR):
         """Average what `token_losses` gives; returns what `stream` does."""
@@ -168,6 +215,28 @@ def token_losses(logits, targets, label_smoothing=0.0):
         )
     best = ops.cast(ops.argmax(logits, axis=-1), "int32")
     return loss, ops.cast(ops.equal(best, targets), "float32")
+
+
+def token_gradients(logits, targets, label_smoothing=0.0):
+    """Give the gradient of `token_losses` by the logits, a token each.
+
+    Args:
+        logits: float32 tensor (..., V).
+        targets: int tensor (...).
+        label_smoothing: float.
+
+    Returns:
+        float32 tensor (..., V).
+    """
+    V = logits.shape[-1]
+    others = label_smoothing / (V - 1)
+    pieces = ops.arange(V, dtype="int32")
+    wanted = ops.where(
+        ops.equal(pieces, ops.cast(targets, "int32")[..., None]),
+        1 - label_smoothing,
+        others,
+    )
+    return ops.softmax(logits, axis=-1) - ops.cast(wanted, "float32")
 
 
 def responses_only(y, y_pred):

@@ -11,6 +11,7 @@ from keras_paligemma.layers.blocks import DecoderBlock
 from keras_paligemma.layers.blocks import RMSNorm
 from keras_paligemma.layers.low_bit import LowBit
 from keras_paligemma.layers.low_bit import add_low_bit_weight
+from keras_paligemma.layers.low_bit import low_bit_gradient
 from keras_paligemma.layers.low_bit import low_bit_product
 from keras_paligemma.layers.projection import normal
 from keras_paligemma.layers.stack import LayerStack
@@ -132,18 +133,61 @@ class TokenEmbedding(keras.layers.Layer):
         logits_BTV = ops.tensordot(hidden_states_BTD, table, axes=[[-1], [1]])
         return ops.cast(logits_BTV, "float32")
 
+    def gradient_of_logits(self, gradient_BTV, dtype):
+        """Take a gradient of `logits` back to hidden states of a dtype."""
+        gradient_BTV = ops.cast(gradient_BTV, dtype)
+        if self.low_bit is None:
+            table = ops.cast(self.table, dtype)
+            return ops.tensordot(gradient_BTV, table, axes=[[-1], [0]])
+        return sum(
+            low_bit_gradient(
+                self.low_bit, stored, scale, gradient_BTV[..., rows]
+            )
+            for rows, stored, scale in self._low_bit_rows()
+        )
+
     def _low_bit_logits(self, hidden_states_BTD):
-        """Multiply with some rows at a time: they alone become floats."""
+        logits = [
+            low_bit_product(self.low_bit, stored, scale, hidden_states_BTD)
+            for _, stored, scale in self._low_bit_rows()
+        ]
+        logits = [ops.cast(one, "float32") for one in logits]
+        return ops.concatenate(logits, axis=-1)
+
+    def _low_bit_rows(self):
+        """Yield some rows at a time: they alone become floats."""
         table = ops.convert_to_tensor(self.table)
         scale = ops.convert_to_tensor(self.table_scale)
-        logits = []
         for start in range(0, self.vocabulary_size, HEAD_ROWS):
             rows = slice(start, start + HEAD_ROWS)
-            logits_BTV = low_bit_product(
-                self.low_bit, table[rows], scale[rows], hidden_states_BTD
-            )
-            logits.append(ops.cast(logits_BTV, "float32"))
-        return ops.concatenate(logits, axis=-1)
+            yield rows, table[rows], scale[rows]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The tied head: hidden states to float32 logits, and gradients back.
+
+    Args:
+        embedding: `TokenEmbedding`.
+        cap: float or `None`, the soft cap of the logits.
+    """
+
+    embedding: TokenEmbedding
+    cap: float | None
+
+    def __call__(self, hidden_states_BTD):
+        return soft_cap(self.embedding.logits(hidden_states_BTD), self.cap)
+
+    @property
+    def frozen(self):
+        """Whether no gradient is asked for but that of hidden states."""
+        return not self.embedding.table.trainable
+
+    def gradient(self, logits_BTV, gradient_BTV, dtype):
+        """Take a gradient of the logits back to hidden states of a dtype."""
+        if self.cap is not None:
+            gradient_BTV *= 1 - ops.square(logits_BTV / self.cap)
+        return self.embedding.gradient_of_logits(gradient_BTV, dtype)
 
 
 class TextDecoder(keras.layers.Layer):
@@ -260,9 +304,7 @@ class TextDecoder(keras.layers.Layer):
         x_BTD, cache = x_BTD
         return self.final_norm(x_BTD), cache
 
-    def logits(self, hidden_states_BTD, capped=True):
-        """Apply the tied head, with the final soft cap or not, in float32."""
-        logits_BTV = self.token_embedding.logits(hidden_states_BTD)
-        if not capped:
-            return logits_BTV
-        return soft_cap(logits_BTV, self.config.final_logit_soft_cap)
+    def head(self, capped=True):
+        """Give the tied head, with the final soft cap or not."""
+        cap = self.config.final_logit_soft_cap if capped else None
+        return Head(self.token_embedding, cap)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import StreamedCrossEntropy
 from keras_paligemma.checkpoints import big_vision
@@ -12,6 +13,7 @@ from keras_paligemma.models.losses import token_losses
 from tests.conftest import golden_training
 from tests.conftest import jitted
 from tests.conftest import run
+from tests.gradients import differentiate
 from tests.gradients import gradients
 
 
@@ -134,6 +136,41 @@ def test_streamed_gradients_are_the_plain_ones(golden_backbone, expected):
         larger = whole[name.replace("key/bias", "key/kernel")]
         largest = max(np.abs(gradient).max(), np.abs(larger).max())
         assert np.abs(parts[name] - gradient).max() < 2e-6 * largest, name
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_gradients_beside_a_frozen_head(
+    golden_backbone, expected, tmp_path, quantize
+):
+    backbone = golden_backbone()
+    if quantize:
+        backbone.save_to_preset(tmp_path)
+        backbone = PaliGemmaBackbone.from_preset(tmp_path, quantize=quantize)
+    else:
+        backbone.freeze("text_decoder/token_embedding/*")
+    _, targets, weights = golden_training(expected)
+    head = backbone.head()
+    assert head.frozen
+    width = backbone.text_config.hidden_dim
+    hidden = np.random.default_rng(0).normal(size=(*targets.shape, width))
+    # So large that the cap matters.
+    hidden = ops.convert_to_tensor(100 * hidden.astype("float32"))
+    assert float(ops.max(head(hidden))) > 10
+
+    def with_head(head, chunk_tokens):
+        loss = StreamedCrossEntropy(0.1, chunk_tokens=chunk_tokens)
+
+        def function(values):
+            return loss.stream(values[0], head, targets, weights)[0]
+
+        return differentiate(function, [hidden])[0]
+
+    # A function of the same values, that the backend differentiates.
+    plain = with_head(lambda hidden: head(hidden), 1000)
+    for chunk_tokens in (9, 1000):
+        found = with_head(head, chunk_tokens)
+        difference = np.abs(found - plain).max()
+        assert difference < 2e-6 * np.abs(plain).max()
 
 
 def test_auto_loss_equals_keras_loss_on_full_logits(tiny_model, examples):
