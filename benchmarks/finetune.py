@@ -11,7 +11,7 @@ weights, which takes more, is left out. `--size 448` takes larger pictures;
 "towers" says where the adapters are: the vision tower's as well, as KerasHub's
 `enable_lora` and PEFT's usual targets have them, or the decoder's alone, which
 is this package's default and needs no backward pass through the pictures.
-XLA:CPU undoes remat of unrolled blocks, so that it is measured with stacked ones.
+XLA:CPU undoes remat of unrolled blocks, so it is measured with stacked ones.
 """
 
 import argparse
