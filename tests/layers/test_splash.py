@@ -1,17 +1,28 @@
 """The fused kernel: by an interpreter beside the plain form, and for a TPU."""
 
+import json
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
+from keras_paligemma import Adam
+from keras_paligemma import PaliGemmaBackbone
+from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.compat import compiling_for
+from keras_paligemma.distribution.compiled import Compiler
+from keras_paligemma.distribution.compiled import has_compiler
+from keras_paligemma.distribution.job import Job
+from keras_paligemma.distribution.layouts import Layout
 from keras_paligemma.distribution.layouts import distribute
 from keras_paligemma.layers.attention import attend
 from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.splash import PrefixMask
 from keras_paligemma.layers.splash import attend_fused
 from keras_paligemma.layers.splash import suits
+from keras_paligemma.models.generation import split_prompt
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="the kernel is JAX's"
@@ -110,3 +121,116 @@ def test_kernel_runs_where_it_suits():
         assert not suits(8, 16, 72)
     with compiling_for("gpu"):
         assert not suits(8, 4, 256)
+
+
+TEXT = {
+    "vocabulary_size": 96,
+    "num_layers": 2,
+    "hidden_dim": 48,
+    "intermediate_dim": 80,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+}
+
+
+def train_step(**text):
+    """Give a training step of a small model, and what it is traced with."""
+    import jax
+
+    backbone = PaliGemmaBackbone(
+        28,
+        {
+            "patch_size": 14,
+            "num_layers": 1,
+            "hidden_dim": 16,
+            "num_heads": 2,
+            "intermediate_dim": 24,
+        },
+        TEXT | text,
+        form="stacked",
+        remat="block",
+    )
+    model = PaliGemmaCausalLM(backbone, compile=False)
+    model.compile(Adam())
+    model.optimizer.build(model.trainable_variables)
+    parts = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+    state = tuple([one.value for one in part] for part in parts)
+    ids = np.ones((2, 12), "int32")
+    response = np.broadcast_to(np.arange(12) >= 7, ids.shape)
+    inputs = {
+        "images": np.zeros((2, 28, 28, 3), "float32"),
+        "token_ids": ids,
+        "padding_mask": ids > 0,
+        "response_mask": response,
+    }
+    data = (inputs, ids[:, 7:], np.ones((2, 5), "float32"))
+    return jax.jit(model.train_step), state, data
+
+
+def test_step_traced_for_a_tpu_caps_in_the_kernel(monkeypatch):
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    make = splash_attention.make_splash_mha_single_device
+    caps = []
+
+    def noted(*args, attn_logits_soft_cap, **kwargs):
+        caps.append(attn_logits_soft_cap)
+        return make(*args, attn_logits_soft_cap=attn_logits_soft_cap, **kwargs)
+
+    monkeypatch.setattr(
+        splash_attention, "make_splash_mha_single_device", noted
+    )
+    step, state, data = train_step(attention_logit_soft_cap=37.0)
+    with compiling_for("tpu"):
+        found = str(step.trace(state, data).jaxpr)
+    assert "pallas_call" in found and "splash_mha_dq" in found
+    assert caps and set(caps) == {37.0}
+
+
+@pytest.mark.parametrize("text", [{"sliding_window_size": 3}, {"head_dim": 64}])
+def test_what_has_no_kernel_is_traced_without(text):
+    step, state, data = train_step(**text)
+    with compiling_for("tpu"):
+        assert "pallas_call" not in str(step.trace(state, data).jaxpr)
+
+
+def test_step_without_a_tpu_has_no_kernel():
+    step, state, data = train_step()
+    assert "pallas_call" not in str(step.trace(state, data).jaxpr)
+
+
+def test_prefill_traced_for_a_tpu_has_the_kernel():
+    import jax
+
+    step, state, (inputs, *_) = train_step()
+    model = step.__wrapped__.__self__
+    arrays = split_prompt(
+        inputs | {"response_mask": inputs["token_ids"] < 0}, 4
+    )
+
+    def answer(arrays):
+        return model.generate_step(arrays)
+
+    with compiling_for("tpu"):
+        found = str(jax.make_jaxpr(answer)(arrays))
+    assert "pallas_call" in found
+    # One layer's code, in the prefill and not in the loop.
+    assert found.count("pallas_call") == 1
+
+
+@pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
+def test_the_compiler_takes_the_kernel(tmp_path):
+    nano = Path(__file__).parents[2] / "presets" / "pali_gemma2_nano_112"
+    config = json.loads((nano / "config.json").read_text())
+    config["backbone"]["text_decoder"]["head_dim"] = 128
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    job = Job(str(tmp_path), 8, 8, 8)
+    with Compiler(job) as compiler:
+        found = compiler.compile(Layout("weights", 2, 4), "block", "v5e:2x4")
+    assert found["fits"]
