@@ -145,13 +145,7 @@ class Projection(keras.layers.Layer):
 def contract(x, kernel, input_axes):
     """Sum over the last axes of `x` and the first axes of `kernel`."""
     kernel = ops.cast(kernel, x.dtype)
-    rank = len(input_axes)
-    output_axes = kernel.shape[rank:]
-    # One axis out: a TPU would else lay out few heads anew for the product,
-    # those of all layers at once.
-    kernel = ops.reshape(kernel, (*kernel.shape[:rank], -1))
-    y = ops.tensordot(x, kernel, axes=rank)
-    return ops.reshape(y, (*ops.shape(x)[: len(x.shape) - rank], *output_axes))
+    return ops.tensordot(x, kernel, axes=len(input_axes))
 
 
 def normal(fan_in):
