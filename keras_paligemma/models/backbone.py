@@ -63,6 +63,9 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             attention_mask: optional bool tensor (B, L, L), in place of the
                 mask that follows from the two masks above.
             positions: optional int tensor (B, L), likewise.
+        response_length: int, how many columns at the end are the response
+            and nothing else, or `None` if `response_mask` alone tells; on a
+            TPU attention then runs in one kernel, see `layers.splash`.
 
     Returns:
         Tensor (B, L, D), L = image tokens + text tokens: last hidden states
@@ -151,12 +154,15 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             check_token_ids(token_ids, self.text_config.vocabulary_size)
         return super().__call__(inputs, **kwargs)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, training=None, response_length=None):
         x_BLD = self.embed(inputs)
-        mask_BLL, positions_BL = self.mask_and_positions(
-            inputs, x_BLD.shape[1] - inputs["token_ids"].shape[1]
-        )
-        return self.text_decoder(x_BLD, mask_BLL, positions_BL)
+        num_image_tokens = x_BLD.shape[1] - inputs["token_ids"].shape[1]
+        mask, positions_BL = self.mask_and_positions(inputs, num_image_tokens)
+        if response_length is not None and "attention_mask" not in inputs:
+            valid_BL, _ = full_masks(inputs, num_image_tokens)
+            fused = self.text_decoder.fused_mask(valid_BL, response_length)
+            mask = mask if fused is None else fused
+        return self.text_decoder(x_BLD, mask, positions_BL)
 
     def compute_output_shape(self, inputs_shape):
         shape = inputs_shape["token_ids"]

@@ -142,7 +142,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
 
     def call(self, inputs, training=None):
         # Said aloud: the JAX trainer calls `call` outside of Keras's context.
-        hidden_BLD = self.backbone(inputs, training=training)
+        hidden_BLD = self.backbone(
+            inputs, training=training, response_length=self._response_length
+        )
         if self._response_length is None:
             tokens = inputs["token_ids"].shape[1]
             return self.backbone.logits(hidden_BLD[:, -tokens:])

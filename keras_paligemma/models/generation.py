@@ -44,9 +44,12 @@ def generate_tokens(backbone, sampler, inputs, stop_token_ids, model):
         ops.shape(prompt_ids)[0], tokens + responses - 1
     )
     positions_BT = token_positions(valid_BT)
+    mask = decoder.fused_mask(valid_BT)
+    if mask is None:
+        mask = attention_mask(valid_BT, response_BT)
     hidden_BTD, layers = decoder(
         embeddings_BTD,
-        attention_mask(valid_BT, response_BT),
+        mask,
         positions_BT,
         cache=layers,
         index=0,

@@ -14,6 +14,8 @@ from keras_paligemma.layers.low_bit import add_low_bit_weight
 from keras_paligemma.layers.low_bit import low_bit_gradient
 from keras_paligemma.layers.low_bit import low_bit_product
 from keras_paligemma.layers.projection import normal
+from keras_paligemma.layers.splash import PrefixMask
+from keras_paligemma.layers.splash import suits
 from keras_paligemma.layers.stack import LayerStack
 
 # Rows of a low-bit table that the head makes floats of at a time.
@@ -201,7 +203,7 @@ class TextDecoder(keras.layers.Layer):
 
     Call arguments:
         x_BTD: tensor of embeddings.
-        mask_BTS: bool tensor, True where t sees s.
+        mask_BTS: bool tensor, True where t sees s; or of `fused_mask`.
         positions_BT: int tensor, rotary positions of the tokens.
         cache: `None`, or of `make_cache`.
         index: where the cache is written.
@@ -277,6 +279,25 @@ class TextDecoder(keras.layers.Layer):
             self.config.head_dim,
         )
         return self.blocks.make_cache(shape, self.compute_dtype)
+
+    def fused_mask(self, valid_BT, response_length=0):
+        """Give the mask for attention in one kernel, where there is one.
+
+        Args:
+            valid_BT: bool tensor, True on valid tokens.
+            response_length: int, how many tokens at the end are a response.
+
+        Returns:
+            `PrefixMask`, or `None` where the plain form is to be used: see
+            `layers.splash.suits`; a sliding window has no kernel.
+        """
+        config = self.config
+        sizes = config.num_key_value_heads, config.head_dim
+        windowed = config.sliding_window_size is not None
+        if windowed or not suits(valid_BT.shape[0], *sizes):
+            return None
+        prefix = valid_BT.shape[1] - response_length
+        return PrefixMask(valid_BT[:, :prefix], valid_BT[:, prefix:])
 
     def call(
         self,

@@ -1,0 +1,179 @@
+"""Fused attention on TPUs: no tensor of all logits, forward or backward.
+
+JAX's splash attention takes a mask that is known when a program is compiled.
+The layout of the tokens is, so its kernel skips what no token sees.
+"""
+
+from typing import NamedTuple
+
+import keras
+
+from keras_paligemma.compat import platform
+
+# Lanes of a TPU's vector unit: what blocks and heads are a multiple of.
+LANES = 128
+# Logits of a block and its gradients must fit into a core's own memory.
+LARGEST_BLOCK = 512
+
+
+class PrefixMask(NamedTuple):
+    """Which token sees which, where the response's place is static.
+
+    Stands for the mask of `attention_mask` in training and prefill. The two
+    shapes say where the response begins: valid tokens of the prefix see the
+    prefix, those of the response see it and the response up to themselves.
+
+    Args:
+        prefix_BP: bool tensor, True on valid image and prompt tokens.
+        response_BR: bool tensor, True on valid tokens of the response; R may
+            be 0.
+    """
+
+    prefix_BP: object
+    response_BR: object
+
+
+def suits(batch_size, num_key_value_heads, head_dim):
+    """Say whether attention is to be fused here: the one switch.
+
+    Args:
+        batch_size: int, rows on all devices together; `None` if unknown.
+        num_key_value_heads: int K.
+        head_dim: int H.
+
+    Returns:
+        bool: `True` on the JAX backend for a TPU, if H is a multiple of 128
+        and the devices of an active distribution can share rows and heads
+        evenly. Elsewhere the plain form does it.
+    """
+    if keras.backend.backend() != "jax" or platform() != "tpu":
+        return False
+    if head_dim % LANES:
+        return False
+    active = keras.distribution.distribution()
+    if active is None:
+        return True
+    if not batch_size or batch_size % active.num_model_replicas:
+        return False
+    mesh, rows, heads = _axes(active, batch_size)
+    return num_key_value_heads % (mesh.shape[heads] if heads else 1) == 0
+
+
+def attend_fused(
+    query_BTNH, key_BTKH, value_BTKH, mask, cap=None, interpret=False
+):
+    """Do what `attend` does for a `PrefixMask`, in a kernel for TPUs.
+
+    A Pallas kernel cannot be partitioned by the compiler: under a distribution
+    each device is handed its rows, and its heads where these are split.
+    Padding is a segment of its own: it sees other padding alone.
+
+    Args:
+        query_BTNH: tensor, already scaled; T = P + R.
+        key_BTKH: tensor.
+        value_BTKH: tensor.
+        mask: `PrefixMask`.
+        cap: float, soft cap of the logits, or `None`.
+        interpret: bool, run the kernel by an interpreter, on any device.
+
+    Returns:
+        Tensor (batch, tokens, query heads, head_dim), dtype of the values.
+
+    Source: https://arxiv.org/abs/2205.14135, in JAX's form.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    prefix_length = mask.prefix_BP.shape[1]
+    segments_BT = jnp.concatenate(mask, axis=1).astype("int32")
+
+    def attend_here(query_BTNH, key_BTKH, value_BTKH, segments_BT):
+        return _attend(
+            query_BTNH,
+            key_BTKH,
+            value_BTKH,
+            segments_BT,
+            prefix_length,
+            cap,
+            interpret,
+        )
+
+    tensors = (query_BTNH, key_BTKH, value_BTKH, segments_BT)
+    active = keras.distribution.distribution()
+    if active is None:
+        return attend_here(*tensors)
+    mesh, rows, heads = _axes(active, query_BTNH.shape[0])
+    part = jax.sharding.PartitionSpec(rows, None, heads)
+    return jax.shard_map(
+        attend_here,
+        mesh=mesh,
+        in_specs=(part, part, part, jax.sharding.PartitionSpec(rows)),
+        out_specs=part,
+        # A kernel does not say along which axes its results vary.
+        check_vma=False,
+    )(*tensors)
+
+
+def _axes(active, batch_size):
+    """Give a distribution's mesh and its axes for rows and for heads."""
+    layout = active.get_data_layout((batch_size, 1)).backend_layout
+    rows = layout.spec[0]
+    used = rows if isinstance(rows, tuple) else (rows,)
+    heads = "model" in layout.mesh.axis_names and "model" not in used
+    return layout.mesh, rows, "model" if heads else None
+
+
+def _attend(
+    query_BTNH,
+    key_BTKH,
+    value_BTKH,
+    segments_BT,
+    prefix_length,
+    cap,
+    interpret,
+):
+    """Attend on one device: the kernel takes heads first, and one row."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    tokens, num_heads = query_BTNH.shape[1:3]
+    length = -(-tokens // LANES) * LANES
+    more = length - tokens
+    # What fills up sees itself alone, in a third segment.
+    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, more)), constant_values=2)
+
+    def heads_first(x_BTNH):
+        x_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, more), (0, 0), (0, 0)))
+        return jnp.swapaxes(x_BTNH, 1, 2)
+
+    place = np.arange(length)
+    seen_TS = (place < prefix_length) | (place <= place[:, None])
+    block = _block(length)
+    kernel = splash.make_splash_mha_single_device(
+        np.broadcast_to(seen_TS, (num_heads, length, length)),
+        attn_logits_soft_cap=cap,
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        interpret=interpret,
+    )
+    mixed_BNTH = jax.vmap(kernel)(
+        heads_first(query_BTNH),
+        heads_first(key_BTKH),
+        heads_first(value_BTKH),
+        splash.SegmentIds(segments_BT, segments_BT),
+    )
+    return jnp.swapaxes(mixed_BNTH, 1, 2)[:, :tokens]
+
+
+def _block(length):
+    """Give the largest multiple of the lanes that divides `length`."""
+    parts = range(LARGEST_BLOCK, 0, -LANES)
+    return next(one for one in parts if length % one == 0)
