@@ -11,9 +11,18 @@ import pytest
 @pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="layouts are JAX's alone"
 )
-def test_every_layout_trains_as_one_device():
+@pytest.mark.parametrize(
+    "script",
+    [
+        # Every layout trains and generates as one device does.
+        "sharded_training",
+        # Weights in int8 are loaded, adapted, resumed and saved in shards.
+        "sharded_runs",
+    ],
+)
+def test_eight_devices_do_as_one(script):
     result = subprocess.run(
-        [sys.executable, "-m", "tests.distribution.sharded_training"],
+        [sys.executable, "-m", f"tests.distribution.{script}"],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
