@@ -1,11 +1,11 @@
 """Loads, adapts, is killed, goes on and saves on eight virtual devices.
 
-Run by its test. Weights in int8 with adapters, under a layout that splits
-everything, must do what one device does.
+Run by its test with a folder, where files are left. Weights in int8 with
+adapters, under a layout that splits everything, must do what one device does.
 """
 
 import shutil
-import tempfile
+import sys
 from pathlib import Path
 
 # It sets the environment; JAX reads that when it is first used.
@@ -20,6 +20,7 @@ from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import float_views
 from keras_paligemma.compat import fill
+from keras_paligemma.compat import to_host
 from keras_paligemma.data import Batches
 from keras_paligemma.distribution import distribute
 from keras_paligemma.distribution.layouts import chip_bytes
@@ -40,7 +41,7 @@ def preprocess(example):
     return tokens(example["images"], ids), ids[-RESPONSE:], weights
 
 
-def batches():
+def batches(parts=1, index=0):
     random = np.random.default_rng(0)
     length = sharded_training.PROMPT + RESPONSE
     return Batches(
@@ -53,7 +54,8 @@ def batches():
             for _ in range(STEPS * BATCH)
         ],
         preprocess,
-        BATCH,
+        BATCH // parts,
+        shard=(index, parts),
     )
 
 
@@ -102,11 +104,11 @@ def load(preset, adapter=None):
     return model, bare, watched.most
 
 
-def train(model, folder):
+def train(model, folder, parts=1, index=0):
     losses = Losses()
     fit(
         model,
-        batches(),
+        batches(parts, index),
         folder,
         every=2,
         keep=4,
@@ -118,14 +120,25 @@ def train(model, folder):
 
 def values(model):
     return {
-        name: np.asarray(one.value)
+        name: to_host(one)
         for name, one in model.backbone.weights_by_name().items()
         if not name.endswith("adapter_scale")
     }
 
 
-def main():
-    folder = Path(tempfile.mkdtemp())
+def answers(model):
+    """Give what a model answers to the first prompts."""
+    inputs, _, _ = next(iter(batches()))
+    inputs = {
+        name: value if name == "images" else value[:, : sharded_training.PROMPT]
+        for name, value in inputs.items()
+    }
+    inputs["response_mask"] = np.zeros_like(inputs["response_mask"])
+    return model.generate(inputs, max_new_tokens=3, stop_token_ids=None)
+
+
+def main(folder):
+    folder = Path(folder)
     # The same step is compiled once; a resumed run finds it there.
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -172,10 +185,10 @@ def main():
         check_shards(one, chosen.layout)
         for name, value in values(one).items():
             np.testing.assert_array_equal(value, trained[name], name)
-    shutil.rmtree(folder)
+    np.savez(folder / "wanted.npz", losses=losses, answers=answers(model))
     print(f"{difference:.1e}", "bytes of the fullest", most, "of", whole)
     print("same everywhere")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
