@@ -1,6 +1,6 @@
 """One host of two, of four virtual devices: `… host FOLDER NUMBER PORT`.
 
-Run by its test after `sharded_runs`, whose losses, answers and files in the
+Run by its test after `sharded_runs`, whose losses and files in the
 same folder two hosts must repeat.
 """
 
@@ -32,7 +32,7 @@ def main(folder, number, port):
     keras.utils.set_random_seed(0)
     keras.distribution.initialize(f"localhost:{port}", 2, number)
     assert len(keras.distribution.list_devices()) == 8
-    wanted = np.load(folder / "wanted.npz")
+    wanted = np.load(folder / "losses.npy")
     if number:
         safetensors_files.save_file = peft.save_file = forbidden
 
@@ -46,10 +46,8 @@ def main(folder, number, port):
     assert (index, parts) == (number, 2)
     model, _, _ = sharded_runs.load(folder / "preset")
     losses = sharded_runs.train(model, folder / "hosts", parts, index)
-    difference = np.abs(losses / wanted["losses"] - 1).max()
-    assert difference <= 1e-5, (losses, wanted["losses"])
-    answers = sharded_runs.answers(model)
-    np.testing.assert_array_equal(answers, wanted["answers"])
+    difference = np.abs(losses / wanted - 1).max()
+    assert difference <= 1e-5, (losses, wanted)
 
     # Once: a folder a step, whichever host looks.
     steps = sorted(one.name for one in (folder / "hosts").iterdir())
