@@ -295,8 +295,7 @@ def plan(
     json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Tell before renting chips whether a fine-tune fits, and how."""
-    # It is JAX's step that is planned, and no device of this machine runs it.
-    os.environ |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    use_jax()
     from keras_paligemma.distribution import answering
     from keras_paligemma.distribution import plan as planning
     from keras_paligemma.distribution.job import Job
@@ -322,6 +321,22 @@ def plan(
         )
     shown = answering.show if generate else planning.show
     typer.echo(dumps(result) if json else shown(result))
+
+
+def use_jax():
+    """Go on with JAX, whose step is planned, and without a device of its own.
+
+    Keras has chosen its backend by now; another one means to start again.
+    """
+    import keras
+
+    if keras.backend.backend() != "jax":
+        os.environ["KERAS_BACKEND"] = "jax"
+        command = [sys.executable, "-m", "keras_paligemma.cli", *sys.argv[1:]]
+        os.execv(sys.executable, command)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 @contextlib.contextmanager

@@ -245,13 +245,12 @@ def main():
     with contextlib.suppress(KeyboardInterrupt):
         for line in sys.stdin:
             asked = json.loads(line)
-            function = (
-                compile_generation if asked["responses"] else compile_step
-            )
+            responses = asked["responses"]
+            function = compile_generation if responses else compile_step
             found = function(
                 Job(**asked["job"]),
                 Layout(**asked["layout"]),
-                asked["responses"] or asked["remat"],
+                responses or asked["remat"],
                 asked["topology"],
             )
             print(json.dumps(found), file=answers, flush=True)

@@ -11,6 +11,8 @@ from keras_paligemma.distribution.job import bounds
 from keras_paligemma.distribution.job import candidates
 from keras_paligemma.distribution.job import chip_memory
 from keras_paligemma.distribution.job import flops
+from keras_paligemma.distribution.job import layouts_of
+from keras_paligemma.distribution.layouts import check_batch
 
 # Of what arithmetic says, the share of the memory that it may fill: compilers
 # need room that it does not see.
@@ -78,13 +80,20 @@ def make_plan(
 
 def none_left(job, machine, layout, remat, known):
     """Make the error of a wish that no layout meets: names the nearest."""
+    if remat not in ("any", "none", None, "dots", "block"):
+        return ValueError(
+            f"Unknown remat. Received: {remat!r}. Expected: 'none', 'dots' or "
+            "'block'."
+        )
+    for one in layouts_of(machine.chips):
+        if str(one) == layout and one not in known:
+            check_batch(job.batch_size, one.replicas, one)
     known = sorted({str(one) for one in known})
     near = difflib.get_close_matches(str(layout), known, 1, 0.0)
     return ValueError(
-        f"No layout is left. Received: layout={layout!r}, remat={remat!r} on "
-        f"{machine.chips} chips for a batch of {job.batch_size}. Expected: "
-        f"{near[0]!r}, the nearest, or one of {known}, and of 'none', 'dots', "
-        "'block'."
+        f"There is no such layout of {machine.chips} chips. Received: "
+        f"layout={layout!r}. Expected: {near[0]!r}, the nearest, or one of "
+        f"{known}."
     )
 
 
