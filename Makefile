@@ -5,6 +5,8 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 export TF_CPP_MIN_LOG_LEVEL ?= 3
+# The TPU's compiler is installed for plans; nothing looks for a TPU.
+test: export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test backends notebooks lint
 
@@ -40,5 +42,5 @@ notebooks: .venv/for-test
 
 .venv/for-test: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt \
-		-e ".[jax,tensorflow,torch,train,eval,hf,notebooks,dev]"
+		-e ".[jax,tensorflow,torch,train,plan,eval,hf,notebooks,dev]"
 	touch $@

@@ -286,17 +286,22 @@ def plan(
     remat: Annotated[
         str | None, typer.Option(help="This one alone: none | dots | block")
     ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Plan answering, not training")
+    ] = False,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Arithmetic, no compiler")
     ] = False,
     json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Tell before renting chips whether a fine-tune fits, and how."""
-    # It is JAX's step that is planned, and no device of this machine runs it.
-    os.environ |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    use_jax()
+    from keras_paligemma.distribution import answering
     from keras_paligemma.distribution import plan as planning
     from keras_paligemma.distribution.job import Job
 
+    if generate and full:
+        raise ValueError("Received: --generate and --full. Expected: one.")
     job = Job(
         preset,
         batch_size,
@@ -307,10 +312,31 @@ def plan(
         quantize,
         dtype,
     )
-    result = planning.make_plan(
-        job, slice, layout, remat or "any", False if estimate else None
-    )
-    typer.echo(dumps(result) if json else planning.show(result))
+    compiler = False if estimate else None
+    if generate:
+        result = answering.make_generation_plan(job, slice, layout, compiler)
+    else:
+        result = planning.make_plan(
+            job, slice, layout, remat or "any", compiler
+        )
+    shown = answering.show if generate else planning.show
+    typer.echo(dumps(result) if json else shown(result))
+
+
+def use_jax():
+    """Go on with JAX, whose step is planned, and without a device of its own.
+
+    Keras has chosen its backend by now; another one means to start again.
+    """
+    import keras
+
+    if keras.backend.backend() != "jax":
+        os.environ["KERAS_BACKEND"] = "jax"
+        command = [sys.executable, "-m", "keras_paligemma.cli", *sys.argv[1:]]
+        os.execv(sys.executable, command)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 @contextlib.contextmanager

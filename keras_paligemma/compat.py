@@ -102,6 +102,39 @@ def _sharded(variable, array):
     )
 
 
+def to_host(value):
+    """Give the whole array of a variable or tensor to this process.
+
+    Shards that lie with other processes are gathered, so every process must
+    ask, in the same order.
+    """
+    if isinstance(value, keras.Variable):
+        value = value.value
+    whole = getattr(value, "is_fully_addressable", True)
+    if not (whole or value.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(keras.ops.convert_to_numpy(value))
+
+
+def process():
+    """Give number and count of this process among those of a run."""
+    if keras.backend.backend() != "jax":
+        return 0, 1
+    import jax
+
+    return jax.process_index(), jax.process_count()
+
+
+def wait_for_all(place):
+    """Wait until all processes are at a place, such as behind a file."""
+    if process()[1] > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(place)
+
+
 def never_functional(cls):
     """Keep a subclass of KerasHub's models an ordinary model.
 

@@ -12,9 +12,9 @@ import math
 import re
 
 import numpy as np
-from keras import ops
 
 from keras_paligemma.compat import fill
+from keras_paligemma.compat import to_host
 
 LAYER = "{layer}"
 BLOCKS = "/blocks/"
@@ -314,7 +314,7 @@ def _join(group, values):
 
 def to_numpy(variable):
     """Give a variable's array, bfloat16 included."""
-    return np.asarray(ops.convert_to_numpy(variable))
+    return to_host(variable)
 
 
 def count(weights):

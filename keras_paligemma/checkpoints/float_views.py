@@ -6,9 +6,9 @@ same engine and rows, quantised tensor by tensor as it is read.
 """
 
 import numpy as np
-from keras import ops
 
 from keras_paligemma.compat import fill
+from keras_paligemma.compat import to_host
 
 
 def float_views(weights):
@@ -78,9 +78,7 @@ class FloatView:
         stored, scale = self.stored.value, self.scale.value
         if self.layer is not None:
             stored, scale = stored[self.layer], scale[self.layer]
-        return ops.convert_to_numpy(
-            self.layout.dequantize(stored, scale, "float32")
-        )
+        return to_host(self.layout.dequantize(stored, scale, "float32"))
 
 
 class _Stage:

@@ -9,6 +9,7 @@ _HOME = {
     "Layout": "layouts",
     "Sharded": "layouts",
     "auto": "choice",
+    "data_shard": "layouts",
     "distribute": "layouts",
     "make_plan": "plan",
 }

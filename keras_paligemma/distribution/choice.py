@@ -1,5 +1,7 @@
 """Choose a distribution for the devices that are there."""
 
+import dataclasses
+
 from keras import distribution
 
 from keras_paligemma.distribution import machines
@@ -67,13 +69,36 @@ def auto(preset, devices=None, memory_gib=None, remat="block", **job):
             shape = (layout.groups, layout.group)
             return distribute(layout.strategy, shape, devices)
     least = min(needs, key=needs.get)
+    works = _nearest(job, machine, model, remat)
     raise ValueError(
         f"{preset!r} does not fit on {len(devices)} devices of "
         f"{memory_gib} GiB: {least}, which needs the least, needs about "
-        f"{needs[least] / GIB:.1f} GiB on each. Expected: more devices, a "
-        "smaller batch, quantize='int8' or 'int4', or adapters instead of "
-        "all weights. `keras-paligemma plan` finds the smallest slice."
+        f"{needs[least] / GIB:.1f} GiB on each. Expected: {works}"
+        "quantize='int8' or 'int4', or adapters instead of all weights. "
+        "`keras-paligemma plan` finds the smallest slice."
     )
+
+
+def _nearest(job, machine, model, remat):
+    """Name the batch, and the number of devices, that would fit."""
+
+    def fits(job, machine):
+        return any(
+            sum(chip_memory(job, layout, model).values())
+            <= ROOM * machine.memory * GIB
+            for layout, kept in candidates(job, machine, model)
+            if kept == remat
+        )
+
+    batches = [2**i for i in range(16) if 2**i < job.batch_size]
+    for size in reversed(batches):
+        if fits(dataclasses.replace(job, batch_size=size), machine):
+            return f"a batch of {size}, "
+    for times in (2, 4, 8, 16, 32):
+        chips = machine.chips * times
+        if fits(job, dataclasses.replace(machine, chips=chips)):
+            return f"{chips} devices, "
+    return ""
 
 
 def _memory(name):

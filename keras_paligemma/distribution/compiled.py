@@ -1,4 +1,4 @@
-"""A training step by the TPU's own compiler, without a TPU.
+"""Training and generating by the TPU's own compiler, without a TPU.
 
 Run as a process of its own, since the compiler asks for its environment before
 JAX starts: reads steps as JSON lines, writes what the compiler says of each.
@@ -39,14 +39,7 @@ def has_compiler():
 
 
 class Compiler:
-    """A process that compiles steps: `with Compiler(job) as compiler`.
-
-    Args:
-        job: `Job`.
-    """
-
-    def __init__(self, job):
-        self.job = job
+    """A process that compiles: `with Compiler() as compiler`."""
 
     def __enter__(self):
         # A file: a pipe that nobody reads would fill up.
@@ -66,23 +59,27 @@ class Compiler:
         self.process.communicate()
         self.told.close()
 
-    def compile(self, layout, remat, topology):
-        """Compile one step.
+    def compile(self, job, layout, remat, topology, responses=None):
+        """Compile one step of training, or what `generate` runs.
 
         Args:
+            job: `Job`.
             layout: `Layout`.
             remat: `None`, "dots" or "block".
             topology: str, of `Machine`.
+            responses: int, tokens that are generated; `None` for a step of
+                training.
 
         Returns:
             Dict: `fits`; if so `arguments`, `temporaries`, `code` and
             `together` in bytes a chip; if not, `together` if it is known.
         """
         asked = {
-            "job": dataclasses.asdict(self.job),
+            "job": dataclasses.asdict(job),
             "layout": dataclasses.asdict(layout),
             "remat": remat,
             "topology": topology,
+            "responses": responses,
         }
         print(json.dumps(asked), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
@@ -99,49 +96,24 @@ class Compiler:
 def compile_step(job, layout, remat, topology):
     """Compile the step that `fit` runs for a topology; see `Compiler`."""
     import jax
-    import numpy as np
-    from jax.experimental import topologies
 
-    from keras_paligemma.compat import compiling_for
-    from keras_paligemma.distribution.layouts import Sharded
-    from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
-
-    one_chip = {"chips_per_host_bounds": (1, 1, 1)}
-    target = topologies.get_topology_desc(
-        platform="tpu",
-        topology_name=topology,
-        **(one_chip if topology.endswith(":1x1") else {}),
-    )
-    distribution = Sharded(layout, list(target.devices))
-    backbone, optimizer = job.model(remat)
-    model = PaliGemmaCausalLM(backbone, compile=False)
-    model.compile(optimizer)
-
-    def abstract(variables):
-        return [
-            jax.ShapeDtypeStruct(
-                tuple(one.shape),
-                one.dtype,
-                sharding=distribution.get_variable_layout(one).backend_layout,
-            )
-            for one in variables
-        ]
-
+    model, distribution = _model(job, layout, remat, topology)
+    optimizer = model.optimizer
     # As Keras's trainer hands its state to `train_step`.
     state = (
-        abstract(model.trainable_variables),
-        abstract(model.non_trainable_variables),
-        abstract(optimizer.variables),
-        abstract(model.metrics_variables),
+        _abstract(distribution, model.trainable_variables),
+        _abstract(distribution, model.non_trainable_variables),
+        _abstract(distribution, optimizer.variables),
+        _abstract(distribution, model.metrics_variables),
     )
 
     def given(shape, dtype):
         sharding = distribution.get_data_layout(shape).backend_layout
-        return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     texts = (job.batch_size, job.text_length)
     answers = (job.batch_size, job.response_length)
-    size = backbone.image_size
+    size = model.backbone.image_size
     data = (
         {
             "images": given((job.batch_size, size, size, 3), "float32"),
@@ -157,8 +129,85 @@ def compile_step(job, layout, remat, topology):
         donate_argnums=0,
         out_shardings=(None, jax.tree.map(lambda one: one.sharding, state)),
     )
+    return _compile(step, (state, data), distribution)
+
+
+def compile_generation(job, layout, responses, topology):
+    """Compile what `generate` runs, of so many tokens; see `Compiler`.
+
+    The prefill and the loop are one program. Of one token it is the prefill.
+    """
+    import jax
+    import keras
+
+    model, distribution = _model(job, layout, "block", topology)
+    variables = model.trainable_variables + model.non_trainable_variables
+
+    def program(inputs, values):
+        mapping = list(zip(variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping):
+            # The end token is 1 in every tokenizer of PaliGemma.
+            return model.generate_step(inputs, (1,))
+
+    # `generate` leaves it to the compiler where its inputs lie.
+    prompts = (job.batch_size, job.prompt_length)
+    answers = (job.batch_size, responses)
+    size = model.backbone.image_size
+    inputs = {
+        name: jax.ShapeDtypeStruct(shape, dtype)
+        for name, shape, dtype in (
+            ("images", (job.batch_size, size, size, 3), "float32"),
+            ("token_ids", prompts, "int32"),
+            ("padding_mask", prompts, "bool"),
+            ("response_ids", answers, "int32"),
+            ("response_mask", answers, "bool"),
+        )
+    }
+    values = _abstract(distribution, variables)
+    return _compile(jax.jit(program), (inputs, values), distribution)
+
+
+def _model(job, layout, remat, topology):
+    """Build a task without values, and its distribution over chips."""
+    from jax.experimental import topologies
+
+    from keras_paligemma.distribution.layouts import Sharded
+    from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
+
+    one_chip = {"chips_per_host_bounds": (1, 1, 1)}
+    target = topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=topology,
+        **(one_chip if topology.endswith(":1x1") else {}),
+    )
+    backbone, optimizer = job.model(remat)
+    model = PaliGemmaCausalLM(backbone, compile=False)
+    model.compile(optimizer)
+    return model, Sharded(layout, list(target.devices))
+
+
+def _abstract(distribution, variables):
+    """Describe variables as they lie, without values."""
+    import jax
+
+    return [
+        jax.ShapeDtypeStruct(
+            tuple(one.shape),
+            one.dtype,
+            sharding=distribution.get_variable_layout(one).backend_layout,
+        )
+        for one in variables
+    ]
+
+
+def _compile(function, arguments, distribution):
+    """Compile for the TPU, and read what the compiler says of memory."""
+    import jax
+
+    from keras_paligemma.compat import compiling_for
+
     with distribution.scope(), compiling_for("tpu"):
-        lowered = step.lower(state, data)
+        lowered = function.lower(*arguments)
     try:
         found = lowered.compile(compiler_options=QUICK).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -170,17 +219,17 @@ def compile_step(job, layout, remat, topology):
             "fits": False,
             "together": used and float(used[1]) * unit[used[2]],
         }
-    arguments = (
+    held = (
         found.argument_size_in_bytes
         + found.output_size_in_bytes
         - found.alias_size_in_bytes
     )
     return {
         "fits": True,
-        "arguments": arguments,
+        "arguments": held,
         "temporaries": found.temp_size_in_bytes,
         "code": found.generated_code_size_in_bytes,
-        "together": arguments
+        "together": held
         + found.temp_size_in_bytes
         + found.generated_code_size_in_bytes,
     }
@@ -196,10 +245,12 @@ def main():
     with contextlib.suppress(KeyboardInterrupt):
         for line in sys.stdin:
             asked = json.loads(line)
-            found = compile_step(
+            responses = asked["responses"]
+            function = compile_generation if responses else compile_step
+            found = function(
                 Job(**asked["job"]),
                 Layout(**asked["layout"]),
-                asked["remat"],
+                responses or asked["remat"],
                 asked["topology"],
             )
             print(json.dumps(found), file=answers, flush=True)

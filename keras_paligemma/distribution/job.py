@@ -235,6 +235,18 @@ def bounds(job, layout, machine, model, remat):
     }
 
 
+def layouts_of(chips):
+    """List all layouts of so many chips."""
+    layouts = [Layout("data", chips, 1)]
+    groups = [one for one in range(2, chips + 1) if chips % one == 0]
+    for group in groups:
+        layouts.append(Layout("weights", chips // group, group))
+        layouts.append(Layout("tensor", chips // group, group))
+        if group < chips:
+            layouts.append(Layout("both", chips // group, group))
+    return layouts
+
+
 def candidates(job, machine, model):
     """List the layouts that a machine allows, the fastest bound first.
 
@@ -246,14 +258,7 @@ def candidates(job, machine, model):
     Returns:
         List of (`Layout`, remat).
     """
-    chips = machine.chips
-    layouts = [Layout("data", chips, 1)]
-    groups = [one for one in range(2, chips + 1) if chips % one == 0]
-    for group in groups:
-        layouts.append(Layout("weights", chips // group, group))
-        layouts.append(Layout("tensor", chips // group, group))
-        if group < chips:
-            layouts.append(Layout("both", chips // group, group))
+    layouts = layouts_of(machine.chips)
     layouts = [one for one in layouts if job.batch_size % one.replicas == 0]
 
     def slowness(candidate):

@@ -18,6 +18,7 @@ import ml_dtypes  # noqa: F401, NumPy learns bfloat16 by it.
 import numpy as np
 from keras import distribution
 
+from keras_paligemma.compat import process
 from keras_paligemma.layers.stack import stable_name
 
 STRATEGIES = ("data", "weights", "tensor", "both")
@@ -325,6 +326,31 @@ def distribute(strategy="weights", shape=None, devices=None, small=SMALL):
         (len(devices),), ["batch"], np.array(devices)
     )
     return distribution.DataParallel(mesh, auto_shard_dataset=False)
+
+
+def data_shard():
+    """Say which part of the data this process reads, as `Batches` take it.
+
+    Hosts whose chips are a group of tensor parallelism together bring the
+    same examples; all others bring examples of their own. A batch of
+    `Batches` is then the whole batch divided by the count.
+
+    Returns:
+        Tuple (index, count).
+
+    Example:
+
+    ```python
+    index, count = data_shard()
+    Batches(source, preprocessor, 32 // count, shard=(index, count))
+    ```
+    """
+    index, processes = process()
+    chosen = distribution.distribution()
+    parts = processes
+    if isinstance(chosen, Sharded):
+        parts = min(processes, chosen.layout.replicas)
+    return index * parts // processes, parts
 
 
 def chip_bytes(layout, variables):

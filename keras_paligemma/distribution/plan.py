@@ -1,6 +1,7 @@
 """Does a fine-tune fit, how is it best laid out, and on how few chips?"""
 
 import dataclasses
+import difflib
 
 from keras_paligemma.distribution import machines
 from keras_paligemma.distribution.compiled import Compiler
@@ -10,6 +11,8 @@ from keras_paligemma.distribution.job import bounds
 from keras_paligemma.distribution.job import candidates
 from keras_paligemma.distribution.job import chip_memory
 from keras_paligemma.distribution.job import flops
+from keras_paligemma.distribution.job import layouts_of
+from keras_paligemma.distribution.layouts import check_batch
 
 # Of what arithmetic says, the share of the memory that it may fill: compilers
 # need room that it does not see.
@@ -53,12 +56,7 @@ def make_plan(
         pairs = [pair for pair in pairs if pair[1] == kept]
     if not pairs:
         known = candidates(job, machine, models["block"])
-        raise ValueError(
-            f"No layout is left. Received: layout={layout!r}, remat={remat!r} "
-            f"on {machine.chips} chips for a batch of {job.batch_size}. "
-            f"Expected one of {sorted({str(one) for one, _ in known})} and "
-            "of 'none', 'dots', 'block'."
-        )
+        raise none_left(job, machine, layout, remat, [one for one, _ in known])
     with _Judge(job, models, compiler) as judge:
         best, tried = judge.first_that_fits(machine, pairs)
         found = judge.smallest(machine) if smallest else None
@@ -80,13 +78,32 @@ def make_plan(
     return result
 
 
+def none_left(job, machine, layout, remat, known):
+    """Make the error of a wish that no layout meets: names the nearest."""
+    if remat not in ("any", "none", None, "dots", "block"):
+        return ValueError(
+            f"Unknown remat. Received: {remat!r}. Expected: 'none', 'dots' or "
+            "'block'."
+        )
+    for one in layouts_of(machine.chips):
+        if str(one) == layout and one not in known:
+            check_batch(job.batch_size, one.replicas, one)
+    known = sorted({str(one) for one in known})
+    near = difflib.get_close_matches(str(layout), known, 1, 0.0)
+    return ValueError(
+        f"There is no such layout of {machine.chips} chips. Received: "
+        f"layout={layout!r}. Expected: {near[0]!r}, the nearest, or one of "
+        f"{known}."
+    )
+
+
 class _Judge:
     """Says of layouts whether they fit, and remembers."""
 
     def __init__(self, job, models, compiler):
         self.job = job
         self.models = models
-        self.compiler = Compiler(job) if compiler else None
+        self.compiler = Compiler() if compiler else None
         self.known = {}
 
     def __enter__(self):
@@ -139,7 +156,9 @@ class _Judge:
         # Activations are rough: only what is far from fitting is taken at
         # its word.
         if self.compiler and fixed < limit and together < 1.6 * limit:
-            found = self.compiler.compile(layout, remat, machine.topology)
+            found = self.compiler.compile(
+                self.job, layout, remat, machine.topology
+            )
             fits, source = found["fits"], "compiler"
             together = found["together"] or together
             if fits:
@@ -169,6 +188,16 @@ class _Judge:
 
 def paste(job, layout, remat):
     """Write the settings as code."""
+    lines = loading(job, layout, remat)
+    lines += [
+        "model.compile()",
+        f"model.fit(examples, batch_size={job.batch_size})",
+    ]
+    return "\n".join(lines)
+
+
+def loading(job, layout, remat):
+    """Write as lines of code how the model is loaded."""
     remat = None if remat == "none" else remat
     lines = ["import keras", "import keras_paligemma as kp"]
     if layout.chips > 1:
@@ -198,11 +227,7 @@ def paste(job, layout, remat):
             named = ", ".join(f'"{one}"' for one in job.lora_targets)
             targets = f", targets=[{named}]"
         lines.append(f"model.enable_lora(rank={job.lora_rank}{targets})")
-    lines += [
-        "model.compile()",
-        f"model.fit(examples, batch_size={job.batch_size})",
-    ]
-    return "\n".join(lines)
+    return lines
 
 
 def advice(job, tried, smallest):

@@ -9,6 +9,8 @@ from keras import ops
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import peft
 from keras_paligemma.checkpoints.float_views import float_views
+from keras_paligemma.compat import process
+from keras_paligemma.compat import wait_for_all
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.projection import normal
 
@@ -381,5 +383,8 @@ def save(backbone, folder, name=None, base=None):
         )
     lora = adapters.known[name]
     rows = peft.rows(lora.targets)
+    # Gathered by all processes, written by the first.
     arrays = engine.write(adapters.values(name), rows, lambda array: array)
-    peft.write(folder, lora.config(), arrays, base)
+    if process()[0] == 0:
+        peft.write(folder, lora.config(), arrays, base)
+    wait_for_all("an adapter is written")

@@ -13,6 +13,8 @@ from keras_paligemma.checkpoints import hugging_face
 from keras_paligemma.checkpoints import keras_hub
 from keras_paligemma.checkpoints import npz
 from keras_paligemma.checkpoints import safetensors_files
+from keras_paligemma.compat import process
+from keras_paligemma.compat import wait_for_all
 
 
 def export(path, to, backbone, preprocessor=None, **options):
@@ -172,18 +174,28 @@ def write(
 
     if to == "big_vision":
         rows = big_vision.rows(backbone["text_decoder"]["use_post_norms"])
-        npz.write_npz(path, arrays(rows), piece_size)
     elif to == "transformers":
         rows = hugging_face.rows(backbone)
-        hugging_face.write(path, config, arrays(rows), proto)
     elif to == "keras_hub":
-        keras_hub.write(
-            path, with_length(config), arrays(keras_hub.rows(config)), proto
-        )
+        rows = keras_hub.rows(config)
+        config = with_length(config)
     else:
         rows = [engine.Row(key, key) for key in weights]
         config = {"name": name or path.resolve().name} | config
-        _write_ours(path, config, arrays(rows), proto)
+    found = arrays(rows)
+    if process()[0] > 0:
+        # All processes gather what is sharded over them, the first writes.
+        for _ in found:
+            pass
+    elif to == "big_vision":
+        npz.write_npz(path, found, piece_size)
+    elif to == "transformers":
+        hugging_face.write(path, config, found, proto)
+    elif to == "keras_hub":
+        keras_hub.write(path, config, found, proto)
+    else:
+        _write_ours(path, config, found, proto)
+    wait_for_all("a checkpoint is written")
 
 
 def with_length(config):

@@ -65,17 +65,22 @@ class Batches(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         random = np.random.default_rng(index)
-        tokens = PROMPT + RESPONSE
-        ids = random.integers(1, 320, (BATCH, tokens)).astype("int32")
-        response = np.arange(tokens) >= PROMPT
-        inputs = {
-            "images": random.uniform(-1, 1, (BATCH, 28, 28, 3)).astype("f4"),
-            "token_ids": ids,
-            "padding_mask": np.ones(ids.shape, bool),
-            "response_mask": np.broadcast_to(response, ids.shape),
-        }
+        shape = (BATCH, PROMPT + RESPONSE)
+        ids = random.integers(1, 320, shape).astype("int32")
+        images = random.uniform(-1, 1, (BATCH, 28, 28, 3)).astype("f4")
         weights = np.ones((BATCH, RESPONSE), "float32")
-        return inputs, ids[:, PROMPT:], weights
+        return tokens(images, ids), ids[:, PROMPT:], weights
+
+
+def tokens(images, ids):
+    """Give what the model takes; the last tokens of ids are the response."""
+    response = np.arange(ids.shape[-1]) >= PROMPT
+    return {
+        "images": images,
+        "token_ids": ids,
+        "padding_mask": np.ones(ids.shape, bool),
+        "response_mask": np.broadcast_to(response, ids.shape),
+    }
 
 
 class Losses(keras.callbacks.Callback):

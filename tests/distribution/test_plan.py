@@ -8,8 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from keras_paligemma import cli
+from keras_paligemma.distribution import answering
 from keras_paligemma.distribution import auto
 from keras_paligemma.distribution import machines
+from keras_paligemma.distribution.answering import make_generation_plan
 from keras_paligemma.distribution.compiled import has_compiler
 from keras_paligemma.distribution.job import Job
 from keras_paligemma.distribution.job import chip_memory
@@ -88,8 +90,65 @@ def test_machines_that_do_not_exist_name_the_nearest():
         machines.find("v5e-7")
     with pytest.raises(ValueError, match="'a100-40'"):
         machines.find("a100-41")
-    with pytest.raises(ValueError, match="weights 1x4"):
-        by_arithmetic(Job("pali_gemma2_pt_3b_224"), "v5e-4", "weights 9x9")
+    with pytest.raises(ValueError, match="machine. Received: 'v5e-'"):
+        machines.find("v5e-")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--slice v5e-7", "'v5e-8', the nearest"),
+        ("--slice v5e-4 --layout weights.2x4", "'weights 2x2', the nearest"),
+        ("--layout weights.1x8 --batch-size 9", "Expected: 8 or 16."),
+        ("--remat all", "'none', 'dots' or 'block'"),
+        ("--batch-size 0", "batch_size is at least 1"),
+        ("--quantize int3", "'int8', 'int4'"),
+        ("--quantize int8 --full", "lora_rank=8"),
+        ("--generate --full", "Expected: one"),
+        ("--generate --layout data.2x4", "'data 8x1', the nearest"),
+    ],
+)
+def test_bad_options_are_told_without_a_trace(options, message, monkeypatch):
+    arguments = ["plan", "--preset", "pali_gemma2_pt_3b_224", "--estimate"]
+    arguments += [one.replace(".", " ") for one in options.split()]
+    monkeypatch.setattr(cli.sys, "argv", ["keras-paligemma", *arguments])
+    told = []
+    monkeypatch.setattr(
+        cli.typer, "echo", lambda text, err=False: told.append((text, err))
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    ((text, err),) = told
+    assert err and text.startswith("Error: ") and message in text
+    assert "\n" not in text
+
+
+def test_generating_is_planned():
+    arguments = "plan --preset pali_gemma2_pt_3b_224 --slice v5e-1 --generate"
+    result = CliRunner().invoke(
+        cli.app,
+        [*arguments.split(), "--batch-size", "1", "--estimate", "--json"],
+        catch_exceptions=False,
+    )
+    found = json.loads(result.output)
+    assert found["fits"] and found["source"] == "estimate"
+    split = found["best"]["split_gib"]
+    assert split["weights"] == pytest.approx(5.66, abs=0.02)
+    # Keys and values of 26 layers, 4 heads of 256, in two bytes.
+    cache = 2 * 26 * (256 + 64 + 63) * 4 * 256 * 2
+    assert split["cache"] == pytest.approx(cache / 2**30, abs=1e-3)
+    # A token reads all weights once.
+    weights = split["weights"] * 2**30
+    assert found["best"]["bounds_s"]["decode"] == pytest.approx(
+        64 * weights / 819e9, rel=0.01
+    )
+    assert found["smallest"] == "v5e-1"
+    compile(found["code"], "paste", "exec")
+    job = Job("pali_gemma2_pt_28b_224", batch_size=64)
+    found = make_generation_plan(job, "v5e-1", compiler=False)
+    assert not found["fits"] and found["smallest"] == "v5e-8"
+    assert "fewer prompts" in answering.show(found)
 
 
 def test_flops_of_a_forward_pass_are_twice_the_parameters():
@@ -133,8 +192,10 @@ def test_auto_shares_weights_among_few():
 
 
 def test_auto_refuses_what_fits_nowhere():
-    with pytest.raises(ValueError, match="needs the least"):
+    with pytest.raises(ValueError, match="Expected: 32 devices"):
         auto("pali_gemma2_pt_28b_224", DEVICES, memory_gib=4)
+    with pytest.raises(ValueError, match="Expected: a batch of 16"):
+        auto("pali_gemma2_pt_3b_448", DEVICES[:1], memory_gib=11, batch_size=64)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
@@ -144,3 +205,12 @@ def test_the_compiler_signs():
     assert found["fits"] and found["best"]["source"] == "compiler"
     assert found["best"]["hbm_gib"] < 1.4
     assert found["best"]["split_gib"]["code"] > 0
+
+
+@pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
+def test_the_compiler_signs_generating():
+    job = Job("pali_gemma2_pt_3b_224", batch_size=1)
+    found = make_generation_plan(job, "v5e-1", smallest=False)
+    assert found["fits"] and found["best"]["source"] == "compiler"
+    # Little more than weights and cache.
+    assert 5.6 < found["best"]["prefill_gib"] <= found["best"]["hbm_gib"] < 6

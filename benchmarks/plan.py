@@ -1,0 +1,93 @@
+"""HBM a chip by the TPU v5e's own compiler: `python -m benchmarks.plan`.
+
+Compiles the step that `fit` runs, LoRA of rank 8 on the decoder's q and v in
+bfloat16 unless a row says otherwise, and prints a table beside the target and
+KerasHub 0.32. No TPU: `pip install "keras_paligemma[plan]"` on Linux x86-64.
+About 15 s a row; `--only 28b` compiles the rows whose name has that in it.
+"""
+
+import argparse
+
+from keras_paligemma.distribution import machines
+from keras_paligemma.distribution.compiled import Compiler
+from keras_paligemma.distribution.job import GIB
+from keras_paligemma.distribution.job import Job
+from keras_paligemma.distribution.layouts import Layout
+
+ATTENTION = ("query", "value")
+# model, batch, text tokens, chips, low bits or "full", target GiB, KerasHub's:
+# measured, or why there is no number. What has no target is to fit.
+CASES = (
+    ("3b_224", 8, 128, 1, None, 6.9, "14.3"),
+    ("3b_448", 8, 128, 1, None, 8.5, "does not fit"),
+    ("3b_448", 32, 128, 1, None, None, ""),
+    ("3b_224", 8, 128, 8, None, 1.25, "4.1"),
+    ("3b_448", 32, 512, 8, None, 3.0, "does not fit"),
+    ("10b_224", 8, 128, 4, None, 5.3, ""),
+    ("10b_448", 8, 128, 4, None, 6.2, ""),
+    ("10b_448", 8, 512, 8, None, 4.2, "does not fit"),
+    ("28b_224", 8, 128, 4, None, 14.3, ""),
+    ("28b_224", 8, 128, 8, None, 9.2, ""),
+    ("28b_448", 8, 128, 8, None, 10.2, ""),
+    ("10b_224", 8, 128, 1, "int8", 11.4, ""),
+    ("28b_448", 8, 128, 4, "int8", 9.4, ""),
+    ("10b_448", 4, 128, 1, "int4", 7.7, ""),
+    ("28b_224", 8, 128, 4, "int4", 4.5, ""),
+    ("28b_224", 1, 128, 1, "int4", 14.2, ""),
+    ("28b_448", 1, 128, 1, "int4", 15.1, ""),
+    ("3b_224", 32, 128, 8, "full", 5.4, ""),
+)
+
+
+def layouts(job, chips):
+    """List ways to share the weights among all chips."""
+    if chips == 1:
+        return [Layout("data")]
+    # A part of the batch for each chip where there is one; else its work is
+    # split.
+    known = [Layout("weights", 1, chips), Layout("tensor", 1, chips)]
+    return [one for one in known if job.batch_size % one.replicas == 0]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="")
+    only = parser.parse_args().only
+    print("| step | chips | layout | GiB a chip | target | KerasHub 0.32 |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    with Compiler() as compiler:
+        for size, batch, tokens, chips, kind, target, theirs in CASES:
+            name = f"{size}, batch {batch}, {tokens} tokens"
+            name += {None: "", "full": ", all weights"}.get(kind, f", {kind}")
+            if only not in name:
+                continue
+            # Of 128 text tokens half are response, as of 512.
+            job = Job(
+                f"pali_gemma2_pt_{size}",
+                batch,
+                tokens // 2,
+                tokens // 2,
+                0 if kind == "full" else 8,
+                None if kind == "full" else ATTENTION,
+                None if kind == "full" else kind,
+            )
+            topology = machines.find(f"v5e-{chips}").topology
+            found = {
+                layout: compiler.compile(job, layout, "block", topology)
+                for layout in layouts(job, chips)
+            }
+            fitting = [one for one in found if found[one]["fits"]]
+            layout, shown = "none", "does not fit"
+            if fitting:
+                layout = min(fitting, key=lambda one: found[one]["together"])
+                shown = f"{found[layout]['together'] / GIB:.2f}"
+            wanted = "fits" if target is None else f"≤ {target}"
+            print(
+                f"| {name} | {chips} | {layout} | {shown} | {wanted} | "
+                f"{theirs} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

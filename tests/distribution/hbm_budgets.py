@@ -1,0 +1,68 @@
+"""What training steps may need of a v5e chip, by the TPU's own compiler.
+
+`python -m tests.distribution.hbm_budgets` writes the table that tests compare
+with, `hbm_budgets.json`: after a change that needs less, or knowingly more. It
+needs `keras_paligemma[plan]` on Linux x86-64, and a minute.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from keras_paligemma.distribution import machines
+from keras_paligemma.distribution.compiled import Compiler
+from keras_paligemma.distribution.job import GIB
+from keras_paligemma.distribution.job import Job
+from keras_paligemma.distribution.layouts import Layout
+
+TABLE = Path(__file__).with_suffix(".json")
+ATTENTION = ("query", "value")
+# job, slice, layout, remat: one chip, weights shared, heads split, low bits.
+PLANS = (
+    (
+        Job("pali_gemma2_pt_3b_224", lora_targets=ATTENTION),
+        *("v5e-1", Layout("data"), "block"),
+    ),
+    (
+        Job("pali_gemma2_pt_3b_448", lora_targets=ATTENTION),
+        *("v5e-8", Layout("weights", 1, 8), "block"),
+    ),
+    (
+        Job("pali_gemma2_pt_10b_224", lora_targets=ATTENTION),
+        *("v5e-4", Layout("tensor", 1, 4), "block"),
+    ),
+    (
+        Job("pali_gemma2_pt_10b_224", batch_size=1, quantize="int4"),
+        *("v5e-1", Layout("data"), "block"),
+    ),
+)
+
+
+def compile_plans():
+    """Compile all; give a dict of what a plan is to its GiB a chip."""
+    found = {}
+    with Compiler() as compiler:
+        for job, slice_name, layout, remat in PLANS:
+            topology = machines.find(slice_name).topology
+            step = compiler.compile(job, layout, remat, topology)
+            words = [job.preset, slice_name, str(layout), f"remat {remat}"]
+            words += [f"batch {job.batch_size}"]
+            words += [job.quantize] if job.quantize else []
+            found[", ".join(words)] = (
+                step["together"] / GIB if step["fits"] else math.inf
+            )
+    return found
+
+
+def main():
+    # Up to the next hundredth, so that what was found is within.
+    table = {
+        name: math.ceil(gib * 100) / 100
+        for name, gib in compile_plans().items()
+    }
+    TABLE.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    print(TABLE.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""One host of two, of four virtual devices: `… host FOLDER NUMBER PORT`.
+
+Run by its test after `sharded_runs`, whose losses and files in the
+same folder two hosts must repeat.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from tests.distribution import sharded_runs  # isort: skip
+
+import keras
+import numpy as np
+
+from keras_paligemma.checkpoints import peft
+from keras_paligemma.checkpoints import safetensors_files
+from keras_paligemma.distribution import data_shard
+from keras_paligemma.distribution import distribute
+from keras_paligemma.training import RunCheckpoint
+
+# What another module asked for, before JAX has looked.
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", "count=4")
+
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("only the first process writes")
+
+
+def main(folder, number, port):
+    folder, number = Path(folder), int(number)
+    keras.utils.set_random_seed(0)
+    keras.distribution.initialize(f"localhost:{port}", 2, number)
+    assert len(keras.distribution.list_devices()) == 8
+    wanted = np.load(folder / "losses.npy")
+    if number:
+        safetensors_files.save_file = peft.save_file = forbidden
+
+    # The eight chips of both hosts share one example's work: one part.
+    keras.distribution.set_distribution(distribute("tensor", (1, 8)))
+    assert data_shard() == (0, 1)
+    # A host's four are a group; storage is split over both hosts.
+    chosen = distribute("both", (2, 4), small=64)
+    keras.distribution.set_distribution(chosen)
+    index, parts = data_shard()
+    assert (index, parts) == (number, 2)
+    model, _, _ = sharded_runs.load(folder / "preset")
+    losses = sharded_runs.train(model, folder / "hosts", parts, index)
+    difference = np.abs(losses / wanted - 1).max()
+    assert difference <= 1e-5, (losses, wanted)
+
+    # Once: a folder a step, whichever host looks.
+    steps = sorted(one.name for one in (folder / "hosts").iterdir())
+    assert steps == ["2", "4"], steps
+    trained = sharded_runs.values(model)
+    model.save_adapter(folder / "hosts_adapter")
+    model.save_to_preset(folder / "hosts_preset")
+    other, _, _ = sharded_runs.load(folder / "preset")
+    checkpoint = RunCheckpoint(
+        folder / "hosts", sharded_runs.batches(parts, index)
+    )
+    checkpoint.restore(other)
+    adapted, _, _ = sharded_runs.load(
+        folder / "preset", folder / "hosts_adapter"
+    )
+    saved = type(model).from_preset(folder / "hosts_preset", form="stacked")
+    for one in (other, adapted, saved):
+        for name, value in sharded_runs.values(one).items():
+            np.testing.assert_array_equal(value, trained[name], name)
+    print(f"{difference:.1e}")
+    print("same everywhere")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,183 @@
+"""Loads, adapts, is killed, goes on and saves on eight virtual devices.
+
+Run by its test with a folder, where files are left. Weights in int8 with
+adapters, under a layout that splits everything, must do what one device does.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+# It sets the environment; JAX reads that when it is first used.
+from tests.distribution import sharded_training  # isort: skip
+
+import jax
+import keras
+import numpy as np
+
+from keras_paligemma import Adam
+from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma.checkpoints import engine
+from keras_paligemma.checkpoints import float_views
+from keras_paligemma.compat import fill
+from keras_paligemma.compat import to_host
+from keras_paligemma.data import Batches
+from keras_paligemma.distribution import distribute
+from keras_paligemma.distribution.layouts import chip_bytes
+from keras_paligemma.training import fit
+from tests.distribution.sharded_training import RESPONSE
+from tests.distribution.sharded_training import TARGETS
+from tests.distribution.sharded_training import Losses
+from tests.distribution.sharded_training import check_shards
+from tests.distribution.sharded_training import tokens
+
+STEPS, BATCH = 4, 8
+
+
+def preprocess(example):
+    """Take an example as it is: arrays of one row."""
+    ids = example["responses"]
+    weights = np.ones(RESPONSE, "float32")
+    return tokens(example["images"], ids), ids[-RESPONSE:], weights
+
+
+def batches(parts=1, index=0):
+    random = np.random.default_rng(0)
+    length = sharded_training.PROMPT + RESPONSE
+    return Batches(
+        [
+            {
+                "images": random.uniform(-1, 1, (28, 28, 3)).astype("f4"),
+                "prompts": "",
+                "responses": random.integers(1, 320, length).astype("int32"),
+            }
+            for _ in range(STEPS * BATCH)
+        ],
+        preprocess,
+        BATCH // parts,
+        shard=(index, parts),
+    )
+
+
+class Watched:
+    """Counts what lies on each device whenever a weight has been placed.
+
+    Args:
+        name: str, for the message.
+    """
+
+    def __init__(self):
+        self.before = self.on_devices()
+        self.most = 0
+
+    def on_devices(self):
+        held = {one: {} for one in jax.devices()}
+        # By address: a shard that was looked at is an array of its own.
+        for array in jax.live_arrays():
+            for shard in array.addressable_shards:
+                place = shard.data.unsafe_buffer_pointer()
+                held[shard.device][place] = shard.data.nbytes
+        return {one: sum(sizes.values()) for one, sizes in held.items()}
+
+    def __call__(self, variable, value):
+        fill(variable, value)
+        now = self.on_devices()
+        grown = max(now[one] - self.before[one] for one in now)
+        self.most = max(self.most, grown)
+
+
+def load(preset, adapter=None):
+    """Load int8 weights, add or load adapters, compile; give bytes too."""
+    watched = Watched()
+    engine.fill = float_views.fill = watched
+    model = PaliGemmaCausalLM.from_preset(
+        preset, quantize="int8", form="stacked", compile=False
+    )
+    engine.fill = float_views.fill = fill
+    bare = list(model.variables)
+    if adapter is None:
+        keras.utils.set_random_seed(0)
+        model.enable_lora(2, targets=TARGETS)
+    else:
+        model.load_adapter(adapter)
+    model.compile(Adam(1e-2))
+    return model, bare, watched.most
+
+
+def train(model, folder, parts=1, index=0):
+    losses = Losses()
+    fit(
+        model,
+        batches(parts, index),
+        folder,
+        every=2,
+        keep=4,
+        callbacks=[losses],
+        verbose=0,
+    )
+    return np.array(losses.values)
+
+
+def values(model):
+    return {
+        name: to_host(one)
+        for name, one in model.backbone.weights_by_name().items()
+        if not name.endswith("adapter_scale")
+    }
+
+
+def main(folder):
+    folder = Path(folder)
+    # The same step is compiled once; a resumed run finds it there.
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # One device: weights in float32, and the losses to compare.
+    model = sharded_training.build("stacked", False)
+    model.save_to_preset(folder / "preset")
+    model, _, _ = load(folder / "preset")
+    wanted = train(model, folder / "one")
+
+    chosen = distribute("both", (4, 2), small=64)
+    keras.distribution.set_distribution(chosen)
+    # Adapters that are made under a layout lie as it says, and so does all.
+    model, bare, most = load(folder / "preset")
+    split = check_shards(model, chosen.layout)
+    share = chip_bytes(chosen.layout, bare)
+    # One device never held more than its share, while it was loaded either.
+    assert most <= 1.02 * share, (most, share)
+    whole = sum(one.value.nbytes for one in bare)
+    # The kernel of the patches, in floats, is the largest here: halved.
+    assert share < 0.4 * whole, (share, whole)
+
+    losses = train(model, folder / "whole")
+    assert check_shards(model, chosen.layout) > split
+    difference = np.abs(losses / wanted - 1).max()
+    assert difference <= 1e-5, (losses, wanted)
+
+    # Killed after the second step: nothing but its checkpoint is left.
+    shutil.copytree(folder / "whole" / "2", folder / "killed" / "2")
+    resumed, _, _ = load(folder / "preset")
+    again = train(resumed, folder / "killed")
+    np.testing.assert_array_equal(again, losses[2:])
+    check_shards(resumed, chosen.layout)
+    trained = values(model)
+    for name, value in values(resumed).items():
+        np.testing.assert_array_equal(value, trained[name], name)
+
+    # Saved from shards, and read back onto them.
+    model.save_adapter(folder / "trained")
+    model.save_to_preset(folder / "saved")
+    saved = PaliGemmaCausalLM.from_preset(folder / "saved", form="stacked")
+    other, _, _ = load(folder / "preset", folder / "trained")
+    for one in (saved, other):
+        one.optimizer.build(one.trainable_variables)
+        check_shards(one, chosen.layout)
+        for name, value in values(one).items():
+            np.testing.assert_array_equal(value, trained[name], name)
+    np.save(folder / "losses.npy", losses)
+    print(f"{difference:.1e}", "bytes of the fullest", most, "of", whole)
+    print("same everywhere")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
