@@ -166,9 +166,7 @@ def _signatures(backbone, tokenizer, preprocessor, separator):
     return {"serving_default": serve, "generate": generate, "score": score}
 
 
-def answer_tokens(
-    backbone, inputs, stop, max_new_tokens, temperature, done_B
-):
+def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):
     """Prefill once, then one token a row and step, until all rows are done.
 
     Args:
