@@ -73,7 +73,10 @@ def answers(folder, model, batch, scored, tmp_path_factory):
     options = {"max_new_tokens": np.int32(12), "temperature": np.float32(0)}
     good = batch["images"][0]
     mixed = [(good, "caption en", "")] * 2
-    mixed[1:1] = [(image or good, text, e) for image, text, e in BAD.values()]
+    mixed[1:1] = [
+        (good if image is None else image, text, error)
+        for image, text, error in BAD.values()
+    ]
     images, prompts, _ = map(list, zip(*mixed, strict=True))
     begun = model.preprocessor.generate_preprocess(
         {key: value[-3:] for key, value in batch.items()}
