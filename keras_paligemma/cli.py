@@ -1,4 +1,4 @@
-"""The command line: `keras-paligemma inspect | convert | finetune | plan`."""
+"""The command line: `keras-paligemma inspect | convert | finetune | …`."""
 
 import contextlib
 import math
@@ -17,6 +17,7 @@ from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.float_views import float_views
 from keras_paligemma.checkpoints.held import hold
 from keras_paligemma.checkpoints.safetensors_files import Headers
+from keras_paligemma.export.command import export
 from keras_paligemma.known_files import read_checked
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(export)
 
 Source = Annotated[
     str,

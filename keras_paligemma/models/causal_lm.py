@@ -393,6 +393,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         """
         return files.load_task(cls, preset, load_weights, dtype, kwargs)
 
+    export = exports.export_to_serve
     save_to_preset = exports.save_to_preset
     export_to_transformers = exports.export_to_transformers
     export_to_keras_hub = exports.export_to_keras_hub

@@ -1,5 +1,6 @@
 """Weights and configuration written in any format."""
 
+import importlib
 from pathlib import Path
 
 import ml_dtypes
@@ -96,6 +97,18 @@ def export_to_big_vision(model, path, dtype=None, piece_size=None):
     """
     options = {"dtype": dtype, "piece_size": piece_size}
     export(path, "big_vision", model.backbone, **options)
+
+
+def export_to_serve(model, filepath, format="savedmodel"):
+    """Write what TensorFlow serves without this package; see `export`.
+
+    Args:
+        filepath: str or path of a folder that is new or empty.
+        format: "savedmodel".
+    """
+    # By name: that package stands above the models.
+    above = importlib.import_module("keras_paligemma.export")
+    above.export(model, filepath, format)
 
 
 def _fields(preprocessor):

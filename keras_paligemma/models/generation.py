@@ -9,25 +9,23 @@ from keras_paligemma.layers.attention import token_positions
 from keras_paligemma.models.backbone import full_masks
 
 
-def generate_tokens(backbone, sampler, inputs, stop_token_ids, model):
-    """Continue a batch of prompts by a sampler of KerasHub.
+def prefill(backbone, inputs, responses):
+    """Run the prompts once, and give what goes on from there.
 
     Prompts are aligned to the right, so every row writes the cache at the
     same index; rotary positions and masks stay each row's own.
 
     Args:
         backbone: `PaliGemmaBackbone`.
-        sampler: `keras_hub.samplers.Sampler`.
-        inputs: dict of `images` (or `image_embeddings`, or neither),
-            `token_ids` and `padding_mask` (B, P) of the prompts, and
-            `response_ids` and `response_mask` (B, R): what the answers begin
-            with, and True where they do.
-        stop_token_ids: tuple of ints or `None`; decoding ends when every row
-            has produced one of them.
-        model: Keras model whose variables the sampler's loop carries.
+        inputs: dict as `generate_tokens` takes it.
+        responses: int, the longest response, in tokens.
 
     Returns:
-        Int tensor (B, R): the responses.
+        hidden_BTD: tensor, of image tokens and prompt.
+        cache: nest of arrays whose first axis is the batch.
+        following: function of a token (B, 1), the cache and the number of
+            that token in the response, from 1; gives the logits (B, V) of the
+            next one, hidden states (B, D) and the cache.
     """
     embeddings_BTD = backbone.embed(inputs)
     tokens = embeddings_BTD.shape[1]
@@ -38,7 +36,6 @@ def generate_tokens(backbone, sampler, inputs, stop_token_ids, model):
     }
     valid_BT, response_BT = full_masks(prompt, tokens - prompt_ids.shape[1])
     decoder = backbone.text_decoder
-    responses = inputs["response_ids"].shape[1]
     # The last response token is never fed back.
     layers = decoder.make_cache(
         ops.shape(prompt_ids)[0], tokens + responses - 1
@@ -56,15 +53,8 @@ def generate_tokens(backbone, sampler, inputs, stop_token_ids, model):
     )
     # The sampler's cache repeats with its beams, so all that has a row goes in.
     cache = {"layers": layers, "valid": valid_BT, "positions": positions_BT}
-    # Slot 0 holds the last prompt token, slot j is cached at tokens - 1 + j.
-    ids = ops.concatenate([prompt_ids[:, -1:], inputs["response_ids"]], axis=1)
-    begun = ops.cast(inputs["response_mask"], "bool")
-    begun = ops.concatenate([ops.ones_like(begun[:, :1]), begun], axis=1)
 
-    def following(ids, cache, index):
-        """Give logits for slot `index` from the token before it."""
-        step = index - 1
-        token_B1 = ops.take(ids, ops.reshape(step, (1,)), axis=1)
+    def following(token_B1, cache, step):
         later_R = ops.arange(1, responses, dtype="int32")
         seen_R = ops.cast(later_R <= step, "bool")
         seen_BR = ops.logical_and(
@@ -85,6 +75,39 @@ def generate_tokens(backbone, sampler, inputs, stop_token_ids, model):
         )
         hidden_BD = hidden_B1D[:, 0]
         return backbone.logits(hidden_BD), hidden_BD, cache | {"layers": layers}
+
+    return hidden_BTD, cache, following
+
+
+def generate_tokens(backbone, sampler, inputs, stop_token_ids, model):
+    """Continue a batch of prompts by a sampler of KerasHub.
+
+    Args:
+        backbone: `PaliGemmaBackbone`.
+        sampler: `keras_hub.samplers.Sampler`.
+        inputs: dict of `images` (or `image_embeddings`, or neither),
+            `token_ids` and `padding_mask` (B, P) of the prompts, and
+            `response_ids` and `response_mask` (B, R): what the answers begin
+            with, and True where they do.
+        stop_token_ids: tuple of ints or `None`; decoding ends when every row
+            has produced one of them.
+        model: Keras model whose variables the sampler's loop carries.
+
+    Returns:
+        Int tensor (B, R): the responses.
+    """
+    prompt_ids = inputs["token_ids"]
+    responses = inputs["response_ids"].shape[1]
+    hidden_BTD, cache, step = prefill(backbone, inputs, responses)
+    # Slot 0 holds the last prompt token, slot j is cached at tokens - 1 + j.
+    ids = ops.concatenate([prompt_ids[:, -1:], inputs["response_ids"]], axis=1)
+    begun = ops.cast(inputs["response_mask"], "bool")
+    begun = ops.concatenate([ops.ones_like(begun[:, :1]), begun], axis=1)
+
+    def following(ids, cache, index):
+        """Give logits for slot `index` from the token before it."""
+        token_B1 = ops.take(ids, ops.reshape(index - 1, (1,)), axis=1)
+        return step(token_B1, cache, index - 1)
 
     index = 1
     if type(sampler).__call__ is keras_hub.samplers.Sampler.__call__:

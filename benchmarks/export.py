@@ -1,0 +1,157 @@
+"""What an export costs and what it serves: `python -m benchmarks.export`.
+
+Time, size and peak memory of an export, then the time of an answer: the
+SavedModel in a process of TensorFlow beside `generate` here. Answers are made
+to their full length with the same picture and prompt, the first call apart,
+the median of several. `--large` takes a random model of 3b's widths with few
+layers, 2.4 GB in float32, in place of the nano preset.
+
+The peak is the most resident memory of this process and of its children, read
+from /proc ten times a second: both hold weights while another backend than
+TensorFlow exports. Pages of mapped files count in it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+ROOT = Path(__file__).parents[1]
+PICTURE = ROOT / "examples" / "pictures" / "scene_0.png"
+TOKENIZER = ROOT / "presets" / "pali_gemma2_nano_112" / "tokenizer.model"
+PROMPT = "caption en"
+VISION = {"num_layers": 1}
+# 3b's widths; the vocabulary is that of the tokenizer that comes with us.
+TEXT = {
+    "vocabulary_size": 2048,
+    "num_layers": 8,
+    "hidden_dim": 2304,
+    "intermediate_dim": 9216,
+    "num_query_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attention_scalar": 256,
+}
+RUNS = 7
+NEW = 16
+
+
+def model(large):
+    """Load the nano preset, or make a random model of large layers."""
+    from keras_paligemma import PaliGemmaBackbone
+    from keras_paligemma import PaliGemmaCausalLM
+    from keras_paligemma import PaliGemmaCausalLMPreprocessor
+    from keras_paligemma import PaliGemmaImageConverter
+    from keras_paligemma import PaliGemmaTokenizer
+
+    if not large:
+        return PaliGemmaCausalLM.from_preset("pali_gemma2_nano_112")
+    preprocessor = PaliGemmaCausalLMPreprocessor(
+        PaliGemmaTokenizer(TOKENIZER),
+        PaliGemmaImageConverter(224),
+        prompt_length=32,
+        response_length=32,
+    )
+    backbone = PaliGemmaBackbone(224, VISION, TEXT, dtype="float32")
+    return PaliGemmaCausalLM(backbone, preprocessor)
+
+
+def resident(pid):
+    """Sum the resident bytes of a process and of its children."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        tasks = Path(f"/proc/{pid}/task").glob("*/children")
+        children = [one for task in tasks for one in task.read_text().split()]
+    except (OSError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(resident, children))
+
+
+def peak_of(function):
+    """Run a function; give its seconds and the peak of memory meanwhile."""
+    most, ended = [resident(os.getpid())], threading.Event()
+
+    def watch():
+        while not ended.wait(0.1):
+            most.append(resident(os.getpid()))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    began = time.perf_counter()
+    function()
+    seconds = time.perf_counter() - began
+    ended.set()
+    thread.join()
+    return seconds, max(most)
+
+
+def timed(answer):
+    """Give the seconds of the first call, and of the median of more."""
+    seconds = []
+    for _ in range(RUNS + 1):
+        began = time.perf_counter()
+        answer()
+        seconds.append(time.perf_counter() - began)
+    return {"first": seconds[0], "answer": statistics.median(seconds[1:])}
+
+
+def serve(folder):
+    """Answer by the SavedModel: the process of TensorFlow alone."""
+    import tensorflow as tf
+    import tensorflow_text  # noqa: F401  registers its operations
+
+    function = tf.saved_model.load(folder).signatures["serving_default"]
+    inputs = {
+        "images": tf.constant([PICTURE.read_bytes()]),
+        "prompts": tf.constant([PROMPT]),
+        "max_new_tokens": tf.constant(NEW),
+        "temperature": tf.constant(0.0),
+    }
+    ids = function(**inputs)["token_ids"].numpy()
+    result = timed(lambda: function(**inputs)["text"].numpy())
+    return result | {"tokens": int((ids != 0).sum())}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        print(json.dumps(serve(arguments.serve)))
+        return
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as home:
+        folder = Path(home) / "served"
+        ours = model(arguments.large)
+        weights = sum(one.value.nbytes for one in ours.backbone.variables)
+        seconds, peak = peak_of(lambda: ours.export(folder))
+        size = sum(one.stat().st_size for one in folder.rglob("*"))
+        inputs = {"images": [str(PICTURE)], "prompts": [PROMPT]}
+        here = timed(lambda: ours.generate(inputs, max_new_tokens=NEW))
+        run = [sys.executable, "-m", "benchmarks.export", "--serve", folder]
+        served = subprocess.run(
+            run,
+            env=os.environ | {"KERAS_BACKEND": "tensorflow"},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        served = json.loads(served.stdout.splitlines()[-1])
+    print(f"weights {weights / 1e9:.3f} GB, {served['tokens']} tokens")
+    print(f"export {seconds:.1f} s, peak {peak / weights:.2f} × the weights")
+    print(f"size {size / weights:.3f} × the weights")
+    print(f"generate {here['answer']:.3f} s, first {here['first']:.1f} s")
+    print(f"served {served['answer']:.3f} s, first {served['first']:.1f} s")
+    print(f"served / generate {served['answer'] / here['answer']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""Models as files that other programs serve.
+
+Names are loaded on first use.
+"""
+
+from keras_paligemma.lazy import attach
+
+_HOME = {"export": "savedmodel"}
+
+__all__ = list(_HOME)
+__getattr__, __dir__ = attach(__name__, _HOME)

@@ -1,0 +1,49 @@
+"""`keras-paligemma export`: a checkpoint as files that others serve."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    source: Annotated[
+        str, typer.Argument(help="As the other commands take it")
+    ],
+    target: Annotated[Path, typer.Argument(help="Folder that is new or empty")],
+    format: Annotated[str, typer.Option(help="savedmodel")] = "savedmodel",
+    dtype: Annotated[
+        str | None, typer.Option(help="The source's if none")
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8 | int4")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a LoRA adapter")
+    ] = None,
+    prompt_length: Annotated[
+        int | None, typer.Option(help="Most tokens of a prompt")
+    ] = None,
+    response_length: Annotated[
+        int | None, typer.Option(help="Most tokens of an answer")
+    ] = None,
+) -> None:
+    """Write what TensorFlow serves: pictures and prompts in, text out."""
+    # It is TensorFlow's graph that is written, so its backend reads.
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    from keras_paligemma.export import savedmodel
+
+    savedmodel.check(target, format)
+    from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
+
+    options = {
+        "dtype": dtype,
+        "quantize": quantize,
+        "prompt_length": prompt_length,
+        "response_length": response_length,
+    }
+    options = {key: value for key, value in options.items() if value}
+    model = PaliGemmaCausalLM.from_preset(source, compile=False, **options)
+    if adapter is not None:
+        model.load_adapter(adapter)
+    savedmodel.export(model, target, format)
+    typer.echo(f"{target}: {model.count_params():,} parameters as {format}")

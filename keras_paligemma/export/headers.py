@@ -1,0 +1,200 @@
+"""What a file says of its picture before it is decoded, in a graph.
+
+Files are uint8 tensors of their bytes with zeros behind, so that reading a
+header never leaves a file that ends early.
+"""
+
+import tensorflow as tf
+
+JPEG, PNG, GIF, WEBP, UNKNOWN = range(5)
+# A file of more chunks is read as if it ended there.
+MOST_CHUNKS = 1000
+ROOM = 64
+
+
+def open_bytes(content):
+    """Give the bytes of a string tensor, and zeros behind: uint8."""
+    return tf.pad(tf.io.decode_raw(content, tf.uint8), [[0, ROOM]])
+
+
+def kind_of(data):
+    """Tell the format by its first bytes: an int32 of the five above."""
+    kinds = [
+        (JPEG, starts(data, 0, b"\xff\xd8\xff")),
+        (PNG, starts(data, 0, b"\x89PNG\r\n\x1a\n")),
+        (GIF, starts(data, 0, b"GIF87a") | starts(data, 0, b"GIF89a")),
+        (WEBP, starts(data, 0, b"RIFF") & starts(data, 8, b"WEBP")),
+    ]
+    found = tf.constant(UNKNOWN)
+    for kind, is_kind in kinds:
+        found = tf.where(is_kind, kind, found)
+    return found
+
+
+def size_of(kind, content, data):
+    """Read height and width, in pixels, from a header.
+
+    Args:
+        kind: int32 tensor, not `UNKNOWN`.
+        content: string tensor, the file.
+        data: its bytes.
+
+    Returns:
+        int64 tensors, height and width; 0 where there is no header.
+    """
+
+    def jpeg():
+        height, width, _ = tf.unstack(
+            tf.image.extract_jpeg_shape(content, tf.int64)
+        )
+        return height, width
+
+    def png():
+        return integer(data, 20, 4, big=True), integer(data, 16, 4, big=True)
+
+    def gif():
+        return integer(data, 8, 2), integer(data, 6, 2)
+
+    def webp():
+        start = webp_frame(data)
+        lossless = starts(data, start, b"VP8L")
+        bits = integer(data, start + 9, 4)
+        mask = tf.constant(0x3FFF, tf.int64)
+        width = tf.where(
+            lossless, bits & mask, integer(data, start + 14, 2) & mask
+        )
+        height = tf.where(
+            lossless,
+            tf.bitwise.right_shift(bits, 14) & mask,
+            integer(data, start + 16, 2) & mask,
+        )
+        more = tf.cast(lossless, tf.int64)
+        is_there = tf.cast(start > 0, tf.int64)
+        return (height + more) * is_there, (width + more) * is_there
+
+    return tf.switch_case(kind, [jpeg, png, gif, webp])
+
+
+def webp_frame(data):
+    """Find the chunk of a WebP's first frame; 0 where there is none.
+
+    Of an animation it lies inside of the first ANMF.
+    """
+
+    def found(at):
+        return starts(data, at, b"VP8 ") | starts(data, at, b"VP8L")
+
+    def following(at):
+        # Behind the head of a chunk that holds others, or behind all of one.
+        inside = tf.constant(24, tf.int64)
+        moves = starts(data, at, b"ANMF")
+        return at + tf.where(moves, inside, _riff_size(data, at))
+
+    return _walk(data, 12, found, following)
+
+
+def orientation_of(kind, data):
+    """Read the orientation of EXIF, 1 to 8; 1 where the file has none."""
+
+    def jpeg():
+        def found(at):
+            return starts(data, at, b"\xff\xe1") & starts(
+                data, at + 4, b"Exif\0\0"
+            )
+
+        def following(at):
+            # The scan begins: what follows are no segments.
+            ended = ~starts(data, at, b"\xff") | starts(data, at, b"\xff\xda")
+            step = 2 + tf.maximum(integer(data, at + 2, 2, big=True), 2)
+            return tf.where(ended, tf.size(data, tf.int64), at + step)
+
+        return _walk(data, 2, found, following) + 10
+
+    def png():
+        def found(at):
+            return starts(data, at + 4, b"eXIf")
+
+        def following(at):
+            return at + 12 + integer(data, at, 4, big=True)
+
+        return _walk(data, 8, found, following) + 8
+
+    def gif():
+        return tf.constant(0, tf.int64)
+
+    def webp():
+        at = _walk(
+            data,
+            12,
+            lambda at: starts(data, at, b"EXIF"),
+            lambda at: at + _riff_size(data, at),
+        )
+        has_prefix = starts(data, at + 8, b"Exif\0\0")
+        return at + 8 + 6 * tf.cast(has_prefix, tf.int64)
+
+    return _orientation(data, tf.switch_case(kind, [jpeg, png, gif, webp]))
+
+
+def _orientation(data, start):
+    """Read the orientation from a block of TIFF; 1 where it is none."""
+    little = starts(data, start, b"II*\0")
+    valid = little | starts(data, start, b"MM\0*")
+
+    def number(at, count):
+        return tf.where(
+            little,
+            integer(data, at, count),
+            integer(data, at, count, big=True),
+        )
+
+    table = start + number(start + 4, 4)
+    count = number(table, 2)
+
+    def found(at):
+        # A SHORT: two bytes at the head of the value, in either order.
+        return (number(at, 2) == 0x0112) & (number(at + 2, 2) == 3)
+
+    at = _walk(data, table + 2, found, lambda at: at + 12, count)
+    value = number(at + 8, 2)
+    valid &= (at > 0) & (value >= 1) & (value <= 8)
+    return tf.where(valid, value, tf.constant(1, tf.int64))
+
+
+def starts(data, at, expected):
+    """Say whether bytes stand at a place: a bool tensor."""
+    return tf.reduce_all(_bytes(data, at, len(expected)) == list(expected))
+
+
+def integer(data, at, count, big=False):
+    """Read an unsigned integer of some bytes: an int64 tensor."""
+    powers = [256**power for power in range(count)]
+    weights = tf.constant(powers[::-1] if big else powers, tf.int64)
+    digits = tf.cast(_bytes(data, at, count), tf.int64)
+    return tf.reduce_sum(digits * weights)
+
+
+def _bytes(data, at, count):
+    last = tf.size(data, tf.int64) - count
+    at = tf.clip_by_value(tf.cast(at, tf.int64), 0, last)
+    return tf.slice(data, [at], [count])
+
+
+def _riff_size(data, at):
+    size = integer(data, at + 4, 4)
+    return 8 + size + size % 2
+
+
+def _walk(data, start, found, following, count=MOST_CHUNKS):
+    """Go from chunk to chunk until one is found: its place, or 0."""
+    end = tf.size(data, tf.int64) - ROOM
+    count = tf.minimum(tf.cast(count, tf.int64), MOST_CHUNKS)
+
+    def go_on(at, number):
+        return (at < end) & (number < count) & ~found(at)
+
+    def step(at, number):
+        return following(at), number + 1
+
+    start = tf.cast(start, tf.int64)
+    at, number = tf.while_loop(go_on, step, (start, tf.constant(0, tf.int64)))
+    return at * tf.cast((at < end) & (number < count), tf.int64)

@@ -1,0 +1,61 @@
+"""Prompts to rows of tokens, in a graph, as the preprocessor lays them out."""
+
+import tensorflow as tf
+
+NOT_UTF8 = (
+    "The prompt holds bytes that are not UTF-8. Expected: text in UTF-8. "
+    "Received: something else. Encode it as UTF-8."
+)
+
+
+def read_prompts(tokenizer, prompts, start, separator, length, on_long):
+    """Tokenize prompts and align them to the right.
+
+    Args:
+        tokenizer: `tensorflow_text.SentencepieceTokenizer`.
+        prompts: string tensor (N,).
+        start: int, the id that goes first.
+        separator: list of ints that go last.
+        length: int, tokens of the prompt part, P.
+        on_long: "error" or "truncate", as the preprocessor takes it.
+
+    Returns:
+        int32 tensor (N, P) of ids, 0 where there is none; bool tensor (N, P),
+        True on tokens; string tensor (N,): what is wrong, "" where nothing is.
+        A row that is wrong has the tokens of an empty prompt.
+
+    Source: `preprocessing.layout.fit_prompts` and `pack`.
+    """
+    valid = tf.strings.unicode_transcode(prompts, "UTF-8", "UTF-8") == prompts
+    texts = tf.where(valid, prompts, "")
+    texts = tf.strings.regex_replace(texts, r"\n\z", "", replace_global=False)
+    rows = tokenizer.tokenize(texts)
+    room = length - 1 - len(separator)
+    needed = rows.row_lengths() + 1 + len(separator)
+    errors = tf.where(valid, "", NOT_UTF8)
+    if on_long == "error":
+        long = needed > length
+        told = tf.strings.join(
+            [
+                f"The prompt does not fit. Expected: at most {length} tokens, "
+                "start and separator included. Received: ",
+                tf.as_string(needed),
+                ". Shorten it.",
+            ]
+        )
+        errors = tf.where(long & valid, told, errors)
+    count = tf.minimum(rows.row_lengths(), room)
+    count = tf.cast(tf.where(errors == "", count, 0), tf.int32)
+    # Row and column of the text; what lies outside of it is put in below.
+    ids = rows.to_tensor(shape=(None, room))
+    first = room - count[:, None]
+    column = tf.range(room)[None] - first
+    ids = tf.gather(ids, tf.maximum(column, 0), batch_dims=1)
+    ids = tf.where(column >= 0, ids, 0)
+    ids = tf.where(column == -1, start, ids)
+    begin = tf.where(first == 0, start, 0)
+    ends = tf.ones_like(first) * tf.constant([separator])
+    ids = tf.concat([begin, ids, ends], 1)
+    padding = tf.range(length)[None] >= first
+    ids = tf.ensure_shape(tf.cast(ids, tf.int32), (None, length))
+    return ids, tf.ensure_shape(padding, (None, length)), errors

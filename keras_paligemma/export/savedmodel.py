@@ -1,0 +1,136 @@
+"""A model as a SavedModel of TensorFlow: pictures and prompts in, text out."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from keras_paligemma.atomic import refuse_in_use
+from keras_paligemma.atomic import whole_folder
+
+ENTRY = "saved_model.pb"
+FORMATS = ("savedmodel", "tf_saved_model")
+
+
+def export(model, filepath, format="savedmodel"):
+    """Write a model as a folder that TensorFlow serves.
+
+    Its signatures read no Python: "serving_default" takes `images`, the bytes
+    of JPEG, PNG, WebP or GIF, and `prompts`, and gives `text`, `token_ids`,
+    `log_probabilities` and `error`, one of each a row; "generate" takes the
+    preprocessor's arrays and gives ids; "score" takes them with a response,
+    and gives the logarithms of its probabilities and the hidden states.
+    `max_new_tokens` and `temperature` have defaults, the preprocessor's
+    `response_length` and 0. Whoever loads it imports `tensorflow_text` first.
+
+    Weights are stored once, as they are: floats or few bits, adapters beside
+    them or merged. On a backend other than TensorFlow the model is written as
+    a preset beside the target, and a process of TensorFlow exports that.
+
+    Args:
+        model: `PaliGemmaCausalLM` with a preprocessor.
+        filepath: str or path of a folder that is new or empty.
+        format: "savedmodel".
+
+    Raises:
+        ValueError: another format, no preprocessor, a folder in use.
+        ImportError: TensorFlow or tensorflow-text are not installed.
+        RuntimeError: the process of TensorFlow stopped; with what it said.
+
+    Example:
+
+    ```python
+    model.export("served")
+
+    import tensorflow as tf, tensorflow_text
+    served = tf.saved_model.load("served")
+    answer = served.signatures["serving_default"](
+        images=tf.constant([open("cat.jpg", "rb").read()]),
+        prompts=tf.constant(["caption en"]),
+        max_new_tokens=tf.constant(20),
+        temperature=tf.constant(0.0),
+    )
+    ```
+    """
+    check(filepath, format)
+    if model.preprocessor is None or model.preprocessor.image_converter is None:
+        raise ValueError(
+            "Pictures and prompts are read by the preprocessor. Received: a "
+            "model without one, or without its image converter. Expected: "
+            "one, as `from_preset` makes it."
+        )
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        write(model, filepath)
+        return
+    target = Path(filepath).expanduser().resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target: the usual place may be a memory.
+    with tempfile.TemporaryDirectory(
+        prefix=f".{target.name}.preset-", dir=target.parent
+    ) as folder:
+        model.save_to_preset(folder)
+        _write_elsewhere(folder, target)
+
+
+def check(filepath, format="savedmodel"):
+    """Refuse what cannot be exported, before a model is read."""
+    if format not in FORMATS:
+        raise ValueError(
+            f"Unknown format. Received: {format!r}. Expected: {FORMATS[0]!r}."
+        )
+    for package in ("tensorflow", "tensorflow_text"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"An export needs {package}, which is not installed. Run: pip "
+                "install 'keras_paligemma[export]'."
+            )
+    refuse_in_use(filepath)
+
+
+def write(model, folder):
+    """Write a model of the TensorFlow backend; see `export`."""
+    import tensorflow as tf
+
+    from keras_paligemma.export.signatures import Answering
+
+    module = Answering(model)
+    with whole_folder(folder, ENTRY) as draft:
+        tf.saved_model.save(module, str(draft), module.functions)
+
+
+def _write_elsewhere(preset, target):
+    """Export a preset in a process of its own, whose backend is TensorFlow."""
+    package = Path(__file__).parents[2]
+    paths = [str(package), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "KERAS_BACKEND": "tensorflow",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        # The accelerator belongs to the process that has the model.
+        "CUDA_VISIBLE_DEVICES": "-1",
+    }
+    told = subprocess.run(
+        [sys.executable, "-m", __name__, preset, str(target)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if told.returncode:
+        raise RuntimeError(
+            "The model was not exported. The process of TensorFlow ended with "
+            f"{told.returncode} and said: {told.stderr[-2000:].strip()}"
+        )
+
+
+def main(preset, folder):
+    """Read a preset and export it: the process that has TensorFlow."""
+    from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
+
+    write(PaliGemmaCausalLM.from_preset(preset, compile=False), folder)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,256 @@
+"""What a SavedModel answers: the functions of its three signatures."""
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_text
+
+from keras_paligemma.export.pictures import read_pictures
+from keras_paligemma.export.prompts import read_prompts
+from keras_paligemma.models.generation import prefill
+
+
+class Answering(tf.Module):
+    """A model as functions of TensorFlow alone, and what they read.
+
+    Args:
+        model: `PaliGemmaCausalLM` with a preprocessor, of the TensorFlow
+            backend. The preprocessor's lengths are those of the functions.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        preprocessor = model.preprocessor
+        tokenizer = preprocessor.tokenizer
+        backbone = model.backbone
+        # Keras's own objects stay out: a graph needs no more than variables.
+        self.weights = [variable.value for variable in backbone.variables]
+        self.tokenizer = tensorflow_text.SentencepieceTokenizer(tokenizer.proto)
+        self.functions = _signatures(
+            backbone,
+            self.tokenizer,
+            preprocessor,
+            np.array(tokenizer.tokenize("\n")).tolist(),
+        )
+
+
+def _signatures(backbone, tokenizer, preprocessor, separator):
+    """Make the functions by the names that servers call them."""
+    size = preprocessor.image_converter.image_size
+    rule = preprocessor.image_converter.resize
+    prompt = preprocessor.prompt_length
+    longest = preprocessor.response_length
+    start = preprocessor.tokenizer.start_token_id
+    stop = preprocessor.tokenizer.end_token_id
+    options = {
+        "max_new_tokens": tf.TensorSpec([], tf.int32, "max_new_tokens"),
+        "temperature": tf.TensorSpec([], tf.float32, "temperature"),
+    }
+    arrays = {
+        "images": tf.TensorSpec([None, *size, 3], tf.float32, "images"),
+        **{
+            name: tf.TensorSpec([None, prompt + longest], dtype, name)
+            for name, dtype in (
+                ("token_ids", tf.int32),
+                ("padding_mask", tf.bool),
+                ("response_mask", tf.bool),
+            )
+        },
+    }
+    defaults = tf.constant(longest), tf.constant(0.0)
+
+    # Traced once for the two signatures that call it.
+    @tf.function
+    def answer(inputs, max_new_tokens, temperature, done_B):
+        return answer_tokens(
+            backbone, inputs, stop, max_new_tokens, temperature, done_B
+        )
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None], tf.string, "images"),
+            tf.TensorSpec([None], tf.string, "prompts"),
+            *options.values(),
+        ]
+    )
+    def serve(
+        images, prompts, max_new_tokens=defaults[0], temperature=defaults[1]
+    ):
+        same = tf.debugging.assert_equal(
+            tf.size(images),
+            tf.size(prompts),
+            "Images and prompts do not match. Expected: one prompt a picture.",
+        )
+        with tf.control_dependencies([same]):
+            images = tf.identity(images)
+        pixels, image_errors = read_pictures(images, size, rule)
+        ids, padding, prompt_errors = read_prompts(
+            tokenizer,
+            prompts,
+            start,
+            separator,
+            prompt,
+            preprocessor.on_long_prompt,
+        )
+        errors = _first(
+            _option_error(max_new_tokens, temperature, longest),
+            image_errors,
+            prompt_errors,
+        )
+        rows = tf.shape(ids)[0]
+        inputs = {
+            "images": pixels,
+            "token_ids": ids,
+            "padding_mask": padding,
+            "response_ids": tf.zeros((rows, longest), tf.int32),
+            "response_mask": tf.zeros((rows, longest), tf.bool),
+        }
+        good = errors == ""
+        ids, log_probabilities = answer(
+            inputs, max_new_tokens, temperature, ~good
+        )
+        kept = tf.ragged.boolean_mask(ids, (ids != stop) & (ids != 0))
+        return {
+            "text": tf.where(good, tokenizer.detokenize(kept), ""),
+            "log_probabilities": log_probabilities,
+            "token_ids": ids,
+            "error": errors,
+        }
+
+    @tf.function(input_signature=[*arrays.values(), *options.values()])
+    def generate(
+        images,
+        token_ids,
+        padding_mask,
+        response_mask,
+        max_new_tokens=defaults[0],
+        temperature=defaults[1],
+    ):
+        inputs = {
+            "images": images,
+            "token_ids": token_ids[:, :prompt],
+            "padding_mask": padding_mask[:, :prompt],
+            "response_ids": token_ids[:, prompt:],
+            "response_mask": response_mask[:, prompt:],
+        }
+        check = tf.debugging.assert_equal(
+            _option_error(max_new_tokens, temperature, longest), ""
+        )
+        with tf.control_dependencies([check]):
+            done = tf.zeros_like(token_ids[:, 0], tf.bool)
+        ids, log_probabilities = answer(
+            inputs, max_new_tokens, temperature, done
+        )
+        return {"token_ids": ids, "log_probabilities": log_probabilities}
+
+    @tf.function(input_signature=list(arrays.values()))
+    def score(images, token_ids, padding_mask, response_mask):
+        hidden_BLD = backbone(
+            {
+                "images": images,
+                "token_ids": token_ids,
+                "padding_mask": padding_mask,
+                "response_mask": response_mask,
+            }
+        )
+        logits_BRV = backbone.logits(hidden_BLD[:, -longest - 1 : -1])
+        each_BR = -tf.nn.sparse_softmax_cross_entropy_with_logits(
+            token_ids[:, prompt:], logits_BRV
+        )
+        each_BR = tf.where(response_mask[:, prompt:], each_BR, 0.0)
+        return {
+            "log_probabilities": each_BR,
+            "log_likelihood": tf.reduce_sum(each_BR, 1),
+            "hidden_states": hidden_BLD,
+        }
+
+    return {"serving_default": serve, "generate": generate, "score": score}
+
+
+def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):
+    """Prefill once, then one token a row and step, until all rows are done.
+
+    Args:
+        backbone: `PaliGemmaBackbone`.
+        inputs: dict as `models.generation.generate_tokens` takes it.
+        stop: int, the id that ends an answer.
+        max_new_tokens: int32 tensor.
+        temperature: float32 tensor; 0 takes the likeliest token.
+        done_B: bool tensor, True on rows that nobody waits for.
+
+    Returns:
+        int32 ids (B, max_new_tokens), 0 after the stop; and of each token the
+        logarithm of its probability at temperature 1, 0 where a token was
+        given or there is none.
+    """
+    given_BR = inputs["response_ids"]
+    begun_BR = inputs["response_mask"]
+    longest = given_BR.shape[1]
+    hidden_BTD, cache, following = prefill(backbone, inputs, longest)
+
+    def choose(index, logits_BV, state):
+        ids_BR, each_BR, done_B = state
+        token_B = tf.cond(
+            temperature > 0,
+            lambda: tf.random.categorical(
+                logits_BV / tf.maximum(temperature, 1e-6), 1, tf.int32
+            )[:, 0],
+            lambda: tf.argmax(logits_BV, -1, tf.int32),
+        )
+        begun_B = begun_BR[:, index]
+        token_B = tf.where(begun_B, given_BR[:, index], token_B)
+        token_B = tf.where(done_B, 0, token_B)
+        each_B = -tf.nn.sparse_softmax_cross_entropy_with_logits(
+            token_B, logits_BV
+        )
+        each_B = tf.where(begun_B | done_B, 0.0, each_B)
+        here_R = tf.range(longest) == index
+        ids_BR = tf.where(here_R, token_B[:, None], ids_BR)
+        each_BR = tf.where(here_R, each_B[:, None], each_BR)
+        done_B |= (token_B == stop) & ~begun_B
+        return ids_BR, each_BR, done_B
+
+    def go_on(index, cache, state):
+        return (index < max_new_tokens) & ~tf.reduce_all(state[2])
+
+    def step(index, cache, state):
+        token_B1 = state[0][:, index - 1, None]
+        logits_BV, _, cache = following(token_B1, cache, index)
+        return index + 1, cache, choose(index, logits_BV, state)
+
+    zeros_BR = tf.zeros_like(given_BR)
+    state = (zeros_BR, tf.cast(zeros_BR, tf.float32), done_B)
+    state = choose(0, backbone.logits(hidden_BTD[:, -1]), state)
+    _, _, state = tf.while_loop(go_on, step, (1, cache, state))
+    width = tf.clip_by_value(max_new_tokens, 0, longest)
+    return state[0][:, :width], state[1][:, :width]
+
+
+def _option_error(max_new_tokens, temperature, longest):
+    """Say what is wrong with a request's options: a string tensor."""
+    count = tf.strings.join(
+        [
+            f"`max_new_tokens` is out of range. Expected: 1 to {longest}, what "
+            "the model was exported for. Received: ",
+            tf.as_string(max_new_tokens),
+            ".",
+        ]
+    )
+    heat = tf.strings.join(
+        [
+            "`temperature` is out of range. Expected: 0, which takes the "
+            "likeliest token, or more. Received: ",
+            tf.as_string(temperature),
+            ".",
+        ]
+    )
+    is_count = (max_new_tokens >= 1) & (max_new_tokens <= longest)
+    is_heat = (temperature >= 0) & tf.math.is_finite(temperature)
+    return tf.where(is_count, tf.where(is_heat, "", heat), count)
+
+
+def _first(*errors):
+    """Take of several errors the first that is one."""
+    *before, error = errors
+    for other in reversed(before):
+        error = tf.where(other == "", error, other)
+    return error

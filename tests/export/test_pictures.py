@@ -1,0 +1,96 @@
+"""Pixels of the graph beside those of Python."""
+
+import numpy as np
+import pytest
+
+from keras_paligemma import PaliGemmaImageConverter
+from tests.export.conftest import bomb
+from tests.export.conftest import pictures
+
+tf = pytest.importorskip("tensorflow")
+
+
+@pytest.fixture(scope="module")
+def read():
+    """Function of files and a rule: arrays and errors."""
+    from keras_paligemma.export.pictures import read_pictures
+
+    compiled = {
+        rule: tf.function(
+            lambda files, rule=rule: read_pictures(files, (40, 40), rule),
+            input_signature=[tf.TensorSpec([None], tf.string)],
+        )
+        for rule in ("bilinear", "bilinear_antialias", "bicubic")
+    }
+
+    def run(files, rule="bilinear"):
+        pixels, errors = compiled[rule](tf.constant(files, tf.string))
+        return pixels.numpy(), [one.decode() for one in errors.numpy()]
+
+    return run
+
+
+@pytest.mark.parametrize("rule", ["bilinear", "bilinear_antialias", "bicubic"])
+def test_pixels_are_pythons(read, rule):
+    files = pictures()
+    pixels, errors = read(list(files.values()), rule)
+    assert errors == [""] * len(files)
+    wanted = PaliGemmaImageConverter(40, resize=rule)(list(files.values()))
+    worst = np.abs(pixels - wanted).max((1, 2, 3))
+    assert dict(zip(files, worst, strict=True)) == dict.fromkeys(files, 0)
+
+
+def test_turned_pictures_differ(read):
+    files = pictures()
+    pixels, _ = read([files[f"turned {n}"] for n in range(1, 9)])
+    assert len(np.unique(pixels.reshape(8, -1), axis=0)) == 8
+
+
+def test_bad_files_spoil_no_others(read):
+    files = pictures()
+    good = files["jpeg"]
+    bad = {
+        "": b"",
+        "text": b"caption en",
+        "bomb": bomb(),
+        "overflow": bomb(2**31 - 1, 2**31 - 1),
+        "blank": bomb(0, 0),
+        "cut": files["jpeg"][:-200],
+        "cut png": files["png"][:-90],
+        "cut webp": files["webp"][:60],
+        "head": files["webp"][:14],
+        "cut gif": files["gif"][:100],
+        "jpeg's head": b"\xff\xd8\xff\xe1\0\0",
+    }
+    pixels, errors = read([good, *bad.values(), good])
+    assert errors[0] == errors[-1] == ""
+    np.testing.assert_array_equal(pixels[0], pixels[-1])
+    assert not pixels[1:-1].any()
+    named = dict(zip(bad, errors[1:-1], strict=True))
+    assert all(named.values()), named
+    assert "not a picture" in named[""]
+    assert "not a picture" in named["text"]
+    assert "20000×20000" in named["bomb"]
+    assert "too large" in named["overflow"]
+    assert "damaged" in named["cut"]
+
+
+def test_no_pictures(read):
+    pixels, errors = read([])
+    assert pixels.shape == (0, 40, 40, 3)
+    assert errors == []
+
+
+def test_damaged_bytes_never_raise(read):
+    random = np.random.default_rng(0)
+    files = []
+    for content in pictures().values():
+        for _ in range(6):
+            damaged = bytearray(content)
+            for place in random.integers(0, len(content), 8):
+                damaged[place] = random.integers(256)
+            damaged = damaged[: random.integers(len(content) // 2, 10**4)]
+            files.append(bytes(damaged))
+    pixels, errors = read(files)
+    assert len(pixels) == len(errors) == len(files)
+    assert any(errors)

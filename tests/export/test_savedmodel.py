@@ -1,0 +1,230 @@
+"""The exported nano preset in a process without this package."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from keras_paligemma import PaliGemmaCausalLM
+from tests.conftest import PRESETS
+from tests.conftest import run
+from tests.export.conftest import bomb
+from tests.export.conftest import pictures
+
+pytest.importorskip("tensorflow_text")
+
+NANO = PRESETS / "pali_gemma2_nano_112"
+SCENES = Path(__file__).parents[2] / "examples" / "pictures"
+# Special pieces, unknown letters and blanks, as people write them.
+PROMPTS = (
+    "caption en",
+    "detect cat\n",
+    "",
+    "answer en what <loc0012><seg003> is <eos> this?",
+    "  zwei  Leerzeichen ",
+    "日本 🦉 é",
+)
+BAD = {
+    "text": (b"caption en", "caption en", "not a picture"),
+    "empty": (b"", "caption en", "not a picture"),
+    "bomb": (bomb(), "caption en", "20000×20000"),
+    "long": (None, "many words " * 40, "prompt does not fit"),
+    "latin": (None, b"caf\xe9", "not UTF-8"),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return PaliGemmaCausalLM.from_preset(NANO)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    home = tmp_path_factory.mktemp("export")
+    model.export(home / "served")
+    assert [one.name for one in home.iterdir()] == ["served"]
+    return home / "served"
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Pictures of every kind with prompts of every kind."""
+    files = list(pictures().values())
+    files += [(SCENES / f"scene_{n}.png").read_bytes() for n in range(3)]
+    prompts = [PROMPTS[n % len(PROMPTS)] for n in range(len(files))]
+    return {"images": files, "prompts": prompts}
+
+
+@pytest.fixture(scope="module")
+def scored(model, batch):
+    """The preprocessor's arrays of three answers."""
+    some = {key: value[-3:] for key, value in batch.items()}
+    return model.preprocessor(some | {"responses": ["a cat", "", "two dogs"]})
+
+
+@pytest.fixture(scope="module")
+def answers(folder, model, batch, scored, tmp_path_factory):
+    """What a process answers that has nothing but TensorFlow."""
+    options = {"max_new_tokens": np.int32(12), "temperature": np.float32(0)}
+    good = batch["images"][0]
+    mixed = [(good, "caption en", "")] * 2
+    mixed[1:1] = [
+        (good if image is None else image, text, error)
+        for image, text, error in BAD.values()
+    ]
+    images, prompts, _ = map(list, zip(*mixed, strict=True))
+    begun = model.preprocessor.generate_preprocess(
+        {key: value[-3:] for key, value in batch.items()}
+        | {"responses": ["a", "", "two"]}
+    )
+    requests = {
+        "good": ("serving_default", batch | options),
+        "mixed": (
+            "serving_default",
+            {"images": images, "prompts": prompts} | options,
+        ),
+        "none": (
+            "serving_default",
+            dict.fromkeys(("images", "prompts"), np.array([], "S1")) | options,
+        ),
+        "many": (
+            "serving_default",
+            {"images": [good], "prompts": ["caption en"]}
+            | options
+            | {"max_new_tokens": np.int32(33)},
+        ),
+        "hot": (
+            "serving_default",
+            {"images": [good] * 8, "prompts": ["caption en"] * 8}
+            | options
+            | {"temperature": np.float32(3)},
+        ),
+        "generate": ("generate", begun | options),
+        "score": ("score", scored[0]),
+    }
+    home = tmp_path_factory.mktemp("answers")
+    with open(home / "requests", "wb") as file:
+        pickle.dump(requests, file)
+    subprocess.run(
+        [
+            sys.executable,
+            Path(__file__).parent / "served.py",
+            *(folder, home / "requests", home / "answers"),
+        ],
+        # TensorFlow imports Keras, which is to import no other backend.
+        env=os.environ | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": ""},
+        check=True,
+        cwd=home,
+    )
+    with open(home / "answers", "rb") as file:
+        return pickle.load(file)
+
+
+def test_nothing_of_ours_is_imported(answers):
+    assert answers["imported"] == []
+
+
+def test_text_is_generates(answers, model, batch):
+    served = answers["good"]
+    assert served["error"].tolist() == [""] * len(batch["images"])
+    wanted = model.generate(batch, max_new_tokens=12)
+    assert served["text"].tolist() == wanted
+    assert len(set(wanted)) > 5
+
+
+def test_log_probabilities_are_those_of_a_pass(answers, model, batch):
+    ids = answers["good"]["token_ids"]
+    x = model.preprocessor.generate_preprocess(batch, 12)
+    x["token_ids"][:, -12:] = ids
+    x["padding_mask"][:, -12:] = x["response_mask"][:, -12:] = ids != 0
+    logits = run(lambda x: model(x), x)[:, -13:-1]
+    each = keras.ops.take_along_axis(
+        keras.ops.log_softmax(logits), ids[..., None], -1
+    )
+    wanted = np.where(ids != 0, keras.ops.convert_to_numpy(each)[..., 0], 0)
+    got = answers["good"]["log_probabilities"]
+    assert np.abs(got - wanted).max() < 1e-4
+
+
+def test_bad_rows_spoil_no_others(answers):
+    served = answers["mixed"]
+    assert served["error"][0] == served["error"][-1] == ""
+    assert served["text"][0] == served["text"][-1] != ""
+    for row, (name, (*_, error)) in enumerate(BAD.items(), 1):
+        assert error in served["error"][row], name
+        assert served["text"][row] == ""
+        assert not served["log_probabilities"][row].any()
+
+
+def test_no_rows(answers):
+    assert answers["none"]["text"].shape == (0,)
+
+
+def test_options(answers):
+    assert "Expected: 1 to 32" in answers["many"]["error"][0]
+    assert len(set(answers["hot"]["text"])) > 1
+
+
+def test_generate_goes_on_from_begun_answers(answers, model, batch):
+    x = {key: value[-3:] for key, value in batch.items()}
+    x["responses"] = ["a", "", "two"]
+    wanted = model.generate(x, max_new_tokens=32)
+    ids = answers["generate"]["token_ids"]
+    assert ids.shape == (3, 12)
+    for row, text in zip(ids, wanted, strict=True):
+        assert text.startswith(model.preprocessor.tokenizer.detokenize(row))
+
+
+def test_score_is_the_models(answers, model, scored):
+    x, y, weights = scored
+    hidden = run(lambda x: model.backbone(x), x)
+    logits = run(lambda x: model(x), x)[:, -33:-1]
+    each = keras.ops.take_along_axis(
+        keras.ops.log_softmax(logits), y[..., None], -1
+    )
+    wanted = keras.ops.convert_to_numpy(each)[..., 0] * weights
+    served = answers["score"]
+    scale = np.abs(wanted).max()
+    assert np.abs(served["log_probabilities"] - wanted).max() < 1e-5 * scale
+    assert np.abs(served["log_likelihood"] - wanted.sum(1)).max() < 1e-4
+    hidden = keras.ops.convert_to_numpy(hidden)
+    difference = np.abs(served["hidden_states"] - hidden).max()
+    assert difference < 1e-5 * np.abs(hidden).max()
+
+
+def test_weights_are_stored_once(folder):
+    stored = sum(one.stat().st_size for one in (folder / "variables").iterdir())
+    weights = (NANO / "model.safetensors").stat().st_size
+    assert stored < 1.02 * weights
+    # The graph grows with layers, not with their widths.
+    assert (folder / "saved_model.pb").stat().st_size < 3_000_000
+
+
+def test_graph_has_defaults_and_runs_no_python(folder):
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    content = (folder / "saved_model.pb").read_bytes()
+    (graph,) = saved_model_pb2.SavedModel.FromString(content).meta_graphs
+    defaults = graph.signature_def["serving_default"].defaults
+    assert defaults["max_new_tokens"].int_val == [32]
+    assert defaults["temperature"].float_val == [0]
+    functions = graph.graph_def.library.function
+    used = {node.op for one in functions for node in one.node_def}
+    assert "SentencepieceTokenizeOp" in used
+    assert not {op for op in used if "PyFunc" in op}
+
+
+def test_bad_exports_are_refused(model, folder, tmp_path):
+    with pytest.raises(ValueError, match="in use"):
+        model.export(folder)
+    with pytest.raises(ValueError, match="Unknown format"):
+        model.export(tmp_path / "x", format="onnx")
+    bare = PaliGemmaCausalLM(model.backbone, compile=False)
+    with pytest.raises(ValueError, match="preprocessor"):
+        bare.export(tmp_path / "x")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,131 @@
+"""The example server over HTTP, as a process of its own."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import PRESETS
+from tests.export.conftest import bomb
+from tests.export.conftest import pictures
+
+pytest.importorskip("tensorflow_text")
+
+ROOT = Path(__file__).parents[2]
+SCENE = (ROOT / "examples" / "pictures" / "scene_0.png").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """Where the server listens, which answers for the exported nano preset."""
+    home = tmp_path_factory.mktemp("serve")
+    cli = [sys.executable, "-m", "keras_paligemma.cli", "export"]
+    subprocess.run(
+        [*cli, PRESETS / "pali_gemma2_nano_112", home / "served"],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            ROOT / "examples" / "serve" / "server.py",
+            *(home / "served", "--port", "0"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": ""},
+        cwd=home,
+        text=True,
+    )
+    with server:
+        yield server.stdout.readline().strip()
+        server.kill()
+
+
+def send(url, body=None, **headers):
+    """Give status and JSON of a reply."""
+    try:
+        request = urllib.request.Request(url, body, headers)
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def ask(address, image=SCENE, prompt="caption en", **options):
+    image = base64.b64encode(image).decode()
+    fields = {"image": image, "prompt": prompt, **options}
+    return send(f"{address}/answer", json.dumps(fields).encode())
+
+
+def test_page_and_health(address):
+    with urllib.request.urlopen(address) as reply:
+        assert b"Drop a picture" in reply.read()
+    assert send(f"{address}/health") == (200, {"status": "ok"})
+    assert send(f"{address}/nothing")[0] == 404
+
+
+def test_answers(address):
+    status, caption = ask(address)
+    assert status == 200
+    assert caption["text"]
+    assert len(caption["log_probabilities"]) > 1
+    short = ask(address, max_new_tokens=2)[1]
+    assert len(short["log_probabilities"]) == 2
+    noun = caption["text"].split()[1]
+    status, found = ask(address, prompt=f"detect {noun}")
+    assert status == 200
+    assert found["boxes"] or "<loc" not in found["text"]
+
+
+def test_concurrent_answers_are_those_of_one(address):
+    files = [SCENE, *list(pictures().values())[:5]]
+    alone = [ask(address, file) for file in files]
+    order = np.random.default_rng(0).integers(0, len(files), 24)
+    with ThreadPoolExecutor(12) as pool:
+        replies = list(pool.map(lambda n: ask(address, files[n]), order))
+    assert replies == [alone[n] for n in order]
+
+
+BAD = {
+    "no json": (b"{", 400),
+    "a list": (b"[]", 400),
+    "nothing": (b"{}", 400),
+    "no base64": (b'{"image": "%%%", "prompt": "a"}', 400),
+    "a number": (b'{"image": 1, "prompt": "a"}', 400),
+    "half a letter": (b'{"image": "", "prompt": "\\ud800"}', 400),
+    "unknown": (b'{"image": "", "prompt": "a", "seed": 1}', 400),
+    "no picture": (b'{"image": "aGVsbG8=", "prompt": "a"}', 422),
+    "infinite": (b'{"image": "", "prompt": "a", "temperature": 1e999}', 422),
+    "too many": (b'{"image": "", "prompt": "a", "max_new_tokens": 999}', 422),
+    "zero": (b'{"image": "", "prompt": "a", "max_new_tokens": 0}', 400),
+    "deep": (b"[" * 100_000, 400),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_are_told(address, name):
+    body, wanted = BAD[name]
+    status, reply = send(f"{address}/answer", body)
+    assert (status, bool(reply["error"])) == (wanted, True)
+    assert send(f"{address}/health")[0] == 200
+
+
+def test_bad_pictures_and_prompts(address):
+    assert "20000×20000" in ask(address, bomb())[1]["error"]
+    assert "does not fit" in ask(address, prompt="word " * 400)[1]["error"]
+    assert send(f"{address}/other", b"{}")[0] == 404
+    large = {"Content-Length": str(2**30)}
+    assert send(f"{address}/answer", b"", **large)[0] == 413
+    assert send(f"{address}/answer", b"", **{"Content-Length": "x"})[0] == 400
+    assert ask(address)[0] == 200
