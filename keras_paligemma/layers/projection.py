@@ -146,9 +146,7 @@ def contract(x, kernel, input_axes):
     """Sum over the last axes of `x` and the first axes of `kernel`."""
     kernel = ops.cast(kernel, x.dtype)
     rank = len(input_axes)
-    if not isinstance(
-        keras.distribution.distribution(), keras.distribution.ModelParallel
-    ):
+    if not weights_are_shared():
         return ops.tensordot(x, kernel, axes=rank)
     # Shared weights have one axis out while they are multiplied: a TPU would
     # else lay out the gathered heads of all layers anew, 2.4 GiB of a 28b on
@@ -157,6 +155,13 @@ def contract(x, kernel, input_axes):
     kernel = ops.reshape(kernel, (*kernel.shape[:rank], -1))
     y = ops.tensordot(x, kernel, axes=rank)
     return ops.reshape(y, (*ops.shape(x)[: len(x.shape) - rank], *output_axes))
+
+
+def weights_are_shared():
+    """Say whether the active distribution splits weights among devices."""
+    active = keras.distribution.distribution()
+    splits = isinstance(active, keras.distribution.ModelParallel)
+    return splits and active.device_mesh.shape[-1] > 1
 
 
 def normal(fan_in):

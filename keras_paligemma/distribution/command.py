@@ -1,0 +1,85 @@
+"""`keras-paligemma plan`: does it fit, before a slice is rented?"""
+
+import os
+import sys
+from json import dumps
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    preset: Annotated[str, typer.Option(help="As `from_preset` takes it")],
+    slice: Annotated[
+        str, typer.Option(help="v5e-1, v5e-4, v5e-8, …; a100-40, l4x4, …")
+    ] = "v5e-8",
+    batch_size: Annotated[int, typer.Option(help="Of all chips")] = 8,
+    prompt_length: Annotated[int, typer.Option()] = 64,
+    response_length: Annotated[int, typer.Option()] = 64,
+    lora_rank: Annotated[int, typer.Option()] = 8,
+    lora_targets: Annotated[
+        list[str] | None,
+        typer.Option(help="decoder.attention, decoder, vision, all, …"),
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8 | int4")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Train all weights")
+    ] = False,
+    dtype: Annotated[str, typer.Option()] = "bfloat16",
+    layout: Annotated[
+        str | None, typer.Option(help='This one alone, such as "weights 1x8"')
+    ] = None,
+    remat: Annotated[
+        str | None, typer.Option(help="This one alone: none | dots | block")
+    ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Plan answering, not training")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Arithmetic, no compiler")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Tell before renting chips whether a fine-tune fits, and how."""
+    use_jax()
+    from keras_paligemma.distribution import answering
+    from keras_paligemma.distribution import plan as planning
+    from keras_paligemma.distribution.job import Job
+
+    if generate and full:
+        raise ValueError("Received: --generate and --full. Expected: one.")
+    job = Job(
+        preset,
+        batch_size,
+        prompt_length,
+        response_length,
+        0 if full else lora_rank,
+        tuple(lora_targets) if lora_targets else None,
+        quantize,
+        dtype,
+    )
+    compiler = False if estimate else None
+    if generate:
+        result = answering.make_generation_plan(job, slice, layout, compiler)
+    else:
+        result = planning.make_plan(
+            job, slice, layout, remat or "any", compiler
+        )
+    shown = answering.show if generate else planning.show
+    typer.echo(dumps(result) if json else shown(result))
+
+
+def use_jax():
+    """Go on with JAX, whose step is planned, and without a device of its own.
+
+    Keras has chosen its backend by now; another one means to start again.
+    """
+    import keras
+
+    if keras.backend.backend() != "jax":
+        os.environ["KERAS_BACKEND"] = "jax"
+        command = [sys.executable, "-m", "keras_paligemma.cli", *sys.argv[1:]]
+        os.execv(sys.executable, command)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
