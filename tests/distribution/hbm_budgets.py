@@ -17,7 +17,7 @@ from keras_paligemma.distribution.layouts import Layout
 
 TABLE = Path(__file__).with_suffix(".json")
 ATTENTION = ("query", "value")
-# job, slice, layout, remat: one chip, weights shared, heads split, low bits.
+# job, slice, layout, remat: one chip, weights shared, low bits.
 PLANS = (
     (
         Job("pali_gemma2_pt_3b_224", lora_targets=ATTENTION),
@@ -26,10 +26,6 @@ PLANS = (
     (
         Job("pali_gemma2_pt_3b_448", lora_targets=ATTENTION),
         *("v5e-8", Layout("weights", 1, 8), "block"),
-    ),
-    (
-        Job("pali_gemma2_pt_10b_224", lora_targets=ATTENTION),
-        *("v5e-4", Layout("tensor", 1, 4), "block"),
     ),
     (
         Job("pali_gemma2_pt_10b_224", batch_size=1, quantize="int4"),
