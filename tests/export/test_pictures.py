@@ -40,6 +40,19 @@ def test_pixels_are_pythons(read, rule):
     assert dict(zip(files, worst, strict=True)) == dict.fromkeys(files, 0)
 
 
+@pytest.mark.parametrize(
+    "shape", [(70, 54), (70, 56), (54, 70), (35, 17), (60, 30), (200, 39)]
+)
+def test_bicubic_takes_the_axes_in_pillows_order(shape):
+    from keras_paligemma.export.pictures import RULES
+    from keras_paligemma.preprocessing.resize import bicubic
+
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3))
+    image = image.astype("uint8")
+    found = RULES["bicubic"](image, (40, 40))
+    np.testing.assert_array_equal(found, bicubic(image, (40, 40)))
+
+
 def test_turned_pictures_differ(read):
     files = pictures()
     pixels, _ = read([files[f"turned {n}"] for n in range(1, 9)])

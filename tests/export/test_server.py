@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from keras_paligemma.tasks.boxes import parse_boxes
 from tests.conftest import PRESETS
 from tests.export.conftest import bomb
 from tests.export.conftest import pictures
@@ -82,10 +83,12 @@ def test_answers(address):
     assert len(caption["log_probabilities"]) > 1
     short = ask(address, max_new_tokens=2)[1]
     assert len(short["log_probabilities"]) == 2
-    noun = caption["text"].split()[1]
-    status, found = ask(address, prompt=f"detect {noun}")
+    bell = (ROOT / "examples" / "pictures" / "scene_1.png").read_bytes()
+    status, found = ask(address, bell, prompt="detect bell")
     assert status == 200
-    assert found["boxes"] or "<loc" not in found["text"]
+    wanted = [box._asdict() for box in parse_boxes(found["text"])]
+    assert found["boxes"] == wanted
+    assert [box["label"] for box in wanted] == ["bell"]
 
 
 def test_concurrent_answers_are_those_of_one(address):
