@@ -4,6 +4,7 @@ JAX's splash attention takes a mask that is known when a program is compiled.
 The layout of the tokens is, so its kernel skips what no token sees.
 """
 
+import functools
 from typing import NamedTuple
 
 import keras
@@ -84,20 +85,13 @@ def attend_fused(
     import jax
     import jax.numpy as jnp
 
-    prefix_length = mask.prefix_BP.shape[1]
+    attend_here = functools.partial(
+        _attend,
+        prefix_length=mask.prefix_BP.shape[1],
+        cap=cap,
+        interpret=interpret,
+    )
     segments_BT = jnp.concatenate(mask, axis=1).astype("int32")
-
-    def attend_here(query_BTNH, key_BTKH, value_BTKH, segments_BT):
-        return _attend(
-            query_BTNH,
-            key_BTKH,
-            value_BTKH,
-            segments_BT,
-            prefix_length,
-            cap,
-            interpret,
-        )
-
     tensors = (query_BTNH, key_BTKH, value_BTKH, segments_BT)
     active = keras.distribution.distribution()
     if active is None:

@@ -12,7 +12,6 @@ from keras_paligemma.checkpoints import formats
 from keras_paligemma.compat import classproperty
 from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
-from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.attention import token_positions
 from keras_paligemma.models import adapters
 from keras_paligemma.models import exports
@@ -157,11 +156,9 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     def call(self, inputs, training=None, response_length=None):
         x_BLD = self.embed(inputs)
         num_image_tokens = x_BLD.shape[1] - inputs["token_ids"].shape[1]
-        mask, positions_BL = self.mask_and_positions(inputs, num_image_tokens)
-        if response_length is not None and "attention_mask" not in inputs:
-            valid_BL, _ = full_masks(inputs, num_image_tokens)
-            fused = self.text_decoder.fused_mask(valid_BL, response_length)
-            mask = mask if fused is None else fused
+        mask, positions_BL = self.mask_and_positions(
+            inputs, num_image_tokens, response_length
+        )
         return self.text_decoder(x_BLD, mask, positions_BL)
 
     def compute_output_shape(self, inputs_shape):
@@ -203,17 +200,29 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         check_images(images, self.image_size)
         return self.vision_encoder(images)
 
-    def mask_and_positions(self, inputs, num_image_tokens):
-        """Give the attention mask (B, L, L) and rotary positions (B, L)."""
-        mask_BLL = inputs.get("attention_mask")
+    def mask_and_positions(
+        self, inputs, num_image_tokens, response_length=None
+    ):
+        """Give the attention mask and rotary positions (B, L).
+
+        Args:
+            inputs: dict as a call takes it.
+            num_image_tokens: int I.
+            response_length: see `TextDecoder.mask_of`.
+        """
+        mask = inputs.get("attention_mask")
         positions_BL = inputs.get("positions")
-        if mask_BLL is None or positions_BL is None:
+        if mask is not None:
+            mask = ops.cast(mask, "bool")
+        if mask is None or positions_BL is None:
             valid_BL, response_BL = full_masks(inputs, num_image_tokens)
-            if mask_BLL is None:
-                mask_BLL = attention_mask(valid_BL, response_BL)
+            if mask is None:
+                mask = self.text_decoder.mask_of(
+                    valid_BL, response_BL, response_length
+                )
             if positions_BL is None:
                 positions_BL = token_positions(valid_BL)
-        return ops.cast(mask_BLL, "bool"), positions_BL
+        return mask, positions_BL
 
     def logits(self, hidden_states, capped=True):
         """Apply the tied head with the final soft cap.

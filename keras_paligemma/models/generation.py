@@ -4,7 +4,6 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.attention import token_positions
 from keras_paligemma.models.backbone import full_masks
 
@@ -41,12 +40,9 @@ def prefill(backbone, inputs, responses):
         ops.shape(prompt_ids)[0], tokens + responses - 1
     )
     positions_BT = token_positions(valid_BT)
-    mask = decoder.fused_mask(valid_BT)
-    if mask is None:
-        mask = attention_mask(valid_BT, response_BT)
     hidden_BTD, layers = decoder(
         embeddings_BTD,
-        mask,
+        decoder.mask_of(valid_BT, response_BT, 0),
         positions_BT,
         cache=layers,
         index=0,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import keras
 from keras import ops
 
+from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.attention import rotary_angles
 from keras_paligemma.layers.attention import soft_cap
 from keras_paligemma.layers.blocks import DecoderBlock
@@ -203,7 +204,7 @@ class TextDecoder(keras.layers.Layer):
 
     Call arguments:
         x_BTD: tensor of embeddings.
-        mask_BTS: bool tensor, True where t sees s; or of `fused_mask`.
+        mask_BTS: bool tensor, True where t sees s; or of `mask_of`.
         positions_BT: int tensor, rotary positions of the tokens.
         cache: `None`, or of `make_cache`.
         index: where the cache is written.
@@ -280,24 +281,28 @@ class TextDecoder(keras.layers.Layer):
         )
         return self.blocks.make_cache(shape, self.compute_dtype)
 
-    def fused_mask(self, valid_BT, response_length=0):
-        """Give the mask for attention in one kernel, where there is one.
+    def mask_of(self, valid_BT, response_BT, response_length=None):
+        """Give the mask that this decoder's attention takes here.
 
         Args:
             valid_BT: bool tensor, True on valid tokens.
-            response_length: int, how many tokens at the end are a response.
+            response_BT: bool tensor, True on response tokens.
+            response_length: int, how many tokens at the end are the response
+                and nothing else; `None` if `response_BT` alone tells.
 
         Returns:
-            `PrefixMask`, or `None` where the plain form is to be used: see
-            `layers.splash.suits`; a sliding window has no kernel.
+            `PrefixMask`, if the response's place is known and attention runs
+            in one kernel (see `layers.splash.suits`; a sliding window has no
+            kernel); else of `attention_mask`.
         """
         config = self.config
         sizes = config.num_key_value_heads, config.head_dim
+        is_static = response_length is not None
         windowed = config.sliding_window_size is not None
-        if windowed or not suits(valid_BT.shape[0], *sizes):
-            return None
-        prefix = valid_BT.shape[1] - response_length
-        return PrefixMask(valid_BT[:, :prefix], valid_BT[:, prefix:])
+        if is_static and not windowed and suits(valid_BT.shape[0], *sizes):
+            prefix = valid_BT.shape[1] - response_length
+            return PrefixMask(valid_BT[:, :prefix], valid_BT[:, prefix:])
+        return attention_mask(valid_BT, response_BT)
 
     def call(
         self,

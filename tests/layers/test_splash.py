@@ -231,6 +231,7 @@ def test_the_compiler_takes_the_kernel(tmp_path):
     config["backbone"]["text_decoder"]["head_dim"] = 128
     (tmp_path / "config.json").write_text(json.dumps(config))
     job = Job(str(tmp_path), 8, 8, 8)
-    with Compiler(job) as compiler:
-        found = compiler.compile(Layout("weights", 2, 4), "block", "v5e:2x4")
+    layout = Layout("weights", 2, 4)
+    with Compiler() as compiler:
+        found = compiler.compile(job, layout, "block", "v5e:2x4")
     assert found["fits"]
