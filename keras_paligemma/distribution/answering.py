@@ -1,18 +1,20 @@
 """Does generating fit, how is it best laid out, and on how few chips?"""
 
-import dataclasses
+import contextlib
 import math
 
 from keras_paligemma.distribution import machines
-from keras_paligemma.distribution.compiled import Compiler
-from keras_paligemma.distribution.compiled import has_compiler
 from keras_paligemma.distribution.job import GIB
 from keras_paligemma.distribution.job import layouts_of
 from keras_paligemma.distribution.layouts import Layout
 from keras_paligemma.distribution.layouts import chip_bytes
 from keras_paligemma.distribution.plan import ROOM
+from keras_paligemma.distribution.plan import compiler_for
 from keras_paligemma.distribution.plan import loading
 from keras_paligemma.distribution.plan import none_left
+from keras_paligemma.distribution.plan import outcome
+from keras_paligemma.distribution.plan import source_of
+from keras_paligemma.distribution.plan import split_lines
 
 
 def make_generation_plan(
@@ -38,61 +40,39 @@ def make_generation_plan(
         ValueError: a machine or layout that does not exist.
     """
     machine = machines.find(machine)
-    may_compile = machine.topology is not None and has_compiler()
-    compiler = may_compile if compiler is None else compiler and may_compile
+    compiler = compiler_for(machine, compiler)
     backbone, _ = job.model()
     layouts = candidates(job, machine, backbone)
     chosen = [one for one in layouts if layout in (None, str(one))]
     if not chosen:
         raise none_left(job, machine, layout, "none", layouts)
-    asked = Compiler() if compiler else None
-
-    def judge(machine, layout):
-        return _row(job, machine, layout, backbone, asked)
-
-    if asked:
-        asked.__enter__()
-    try:
-        tried, best = [], None
+    tried, best, found = [], None, None
+    with compiler or contextlib.nullcontext():
         for one in chosen:
-            tried.append(judge(machine, one))
+            tried.append(_row(job, machine, one, backbone, compiler))
             if tried[-1]["fits"]:
                 best = tried[-1]
-                if asked:
-                    best["prefill_gib"] = _prefill(asked, job, machine, one)
+                if compiler:
+                    best["prefill_gib"] = _prefill(compiler, job, machine, one)
                 break
-        found = None
         for other in machines.larger(machine) if smallest else ():
-            sharing = candidates(job, other, backbone)
             least = min(
-                sharing,
+                candidates(job, other, backbone),
                 key=lambda one: sum(memory(job, one, backbone).values()),
             )
-            if judge(other, least)["fits"]:
+            if _row(job, other, least, backbone, compiler)["fits"]:
                 found = other.name
                 break
-    finally:
-        if asked:
-            asked.__exit__()
-    result = {
-        "fits": best is not None,
-        "source": "compiler" if compiler else "estimate",
-        "job": dataclasses.asdict(job),
-        "slice": machine.name,
-        "hbm_limit_gib": machine.memory,
-        "best": best,
-        "tried": tried,
-        "smallest": found,
-    }
+    result = outcome(job, machine, compiler, best, tried, found)
     if best is not None:
-        result["code"] = "\n".join(
-            [
-                *loading(job, one, None),
-                "model.generate(",
-                '    {"images": pictures, "prompts": prompts}',
-                ")",
-            ]
-        )
+        used = next(one for one in chosen if str(one) == best["layout"])
+        lines = loading(job, used, None)
+        lines += [
+            "model.generate(",
+            '    {"images": pictures, "prompts": prompts}',
+            ")",
+        ]
+        result["code"] = "\n".join(lines)
     return result
 
 
@@ -207,14 +187,11 @@ def _prefill(compiler, job, machine, layout):
 
 def show(result):
     """Write a plan as text: a str to print."""
-    by = {
-        "compiler": "the TPU's compiler",
-        "estimate": "arithmetic, not a compiler: an estimate",
-    }[result["source"]]
     job = result["job"]
     lines = [
         f"{job['preset']} answers {job['batch_size']} prompts on "
-        f"{result['slice']}, {result['hbm_limit_gib']} GiB a chip, by {by}",
+        f"{result['slice']}, {result['hbm_limit_gib']} GiB a chip, by "
+        f"{source_of(result)}",
         "",
         f"{'layout':<14}{'GiB':>8}{'prefill':>10}{'decode':>9}"
         "   bounds in ms, not predictions",
@@ -228,11 +205,7 @@ def show(result):
         )
     best = result["best"]
     if best:
-        lines += ["", f"fits: {best['hbm_gib']} GiB a chip, of which"]
-        lines += [
-            f"  {name:<26}{size:>8.3f}"
-            for name, size in best["split_gib"].items()
-        ]
+        lines += split_lines(best)
         if "prefill_gib" in best:
             lines.append(f"the first token alone: {best['prefill_gib']} GiB")
     else:

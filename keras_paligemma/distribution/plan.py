@@ -1,5 +1,6 @@
 """Does a fine-tune fit, how is it best laid out, and on how few chips?"""
 
+import contextlib
 import dataclasses
 import difflib
 
@@ -45,8 +46,7 @@ def make_plan(
         ValueError: a machine or layout that does not exist.
     """
     machine = machines.find(machine)
-    may_compile = machine.topology is not None and has_compiler()
-    compiler = may_compile if compiler is None else compiler and may_compile
+    compiler = compiler_for(machine, compiler)
     models = {one: job.model(one) for one in (None, "dots", "block")}
     pairs = candidates(job, machine, models["block"])
     if layout is not None:
@@ -57,10 +57,33 @@ def make_plan(
     if not pairs:
         known = candidates(job, machine, models["block"])
         raise none_left(job, machine, layout, remat, [one for one, _ in known])
-    with _Judge(job, models, compiler) as judge:
+    with compiler or contextlib.nullcontext():
+        judge = _Judge(job, models, compiler)
         best, tried = judge.first_that_fits(machine, pairs)
         found = judge.smallest(machine) if smallest else None
-    result = {
+    result = outcome(job, machine, compiler, best, tried, found)
+    if best is not None:
+        chosen = next(one for one, _ in pairs if str(one) == best["layout"])
+        result["code"] = paste(job, chosen, best["remat"])
+    else:
+        result["advice"] = advice(job, tried, found)
+    return result
+
+
+def compiler_for(machine, wanted=None):
+    """Give the machine's own compiler, or `None`: arithmetic is to decide.
+
+    Args:
+        machine: `Machine`.
+        wanted: bool; where there is one if `None`.
+    """
+    there = machine.topology is not None and has_compiler()
+    return Compiler() if there and wanted is not False else None
+
+
+def outcome(job, machine, compiler, best, tried, smallest):
+    """Put what all plans tell into a dict of plain values."""
+    return {
         "fits": best is not None,
         "source": "compiler" if compiler else "estimate",
         "job": dataclasses.asdict(job),
@@ -68,14 +91,8 @@ def make_plan(
         "hbm_limit_gib": machine.memory,
         "best": best,
         "tried": tried,
-        "smallest": found,
+        "smallest": smallest,
     }
-    if best is not None:
-        chosen = next(one for one, _ in pairs if str(one) == best["layout"])
-        result["code"] = paste(job, chosen, best["remat"])
-    else:
-        result["advice"] = advice(job, tried, found)
-    return result
 
 
 def none_left(job, machine, layout, remat, known):
@@ -103,17 +120,8 @@ class _Judge:
     def __init__(self, job, models, compiler):
         self.job = job
         self.models = models
-        self.compiler = Compiler() if compiler else None
+        self.compiler = compiler
         self.known = {}
-
-    def __enter__(self):
-        if self.compiler:
-            self.compiler.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        if self.compiler:
-            self.compiler.__exit__(*error)
 
     def first_that_fits(self, machine, pairs):
         """Go through layouts; the first that fits, and all rows so far."""
@@ -249,15 +257,30 @@ def advice(job, tried, smallest):
     return " ".join(lines)
 
 
+def source_of(result):
+    """Name who decided: a str for the headline of a plan."""
+    if result["source"] == "compiler":
+        return "the TPU's compiler"
+    return "arithmetic, not a compiler: an estimate"
+
+
+def split_lines(best):
+    """Write how a chip's memory is split, as lines."""
+    return [
+        "",
+        f"fits: {best['hbm_gib']} GiB a chip, of which",
+        *(
+            f"  {name:<26}{size:>8.3f}"
+            for name, size in best["split_gib"].items()
+        ),
+    ]
+
+
 def show(result):
     """Write a plan as text: a str to print."""
-    by = {
-        "compiler": "the TPU's compiler",
-        "estimate": "arithmetic, not a compiler: an estimate",
-    }[result["source"]]
     lines = [
         f"{result['job']['preset']} on {result['slice']}, "
-        f"{result['hbm_limit_gib']} GiB a chip, by {by}",
+        f"{result['hbm_limit_gib']} GiB a chip, by {source_of(result)}",
         "",
         f"{'layout':<14}{'remat':<7}{'GiB':>8}{'compute':>10}{'memory':>9}"
         f"{'links':>9}   bounds in ms, not predictions",
@@ -273,11 +296,7 @@ def show(result):
         )
     if result["best"]:
         best = result["best"]
-        lines += ["", f"fits: {best['hbm_gib']} GiB a chip, of which"]
-        lines += [
-            f"  {name:<26}{size:>8.3f}"
-            for name, size in best["split_gib"].items()
-        ]
+        lines += split_lines(best)
         lines.append(f"{best['flops'] / 1e12:.1f} TFLOP a step")
     else:
         lines += ["", "does not fit. " + result["advice"]]

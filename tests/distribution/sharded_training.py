@@ -22,9 +22,14 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import without_values
 from keras_paligemma.checkpoints import engine
+from keras_paligemma.compat import compiling_for
 from keras_paligemma.compat import fill
 from keras_paligemma.distribution import distribute
+from keras_paligemma.layers.splash import suits
 from keras_paligemma.layers.stack import stable_name
+from tests.layers.test_splash import draw as draw_attention
+from tests.layers.test_splash import fused
+from tests.layers.test_splash import plain
 
 # Three key-value heads divide over no group; the six query heads over two.
 VISION = {
@@ -165,6 +170,21 @@ def refused(function, message):
         raise AssertionError(message)
 
 
+def check_kernel():
+    """Compare fused attention, handed to devices by rows and heads."""
+    arrays, valid = draw_attention(batch=8)
+    wanted = np.asarray(plain(valid, 5.0)(*arrays[:3]))
+    for strategy, mesh in (
+        ("data", None),
+        ("weights", (2, 4)),
+        ("tensor", (4, 2)),
+    ):
+        with distribute(strategy, mesh).scope(), compiling_for("tpu"):
+            assert suits(8, 2, 128)
+            found = np.asarray(fused(valid, 5.0)(*arrays[:3]))
+        np.testing.assert_allclose(found[valid], wanted[valid], atol=5e-5)
+
+
 def main():
     wanted = {}
     for lora in (True, False):
@@ -183,6 +203,7 @@ def main():
             np.testing.assert_array_equal(ids, wanted[lora][1])
         print(strategy, mesh, form, f"{difference:.1e}", "split", split)
     assert len(np.unique(wanted[True][1])) > 3, wanted[True][1]
+    check_kernel()
     chosen = distribute("weights", (1, 8))
     refused(lambda: chosen.get_data_layout((6, 4)), "Expected: 8")
     refused(lambda: distribute("weights", (2, 3)), "groups of 3: 2x3")
