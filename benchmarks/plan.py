@@ -80,7 +80,10 @@ def main():
             layout, shown = "none", "does not fit"
             if fitting:
                 layout = min(fitting, key=lambda one: found[one]["together"])
-                shown = f"{found[layout]['together'] / GIB:.2f}"
+                gib = found[layout]["together"] / GIB
+                shown = f"{gib:.2f}"
+                if gib > machines.find(f"v5e-{chips}").memory:
+                    shown += ", more than there is"
             wanted = "fits" if target is None else f"≤ {target}"
             print(
                 f"| {name} | {chips} | {layout} | {shown} | {wanted} | "

@@ -159,9 +159,9 @@ def _row(job, machine, layout, backbone, compiler):
         found = compiler.compile(
             job, layout, None, machine.topology, job.response_length
         )
-        fits, source = found["fits"], "compiler"
-        together = found["together"] or together
-        if fits:
+        together, source = found["together"] or together, "compiler"
+        fits = found["fits"] and together <= limit
+        if found["fits"]:
             rest = found["together"] - found["code"] - split["weights"]
             split["activations"] = max(0, rest - split["cache"])
             split["code"] = found["code"]

@@ -167,9 +167,10 @@ class _Judge:
             found = self.compiler.compile(
                 self.job, layout, remat, machine.topology
             )
-            fits, source = found["fits"], "compiler"
-            together = found["together"] or together
-            if fits:
+            together, source = found["together"] or together, "compiler"
+            # Some steps compile that would fill more than the chip has.
+            fits = found["fits"] and together <= limit
+            if found["fits"]:
                 split["activations"] = max(
                     0, found["together"] - fixed - found["code"]
                 )
