@@ -6,6 +6,7 @@ the nearest: `|w - dequantize(quantize(w))| <= scale / 2`.
 """
 
 import dataclasses
+import math
 
 import keras
 import ml_dtypes
@@ -18,6 +19,9 @@ MODES = (None, "int8", "int4")
 GROUP = 128
 # Rows of a table that are floats at a time while it is quantised.
 ROWS = 4096
+# Bytes that become floats at a time, and what a part's size is a multiple of.
+PART = 2**24
+ALIGNED = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,15 +183,15 @@ def low_bit_product(layout, stored, scale, x):
     Returns:
         Tensor (..., *other axes), of the dtype of `x`.
     """
-    summed, kept = _axes(layout)
 
     @ops.custom_gradient
     def product(x, stored, scale):
         def gradient(*args, upstream=None):
             upstream = args[0] if upstream is None else upstream
-            return _contract(layout, upstream, stored, scale, kept), None, None
+            back = low_bit_gradient(layout, stored, scale, upstream)
+            return back, None, None
 
-        return _contract(layout, x, stored, scale, summed), gradient
+        return _forward(layout, stored, scale, x), gradient
 
     # Values, since the gradient is asked for when the scope of a trainer's or
     # a stack's values has ended: a variable then has others.
@@ -212,7 +216,110 @@ def low_bit_gradient(layout, stored, scale, gradient):
     Returns:
         Tensor (..., *axes that were summed over).
     """
-    return _contract(layout, gradient, stored, scale, _axes(layout)[1])
+    summed, kept = _axes(layout)
+
+    def back(gradient, stored, scale):
+        stored, scale = _after(gradient, stored, scale)
+        if layout.mode == "int8":
+            gradient = gradient * _of_outputs(layout, scale, gradient.dtype)
+            kernel = ops.cast(stored, gradient.dtype)
+        else:
+            kernel = layout.dequantize(stored, scale, gradient.dtype)
+        return _contract(gradient, kernel, kept)
+
+    count = _parts(layout, stored)
+    if count == 1:
+        return back(gradient, stored, scale)
+    axis = len(gradient.shape) - len(kept)
+
+    def add(total, number):
+        part = (
+            _part(gradient, axis, number, count),
+            _part(stored, kept[0], number, count),
+            _part(scale, kept[0], number, count),
+        )
+        return total + back(*part), None
+
+    summed_shape = [layout.shape[axis] for axis in summed]
+    none = ops.zeros(
+        (*ops.shape(gradient)[:axis], *summed_shape), gradient.dtype
+    )
+    return ops.scan(add, none, ops.arange(count))[0]
+
+
+def _forward(layout, stored, scale, x):
+    summed, kept = _axes(layout)
+
+    def forward(stored, scale):
+        stored, scale = _after(x, stored, scale)
+        if layout.mode == "int8":
+            # The scale of an output multiplies what was summed up: a TPU then
+            # makes floats of the integers within the product.
+            y = _contract(x, ops.cast(stored, x.dtype), summed)
+            return y * _of_outputs(layout, scale, x.dtype)
+        kernel = layout.dequantize(stored, scale, x.dtype)
+        return _contract(x, kernel, summed)
+
+    count = _parts(layout, stored)
+    if count == 1:
+        return forward(stored, scale)
+
+    def part_of(number):
+        return forward(
+            _part(stored, kept[0], number, count),
+            _part(scale, kept[0], number, count),
+        )
+
+    axis = len(x.shape) - len(summed)
+    if keras.backend.backend() != "jax":
+        parts = [part_of(number) for number in range(count)]
+        return ops.concatenate(parts, axis=axis)
+    # Written where it belongs: parts that are put together are copied.
+    shape = [*ops.shape(x)[:axis], *(stored.shape[one] for one in kept)]
+    starts = [0] * len(shape)
+
+    def write(y, number):
+        starts[axis] = number * (shape[axis] // count)
+        return ops.slice_update(y, starts, part_of(number)), None
+
+    return ops.scan(write, ops.zeros(shape, x.dtype), ops.arange(count))[0]
+
+
+def _parts(layout, stored):
+    """Count the parts of a large weight that become floats in turn.
+
+    Of the larger kernels of a 28b, or of a table, all of them together would
+    take more than the rest of a step. Parts lie along the first axis that is
+    kept and are of equal size.
+    """
+    if layout.mode == "int8" and platform() == "tpu":
+        return 1
+    size = stored.shape[_axes(layout)[1][0]]
+    least = -(-math.prod(stored.shape) // PART)
+    for count in range(least, min(8 * least, size)):
+        if size % (count * ALIGNED) == 0:
+            return count
+    return 1
+
+
+def _part(x, axis, number, count):
+    """Cut a part of an axis out."""
+    if axis == 0:
+        # An index of whole tiles: rows from anywhere would have a TPU lay out
+        # the table anew.
+        x = ops.reshape(x, (count, x.shape[0] // count, *x.shape[1:]))
+        return ops.take(x, number, axis=0)
+    size = x.shape[axis] // count
+    starts = [0] * len(x.shape)
+    starts[axis] = number * size
+    shape = list(ops.shape(x))
+    shape[axis] = size
+    return ops.slice(x, starts, shape)
+
+
+def _of_outputs(layout, scale, dtype):
+    """Give scales of "int8" the shape of what a product gives."""
+    return ops.cast(ops.squeeze(scale, _axes(layout)[0]), dtype)
 
 
 def _axes(layout):
@@ -222,12 +329,10 @@ def _axes(layout):
     return summed, [axis for axis in range(rank) if axis not in summed]
 
 
-def _contract(layout, x, stored, scale, axes):
-    kernel = layout.dequantize(*_after(x, stored, scale), x.dtype)
-    last = len(x.shape) - len(axes)
-    return ops.tensordot(
-        x, kernel, axes=[list(range(last, len(x.shape))), axes]
-    )
+def _contract(x, kernel, axes):
+    """Sum over the last axes of `x` and these axes of a kernel."""
+    last = range(len(x.shape) - len(axes), len(x.shape))
+    return ops.tensordot(x, kernel, axes=[list(last), axes])
 
 
 def _after(x, stored, scale):

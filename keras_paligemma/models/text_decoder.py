@@ -19,9 +19,6 @@ from keras_paligemma.layers.splash import PrefixMask
 from keras_paligemma.layers.splash import suits
 from keras_paligemma.layers.stack import LayerStack
 
-# Rows of a low-bit table that the head makes floats of at a time.
-HEAD_ROWS = 32_768
-
 
 @dataclass(frozen=True)
 class TextDecoderConfig:
@@ -129,7 +126,10 @@ class TokenEmbedding(keras.layers.Layer):
     def logits(self, hidden_states_BTD):
         """Multiply with the table: float32 logits before the final cap."""
         if self.low_bit is not None:
-            return self._low_bit_logits(hidden_states_BTD)
+            logits_BTV = low_bit_product(
+                self.low_bit, self.table, self.table_scale, hidden_states_BTD
+            )
+            return ops.cast(logits_BTV, "float32")
         table = ops.cast(self.table, hidden_states_BTD.dtype)
         # Not a product with the transpose, which a loop over tokens would hold
         # as a second table: 1.0 GiB of a 3b on a v5e.
@@ -142,28 +142,12 @@ class TokenEmbedding(keras.layers.Layer):
         if self.low_bit is None:
             table = ops.cast(self.table, dtype)
             return ops.tensordot(gradient_BTV, table, axes=[[-1], [0]])
-        return sum(
-            low_bit_gradient(
-                self.low_bit, stored, scale, gradient_BTV[..., rows]
-            )
-            for rows, stored, scale in self._low_bit_rows()
+        return low_bit_gradient(
+            self.low_bit,
+            ops.convert_to_tensor(self.table),
+            ops.convert_to_tensor(self.table_scale),
+            gradient_BTV,
         )
-
-    def _low_bit_logits(self, hidden_states_BTD):
-        logits = [
-            low_bit_product(self.low_bit, stored, scale, hidden_states_BTD)
-            for _, stored, scale in self._low_bit_rows()
-        ]
-        logits = [ops.cast(one, "float32") for one in logits]
-        return ops.concatenate(logits, axis=-1)
-
-    def _low_bit_rows(self):
-        """Yield some rows at a time: they alone become floats."""
-        table = ops.convert_to_tensor(self.table)
-        scale = ops.convert_to_tensor(self.table_scale)
-        for start in range(0, self.vocabulary_size, HEAD_ROWS):
-            rows = slice(start, start + HEAD_ROWS)
-            yield rows, table[rows], scale[rows]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_paligemma.layers import low_bit
 from keras_paligemma.layers.low_bit import LowBit
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.models.text_decoder import TokenEmbedding
@@ -90,7 +91,11 @@ def test_errors():
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_projection_is_that_of_its_float_kernel(mode):
+@pytest.mark.parametrize("part", [2**24, 60])
+def test_projection_is_that_of_its_float_kernel(mode, part, monkeypatch):
+    """Whether the kernel becomes floats at once or in parts."""
+    monkeypatch.setattr(low_bit, "PART", part)
+    monkeypatch.setattr(low_bit, "ALIGNED", 1)
     keras.utils.set_random_seed(0)
     layer = Projection((3, 10), (4, 2), True, quantization=mode)
     layer.build()
@@ -132,16 +137,17 @@ def test_projection_is_that_of_its_float_kernel(mode):
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-@pytest.mark.parametrize("rows", [4, 100])
-def test_table_embeds_and_is_the_head(mode, rows, monkeypatch):
+@pytest.mark.parametrize("part", [2**24, 300])
+def test_table_embeds_and_is_the_head(mode, part, monkeypatch):
     """Whether the head takes all rows at once or some at a time."""
-    monkeypatch.setattr("keras_paligemma.models.text_decoder.HEAD_ROWS", rows)
-    layer = TokenEmbedding(11, 140, mode)
+    monkeypatch.setattr(low_bit, "PART", part)
+    monkeypatch.setattr(low_bit, "ALIGNED", 1)
+    layer = TokenEmbedding(12, 140, mode)
     layer.build()
     table = layer.low_bit.dequantize(
         layer.table.value, layer.table_scale.value, "float32"
     )
-    plain = TokenEmbedding(11, 140)
+    plain = TokenEmbedding(12, 140)
     plain.build()
     plain.table.assign(table)
     ids = np.array([[0, 10, 3], [3, 1, 9]])
