@@ -1,5 +1,6 @@
 """A model's forward pass as ONNX, and as OpenVINO's own files from there."""
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -69,10 +70,13 @@ def write_openvino(model, folder):
 
 def convert_to_openvino(path, folder):
     """Convert a file of `write`, in the precision that it has."""
+    # Whoever imports OpenVINO would report it to its makers; without this
+    # package it does not.
+    sys.modules.setdefault("openvino_telemetry", None)
     import openvino
 
-    model = openvino.convert_model(path)
-    # The converter also names an input by the node that reads it.
+    model = openvino.Core().read_model(path)
+    # The reader also names an input by the node that reads it.
     for port, name in zip(model.inputs, INPUTS, strict=True):
         port.get_tensor().set_names({name})
     openvino.save_model(model, folder / OPENVINO_ENTRY, compress_to_fp16=False)
