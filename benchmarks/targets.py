@@ -78,7 +78,7 @@ def main():
             start = time.perf_counter()
             try:
                 model.export(folder, format=format)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 print(f"{format:12} {str(error)[-300:]}")
                 continue
             seconds = time.perf_counter() - start

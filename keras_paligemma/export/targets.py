@@ -20,12 +20,18 @@ class Target(NamedTuple):
     module: str
     function: str
     entry: str
+    dtypes: tuple = ("float32",)
 
 
 ONNX = ("torch", "onnx", "onnxscript")
 TARGETS = {
     "stablehlo": Target(
-        "jax", ("jax",), "stablehlo", "write", "generate.stablehlo"
+        "jax",
+        ("jax",),
+        "stablehlo",
+        "write",
+        "generate.stablehlo",
+        ("float32", "bfloat16"),
     ),
     "onnx": Target("torch", ONNX, "onnx_files", "write", "model.onnx"),
     "openvino": Target(
@@ -34,6 +40,7 @@ TARGETS = {
         "onnx_files",
         "write_openvino",
         "model.xml",
+        ("float32", "bfloat16"),
     ),
     "litert": Target(
         "tensorflow", ("tensorflow",), "litert", "write", "model.tflite"
@@ -57,7 +64,8 @@ def export(model, filepath, format="savedmodel"):
         format: "savedmodel", "stablehlo", "onnx", "openvino" or "litert".
 
     Raises:
-        ValueError: another format, no preprocessor, a folder in use.
+        ValueError: another format, a dtype that it lacks, no preprocessor, a
+            folder in use.
         ImportError: a package that writes the format is not installed.
         RuntimeError: the other process stopped; with what it said.
 
@@ -74,6 +82,13 @@ def export(model, filepath, format="savedmodel"):
         return
     check(filepath, format)
     savedmodel.check_preprocessor(model)
+    dtypes, dtype = TARGETS[format].dtypes, model.backbone.compute_dtype
+    if dtype not in dtypes:
+        raise ValueError(
+            f"No {format!r} computes in {dtype}; docs/export_targets.md says "
+            f"why. Expected: one of {[*dtypes]}. Load the model with "
+            f"dtype={dtypes[0]!r}."
+        )
     import keras
 
     backend = TARGETS[format].backend

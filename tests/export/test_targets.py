@@ -168,6 +168,9 @@ def test_bad_targets_are_refused(model, tmp_path, monkeypatch):
     bare = PaliGemmaCausalLM(model.backbone, compile=False)
     with pytest.raises(ValueError, match="preprocessor"):
         bare.export(tmp_path / "made", format="stablehlo")
+    half = PaliGemmaCausalLM.from_preset(TOKENIZER.parent, dtype="bfloat16")
+    with pytest.raises(ValueError, match="dtype='float32'"):
+        half.export(tmp_path / "made", format="onnx")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"keras_paligemma\[targets\]"):
         model.export(tmp_path / "made", format="onnx")
