@@ -31,9 +31,16 @@ TARGETS = {
         "stablehlo",
         "write",
         "generate.stablehlo",
-        ("float32", "bfloat16"),
+        ("float32", "bfloat16", "int8", "int4"),
     ),
-    "onnx": Target("torch", ONNX, "onnx_files", "write", "model.onnx"),
+    "onnx": Target(
+        "torch",
+        ONNX,
+        "onnx_files",
+        "write",
+        "model.onnx",
+        ("float32", "int8", "int4"),
+    ),
     "openvino": Target(
         "torch",
         (*ONNX, "openvino"),
@@ -82,13 +89,7 @@ def export(model, filepath, format="savedmodel"):
         return
     check(filepath, format)
     savedmodel.check_preprocessor(model)
-    dtypes, dtype = TARGETS[format].dtypes, model.backbone.compute_dtype
-    if dtype not in dtypes:
-        raise ValueError(
-            f"No {format!r} computes in {dtype}; docs/export_targets.md says "
-            f"why. Expected: one of {[*dtypes]}. Load the model with "
-            f"dtype={dtypes[0]!r}."
-        )
+    _check_dtype(model.backbone, format)
     import keras
 
     backend = TARGETS[format].backend
@@ -115,6 +116,18 @@ def check(filepath, format):
                 "installed. Run: pip install 'keras_paligemma[targets]'."
             )
     refuse_in_use(filepath)
+
+
+def _check_dtype(backbone, format):
+    """Refuse what a format computes wrongly, or not at all."""
+    dtypes = TARGETS[format].dtypes
+    for dtype in (backbone.compute_dtype, backbone.quantization):
+        if dtype is not None and dtype not in dtypes:
+            raise ValueError(
+                f"{format!r} has no {dtype}; docs/export_targets.md says why. "
+                f"Received: a model of it. Expected: one of {[*dtypes]}. Load "
+                "it with dtype='float32' and without `quantize`."
+            )
 
 
 def write(model, folder, format):

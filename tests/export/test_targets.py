@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     reason="a format chooses its backend, whichever exports",
 )
 
-TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
+NANO = PRESETS / "pali_gemma2_nano_112"
 PICTURES = [ROOT / "examples" / "pictures" / f"scene_{n}.png" for n in range(3)]
 PROMPTS = ["caption en", "answer en how many snail?", "detect apple"]
 
@@ -46,7 +46,7 @@ def model():
     for variable in backbone.variables:
         fill(variable, random.normal(0, 0.1, variable.shape))
     preprocessor = PaliGemmaCausalLMPreprocessor(
-        PaliGemmaTokenizer(TOKENIZER.read_bytes()),
+        PaliGemmaTokenizer((NANO / "tokenizer.model").read_bytes()),
         PaliGemmaImageConverter(28),
         prompt_length=24,
         response_length=6,
@@ -168,9 +168,11 @@ def test_bad_targets_are_refused(model, tmp_path, monkeypatch):
     bare = PaliGemmaCausalLM(model.backbone, compile=False)
     with pytest.raises(ValueError, match="preprocessor"):
         bare.export(tmp_path / "made", format="stablehlo")
-    half = PaliGemmaCausalLM.from_preset(TOKENIZER.parent, dtype="bfloat16")
-    with pytest.raises(ValueError, match="dtype='float32'"):
-        half.export(tmp_path / "made", format="onnx")
+    for format, kind in (("onnx", "bfloat16"), ("openvino", "int8")):
+        name = "dtype" if kind == "bfloat16" else "quantize"
+        other = PaliGemmaCausalLM.from_preset(NANO, **{name: kind})
+        with pytest.raises(ValueError, match=f"{format}' has no {kind}"):
+            other.export(tmp_path / "made", format=format)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"keras_paligemma\[targets\]"):
         model.export(tmp_path / "made", format="onnx")
