@@ -12,7 +12,10 @@ def export(
         str, typer.Argument(help="As the other commands take it")
     ],
     target: Annotated[Path, typer.Argument(help="Folder that is new or empty")],
-    format: Annotated[str, typer.Option(help="savedmodel")] = "savedmodel",
+    format: Annotated[
+        str,
+        typer.Option(help="savedmodel | stablehlo | onnx | openvino | litert"),
+    ] = "savedmodel",
     dtype: Annotated[
         str | None, typer.Option(help="The source's if none")
     ] = None,
@@ -27,12 +30,13 @@ def export(
         int | None, typer.Option(help="Most tokens of an answer")
     ] = None,
 ) -> None:
-    """Write what TensorFlow serves: pictures and prompts in, text out."""
-    # It is TensorFlow's graph that is written, so its backend reads.
-    os.environ["KERAS_BACKEND"] = "tensorflow"
-    from keras_paligemma.export import savedmodel
+    """Write what others serve: TensorFlow takes pictures and gives text."""
+    from keras_paligemma.export import targets
 
-    savedmodel.check(target, format)
+    targets.check(target, format)
+    # The backend that writes the format also reads the source.
+    writer = targets.TARGETS.get(format)
+    os.environ["KERAS_BACKEND"] = writer.backend if writer else "tensorflow"
     from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
 
     options = {
@@ -45,5 +49,5 @@ def export(
     model = PaliGemmaCausalLM.from_preset(source, compile=False, **options)
     if adapter is not None:
         model.load_adapter(adapter)
-    savedmodel.export(model, target, format)
+    targets.export(model, target, format)
     typer.echo(f"{target}: {model.count_params():,} parameters as {format}")

@@ -55,25 +55,23 @@ def export(model, filepath, format="savedmodel"):
     ```
     """
     check(filepath, format)
+    check_preprocessor(model)
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        write(model, filepath)
+    else:
+        write_elsewhere(model, filepath, "tensorflow", __name__)
+
+
+def check_preprocessor(model):
+    """Refuse a model that cannot read pictures and prompts."""
     if model.preprocessor is None or model.preprocessor.image_converter is None:
         raise ValueError(
             "Pictures and prompts are read by the preprocessor. Received: a "
             "model without one, or without its image converter. Expected: "
             "one, as `from_preset` makes it."
         )
-    import keras
-
-    if keras.backend.backend() == "tensorflow":
-        write(model, filepath)
-        return
-    target = Path(filepath).expanduser().resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target: the usual place may be a memory.
-    with tempfile.TemporaryDirectory(
-        prefix=f".{target.name}.preset-", dir=target.parent
-    ) as folder:
-        model.save_to_preset(folder)
-        _write_elsewhere(folder, target)
 
 
 def check(filepath, format="savedmodel"):
@@ -102,25 +100,42 @@ def write(model, folder):
         tf.saved_model.save(module, str(draft), module.functions)
 
 
-def _write_elsewhere(preset, target):
-    """Export a preset in a process of its own, whose backend is TensorFlow."""
+def write_elsewhere(model, filepath, backend, module, *arguments):
+    """Write a model by a process of its own, which has another backend.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        filepath: str or path of the target.
+        backend: str, Keras's name of it.
+        module: str, whose `main` is called with a preset of the model, the
+            target and `arguments`.
+        *arguments: str.
+    """
+    target = Path(filepath).expanduser().resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
     package = Path(__file__).parents[2]
     paths = [str(package), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
-        "KERAS_BACKEND": "tensorflow",
+        "KERAS_BACKEND": backend,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         # The accelerator belongs to the process that has the model.
         "CUDA_VISIBLE_DEVICES": "-1",
+        "JAX_PLATFORMS": "cpu",
     }
-    told = subprocess.run(
-        [sys.executable, "-m", __name__, preset, str(target)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    # Beside the target: the usual place may be a memory.
+    with tempfile.TemporaryDirectory(
+        prefix=f".{target.name}.preset-", dir=target.parent
+    ) as preset:
+        model.save_to_preset(preset)
+        told = subprocess.run(
+            [sys.executable, "-m", module, preset, str(target), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
     if told.returncode:
         raise RuntimeError(
-            "The model was not exported. The process of TensorFlow ended with "
+            f"The model was not exported. The process of {backend} ended with "
             f"{told.returncode} and said: {told.stderr[-2000:].strip()}"
         )
 

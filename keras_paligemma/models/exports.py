@@ -100,11 +100,11 @@ def export_to_big_vision(model, path, dtype=None, piece_size=None):
 
 
 def export_to_serve(model, filepath, format="savedmodel"):
-    """Write what TensorFlow serves without this package; see `export`.
+    """Write what runs without this package; see `export.targets.export`.
 
     Args:
         filepath: str or path of a folder that is new or empty.
-        format: "savedmodel".
+        format: "savedmodel", "stablehlo", "onnx", "openvino" or "litert".
     """
     # By name: that package stands above the models.
     above = importlib.import_module("keras_paligemma.export")

@@ -1,9 +1,18 @@
-"""Encoded pictures of every kind that a server is sent."""
+"""Encoded pictures of every kind that a server is sent, and the server."""
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from tests.conftest import PRESETS
+
+ROOT = Path(__file__).parents[2]
 
 
 def encode(image, format, **options):
@@ -75,3 +84,31 @@ def bomb(width=20_000, height=20_000):
     content = bytearray(encode(picture(), "PNG"))
     content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     return bytes(content)
+
+
+@pytest.fixture(scope="session")
+def address(tmp_path_factory):
+    """Where the server listens, which answers for the exported nano preset."""
+    home = tmp_path_factory.mktemp("serve")
+    cli = [sys.executable, "-m", "keras_paligemma.cli", "export"]
+    subprocess.run(
+        [*cli, PRESETS / "pali_gemma2_nano_112", home / "served"],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            ROOT / "examples" / "serve" / "server.py",
+            *(home / "served", "--port", "0"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": ""},
+        cwd=home,
+        text=True,
+    )
+    with server:
+        yield server.stdout.readline().strip()
+        server.kill()

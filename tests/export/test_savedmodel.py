@@ -223,7 +223,7 @@ def test_bad_exports_are_refused(model, folder, tmp_path):
     with pytest.raises(ValueError, match="in use"):
         model.export(folder)
     with pytest.raises(ValueError, match="Unknown format"):
-        model.export(tmp_path / "x", format="onnx")
+        model.export(tmp_path / "x", format="tflite")
     bare = PaliGemmaCausalLM(model.backbone, compile=False)
     with pytest.raises(ValueError, match="preprocessor"):
         bare.export(tmp_path / "x")

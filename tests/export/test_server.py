@@ -2,9 +2,6 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +11,6 @@ import numpy as np
 import pytest
 
 from keras_paligemma.tasks.boxes import parse_boxes
-from tests.conftest import PRESETS
 from tests.export.conftest import bomb
 from tests.export.conftest import pictures
 
@@ -22,34 +18,6 @@ pytest.importorskip("tensorflow_text")
 
 ROOT = Path(__file__).parents[2]
 SCENE = (ROOT / "examples" / "pictures" / "scene_0.png").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """Where the server listens, which answers for the exported nano preset."""
-    home = tmp_path_factory.mktemp("serve")
-    cli = [sys.executable, "-m", "keras_paligemma.cli", "export"]
-    subprocess.run(
-        [*cli, PRESETS / "pali_gemma2_nano_112", home / "served"],
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    server = subprocess.Popen(
-        [
-            sys.executable,
-            ROOT / "examples" / "serve" / "server.py",
-            *(home / "served", "--port", "0"),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": ""},
-        cwd=home,
-        text=True,
-    )
-    with server:
-        yield server.stdout.readline().strip()
-        server.kill()
 
 
 def send(url, body=None, **headers):

@@ -1,0 +1,82 @@
+"""A model's forward pass as ONNX, and as OpenVINO's own files from there."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from keras_paligemma.export.forward import INPUTS
+from keras_paligemma.export.forward import response_logits
+from keras_paligemma.export.forward import shapes_and_dtypes
+
+ENTRY = "model.onnx"
+OPENVINO_ENTRY = "model.xml"
+# A file of ONNX is a message of protobuf, which ends at 2 GiB.
+MOST_BYTES = 1_900_000_000
+
+
+def write(model, folder):
+    """Write the forward pass as `model.onnx`; above 2 GB with `.data` beside.
+
+    Args:
+        model: `PaliGemmaCausalLM` of the Torch backend, with a preprocessor.
+        folder: path of an empty folder.
+    """
+    import torch
+
+    class Forward(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = model.backbone
+
+        def forward(self, *inputs):
+            named = dict(zip(INPUTS, inputs, strict=True))
+            return response_logits(model, named)
+
+    # Two rows: of one, the batch would be taken for a constant.
+    arrays = tuple(
+        torch.zeros((2, *shape), dtype=getattr(torch, dtype.name))
+        for shape, dtype in shapes_and_dtypes(model).values()
+    )
+    with torch.no_grad():
+        program = torch.onnx.export(
+            Forward().eval(),
+            arrays,
+            dynamo=True,
+            input_names=list(INPUTS),
+            output_names=["logits"],
+            dynamic_shapes=(tuple({0: "batch"} for _ in arrays),),
+            verbose=False,
+        )
+    # Each node tells of the lines that made it: a tenth of a small file.
+    for node in program.model.graph:
+        node.metadata_props.clear()
+    weights = sum(
+        one.numel() * one.element_size() for one in model.backbone.parameters()
+    )
+    program.save(folder / ENTRY, external_data=weights > MOST_BYTES)
+
+
+def write_openvino(model, folder):
+    """Write the forward pass as `model.xml` and `model.bin`, by way of ONNX.
+
+    Args:
+        model: as `write` takes it.
+        folder: path of an empty folder.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
+        write(model, Path(draft))
+        convert_to_openvino(Path(draft) / ENTRY, folder)
+
+
+def convert_to_openvino(path, folder):
+    """Convert a file of `write`, in the precision that it has."""
+    # Whoever imports OpenVINO would report it to its makers; without this
+    # package it does not.
+    sys.modules.setdefault("openvino_telemetry", None)
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    # The reader also names an input by the node that reads it.
+    for port, name in zip(model.inputs, INPUTS, strict=True):
+        port.get_tensor().set_names({name})
+    openvino.save_model(model, folder / OPENVINO_ENTRY, compress_to_fp16=False)

@@ -1,0 +1,88 @@
+"""A model as StableHLO, which `jax.export` writes and reads."""
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_paligemma.checkpoints.safetensors_files import write_safetensors
+from keras_paligemma.compat import compiling_for
+from keras_paligemma.compat import to_host
+from keras_paligemma.export.forward import response_logits
+from keras_paligemma.export.forward import shapes_and_dtypes
+from keras_paligemma.models.generation import generate_tokens
+
+ENTRY = "generate.stablehlo"
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def write(model, folder):
+    """Write two functions and the weights that both take.
+
+    `forward.stablehlo` gives logits (B, R, V), `generate.stablehlo` token ids
+    (B, R), the likeliest, 0 after the stop. Each is called with a dict of the
+    weights, as `model.safetensors` has them, and a dict of the preprocessor's
+    arrays, in batches of any size. One file serves all of `PLATFORMS`.
+
+    Args:
+        model: `PaliGemmaCausalLM` of the JAX backend, with a preprocessor.
+        folder: path of an empty folder.
+    """
+    import jax
+    from jax import export
+
+    variables = {one.path: one for one in model.backbone.variables}
+    weights = {
+        path: jax.ShapeDtypeStruct(one.shape, one.dtype)
+        for path, one in variables.items()
+    }
+    (batch,) = export.symbolic_shape("batch")
+    inputs = {
+        name: jax.ShapeDtypeStruct((batch, *shape), dtype)
+        for name, (shape, dtype) in shapes_and_dtypes(model).items()
+    }
+
+    def exported(function):
+        def stateless(weights, inputs):
+            values = [(variables[path], weights[path]) for path in variables]
+            with keras.StatelessScope(state_mapping=values):
+                return function(model, inputs)
+
+        # What each platform would choose for itself is no common program.
+        with compiling_for("cpu"):
+            made = export.export(jax.jit(stateless), platforms=PLATFORMS)(
+                weights, inputs
+            )
+        return made.serialize()
+
+    (folder / "forward.stablehlo").write_bytes(exported(response_logits))
+    (folder / ENTRY).write_bytes(exported(greedy_ids))
+    write_safetensors(
+        folder,
+        ((path, to_host(one)) for path, one in variables.items()),
+        max_shard_size=np.inf,
+    )
+
+
+def greedy_ids(model, inputs):
+    """Answer with the likeliest tokens: int32 (B, R), 0 after the stop.
+
+    Args:
+        model: `PaliGemmaCausalLM` with a preprocessor.
+        inputs: dict as `forward.response_logits` takes it; what its responses
+            begin with is kept.
+    """
+    prompt = model.preprocessor.prompt_length
+    stop = model.preprocessor.tokenizer.end_token_id
+    inputs = {
+        "images": inputs["images"],
+        "token_ids": inputs["token_ids"][:, :prompt],
+        "padding_mask": inputs["padding_mask"][:, :prompt],
+        "response_ids": inputs["token_ids"][:, prompt:],
+        "response_mask": inputs["response_mask"][:, prompt:],
+    }
+    sampler = keras_hub.samplers.get("greedy")
+    ids_BR = generate_tokens(model.backbone, sampler, inputs, (stop,), model)
+    stopped_BR = ops.cast(ids_BR == stop, "int32")
+    before_BR = ops.cumsum(stopped_BR, axis=1) - stopped_BR
+    return ops.where(before_BR == 0, ids_BR, 0)

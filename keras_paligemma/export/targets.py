@@ -1,0 +1,150 @@
+"""What a model can be exported to, and which backend writes it."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from keras_paligemma.atomic import refuse_in_use
+from keras_paligemma.atomic import whole_folder
+from keras_paligemma.export import savedmodel
+
+
+class Target(NamedTuple):
+    """One format: the backend that writes it, by which function of which
+    module, what must be installed, and the file that completes a folder."""
+
+    backend: str
+    packages: tuple
+    module: str
+    function: str
+    entry: str
+    dtypes: tuple = ("float32",)
+
+
+ONNX = ("torch", "onnx", "onnxscript")
+TARGETS = {
+    "stablehlo": Target(
+        "jax",
+        ("jax",),
+        "stablehlo",
+        "write",
+        "generate.stablehlo",
+        ("float32", "bfloat16", "int8", "int4"),
+    ),
+    "onnx": Target(
+        "torch",
+        ONNX,
+        "onnx_files",
+        "write",
+        "model.onnx",
+        ("float32", "int8", "int4"),
+    ),
+    "openvino": Target(
+        "torch",
+        (*ONNX, "openvino"),
+        "onnx_files",
+        "write_openvino",
+        "model.xml",
+        ("float32", "bfloat16"),
+    ),
+    "litert": Target(
+        "tensorflow", ("tensorflow",), "litert", "write", "model.tflite"
+    ),
+}
+
+
+def export(model, filepath, format="savedmodel"):
+    """Write a model as files that run without this package.
+
+    "savedmodel" takes pictures and prompts and gives text; see
+    `export.savedmodel`. The others take the preprocessor's arrays, of any
+    number of rows: "stablehlo" gives logits and answers, and "onnx",
+    "openvino" and "litert" give logits. Each is written by the backend that
+    can: from another, the model is written as a preset beside the target, and
+    a process of that backend exports this.
+
+    Args:
+        model: `PaliGemmaCausalLM` with a preprocessor.
+        filepath: str or path of a folder that is new or empty.
+        format: "savedmodel", "stablehlo", "onnx", "openvino" or "litert".
+
+    Raises:
+        ValueError: another format, a dtype that it lacks, no preprocessor, a
+            folder in use.
+        ImportError: a package that writes the format is not installed.
+        RuntimeError: the other process stopped; with what it said.
+
+    Example:
+
+    ```python
+    model.export("served")
+    model.export("for_onnx", format="onnx")
+    ```
+    """
+    if format not in TARGETS:
+        check(filepath, format)
+        savedmodel.export(model, filepath, format)
+        return
+    check(filepath, format)
+    savedmodel.check_preprocessor(model)
+    _check_dtype(model.backbone, format)
+    import keras
+
+    backend = TARGETS[format].backend
+    if keras.backend.backend() == backend:
+        write(model, filepath, format)
+    else:
+        savedmodel.write_elsewhere(model, filepath, backend, __name__, format)
+
+
+def check(filepath, format):
+    """Refuse what cannot be exported, before a model is read."""
+    if format in savedmodel.FORMATS:
+        savedmodel.check(filepath, format)
+        return
+    if format not in TARGETS:
+        raise ValueError(
+            f"Unknown format. Received: {format!r}. Expected: one of "
+            f"{[savedmodel.FORMATS[0], *TARGETS]}."
+        )
+    for package in TARGETS[format].packages:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"An export to {format!r} needs {package}, which is not "
+                "installed. Run: pip install 'keras_paligemma[targets]'."
+            )
+    refuse_in_use(filepath)
+
+
+def _check_dtype(backbone, format):
+    """Refuse what a format computes wrongly, or not at all."""
+    dtypes = TARGETS[format].dtypes
+    for dtype in (backbone.compute_dtype, backbone.quantization):
+        if dtype is not None and dtype not in dtypes:
+            raise ValueError(
+                f"{format!r} has no {dtype}; docs/export_targets.md says why. "
+                f"Received: a model of it. Expected: one of {[*dtypes]}. Load "
+                "it with dtype='float32' and without `quantize`."
+            )
+
+
+def write(model, folder, format):
+    """Write a model of the backend that writes this format; see `export`."""
+    target = TARGETS[format]
+    module = importlib.import_module(f"keras_paligemma.export.{target.module}")
+    with whole_folder(folder, target.entry) as draft:
+        getattr(module, target.function)(model, draft)
+
+
+def main(preset, folder, format):
+    """Read a preset and export it: the process that has the backend."""
+    from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
+
+    model = PaliGemmaCausalLM.from_preset(preset, compile=False)
+    write(model, Path(folder), format)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

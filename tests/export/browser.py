@@ -1,0 +1,122 @@
+"""Drive a headless Chromium by WebDriver: JSON over HTTP, no package."""
+
+import base64
+import contextlib
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",  # Chromium has none for root, which CI is.
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--window-size=800,900",
+)
+# By this key WebDriver names an element.
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
+
+
+def missing():
+    """Name the programs that are not installed."""
+    wanted = ("chromium", "chromedriver")
+    return [name for name in wanted if shutil.which(name) is None]
+
+
+class Browser:
+    """One page in one window; see https://www.w3.org/TR/webdriver2.
+
+    Args:
+        address: str, of the session: "http://127.0.0.1:…/session/…".
+    """
+
+    def __init__(self, address):
+        self.address = address
+
+    def open(self, url):
+        _call(f"{self.address}/url", {"url": url})
+
+    def type(self, css, text):
+        """Type into a field, or choose the file of a path."""
+        _call(f"{self._element(css)}/value", {"text": text})
+
+    def clear(self, css):
+        _call(f"{self._element(css)}/clear", {})
+
+    def click(self, css):
+        _call(f"{self._element(css)}/click", {})
+
+    def run(self, script, *arguments):
+        """Run the body of a JavaScript function; give what it returns."""
+        body = {"script": script, "args": arguments}
+        return _call(f"{self.address}/execute/sync", body)
+
+    def wait(self, script, seconds=30):
+        """Wait until a function gives something that is true; give that."""
+        end = time.monotonic() + seconds
+        while not (found := self.run(script)):
+            if time.monotonic() > end:
+                raise TimeoutError(f"Never true in {seconds} s: {script}")
+            time.sleep(0.05)
+        return found
+
+    def screenshot(self):
+        """Give the window as the bytes of a PNG."""
+        return base64.b64decode(_call(f"{self.address}/screenshot"))
+
+    def _element(self, css):
+        query = {"using": "css selector", "value": css}
+        found = _call(f"{self.address}/element", query)
+        return f"{self.address}/element/{found[ELEMENT]}"
+
+
+@contextlib.contextmanager
+def browser():
+    """Start Chromium and its driver; both end with the context."""
+    with tempfile.TemporaryDirectory() as profile:
+        driver = subprocess.Popen(
+            [shutil.which("chromedriver"), "--port=0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        with driver:
+            try:
+                for line in driver.stdout:
+                    if "started successfully on port" in line:
+                        break
+                port = line.rstrip(".\n").rpartition(" ")[2]
+                address = f"http://127.0.0.1:{port}/session"
+                options = {
+                    "binary": shutil.which("chromium"),
+                    "args": [*FLAGS, f"--user-data-dir={profile}"],
+                }
+                wanted = {"alwaysMatch": {"goog:chromeOptions": options}}
+                session = _call(address, {"capabilities": wanted})
+                address = f"{address}/{session['sessionId']}"
+                yield Browser(address)
+                _call(address, method="DELETE")
+            finally:
+                driver.kill()
+
+
+def _call(url, body=None, method=None):
+    """Send one command; give its value."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.load(reply)["value"]
+    except urllib.error.HTTPError as error:
+        with error:
+            told = json.load(error)["value"]["message"]
+        raise RuntimeError(f"The browser refused: {told}") from error

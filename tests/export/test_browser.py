@@ -1,0 +1,120 @@
+"""The example server's page in a real browser, as a person uses it."""
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.export import browser
+from tests.export.conftest import encode
+from tests.export.conftest import picture
+
+pytest.importorskip("tensorflow_text")
+pytestmark = pytest.mark.skipif(
+    bool(browser.missing()),
+    reason=f"{browser.missing()} not found: apt-get install chromium "
+    "chromium-driver",
+)
+
+BELL = Path(__file__).parents[2] / "examples" / "pictures" / "scene_1.png"
+# What the page says, once it waits for nothing.
+SAID = """
+const text = document.getElementById("text");
+if (document.getElementById("go").disabled || !text.textContent) return null;
+return [text.textContent, text.className];
+"""
+SHOWN = "return !document.getElementById('view').hidden"
+# Where the colour of the first box is: left, top, right, bottom, in pixels.
+BOX = """
+const view = document.getElementById("view");
+const {width, height} = view;
+const {data} = view.getContext("2d").getImageData(0, 0, width, height);
+let [left, top, right, bottom] = [width, height, -1, -1];
+for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
+  const at = 4 * (y * width + x);
+  if (data[at] != 230 || data[at + 1] != 25 || data[at + 2] != 75) continue;
+  left = Math.min(left, x); right = Math.max(right, x);
+  top = Math.min(top, y); bottom = Math.max(bottom, y);
+}
+return [left, top, right, bottom];
+"""
+DROP = """
+const bytes = Uint8Array.from(atob(arguments[0]), one => one.charCodeAt(0));
+const dataTransfer = new DataTransfer();
+dataTransfer.items.add(new File([bytes], "a.png", {type: "image/png"}));
+const event = new DragEvent("drop", {dataTransfer, cancelable: true});
+document.getElementById("drop").dispatchEvent(event);
+"""
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser.browser() as one:
+        yield one
+
+
+@pytest.fixture
+def page(chromium, address):
+    """The page, freshly opened."""
+    chromium.open(address)
+    return chromium
+
+
+def ask(page, prompt):
+    """Type a prompt, press the button; give what the page then says."""
+    page.clear("#prompt")
+    page.type("#prompt", prompt)
+    page.click("#go")
+    return page.wait(SAID)
+
+
+def test_a_chosen_picture_gets_text_and_boxes(page, tmp_path):
+    page.type("#file", str(BELL))
+    page.wait(SHOWN)
+    assert page.run(BOX)[2] == -1
+    text, kind = ask(page, "detect bell")
+    assert text.endswith(" bell")
+    assert text.startswith("<loc")
+    assert kind == ""
+    y1, x1, y2, x2 = (int(text[4 + 9 * n : 8 + 9 * n]) for n in range(4))
+    wanted = np.array([x1, y1, x2, y2]) / 1023 * 448
+    # Above the box, and perhaps beyond its right, stands its label.
+    left, top, right, bottom = page.run(BOX)
+    assert abs(left - wanted[0]) <= 3
+    assert abs(bottom - wanted[3]) <= 3
+    assert top < wanted[1]
+    assert right >= wanted[2] - 3
+    shot = Image.open(io.BytesIO(page.screenshot()))
+    shot.save(tmp_path / "page.png")
+    colours = np.asarray(shot.convert("RGB")).reshape(-1, 3)
+    assert (colours == [230, 25, 75]).all(1).sum() > 100
+
+
+def test_a_dropped_picture_gets_text(page):
+    page.run(DROP, base64.b64encode(BELL.read_bytes()).decode())
+    page.wait(SHOWN)
+    assert ask(page, "caption en") == ["a bell", ""]
+
+
+def test_what_is_wrong_is_said(page, tmp_path):
+    text, kind = ask(page, "caption en")
+    assert (text, kind) == ("Choose a picture first.", "error")
+    (tmp_path / "text.png").write_text("Good morning")
+    page.type("#file", str(tmp_path / "text.png"))
+    text, kind = page.wait(SAID)
+    assert "not a picture" in text
+    assert kind == "error"
+    # The browser shows it, the model does not read it.
+    (tmp_path / "bitmap.bmp").write_bytes(encode(picture(), "BMP"))
+    page.type("#file", str(tmp_path / "bitmap.bmp"))
+    page.wait(SHOWN)
+    text, kind = ask(page, "caption en")
+    assert "Expected: the bytes of a JPEG, PNG, WebP or GIF" in text
+    assert kind == "error"
+    page.type("#file", str(BELL))
+    page.wait("return !document.getElementById('text').textContent")
+    assert "does not fit" in ask(page, "very " * 90)[0]
+    assert ask(page, "caption en") == ["a bell", ""]
