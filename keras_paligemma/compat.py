@@ -199,7 +199,9 @@ def compiling_for(platform):
 
 
 def platform():
-    """Give the platform that JAX's programs are compiled for."""
+    """Give the platform that JAX's programs are compiled for, else ""."""
+    if keras.backend.backend() != "jax":
+        return ""
     import jax
 
     return _target.get() or jax.default_backend()

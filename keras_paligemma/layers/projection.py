@@ -145,23 +145,7 @@ class Projection(keras.layers.Layer):
 def contract(x, kernel, input_axes):
     """Sum over the last axes of `x` and the first axes of `kernel`."""
     kernel = ops.cast(kernel, x.dtype)
-    rank = len(input_axes)
-    if not weights_are_shared():
-        return ops.tensordot(x, kernel, axes=rank)
-    # Shared weights have one axis out while they are multiplied: a TPU would
-    # else lay out the gathered heads of all layers anew, 2.4 GiB of a 28b on
-    # eight chips. On one chip the same costs 0.3 GiB.
-    output_axes = kernel.shape[rank:]
-    kernel = ops.reshape(kernel, (*kernel.shape[:rank], -1))
-    y = ops.tensordot(x, kernel, axes=rank)
-    return ops.reshape(y, (*ops.shape(x)[: len(x.shape) - rank], *output_axes))
-
-
-def weights_are_shared():
-    """Say whether the active distribution splits weights among devices."""
-    active = keras.distribution.distribution()
-    splits = isinstance(active, keras.distribution.ModelParallel)
-    return splits and active.device_mesh.shape[-1] > 1
+    return ops.tensordot(x, kernel, axes=len(input_axes))
 
 
 def normal(fan_in):
