@@ -12,6 +12,7 @@ import keras
 from keras import ops
 
 from keras_paligemma.layers.projection import Projection
+from keras_paligemma.layers.remat import recompute
 from keras_paligemma.layers.splash import PrefixMask
 from keras_paligemma.layers.splash import attend_fused
 
@@ -129,7 +130,8 @@ def attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None):
     """Mix values by the softmax of capped query-key products.
 
     Query head n reads key-value head n // (N / K): no key is repeated in
-    memory. Products, cap and softmax are in float32 whatever the inputs.
+    memory. Products, cap and softmax are in float32 whatever the inputs. A
+    backward pass computes the weights again (`recompute`).
 
     Args:
         query_BTNH: tensor, already scaled.
@@ -141,6 +143,14 @@ def attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None):
     Returns:
         Tensor (batch, tokens, query heads, head_dim), dtype of the values.
     """
+
+    def mix(query_BTNH, key_BSKH, value_BSKH, mask_BTS):
+        return _mix(query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap)
+
+    return recompute(mix)(query_BTNH, key_BSKH, value_BSKH, mask_BTS)
+
+
+def _mix(query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap):
     B, T, N, H = ops.shape(query_BTNH)
     K = key_BSKH.shape[2]
     query = ops.reshape(query_BTNH, (B, T, K, N // K, H))

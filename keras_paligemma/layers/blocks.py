@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_paligemma.layers.attention import GroupedQueryAttention
 from keras_paligemma.layers.projection import Projection
+from keras_paligemma.layers.remat import recompute
 
 
 class RMSNorm(keras.layers.Layer):
@@ -67,8 +68,8 @@ class GatedMLP(keras.layers.Layer):
         self.built = True
 
     def call(self, x_BTD):
-        gate_BTF = ops.gelu(self.gate(x_BTD), approximate=True)
-        return self.down(gate_BTF * self.up(x_BTD))
+        gated = recompute(lambda gate, up: _gelu(gate) * up)
+        return self.down(gated(self.gate(x_BTD), self.up(x_BTD)))
 
 
 class MLP(keras.layers.Layer):
@@ -99,7 +100,11 @@ class MLP(keras.layers.Layer):
         self.built = True
 
     def call(self, x_BTD):
-        return self.down(ops.gelu(self.up(x_BTD), approximate=True))
+        return self.down(recompute(_gelu)(self.up(x_BTD)))
+
+
+def _gelu(x):
+    return ops.gelu(x, approximate=True)
 
 
 class DecoderBlock(keras.layers.Layer):

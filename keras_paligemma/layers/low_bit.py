@@ -14,6 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_paligemma.compat import platform
+from keras_paligemma.layers.remat import after
 
 MODES = (None, "int8", "int4")
 GROUP = 128
@@ -195,13 +196,8 @@ def low_bit_product(layout, stored, scale, x):
 
     # Values, since the gradient is asked for when the scope of a trainer's or
     # a stack's values has ended: a variable then has others.
-    return product(
-        x,
-        *(
-            one.value if isinstance(one, keras.Variable) else one
-            for one in (stored, scale)
-        ),
-    )
+    values = [ops.convert_to_tensor(one) for one in (stored, scale)]
+    return product(x, *values)
 
 
 def low_bit_gradient(layout, stored, scale, gradient):
@@ -219,7 +215,7 @@ def low_bit_gradient(layout, stored, scale, gradient):
     summed, kept = _axes(layout)
 
     def back(gradient, stored, scale):
-        stored, scale = _after(gradient, stored, scale)
+        stored, scale = after(gradient, stored, scale)
         if layout.mode == "int8":
             gradient = gradient * _of_outputs(layout, scale, gradient.dtype)
             kernel = ops.cast(stored, gradient.dtype)
@@ -251,7 +247,7 @@ def _forward(layout, stored, scale, x):
     summed, kept = _axes(layout)
 
     def forward(stored, scale):
-        stored, scale = _after(x, stored, scale)
+        stored, scale = after(x, stored, scale)
         if layout.mode == "int8":
             # The scale of an output multiplies what was summed up: a TPU then
             # makes floats of the integers within the product.
@@ -333,27 +329,6 @@ def _contract(x, kernel, axes):
     """Sum over the last axes of `x` and these axes of a kernel."""
     last = range(len(x.shape) - len(axes), len(x.shape))
     return ops.tensordot(x, kernel, axes=[list(last), axes])
-
-
-def _after(x, stored, scale):
-    """Give a stored weight as something that is known only after `x`.
-
-    Nothing else keeps a compiler from making floats of all layers' kernels
-    first, or from keeping them for the backward pass, where it finds the same
-    expression. XLA:CPU drops optimization barriers before it looks for such;
-    a number of `x` would cost several devices a message.
-    """
-    backend = keras.backend.backend()
-    if backend == "torch":
-        return stored, scale
-    if backend == "jax" and platform() != "cpu":
-        import jax
-
-        return jax.lax.optimization_barrier((x, stored, scale))[1:]
-    # Always false, since scales are positive; no compiler knows that.
-    first = ops.cast(ops.reshape(x, (-1,))[0], scale.dtype)
-    never = ops.reshape(scale, (-1,))[0] < -ops.absolute(first)
-    return ops.where(never, -stored, stored), ops.where(never, -scale, scale)
 
 
 def _split(shape, axis):

@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_paligemma.compat import platform
 from keras_paligemma.layers.dropout import drop
 from keras_paligemma.layers.low_bit import LowBit
 from keras_paligemma.layers.low_bit import add_low_bit_weight
@@ -143,9 +144,23 @@ class Projection(keras.layers.Layer):
 
 
 def contract(x, kernel, input_axes):
-    """Sum over the last axes of `x` and the first axes of `kernel`."""
+    """Sum over the last axes of `x` and the first axes of `kernel`.
+
+    As a product of two matrices, which CPUs and GPUs run in either direction
+    as the kernel lies; the gradient of a product over axes of heads would have
+    it copied in another order. TPUs lay it out by the axes.
+    """
     kernel = ops.cast(kernel, x.dtype)
-    return ops.tensordot(x, kernel, axes=len(input_axes))
+    summed = len(input_axes)
+    if len(kernel.shape) == 2 or platform() == "tpu":
+        return ops.tensordot(x, kernel, axes=summed)
+    rows, columns = kernel.shape[:summed], kernel.shape[summed:]
+    others = ops.shape(x)[: len(x.shape) - summed]
+    y = ops.matmul(
+        ops.reshape(x, (*others, math.prod(rows))),
+        ops.reshape(kernel, (math.prod(rows), math.prod(columns))),
+    )
+    return ops.reshape(y, (*others, *columns))
 
 
 def normal(fan_in):

@@ -1,6 +1,9 @@
 """What the backward pass keeps of a block, and what it computes again."""
 
 import keras
+from keras import ops
+
+from keras_paligemma.compat import platform
 
 REMATS = (None, "block", "dots")
 
@@ -32,6 +35,72 @@ def rematerialize(function, kind):
         function,
         policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     )
+
+
+def recompute(function):
+    """Let a function's backward pass keep its arguments alone, cheaply.
+
+    For what costs little to compute and much to keep: the weights of attention
+    and what a gelu computes between. A block that keeps its activations keeps
+    four arrays (B, T, F) of a gated MLP without it, two with it. JAX alone;
+    other backends get the function as it is, and TPUs too: there blocks are
+    recomputed whole, and attention is one kernel.
+
+    XLA:CPU takes `jax.checkpoint` for the forward pass done again and merges
+    the two, so here the first argument waits for the gradient, see `after`.
+
+    Args:
+        function: of tensors, to one tensor. Only floats get a gradient.
+
+    Returns:
+        Function of the same arguments.
+    """
+    if keras.backend.backend() != "jax" or platform() == "tpu":
+        return function
+    import jax
+
+    def forward(*arguments):
+        return function(*arguments), arguments
+
+    def backward(arguments, gradient):
+        first, *others = arguments
+        (first,) = after(gradient, first)
+        return jax.vjp(function, first, *others)[1](gradient)
+
+    recomputing = jax.custom_vjp(function)
+    recomputing.defvjp(forward, backward)
+    return recomputing
+
+
+def after(x, *tensors):
+    """Give tensors as something that is known only after `x`.
+
+    Nothing else keeps a compiler from computing what follows from them at
+    once, for all layers, or from keeping it for the backward pass, where it
+    finds the same expression. XLA:CPU drops optimization barriers before it
+    looks for such; a number of `x` would cost several devices a message.
+
+    Args:
+        x: tensor.
+        *tensors: of signed numbers.
+
+    Returns:
+        List of these tensors, of the same values; Torch's as they are.
+    """
+    backend = keras.backend.backend()
+    if backend == "torch":
+        return list(tensors)
+    if backend == "jax" and platform() != "cpu":
+        import jax
+
+        return list(jax.lax.optimization_barrier((x, *tensors))[1:])
+    # Never true, of NaN neither; no compiler knows that.
+    first, last = (
+        ops.cast(ops.absolute(ops.reshape(one, (-1,))[0]), "float32")
+        for one in (x, tensors[-1])
+    )
+    never = last < -first
+    return [ops.where(never, -one, one) for one in tensors]
 
 
 def check_remat(kind):

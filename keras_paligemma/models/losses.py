@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_paligemma.compat import platform
 from keras_paligemma.layers.remat import rematerialize
 
 MEANS = ("example", "token")
@@ -30,7 +31,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
             variant has a cap (PaliGemma 2 has, 1 has not); `False` leaves it
             off, as the original's trainer does.
         chunk_tokens: int, tokens whose logits exist at a time on a device; one
-            a row at least.
+            a row at least. `None` for 256, or 32 on a CPU.
 
     Example:
 
@@ -46,7 +47,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
         label_smoothing=0.0,
         mean="example",
         final_soft_cap=True,
-        chunk_tokens=256,
+        chunk_tokens=None,
         name="streamed_cross_entropy",
         **kwargs,
     ):
@@ -141,7 +142,8 @@ class StreamedCrossEntropy(keras.losses.Loss):
         # Some tokens of every row: the batch may be of an unknown size, as in
         # TensorFlow's graphs, or lie on several devices.
         rows = -(-(B or USUAL_BATCH) // _replicas())
-        size = max(1, self.chunk_tokens // rows)
+        tokens = self.chunk_tokens or (32 if platform() == "cpu" else 256)
+        size = max(1, tokens // rows)
         if size >= R:
             return function(hidden_BRD, targets_BR)
         chunks = -(-R // size)
