@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 from keras import ops
 from sentencepiece import sentencepiece_model_pb2
@@ -126,10 +127,11 @@ def _backbone(seed, **fields):
     """KerasHub's own backbone; no weight keeps an initial zero or one."""
     from keras_hub.models import PaliGemmaBackbone
 
+    keras.utils.set_random_seed(seed)
     model = PaliGemmaBackbone(**fields)
     random = np.random.default_rng(seed)
     for variable in model.variables:
-        noise = 0.2 * random.normal(size=variable.shape)
+        noise = 0.1 * random.normal(size=variable.shape)
         value = ops.convert_to_numpy(ops.cast(variable, "float32")) + noise
         variable.assign(value.astype("float32"))
     return model
