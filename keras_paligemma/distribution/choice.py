@@ -25,7 +25,7 @@ def auto(preset, devices=None, memory_gib=None, remat="block", **job):
         preset: str, as `from_preset` takes it.
         devices: list of device names such as "tpu:0"; all if `None`.
         memory_gib: float, GiB a device; known of TPUs and GPUs if `None`.
-        remat: `None`, "dots" or "block", what the model is built with.
+        remat: `None`, "dots", "block" or "pair", what the model is built with.
         **job: `batch_size`, `prompt_length`, `response_length`, `lora_rank`
             (0 trains all weights), `lora_targets`, `quantize`, `dtype`: see
             `job.Job`.

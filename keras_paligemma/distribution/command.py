@@ -30,7 +30,8 @@ def plan(
         str | None, typer.Option(help='This one alone, such as "weights 1x8"')
     ] = None,
     remat: Annotated[
-        str | None, typer.Option(help="This one alone: none | dots | block")
+        str | None,
+        typer.Option(help="This one alone: none | dots | block | pair"),
     ] = None,
     generate: Annotated[
         bool, typer.Option("--generate", help="Plan answering, not training")

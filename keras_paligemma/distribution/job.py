@@ -13,7 +13,7 @@ from keras_paligemma.training.memory import estimate_memory
 
 GIB = 2**30
 # The lightest first: what is computed again costs time.
-REMATS = (None, "dots", "block")
+REMATS = (None, "dots", "block", "pair")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def flops(job, backbone, remat):
         patches,
         _kernels(backbone.vision_encoder),
         vision.num_layers * vision.hidden_dim,
-        remat,
+        _again(backbone.vision_encoder.blocks, remat),
         full,
         vision_trained,
     )
@@ -159,7 +159,7 @@ def flops(job, backbone, remat):
         tokens,
         _kernels(backbone.text_decoder.blocks),
         text.num_layers * text.num_query_heads * text.head_dim,
-        remat,
+        _again(backbone.text_decoder.blocks, remat),
         full,
     )
     head = 2 * job.response_length * text.hidden_dim * text.vocabulary_size
@@ -176,19 +176,22 @@ def _kernels(layer):
     )
 
 
-def _tower(tokens, kernels, heads, remat, full, trained=True):
+def _again(stack, remat):
+    """Say how often products, and attention, are computed a second time."""
+    if remat in ("block", "pair"):
+        return (1.5, 1.5) if stack.in_pairs else (1, 1)
+    return (0, 1) if remat == "dots" else (0, 0)
+
+
+def _tower(tokens, kernels, heads, again, full, trained=True):
     """Count what one example costs a tower: products, and attention's two."""
     products, attention = 2 * tokens * kernels, 4 * tokens * tokens * heads
     if not trained:
         return products + attention
     # Forward; the gradient of what goes in, and of the weights. Both inputs
     # of attention's products have gradients.
-    total = products * (3 if full else 2) + 3 * attention
-    if remat == "block":
-        total += products + attention
-    if remat == "dots":
-        total += attention
-    return total
+    times = 3 if full else 2
+    return products * (times + again[0]) + attention * (3 + again[1])
 
 
 def bounds(job, layout, machine, model, remat):
@@ -208,7 +211,7 @@ def bounds(job, layout, machine, model, remat):
     whole = chip_bytes(Layout("data"), backbone.variables)
     state = chip_bytes(layout, optimizer.variables)
     trained = chip_bytes(Layout("data"), backbone.trainable_variables)
-    passes = 3 if remat == "block" else 2
+    passes = {"block": 3, "pair": 3.5}.get(remat, 2)
     tensor = layout.strategy in ("tensor", "both")
     split = layout.group if tensor else 1
     received = 0.0

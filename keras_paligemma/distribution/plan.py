@@ -8,6 +8,7 @@ from keras_paligemma.distribution import machines
 from keras_paligemma.distribution.compiled import Compiler
 from keras_paligemma.distribution.compiled import has_compiler
 from keras_paligemma.distribution.job import GIB
+from keras_paligemma.distribution.job import REMATS
 from keras_paligemma.distribution.job import bounds
 from keras_paligemma.distribution.job import candidates
 from keras_paligemma.distribution.job import chip_memory
@@ -33,7 +34,7 @@ def make_plan(
         job: `Job`.
         machine: str, see `machines.find`.
         layout: str such as "weights 1x8" to ask of that one alone.
-        remat: `None`, "dots" or "block" to ask of that one alone.
+        remat: one of `job.REMATS` to ask of that one alone.
         compiler: bool, ask the compiler; where there is one if `None`.
         smallest: bool, look for the smallest slice too.
 
@@ -47,7 +48,7 @@ def make_plan(
     """
     machine = machines.find(machine)
     compiler = compiler_for(machine, compiler)
-    models = {one: job.model(one) for one in (None, "dots", "block")}
+    models = {one: job.model(one) for one in REMATS}
     pairs = candidates(job, machine, models["block"])
     if layout is not None:
         pairs = [pair for pair in pairs if str(pair[0]) == layout]
@@ -97,10 +98,10 @@ def outcome(job, machine, compiler, best, tried, smallest):
 
 def none_left(job, machine, layout, remat, known):
     """Make the error of a wish that no layout meets: names the nearest."""
-    if remat not in ("any", "none", None, "dots", "block"):
+    if remat not in ("any", "none", *REMATS):
         return ValueError(
-            f"Unknown remat. Received: {remat!r}. Expected: 'none', 'dots' or "
-            "'block'."
+            f"Unknown remat. Received: {remat!r}. Expected: 'none', 'dots', "
+            "'block' or 'pair'."
         )
     for one in layouts_of(machine.chips):
         if str(one) == layout and one not in known:
@@ -135,8 +136,8 @@ class _Judge:
     def smallest(self, machine):
         """Name the smallest slice on which the job fits, or `None`."""
         for one in machines.larger(machine):
-            thrifty = candidates(self.job, one, self.models["block"])
-            thrifty = [pair for pair in thrifty if pair[1] == "block"]
+            thrifty = candidates(self.job, one, self.models["pair"])
+            thrifty = [pair for pair in thrifty if pair[1] == "pair"]
             # The least memory: all chips share the weights.
             thrifty = sorted(
                 thrifty, key=lambda pair: sum(self.estimate(*pair).values())

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_paligemma.compat import platform
 
-REMATS = (None, "block", "dots")
+REMATS = (None, "block", "dots", "pair")
 
 
 def rematerialize(function, kind):
@@ -16,7 +16,9 @@ def rematerialize(function, kind):
         kind: `None` keeps everything; "block" keeps the arguments alone, at
             the price of a second forward pass; "dots" (JAX alone) keeps the
             results of matrix products with a weight too and recomputes what
-            is cheap.
+            is cheap. "pair" is "block", and an even number of stacked blocks
+            goes two at a time, so that half as much is kept, for half a
+            forward pass more.
 
     Returns:
         Function of the same arguments.
@@ -27,7 +29,7 @@ def rematerialize(function, kind):
     check_remat(kind)
     if kind is None:
         return function
-    if kind == "block":
+    if kind in ("block", "pair"):
         return keras.remat(function)
     import jax
 

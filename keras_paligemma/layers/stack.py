@@ -67,6 +67,8 @@ class LayerStack(keras.layers.Layer):
         self.num_layers = num_layers
         self.stacked = form == "stacked" or (form == "auto" and _on_tpu())
         self.remat = remat
+        # An odd block is left alone: two at a time, all are as "block".
+        self.in_pairs = self.stacked and remat == "pair" and num_layers % 2 == 0
         self.numbered = numbered
         self.seed_generator = None
 
@@ -227,19 +229,26 @@ class LayerStack(keras.layers.Layer):
         numbers = ops.arange(self.num_layers, dtype="int32")
 
         def block(slices, number, *args, **kwargs):
-            slices = [_as_stored(weight) for weight in slices]
+            slices = [
+                weight if self._stacks[name].trainable else _as_stored(weight)
+                for name, weight in zip(named, slices, strict=True)
+            ]
             mapping = list(zip(named.values(), slices, strict=True))
             with keras.StatelessScope(mapping), dropping(seed, number):
                 return template(*args, **self._number(number), **kwargs)
 
         if cache is None:
-            block = rematerialize(block, self.remat)
+            run = rematerialize(block, self.remat)
+            xs = [numbers, *stacks]
+            if self.in_pairs:
+                run = rematerialize(_twice(run), "block")
+                xs = [ops.reshape(x, (-1, 2, *x.shape[1:])) for x in xs]
 
             def step(x, number_and_slices):
                 number, *slices = number_and_slices
-                return block(slices, number, x, *args), None
+                return run(slices, number, x, *args), None
 
-            return ops.scan(step, x, [numbers, *stacks])[0]
+            return ops.scan(step, x, xs)[0]
 
         def step(carry, number_and_slices):
             x, keys, values = carry
@@ -256,6 +265,17 @@ class LayerStack(keras.layers.Layer):
 
         (x, *cache), _ = ops.scan(step, (x, *cache), [numbers, *stacks])
         return x, tuple(cache)
+
+
+def _twice(block):
+    """Run two blocks one after the other, of weights of two each."""
+
+    def pair(slices, numbers, x, *args):
+        for one in range(2):
+            x = block([two[one] for two in slices], numbers[one], x, *args)
+        return x
+
+    return pair
 
 
 def _as_stored(weight):

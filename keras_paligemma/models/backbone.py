@@ -42,7 +42,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         text_decoder: `TextDecoderConfig` or dict of its fields.
         form: form of repetition of the blocks: "auto", "stacked" or
             "unrolled"; see `layers.stack.LayerStack`.
-        remat: `None`, "block" or "dots": what the backward pass computes
+        remat: `None`, "block", "dots" or "pair": what the backward computes
             again, see `layers.remat`.
         quantization: `None`, "int8" or "int4": storage of the kernels of both
             towers (not of the patches) and of the token embedding, which are

@@ -43,7 +43,7 @@ def estimate_memory(
     patches = (backbone.image_size // vision.patch_size) ** 2
     kept = 0
     if "vision_encoder" in reached:
-        kept += vision.num_layers * _kept(
+        kept += _each(backbone.vision_encoder.blocks) * _kept(
             backbone.remat,
             patches,
             vision.hidden_dim,
@@ -52,7 +52,7 @@ def estimate_memory(
             2 * vision.intermediate_dim,
             vision.num_heads,
         )
-    kept += text.num_layers * _kept(
+    kept += _each(backbone.text_decoder.blocks) * _kept(
         backbone.remat,
         patches + text_length,
         text.hidden_dim,
@@ -71,9 +71,14 @@ def estimate_memory(
     }
 
 
+def _each(stack):
+    """Count the blocks, or pairs of blocks, that keep something."""
+    return stack.num_layers // (2 if stack.in_pairs else 1)
+
+
 def _kept(remat, tokens, width, queries, keys, hidden, heads):
     """Count the values that a block keeps for its backward pass."""
-    if remat == "block":
+    if remat in ("block", "pair"):
         return tokens * width
     products = tokens * (2 * width + 2 * queries + 2 * keys + hidden)
     if remat == "dots":

@@ -31,7 +31,7 @@ class Settings:
         freeze: list of patterns of weights, where weights are trained.
         quantize: "int8", "int4" or `None`.
         dtype: dtype policy; the preset's if `None`.
-        remat: "block", "dots" or `None`, "none" in a file.
+        remat: "block", "dots", "pair" or `None`, "none" in a file.
         image_size: int; the preset's if `None`.
         prompt_length: int; the preset's if `None`.
         response_length: int; the preset's if `None`.

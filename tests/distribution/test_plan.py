@@ -100,7 +100,7 @@ def test_machines_that_do_not_exist_name_the_nearest():
         ("--slice v5e-7", "'v5e-8', the nearest"),
         ("--slice v5e-4 --layout weights.2x4", "'weights 2x2', the nearest"),
         ("--layout weights.1x8 --batch-size 9", "Expected: 8 or 16."),
-        ("--remat all", "'none', 'dots' or 'block'"),
+        ("--remat all", "'none', 'dots', 'block' or 'pair'"),
         ("--batch-size 0", "batch_size is at least 1"),
         ("--quantize int3", "'int8', 'int4'"),
         ("--quantize int8 --full", "lora_rank=8"),

@@ -55,6 +55,43 @@ def test_outputs_and_gradients_are_equal(golden_backbone, inputs, remat):
     compare(found, wanted)
 
 
+def test_pairs_keep_half_and_change_nothing(inputs):
+    from keras_paligemma import PaliGemmaBackbone
+
+    # The encoder's blocks are odd in number: they stay single.
+    sizes = IMAGE_SIZE, VISION, TEXT | {"num_layers": 4}
+    plain = PaliGemmaBackbone(*sizes, form="stacked", remat="block")
+    other = PaliGemmaBackbone(*sizes, form="stacked", remat="pair")
+    assert other.text_decoder.blocks.in_pairs
+    assert not other.vision_encoder.blocks.in_pairs
+    random = np.random.default_rng(0)
+    values = [
+        one + random.normal(0, 0.1, one.shape) for one in plain.get_weights()
+    ]
+    plain.set_weights(values)
+    other.set_weights(values)
+    wanted = ops.convert_to_numpy(run(plain, inputs))
+    assert error(run(other, inputs), wanted) < 2e-5
+    compare(gradients_of(other, inputs), gradients_of(plain, inputs))
+    if keras.backend.backend() == "jax":
+        assert (kept_by_layer(plain), kept_by_layer(other)) == ([4], [2])
+
+
+def kept_by_layer(backbone):
+    """First axes of what the backward pass keeps of the decoder's x."""
+    import jax
+
+    x_BTD = np.ones((2, 5, 64), "float32")
+    positions_BT = np.tile(np.arange(5), (2, 1))
+    mask_BTS = np.ones((2, 5, 5), bool)
+    _, backward = jax.vjp(
+        lambda x_BTD: backbone.text_decoder(x_BTD, mask_BTS, positions_BT),
+        x_BTD,
+    )
+    leaves = jax.tree.leaves(backward)
+    return [one.shape[0] for one in leaves if one.shape[1:] == x_BTD.shape]
+
+
 @pytest.mark.parametrize("remat", ["block", "dots"])
 def test_remat_changes_nothing_when_unrolled(golden_backbone, inputs, remat):
     if remat == "dots" and keras.backend.backend() != "jax":
