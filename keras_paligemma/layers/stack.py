@@ -229,10 +229,7 @@ class LayerStack(keras.layers.Layer):
         numbers = ops.arange(self.num_layers, dtype="int32")
 
         def block(slices, number, *args, **kwargs):
-            slices = [
-                weight if self._stacks[name].trainable else _as_stored(weight)
-                for name, weight in zip(named, slices, strict=True)
-            ]
+            slices = [_as_stored(weight) for weight in slices]
             mapping = list(zip(named.values(), slices, strict=True))
             with keras.StatelessScope(mapping), dropping(seed, number):
                 return template(*args, **self._number(number), **kwargs)
