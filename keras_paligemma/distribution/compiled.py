@@ -65,7 +65,7 @@ class Compiler:
         Args:
             job: `Job`.
             layout: `Layout`.
-            remat: one of `job.REMATS`.
+            remat: one of `layers.remat.REMATS`.
             topology: str, of `Machine`.
             responses: int, tokens that are generated; `None` for a step of
                 training.

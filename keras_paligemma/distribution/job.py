@@ -7,13 +7,13 @@ from keras_paligemma.checkpoints import formats
 from keras_paligemma.compat import without_values
 from keras_paligemma.distribution.layouts import Layout
 from keras_paligemma.distribution.layouts import chip_bytes
+from keras_paligemma.layers.remat import REMATS
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.models.optimizers import Adam
 from keras_paligemma.training.memory import estimate_memory
 
 GIB = 2**30
 # The lightest first: what is computed again costs time.
-REMATS = (None, "dots", "block", "pair")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,10 +177,11 @@ def _kernels(layer):
 
 
 def _again(stack, remat):
-    """Say how often products, and attention, are computed a second time."""
-    if remat in ("block", "pair"):
-        return (1.5, 1.5) if stack.in_pairs else (1, 1)
-    return (0, 1) if remat == "dots" else (0, 0)
+    """Say how often products, and attention, are computed again."""
+    if remat == "pair" and stack.num_layers % 2 == 0:
+        return 1.5, 1.5
+    known = {"dots": (0, 1), "block": (1, 1), "pair": (1, 1)}
+    return known.get(remat, (0, 0))
 
 
 def _tower(tokens, kernels, heads, again, full, trained=True):

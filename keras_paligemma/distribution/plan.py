@@ -8,13 +8,13 @@ from keras_paligemma.distribution import machines
 from keras_paligemma.distribution.compiled import Compiler
 from keras_paligemma.distribution.compiled import has_compiler
 from keras_paligemma.distribution.job import GIB
-from keras_paligemma.distribution.job import REMATS
 from keras_paligemma.distribution.job import bounds
 from keras_paligemma.distribution.job import candidates
 from keras_paligemma.distribution.job import chip_memory
 from keras_paligemma.distribution.job import flops
 from keras_paligemma.distribution.job import layouts_of
 from keras_paligemma.distribution.layouts import check_batch
+from keras_paligemma.layers.remat import REMATS
 
 # Of what arithmetic says, the share of the memory that it may fill: compilers
 # need room that it does not see.
@@ -34,7 +34,7 @@ def make_plan(
         job: `Job`.
         machine: str, see `machines.find`.
         layout: str such as "weights 1x8" to ask of that one alone.
-        remat: one of `job.REMATS` to ask of that one alone.
+        remat: one of `layers.remat.REMATS` to ask of that one alone.
         compiler: bool, ask the compiler; where there is one if `None`.
         smallest: bool, look for the smallest slice too.
 

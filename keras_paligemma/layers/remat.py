@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_paligemma.compat import platform
 
-REMATS = (None, "block", "dots", "pair")
+REMATS = (None, "dots", "block", "pair")
 
 
 def rematerialize(function, kind):

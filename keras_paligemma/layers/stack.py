@@ -67,7 +67,7 @@ class LayerStack(keras.layers.Layer):
         self.num_layers = num_layers
         self.stacked = form == "stacked" or (form == "auto" and _on_tpu())
         self.remat = remat
-        # An odd block is left alone: two at a time, all are as "block".
+        # Of an odd number of blocks all stay single, as with "block".
         self.in_pairs = self.stacked and remat == "pair" and num_layers % 2 == 0
         self.numbered = numbered
         self.seed_generator = None

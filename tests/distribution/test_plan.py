@@ -214,3 +214,15 @@ def test_the_compiler_signs_generating():
     assert found["fits"] and found["best"]["source"] == "compiler"
     # Little more than weights and cache.
     assert 5.6 < found["best"]["prefill_gib"] <= found["best"]["hbm_gib"] < 6
+
+
+def test_pairs_compute_half_a_pass_more_whatever_model_is_asked():
+    job = Job("pali_gemma2_pt_3b_224")
+    found = [
+        [flops(job, job.model(built)[0], remat) for built in ("block", "pair")]
+        for remat in (None, "block", "pair")
+    ]
+    (none, same), (block, again), (pair, other) = found
+    assert (none, block, pair) == (same, again, other)
+    # The frozen encoder is the same; the decoder's 26 blocks are even.
+    assert pair - none == pytest.approx(1.5 * (block - none))
