@@ -235,11 +235,11 @@ class LayerStack(keras.layers.Layer):
                 return template(*args, **self._number(number), **kwargs)
 
         if cache is None:
-            run = rematerialize(block, self.remat)
-            xs = [numbers, *stacks]
+            run, xs = block, [numbers, *stacks]
             if self.in_pairs:
-                run = rematerialize(_twice(run), "block")
+                run = _twice(block)
                 xs = [ops.reshape(x, (-1, 2, *x.shape[1:])) for x in xs]
+            run = rematerialize(run, self.remat)
 
             def step(x, number_and_slices):
                 number, *slices = number_and_slices
@@ -265,11 +265,16 @@ class LayerStack(keras.layers.Layer):
 
 
 def _twice(block):
-    """Run two blocks one after the other, of weights of two each."""
+    """Run a block twice, each time with its half of what it is given."""
 
     def pair(slices, numbers, x, *args):
+        # In a closure: TensorFlow would add up gradients of a mask.
+        def single(slices, number, x):
+            return block(slices, number, x, *args)
+
+        single = rematerialize(single, "block")
         for one in range(2):
-            x = block([two[one] for two in slices], numbers[one], x, *args)
+            x = single([two[one] for two in slices], numbers[one], x)
         return x
 
     return pair
