@@ -6,23 +6,18 @@ the nearest: `|w - dequantize(quantize(w))| <= scale / 2`.
 """
 
 import dataclasses
-import math
 
 import keras
 import ml_dtypes
 import numpy as np
 from keras import ops
 
-from keras_paligemma.compat import platform
-from keras_paligemma.layers.remat import after
-
 MODES = (None, "int8", "int4")
 GROUP = 128
 # Rows of a table that are floats at a time while it is quantised.
 ROWS = 4096
-# Bytes that become floats at a time, and what a part's size is a multiple of.
-PART = 2**24
-ALIGNED = 128
+# Scales lie in rows of so many groups on a TPU.
+TILE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +71,15 @@ class LowBit:
         return -(-self.shape[self.axes[-1]] // self.group)
 
     @property
+    def scales(self):
+        """Scales along the axis of groups: more than groups where outputs lie
+        behind it, in whole tiles. Of another number a TPU puts the layers of a
+        stack there, and lays out all of them anew in each step."""
+        if self.axes[-1] == -1 or self.groups < TILE:
+            return self.groups
+        return -(-self.groups // TILE) * TILE
+
+    @property
     def stored_shape(self):
         if self.mode == "int8":
             return self.shape
@@ -84,7 +88,7 @@ class LowBit:
     @property
     def scale_shape(self):
         if self.mode == "int4":
-            return self._with(self.groups)
+            return self._with(self.scales)
         shape = list(self.shape)
         for axis in self.axes:
             shape[axis] = 1
@@ -137,7 +141,12 @@ class LowBit:
         values, scale = _round(array, (axis,), 7)
         low, high = np.split(values.view("uint8"), 2, axis)
         packed = ((low & 15) | (high << 4)).view("int8")
-        return packed.reshape(*lead, -1, *tail), scale.squeeze(axis)
+        scale = scale.squeeze(axis)
+        if self.scales > self.groups:
+            padding = [(0, 0)] * scale.ndim
+            padding[axis] = (0, self.scales - self.groups)
+            scale = np.pad(scale, padding)
+        return packed.reshape(*lead, -1, *tail), scale
 
     def dequantize(self, stored, scale, dtype):
         """Turn integers and scales into floats, in `keras.ops`.
@@ -156,6 +165,8 @@ class LowBit:
             return ops.cast(stored, dtype) * scale
         axis = self.axes[-1]
         lead, tail = _split(ops.shape(stored), axis)
+        behind = [slice(None)] * len(tail)
+        scale = scale[(..., slice(0, self.groups), *behind)]
         stored = ops.reshape(
             stored, (*lead, self.groups, self.group // 2, *tail)
         )
@@ -166,169 +177,7 @@ class LowBit:
         values = ops.cast(values, dtype) * ops.expand_dims(scale, axis)
         values = ops.reshape(values, (*lead, self.groups * self.group, *tail))
         size = self.shape[axis]
-        return values[(..., slice(0, size), *[slice(None)] * len(tail))]
-
-
-def low_bit_product(layout, stored, scale, x):
-    """Multiply with a frozen weight that is a float only for that time.
-
-    The backward pass makes it a float anew: kept for it, the kernels of all
-    layers would be floats at once.
-
-    Args:
-        layout: `LowBit`.
-        stored: int8 variable or tensor, see `LowBit.dequantize`.
-        scale: bfloat16, likewise.
-        x: tensor (..., *axes that are summed over).
-
-    Returns:
-        Tensor (..., *other axes), of the dtype of `x`.
-    """
-
-    @ops.custom_gradient
-    def product(x, stored, scale):
-        def gradient(*args, upstream=None):
-            upstream = args[0] if upstream is None else upstream
-            back = low_bit_gradient(layout, stored, scale, upstream)
-            return back, None, None
-
-        return _forward(layout, stored, scale, x), gradient
-
-    # Values, since the gradient is asked for when the scope of a trainer's or
-    # a stack's values has ended: a variable then has others.
-    values = [ops.convert_to_tensor(one) for one in (stored, scale)]
-    return product(x, *values)
-
-
-def low_bit_gradient(layout, stored, scale, gradient):
-    """Take a gradient of `low_bit_product` back to its `x`.
-
-    Args:
-        layout: `LowBit`.
-        stored: int8 tensor, see `LowBit.dequantize`.
-        scale: bfloat16, likewise.
-        gradient: tensor (..., *axes that were not summed over).
-
-    Returns:
-        Tensor (..., *axes that were summed over).
-    """
-    summed, kept = _axes(layout)
-
-    def back(gradient, stored, scale):
-        stored, scale = after(gradient, stored, scale)
-        if layout.mode == "int8":
-            gradient = gradient * _of_outputs(layout, scale, gradient.dtype)
-            kernel = ops.cast(stored, gradient.dtype)
-        else:
-            kernel = layout.dequantize(stored, scale, gradient.dtype)
-        return _contract(gradient, kernel, kept)
-
-    count = _parts(layout, stored)
-    if count == 1:
-        return back(gradient, stored, scale)
-    axis = len(gradient.shape) - len(kept)
-
-    def add(total, number):
-        part = (
-            _part(gradient, axis, number, count),
-            _part(stored, kept[0], number, count),
-            _part(scale, kept[0], number, count),
-        )
-        return total + back(*part), None
-
-    summed_shape = [layout.shape[axis] for axis in summed]
-    none = ops.zeros(
-        (*ops.shape(gradient)[:axis], *summed_shape), gradient.dtype
-    )
-    return ops.scan(add, none, ops.arange(count))[0]
-
-
-def _forward(layout, stored, scale, x):
-    summed, kept = _axes(layout)
-
-    def forward(stored, scale):
-        stored, scale = after(x, stored, scale)
-        if layout.mode == "int8":
-            # The scale of an output multiplies what was summed up: a TPU then
-            # makes floats of the integers within the product.
-            y = _contract(x, ops.cast(stored, x.dtype), summed)
-            return y * _of_outputs(layout, scale, x.dtype)
-        kernel = layout.dequantize(stored, scale, x.dtype)
-        return _contract(x, kernel, summed)
-
-    count = _parts(layout, stored)
-    if count == 1:
-        return forward(stored, scale)
-
-    def part_of(number):
-        return forward(
-            _part(stored, kept[0], number, count),
-            _part(scale, kept[0], number, count),
-        )
-
-    axis = len(x.shape) - len(summed)
-    if keras.backend.backend() != "jax":
-        parts = [part_of(number) for number in range(count)]
-        return ops.concatenate(parts, axis=axis)
-    # Written where it belongs: parts that are put together are copied.
-    shape = [*ops.shape(x)[:axis], *(stored.shape[one] for one in kept)]
-    starts = [0] * len(shape)
-
-    def write(y, number):
-        starts[axis] = number * (shape[axis] // count)
-        return ops.slice_update(y, starts, part_of(number)), None
-
-    return ops.scan(write, ops.zeros(shape, x.dtype), ops.arange(count))[0]
-
-
-def _parts(layout, stored):
-    """Count the parts of a large weight that become floats in turn.
-
-    Of the larger kernels of a 28b, or of a table, all of them together would
-    take more than the rest of a step. Parts lie along the first axis that is
-    kept and are of equal size.
-    """
-    if layout.mode == "int8" and platform() == "tpu":
-        return 1
-    size = stored.shape[_axes(layout)[1][0]]
-    least = -(-math.prod(stored.shape) // PART)
-    for count in range(least, min(8 * least, size)):
-        if size % (count * ALIGNED) == 0:
-            return count
-    return 1
-
-
-def _part(x, axis, number, count):
-    """Cut a part of an axis out."""
-    if axis == 0:
-        # An index of whole tiles: rows from anywhere would have a TPU lay out
-        # the table anew.
-        x = ops.reshape(x, (count, x.shape[0] // count, *x.shape[1:]))
-        return ops.take(x, number, axis=0)
-    size = x.shape[axis] // count
-    starts = [0] * len(x.shape)
-    starts[axis] = number * size
-    shape = list(ops.shape(x))
-    shape[axis] = size
-    return ops.slice(x, starts, shape)
-
-
-def _of_outputs(layout, scale, dtype):
-    """Give scales of "int8" the shape of what a product gives."""
-    return ops.cast(ops.squeeze(scale, _axes(layout)[0]), dtype)
-
-
-def _axes(layout):
-    """List the axes that a product sums over, and the others."""
-    rank = len(layout.shape)
-    summed = [rank + axis for axis in layout.axes]
-    return summed, [axis for axis in range(rank) if axis not in summed]
-
-
-def _contract(x, kernel, axes):
-    """Sum over the last axes of `x` and these axes of a kernel."""
-    last = range(len(x.shape) - len(axes), len(x.shape))
-    return ops.tensordot(x, kernel, axes=[list(last), axes])
+        return values[(..., slice(0, size), *behind)]
 
 
 def _split(shape, axis):
@@ -393,5 +242,5 @@ def add_low_bit_weight(layer, layout, initializer, name):
         )
         for which, (name, shape, dtype) in enumerate(parts)
     )
-    stored.low_bit = layout
+    stored.low_bit = scale.low_bit = layout
     return stored, scale

@@ -9,7 +9,7 @@ from keras_paligemma.compat import platform
 from keras_paligemma.layers.dropout import drop
 from keras_paligemma.layers.low_bit import LowBit
 from keras_paligemma.layers.low_bit import add_low_bit_weight
-from keras_paligemma.layers.low_bit import low_bit_product
+from keras_paligemma.layers.low_bit_product import low_bit_product
 
 
 class Projection(keras.layers.Layer):

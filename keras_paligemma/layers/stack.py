@@ -7,11 +7,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_paligemma.compat import platform
 from keras_paligemma.compat import without_values
 from keras_paligemma.layers.dropout import dropping
+from keras_paligemma.layers.low_bit_product import lending
 from keras_paligemma.layers.remat import check_remat
 from keras_paligemma.layers.remat import rematerialize
+from keras_paligemma.layers.sharing import as_stored
 
 FORMS = ("auto", "unrolled", "stacked")
 
@@ -223,15 +224,28 @@ class LayerStack(keras.layers.Layer):
         named = _named(template)
         # Read here, inside the trainer's scope of current values: the block's
         # own scope below replaces that one.
-        stacks = [
-            ops.convert_to_tensor(self._stacks[name].value) for name in named
-        ]
+        values = {
+            name: ops.convert_to_tensor(self._stacks[name].value)
+            for name in named
+        }
+        # Weights of few bits are lent whole, the others in slices.
+        lent = {
+            id(variable): (self._stacks[name], values.pop(name))
+            for name, variable in named.items()
+            if hasattr(variable, "low_bit")
+        }
+        variables = [named[name] for name in values]
+        stacks = list(values.values())
         numbers = ops.arange(self.num_layers, dtype="int32")
 
         def block(slices, number, *args, **kwargs):
-            slices = [_as_stored(weight) for weight in slices]
-            mapping = list(zip(named.values(), slices, strict=True))
-            with keras.StatelessScope(mapping), dropping(seed, number):
+            slices = [as_stored(weight) for weight in slices]
+            mapping = list(zip(variables, slices, strict=True))
+            with (
+                keras.StatelessScope(mapping),
+                dropping(seed, number),
+                lending(lent, number),
+            ):
                 return template(*args, **self._number(number), **kwargs)
 
         if cache is None:
@@ -278,20 +292,6 @@ def _twice(block):
         return x
 
     return pair
-
-
-def _as_stored(weight):
-    """Keep one layer's kernel of heads laid out as the stack of all layers is.
-
-    Its product wants the heads first. A TPU would lay out the whole stack so,
-    as a copy that lives as long as the step: 0.8 GiB of a 28b on four chips.
-    """
-    if len(weight.shape) < 3 or platform() != "tpu":
-        return weight
-    from jax.experimental.layout import Layout
-    from jax.experimental.layout import with_layout_constraint
-
-    return with_layout_constraint(weight, Layout(tuple(range(weight.ndim))))
 
 
 def stable_name(path):

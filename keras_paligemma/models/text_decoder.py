@@ -12,8 +12,8 @@ from keras_paligemma.layers.blocks import DecoderBlock
 from keras_paligemma.layers.blocks import RMSNorm
 from keras_paligemma.layers.low_bit import LowBit
 from keras_paligemma.layers.low_bit import add_low_bit_weight
-from keras_paligemma.layers.low_bit import low_bit_gradient
-from keras_paligemma.layers.low_bit import low_bit_product
+from keras_paligemma.layers.low_bit_product import low_bit_gradient
+from keras_paligemma.layers.low_bit_product import low_bit_product
 from keras_paligemma.layers.projection import normal
 from keras_paligemma.layers.splash import PrefixMask
 from keras_paligemma.layers.splash import suits
@@ -143,10 +143,7 @@ class TokenEmbedding(keras.layers.Layer):
             table = ops.cast(self.table, dtype)
             return ops.tensordot(gradient_BTV, table, axes=[[-1], [0]])
         return low_bit_gradient(
-            self.low_bit,
-            ops.convert_to_tensor(self.table),
-            ops.convert_to_tensor(self.table_scale),
-            gradient_BTV,
+            self.low_bit, self.table, self.table_scale, gradient_BTV
         )
 
 

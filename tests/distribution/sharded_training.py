@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
     "--xla_llvm_disable_expensive_passes=true"
 )
 
+import jax
 import keras
 import numpy as np
 
@@ -25,8 +26,12 @@ from keras_paligemma.checkpoints import engine
 from keras_paligemma.compat import compiling_for
 from keras_paligemma.compat import fill
 from keras_paligemma.distribution import distribute
+from keras_paligemma.layers import low_bit_product
+from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.splash import suits
+from keras_paligemma.layers.stack import LayerStack
 from keras_paligemma.layers.stack import stable_name
+from keras_paligemma.models.text_decoder import TokenEmbedding
 from tests.layers.test_splash import draw as draw_attention
 from tests.layers.test_splash import fused
 from tests.layers.test_splash import plain
@@ -185,6 +190,48 @@ def check_kernel():
         np.testing.assert_allclose(found[valid], wanted[valid], atol=5e-5)
 
 
+def check_parts():
+    """Compare products whose parts are gathered from the chips that share."""
+    low_bit_product.PART = 2**16
+    x = np.random.default_rng(0).normal(size=(8, 3, 1024)).astype("float32")
+    table = TokenEmbedding(1024, 1024, "int8", name="table")
+    table.build()
+    cases = [(table.logits, "table/table", ("model", None), True)]
+    for mode, axes in (
+        ("int4", (None, None, "model")),
+        ("int4", (None, "model", None)),
+        ("int8", (None, None, "model")),
+    ):
+        stack = LayerStack(
+            lambda mode=mode: Projection(
+                (1024,), (1024,), quantization=mode, name="block"
+            ),
+            num_layers=2,
+            form="stacked",
+            name="blocks",
+        )
+        stack.build()
+        # Of int8 a kernel goes into its product as it is.
+        cases.append((stack, "blocks/kernel", axes, mode == "int4"))
+    for layer, path, axes, in_parts in cases:
+
+        def both(x, layer=layer):
+            return jax.value_and_grad(lambda x: jax.numpy.sin(layer(x)).sum())(
+                x
+            )
+
+        wanted = jax.jit(both)(x)
+        chosen = distribute("weights", (2, 4))
+        chosen.layout_map[path] = chosen.layout_map[f"{path}_scale"] = axes
+        with chosen.scope():
+            # A new function: what was traced is for one device.
+            lowered = jax.jit(lambda x, both=both: both(x)).lower(x)
+            found = lowered.compile()(x)
+        assert ("all_gather" in lowered.as_text()) == in_parts
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 def main():
     wanted = {}
     for lora in (True, False):
@@ -204,6 +251,7 @@ def main():
         print(strategy, mesh, form, f"{difference:.1e}", "split", split)
     assert len(np.unique(wanted[True][1])) > 3, wanted[True][1]
     check_kernel()
+    check_parts()
     chosen = distribute("weights", (1, 8))
     refused(lambda: chosen.get_data_layout((6, 4)), "Expected: 8")
     refused(lambda: distribute("weights", (2, 3)), "groups of 3: 2x3")

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_paligemma.layers import low_bit
+from keras_paligemma.layers import low_bit_product
 from keras_paligemma.layers.low_bit import LowBit
 from keras_paligemma.layers.projection import Projection
+from keras_paligemma.layers.stack import LayerStack
 from keras_paligemma.models.text_decoder import TokenEmbedding
 from tests.conftest import run
 from tests.gradients import differentiate
 
 # Shapes and the axes that are summed: several groups, one short group, a last
-# group that is filled up, an odd axis, two axes, a table, one value each.
+# group that is filled up, an odd axis, two axes, a table, groups that are no
+# whole tile, one value each.
 SHAPES = [
     ((256, 6), (0,)),
     ((24, 3, 4), (0,)),
@@ -22,6 +24,7 @@ SHAPES = [
     ((7, 3), (0,)),
     ((3, 6, 5), (0, 1)),
     ((5000, 12), (1,)),
+    ((1160, 2), (0,)),
     ((1, 2), (0,)),
 ]
 
@@ -45,6 +48,8 @@ def test_rounding_is_to_the_nearest(shape, axes, mode):
     )
     scale = scale.astype("float32")
     if mode == "int4":
+        # Ten groups have sixteen scales.
+        assert layout.scales == {10: 16}.get(layout.groups, layout.groups)
         scale = np.repeat(scale, layout.group, axes[-1])
         scale = np.take(scale, range(shape[axes[-1]]), axes[-1])
     assert (np.abs(found - array) <= scale / 2).all()
@@ -94,8 +99,8 @@ def test_errors():
 @pytest.mark.parametrize("part", [2**24, 60])
 def test_projection_is_that_of_its_float_kernel(mode, part, monkeypatch):
     """Whether the kernel becomes floats at once or in parts."""
-    monkeypatch.setattr(low_bit, "PART", part)
-    monkeypatch.setattr(low_bit, "ALIGNED", 1)
+    monkeypatch.setattr(low_bit_product, "PART", part)
+    monkeypatch.setattr(low_bit_product, "ALIGNED", (1,))
     keras.utils.set_random_seed(0)
     layer = Projection((3, 10), (4, 2), True, quantization=mode)
     layer.build()
@@ -140,8 +145,8 @@ def test_projection_is_that_of_its_float_kernel(mode, part, monkeypatch):
 @pytest.mark.parametrize("part", [2**24, 300])
 def test_table_embeds_and_is_the_head(mode, part, monkeypatch):
     """Whether the head takes all rows at once or some at a time."""
-    monkeypatch.setattr(low_bit, "PART", part)
-    monkeypatch.setattr(low_bit, "ALIGNED", 1)
+    monkeypatch.setattr(low_bit_product, "PART", part)
+    monkeypatch.setattr(low_bit_product, "ALIGNED", (1,))
     layer = TokenEmbedding(12, 140, mode)
     layer.build()
     table = layer.low_bit.dequantize(
@@ -171,6 +176,43 @@ def test_table_embeds_and_is_the_head(mode, part, monkeypatch):
     np.testing.assert_allclose(
         gradient(layer)[0], gradient(plain)[0], atol=1e-5
     )
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("part", [2**24, 300])
+def test_a_stack_lends_its_layers(mode, part, monkeypatch):
+    """Whether layers become floats as a whole, or in parts of the stack."""
+    monkeypatch.setattr(low_bit_product, "PART", part)
+
+    def stack(form):
+        stack = LayerStack(
+            lambda: Projection((12,), (12,), quantization=mode, name="block"),
+            num_layers=3,
+            form=form,
+            remat="block",
+            name="blocks",
+        )
+        stack.build()
+        return stack
+
+    unrolled, stacked = stack("unrolled"), stack("stacked")
+    for name, layers in unrolled.weights_by_name().items():
+        values = [ops.convert_to_numpy(one).astype("float32") for one in layers]
+        stacked.weights_by_name()[name].assign(np.stack(values))
+    x = np.random.default_rng(0).normal(size=(2, 5, 12)).astype("float32")
+    x = ops.convert_to_tensor(x)
+
+    def gradient(stack):
+        return differentiate(lambda x: ops.sum(ops.sin(stack(x[0]))), [x])
+
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(run(stacked, x)),
+        ops.convert_to_numpy(run(unrolled, x)),
+        atol=1e-5,
+    )
+    wanted = gradient(unrolled)[0]
+    assert np.abs(wanted).max() > 0.1
+    np.testing.assert_allclose(gradient(stacked)[0], wanted, atol=1e-5)
 
 
 def test_bfloat16_embedding_scale_is_rounded_as_of_floats():

@@ -35,20 +35,42 @@ def test_trajectory_is_the_originals(golden_backbone, expected, frozen):
         transfer_recipe(10, 3e-3, weight_decay=0.5, warmup=0.2),
         loss=StreamedCrossEntropy(0.1, final_soft_cap=False),
     )
+
+    def train():
+        return [
+            float(model.train_on_batch(x, targets, weights)[0])
+            for _ in range(6)
+        ]
+
     before = values_of(backbone)
-    losses = [
-        float(model.train_on_batch(x, targets, weights)[0]) for _ in range(6)
-    ]
     run = "frozen_img" if frozen else "full"
     wanted = expected[f"f32/traj/{run}/loss"]
     if not frozen:
         # Adam turns the rounding of a gradient that is zero (a bias of keys)
         # into full steps, and a loss that falls by half in a step spreads it:
-        # two backends differ as much from each other.
+        # by 5e-5 in the third one, on one processor and not on another. So the
+        # median of starts that are half a unit in the last place apart.
+        model.optimizer.build(model.trainable_variables)
+        starts = [np.array(one) for one in model.trainable_variables]
+        state = [np.array(one) for one in model.optimizer.variables]
+        trajectories = [train()]
+        for seed in range(4):
+            random = np.random.default_rng(seed)
+            for variable, start in zip(
+                model.trainable_variables, starts, strict=True
+            ):
+                factor = 1 + random.uniform(-6e-8, 6e-8, start.shape)
+                variable.assign((start * factor).astype("float32"))
+            for variable, one in zip(
+                model.optimizer.variables, state, strict=True
+            ):
+                variable.assign(one)
+            trajectories.append(train())
+        losses = np.median(trajectories, axis=0)
         np.testing.assert_allclose(losses[:3], wanted[:3], rtol=2e-5)
         np.testing.assert_allclose(losses, wanted, rtol=3e-2)
         return
-    np.testing.assert_allclose(losses, wanted, rtol=1e-4)
+    np.testing.assert_allclose(train(), wanted, rtol=1e-4)
     after = values_of(backbone)
     changes = {}
     for row in big_vision.rows(True):
