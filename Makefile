@@ -20,7 +20,11 @@ lint: .venv/for-test
 	$(RUN) -m ruff format --check .
 
 # The first run covers everything; the others what a backend can change. Tests
-# are many small models, so two processes of one thread each are fastest.
+# are many small models, so two processes of one thread each are fastest, and
+# most of their time is compiling: without LLVM's optimizations it is half as
+# long. Demo, notebooks and benchmarks run with them.
+backends: export XLA_FLAGS ?= --xla_backend_optimization_level=0 \
+	--xla_llvm_disable_expensive_passes=true
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 BY_BACKEND := tests/layers tests/models tests/preprocessing \
 	tests/checkpoints/test_formats.py tests/data/test_fit.py

@@ -108,8 +108,7 @@ class _Weight:
         stacks, number = _LENT.get()
         if id(stored) not in stacks:
             shares = shares_of(stored), shares_of(scale)
-            tensors = map(ops.convert_to_tensor, (stored, scale))
-            return cls(layout, *tensors, shares=shares)
+            return cls(layout, _value(stored), _value(scale), shares=shares)
         (stored, stack), (scale, scales) = stacks[id(stored)], stacks[id(scale)]
         if layout.mode == "int8":
             # Goes into its product as it is, and is gathered as it is.
@@ -251,6 +250,12 @@ class _Weight:
                 if size % (count * aligned) == 0:
                     return count
         return 1
+
+
+def _value(weight):
+    """Give a tensor: TensorFlow takes a Keras variable for one."""
+    weight = weight.value if isinstance(weight, keras.Variable) else weight
+    return ops.convert_to_tensor(weight)
 
 
 def _is_shared(shares, axis):
