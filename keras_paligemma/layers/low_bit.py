@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_paligemma.compat import platform
 from keras_paligemma.layers.remat import after
+from keras_paligemma.layers.rounding import round_to
 
 MODES = (None, "int8", "int4")
 GROUP = 128
@@ -96,11 +97,12 @@ class LowBit:
         shape[self.axes[-1]] = size
         return tuple(shape)
 
-    def quantize(self, array):
+    def quantize(self, array, scale=None):
         """Turn a float array into integers and scales, on the host.
 
         Args:
             array: NumPy array of `shape`, of any float dtype.
+            scale: bfloat16 array of `scale_shape`; of the peaks if `None`.
 
         Returns:
             int8 array of `stored_shape`, bfloat16 array of `scale_shape`.
@@ -114,18 +116,20 @@ class LowBit:
                 f"{tuple(array.shape)}."
             )
         stored = np.empty(self.stored_shape, "int8")
-        scale = np.empty(self.scale_shape, ml_dtypes.bfloat16)
+        scales = np.empty(self.scale_shape, ml_dtypes.bfloat16)
         step = len(array) if -array.ndim in self.axes else ROWS
         for start in range(0, len(array), step):
             part = slice(start, start + step)
             rows = np.asarray(array[part], "float32")
+            given = None if scale is None else scale[part]
             if self.mode == "int8":
-                stored[part], scale[part] = _round(rows, self.axes, 127)
+                found = round_to(rows, self.axes, 127, given)
             else:
-                stored[part], scale[part] = self._round_groups(rows)
-        return stored, scale
+                found = self._round_groups(rows, given)
+            stored[part], scales[part] = found
+        return stored, scales
 
-    def _round_groups(self, array):
+    def _round_groups(self, array, scale):
         axis = self.axes[-1]
         missing = self.groups * self.group - array.shape[axis]
         if missing:
@@ -134,7 +138,8 @@ class LowBit:
             array = np.pad(array, padding)
         lead, tail = _split(array.shape, axis)
         array = array.reshape(*lead, self.groups, self.group, *tail)
-        values, scale = _round(array, (axis,), 7)
+        scale = None if scale is None else np.expand_dims(scale, axis)
+        values, scale = round_to(array, (axis,), 7, scale)
         low, high = np.split(values.view("uint8"), 2, axis)
         packed = ((low & 15) | (high << 4)).view("int8")
         return packed.reshape(*lead, -1, *tail), scale.squeeze(axis)
@@ -334,25 +339,6 @@ def _contract(x, kernel, axes):
 def _split(shape, axis):
     """Split a shape before and behind an axis counted from the end."""
     return tuple(shape[:axis]), tuple(shape[len(shape) + axis + 1 :])
-
-
-def _round(array, axes, largest):
-    """Round to integers of at most `largest` and scales along `axes`."""
-    peak = np.maximum(
-        array.max(axes, keepdims=True), -array.min(axes, keepdims=True)
-    )
-    if not np.isfinite(peak).all():
-        raise ValueError(
-            "A weight that is NaN or infinite has no scale. Expected: finite "
-            "weights. Is the checkpoint damaged?"
-        )
-    # Up to the next bfloat16: the upper half of a float32's bits.
-    scale = np.maximum(peak / np.float32(largest), np.float32(1e-30))
-    bits = (scale.view("uint32") + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)
-    scale = bits.view("float32")
-    values = array / scale
-    np.rint(values, out=values)
-    return values.astype("int8"), scale.astype(ml_dtypes.bfloat16)
 
 
 def add_low_bit_weight(layer, layout, initializer, name):
