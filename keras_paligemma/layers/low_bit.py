@@ -200,9 +200,13 @@ def low_bit_product(layout, stored, scale, x):
         return _forward(layout, stored, scale, x), gradient
 
     # Values, since the gradient is asked for when the scope of a trainer's or
-    # a stack's values has ended: a variable then has others.
-    values = [ops.convert_to_tensor(one) for one in (stored, scale)]
-    return product(x, *values)
+    # a stack's values has ended: a variable then has others. TensorFlow takes
+    # a variable for a tensor, and would hand it on as it is.
+    values = (
+        one.value if isinstance(one, keras.Variable) else one
+        for one in (stored, scale)
+    )
+    return product(x, *map(ops.convert_to_tensor, values))
 
 
 def low_bit_gradient(layout, stored, scale, gradient):
