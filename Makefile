@@ -32,7 +32,8 @@ BY_BACKEND := tests/layers tests/models tests/preprocessing \
 backends: .venv/for-test
 	KERAS_BACKEND=jax $(PYTEST)
 	KERAS_BACKEND=torch $(PYTEST) $(BY_BACKEND)
-	KERAS_BACKEND=tensorflow $(PYTEST) $(BY_BACKEND) tests/export
+	KERAS_BACKEND=tensorflow $(PYTEST) $(BY_BACKEND) tests/export \
+		tests/training/test_checkpoint.py
 
 notebooks: .venv/for-test
 	KERAS_BACKEND=jax $(RUN) -m pytest --nbmake -W default notebooks

@@ -66,7 +66,10 @@ class FloatView:
 
     def assign(self, array):
         """Quantise an array into the variables."""
-        parts = self.layout.quantize(array)
+        self.store(self.layout.quantize(array))
+
+    def store(self, parts):
+        """Fill the variables with what `LowBit.quantize` gave."""
         if self.stage is not None:
             self.stage.put(self.layer, parts)
             return

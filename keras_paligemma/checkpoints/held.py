@@ -25,7 +25,7 @@ class Held:
         if self.layer is None:
             array = self.tensors.read(self.row.theirs)
         elif self.row.stacked:
-            array = self.tensors.read(self.row.theirs)[self.layer]
+            array = self.tensors.read_layer(self.row.theirs, self.layer)
         else:
             key = self.row.keys(self.layer + 1)[self.layer]
             array = self.tensors.read(key)
@@ -49,6 +49,12 @@ class Last:
             self._array = None
             self._key, self._array = key, self._tensors.read(key)
         return self._array
+
+    def read_layer(self, key, layer):
+        """Give one layer of a stacked array, without the others if it can."""
+        if key != self._key and hasattr(self._tensors, "read_rows"):
+            return self._tensors.read_rows(key, layer, layer + 1)[0]
+        return self.read(key)[layer]
 
 
 def hold(weights, rows, tensors):

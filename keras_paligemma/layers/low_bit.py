@@ -12,6 +12,8 @@ import ml_dtypes
 import numpy as np
 from keras import ops
 
+from keras_paligemma.layers.rounding import round_to
+
 MODES = (None, "int8", "int4")
 GROUP = 128
 # Rows of a table that are floats at a time while it is quantised.
@@ -100,11 +102,13 @@ class LowBit:
         shape[self.axes[-1]] = size
         return tuple(shape)
 
-    def quantize(self, array):
+    def quantize(self, array, scale=None):
         """Turn a float array into integers and scales, on the host.
 
         Args:
             array: NumPy array of `shape`, of any float dtype.
+            scale: bfloat16 array, one a group or, of "int8", an output; of the
+                peaks if `None`.
 
         Returns:
             int8 array of `stored_shape`, bfloat16 array of `scale_shape`.
@@ -118,34 +122,29 @@ class LowBit:
                 f"{tuple(array.shape)}."
             )
         stored = np.empty(self.stored_shape, "int8")
-        scale = np.empty(self.scale_shape, ml_dtypes.bfloat16)
+        scales = np.empty(self.scale_shape, ml_dtypes.bfloat16)
         step = len(array) if -array.ndim in self.axes else ROWS
         for start in range(0, len(array), step):
             part = slice(start, start + step)
             rows = np.asarray(array[part], "float32")
+            given = None if scale is None else scale[part]
             if self.mode == "int8":
-                stored[part], scale[part] = _round(rows, self.axes, 127)
+                found = round_to(rows, self.axes, 127, given)
             else:
-                stored[part], scale[part] = self._round_groups(rows)
-        return stored, scale
+                found = self._round_groups(rows, given)
+            stored[part], scales[part] = found
+        return stored, scales
 
-    def _round_groups(self, array):
+    def _round_groups(self, array, scale):
         axis = self.axes[-1]
-        missing = self.groups * self.group - array.shape[axis]
-        if missing:
-            padding = [(0, 0)] * array.ndim
-            padding[axis] = (0, missing)
-            array = np.pad(array, padding)
+        array = _filled(array, axis, self.groups * self.group)
         lead, tail = _split(array.shape, axis)
         array = array.reshape(*lead, self.groups, self.group, *tail)
-        values, scale = _round(array, (axis,), 7)
+        scale = None if scale is None else np.expand_dims(scale, axis)
+        values, scale = round_to(array, (axis,), 7, scale)
         low, high = np.split(values.view("uint8"), 2, axis)
         packed = ((low & 15) | (high << 4)).view("int8")
-        scale = scale.squeeze(axis)
-        if self.scales > self.groups:
-            padding = [(0, 0)] * scale.ndim
-            padding[axis] = (0, self.scales - self.groups)
-            scale = np.pad(scale, padding)
+        scale = _filled(scale.squeeze(axis), axis, self.scales)
         return packed.reshape(*lead, -1, *tail), scale
 
     def dequantize(self, stored, scale, dtype):
@@ -180,28 +179,16 @@ class LowBit:
         return values[(..., slice(0, size), *behind)]
 
 
+def _filled(array, axis, size):
+    """Fill an axis up with zeros."""
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (0, size - array.shape[axis])
+    return np.pad(array, padding) if size > array.shape[axis] else array
+
+
 def _split(shape, axis):
     """Split a shape before and behind an axis counted from the end."""
     return tuple(shape[:axis]), tuple(shape[len(shape) + axis + 1 :])
-
-
-def _round(array, axes, largest):
-    """Round to integers of at most `largest` and scales along `axes`."""
-    peak = np.maximum(
-        array.max(axes, keepdims=True), -array.min(axes, keepdims=True)
-    )
-    if not np.isfinite(peak).all():
-        raise ValueError(
-            "A weight that is NaN or infinite has no scale. Expected: finite "
-            "weights. Is the checkpoint damaged?"
-        )
-    # Up to the next bfloat16: the upper half of a float32's bits.
-    scale = np.maximum(peak / np.float32(largest), np.float32(1e-30))
-    bits = (scale.view("uint32") + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)
-    scale = bits.view("float32")
-    values = array / scale
-    np.rint(values, out=values)
-    return values.astype("int8"), scale.astype(ml_dtypes.bfloat16)
 
 
 def add_low_bit_weight(layer, layout, initializer, name):

@@ -68,6 +68,8 @@ class Projection(keras.layers.Layer):
                 tuple(range(len(self.input_axes))),
             )
         self.adapter_scale = None
+        # A function that is shown each input: calibration looks on.
+        self.observer = None
 
     def build(self, input_shape=None):
         if self.low_bit is not None:
@@ -123,6 +125,8 @@ class Projection(keras.layers.Layer):
         self.adapter_dropout = dropout
 
     def call(self, x):
+        if self.observer is not None:
+            self.observer(x)
         y = self._product(x)
         if self.bias is not None:
             y = y + self.bias

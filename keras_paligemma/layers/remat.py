@@ -30,6 +30,8 @@ def rematerialize(function, kind):
     if kind is None:
         return function
     if kind in ("block", "pair"):
+        if keras.backend.backend() == "tensorflow":
+            return _of_floats(function)
         return keras.remat(function)
     import jax
 
@@ -37,6 +39,34 @@ def rematerialize(function, kind):
         function,
         policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     )
+
+
+def _of_floats(function):
+    """Recompute with the floats as arguments, and the rest closed over.
+
+    TensorFlow adds up the gradients of what several blocks were given, of a
+    mask too, and has no sum of bools.
+    """
+
+    def call(*arguments):
+        flat = keras.tree.flatten(arguments)
+        places = [
+            place
+            for place, one in enumerate(flat)
+            if keras.backend.is_float_dtype(
+                keras.backend.standardize_dtype(one.dtype)
+            )
+        ]
+
+        def of_floats(*floats):
+            whole = list(flat)
+            for place, one in zip(places, floats, strict=True):
+                whole[place] = one
+            return function(*keras.tree.pack_sequence_as(arguments, whole))
+
+        return keras.remat(of_floats)(*[flat[place] for place in places])
+
+    return call
 
 
 def recompute(function):

@@ -353,8 +353,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self._structure_changed()
 
     def _structure_changed(self):
-        self.train_function = None
-        self.test_function = None
+        self.train_function = self.test_function = None
         self.generate_function = None
 
     @classproperty
@@ -379,7 +378,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 or that are to differ: `query_pre_attention_scalar`,
                 `attention_logit_soft_cap`, `final_logit_soft_cap`, …
                 `quantize="int8"` or `"int4"` stores kernels and embedding in
-                so few bits, quantised tensor by tensor as they are read.
+                so few bits, rounded tensor by tensor as they are read, or, of
+                int4, for examples: `calibration=` takes a dict as `fit` does.
                 `form` and `remat` go to the backbone, `compile` and `name` to
                 the model, `resize`, `prompt_length`, `response_length` and
                 the like to the preprocessor.

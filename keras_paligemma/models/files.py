@@ -4,8 +4,10 @@ from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.float_views import float_views
+from keras_paligemma.checkpoints.held import hold
 from keras_paligemma.checkpoints.positions import Resampled
 from keras_paligemma.compat import without_values
+from keras_paligemma.models import calibration as calibrating
 
 POSITIONS = "vision_encoder/position_embedding"
 BACKBONE_KEYS = ("form", "remat", "quantize")
@@ -31,6 +33,7 @@ def load_backbone(
     dtype=None,
     image_size=None,
     quantize=None,
+    calibration=None,
     **kwargs,
 ):
     """Build a backbone from what was found, and fill it.
@@ -44,6 +47,8 @@ def load_backbone(
             positions are resampled. `None` for its own.
         quantize: "int8" or "int4": each weight is quantised as it is read.
             `None` keeps what the file has.
+        calibration: list of preprocessed batches that "int4" is rounded for,
+            see `models.calibration`.
         **kwargs: `form`, `remat`, `name`.
 
     Returns:
@@ -58,6 +63,8 @@ def load_backbone(
             f"The checkpoint is quantised already: {stored}. Received: "
             f"quantize={quantize!r}. Expected: none, or a checkpoint of floats."
         )
+    if calibration is not None:
+        calibrating.check(stored, quantize, load_weights)
     fields["quantization"] = stored or quantize
     if image_size is not None:
         fields["image_size"] = image_size
@@ -78,6 +85,9 @@ def load_backbone(
             count = weights[POSITIONS].shape[0]
             tensors = Resampled(tensors, key, count)
         engine.load(weights, rows, tensors)
+        if calibration is not None:
+            floats = hold(weights, rows, tensors)
+            calibrating.calibrate(backbone, floats, calibration)
     return backbone
 
 
@@ -88,6 +98,7 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
     if "tokenizer" in kwargs:
         checkpoint.tokenizer = presets.locate(kwargs.pop("tokenizer"))
     image_size = kwargs.pop("image_size", None)
+    calibration = kwargs.pop("calibration", None)
     backbone = {key: kwargs.pop(key) for key in BACKBONE_KEYS if key in kwargs}
     task = {key: kwargs.pop(key) for key in TASK_KEYS if key in kwargs}
     # The preprocessor first: a lack of its files is found before the weights
@@ -103,6 +114,10 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
         )
     elif kwargs:
         raise TypeError(f"Unknown arguments: {sorted(kwargs)}.")
+    if calibration is not None:
+        backbone["calibration"] = calibrating.batches_of(
+            calibration, task.get("preprocessor")
+        )
     return cls(
         load_backbone(
             cls.backbone_cls,

@@ -294,22 +294,26 @@ class TextDecoder(keras.layers.Layer):
         index=None,
         positions_BS=None,
     ):
-        angles = rotary_angles(
-            positions_BT, self.config.head_dim, self.config.rope_base
-        )
-        args = (mask_BTS, angles)
-        window = self.config.sliding_window_size
-        if window is not None:
-            if positions_BS is None:
-                positions_BS = positions_BT
-            distance_BTS = positions_BT[:, :, None] - positions_BS[:, None]
-            near_BTS = ops.absolute(distance_BTS) < window
-            args = (mask_BTS, angles, ops.logical_and(mask_BTS, near_BTS))
+        args = self.arguments_of_blocks(mask_BTS, positions_BT, positions_BS)
         x_BTD = self.blocks(x_BTD, *args, cache=cache, index=index)
         if cache is None:
             return self.final_norm(x_BTD)
         x_BTD, cache = x_BTD
         return self.final_norm(x_BTD), cache
+
+    def arguments_of_blocks(self, mask_BTS, positions_BT, positions_BS=None):
+        """Give what every block gets beside the tokens; see a call's."""
+        angles = rotary_angles(
+            positions_BT, self.config.head_dim, self.config.rope_base
+        )
+        window = self.config.sliding_window_size
+        if window is None:
+            return mask_BTS, angles
+        if positions_BS is None:
+            positions_BS = positions_BT
+        distance_BTS = positions_BT[:, :, None] - positions_BS[:, None]
+        near_BTS = ops.absolute(distance_BTS) < window
+        return mask_BTS, angles, ops.logical_and(mask_BTS, near_BTS)
 
     def head(self, capped=True):
         """Give the tied head, with the final soft cap or not."""

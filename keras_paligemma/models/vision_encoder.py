@@ -138,15 +138,21 @@ class VisionEncoder(keras.layers.Layer):
         self.built = True
 
     def call(self, images_BhwC):
+        return self.project(self.blocks(self.embed(images_BhwC)), images_BhwC)
+
+    def embed(self, images_BhwC):
+        """Give what the first block gets: patches, each with its position."""
         size, patch = self.image_size, self.config.patch_size
         rows = size // patch
         images = ops.cast(images_BhwC, self.compute_dtype)
         patches = ops.reshape(images, (-1, rows, patch, rows, patch, 3))
         patches = ops.transpose(patches, (0, 1, 3, 2, 4, 5))
         patches = ops.reshape(patches, (-1, rows * rows, patch, patch, 3))
-        x_BID = self.patch_embedding(patches) + self.position_embedding
-        x_BID = self.final_norm(self.blocks(x_BID))
-        x_BID = self.projector(x_BID)
+        return self.patch_embedding(patches) + self.position_embedding
+
+    def project(self, x_BID, images_BhwC):
+        """Turn what the last block gives into the image tokens of a call."""
+        x_BID = self.projector(self.final_norm(x_BID))
         # The count of tokens is static even where the batch is not.
         tokens_and_width = self.compute_output_shape(images_BhwC.shape)[1:]
         return ops.reshape(x_BID, (-1, *tokens_and_width))

@@ -58,7 +58,6 @@ class RunCheckpoint(keras.callbacks.Callback):
             model: `PaliGemmaCausalLM`, compiled.
         """
         self.set_model(model)
-        model.optimizer.build(model.trainable_variables)
         self._restore()
 
     def steps_done(self):
@@ -129,6 +128,9 @@ class RunCheckpoint(keras.callbacks.Callback):
     def _restore(self):
         step = self._manager.latest_step()
         arguments = self._orbax.args
+        if not self.model.optimizer.built:
+            # TensorFlow's trainer builds it within the first step.
+            self.model.optimizer.build(self.model.trainable_variables)
         state = self._state()
         place = self._manager.restore(
             step, args=arguments.Composite(place=arguments.JsonRestore())

@@ -178,6 +178,20 @@ def test_fit_learns(tiny_model, examples, policy):
     assert all(isinstance(answer, str) for answer in answers)
 
 
+@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+def test_fit_with_remat_is_fit(tiny_model, examples, form):
+    """In a compiled step too, where masks of bool are among the arguments."""
+    histories = []
+    for remat in (None, "block"):
+        model = tiny_model(form=form, remat=remat)
+        model.enable_lora(2)
+        model.compile(keras.optimizers.SGD(0.1))
+        done = model.fit(examples, epochs=2, shuffle=False, verbose=0)
+        histories.append(done.history["loss"])
+    np.testing.assert_allclose(*histories, rtol=1e-5)
+    assert histories[0][1] < histories[0][0]
+
+
 def test_default_optimizer_moves_bfloat16_weights(tiny_model, examples):
     model = tiny_model(dtype="bfloat16")
     before = np.array(model.backbone.token_embedding.table)

@@ -1,0 +1,145 @@
+"""int4 that is rounded for examples, against int4 rounded to the nearest."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_paligemma import PaliGemmaBackbone
+from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma.models import exports
+from tests.conftest import run
+from tests.models.test_quantized import FORMS
+from tests.models.test_quantized import arrays_of
+from tests.models.test_quantized import assert_same
+from tests.models.test_quantized import preset  # noqa: F401
+
+WORDS = "a cat and dog two owl tree detect caption en".split()
+
+
+def draw(seed, count):
+    """Examples of noise and words; those of two seeds share none."""
+    random = np.random.default_rng(seed)
+
+    def text(most):
+        return " ".join(random.choice(WORDS, random.integers(1, most)))
+
+    return {
+        "images": list(random.integers(0, 256, (count, 40, 50, 3), "uint8")),
+        "prompts": [text(5) for _ in range(count)],
+        "responses": [text(4) for _ in range(count)],
+    }
+
+
+def outputs(model, examples):
+    """Image tokens, and the logits that predict the responses."""
+    x, y, weights = model.preprocessor(examples)
+    backbone = model.backbone
+    logits = backbone.logits(run(backbone, x)[:, -y.shape[1] - 1 : -1])
+    images = run(backbone.encode_images, x["images"])
+    return (
+        ops.convert_to_numpy(images),
+        ops.convert_to_numpy(logits)[np.asarray(weights) > 0],
+    )
+
+
+@pytest.fixture(scope="module")
+def calibrated(preset):  # noqa: F811
+    """A model in each form, of the same examples."""
+    return {
+        form: PaliGemmaCausalLM.from_preset(
+            preset, form=form, quantize="int4", calibration=draw(0, 40)
+        )
+        for form in FORMS
+    }
+
+
+def test_unseen_examples_change_less(preset, calibrated):  # noqa: F811
+    unseen = draw(1, 8)
+    wanted = outputs(PaliGemmaCausalLM.from_preset(preset), unseen)
+    plain = PaliGemmaCausalLM.from_preset(preset, quantize="int4")
+    for right, nearest, found in zip(
+        wanted,
+        outputs(plain, unseen),
+        outputs(calibrated["unrolled"], unseen),
+        strict=True,
+    ):
+        assert np.linalg.norm(found - right) < 0.75 * np.linalg.norm(
+            nearest - right
+        )
+
+
+def test_both_forms_and_what_they_save_are_the_same(calibrated, tmp_path):
+    one, other = calibrated.values()
+    assert_same(one.backbone, other.backbone)
+    other.save_to_preset(tmp_path / "int4")
+    read = PaliGemmaCausalLM.from_preset(tmp_path / "int4")
+    assert read.backbone.quantization == "int4"
+    assert_same(read.backbone, one.backbone)
+
+
+def test_other_formats_and_text_alone(preset, tmp_path):  # noqa: F811
+    floats = PaliGemmaCausalLM.from_preset(preset)
+    x, y, weights = floats.preprocessor(draw(0, 3))
+    given = {"quantize": "int4", "calibration": [(x, y, weights)]}
+    wanted = PaliGemmaBackbone.from_preset(preset, **given)
+    # One array a block, where ours has one of all.
+    exports.export(tmp_path / "hf", "transformers", floats.backbone)
+    read = PaliGemmaBackbone.from_preset(tmp_path / "hf", **given)
+    assert_same(read, wanted)
+
+    text = {key: value for key, value in x.items() if key != "images"}
+    given["calibration"] = [(text, y, weights)]
+    blind = arrays_of(PaliGemmaBackbone.from_preset(preset, **given))
+    plain = arrays_of(PaliGemmaBackbone.from_preset(preset, quantize="int4"))
+    changed = {name for name in plain if (blind[name] != plain[name]).any()}
+    assert changed and not any("vision_encoder" in name for name in changed)
+
+
+def test_adapters_count(preset, tmp_path):  # noqa: F811
+    """Kernels are rounded for what blocks with their adapters are given."""
+    floats = PaliGemmaCausalLM.from_preset(preset)
+    floats.enable_lora(2)
+    for number, one in enumerate(floats.trainable_variables):
+        random = np.random.default_rng(number)
+        one.assign(random.normal(size=one.shape))
+    floats.save_to_preset(tmp_path)
+    given = {"quantize": "int4", "calibration": draw(0, 3)}
+    found = arrays_of(PaliGemmaCausalLM.from_preset(tmp_path, **given).backbone)
+    bare = arrays_of(PaliGemmaCausalLM.from_preset(preset, **given).backbone)
+    np.testing.assert_array_equal(
+        found["text_decoder/blocks/attention/query/adapter_b"],
+        arrays_of(floats.backbone)[
+            "text_decoder/blocks/attention/query/adapter_b"
+        ],
+    )
+    kernel = "text_decoder/blocks/mlp/up/kernel"
+    assert (found[kernel] != bare[kernel]).any()
+
+
+def test_errors(preset, tmp_path):  # noqa: F811
+    def load(folder=preset, quantize="int4", **given):
+        PaliGemmaCausalLM.from_preset(folder, quantize=quantize, **given)
+
+    examples = draw(0, 2)
+    with pytest.raises(ValueError, match="quantize=None"):
+        load(quantize=None, calibration=examples)
+    with pytest.raises(ValueError, match="quantize='int8'"):
+        load(quantize="int8", calibration=examples)
+    with pytest.raises(ValueError, match="load_weights=False"):
+        load(load_weights=False, calibration=examples)
+    with pytest.raises(ValueError, match="preprocessor=None"):
+        load(calibration=examples, preprocessor=None)
+    for wrong in (
+        {},
+        {key: [] for key in examples},
+        {"prompts": ["a"]},
+        examples | {"prompts": ["a"]},
+        "pictures",
+    ):
+        with pytest.raises(ValueError, match="equally long lists"):
+            load(calibration=wrong)
+    PaliGemmaBackbone.from_preset(preset, quantize="int4").save_to_preset(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match="a checkpoint of int4"):
+        PaliGemmaBackbone.from_preset(tmp_path, calibration=[])
