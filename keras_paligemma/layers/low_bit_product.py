@@ -208,30 +208,37 @@ class _Weight:
         Parts lie along the first axis that is kept. Where chips share it, a
         part is a run of what each of them has, and no more is gathered.
         """
-        axis = _axes(self.layout)[1][0]
-        numbers = [index] if self.number is None else [index, self.number]
+        axis, runs = _axes(self.layout)[1][0], self._runs()
+        numbers = [] if self.number is None else [self.number]
 
         def cut(x, shares):
-            # Of a shared axis each chip has its run.
-            runs = 1 if _is_shared(shares, axis - rank) else self._runs()
+            shared = self._parts_of(shares)
+            if shared not in (1, runs):
+                # Scales that chips share along another axis than integers.
+                x = gathered(_layer, x, shares, *numbers)
+                return _part(x, axis, index, count, runs)
             return gathered(
-                lambda x, index, number=None: _part(
-                    x, axis, index, count, runs, number
+                # Of a shared axis each chip has its run.
+                lambda x, index, *number: _part(
+                    x, axis, index, count, runs // shared, *number
                 ),
                 x,
                 shares,
+                index,
                 *numbers,
             )
 
-        rank = len(self.layout.shape)
         stored, scale = map(cut, (self.stored, self.scale), self.shares)
         return _Weight(self.layout, stored, scale)
 
     def _runs(self):
-        """Count the runs of the stored tensor's axis that a part is of."""
-        shares, rank = self.shares[0], len(self.layout.shape)
-        axis = _axes(self.layout)[1][0]
-        return 1 if shares is None else shares.parts(axis - rank)
+        """Count the runs that a part consists of."""
+        return self._parts_of(self.shares[0])
+
+    def _parts_of(self, shares):
+        """Count the chips' parts of the axis along which parts lie."""
+        axis = _axes(self.layout)[1][0] - len(self.layout.shape)
+        return 1 if shares is None else shares.parts(axis)
 
     def _parts(self):
         """Count the parts of a large weight that become floats in turn.
@@ -258,8 +265,9 @@ def _value(weight):
     return ops.convert_to_tensor(weight)
 
 
-def _is_shared(shares, axis):
-    return shares is not None and shares.parts(axis) > 1
+def _layer(x, *number):
+    """Give one layer where `x` is a stack, and `x` where it is none."""
+    return _part(x, 0, 0, 1, 1, *number)
 
 
 def _part(x, axis, index, count, runs=1, number=None):

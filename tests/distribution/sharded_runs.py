@@ -132,7 +132,7 @@ def main(folder):
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # One device: weights in float32, and the losses to compare.
-    model = sharded_training.build("stacked", False)
+    model = sharded_training.build("stacked", "full")
     model.save_to_preset(folder / "preset")
     model, _, _ = load(folder / "preset")
     wanted = train(model, folder / "one")
