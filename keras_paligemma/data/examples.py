@@ -1,9 +1,16 @@
 """One example: where it lies, what is wrong with it, how it is read."""
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
+
+# What looks like a token of a place or of a mask and is none.
+_NO_TOKEN = re.compile(
+    r"<loc(?!(?:0\d{3}|10[01]\d|102[0-3])>)-?\d+>"
+    r"|<seg(?!(?:0\d{2}|1[01]\d|12[0-7])>)-?\d+>"
+)
 
 
 class ExampleError(ValueError):
@@ -64,7 +71,8 @@ def answers_of(example: dict) -> list[str]:
         List of at least one string.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one names a place outside of pictures,
+            which would be trained on as letters.
 
     Example:
 
@@ -81,6 +89,14 @@ def answers_of(example: dict) -> list[str]:
     answers = list(answers) if isinstance(answers, (list, tuple)) else [answers]
     if not answers:
         raise ValueError("There is no answer. Expected: one or more strings.")
+    for answer in answers:
+        wrong = isinstance(answer, str) and _NO_TOKEN.search(answer)
+        if wrong:
+            raise ValueError(
+                "A place or mask is outside of its range. Expected: <loc0000> "
+                "to <loc1023>, of which a box has four (y1, x1, y2, x2), and "
+                f"<seg000> to <seg127>. Received: {wrong[0]!r:.40}."
+            )
     return answers
 
 

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -107,50 +110,86 @@ def test_from_peft_and_back(base, tmp_path, which, form):
     np.testing.assert_array_equal(reference.run(again, **inputs), wanted)
 
 
-def test_loss_and_gradients_are_pefts(base, tmp_path):
-    modules, _ = TARGETS["both"]
-    model = adapted(base, modules)
-    model.save_pretrained(tmp_path)
+def batch():
+    """Inputs of both models, targets and their weights."""
     inputs, _ = transformers_inputs()
-    T = inputs["token_ids"].shape[1]
-    targets = np.random.default_rng(0).integers(1, 101, (2, T))
-    weights = inputs["response_mask"].astype("float32")
+    shape = inputs["token_ids"].shape
+    targets = np.random.default_rng(0).integers(1, 101, shape)
+    return inputs, targets, inputs["response_mask"].astype("float32")
 
-    predicted = reference.forward(model, **inputs)[:, -T - 1 : -1]
+
+def of_peft(model, inputs, targets, weights):
+    """The loss of PEFT's model, and its gradients by their names."""
+    predicted = reference.forward(model, **inputs)
+    predicted = predicted[:, -targets.shape[1] - 1 : -1]
     each = torch.nn.functional.cross_entropy(
         predicted.flatten(0, 1),
         torch.tensor(targets).flatten(),
         reduction="none",
     )
     chosen = torch.tensor(weights).flatten()
-    wanted = (each * chosen).sum() / chosen.sum()
-    wanted.backward()
-    theirs = {
+    loss = (each * chosen).sum() / chosen.sum()
+    loss.backward()
+    return loss.item(), {
         name.replace(".default", ""): parameter.grad.numpy()
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
 
-    backbone = transformers_backbone(base)
-    backbone.load_adapter(tmp_path)
+
+def of_ours(backbone, inputs, targets, weights):
+    """Our loss, and its gradients by our names."""
     loss = StreamedCrossEntropy(mean="token")
 
     def function():
-        hidden = backbone(inputs)[:, -T - 1 : -1]
+        hidden = backbone(inputs)[:, -targets.shape[1] - 1 : -1]
         return loss.stream(hidden, backbone.logits, targets, weights)[0]
 
     found = keras.ops.convert_to_numpy(jitted(lambda _: function())(0))
-    assert float(found) == pytest.approx(float(wanted.detach()), rel=1e-5)
-    ours = gradients(function, backbone)
-    matched = 0
+    return float(found), gradients(function, backbone)
+
+
+def pairs_of(backbone, ours, theirs):
+    """Name, our gradient and theirs of each adapter; of all there are."""
+    ours, theirs = dict(ours), dict(theirs)
+    pairs = []
     for row in rows(backbone.lora["targets"]):
         gradient = ours.pop(row.ours)
         keys = row.keys(len(gradient))
-        there = [row.read(theirs[key], gradient.shape[1:]) for key in keys]
-        # 1.3e-5 was seen: both sides round, at logits in the bend of the caps.
-        assert error(gradient, np.stack(there)) < 2e-5
-        matched += len(keys)
-    assert matched == len(theirs) and not ours
+        there = [row.read(theirs.pop(key), gradient.shape[1:]) for key in keys]
+        pairs.append((row.ours, gradient, np.stack(there)))
+    assert not ours and not theirs
+    return pairs
+
+
+def test_loss_and_gradients_are_pefts(base, tmp_path):
+    """In float32; of the gradients the next test has more to say."""
+    model = adapted(base, TARGETS["both"][0])
+    model.save_pretrained(tmp_path)
+    wanted, theirs = of_peft(model, *batch())
+    backbone = transformers_backbone(base)
+    backbone.load_adapter(tmp_path)
+    found, ours = of_ours(backbone, *batch())
+    assert found == pytest.approx(wanted, rel=1e-5)
+    for _, gradient, there in pairs_of(backbone, ours, theirs):
+        # Both round: from what both are in float64, 1.6e-5 was seen of each.
+        assert error(gradient, there) < 2e-5
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs JAX alone")
+def test_loss_and_gradients_are_pefts_where_nothing_rounds():
+    """The same function: in float64, 2e-14 was seen of the gradients."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.checkpoints.peft_in_double"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["loss"] < 1e-12
+    assert len(found["gradients"]) == 14
+    assert max(found["gradients"].values()) < 1e-12
 
 
 def test_rank_stabilised_scale(base, tmp_path):

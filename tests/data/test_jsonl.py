@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_paligemma.data import Batches
 from keras_paligemma.data import ExampleError
 from keras_paligemma.data import JSONLSource
 from keras_paligemma.data import check
@@ -86,6 +87,22 @@ def test_bad_lines(write, line, message):
     assert source[0]["responses"] == "a cat"
     with pytest.raises(ExampleError, match=f"train.jsonl, line 2: {message}"):
         source[1]
+
+
+@pytest.mark.parametrize(
+    "token", ["<loc1024>", "<loc-001>", "<loc12>", "<loc00500>", "<seg128>"]
+)
+def test_places_outside_of_the_picture(write, token):
+    """They are no tokens, and would be learned as letters."""
+    box = "<loc0000><loc0000><loc1023>"
+    fine = GOOD | {"suffix": f"{box}<loc1019> a <local> cat <seg000><seg127>"}
+    source = JSONLSource(write(fine, fine | {"suffix": f"{box}{token} cat"}))
+    (problem,) = check(source)
+    assert "train.jsonl, line 2: A place or mask is outside" in problem
+    assert token in problem
+    source = JSONLSource(write(fine | {"suffix": ["a cat", f"{token} cat"]}))
+    with pytest.raises(ExampleError, match="line 1: A place or mask"):
+        next(iter(Batches(source, lambda example: ({}, 0, 0), 1)))
 
 
 def test_empty_answers_on_request(write):
