@@ -1,11 +1,15 @@
 """What a SavedModel answers: the functions of its three signatures."""
 
+import inspect
+
 import numpy as np
 import tensorflow as tf
 import tensorflow_text
 
 from keras_paligemma.export.pictures import read_pictures
 from keras_paligemma.export.prompts import read_prompts
+from keras_paligemma.export.switch import BARE
+from keras_paligemma.export.switch import Switch
 from keras_paligemma.models.generation import prefill
 
 
@@ -22,18 +26,25 @@ class Answering(tf.Module):
         preprocessor = model.preprocessor
         tokenizer = preprocessor.tokenizer
         backbone = model.backbone
+        switch = Switch(backbone.adapters)
         # Keras's own objects stay out: a graph needs no more than variables.
-        self.weights = [variable.value for variable in backbone.variables]
+        self.weights = [
+            variable.value
+            for variable in backbone.variables
+            if not switch.is_slot(variable)
+        ]
+        self.adapters = switch.stacks
         self.tokenizer = tensorflow_text.SentencepieceTokenizer(tokenizer.proto)
         self.functions = _signatures(
             backbone,
             self.tokenizer,
             preprocessor,
+            switch,
             np.array(tokenizer.tokenize("\n")).tolist(),
         )
 
 
-def _signatures(backbone, tokenizer, preprocessor, separator):
+def _signatures(backbone, tokenizer, preprocessor, switch, separator):
     """Make the functions by the names that servers call them."""
     size = preprocessor.image_converter.image_size
     rule = preprocessor.image_converter.resize
@@ -41,40 +52,48 @@ def _signatures(backbone, tokenizer, preprocessor, separator):
     longest = preprocessor.response_length
     start = preprocessor.tokenizer.start_token_id
     stop = preprocessor.tokenizer.end_token_id
-    options = {
-        "max_new_tokens": tf.TensorSpec([], tf.int32, "max_new_tokens"),
-        "temperature": tf.TensorSpec([], tf.float32, "temperature"),
+    texts = [
+        tf.TensorSpec([None], tf.string, name) for name in ("images", "prompts")
+    ]
+    options = [
+        tf.TensorSpec([], tf.int32, "max_new_tokens"),
+        tf.TensorSpec([], tf.float32, "temperature"),
+    ]
+    defaults = {
+        "max_new_tokens": tf.constant(longest),
+        "temperature": tf.constant(0.0),
+        "adapter": tf.constant(switch.default),
     }
-    arrays = {
-        "images": tf.TensorSpec([None, *size, 3], tf.float32, "images"),
-        **{
-            name: tf.TensorSpec([None, prompt + longest], dtype, name)
+    adapters = []
+    if len(switch.names) > 1:
+        adapters = [tf.TensorSpec([], tf.string, "adapter")]
+    arrays = [
+        tf.TensorSpec([None, *size, 3], tf.float32, "images"),
+        *(
+            tf.TensorSpec([None, prompt + longest], dtype, name)
             for name, dtype in (
                 ("token_ids", tf.int32),
                 ("padding_mask", tf.bool),
                 ("response_mask", tf.bool),
             )
-        },
-    }
-    defaults = tf.constant(longest), tf.constant(0.0)
+        ),
+    ]
 
     # Traced once for the two signatures that call it.
     @tf.function
-    def answer(inputs, max_new_tokens, temperature, done_B):
-        return answer_tokens(
-            backbone, inputs, stop, max_new_tokens, temperature, done_B
+    def answer(inputs, max_new_tokens, temperature, adapter, done_B):
+        with switch.selected(adapter):
+            return answer_tokens(
+                backbone, inputs, stop, max_new_tokens, temperature, done_B
+            )
+
+    def option_error(max_new_tokens, temperature, adapter):
+        return _first(
+            _option_error(max_new_tokens, temperature, longest),
+            switch.error(adapter),
         )
 
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec([None], tf.string, "images"),
-            tf.TensorSpec([None], tf.string, "prompts"),
-            *options.values(),
-        ]
-    )
-    def serve(
-        images, prompts, max_new_tokens=defaults[0], temperature=defaults[1]
-    ):
+    def serve(images, prompts, max_new_tokens, temperature, adapter=BARE):
         same = tf.debugging.assert_equal(
             tf.size(images),
             tf.size(prompts),
@@ -92,7 +111,7 @@ def _signatures(backbone, tokenizer, preprocessor, separator):
             preprocessor.on_long_prompt,
         )
         errors = _first(
-            _option_error(max_new_tokens, temperature, longest),
+            option_error(max_new_tokens, temperature, adapter),
             image_errors,
             prompt_errors,
         )
@@ -106,7 +125,7 @@ def _signatures(backbone, tokenizer, preprocessor, separator):
         }
         good = errors == ""
         ids, log_probabilities = answer(
-            inputs, max_new_tokens, temperature, ~good
+            inputs, max_new_tokens, temperature, adapter, ~good
         )
         kept = tf.ragged.boolean_mask(ids, (ids != stop) & (ids != 0))
         return {
@@ -116,14 +135,14 @@ def _signatures(backbone, tokenizer, preprocessor, separator):
             "error": errors,
         }
 
-    @tf.function(input_signature=[*arrays.values(), *options.values()])
     def generate(
         images,
         token_ids,
         padding_mask,
         response_mask,
-        max_new_tokens=defaults[0],
-        temperature=defaults[1],
+        max_new_tokens,
+        temperature,
+        adapter=BARE,
     ):
         inputs = {
             "images": images,
@@ -133,25 +152,25 @@ def _signatures(backbone, tokenizer, preprocessor, separator):
             "response_mask": response_mask[:, prompt:],
         }
         check = tf.debugging.assert_equal(
-            _option_error(max_new_tokens, temperature, longest), ""
+            option_error(max_new_tokens, temperature, adapter), ""
         )
         with tf.control_dependencies([check]):
             done = tf.zeros_like(token_ids[:, 0], tf.bool)
         ids, log_probabilities = answer(
-            inputs, max_new_tokens, temperature, done
+            inputs, max_new_tokens, temperature, adapter, done
         )
         return {"token_ids": ids, "log_probabilities": log_probabilities}
 
-    @tf.function(input_signature=list(arrays.values()))
-    def score(images, token_ids, padding_mask, response_mask):
-        hidden_BLD = backbone(
-            {
-                "images": images,
-                "token_ids": token_ids,
-                "padding_mask": padding_mask,
-                "response_mask": response_mask,
-            }
-        )
+    def score(images, token_ids, padding_mask, response_mask, adapter=BARE):
+        inputs = {
+            "images": images,
+            "token_ids": token_ids,
+            "padding_mask": padding_mask,
+            "response_mask": response_mask,
+        }
+        check = tf.debugging.assert_equal(switch.error(adapter), "")
+        with tf.control_dependencies([check]), switch.selected(adapter):
+            hidden_BLD = backbone(inputs)
         logits_BRV = backbone.logits(hidden_BLD[:, -longest - 1 : -1])
         each_BR = -tf.nn.sparse_softmax_cross_entropy_with_logits(
             token_ids[:, prompt:], logits_BRV
@@ -163,7 +182,44 @@ def _signatures(backbone, tokenizer, preprocessor, separator):
             "hidden_states": hidden_BLD,
         }
 
-    return {"serving_default": serve, "generate": generate, "score": score}
+    options += adapters
+    return {
+        "serving_default": _signature(serve, texts + options, defaults),
+        "generate": _signature(generate, arrays + options, defaults),
+        "score": _signature(score, arrays + adapters, defaults),
+    }
+
+
+def _signature(function, specs, defaults):
+    """Make a function of a server's inputs, some of which have defaults.
+
+    Args:
+        function: function of tensors by the names of `specs`.
+        specs: list of `tf.TensorSpec`.
+        defaults: dict of name to tensor.
+    """
+
+    def called(*inputs):
+        # Loaded, a function takes tensors of any shape; this refuses them.
+        return function(
+            **{
+                spec.name: tf.ensure_shape(tensor, spec.shape, spec.name)
+                for spec, tensor in zip(specs, inputs, strict=True)
+            }
+        )
+
+    # TensorFlow reads names and defaults there.
+    called.__signature__ = inspect.Signature(
+        [
+            inspect.Parameter(
+                spec.name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=defaults.get(spec.name, inspect.Parameter.empty),
+            )
+            for spec in specs
+        ]
+    )
+    return tf.function(called, input_signature=specs)
 
 
 def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):

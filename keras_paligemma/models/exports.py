@@ -18,7 +18,7 @@ from keras_paligemma.compat import process
 from keras_paligemma.compat import wait_for_all
 
 
-def export(path, to, backbone, preprocessor=None, **options):
+def export(path, to, backbone, preprocessor=None, bare=False, **options):
     """Write a model in one of `formats.FORMATS`.
 
     Args:
@@ -26,12 +26,13 @@ def export(path, to, backbone, preprocessor=None, **options):
         to: str, the format.
         backbone: `PaliGemmaBackbone`.
         preprocessor: `PaliGemmaCausalLMPreprocessor` or `None`.
+        bare: bool, leave the adapter in use out.
         **options: `name`, `dtype` and `piece_size` of `write`.
 
     Raises:
         ValueError: the format has no place for something of the model.
     """
-    lora = backbone.adapters.config()
+    lora = None if bare else backbone.adapters.config()
     if lora is not None and to != "keras":
         raise ValueError(
             f"The format {to!r} has no place for adapters. Received: a model "
@@ -39,7 +40,7 @@ def export(path, to, backbone, preprocessor=None, **options):
             "`adapters.merge()` first."
         )
     config = {
-        "backbone": backbone.architecture(),
+        "backbone": backbone.architecture() | {"lora": lora},
         "preprocessor": _fields(preprocessor),
     }
     proto = preprocessor.tokenizer.proto if preprocessor else None

@@ -1,9 +1,5 @@
 """The exported nano preset in a process without this package."""
 
-import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
@@ -11,8 +7,10 @@ import numpy as np
 import pytest
 
 from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma.checkpoints import engine
 from tests.conftest import PRESETS
 from tests.conftest import run
+from tests.export.conftest import ask_alone
 from tests.export.conftest import bomb
 from tests.export.conftest import pictures
 
@@ -38,15 +36,41 @@ BAD = {
 }
 
 
+# The first makes the room that the second shares.
+LORAS = {
+    "first": {"rank": 3, "targets": ("decoder", "vision.attention")},
+    "second": {"rank": 2, "alpha": 5.0, "rslora": True},
+}
+OPTIONS = {
+    "max_new_tokens": np.int32(12),
+    "temperature": np.float32(0),
+    "adapter": "",
+}
+SCORED = {"adapter": ""}
+
+
 @pytest.fixture(scope="module")
 def model():
-    return PaliGemmaCausalLM.from_preset(NANO)
+    """The nano preset, bare, with two adapters that it can switch to."""
+    model = PaliGemmaCausalLM.from_preset(NANO)
+    random = np.random.default_rng(0)
+    for name, lora in LORAS.items():
+        model.backbone.enable_lora(**lora, name=name)
+        values = {
+            slot: random.normal(0, 0.1, value.shape)
+            for slot, value in model.adapters.values(name).items()
+        }
+        model.adapters._assign(values)
+    model.adapters.select(None)
+    return model
 
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     home = tmp_path_factory.mktemp("export")
+    model.adapters.select("second")
     model.export(home / "served")
+    model.adapters.select(None)
     assert [one.name for one in home.iterdir()] == ["served"]
     return home / "served"
 
@@ -70,7 +94,6 @@ def scored(model, batch):
 @pytest.fixture(scope="module")
 def answers(folder, model, batch, scored, tmp_path_factory):
     """What a process answers that has nothing but TensorFlow."""
-    options = {"max_new_tokens": np.int32(12), "temperature": np.float32(0)}
     good = batch["images"][0]
     mixed = [(good, "caption en", "")] * 2
     mixed[1:1] = [
@@ -78,51 +101,35 @@ def answers(folder, model, batch, scored, tmp_path_factory):
         for image, text, error in BAD.values()
     ]
     images, prompts, _ = map(list, zip(*mixed, strict=True))
+    some = {key: value[-3:] for key, value in batch.items()}
     begun = model.preprocessor.generate_preprocess(
-        {key: value[-3:] for key, value in batch.items()}
-        | {"responses": ["a", "", "two"]}
+        some | {"responses": ["a", "", "two"]}
     )
+    one = {"images": [good], "prompts": ["caption en"]}
+    eight = {key: value * 8 for key, value in one.items()}
+
+    def served(inputs, **options):
+        return "serving_default", inputs | OPTIONS | options
+
     requests = {
-        "good": ("serving_default", batch | options),
-        "mixed": (
-            "serving_default",
-            {"images": images, "prompts": prompts} | options,
-        ),
-        "none": (
-            "serving_default",
-            dict.fromkeys(("images", "prompts"), np.array([], "S1")) | options,
-        ),
-        "many": (
-            "serving_default",
-            {"images": [good], "prompts": ["caption en"]}
-            | options
-            | {"max_new_tokens": np.int32(33)},
-        ),
-        "hot": (
-            "serving_default",
-            {"images": [good] * 8, "prompts": ["caption en"] * 8}
-            | options
-            | {"temperature": np.float32(3)},
-        ),
-        "generate": ("generate", begun | options),
-        "score": ("score", scored[0]),
+        "scalar": served({"images": good, "prompts": ["a"]}),
+        "a batch of batches": served({"images": [[good]], "prompts": ["a"]}),
+        "two prompts": served(one | {"prompts": ["a", "b"]}),
+        "good": served(batch),
+        "mixed": served({"images": images, "prompts": prompts}),
+        "none": served(dict.fromkeys(one, np.array([], "S1"))),
+        "many": served(one, max_new_tokens=np.int32(33)),
+        "hot": served(eight, temperature=np.float32(3)),
+        "third": served(one, adapter="third"),
+        **{name: served(some, adapter=name) for name in LORAS},
+        "generate": ("generate", begun | OPTIONS),
+        "score": ("score", scored[0] | SCORED),
+        "score third": ("score", scored[0] | {"adapter": "third"}),
     }
-    home = tmp_path_factory.mktemp("answers")
-    with open(home / "requests", "wb") as file:
-        pickle.dump(requests, file)
-    subprocess.run(
-        [
-            sys.executable,
-            Path(__file__).parent / "served.py",
-            *(folder, home / "requests", home / "answers"),
-        ],
-        # TensorFlow imports Keras, which is to import no other backend.
-        env=os.environ | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": ""},
-        check=True,
-        cwd=home,
-    )
-    with open(home / "answers", "rb") as file:
-        return pickle.load(file)
+    requests = {
+        name: (str(folder), *request) for name, request in requests.items()
+    }
+    return ask_alone(requests, tmp_path_factory.mktemp("answers"))
 
 
 def test_nothing_of_ours_is_imported(answers):
@@ -170,6 +177,30 @@ def test_options(answers):
     assert len(set(answers["hot"]["text"])) > 1
 
 
+def test_what_is_no_batch_is_refused(answers):
+    for name, shape in (("scalar", "[]"), ("a batch of batches", "[1,1]")):
+        wanted = f"images {shape} is not compatible with expected shape [?]"
+        assert wanted in answers[name]["raised"]
+    assert "one prompt a picture" in answers["two prompts"]["raised"]
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_a_request_chooses_its_adapter(answers, model, batch, name):
+    some = {key: value[-3:] for key, value in batch.items()}
+    model.adapters.select(name)
+    wanted = model.generate(some, max_new_tokens=12)
+    model.adapters.select(None)
+    assert answers[name]["text"].tolist() == wanted
+    assert wanted != answers["good"]["text"][-3:].tolist()
+
+
+def test_unknown_adapters_are_told(answers):
+    wanted = "Expected: first, second, or nothing for the bare model. Received"
+    assert wanted in answers["third"]["error"][0]
+    assert answers["third"]["text"][0] == ""
+    assert wanted in answers["score third"]["raised"]
+
+
 def test_generate_goes_on_from_begun_answers(answers, model, batch):
     x = {key: value[-3:] for key, value in batch.items()}
     x["responses"] = ["a", "", "two"]
@@ -197,12 +228,15 @@ def test_score_is_the_models(answers, model, scored):
     assert difference < 1e-5 * np.abs(hidden).max()
 
 
-def test_weights_are_stored_once(folder):
+def test_weights_are_stored_once(folder, model):
     stored = sum(one.stat().st_size for one in (folder / "variables").iterdir())
-    weights = (NANO / "model.safetensors").stat().st_size
+    # The model has room for one adapter, its slots, and the file holds two.
+    slots = model.trainable_variables
+    weights = [*model.backbone.variables, *slots]
+    weights = sum(engine.to_numpy(one).nbytes for one in weights)
     assert stored < 1.02 * weights
     # The graph grows with layers, not with their widths.
-    assert (folder / "saved_model.pb").stat().st_size < 3_000_000
+    assert (folder / "saved_model.pb").stat().st_size < 5_000_000
 
 
 def test_graph_has_defaults_and_runs_no_python(folder):
@@ -213,6 +247,9 @@ def test_graph_has_defaults_and_runs_no_python(folder):
     defaults = graph.signature_def["serving_default"].defaults
     assert defaults["max_new_tokens"].int_val == [32]
     assert defaults["temperature"].float_val == [0]
+    for signature in graph.signature_def.values():
+        if "adapter" in signature.inputs:
+            assert signature.defaults["adapter"].string_val == [b"second"]
     functions = graph.graph_def.library.function
     used = {node.op for one in functions for node in one.node_def}
     assert "SentencepieceTokenizeOp" in used

@@ -79,7 +79,10 @@ BAD = {
     "no picture": (b'{"image": "aGVsbG8=", "prompt": "a"}', 422),
     "infinite": (b'{"image": "", "prompt": "a", "temperature": 1e999}', 422),
     "too many": (b'{"image": "", "prompt": "a", "max_new_tokens": 999}', 422),
-    "zero": (b'{"image": "", "prompt": "a", "max_new_tokens": 0}', 400),
+    "zero": (b'{"image": "", "prompt": "a", "max_new_tokens": 0}', 422),
+    "no adapters": (b'{"image": "", "prompt": "a", "adapter": "x"}', 400),
+    "an adapter of 1": (b'{"image": "", "prompt": "a", "adapter": 1}', 400),
+    "a list of pictures": (b'{"image": [""], "prompt": "a"}', 400),
     "deep": (b"[" * 100_000, 400),
 }
 
