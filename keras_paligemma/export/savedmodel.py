@@ -59,7 +59,8 @@ def export(model, filepath, format="savedmodel"):
     import keras
 
     if keras.backend.backend() == "tensorflow":
-        write(model, filepath)
+        variables = model.backbone.variables
+        write(model, ((one, one.value) for one in variables), filepath)
     else:
         elsewhere.write_elsewhere(model, filepath, "tensorflow", __name__)
 
@@ -89,20 +90,30 @@ def check(filepath, format="savedmodel"):
     refuse_in_use(filepath)
 
 
-def write(model, folder):
-    """Write a model of the TensorFlow backend; see `export`."""
+def write(model, values, folder):
+    """Write a model of the TensorFlow backend; see `export`.
+
+    Args:
+        model: `PaliGemmaCausalLM`, whose weights need no values.
+        values: iterable of pairs of a variable of the backbone and its value.
+        folder: path of the target.
+    """
     import tensorflow as tf
 
+    from keras_paligemma.export import checkpoint
     from keras_paligemma.export.signatures import Answering
 
     module = Answering(model)
     with whole_folder(folder, ENTRY) as draft:
         tf.saved_model.save(module, str(draft), module.functions)
+        checkpoint.write(
+            str(draft / "variables" / "variables"), module.values(values)
+        )
 
 
 def main(preset, folder):
     """Read a model and export it: the process that has TensorFlow."""
-    write(elsewhere.read(preset), folder)
+    write(*elsewhere.read_in_parts(preset), folder)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import tensorflow_text
 
 from keras_paligemma.export.pictures import read_pictures
 from keras_paligemma.export.prompts import read_prompts
-from keras_paligemma.export.switch import BARE
-from keras_paligemma.export.switch import Switch
+from keras_paligemma.export.weights import BARE
+from keras_paligemma.export.weights import Weights
 from keras_paligemma.models.generation import prefill
 
 
@@ -26,25 +26,21 @@ class Answering(tf.Module):
         preprocessor = model.preprocessor
         tokenizer = preprocessor.tokenizer
         backbone = model.backbone
-        switch = Switch(backbone.adapters)
         # Keras's own objects stay out: a graph needs no more than variables.
-        self.weights = [
-            variable.value
-            for variable in backbone.variables
-            if not switch.is_slot(variable)
-        ]
-        self.adapters = switch.stacks
+        held = Weights(backbone)
+        self.weights, self.adapters = held.base, held.adapters
+        self.values = held.values
         self.tokenizer = tensorflow_text.SentencepieceTokenizer(tokenizer.proto)
         self.functions = _signatures(
             backbone,
             self.tokenizer,
             preprocessor,
-            switch,
+            held,
             np.array(tokenizer.tokenize("\n")).tolist(),
         )
 
 
-def _signatures(backbone, tokenizer, preprocessor, switch, separator):
+def _signatures(backbone, tokenizer, preprocessor, weights, separator):
     """Make the functions by the names that servers call them."""
     size = preprocessor.image_converter.image_size
     rule = preprocessor.image_converter.resize
@@ -62,15 +58,15 @@ def _signatures(backbone, tokenizer, preprocessor, switch, separator):
     defaults = {
         "max_new_tokens": tf.constant(longest),
         "temperature": tf.constant(0.0),
-        "adapter": tf.constant(switch.default),
+        "adapter": tf.constant(weights.default),
     }
     adapters = []
-    if len(switch.names) > 1:
+    if len(weights.names) > 1:
         adapters = [tf.TensorSpec([], tf.string, "adapter")]
     arrays = [
         tf.TensorSpec([None, *size, 3], tf.float32, "images"),
         *(
-            tf.TensorSpec([None, prompt + longest], dtype, name)
+            tf.TensorSpec([None, None], dtype, name)
             for name, dtype in (
                 ("token_ids", tf.int32),
                 ("padding_mask", tf.bool),
@@ -82,7 +78,7 @@ def _signatures(backbone, tokenizer, preprocessor, switch, separator):
     # Traced once for the two signatures that call it.
     @tf.function
     def answer(inputs, max_new_tokens, temperature, adapter, done_B):
-        with switch.selected(adapter):
+        with weights.selected(adapter):
             return answer_tokens(
                 backbone, inputs, stop, max_new_tokens, temperature, done_B
             )
@@ -90,7 +86,7 @@ def _signatures(backbone, tokenizer, preprocessor, switch, separator):
     def option_error(max_new_tokens, temperature, adapter):
         return _first(
             _option_error(max_new_tokens, temperature, longest),
-            switch.error(adapter),
+            weights.error(adapter),
         )
 
     def serve(images, prompts, max_new_tokens, temperature, adapter=BARE):
@@ -135,6 +131,24 @@ def _signatures(backbone, tokenizer, preprocessor, switch, separator):
             "error": errors,
         }
 
+    def filled_up(*texts):
+        """Pad from the left to the longest prompt; padding is never seen."""
+        width = tf.shape(texts[0])[1]
+        check = tf.debugging.Assert(
+            (width > longest) & (width <= prompt + longest),
+            [
+                f"The text does not fit. Expected: 1 to {prompt} columns of "
+                f"prompt, then {longest} of response. Received, together: ",
+                width,
+            ],
+        )
+        with tf.control_dependencies([check]):
+            missing = prompt + longest - width
+        texts = [tf.pad(one, [[0, 0], [missing, 0]]) for one in texts]
+        return missing, *(
+            tf.ensure_shape(one, [None, prompt + longest]) for one in texts
+        )
+
     def generate(
         images,
         token_ids,
@@ -144,6 +158,9 @@ def _signatures(backbone, tokenizer, preprocessor, switch, separator):
         temperature,
         adapter=BARE,
     ):
+        _, token_ids, padding_mask, response_mask = filled_up(
+            token_ids, padding_mask, response_mask
+        )
         inputs = {
             "images": images,
             "token_ids": token_ids[:, :prompt],
@@ -162,24 +179,30 @@ def _signatures(backbone, tokenizer, preprocessor, switch, separator):
         return {"token_ids": ids, "log_probabilities": log_probabilities}
 
     def score(images, token_ids, padding_mask, response_mask, adapter=BARE):
+        missing, token_ids, padding_mask, response_mask = filled_up(
+            token_ids, padding_mask, response_mask
+        )
         inputs = {
             "images": images,
             "token_ids": token_ids,
             "padding_mask": padding_mask,
             "response_mask": response_mask,
         }
-        check = tf.debugging.assert_equal(switch.error(adapter), "")
-        with tf.control_dependencies([check]), switch.selected(adapter):
+        check = tf.debugging.assert_equal(weights.error(adapter), "")
+        with tf.control_dependencies([check]), weights.selected(adapter):
             hidden_BLD = backbone(inputs)
-        logits_BRV = backbone.logits(hidden_BLD[:, -longest - 1 : -1])
+            logits_BRV = backbone.logits(hidden_BLD[:, -longest - 1 : -1])
         each_BR = -tf.nn.sparse_softmax_cross_entropy_with_logits(
             token_ids[:, prompt:], logits_BRV
         )
         each_BR = tf.where(response_mask[:, prompt:], each_BR, 0.0)
+        # Of the columns that were given.
+        pictures = hidden_BLD.shape[1] - prompt - longest
+        given = [hidden_BLD[:, :pictures], hidden_BLD[:, pictures + missing :]]
         return {
             "log_probabilities": each_BR,
             "log_likelihood": tf.reduce_sum(each_BR, 1),
-            "hidden_states": hidden_BLD,
+            "hidden_states": tf.concat(given, 1),
         }
 
     options += adapters

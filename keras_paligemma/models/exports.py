@@ -154,7 +154,8 @@ def write(
         name: str, name of the model in a config of ours; the folder's if
             `None`.
         dtype: "float32", "bfloat16", "float16", or `None` for the weights'.
-        piece_size: int, bytes of a piece of a big_vision file.
+        piece_size: int, bytes of a piece of a big_vision file, or of a shard of
+            a preset of ours.
 
     Raises:
         ValueError: unknown format; an option that it does not have.
@@ -164,10 +165,10 @@ def write(
             f"Unknown format. Received: {to!r}. Expected one of "
             f"{formats.FORMATS}."
         )
-    if piece_size is not None and to != "big_vision":
+    if piece_size is not None and to not in ("big_vision", "keras"):
         raise ValueError(
-            f"Only big_vision's files come in pieces. Received: piece_size="
-            f"{piece_size} for {to!r}."
+            "Only big_vision's files and our own come in pieces. Received: "
+            f"piece_size={piece_size} for {to!r}."
         )
     path = Path(path)
     backbone = config["backbone"]
@@ -185,6 +186,7 @@ def write(
     def arrays(rows):
         for key, array in engine.write(weights, rows, read):
             yield key, array if dtype is None else cast(array, dtype)
+            del array  # Before the next one is made.
 
     if to == "big_vision":
         rows = big_vision.rows(backbone["text_decoder"]["use_post_norms"])
@@ -208,7 +210,7 @@ def write(
     elif to == "keras_hub":
         keras_hub.write(path, config, found, proto)
     else:
-        _write_ours(path, config, found, proto)
+        _write_ours(path, config, found, proto, piece_size)
     wait_for_all("a checkpoint is written")
 
 
@@ -222,9 +224,10 @@ def with_length(config):
     return config | {"preprocessor": fields}
 
 
-def _write_ours(folder, config, arrays, proto):
+def _write_ours(folder, config, arrays, proto, piece_size):
+    sizes = {} if piece_size is None else {"max_shard_size": piece_size}
     with presets.replaced(folder) as draft:
-        safetensors_files.write_safetensors(draft, arrays)
+        safetensors_files.write_safetensors(draft, arrays, **sizes)
         if proto is not None:
             (draft / presets.TOKENIZER).write_bytes(proto)
         presets.write_config(draft, config)

@@ -9,6 +9,7 @@ import pytest
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.checkpoints import engine
 from tests.conftest import PRESETS
+from tests.conftest import error
 from tests.conftest import run
 from tests.export.conftest import ask_alone
 from tests.export.conftest import bomb
@@ -47,6 +48,7 @@ OPTIONS = {
     "adapter": "",
 }
 SCORED = {"adapter": ""}
+SPARE = 10
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +93,24 @@ def scored(model, batch):
     return model.preprocessor(some | {"responses": ["a cat", "", "two dogs"]})
 
 
+def without_columns(arrays, count):
+    """Cut columns of text off from the left, or put some there."""
+    return {
+        name: value
+        if name == "images"
+        else np.pad(value, ((0, 0), (max(-count, 0), 0)))[:, max(count, 0) :]
+        for name, value in arrays.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def answers(folder, model, batch, scored, tmp_path_factory):
     """What a process answers that has nothing but TensorFlow."""
     good = batch["images"][0]
     mixed = [(good, "caption en", "")] * 2
     mixed[1:1] = [
-        (good if image is None else image, text, error)
-        for image, text, error in BAD.values()
+        (good if image is None else image, text, told)
+        for image, text, told in BAD.values()
     ]
     images, prompts, _ = map(list, zip(*mixed, strict=True))
     some = {key: value[-3:] for key, value in batch.items()}
@@ -124,6 +136,10 @@ def answers(folder, model, batch, scored, tmp_path_factory):
         **{name: served(some, adapter=name) for name in LORAS},
         "generate": ("generate", begun | OPTIONS),
         "score": ("score", scored[0] | SCORED),
+        # Prompts without the columns that are padding in all rows.
+        "score short": ("score", without_columns(scored[0], SPARE) | SCORED),
+        "generate short": ("generate", without_columns(begun, SPARE) | OPTIONS),
+        "score long": ("score", without_columns(scored[0], -1) | SCORED),
         "score third": ("score", scored[0] | {"adapter": "third"}),
     }
     requests = {
@@ -154,16 +170,15 @@ def test_log_probabilities_are_those_of_a_pass(answers, model, batch):
         keras.ops.log_softmax(logits), ids[..., None], -1
     )
     wanted = np.where(ids != 0, keras.ops.convert_to_numpy(each)[..., 0], 0)
-    got = answers["good"]["log_probabilities"]
-    assert np.abs(got - wanted).max() < 1e-4
+    assert error(answers["good"]["log_probabilities"], wanted) < 1e-5
 
 
 def test_bad_rows_spoil_no_others(answers):
     served = answers["mixed"]
     assert served["error"][0] == served["error"][-1] == ""
     assert served["text"][0] == served["text"][-1] != ""
-    for row, (name, (*_, error)) in enumerate(BAD.items(), 1):
-        assert error in served["error"][row], name
+    for row, (name, (*_, told)) in enumerate(BAD.items(), 1):
+        assert told in served["error"][row], name
         assert served["text"][row] == ""
         assert not served["log_probabilities"][row].any()
 
@@ -214,18 +229,34 @@ def test_generate_goes_on_from_begun_answers(answers, model, batch):
 def test_score_is_the_models(answers, model, scored):
     x, y, weights = scored
     hidden = run(lambda x: model.backbone(x), x)
-    logits = run(lambda x: model(x), x)[:, -33:-1]
+    logits = keras.ops.convert_to_numpy(model.backbone.logits(hidden))
     each = keras.ops.take_along_axis(
-        keras.ops.log_softmax(logits), y[..., None], -1
+        keras.ops.log_softmax(logits[:, -33:-1]), y[..., None], -1
     )
     wanted = keras.ops.convert_to_numpy(each)[..., 0] * weights
     served = answers["score"]
-    scale = np.abs(wanted).max()
-    assert np.abs(served["log_probabilities"] - wanted).max() < 1e-5 * scale
+    largest = np.abs(wanted).max()
+    assert np.abs(served["log_probabilities"] - wanted).max() < 1e-5 * largest
     assert np.abs(served["log_likelihood"] - wanted.sum(1)).max() < 1e-4
-    hidden = keras.ops.convert_to_numpy(hidden)
-    difference = np.abs(served["hidden_states"] - hidden).max()
-    assert difference < 1e-5 * np.abs(hidden).max()
+    # A file gives no logits; these states hold all of them.
+    assert error(served["hidden_states"], np.array(hidden)) < 1e-5
+    assert error(model.backbone.logits(served["hidden_states"]), logits) < 1e-5
+
+
+def test_prompts_are_of_any_length(answers, scored):
+    assert not scored[0]["padding_mask"][:, :SPARE].any()
+    whole, short = answers["score"], answers["score short"]
+    for name in ("log_probabilities", "log_likelihood"):
+        assert error(short[name], whole[name]) < 1e-6
+    text = scored[0]["token_ids"].shape[1]
+    pictures = whole["hidden_states"].shape[1] - text
+    given = np.delete(
+        whole["hidden_states"], np.s_[pictures : pictures + SPARE], 1
+    )
+    assert error(short["hidden_states"], given) < 1e-6
+    ids = answers["generate short"]["token_ids"]
+    np.testing.assert_array_equal(ids, answers["generate"]["token_ids"])
+    assert "Expected: 1 to 32 columns" in answers["score long"]["raised"]
 
 
 def test_weights_are_stored_once(folder, model):
@@ -240,6 +271,7 @@ def test_weights_are_stored_once(folder, model):
 
 
 def test_graph_has_defaults_and_runs_no_python(folder):
+    import tensorflow as tf
     from tensorflow.core.protobuf import saved_model_pb2
 
     content = (folder / "saved_model.pb").read_bytes()
@@ -250,10 +282,16 @@ def test_graph_has_defaults_and_runs_no_python(folder):
     for signature in graph.signature_def.values():
         if "adapter" in signature.inputs:
             assert signature.defaults["adapter"].string_val == [b"second"]
-    functions = graph.graph_def.library.function
-    used = {node.op for one in functions for node in one.node_def}
-    assert "SentencepieceTokenizeOp" in used
+    nodes = list(graph.graph_def.node)
+    for function in graph.graph_def.library.function:
+        nodes += function.node_def
+    used = {node.op for node in nodes}
     assert not {op for op in used if "PyFunc" in op}
+    assert {op for op in used if not hasattr(tf.raw_ops, op)} == {
+        "SentencepieceDetokenizeOp",
+        "SentencepieceOp",
+        "SentencepieceTokenizeOp",
+    }
 
 
 def test_bad_exports_are_refused(model, folder, tmp_path):
