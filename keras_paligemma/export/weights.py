@@ -64,6 +64,7 @@ class Weights:
         for variable, value in base:
             if id(variable) in number:
                 yield KEY.format("weights", number[id(variable)]), value
+            del value  # Before the next one is read.
         held = [self._adapters.held(name) for name in self._known]
         for place, half in enumerate(self._halves):
             value = np.stack([one[half] for one in held])
