@@ -6,9 +6,13 @@ import keras
 import numpy as np
 import pytest
 
+from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.checkpoints import engine
+from tests.conftest import IMAGE_SIZE
 from tests.conftest import PRESETS
+from tests.conftest import TEXT
+from tests.conftest import VISION
 from tests.conftest import error
 from tests.conftest import run
 from tests.export.conftest import ask_alone
@@ -292,6 +296,20 @@ def test_graph_has_defaults_and_runs_no_python(folder):
         "SentencepieceOp",
         "SentencepieceTokenizeOp",
     }
+
+
+def test_a_merged_adapter_needs_no_input():
+    from keras_paligemma.export.weights import Weights
+
+    backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT)
+    backbone.enable_lora(2)
+    held = Weights(backbone)
+    assert held.names == ["", "default"]
+    assert len(held.adapters) == 2 * len(backbone.adapters.slots.targets)
+    backbone.adapters.merge()
+    held = Weights(backbone)
+    assert held.names == [""]
+    assert not held.adapters
 
 
 def test_bad_exports_are_refused(model, folder, tmp_path):
