@@ -1,14 +1,15 @@
 """What an export costs and what it serves: `python -m benchmarks.export`.
 
 Time, size and peak memory of an export, then the time of an answer: the
-SavedModel in a process of TensorFlow beside `generate` here. Answers are made
-to their full length with the same picture and prompt, the first call apart,
-the median of several. `--large` takes a random model of 3b's widths with few
-layers, 2.4 GB in float32, in place of the nano preset.
+SavedModel in a process of TensorFlow and `generate` here, by turns. Answers are
+made to their full length with the same picture and prompt, the first call
+apart, the median of several. `--large` takes a random model of 3b's widths
+with few layers, 2.6 GB in float32, in place of the nano preset.
 
 The peak is the most resident memory of this process and of its children, read
-from /proc ten times a second: both hold weights while another backend than
-TensorFlow exports. Pages of mapped files count in it.
+from /proc ten times a second: another backend than TensorFlow exports by a
+process of its own. Pages of mapped files count in it, and what both processes
+have imported, 2 GB together.
 """
 
 import argparse
@@ -94,17 +95,17 @@ def peak_of(function):
 
 
 def timed(answer):
-    """Give the seconds of the first call, and of the median of more."""
-    seconds = []
-    for _ in range(RUNS + 1):
-        began = time.perf_counter()
-        answer()
-        seconds.append(time.perf_counter() - began)
-    return {"first": seconds[0], "answer": statistics.median(seconds[1:])}
+    """Give the seconds of a call, and what it gives."""
+    began = time.perf_counter()
+    answered = answer()
+    return time.perf_counter() - began, answered
 
 
 def serve(folder):
-    """Answer by the SavedModel: the process of TensorFlow alone."""
+    """Answer a line by the SavedModel: the process of TensorFlow alone.
+
+    Says of each how long it took, and how many tokens it has.
+    """
     import tensorflow as tf
     import tensorflow_text  # noqa: F401  registers its operations
 
@@ -115,9 +116,39 @@ def serve(folder):
         "max_new_tokens": tf.constant(NEW),
         "temperature": tf.constant(0.0),
     }
-    ids = function(**inputs)["token_ids"].numpy()
-    result = timed(lambda: function(**inputs)["text"].numpy())
-    return result | {"tokens": int((ids != 0).sum())}
+    for _ in sys.stdin:
+        seconds, ids = timed(lambda: function(**inputs)["token_ids"].numpy())
+        print(json.dumps([seconds, int((ids != 0).sum())]), flush=True)
+
+
+def by_turns(generate, folder):
+    """Time `generate` and the SavedModel in turns.
+
+    Returns:
+        Two dicts of seconds, `first` and `answer`; and the number of tokens.
+    """
+    here, served = [], []
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.export", "--serve", folder],
+        env=os.environ | {"KERAS_BACKEND": "tensorflow"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for _ in range(RUNS + 1):
+            here.append(timed(generate)[0])
+            process.stdin.write("\n")
+            process.stdin.flush()
+            seconds, tokens = json.loads(process.stdout.readline())
+            served.append(seconds)
+        process.stdin.close()
+    return (
+        *(
+            {"first": seconds[0], "answer": statistics.median(seconds[1:])}
+            for seconds in (here, served)
+        ),
+        tokens,
+    )
 
 
 def main():
@@ -126,26 +157,22 @@ def main():
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        print(json.dumps(serve(arguments.serve)))
+        serve(arguments.serve)
         return
+    from keras_paligemma.checkpoints import engine
+
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as home:
         folder = Path(home) / "served"
         ours = model(arguments.large)
-        weights = sum(one.value.nbytes for one in ours.backbone.variables)
+        variables = ours.backbone.variables
+        weights = sum(engine.to_numpy(one).nbytes for one in variables)
         seconds, peak = peak_of(lambda: ours.export(folder))
         size = sum(one.stat().st_size for one in folder.rglob("*"))
         inputs = {"images": [str(PICTURE)], "prompts": [PROMPT]}
-        here = timed(lambda: ours.generate(inputs, max_new_tokens=NEW))
-        run = [sys.executable, "-m", "benchmarks.export", "--serve", folder]
-        served = subprocess.run(
-            run,
-            env=os.environ | {"KERAS_BACKEND": "tensorflow"},
-            check=True,
-            capture_output=True,
-            text=True,
+        here, served, tokens = by_turns(
+            lambda: ours.generate(inputs, max_new_tokens=NEW), folder
         )
-        served = json.loads(served.stdout.splitlines()[-1])
-    print(f"weights {weights / 1e9:.3f} GB, {served['tokens']} tokens")
+    print(f"weights {weights / 1e9:.3f} GB, {tokens} tokens")
     print(f"export {seconds:.1f} s, peak {peak / weights:.2f} × the weights")
     print(f"size {size / weights:.3f} × the weights")
     print(f"generate {here['answer']:.3f} s, first {here['first']:.1f} s")

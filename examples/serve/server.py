@@ -6,7 +6,8 @@
 Needs TensorFlow and tensorflow-text, and nothing of keras_paligemma.
 
 POST /answer takes JSON: `image` (base64 of a JPEG, PNG, WebP or GIF), `prompt`,
-and if wanted `max_new_tokens` and `temperature`. It gives `text`, `boxes` as
+and if wanted `max_new_tokens` and `temperature`, and `adapter` where the model
+has named ones. It gives `text`, `boxes` as
 shares of height and width, and `log_probabilities` of the tokens. What is wrong
 with a request comes as {"error": …} and a status from 400 to 499.
 """
@@ -50,26 +51,28 @@ class Model:
         self.loaded = tf.saved_model.load(str(folder))
         self.function = self.loaded.signatures["serving_default"]
         self.room = threading.BoundedSemaphore(at_once)
-        # A model's defaults are in its file, where TensorFlow Serving reads
-        # them; the longest answer is also what an error tells.
-        self.longest = self._longest(folder)
+        self.defaults = self._defaults(folder)
 
-    def _longest(self, folder):
+    def _defaults(self, folder):
+        """Read from the file what TensorFlow Serving reads there, too."""
         from tensorflow.core.protobuf import saved_model_pb2
 
         content = (Path(folder) / "saved_model.pb").read_bytes()
         graph = saved_model_pb2.SavedModel.FromString(content).meta_graphs[0]
         defaults = graph.signature_def["serving_default"].defaults
-        return defaults["max_new_tokens"].int_val[0]
+        return {
+            name: tf.constant(tf.make_ndarray(value))
+            for name, value in defaults.items()
+        }
 
-    def answer(self, image, prompt, max_new_tokens=None, temperature=0.0):
+    def answer(self, image, prompt, **options):
         """Answer one prompt about one picture.
 
         Args:
             image: bytes of an encoded picture.
             prompt: str.
-            max_new_tokens: int; the longest if `None`.
-            temperature: float.
+            **options: `max_new_tokens`, the longest answer if not given;
+                `temperature`; `adapter`, where the model has them.
 
         Returns:
             Dict of `text`, `boxes` and `log_probabilities`.
@@ -77,14 +80,18 @@ class Model:
         Raises:
             Refused: the model says what is wrong.
         """
+        unknown = sorted(options.keys() - self.defaults.keys())
+        if unknown:
+            raise Refused(400, f"This model has no {', '.join(unknown)}.")
+        given = {
+            name: tf.constant(value, self.defaults[name].dtype)
+            for name, value in options.items()
+        }
         with self.room:
             outputs = self.function(
                 images=tf.constant([image]),
                 prompts=tf.constant([prompt]),
-                max_new_tokens=tf.constant(
-                    max_new_tokens or self.longest, tf.int32
-                ),
-                temperature=tf.constant(temperature, tf.float32),
+                **self.defaults | given,
             )
         error, text = (
             outputs[name].numpy()[0].decode() for name in ("error", "text")
@@ -123,6 +130,7 @@ def read_request(body):
         "prompt": str,
         "max_new_tokens": int,
         "temperature": (int, float),
+        "adapter": str,
     }
     for key, value in request.items():
         if key not in known:
@@ -133,12 +141,11 @@ def read_request(body):
         raise Refused(400, "Expected: `image`, in base64, and `prompt`.")
     if abs(request.get("max_new_tokens", 1)) >= 2**31:
         raise Refused(400, "`max_new_tokens` is out of range.")
-    if request.get("max_new_tokens") == 0:
-        raise Refused(400, "`max_new_tokens` is 0. Expected: 1 or more.")
     try:
         float(request.get("temperature", 0))
         # JSON can spell halves of letters, which no UTF-8 has.
-        request["prompt"] = request["prompt"].encode()
+        for key in {"prompt", "adapter"} & request.keys():
+            request[key] = request[key].encode()
     except (OverflowError, UnicodeEncodeError) as error:
         raise Refused(400, f"A value cannot be read: {error}") from error
     data = request["image"]

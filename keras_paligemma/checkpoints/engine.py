@@ -8,6 +8,7 @@ key, and `read(key)`, which gives one NumPy array.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -290,20 +291,29 @@ def write(weights, rows, to_numpy):
             (row,) = group
             yield theirs, row.write(to_numpy(weights[row.ours]))
             continue
+        count = shape_of(weights[group[0].ours])[0]
         values = [_blocks(weights[row.ours], to_numpy) for row in group]
-        keys = group[0].keys(len(values[0]))
         blocks = (_join(group, ones) for ones in zip(*values, strict=True))
         if group[0].stacked:
-            yield theirs, np.stack(list(blocks))
+            yield theirs, _stack(blocks, count)
         else:
-            yield from zip(keys, blocks, strict=True)
+            yield from zip(group[0].keys(count), blocks, strict=True)
 
 
 def _blocks(weight, to_numpy):
-    """Give a weight of the blocks as a sequence of one array a block."""
+    """Give a weight of the blocks as an iterable of one array a block."""
     if isinstance(weight, list):
-        return [to_numpy(variable) for variable in weight]
+        return map(to_numpy, weight)
     return to_numpy(weight)
+
+
+def _stack(blocks, count):
+    """Stack arrays, of which one at a time is in memory."""
+    first = next(blocks)
+    whole = np.empty((count, *first.shape), first.dtype)
+    for layer, block in enumerate(itertools.chain([first], blocks)):
+        whole[layer] = block
+    return whole
 
 
 def _join(group, values):

@@ -198,12 +198,14 @@ def write_safetensors(folder, arrays, max_shard_size=2_000_000_000):
     weight_map, total, shard, size, count = {}, 0, {}, 0, 0
 
     def flush():
+        nonlocal size, count
         path = folder / _shard_name(count, 0)
         # transformers refuses a file that does not say whose tensors it has.
         save_file(shard, path, metadata={"format": "pt"})
         # safetensors lets nobody else read what it writes.
         path.chmod(0o644)
         shard.clear()
+        size, count = 0, count + 1
 
     for key, array in arrays:
         if key in weight_map:
@@ -216,18 +218,22 @@ def write_safetensors(folder, arrays, max_shard_size=2_000_000_000):
             )
         if shard and size + array.nbytes > max_shard_size:
             flush()
-            size, count = 0, count + 1
         shard[key] = np.ascontiguousarray(array)
         size, total = size + array.nbytes, total + array.nbytes
         weight_map[key] = count
-    flush()
+        del array
+        if size >= max_shard_size:
+            # Else it would be in memory while the next one is made.
+            flush()
+    if shard or not count:
+        flush()
     # Names hold the number of all shards, which only now is known.
-    for number in range(count + 1):
+    for number in range(count):
         draft = folder / _shard_name(number, 0)
-        draft.rename(folder / _shard_name(number, count + 1))
-    if count:
+        draft.rename(folder / _shard_name(number, count))
+    if count > 1:
         names = {
-            key: _shard_name(number, count + 1)
+            key: _shard_name(number, count)
             for key, number in weight_map.items()
         }
         index = {"metadata": {"total_size": total}, "weight_map": names}

@@ -21,7 +21,11 @@ def export(
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="int8 | int4")] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="Folder of a LoRA adapter")
+        list[Path] | None,
+        typer.Option(
+            help="Folder of a LoRA adapter, whose name is the adapter's; may "
+            "come again, the largest first. The last one is in use"
+        ),
     ] = None,
     prompt_length: Annotated[
         int | None, typer.Option(help="Most tokens of a prompt")
@@ -47,7 +51,7 @@ def export(
     }
     options = {key: value for key, value in options.items() if value}
     model = PaliGemmaCausalLM.from_preset(source, compile=False, **options)
-    if adapter is not None:
-        model.load_adapter(adapter)
+    for folder in adapter or []:
+        model.load_adapter(folder, folder.resolve().name)
     targets.export(model, target, format)
     typer.echo(f"{target}: {model.count_params():,} parameters as {format}")

@@ -1,14 +1,11 @@
 """A model as a SavedModel of TensorFlow: pictures and prompts in, text out."""
 
 import importlib.util
-import os
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 from keras_paligemma.atomic import refuse_in_use
 from keras_paligemma.atomic import whole_folder
+from keras_paligemma.export import elsewhere
 
 ENTRY = "saved_model.pb"
 FORMATS = ("savedmodel", "tf_saved_model")
@@ -25,9 +22,12 @@ def export(model, filepath, format="savedmodel"):
     `max_new_tokens` and `temperature` have defaults, the preprocessor's
     `response_length` and 0. Whoever loads it imports `tensorflow_text` first.
 
-    Weights are stored once, as they are: floats or few bits, adapters beside
-    them or merged. On a backend other than TensorFlow the model is written as
-    a preset beside the target, and a process of TensorFlow exports that.
+    A model with named adapters also takes `adapter`: a name, "" for the bare
+    model; the one in use if it is not given. One that is merged takes none.
+
+    Weights are stored once, as they are: floats or few bits, all adapters
+    beside them. On a backend other than TensorFlow the model is written as a
+    preset beside the target, and a process of TensorFlow exports that.
 
     Args:
         model: `PaliGemmaCausalLM` with a preprocessor.
@@ -59,9 +59,10 @@ def export(model, filepath, format="savedmodel"):
     import keras
 
     if keras.backend.backend() == "tensorflow":
-        write(model, filepath)
+        variables = model.backbone.variables
+        write(model, ((one, one.value) for one in variables), filepath)
     else:
-        write_elsewhere(model, filepath, "tensorflow", __name__)
+        elsewhere.write_elsewhere(model, filepath, "tensorflow", __name__)
 
 
 def check_preprocessor(model):
@@ -89,62 +90,30 @@ def check(filepath, format="savedmodel"):
     refuse_in_use(filepath)
 
 
-def write(model, folder):
-    """Write a model of the TensorFlow backend; see `export`."""
+def write(model, values, folder):
+    """Write a model of the TensorFlow backend; see `export`.
+
+    Args:
+        model: `PaliGemmaCausalLM`, whose weights need no values.
+        values: iterable of pairs of a variable of the backbone and its value.
+        folder: path of the target.
+    """
     import tensorflow as tf
 
+    from keras_paligemma.export import checkpoint
     from keras_paligemma.export.signatures import Answering
 
     module = Answering(model)
     with whole_folder(folder, ENTRY) as draft:
         tf.saved_model.save(module, str(draft), module.functions)
-
-
-def write_elsewhere(model, filepath, backend, module, *arguments):
-    """Write a model by a process of its own, which has another backend.
-
-    Args:
-        model: `PaliGemmaCausalLM`.
-        filepath: str or path of the target.
-        backend: str, Keras's name of it.
-        module: str, whose `main` is called with a preset of the model, the
-            target and `arguments`.
-        *arguments: str.
-    """
-    target = Path(filepath).expanduser().resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    package = Path(__file__).parents[2]
-    paths = [str(package), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "KERAS_BACKEND": backend,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        # The accelerator belongs to the process that has the model.
-        "CUDA_VISIBLE_DEVICES": "-1",
-        "JAX_PLATFORMS": "cpu",
-    }
-    # Beside the target: the usual place may be a memory.
-    with tempfile.TemporaryDirectory(
-        prefix=f".{target.name}.preset-", dir=target.parent
-    ) as preset:
-        model.save_to_preset(preset)
-        told = subprocess.run(
-            [sys.executable, "-m", module, preset, str(target), *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-    if told.returncode:
-        raise RuntimeError(
-            f"The model was not exported. The process of {backend} ended with "
-            f"{told.returncode} and said: {told.stderr[-2000:].strip()}"
+        checkpoint.write(
+            str(draft / "variables" / "variables"), module.values(values)
         )
 
 
 def main(preset, folder):
-    """Read a preset and export it: the process that has TensorFlow."""
-    from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
-
-    write(PaliGemmaCausalLM.from_preset(preset, compile=False), folder)
+    """Read a model and export it: the process that has TensorFlow."""
+    write(*elsewhere.read_in_parts(preset), folder)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """What a SavedModel answers: the functions of its three signatures."""
 
+import inspect
+
 import numpy as np
 import tensorflow as tf
 import tensorflow_text
 
 from keras_paligemma.export.pictures import read_pictures
 from keras_paligemma.export.prompts import read_prompts
+from keras_paligemma.export.weights import BARE
+from keras_paligemma.export.weights import Weights
 from keras_paligemma.models.generation import prefill
 
 
@@ -23,17 +27,20 @@ class Answering(tf.Module):
         tokenizer = preprocessor.tokenizer
         backbone = model.backbone
         # Keras's own objects stay out: a graph needs no more than variables.
-        self.weights = [variable.value for variable in backbone.variables]
+        held = Weights(backbone)
+        self.weights, self.adapters = held.base, held.adapters
+        self.values = held.values
         self.tokenizer = tensorflow_text.SentencepieceTokenizer(tokenizer.proto)
         self.functions = _signatures(
             backbone,
             self.tokenizer,
             preprocessor,
+            held,
             np.array(tokenizer.tokenize("\n")).tolist(),
         )
 
 
-def _signatures(backbone, tokenizer, preprocessor, separator):
+def _signatures(backbone, tokenizer, preprocessor, weights, separator):
     """Make the functions by the names that servers call them."""
     size = preprocessor.image_converter.image_size
     rule = preprocessor.image_converter.resize
@@ -41,40 +48,48 @@ def _signatures(backbone, tokenizer, preprocessor, separator):
     longest = preprocessor.response_length
     start = preprocessor.tokenizer.start_token_id
     stop = preprocessor.tokenizer.end_token_id
-    options = {
-        "max_new_tokens": tf.TensorSpec([], tf.int32, "max_new_tokens"),
-        "temperature": tf.TensorSpec([], tf.float32, "temperature"),
+    texts = [
+        tf.TensorSpec([None], tf.string, name) for name in ("images", "prompts")
+    ]
+    options = [
+        tf.TensorSpec([], tf.int32, "max_new_tokens"),
+        tf.TensorSpec([], tf.float32, "temperature"),
+    ]
+    defaults = {
+        "max_new_tokens": tf.constant(longest),
+        "temperature": tf.constant(0.0),
+        "adapter": tf.constant(weights.default),
     }
-    arrays = {
-        "images": tf.TensorSpec([None, *size, 3], tf.float32, "images"),
-        **{
-            name: tf.TensorSpec([None, prompt + longest], dtype, name)
+    adapters = []
+    if len(weights.names) > 1:
+        adapters = [tf.TensorSpec([], tf.string, "adapter")]
+    arrays = [
+        tf.TensorSpec([None, *size, 3], tf.float32, "images"),
+        *(
+            tf.TensorSpec([None, None], dtype, name)
             for name, dtype in (
                 ("token_ids", tf.int32),
                 ("padding_mask", tf.bool),
                 ("response_mask", tf.bool),
             )
-        },
-    }
-    defaults = tf.constant(longest), tf.constant(0.0)
+        ),
+    ]
 
     # Traced once for the two signatures that call it.
     @tf.function
-    def answer(inputs, max_new_tokens, temperature, done_B):
-        return answer_tokens(
-            backbone, inputs, stop, max_new_tokens, temperature, done_B
+    def answer(inputs, max_new_tokens, temperature, adapter, done_B):
+        with weights.selected(adapter):
+            return answer_tokens(
+                backbone, inputs, stop, max_new_tokens, temperature, done_B
+            )
+
+    def option_error(max_new_tokens, temperature, adapter):
+        return _first(
+            _option_error(max_new_tokens, temperature, longest),
+            weights.error(adapter),
         )
 
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec([None], tf.string, "images"),
-            tf.TensorSpec([None], tf.string, "prompts"),
-            *options.values(),
-        ]
-    )
-    def serve(
-        images, prompts, max_new_tokens=defaults[0], temperature=defaults[1]
-    ):
+    def serve(images, prompts, max_new_tokens, temperature, adapter=BARE):
         same = tf.debugging.assert_equal(
             tf.size(images),
             tf.size(prompts),
@@ -92,7 +107,7 @@ def _signatures(backbone, tokenizer, preprocessor, separator):
             preprocessor.on_long_prompt,
         )
         errors = _first(
-            _option_error(max_new_tokens, temperature, longest),
+            option_error(max_new_tokens, temperature, adapter),
             image_errors,
             prompt_errors,
         )
@@ -106,7 +121,7 @@ def _signatures(backbone, tokenizer, preprocessor, separator):
         }
         good = errors == ""
         ids, log_probabilities = answer(
-            inputs, max_new_tokens, temperature, ~good
+            inputs, max_new_tokens, temperature, adapter, ~good
         )
         kept = tf.ragged.boolean_mask(ids, (ids != stop) & (ids != 0))
         return {
@@ -116,15 +131,36 @@ def _signatures(backbone, tokenizer, preprocessor, separator):
             "error": errors,
         }
 
-    @tf.function(input_signature=[*arrays.values(), *options.values()])
+    def filled_up(*texts):
+        """Pad from the left to the longest prompt; padding is never seen."""
+        width = tf.shape(texts[0])[1]
+        check = tf.debugging.Assert(
+            (width > longest) & (width <= prompt + longest),
+            [
+                f"The text does not fit. Expected: 1 to {prompt} columns of "
+                f"prompt, then {longest} of response. Received, together: ",
+                width,
+            ],
+        )
+        with tf.control_dependencies([check]):
+            missing = prompt + longest - width
+        texts = [tf.pad(one, [[0, 0], [missing, 0]]) for one in texts]
+        return missing, *(
+            tf.ensure_shape(one, [None, prompt + longest]) for one in texts
+        )
+
     def generate(
         images,
         token_ids,
         padding_mask,
         response_mask,
-        max_new_tokens=defaults[0],
-        temperature=defaults[1],
+        max_new_tokens,
+        temperature,
+        adapter=BARE,
     ):
+        _, token_ids, padding_mask, response_mask = filled_up(
+            token_ids, padding_mask, response_mask
+        )
         inputs = {
             "images": images,
             "token_ids": token_ids[:, :prompt],
@@ -133,37 +169,80 @@ def _signatures(backbone, tokenizer, preprocessor, separator):
             "response_mask": response_mask[:, prompt:],
         }
         check = tf.debugging.assert_equal(
-            _option_error(max_new_tokens, temperature, longest), ""
+            option_error(max_new_tokens, temperature, adapter), ""
         )
         with tf.control_dependencies([check]):
             done = tf.zeros_like(token_ids[:, 0], tf.bool)
         ids, log_probabilities = answer(
-            inputs, max_new_tokens, temperature, done
+            inputs, max_new_tokens, temperature, adapter, done
         )
         return {"token_ids": ids, "log_probabilities": log_probabilities}
 
-    @tf.function(input_signature=list(arrays.values()))
-    def score(images, token_ids, padding_mask, response_mask):
-        hidden_BLD = backbone(
-            {
-                "images": images,
-                "token_ids": token_ids,
-                "padding_mask": padding_mask,
-                "response_mask": response_mask,
-            }
+    def score(images, token_ids, padding_mask, response_mask, adapter=BARE):
+        missing, token_ids, padding_mask, response_mask = filled_up(
+            token_ids, padding_mask, response_mask
         )
-        logits_BRV = backbone.logits(hidden_BLD[:, -longest - 1 : -1])
+        inputs = {
+            "images": images,
+            "token_ids": token_ids,
+            "padding_mask": padding_mask,
+            "response_mask": response_mask,
+        }
+        check = tf.debugging.assert_equal(weights.error(adapter), "")
+        with tf.control_dependencies([check]), weights.selected(adapter):
+            hidden_BLD = backbone(inputs)
+            logits_BRV = backbone.logits(hidden_BLD[:, -longest - 1 : -1])
         each_BR = -tf.nn.sparse_softmax_cross_entropy_with_logits(
             token_ids[:, prompt:], logits_BRV
         )
         each_BR = tf.where(response_mask[:, prompt:], each_BR, 0.0)
+        # Of the columns that were given.
+        pictures = hidden_BLD.shape[1] - prompt - longest
+        given = [hidden_BLD[:, :pictures], hidden_BLD[:, pictures + missing :]]
         return {
             "log_probabilities": each_BR,
             "log_likelihood": tf.reduce_sum(each_BR, 1),
-            "hidden_states": hidden_BLD,
+            "hidden_states": tf.concat(given, 1),
         }
 
-    return {"serving_default": serve, "generate": generate, "score": score}
+    options += adapters
+    return {
+        "serving_default": _signature(serve, texts + options, defaults),
+        "generate": _signature(generate, arrays + options, defaults),
+        "score": _signature(score, arrays + adapters, defaults),
+    }
+
+
+def _signature(function, specs, defaults):
+    """Make a function of a server's inputs, some of which have defaults.
+
+    Args:
+        function: function of tensors by the names of `specs`.
+        specs: list of `tf.TensorSpec`.
+        defaults: dict of name to tensor.
+    """
+
+    def called(*inputs):
+        # Loaded, a function takes tensors of any shape; this refuses them.
+        return function(
+            **{
+                spec.name: tf.ensure_shape(tensor, spec.shape, spec.name)
+                for spec, tensor in zip(specs, inputs, strict=True)
+            }
+        )
+
+    # TensorFlow reads names and defaults there.
+    called.__signature__ = inspect.Signature(
+        [
+            inspect.Parameter(
+                spec.name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=defaults.get(spec.name, inspect.Parameter.empty),
+            )
+            for spec in specs
+        ]
+    )
+    return tf.function(called, input_signature=specs)
 
 
 def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):

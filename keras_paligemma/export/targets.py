@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from keras_paligemma.atomic import refuse_in_use
 from keras_paligemma.atomic import whole_folder
+from keras_paligemma.export import elsewhere
 from keras_paligemma.export import savedmodel
 
 
@@ -96,7 +97,7 @@ def export(model, filepath, format="savedmodel"):
     if keras.backend.backend() == backend:
         write(model, filepath, format)
     else:
-        savedmodel.write_elsewhere(model, filepath, backend, __name__, format)
+        elsewhere.write_elsewhere(model, filepath, backend, __name__, format)
 
 
 def check(filepath, format):
@@ -139,11 +140,8 @@ def write(model, folder, format):
 
 
 def main(preset, folder, format):
-    """Read a preset and export it: the process that has the backend."""
-    from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
-
-    model = PaliGemmaCausalLM.from_preset(preset, compile=False)
-    write(model, Path(folder), format)
+    """Read a model and export it: the process that has the backend."""
+    write(elsewhere.read(preset), Path(folder), format)
 
 
 if __name__ == "__main__":

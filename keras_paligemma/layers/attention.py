@@ -194,12 +194,28 @@ def write_cache(cache, key_BTKH, value_BTKH, index):
 
     def write(cached, new_BTKH):
         new_BTKH = ops.cast(new_BTKH, cached.dtype)
+        if keras.backend.backend() == "tensorflow":
+            return _scatter(cached, new_BTKH, layer, index)
         if layer is None:
             return ops.slice_update(cached, (0, index, 0, 0), new_BTKH)
         start = (0, layer, index, 0, 0)
         return ops.slice_update(cached, start, new_BTKH[:, None])
 
     return write(keys, key_BTKH), write(values, value_BTKH), layer
+
+
+def _scatter(cached, new_BTKH, layer, index):
+    """Write into a cache by an operation of TensorFlow itself.
+
+    Where no graph is compiled, a slice's update calls XLA each time: that is
+    slow, and a server of TensorFlow's may be built without it.
+    """
+    B, T = ops.shape(new_BTKH)[:2]
+    places = [ops.arange(B)[:, None], (index + ops.arange(T))[None]]
+    if layer is not None:
+        places.insert(1, layer)
+    places = [ops.broadcast_to(one, (B, T)) for one in places]
+    return ops.scatter_update(cached, ops.stack(places, -1), new_BTKH)
 
 
 def read_cache(cache):

@@ -167,8 +167,7 @@ class Adapters:
 
     def values(self, name):
         """Give an adapter's arrays, layer axis first, cut to its rank."""
-        lora = self.known[name]
-        held = self._read() if name == self.live else self._waiting[name]
+        lora, held = self.known[name], self.held(name)
         cut = {}
         for target in lora.targets:
             place = lora.place(target)
@@ -176,6 +175,20 @@ class Adapters:
             cut[f"{place}/adapter_a"] = a[..., : lora.rank]
             cut[f"{place}/adapter_b"] = b[:, : lora.rank]
         return cut
+
+    def held(self, name):
+        """Give an adapter's arrays as the slots hold them: filled up by 0."""
+        return self._read() if name == self.live else self._waiting[name]
+
+    def slots_by_name(self, *halves):
+        """Map names to the variables of the slots, as the backbone does."""
+        weights = self.backbone.weights_by_name()
+        return {
+            name: weights[name]
+            for target in self.slots.targets
+            for half in halves
+            for name in [f"{self.slots.place(target)}/{half}"]
+        }
 
     def config(self):
         """Describe the adapter in use as a preset's file does.
@@ -251,22 +264,13 @@ class Adapters:
                     tower.blocks.enable_dropout()
         self.slots = lora
 
-    def _slots(self, *halves):
-        """Map names to the variables of the slots."""
-        weights = self.backbone.weights_by_name()
-        return {
-            name: weights[name]
-            for target in self.slots.targets
-            for half in halves
-            for name in [f"{self.slots.place(target)}/{half}"]
-        }
-
     def _read(self):
-        halves = self._slots("adapter_a", "adapter_b")
+        halves = self.slots_by_name("adapter_a", "adapter_b")
         return {name: _to_array(one) for name, one in halves.items()}
 
     def _assign(self, values):
-        for name, weight in self._slots("adapter_a", "adapter_b").items():
+        slots = self.slots_by_name("adapter_a", "adapter_b")
+        for name, weight in slots.items():
             whole = np.zeros(engine.shape_of(weight), "float32")
             if name in values:
                 value = np.asarray(values[name])
@@ -274,13 +278,13 @@ class Adapters:
             _assign(weight, whole)
 
     def _assign_scale(self, scale):
-        for weight in self._slots("adapter_scale").values():
+        for weight in self.slots_by_name("adapter_scale").values():
             shape = engine.shape_of(weight)
             _assign(weight, np.full(shape, scale, "float32"))
 
     def _random(self, lora):
         """Draw each layer's A as a new adapter has it; B is zero."""
-        weights = self._slots("adapter_a")
+        weights = self.slots_by_name("adapter_a")
         values = {}
         for target in lora.targets:
             name = f"{lora.place(target)}/adapter_a"

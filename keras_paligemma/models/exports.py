@@ -18,7 +18,7 @@ from keras_paligemma.compat import process
 from keras_paligemma.compat import wait_for_all
 
 
-def export(path, to, backbone, preprocessor=None, **options):
+def export(path, to, backbone, preprocessor=None, bare=False, **options):
     """Write a model in one of `formats.FORMATS`.
 
     Args:
@@ -26,12 +26,13 @@ def export(path, to, backbone, preprocessor=None, **options):
         to: str, the format.
         backbone: `PaliGemmaBackbone`.
         preprocessor: `PaliGemmaCausalLMPreprocessor` or `None`.
+        bare: bool, leave the adapter in use out.
         **options: `name`, `dtype` and `piece_size` of `write`.
 
     Raises:
         ValueError: the format has no place for something of the model.
     """
-    lora = backbone.adapters.config()
+    lora = None if bare else backbone.adapters.config()
     if lora is not None and to != "keras":
         raise ValueError(
             f"The format {to!r} has no place for adapters. Received: a model "
@@ -39,7 +40,7 @@ def export(path, to, backbone, preprocessor=None, **options):
             "`adapters.merge()` first."
         )
     config = {
-        "backbone": backbone.architecture(),
+        "backbone": backbone.architecture() | {"lora": lora},
         "preprocessor": _fields(preprocessor),
     }
     proto = preprocessor.tokenizer.proto if preprocessor else None
@@ -153,7 +154,8 @@ def write(
         name: str, name of the model in a config of ours; the folder's if
             `None`.
         dtype: "float32", "bfloat16", "float16", or `None` for the weights'.
-        piece_size: int, bytes of a piece of a big_vision file.
+        piece_size: int, bytes of a piece of a big_vision file, or of a shard of
+            a preset of ours.
 
     Raises:
         ValueError: unknown format; an option that it does not have.
@@ -163,10 +165,10 @@ def write(
             f"Unknown format. Received: {to!r}. Expected one of "
             f"{formats.FORMATS}."
         )
-    if piece_size is not None and to != "big_vision":
+    if piece_size is not None and to not in ("big_vision", "keras"):
         raise ValueError(
-            f"Only big_vision's files come in pieces. Received: piece_size="
-            f"{piece_size} for {to!r}."
+            "Only big_vision's files and our own come in pieces. Received: "
+            f"piece_size={piece_size} for {to!r}."
         )
     path = Path(path)
     backbone = config["backbone"]
@@ -184,6 +186,7 @@ def write(
     def arrays(rows):
         for key, array in engine.write(weights, rows, read):
             yield key, array if dtype is None else cast(array, dtype)
+            del array  # Before the next one is made.
 
     if to == "big_vision":
         rows = big_vision.rows(backbone["text_decoder"]["use_post_norms"])
@@ -207,7 +210,7 @@ def write(
     elif to == "keras_hub":
         keras_hub.write(path, config, found, proto)
     else:
-        _write_ours(path, config, found, proto)
+        _write_ours(path, config, found, proto, piece_size)
     wait_for_all("a checkpoint is written")
 
 
@@ -221,9 +224,10 @@ def with_length(config):
     return config | {"preprocessor": fields}
 
 
-def _write_ours(folder, config, arrays, proto):
+def _write_ours(folder, config, arrays, proto, piece_size):
+    sizes = {} if piece_size is None else {"max_shard_size": piece_size}
     with presets.replaced(folder) as draft:
-        safetensors_files.write_safetensors(draft, arrays)
+        safetensors_files.write_safetensors(draft, arrays, **sizes)
         if proto is not None:
             (draft / presets.TOKENIZER).write_bytes(proto)
         presets.write_config(draft, config)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,30 @@ def bomb(width=20_000, height=20_000):
     content = bytearray(encode(picture(), "PNG"))
     content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     return bytes(content)
+
+
+def ask_alone(requests, home):
+    """Have a process answer that has TensorFlow and tensorflow-text alone.
+
+    Args:
+        requests: dict of name to folder, signature and inputs.
+        home: path of a folder for what is asked and answered.
+
+    Returns:
+        Dict of name to a dict of outputs, or of "raised", an error's message.
+    """
+    with open(home / "requests", "wb") as file:
+        pickle.dump(requests, file)
+    program = Path(__file__).parent / "served.py"
+    subprocess.run(
+        [sys.executable, program, home / "requests", home / "answers"],
+        # TensorFlow imports Keras, which is to import no other backend.
+        env=os.environ | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": ""},
+        check=True,
+        cwd=home,
+    )
+    with open(home / "answers", "rb") as file:
+        return pickle.load(file)
 
 
 @pytest.fixture(scope="session")

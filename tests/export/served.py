@@ -1,6 +1,6 @@
 """A process that has TensorFlow and tensorflow-text alone answers requests.
 
-python served.py FOLDER REQUESTS.pickle ANSWERS.pickle
+python served.py REQUESTS.pickle ANSWERS.pickle
 """
 
 import pickle
@@ -15,23 +15,31 @@ import tensorflow as tf  # noqa: E402
 import tensorflow_text  # noqa: E402, F401  registers the tokenizer's operations
 
 
-def main(folder, requests, answers):
-    signatures = tf.saved_model.load(folder).signatures
+def main(requests, answers):
     with open(requests, "rb") as file:
         requests = pickle.load(file)
+    loaded = {}
     results = {}
-    for name, (signature, inputs) in requests.items():
-        inputs = {key: tf.constant(value) for key, value in inputs.items()}
-        outputs = signatures[signature](**inputs)
-        results[name] = {
-            key: np.array([one.decode() for one in value.numpy()])
-            if value.dtype == tf.string
-            else value.numpy()
-            for key, value in outputs.items()
-        }
+    for name, (folder, signature, inputs) in requests.items():
+        if folder not in loaded:
+            loaded[folder] = tf.saved_model.load(folder).signatures
+        try:
+            results[name] = ask(loaded[folder][signature], inputs)
+        except (tf.errors.InvalidArgumentError, TypeError) as error:
+            results[name] = {"raised": str(error)}
     results["imported"] = [one for one in ABSENT if sys.modules[one]]
     with open(answers, "wb") as file:
         pickle.dump(results, file)
+
+
+def ask(function, inputs):
+    inputs = {key: tf.constant(value) for key, value in inputs.items()}
+    return {
+        key: np.array([one.decode() for one in value.numpy()])
+        if value.dtype == tf.string
+        else value.numpy()
+        for key, value in function(**inputs).items()
+    }
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 """The exported nano preset in a process without this package."""
 
-import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
+from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma.checkpoints import engine
+from tests.conftest import IMAGE_SIZE
 from tests.conftest import PRESETS
+from tests.conftest import TEXT
+from tests.conftest import VISION
+from tests.conftest import error
 from tests.conftest import run
+from tests.export.conftest import ask_alone
 from tests.export.conftest import bomb
 from tests.export.conftest import pictures
 
@@ -38,15 +41,42 @@ BAD = {
 }
 
 
+# The first makes the room that the second shares.
+LORAS = {
+    "first": {"rank": 3, "targets": ("decoder", "vision.attention")},
+    "second": {"rank": 2, "alpha": 5.0, "rslora": True},
+}
+OPTIONS = {
+    "max_new_tokens": np.int32(12),
+    "temperature": np.float32(0),
+    "adapter": "",
+}
+SCORED = {"adapter": ""}
+SPARE = 10
+
+
 @pytest.fixture(scope="module")
 def model():
-    return PaliGemmaCausalLM.from_preset(NANO)
+    """The nano preset, bare, with two adapters that it can switch to."""
+    model = PaliGemmaCausalLM.from_preset(NANO)
+    random = np.random.default_rng(0)
+    for name, lora in LORAS.items():
+        model.backbone.enable_lora(**lora, name=name)
+        values = {
+            slot: random.normal(0, 0.1, value.shape)
+            for slot, value in model.adapters.values(name).items()
+        }
+        model.adapters._assign(values)
+    model.adapters.select(None)
+    return model
 
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     home = tmp_path_factory.mktemp("export")
+    model.adapters.select("second")
     model.export(home / "served")
+    model.adapters.select(None)
     assert [one.name for one in home.iterdir()] == ["served"]
     return home / "served"
 
@@ -67,62 +97,59 @@ def scored(model, batch):
     return model.preprocessor(some | {"responses": ["a cat", "", "two dogs"]})
 
 
+def without_columns(arrays, count):
+    """Cut columns of text off from the left, or put some there."""
+    return {
+        name: value
+        if name == "images"
+        else np.pad(value, ((0, 0), (max(-count, 0), 0)))[:, max(count, 0) :]
+        for name, value in arrays.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def answers(folder, model, batch, scored, tmp_path_factory):
     """What a process answers that has nothing but TensorFlow."""
-    options = {"max_new_tokens": np.int32(12), "temperature": np.float32(0)}
     good = batch["images"][0]
     mixed = [(good, "caption en", "")] * 2
     mixed[1:1] = [
-        (good if image is None else image, text, error)
-        for image, text, error in BAD.values()
+        (good if image is None else image, text, told)
+        for image, text, told in BAD.values()
     ]
     images, prompts, _ = map(list, zip(*mixed, strict=True))
+    some = {key: value[-3:] for key, value in batch.items()}
     begun = model.preprocessor.generate_preprocess(
-        {key: value[-3:] for key, value in batch.items()}
-        | {"responses": ["a", "", "two"]}
+        some | {"responses": ["a", "", "two"]}
     )
+    one = {"images": [good], "prompts": ["caption en"]}
+    eight = {key: value * 8 for key, value in one.items()}
+
+    def served(inputs, **options):
+        return "serving_default", inputs | OPTIONS | options
+
     requests = {
-        "good": ("serving_default", batch | options),
-        "mixed": (
-            "serving_default",
-            {"images": images, "prompts": prompts} | options,
-        ),
-        "none": (
-            "serving_default",
-            dict.fromkeys(("images", "prompts"), np.array([], "S1")) | options,
-        ),
-        "many": (
-            "serving_default",
-            {"images": [good], "prompts": ["caption en"]}
-            | options
-            | {"max_new_tokens": np.int32(33)},
-        ),
-        "hot": (
-            "serving_default",
-            {"images": [good] * 8, "prompts": ["caption en"] * 8}
-            | options
-            | {"temperature": np.float32(3)},
-        ),
-        "generate": ("generate", begun | options),
-        "score": ("score", scored[0]),
+        "scalar": served({"images": good, "prompts": ["a"]}),
+        "a batch of batches": served({"images": [[good]], "prompts": ["a"]}),
+        "two prompts": served(one | {"prompts": ["a", "b"]}),
+        "good": served(batch),
+        "mixed": served({"images": images, "prompts": prompts}),
+        "none": served(dict.fromkeys(one, np.array([], "S1"))),
+        "many": served(one, max_new_tokens=np.int32(33)),
+        "hot": served(eight, temperature=np.float32(3)),
+        "third": served(one, adapter="third"),
+        **{name: served(some, adapter=name) for name in LORAS},
+        "generate": ("generate", begun | OPTIONS),
+        "score": ("score", scored[0] | SCORED),
+        # Prompts without the columns that are padding in all rows.
+        "score short": ("score", without_columns(scored[0], SPARE) | SCORED),
+        "generate short": ("generate", without_columns(begun, SPARE) | OPTIONS),
+        "score long": ("score", without_columns(scored[0], -1) | SCORED),
+        "score third": ("score", scored[0] | {"adapter": "third"}),
     }
-    home = tmp_path_factory.mktemp("answers")
-    with open(home / "requests", "wb") as file:
-        pickle.dump(requests, file)
-    subprocess.run(
-        [
-            sys.executable,
-            Path(__file__).parent / "served.py",
-            *(folder, home / "requests", home / "answers"),
-        ],
-        # TensorFlow imports Keras, which is to import no other backend.
-        env=os.environ | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": ""},
-        check=True,
-        cwd=home,
-    )
-    with open(home / "answers", "rb") as file:
-        return pickle.load(file)
+    requests = {
+        name: (str(folder), *request) for name, request in requests.items()
+    }
+    return ask_alone(requests, tmp_path_factory.mktemp("answers"))
 
 
 def test_nothing_of_ours_is_imported(answers):
@@ -147,16 +174,15 @@ def test_log_probabilities_are_those_of_a_pass(answers, model, batch):
         keras.ops.log_softmax(logits), ids[..., None], -1
     )
     wanted = np.where(ids != 0, keras.ops.convert_to_numpy(each)[..., 0], 0)
-    got = answers["good"]["log_probabilities"]
-    assert np.abs(got - wanted).max() < 1e-4
+    assert error(answers["good"]["log_probabilities"], wanted) < 1e-5
 
 
 def test_bad_rows_spoil_no_others(answers):
     served = answers["mixed"]
     assert served["error"][0] == served["error"][-1] == ""
     assert served["text"][0] == served["text"][-1] != ""
-    for row, (name, (*_, error)) in enumerate(BAD.items(), 1):
-        assert error in served["error"][row], name
+    for row, (name, (*_, told)) in enumerate(BAD.items(), 1):
+        assert told in served["error"][row], name
         assert served["text"][row] == ""
         assert not served["log_probabilities"][row].any()
 
@@ -168,6 +194,30 @@ def test_no_rows(answers):
 def test_options(answers):
     assert "Expected: 1 to 32" in answers["many"]["error"][0]
     assert len(set(answers["hot"]["text"])) > 1
+
+
+def test_what_is_no_batch_is_refused(answers):
+    for name, shape in (("scalar", "[]"), ("a batch of batches", "[1,1]")):
+        wanted = f"images {shape} is not compatible with expected shape [?]"
+        assert wanted in answers[name]["raised"]
+    assert "one prompt a picture" in answers["two prompts"]["raised"]
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_a_request_chooses_its_adapter(answers, model, batch, name):
+    some = {key: value[-3:] for key, value in batch.items()}
+    model.adapters.select(name)
+    wanted = model.generate(some, max_new_tokens=12)
+    model.adapters.select(None)
+    assert answers[name]["text"].tolist() == wanted
+    assert wanted != answers["good"]["text"][-3:].tolist()
+
+
+def test_unknown_adapters_are_told(answers):
+    wanted = "Expected: first, second, or nothing for the bare model. Received"
+    assert wanted in answers["third"]["error"][0]
+    assert answers["third"]["text"][0] == ""
+    assert wanted in answers["score third"]["raised"]
 
 
 def test_generate_goes_on_from_begun_answers(answers, model, batch):
@@ -183,29 +233,49 @@ def test_generate_goes_on_from_begun_answers(answers, model, batch):
 def test_score_is_the_models(answers, model, scored):
     x, y, weights = scored
     hidden = run(lambda x: model.backbone(x), x)
-    logits = run(lambda x: model(x), x)[:, -33:-1]
+    logits = keras.ops.convert_to_numpy(model.backbone.logits(hidden))
     each = keras.ops.take_along_axis(
-        keras.ops.log_softmax(logits), y[..., None], -1
+        keras.ops.log_softmax(logits[:, -33:-1]), y[..., None], -1
     )
     wanted = keras.ops.convert_to_numpy(each)[..., 0] * weights
     served = answers["score"]
-    scale = np.abs(wanted).max()
-    assert np.abs(served["log_probabilities"] - wanted).max() < 1e-5 * scale
+    largest = np.abs(wanted).max()
+    assert np.abs(served["log_probabilities"] - wanted).max() < 1e-5 * largest
     assert np.abs(served["log_likelihood"] - wanted.sum(1)).max() < 1e-4
-    hidden = keras.ops.convert_to_numpy(hidden)
-    difference = np.abs(served["hidden_states"] - hidden).max()
-    assert difference < 1e-5 * np.abs(hidden).max()
+    # A file gives no logits; these states hold all of them.
+    assert error(served["hidden_states"], np.array(hidden)) < 1e-5
+    assert error(model.backbone.logits(served["hidden_states"]), logits) < 1e-5
 
 
-def test_weights_are_stored_once(folder):
+def test_prompts_are_of_any_length(answers, scored):
+    assert not scored[0]["padding_mask"][:, :SPARE].any()
+    whole, short = answers["score"], answers["score short"]
+    for name in ("log_probabilities", "log_likelihood"):
+        assert error(short[name], whole[name]) < 1e-6
+    text = scored[0]["token_ids"].shape[1]
+    pictures = whole["hidden_states"].shape[1] - text
+    given = np.delete(
+        whole["hidden_states"], np.s_[pictures : pictures + SPARE], 1
+    )
+    assert error(short["hidden_states"], given) < 1e-6
+    ids = answers["generate short"]["token_ids"]
+    np.testing.assert_array_equal(ids, answers["generate"]["token_ids"])
+    assert "Expected: 1 to 32 columns" in answers["score long"]["raised"]
+
+
+def test_weights_are_stored_once(folder, model):
     stored = sum(one.stat().st_size for one in (folder / "variables").iterdir())
-    weights = (NANO / "model.safetensors").stat().st_size
+    # The model has room for one adapter, its slots, and the file holds two.
+    slots = model.trainable_variables
+    weights = [*model.backbone.variables, *slots]
+    weights = sum(engine.to_numpy(one).nbytes for one in weights)
     assert stored < 1.02 * weights
     # The graph grows with layers, not with their widths.
-    assert (folder / "saved_model.pb").stat().st_size < 3_000_000
+    assert (folder / "saved_model.pb").stat().st_size < 5_000_000
 
 
 def test_graph_has_defaults_and_runs_no_python(folder):
+    import tensorflow as tf
     from tensorflow.core.protobuf import saved_model_pb2
 
     content = (folder / "saved_model.pb").read_bytes()
@@ -213,10 +283,33 @@ def test_graph_has_defaults_and_runs_no_python(folder):
     defaults = graph.signature_def["serving_default"].defaults
     assert defaults["max_new_tokens"].int_val == [32]
     assert defaults["temperature"].float_val == [0]
-    functions = graph.graph_def.library.function
-    used = {node.op for one in functions for node in one.node_def}
-    assert "SentencepieceTokenizeOp" in used
+    for signature in graph.signature_def.values():
+        if "adapter" in signature.inputs:
+            assert signature.defaults["adapter"].string_val == [b"second"]
+    nodes = list(graph.graph_def.node)
+    for function in graph.graph_def.library.function:
+        nodes += function.node_def
+    used = {node.op for node in nodes}
     assert not {op for op in used if "PyFunc" in op}
+    assert {op for op in used if not hasattr(tf.raw_ops, op)} == {
+        "SentencepieceDetokenizeOp",
+        "SentencepieceOp",
+        "SentencepieceTokenizeOp",
+    }
+
+
+def test_a_merged_adapter_needs_no_input():
+    from keras_paligemma.export.weights import Weights
+
+    backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT)
+    backbone.enable_lora(2)
+    held = Weights(backbone)
+    assert held.names == ["", "default"]
+    assert len(held.adapters) == 2 * len(backbone.adapters.slots.targets)
+    backbone.adapters.merge()
+    held = Weights(backbone)
+    assert held.names == [""]
+    assert not held.adapters
 
 
 def test_bad_exports_are_refused(model, folder, tmp_path):

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.tasks.boxes import parse_boxes
+from tests.conftest import PRESETS
 from tests.export.conftest import bomb
 from tests.export.conftest import pictures
 
@@ -59,12 +61,25 @@ def test_answers(address):
     assert [box["label"] for box in wanted] == ["bell"]
 
 
-def test_concurrent_answers_are_those_of_one(address):
+def test_concurrent_answers_are_generates(address):
     files = [SCENE, *list(pictures().values())[:5]]
-    alone = [ask(address, file) for file in files]
+    prompts = ["caption en", "detect bell", "answer en how many snail?"] * 2
+    model = PaliGemmaCausalLM.from_preset(PRESETS / "pali_gemma2_nano_112")
+    wanted = model.generate({"images": files, "prompts": prompts})
+    assert len(set(wanted)) > 3
+    # Bad requests among them, the last file's.
+    files, prompts = [*files, bomb()], [*prompts, "caption en"]
+    alone = [ask(address, *one) for one in zip(files, prompts, strict=True)]
     order = np.random.default_rng(0).integers(0, len(files), 24)
+    assert len(files) - 1 in order
     with ThreadPoolExecutor(12) as pool:
-        replies = list(pool.map(lambda n: ask(address, files[n]), order))
+        replies = list(
+            pool.map(lambda n: ask(address, files[n], prompts[n]), order)
+        )
+    texts = [*wanted, None]
+    assert [reply.get("text") for _, reply in replies] == [
+        texts[n] for n in order
+    ]
     assert replies == [alone[n] for n in order]
 
 
@@ -79,7 +94,10 @@ BAD = {
     "no picture": (b'{"image": "aGVsbG8=", "prompt": "a"}', 422),
     "infinite": (b'{"image": "", "prompt": "a", "temperature": 1e999}', 422),
     "too many": (b'{"image": "", "prompt": "a", "max_new_tokens": 999}', 422),
-    "zero": (b'{"image": "", "prompt": "a", "max_new_tokens": 0}', 400),
+    "zero": (b'{"image": "", "prompt": "a", "max_new_tokens": 0}', 422),
+    "no adapters": (b'{"image": "", "prompt": "a", "adapter": "x"}', 400),
+    "an adapter of 1": (b'{"image": "", "prompt": "a", "adapter": 1}', 400),
+    "a list of pictures": (b'{"image": [""], "prompt": "a"}', 400),
     "deep": (b"[" * 100_000, 400),
 }
 
