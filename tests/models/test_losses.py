@@ -16,6 +16,9 @@ from tests.conftest import run
 from tests.gradients import differentiate
 from tests.gradients import gradients
 
+# Of the largest gradient: TensorFlow sums in another order, 1.3e-6 was seen.
+ROUNDING = 2e-6 if keras.backend.backend() == "tensorflow" else 1e-6
+
 
 def responses(backbone, x, targets):
     """The hidden states that predict the responses."""
@@ -135,7 +138,7 @@ def test_streamed_gradients_are_the_plain_ones(golden_backbone, expected):
         # A bias of keys moves no softmax: its gradient is rounding.
         larger = whole[name.replace("key/bias", "key/kernel")]
         largest = max(np.abs(gradient).max(), np.abs(larger).max())
-        assert np.abs(parts[name] - gradient).max() < 2e-6 * largest, name
+        assert np.abs(parts[name] - gradient).max() < ROUNDING * largest, name
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
@@ -170,7 +173,7 @@ def test_gradients_beside_a_frozen_head(
     for chunk_tokens in (9, 1000):
         found = with_head(head, chunk_tokens)
         difference = np.abs(found - plain).max()
-        assert difference < 2e-6 * np.abs(plain).max()
+        assert difference < ROUNDING * np.abs(plain).max()
 
 
 def test_auto_loss_equals_keras_loss_on_full_logits(tiny_model, examples):
