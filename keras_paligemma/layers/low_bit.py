@@ -2,7 +2,8 @@
 
 Weights are quantised on the host, in NumPy, while a checkpoint is read, and
 made floats again inside the layer that uses them. Rounding is symmetric and to
-the nearest: `|w - dequantize(quantize(w))| <= scale / 2`.
+the nearest, `|w - dequantize(quantize(w))| <= scale / 2`, unless examples ask
+for other integers, see `rounding`.
 """
 
 import dataclasses
@@ -74,9 +75,12 @@ class LowBit:
 
     @property
     def scales(self):
-        """Scales along the axis of groups: more than groups where outputs lie
-        behind it, in whole tiles. Of another number a TPU puts the layers of a
-        stack there, and lays out all of them anew in each step."""
+        """Scales along the axis of groups, in whole tiles.
+
+        More than there are groups, where outputs lie behind that axis. Of
+        another number a TPU puts the layers of a stack there, and lays out all
+        of them anew in each step.
+        """
         if self.axes[-1] == -1 or self.groups < TILE:
             return self.groups
         return -(-self.groups // TILE) * TILE

@@ -112,26 +112,32 @@ def ask_alone(requests, home):
 
 
 @pytest.fixture(scope="session")
-def address(tmp_path_factory):
-    """Where the server listens, which answers for the exported nano preset."""
-    home = tmp_path_factory.mktemp("serve")
+def bare(tmp_path_factory):
+    """The nano preset as the command line exports it: no adapters."""
+    folder = tmp_path_factory.mktemp("serve") / "served"
     cli = [sys.executable, "-m", "keras_paligemma.cli", "export"]
     subprocess.run(
-        [*cli, PRESETS / "pali_gemma2_nano_112", home / "served"],
+        [*cli, PRESETS / "pali_gemma2_nano_112", folder],
         check=True,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def address(bare):
+    """Where the server listens, which answers for the exported nano preset."""
     server = subprocess.Popen(
         [
             sys.executable,
             ROOT / "examples" / "serve" / "server.py",
-            *(home / "served", "--port", "0"),
+            *(bare, "--port", "0"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env=os.environ | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": ""},
-        cwd=home,
+        cwd=bare.parent,
         text=True,
     )
     with server:

@@ -39,6 +39,11 @@ def ask(address, image=SCENE, prompt="caption en", **options):
     return send(f"{address}/answer", json.dumps(fields).encode())
 
 
+def test_the_graph_is_small(bare):
+    # It grows with layers and adapters, not with their widths.
+    assert (bare / "saved_model.pb").stat().st_size < 3_000_000
+
+
 def test_page_and_health(address):
     with urllib.request.urlopen(address) as reply:
         assert b"Drop a picture" in reply.read()
