@@ -11,6 +11,7 @@ V vocabulary.
 import keras
 from keras import ops
 
+from keras_paligemma.layers import by_head
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.remat import recompute
 from keras_paligemma.layers.splash import PrefixMask
@@ -131,7 +132,8 @@ def attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None):
 
     Query head n reads key-value head n // (N / K): no key is repeated in
     memory. Products, cap and softmax are in float32 whatever the inputs. A
-    backward pass computes the weights again (`recompute`).
+    backward pass computes the weights again (`recompute`), and JAX on a CPU
+    goes head by head (`by_head`).
 
     Args:
         query_BTNH: tensor, already scaled.
@@ -143,6 +145,11 @@ def attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None):
     Returns:
         Tensor (batch, tokens, query heads, head_dim), dtype of the values.
     """
+
+    if by_head.suits(ops.shape(query_BTNH), ops.shape(key_BSKH)):
+        return by_head.attend_by_head(
+            query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap, MASKED
+        )
 
     def mix(query_BTNH, key_BSKH, value_BSKH, mask_BTS):
         return _mix(query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap)

@@ -43,6 +43,27 @@ class RMSNorm(keras.layers.Layer):
         return ops.cast(x, x_BTD.dtype)
 
 
+class LayerNorm(keras.layers.LayerNormalization):
+    """Keras's own, of whose arguments alone a backward pass keeps anything.
+
+    XLA:CPU would keep the mean and the scale of every one, as large as what
+    they are for.
+    """
+
+    def call(self, x_BTD):
+        def normalize(x_BTD, scale_D, offset_D):
+            return ops.layer_normalization(
+                x_BTD, scale_D, offset_D, self.axis, self.epsilon
+            )
+
+        x_BTD = recompute(normalize)(
+            x_BTD,
+            ops.convert_to_tensor(self.gamma),
+            ops.convert_to_tensor(self.beta),
+        )
+        return ops.cast(x_BTD, self.compute_dtype)
+
+
 class GatedMLP(keras.layers.Layer):
     """Gemma's feed-forward part: `down(gelu(gate(x)) * up(x))`, no biases.
 
@@ -247,9 +268,7 @@ class EncoderBlock(keras.layers.Layer):
         head_dim = hidden_dim // num_heads
 
         def norm(name):
-            return keras.layers.LayerNormalization(
-                epsilon=epsilon, dtype=policy, name=name
-            )
+            return LayerNorm(epsilon=epsilon, dtype=policy, name=name)
 
         self.attention_norm = norm("attention_norm")
         self.attention = GroupedQueryAttention(

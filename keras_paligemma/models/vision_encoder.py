@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_paligemma.layers.blocks import EncoderBlock
+from keras_paligemma.layers.blocks import LayerNorm
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.stack import LayerStack
 
@@ -110,7 +111,7 @@ class VisionEncoder(keras.layers.Layer):
             dtype=policy,
             name="blocks",
         )
-        self.final_norm = keras.layers.LayerNormalization(
+        self.final_norm = LayerNorm(
             epsilon=config.layer_norm_epsilon, dtype=policy, name="final_norm"
         )
         # Zero, as the original starts it: an untrained tower is silent.

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from keras_paligemma.layers.attention import attend
+from keras_paligemma.layers.blocks import LayerNorm
 from keras_paligemma.layers.remat import recompute
 
 jax_alone = pytest.mark.skipif(
@@ -46,6 +47,31 @@ def test_what_is_recomputed_has_the_same_gradients():
     again = jax.grad(lambda x, y: recompute(gated)(x, y).sum(), (0, 1))(x, y)
     for one, other in zip(plain, again, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_a_layer_norm_is_keras_own():
+    ours = LayerNorm(epsilon=1e-6)
+    theirs = keras.layers.LayerNormalization(epsilon=1e-6)
+    x_BTD = normal(2, 3, 8) * 5 + 2
+    for layer in (ours, theirs):
+        layer.build(x_BTD.shape)
+        layer.set_weights([normal(8, seed=1), normal(8, seed=2)])
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(ours(x_BTD)),
+        keras.ops.convert_to_numpy(theirs(x_BTD)),
+    )
+
+
+@jax_alone
+def test_a_layer_norm_keeps_its_arguments_alone():
+    import jax
+
+    layer = LayerNorm()
+    x_BTD = normal(2, 3, 8)
+    layer.build(x_BTD.shape)
+    _, backward = jax.vjp(layer, x_BTD)
+    kept = [leaf.size for leaf in jax.tree.leaves(backward)]
+    assert sorted(kept)[-1] == x_BTD.size > sorted(kept)[-2]
 
 
 @jax_alone
