@@ -34,6 +34,8 @@ backends: .venv/for-test
 	KERAS_BACKEND=torch $(PYTEST) $(BY_BACKEND)
 	KERAS_BACKEND=tensorflow $(PYTEST) $(BY_BACKEND) tests/export \
 		tests/training/test_checkpoint.py
+	KERAS_BACKEND=tensorflow TF_ENABLE_ONEDNN_OPTS=0 $(PYTEST) \
+		tests/models/test_losses.py -k gradients
 
 notebooks: .venv/for-test
 	KERAS_BACKEND=jax $(RUN) -m pytest --nbmake -W default notebooks

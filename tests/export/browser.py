@@ -60,10 +60,10 @@ class Browser:
         body = {"script": script, "args": arguments}
         return _call(f"{self.address}/execute/sync", body)
 
-    def wait(self, script, seconds=30):
+    def wait(self, script, *arguments, seconds=30):
         """Wait until a function gives something that is true; give that."""
         end = time.monotonic() + seconds
-        while not (found := self.run(script)):
+        while not (found := self.run(script, *arguments)):
             if time.monotonic() > end:
                 raise TimeoutError(f"Never true in {seconds} s: {script}")
             time.sleep(0.05)

@@ -20,10 +20,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 BELL = Path(__file__).parents[2] / "examples" / "pictures" / "scene_1.png"
-# What the page says, once it waits for nothing.
+# What the page says, once it waits for nothing; not what it said before.
 SAID = """
 const text = document.getElementById("text");
 if (document.getElementById("go").disabled || !text.textContent) return null;
+if (text.textContent === arguments[0]) return null;
 return [text.textContent, text.className];
 """
 SHOWN = "return !document.getElementById('view').hidden"
@@ -104,7 +105,7 @@ def test_what_is_wrong_is_said(page, tmp_path):
     assert (text, kind) == ("Choose a picture first.", "error")
     (tmp_path / "text.png").write_text("Good morning")
     page.type("#file", str(tmp_path / "text.png"))
-    text, kind = page.wait(SAID)
+    text, kind = page.wait(SAID, text)
     assert "not a picture" in text
     assert kind == "error"
     # The browser shows it, the model does not read it.
