@@ -5,17 +5,25 @@ trained on (needs the sprites of `python -m presets.nano.fetch`). Printed: the
 error of each kernel and of its products, as shares of their norms, and how far
 logits move, on other scenes of these styles and of one that it never saw.
 With `--wide`, one product of 3b's widths instead: that it runs, and how long.
+With `--whole`, a random 3b in bfloat16 is written and calibrated, for `--count`
+pictures of random tokens: how long that takes, and memory beside mapped files.
 """
 
 import argparse
 import math
+import multiprocessing
+import os
 import re
+import tempfile
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
 from keras import ops
 
+from benchmarks.export import peak_of
+from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.checkpoints.float_views import FloatView
 from keras_paligemma.checkpoints.float_views import float_views
@@ -196,14 +204,71 @@ def wide(inputs, outputs, rows=4096):
     )
 
 
+def write_random(folder):
+    """Write a 3b of random weights, 6 GB."""
+    keras.utils.set_random_seed(0)
+    PaliGemmaBackbone(dtype="bfloat16").save_to_preset(folder)
+
+
+def anonymous(pid):
+    """Give a process's resident bytes that no file can give back."""
+    _, pages, of_files, *_ = Path(f"/proc/{pid}/statm").read_text().split()
+    return (int(pages) - int(of_files)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def whole(count, size=4, text=16):
+    """Calibrate a whole 3b; print seconds and memory."""
+    random = np.random.default_rng(0)
+    batches = [
+        (
+            {
+                "images": random.normal(size=(size, 224, 224, 3)).astype(
+                    "float32"
+                ),
+                "token_ids": random.integers(5, 10000, (size, text)),
+                "padding_mask": np.ones((size, text), bool),
+                "response_mask": np.tile(
+                    np.arange(text) >= text // 2, (size, 1)
+                ),
+            },
+            random.integers(5, 10000, (size, text // 2)),
+            np.ones((size, text // 2), "float32"),
+        )
+        for _ in range(count // size)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        # Of its own, so that its memory is not counted.
+        writer = multiprocessing.get_context("spawn").Process(
+            target=write_random, args=[folder]
+        )
+        writer.start()
+        writer.join()
+        for given in ({}, {"calibration": batches}):
+            before = anonymous(os.getpid())
+            seconds, peak = peak_of(
+                lambda given=given: PaliGemmaBackbone.from_preset(
+                    folder, quantize="int4", **given
+                ),
+                anonymous,
+            )
+            print(
+                f"{'for examples' if given else 'nearest'}: {seconds:.0f} s, "
+                f"{(peak - before) / 1e9:.2f} GB at the most",
+                flush=True,
+            )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=128)
     parser.add_argument("--wide", action="store_true")
+    parser.add_argument("--whole", action="store_true")
     arguments = parser.parse_args()
     keras.utils.set_random_seed(0)
     if arguments.wide:
         for sizes in ((2304, 2048), (2048, 2304), (9216, 2304)):
             wide(*sizes)
+    elif arguments.whole:
+        whole(arguments.count)
     else:
         nano(arguments.count)

@@ -76,13 +76,13 @@ def resident(pid):
     return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(resident, children))
 
 
-def peak_of(function):
+def peak_of(function, memory=resident):
     """Run a function; give its seconds and the peak of memory meanwhile."""
-    most, ended = [resident(os.getpid())], threading.Event()
+    most, ended = [memory(os.getpid())], threading.Event()
 
     def watch():
         while not ended.wait(0.1):
-            most.append(resident(os.getpid()))
+            most.append(memory(os.getpid()))
 
     thread = threading.Thread(target=watch)
     thread.start()

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_paligemma import Adam
 from keras_paligemma.training import RunCheckpoint
 from keras_paligemma.training import fit
 from tests.training import killed_run
@@ -68,6 +69,26 @@ def test_a_killed_run_goes_on_exactly(tmp_path):
 @pytest.fixture
 def model_and_batches():
     return killed_run.set_up()
+
+
+def test_metrics_of_an_epoch_go_on(tmp_path):
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 4:
+                raise InterruptedError
+
+    def train(folder, *callbacks):
+        model, batches = killed_run.set_up()
+        model.compile(
+            Adam(1e-2), weighted_metrics=["sparse_categorical_accuracy"]
+        )
+        folder = tmp_path / folder
+        return fit(model, batches, folder, every=3, callbacks=callbacks).history
+
+    with pytest.raises(InterruptedError):
+        train("stopped", Stop())
+    # Of the epoch so far, not of the steps since the checkpoint.
+    assert train("stopped") == train("whole")
 
 
 def test_a_finished_run_trains_no_more(model_and_batches, tmp_path):
