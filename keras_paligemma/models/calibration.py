@@ -181,18 +181,12 @@ def _through_blocks(stack, block, floats, views, xs, arguments, valid):
         def run(at, xs=xs, more=more):
             return block(xs[at], *arguments[at], **more)
 
+        # A tower has its own number of blocks.
+        names = [stable_name(one.path) for one in block.variables]
         _calibrate(
             block,
-            {
-                key: of_blocks[number]
-                for key, of_blocks in floats.items()
-                if isinstance(of_blocks, list)
-            },
-            {
-                key: of_blocks[number]
-                for key, of_blocks in views.items()
-                if isinstance(of_blocks, list)
-            },
+            {name: floats[name][number] for name in names},
+            {name: views[name][number] for name in names},
             run,
             valid,
         )

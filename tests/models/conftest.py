@@ -24,7 +24,11 @@ def tiny_model():
     def build(**changes):
         keras.utils.set_random_seed(0)
         backbone = PaliGemmaBackbone(
-            IMAGE_SIZE, VISION, TEXT | {"vocabulary_size": 2048}, **changes
+            IMAGE_SIZE,
+            # More than the decoder's, as a 3b has it.
+            VISION | {"num_layers": 4},
+            TEXT | {"vocabulary_size": 2048},
+            **changes,
         )
         # The projector starts at zero; a test of pictures needs it awake.
         backbone.vision_encoder.projector.kernel.assign(
