@@ -154,10 +154,18 @@ class StreamedCrossEntropy(keras.losses.Loss):
         hidden = ops.reshape(hidden, (-1, chunks, size, D))
         targets = ops.reshape(targets, (-1, chunks, size))
         chunk_of = rematerialize(function, remat)
-        parts = ops.map(
-            lambda chunk: chunk_of(*chunk),
-            (ops.moveaxis(hidden, 1, 0), ops.moveaxis(targets, 1, 0)),
-        )
+        if keras.backend.backend() == "tensorflow" and remat is not None:
+            # Its loops cannot recompute what reads a trained variable.
+            each = [
+                chunk_of(hidden[:, one], targets[:, one])
+                for one in range(chunks)
+            ]
+            parts = [ops.stack(part) for part in zip(*each, strict=True)]
+        else:
+            parts = ops.map(
+                lambda chunk: chunk_of(*chunk),
+                (ops.moveaxis(hidden, 1, 0), ops.moveaxis(targets, 1, 0)),
+            )
         return [
             ops.reshape(
                 ops.moveaxis(part, 0, 1), (-1, chunks * size, *part.shape[3:])

@@ -309,3 +309,19 @@ def test_no_step_holds_the_logits_of_all_tokens(golden_backbone, expected):
     assert V * 16 in sizes  # A chunk: 4 tokens of each of 4 rows.
     table = V * 64
     assert max(size for size in sizes if size != table) <= V * 16
+
+
+def test_fit_of_all_weights_in_chunks_is_fit(tiny_model, examples):
+    """The table too, in a batch whose size a graph does not know."""
+    losses = []
+    for tokens in (4, 4096):
+        model = tiny_model()
+        loss = StreamedCrossEntropy(chunk_tokens=tokens)
+        model.compile(keras.optimizers.SGD(0.1), loss=loss)
+        # Eight steps of a chunk, or one of all.
+        done = model.fit(
+            examples, batch_size=4, shuffle=False, epochs=3, verbose=0
+        )
+        losses.append(done.history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert losses[0][2] < losses[0][0]
