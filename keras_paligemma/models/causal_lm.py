@@ -66,6 +66,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         init_model(self, backbone.dtype_policy, **kwargs)
         self.backbone = backbone
         self.preprocessor = preprocessor
+        # Keras's own takes the rows for the weight of a batch.
+        self.loss_tracker = keras.metrics.Mean(name="loss")
         self.accuracy_tracker = keras.metrics.Mean(name="token_accuracy")
         self._response_length = None
         self.own_loss = None
@@ -136,10 +138,11 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
 
     @property
     def metrics(self):
-        metrics = super().metrics
-        if self.own_loss is not None:
+        own = [self.loss_tracker, self.accuracy_tracker]
+        metrics = [one for one in super().metrics if one not in own]
+        if self.own_loss is None:
             return metrics
-        return [one for one in metrics if one is not self.accuracy_tracker]
+        return own + [one for one in metrics if one.name != "loss"]
 
     def call(self, inputs, training=None):
         # Said aloud: the JAX trainer calls `call` outside of Keras's context.
@@ -193,7 +196,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         else:
             each = token_losses(y_pred, y, self.own_loss.label_smoothing)
             loss, accuracy, _ = self.own_loss.average(*each, sample_weight)
-        self.accuracy_tracker.update_state(accuracy)
+        count, total = self.own_loss.counts(sample_weight)
+        self.loss_tracker.update_state(loss, sample_weight=count)
+        self.accuracy_tracker.update_state(accuracy, sample_weight=total)
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
@@ -242,7 +247,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         return keras.Model.evaluate(self, x, y, batch_size=None, **kwargs)
 
     def make_train_function(self, force=False):
-        trainable.check(self.backbone)
+        trainable.check(self.backbone, self.optimizer)
         return super().make_train_function(force)
 
     def quantize(self, mode=None, **kwargs):

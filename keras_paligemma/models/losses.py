@@ -173,6 +173,15 @@ class StreamedCrossEntropy(keras.losses.Loss):
             for part in parts
         ]
 
+    def counts(self, weights_BR):
+        """Give what a batch's loss and accuracy weigh among other batches'."""
+        weights_BR = ops.cast(weights_BR, "float32")
+        counted_BR = weights_BR > 0
+        if self.mean == "example":
+            counted_BR = ops.any(counted_BR, axis=-1)
+        count = ops.sum(ops.cast(counted_BR, "float32"))
+        return count, ops.sum(weights_BR)
+
     def average(self, loss_BR, right_BR, weights_BR):
         """Average what `token_losses` gives; returns what `stream` does."""
         weights_BR = ops.cast(weights_BR, "float32")

@@ -78,6 +78,23 @@ class Adam(keras.optimizers.Adam):
         dtype = "float32" if half else dtype
         return super().add_variable(*args, dtype=dtype, **kwargs)
 
+    def apply(self, grads, trainable_variables=None):
+        if self.gradient_accumulation_steps:
+            # They are added up in float32, and JAX wants one dtype of both.
+            grads = [
+                one if one is None else ops.cast(one, "float32")
+                for one in grads
+            ]
+        return super().apply(grads, trainable_variables)
+
+    def finalize_variable_values(self, var_list):
+        super().finalize_variable_values(var_list)
+        if self.use_ema:
+            # The means themselves: JAX cannot donate one array twice, as
+            # weight and as mean, when the next `fit` begins.
+            for variable in var_list:
+                variable.assign(ops.copy(variable))
+
     def update_step(self, gradient, variable, learning_rate):
         step = ops.cast(self.iterations + 1, "float32")
         if platform() == "tpu":

@@ -23,7 +23,12 @@ def set_trainable(backbone, patterns, value):
     weights = backbone.weights_by_name()
     chosen = []
     for pattern in patterns:
-        names = fnmatch.filter(weights, pattern)
+        names = [
+            name
+            for name in fnmatch.filter(weights, pattern)
+            # A number that adapters are switched with, never learned.
+            if not name.endswith("/adapter_scale")
+        ]
         if not names:
             near = difflib.get_close_matches(pattern, weights, 3, 0.3)
             raise ValueError(
@@ -43,12 +48,37 @@ def set_trainable(backbone, patterns, value):
             variable.trainable = value
 
 
-def check(backbone):
-    """Refuse to train a model of few bits that has no adapters.
+def check(backbone, optimizer=None):
+    """Refuse to train what would be damaged, or cannot be trained.
+
+    Args:
+        backbone: `PaliGemmaBackbone`.
+        optimizer: the one that trains it; it is told which adapter it trains.
 
     Raises:
-        ValueError: see above.
+        ValueError: kernels of few bits without adapters; adapters that are
+            merged or off, which the optimizer's moments would move all the
+            same; another adapter than the optimizer has the moments of.
     """
+    adapters = backbone.adapters
+    if adapters.slots is not None and (
+        adapters.active is None or adapters.merged is not None
+    ):
+        state = "off" if adapters.active is None else "merged"
+        raise ValueError(
+            f"An adapter that takes no part is not trained. Received: adapters "
+            f"that are {state}. Call `adapters.select({adapters.live!r})`, or "
+            "`adapters.unmerge()`, first."
+        )
+    if adapters.slots is not None and optimizer is not None:
+        trained = getattr(optimizer, "adapter", adapters.live)
+        if trained != adapters.live:
+            raise ValueError(
+                "The optimizer's moments are another adapter's. Received: "
+                f"{adapters.live!r} to train, after {trained!r}. Compile with "
+                "a new optimizer first."
+            )
+        optimizer.adapter = adapters.live
     if backbone.quantization and backbone.adapters.slots is None:
         raise ValueError(
             f"A model of {backbone.quantization} kernels has no gradients of "

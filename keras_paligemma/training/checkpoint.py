@@ -60,11 +60,24 @@ class RunCheckpoint(keras.callbacks.Callback):
         self.set_model(model)
         self._restore()
 
+    def read_again(self):
+        """Let the next `fit` begin with what the last step wrote.
+
+        Keras ends a `fit` with the means of weights, where there are any.
+        """
+        self._waits = True
+
     def steps_done(self):
         """Give the steps of the latest checkpoint; 0 if there is none."""
         return self._manager.latest_step() or 0
 
     def on_train_begin(self, logs=None):
+        if self.model.steps_per_execution != 1:
+            raise ValueError(
+                "A run that goes on at any step is told of each. Received: "
+                f"steps_per_execution={self.model.steps_per_execution}. "
+                "Compile with 1."
+            )
         if self._waits:
             self._restore()
         else:
@@ -209,13 +222,20 @@ def fit(
     history = {}
     numbers = []
     # What is left of an epoch is an epoch of fewer steps to Keras.
-    parts = [(epoch, epoch + 1, len(batches) - rest)] if rest else []
+    parts = []
+    if rest and epoch < epochs:
+        parts.append((epoch, epoch + 1, len(batches) - rest))
     if epoch + len(parts) < epochs:
         parts.append((epoch + len(parts), epochs, len(batches)))
     if not parts and checkpoint.steps_done():
         # Nothing is left to do, but the model is to be the trained one.
         checkpoint.restore(model)
+        model.optimizer.finalize_variable_values(model.trainable_variables)
     for first, last, steps in parts:
+        if numbers:
+            if model.stop_training:
+                break
+            checkpoint.read_again()
         done = model.fit(
             batches,
             initial_epoch=first,
@@ -278,9 +298,12 @@ def _shapes(state):
 
 def _difference(found, expected):
     for group, variables in expected.items():
-        if found.get(group) != variables:
+        there = found.get(group, ())
+        if len(there) != len(variables):
             return (
-                f"{len(found.get(group, ()))} arrays of {group!r} there, "
-                f"{len(variables)} here"
+                f"{len(there)} arrays of {group!r} there, {len(variables)} here"
             )
+        for one, other in zip(there, variables, strict=True):
+            if one != other:
+                return f"{one} among {group!r} there, {other} here"
     return "nothing that differs"

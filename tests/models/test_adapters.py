@@ -10,6 +10,7 @@ from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import StreamedCrossEntropy
 from keras_paligemma.models.adapters import GROUPS
 from keras_paligemma.models.adapters import LORA_TARGETS
+from keras_paligemma.models.adapters import Lora
 from tests.conftest import error
 from tests.conftest import golden_training
 from tests.conftest import run
@@ -330,3 +331,43 @@ def test_bfloat16_base_has_float32_adapters(tiny_model, examples):
         for one, two in zip(model.trainable_variables, before, strict=True)
     ]
     assert all(moved)
+
+
+def test_adapters_that_take_no_part_are_not_trained(tiny_model, examples):
+    """The optimizer's moments would move them, or what they are merged in."""
+    model = tiny_model()
+    model.enable_lora(2)
+    model.fit(examples, batch_size=2, verbose=0)
+    before = [np.array(one) for one in model.trainable_variables]
+    model.adapters.merge()
+    with pytest.raises(ValueError, match="adapters that are merged"):
+        model.fit(examples, batch_size=2, verbose=0)
+    model.adapters.unmerge()
+    model.adapters.select(None)
+    with pytest.raises(ValueError, match="adapters that are off"):
+        model.fit(examples, batch_size=2, verbose=0)
+    for one, other in zip(model.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(np.array(one), other)
+
+
+def test_moments_are_one_adapters(tiny_model, examples):
+    model = tiny_model()
+    model.enable_lora(2)
+    model.fit(examples, batch_size=2, verbose=0)
+    model.adapters.add("other", Lora(1, targets="query"))
+    with pytest.raises(ValueError, match="'other' to train, after 'default'"):
+        model.fit(examples, batch_size=2, verbose=0)
+    model.adapters.select("default")
+    model.fit(examples, batch_size=2, verbose=0)
+    model.adapters.select("other")
+    model.compile()
+    model.fit(examples, batch_size=2, verbose=0)
+
+
+def test_scales_of_adapters_are_not_unfrozen(tiny_model):
+    model = tiny_model()
+    model.enable_lora(2)
+    model.unfreeze("*")
+    names = [one.path for one in model.trainable_variables]
+    assert not any("adapter_scale" in name for name in names)
+    assert any(name.endswith("mlp/up/kernel") for name in names)

@@ -325,3 +325,27 @@ def test_fit_of_all_weights_in_chunks_is_fit(tiny_model, examples):
         losses.append(done.history["loss"])
     np.testing.assert_allclose(*losses, rtol=1e-5)
     assert losses[0][2] < losses[0][0]
+
+
+@pytest.mark.parametrize("mean", ["example", "token"])
+def test_means_over_batches_are_those_of_all(tiny_model, examples, mean):
+    """Whatever the sizes of batches, and with one that is blank."""
+    model = tiny_model()
+    model.compile("sgd", loss=StreamedCrossEntropy(mean=mean))
+    x, y, weights = model.preprocessor(examples)
+    wanted = model.evaluate(examples, batch_size=4, verbose=0)
+    found = model.evaluate(examples, batch_size=3, verbose=0)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+    class WithBlanks(keras.utils.PyDataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, number):
+            rows = slice(0, 3) if number < 2 else slice(3, 4)
+            share = 0 if number == 1 else 1
+            inputs = {key: value[rows] for key, value in x.items()}
+            return inputs, y[rows], share * weights[rows]
+
+    found = model.evaluate(WithBlanks(), verbose=0)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)

@@ -192,3 +192,13 @@ def test_moving_average_of_weights(golden_backbone, expected):
     # Keras weighs the first steps by its own rule: between first and last.
     low, high = np.minimum.reduce(seen), np.maximum.reduce(seen)
     assert ((low - 1e-6 <= found) & (found <= high + 1e-6)).all()
+
+
+def test_bfloat16_gradients_add_up(tiny_model, examples):
+    model = tiny_model(dtype="bfloat16")
+    kernel = model.backbone.text_decoder.token_embedding.table
+    before = np.array(kernel.value, "float32")
+    model.compile(Adam(1e-2, gradient_accumulation_steps=2))
+    model.fit(examples, batch_size=2, verbose=0)
+    model.fit(examples, batch_size=2, verbose=0)
+    assert (ops.convert_to_numpy(kernel).astype("float32") != before).any()

@@ -71,12 +71,15 @@ def model_and_batches():
     return killed_run.set_up()
 
 
-def test_metrics_of_an_epoch_go_on(tmp_path):
-    class Stop(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            if batch == 4:
-                raise InterruptedError
+class Stop(keras.callbacks.Callback):
+    """Interrupt the fifth step of an epoch."""
 
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 4:
+            raise InterruptedError
+
+
+def test_metrics_of_an_epoch_go_on(tmp_path):
     def train(folder, *callbacks):
         model, batches = killed_run.set_up()
         model.compile(
@@ -89,6 +92,52 @@ def test_metrics_of_an_epoch_go_on(tmp_path):
         train("stopped", Stop())
     # Of the epoch so far, not of the steps since the checkpoint.
     assert train("stopped") == train("whole")
+
+
+def test_means_of_weights_go_on(tmp_path):
+    """Keras ends each of a resumed run's two fits with them."""
+
+    def train(folder, *callbacks):
+        model, batches = killed_run.set_up()
+        model.compile(Adam(1e-2, use_ema=True, ema_momentum=0.5))
+        fit(
+            model,
+            batches,
+            tmp_path / folder,
+            2,
+            every=3,
+            callbacks=callbacks,
+            verbose=0,
+        )
+        return [np.array(one) for one in model.trainable_variables]
+
+    with pytest.raises(InterruptedError):
+        train("stopped", Stop())
+    whole = train("whole")
+    # The second call restores alone.
+    for found in (train("stopped"), train("stopped")):
+        for one, other in zip(found, whole, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_what_stops_an_epochs_rest_stops_the_run(tmp_path):
+    model, batches = killed_run.set_up()
+    with pytest.raises(InterruptedError):
+        fit(model, batches, tmp_path, 3, every=3, callbacks=[Stop()], verbose=0)
+    stop = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", True)
+    )
+    done = fit(
+        model, batches, tmp_path, 3, every=3, callbacks=[stop], verbose=0
+    )
+    assert done.epoch == [0]
+
+
+def test_steps_that_are_not_told_are_refused(tmp_path):
+    model, batches = killed_run.set_up()
+    model.compile(Adam(1e-2), steps_per_execution=2)
+    with pytest.raises(ValueError, match="steps_per_execution=2"):
+        fit(model, batches, tmp_path, 1, verbose=0)
 
 
 def test_a_finished_run_trains_no_more(model_and_batches, tmp_path):
