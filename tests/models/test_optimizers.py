@@ -197,7 +197,7 @@ def test_moving_average_of_weights(golden_backbone, expected):
 def test_bfloat16_gradients_add_up(tiny_model, examples):
     model = tiny_model(dtype="bfloat16")
     kernel = model.backbone.text_decoder.token_embedding.table
-    before = np.array(kernel.value, "float32")
+    before = ops.convert_to_numpy(kernel).astype("float32")
     model.compile(Adam(1e-2, gradient_accumulation_steps=2))
     model.fit(examples, batch_size=2, verbose=0)
     model.fit(examples, batch_size=2, verbose=0)
