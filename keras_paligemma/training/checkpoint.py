@@ -193,7 +193,8 @@ def fit(
 
     The losses of every step, the weights and the optimizer are those of a run
     that was never interrupted, bit for bit on the same devices. The state of
-    other callbacks, such as the patience of early stopping, begins anew.
+    other callbacks, such as the patience of early stopping, begins anew, and
+    after what is left of an epoch once more: let `CSVLogger` append.
 
     Args:
         model: `PaliGemmaCausalLM`, compiled, set up as at the first start.
