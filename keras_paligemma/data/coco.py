@@ -1,5 +1,6 @@
 """COCO's JSON of boxes and masks, as `detect` and `segment` examples."""
 
+import collections
 import json
 import os
 from collections.abc import Callable
@@ -7,9 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+from PIL.ExifTags import Base
 
 from keras_paligemma.data.examples import located
 from keras_paligemma.tasks.boxes import encode_box
+
+ORIENTATION = Base.Orientation
 
 
 class COCOSource:
@@ -41,7 +46,8 @@ class COCOSource:
         ValueError: the file is no COCO file, annotations name pictures or
             categories that are not there, or arguments do not fit together.
         ExampleError: on `source[index]`, with picture and annotation: a box
-            is outside of its picture, or a mask cannot be read.
+            is outside of its picture, a mask cannot be read, or the file is of
+            another shape than the JSON says.
 
     Example:
 
@@ -78,6 +84,7 @@ class COCOSource:
         self.task = task
         self.encode_mask = encode_mask
         data = _read(self.path)
+        _refuse_twins(self.path, data)
         names = {one["id"]: one["name"] for one in data["categories"]}
         self.classes = list(names.values() if classes is None else classes)
         self._ask_all = classes is not None
@@ -156,8 +163,10 @@ class COCOSource:
                 f"{self._locate(i, size)} {self.classes[self._classes[i]]}"
                 for i in here
             ]
+            path = os.path.join(self.image_folder, image["file_name"])
+            _check_size(path, size)
             return {
-                "images": os.path.join(self.image_folder, image["file_name"]),
+                "images": path,
                 "prompts": f"{self.task} {' ; '.join(asked)}",
                 "responses": " ; ".join(answers),
             }
@@ -194,6 +203,38 @@ def _read(path):
             f"{sorted(wanted)}. Received: {received}."
         )
     return data
+
+
+def _refuse_twins(path, data):
+    """Refuse an id that two have: annotations would go to one of them."""
+    for kind in ("images", "categories"):
+        counts = collections.Counter(one.get("id") for one in data[kind])
+        twins = [id for id, count in counts.items() if count > 1]
+        if twins:
+            raise ValueError(
+                f"{path}: several {kind} have the same id. Received: "
+                f"{twins[:5]}. Expected: each id once."
+            )
+
+
+def _check_size(path, size):
+    """Refuse a file that boxes do not fit: turned, or another picture.
+
+    A resized copy, of the same shape, is none: boxes are shares of the sides.
+    """
+    try:
+        with Image.open(path) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(ORIENTATION, 1) > 4
+    except OSError:
+        return  # Said when the picture is read.
+    found = (width, height) if turned else (height, width)
+    if abs(found[0] * size[1] - found[1] * size[0]) > sum(size):
+        raise ValueError(
+            "The picture is not of the size that its boxes were drawn on. "
+            f"Expected: (height, width) {size}, or the same shape. Received: "
+            f"{found}{', turned as its EXIF says' if turned else ''}, {path}."
+        )
 
 
 def _box(box):

@@ -4,11 +4,9 @@ import math
 import re
 from collections.abc import Iterable
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 from PIL import ImageDraw
 from PIL import ImageFont
@@ -140,7 +138,7 @@ def draw_boxes(image: Any, boxes: Iterable[Box]) -> Image.Image:
     """Draw boxes and their labels on a copy of a picture.
 
     Args:
-        image: path, `PIL.Image.Image`, or uint8 array (height, width, 3).
+        image: as `read_image` takes it; of frames, the first.
         boxes: of `parse_boxes`. Boxes of one label have one colour.
 
     Returns:
@@ -149,6 +147,7 @@ def draw_boxes(image: Any, boxes: Iterable[Box]) -> Image.Image:
 
     Example:
 
+    >>> import numpy as np
     >>> cat = Box(0.1, 0.2, 0.5, 0.6, "cat")
     >>> draw_boxes(np.zeros((112, 112, 3), "uint8"), [cat]).size
     (448, 448)
@@ -175,14 +174,13 @@ def draw_boxes(image: Any, boxes: Iterable[Box]) -> Image.Image:
 
 
 def _open(image):
-    """Make an RGB copy of a picture that Pillow can draw on."""
-    if isinstance(image, (str, Path)):
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(np.asarray(image))
-    # `convert` copies only where the mode changes.
-    return image.convert("RGB").copy()
+    """Make a copy of what the model sees, which Pillow can draw on."""
+    # Imports Keras, which boxes alone do without.
+    from keras_paligemma.preprocessing.images import read_image
+
+    if getattr(image, "ndim", 3) == 4:
+        image = image[0]
+    return Image.fromarray(read_image(image))
 
 
 def _draw_label(draw, label, corner, room, colour, font):

@@ -3,8 +3,11 @@
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from pathlib import Path
+
+from keras_paligemma import presets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +109,52 @@ def read_settings(path=None, **given):
         raise ValueError(
             f"A fine-tune needs more. Missing: {', '.join(lacking)}."
         )
-    for key, value in values.items():
-        if isinstance(value, list):
-            values[key] = tuple(value)
+    for name, value in values.items():
+        kind = fields[name].type
+        kind = kind.__name__ if kind in TYPES.values() else str(kind)
+        if kind.startswith("tuple") and isinstance(value, str):
+            values[name] = (value,)
+        elif isinstance(value, list):
+            values[name] = tuple(value)
+        _check(name, values[name], kind)
     return Settings(**values)
+
+
+TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+# The least of a setting, and what it stays below.
+LIMITS = {
+    **dict.fromkeys(("epochs", "batch_size", "gradient_accumulation"), (1,)),
+    **dict.fromkeys(("image_size", "prompt_length", "response_length"), (1,)),
+    **dict.fromkeys(("lora_rank", "workers", "weight_decay"), (0,)),
+    **dict.fromkeys(("warmup", "label_smoothing", "lora_dropout"), (0, 1)),
+    **dict.fromkeys(("learning_rate", "lora_alpha"), (1e-12,)),
+    "save_every": (1,),
+}
+
+
+def _check(name, value, kind):
+    """Refuse a setting of another type, or out of its range."""
+    if value is None and "None" in kind:
+        return
+    wanted = kind.removesuffix(" | None")
+    if wanted in TYPES:
+        right = type(value) is TYPES[wanted]
+        right = right or (wanted == "float" and type(value) is int)
+    else:
+        right = isinstance(value, tuple) and all(
+            isinstance(one, str) for one in value
+        )
+        wanted = "list of str"
+    least, *below = LIMITS.get(name, (-math.inf,))
+    if name in LIMITS:
+        right = right and least <= value < (below[0] if below else math.inf)
+        wanted += f" of at least {least:g}"
+        wanted += f" and below {below[0]:g}" if below else ""
+    if not right:
+        raise ValueError(
+            f"A setting has a wrong value. Received: {name}={value!r}. "
+            f"Expected: {wanted}."
+        )
 
 
 def read_pairs(pairs):
@@ -148,9 +193,9 @@ def finetune(settings, dry_run=False):
 
     keras.utils.set_random_seed(settings.seed)
     source = JSONLSource(settings.data, settings.image_folder)
-    validation = settings.validation and JSONLSource(
-        settings.validation, settings.image_folder
-    )
+    validation = None
+    if settings.validation is not None:
+        validation = JSONLSource(settings.validation, settings.image_folder)
     model = build(settings)
     batches = Batches(
         source,
@@ -161,16 +206,20 @@ def finetune(settings, dry_run=False):
         skip_errors=settings.skip_errors,
     )
     steps = settings.epochs * len(batches)
+    if settings.gradient_accumulation > steps:
+        raise ValueError(
+            "Nothing would be trained: an update takes "
+            f"{settings.gradient_accumulation} batches. Received: {steps} "
+            "steps in all. Lower gradient_accumulation, or train longer."
+        )
     compile_model(model, settings, steps)
     print(plan(model, settings, len(source), len(batches)), flush=True)
     if dry_run:
         return None
     output = Path(settings.output)
-    output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
-    (output / "settings.json").write_text(text, encoding="utf-8")
+    _keep_settings(settings, output)
     kwargs = {}
-    if validation:
+    if validation is not None:
         kwargs["validation_data"] = Batches(
             validation,
             model.preprocessor,
@@ -204,10 +253,42 @@ def finetune(settings, dry_run=False):
     return history
 
 
+# What a run may go on with in another way.
+FREE = {"output", "epochs", "validation", "workers", "save_every", "remat"}
+
+
+def _keep_settings(settings, output):
+    """Write the settings of a run; refuse others where one was begun."""
+    path = output / "settings.json"
+    text = json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
+    if path.is_file():
+        there, here = presets.read_json(path), json.loads(text)
+        changed = {
+            name: (there.get(name), here[name])
+            for name in here
+            if name not in FREE and there.get(name) != here[name]
+        }
+        if changed:
+            raise ValueError(
+                f"{output} holds a run with other settings. Received (there, "
+                f"now): {changed}. Expected: the same, or another output. If "
+                f"files have only moved, change {path}."
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
 def build(settings):
     """Load the model and choose what is trained."""
     from keras_paligemma import PaliGemmaCausalLM
+    from keras_paligemma.models import trainable
 
+    if settings.lora_rank and settings.freeze:
+        raise ValueError(
+            "Adapters train alone: the weights are frozen. Received: "
+            f"lora_rank={settings.lora_rank} and freeze={settings.freeze}. "
+            "Leave one out, or set lora_rank=0."
+        )
     names = (
         *("quantize", "dtype", "remat"),
         *("image_size", "prompt_length", "response_length"),
@@ -224,6 +305,12 @@ def build(settings):
         )
     elif settings.freeze:
         model.freeze(*settings.freeze)
+    trainable.check(model.backbone)
+    if not model.trainable_variables:
+        raise ValueError(
+            "Nothing would be trained. Received: lora_rank=0 and "
+            f"freeze={settings.freeze}, which matches all weights."
+        )
     return model
 
 

@@ -30,6 +30,21 @@ class SamplePredictions(keras.callbacks.Callback):
 
     def __init__(self, examples, directory=None, every=1, max_new_tokens=None):
         super().__init__()
+        lengths = {
+            key: None if isinstance(one, (str, bytes)) else len(one)
+            for key, one in examples.items()
+        }
+        if (
+            not {"images", "prompts"} <= set(lengths)
+            or len(set(lengths.values())) != 1
+            or None in lengths.values()
+        ):
+            raise ValueError(
+                "Samples are equally long lists `images`, `prompts` and, if "
+                f"known, `responses`. Received lengths: {lengths}."
+            )
+        if every < 1:
+            raise ValueError(f"`every` is at least 1. Received: {every!r}.")
         self.examples = examples
         self.directory = None if directory is None else Path(directory)
         self.every = every

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from keras_paligemma.data import COCOSource
 from keras_paligemma.data import ExampleError
@@ -186,3 +187,38 @@ def test_masks_need_an_encoder(write):
         COCOSource(write(*BOXES), "", "segment")
     with pytest.raises(ValueError, match="`task` must be"):
         COCOSource(write(*BOXES), "", "caption")
+
+
+@pytest.mark.parametrize(
+    "kind, entry",
+    [
+        ("images", {"id": 1, "file_name": "a.jpg", "height": 4, "width": 8}),
+        ("categories", {"id": 1, "name": "cat"}),
+    ],
+)
+def test_twins_of_an_id(write, kind, entry):
+    with pytest.raises(ValueError, match=f"several {kind} have the same id"):
+        COCOSource(write(**{kind: [entry, entry]}), "images")
+
+
+@pytest.mark.parametrize(
+    "size, orientation, fits",
+    [
+        ((80, 40), 1, True),
+        ((160, 81), 1, True),
+        ((40, 80), 6, True),
+        ((80, 40), 6, False),
+        ((40, 40), 1, False),
+    ],
+)
+def test_sizes_of_files(write, tmp_path, size, orientation, fits):
+    """Boxes belong to the picture as its EXIF turns it, at any scale."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", size).save(tmp_path / "7.jpg", exif=exif)
+    source = COCOSource(write(BOXES[1]), tmp_path)
+    if fits:
+        assert source[0]["responses"].endswith("cat")
+        return
+    with pytest.raises(ExampleError, match="image 7.*not of the size"):
+        source[0]

@@ -1,5 +1,6 @@
 """Fine-tunes from settings and from the command line."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,8 +11,10 @@ from typer.testing import CliRunner
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import cli
 from keras_paligemma.training import Settings
+from keras_paligemma.training import run
 from keras_paligemma.training.run import build
 from keras_paligemma.training.run import compile_model
+from keras_paligemma.training.run import read_pairs
 from keras_paligemma.training.run import read_settings
 
 NANO = "pali_gemma2_nano_112"
@@ -118,3 +121,64 @@ def test_weights_themselves_and_what_is_frozen():
     assert model.backbone.adapters.slots is None
     paths = {one.path for one in model.trainable_variables}
     assert paths and not any("vision_encoder" in path for path in paths)
+
+
+@pytest.mark.parametrize(
+    "pair, expected",
+    [
+        ('epochs="2"', "int of at least 1"),
+        ("epochs=1.5", "int of at least 1"),
+        ("epochs=true", "int of at least 1"),
+        ("gradient_accumulation=0", "int of at least 1"),
+        ('learning_rate="1e-4"', "float of at least 1e-12"),
+        ("learning_rate=nan", "float of at least 1e-12"),
+        ("warmup=2", "float of at least 0 and below 1"),
+        ("lora_alpha=0", "float of at least 1e-12"),
+        ("lora_targets=3", "list of str"),
+        ('skip_errors="false"', "bool"),
+        ("data=3", "str"),
+    ],
+)
+def test_values_that_mean_nothing(pair, expected):
+    given = {"preset": NANO, "data": "d", "output": "o"} | read_pairs([pair])
+    with pytest.raises(ValueError, match=f"Expected: {expected}\\."):
+        read_settings(**given)
+
+
+def test_one_pattern_needs_no_list():
+    given = {"preset": NANO, "data": "d", "output": "o", "lora_rank": 0}
+    assert read_settings(freeze="*/mlp/*", **given).freeze == ("*/mlp/*",)
+
+
+def test_runs_that_would_train_nothing(data):
+    (data / "none.jsonl").write_text("")
+    arguments = [
+        *("finetune", "--preset", NANO, "--data", data / "train.jsonl"),
+        *("--output", data / "run", "--batch-size", 2),
+        *("--set", "skip_errors=true"),
+    ]
+    for more, words in (
+        (["--set", "gradient_accumulation=9"], "an update takes 9 batches"),
+        (["--set", 'freeze="*/mlp/*"'], "Adapters train alone"),
+        (["--lora-rank", 0, "--set", 'freeze="*"'], "Nothing would be trained"),
+        (
+            ["--lora-rank", 0, "--quantize", "int4", "--dry-run"],
+            "has no gradients",
+        ),
+        (["--validation", data / "none.jsonl"], "data set is empty"),
+    ):
+        code, output = call_error(*arguments, *more)
+        assert code == 1 and words in output, (more, output)
+
+
+def test_another_runs_output_is_kept(data):
+    settings = Settings(NANO, "train.jsonl", str(data / "run"))
+    run._keep_settings(settings, data / "run")
+    before = (data / "run" / "settings.json").read_text()
+    more = dataclasses.replace(settings, epochs=2)
+    run._keep_settings(more, data / "run")
+    other = dataclasses.replace(settings, lora_rank=4)
+    with pytest.raises(ValueError, match=r"'lora_rank': \(8, 4\)"):
+        run._keep_settings(other, data / "run")
+    after = (data / "run" / "settings.json").read_text()
+    assert after == before.replace('"epochs": 1', '"epochs": 2')

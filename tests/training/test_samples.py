@@ -1,6 +1,7 @@
 """Answers after an epoch: kept, printed and drawn."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from keras_paligemma.tasks.sheets import CELL
@@ -50,3 +51,20 @@ def test_boxes_are_drawn_and_words_written(tmp_path):
     assert (first.max(-1) > 100).any() and not second.any()
     words = pixels[MARGIN + CELL :][: 2 * FONT_SIZE]
     assert (words[:, :CELL] < 100).any() and (words[:, CELL + 8 :] > 200).all()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"images": None}, "equally long lists"),
+        ({"prompts": "caption en"}, "'prompts': None"),
+        ({"responses": ["a", "b"]}, "'responses': 2"),
+        ({"every": 0}, "at least 1"),
+    ],
+)
+def test_samples_that_mean_nothing(change, words):
+    examples = {"images": ["a.png"], "prompts": ["caption en"]} | change
+    every = examples.pop("every", 1)
+    examples = {key: one for key, one in examples.items() if one is not None}
+    with pytest.raises(ValueError, match=words):
+        SamplePredictions(examples, every=every)
