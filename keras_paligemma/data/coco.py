@@ -84,6 +84,18 @@ class COCOSource:
         self.task = task
         self.encode_mask = encode_mask
         data = _read(self.path)
+        try:
+            self._take(data, classes, keep_empty)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.path} is no COCO file: an entry lacks a field, or is "
+                "of another type. Expected: lists of objects with 'id' and "
+                "'name'; 'id' and 'file_name'; 'image_id', 'category_id' and "
+                f"'bbox'. Received: {error!r}."
+            ) from error
+
+    def _take(self, data, classes, keep_empty):
+        """Keep the pictures and categories, and an index of annotations."""
         _refuse_twins(self.path, data)
         names = {one["id"]: one["name"] for one in data["categories"]}
         self.classes = list(names.values() if classes is None else classes)

@@ -11,6 +11,8 @@ _NO_TOKEN = re.compile(
     r"<loc(?!(?:0\d{3}|10[01]\d|102[0-3])>)-?\d+>"
     r"|<seg(?!(?:0\d{2}|1[01]\d|12[0-7])>)-?\d+>"
 )
+# A box, and not a part of a longer row of places.
+_BOX = re.compile(r"(?<!>)" + r"<loc(\d{4})>" * 4 + r"(?!<loc)")
 
 
 class ExampleError(ValueError):
@@ -71,8 +73,8 @@ def answers_of(example: dict) -> list[str]:
         List of at least one string.
 
     Raises:
-        ValueError: there is none, or one names a place outside of pictures,
-            which would be trained on as letters.
+        ValueError: there is none; one names a place outside of pictures,
+            which would be trained on as letters; or has a box upside down.
 
     Example:
 
@@ -97,6 +99,13 @@ def answers_of(example: dict) -> list[str]:
                 "to <loc1023>, of which a box has four (y1, x1, y2, x2), and "
                 f"<seg000> to <seg127>. Received: {wrong[0]!r:.40}."
             )
+        for box in _BOX.finditer(answer if isinstance(answer, str) else ""):
+            y1, x1, y2, x2 = map(int, box.groups())
+            if y1 > y2 or x1 > x2:
+                raise ValueError(
+                    "A box is upside down. Expected: (y1, x1, y2, x2), the "
+                    f"upper left corner first. Received: {box[0]!r}."
+                )
     return answers
 
 

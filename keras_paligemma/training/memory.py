@@ -8,7 +8,12 @@ from keras_paligemma.checkpoints import engine
 
 
 def estimate_memory(
-    backbone, batch_size, text_length, response_length, chunk_tokens=256
+    backbone,
+    batch_size,
+    text_length,
+    response_length,
+    chunk_tokens=256,
+    accumulates=False,
 ):
     """Estimate a training step's memory from the shapes alone.
 
@@ -22,6 +27,7 @@ def estimate_memory(
         text_length: int, prompt and response tokens.
         response_length: int, response tokens.
         chunk_tokens: int, of `StreamedCrossEntropy`.
+        accumulates: bool, whether gradients of several steps are added up.
 
     Returns:
         Dict of what to bytes: "weights", "gradients and moments",
@@ -35,8 +41,10 @@ def estimate_memory(
         size = math.prod(engine.shape_of(weight))
         stored += size * _bytes(first.dtype)
         if first.trainable:
-            # A gradient in the weight's dtype, two moments in float32.
-            trained += size * (_bytes(first.dtype) + 8)
+            # A gradient in the weight's dtype, two moments in float32, and
+            # the sum of gradients.
+            floats = 3 if accumulates else 2
+            trained += size * (_bytes(first.dtype) + 4 * floats)
             reached.add(name.split("/")[0])
     compute = _bytes(backbone.compute_dtype)
     vision, text = backbone.vision_config, backbone.text_config

@@ -344,6 +344,7 @@ def plan(model, settings, examples, steps_an_epoch):
         settings.batch_size,
         preprocessor.prompt_length + preprocessor.response_length,
         preprocessor.response_length,
+        accumulates=settings.gradient_accumulation > 1,
     )
     lines = [
         f"{examples:,} examples, {steps_an_epoch:,} steps an epoch of "

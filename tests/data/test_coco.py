@@ -222,3 +222,17 @@ def test_sizes_of_files(write, tmp_path, size, orientation, fits):
         return
     with pytest.raises(ExampleError, match="image 7.*not of the size"):
         source[0]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"annotations": None}, "not iterable"),
+        ({"images": {"a": 1}}, "has no attribute"),
+        ({"categories": [{"id": 1}]}, "KeyError\\('name'\\)"),
+        ({"annotations": [{"id": 1, "category_id": 4}]}, "'image_id'"),
+    ],
+)
+def test_entries_of_another_kind(write, change, words):
+    with pytest.raises(ValueError, match=f"instances.json is no.*{words}"):
+        COCOSource(write(**change), "images")

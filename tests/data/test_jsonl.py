@@ -105,6 +105,23 @@ def test_places_outside_of_the_picture(write, token):
         next(iter(Batches(source, lambda example: ({}, 0, 0), 1)))
 
 
+@pytest.mark.parametrize(
+    "y1, x1, y2, x2", [(8, 1, 2, 3), (2, 8, 5, 3), (1023, 1023, 0, 0)]
+)
+def test_boxes_upside_down(write, y1, x1, y2, x2):
+    box = "".join(f"<loc{one:04}>" for one in (y1, x1, y2, x2))
+    point = "<loc0900><loc0001> cat"
+    fine = "<loc0002><loc0001><loc0002><loc0009><seg001> cat"
+    source = JSONLSource(
+        write(
+            GOOD | {"suffix": f"{fine} ; {point}"},
+            GOOD | {"suffix": f"{fine} ; {box} dog"},
+        )
+    )
+    (problem,) = check(source)
+    assert "line 2: A box is upside down" in problem and box in problem
+
+
 def test_empty_answers_on_request(write):
     source = JSONLSource(write(GOOD | {"suffix": ""}), allow_empty=True)
     assert source[0]["responses"] == ""

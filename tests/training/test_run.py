@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import cli
 from keras_paligemma.training import Settings
 from keras_paligemma.training import run
+from keras_paligemma.training.memory import estimate_memory
 from keras_paligemma.training.run import build
 from keras_paligemma.training.run import compile_model
 from keras_paligemma.training.run import read_pairs
@@ -182,3 +184,15 @@ def test_another_runs_output_is_kept(data):
         run._keep_settings(other, data / "run")
     after = (data / "run" / "settings.json").read_text()
     assert after == before.replace('"epochs": 1', '"epochs": 2')
+
+
+def test_sums_of_gradients_are_planned():
+    model = build(Settings(NANO, "", "", lora_rank=2))
+    plain, summed = (
+        estimate_memory(model.backbone, 2, 8, 4, accumulates=one)
+        for one in (False, True)
+    )
+    trained = sum(math.prod(one.shape) for one in model.trainable_variables)
+    key = "gradients and moments"
+    assert plain.pop(key) == 12 * trained and summed.pop(key) == 16 * trained
+    assert plain == summed
