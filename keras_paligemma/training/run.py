@@ -261,7 +261,11 @@ def _keep_settings(settings, output):
     """Write the settings of a run; refuse others where one was begun."""
     path = output / "settings.json"
     text = json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
-    if path.is_file():
+    # Steps; one that failed before its first checkpoint holds nothing back.
+    begun = any(
+        one.name.isdigit() for one in (output / "checkpoints").glob("*")
+    )
+    if begun and path.is_file():
         there, here = presets.read_json(path), json.loads(text)
         changed = {
             name: (there.get(name), here[name])

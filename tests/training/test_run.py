@@ -175,7 +175,11 @@ def test_runs_that_would_train_nothing(data):
 
 def test_another_runs_output_is_kept(data):
     settings = Settings(NANO, "train.jsonl", str(data / "run"))
+    # What failed before a checkpoint may be mended.
+    bad = dataclasses.replace(settings, batch_size=999)
+    run._keep_settings(bad, data / "run")
     run._keep_settings(settings, data / "run")
+    (data / "run" / "checkpoints" / "3").mkdir(parents=True)
     before = (data / "run" / "settings.json").read_text()
     more = dataclasses.replace(settings, epochs=2)
     run._keep_settings(more, data / "run")
