@@ -4,12 +4,15 @@ import math
 import re
 from collections.abc import Iterable
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 from PIL import ImageDraw
 from PIL import ImageFont
+from PIL import ImageOps
 
 # `round(x * 1023)` makes the tokens, so dividing by 1023 inverts it exactly:
 # 0 and 1 come back as 0 and 1. Readers in the wild divide by 1024, which
@@ -138,7 +141,9 @@ def draw_boxes(image: Any, boxes: Iterable[Box]) -> Image.Image:
     """Draw boxes and their labels on a copy of a picture.
 
     Args:
-        image: as `read_image` takes it; of frames, the first.
+        image: path of a file, which is turned as its EXIF says;
+            `PIL.Image.Image`; or uint8 array (height, width, 3), such as
+            `read_image` gives of anything.
         boxes: of `parse_boxes`. Boxes of one label have one colour.
 
     Returns:
@@ -147,7 +152,6 @@ def draw_boxes(image: Any, boxes: Iterable[Box]) -> Image.Image:
 
     Example:
 
-    >>> import numpy as np
     >>> cat = Box(0.1, 0.2, 0.5, 0.6, "cat")
     >>> draw_boxes(np.zeros((112, 112, 3), "uint8"), [cat]).size
     (448, 448)
@@ -174,13 +178,14 @@ def draw_boxes(image: Any, boxes: Iterable[Box]) -> Image.Image:
 
 
 def _open(image):
-    """Make a copy of what the model sees, which Pillow can draw on."""
-    # Imports Keras, which boxes alone do without.
-    from keras_paligemma.preprocessing.images import read_image
-
-    if getattr(image, "ndim", 3) == 4:
-        image = image[0]
-    return Image.fromarray(read_image(image))
+    """Make an RGB copy of a picture that Pillow can draw on."""
+    if isinstance(image, (str, Path)):
+        with Image.open(image) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(np.asarray(image))
+    # `convert` copies only where the mode changes.
+    return image.convert("RGB").copy()
 
 
 def _draw_label(draw, label, corner, room, colour, font):

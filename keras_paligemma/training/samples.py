@@ -5,6 +5,7 @@ from pathlib import Path
 
 import keras
 
+from keras_paligemma.preprocessing.images import read_image
 from keras_paligemma.tasks.boxes import draw_boxes
 from keras_paligemma.tasks.boxes import parse_boxes
 from keras_paligemma.tasks.sheets import contact_sheet
@@ -68,10 +69,15 @@ class SamplePredictions(keras.callbacks.Callback):
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             pictures = [
-                draw_boxes(image, parse_boxes(answer))
+                draw_boxes(_seen(image), parse_boxes(answer))
                 for image, answer in zip(inputs["images"], answers, strict=True)
             ]
             # Boxes are drawn; their tokens would hide the words.
             words = [re.sub(r"<(loc|seg)\d+>", "", one) for one in answers]
             sheet = contact_sheet(pictures, [one.strip() for one in words])
             sheet.save(self.directory / f"epoch_{epoch + 1:04}.png")
+
+
+def _seen(image):
+    """Give a picture as the model sees it; of frames, the first."""
+    return read_image(image[0] if getattr(image, "ndim", 3) == 4 else image)

@@ -9,6 +9,7 @@ from keras_paligemma.tasks.sheets import FONT_SIZE
 from keras_paligemma.tasks.sheets import MARGIN
 from keras_paligemma.tasks.sheets import contact_sheet
 from keras_paligemma.training import SamplePredictions
+from keras_paligemma.training import samples
 from tests.training import killed_run
 
 
@@ -68,3 +69,17 @@ def test_samples_that_mean_nothing(change, words):
     examples = {key: one for key, one in examples.items() if one is not None}
     with pytest.raises(ValueError, match=words):
         SamplePredictions(examples, every=every)
+
+
+def test_pictures_are_drawn_as_the_model_sees_them(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 30)).save(tmp_path / "turned.jpg", exif=exif)
+    for turned in (
+        tmp_path / "turned.jpg",
+        (tmp_path / "turned.jpg").read_bytes(),
+    ):
+        assert samples._seen(turned).shape == (60, 30, 3)
+    deep = Image.fromarray(np.full((9, 9), 32768, "uint16"))
+    assert samples._seen(deep)[0, 0, 0] == 128
+    assert samples._seen(np.full((2, 9, 9, 3), 7.0)).shape == (9, 9, 3)
