@@ -176,11 +176,11 @@ class StreamedCrossEntropy(keras.losses.Loss):
     def counts(self, weights_BR):
         """Give what a batch's loss and accuracy weigh among other batches'."""
         weights_BR = ops.cast(weights_BR, "float32")
-        counted_BR = weights_BR > 0
+        # Written as in `average`, so that compilers see it is known.
+        count_B = ops.sum(ops.cast(weights_BR > 0, "float32"), axis=-1)
         if self.mean == "example":
-            counted_BR = ops.any(counted_BR, axis=-1)
-        count = ops.sum(ops.cast(counted_BR, "float32"))
-        return count, ops.sum(weights_BR)
+            count_B = ops.cast(count_B > 0, "float32")
+        return ops.sum(count_B), ops.sum(weights_BR)
 
     def average(self, loss_BR, right_BR, weights_BR):
         """Average what `token_losses` gives; returns what `stream` does."""
