@@ -129,6 +129,7 @@ LIMITS = {
     **dict.fromkeys(("warmup", "label_smoothing", "lora_dropout"), (0, 1)),
     **dict.fromkeys(("learning_rate", "lora_alpha"), (1e-12,)),
     "save_every": (1,),
+    "seed": (0, 2**32),
 }
 
 
@@ -149,7 +150,7 @@ def _check(name, value, kind):
     if name in LIMITS:
         right = right and least <= value < (below[0] if below else math.inf)
         wanted += f" of at least {least:g}"
-        wanted += f" and below {below[0]:g}" if below else ""
+        wanted += f" and below {below[0]}" if below else ""
     if not right:
         raise ValueError(
             f"A setting has a wrong value. Received: {name}={value!r}. "

@@ -139,6 +139,7 @@ def test_weights_themselves_and_what_is_frozen():
         ("lora_targets=3", "list of str"),
         ('skip_errors="false"', "bool"),
         ("data=3", "str"),
+        ("seed=-1", "int of at least 0 and below 4294967296"),
     ],
 )
 def test_values_that_mean_nothing(pair, expected):
