@@ -197,6 +197,12 @@ def finetune(settings, dry_run=False):
     validation = None
     if settings.validation is not None:
         validation = JSONLSource(settings.validation, settings.image_folder)
+        if not len(validation):
+            raise ValueError(
+                "There is nothing to validate with. Received: "
+                f"validation={settings.validation!r} of no examples. "
+                "Expected: at least one; or leave validation out."
+            )
     model = build(settings)
     batches = Batches(
         source,

@@ -168,10 +168,11 @@ def test_runs_that_would_train_nothing(data):
             ["--lora-rank", 0, "--quantize", "int4", "--dry-run"],
             "has no gradients",
         ),
-        (["--validation", data / "none.jsonl"], "data set is empty"),
+        (["--validation", data / "none.jsonl"], "nothing to validate with"),
     ):
         code, output = call_error(*arguments, *more)
         assert code == 1 and words in output, (more, output)
+        assert not (data / "run").exists()
 
 
 def test_another_runs_output_is_kept(data):
