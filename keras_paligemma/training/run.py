@@ -357,9 +357,16 @@ def plan(model, settings, examples, steps_an_epoch):
         preprocessor.response_length,
         accumulates=settings.gradient_accumulation > 1,
     )
+    steps = settings.epochs * steps_an_epoch
+    accumulation = settings.gradient_accumulation
+    updates = (
+        f", {steps // accumulation:,} updates of {accumulation} steps"
+        if accumulation > 1
+        else ""
+    )
     lines = [
         f"{examples:,} examples, {steps_an_epoch:,} steps an epoch of "
-        f"{settings.batch_size}, {settings.epochs * steps_an_epoch:,} steps",
+        f"{settings.batch_size}, {steps:,} steps{updates}",
         f"pictures of {model.backbone.image_size} pixels, prompts of "
         f"{preprocessor.prompt_length} tokens, responses of "
         f"{preprocessor.response_length}",

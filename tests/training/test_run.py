@@ -202,3 +202,10 @@ def test_sums_of_gradients_are_planned():
     key = "gradients and moments"
     assert plain.pop(key) == 12 * trained and summed.pop(key) == 16 * trained
     assert plain == summed
+
+
+def test_the_plan_counts_updates():
+    settings = Settings(NANO, "", "", gradient_accumulation=4, epochs=2)
+    text = run.plan(build(settings), settings, 24, 3)
+    # The last two steps make no update.
+    assert "6 steps, 1 updates of 4 steps" in text
