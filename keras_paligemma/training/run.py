@@ -203,6 +203,8 @@ def finetune(settings, dry_run=False):
                 f"validation={settings.validation!r} of no examples. "
                 "Expected: at least one; or leave validation out."
             )
+    output = Path(settings.output)
+    _check_output(settings, output)
     model = build(settings)
     batches = Batches(
         source,
@@ -223,7 +225,6 @@ def finetune(settings, dry_run=False):
     print(plan(model, settings, len(source), len(batches)), flush=True)
     if dry_run:
         return None
-    output = Path(settings.output)
     _keep_settings(settings, output)
     kwargs = {}
     if validation is not None:
@@ -264,29 +265,44 @@ def finetune(settings, dry_run=False):
 FREE = {"output", "epochs", "validation", "workers", "save_every", "remat"}
 
 
-def _keep_settings(settings, output):
-    """Write the settings of a run; refuse others where one was begun."""
+def _check_output(settings, output):
+    """Refuse a folder that is a file, or holds a run of other settings."""
+    for place in (output, *output.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(
+                f"The output must be a folder. Received: output={str(output)!r}"
+                f", where {place} is a file. Name another output."
+            )
     path = output / "settings.json"
-    text = json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
     # Steps; one that failed before its first checkpoint holds nothing back.
     begun = any(
         one.name.isdigit() for one in (output / "checkpoints").glob("*")
     )
-    if begun and path.is_file():
-        there, here = presets.read_json(path), json.loads(text)
-        changed = {
-            name: (there.get(name), here[name])
-            for name in here
-            if name not in FREE and there.get(name) != here[name]
-        }
-        if changed:
-            raise ValueError(
-                f"{output} holds a run with other settings. Received (there, "
-                f"now): {changed}. Expected: the same, or another output. If "
-                f"files have only moved, change {path}."
-            )
+    if not begun or not path.is_file():
+        return
+    there, here = presets.read_json(path), json.loads(_as_json(settings))
+    changed = {
+        name: (there.get(name), here[name])
+        for name in here
+        if name not in FREE and there.get(name) != here[name]
+    }
+    if changed:
+        raise ValueError(
+            f"{output} holds a run with other settings. Received (there, "
+            f"now): {changed}. Expected: the same, or another output. If "
+            f"files have only moved, change {path}."
+        )
+
+
+def _keep_settings(settings, output):
+    """Write the settings of a run; refuse others where one was begun."""
+    _check_output(settings, output)
     output.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    (output / "settings.json").write_text(_as_json(settings), encoding="utf-8")
+
+
+def _as_json(settings):
+    return json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
 
 
 def build(settings):

@@ -188,6 +188,10 @@ def test_another_runs_output_is_kept(data):
     other = dataclasses.replace(settings, lora_rank=4)
     with pytest.raises(ValueError, match=r"'lora_rank': \(8, 4\)"):
         run._keep_settings(other, data / "run")
+    arguments = ["--preset", NANO, "--data", data / "train.jsonl"]
+    arguments += ["--output", data / "run", "--lora-rank", 4, "--dry-run"]
+    code, output = call_error("finetune", *arguments)
+    assert code == 1 and "other settings" in output
     after = (data / "run" / "settings.json").read_text()
     assert after == before.replace('"epochs": 1', '"epochs": 2')
 
@@ -209,3 +213,11 @@ def test_the_plan_counts_updates():
     text = run.plan(build(settings), settings, 24, 3)
     # The last two steps make no update.
     assert "6 steps, 1 updates of 4 steps" in text
+
+
+@pytest.mark.parametrize("output", ["train.jsonl", "train.jsonl/run"])
+def test_an_output_that_is_a_file(data, output):
+    arguments = ["--preset", NANO, "--data", data / "train.jsonl"]
+    arguments += ["--output", data / output, "--dry-run"]
+    code, output = call_error("finetune", *arguments)
+    assert code == 1 and "The output must be a folder" in output
