@@ -85,11 +85,16 @@ def read_settings(path=None, **given):
     """
     values = {}
     if path is not None:
-        with open(path, "rb") as file:
-            try:
-                values = tomllib.load(file)
-            except tomllib.TOMLDecodeError as error:
-                raise ValueError(f"{path} is no TOML file: {error}.") from error
+        try:
+            # Editors on Windows put a byte order mark first.
+            values = tomllib.loads(Path(path).read_text("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is not UTF-8, as TOML must be. Received: {error}. "
+                "Save it as UTF-8."
+            ) from error
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is no TOML file: {error}.") from error
     values |= {key: value for key, value in given.items() if value is not None}
     # TOML has no word for nothing.
     values = {k: None if v == "none" else v for k, v in values.items()}

@@ -221,3 +221,21 @@ def test_an_output_that_is_a_file(data, output):
     arguments += ["--output", data / output, "--dry-run"]
     code, output = call_error("finetune", *arguments)
     assert code == 1 and "The output must be a folder" in output
+
+
+def test_encodings_of_a_settings_file(tmp_path):
+    given = {"preset": NANO, "data": "d", "output": "o"}
+    path = tmp_path / "x.toml"
+    path.write_text("epochs = 3", encoding="utf-8-sig")
+    assert read_settings(path, **given).epochs == 3
+    for encoding in ("utf-16", "latin-1"):
+        path.write_text("epochs = 3 # é", encoding=encoding)
+        with pytest.raises(ValueError, match="x.toml is not UTF-8"):
+            read_settings(path, **given)
+
+
+def test_a_broken_example_tells_the_commands_way_out(data):
+    arguments = ["--preset", NANO, "--data", data / "train.jsonl"]
+    arguments += ["--output", data / "run", "--batch-size", 5]
+    code, output = call_error("finetune", *arguments)
+    assert code == 1 and "--set skip_errors=true" in output
