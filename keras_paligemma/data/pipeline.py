@@ -222,8 +222,8 @@ class Batches:
         if problems and not self.skip_errors:
             raise ExampleError(
                 f"{problems[0][1]} (Mend or remove the example, or pass "
-                "`skip_errors=True` to count such examples and go on; `check` "
-                "lists all of them.)"
+                "`skip_errors=True` (of the command: `--set skip_errors=true`) "
+                "to count such examples and go on; `check` lists all of them.)"
             )
         for index, message in problems:
             self.skipped += 1

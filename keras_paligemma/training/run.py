@@ -85,11 +85,16 @@ def read_settings(path=None, **given):
     """
     values = {}
     if path is not None:
-        with open(path, "rb") as file:
-            try:
-                values = tomllib.load(file)
-            except tomllib.TOMLDecodeError as error:
-                raise ValueError(f"{path} is no TOML file: {error}.") from error
+        try:
+            # Editors on Windows put a byte order mark first.
+            values = tomllib.loads(Path(path).read_text("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is not UTF-8, as TOML must be. Received: {error}. "
+                "Save it as UTF-8."
+            ) from error
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is no TOML file: {error}.") from error
     values |= {key: value for key, value in given.items() if value is not None}
     # TOML has no word for nothing.
     values = {k: None if v == "none" else v for k, v in values.items()}
@@ -129,6 +134,7 @@ LIMITS = {
     **dict.fromkeys(("warmup", "label_smoothing", "lora_dropout"), (0, 1)),
     **dict.fromkeys(("learning_rate", "lora_alpha"), (1e-12,)),
     "save_every": (1,),
+    "seed": (0, 2**32),
 }
 
 
@@ -149,7 +155,7 @@ def _check(name, value, kind):
     if name in LIMITS:
         right = right and least <= value < (below[0] if below else math.inf)
         wanted += f" of at least {least:g}"
-        wanted += f" and below {below[0]:g}" if below else ""
+        wanted += f" and below {below[0]}" if below else ""
     if not right:
         raise ValueError(
             f"A setting has a wrong value. Received: {name}={value!r}. "
@@ -196,6 +202,14 @@ def finetune(settings, dry_run=False):
     validation = None
     if settings.validation is not None:
         validation = JSONLSource(settings.validation, settings.image_folder)
+        if not len(validation):
+            raise ValueError(
+                "There is nothing to validate with. Received: "
+                f"validation={settings.validation!r} of no examples. "
+                "Expected: at least one; or leave validation out."
+            )
+    output = Path(settings.output)
+    _check_output(settings, output)
     model = build(settings)
     batches = Batches(
         source,
@@ -216,7 +230,6 @@ def finetune(settings, dry_run=False):
     print(plan(model, settings, len(source), len(batches)), flush=True)
     if dry_run:
         return None
-    output = Path(settings.output)
     _keep_settings(settings, output)
     kwargs = {}
     if validation is not None:
@@ -257,29 +270,44 @@ def finetune(settings, dry_run=False):
 FREE = {"output", "epochs", "validation", "workers", "save_every", "remat"}
 
 
-def _keep_settings(settings, output):
-    """Write the settings of a run; refuse others where one was begun."""
+def _check_output(settings, output):
+    """Refuse a folder that is a file, or holds a run of other settings."""
+    for place in (output, *output.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(
+                f"The output must be a folder. Received: output={str(output)!r}"
+                f", where {place} is a file. Name another output."
+            )
     path = output / "settings.json"
-    text = json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
     # Steps; one that failed before its first checkpoint holds nothing back.
     begun = any(
         one.name.isdigit() for one in (output / "checkpoints").glob("*")
     )
-    if begun and path.is_file():
-        there, here = presets.read_json(path), json.loads(text)
-        changed = {
-            name: (there.get(name), here[name])
-            for name in here
-            if name not in FREE and there.get(name) != here[name]
-        }
-        if changed:
-            raise ValueError(
-                f"{output} holds a run with other settings. Received (there, "
-                f"now): {changed}. Expected: the same, or another output. If "
-                f"files have only moved, change {path}."
-            )
+    if not begun or not path.is_file():
+        return
+    there, here = presets.read_json(path), json.loads(_as_json(settings))
+    changed = {
+        name: (there.get(name), here[name])
+        for name in here
+        if name not in FREE and there.get(name) != here[name]
+    }
+    if changed:
+        raise ValueError(
+            f"{output} holds a run with other settings. Received (there, "
+            f"now): {changed}. Expected: the same, or another output. If "
+            f"files have only moved, change {path}."
+        )
+
+
+def _keep_settings(settings, output):
+    """Write the settings of a run; refuse others where one was begun."""
+    _check_output(settings, output)
     output.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    (output / "settings.json").write_text(_as_json(settings), encoding="utf-8")
+
+
+def _as_json(settings):
+    return json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
 
 
 def build(settings):
@@ -350,9 +378,16 @@ def plan(model, settings, examples, steps_an_epoch):
         preprocessor.response_length,
         accumulates=settings.gradient_accumulation > 1,
     )
+    steps = settings.epochs * steps_an_epoch
+    accumulation = settings.gradient_accumulation
+    updates = (
+        f", {steps // accumulation:,} updates of {accumulation} steps"
+        if accumulation > 1
+        else ""
+    )
     lines = [
         f"{examples:,} examples, {steps_an_epoch:,} steps an epoch of "
-        f"{settings.batch_size}, {settings.epochs * steps_an_epoch:,} steps",
+        f"{settings.batch_size}, {steps:,} steps{updates}",
         f"pictures of {model.backbone.image_size} pixels, prompts of "
         f"{preprocessor.prompt_length} tokens, responses of "
         f"{preprocessor.response_length}",

@@ -139,6 +139,7 @@ def test_weights_themselves_and_what_is_frozen():
         ("lora_targets=3", "list of str"),
         ('skip_errors="false"', "bool"),
         ("data=3", "str"),
+        ("seed=-1", "int of at least 0 and below 4294967296"),
     ],
 )
 def test_values_that_mean_nothing(pair, expected):
@@ -167,10 +168,11 @@ def test_runs_that_would_train_nothing(data):
             ["--lora-rank", 0, "--quantize", "int4", "--dry-run"],
             "has no gradients",
         ),
-        (["--validation", data / "none.jsonl"], "data set is empty"),
+        (["--validation", data / "none.jsonl"], "nothing to validate with"),
     ):
         code, output = call_error(*arguments, *more)
         assert code == 1 and words in output, (more, output)
+        assert not (data / "run").exists()
 
 
 def test_another_runs_output_is_kept(data):
@@ -186,6 +188,10 @@ def test_another_runs_output_is_kept(data):
     other = dataclasses.replace(settings, lora_rank=4)
     with pytest.raises(ValueError, match=r"'lora_rank': \(8, 4\)"):
         run._keep_settings(other, data / "run")
+    arguments = ["--preset", NANO, "--data", data / "train.jsonl"]
+    arguments += ["--output", data / "run", "--lora-rank", 4, "--dry-run"]
+    code, output = call_error("finetune", *arguments)
+    assert code == 1 and "other settings" in output
     after = (data / "run" / "settings.json").read_text()
     assert after == before.replace('"epochs": 1', '"epochs": 2')
 
@@ -200,3 +206,36 @@ def test_sums_of_gradients_are_planned():
     key = "gradients and moments"
     assert plain.pop(key) == 12 * trained and summed.pop(key) == 16 * trained
     assert plain == summed
+
+
+def test_the_plan_counts_updates():
+    settings = Settings(NANO, "", "", gradient_accumulation=4, epochs=2)
+    text = run.plan(build(settings), settings, 24, 3)
+    # The last two steps make no update.
+    assert "6 steps, 1 updates of 4 steps" in text
+
+
+@pytest.mark.parametrize("output", ["train.jsonl", "train.jsonl/run"])
+def test_an_output_that_is_a_file(data, output):
+    arguments = ["--preset", NANO, "--data", data / "train.jsonl"]
+    arguments += ["--output", data / output, "--dry-run"]
+    code, output = call_error("finetune", *arguments)
+    assert code == 1 and "The output must be a folder" in output
+
+
+def test_encodings_of_a_settings_file(tmp_path):
+    given = {"preset": NANO, "data": "d", "output": "o"}
+    path = tmp_path / "x.toml"
+    path.write_text("epochs = 3", encoding="utf-8-sig")
+    assert read_settings(path, **given).epochs == 3
+    for encoding in ("utf-16", "latin-1"):
+        path.write_text("epochs = 3 # é", encoding=encoding)
+        with pytest.raises(ValueError, match="x.toml is not UTF-8"):
+            read_settings(path, **given)
+
+
+def test_a_broken_example_tells_the_commands_way_out(data):
+    arguments = ["--preset", NANO, "--data", data / "train.jsonl"]
+    arguments += ["--output", data / "run", "--batch-size", 5]
+    code, output = call_error("finetune", *arguments)
+    assert code == 1 and "--set skip_errors=true" in output
