@@ -10,6 +10,7 @@ from keras_paligemma.data import Batches
 from keras_paligemma.data import ExampleError
 from keras_paligemma.data import JSONLSource
 from keras_paligemma.data import check
+from keras_paligemma.data import jsonl
 
 GOOD = {"image": "a.png", "prefix": "caption en", "suffix": "a cat"}
 
@@ -65,6 +66,17 @@ def test_line_ends(write, end):
         assert source[0] == source[1]
         with pytest.raises(ExampleError, match="line 4: A field is missing"):
             source[2]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 2**24])
+def test_blank_lines_are_passed_over(write, monkeypatch, chunk):
+    monkeypatch.setattr(jsonl, "_CHUNK", chunk)
+    indented = "  " + json.dumps(GOOD)
+    source = JSONLSource(
+        write("   ", GOOD, "\t \t\r", indented, "", " " * 99, GOOD, "    ")
+    )
+    assert source.lines.tolist() == [1, 3, 6]
+    assert source[0] == source[1] == source[2]
 
 
 @pytest.mark.parametrize(
