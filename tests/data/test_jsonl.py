@@ -128,10 +128,12 @@ def test_boxes_upside_down(write, y1, x1, y2, x2):
         write(
             GOOD | {"suffix": f"{fine} ; {point}"},
             GOOD | {"suffix": f"{fine} ; {box} dog"},
+            GOOD | {"suffix": f"<seg001>{box} dog"},
         )
     )
-    (problem,) = check(source)
-    assert "line 2: A box is upside down" in problem and box in problem
+    for line, problem in zip((2, 3), check(source), strict=True):
+        assert f"line {line}: A box is upside down" in problem
+        assert box in problem
 
 
 def test_empty_answers_on_request(write):
