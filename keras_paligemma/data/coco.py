@@ -261,7 +261,7 @@ def _check_size(path, size):
     try:
         with Image.open(path) as opened:
             width, height = opened.size
-            turned = opened.getexif().get(ORIENTATION, 1) > 4
+            turned = opened.getexif().get(ORIENTATION) in (5, 6, 7, 8)
     except OSError:
         return  # Said when the picture is read.
     found = (width, height) if turned else (height, width)

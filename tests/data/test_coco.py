@@ -208,6 +208,7 @@ def test_twins_of_an_id(write, kind, entry):
         ((160, 81), 1, True),
         ((40, 80), 6, True),
         ((80, 40), 6, False),
+        ((80, 40), 9, True),  # No orientation: Pillow does not turn it.
         ((40, 40), 1, False),
     ],
 )
