@@ -16,6 +16,13 @@ from keras_paligemma.tasks.boxes import encode_box
 
 ORIENTATION = Base.Orientation
 
+# What the index is made of; the rest is asked for with its picture.
+_NEEDED = {
+    "images": {"id"},
+    "categories": {"id", "name"},
+    "annotations": {"image_id", "category_id"},
+}
+
 
 class COCOSource:
     """Examples of a COCO file: a picture, its classes, their boxes or masks.
@@ -88,14 +95,14 @@ class COCOSource:
             self._take(data, classes, keep_empty)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{self.path} is no COCO file: an entry lacks a field, or is "
-                "of another type. Expected: lists of objects with 'id' and "
-                "'name'; 'id' and 'file_name'; 'image_id', 'category_id' and "
-                f"'bbox'. Received: {error!r}."
+                f"{self.path} is no COCO file: a field is of another type. "
+                "Expected: numbers as ids, and strings as names. Received: "
+                f"{error!r}."
             ) from error
 
     def _take(self, data, classes, keep_empty):
         """Keep the pictures and categories, and an index of annotations."""
+        _check_entries(self.path, data)
         _refuse_twins(self.path, data)
         names = {one["id"]: one["name"] for one in data["categories"]}
         self.classes = list(names.values() if classes is None else classes)
@@ -217,10 +224,27 @@ def _read(path):
     return data
 
 
+def _check_entries(path, data):
+    """Name the entry, counted from 0, that lacks what the index needs."""
+    for kind, fields in _NEEDED.items():
+        if not isinstance(data[kind], list):
+            raise ValueError(
+                f"{path} is no COCO file: '{kind}' is no list. Expected: a "
+                f"list of objects. Received: {data[kind]!r:.80}."
+            )
+        for number, one in enumerate(data[kind]):
+            if not isinstance(one, dict) or not fields <= one.keys():
+                raise ValueError(
+                    f"{path} is no COCO file: {kind}[{number}] lacks a field. "
+                    f"Expected: an object with {sorted(fields)}. Received: "
+                    f"{one!r:.80}."
+                )
+
+
 def _refuse_twins(path, data):
     """Refuse an id that two have: annotations would go to one of them."""
     for kind in ("images", "categories"):
-        counts = collections.Counter(one.get("id") for one in data[kind])
+        counts = collections.Counter(one["id"] for one in data[kind])
         twins = [id for id, count in counts.items() if count > 1]
         if twins:
             raise ValueError(
@@ -237,7 +261,7 @@ def _check_size(path, size):
     try:
         with Image.open(path) as opened:
             width, height = opened.size
-            turned = opened.getexif().get(ORIENTATION, 1) > 4
+            turned = opened.getexif().get(ORIENTATION) in (5, 6, 7, 8)
     except OSError:
         return  # Said when the picture is read.
     found = (width, height) if turned else (height, width)

@@ -12,7 +12,7 @@ _NO_TOKEN = re.compile(
     r"|<seg(?!(?:0\d{2}|1[01]\d|12[0-7])>)-?\d+>"
 )
 # A box, and not a part of a longer row of places.
-_BOX = re.compile(r"(?<!>)" + r"<loc(\d{4})>" * 4 + r"(?!<loc)")
+_BOX = re.compile(r"(?<!<loc\d{4}>)" + r"<loc(\d{4})>" * 4 + r"(?!<loc)")
 
 
 class ExampleError(ValueError):

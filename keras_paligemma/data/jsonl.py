@@ -19,7 +19,7 @@ class JSONLSource:
 
     The format of the original, Vertex AI and Roboflow: a line holds `image`,
     `prefix` and `suffix`. Of the file only the places of its lines are kept,
-    16 bytes each, so it may be larger than memory. Empty lines are passed
+    16 bytes each, so it may be larger than memory. Blank lines are passed
     over; everything else that is no example is an error once it is asked for.
 
     Args:
@@ -129,23 +129,24 @@ def _strings(record, field, allow_empty=False):
 
 
 def _lines(path):
-    """Where the lines of a file begin, and which they are, without empty ones.
+    """Where the lines of a file begin, and which they are, without blank ones.
 
     Returns:
         Two int64 arrays: bytes from the start of the file; numbers of lines,
         counted from 0.
     """
-    parts, size = [np.zeros(1, "int64")], 0
+    parts, maybe_blank, size = [np.zeros(1, "int64")], [[True]], 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
-            ends = np.flatnonzero(np.frombuffer(chunk, "uint8") == ord("\n"))
+            data = np.frombuffer(chunk, "uint8")
+            ends = np.flatnonzero(data == ord("\n"))
             parts.append(ends + (size + 1))
+            # By the first byte; of a line past the chunk, "\n" by clipping.
+            maybe_blank.append(data.take(ends + 1, mode="clip") <= ord(" "))
             size += len(chunk)
         starts = np.concatenate(parts)
-        lengths = np.diff(starts, append=size)
-        keep = lengths > 0
-        # "\n" and "\r\n"; but no other line of one or two bytes.
-        for line in np.flatnonzero(keep & (lengths <= 2)):
+        keep = starts < size
+        for line in np.flatnonzero(keep & np.concatenate(maybe_blank)):
             file.seek(starts[line])
             keep[line] = bool(file.readline().strip())
     lines = np.flatnonzero(keep)

@@ -32,17 +32,20 @@ class SamplePredictions(keras.callbacks.Callback):
     def __init__(self, examples, directory=None, every=1, max_new_tokens=None):
         super().__init__()
         lengths = {
-            key: None if isinstance(one, (str, bytes)) else len(one)
+            key: len(one)
+            if hasattr(one, "__len__") and not isinstance(one, (str, bytes))
+            else None
             for key, one in examples.items()
         }
         if (
             not {"images", "prompts"} <= set(lengths)
             or len(set(lengths.values())) != 1
-            or None in lengths.values()
+            or not all(lengths.values())
         ):
             raise ValueError(
                 "Samples are equally long lists `images`, `prompts` and, if "
-                f"known, `responses`. Received lengths: {lengths}."
+                "known, `responses`, of one or more. Received lengths: "
+                f"{lengths}."
             )
         if every < 1:
             raise ValueError(f"`every` is at least 1. Received: {every!r}.")
@@ -80,4 +83,5 @@ class SamplePredictions(keras.callbacks.Callback):
 
 def _seen(image):
     """Give a picture as the model sees it; of frames, the first."""
-    return read_image(image[0] if getattr(image, "ndim", 3) == 4 else image)
+    frames = isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4
+    return read_image(image[0] if frames else image)

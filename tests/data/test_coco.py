@@ -208,6 +208,7 @@ def test_twins_of_an_id(write, kind, entry):
         ((160, 81), 1, True),
         ((40, 80), 6, True),
         ((80, 40), 6, False),
+        ((80, 40), 9, True),  # No orientation: Pillow does not turn it.
         ((40, 40), 1, False),
     ],
 )
@@ -227,10 +228,13 @@ def test_sizes_of_files(write, tmp_path, size, orientation, fits):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"annotations": None}, "not iterable"),
-        ({"images": {"a": 1}}, "has no attribute"),
-        ({"categories": [{"id": 1}]}, "KeyError\\('name'\\)"),
-        ({"annotations": [{"id": 1, "category_id": 4}]}, "'image_id'"),
+        ({"annotations": None}, "'annotations' is no list.*None"),
+        ({"images": {"a": 1}}, "'images' is no list.*{'a': 1}"),
+        ({"images": [{"id": 1}, {}]}, r"images\[1\] lacks.*'id'.*{}"),
+        ({"images": [{"id": []}]}, "another type.*unhashable"),
+        ({"categories": [{"id": 1}]}, r"categories\[0\] lacks.*'name'"),
+        ({"annotations": [{"id": 1, "category_id": 4}]}, r"\[0\].*'image_id'"),
+        ({"annotations": [BOXES[0], None]}, r"annotations\[1\].*None"),
     ],
 )
 def test_entries_of_another_kind(write, change, words):

@@ -10,6 +10,7 @@ from keras_paligemma.data import Batches
 from keras_paligemma.data import ExampleError
 from keras_paligemma.data import JSONLSource
 from keras_paligemma.data import check
+from keras_paligemma.data import jsonl
 
 GOOD = {"image": "a.png", "prefix": "caption en", "suffix": "a cat"}
 
@@ -67,6 +68,17 @@ def test_line_ends(write, end):
             source[2]
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 2**24])
+def test_blank_lines_are_passed_over(write, monkeypatch, chunk):
+    monkeypatch.setattr(jsonl, "_CHUNK", chunk)
+    indented = "  " + json.dumps(GOOD)
+    source = JSONLSource(
+        write("   ", GOOD, "\t \t\r", indented, "", " " * 99, GOOD, "    ")
+    )
+    assert source.lines.tolist() == [1, 3, 6]
+    assert source[0] == source[1] == source[2]
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -116,10 +128,12 @@ def test_boxes_upside_down(write, y1, x1, y2, x2):
         write(
             GOOD | {"suffix": f"{fine} ; {point}"},
             GOOD | {"suffix": f"{fine} ; {box} dog"},
+            GOOD | {"suffix": f"<seg001>{box} dog"},
         )
     )
-    (problem,) = check(source)
-    assert "line 2: A box is upside down" in problem and box in problem
+    for line, problem in zip((2, 3), check(source), strict=True):
+        assert f"line {line}: A box is upside down" in problem
+        assert box in problem
 
 
 def test_empty_answers_on_request(write):

@@ -60,6 +60,8 @@ def test_boxes_are_drawn_and_words_written(tmp_path):
         ({"images": None}, "equally long lists"),
         ({"prompts": "caption en"}, "'prompts': None"),
         ({"responses": ["a", "b"]}, "'responses': 2"),
+        ({"responses": 3}, "'responses': None"),
+        ({"images": [], "prompts": []}, "one or more.*'images': 0"),
         ({"every": 0}, "at least 1"),
     ],
 )
@@ -78,6 +80,7 @@ def test_pictures_are_drawn_as_the_model_sees_them(tmp_path):
     for turned in (
         tmp_path / "turned.jpg",
         (tmp_path / "turned.jpg").read_bytes(),
+        [tmp_path / "turned.jpg", np.zeros((9, 9, 3), "uint8")],
     ):
         assert samples._seen(turned).shape == (60, 30, 3)
     deep = Image.fromarray(np.full((9, 9), 32768, "uint16"))
