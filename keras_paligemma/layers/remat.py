@@ -1,5 +1,7 @@
 """What the backward pass keeps of a block, and what it computes again."""
 
+import contextlib
+
 import keras
 from keras import ops
 
@@ -8,7 +10,7 @@ from keras_paligemma.compat import platform
 REMATS = (None, "dots", "block", "pair")
 
 
-def rematerialize(function, kind):
+def rematerialize(function, kind, variables=()):
     """Wrap a function so that its backward pass recomputes some of it.
 
     Args:
@@ -19,6 +21,9 @@ def rematerialize(function, kind):
             is cheap. "pair" is "block", and an even number of stacked blocks
             goes two at a time, so that half as much is kept, for half a
             forward pass more.
+        variables: trained variables that the function reads by itself. A loop
+            of TensorFlow has no gradient of one that is read again within it:
+            they are read now, and lent to the function.
 
     Returns:
         Function of the same arguments.
@@ -31,7 +36,7 @@ def rematerialize(function, kind):
         return function
     if kind in ("block", "pair"):
         if keras.backend.backend() == "tensorflow":
-            return _of_floats(function)
+            return _of_floats(function, list(variables))
         return keras.remat(function)
     import jax
 
@@ -41,12 +46,13 @@ def rematerialize(function, kind):
     )
 
 
-def _of_floats(function):
+def _of_floats(function, variables):
     """Recompute with the floats as arguments, and the rest closed over.
 
     TensorFlow adds up the gradients of what several blocks were given, of a
     mask too, and has no sum of bools.
     """
+    values = [ops.convert_to_tensor(one) for one in variables]
 
     def call(*arguments):
         flat = keras.tree.flatten(arguments)
@@ -59,12 +65,18 @@ def _of_floats(function):
         ]
 
         def of_floats(*floats):
-            whole = list(flat)
-            for place, one in zip(places, floats, strict=True):
+            lent, whole = floats[: len(values)], list(flat)
+            for place, one in zip(places, floats[len(values) :], strict=True):
                 whole[place] = one
-            return function(*keras.tree.pack_sequence_as(arguments, whole))
+            scope = contextlib.nullcontext()
+            if variables:
+                pairs = list(zip(variables, lent, strict=True))
+                scope = keras.StatelessScope(pairs)
+            with scope:
+                return function(*keras.tree.pack_sequence_as(arguments, whole))
 
-        return keras.remat(of_floats)(*[flat[place] for place in places])
+        floats = [flat[place] for place in places]
+        return keras.remat(of_floats)(*values, *floats)
 
     return call
 

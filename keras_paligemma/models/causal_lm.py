@@ -119,8 +119,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         """Tell a `.keras` file how the model was compiled."""
         config = super().get_compile_config()
         if self.own_loss is not None:
-            loss = keras.saving.serialize_keras_object(self.own_loss)
-            config["loss"] = loss
+            config["loss"] = keras.saving.serialize_keras_object(self.own_loss)
         return config | {
             "sampler": keras_hub.samplers.serialize(self.sampler),
             "optimizer_built": self.optimizer.built,
@@ -186,12 +185,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         if sample_weight is None:
             sample_weight = ops.ones_like(y, dtype="float32")
         if self.streams:
+            head = self.backbone.head(self.own_loss.final_soft_cap)
             loss, accuracy, _ = self.own_loss.stream(
-                y_pred,
-                self.backbone.head(self.own_loss.final_soft_cap),
-                y,
-                sample_weight,
-                training,
+                y_pred, head, y, sample_weight, training
             )
         else:
             each = token_losses(y_pred, y, self.own_loss.label_smoothing)
@@ -358,8 +354,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self._structure_changed()
 
     def _structure_changed(self):
-        self.train_function = self.test_function = None
-        self.generate_function = None
+        self.train_function = self.test_function = self.generate_function = None
 
     @classproperty
     def presets(cls):

@@ -96,6 +96,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
                 ),
                 hidden_BRD,
                 targets_BR,
+                variables=getattr(head, "trained", ()),
             )
         return self.average(loss_BR, right_BR, weights_BR)
 
@@ -132,7 +133,9 @@ class StreamedCrossEntropy(keras.losses.Loss):
         loss_BR, right_BR = ops.unstack(both(hidden_BRD), 2)
         return loss_BR, right_BR
 
-    def _in_chunks(self, function, hidden_BRD, targets_BR, remat="block"):
+    def _in_chunks(
+        self, function, hidden_BRD, targets_BR, remat="block", variables=()
+    ):
         """Apply a function of hidden states and targets to some tokens a time.
 
         Returns:
@@ -153,19 +156,11 @@ class StreamedCrossEntropy(keras.losses.Loss):
         targets = ops.pad(targets_BR, [(0, 0), pad])
         hidden = ops.reshape(hidden, (-1, chunks, size, D))
         targets = ops.reshape(targets, (-1, chunks, size))
-        chunk_of = rematerialize(function, remat)
-        if keras.backend.backend() == "tensorflow" and remat is not None:
-            # Its loops cannot recompute what reads a trained variable.
-            each = [
-                chunk_of(hidden[:, one], targets[:, one])
-                for one in range(chunks)
-            ]
-            parts = [ops.stack(part) for part in zip(*each, strict=True)]
-        else:
-            parts = ops.map(
-                lambda chunk: chunk_of(*chunk),
-                (ops.moveaxis(hidden, 1, 0), ops.moveaxis(targets, 1, 0)),
-            )
+        chunk_of = rematerialize(function, remat, variables)
+        parts = ops.map(
+            lambda chunk: chunk_of(*chunk),
+            (ops.moveaxis(hidden, 1, 0), ops.moveaxis(targets, 1, 0)),
+        )
         return [
             ops.reshape(
                 ops.moveaxis(part, 0, 1), (-1, chunks * size, *part.shape[3:])
@@ -176,9 +171,10 @@ class StreamedCrossEntropy(keras.losses.Loss):
     def counts(self, weights_BR):
         """Give what a batch's loss and accuracy weigh among other batches'."""
         weights_BR = ops.cast(weights_BR, "float32")
-        # Written as in `average`, so that compilers see it is known.
         count_B = ops.sum(ops.cast(weights_BR > 0, "float32"), axis=-1)
         if self.mean == "example":
+            # A row without weight is no example: it fills a batch, or was
+            # skipped.
             count_B = ops.cast(count_B > 0, "float32")
         return ops.sum(count_B), ops.sum(weights_BR)
 
@@ -188,15 +184,10 @@ class StreamedCrossEntropy(keras.losses.Loss):
         loss_BR, right_BR = loss_BR * weights_BR, right_BR * weights_BR
         count_B = ops.sum(ops.cast(weights_BR > 0, "float32"), axis=-1)
         loss_B = ops.sum(loss_BR, axis=-1) / ops.maximum(count_B, 1.0)
-        if self.mean == "token":
-            loss = ops.sum(loss_BR) / ops.maximum(ops.sum(count_B), 1.0)
-        else:
-            # A row without weight is no example: it fills a batch, or was
-            # skipped.
-            examples = ops.sum(ops.cast(count_B > 0, "float32"))
-            loss = ops.sum(loss_B) / ops.maximum(examples, 1.0)
-        total = ops.maximum(ops.sum(weights_BR), 1e-6)
-        return loss, ops.sum(right_BR) / total, loss_B
+        count, total = self.counts(weights_BR)
+        summed = ops.sum(loss_BR if self.mean == "token" else loss_B)
+        loss = summed / ops.maximum(count, 1.0)
+        return loss, ops.sum(right_BR) / ops.maximum(total, 1e-6), loss_B
 
     def get_config(self):
         return super().get_config() | {

@@ -167,6 +167,11 @@ class Head:
         """Whether no gradient is asked for but that of hidden states."""
         return not self.embedding.table.trainable
 
+    @property
+    def trained(self):
+        """The variables that a gradient is asked for."""
+        return [] if self.frozen else [self.embedding.table]
+
     def gradient(self, logits_BTV, gradient_BTV, dtype):
         """Take a gradient of the logits back to hidden states of a dtype."""
         if self.cap is not None:

@@ -300,8 +300,7 @@ def _check_output(settings, output):
 
 
 def _keep_settings(settings, output):
-    """Write the settings of a run; refuse others where one was begun."""
-    _check_output(settings, output)
+    """Write the settings of a run."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "settings.json").write_text(_as_json(settings), encoding="utf-8")
 

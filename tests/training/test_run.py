@@ -187,7 +187,7 @@ def test_another_runs_output_is_kept(data):
     run._keep_settings(more, data / "run")
     other = dataclasses.replace(settings, lora_rank=4)
     with pytest.raises(ValueError, match=r"'lora_rank': \(8, 4\)"):
-        run._keep_settings(other, data / "run")
+        run._check_output(other, data / "run")
     arguments = ["--preset", NANO, "--data", data / "train.jsonl"]
     arguments += ["--output", data / "run", "--lora-rank", 4, "--dry-run"]
     code, output = call_error("finetune", *arguments)
