@@ -9,11 +9,11 @@ as much. About 15 s a compilation; `--only 28b` takes the rows with that name.
 
 import argparse
 
-from keras_paligemma.distribution import machines
-from keras_paligemma.distribution.compiled import Compiler
-from keras_paligemma.distribution.job import GIB
-from keras_paligemma.distribution.job import Job
-from keras_paligemma.distribution.layouts import Layout
+from keras_paligemma.planning import machines
+from keras_paligemma.planning.compiled import Compiler
+from keras_paligemma.planning.job import Job
+from keras_paligemma.planning.planner import GIB
+from keras_paligemma.sharding.layouts import Layout
 
 ATTENTION = ("query", "value")
 # model, batch, text tokens, chips, low bits or "full", target GiB, KerasHub's:

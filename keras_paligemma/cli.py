@@ -15,9 +15,9 @@ from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.float_views import float_views
 from keras_paligemma.checkpoints.held import hold
 from keras_paligemma.checkpoints.safetensors_files import Headers
-from keras_paligemma.distribution.command import plan
 from keras_paligemma.export.command import export
 from keras_paligemma.known_files import read_checked
+from keras_paligemma.planning.command import plan
 
 app = typer.Typer(
     help="PaliGemma 2 for Keras 3.",

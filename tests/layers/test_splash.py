@@ -12,16 +12,16 @@ from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.compat import compiling_for
-from keras_paligemma.distribution.compiled import Compiler
-from keras_paligemma.distribution.compiled import has_compiler
-from keras_paligemma.distribution.job import Job
-from keras_paligemma.distribution.layouts import Layout
 from keras_paligemma.layers.attention import attend
 from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.splash import PrefixMask
 from keras_paligemma.layers.splash import attend_fused
 from keras_paligemma.layers.splash import suits
 from keras_paligemma.models.generation import split_prompt
+from keras_paligemma.planning.compiled import Compiler
+from keras_paligemma.planning.compiled import has_compiler
+from keras_paligemma.planning.job import Job
+from keras_paligemma.sharding.layouts import Layout
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="the kernel is JAX's"

@@ -8,17 +8,14 @@ import pytest
 from typer.testing import CliRunner
 
 from keras_paligemma import cli
-from keras_paligemma.distribution import answering
-from keras_paligemma.distribution import auto
-from keras_paligemma.distribution import machines
-from keras_paligemma.distribution.answering import make_generation_plan
-from keras_paligemma.distribution.compiled import has_compiler
-from keras_paligemma.distribution.job import Job
-from keras_paligemma.distribution.job import chip_memory
-from keras_paligemma.distribution.job import flops
-from keras_paligemma.distribution.layouts import Layout
-from keras_paligemma.distribution.plan import make_plan
-from keras_paligemma.distribution.plan import show
+from keras_paligemma.planning import Job
+from keras_paligemma.planning import machines
+from keras_paligemma.planning import make_plan
+from keras_paligemma.planning.compiled import has_compiler
+from keras_paligemma.planning.job import Candidate
+from keras_paligemma.planning.training import Training
+from keras_paligemma.sharding import auto
+from keras_paligemma.sharding.layouts import Layout
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="JAX's step is planned"
@@ -48,9 +45,9 @@ def test_the_command_writes_json():
 def test_weights_are_shared_where_they_must_be():
     job = Job("pali_gemma2_pt_28b_224")
     found = by_arithmetic(job, "v5e-8")
-    assert found["fits"] and found["best"]["layout"] != "data 8x1"
-    assert found["smallest"] == "v5e-4"
-    text = show(found)
+    assert found.fits and found.best.layout != "data 8x1"
+    assert found.smallest == "v5e-4"
+    text = str(found)
     assert "an estimate" in text and "bounds" in text
     assert "enable_lora(rank=8)" in text
 
@@ -58,31 +55,27 @@ def test_weights_are_shared_where_they_must_be():
 def test_what_does_not_fit_says_what_would():
     job = Job("pali_gemma2_pt_28b_224", lora_rank=0)
     found = by_arithmetic(job, "v5e-4")
-    assert not found["fits"] and found["best"] is None
-    assert "It fits on v5e-" in found["advice"]
-    assert "lora_rank=8" in found["advice"]
-    assert "does not fit" in show(found)
+    assert not found.fits and found.best is None and found.code is None
+    assert "It fits on v5e-" in found.advice
+    assert "lora_rank=8" in found.advice
+    assert "does not fit" in str(found)
 
 
 def test_low_bits_fit_where_floats_do_not():
     job = Job("pali_gemma2_pt_10b_224", batch_size=1)
-    assert not by_arithmetic(job, "v5e-1", smallest=False)["fits"]
+    assert not by_arithmetic(job, "v5e-1", smallest=False).fits
     job = Job("pali_gemma2_pt_10b_224", batch_size=1, quantize="int8")
     found = by_arithmetic(job, "v5e-1", smallest=False)
-    assert found["fits"] and 'quantize="int8"' in found["code"]
+    assert found.fits and 'quantize="int8"' in found.code
     with pytest.raises(ValueError, match="adapters"):
         Job("pali_gemma2_pt_10b_224", lora_rank=0, quantize="int8")
 
 
 def test_gpus_are_estimated():
     found = by_arithmetic(Job("pali_gemma2_pt_3b_224"), "l4")
-    assert found["fits"] and found["source"] == "estimate"
-    assert (
-        make_plan(Job("pali_gemma2_pt_3b_224"), "a100-40", smallest=False)[
-            "source"
-        ]
-        == "estimate"
-    )
+    assert found.fits and found.source == "estimate"
+    found = make_plan(Job("pali_gemma2_pt_3b_224"), "a100-40", smallest=False)
+    assert found.source == "estimate"
 
 
 def test_machines_that_do_not_exist_name_the_nearest():
@@ -146,29 +139,30 @@ def test_generating_is_planned():
     assert found["smallest"] == "v5e-1"
     compile(found["code"], "paste", "exec")
     job = Job("pali_gemma2_pt_28b_224", batch_size=64)
-    found = make_generation_plan(job, "v5e-1", compiler=False)
-    assert not found["fits"] and found["smallest"] == "v5e-8"
-    assert "fewer prompts" in answering.show(found)
+    found = by_arithmetic(job, "v5e-1", generate=True)
+    assert not found.fits and found.smallest == "v5e-8"
+    assert "Fewer prompts" in str(found)
 
 
 def test_flops_of_a_forward_pass_are_twice_the_parameters():
     job = Job("pali_gemma2_pt_3b_224", batch_size=1)
-    model = job.model()
-    text = model[0].text_decoder.blocks
+    training = Training(job, ("block",))
+    text = training.models["block"][0].text_decoder.blocks
     values = sum(
-        math.prod(one.shape) for one in text.variables if "kernel" in one.path
+        math.prod(variable.shape)
+        for variable in text.variables
+        if "kernel" in variable.path
     )
-    plain = flops(job, model[0], None)
-    again = flops(job, model[0], "block")
+    plain, again = training.flops(None), training.flops("block")
     # 256 image and 128 text tokens; attention adds little.
     assert again - plain == pytest.approx(2 * 384 * values, rel=0.03)
     full = Job("pali_gemma2_pt_3b_224", batch_size=1, lora_rank=0)
-    assert flops(full, model[0], None) > 1.4 * plain
+    assert Training(full, ("block",)).flops(None) > 1.4 * plain
 
 
 def test_state_is_counted_by_its_dtype():
     job = Job("pali_gemma2_pt_3b_224", lora_rank=0)
-    found = chip_memory(job, Layout("data"), job.model())
+    found = Training(job, ("block",)).memory(Candidate(Layout("data"), "block"))
     values = 3_032_094_960
     # Weights and gradients in bfloat16, two moments in float32.
     assert found["trained weights and optimizer"] == pytest.approx(
@@ -202,24 +196,24 @@ def test_auto_refuses_what_fits_nowhere():
 def test_the_compiler_signs():
     job = Job("pali_gemma2_pt_3b_224", lora_targets=("query", "value"))
     found = make_plan(job, "v5e-8", "weights 1x8", "block", smallest=False)
-    assert found["fits"] and found["best"]["source"] == "compiler"
-    assert found["best"]["hbm_gib"] < 1.4
-    assert found["best"]["split_gib"]["code"] > 0
+    assert found.fits and found.best.source == "compiler"
+    assert found.best.hbm_gib < 1.4
+    assert found.best.split_gib["code"] > 0
 
 
 @pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
 def test_the_compiler_signs_generating():
     job = Job("pali_gemma2_pt_3b_224", batch_size=1)
-    found = make_generation_plan(job, "v5e-1", smallest=False)
-    assert found["fits"] and found["best"]["source"] == "compiler"
+    found = make_plan(job, "v5e-1", smallest=False, generate=True)
+    assert found.fits and found.best.source == "compiler"
     # Little more than weights and cache.
-    assert 5.6 < found["best"]["prefill_gib"] <= found["best"]["hbm_gib"] < 6
+    assert 5.6 < found.details_gib["first token"] <= found.best.hbm_gib < 6
 
 
 def test_pairs_compute_half_a_pass_more_whatever_model_is_asked():
     job = Job("pali_gemma2_pt_3b_224")
     found = [
-        [flops(job, job.model(built)[0], remat) for built in ("block", "pair")]
+        [Training(job, (built,)).flops(remat) for built in ("block", "pair")]
         for remat in (None, "block", "pair")
     ]
     (none, same), (block, again), (pair, other) = found

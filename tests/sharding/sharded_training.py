@@ -26,13 +26,13 @@ from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints.float_views import float_views
 from keras_paligemma.compat import compiling_for
 from keras_paligemma.compat import fill
-from keras_paligemma.distribution import distribute
 from keras_paligemma.layers import low_bit_product
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.splash import suits
 from keras_paligemma.layers.stack import LayerStack
 from keras_paligemma.layers.stack import stable_name
 from keras_paligemma.models.text_decoder import TokenEmbedding
+from keras_paligemma.sharding import distribute
 from tests.layers.test_splash import draw as draw_attention
 from tests.layers.test_splash import fused
 from tests.layers.test_splash import plain

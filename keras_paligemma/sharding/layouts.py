@@ -125,8 +125,24 @@ class Layout:
     @property
     def replicas(self):
         """How many parts the batch is split into."""
-        splits_examples = self.strategy in ("tensor", "both")
-        return self.groups if splits_examples else self.chips
+        return self.groups if self.splits_work else self.chips
+
+    @property
+    def splits_work(self):
+        """Whether the chips of a group share the work on each example."""
+        return self.strategy in ("tensor", "both")
+
+    @property
+    def tensor_chips(self):
+        """How many chips share the work on one example."""
+        return self.group if self.splits_work else 1
+
+    @property
+    def storage_chips(self):
+        """How many chips share a weight's storage and gather it to use it."""
+        return {"weights": self.group, "both": self.groups}.get(
+            self.strategy, 1
+        )
 
     def axes(self, name, shape):
         """Say which mesh axis splits each axis of a variable.
@@ -149,7 +165,7 @@ class Layout:
             raise ValueError(
                 f"No layout is known for a variable. Received: {name!r} of "
                 f"shape {tuple(shape)}. Add a row to "
-                "keras_paligemma.distribution.layouts.TABLE, or set "
+                "keras_paligemma.sharding.layouts.TABLE, or set "
                 "layout_map[its path] of this distribution to a tuple of mesh "
                 "axes and None."
             )
@@ -157,7 +173,7 @@ class Layout:
         sizes = shape[stacked:]
         large = math.prod(sizes) >= self.small
         chosen = [None] * len(sizes)
-        if self.strategy in ("tensor", "both"):
+        if self.splits_work:
             split = [i for i, one in enumerate(letters) if one in SPLIT]
             _choose(chosen, sizes, split, self.group, "model")
         if large and "model" not in chosen and self.strategy != "data":

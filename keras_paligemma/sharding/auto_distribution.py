@@ -4,13 +4,12 @@ import dataclasses
 
 from keras import distribution
 
-from keras_paligemma.distribution import machines
-from keras_paligemma.distribution.job import GIB
-from keras_paligemma.distribution.job import Job
-from keras_paligemma.distribution.job import candidates
-from keras_paligemma.distribution.job import chip_memory
-from keras_paligemma.distribution.layouts import distribute
-from keras_paligemma.distribution.plan import ROOM
+from keras_paligemma.planning import machines
+from keras_paligemma.planning.job import Job
+from keras_paligemma.planning.planner import ESTIMATE_SHARE
+from keras_paligemma.planning.planner import GIB
+from keras_paligemma.planning.training import Training
+from keras_paligemma.sharding.layouts import distribute
 
 
 def auto(preset, devices=None, memory_gib=None, remat="block", **job):
@@ -28,7 +27,7 @@ def auto(preset, devices=None, memory_gib=None, remat="block", **job):
         remat: `None`, "dots", "block" or "pair", what the model is built with.
         **job: `batch_size`, `prompt_length`, `response_length`, `lora_rank`
             (0 trains all weights), `lora_targets`, `quantize`, `dtype`: see
-            `job.Job`.
+            `planning.Job`.
 
     Returns:
         `keras.distribution.DataParallel` or `layouts.Sharded`.
@@ -47,8 +46,7 @@ def auto(preset, devices=None, memory_gib=None, remat="block", **job):
     devices = distribution.list_devices() if devices is None else list(devices)
     if memory_gib is None:
         memory_gib = _memory(devices[0])
-    job = Job(preset, **job)
-    model = job.model(remat)
+    training = Training(Job(preset, **job), (remat,))
     # A v5e's ratio of arithmetic to links stands for all: only the order of
     # the layouts depends on it.
     kind = machines.find("v5e-1")
@@ -60,43 +58,50 @@ def auto(preset, devices=None, memory_gib=None, remat="block", **job):
         kind.bandwidth,
         kind.link,
     )
-    needs = {}
-    for layout, kept in candidates(job, machine, model):
-        if kept != remat:
-            continue
-        needs[layout] = sum(chip_memory(job, layout, model).values())
-        if needs[layout] <= ROOM * memory_gib * GIB:
+    candidates = training.candidates(machine)
+    for candidate in candidates:
+        if _fits(training, candidate, machine):
+            layout = candidate.layout
             shape = (layout.groups, layout.group)
             return distribute(layout.strategy, shape, devices)
+    needs = {
+        candidate.layout: sum(training.memory(candidate).values())
+        for candidate in candidates
+    }
     least = min(needs, key=needs.get)
-    works = _nearest(job, machine, model, remat)
     raise ValueError(
         f"{preset!r} does not fit on {len(devices)} devices of "
         f"{memory_gib} GiB: {least}, which needs the least, needs about "
-        f"{needs[least] / GIB:.1f} GiB on each. Expected: {works}"
+        f"{needs[least] / GIB:.1f} GiB on each. Expected: "
+        f"{_nearest(training, machine)}"
         "quantize='int8' or 'int4', or adapters instead of all weights. "
         "`keras-paligemma plan` finds the smallest slice."
     )
 
 
-def _nearest(job, machine, model, remat):
-    """Name the batch, and the number of devices, that would fit."""
+def _fits(training, candidate, machine):
+    """Say whether an estimate leaves the compiler the room that it needs."""
+    needed = sum(training.memory(candidate).values())
+    return needed <= ESTIMATE_SHARE * machine.memory * GIB
 
-    def fits(job, machine):
+
+def _nearest(training, machine):
+    """Name the batch, or else the number of devices, that would fit."""
+
+    def fits(training, machine):
         return any(
-            sum(chip_memory(job, layout, model).values())
-            <= ROOM * machine.memory * GIB
-            for layout, kept in candidates(job, machine, model)
-            if kept == remat
+            _fits(training, candidate, machine)
+            for candidate in training.candidates(machine)
         )
 
-    batches = [2**i for i in range(16) if 2**i < job.batch_size]
-    for size in reversed(batches):
-        if fits(dataclasses.replace(job, batch_size=size), machine):
+    sizes = [2**i for i in range(16) if 2**i < training.job.batch_size]
+    for size in reversed(sizes):
+        job = dataclasses.replace(training.job, batch_size=size)
+        if fits(Training(job, tuple(training.models)), machine):
             return f"a batch of {size}, "
     for times in (2, 4, 8, 16, 32):
         chips = machine.chips * times
-        if fits(job, dataclasses.replace(machine, chips=chips)):
+        if fits(training, dataclasses.replace(machine, chips=chips)):
             return f"{chips} devices, "
     return ""
 

@@ -10,9 +10,9 @@ from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import presets
 from keras_paligemma import without_values
-from keras_paligemma.distribution import layouts
-from keras_paligemma.distribution.layouts import Layout
 from keras_paligemma.layers.stack import stable_name
+from keras_paligemma.sharding import layouts
+from keras_paligemma.sharding.layouts import Layout
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() == "tensorflow",

@@ -1,6 +1,6 @@
 """What training steps may need of a v5e chip, by the TPU's own compiler.
 
-`python -m tests.distribution.hbm_budgets` writes the table that tests compare
+`python -m tests.planning.hbm_budgets` writes the table that tests compare
 with, `hbm_budgets.json`: after a change that needs less, or knowingly more. It
 needs `keras_paligemma[plan]` on Linux x86-64, and a minute.
 """
@@ -9,11 +9,11 @@ import json
 import math
 from pathlib import Path
 
-from keras_paligemma.distribution import machines
-from keras_paligemma.distribution.compiled import Compiler
-from keras_paligemma.distribution.job import GIB
-from keras_paligemma.distribution.job import Job
-from keras_paligemma.distribution.layouts import Layout
+from keras_paligemma.planning import machines
+from keras_paligemma.planning.compiled import Compiler
+from keras_paligemma.planning.job import Job
+from keras_paligemma.planning.planner import GIB
+from keras_paligemma.sharding.layouts import Layout
 
 TABLE = Path(__file__).with_suffix(".json")
 ATTENTION = ("query", "value")

@@ -1,4 +1,4 @@
-"""One chip to a pod: where weights lie, and whether a training step fits.
+"""One chip to a pod: on which chips which part of a weight lies.
 
 Names are loaded on first use.
 """
@@ -8,10 +8,9 @@ from keras_paligemma.lazy import attach
 _HOME = {
     "Layout": "layouts",
     "Sharded": "layouts",
-    "auto": "choice",
+    "auto": "auto_distribution",
     "data_shard": "layouts",
     "distribute": "layouts",
-    "make_plan": "plan",
 }
 
 __all__ = list(_HOME)

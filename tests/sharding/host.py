@@ -8,15 +8,15 @@ import os
 import sys
 from pathlib import Path
 
-from tests.distribution import sharded_runs  # isort: skip
+from tests.sharding import sharded_runs  # isort: skip
 
 import keras
 import numpy as np
 
 from keras_paligemma.checkpoints import peft
 from keras_paligemma.checkpoints import safetensors_files
-from keras_paligemma.distribution import data_shard
-from keras_paligemma.distribution import distribute
+from keras_paligemma.sharding import data_shard
+from keras_paligemma.sharding import distribute
 from keras_paligemma.training import RunCheckpoint
 
 # What another module asked for, before JAX has looked.

@@ -5,10 +5,10 @@ import json
 import keras
 import pytest
 
-from keras_paligemma.distribution.compiled import has_compiler
-from tests.distribution import hbm_budgets
+from keras_paligemma.planning.compiled import has_compiler
+from tests.planning import hbm_budgets
 
-MEND = "To take it as the budget: python -m tests.distribution.hbm_budgets"
+MEND = "To take it as the budget: python -m tests.planning.hbm_budgets"
 
 
 @pytest.mark.skipif(

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 
-from keras_paligemma.distribution.layouts import Layout
+from keras_paligemma.sharding.layouts import Layout
 
 ENVIRONMENT = {
     "KERAS_BACKEND": "jax",
@@ -45,7 +45,7 @@ class Compiler:
         # A file: a pipe that nobody reads would fill up.
         self.told = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "keras_paligemma.distribution.compiled"],
+            [sys.executable, "-m", "keras_paligemma.planning.compiled"],
             env=os.environ | ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -171,8 +171,8 @@ def _model(job, layout, remat, topology):
     """Build a task without values, and its distribution over chips."""
     from jax.experimental import topologies
 
-    from keras_paligemma.distribution.layouts import Sharded
     from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
+    from keras_paligemma.sharding.layouts import Sharded
 
     one_chip = {"chips_per_host_bounds": (1, 1, 1)}
     target = topologies.get_topology_desc(
@@ -237,7 +237,7 @@ def _compile(function, arguments, distribution):
 
 def main():
     """Compile what comes in, line by line."""
-    from keras_paligemma.distribution.job import Job
+    from keras_paligemma.planning.job import Job
 
     # Libraries that print must not come between.
     answers = os.fdopen(os.dup(1), "w")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 # It sets the environment; JAX reads that when it is first used.
-from tests.distribution import sharded_training  # isort: skip
+from tests.sharding import sharded_training  # isort: skip
 
 import jax
 import keras
@@ -22,14 +22,14 @@ from keras_paligemma.checkpoints import float_views
 from keras_paligemma.compat import fill
 from keras_paligemma.compat import to_host
 from keras_paligemma.data import Batches
-from keras_paligemma.distribution import distribute
-from keras_paligemma.distribution.layouts import chip_bytes
+from keras_paligemma.sharding import distribute
+from keras_paligemma.sharding.layouts import chip_bytes
 from keras_paligemma.training import fit
-from tests.distribution.sharded_training import RESPONSE
-from tests.distribution.sharded_training import TARGETS
-from tests.distribution.sharded_training import Losses
-from tests.distribution.sharded_training import check_shards
-from tests.distribution.sharded_training import tokens
+from tests.sharding.sharded_training import RESPONSE
+from tests.sharding.sharded_training import TARGETS
+from tests.sharding.sharded_training import Losses
+from tests.sharding.sharded_training import check_shards
+from tests.sharding.sharded_training import tokens
 
 STEPS, BATCH = 4, 8
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def start(script, *arguments):
-    module = f"tests.distribution.{script}"
+    module = f"tests.sharding.{script}"
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=Path(__file__).parents[2],

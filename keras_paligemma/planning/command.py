@@ -43,9 +43,8 @@ def plan(
 ) -> None:
     """Tell before renting chips whether a fine-tune fits, and how."""
     use_jax()
-    from keras_paligemma.distribution import answering
-    from keras_paligemma.distribution import plan as planning
-    from keras_paligemma.distribution.job import Job
+    from keras_paligemma.planning import Job
+    from keras_paligemma.planning import make_plan
 
     if generate and full:
         raise ValueError("Received: --generate and --full. Expected: one.")
@@ -59,15 +58,15 @@ def plan(
         quantize,
         dtype,
     )
-    compiler = False if estimate else None
-    if generate:
-        result = answering.make_generation_plan(job, slice, layout, compiler)
-    else:
-        result = planning.make_plan(
-            job, slice, layout, remat or "any", compiler
-        )
-    shown = answering.show if generate else planning.show
-    typer.echo(dumps(result) if json else shown(result))
+    found = make_plan(
+        job,
+        slice,
+        layout,
+        remat or "any",
+        compiler=False if estimate else None,
+        generate=generate,
+    )
+    typer.echo(dumps(found.to_dict()) if json else found)
 
 
 def use_jax():

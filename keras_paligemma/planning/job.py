@@ -1,0 +1,138 @@
+"""What is planned: a preset, a batch, lengths, adapters, low bits."""
+
+import dataclasses
+
+from keras_paligemma.checkpoints import formats
+from keras_paligemma.compat import without_values
+from keras_paligemma.models.backbone import PaliGemmaBackbone
+from keras_paligemma.models.optimizers import Adam
+from keras_paligemma.sharding.layouts import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What memory and time of a fine-tune, or of generation, depend on.
+
+    Args:
+        preset: str, as `from_preset` takes it.
+        batch_size: int, examples a step on all chips together.
+        prompt_length: int, tokens.
+        response_length: int, tokens.
+        lora_rank: int; 0 trains all weights.
+        lora_targets: see `enable_lora`; the decoder's attention if `None`.
+        quantize: "int8", "int4" or `None`.
+        dtype: dtype policy.
+    """
+
+    preset: str
+    batch_size: int = 8
+    prompt_length: int = 64
+    response_length: int = 64
+    lora_rank: int = 8
+    lora_targets: tuple | None = None
+    quantize: str | None = None
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        for name in ("batch_size", "prompt_length", "response_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} is at least 1. Received: {getattr(self, name)}."
+                )
+        if self.quantize and not self.lora_rank:
+            raise ValueError(
+                "Weights in low bits cannot be trained. Received: quantize="
+                f"{self.quantize!r} for a full fine-tune. Expected: adapters "
+                "(lora_rank=8), or no quantize."
+            )
+
+    @property
+    def text_length(self):
+        return self.prompt_length + self.response_length
+
+    def model(self, remat="block", form="stacked"):
+        """Build backbone and optimizer without values.
+
+        Returns:
+            `PaliGemmaBackbone` and built `Adam`.
+        """
+        config = formats.resolve(self.preset, False).config["backbone"]
+        fields = {**config, "dtype": self.dtype, "remat": remat, "form": form}
+        if self.quantize:
+            fields["quantization"] = self.quantize
+        optimizer = Adam()
+        with without_values():
+            backbone = PaliGemmaBackbone(**fields)
+            if self.lora_rank:
+                backbone.enable_lora(self.lora_rank, targets=self.lora_targets)
+            optimizer.build(backbone.trainable_variables)
+        return backbone, optimizer
+
+    def code(self, layout, remat, last_lines):
+        """Write Python that loads the model as planned and runs it.
+
+        Args:
+            layout: `Layout`.
+            remat: one of `layers.remat.REMATS`.
+            last_lines: list of strs, what is done with `model`.
+
+        Returns:
+            str.
+        """
+        lines = ["import keras", "import keras_paligemma as kp"]
+        if layout.chips > 1:
+            lines += [
+                "from keras_paligemma.sharding import distribute",
+                "",
+                "keras.distribution.set_distribution(",
+                f'    distribute("{layout.strategy}", '
+                f"({layout.groups}, {layout.group}))",
+                ")",
+            ]
+        lines += [
+            "model = kp.PaliGemmaCausalLM.from_preset(",
+            f'    "{self.preset}",',
+            f'    dtype="{self.dtype}",',
+            '    form="stacked",',
+            f"    remat={remat!r},".replace("'", '"'),
+        ]
+        if self.quantize:
+            lines.append(f'    quantize="{self.quantize}",')
+        lines += [
+            f"    prompt_length={self.prompt_length},",
+            f"    response_length={self.response_length},",
+            ")",
+        ]
+        if self.lora_rank:
+            targets = ""
+            if self.lora_targets:
+                named = ", ".join(f'"{name}"' for name in self.lora_targets)
+                targets = f", targets=[{named}]"
+            lines.append(f"model.enable_lora(rank={self.lora_rank}{targets})")
+        return "\n".join(lines + last_lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to run a job.
+
+    Args:
+        layout: `Layout`.
+        remat: what the backward pass computes again, one of
+            `layers.remat.REMATS`; `None` too where there is no backward pass.
+    """
+
+    layout: Layout
+    remat: str | None = None
+
+
+def layouts_of(chips):
+    """List all layouts of so many chips."""
+    layouts = [Layout("data", chips, 1)]
+    groups = [size for size in range(2, chips + 1) if chips % size == 0]
+    for group in groups:
+        layouts.append(Layout("weights", chips // group, group))
+        layouts.append(Layout("tensor", chips // group, group))
+        if group < chips:
+            layouts.append(Layout("both", chips // group, group))
+    return layouts

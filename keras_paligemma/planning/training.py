@@ -1,0 +1,268 @@
+"""A training step: its memory, arithmetic and time on a layout."""
+
+import math
+
+from keras_paligemma.layers.remat import REMATS
+from keras_paligemma.planning.job import Candidate
+from keras_paligemma.planning.job import layouts_of
+from keras_paligemma.sharding.layouts import Layout
+from keras_paligemma.sharding.layouts import chip_bytes
+from keras_paligemma.training.memory import estimate_memory
+
+
+class Training:
+    """The workload "one step of `fit`", for the planner.
+
+    Args:
+        job: `Job`.
+        remats: tuple of those of `layers.remat.REMATS` that are candidates.
+    """
+
+    trains = True
+    # Activations by arithmetic are rough. Only an estimate beyond this many
+    # times the memory is believed without asking the compiler.
+    believed_beyond = 1.6
+
+    def __init__(self, job, remats=REMATS):
+        self.job = job
+        # A model is built for the remat that it is asked about.
+        self.models = {remat: job.model(remat) for remat in remats}
+
+    def candidates(self, machine):
+        """List what a machine allows, the lowest bound of time first.
+
+        Args:
+            machine: `machines.Machine`.
+
+        Returns:
+            List of `Candidate`.
+        """
+        layouts = [
+            layout
+            for layout in layouts_of(machine.chips)
+            if self.job.batch_size % layout.replicas == 0
+        ]
+
+        def slowness(candidate):
+            found = self.bounds(candidate, machine)
+            return (
+                max(found.values()),
+                found["interconnect"],
+                sum(found.values()),
+            )
+
+        return sorted(
+            (
+                Candidate(layout, remat)
+                for layout in layouts
+                for remat in self.models
+            ),
+            key=slowness,
+        )
+
+    def thriftiest(self, machine):
+        """List the candidates of the least memory: all chips share weights."""
+        pairs = [
+            candidate
+            for candidate in self.candidates(machine)
+            if candidate.remat == "pair"
+        ]
+        return sorted(
+            pairs, key=lambda candidate: sum(self.memory(candidate).values())
+        )[:2]
+
+    def memory(self, candidate):
+        """Split the memory of a chip, by arithmetic.
+
+        Weights and optimizer state are exact; activations are those of
+        `estimate_memory`.
+
+        Args:
+            candidate: `Candidate`.
+
+        Returns:
+            Dict of str to bytes: "weights", "adapters and optimizer" (or
+            "trained weights and optimizer"), "activations".
+        """
+        job, layout = self.job, candidate.layout
+        backbone, optimizer = self.models[candidate.remat]
+        trained = backbone.trainable_variables
+        ids = {id(variable) for variable in trained}
+        frozen = [
+            variable
+            for variable in backbone.variables
+            if id(variable) not in ids
+        ]
+        examples = -(-job.batch_size // layout.replicas)
+        rough = estimate_memory(
+            backbone, examples, job.text_length, job.response_length
+        )
+        # One layer's weights are whole while it runs; twice, since the next
+        # layer's are gathered meanwhile.
+        gathered = 0
+        if layout.replicas > 1 and layout.strategy != "data":
+            gathered = 2 * _largest_layer(backbone)
+        kind = "adapters" if job.lora_rank else "trained weights"
+        return {
+            "weights": chip_bytes(layout, frozen),
+            # Gradients are as large as what is trained.
+            f"{kind} and optimizer": chip_bytes(layout, trained) * 2
+            + chip_bytes(layout, optimizer.variables),
+            "activations": rough["activations"] // layout.tensor_chips
+            + rough["logits"]
+            + gathered,
+        }
+
+    def flops(self, remat):
+        """Count the multiplications and additions of one step.
+
+        Args:
+            remat: what is computed again in the backward pass.
+
+        Returns:
+            float, of all chips together.
+        """
+        job = self.job
+        backbone, _ = next(iter(self.models.values()))
+        vision, text = backbone.vision_config, backbone.text_config
+        patches = vision.num_image_tokens(backbone.image_size)
+        tokens = patches + job.text_length
+        full = not job.lora_rank
+        vision_trained = full or any(
+            target.startswith(("vision", "all"))
+            for target in job.lora_targets or ()
+        )
+        vision_flops = _tower_flops(
+            patches,
+            _kernel_values(backbone.vision_encoder),
+            vision.num_layers * vision.hidden_dim,
+            _recomputed(backbone.vision_encoder.blocks, remat),
+            full,
+            vision_trained,
+        )
+        text_flops = _tower_flops(
+            tokens,
+            _kernel_values(backbone.text_decoder.blocks),
+            text.num_layers * text.num_query_heads * text.head_dim,
+            _recomputed(backbone.text_decoder.blocks, remat),
+            full,
+        )
+        head = 2 * job.response_length * text.hidden_dim * text.vocabulary_size
+        # The loss streams: its products are computed again.
+        total = vision_flops + text_flops + head * (4 if full else 3)
+        return job.batch_size * total
+
+    def bounds(self, candidate, machine):
+        """Bound a step's time from below, three times over.
+
+        Args:
+            candidate: `Candidate`.
+            machine: `machines.Machine`.
+
+        Returns:
+            Dict of str to seconds: "compute", "memory", "interconnect".
+        """
+        job, layout, remat = self.job, candidate.layout, candidate.remat
+        backbone, optimizer = self.models[remat]
+        whole = chip_bytes(Layout("data"), backbone.variables)
+        state = chip_bytes(layout, optimizer.variables)
+        trained = chip_bytes(Layout("data"), backbone.trainable_variables)
+        passes = {"block": 3, "pair": 3.5}.get(remat, 2)
+        split = layout.tensor_chips
+        # Weights are gathered in each pass; a block's twice with remat.
+        received = passes * whole / split * (1 - 1 / layout.storage_chips)
+        if split > 1:
+            text = backbone.text_config
+            patches = backbone.vision_config.num_image_tokens(
+                backbone.image_size
+            )
+            tokens = (patches + job.text_length) * job.batch_size
+            tokens /= layout.replicas
+            # Two sums over the group a block and pass, sent and received.
+            sums = 2 * passes * text.num_layers * tokens * text.hidden_dim * 2
+            received += 2 * sums * (1 - 1 / split)
+        if layout.replicas > 1:
+            received += 2 * trained / split * (1 - 1 / layout.replicas)
+        # A group that splits no work and has too few examples repeats it.
+        busy = min(layout.replicas, job.batch_size) * split
+        return {
+            "compute": self.flops(remat) / (busy * machine.flops),
+            "memory": (passes * whole / split + 2 * state) / machine.bandwidth,
+            "interconnect": received / machine.link,
+        }
+
+    def compile(self, compiler, candidate, machine):
+        """Ask the compiler for the step's memory; see `Compiler.compile`."""
+        return compiler.compile(
+            self.job, candidate.layout, candidate.remat, machine.topology
+        )
+
+    def details(self, compiler, candidate, machine):
+        """Return what is measured of the chosen candidate alone: nothing."""
+        return {}
+
+    def code(self, candidate):
+        """Write the settings as Python code."""
+        return self.job.code(
+            candidate.layout,
+            candidate.remat,
+            [
+                "model.compile()",
+                f"model.fit(examples, batch_size={self.job.batch_size})",
+            ],
+        )
+
+    def title(self):
+        """Return the first words of a plan."""
+        return f"{self.job.preset} on"
+
+    def advice(self):
+        """Say what needs less memory than this job."""
+        lines = []
+        if not self.job.lora_rank:
+            lines.append(
+                "Adapters (lora_rank=8) need less than a full fine-tune."
+            )
+        elif self.job.quantize != "int4":
+            better = "int8" if self.job.quantize is None else "int4"
+            lines.append(f"quantize={better!r} needs less.")
+        if self.job.batch_size > 1:
+            lines.append("So does a smaller batch.")
+        return " ".join(lines)
+
+
+def _largest_layer(backbone):
+    """Return the bytes of one block's weights in the compute dtype."""
+    sizes = [0]
+    for tower in (backbone.vision_encoder, backbone.text_decoder):
+        stack = tower.blocks
+        whole = sum(math.prod(variable.shape) for variable in stack.variables)
+        sizes.append(2 * whole // stack.num_layers)
+    return max(sizes)
+
+
+def _kernel_values(layer):
+    return sum(
+        math.prod(variable.shape)
+        for variable in layer.variables
+        if variable.path.endswith("kernel")
+    )
+
+
+def _recomputed(stack, remat):
+    """Return how often products, and attention, are computed again."""
+    if remat == "pair" and stack.num_layers % 2 == 0:
+        return 1.5, 1.5
+    known = {"dots": (0, 1), "block": (1, 1), "pair": (1, 1)}
+    return known.get(remat, (0, 0))
+
+
+def _tower_flops(tokens, kernels, heads, recomputed, full, trained=True):
+    """Count what one example costs a tower: kernels and attention."""
+    products, attention = 2 * tokens * kernels, 4 * tokens * tokens * heads
+    if not trained:
+        return products + attention
+    # Forward; the gradient of the inputs, and of the weights. Both inputs of
+    # attention's products have gradients.
+    times = 3 if full else 2
+    return products * (times + recomputed[0]) + attention * (3 + recomputed[1])
