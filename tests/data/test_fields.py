@@ -66,6 +66,19 @@ def test_wrong_fields(fields, message):
         FieldSource(ROWS, **fields)[0]
 
 
+def test_empty_answers_on_request():
+    rows = [
+        {"image": PICTURE, "caption": text} for text in ("", b"", ["a", ""])
+    ]
+    source = FieldSource(rows, allow_empty=True)
+    assert [one["responses"] for one in source] == ["", "", ["a", ""]]
+    for index in range(3):
+        with pytest.raises(ExampleError, match="is empty.*allow_empty=True"):
+            FieldSource(rows)[index]
+    with pytest.raises(ExampleError, match="answer is not text.*None"):
+        FieldSource([{"image": PICTURE, "caption": None}], allow_empty=True)[0]
+
+
 def test_streams_and_dictionaries_are_refused():
     with pytest.raises(ValueError, match="by number.*generator.*streaming"):
         FieldSource(row for row in ROWS)

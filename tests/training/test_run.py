@@ -81,6 +81,27 @@ def test_from_the_command_line_and_again(data):
     assert [line.split(",")[0] for line in lines[1:]] == ["0", "1"]
 
 
+def test_empty_answers_from_the_command_line(data):
+    """And a run that began before there was such a setting goes on."""
+    line = {"image": "0.png", "prefix": "detect cat", "suffix": ""}
+    (data / "train.jsonl").write_text(f"{json.dumps(line)}\n" * 2)
+    arguments = [
+        *("finetune", "--preset", NANO, "--data", data / "train.jsonl"),
+        *("--output", data / "run", "--batch-size", 1, "--lora-rank", 1),
+    ]
+    code, output = call_error(*arguments)
+    assert code == 1 and "line 1: `suffix` is empty" in output
+    assert "--allow-empty" in output
+    code, output = call(*arguments, "--allow-empty")
+    assert code == 0, output
+    settings = json.loads((data / "run" / "settings.json").read_text())
+    assert settings.pop("allow_empty") is True
+    (data / "run" / "settings.json").write_text(json.dumps(settings))
+    before = Settings(NANO, str(data / "train.jsonl"), str(data / "run"))
+    before = dataclasses.replace(before, batch_size=1, lora_rank=1)
+    run._check_output(before, data / "run")
+
+
 def test_accumulation_leaves_the_schedule_its_length():
     settings = Settings(NANO, "", "", gradient_accumulation=4, lora_rank=2)
     model = build(settings)
