@@ -104,8 +104,18 @@ def check_numbered(dataset: Any):
         dataset: what should have a length and `[index]`.
 
     Raises:
-        ValueError: it is a dictionary, or a stream.
+        ValueError: it is a dictionary, a stream, or a table of columns.
     """
+    for attribute, method in (
+        ("iloc", "to_dict('records')"),  # pandas
+        ("to_pylist", "to_pylist()"),  # pyarrow
+    ):
+        if hasattr(dataset, attribute):
+            raise ValueError(
+                "A table gives columns by name, no examples by number. "
+                f"Expected: a list of dictionaries, which its `.{method}` "
+                f"makes. Received: {type(dataset).__name__}."
+            )
     if isinstance(dataset, Mapping):
         raise ValueError(
             "This is a dictionary of data sets. Expected: one of them, "
