@@ -22,7 +22,7 @@ _ROLES = {
 }
 _IMAGE = "<image>"
 # What other loaders replace before a model reads it.
-_PLACEHOLDER = re.compile(r"<(?:bbox|ref-object|point|video|audio)>")
+_PLACEHOLDER = re.compile(r"<(?:bbox|ref-object|video|audio)>")
 
 
 class ConversationSource:

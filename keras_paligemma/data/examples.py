@@ -222,8 +222,7 @@ def check(source: Any, preprocessor: Callable | None = None) -> list[str]:
                 # What only warns in training, such as an answer that is cut.
                 warnings.simplefilter("error")
                 count = _check_example(source[index], preprocessor)
-                if first is None:
-                    first = count, place
+                first = first or (count, place)
                 if count != first[0]:
                     raise ValueError(
                         f"The example has {count} frames, and {first[1]} has "
