@@ -215,6 +215,12 @@ def finetune(
     validation: Annotated[
         str | None, typer.Option(help="Another JSONL file")
     ] = None,
+    allow_empty: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-empty", help="Answers may be empty: nothing to detect"
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Default 1")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Default 8")] = None,
     learning_rate: Annotated[
@@ -251,6 +257,7 @@ def finetune(
             "data": data,
             "output": output,
             "validation": validation,
+            "allow_empty": allow_empty,
             "epochs": epochs,
             "batch_size": batch_size,
             "learning_rate": learning_rate,

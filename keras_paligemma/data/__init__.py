@@ -11,6 +11,7 @@ from keras_paligemma.lazy import attach
 _HOME = {
     "Batches": "pipeline",
     "COCOSource": "coco",
+    "ConversationSource": "conversations",
     "ExampleError": "examples",
     "FieldSource": "fields",
     "JSONLSource": "jsonl",

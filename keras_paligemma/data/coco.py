@@ -1,8 +1,8 @@
 """COCO's JSON of boxes and masks, as `detect` and `segment` examples."""
 
 import collections
-import json
 import os
+import warnings
 from collections.abc import Callable
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +11,18 @@ import numpy as np
 from PIL import Image
 from PIL.ExifTags import Base
 
+from keras_paligemma.data.coco_file import clip_boxes
+from keras_paligemma.data.coco_file import edges_of
+from keras_paligemma.data.coco_file import has_mask
+from keras_paligemma.data.coco_file import read_coco
+from keras_paligemma.data.coco_file import size_of
+from keras_paligemma.data.examples import ExampleError
 from keras_paligemma.data.examples import located
+from keras_paligemma.preprocessing.images import openable
+from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.tasks.boxes import encode_box
 
 ORIENTATION = Base.Orientation
-
-# What the index is made of; the rest is asked for with its picture.
-_NEEDED = {
-    "images": {"id"},
-    "categories": {"id", "name"},
-    "annotations": {"image_id", "category_id"},
-}
 
 
 class COCOSource:
@@ -33,8 +34,13 @@ class COCOSource:
     | segment | `segment cat` | `<loc…>×4<seg…>×16 cat` |
 
     Answers follow the classes in the order of the prompt, within a class the
-    annotations in the order of the file. Crowds (`iscrowd`) are left out. The
-    JSON is read whole, as it has no lines; pictures are not.
+    annotations in the order of the file. The JSON is read whole, as it has no
+    lines; pictures are not.
+
+    A box that sticks out of its picture by a pixel, or by 1 % of the side, is
+    clipped: exporters round that way. A mask that is marked as a crowd
+    (`iscrowd`) is an object like others: CVAT and Datumaro mark all masks of a
+    brush so, and COCO groups.
 
     Args:
         path: str or path of the JSON file.
@@ -48,13 +54,25 @@ class COCOSource:
         encode_mask: function that "segment" needs: of a bool array (height,
             width), the mask within its box, at the picture's resolution; it
             returns the 16 codes, integers from 0 to 127.
+        keep_crowds: bool, whether crowds that have a mask are objects; crowds
+            without one never are.
+        outside: what becomes of a box that sticks out further: "error" when
+            its picture is asked for, "clip" cuts it to the picture, "drop"
+            leaves it out.
 
     Raises:
         ValueError: the file is no COCO file, annotations name pictures or
             categories that are not there, or arguments do not fit together.
         ExampleError: on `source[index]`, with picture and annotation: a box
-            is outside of its picture, a mask cannot be read, or the file is of
+            is outside of its picture or a mask cannot be read, where the
+            error's `remainder` has the other objects; or the file is of
             another shape than the JSON says.
+
+    Attributes:
+        clipped: int, boxes that were cut to their pictures.
+        left_out: dict of what to how many: crowds, objects of other classes,
+            boxes that were dropped, pictures without an object. A warning
+            tells of crowds that have no mask.
 
     Example:
 
@@ -74,10 +92,17 @@ class COCOSource:
         classes: Sequence[str] | None = None,
         keep_empty: bool = False,
         encode_mask: Callable[[np.ndarray], Sequence[int]] | None = None,
+        keep_crowds: bool = True,
+        outside: str = "error",
     ):
         if task not in ("detect", "segment"):
             raise ValueError(
                 f"`task` must be 'detect' or 'segment'. Received: {task!r}."
+            )
+        if outside not in ("error", "clip", "drop"):
+            raise ValueError(
+                "`outside` must be 'error', 'clip' or 'drop'. Received: "
+                f"{outside!r}."
             )
         if task == "segment":
             _check_masks(encode_mask)
@@ -90,20 +115,7 @@ class COCOSource:
         self.image_folder = os.fspath(image_folder)
         self.task = task
         self.encode_mask = encode_mask
-        data = _read(self.path)
-        try:
-            self._take(data, classes, keep_empty)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{self.path} is no COCO file: a field is of another type. "
-                "Expected: numbers as ids, and strings as names. Received: "
-                f"{error!r}."
-            ) from error
-
-    def _take(self, data, classes, keep_empty):
-        """Keep the pictures and categories, and an index of annotations."""
-        _check_entries(self.path, data)
-        _refuse_twins(self.path, data)
+        data = read_coco(self.path)
         names = {one["id"]: one["name"] for one in data["categories"]}
         self.classes = list(names.values() if classes is None else classes)
         self._ask_all = classes is not None
@@ -114,48 +126,86 @@ class COCOSource:
                 f"{sorted(names.values())}."
             )
         self._images = data["images"]
-        self._index(data["annotations"], names, keep_empty)
+        self.clipped = 0
+        self.left_out = collections.Counter()
+        objects = self._objects(data["annotations"], names, keep_crowds)
+        self._index(objects, names, outside)
+        self._rows = np.arange(len(self._images))
+        if not keep_empty:
+            self._rows = np.flatnonzero(self._ends > self._starts)
+        without = len(self._images) - len(self._rows)
+        self.left_out["pictures without an object"] += without
+        # Counts of none say nothing.
+        self.left_out = dict(+self.left_out)
 
-    def _index(self, annotations, names, keep_empty):
-        """Keep what is needed of annotations, in columns, by picture."""
-        row_of = {image["id"]: row for row, image in enumerate(self._images)}
-        class_of = {
-            id: self.classes.index(name)
-            for id, name in names.items()
-            if name in self.classes
-        }
-        rows, classes, boxes, ids, masks = [], [], [], [], []
+    def _objects(self, annotations, names, keep_crowds):
+        """List the annotations that are objects; count the others."""
+        objects = []
         for one in annotations:
-            if one.get("iscrowd"):
-                continue
-            if one["image_id"] not in row_of or one["category_id"] not in names:
-                raise ValueError(
-                    f"{self.path}, annotation {one.get('id')}: its picture or "
-                    "category is not in the file. Received: image_id="
-                    f"{one['image_id']}, category_id={one['category_id']}."
-                )
-            if one["category_id"] not in class_of:
-                continue
-            boxes.append(_box(one.get("bbox")))
-            rows.append(row_of[one["image_id"]])
-            classes.append(class_of[one["category_id"]])
-            ids.append(one.get("id"))
-            if self.task == "segment":
-                masks.append(one.get("segmentation"))
+            if names[one["category_id"]] not in self.classes:
+                self.left_out["objects of other classes"] += 1
+            elif one.get("iscrowd") and not keep_crowds:
+                self.left_out["crowds"] += 1
+            elif one.get("iscrowd") and not has_mask(one):
+                self.left_out["crowds without a mask"] += 1
+            else:
+                objects.append(one)
+        crowds = self.left_out["crowds without a mask"]
+        if crowds:
+            warnings.warn(
+                f"{self.path}: crowds (iscrowd) without a mask are left out, "
+                f"{crowds} of {len(annotations)} annotations. Set their "
+                "iscrowd to 0 if their boxes are objects.",
+                stacklevel=3,
+            )
+        return objects
+
+    def _index(self, objects, names, outside):
+        """Keep what is needed of objects, in columns, by picture."""
+        row_of = {image["id"]: row for row, image in enumerate(self._images)}
+        place = {name: number for number, name in enumerate(self.classes)}
+        rows = np.array([row_of[one["image_id"]] for one in objects], "int64")
+        classes = [place[names[one["category_id"]]] for one in objects]
+        sizes = np.array([size_of(one) for one in self._images], "float64")
+        boxes = [edges_of(one.get("bbox")) for one in objects]
+        boxes, overhang, cut = clip_boxes(
+            np.array(boxes, "float64").reshape(-1, 4),
+            sizes.reshape(-1, 2)[rows],
+            np.inf if outside == "clip" else 1,
+        )
+        self.clipped = int(cut.sum())
         # By picture, class and place in the file: `lexsort` is stable.
         order = np.lexsort((classes, rows))
+        if outside == "drop":
+            outer = overhang > 1
+            self.left_out["boxes outside of their pictures"] += int(outer.sum())
+            order = order[~outer[order]]
         self._classes = np.array(classes, "int64")[order]
-        self._boxes = np.array(boxes, "float64").reshape(-1, 4)[order]
-        self._ids = [ids[i] for i in order]
-        self._masks = [masks[i] for i in order] if masks else []
+        self._boxes = boxes[order]
+        self._ids = [objects[i].get("id") for i in order]
+        self._unreadable = {
+            i: objects[order[i]].get("bbox")
+            for i in np.flatnonzero(np.isnan(self._boxes).any(axis=1))
+        }
+        self._masks = []
+        if self.task == "segment":
+            self._masks = [objects[i].get("segmentation") for i in order]
         bounds = np.arange(len(self._images) + 1)
-        bounds = np.searchsorted(np.array(rows, "int64")[order], bounds)
+        bounds = np.searchsorted(rows[order], bounds)
         self._starts, self._ends = bounds[:-1], bounds[1:]
-        keep = self._ends > self._starts
-        self._rows = np.flatnonzero(keep | keep_empty)
 
     def __len__(self):
         return len(self._rows)
+
+    def __repr__(self):
+        left_out = "".join(
+            f", {number} {what} left out"
+            for what, number in self.left_out.items()
+        )
+        return (
+            f"COCOSource({os.fspath(self.path)!r}: {len(self)} examples, "
+            f"{self.clipped} boxes clipped{left_out})"
+        )
 
     def where(self, index: int) -> str:
         """Name file and picture of an example, by COCO's id."""
@@ -165,92 +215,69 @@ class COCOSource:
         with located(self.where(index)):
             row = self._rows[index]
             image = self._images[row]
-            missing = {"file_name", "height", "width"} - set(image)
-            if missing:
+            size = size_of(image)
+            name = image.get("file_name")
+            if np.isnan(size).any() or not isinstance(name, str):
+                wanted = ("file_name", "height", "width")
+                received = {key: image.get(key) for key in wanted}
                 raise ValueError(
-                    "The picture lacks a field. Expected: 'file_name', "
-                    f"'height' and 'width'. Received: {sorted(image)}."
+                    "The picture lacks its name or size. Expected: 'file_name' "
+                    "as text, 'height' and 'width' as numbers of pixels. "
+                    f"Received: {received!r:.200}."
                 )
-            size = (image["height"], image["width"])
-            here = range(self._starts[row], self._ends[row])
-            if self._ask_all:
-                asked = self.classes
-            else:
-                present = np.unique(self._classes[here.start : here.stop])
-                asked = [self.classes[i] for i in present]
-            answers = [
-                f"{self._locate(i, size)} {self.classes[self._classes[i]]}"
-                for i in here
-            ]
-            path = os.path.join(self.image_folder, image["file_name"])
+            path = picture_path(name, self.image_folder)
             _check_size(path, size)
-            return {
-                "images": path,
-                "prompts": f"{self.task} {' ; '.join(asked)}",
-                "responses": " ; ".join(answers),
-            }
+            answers, problems = {}, []
+            for i in range(self._starts[row], self._ends[row]):
+                try:
+                    tokens = self._locate(i, size)
+                except (ValueError, TypeError, KeyError) as error:
+                    problems.append(f"annotation {self._ids[i]}: {error}")
+                else:
+                    answers[i] = f"{tokens} {self.classes[self._classes[i]]}"
+            example = self._example(path, answers)
+            if not problems:
+                return example
+            others = ""
+            if problems[1:]:
+                others = f" ({len(problems)} of its objects are wrong.)"
+            raise ExampleError(
+                f"{self.where(index)}: {problems[0]}{others}",
+                remainder=example if answers else None,
+            )
+
+    def _example(self, path, answers):
+        """An example of answers by the place of their object."""
+        asked = self.classes
+        if not self._ask_all:
+            present = {int(self._classes[i]) for i in answers}
+            asked = [self.classes[number] for number in sorted(present)]
+        return {
+            "images": path,
+            "prompts": f"{self.task} {' ; '.join(asked)}",
+            "responses": " ; ".join(answers.values()),
+        }
 
     def _locate(self, i, size):
         """Tokens of one box, and of its mask."""
-        x, y, width, height = self._boxes[i]
-        box = tuple(map(float, (y, x, y + height, x + width)))
+        if i in self._unreadable:
+            raise ValueError(
+                "The box does not fit COCO's format. Expected: 'bbox', four "
+                "numbers [x, y, width, height] in pixels. Received: "
+                f"{self._unreadable[i]!r:.80}."
+            )
+        box = tuple(map(float, self._boxes[i]))
         try:
             tokens = encode_box(box, size)
-            if self.task == "segment":
-                mask = _within(_decode(self._masks[i], size), box)
-                tokens += _mask_tokens(self.encode_mask(mask))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"annotation {self._ids[i]}: {error}") from error
+        except ValueError as error:
+            raise ValueError(
+                f"{error} What sticks out by a pixel or 1 % is clipped; for "
+                "more, pass `outside='clip'` or `outside='drop'`."
+            ) from error
+        if self.task == "segment":
+            mask = _within(_decode(self._masks[i], size), box)
+            tokens += _mask_tokens(self.encode_mask(mask))
         return tokens
-
-
-def _read(path):
-    if not path.is_file():
-        raise ValueError(
-            "The data file does not exist. Expected: path of a COCO JSON "
-            f"file. Received: {os.fspath(path)!r}."
-        )
-    wanted = {"images", "annotations", "categories"}
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(data, dict) or not wanted <= set(data):
-        received = sorted(data) if isinstance(data, dict) else type(data)
-        raise ValueError(
-            f"{path} is no COCO file. Expected: an object with "
-            f"{sorted(wanted)}. Received: {received}."
-        )
-    return data
-
-
-def _check_entries(path, data):
-    """Name the entry, counted from 0, that lacks what the index needs."""
-    for kind, fields in _NEEDED.items():
-        if not isinstance(data[kind], list):
-            raise ValueError(
-                f"{path} is no COCO file: '{kind}' is no list. Expected: a "
-                f"list of objects. Received: {data[kind]!r:.80}."
-            )
-        for number, one in enumerate(data[kind]):
-            if not isinstance(one, dict) or not fields <= one.keys():
-                raise ValueError(
-                    f"{path} is no COCO file: {kind}[{number}] lacks a field. "
-                    f"Expected: an object with {sorted(fields)}. Received: "
-                    f"{one!r:.80}."
-                )
-
-
-def _refuse_twins(path, data):
-    """Refuse an id that two have: annotations would go to one of them."""
-    for kind in ("images", "categories"):
-        counts = collections.Counter(one["id"] for one in data[kind])
-        twins = [id for id, count in counts.items() if count > 1]
-        if twins:
-            raise ValueError(
-                f"{path}: several {kind} have the same id. Received: "
-                f"{twins[:5]}. Expected: each id once."
-            )
 
 
 def _check_size(path, size):
@@ -259,29 +286,19 @@ def _check_size(path, size):
     A resized copy, of the same shape, is none: boxes are shares of the sides.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(openable(path)) as opened:
             width, height = opened.size
             turned = opened.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-    except OSError:
+    except (OSError, ValueError):
         return  # Said when the picture is read.
     found = (width, height) if turned else (height, width)
     if abs(found[0] * size[1] - found[1] * size[0]) > sum(size):
         raise ValueError(
             "The picture is not of the size that its boxes were drawn on. "
             f"Expected: (height, width) {size}, or the same shape. Received: "
-            f"{found}{', turned as its EXIF says' if turned else ''}, {path}."
+            f"{found}{', turned as its EXIF says' if turned else ''}, "
+            f"{path:.300}."
         )
-
-
-def _box(box):
-    """Four numbers; nan, which fits no picture, for anything else."""
-    if (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(edge, (int, float)) for edge in box)
-    ):
-        return box
-    return [np.nan] * 4
 
 
 def _check_masks(encode_mask):

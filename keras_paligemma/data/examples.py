@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from keras_paligemma.preprocessing.images import read_image
+
 # What looks like a token of a place or of a mask and is none.
 _NO_TOKEN = re.compile(
     r"<loc(?!(?:0\d{3}|10[01]\d|102[0-3])>)-?\d+>"
@@ -13,10 +15,34 @@ _NO_TOKEN = re.compile(
 )
 # A box, and not a part of a longer row of places.
 _BOX = re.compile(r"(?<!<loc\d{4}>)" + r"<loc(\d{4})>" * 4 + r"(?!<loc)")
+# Tokens in a row, with or without blanks between them.
+_ROW = re.compile(r"<(?:loc|seg)\d+>(?:\s*<(?:loc|seg)\d+>)*")
+# What a row is where objects are asked for: a box, or a box and its mask.
+_OBJECT = re.compile(r"(?:<loc\d{4}>){4}(?:(?:<seg\d{3}>){16})?")
+_ASKS_FOR_OBJECTS = re.compile(
+    r"(?:<image>|<bos>|\s)*(?:detect|segment)\b", re.IGNORECASE
+)
+
+SAME_FRAMES = (
+    "Expected: the same number of pictures in all examples, as the arrays of "
+    "a batch have one shape. Put examples of another number into a data set "
+    "of their own."
+)
 
 
 class ExampleError(ValueError):
-    """An example that cannot be used; the message begins with its place."""
+    """An example that cannot be used; the message begins with its place.
+
+    Args:
+        message: str.
+        remainder: dict, the example without the objects that are wrong, where
+            the rest of it can be used; `Batches` with `skip_errors=True` goes
+            on with it.
+    """
+
+    def __init__(self, message: str, remainder: dict | None = None):
+        super().__init__(message)
+        self.remainder = remainder
 
 
 @contextlib.contextmanager
@@ -74,11 +100,15 @@ def answers_of(example: dict) -> list[str]:
 
     Raises:
         ValueError: there is none; one names a place outside of pictures,
-            which would be trained on as letters; or has a box upside down.
+            which would be trained on as letters; has a box upside down; or,
+            where the prompt is `detect …` or `segment …`, has more or fewer
+            tokens than a box and a mask have, or blanks between them. Answers
+            to other prompts may be of any tokens, such as points.
 
     Example:
 
-    >>> answers_of({"responses": "a cat"})
+    >>> example = {"images": "a.jpg", "prompts": "ocr", "responses": "a cat"}
+    >>> answers_of(example)
     ['a cat']
     """
     missing = {"images", "prompts", "responses"} - set(example)
@@ -91,22 +121,75 @@ def answers_of(example: dict) -> list[str]:
     answers = list(answers) if isinstance(answers, (list, tuple)) else [answers]
     if not answers:
         raise ValueError("There is no answer. Expected: one or more strings.")
+    prompt = example["prompts"]
+    objects = isinstance(prompt, str) and _ASKS_FOR_OBJECTS.match(prompt)
     for answer in answers:
-        wrong = isinstance(answer, str) and _NO_TOKEN.search(answer)
-        if wrong:
-            raise ValueError(
-                "A place or mask is outside of its range. Expected: <loc0000> "
-                "to <loc1023>, of which a box has four (y1, x1, y2, x2), and "
-                f"<seg000> to <seg127>. Received: {wrong[0]!r:.40}."
-            )
-        for box in _BOX.finditer(answer if isinstance(answer, str) else ""):
-            y1, x1, y2, x2 = map(int, box.groups())
-            if y1 > y2 or x1 > x2:
-                raise ValueError(
-                    "A box is upside down. Expected: (y1, x1, y2, x2), the "
-                    f"upper left corner first. Received: {box[0]!r}."
-                )
+        if isinstance(answer, str):
+            _check_places(answer)
+            if objects:
+                _check_objects(answer)
     return answers
+
+
+def _check_places(answer):
+    """Refuse places outside of pictures, and boxes upside down."""
+    wrong = _NO_TOKEN.search(answer)
+    if wrong:
+        raise ValueError(
+            "A place or mask is outside of its range. Expected: <loc0000> "
+            "to <loc1023>, of which a box has four (y1, x1, y2, x2), and "
+            f"<seg000> to <seg127>. Received: {wrong[0]!r:.40}."
+        )
+    for box in _BOX.finditer(answer):
+        y1, x1, y2, x2 = map(int, box.groups())
+        if y1 > y2 or x1 > x2:
+            raise ValueError(
+                "A box is upside down. Expected: (y1, x1, y2, x2), the "
+                f"upper left corner first. Received: {box[0]!r}."
+            )
+
+
+def _check_objects(answer):
+    """Refuse rows of tokens that are neither a box nor a box and its mask."""
+    for row in _ROW.findall(answer):
+        if not _OBJECT.fullmatch(row):
+            blanks = " and blanks" if re.search(r"\s", row) else ""
+            raise ValueError(
+                "An object is neither a box nor a box and its mask. Expected: "
+                "4 <loc…>, or 4 <loc…> and 16 <seg…>, without blanks between "
+                "them, then the label, and ' ; ' before the next object. "
+                f"Received: {row.count('<loc')} <loc…>, {row.count('<seg')} "
+                f"<seg…>{blanks} in {row!r:.100}."
+            )
+
+
+def frames_of(images: Any) -> list:
+    """List the frames of an example; one picture is a list of one.
+
+    Args:
+        images: what the example holds: a picture, or a list or array of
+            frames.
+
+    Returns:
+        List of pictures.
+
+    Raises:
+        ValueError: there is none.
+
+    Example:
+
+    >>> frames_of("a.jpg")
+    ['a.jpg']
+    """
+    # A list as pandas reads it, or an array of frames.
+    several = getattr(images, "ndim", 0) in (1, 4)
+    if not several and not isinstance(images, (list, tuple)):
+        return [images]
+    if not len(images):
+        raise ValueError(
+            f"There is no picture. Expected: one or more. Received: {images!r}."
+        )
+    return list(images)
 
 
 def check(source: Any, preprocessor: Callable | None = None) -> list[str]:
@@ -120,7 +203,8 @@ def check(source: Any, preprocessor: Callable | None = None) -> list[str]:
             prompts and answers that are too long are told as well.
 
     Returns:
-        List of strings, one a bad example, each with its place.
+        List of strings, one a bad example, each with its place. An example
+        whose number of frames differs from the first good one's is bad too.
 
     Example:
 
@@ -130,32 +214,35 @@ def check(source: Any, preprocessor: Callable | None = None) -> list[str]:
     # train.jsonl, line 3: `suffix` is empty. …
     ```
     """
-    # Here, since it brings Keras.
-    from keras_paligemma.preprocessing.images import read_image
-
-    problems = []
+    problems, first = [], None
     for index in range(len(source)):
+        place = where(source, index)
         try:
-            with located(where(source, index)), warnings.catch_warnings():
+            with located(place), warnings.catch_warnings():
                 # What only warns in training, such as an answer that is cut.
                 warnings.simplefilter("error")
-                example = source[index]
-                answers = answers_of(example)
-                images = example["images"]
-                if isinstance(images, (list, tuple)):
-                    images = [read_image(image) for image in images]
-                else:
-                    images = read_image(images)
-                if preprocessor is None:
-                    continue
-                for answer in answers:
-                    preprocessor(
-                        {
-                            "images": images,
-                            "prompts": example["prompts"],
-                            "responses": answer,
-                        }
+                count = _check_example(source[index], preprocessor)
+                first = first or (count, place)
+                if count != first[0]:
+                    raise ValueError(
+                        f"The example has {count} frames, and {first[1]} has "
+                        f"{first[0]}. {SAME_FRAMES}"
                     )
         except ExampleError as error:
             problems.append(str(error))
     return problems
+
+
+def _check_example(example, preprocessor):
+    """Read all of an example; return the number of its frames."""
+    answers = answers_of(example)
+    images = [read_image(image) for image in frames_of(example["images"])]
+    for answer in answers if preprocessor is not None else ():
+        preprocessor(
+            {
+                "images": images if len(images) > 1 else images[0],
+                "prompts": example["prompts"],
+                "responses": answer,
+            }
+        )
+    return len(images)

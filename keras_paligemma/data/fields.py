@@ -26,6 +26,8 @@ class FieldSource:
 
             Each of the three may be a function of the example instead, which
             returns the picture, the prompt, the answer or answers.
+        allow_empty: bool, whether an answer may be empty, as for pictures
+            where there is nothing to detect.
 
     Raises:
         ValueError: the data set cannot be asked for an example by number. A
@@ -53,28 +55,14 @@ class FieldSource:
         images: str | Callable = "image",
         prompts: str | Callable = "caption en",
         responses: str | Callable = "caption",
+        allow_empty: bool = False,
     ):
-        if isinstance(dataset, Mapping):
-            raise ValueError(
-                "This is a dictionary of data sets. Expected: one of them, "
-                f"such as dataset['train']. Received: {sorted(dataset)}."
-            )
-        if not hasattr(dataset, "__len__") or not hasattr(
-            dataset, "__getitem__"
-        ):
-            raise ValueError(
-                "The data set cannot be asked for an example by number. "
-                "Expected: `len(dataset)` and `dataset[index]`, as of "
-                "datasets.Dataset or tfds.data_source. Received: "
-                f"{type(dataset).__name__}. Load it without `streaming=True` "
-                "(it is read from disk all the same), take "
-                "`tfds.data_source` in place of `tfds.load`, or write it to "
-                "JSONL."
-            )
+        check_numbered(dataset)
         self.dataset = dataset
         self.images = images
         self.prompts = prompts
         self.responses = responses
+        self.allow_empty = allow_empty
 
     def __len__(self):
         return len(self.dataset)
@@ -92,9 +80,12 @@ class FieldSource:
             if hasattr(responses, "tolist"):  # Arrays, of TFDS.
                 responses = responses.tolist()
             if isinstance(responses, (list, tuple)):
-                responses = [_text(one, "an answer") for one in responses]
+                responses = [
+                    _text(one, "an answer", self.allow_empty)
+                    for one in responses
+                ]
             else:
-                responses = _text(responses, "the answer")
+                responses = _text(responses, "the answer", self.allow_empty)
             if callable(self.prompts):
                 prompt = _text(self.prompts(example), "the prompt")
             else:
@@ -104,6 +95,42 @@ class FieldSource:
                 "prompts": prompt,
                 "responses": responses,
             }
+
+
+def check_numbered(dataset: Any):
+    """Refuse what cannot be asked for an example by number.
+
+    Args:
+        dataset: what should have a length and `[index]`.
+
+    Raises:
+        ValueError: it is a dictionary, a stream, or a table of columns.
+    """
+    for attribute, method in (
+        ("iloc", "to_dict('records')"),  # pandas
+        ("to_pylist", "to_pylist()"),  # pyarrow
+    ):
+        if hasattr(dataset, attribute):
+            raise ValueError(
+                "A table gives columns by name, no examples by number. "
+                f"Expected: a list of dictionaries, which its `.{method}` "
+                f"makes. Received: {type(dataset).__name__}."
+            )
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            "This is a dictionary of data sets. Expected: one of them, "
+            f"such as dataset['train']. Received: {sorted(dataset)}."
+        )
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            "The data set cannot be asked for an example by number. "
+            "Expected: `len(dataset)` and `dataset[index]`, as of "
+            "datasets.Dataset or tfds.data_source. Received: "
+            f"{type(dataset).__name__}. Load it without `streaming=True` "
+            "(it is read from disk all the same), take "
+            "`tfds.data_source` in place of `tfds.load`, or write it to "
+            "JSONL."
+        )
 
 
 def _get(example, field):
@@ -129,14 +156,20 @@ def _fill(template, example):
     return "".join(parts)
 
 
-def _text(value, name):
+def _text(value, name, allow_empty=False):
     if isinstance(value, bytes):
         value = value.decode("utf-8")
-    if not isinstance(value, str) or not value.strip():
+    name = f"{name[0].upper()}{name[1:]}"
+    if not isinstance(value, str):
         raise ValueError(
-            f"{name[0].upper()}{name[1:]} is not text, or empty. Expected: a "
-            f"string or UTF-8 bytes. Received: {value!r:.80} of type "
-            f"{type(value).__name__}. Turn it into text with a function, such "
-            "as `responses=lambda example: str(example['label'])`."
+            f"{name} is not text. Expected: a string or UTF-8 bytes. Received: "
+            f"{value!r:.80} of type {type(value).__name__}. Turn it into text "
+            "with a function, such as "
+            "`responses=lambda example: str(example['label'])`."
+        )
+    if not allow_empty and not value.strip():
+        raise ValueError(
+            f"{name} is empty. Expected: text. Received: {value!r:.80}. Where "
+            "an empty answer is meant, pass `allow_empty=True`."
         )
     return value

@@ -1,5 +1,6 @@
 """Lines of JSON with a picture, a prompt and an answer."""
 
+import codecs
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_paligemma.data.examples import located
+from keras_paligemma.preprocessing.images import picture_path
 
 _EXPECTED = (
     'Expected: {"image": "cat.jpg", "prefix": "caption en", "suffix": "a cat"}.'
@@ -25,12 +27,14 @@ class JSONLSource:
     Args:
         path: str or path of the file.
         image_folder: str or path that pictures are relative to; the file's
-            own folder if `None`.
+            own folder if `None`. Names may be paths of Windows and URIs, see
+            `preprocessing.images.picture_path`.
         allow_empty: bool, whether an answer may be empty, as for pictures
             where there is nothing to detect.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file; or it is UTF-16, a JSON array, or
+            JSON of several lines.
         ExampleError: on `source[index]`, with file and line: it is not JSON,
             lacks a field, or holds another type. A picture is read later,
             by the preprocessor.
@@ -55,14 +59,17 @@ class JSONLSource:
         allow_empty: bool = False,
     ):
         self.path = Path(path)
-        if not self.path.is_file():
+        if starts_array(self.path):
             raise ValueError(
-                "The data file does not exist. Expected: path of a JSONL "
-                f"file. Received: {os.fspath(path)!r}."
+                f"{self.path} is one JSON array. Expected: JSONL, an object a "
+                "line without brackets or commas between them. Write it by "
+                "`jq -c '.[]' array.json > lines.jsonl`; conversations are "
+                "read from arrays too, by `ConversationSource`."
             )
         self.image_folder = os.fspath(image_folder or self.path.parent)
         self.allow_empty = allow_empty
         self.starts, self.lines = _lines(self.path)
+        _check_lines(self.path, self.starts[:2])
 
     def __len__(self):
         return len(self.starts)
@@ -73,19 +80,27 @@ class JSONLSource:
 
     def __getitem__(self, index):
         with located(self.where(index)):
-            # Opened anew each time: threads and processes share no position.
-            with open(self.path, "rb") as file:
-                file.seek(self.starts[index])
-                return self._example(file.readline())
+            return self._example(self.record(index))
 
-    def _example(self, line):
+    def record(self, index: int):
+        """Return what a line holds, whatever that is.
+
+        Raises:
+            ValueError: it is not JSON.
+        """
+        # Opened anew each time: threads and processes share no position.
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[index])
+            line = file.readline()
         try:
-            record = json.loads(line)
+            return json.loads(line)
         except ValueError as error:
             raise ValueError(
-                f"The line is not JSON: {error}. {_EXPECTED} "
-                f"Received: {line[:80]!r}"
+                f"The line is not JSON: {error}. Expected: an object on one "
+                f"line. Received: {line[:80]!r}"
             ) from error
+
+    def _example(self, record):
         if not isinstance(record, dict) or not (
             {"image", "prefix", "suffix"} <= set(record)
         ):
@@ -95,7 +110,7 @@ class JSONLSource:
             )
         several = isinstance(record["image"], list)
         images = [
-            os.path.join(self.image_folder, name)
+            picture_path(name, self.image_folder)
             for name in _strings(record, "image")
         ]
         if not isinstance(record["prefix"], str):
@@ -123,9 +138,66 @@ def _strings(record, field, allow_empty=False):
     if not allow_empty and not all(one.strip() for one in strings):
         raise ValueError(
             f"`{field}` is empty. Expected: text. Received: {value!r:.80}. "
-            "Where an empty answer is meant, pass `allow_empty=True`."
+            "Where an empty answer is meant, pass `allow_empty=True` (of the "
+            "command: `--allow-empty`)."
         )
     return strings
+
+
+def starts_array(path: Path) -> bool:
+    """Tell whether a file of JSON is one array.
+
+    Args:
+        path: path of the file.
+
+    Returns:
+        bool; `False` is JSONL, or no JSON at all.
+
+    Raises:
+        ValueError: there is no such file, or it is not UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError(
+            "The data file does not exist. Expected: path of a JSON "
+            f"file. Received: {os.fspath(path)!r}."
+        )
+    with open(path, "rb") as file:
+        head = file.read(4)
+        # Without a mark, every second byte of JSON's first letters is zero.
+        if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (
+            b"\0" in head
+        ):
+            raise ValueError(
+                f"{path} is UTF-16 or UTF-32. Expected: UTF-8, as JSON is. "
+                "Save it as UTF-8, in an editor or by `iconv -f UTF-16 -t "
+                "UTF-8`."
+            )
+        file.seek(len(codecs.BOM_UTF8) if head[:3] == codecs.BOM_UTF8 else 0)
+        while byte := file.read(1):
+            if not byte.isspace():
+                return byte == b"["
+    return False
+
+
+def _check_lines(path, starts):
+    """Say in one sentence that an object takes several lines."""
+    if len(starts) < 2:
+        return
+    with open(path, "rb") as file:
+        file.seek(starts[0])
+        first = file.readline().decode("utf-8-sig", "replace").rstrip()
+        file.seek(starts[1])
+        second = file.readline().lstrip()
+    try:
+        json.loads(first)
+    except json.JSONDecodeError as error:
+        # Whole as far as it goes, and the next line is no object.
+        if error.pos >= len(first) and not second.startswith(b"{"):
+            raise ValueError(
+                f"{path} is JSON of several lines an object. Expected: JSONL, "
+                "each object on one line. Write it by `jq -c . pretty.json > "
+                "lines.jsonl`."
+            ) from error
 
 
 def _lines(path):

@@ -29,7 +29,9 @@ class Batches:
     tells file and line. With `skip_errors=True` it is counted and its row is
     left blank: zeros of weight 0, which the model's loss leaves out of its
     mean. So shapes stay, no other example moves, and hosts stay in step. The
-    rows that fill the last batch of `drop_remainder=False` are blank too.
+    rows that fill the last batch of `drop_remainder=False` are blank too. Where
+    only some objects of an example are wrong and its source tells the others,
+    these are trained on.
 
     Args:
         source: object of a length whose `[index]` gives an example; see
@@ -61,6 +63,8 @@ class Batches:
             once an epoch when their batch is handed out, not when a worker
             reads it (`fit` on TensorFlow asks for some batches ahead of what
             it uses). A warning tells of the 1st, the 10th, the 100th ….
+        incomplete: int, examples used without the objects that were wrong,
+            counted and told likewise.
         problems: dict of example number to message, of the first 1000.
 
     Example:
@@ -131,8 +135,8 @@ class Batches:
         self.workers = workers
         self.skip_errors = skip_errors
         self.skipped = 0
+        self.incomplete = 0
         self.problems = {}
-        self._tell_at = 1
         self._first = 0
         # What a position means nothing without.
         self._identity = {
@@ -221,19 +225,22 @@ class Batches:
         """Raise or count what was wrong with the examples of a batch."""
         if problems and not self.skip_errors:
             raise ExampleError(
-                f"{problems[0][1]} (Mend or remove the example, or pass "
+                f"{problems[0].message} (Mend or remove the example, or pass "
                 "`skip_errors=True` (of the command: `--set skip_errors=true`) "
                 "to count such examples and go on; `check` lists all of them.)"
             )
-        for index, message in problems:
-            self.skipped += 1
+        for index, message, used in problems:
+            if used:
+                self.incomplete += 1
+                count, fate = self.incomplete, "used in part"
+            else:
+                self.skipped += 1
+                count, fate = self.skipped, "skipped"
             if len(self.problems) < _MOST_PROBLEMS:
                 self.problems[index] = message
-            if self.skipped == self._tell_at:
-                self._tell_at *= 10
+            if str(count).rstrip("0") == "1":
                 warnings.warn(
-                    f"Examples skipped so far: {self.skipped}. The last: "
-                    f"{message}",
+                    f"Examples {fate} so far: {count}. The last: {message}",
                     stacklevel=3,
                 )
 

@@ -4,17 +4,34 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
+from keras_paligemma.data.examples import SAME_FRAMES
 from keras_paligemma.data.examples import ExampleError
 from keras_paligemma.data.examples import answers_of
+from keras_paligemma.data.examples import frames_of
 from keras_paligemma.data.examples import located
 from keras_paligemma.data.examples import where
 
 # From here on Grain's shuffle, which holds no list, takes some 10 µs a number;
 # below it looks for each among 65,536, up to 10 ms long.
 _FEW = 10_000
+
+
+class Problem(NamedTuple):
+    """What was wrong with an example, and what became of it.
+
+    Args:
+        index: int, its number.
+        message: str, with its place.
+        used: bool, whether its remainder is in the batch.
+    """
+
+    index: int
+    message: str
+    used: bool
 
 
 @dataclasses.dataclass
@@ -25,7 +42,6 @@ class Reader:
         source, preprocessor, batch_size, shuffle, seed, shard, skip_errors:
             as `Batches` takes them.
         steps: int, batches of an epoch.
-        blank: arrays of a blank row, once one was needed.
     """
 
     source: Any
@@ -36,26 +52,23 @@ class Reader:
     seed: int
     shard: tuple[int, int]
     skip_errors: bool
-    blank: tuple | None = None
 
     def __call__(self, number):
-        """Return a batch, and the problems that its blank rows had."""
+        """Return a batch, and the problems that its examples had."""
         epoch, step = divmod(int(number), self.steps)
         index, count = self.shard
         first = (step * count + index) * self.batch_size
         order = self._order(epoch)
-        examples, problems = [], []
+        rows, problems = [], []
         for place in range(first, first + self.batch_size):
-            example = None
+            row = None
             if place < len(self.source):
-                try:
-                    example = self._example(int(order[place]), epoch)
-                except ExampleError as error:
-                    problems.append((int(order[place]), str(error)))
-            examples.append(example)
+                row, problem = self._row(int(order[place]), epoch)
+                problems.extend([] if problem is None else [problem])
+            rows.append(row)
         if problems and not self.skip_errors:
             return None, problems
-        return _stack([one or self._blank_row() for one in examples]), problems
+        return _stack([row or self._blank[0] for row in rows]), problems
 
     def _order(self, epoch):
         """Numbers of the examples, in the order of an epoch."""
@@ -63,50 +76,86 @@ class Reader:
             return range(len(self.source))
         return _shuffled(len(self.source), self.seed, epoch)
 
-    def _example(self, index, epoch):
-        with located(where(self.source, index)):
-            example = self.source[index]
-            answers = answers_of(example)
-            answer = answers[0]
-            if len(answers) > 1:
-                random = np.random.RandomState([self.seed, epoch, index])
-                answer = answers[random.randint(len(answers))]
-            arrays = self.preprocessor(
-                {
-                    "images": example["images"],
-                    "prompts": example["prompts"],
-                    "responses": answer,
-                }
-            )
-            if not isinstance(arrays, tuple) or len(arrays) != 3:
-                raise ValueError(
-                    "The preprocessor returned no training example. Expected: "
-                    f"(x, y, sample_weight). Received: {type(arrays).__name__}."
-                )
-            return arrays
+    def _row(self, index, epoch):
+        """Arrays of an example or `None`, and its `Problem` or `None`."""
+        try:
+            arrays, left_out = self._read(index, epoch)
+            with located(where(self.source, index)):
+                self._check_shapes(arrays)
+        except ExampleError as error:
+            return None, Problem(index, str(error), False)
+        if left_out is None:
+            return arrays, None
+        return arrays, Problem(index, left_out, True)
 
-    def _blank_row(self):
-        """Zeros in the shapes of an example; the first usable one tells."""
-        if self.blank is None:
-            problem = None
-            for index in range(len(self.source)):
-                try:
-                    x, y, weights = self._example(index, 0)
-                except ExampleError as error:
-                    problem = problem or error
-                    continue
-                self.blank = (
-                    {key: np.zeros_like(value) for key, value in x.items()},
-                    np.zeros_like(y),
-                    np.zeros_like(weights),
-                )
-                break
-            else:
+    def _read(self, index, epoch):
+        """Arrays of an example; the message of what was left out, or `None`."""
+        with located(where(self.source, index)):
+            left_out = None
+            try:
+                example = self.source[index]
+            except ExampleError as error:
+                if error.remainder is None or not self.skip_errors:
+                    raise
+                example, left_out = error.remainder, str(error)
+            return self._arrays(example, index, epoch), left_out
+
+    def _arrays(self, example, index, epoch):
+        answers = answers_of(example)
+        answer = answers[0]
+        if len(answers) > 1:
+            random = np.random.RandomState([self.seed, epoch, index])
+            answer = answers[random.randint(len(answers))]
+        frames = frames_of(example["images"])
+        arrays = self.preprocessor(
+            {
+                "images": frames if len(frames) > 1 else frames[0],
+                "prompts": example["prompts"],
+                "responses": answer,
+            }
+        )
+        if not isinstance(arrays, tuple) or len(arrays) != 3:
+            raise ValueError(
+                "The preprocessor returned no training example. Expected: "
+                f"(x, y, sample_weight). Received: {type(arrays).__name__}."
+            )
+        return arrays
+
+    @functools.cached_property
+    def _blank(self):
+        """Zeros in the shapes of the first usable example, and its place."""
+        problem = None
+        for index in range(len(self.source)):
+            try:
+                (x, y, weights), _ = self._read(index, 0)
+            except ExampleError as error:
+                problem = problem or error
+                continue
+            zeros = {key: np.zeros_like(value) for key, value in x.items()}
+            blank = (zeros, np.zeros_like(y), np.zeros_like(weights))
+            return blank, where(self.source, index)
+        raise ValueError(
+            f"None of the {len(self.source)} examples can be used. "
+            f"The first: {problem}"
+        )
+
+    def _check_shapes(self, arrays):
+        """Refuse what the first usable example shares no batch with."""
+        blank, place = self._blank
+        for key, wanted in _shapes(blank).items():
+            found = _shapes(arrays).get(key)
+            if found != wanted:
                 raise ValueError(
-                    f"None of the {len(self.source)} examples can be used. "
-                    f"The first: {problem}"
+                    f"The example fits no batch with {place}: its '{key}' "
+                    f"has shape {found}, and that one's {wanted}. {SAME_FRAMES}"
                 )
-        return self.blank
+
+
+def _shapes(arrays):
+    """Shapes of `(x, y, sample_weight)` by name."""
+    x, y, weights = arrays
+    named = {**x, "targets": y, "weights": weights}
+    return {key: np.shape(value) for key, value in named.items()}
 
 
 @functools.lru_cache(maxsize=2)

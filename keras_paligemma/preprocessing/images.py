@@ -1,13 +1,20 @@
 """A picture of any kind as uint8 RGB."""
 
+import base64
 import io
 import os
+from collections.abc import Mapping
+from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image
 from PIL import ImageOps
 
 from keras_paligemma.preprocessing.inputs import to_numpy
+
+# Longer names are cut in messages: a data: URI has megabytes.
+_LONGEST_NAME = 300
 
 
 def read_image(image, name: str = "image") -> np.ndarray:
@@ -16,13 +23,16 @@ def read_image(image, name: str = "image") -> np.ndarray:
     Files are decoded, turned as their EXIF says, and given three channels.
     Transparency is dropped, not blended, as in the original: what the file
     hides becomes visible. 16-bit pictures are scaled to 8 bits, not clipped.
-    Of an animation the first frame is taken.
+    Of an animation the first frame is taken. Training, generation and drawing
+    all read by this function.
 
     Args:
-        image: Path; bytes of an encoded file; `PIL.Image.Image`; or an array
-            or tensor of shape (height, width), or (height, width, channels)
-            with 1, 3 or 4 channels. Integers and floats are 0…255, uint16 is
-            0…65535.
+        image: What `picture_path` takes, a path or a URI; bytes of an encoded
+            file; a file opened in binary mode, which is read from its start
+            and left open; a dictionary of `bytes` or `path`, as Hugging Face's
+            data sets store pictures; `PIL.Image.Image`; or an array or tensor
+            of shape (height, width), or (height, width, channels) with 1, 3
+            or 4 channels. Integers and floats are 0…255, uint16 is 0…65535.
         name: String, what an error calls the picture.
 
     Returns:
@@ -36,13 +46,77 @@ def read_image(image, name: str = "image") -> np.ndarray:
     >>> read_image(np.zeros((4, 6), "uint8")).shape
     (4, 6, 3)
     """
+    if isinstance(image, Mapping) and not {"bytes", "path"}.isdisjoint(image):
+        image = _stored(image, name)
     if isinstance(image, (str, os.PathLike)):
-        name = f"{name} ({os.fspath(image)!r})"
-    if isinstance(image, (str, os.PathLike, bytes, Image.Image)):
+        name = f"{name} ({_shown(os.fspath(image))})"
+    if isinstance(
+        image, (str, os.PathLike, bytes, bytearray, Image.Image)
+    ) or hasattr(image, "read"):
         pixels = _decode(image, name)
     else:
         pixels = to_numpy(image)
     return to_rgb(to_bytes(pixels, name), name)
+
+
+def picture_path(name: str | os.PathLike, folder: str = "") -> str:
+    """Finds the file that a data set calls by a name.
+
+    Args:
+        name: Path, of Windows too: where there is no file of a name with
+            backslashes, they separate folders. Or a `file://` URI, or a
+            `data:` URI, which holds the file itself.
+        folder: String, what paths are relative to.
+
+    Returns:
+        String: a path, or a URI that is no `file://` as it is.
+
+    Example:
+
+    >>> picture_path("file:///data/a%20cat.jpg")
+    '/data/a cat.jpg'
+    >>> picture_path("train\\\\cat.jpg", "data")
+    'data/train/cat.jpg'
+    """
+    name = os.fspath(name)
+    if name.startswith("file:"):
+        name = name.removeprefix("file:").removeprefix("//")
+        name = unquote(name.removeprefix("localhost"))
+    elif name.startswith("data:") or "://" in name[:16]:
+        return name
+    path = os.path.join(folder, name)
+    if "\\" in path and os.sep != "\\" and not os.path.exists(path):
+        path = path.replace("\\", "/")
+    return path
+
+
+def openable(image: str | os.PathLike | bytes | io.IOBase):
+    """Turns what holds an encoded picture into what `PIL.Image.open` takes.
+
+    Args:
+        image: As `read_image` takes it: a path or URI, bytes, or a file.
+
+    Returns:
+        Path, or a file opened in binary mode.
+
+    Raises:
+        ValueError: a URI is of another kind, or not base64.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        image = picture_path(image)
+        if "://" in image[:16]:
+            raise ValueError(
+                "an address, which is not fetched; download the file first"
+            )
+        if not image.startswith("data:"):
+            return image
+        head, _, body = image.partition(",")
+        image = unquote_to_bytes(body)
+        if head.endswith(";base64"):
+            image = base64.b64decode(image)
+    if isinstance(image, (bytes, bytearray)):
+        return io.BytesIO(image)
+    return image
 
 
 def to_bytes(array: np.ndarray, name: str) -> np.ndarray:
@@ -125,14 +199,30 @@ def to_rgb(array: np.ndarray, name: str) -> np.ndarray:
     return array[..., :3]
 
 
+def _stored(image, name):
+    """Bytes or path of a picture as Hugging Face's data sets store it."""
+    for key in ("bytes", "path"):
+        if image.get(key) is not None:
+            return image[key]
+    raise ValueError(
+        f"{name} holds no picture. Expected: a dictionary with 'bytes' of an "
+        f"encoded file, or its 'path'. Received: {image}."
+    )
+
+
+def _shown(name):
+    """A name as a message quotes it, without the megabytes of a URI."""
+    if len(name) <= _LONGEST_NAME:
+        return repr(name)
+    return f"{name[:40]!r} and on, {len(name):,} characters"
+
+
 def _decode(source, name):
     """Pixels of a file, or of a Pillow image, which may be an unread file."""
     try:
-        if isinstance(source, bytes):
-            source = io.BytesIO(source)
         if isinstance(source, Image.Image):
             return _pixels(source)
-        with Image.open(source) as image:
+        with Image.open(openable(source)) as image:
             return _pixels(image)
     except (
         OSError,
@@ -141,10 +231,13 @@ def _decode(source, name):
         ValueError,
         Image.DecompressionBombError,
     ) as error:
-        # Pillow has no common base for what broken files raise.
+        # Pillow has no common base for what broken files raise. What the
+        # system says ends with the name, which may be long.
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(
             f"{name} could not be read. Expected: a whole PNG, JPEG, WebP, "
-            f"GIF or other picture that Pillow reads. Received: {error}"
+            "GIF or other picture that Pillow reads; base64 as a data: URI. "
+            f"Received: {reason}"
         ) from error
 
 

@@ -4,15 +4,14 @@ import math
 import re
 from collections.abc import Iterable
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 from PIL import ImageDraw
 from PIL import ImageFont
-from PIL import ImageOps
+
+from keras_paligemma.preprocessing.images import read_image
 
 # `round(x * 1023)` makes the tokens, so dividing by 1023 inverts it exactly:
 # 0 and 1 come back as 0 and 1. Readers in the wild divide by 1024, which
@@ -141,22 +140,24 @@ def draw_boxes(image: Any, boxes: Iterable[Box]) -> Image.Image:
     """Draw boxes and their labels on a copy of a picture.
 
     Args:
-        image: path of a file, which is turned as its EXIF says;
-            `PIL.Image.Image`; or uint8 array (height, width, 3), such as
-            `read_image` gives of anything.
+        image: any picture, as `preprocessing.images.read_image` takes it and
+            the model sees it.
         boxes: of `parse_boxes`. Boxes of one label have one colour.
 
     Returns:
         `PIL.Image.Image` in RGB; a picture whose longer side is less than
         448 pixels is enlarged by a whole factor.
 
+    Raises:
+        ValueError: the picture cannot be read.
+
     Example:
 
     >>> cat = Box(0.1, 0.2, 0.5, 0.6, "cat")
-    >>> draw_boxes(np.zeros((112, 112, 3), "uint8"), [cat]).size
+    >>> draw_boxes(Image.new("RGB", (112, 112)), [cat]).size
     (448, 448)
     """
-    canvas = _open(image)
+    canvas = Image.fromarray(read_image(image))
     scale = math.ceil(_LEAST_SIDE / max(canvas.size))
     if scale > 1:
         canvas = canvas.resize([side * scale for side in canvas.size])
@@ -175,17 +176,6 @@ def draw_boxes(image: Any, boxes: Iterable[Box]) -> Image.Image:
         if label:
             _draw_label(draw, label, (left, top), width, colour, font)
     return canvas
-
-
-def _open(image):
-    """Make an RGB copy of a picture that Pillow can draw on."""
-    if isinstance(image, (str, Path)):
-        with Image.open(image) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(np.asarray(image))
-    # `convert` copies only where the mode changes.
-    return image.convert("RGB").copy()
 
 
 def _draw_label(draw, label, corner, room, colour, font):

@@ -20,6 +20,8 @@ class Settings:
         output: str, folder of the run: checkpoints, log, and the result.
         image_folder: str, where pictures are; the file's folder if `None`.
         validation: str, path of another JSONL file.
+        allow_empty: bool, whether answers may be empty, as of pictures where
+            there is nothing to detect.
         epochs: int.
         batch_size: int.
         learning_rate: float, at the end of the warm-up.
@@ -49,6 +51,7 @@ class Settings:
     output: str
     image_folder: str | None = None
     validation: str | None = None
+    allow_empty: bool = False
     epochs: int = 1
     batch_size: int = 8
     learning_rate: float = 1e-4
@@ -198,10 +201,11 @@ def finetune(settings, dry_run=False):
     from keras_paligemma.training.checkpoint import fit
 
     keras.utils.set_random_seed(settings.seed)
-    source = JSONLSource(settings.data, settings.image_folder)
+    options = (settings.image_folder, settings.allow_empty)
+    source = JSONLSource(settings.data, *options)
     validation = None
     if settings.validation is not None:
-        validation = JSONLSource(settings.validation, settings.image_folder)
+        validation = JSONLSource(settings.validation, *options)
         if not len(validation):
             raise ValueError(
                 "There is nothing to validate with. Received: "
@@ -285,11 +289,14 @@ def _check_output(settings, output):
     )
     if not begun or not path.is_file():
         return
-    there, here = presets.read_json(path), json.loads(_as_json(settings))
+    # A run of an earlier version lacks the settings that came later.
+    defaults = Settings(settings.preset, settings.data, settings.output)
+    there = json.loads(_as_json(defaults)) | presets.read_json(path)
+    here = json.loads(_as_json(settings))
     changed = {
-        name: (there.get(name), here[name])
+        name: (there[name], here[name])
         for name in here
-        if name not in FREE and there.get(name) != here[name]
+        if name not in FREE and there[name] != here[name]
     }
     if changed:
         raise ValueError(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_paligemma.data import Batches
 from keras_paligemma.data import COCOSource
 from keras_paligemma.data import ExampleError
 from keras_paligemma.tasks.boxes import parse_boxes
@@ -54,8 +55,8 @@ BOXES = [
     annotation(12, 7, 4, [20, 10, 20, 30]),
     annotation(13, 3, 4, [40, 0, 40, 20]),
     annotation(14, 3, 2, [0, 20, 80, 20]),
-    annotation(15, 7, 2, [0, 0, 9, 9], iscrowd=1),
 ]
+CROWD = {"size": SIZE, "counts": [0, 4, 3196]}
 
 
 def test_boxes(write, tmp_path):
@@ -107,6 +108,137 @@ def test_box_outside(write, box):
         source[1]
 
 
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_crowds_are_objects(write, task):
+    """CVAT and Datumaro mark every mask of a brush as a crowd."""
+    path = write(
+        annotation(1, 7, 4, [20, 10, 20, 20], segmentation=[[20, 10, 40, 30]]),
+        annotation(2, 7, 2, [0, 0, 1, 4], iscrowd=1, segmentation=CROWD),
+        annotation(3, 3, 2, [0, 0, 1, 4], iscrowd=1, segmentation=CROWD),
+    )
+    options = {"task": task, "encode_mask": lambda mask: range(16)}
+    if task == "segment":
+        path.write_text(path.read_text().replace("40, 30]", "40, 30, 20, 30]"))
+    source = COCOSource(path, "", **options)
+    assert [one["prompts"] for one in source] == [
+        f"{task} cat ; dog",
+        f"{task} dog",
+    ]
+    assert source[1]["responses"].startswith("<loc0000><loc0000><loc0102>")
+    assert source.left_out == {"pictures without an object": 1}
+    source = COCOSource(path, "", keep_crowds=False, **options)
+    assert [one["prompts"] for one in source] == [f"{task} cat"]
+    assert source.left_out == {"crowds": 2, "pictures without an object": 2}
+    assert "2 crowds left out" in repr(source)
+
+
+def test_crowds_without_a_mask_are_told(write):
+    path = write(
+        BOXES[1],
+        annotation(15, 3, 2, [0, 0, 9, 9], iscrowd=1),
+        annotation(16, 3, 2, [0, 0, 9, 9], iscrowd=1, segmentation=[]),
+        annotation(17, 7, 2, [0, 0, 9, 9], iscrowd=1, segmentation=CROWD),
+    )
+    with pytest.warns(UserWarning, match="without a mask are left out, 2 of 4"):
+        source = COCOSource(path, "")
+    assert [one["prompts"] for one in source] == ["detect cat ; dog"]
+    assert source.left_out["crowds without a mask"] == 2
+    assert COCOSource(path, "", classes=["cat"]).left_out == {
+        "objects of other classes": 3,
+        "pictures without an object": 2,
+    }
+
+
+# Pictures of 40 × 80 pixels, where a pixel is more than 1 %.
+@pytest.mark.parametrize(
+    "box, tokens",
+    [
+        ([60, 20, 21, 21], "<loc0512><loc0767><loc1023><loc1023>"),
+        ([-1, -0.5, 41, 20.5], "<loc0000><loc0000><loc0512><loc0512>"),
+        ([0, 0, 81, 41], "<loc0000><loc0000><loc1023><loc1023>"),
+    ],
+)
+def test_a_pixel_outside_is_clipped(write, box, tokens):
+    source = COCOSource(write(BOXES[1], annotation(16, 3, 2, box)), "")
+    assert source[1]["responses"] == f"{tokens} dog"
+    assert source.clipped == 1 and "1 boxes clipped" in repr(source)
+
+
+def test_a_hundredth_outside_is_clipped(write):
+    image = {"id": 7, "file_name": "a", "height": 3000, "width": 1000}
+    for bottom, clipped in ((3030, 1), (3000.0000001, 0)):
+        path = write(annotation(1, 7, 4, [0, 0, 9, bottom]), images=[image])
+        source = COCOSource(path, "")
+        assert source.clipped == clipped
+        assert "<loc1023><loc0009> cat" in source[0]["responses"]
+    path = write(annotation(1, 7, 4, [0, 0, 1011, 9]), images=[image])
+    with pytest.raises(ExampleError, match="1 %.*outside='clip'"):
+        COCOSource(path, "")[0]
+
+
+def test_what_becomes_of_boxes_further_outside(write):
+    path = write(
+        BOXES[1],
+        annotation(15, 3, 2, [70, 0, 20, 10]),
+        annotation(16, 3, 4, [0, 0, 40, 20]),
+        annotation(17, 7, 2, [80.5, 0, 20, 10]),
+    )
+    source = COCOSource(path, "", outside="clip")
+    assert "<loc0895><loc0256><loc1023> dog" in source[1]["responses"]
+    # Of the last one nothing would be left.
+    with pytest.raises(ExampleError, match="annotation 17: The box does not"):
+        source[0]
+    source = COCOSource(path, "", outside="drop")
+    assert [one["prompts"] for one in source] == ["detect cat", "detect cat"]
+    assert source.left_out["boxes outside of their pictures"] == 2
+    with pytest.raises(ValueError, match="`outside` must be.*'ignore'"):
+        COCOSource(path, "", outside="ignore")
+
+
+def test_a_bad_object_loses_no_picture(write):
+    """Under `skip_errors` the others are trained on, and it is counted."""
+    path = write(
+        BOXES[1],
+        annotation(15, 3, 2, [70, 0, 20, 10]),
+        annotation(16, 3, 4, [0, 0, 40, 20]),
+        annotation(17, 5, 4, None),
+        annotation(18, 5, 2, [-9, 0, 40, 20]),
+    )
+    source = COCOSource(path, "")
+    with pytest.raises(ExampleError, match="image 3: annotation 15") as raised:
+        source[1]
+    assert raised.value.remainder["prompts"] == "detect cat"
+    assert raised.value.remainder["responses"].endswith("<loc0512> cat")
+    with pytest.raises(ExampleError, match="2 of its objects") as raised:
+        source[2]
+    assert raised.value.remainder is None
+    asked = COCOSource(path, "", classes=["dog", "cat"])
+    with pytest.raises(ExampleError) as raised:
+        asked[1]
+    assert raised.value.remainder["prompts"] == "detect dog ; cat"
+    seen = []
+
+    def preprocessor(example):
+        seen.append(example["prompts"])
+        return {"images": np.ones(1)}, np.ones(1), np.ones(1)
+
+    batches = Batches(
+        source, preprocessor, 3, shuffle=False, epochs=1, skip_errors=True
+    )
+    with pytest.warns(UserWarning) as told:
+        ((_, _, weights),) = batches
+    assert weights[:, 0].tolist() == [1, 1, 0]
+    assert seen.count("detect cat") == len(seen)
+    assert (batches.skipped, batches.incomplete) == (1, 1)
+    assert set(batches.problems) == {1, 2}
+    assert [str(one.message).split(":")[0] for one in told] == [
+        "Examples used in part so far",
+        "Examples skipped so far",
+    ]
+    with pytest.raises(ExampleError, match="image 3: annotation 15"):
+        next(iter(Batches(source, preprocessor, 3, shuffle=False)))
+
+
 def test_files_that_are_not_coco(write, tmp_path):
     with pytest.raises(ValueError, match="does not exist.*none.json"):
         COCOSource(tmp_path / "none.json", "")
@@ -121,6 +253,16 @@ def test_files_that_are_not_coco(write, tmp_path):
         COCOSource(path, "")
     path = write(BOXES[1], images=[{"id": 7, "file_name": "a"}])
     with pytest.raises(ExampleError, match="image 7: The picture lacks"):
+        COCOSource(path, "")[0]
+    image = {"id": 7, "file_name": "a", "width": 9, "height": None}
+    path = write(BOXES[1], images=[image])
+    with pytest.raises(ExampleError, match="image 7: .*size.*'height': None"):
+        COCOSource(path, "")[0]
+    path = write(annotation(1, "7", 4, [0, 0, 1, 1]))
+    with pytest.raises(ValueError, match="image_id='7'.*another type"):
+        COCOSource(path, "")
+    path = write(annotation(1, 7, 4, None))
+    with pytest.raises(ExampleError, match="annotation 1: .*'bbox'.*None"):
         COCOSource(path, "")[0]
     assert len(COCOSource(write(), "")) == 0
 
@@ -233,6 +375,7 @@ def test_sizes_of_files(write, tmp_path, size, orientation, fits):
         ({"images": [{"id": 1}, {}]}, r"images\[1\] lacks.*'id'.*{}"),
         ({"images": [{"id": []}]}, "another type.*unhashable"),
         ({"categories": [{"id": 1}]}, r"categories\[0\] lacks.*'name'"),
+        ({"categories": [{"id": 1, "name": 2}]}, r"categories\[0\].*no text"),
         ({"annotations": [{"id": 1, "category_id": 4}]}, r"\[0\].*'image_id'"),
         ({"annotations": [BOXES[0], None]}, r"annotations\[1\].*None"),
     ],

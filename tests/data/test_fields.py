@@ -1,10 +1,14 @@
 """Data sets of others: fields, prompts, and what cannot be read by number."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from keras_paligemma.data import ExampleError
 from keras_paligemma.data import FieldSource
+from keras_paligemma.data import check
 
 PICTURE = np.zeros((2, 3, 3), "uint8")
 ROWS = [
@@ -66,8 +70,38 @@ def test_wrong_fields(fields, message):
         FieldSource(ROWS, **fields)[0]
 
 
+def test_empty_answers_on_request():
+    rows = [
+        {"image": PICTURE, "caption": text} for text in ("", b"", ["a", ""])
+    ]
+    source = FieldSource(rows, allow_empty=True)
+    assert [one["responses"] for one in source] == ["", "", ["a", ""]]
+    for index in range(3):
+        with pytest.raises(ExampleError, match="is empty.*allow_empty=True"):
+            FieldSource(rows)[index]
+    with pytest.raises(ExampleError, match="answer is not text.*None"):
+        FieldSource([{"image": PICTURE, "caption": None}], allow_empty=True)[0]
+
+
 def test_streams_and_dictionaries_are_refused():
     with pytest.raises(ValueError, match="by number.*generator.*streaming"):
         FieldSource(row for row in ROWS)
     with pytest.raises(ValueError, match=r"one of them.*\['test', 'train'\]"):
         FieldSource({"train": ROWS, "test": ROWS})
+    table = type("Table", (list,), {"to_pylist": lambda self: list(self)})
+    with pytest.raises(ValueError, match=r"`.to_pylist\(\)`.*Table"):
+        FieldSource(table(ROWS))
+
+
+def test_pictures_as_hugging_face_stores_them():
+    """Bytes and path, as parquet files hold them; also several of them."""
+    file = io.BytesIO()
+    Image.fromarray(PICTURE).save(file, "PNG")
+    stored = {"bytes": file.getvalue(), "path": None}
+    frames = np.array([stored, stored, None])[:2]  # As pandas reads a list.
+    for pictures in (stored, [stored], frames):
+        source = FieldSource([{"image": pictures, "caption": "a cat"}])
+        assert check(source) == []
+    seen = []
+    check(source, lambda example: seen.extend(example["images"]))
+    np.testing.assert_array_equal(seen, [PICTURE, PICTURE])

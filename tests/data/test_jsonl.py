@@ -54,6 +54,10 @@ def test_examples_and_places(write):
     assert source.where(1) == f"{path}, line 3"
     elsewhere = JSONLSource(path, image_folder="pictures")
     assert elsewhere[0]["images"] == "pictures/a.png"
+    windows = JSONLSource(write(GOOD | {"image": "cats\\a.png"}))
+    assert windows[0]["images"] == str(path.parent / "cats" / "a.png")
+    uri = "data:image/png;base64,AA"
+    assert JSONLSource(write(GOOD | {"image": uri}))[0]["images"] == uri
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -134,6 +138,102 @@ def test_boxes_upside_down(write, y1, x1, y2, x2):
     for line, problem in zip((2, 3), check(source), strict=True):
         assert f"line {line}: A box is upside down" in problem
         assert box in problem
+
+
+LOCATION = "<loc0100>"
+BOX = "<loc0100><loc0200><loc0300><loc0400>"
+MASK = "<seg007>" * 16
+
+
+@pytest.mark.parametrize("task", ["detect", "segment", "<image>Detect"])
+@pytest.mark.parametrize(
+    "answer, received",
+    [
+        (LOCATION * 3, "3 <loc…>, 0 <seg…> in"),
+        (LOCATION * 5, "5 <loc…>, 0 <seg…> in"),
+        (BOX.replace("><", "> <"), "4 <loc…>, 0 <seg…> and blanks in"),
+        (BOX + MASK[8:], "4 <loc…>, 15 <seg…> in"),
+        (f"{BOX} {MASK}", "4 <loc…>, 16 <seg…> and blanks in"),
+        (f"{BOX}{MASK} cat ; {MASK}", "0 <loc…>, 16 <seg…> in"),
+        (f"{BOX} cat ; {LOCATION}", "1 <loc…>, 0 <seg…> in"),
+    ],
+)
+def test_objects_of_too_many_or_few_tokens(write, task, answer, received):
+    line = {"image": "a.png", "prefix": f"{task} cat ; dog"}
+    fine = [line | {"suffix": one} for one in (f"{BOX} cat", f"{BOX}{MASK} a")]
+    source = JSONLSource(write(*fine, line | {"suffix": f"{answer} cat"}))
+    (problem,) = check(source)
+    assert "train.jsonl, line 3: An object is neither a box" in problem
+    assert "4 <loc…> and 16 <seg…>" in problem and received in problem
+    # Other tasks have formats of their own, such as points.
+    assert not check(JSONLSource(write(GOOD | {"suffix": f"{answer} cat"})))
+
+
+FRAMES = [GOOD | {"image": image} for image in ("a.png", ["a.png"])]
+PAIR = GOOD | {"image": ["a.png", "a.png"]}
+
+
+def stack(example):
+    """Arrays as a preprocessor makes them of a picture or of frames."""
+    images = np.array(example["images"])
+    pixels = np.ones((*images.shape, 2, 2, 3), "float32")
+    return {"images": pixels}, np.ones(3, "int32"), np.ones(3, "float32")
+
+
+def test_numbers_of_frames_that_differ(write):
+    """Told by line, and left out on request; one frame is a picture."""
+    source = JSONLSource(write(*FRAMES, PAIR, GOOD))
+    (problem,) = check(source)
+    assert "line 3: The example has 2 frames, and" in problem
+    assert "line 1 has 1" in problem
+    kwargs = {"shuffle": False, "epochs": 1}
+    message = r"line 3: .*no batch with .*line 1: .*\(2, 2, 2, 3\)"
+    with pytest.raises(ExampleError, match=message):
+        list(Batches(source, stack, 2, **kwargs))
+    batches = Batches(source, stack, 2, skip_errors=True, **kwargs)
+    with pytest.warns(UserWarning, match="skipped so far: 1.*line 3"):
+        rows = [(x["images"].shape, weights) for x, _, weights in batches]
+    assert [shape for shape, _ in rows] == [(2, 2, 2, 3)] * 2
+    assert [w[:, 0].tolist() for _, w in rows] == [[1, 1], [0, 1]]
+    # What comes first decides, whichever batch is read.
+    source = JSONLSource(write(PAIR, PAIR, PAIR, GOOD, PAIR))
+    assert ["line 4" in one for one in check(source)] == [True]
+    batches = Batches(source, stack, 1, skip_errors=True, **kwargs)
+    batches.set_state(batches.get_state(3))
+    with pytest.warns(UserWarning, match="line 4"):
+        assert [x["images"].shape for x, _, _ in batches] == [
+            (1, 2, 2, 2, 3)
+        ] * 2
+    empty = JSONLSource(write(GOOD | {"image": []}))
+    assert "line 1: `image` is not text" in check(empty)[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_arrays_are_told_in_one_sentence(tmp_path, encoding, indent):
+    path = tmp_path / "array.jsonl"
+    path.write_text("\n" + json.dumps([GOOD] * 3, indent=indent), encoding)
+    with pytest.raises(ValueError, match=r"array.jsonl is one JSON array.*jq"):
+        JSONLSource(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_told_in_one_sentence(tmp_path, encoding):
+    path = tmp_path / "wide.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n", encoding)
+    with pytest.raises(ValueError, match="wide.jsonl is UTF-16.*UTF-8"):
+        JSONLSource(path)
+
+
+def test_objects_of_several_lines_are_told_in_one_sentence(write):
+    pretty = json.dumps(GOOD, indent=2)
+    for text in (pretty, "\ufeff" + pretty, f"{pretty}\n{pretty}"):
+        with pytest.raises(ValueError, match="several lines an object.*jq"):
+            JSONLSource(write(text))
+    # One line that was cut off is a line that was cut off.
+    cut = json.dumps(GOOD)[:-1]
+    assert len(check(JSONLSource(write(cut, GOOD)))) == 1
+    assert len(check(JSONLSource(write(cut)))) == 1
 
 
 def test_empty_answers_on_request(write):

@@ -1,3 +1,4 @@
+import io
 import json
 import pathlib
 
@@ -68,10 +69,15 @@ def test_one_and_many(converter, tmp_path):
         path.read_bytes(),
         Image.fromarray(PICTURES[0]),
         keras.ops.convert_to_tensor(PICTURES[0]),
+        {"bytes": path.read_bytes(), "path": None},
+        io.BytesIO(path.read_bytes()),
+        path.as_uri(),
     ]
-    for batch in (mixed, tuple(mixed), np.array([str(path)] * 6)):
+    np.testing.assert_array_equal(converter(mixed[6]), one)
+    np.testing.assert_array_equal(converter(mixed[7]), one)
+    for batch in (mixed, tuple(mixed), np.array([str(path)] * 9)):
         received = converter(batch)
-        assert received.shape == (6, 28, 28, 3)
+        assert received.shape == (9, 28, 28, 3)
         for row in received:
             np.testing.assert_array_equal(row, one)
 

@@ -1,3 +1,4 @@
+import base64
 import io
 import pathlib
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.preprocessing.images import read_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), "uint8")
@@ -56,6 +58,58 @@ def test_files(tmp_path):
     Image.fromarray(PIXELS).save(path)
     for source in (path, str(path), path.read_bytes()):
         np.testing.assert_array_equal(read_image(source), PIXELS)
+
+
+@pytest.mark.parametrize("type", ["png", "jpeg;charset=utf-8"])
+def test_files_within_strings_dictionaries_and_objects(tmp_path, type):
+    file = encoded(Image.fromarray(PIXELS))
+    path = tmp_path / "a cat.png"
+    path.write_bytes(file)
+    text = base64.b64encode(file).decode()
+    with open(path, "rb") as opened:
+        opened.read(7)
+        for source in (
+            f"data:image/{type};base64,{text}",
+            f"data:image/{type};base64,{text.replace('+', '%2B')}",
+            "data:," + "".join(f"%{byte:02x}" for byte in file),
+            {"bytes": file, "path": None},
+            {"bytes": file, "path": "elsewhere.png"},
+            {"bytes": None, "path": str(path)},
+            {"path": path},
+            io.BytesIO(file),
+            bytearray(file),
+            opened,
+            opened,  # It is left open, and read from its start.
+            path.as_uri(),
+            f"file://localhost{path}".replace(" ", "%20"),
+            str(path).replace("/", "\\"),
+        ):
+            np.testing.assert_array_equal(read_image(source), PIXELS)
+
+
+def test_paths_of_data_files(tmp_path):
+    (tmp_path / "a\\b.png").write_bytes(b"")
+    folder = str(tmp_path)
+    for name, path in {
+        "a.png": f"{folder}/a.png",
+        "/data/a.png": "/data/a.png",
+        "./train\\cats\\a.png": f"{folder}/./train/cats/a.png",
+        "a\\b.png": f"{folder}/a\\b.png",  # A file of that name.
+        "file:///data/50%25.png": "/data/50%.png",
+        "file://train/a.png": f"{folder}/train/a.png",
+        "https://example.org/a.png": "https://example.org/a.png",
+        "data:image/png;base64,AA": "data:image/png;base64,AA",
+    }.items():
+        assert picture_path(name, folder) == path
+    assert picture_path(pathlib.Path("a.png")) == "a.png"
+
+
+@pytest.mark.parametrize("start", ["data:image/png;base64,", "/9j/4AAQ"])
+def test_long_names_are_cut_in_messages(start):
+    with pytest.raises(ValueError) as raised:
+        read_image(start + "QUJD" * 500_000)
+    message = str(raised.value)
+    assert start in message and "2,000,0" in message and len(message) < 400
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF"])
@@ -145,6 +199,10 @@ def test_the_input_stays_as_it_is():
         (np.zeros(3, "uint8"), "unknown shape"),
         (7, "unknown shape"),
         (b"", "could not be read"),
+        ({"bytes": None, "path": None}, "holds no picture.*'bytes'"),
+        ("https://example.org/a.png", "an address.*download"),
+        ("data:image/png;base64,A", "could not be read.*base64"),
+        (io.StringIO("cat"), "could not be read"),
         (b"no picture", "could not be read"),
         ("nowhere.png", "nowhere.png.*could not be read"),
         (pathlib.Path("nowhere.png"), "nowhere.png.*could not be read"),

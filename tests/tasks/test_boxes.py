@@ -1,4 +1,5 @@
 import doctest
+import io
 import subprocess
 import sys
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_paligemma.preprocessing.images import read_image
 from keras_paligemma.tasks import boxes
 from keras_paligemma.tasks.boxes import Box
 from keras_paligemma.tasks.boxes import draw_boxes
@@ -163,8 +165,32 @@ def test_large_pictures_keep_their_size():
     assert picture.getcolors() == [(600 * 300, (0, 0, 0))]
 
 
-def test_draws_on_the_turned_picture(tmp_path):
+def test_draws_what_the_model_sees(tmp_path):
+    """One reader: 16 bits, floats, alpha and EXIF look as in training."""
     exif = Image.Exif()
     exif[0x0112] = 6
+    rows = np.arange(480, dtype="uint16")[:, None] * np.ones(500, "uint16")
+    Image.fromarray(rows * 128).save(tmp_path / "16.png")
     Image.new("RGB", (60, 30)).save(tmp_path / "turned.jpg", exif=exif)
+    hidden = np.dstack([np.full((480, 500, 3), 77, "uint8"), rows % 256])
+    Image.fromarray(hidden.astype("uint8")).save(tmp_path / "alpha.png")
+    file = (tmp_path / "16.png").read_bytes()
+    for picture in (
+        tmp_path / "16.png",
+        file,
+        io.BytesIO(file),
+        {"bytes": file, "path": None},
+        Image.open(tmp_path / "16.png"),
+        rows * 128,
+        (rows % 256).astype("float32"),
+        tmp_path / "alpha.png",
+    ):
+        np.testing.assert_array_equal(
+            draw_boxes(picture, []), read_image(picture)
+        )
+    # 32768 of 65535, in the middle of grey.
+    drawn = draw_boxes(tmp_path / "16.png", [])
+    assert drawn.getpixel((0, 256)) == (128, 128, 128)
     assert draw_boxes(tmp_path / "turned.jpg", []).size == (240, 480)
+    with pytest.raises(ValueError, match="almost black"):
+        draw_boxes(rows / rows.max(), [])

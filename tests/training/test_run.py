@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import cli
 from keras_paligemma.training import Settings
+from keras_paligemma.training import checkpoint
 from keras_paligemma.training import run
 from keras_paligemma.training.memory import estimate_memory
 from keras_paligemma.training.run import build
@@ -79,6 +80,43 @@ def test_from_the_command_line_and_again(data):
     assert code == 0, output
     lines = (data / "run" / "log.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines[1:]] == ["0", "1"]
+
+
+def test_empty_answers_from_the_command_line(data, monkeypatch):
+    read = []
+
+    def fit(model, batches, *args, **kwargs):
+        read.append(next(iter(batches)))
+
+    monkeypatch.setattr(checkpoint, "fit", fit)
+    line = {"image": "0.png", "prefix": "detect cat", "suffix": ""}
+    (data / "train.jsonl").write_text(f"{json.dumps(line)}\n")
+    arguments = [
+        *("finetune", "--preset", NANO, "--data", data / "train.jsonl"),
+        *("--output", data / "run", "--batch-size", 1, "--lora-rank", 1),
+    ]
+    code, output = call_error(*arguments)
+    assert code == 1 and "line 1: `suffix` is empty" in output
+    assert "--allow-empty" in output and not read
+    code, output = call(*arguments, "--allow-empty")
+    assert code == 0, output
+    (_, _, weights) = read[0]
+    assert weights.sum() == 1  # The end of the answer is learnt.
+
+
+def test_runs_of_earlier_versions_go_on(data):
+    """Their settings lack those that came later."""
+    settings = Settings(NANO, "train.jsonl", str(data / "run"))
+    run._keep_settings(settings, data / "run")
+    (data / "run" / "checkpoints" / "3").mkdir(parents=True)
+    path = data / "run" / "settings.json"
+    kept = json.loads(path.read_text())
+    assert kept.pop("allow_empty") is False
+    path.write_text(json.dumps(kept))
+    run._check_output(settings, data / "run")
+    with pytest.raises(ValueError, match=r"'allow_empty': \(False, True\)"):
+        changed = dataclasses.replace(settings, allow_empty=True)
+        run._check_output(changed, data / "run")
 
 
 def test_accumulation_leaves_the_schedule_its_length():
