@@ -213,7 +213,8 @@ def test_there_and_back(tmp_path, to):
     assert code == 0
     one, two = formats.resolve(NANO), formats.find(back)
     for tower in ("vision_encoder", "text_decoder"):
-        assert one.config["backbone"][tower] == two.config["backbone"][tower]
+        towers = [getattr(a.config.backbone, tower) for a in (one, two)]
+        assert towers[0] == towers[1]
     with one.open() as wanted, two.open() as found:
         assert wanted.shapes == found.shapes
         for key in wanted.shapes:
@@ -238,7 +239,7 @@ def test_another_dtype_in_pieces(tmp_path):
     assert code == 0
     found = formats.find(tmp_path / "x.npz", cli.read_fields(NANO_SET[1::2]))
     assert len(found.files) == 3
-    assert found.config["backbone"]["dtype"] == "bfloat16"
+    assert found.config.backbone.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(

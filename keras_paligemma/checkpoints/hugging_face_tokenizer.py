@@ -1,9 +1,12 @@
-"""The tokenizer's files of transformers, from a SentencePiece model."""
+"""The tokenizer's files of transformers: written, and their added tokens."""
 
 import json
 
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
+
+from keras_paligemma.config import read_json
+from keras_paligemma.config import shown
 
 IMAGE = "<image>"
 SPACE = "▁"
@@ -53,6 +56,122 @@ def tokenizer_files(proto, vocabulary_size):
         for name, value in files.items()
     }
     return files | {"tokenizer.model": proto}
+
+
+def added_tokens(folder):
+    """Read the tokens that a tokenizer has beside its pieces, by id.
+
+    Each version of transformers names them in another file.
+
+    Args:
+        folder: `pathlib.Path`.
+
+    Returns:
+        Dict of int to str, or `None` if the folder has no such file.
+
+    Raises:
+        ValueError: a file that is damaged, or an id with two names.
+    """
+    pairs, found = [], False
+    for name, read in _ADDED_TOKENS.items():
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            pairs += read(path)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path} does not list its added tokens as transformers does: "
+                f"{shown(error)}. Save the tokenizer again."
+            ) from error
+        found = True
+    tokens = dict(pairs)
+    for id, token in pairs:
+        if type(id) is not int or not 0 <= id < 2**31 or type(token) is not str:
+            raise ValueError(
+                f"{folder} has a tokenizer that adds {shown(token)} with the "
+                f"id {shown(id)}. Expected: a string and a whole number. Save "
+                "the tokenizer again."
+            )
+        if tokens[id] != token:
+            raise ValueError(
+                f"{folder} has a tokenizer whose files give the id {id} to "
+                f"{shown(token)} and to {shown(tokens[id])}. Expected: one "
+                "token an id. Save the tokenizer again."
+            )
+    return tokens if found else None
+
+
+def _of_one_file(path):
+    """List the added tokens of a `tokenizer.json`, which may have 34 MB.
+
+    They stand in front of the vocabulary, which is not parsed.
+    """
+    text = path.read_text(encoding="utf-8")
+    start = text.index('"added_tokens"') + len('"added_tokens"')
+    start = text.index("[", start)
+    try:
+        listed, _ = json.JSONDecoder().raw_decode(text, start)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+    return [(one["id"], one["content"]) for one in listed]
+
+
+def _of_settings(path):
+    tokens = read_json(path).get("added_tokens_decoder", {})
+    return [(int(id), token["content"]) for id, token in tokens.items()]
+
+
+def _of_a_list(path):
+    return [(id, token) for token, id in read_json(path).items()]
+
+
+_ADDED_TOKENS = {
+    "tokenizer.json": _of_one_file,
+    "tokenizer_config.json": _of_settings,
+    "added_tokens.json": _of_a_list,
+}
+
+
+def with_added_tokens(proto, tokens, size):
+    """Append the tokens that transformers added to a SentencePiece model.
+
+    They can be typed and are shown in answers. An id that has no row of a
+    token, such as that of `<image>`, gets a piece that no text has.
+
+    Args:
+        proto: bytes, a SentencePiece model.
+        tokens: dict of id to str, which may have those of the model too; an
+            empty one leaves the model as it is.
+        size: int, pieces of the result.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: a token that is a piece already.
+    """
+    if not tokens:
+        return proto
+    model = sentencepiece_model_pb2.ModelProto.FromString(proto)
+    pieces = {piece.piece for piece in model.pieces}
+    for id in range(len(model.pieces), size):
+        token, kind = tokens.get(id, IMAGE), USER_DEFINED
+        # Their `<image>` is written behind all of ours.
+        if token == IMAGE:
+            token, kind = f"<reserved{id}>", CONTROL
+        # SentencePiece looks for pieces where spaces are replaced.
+        token = token.replace(" ", SPACE)
+        if not token or token in pieces:
+            raise ValueError(
+                f"transformers' tokenizer adds {shown(token)} with the id "
+                f"{id}, which the SentencePiece model has as a piece already. "
+                "Expected: its own SentencePiece model. Pass that as "
+                "`tokenizer=`."
+            )
+        pieces.add(token)
+        model.pieces.add(piece=token, score=0.0, type=kind)
+    return model.SerializeToString()
 
 
 def _check(model, vocabulary_size):

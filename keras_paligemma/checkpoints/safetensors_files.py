@@ -9,8 +9,11 @@ from safetensors import SafetensorError
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from keras_paligemma.checkpoints.shards import shards
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHOWN = 10  # Files that an error lists.
 
 
 class Tensors:
@@ -142,37 +145,16 @@ def find(folder):
             "its shards. Older formats (pytorch_model.bin) can be saved anew "
             "by transformers' `save_pretrained`."
         )
-    names = _shards(index)
-    missing = [name for name in names if not (folder / name).is_file()]
+    paths = shards(index)
+    missing = [path.name for path in paths if not path.is_file()]
     if missing:
+        more = "" if len(missing) <= SHOWN else ", …"
         raise ValueError(
-            f"{folder} lacks {len(missing)} of the {len(names)} files that "
-            f"{INDEX} names: {', '.join(missing)}. Download or copy them."
+            f"{folder} lacks {len(missing)} of the {len(paths)} files that "
+            f"{INDEX} names: {', '.join(missing[:SHOWN])}{more}. Download or "
+            "copy them."
         )
-    return [folder / name for name in names]
-
-
-def _shards(index):
-    """List the files of an index."""
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(names.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index} is no index of shards: {error!r}. Expected: JSON with "
-            "a `weight_map` of tensor names to file names. Copy it again."
-        ) from error
-    # A file from elsewhere must not make a loader open what lies outside the
-    # folder. Symlinks inside it are fine: hubs' caches are made of them.
-    for name in names:
-        if not isinstance(name, str) or name != Path(name).name:
-            raise ValueError(
-                f"{index} names {name!r}. Expected: the name of a file that "
-                "lies beside the index, without a folder."
-            )
-    if not names:
-        raise ValueError(f"{index} names no file. Copy it again.")
-    return names
+    return paths
 
 
 def write_safetensors(folder, arrays, max_shard_size=2_000_000_000):

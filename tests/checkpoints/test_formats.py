@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -13,6 +14,8 @@ from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import npz
+from keras_paligemma.config import TextDecoderConfig
+from keras_paligemma.config import VisionEncoderConfig
 from keras_paligemma.models import exports
 from tests.conftest import GOLDEN
 from tests.conftest import error
@@ -78,25 +81,26 @@ def test_the_files_dtype_is_kept(pieces):
 
 def test_sizes_are_inferred():
     found = formats.find(GOLDEN / "tiny_headdim.npz", FIELDS)
-    backbone = found.config["backbone"]
-    assert backbone["image_size"] == 42
-    assert backbone["vision_encoder"] == {
-        "patch_size": 14,
-        "num_layers": 3,
-        "hidden_dim": 48,
-        "num_heads": 4,
-        "intermediate_dim": 88,
-    }
-    assert backbone["text_decoder"] == FIELDS | {
-        "vocabulary_size": 320,
-        "num_layers": 3,
-        "hidden_dim": 64,
-        "num_query_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "intermediate_dim": 112,
-        "use_post_norms": True,
-    }
+    backbone = found.config.backbone
+    assert backbone.image_size == 42
+    assert backbone.vision_encoder == VisionEncoderConfig(
+        patch_size=14,
+        num_layers=3,
+        hidden_dim=48,
+        num_heads=4,
+        intermediate_dim=88,
+    )
+    assert backbone.text_decoder == TextDecoderConfig(
+        vocabulary_size=320,
+        num_layers=3,
+        hidden_dim=64,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        intermediate_dim=112,
+        use_post_norms=True,
+        **FIELDS,
+    )
     assert found.variant is None
 
 
@@ -172,9 +176,12 @@ def test_a_published_model_has_the_config_of_a_folder(tmp_path):
     """Licence and handles describe it, and are no part of what is written."""
     name = "pali_gemma2_pt_3b_224"
     config = formats.resolve(name, load_weights=False).config
-    config["backbone"]["dtype"] = "bfloat16"
+    assert config.backbone.dtype is None
+    config = replace(
+        config, backbone=replace(config.backbone, dtype="bfloat16")
+    )
     presets.write_config(tmp_path, config)
-    assert presets.read_folder(tmp_path, load_weights=False)["name"] == name
+    assert presets.read_folder(tmp_path, load_weights=False) == config
 
 
 def test_another_picture_size(tmp_path, expected):

@@ -141,6 +141,10 @@ def test_missing_shards_are_all_listed(tmp_path):
         '{"weight_map": {"a": "../secret.safetensors"}}',
         '{"weight_map": {"a": "/etc/passwd"}}',
         '{"weight_map": {"a": "x/../../secret.safetensors"}}',
+        '{"weight_map": {"a": "nul\\u0000.safetensors"}}',
+        '{"weight_map": {"a": "half\\ud800.safetensors"}}',
+        '{"weight_map": {"a": "%s.safetensors"}}' % ("x" * 250),
+        '{"weight_map": ' + 100_000 * "[" + 100_000 * "]" + "}",
     ],
 )
 def test_a_bad_index_is_named(tmp_path, text):
