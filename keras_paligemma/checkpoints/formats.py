@@ -93,7 +93,7 @@ class Checkpoint:
         if argument in self.assumed:
             warnings.warn(
                 f"{self.assumed[argument]} Pass `{argument}=` for another.",
-                stacklevel=5,
+                stacklevel=4,
             )
 
     @contextlib.contextmanager
@@ -181,13 +181,14 @@ def find(path, fields=None, load_weights=True, headers=None):
             f"{path} has no configuration. Expected: the folder that it "
             f"lies in, with its config.json: {path.parent}."
         )
-    if not path.is_dir():
-        checkpoint = _big_vision(path, fields)
-    else:
-        # All formats of folders begin with this file.
-        path = atomic.current(path, presets.CONFIG)
-        format = _recognise(path)
-        checkpoint = _READERS[format](path, fields, load_weights, headers)
+    with _naming(path):
+        if not path.is_dir():
+            checkpoint = _big_vision(path, fields)
+        else:
+            # All formats of folders begin with this file.
+            path = atomic.current(path, presets.CONFIG)
+            format = _recognise(path)
+            checkpoint = _READERS[format](path, fields, load_weights, headers)
     config = checkpoint.config
     backbone = config.backbone.with_fields(**fields)
     checkpoint.config = replace(config, backbone=backbone)
@@ -196,6 +197,17 @@ def find(path, fields=None, load_weights=True, headers=None):
         # What its processor does, unless it is told otherwise.
         _assume_preprocessor(checkpoint, "bicubic", path)
     return checkpoint
+
+
+@contextlib.contextmanager
+def _naming(path):
+    """Have every error say which checkpoint it is about."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _assume_preprocessor(checkpoint, resize, source):

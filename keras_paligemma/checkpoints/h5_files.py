@@ -115,8 +115,8 @@ def _explained(path):
         yield
     except _DAMAGE as error:
         raise ValueError(
-            f"{path} cannot be read as a weight file of Keras: {error}. Is "
-            "the file whole? Copy or save it again."
+            f"{path} cannot be read as a weight file of Keras: {error!s:.300}. "
+            "Is the file whole? Copy or save it again."
         ) from error
 
 

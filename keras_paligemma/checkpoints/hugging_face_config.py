@@ -41,7 +41,7 @@ SIGLIP = {
     "patch_size": 16,
     "layer_norm_eps": 1e-6,
 }
-IMAGE_TOKEN = 256_000
+IMAGE, IMAGE_TOKEN = "<image>", 256_000
 # Published files have 64 rows more than the tokenizer has pieces; the first
 # of them stands for `<image>`.
 EXTRA_ROWS = 64
@@ -168,7 +168,10 @@ def from_transformers(config, processor, source, added_tokens=None):
             f"{'; '.join(problems)}."
         )
     text_fields["vocabulary_size"] = _vocabulary_size(
-        text["vocab_size"], _image_token(config), added_tokens, source
+        text["vocab_size"],
+        _image_token(config, added_tokens or {}, source),
+        added_tokens,
+        source,
     )
     return ModelConfig.from_dict(
         {
@@ -211,9 +214,18 @@ def _section(fields, name, source):
     return section
 
 
-def _image_token(config):
-    image = config.get("image_token_index", config.get("image_token_id"))
-    return image if type(image) is int else IMAGE_TOKEN
+def _image_token(config, added_tokens, source):
+    """Find the id of `<image>`, which follows the pieces of a tokenizer."""
+    said = config.get("image_token_index", config.get("image_token_id"))
+    named = [id for id, token in added_tokens.items() if token == IMAGE]
+    ids = [*named, *([] if said is None else [said])]
+    if len(set(map(repr, ids))) > 1 or not all(type(id) is int for id in ids):
+        raise ValueError(
+            f"{source} has {shown(said)} as image_token_index, and its "
+            f"tokenizer {shown(named)} as `<image>`. Expected: one whole "
+            "number. Save the processor beside the model again."
+        )
+    return ids[0] if ids else IMAGE_TOKEN
 
 
 def _vocabulary_size(num_rows, image_token, added_tokens, source):
@@ -223,16 +235,17 @@ def _vocabulary_size(num_rows, image_token, added_tokens, source):
     tokenizer has names for, up to the last; the others stand for nothing, and
     are 64 in published files.
     """
+    extra = num_rows - image_token
     # Random models for tests may have `<image>` among the pieces.
-    if not num_rows <= 2 * image_token < 2 * num_rows:
+    if extra <= 0 or extra > max(EXTRA_ROWS, image_token):
         return num_rows
-    if added_tokens is None and num_rows > image_token + EXTRA_ROWS:
+    if added_tokens is None and extra > EXTRA_ROWS:
         raise ValueError(
-            f"{source} has an embedding of {num_rows} rows, "
-            f"{num_rows - image_token} more than there are pieces in front of "
-            f"`<image>`. Expected: at most {EXTRA_ROWS}, or the tokenizer's "
-            "files beside the model, which name the tokens that were added. "
-            "Write them there with `processor.save_pretrained(folder)`."
+            f"{source} has an embedding of {num_rows} rows, {extra} more than "
+            "there are pieces in front of `<image>`. Expected: at most "
+            f"{EXTRA_ROWS}, or the tokenizer's files beside the model, which "
+            "name the tokens that were added. Write them there with "
+            "`processor.save_pretrained(folder)`."
         )
     named = [token for token in added_tokens or () if token > image_token]
     size = max(named, default=image_token - 1) + 1

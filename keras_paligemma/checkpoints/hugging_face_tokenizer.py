@@ -5,10 +5,10 @@ import json
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
+from keras_paligemma.checkpoints.hugging_face_config import IMAGE
 from keras_paligemma.config import read_json
 from keras_paligemma.config import shown
 
-IMAGE = "<image>"
 SPACE = "▁"
 # Types of pieces in `sentencepiece_model.proto`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -85,7 +85,7 @@ def added_tokens(folder):
                 f"{shown(error)}. Save the tokenizer again."
             ) from error
         found = True
-    tokens = dict(pairs)
+    tokens = {}
     for id, token in pairs:
         if type(id) is not int or not 0 <= id < 2**31 or type(token) is not str:
             raise ValueError(
@@ -93,10 +93,10 @@ def added_tokens(folder):
                 f"id {shown(id)}. Expected: a string and a whole number. Save "
                 "the tokenizer again."
             )
-        if tokens[id] != token:
+        if tokens.setdefault(id, token) != token:
             raise ValueError(
                 f"{folder} has a tokenizer whose files give the id {id} to "
-                f"{shown(token)} and to {shown(tokens[id])}. Expected: one "
+                f"{shown(tokens[id])} and to {shown(token)}. Expected: one "
                 "token an id. Save the tokenizer again."
             )
     return tokens if found else None

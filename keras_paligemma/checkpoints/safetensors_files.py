@@ -94,7 +94,7 @@ def _damage(path):
         yield
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} cannot be read as safetensors: {error}. Is the "
+            f"{path} cannot be read as safetensors: {error!s:.300}. Is the "
             "file whole? Copy or save it again."
         ) from error
 
