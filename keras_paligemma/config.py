@@ -321,16 +321,21 @@ class LoraConfig(Checked):
     Args:
         rank: Integer.
         alpha: Float, the adapter is scaled by alpha / rank; the rank if `None`.
-        targets: List of names of projections, or `None`.
+        targets: Names of projections, or `None`.
         dropout: Float, share of an adapter's inputs dropped in training.
         rslora: Boolean, scale by alpha / √rank.
     """
 
     rank: int = _whole(65_536)
     alpha: float | None = _number(1e-6, 1e9, None, True)
-    targets: list[str] | None = _texts(None, True)
+    targets: tuple[str, ...] | None = _texts(None, True)
     dropout: float = _number(0, 0.999_999, 0.0)
     rslora: bool = _flag(False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.targets is not None:  # JSON has lists alone.
+            object.__setattr__(self, "targets", tuple(self.targets))
 
 
 @dataclass(frozen=True)

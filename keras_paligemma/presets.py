@@ -30,9 +30,12 @@ _HERE = _WHEEL if _WHEEL.is_dir() else Path(__file__).parents[1] / "presets"
 
 def names() -> tuple[str, ...]:
     """List the presets, sorted: published models and embedded ones."""
-    published = {path.stem for path in _HERE.glob("*.json")}
     embedded = {path.parent.name for path in _HERE.glob(f"*/{CONFIG}")}
-    return tuple(sorted(published | embedded))
+    return tuple(sorted(_described() | embedded))
+
+
+def _described() -> set[str]:
+    return {path.stem for path in _HERE.glob("*.json")}
 
 
 def describe(name: str) -> dict:
@@ -66,8 +69,8 @@ def config(name: str) -> ModelConfig:
 
 def published(source: str | Path) -> str | None:
     """Give the name of the published model that a name or a handle means."""
-    name = _handles().get(source, source)
-    return name if (_HERE / f"{name}.json").is_file() else None
+    name = str(_handles().get(source, source))
+    return name if name in _described() else None
 
 
 def locate(
@@ -249,7 +252,7 @@ def _handles() -> dict[str, str]:
 
 
 def _unknown(source: str | Path) -> str:
-    near = difflib.get_close_matches(str(source), names(), cutoff=0.5)
+    near = difflib.get_close_matches(str(source)[:80], names(), cutoff=0.5)
     meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return (
         f"There is no preset and no folder {shown(str(source))}.{meant} "

@@ -284,6 +284,13 @@ def test_unknown_name():
         presets.describe("pali_gemma2_pt_3b_225")
 
 
+@pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "x/" * 5000])
+def test_names_that_nothing_can_have(source):
+    with pytest.raises(ValueError, match="no preset and no folder") as error:
+        presets.locate(source)
+    assert len(str(error.value)) < 500
+
+
 def test_unknown_folder(tmp_path):
     with pytest.raises(ValueError, match="no preset and no folder"):
         presets.locate(tmp_path / "absent")

@@ -142,8 +142,8 @@ def find(folder):
     if not index.is_file():
         raise ValueError(
             f"{folder} holds no weights. Expected: {SINGLE} or {INDEX} and "
-            "its shards. Older formats (pytorch_model.bin) can be saved anew "
-            "by transformers' `save_pretrained`."
+            "its shards. Pickles of Torch (pytorch_model.bin, .pth) can be "
+            "saved anew by transformers' `save_pretrained`."
         )
     paths = shards(index)
     missing = [path.name for path in paths if not path.is_file()]
