@@ -15,11 +15,11 @@ from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.float_views import float_views
 from keras_paligemma.checkpoints.held import hold
+from keras_paligemma.checkpoints.hugging_face_tokenizer import read_tokenizer
 from keras_paligemma.checkpoints.hugging_face_tokenizer import with_added_tokens
 from keras_paligemma.checkpoints.safetensors_files import Headers
 from keras_paligemma.distribution.command import plan
 from keras_paligemma.export.command import export
-from keras_paligemma.known_files import read_checked
 
 app = typer.Typer(
     help="PaliGemma 2 for Keras 3.",
@@ -185,8 +185,8 @@ def convert(
     if checkpoint.tokenizer is None:
         config = dataclasses.replace(config, preprocessor=None)
         typer.echo(
-            "No SentencePiece model is beside the source, so none is written "
-            "(a tokenizer.json cannot stand for it). To have one, add "
+            "No SentencePiece model or tokenizer.json is beside the source, so "
+            "none is written. To have one, add "
             "--tokenizer paligemma_tokenizer.model, a path or a handle such "
             "as gs://big_vision/paligemma_tokenizer.model",
             err=True,
@@ -321,7 +321,7 @@ def tokenizer_bytes(checkpoint):
         return None
     from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
 
-    proto = PaliGemmaTokenizer(read_checked(checkpoint.tokenizer)).proto
+    proto = PaliGemmaTokenizer(read_tokenizer(checkpoint.tokenizer)).proto
     size = checkpoint.config.backbone.text_decoder.vocabulary_size
     return with_added_tokens(proto, checkpoint.added_tokens, size)
 

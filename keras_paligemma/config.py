@@ -33,8 +33,8 @@ def shown(value: object) -> str:
     return _short.repr(value)
 
 
-def read_json(path: str | Path) -> object:
-    """Reads a JSON file of at most `JSON_LIMIT` bytes.
+def read_json(path: str | Path, limit: int = JSON_LIMIT) -> object:
+    """Reads a JSON file of at most `limit` bytes.
 
     Raises:
         ValueError: the file is missing, too large or no JSON.
@@ -42,9 +42,9 @@ def read_json(path: str | Path) -> object:
     path = Path(path)
     try:
         size = path.stat().st_size
-        if size > JSON_LIMIT:
+        if size > limit:
             raise ValueError(
-                f"it has {size:,} bytes, expected at most {JSON_LIMIT:,}"
+                f"it has {size:,} bytes, expected at most {limit:,}"
             )
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:

@@ -63,7 +63,7 @@ class Checkpoint:
         config: `ModelConfig`.
         rows: list of `engine.Row`, or `None` where their names are ours.
         files: list of `pathlib.Path`, those that hold the weights.
-        tokenizer: `pathlib.Path` of the SentencePiece model, or `None`.
+        tokenizer: `pathlib.Path` for `read_tokenizer`, or `None`.
         open_files: function that gives a context manager of the tensors.
         variant: str or `None`, a published model of the same sizes.
         added_tokens: dict of id to str, tokens that are not in the
@@ -283,13 +283,15 @@ def _transformers(folder, fields, load_weights, headers):
         with open_all() as tensors:
             yield hugging_face.tied(tensors)
 
-    backbone = found.config.backbone
+    backbone, tokenizer = found.config.backbone, _tokenizer(folder)
+    if tokenizer is None and (folder / "tokenizer.json").is_file():
+        tokenizer = folder / "tokenizer.json"
     checkpoint = Checkpoint(
         "transformers",
         found.config,
         None,
         files,
-        _tokenizer(folder),
+        tokenizer,
         open_files,
         added_tokens=found.added_tokens,
     )

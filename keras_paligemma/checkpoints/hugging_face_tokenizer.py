@@ -1,6 +1,7 @@
-"""The tokenizer's files of transformers: written, and their added tokens."""
+"""The tokenizer's files of transformers, written and read as SentencePiece."""
 
 import json
+import re
 
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
@@ -8,11 +9,15 @@ from sentencepiece import sentencepiece_model_pb2
 from keras_paligemma.checkpoints.hugging_face_config import IMAGE
 from keras_paligemma.config import read_json
 from keras_paligemma.config import shown
+from keras_paligemma.known_files import read_checked
 
 SPACE = "▁"
 # Types of pieces in `sentencepiece_model.proto`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BPE = 2
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+# PaliGemma's tokenizer.json has 34 MB.
+TOKENIZER_LIMIT = 200_000_000
 
 
 def tokenizer_files(proto, vocabulary_size):
@@ -56,6 +61,77 @@ def tokenizer_files(proto, vocabulary_size):
         for name, value in files.items()
     }
     return files | {"tokenizer.model": proto}
+
+
+def read_tokenizer(path):
+    """Read a tokenizer as a SentencePiece model.
+
+    Args:
+        path: `pathlib.Path` of a SentencePiece model, or of a `tokenizer.json`,
+            all that transformers 5 saves: its pieces and the order of its
+            merges say the same.
+
+    Returns:
+        Bytes of a SentencePiece model.
+
+    Raises:
+        ValueError: a damaged file, or a tokenizer that is not Gemma's kind.
+    """
+    if path.suffix != ".json":
+        return read_checked(path)
+    content = read_json(path, TOKENIZER_LIMIT)
+    try:
+        return _to_sentencepiece(content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no tokenizer of Gemma as transformers writes it: "
+            f"{shown(error)}. Pass its SentencePiece model as "
+            "`tokenizer='paligemma_tokenizer.model'`."
+        ) from error
+
+
+def _to_sentencepiece(content):
+    """Turn what `_tokenizer` makes, or transformers has made, into a model."""
+    bpe, normalizer = content["model"], content["normalizer"]
+    replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if bpe["type"] != "BPE" or normalizer != replaces:
+        raise ValueError("expected BPE over text whose spaces are replaced")
+    added = {one["id"]: one["content"] for one in content["added_tokens"]}
+    pieces = {id: piece for piece, id in bpe["vocab"].items()} | added
+    # What follows `<image>` is added by name, see `with_added_tokens`.
+    images = [id for id, piece in added.items() if piece == IMAGE]
+    size = images[0] if images else len(pieces)
+    # Of all merges that make a piece, SentencePiece has one score.
+    ranks = {}
+    for rank, pair in enumerate(bpe["merges"]):
+        parts = pair.split(" ") if isinstance(pair, str) else pair
+        ranks.setdefault("".join(parts), rank)
+    model = sentencepiece_model_pb2.ModelProto()
+    for id in range(size):
+        piece = pieces[id]
+        kind = NORMAL
+        if id in (0, 1, 2):
+            kind = CONTROL
+        elif piece == bpe["unk_token"]:
+            kind = UNKNOWN
+        elif id in added:
+            kind = USER_DEFINED
+        elif bpe["byte_fallback"] and BYTE_PIECE.fullmatch(piece):
+            kind = BYTE
+        score = 0.0
+        if kind == NORMAL:
+            score = -float(ranks.get(piece, len(bpe["merges"])))
+        model.pieces.add(piece=piece, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size = BPE, size
+    trainer.byte_fallback = bpe["byte_fallback"]
+    for id, name in enumerate(("pad", "eos", "bos", "unk")):
+        setattr(trainer, f"{name}_id", id)
+        setattr(trainer, f"{name}_piece", pieces[id])
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = False
+    normalizer.remove_extra_whitespaces = False
+    return model.SerializeToString()
 
 
 def added_tokens(folder):

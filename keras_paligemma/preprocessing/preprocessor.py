@@ -5,8 +5,8 @@ import keras_hub
 import numpy as np
 
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.hugging_face_tokenizer import read_tokenizer
 from keras_paligemma.checkpoints.hugging_face_tokenizer import with_added_tokens
-from keras_paligemma.known_files import read_checked
 from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
 )
@@ -143,7 +143,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
         Args:
             config: `ModelConfig`.
-            tokenizer: Path of a SentencePiece model.
+            tokenizer: Path of a SentencePiece model or a `tokenizer.json`.
             added_tokens: Dictionary of id to string, tokens that this model
                 does not have.
             **kwargs: As `from_preset` takes them.
@@ -156,8 +156,8 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """
         if tokenizer is None:
             raise ValueError(
-                "The checkpoint comes without a SentencePiece model; a "
-                "tokenizer.json of transformers cannot stand for it. Pass "
+                "The checkpoint comes without a SentencePiece model or a "
+                "tokenizer.json of transformers. Pass "
                 "`tokenizer='paligemma_tokenizer.model'`, a path or a handle: "
                 "gs://big_vision/paligemma_tokenizer.model is the original's, "
                 "hf://google/paligemma2-3b-pt-224/tokenizer.model the same "
@@ -168,7 +168,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         converter = PaliGemmaImageConverter(
             config.backbone.image_size, resize=fields.pop("resize")
         )
-        tokenizer = PaliGemmaTokenizer(read_checked(tokenizer))
+        tokenizer = PaliGemmaTokenizer(read_tokenizer(tokenizer))
         if added_tokens:
             size = config.backbone.text_decoder.vocabulary_size
             proto = with_added_tokens(tokenizer.proto, added_tokens, size)

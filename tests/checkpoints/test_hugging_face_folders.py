@@ -13,11 +13,14 @@ from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.hugging_face_tokenizer import read_tokenizer
+from keras_paligemma.checkpoints.hugging_face_tokenizer import tokenizer_files
 from tests.checkpoints.test_hugging_face import NANO_TOKENIZER
 from tests.checkpoints.test_hugging_face import assert_same_weights
 from tests.checkpoints.test_hugging_face import export
 from tests.checkpoints.test_hugging_face import load_theirs
 from tests.checkpoints.test_hugging_face import random_backbone
+from tests.conftest import GOLDEN
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -169,6 +172,60 @@ def test_a_tokenizer_of_other_size_is_refused(folder):
         PaliGemmaCausalLM.from_preset(folder.parent / "ours", tokenizer=toy)
 
 
+# A tokenizer.json alone, which is what transformers 5 saves
+
+
+@pytest.mark.parametrize("file", [NANO_TOKENIZER, GOLDEN / "toy_sp.model"])
+def test_a_tokenizer_json_gives_the_same_ids(tmp_path, file):
+    wanted = PaliGemmaTokenizer(file.read_bytes())
+    size = wanted.vocabulary_size()
+    for name, content in tokenizer_files(wanted.proto, size).items():
+        (tmp_path / name).write_bytes(content)
+    # As transformers writes it again, too.
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "again")
+    random = np.random.default_rng(0)
+    pieces = [piece.replace("▁", " ") for piece in wanted.get_vocabulary()[4:]]
+    characters = list("abcaabbnana  \n\n\tGröß東🐈é▁<>0")
+    texts = [
+        "".join(
+            random.choice([pieces, characters][random.integers(2)])
+            for _ in range(random.integers(12))
+        )
+        for _ in range(500)
+    ]
+    ids = wanted.tokenize(texts)
+    for folder in (tmp_path, tmp_path / "again"):
+        found = PaliGemmaTokenizer(read_tokenizer(folder / "tokenizer.json"))
+        assert found.get_vocabulary() == wanted.get_vocabulary()
+        assert found.tokenize(texts) == ids
+        assert found.detokenize(ids) == wanted.detokenize(ids)
+
+
+def test_a_model_with_a_tokenizer_json_alone(folder):
+    processor = add_tokens(folder, ["<cat>"])[1]
+    (folder / "tokenizer.model").unlink()
+    model = PaliGemmaCausalLM.from_preset(folder)
+    text = "the <cat> in\nthe corner <loc0007>"
+    assert model.preprocessor.tokenizer.tokenize(
+        text
+    ) == processor.tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("[]", "no tokenizer of Gemma"),
+        ('{"model": {"type": "Unigram"}, "normalizer": null}', "expected BPE"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_another_tokenizer_json_is_refused(tmp_path, content, match):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=match):
+        read_tokenizer(tmp_path / "tokenizer.json")
+
+
 # What Trainer does not save
 
 
@@ -189,8 +246,12 @@ def test_a_folder_without_a_processor_is_completed(folder):
 
 
 def test_its_tokenizer_may_come_from_elsewhere(folder):
-    (folder / "preprocessor_config.json").unlink()
-    (folder / "tokenizer.model").unlink()
+    for name in (
+        "preprocessor_config.json",
+        "tokenizer.model",
+        "tokenizer.json",
+    ):
+        (folder / name).unlink()
     with pytest.raises(ValueError, match="tokenizer='paligemma_tokenizer"):
         with pytest.warns(UserWarning, match="Taken"):
             PaliGemmaCausalLM.from_preset(folder)

@@ -153,6 +153,14 @@ def test_a_bad_index_is_named(tmp_path, text):
         find(tmp_path)
 
 
+def test_an_index_of_very_many_files(tmp_path):
+    names = {str(number): f"{number}.safetensors" for number in range(50_000)}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match="lacks 50000 of the 50000") as error:
+        find(tmp_path)
+    assert len(str(error.value)) < 500
+
+
 def test_links_out_of_the_folder_are_followed(tmp_path):
     """The cache of a hub is a folder of links to files named by hash."""
     write_safetensors(tmp_path, ARRAYS.items())
