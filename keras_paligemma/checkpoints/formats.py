@@ -193,7 +193,9 @@ def find(path, fields=None, load_weights=True, headers=None):
     backbone = config.backbone.with_fields(**fields)
     checkpoint.config = replace(config, backbone=backbone)
     checkpoint.variant = variant(backbone.to_dict())
-    if checkpoint.format == "transformers" and config.preprocessor is None:
+    if checkpoint.format != "keras" and config.preprocessor is not None:
+        _set_preprocessor(checkpoint, config.preprocessor.resize)
+    elif checkpoint.format == "transformers":
         # What its processor does, unless it is told otherwise.
         _assume_preprocessor(checkpoint, "bicubic", path)
     return checkpoint
@@ -211,20 +213,27 @@ def _naming(path):
 
 
 def _assume_preprocessor(checkpoint, resize, source):
-    """Give a checkpoint the preprocessor that its files say nothing of.
-
-    The lengths are those of the published model of these sizes.
-    """
-    known = checkpoint.variant and presets.config(checkpoint.variant)
-    preprocessor = PreprocessorConfig(resize)
-    if known:
-        preprocessor = replace(known.preprocessor, resize=resize)
-    checkpoint.config = replace(checkpoint.config, preprocessor=preprocessor)
+    """Give a checkpoint the preprocessor that its files say nothing of."""
+    preprocessor = _set_preprocessor(checkpoint, resize)
     checkpoint.assumed["resize"] = (
         f"{source} does not say how pictures and text are prepared. Taken: "
         f"resize={resize!r}, prompt_length={preprocessor.prompt_length}, "
         f"response_length={preprocessor.response_length}."
     )
+
+
+def _set_preprocessor(checkpoint, resize):
+    """Give a checkpoint a preprocessor by its rule to resize.
+
+    No other format knows the two parts of a text: their lengths are those of
+    the published model of these sizes.
+    """
+    preprocessor = PreprocessorConfig(resize)
+    if checkpoint.variant is not None:
+        known = presets.config(checkpoint.variant).preprocessor
+        preprocessor = replace(known, resize=resize)
+    checkpoint.config = replace(checkpoint.config, preprocessor=preprocessor)
+    return preprocessor
 
 
 def _recognise(folder):
@@ -419,8 +428,8 @@ def variant(backbone):
     return matching[0][1] if matching else None
 
 
-# What values are computed in where a file has others than models have.
-# float16 overflows at 65,504, which activations of Gemma reach.
+# What is computed in where a file holds another dtype. float16 ends at 65,504,
+# and a model that leaves its range gives NaN.
 COMPUTED = {"float16": "bfloat16", "float64": "float32"}
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 

@@ -48,8 +48,10 @@ class Tensors:
         if dtype not in self._known:
             raise ValueError(
                 f"{path} holds {key!r} as {dtype}. Expected: one of "
-                f"{sorted(DTYPES)}. A quantised checkpoint must be written "
-                "in one of these; otherwise the file is damaged."
+                f"{sorted(DTYPES)}. Of weights that bitsandbytes quantised "
+                "(U8, I8), load the model that they were made from, or in "
+                "transformers call `model.dequantize()` and save that; "
+                "otherwise the file is damaged."
             )
         self._path_of[key], self._file_of[key] = path, file
         self._slices[key] = one

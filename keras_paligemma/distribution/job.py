@@ -63,13 +63,8 @@ class Job:
         Returns:
             `PaliGemmaBackbone` and built `Adam`.
         """
-        config = formats.resolve(self.preset, False).config.backbone
-        fields = {
-            **config.to_dict(),
-            "dtype": self.dtype,
-            "remat": remat,
-            "form": form,
-        }
+        config = formats.resolve(self.preset, False).config.backbone.to_dict()
+        fields = {**config, "dtype": self.dtype, "remat": remat, "form": form}
         if self.quantize:
             fields["quantization"] = self.quantize
         optimizer = Adam()
