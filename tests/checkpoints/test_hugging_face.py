@@ -574,6 +574,18 @@ def test_a_head_of_its_own_is_refused(damaged):
         read(damaged(change))
 
 
+def test_a_head_that_equals_the_table(damaged):
+    """In another dtype too, and where both hold NaN."""
+
+    def change(arrays):
+        table = arrays["language_model.model.embed_tokens.weight"]
+        table[3, 5] = np.nan
+        arrays["lm_head.weight"] = table.astype("float64")
+
+    table = read(damaged(change)).token_embedding.table
+    assert np.isnan(keras.ops.convert_to_numpy(table)[3, 5])
+
+
 def test_a_head_of_other_shape_is_refused(damaged):
     def change(arrays):
         table = arrays["language_model.model.embed_tokens.weight"]
