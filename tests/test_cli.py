@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from keras_paligemma import PaliGemmaCausalLM
@@ -191,6 +193,20 @@ def test_a_source_without_a_tokenizer(published, tmp_path):
     tokenizer = str(PRESETS / NANO / "tokenizer.model")
     model = PaliGemmaCausalLM.from_preset(source, tokenizer=tokenizer)
     assert model.preprocessor.tokenizer.vocabulary_size() > 1152
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    source = shutil.copytree(PRESETS / NANO, tmp_path / "source")
+    arrays = load_file(source / "model.safetensors")
+    arrays["vision_encoder/final_norm/gamma"][2] = np.nan
+    save_file(arrays, source / "model.safetensors")
+    target = tmp_path / "target"
+    convert = ("convert", source, target, "--to", "transformers")
+    with pytest.raises(ValueError, match="1 values of 144 that are NaN"):
+        call(*convert)
+    assert not target.exists()
+    code, _ = call(*convert, "--allow-nonfinite")
+    assert code == 0 and target.exists()
 
 
 @pytest.mark.parametrize("to", formats.FORMATS)

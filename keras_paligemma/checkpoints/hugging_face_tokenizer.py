@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
@@ -67,7 +68,7 @@ def read_tokenizer(path):
     """Read a tokenizer as a SentencePiece model.
 
     Args:
-        path: `pathlib.Path` of a SentencePiece model, or of a `tokenizer.json`,
+        path: str or path of a SentencePiece model, or of a `tokenizer.json`,
             all that transformers 5 saves: its pieces and the order of its
             merges say the same.
 
@@ -77,6 +78,7 @@ def read_tokenizer(path):
     Raises:
         ValueError: a damaged file, or a tokenizer that is not Gemma's kind.
     """
+    path = Path(path)
     if path.suffix != ".json":
         return read_checked(path)
     content = read_json(path, TOKENIZER_LIMIT)
