@@ -35,6 +35,9 @@ UNTOLD = (
     "final_logit_soft_cap",
 )
 
+# How the published models were trained.
+PUBLISHED_RESIZE = "bilinear_antialias"
+
 # What is no checkpoint that can be read, by its suffix, and the way to one.
 TORCH = (
     "a pickle of Torch, which can run any code when it is loaded. Load it with "
@@ -149,7 +152,7 @@ def resolve(source, load_weights=True, fields=None, tokenizer=False):
     if given is not None:
         checkpoint.tokenizer = presets.locate(given)
         if checkpoint.config.preprocessor is None:
-            _assume_preprocessor(checkpoint, "bilinear_antialias", source)
+            _assume_preprocessor(checkpoint, PUBLISHED_RESIZE, source)
     return checkpoint
 
 
@@ -198,6 +201,8 @@ def find(path, fields=None, load_weights=True, headers=None):
     elif checkpoint.format == "transformers":
         # What its processor does, unless it is told otherwise.
         _assume_preprocessor(checkpoint, "bicubic", path)
+    elif checkpoint.format == "keras_hub" and checkpoint.tokenizer is not None:
+        _assume_preprocessor(checkpoint, PUBLISHED_RESIZE, path)
     return checkpoint
 
 
@@ -375,7 +380,7 @@ def _big_vision(path, fields, load_weights=True, headers=None):
         config = ModelConfig(
             name=path.name.partition(".npz")[0],
             backbone=found,
-            preprocessor=PreprocessorConfig("bilinear_antialias"),
+            preprocessor=PreprocessorConfig(PUBLISHED_RESIZE),
         )
         if known is not None:
             published = presets.config(known)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from keras_paligemma import presets
+from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import keras_hub
 from keras_paligemma.checkpoints import keras_hub_config
 from keras_paligemma.config import LoraConfig
@@ -170,6 +171,20 @@ def test_older_files(tmp_path):
     vision = replace(wanted.vision_encoder, intermediate_dim=4304)
     assert found["config"].backbone == replace(wanted, vision_encoder=vision)
     assert found["config"].preprocessor == PreprocessorConfig("bilinear")
+
+
+def test_a_tokenizer_without_a_preprocessor(tmp_path):
+    write_files(tmp_path, lambda files: None)
+    for name in ("preprocessor.json", "image_converter.json"):
+        (tmp_path / name).unlink()
+    found = formats.find(tmp_path, load_weights=False)
+    assert found.config.preprocessor is None
+    path = tmp_path / keras_hub_config.TOKENIZER
+    path.parent.mkdir(parents=True)
+    path.write_bytes(tokenizer())
+    found = formats.find(tmp_path, load_weights=False)
+    assert found.config.preprocessor == PreprocessorConfig("bilinear_antialias")
+    assert "Taken: resize='bilinear_antialias'" in found.assumed["resize"]
 
 
 @pytest.mark.parametrize(
