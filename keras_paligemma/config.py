@@ -148,7 +148,7 @@ class Checked:
         values = values if isinstance(values, dict) else {}
         known = {one.name: one for one in fields(cls)}
         listed = [
-            f"{prefix}{key:.80} is unknown" for key in values.keys() - known
+            f"{prefix}{key!s:.80} is unknown" for key in values.keys() - known
         ]
         for key, one in known.items():
             name = (names or {}).get(key, prefix + key)
