@@ -67,12 +67,13 @@ def make(folder, formats=tuple(PATHS)):
     """Write the model in formats, all of them unless told."""
     from keras_paligemma import PaliGemmaBackbone
     from keras_paligemma.checkpoints import engine
+    from keras_paligemma.config import ModelConfig
     from keras_paligemma.models import exports
 
     backbone = PaliGemmaBackbone(
         224, VISION, TEXT, form="unrolled", dtype="bfloat16"
     )
-    config = {"backbone": backbone.architecture(), "preprocessor": None}
+    config = ModelConfig(backbone=backbone.architecture())
     weights = backbone.weights_by_name()
     for to in formats:
         exports.write(folder / PATHS[to], to, config, weights, engine.to_numpy)

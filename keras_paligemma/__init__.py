@@ -14,8 +14,8 @@ _HOME = {
     "PaliGemmaImageConverter": "preprocessing.image_converter",
     "PaliGemmaTokenizer": "preprocessing.tokenizer",
     "StreamedCrossEntropy": "models.losses",
-    "TextDecoderConfig": "models.text_decoder",
-    "VisionEncoderConfig": "models.vision_encoder",
+    "TextDecoderConfig": "config",
+    "VisionEncoderConfig": "config",
     "transfer_recipe": "models.optimizers",
     "without_values": "compat",
 }

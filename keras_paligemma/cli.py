@@ -1,6 +1,7 @@
 """The command line: `keras-paligemma inspect | convert | finetune | …`."""
 
 import contextlib
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.float_views import float_views
 from keras_paligemma.checkpoints.held import hold
+from keras_paligemma.checkpoints.hugging_face_tokenizer import read_tokenizer
+from keras_paligemma.checkpoints.hugging_face_tokenizer import with_added_tokens
 from keras_paligemma.checkpoints.safetensors_files import Headers
 from keras_paligemma.export.command import export
-from keras_paligemma.known_files import read_checked
 from keras_paligemma.planning.command import plan
 
 app = typer.Typer(
@@ -128,16 +130,17 @@ def inspect_handle(handle, sizes, fields):
 
 def describe(checkpoint, weights):
     """List what a configuration says, as a dict of name to fact."""
-    backbone = checkpoint.config["backbone"]
+    backbone = checkpoint.config.backbone
     facts = {
         "format": checkpoint.format or "known by its name",
         "variant": checkpoint.variant or "none of the published",
         "parameters": f"{engine.count(float_views(weights)):,}",
-        "image size": backbone["image_size"],
+        "image size": backbone.image_size,
         "tokenizer": checkpoint.tokenizer or "none beside it",
     }
     for tower in ("vision_encoder", "text_decoder"):
-        facts[tower] = ", ".join(f"{k}={v}" for k, v in backbone[tower].items())
+        fields = dataclasses.asdict(getattr(backbone, tower))
+        facts[tower] = ", ".join(f"{k}={v}" for k, v in fields.items())
     return facts
 
 
@@ -163,25 +166,35 @@ def convert(
         str | None,
         typer.Option(help="SentencePiece model, if none is beside the source"),
     ] = None,
+    allow_nonfinite: Annotated[
+        bool,
+        typer.Option("--allow-nonfinite", help="Take NaN and infinite weights"),
+    ] = False,
     set: Set = None,
 ) -> None:
     """Write a checkpoint in another format; its model is never in memory."""
     from keras_paligemma.models import exports
 
-    checkpoint = formats.resolve(source, fields=read_fields(set))
-    path = presets.locate(tokenizer) if tokenizer else checkpoint.tokenizer
+    checkpoint = formats.resolve(
+        source, fields=read_fields(set), tokenizer=tokenizer or False
+    )
+    for sentence in checkpoint.assumed.values():
+        typer.echo(sentence, err=True)
     weights = empty_weights(checkpoint)
-    config = dict(checkpoint.config)
-    if path is None:
-        config["preprocessor"] = None
+    config = checkpoint.config
+    if checkpoint.tokenizer is None:
+        config = dataclasses.replace(config, preprocessor=None)
         typer.echo(
-            "No SentencePiece model is beside the source, so none is written "
-            "(a tokenizer.json cannot stand for it). To have one, add "
+            "No SentencePiece model or tokenizer.json is beside the source, so "
+            "none is written. To have one, add "
             "--tokenizer paligemma_tokenizer.model, a path or a handle such "
             "as gs://big_vision/paligemma_tokenizer.model",
             err=True,
         )
-    with checkpoint.open() as tensors, progress(weights, target) as read:
+    with (
+        checkpoint.open(allow_nonfinite) as tensors,
+        progress(weights, target) as read,
+    ):
         held = hold(weights, checkpoint.rows_for(weights), tensors)
         exports.write(
             target,
@@ -189,7 +202,7 @@ def convert(
             config,
             held,
             read,
-            tokenizer_bytes(path),
+            tokenizer_bytes(checkpoint),
             dtype=dtype,
             piece_size=piece_size,
         )
@@ -309,13 +322,15 @@ def progress(weights, target):
         yield read
 
 
-def tokenizer_bytes(path):
-    """Read a SentencePiece model; Gemma's gets PaliGemma's pieces."""
-    if path is None:
+def tokenizer_bytes(checkpoint):
+    """Read a checkpoint's SentencePiece model, which gets all of its pieces."""
+    if checkpoint.tokenizer is None:
         return None
     from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
 
-    return PaliGemmaTokenizer(read_checked(path)).proto
+    proto = PaliGemmaTokenizer(read_tokenizer(checkpoint.tokenizer)).proto
+    size = checkpoint.config.backbone.text_decoder.vocabulary_size
+    return with_added_tokens(proto, checkpoint.added_tokens, size)
 
 
 def empty_weights(checkpoint):
@@ -324,7 +339,7 @@ def empty_weights(checkpoint):
     from keras_paligemma.models.backbone import PaliGemmaBackbone
 
     with without_values():
-        backbone = PaliGemmaBackbone(**checkpoint.config["backbone"])
+        backbone = PaliGemmaBackbone(**checkpoint.config.backbone.to_dict())
     return backbone.weights_by_name()
 
 

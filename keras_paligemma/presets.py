@@ -11,6 +11,9 @@ from pathlib import Path
 
 from keras_paligemma import atomic
 from keras_paligemma import downloads
+from keras_paligemma.config import ModelConfig
+from keras_paligemma.config import read_json
+from keras_paligemma.config import shown
 
 HEADER = {"format": "keras_paligemma", "format_version": 1}
 CONFIG = "config.json"
@@ -27,9 +30,12 @@ _HERE = _WHEEL if _WHEEL.is_dir() else Path(__file__).parents[1] / "presets"
 
 def names() -> tuple[str, ...]:
     """List the presets, sorted: published models and embedded ones."""
-    published = {path.stem for path in _HERE.glob("*.json")}
     embedded = {path.parent.name for path in _HERE.glob(f"*/{CONFIG}")}
-    return tuple(sorted(published | embedded))
+    return tuple(sorted(_described() | embedded))
+
+
+def _described() -> set[str]:
+    return {path.stem for path in _HERE.glob("*.json")}
 
 
 def describe(name: str) -> dict:
@@ -53,10 +59,18 @@ def describe(name: str) -> dict:
     return read_json(path if path.is_file() else _HERE / name / CONFIG)
 
 
+@functools.cache
+def config(name: str) -> ModelConfig:
+    """Give the configuration of a preset; see `describe`."""
+    fields = describe(name)
+    parts = {key: fields[key] for key in ("name", "backbone", "preprocessor")}
+    return ModelConfig.from_dict(parts, name)
+
+
 def published(source: str | Path) -> str | None:
     """Give the name of the published model that a name or a handle means."""
-    name = _handles().get(source, source)
-    return name if (_HERE / f"{name}.json").is_file() else None
+    name = str(_handles().get(source, source))
+    return name if name in _described() else None
 
 
 def locate(
@@ -90,8 +104,11 @@ def locate(
     if source in names():
         return _HERE / source
     path = Path(source).expanduser()
-    if path.exists() or any(path.parent.glob(f"{path.name}.part*")):
-        return path
+    try:
+        if path.exists() or any(path.parent.glob(f"{path.name}.part*")):
+            return path
+    except (OSError, ValueError):
+        pass  # Nothing can have such a name.
     raise ValueError(_unknown(source))
 
 
@@ -129,8 +146,8 @@ def replaced(folder: str | Path):
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file. Expected: a folder.")
-    config = atomic.current(folder, CONFIG) / CONFIG
-    ours = config.is_file() and _is_ours(config)
+    path = atomic.current(folder, CONFIG) / CONFIG
+    ours = path.is_file() and _is_ours(path)
     held = sorted(one.name for name in WRITTEN for one in folder.glob(name))
     if held and not ours:
         raise ValueError(
@@ -141,51 +158,40 @@ def replaced(folder: str | Path):
     return atomic.whole_folder(folder, CONFIG, WRITTEN)
 
 
-def _is_ours(config: Path) -> bool:
+def _is_ours(path: Path) -> bool:
     try:
-        found = read_json(config)
+        found = read_json(path)
     except ValueError:
         return False
     return isinstance(found, dict) and found.get("format") == HEADER["format"]
 
 
-def write_config(folder: str | Path, config: dict) -> Path:
-    """Write `config.json` for `read_folder`.
-
-    Args:
-        folder: Made where it does not exist.
-        config: `name`; `backbone`, as in a preset, and its `dtype`;
-            `preprocessor`, with options of its own, or `None`.
-    """
-    config = HEADER | config | HEADER
+def write_config(folder: str | Path, config: ModelConfig) -> Path:
+    """Write `config.json` for `read_folder`; the folder is made if need be."""
     path = Path(folder) / CONFIG
-    _check(config, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(HEADER | config.to_dict(), indent=2) + "\n"
+    path.write_text(text, encoding="utf-8")
     return path
 
 
-def read_folder(folder: Path, load_weights: bool = True) -> dict:
+def read_folder(folder: Path, load_weights: bool = True) -> ModelConfig:
     """Read the config of a folder that `save_to_preset` wrote.
 
     Args:
         folder: Path.
         load_weights: Whether weights and tokenizer must be there.
 
-    Returns:
-        The config, with `name`, `backbone` and `preprocessor`.
-
     Raises:
         ValueError: missing file, bad config.
     """
     needed = [CONFIG, WEIGHTS, TOKENIZER] if load_weights else [CONFIG]
-    config = {}
+    config = None
     if (folder / CONFIG).is_file():
         # Checked first: a folder of another format lacks the rest as well.
-        config = read_json(folder / CONFIG)
-        _check(config, folder / CONFIG)
-    if config.get("preprocessor", True) is None:
-        needed = [file for file in needed if file != TOKENIZER]
+        config = _read_config(folder / CONFIG)
+        if config.preprocessor is None:
+            needed = [file for file in needed if file != TOKENIZER]
     if (folder / f"{WEIGHTS}.index.json").is_file():
         needed = [file for file in needed if file != WEIGHTS]
     missing = [file for file in needed if not (folder / file).is_file()]
@@ -197,50 +203,41 @@ def read_folder(folder: Path, load_weights: bool = True) -> dict:
     return config
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON file; a `ValueError` names one that is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-
-
-def _check(config: dict, path: Path) -> None:
-    given = config if isinstance(config, dict) else {}
+def _read_config(path: Path) -> ModelConfig:
+    found = read_json(path)
+    fields = found if isinstance(found, dict) else {}
     problems = [
-        f"expected {key}={value!r}, received {given.get(key)!r}"
+        f"expected {key}={value!r}, received {shown(fields.get(key))}"
         for key, value in HEADER.items()
-        if given.get(key) != value
+        if fields.get(key) != value
     ]
     if not problems:
-        # A published preset has every field; a preprocessor may have more,
-        # and a backbone says its adapters and its bits.
-        fields = describe("pali_gemma2_pt_3b_224")
-        preprocessor = given.get("preprocessor")
-        if preprocessor is not None:
-            own = preprocessor if isinstance(preprocessor, dict) else {}
-            preprocessor = own | fields["preprocessor"]
-        backbone = fields["backbone"] | {"dtype": ""}
-        if isinstance(given.get("backbone"), dict):
-            for key in ("lora", "quantization"):
-                backbone[key] = given["backbone"].setdefault(key, None)
-        parts = {"backbone": backbone, "preprocessor": preprocessor}
-        problems = _differences(given, HEADER | {"name": ""} | parts)
+        fields = {key: fields[key] for key in fields.keys() - HEADER}
+        # Files of ours say all that the published presets say.
+        example = describe("pali_gemma2_pt_3b_224")
+        wanted = {
+            "name": "",
+            "backbone": example["backbone"] | {"dtype": ""},
+            "preprocessor": example["preprocessor"],
+        }
+        if fields.get("preprocessor", 0) is None:
+            wanted["preprocessor"] = None
+        problems = _missing(fields, wanted)
     if problems:
         raise ValueError(
             f"{path} is no config of this package: {'; '.join(problems)}. A "
             "newer format_version needs a newer keras_paligemma."
         )
+    return ModelConfig.from_dict(fields, path)
 
 
-def _differences(found: dict, expected: dict, prefix: str = "") -> list[str]:
+def _missing(found: object, wanted: dict, prefix: str = "") -> list[str]:
+    """List the fields that a dictionary, or one within it, lacks."""
     found = found if isinstance(found, dict) else {}
-    problems = [f"{prefix}{key} is missing" for key in expected.keys() - found]
-    problems += [f"{prefix}{key} is unknown" for key in found.keys() - expected]
-    for key in found.keys() & expected:
-        if isinstance(expected[key], dict):
-            inner = f"{prefix}{key}."
-            problems += _differences(found[key], expected[key], inner)
+    problems = [f"{prefix}{key} is missing" for key in wanted.keys() - found]
+    for key in wanted.keys() & found:
+        if isinstance(wanted[key], dict):
+            problems += _missing(found[key], wanted[key], f"{prefix}{key}.")
     return sorted(problems)
 
 
@@ -255,10 +252,11 @@ def _handles() -> dict[str, str]:
 
 
 def _unknown(source: str | Path) -> str:
-    near = difflib.get_close_matches(str(source), names(), cutoff=0.5)
+    near = difflib.get_close_matches(str(source)[:80], names(), cutoff=0.5)
     meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return (
-        f"There is no preset and no folder {str(source)!r}.{meant} Expected: "
+        f"There is no preset and no folder {shown(str(source))}.{meant} "
+        "Expected: "
         "one of `presets.names()`, a handle ('hf://…', 'kaggle://…'), or a "
         "folder written by `save_to_preset`; a relative path starts at "
         f"{str(Path.cwd())!r}."

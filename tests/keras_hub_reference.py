@@ -21,6 +21,10 @@ import numpy as np
 from keras import ops
 from sentencepiece import sentencepiece_model_pb2
 
+from keras_paligemma.config import BackboneConfig
+from keras_paligemma.config import PreprocessorConfig
+from keras_paligemma.config import TextDecoderConfig
+from keras_paligemma.config import VisionEncoderConfig
 from tests.conftest import GOLDEN
 from tests.conftest import IMAGE_SIZE
 from tests.conftest import TEXT
@@ -66,24 +70,19 @@ HUB_SECOND = HUB | {
 }
 # Bytes, below the size of the tiny model and above that of its largest array.
 SHARD_SIZE = 120_000
-PREPROCESSOR = {
-    "resize": "bilinear",
-    "crop_to_aspect_ratio": False,
-    "pad_to_aspect_ratio": False,
-    "sequence_length": 20,
-}
+PREPROCESSOR = PreprocessorConfig("bilinear", 12, 8)
 
 
 def expected_config(version, dtype="float32"):
     """What the config of a model is in this package's terms."""
-    return {
-        "image_size": IMAGE_SIZE,
-        "dtype": dtype,
-        "vision_encoder": VISION | {"layer_norm_epsilon": 1e-6},
-        "text_decoder": TEXT
-        | (FIRST if version == 1 else SECOND)
-        | {"rope_base": 10_000.0, "rms_norm_epsilon": 1e-6},
-    }
+    return BackboneConfig(
+        image_size=IMAGE_SIZE,
+        dtype=dtype,
+        vision_encoder=VisionEncoderConfig(**VISION),
+        text_decoder=TextDecoderConfig(
+            **TEXT | (FIRST if version == 1 else SECOND)
+        ),
+    )
 
 
 def tokenizer():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from keras_paligemma import PaliGemmaCausalLM
@@ -172,11 +174,11 @@ def test_progress(monkeypatch, capsys, looks_on):
 
 
 def test_a_source_without_a_tokenizer(published, tmp_path):
-    """transformers' tokenizer.json alone is told, and who has the model."""
+    """Who has one is told."""
     source = tmp_path / "source"
     shutil.copytree(published, source)
     (source / "tokenizer.model").unlink()
-    assert (source / "tokenizer.json").exists()
+    (source / "tokenizer.json").unlink()
     target = tmp_path / "target"
     code, output = call("convert", source, target, "--to", "keras")
     assert code == 0
@@ -185,12 +187,26 @@ def test_a_source_without_a_tokenizer(published, tmp_path):
     with pytest.raises(ValueError) as raised:
         PaliGemmaCausalLM.from_preset(source)
     message = str(raised.value)
-    assert "tokenizer.json of transformers cannot stand for it" in message
+    assert "without a SentencePiece model or a tokenizer.json" in message
     assert "`tokenizer='paligemma_tokenizer.model'`" in message
     assert "gs://big_vision/paligemma_tokenizer.model" in message
     tokenizer = str(PRESETS / NANO / "tokenizer.model")
     model = PaliGemmaCausalLM.from_preset(source, tokenizer=tokenizer)
     assert model.preprocessor.tokenizer.vocabulary_size() > 1152
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    source = shutil.copytree(PRESETS / NANO, tmp_path / "source")
+    arrays = load_file(source / "model.safetensors")
+    arrays["vision_encoder/final_norm/gamma"][2] = np.nan
+    save_file(arrays, source / "model.safetensors")
+    target = tmp_path / "target"
+    convert = ("convert", source, target, "--to", "transformers")
+    with pytest.raises(ValueError, match="1 values of 144 that are NaN"):
+        call(*convert)
+    assert not target.exists()
+    code, _ = call(*convert, "--allow-nonfinite")
+    assert code == 0 and target.exists()
 
 
 @pytest.mark.parametrize("to", formats.FORMATS)
@@ -213,7 +229,8 @@ def test_there_and_back(tmp_path, to):
     assert code == 0
     one, two = formats.resolve(NANO), formats.find(back)
     for tower in ("vision_encoder", "text_decoder"):
-        assert one.config["backbone"][tower] == two.config["backbone"][tower]
+        towers = [getattr(a.config.backbone, tower) for a in (one, two)]
+        assert towers[0] == towers[1]
     with one.open() as wanted, two.open() as found:
         assert wanted.shapes == found.shapes
         for key in wanted.shapes:
@@ -238,7 +255,7 @@ def test_another_dtype_in_pieces(tmp_path):
     assert code == 0
     found = formats.find(tmp_path / "x.npz", cli.read_fields(NANO_SET[1::2]))
     assert len(found.files) == 3
-    assert found.config["backbone"]["dtype"] == "bfloat16"
+    assert found.config.backbone.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import json
 import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,9 @@ def is_paligemma_2(name):
 
 @pytest.fixture
 def config():
-    """A valid config, without what `write_config` adds."""
-    preset = presets.describe("pali_gemma2_pt_3b_224")
-    return {
-        "name": "mine",
-        "backbone": preset["backbone"] | {"dtype": "bfloat16"},
-        "preprocessor": preset["preprocessor"],
-    }
+    preset = presets.config("pali_gemma2_pt_3b_224")
+    backbone = replace(preset.backbone, dtype="bfloat16")
+    return replace(preset, name="mine", backbone=backbone)
 
 
 @pytest.fixture
@@ -224,7 +221,7 @@ def test_kaggle_versions(name, version):
 @pytest.mark.parametrize("source", [str, Path], ids=["str", "path"])
 def test_resolve_folder(folder, config, source):
     assert presets.locate(source(folder)) == folder
-    assert presets.read_folder(folder) == presets.HEADER | config
+    assert presets.read_folder(folder) == config
 
 
 def test_name_without_weights():
@@ -273,10 +270,10 @@ def test_resolve_embedded_preset(folder, monkeypatch, config):
     """A name that has a folder beside the descriptions."""
     monkeypatch.setattr(presets, "_HERE", folder.parent)
     described = folder.parent / "pali_gemma2_pt_3b_224.json"
-    described.write_text(json.dumps(config))
+    described.write_text(json.dumps(config.to_dict()))
     assert folder.name in presets.names()
     assert presets.locate(folder.name) == folder
-    assert presets.describe(folder.name) == presets.read_folder(folder)
+    assert presets.describe(folder.name) == presets.HEADER | config.to_dict()
 
 
 def test_unknown_name():
@@ -285,6 +282,13 @@ def test_unknown_name():
     assert "folder" in str(error.value)
     with pytest.raises(ValueError, match="'pali_gemma2_pt_3b_224'"):
         presets.describe("pali_gemma2_pt_3b_225")
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "x/" * 5000])
+def test_names_that_nothing_can_have(source):
+    with pytest.raises(ValueError, match="no preset and no folder") as error:
+        presets.locate(source)
+    assert len(str(error.value)) < 500
 
 
 def test_unknown_folder(tmp_path):
@@ -305,16 +309,16 @@ def test_missing_files_are_named(folder):
 
 
 def test_no_preprocessor_needs_no_tokenizer(folder, config):
-    presets.write_config(folder, config | {"preprocessor": None})
+    presets.write_config(folder, replace(config, preprocessor=None))
     (folder / presets.TOKENIZER).unlink()
-    assert presets.read_folder(folder)["preprocessor"] is None
+    assert presets.read_folder(folder).preprocessor is None
 
 
 # The config's format
 
 
 def test_write_config_replaces_the_file(folder, config):
-    path = presets.write_config(folder, config | {"name": "other"})
+    path = presets.write_config(folder, replace(config, name="other"))
     assert json.loads(path.read_text())["name"] == "other"
     files = {file.name for file in folder.iterdir()}
     assert files == {presets.CONFIG, presets.WEIGHTS, presets.TOKENIZER}
@@ -372,26 +376,31 @@ def without(config, *keys):
     ],
 )
 def test_wrong_fields(tmp_path, config, spoil, message):
-    spoil(config)
-    with pytest.raises(ValueError, match=message):
-        presets.write_config(tmp_path, config)
-    assert not list(tmp_path.iterdir())
-    text = json.dumps(presets.HEADER | config)
-    (tmp_path / presets.CONFIG).write_text(text)
+    fields = presets.HEADER | config.to_dict()
+    spoil(fields)
+    (tmp_path / presets.CONFIG).write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=message):
         presets.read_folder(tmp_path)
 
 
-def test_preprocessor_may_have_more_options(tmp_path, config):
-    config["preprocessor"]["on_long_prompt"] = "error"
-    presets.write_config(tmp_path, config)
+def test_options_that_files_may_lack(tmp_path, config):
+    """Those that the first files did not have."""
+    fields = presets.HEADER | config.to_dict()
+    for part, keys in {
+        "preprocessor": ("on_long_prompt", "on_long_response"),
+        "backbone": ("lora", "quantization"),
+    }.items():
+        for key in keys:
+            del fields[part][key]
+    (tmp_path / presets.CONFIG).write_text(json.dumps(fields))
+    assert presets.read_folder(tmp_path, load_weights=False) == config
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b'{"name": "mi', "not valid JSON"),
-        (b'{"name": "\xff"}', "not valid JSON"),
+        (b'{"name": "mi', "cannot be read as JSON"),
+        (b'{"name": "\xff"}', "cannot be read as JSON"),
         (b"[]", "received None"),
         (b'{"model_type": "paligemma"}', "expected format="),
         (
@@ -469,7 +478,7 @@ def test_a_tokenizer_is_fetched_without_weights(monkeypatch, folder):
     for name in ("pali_gemma2_pt_3b_224", "hf://google/paligemma2-3b-pt-224"):
         checkpoint = formats.resolve(name, False, tokenizer=True)
         assert checkpoint.tokenizer == folder / presets.TOKENIZER
-        assert checkpoint.config["backbone"]["image_size"] == 224
+        assert checkpoint.config.backbone.image_size == 224
         assert formats.resolve(name, False).tokenizer is None
 
 

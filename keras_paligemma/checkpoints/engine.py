@@ -19,6 +19,7 @@ from keras_paligemma.compat import to_host
 
 LAYER = "{layer}"
 BLOCKS = "/blocks/"
+SHOWN = 100  # Problems that an error lists.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,11 +203,13 @@ def check(weights, rows, found):
     """Compare a checkpoint's names and shapes with the model's, all at once.
 
     Raises:
-        ValueError: listing every missing, unused and misshaped key.
+        ValueError: listing missing, unused and misshaped keys, up to `SHOWN`.
     """
     listed = problems(weights, rows, found)
     if listed:
-        shown = "\n  ".join(listed)
+        shown = "\n  ".join(listed[:SHOWN])
+        if len(listed) > SHOWN:
+            shown += f"\n  … and {len(listed) - SHOWN} more"
         raise ValueError(
             f"The checkpoint does not fit the model in {len(listed)} places; "
             f"nothing was loaded.\n  {shown}\nIs it a checkpoint of this "

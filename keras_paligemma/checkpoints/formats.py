@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from keras_paligemma import atomic
@@ -17,6 +19,11 @@ from keras_paligemma.checkpoints import keras_hub
 from keras_paligemma.checkpoints import keras_hub_config
 from keras_paligemma.checkpoints import npz
 from keras_paligemma.checkpoints import safetensors_files
+from keras_paligemma.checkpoints.finite import Finite
+from keras_paligemma.config import BackboneConfig
+from keras_paligemma.config import ModelConfig
+from keras_paligemma.config import PreprocessorConfig
+from keras_paligemma.config import shown
 
 FORMATS = ("keras", "transformers", "big_vision", "keras_hub")
 
@@ -28,8 +35,26 @@ UNTOLD = (
     "final_logit_soft_cap",
 )
 
-# No other format knows the two parts of a text.
-LENGTHS = {"prompt_length": 64, "response_length": 64}
+# How the published models were trained.
+PUBLISHED_RESIZE = "bilinear_antialias"
+
+# What is no checkpoint that can be read, by its suffix, and the way to one.
+TORCH = (
+    "a pickle of Torch, which can run any code when it is loaded. Load it with "
+    "the program that wrote it, and save it with transformers' "
+    "`save_pretrained(folder)`, which writes safetensors"
+)
+UNREADABLE = {
+    ".gguf": (
+        "a GGUF file of llama.cpp, whose weights are quantised. Load the model "
+        "that it was made from, with `quantize='int4'` or 'int8'"
+    ),
+    **dict.fromkeys((".pth", ".pt", ".bin", ".ckpt", ".pkl"), TORCH),
+    ".keras": (
+        "a model that Keras saved whole. Load it with "
+        "`keras.models.load_model`, and write it with `save_to_preset(folder)`"
+    ),
+}
 
 
 @dataclasses.dataclass
@@ -38,27 +63,57 @@ class Checkpoint:
 
     Args:
         format: str, one of `FORMATS`.
-        config: dict with `backbone` and `preprocessor`, as a preset's.
+        config: `ModelConfig`.
         rows: list of `engine.Row`, or `None` where their names are ours.
         files: list of `pathlib.Path`, those that hold the weights.
-        tokenizer: `pathlib.Path` of the SentencePiece model, or `None`.
-        open: function that gives a context manager of the tensors.
+        tokenizer: `pathlib.Path` for `read_tokenizer`, or `None`.
+        open_files: function that gives a context manager of the tensors.
         variant: str or `None`, a published model of the same sizes.
+        added_tokens: dict of id to str, tokens that are not in the
+            SentencePiece model.
+        assumed: dict of an argument of `from_preset` to a sentence that says
+            what is taken in its place, since the checkpoint does not tell.
     """
 
-    format: str
-    config: dict
+    format: str | None
+    config: ModelConfig
     rows: list | None
     files: list
     tokenizer: Path | None
-    open: Callable
+    open_files: Callable | None
     variant: str | None = None
+    added_tokens: dict = dataclasses.field(default_factory=dict)
+    assumed: dict = dataclasses.field(default_factory=dict)
 
     def rows_for(self, weights):
         """Give the rows; names that are ours map to themselves."""
         if self.rows is not None:
             return self.rows
         return [engine.Row(name, name) for name in weights]
+
+    def say_assumed(self, argument):
+        """Warn of what is taken in place of an argument that nobody gave."""
+        if argument in self.assumed:
+            warnings.warn(
+                f"{self.assumed[argument]} Pass `{argument}=` for another.",
+                stacklevel=4,
+            )
+
+    @contextlib.contextmanager
+    def open(self, allow_nonfinite=False):
+        """Open the tensors, see `engine`.
+
+        Args:
+            allow_nonfinite: bool; `False` has a tensor with NaN or infinite
+                values refused with a `ValueError` when it is read.
+        """
+        with self.open_files() as tensors:
+            if not allow_nonfinite:
+                source = (
+                    self.files[0].parent if self.files else "The checkpoint"
+                )
+                tensors = Finite(tensors, source)
+            yield tensors
 
 
 def resolve(source, load_weights=True, fields=None, tokenizer=False):
@@ -68,28 +123,36 @@ def resolve(source, load_weights=True, fields=None, tokenizer=False):
         source: as `presets.locate` takes it.
         load_weights: bool, `False` for a configuration alone.
         fields: see `find`.
-        tokenizer: bool, whether that is wanted without weights as well.
+        tokenizer: whether that is wanted without weights as well, a bool; or
+            the one to take in place of the checkpoint's, as `presets.locate`
+            takes it.
 
     Returns:
         `Checkpoint`; of a published model without weights with no files.
     """
-    path = presets.locate(source, load_weights, tokenizer)
+    given = None if isinstance(tokenizer, bool) else tokenizer
+    path = presets.locate(source, load_weights, tokenizer is True)
     name = presets.published(source)
     if name and not load_weights:
         beside = path and _tokenizer(path)
-        checkpoint = Checkpoint(None, {}, None, [], beside, None, name)
+        checkpoint = Checkpoint(
+            None, presets.config(name), None, [], beside, None
+        )
     else:
         checkpoint = find(path, fields, load_weights)
     if name:
         # What is known of it; a file leaves some of this out.
-        known = presets.describe(name)
-        dtype = checkpoint.config.get("backbone", {}).get("dtype")
-        checkpoint.config = {
-            "name": name,
-            "backbone": known["backbone"] | {"dtype": dtype},
-            "preprocessor": known["preprocessor"],
-        }
-        _set(checkpoint.config["backbone"], fields or {})
+        known, dtype = presets.config(name), checkpoint.config.backbone.dtype
+        backbone = known.backbone.with_fields(**fields or {})
+        checkpoint.config = replace(
+            known, backbone=replace(backbone, dtype=dtype)
+        )
+        checkpoint.variant = name
+        checkpoint.assumed.pop("resize", None)
+    if given is not None:
+        checkpoint.tokenizer = presets.locate(given)
+        if checkpoint.config.preprocessor is None:
+            _assume_preprocessor(checkpoint, PUBLISHED_RESIZE, source)
     return checkpoint
 
 
@@ -114,25 +177,68 @@ def find(path, fields=None, load_weights=True, headers=None):
     """
     path = Path(path).expanduser()
     fields = fields or {}
+    if path.is_file() and path.suffix in UNREADABLE:
+        raise ValueError(f"{path} is {UNREADABLE[path.suffix]}.")
     if path.suffix in (".safetensors", ".h5") and path.is_file():
         raise ValueError(
             f"{path} has no configuration. Expected: the folder that it "
             f"lies in, with its config.json: {path.parent}."
         )
-    if not path.is_dir():
-        checkpoint = _big_vision(path, fields)
-    else:
-        # All formats of folders begin with this file.
-        path = atomic.current(path, presets.CONFIG)
-        format = _recognise(path)
-        checkpoint = _READERS[format](path, fields, load_weights, headers)
-    if checkpoint.config["preprocessor"] is not None:
-        checkpoint.config["preprocessor"] = (
-            LENGTHS | checkpoint.config["preprocessor"]
-        )
-    _set(checkpoint.config["backbone"], fields)
-    checkpoint.variant = variant(checkpoint.config["backbone"])
+    with _naming(path):
+        if not path.is_dir():
+            checkpoint = _big_vision(path, fields)
+        else:
+            # All formats of folders begin with this file.
+            path = atomic.current(path, presets.CONFIG)
+            format = _recognise(path)
+            checkpoint = _READERS[format](path, fields, load_weights, headers)
+    config = checkpoint.config
+    backbone = config.backbone.with_fields(**fields)
+    checkpoint.config = replace(config, backbone=backbone)
+    checkpoint.variant = variant(backbone.to_dict())
+    if checkpoint.format != "keras" and config.preprocessor is not None:
+        _set_preprocessor(checkpoint, config.preprocessor.resize)
+    elif checkpoint.format == "transformers":
+        # What its processor does, unless it is told otherwise.
+        _assume_preprocessor(checkpoint, "bicubic", path)
+    elif checkpoint.format == "keras_hub" and checkpoint.tokenizer is not None:
+        _assume_preprocessor(checkpoint, PUBLISHED_RESIZE, path)
     return checkpoint
+
+
+@contextlib.contextmanager
+def _naming(path):
+    """Have every error say which checkpoint it is about."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _assume_preprocessor(checkpoint, resize, source):
+    """Give a checkpoint the preprocessor that its files say nothing of."""
+    preprocessor = _set_preprocessor(checkpoint, resize)
+    checkpoint.assumed["resize"] = (
+        f"{source} does not say how pictures and text are prepared. Taken: "
+        f"resize={resize!r}, prompt_length={preprocessor.prompt_length}, "
+        f"response_length={preprocessor.response_length}."
+    )
+
+
+def _set_preprocessor(checkpoint, resize):
+    """Give a checkpoint a preprocessor by its rule to resize.
+
+    No other format knows the two parts of a text: their lengths are those of
+    the published model of these sizes.
+    """
+    preprocessor = PreprocessorConfig(resize)
+    if checkpoint.variant is not None:
+        known = presets.config(checkpoint.variant).preprocessor
+        preprocessor = replace(known, resize=resize)
+    checkpoint.config = replace(checkpoint.config, preprocessor=preprocessor)
+    return preprocessor
 
 
 def _recognise(folder):
@@ -148,11 +254,16 @@ def _recognise(folder):
             return "keras_hub"
         if config.get("model_type") == "paligemma":
             return "transformers"
-        what = f"a config.json with the keys {sorted(config)}"
+        what = f"a config.json with the keys {sorted(config)[:10]}"
     elif any(folder.glob("*.npz*")):
         return "big_vision"
     else:
         names = sorted(one.name for one in folder.iterdir())
+        for name in names:
+            if Path(name).suffix in UNREADABLE:
+                raise ValueError(
+                    f"{folder / name} is {UNREADABLE[Path(name).suffix]}."
+                )
         what = f"{names[:10]}{' …' if len(names) > 10 else ''}"
     raise ValueError(
         f"{folder} holds no PaliGemma checkpoint that is known. Expected: a "
@@ -165,7 +276,7 @@ def _recognise(folder):
 def _keras(folder, fields, load_weights, headers):
     config = presets.read_folder(folder, load_weights)
     files = safetensors_files.find(folder) if load_weights else []
-    low_bit = config["backbone"]["quantization"] is not None
+    low_bit = config.backbone.quantization is not None
     return Checkpoint(
         "keras",
         config,
@@ -177,7 +288,7 @@ def _keras(folder, fields, load_weights, headers):
 
 
 def _transformers(folder, fields, load_weights, headers):
-    config = hugging_face.read_config(folder)
+    found = hugging_face.read_config(folder)
     files = safetensors_files.find(folder) if load_weights else []
     open_all = _opener(safetensors_files.open_safetensors, files, headers)
 
@@ -186,32 +297,43 @@ def _transformers(folder, fields, load_weights, headers):
         with open_all() as tensors:
             yield hugging_face.tied(tensors)
 
-    rows = None
+    backbone, tokenizer = found.config.backbone, _tokenizer(folder)
+    if tokenizer is None and (folder / "tokenizer.json").is_file():
+        tokenizer = folder / "tokenizer.json"
+    checkpoint = Checkpoint(
+        "transformers",
+        found.config,
+        None,
+        files,
+        tokenizer,
+        open_files,
+        added_tokens=found.added_tokens,
+    )
     if files or headers:
         with open_files() as tensors:
-            rows = hugging_face.rows(config["backbone"], tensors.shapes)
-            _set_dtype(config["backbone"], tensors)
-    return Checkpoint(
-        "transformers", config, rows, files, _tokenizer(folder), open_files
-    )
+            extra = found.num_rows - backbone.text_decoder.vocabulary_size
+            extra = max(extra, hugging_face.EXTRA_ROWS)
+            checkpoint.rows = hugging_face.rows(backbone, tensors.shapes, extra)
+            _set_dtype(checkpoint, tensors, folder)
+    return checkpoint
 
 
 def _keras_hub(folder, fields, load_weights, headers):
     found = keras_hub_config.read(folder, load_weights)
     files = found["weights"] if load_weights else []
-    preprocessor = found["preprocessor"]
-    if preprocessor is not None:
-        # KerasHub crops or pads pictures if told so; the original squeezes.
-        preprocessor = {"resize": preprocessor["resize"]}
-    config = {"backbone": found["backbone"], "preprocessor": preprocessor}
     open_files = _opener(h5_files.open_h5, files, headers)
+    checkpoint = Checkpoint(
+        "keras_hub",
+        found["config"],
+        keras_hub.rows(found["config"].backbone),
+        files,
+        found["tokenizer"],
+        open_files,
+    )
     if files or headers:
         with open_files() as tensors:
-            _set_dtype(config["backbone"], tensors)
-    rows = keras_hub.rows(config)
-    return Checkpoint(
-        "keras_hub", config, rows, files, found["tokenizer"], open_files
-    )
+            _set_dtype(checkpoint, tensors, folder)
+    return checkpoint
 
 
 def _opener(open_files, files, headers, *options):
@@ -252,33 +374,31 @@ def _big_vision(path, fields, load_weights=True, headers=None):
     files = npz.find_pieces(path)
     open_files = functools.partial(npz.open_npz, files)
     with open_files() as tensors:
-        found, rows = big_vision.infer(tensors.shapes)
-        _set_dtype(found, tensors)
-    config = {
-        "name": path.name.partition(".npz")[0],
-        "backbone": found,
-        "preprocessor": {"resize": "bilinear_antialias"},
-    }
-    known = variant(found)
-    if known is not None:
-        sizes = presets.describe(known)["backbone"]
-        config["backbone"] = found | {
-            tower: sizes[tower] | found[tower] for tower in FIELDS
-        }
-        config["preprocessor"] = presets.describe(known)["preprocessor"]
-    else:
-        unknown = [key for key in UNTOLD if key not in fields]
-        if unknown:
+        inferred, rows = big_vision.infer(tensors.shapes)
+        found = BackboneConfig.from_dict(inferred, path)
+        known = variant(inferred)
+        config = ModelConfig(
+            name=path.name.partition(".npz")[0],
+            backbone=found,
+            preprocessor=PreprocessorConfig(PUBLISHED_RESIZE),
+        )
+        if known is not None:
+            published = presets.config(known)
+            backbone = replace(published.backbone, image_size=found.image_size)
+            config = replace(published, name=config.name, backbone=backbone)
+        elif unknown := [key for key in UNTOLD if key not in fields]:
             raise ValueError(
                 f"{path} has the sizes of no published model, and its shapes "
                 f"do not tell {', '.join(unknown)}. Pass them by keyword; "
                 "PaliGemma 2 has soft caps of 50.0 and 30.0 and mostly "
-                f"head_dim ({found['text_decoder']['head_dim']} here) as the "
+                f"head_dim ({found.text_decoder.head_dim} here) as the "
                 "scalar; PaliGemma 1 has None, None and head_dim."
             )
-    return Checkpoint(
-        "big_vision", config, rows, files, _tokenizer(folder), open_files
-    )
+        checkpoint = Checkpoint(
+            "big_vision", config, rows, files, _tokenizer(folder), open_files
+        )
+        _set_dtype(checkpoint, tensors, path)
+    return checkpoint
 
 
 _READERS = {
@@ -293,8 +413,8 @@ def variant(backbone):
     """Find the published model whose sizes a configuration has.
 
     Args:
-        backbone: dict of fields; those of the towers that are missing are not
-            compared.
+        backbone: dict of fields, see `BackboneConfig`; those of the towers
+            that are missing are not compared.
 
     Returns:
         Name of a preset, one of the same picture size if there is one; `None`
@@ -302,7 +422,7 @@ def variant(backbone):
     """
     matching = []
     for name in presets.names():
-        known = presets.describe(name)["backbone"]
+        known = presets.config(name).backbone.to_dict()
         towers = ("vision_encoder", "text_decoder")
         if all(known[one] == known[one] | backbone[one] for one in towers):
             matching.append(
@@ -313,38 +433,31 @@ def variant(backbone):
     return matching[0][1] if matching else None
 
 
-def _set(backbone, fields):
-    """Put fields that a caller gave into the configuration of their tower."""
-    for key, value in fields.items():
-        homes = [
-            backbone[tower]
-            for tower in ("vision_encoder", "text_decoder")
-            if key in FIELDS[tower]
-        ]
-        if len(homes) != 1:
-            names = sorted(FIELDS["vision_encoder"] ^ FIELDS["text_decoder"])
-            raise ValueError(
-                f"Not a field that can be given. Received: {key!r}. Expected "
-                f"one of {names}."
-            )
-        homes[0][key] = value
+# What is computed in where a file holds another dtype. float16 ends at 65,504,
+# and a model that leaves its range gives NaN.
+COMPUTED = {"float16": "bfloat16", "float64": "float32"}
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
-def _fields():
-    example = presets.describe("pali_gemma2_pt_3b_224")["backbone"]
-    return {
-        tower: set(example[tower])
-        for tower in ("vision_encoder", "text_decoder")
-    }
-
-
-FIELDS = _fields()
-
-
-def _set_dtype(backbone, tensors):
-    """Keep the dtype of most of the file's values."""
+def _set_dtype(checkpoint, tensors, source):
+    """Keep the dtype of most of the file's values, but for float16."""
     sizes = {}
     for key, dtype in tensors.dtypes.items():
+        if dtype not in FLOATS:
+            raise ValueError(
+                f"{source} holds {shown(key)} as {shown(dtype)}. Expected: "
+                f"one of {FLOATS}. Save the weights as floats."
+            )
         sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensors.shapes[key])
-    if sizes:
-        backbone["dtype"] = max(sizes, key=sizes.get)
+    if not sizes:
+        return
+    stored = max(sizes, key=sizes.get)
+    dtype = COMPUTED.get(stored, stored)
+    config = checkpoint.config
+    backbone = replace(config.backbone, dtype=dtype)
+    checkpoint.config = replace(config, backbone=backbone)
+    if COMPUTED.keys() & sizes:
+        checkpoint.assumed["dtype"] = (
+            f"{source} holds {' and '.join(sorted(sizes))}. Taken: "
+            f"dtype={dtype!r}."
+        )

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_paligemma import atomic
+from keras_paligemma.checkpoints.shards import shards
 
 SINGLE = "model.weights.h5"
 INDEX = "model.weights.json"
@@ -101,7 +102,7 @@ def open_h5(paths):
         files = {}
         for path in paths:
             path = Path(path)
-            for one in _shards(path) if path.suffix == ".json" else [path]:
+            for one in shards(path) if path.suffix == ".json" else [path]:
                 with _explained(one):
                     files[one] = stack.enter_context(h5py.File(one, "r"))
         yield H5Arrays(files)
@@ -114,29 +115,9 @@ def _explained(path):
         yield
     except _DAMAGE as error:
         raise ValueError(
-            f"{path} cannot be read as a weight file of Keras: {error}. Is "
-            "the file whole? Copy or save it again."
+            f"{path} cannot be read as a weight file of Keras: {error!s:.300}. "
+            "Is the file whole? Copy or save it again."
         ) from error
-
-
-def _shards(index):
-    """List the files that an index names."""
-    with _explained(index):
-        content = json.loads(index.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not isinstance(
-            content.get("weight_map"), dict
-        ):
-            raise ValueError("it has no weight_map")
-        names = set()
-        for value in content["weight_map"].values():
-            names.update(value if isinstance(value, list) else [value])
-        # Only names: an index from elsewhere must not open other files.
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise ValueError(f"{name!r} is no name of a file beside it")
-        if not names:
-            raise ValueError("its weight_map is empty")
-        return [index.with_name(name) for name in sorted(names)]
 
 
 def write_h5(folder, arrays, shard_size=SHARD_SIZE):

@@ -1,5 +1,6 @@
 """The names and folders of transformers (`config.json`, safetensors)."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,15 +8,16 @@ import numpy as np
 
 from keras_paligemma import atomic
 from keras_paligemma.checkpoints.engine import Row
+from keras_paligemma.checkpoints.hugging_face_config import EXTRA_ROWS
 from keras_paligemma.checkpoints.hugging_face_config import from_transformers
 from keras_paligemma.checkpoints.hugging_face_config import to_transformers
 from keras_paligemma.checkpoints.hugging_face_config import weight_dtype
+from keras_paligemma.checkpoints.hugging_face_tokenizer import added_tokens
 from keras_paligemma.checkpoints.hugging_face_tokenizer import tokenizer_files
 from keras_paligemma.checkpoints.safetensors_files import write_safetensors
+from keras_paligemma.config import ModelConfig
+from keras_paligemma.config import read_json
 
-# Published files have 64 rows more than the tokenizer has pieces; the first
-# of them stands for `<image>`.
-EXTRA_ROWS = 64
 # Prefixes in the wild, the hub's first: it is what every version reads, so it
 # is what is written. Since 5 the vision tower lost a level, since 4.52 all
 # three moved below `model`; mixtures exist.
@@ -33,17 +35,19 @@ TEXT = ("language_model.model.", "model.language_model.", "language_model.")
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 PATCHES = "embeddings.patch_embedding.weight"
 EMBEDDING = "embed_tokens.weight"
+FINAL_NORM = "norm.weight"
 COMPARED_ROWS = 4096
 
 
-def rows(config, shapes=None):
+def rows(config, shapes=None, most_extra_rows=EXTRA_ROWS):
     """List the rows of the format.
 
     Args:
-        config: dict, a backbone's `architecture()`.
+        config: `BackboneConfig`.
         shapes: dict of the checkpoint's keys to shapes, which tells the
             layout of the names and how many rows the embedding has beyond
             ours; `None` for what `write` takes.
+        most_extra_rows: int, how many they may be.
 
     Returns:
         List of `Row`.
@@ -59,9 +63,10 @@ def rows(config, shapes=None):
         vision = _prefix(VISION, PATCHES, shapes)
         projector = _prefix(PROJECTOR, "weight", shapes)
         text = _prefix(TEXT, EMBEDDING, shapes)
-        size = config["text_decoder"]["vocabulary_size"]
-        extra = shapes[text + EMBEDDING][0] - size
-        if not 0 <= extra <= EXTRA_ROWS:
+        extra = (
+            shapes[text + EMBEDDING][0] - config.text_decoder.vocabulary_size
+        )
+        if not 0 <= extra <= most_extra_rows:
             extra = 0  # The engine reports the shape.
     table = [
         *_linear("projector", projector, "d v -> v d"),
@@ -77,7 +82,7 @@ def rows(config, shapes=None):
         *_norm("final_norm", vision + "post_layernorm."),
         *_vision_blocks(vision + "encoder.layers.{layer}."),
         _text("token_embedding/table", text + EMBEDDING, extra=extra),
-        _text("final_norm/scale", text + "norm.weight"),
+        _text("final_norm/scale", text + FINAL_NORM),
     ]
     block = text + "layers.{layer}."
     axes = {"query": "q", "key": "k", "value": "v"}
@@ -114,7 +119,7 @@ def rows(config, shapes=None):
 
 
 def _norm_names(config):
-    if config["text_decoder"]["use_post_norms"]:
+    if config.text_decoder.use_post_norms:
         return {
             "pre_attention": "input",
             "post_attention": "post_attention",
@@ -182,6 +187,11 @@ class _Tied:
     """The tensors of a checkpoint but for its heads; see `engine`.
 
     Whoever reads the embedding has it compared with them.
+
+    Args:
+        tensors: see `engine`.
+        heads: list of their keys.
+        table: str, key of the embedding.
     """
 
     def __init__(self, tensors, heads, table):
@@ -203,7 +213,7 @@ class _Tied:
     def _compare(self, head, table):
         shape = self._tensors.shapes[head]
         equal = shape == table.shape and all(
-            np.array_equal(
+            _equal(
                 self._tensors.read_rows(head, start, start + COMPARED_ROWS),
                 table[start : start + COMPARED_ROWS],
             )
@@ -218,12 +228,41 @@ class _Tied:
             )
 
 
-def tied(tensors):
-    """Hide the head, where it is stored: the model has one table for both.
+def _equal(one, other):
+    # NaN, which may have been asked for, is looked for last: that is slower.
+    return np.array_equal(one, other) or np.array_equal(
+        one, other, equal_nan=True
+    )
 
-    That it equals the embedding is checked when that is read, a few thousand
-    rows at a time; reading raises a `ValueError` if the head was trained
-    apart.
+
+class _HeadAsTable:
+    """The tensors of a checkpoint whose embedding is stored as its head.
+
+    Args:
+        tensors: see `engine`.
+        head: str, key of the head.
+        table: str, the key that an embedding would have.
+    """
+
+    def __init__(self, tensors, head, table):
+        self._tensors, self._keys = tensors, {table: head}
+        names = {head: table}
+        self.shapes, self.dtypes = (
+            {names.get(key, key): value for key, value in values.items()}
+            for values in (tensors.shapes, tensors.dtypes)
+        )
+
+    def read(self, key):
+        return self._tensors.read(self._keys.get(key, key))
+
+
+def tied(tensors):
+    """Show one table for embedding and head, whichever of them are stored.
+
+    Where both are, that they are equal is checked when the embedding is read,
+    a few thousand rows at a time; reading raises a `ValueError` if the head
+    was trained apart. safetensors' `save_model` stores what is shared once,
+    under the name that comes first: the head's.
 
     Args:
         tensors: `safetensors_files.Tensors`.
@@ -234,44 +273,60 @@ def tied(tensors):
     heads = [key for key in HEADS if key in tensors.shapes]
     if not heads:
         return tensors
-    table = _prefix(TEXT, EMBEDDING, tensors.shapes) + EMBEDDING
+    table = _prefix(TEXT, FINAL_NORM, tensors.shapes) + EMBEDDING
+    if table not in tensors.shapes:
+        head, *others = heads
+        tensors = _HeadAsTable(tensors, head, table)
+        return _Tied(tensors, others, table) if others else tensors
     return _Tied(tensors, heads, table)
 
 
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a folder says beside its weights.
+
+    Args:
+        config: `ModelConfig`; `preprocessor` is `None` where nothing is said.
+        added_tokens: dict of id to str, tokens that the tokenizer has beside
+            its pieces.
+        num_rows: int, of the embedding, those included that stand for nothing.
+    """
+
+    config: ModelConfig
+    added_tokens: dict
+    num_rows: int
+
+
 def read_config(folder):
-    """Read the sizes of a model and how it wants pictures.
+    """Read the sizes of a model, its tokens and how it wants pictures.
 
     Args:
         folder: str or path, as transformers' `save_pretrained` or `write`
             leaves it.
 
     Returns:
-        Dict of `backbone`, the arguments of `PaliGemmaBackbone`, and of
-        `preprocessor`, a dict of `resize` or `None` where nothing is said.
+        `Description`.
 
     Raises:
         ValueError: another model, or one that cannot be expressed.
     """
     folder = Path(folder)
-    config = _read_json(folder / "config.json")
+    config = _read_object(folder / "config.json")
     processor = None
     if (folder / "preprocessor_config.json").is_file():
-        processor = _read_json(folder / "preprocessor_config.json")
+        processor = _read_object(folder / "preprocessor_config.json")
     elif (folder / "processor_config.json").is_file():
         # What the processor of transformers 5 saves.
-        processor = _read_json(folder / "processor_config.json")
+        processor = _read_object(folder / "processor_config.json")
         processor = processor.get("image_processor")
-    return from_transformers(config, processor, folder)
+    added = added_tokens(folder)
+    found = from_transformers(config, processor, folder, added)
+    num_rows = config["text_config"].get("vocab_size", 0)
+    return Description(found, added or {}, num_rows)
 
 
-def _read_json(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}. Expected: a folder of "
-            "transformers. Copy or download it again."
-        ) from error
+def _read_object(path):
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object. Copy it again.")
     return value
@@ -284,10 +339,9 @@ def write(folder, config, arrays, tokenizer=None, max_shard_size=2_000_000_000):
 
     Args:
         folder: str or path that does not exist or is empty.
-        config: dict of `backbone`, a backbone's `architecture()`, whose dtype
-            is that of the file; and of `preprocessor` with its `resize`.
+        config: `ModelConfig`, whose dtype is that of the file.
         arrays: iterable of pairs of key and array, as `engine.write` makes
-            them with `rows(config["backbone"])`; asked for one at a time.
+            them with `rows(config.backbone)`; asked for one at a time.
         tokenizer: bytes of the SentencePiece model, or `None`: the folder
             then has a model alone.
         max_shard_size: int, bytes of weights in a file.
@@ -297,8 +351,8 @@ def write(folder, config, arrays, tokenizer=None, max_shard_size=2_000_000_000):
             transformers lacks, or arrays are missing.
     """
     atomic.refuse_in_use(folder)
-    backbone = config["backbone"]
-    size = backbone["text_decoder"]["vocabulary_size"]
+    backbone = config.backbone
+    size = backbone.text_decoder.vocabulary_size
     # All that can be refused is refused before the weights are written.
     files = to_transformers(config, size + EXTRA_ROWS)
     files = {name: _to_json(value) for name, value in files.items()}
@@ -321,12 +375,12 @@ def _check_keys(written, backbone):
     expected = set()
     for row in rows(backbone):
         tower = row.ours.split("/")[0]
-        expected.update(row.keys(backbone[tower]["num_layers"]))
+        expected.update(row.keys(getattr(backbone, tower).num_layers))
     missing = sorted(expected - set(written))
     unknown = sorted(set(written) - expected)
     if missing or unknown:
         raise ValueError(
             f"The arrays are not those of the model. Missing: {missing}. "
             f"Unknown: {unknown}. Expected: what `engine.write` makes with "
-            "`rows(config['backbone'])`."
+            "`rows(config.backbone)`."
         )

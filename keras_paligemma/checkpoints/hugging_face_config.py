@@ -3,6 +3,12 @@
 import ml_dtypes
 import numpy as np
 
+from keras_paligemma.config import BackboneConfig
+from keras_paligemma.config import ModelConfig
+from keras_paligemma.config import TextDecoderConfig
+from keras_paligemma.config import VisionEncoderConfig
+from keras_paligemma.config import shown
+
 # Defaults of transformers, for saved files omit what equals them.
 GEMMA = {
     "vocab_size": 256_000,
@@ -35,7 +41,10 @@ SIGLIP = {
     "patch_size": 16,
     "layer_norm_eps": 1e-6,
 }
-IMAGE_TOKEN = 256_000
+IMAGE, IMAGE_TOKEN = "<image>", 256_000
+# Published files have 64 rows more than the tokenizer has pieces; the first
+# of them stands for `<image>`.
+EXTRA_ROWS = 64
 
 TEXT_FIELDS = {
     "num_layers": "num_hidden_layers",
@@ -81,7 +90,7 @@ DTYPES = {
 }
 
 
-def from_transformers(config, processor, source):
+def from_transformers(config, processor, source, added_tokens=None):
     """Turn the configs of transformers into ours.
 
     The published text configs have a sliding window of 4096, Gemma 2's; the
@@ -91,9 +100,11 @@ def from_transformers(config, processor, source):
         config: dict, of `config.json`.
         processor: dict, of `preprocessor_config.json`, or `None`.
         source: path, for messages.
+        added_tokens: dict of id to token, of the tokenizer's files; `None`
+            without such files.
 
     Returns:
-        Dict of `backbone` and `preprocessor`; see `hugging_face.read_config`.
+        `ModelConfig`, without a preprocessor where nothing is said of one.
 
     Raises:
         ValueError: listing all that cannot be expressed.
@@ -101,65 +112,96 @@ def from_transformers(config, processor, source):
     if config.get("model_type") != "paligemma":
         raise ValueError(
             f"{source} holds another model. Expected: model_type 'paligemma'. "
-            f"Received: {config.get('model_type')!r}."
+            f"Received: {shown(config.get('model_type'))}."
         )
+    _refuse_quantized(config, source)
     text = _section(config, "text_config", source)
     kind = text.get("model_type", "gemma")
-    defaults = {"gemma": GEMMA, "gemma2": GEMMA_2}.get(kind)
-    if defaults is None:
+    if kind not in ("gemma", "gemma2"):
         raise ValueError(
             f"{source} has a text model that no PaliGemma has. Expected: "
-            f"'gemma' or 'gemma2'. Received: {kind!r}."
+            f"'gemma' or 'gemma2'. Received: {shown(kind)}."
         )
-    text = defaults | text
+    gemma_2 = kind == "gemma2"
+    text = (GEMMA_2 if gemma_2 else GEMMA) | text
     vision = SIGLIP | _section(config, "vision_config", source)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    problems = [
-        *_numbers("text_config", text, defaults),
-        *_numbers("vision_config", vision, SIGLIP),
-        *_fixed("text_config", text, TEXT_FIXED),
-        *_fixed("vision_config", vision, VISION_FIXED),
-        *_fixed("", {"dtype": dtype}, {"dtype": tuple(DTYPES)}),
-    ]
     rope = {"rope_theta": text.get("rope_theta", 10_000.0)}
     if text.get("rope_parameters") is not None:
         rope |= _section(text, "rope_parameters", source)
-    problems += [
-        *_numbers("rope_parameters", rope, {"rope_theta": 10_000.0}),
+    scalar = "query_pre_attn_scalar" if gemma_2 else "head_dim"
+    # Our fields, and what theirs are called.
+    text_names = TEXT_FIELDS | {
+        "vocabulary_size": "vocab_size",
+        "query_pre_attention_scalar": scalar,
+        "attention_logit_soft_cap": "attn_logit_softcapping",
+        "final_logit_soft_cap": "final_logit_softcapping",
+    }
+    text_fields = {
+        ours: text.get(theirs) for ours, theirs in text_names.items()
+    } | {"use_post_norms": gemma_2, "rope_base": rope["rope_theta"]}
+    vision_fields = {
+        ours: vision[theirs] for ours, theirs in VISION_FIELDS.items()
+    }
+    image_size = {"image_size": vision["image_size"]}
+    problems = [
+        *TextDecoderConfig.problems(
+            text_fields,
+            _within("text_config", text_names | {"rope_base": "rope_theta"}),
+        ),
+        *VisionEncoderConfig.problems(
+            vision_fields, _within("vision_config", VISION_FIELDS)
+        ),
+        *BackboneConfig.problems(image_size, prefix="vision_config."),
+        *_fixed("text_config", text, TEXT_FIXED),
+        *_fixed("vision_config", vision, VISION_FIXED),
+        *_fixed("", {"dtype": dtype}, {"dtype": tuple(DTYPES)}),
         *_fixed("rope_parameters", rope, {"rope_type": ("default",)}),
+        *_window(text),
     ]
     resize = None
-    if not problems:
-        problems += _window(text)
-        if processor is not None:
-            resize = _resize(processor, vision["image_size"], problems)
+    if processor is not None:
+        resize = _resize(processor, vision["image_size"], problems)
     if problems:
         raise ValueError(
             f"{source} holds a model that cannot be expressed here: "
             f"{'; '.join(problems)}."
         )
-    gemma_2 = kind == "gemma2"
-    backbone = {
-        "image_size": vision["image_size"],
-        "dtype": dtype,
-        "vision_encoder": {
-            ours: vision[theirs] for ours, theirs in VISION_FIELDS.items()
+    text_fields["vocabulary_size"] = _vocabulary_size(
+        text["vocab_size"],
+        _image_token(config, added_tokens or {}, source),
+        added_tokens,
+        source,
+    )
+    return ModelConfig.from_dict(
+        {
+            "backbone": {
+                "image_size": vision["image_size"],
+                "dtype": dtype,
+                "vision_encoder": vision_fields,
+                "text_decoder": text_fields,
+            },
+            "preprocessor": resize and {"resize": resize},
         },
-        "text_decoder": {
-            "vocabulary_size": _vocabulary_size(config, text),
-            **{ours: text[theirs] for ours, theirs in TEXT_FIELDS.items()},
-            "query_pre_attention_scalar": text[
-                "query_pre_attn_scalar" if gemma_2 else "head_dim"
-            ],
-            "attention_logit_soft_cap": text.get("attn_logit_softcapping"),
-            "final_logit_soft_cap": text.get("final_logit_softcapping"),
-            "use_post_norms": gemma_2,
-            "sliding_window_size": None,
-            "rope_base": rope["rope_theta"],
-        },
-    }
-    preprocessor = None if resize is None else {"resize": resize}
-    return {"backbone": backbone, "preprocessor": preprocessor}
+        source,
+    )
+
+
+def _within(section, names):
+    return {ours: f"{section}.{theirs}" for ours, theirs in names.items()}
+
+
+def _refuse_quantized(config, source):
+    found = config.get("quantization_config")
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    raise ValueError(
+        f"{source} holds weights that were quantised by {shown(method)}, which "
+        "is not read. Expected: float32, bfloat16 or float16. Load the model "
+        "that it was made from, with `quantize='int4'` or 'int8'; or in "
+        "transformers call `model.dequantize()` and `save_pretrained`."
+    )
 
 
 def _section(fields, name, source):
@@ -167,57 +209,80 @@ def _section(fields, name, source):
     if not isinstance(section, dict):
         raise ValueError(
             f"{source} has no {name}. Expected: a JSON object. Received: "
-            f"{section!r}."
+            f"{shown(section)}."
         )
     return section
 
 
-def _vocabulary_size(config, text):
-    """Count the tokens without the rows from `<image>` on, at most 64."""
-    size = text["vocab_size"]
-    image = config.get("image_token_index", config.get("image_token_id"))
-    image = IMAGE_TOKEN if image is None else image
-    return image if size - 64 <= image < size else size
+def _image_token(config, added_tokens, source):
+    """Find the id of `<image>`, which follows the pieces of a tokenizer."""
+    said = config.get("image_token_index", config.get("image_token_id"))
+    named = [id for id, token in added_tokens.items() if token == IMAGE]
+    ids = [*named, *([] if said is None else [said])]
+    if len(set(map(repr, ids))) > 1 or not all(type(id) is int for id in ids):
+        raise ValueError(
+            f"{source} has {shown(said)} as image_token_index, and its "
+            f"tokenizer {shown(named)} as `<image>`. Expected: one whole "
+            "number. Save the processor beside the model again."
+        )
+    return ids[0] if ids else IMAGE_TOKEN
 
 
-def _numbers(section, fields, defaults):
-    """List what is not a positive number where the defaults have one."""
-    problems = []
-    for name, default in defaults.items():
-        value = fields[name]
-        optional = "softcapping" in name or name == "sliding_window"
-        if value is None and optional:
-            continue
-        kinds = (int,) if isinstance(default, int) else (int, float)
-        if name == "query_pre_attn_scalar":
-            kinds = (int, float)
-        if type(value) not in kinds or value <= 0:
-            problems.append(
-                f"{section}.{name} must be a positive {kinds[-1].__name__}, "
-                f"received {value!r}"
-            )
-    return problems
+def _vocabulary_size(num_rows, image_token, added_tokens, source):
+    """Count the tokens: pieces, and what the tokenizer added behind `<image>`.
+
+    `<image>` follows the pieces. Of the rows behind them, those count that the
+    tokenizer has names for, up to the last; the others stand for nothing, and
+    are 64 in published files.
+    """
+    extra = num_rows - image_token
+    # Random models for tests may have `<image>` among the pieces.
+    if extra <= 0 or extra > max(EXTRA_ROWS, image_token):
+        return num_rows
+    if added_tokens is None and extra > EXTRA_ROWS:
+        raise ValueError(
+            f"{source} has an embedding of {num_rows} rows, {extra} more than "
+            "there are pieces in front of `<image>`. Expected: at most "
+            f"{EXTRA_ROWS}, or the tokenizer's files beside the model, which "
+            "name the tokens that were added. Write them there with "
+            "`processor.save_pretrained(folder)`."
+        )
+    named = [token for token in added_tokens or () if token > image_token]
+    size = max(named, default=image_token - 1) + 1
+    if size > num_rows:
+        raise ValueError(
+            f"{source} has a tokenizer of {size} tokens, of which "
+            f"{len(named)} were added, and an embedding of {num_rows} rows. "
+            "Expected: a row for each token. Call `model."
+            "resize_token_embeddings(len(tokenizer))` and save both again."
+        )
+    return size
 
 
 def _fixed(section, fields, allowed):
     prefix = f"{section}." if section else ""
     return [
         f"{prefix}{name} must be {' or '.join(map(repr, values))}, received "
-        f"{fields[name]!r}"
+        f"{shown(fields[name])}"
         for name, values in allowed.items()
         if fields.get(name, values[0]) not in values
     ]
 
 
 def _window(text):
-    window = text.get("sliding_window")
-    if window in (None, 4096) or window >= text["max_position_embeddings"]:
+    window, context = (
+        text.get("sliding_window"),
+        text["max_position_embeddings"],
+    )
+    if window in (None, 4096):
+        return []
+    if type(window) is type(context) is int and window >= context:
         return []
     # There the prompt sees all of itself in spite of a window; here the
     # window holds for all tokens.
     return [
         "text_config.sliding_window must be null, 4096 or the whole context, "
-        f"received {window}"
+        f"received {shown(window)}"
     ]
 
 
@@ -227,21 +292,22 @@ def _resize(processor, image_size, problems):
     if size != {"height": image_size, "width": image_size}:
         problems.append(
             f"image processor.size must be that of the model, {image_size}, "
-            f"received {size!r}"
+            f"received {shown(size)}"
         )
     resample = processor.get("resample", 3)
     rules = {number: name for name, number in RESAMPLE.items()}
-    if resample not in rules:
+    if type(resample) is not int or resample not in rules:
         problems.append(
             f"image processor.resample must be one of {sorted(rules)}, "
-            f"received {resample!r}"
+            f"received {shown(resample)}"
         )
-    return rules.get(resample)
+        return None
+    return rules[resample]
 
 
 def weight_dtype(backbone):
     """Give the NumPy dtype of the weights under a backbone's dtype policy."""
-    name = backbone.get("dtype") or "float32"
+    name = backbone.dtype or "float32"
     return DTYPES.get("float32" if name.startswith("mixed_") else name)
 
 
@@ -249,8 +315,7 @@ def to_transformers(config, num_rows):
     """Turn our config into the files of transformers.
 
     Args:
-        config: dict of `backbone` and `preprocessor`; see
-            `hugging_face.write`.
+        config: `ModelConfig`.
         num_rows: int, rows of the embedding in the file.
 
     Returns:
@@ -259,32 +324,32 @@ def to_transformers(config, num_rows):
     Raises:
         ValueError: listing all that transformers cannot express.
     """
-    backbone = config["backbone"]
-    text, vision = backbone["text_decoder"], backbone["vision_encoder"]
+    backbone = config.backbone
+    text, vision = backbone.text_decoder, backbone.vision_encoder
     _check(backbone)
-    image_size, width = backbone["image_size"], text["hidden_dim"]
-    num_image_tokens = (image_size // vision["patch_size"]) ** 2
+    image_size, width = backbone.image_size, text.hidden_dim
+    num_image_tokens = backbone.num_image_tokens()
     dtype = weight_dtype(backbone).name
     special_ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
     text_config = {
-        "model_type": "gemma2" if text["use_post_norms"] else "gemma",
+        "model_type": "gemma2" if text.use_post_norms else "gemma",
         "vocab_size": num_rows,
-        **{theirs: text[ours] for ours, theirs in TEXT_FIELDS.items()},
+        **{theirs: getattr(text, ours) for ours, theirs in TEXT_FIELDS.items()},
         "attention_bias": False,
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": GEMMA["max_position_embeddings"],
         "num_image_tokens": num_image_tokens,
-        "rope_theta": text["rope_base"],
+        "rope_theta": text.rope_base,
         "tie_word_embeddings": True,
         "torch_dtype": dtype,
     }
-    if text["use_post_norms"]:
+    if text.use_post_norms:
         text_config |= {
             # Versions since 5 take whole numbers only.
-            "query_pre_attn_scalar": int(text["query_pre_attention_scalar"]),
-            "attn_logit_softcapping": text["attention_logit_soft_cap"],
-            "final_logit_softcapping": text["final_logit_soft_cap"],
+            "query_pre_attn_scalar": int(text.query_pre_attention_scalar),
+            "attn_logit_softcapping": text.attention_logit_soft_cap,
+            "final_logit_softcapping": text.final_logit_soft_cap,
             # There must be a window; this one holds the whole context.
             "sliding_window": GEMMA["max_position_embeddings"],
         }
@@ -296,7 +361,7 @@ def to_transformers(config, num_rows):
             # Early versions scale image tokens by this one.
             "hidden_size": width,
             "ignore_index": -100,
-            "image_token_index": text["vocabulary_size"],
+            "image_token_index": text.vocabulary_size,
             "projection_dim": width,
             "text_config": text_config,
             "tie_word_embeddings": True,
@@ -304,7 +369,7 @@ def to_transformers(config, num_rows):
             "vision_config": {
                 "model_type": "siglip_vision_model",
                 **{
-                    theirs: vision[ours]
+                    theirs: getattr(vision, ours)
                     for ours, theirs in VISION_FIELDS.items()
                 },
                 "hidden_act": "gelu_pytorch_tanh",
@@ -318,15 +383,14 @@ def to_transformers(config, num_rows):
         },
         "generation_config.json": special_ids,
     }
-    preprocessor = config.get("preprocessor")
-    if preprocessor is not None:
+    if config.preprocessor is not None:
         files["preprocessor_config.json"] = {
             "do_convert_rgb": True,
             "image_processor_type": "SiglipImageProcessor",
             "image_seq_length": num_image_tokens,
             "processor_class": "PaliGemmaProcessor",
             **{name: values[0] for name, values in PROCESSOR_FIXED.items()},
-            "resample": _resample(preprocessor["resize"]),
+            "resample": _resample(config.preprocessor.resize),
             "size": {"height": image_size, "width": image_size},
         }
     return files
@@ -344,31 +408,31 @@ def _resample(resize):
 
 def _check(backbone):
     """Refuse a model that transformers has no config for."""
-    text = backbone["text_decoder"]
-    scalar = text["query_pre_attention_scalar"]
+    text = backbone.text_decoder
+    scalar = text.query_pre_attention_scalar
     wanted = {
         "dtype of float32, float16, bfloat16 or mixed": (
             weight_dtype(backbone) is not None
         ),
-        "no adapters: merge them first": backbone.get("lora") is None,
+        "no adapters: merge them first": backbone.lora is None,
         # There the prompt sees all of itself in spite of a window.
-        "sliding_window_size=None": text["sliding_window_size"] is None,
+        "sliding_window_size=None": text.sliding_window_size is None,
     }
-    if text["use_post_norms"]:
+    if text.use_post_norms:
         wanted |= {
             "a whole query_pre_attention_scalar": scalar == int(scalar),
             "hidden_dim that num_query_heads divides": (
-                text["hidden_dim"] % text["num_query_heads"] == 0
+                text.hidden_dim % text.num_query_heads == 0
             ),
         }
     else:
         wanted |= {
             "without post norms, query_pre_attention_scalar=head_dim": (
-                scalar == text["head_dim"]
+                scalar == text.head_dim
             ),
             "without post norms, no soft cap": (
-                text["attention_logit_soft_cap"] is None
-                and text["final_logit_soft_cap"] is None
+                text.attention_logit_soft_cap is None
+                and text.final_logit_soft_cap is None
             ),
         }
     lacking = [name for name, holds in wanted.items() if not holds]

@@ -1,15 +1,24 @@
-"""The tokenizer's files of transformers, from a SentencePiece model."""
+"""The tokenizer's files of transformers, written and read as SentencePiece."""
 
 import json
+import re
+from pathlib import Path
 
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
-IMAGE = "<image>"
+from keras_paligemma.checkpoints.hugging_face_config import IMAGE
+from keras_paligemma.config import read_json
+from keras_paligemma.config import shown
+from keras_paligemma.known_files import read_checked
+
 SPACE = "▁"
 # Types of pieces in `sentencepiece_model.proto`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BPE = 2
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+# PaliGemma's tokenizer.json has 34 MB.
+TOKENIZER_LIMIT = 200_000_000
 
 
 def tokenizer_files(proto, vocabulary_size):
@@ -53,6 +62,194 @@ def tokenizer_files(proto, vocabulary_size):
         for name, value in files.items()
     }
     return files | {"tokenizer.model": proto}
+
+
+def read_tokenizer(path):
+    """Read a tokenizer as a SentencePiece model.
+
+    Args:
+        path: str or path of a SentencePiece model, or of a `tokenizer.json`,
+            all that transformers 5 saves: its pieces and the order of its
+            merges say the same.
+
+    Returns:
+        Bytes of a SentencePiece model.
+
+    Raises:
+        ValueError: a damaged file, or a tokenizer that is not Gemma's kind.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        return read_checked(path)
+    content = read_json(path, TOKENIZER_LIMIT)
+    try:
+        return _to_sentencepiece(content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no tokenizer of Gemma as transformers writes it: "
+            f"{shown(error)}. Pass its SentencePiece model as "
+            "`tokenizer='paligemma_tokenizer.model'`."
+        ) from error
+
+
+def _to_sentencepiece(content):
+    """Turn what `_tokenizer` makes, or transformers has made, into a model."""
+    bpe, normalizer = content["model"], content["normalizer"]
+    replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if bpe["type"] != "BPE" or normalizer != replaces:
+        raise ValueError("expected BPE over text whose spaces are replaced")
+    added = {one["id"]: one["content"] for one in content["added_tokens"]}
+    pieces = {id: piece for piece, id in bpe["vocab"].items()} | added
+    # What follows `<image>` is added by name, see `with_added_tokens`.
+    images = [id for id, piece in added.items() if piece == IMAGE]
+    size = images[0] if images else len(pieces)
+    # Of all merges that make a piece, SentencePiece has one score.
+    ranks = {}
+    for rank, pair in enumerate(bpe["merges"]):
+        parts = pair.split(" ") if isinstance(pair, str) else pair
+        ranks.setdefault("".join(parts), rank)
+    model = sentencepiece_model_pb2.ModelProto()
+    for id in range(size):
+        piece = pieces[id]
+        kind = NORMAL
+        if id in (0, 1, 2):
+            kind = CONTROL
+        elif piece == bpe["unk_token"]:
+            kind = UNKNOWN
+        elif id in added:
+            kind = USER_DEFINED
+        elif bpe["byte_fallback"] and BYTE_PIECE.fullmatch(piece):
+            kind = BYTE
+        score = 0.0
+        if kind == NORMAL:
+            score = -float(ranks.get(piece, len(bpe["merges"])))
+        model.pieces.add(piece=piece, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size = BPE, size
+    trainer.byte_fallback = bpe["byte_fallback"]
+    for id, name in enumerate(("pad", "eos", "bos", "unk")):
+        setattr(trainer, f"{name}_id", id)
+        setattr(trainer, f"{name}_piece", pieces[id])
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = False
+    normalizer.remove_extra_whitespaces = False
+    return model.SerializeToString()
+
+
+def added_tokens(folder):
+    """Read the tokens that a tokenizer has beside its pieces, by id.
+
+    Each version of transformers names them in another file.
+
+    Args:
+        folder: `pathlib.Path`.
+
+    Returns:
+        Dict of int to str, or `None` if the folder has no such file.
+
+    Raises:
+        ValueError: a file that is damaged, or an id with two names.
+    """
+    pairs, found = [], False
+    for name, read in _ADDED_TOKENS.items():
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            pairs += read(path)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path} does not list its added tokens as transformers does: "
+                f"{shown(error)}. Save the tokenizer again."
+            ) from error
+        found = True
+    tokens = {}
+    for id, token in pairs:
+        if type(id) is not int or not 0 <= id < 2**31 or type(token) is not str:
+            raise ValueError(
+                f"{folder} has a tokenizer that adds {shown(token)} with the "
+                f"id {shown(id)}. Expected: a string and a whole number. Save "
+                "the tokenizer again."
+            )
+        if tokens.setdefault(id, token) != token:
+            raise ValueError(
+                f"{folder} has a tokenizer whose files give the id {id} to "
+                f"{shown(tokens[id])} and to {shown(token)}. Expected: one "
+                "token an id. Save the tokenizer again."
+            )
+    return tokens if found else None
+
+
+def _of_one_file(path):
+    """List the added tokens of a `tokenizer.json`, which may have 34 MB.
+
+    They stand in front of the vocabulary, which is not parsed.
+    """
+    text = path.read_text(encoding="utf-8")
+    start = text.index('"added_tokens"') + len('"added_tokens"')
+    start = text.index("[", start)
+    try:
+        listed, _ = json.JSONDecoder().raw_decode(text, start)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+    return [(one["id"], one["content"]) for one in listed]
+
+
+def _of_settings(path):
+    tokens = read_json(path).get("added_tokens_decoder", {})
+    return [(int(id), token["content"]) for id, token in tokens.items()]
+
+
+def _of_a_list(path):
+    return [(id, token) for token, id in read_json(path).items()]
+
+
+_ADDED_TOKENS = {
+    "tokenizer.json": _of_one_file,
+    "tokenizer_config.json": _of_settings,
+    "added_tokens.json": _of_a_list,
+}
+
+
+def with_added_tokens(proto, tokens, size):
+    """Append the tokens that transformers added to a SentencePiece model.
+
+    They can be typed and are shown in answers. An id that has no row of a
+    token, such as that of `<image>`, gets a piece that no text has.
+
+    Args:
+        proto: bytes, a SentencePiece model.
+        tokens: dict of id to str, which may have those of the model too; an
+            empty one leaves the model as it is.
+        size: int, pieces of the result.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: a token that is a piece already.
+    """
+    if not tokens:
+        return proto
+    model = sentencepiece_model_pb2.ModelProto.FromString(proto)
+    pieces = {piece.piece for piece in model.pieces}
+    for id in range(len(model.pieces), size):
+        token, kind = tokens.get(id, IMAGE), USER_DEFINED
+        # Their `<image>` is written behind all of ours.
+        if token == IMAGE:
+            token, kind = f"<reserved{id}>", CONTROL
+        # SentencePiece looks for pieces where spaces are replaced.
+        token = token.replace(" ", SPACE)
+        if not token or token in pieces:
+            raise ValueError(
+                f"transformers' tokenizer adds {shown(token)} with the id "
+                f"{id}, which the SentencePiece model has as a piece already. "
+                "Expected: its own SentencePiece model. Pass that as "
+                "`tokenizer=`."
+            )
+        pieces.add(token)
+        model.pieces.add(piece=token, score=0.0, type=kind)
+    return model.SerializeToString()
 
 
 def _check(model, vocabulary_size):

@@ -25,8 +25,7 @@ def rows(config):
     number of a variable in its layer: a kernel is 0, its bias 1.
 
     Args:
-        config: dict, of `keras_hub_config.read`; only whether there are post
-            norms matters.
+        config: `BackboneConfig`; only whether there are post norms matters.
 
     Returns:
         List of `Row`.
@@ -76,7 +75,7 @@ def rows(config):
     ):
         table.append(_row(f"{blocks}mlp/{name}/kernel", DECODER_BLOCK + theirs))
     norms = ["pre_attention_norm", "pre_ffw_norm"]
-    if config["backbone"]["text_decoder"]["use_post_norms"]:
+    if config.text_decoder.use_post_norms:
         norms += ["post_attention_norm", "post_ffw_norm"]
     for norm in norms:
         table.append(_row(f"{blocks}{norm}/scale", DECODER_BLOCK + norm))
@@ -109,9 +108,8 @@ def write(
 
     Args:
         folder: path, of nothing or of an empty folder.
-        config: dict, as `keras_hub_config.read` gives it: backbone, and
-            preprocessor or `None`, of which resize and sequence_length are
-            written, and that nothing is cropped.
+        config: `ModelConfig`, of whose preprocessor the rule to resize and
+            the sum of the lengths are written, and that nothing is cropped.
         arrays: iterable of pairs of key and array, of `engine.write`.
         tokenizer: bytes of the SentencePiece model, `None` without a
             preprocessor. KerasHub finds "<pad>", "<bos>" and "<eos>" by name.

@@ -6,6 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from keras_paligemma.checkpoints import h5_files
+from keras_paligemma.config import BackboneConfig
+from keras_paligemma.config import ModelConfig
+from keras_paligemma.config import PreprocessorConfig
+from keras_paligemma.config import TextDecoderConfig
+from keras_paligemma.config import VisionEncoderConfig
+from keras_paligemma.config import read_json
+from keras_paligemma.config import shown
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor.json"
@@ -33,6 +40,13 @@ SOFT_CAPS = ("attention_logit_soft_cap", "final_logit_soft_cap")
 
 REQUIRED = (*TEXT_FIELDS, *VISION_FIELDS.values(), "image_size")
 REQUIRED += ("intermediate_dim",)
+# Fields of the decoder, by what they are called there.
+TEXT_NAMES = {key: key for key in (*TEXT_FIELDS, *SOFT_CAPS)}
+TEXT_NAMES |= {
+    "intermediate_dim": "intermediate_dim",
+    "use_post_norms": "use_post_ffw_norm",
+    "sliding_window_size": "sliding_window_size",
+}
 # What KerasHub takes where a file of an older version is silent.
 DEFAULTS = {
     "vit_intermediate_dim": 4304,
@@ -87,17 +101,13 @@ def read(folder, load_weights=True):
 
     Returns:
         Dict of
-            backbone: image_size, dtype (name of the policy that was saved),
-                vision_encoder and text_decoder, as this package's presets
-                have them. query_pre_attention_scalar is what the original
-                has, hidden_dim / num_query_heads where
+            config: `ModelConfig`. query_pre_attention_scalar is what the
+                original has, hidden_dim / num_query_heads where
                 `query_head_dim_normalize` is false (28b: 144). KerasHub 0.32
                 ignores that field and runs such a model with head_dim (128).
-            preprocessor: `None` without one, else a dict of resize, a rule of
-                `preprocessing.resize`; crop_to_aspect_ratio and
-                pad_to_aspect_ratio, bools: KerasHub crops or pads where
-                this package squeezes; sequence_length, int, prompt and
-                response together.
+                Its preprocessor, if there is one, has the rule to resize:
+                KerasHub crops or pads pictures if told so; the original
+                squeezes.
             tokenizer: path of the SentencePiece file or `None`.
             weights: list of paths for `open_h5`; empty without weights.
 
@@ -106,7 +116,7 @@ def read(folder, load_weights=True):
     """
     folder = Path(folder)
     path = folder / CONFIG
-    theirs = _fields(_read_json(path), "backbone", path)
+    theirs = _fields(read_json(path), "backbone", path)
     weights = [folder / h5_files.SINGLE, folder / h5_files.INDEX]
     weights = [file for file in weights if file.is_file()]
     if load_weights and not weights:
@@ -116,8 +126,10 @@ def read(folder, load_weights=True):
         )
     tokenizer = folder / TOKENIZER
     return {
-        "backbone": _backbone(theirs, path),
-        "preprocessor": _preprocessor(folder),
+        "config": ModelConfig(
+            backbone=_backbone(theirs, path),
+            preprocessor=_preprocessor(folder),
+        ),
         "tokenizer": tokenizer if tokenizer.is_file() else None,
         # KerasHub, too, takes the single file where there are both.
         "weights": weights[:1],
@@ -130,66 +142,83 @@ def _backbone(theirs, path):
     if theirs["vit_intermediate_dim"] is None:
         theirs["vit_intermediate_dim"] = DEFAULTS["vit_intermediate_dim"]
     problems = _misfits(theirs)
-    if theirs["use_post_ffw_norm"] != theirs["use_post_attention_norm"]:
-        problems.append(
-            "use_post_ffw_norm differs from use_post_attention_norm"
-        )
     if isinstance(dtype, dict):
         if dtype.get("class_name") != "DTypePolicy":
-            problems.append(f"dtype is a {dtype.get('class_name')}: quantized")
-        dtype = dtype.get("config", {}).get("name")
+            name = shown(dtype.get("class_name"))
+            problems.append(f"dtype is a {name}: quantized")
+        fields = dtype.get("config")
+        dtype = fields.get("name") if isinstance(fields, dict) else dtype
     _refuse(problems, f"{path} is no model that this package can build")
-    text = {key: theirs[key] for key in (*TEXT_FIELDS, *SOFT_CAPS)}
+    text = {ours: theirs[key] for ours, key in TEXT_NAMES.items()}
+    # Theirs counts gate and up together.
+    text["intermediate_dim"] //= 2
     scalar = theirs["head_dim"]
     if not theirs["query_head_dim_normalize"]:
         scalar = theirs["hidden_dim"] / theirs["num_query_heads"]
-    window = theirs["sliding_window_size"]
     if not theirs["use_sliding_window_attention"]:
-        window = None
+        text["sliding_window_size"] = None
     vision = {ours: theirs[key] for ours, key in VISION_FIELDS.items()}
-    return {
+    fields = {
         "image_size": theirs["image_size"],
         # A file of an older version does not say.
         "dtype": dtype or "float32",
         "vision_encoder": vision | {"layer_norm_epsilon": EPSILON},
         "text_decoder": text
         | {
-            # Theirs counts gate and up together.
-            "intermediate_dim": theirs["intermediate_dim"] // 2,
             "query_pre_attention_scalar": scalar,
-            "use_post_norms": theirs["use_post_ffw_norm"],
-            "sliding_window_size": window,
             "rope_base": ROPE_BASE,
             "rms_norm_epsilon": EPSILON,
         },
     }
+    return BackboneConfig.from_dict(fields, path)
 
 
 def _misfits(theirs):
     """List what is missing, unknown or of a value we have no field for."""
     known = {*REQUIRED, *DEFAULTS, *NAMES}
     problems = [f"{key} is missing" for key in REQUIRED if key not in theirs]
-    problems += [f"{key} is unknown" for key in sorted(theirs.keys() - known)]
-    for key in REQUIRED:
-        value = theirs.get(key, 1)
-        if type(value) is not int or value < 1:
-            problems.append(f"{key}={value!r}, expected a positive integer")
+    problems += [
+        f"{key:.80} is unknown" for key in sorted(theirs.keys() - known)
+    ]
+    # What is missing has been said.
+    parts = [
+        (BackboneConfig, {"image_size": "image_size"}),
+        (VisionEncoderConfig, VISION_FIELDS),
+        (TextDecoderConfig, TEXT_NAMES),
+    ]
+    for part, names in parts:
+        values = {
+            ours: theirs[key] for ours, key in names.items() if key in theirs
+        }
+        problems += part.problems(values, names)
     for key, allowed in FIXED.items():
         if theirs[key] not in allowed:
-            problems.append(f"{key}={theirs[key]!r}, expected {allowed[0]!r}")
+            problems.append(
+                f"{key}={shown(theirs[key])}, expected {allowed[0]!r}"
+            )
+    pairs = [
+        ("query_head_dim_normalize", (True, False)),
+        ("use_sliding_window_attention", (True, False)),
+        ("use_post_attention_norm", (theirs["use_post_ffw_norm"],)),
+    ]
+    for key, allowed in pairs:
+        if theirs[key] not in allowed:
+            problems.append(
+                f"{key}={shown(theirs[key])}, expected "
+                f"{' or '.join(map(shown, allowed))}"
+            )
     return problems
 
 
 def _preprocessor(folder):
     """Read what KerasHub does to pictures and text, or `None`."""
-    path, sequence_length = folder / PREPROCESSOR, 1024
+    path = folder / PREPROCESSOR
     if path.is_file():
-        fields = _fields(_read_json(path), "causal_lm_preprocessor", path)
-        sequence_length = fields.get("sequence_length", sequence_length)
+        fields = _fields(read_json(path), "causal_lm_preprocessor", path)
         converter = fields.get("image_converter")
     else:
         path = folder / IMAGE_CONVERTER
-        converter = _read_json(path) if path.is_file() else None
+        converter = read_json(path) if path.is_file() else None
     if converter is None:
         return None
     fields = _fields(converter, "image_converter", path)
@@ -203,41 +232,40 @@ def _preprocessor(folder):
     problems = []
     if not resize:
         problems.append(
-            f"interpolation={interpolation!r} with antialias={antialias}, "
+            f"interpolation={shown(interpolation)} with antialias={antialias}, "
             f"expected one of {list(RESIZES.values())}"
         )
     if not _gives_minus_one_to_one(fields):
         problems.append("scale and offset do not turn 0…255 into [-1, 1]")
     _refuse(problems, f"{path} prepares pictures as this package cannot")
-    return {
-        "resize": resize[0],
-        "crop_to_aspect_ratio": fields.get("crop_to_aspect_ratio", True),
-        "pad_to_aspect_ratio": fields.get("pad_to_aspect_ratio", False),
-        "sequence_length": sequence_length,
-    }
+    return PreprocessorConfig(resize[0])
 
 
 def _gives_minus_one_to_one(fields):
-    scale, offset = fields.get("scale"), fields.get("offset")
-    if scale is not None and "variance" in fields and "mean" in fields:
-        # Names of older versions, which KerasHub reads as well.
-        deviation = np.sqrt(fields["variance"])
-        scale = np.array(scale) / deviation
-        offset = -np.array(fields["mean"]) / deviation
-    if scale is None or offset is None:
+    try:
+        # What gives NaN is not right either.
+        with np.errstate(all="ignore"):
+            ends = _ends(fields)
+    except (TypeError, ValueError):
         return False
-    ends = np.array([[0.0], [255.0]]) * np.array(scale) + np.array(offset)
     return np.allclose(ends, [[-1.0], [1.0]], atol=1e-3)
 
 
-def _read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}. Expected: a JSON file of a "
-            "preset of KerasHub. Copy all of the folder."
-        ) from error
+def _ends(fields):
+    """Give what becomes of the pixels 0 and 255, by channel."""
+    scale, offset = _channels(fields, "scale"), _channels(fields, "offset")
+    if "variance" in fields and "mean" in fields:
+        # Names of older versions, which KerasHub reads as well.
+        deviation = np.sqrt(_channels(fields, "variance"))
+        scale = scale / deviation
+        offset = -_channels(fields, "mean") / deviation
+    return np.array([[0.0], [255.0]]) * scale + offset
+
+
+def _channels(fields, name):
+    """Give a number, or one a channel, as three floats; `None` as NaN."""
+    array = np.array(fields.get(name), "float64")
+    return np.broadcast_to(array, (3,))
 
 
 def _fields(content, part, path):
@@ -250,7 +278,7 @@ def _fields(content, part, path):
     if registered not in expected or not isinstance(fields, dict):
         raise ValueError(
             f"{path} is no config of KerasHub's {name}. Received: "
-            f"registered_name={registered!r}. Expected: {expected[0]!r}."
+            f"registered_name={shown(registered)}. Expected: {expected[0]!r}."
         )
     return fields
 
@@ -264,7 +292,7 @@ def files(config, tokenizer=None):
     """Give all files of a preset folder but the weights and `metadata.json`.
 
     Args:
-        config: dict, see `keras_hub.write`.
+        config: `ModelConfig`.
         tokenizer: bytes or `None`, likewise.
 
     Returns:
@@ -273,7 +301,7 @@ def files(config, tokenizer=None):
     Raises:
         ValueError: a config that KerasHub cannot express.
     """
-    backbone, preprocessor = config["backbone"], config["preprocessor"]
+    backbone, preprocessor = config.backbone, config.preprocessor
     problems = _inexpressible(backbone)
     if (tokenizer is None) != (preprocessor is None):
         problems.append("tokenizer and preprocessor go together")
@@ -281,13 +309,11 @@ def files(config, tokenizer=None):
         missing = [p for p in SPECIAL_PIECES if p.encode() not in tokenizer]
         if missing:
             problems.append(f"the tokenizer has no piece {', '.join(missing)}")
-    if preprocessor is not None and preprocessor["resize"] not in RESIZES:
-        problems.append(f"resize={preprocessor['resize']!r}")
     _refuse(problems, "KerasHub has no fields for this model")
     model = _serialized("backbone", _their_backbone(backbone))
     content = {CONFIG: model}
     if preprocessor is not None:
-        content |= _preprocessing(preprocessor, backbone["image_size"])
+        content |= _preprocessing(preprocessor, backbone.image_size)
         task = {
             "backbone": model,
             "preprocessor": content[PREPROCESSOR],
@@ -300,11 +326,11 @@ def files(config, tokenizer=None):
 
 def _inexpressible(backbone):
     """List what KerasHub has no field, or no other value, for."""
-    text, vision = backbone["text_decoder"], backbone["vision_encoder"]
-    scalar = text["query_pre_attention_scalar"]
+    text, vision = backbone.text_decoder, backbone.vision_encoder
+    scalar = text.query_pre_attention_scalar
     scalars = [
-        text["head_dim"],
-        text["hidden_dim"] / text["num_query_heads"],
+        text.head_dim,
+        text.hidden_dim / text.num_query_heads,
     ]
     problems = []
     if scalar not in scalars:
@@ -313,35 +339,38 @@ def _inexpressible(backbone):
             f"hidden_dim / num_query_heads, {scalars}"
         )
     for key, value, expected in (
-        ("rope_base", text["rope_base"], ROPE_BASE),
-        ("rms_norm_epsilon", text["rms_norm_epsilon"], EPSILON),
-        ("layer_norm_epsilon", vision["layer_norm_epsilon"], EPSILON),
+        ("rope_base", text.rope_base, ROPE_BASE),
+        ("rms_norm_epsilon", text.rms_norm_epsilon, EPSILON),
+        ("layer_norm_epsilon", vision.layer_norm_epsilon, EPSILON),
     ):
         if value != expected:
             problems.append(f"{key}={value}, expected {expected}")
-    if backbone.get("lora") is not None:
+    if backbone.lora is not None:
         problems.append("lora: its adapters are of another form")
     return problems
 
 
 def _their_backbone(backbone):
-    text, vision = backbone["text_decoder"], backbone["vision_encoder"]
-    post_norms, window = text["use_post_norms"], text["sliding_window_size"]
+    text, vision = backbone.text_decoder, backbone.vision_encoder
+    post_norms, window = text.use_post_norms, text.sliding_window_size
     return {
         "name": "pali_gemma_backbone",
         "trainable": True,
         "dtype": {
             "module": "keras",
             "class_name": "DTypePolicy",
-            "config": {"name": backbone["dtype"]},
+            "config": {"name": backbone.dtype},
             "registered_name": None,
         },
-        **{key: text[key] for key in (*TEXT_FIELDS, *SOFT_CAPS)},
-        **{theirs: vision[ours] for ours, theirs in VISION_FIELDS.items()},
-        "image_size": backbone["image_size"],
-        "intermediate_dim": 2 * text["intermediate_dim"],
+        **{key: getattr(text, key) for key in (*TEXT_FIELDS, *SOFT_CAPS)},
+        **{
+            theirs: getattr(vision, ours)
+            for ours, theirs in VISION_FIELDS.items()
+        },
+        "image_size": backbone.image_size,
+        "intermediate_dim": 2 * text.intermediate_dim,
         "query_head_dim_normalize": (
-            text["query_pre_attention_scalar"] == text["head_dim"]
+            text.query_pre_attention_scalar == text.head_dim
         ),
         "use_post_ffw_norm": post_norms,
         "use_post_attention_norm": post_norms,
@@ -354,7 +383,7 @@ def _their_backbone(backbone):
 
 
 def _preprocessing(preprocessor, image_size):
-    interpolation, antialias = RESIZES[preprocessor["resize"]]
+    interpolation, antialias = RESIZES[preprocessor.resize]
     tokenizer = {"config_file": "tokenizer.json", "proto": None}
     image_converter = {
         "image_size": [image_size, image_size],
@@ -370,7 +399,10 @@ def _preprocessing(preprocessor, image_size):
         "tokenizer": tokenizer,
         "image_converter": image_converter,
         "config_file": PREPROCESSOR,
-        "sequence_length": preprocessor["sequence_length"],
+        # KerasHub has one length for both.
+        "sequence_length": (
+            preprocessor.prompt_length + preprocessor.response_length
+        ),
     }
     return {
         "tokenizer.json": tokenizer,

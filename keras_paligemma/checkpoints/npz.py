@@ -100,7 +100,8 @@ def _refusing(what):
     try:
         yield
     except LIBRARY_ERRORS as error:
-        reason = str(error) or type(error).__name__
+        # zipfile quotes all that it took for a name.
+        reason = str(error)[:300] or type(error).__name__
         raise ValueError(
             f"{what} cannot be read: {reason}. Is it whole? Copy it again "
             "from where it came, or save it again as plain arrays."

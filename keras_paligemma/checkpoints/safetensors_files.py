@@ -9,8 +9,11 @@ from safetensors import SafetensorError
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from keras_paligemma.checkpoints.shards import shards
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHOWN = 10  # Files that an error lists.
 
 
 class Tensors:
@@ -45,8 +48,10 @@ class Tensors:
         if dtype not in self._known:
             raise ValueError(
                 f"{path} holds {key!r} as {dtype}. Expected: one of "
-                f"{sorted(DTYPES)}. A quantised checkpoint must be written "
-                "in one of these; otherwise the file is damaged."
+                f"{sorted(DTYPES)}. Of weights that bitsandbytes quantised "
+                "(U8, I8), load the model that they were made from, or in "
+                "transformers call `model.dequantize()` and save that; "
+                "otherwise the file is damaged."
             )
         self._path_of[key], self._file_of[key] = path, file
         self._slices[key] = one
@@ -91,7 +96,7 @@ def _damage(path):
         yield
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} cannot be read as safetensors: {error}. Is the "
+            f"{path} cannot be read as safetensors: {error!s:.300}. Is the "
             "file whole? Copy or save it again."
         ) from error
 
@@ -139,40 +144,19 @@ def find(folder):
     if not index.is_file():
         raise ValueError(
             f"{folder} holds no weights. Expected: {SINGLE} or {INDEX} and "
-            "its shards. Older formats (pytorch_model.bin) can be saved anew "
-            "by transformers' `save_pretrained`."
+            "its shards. Pickles of Torch (pytorch_model.bin, .pth) can be "
+            "saved anew by transformers' `save_pretrained`."
         )
-    names = _shards(index)
-    missing = [name for name in names if not (folder / name).is_file()]
+    paths = shards(index)
+    missing = [path.name for path in paths if not path.is_file()]
     if missing:
+        more = "" if len(missing) <= SHOWN else ", …"
         raise ValueError(
-            f"{folder} lacks {len(missing)} of the {len(names)} files that "
-            f"{INDEX} names: {', '.join(missing)}. Download or copy them."
+            f"{folder} lacks {len(missing)} of the {len(paths)} files that "
+            f"{INDEX} names: {', '.join(missing[:SHOWN])}{more}. Download or "
+            "copy them."
         )
-    return [folder / name for name in names]
-
-
-def _shards(index):
-    """List the files of an index."""
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(names.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index} is no index of shards: {error!r}. Expected: JSON with "
-            "a `weight_map` of tensor names to file names. Copy it again."
-        ) from error
-    # A file from elsewhere must not make a loader open what lies outside the
-    # folder. Symlinks inside it are fine: hubs' caches are made of them.
-    for name in names:
-        if not isinstance(name, str) or name != Path(name).name:
-            raise ValueError(
-                f"{index} names {name!r}. Expected: the name of a file that "
-                "lies beside the index, without a folder."
-            )
-    if not names:
-        raise ValueError(f"{index} names no file. Copy it again.")
-    return names
+    return paths
 
 
 def write_safetensors(folder, arrays, max_shard_size=2_000_000_000):

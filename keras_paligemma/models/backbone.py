@@ -1,7 +1,5 @@
 """PaliGemmaBackbone: vision encoder and text decoder, one sequence."""
 
-import dataclasses
-
 import keras
 import keras_hub
 import numpy as np
@@ -12,6 +10,10 @@ from keras_paligemma.checkpoints import formats
 from keras_paligemma.compat import classproperty
 from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
+from keras_paligemma.config import BackboneConfig
+from keras_paligemma.config import LoraConfig
+from keras_paligemma.config import TextDecoderConfig
+from keras_paligemma.config import VisionEncoderConfig
 from keras_paligemma.layers.attention import token_positions
 from keras_paligemma.models import adapters
 from keras_paligemma.models import exports
@@ -21,9 +23,7 @@ from keras_paligemma.models.inputs import check_images
 from keras_paligemma.models.inputs import check_token_ids
 from keras_paligemma.models.inputs import full_masks
 from keras_paligemma.models.text_decoder import TextDecoder
-from keras_paligemma.models.text_decoder import TextDecoderConfig
 from keras_paligemma.models.vision_encoder import VisionEncoder
-from keras_paligemma.models.vision_encoder import VisionEncoderConfig
 
 
 @never_functional
@@ -360,15 +360,16 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         exports.export(preset_dir, "keras", self)
 
     def architecture(self):
-        """Give what a preset's file holds: plain numbers and strings."""
-        return {
-            "image_size": self.image_size,
-            "dtype": self.dtype_policy.name,
-            "vision_encoder": dataclasses.asdict(self.vision_config),
-            "text_decoder": dataclasses.asdict(self.text_config),
-            "lora": self.adapters.config(),
-            "quantization": self.quantization,
-        }
+        """Give the `BackboneConfig` that a preset's file holds."""
+        lora = self.adapters.config()
+        return BackboneConfig(
+            image_size=self.image_size,
+            dtype=self.dtype_policy.name,
+            vision_encoder=self.vision_config,
+            text_decoder=self.text_config,
+            lora=lora and LoraConfig.from_dict(lora),
+            quantization=self.quantization,
+        )
 
     def quantize(self, mode=None, config=None, filters=None, **kwargs):
         """Refuse, and say how: weights are quantised as they are read."""
@@ -376,7 +377,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
 
     def get_config(self):
         return super().get_config() | {
-            **self.architecture(),
+            **self.architecture().to_dict(),
             "lora": self.adapters.slots and self.adapters.slots.config(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "form": self.form,
@@ -385,13 +386,4 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
 
 
 def _config(cls, value):
-    if isinstance(value, cls):
-        return value
-    try:
-        return cls(**(value or {}))
-    except TypeError as error:
-        names = [field.name for field in dataclasses.fields(cls)]
-        raise ValueError(
-            f"Unknown field for {cls.__name__}: {error}. Expected some of "
-            f"{names}."
-        ) from error
+    return value if isinstance(value, cls) else cls.from_dict(value or {})

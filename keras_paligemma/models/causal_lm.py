@@ -380,6 +380,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 `quantize="int8"` or `"int4"` stores kernels and embedding in
                 so few bits, rounded tensor by tensor as they are read, or, of
                 int4, for examples: `calibration=` takes a dict as `fit` does.
+                `allow_nonfinite=True` takes weights that are NaN or infinite.
                 `form` and `remat` go to the backbone, `compile` and `name` to
                 the model, `resize`, `prompt_length`, `response_length` and
                 the like to the preprocessor.

@@ -1,6 +1,7 @@
 """Weights and configuration written in any format."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -16,6 +17,8 @@ from keras_paligemma.checkpoints import npz
 from keras_paligemma.checkpoints import safetensors_files
 from keras_paligemma.compat import process
 from keras_paligemma.compat import wait_for_all
+from keras_paligemma.config import ModelConfig
+from keras_paligemma.config import PreprocessorConfig
 
 
 def export(path, to, backbone, preprocessor=None, bare=False, **options):
@@ -39,10 +42,11 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
             f"with {lora}. Write them apart with `save_adapter`, or call "
             "`adapters.merge()` first."
         )
-    config = {
-        "backbone": backbone.architecture() | {"lora": lora},
-        "preprocessor": _fields(preprocessor),
-    }
+    architecture = backbone.architecture()
+    config = ModelConfig(
+        backbone=architecture if lora else replace(architecture, lora=None),
+        preprocessor=_config_of(preprocessor),
+    )
     proto = preprocessor.tokenizer.proto if preprocessor else None
     weights = backbone.weights_by_name()
     if lora is None:  # Merged adapters are in the kernels.
@@ -112,16 +116,16 @@ def export_to_serve(model, filepath, format="savedmodel"):
     above.export(model, filepath, format)
 
 
-def _fields(preprocessor):
+def _config_of(preprocessor):
     if preprocessor is None:
         return None
-    return {
-        "resize": preprocessor.image_converter.resize,
-        "prompt_length": preprocessor.prompt_length,
-        "response_length": preprocessor.response_length,
-        "on_long_prompt": preprocessor.on_long_prompt,
-        "on_long_response": preprocessor.on_long_response,
-    }
+    return PreprocessorConfig(
+        resize=preprocessor.image_converter.resize,
+        prompt_length=preprocessor.prompt_length,
+        response_length=preprocessor.response_length,
+        on_long_prompt=preprocessor.on_long_prompt,
+        on_long_response=preprocessor.on_long_response,
+    )
 
 
 def write(
@@ -146,7 +150,7 @@ def write(
             ours is replaced, and files of other names stay; for the other
             formats a folder must be new or empty.
         to: str, one of `formats.FORMATS`.
-        config: dict with `backbone` and `preprocessor`, as a preset's.
+        config: `ModelConfig`.
         weights: dict of name to weight or list of weights.
         read: function of a weight that returns its array.
         proto: bytes of the SentencePiece model, or `None`: then the folder is
@@ -171,8 +175,8 @@ def write(
             f"piece_size={piece_size} for {to!r}."
         )
     path = Path(path)
-    backbone = config["backbone"]
-    quantization = backbone.get("quantization")
+    backbone = config.backbone
+    quantization = backbone.quantization
     if quantization is not None and (to != "keras" or dtype is not None):
         raise ValueError(
             f"Kernels of few bits are written as they are, by `save_to_preset` "
@@ -181,7 +185,7 @@ def write(
             "`quantize`, and write that."
         )
     if dtype is not None:
-        config = config | {"backbone": backbone | {"dtype": dtype}}
+        config = replace(config, backbone=replace(backbone, dtype=dtype))
 
     def arrays(rows):
         for key, array in engine.write(weights, rows, read):
@@ -189,15 +193,15 @@ def write(
             del array  # Before the next one is made.
 
     if to == "big_vision":
-        rows = big_vision.rows(backbone["text_decoder"]["use_post_norms"])
+        rows = big_vision.rows(backbone.text_decoder.use_post_norms)
     elif to == "transformers":
         rows = hugging_face.rows(backbone)
     elif to == "keras_hub":
-        rows = keras_hub.rows(config)
-        config = with_length(config)
+        rows = keras_hub.rows(backbone)
     else:
         rows = [engine.Row(key, key) for key in weights]
-        config = {"name": name or path.resolve().name} | config
+        name = config.name or name or path.resolve().name
+        config = replace(config, name=name)
     found = arrays(rows)
     if process()[0] > 0:
         # All processes gather what is sharded over them, the first writes.
@@ -212,16 +216,6 @@ def write(
     else:
         _write_ours(path, config, found, proto, piece_size)
     wait_for_all("a checkpoint is written")
-
-
-def with_length(config):
-    """Add the one length that KerasHub has for prompt and response."""
-    fields = config["preprocessor"]
-    if fields is None:
-        return config
-    length = fields["prompt_length"] + fields["response_length"]
-    fields = fields | {"sequence_length": length}
-    return config | {"preprocessor": fields}
 
 
 def _write_ours(folder, config, arrays, proto, piece_size):

@@ -1,16 +1,18 @@
 """Models from checkpoints of any format."""
 
-from keras_paligemma import presets
+from dataclasses import replace
+
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.float_views import float_views
 from keras_paligemma.checkpoints.held import hold
 from keras_paligemma.checkpoints.positions import Resampled
 from keras_paligemma.compat import without_values
+from keras_paligemma.config import TOWER_OF
 from keras_paligemma.models import calibration as calibrating
 
 POSITIONS = "vision_encoder/position_embedding"
-BACKBONE_KEYS = ("form", "remat", "quantize")
+BACKBONE_KEYS = ("form", "remat", "quantize", "allow_nonfinite")
 TASK_KEYS = ("compile", "name", "preprocessor")
 QUANTIZE = (
     "A model in memory is not quantised: its weights are quantised as they are "
@@ -22,8 +24,7 @@ QUANTIZE = (
 
 def split_fields(kwargs):
     """Take the fields of the configuration out of a call's keywords."""
-    known = formats.FIELDS["vision_encoder"] ^ formats.FIELDS["text_decoder"]
-    return {key: kwargs.pop(key) for key in known & kwargs.keys()}
+    return {key: kwargs.pop(key) for key in TOWER_OF.keys() & kwargs.keys()}
 
 
 def load_backbone(
@@ -34,6 +35,7 @@ def load_backbone(
     image_size=None,
     quantize=None,
     calibration=None,
+    allow_nonfinite=False,
     **kwargs,
 ):
     """Build a backbone from what was found, and fill it.
@@ -49,15 +51,19 @@ def load_backbone(
             `None` keeps what the file has.
         calibration: list of preprocessed batches that "int4" is rounded for,
             see `models.calibration`.
+        allow_nonfinite: bool, take weights that are NaN or infinite.
         **kwargs: `form`, `remat`, `name`.
 
     Returns:
         Instance of `cls`.
     """
-    fields = dict(checkpoint.config["backbone"])
-    dtype = dtype or fields.pop("dtype", None)
-    fields |= {"dtype": dtype} | kwargs
-    stored = fields.get("quantization")
+    config = checkpoint.config.backbone
+    if image_size is not None:
+        config = replace(config, image_size=image_size)
+    if dtype is None:
+        checkpoint.say_assumed("dtype")
+    fields = config.to_dict() | {"dtype": dtype or config.dtype} | kwargs
+    stored = config.quantization
     if stored is not None and quantize not in (None, stored):
         raise ValueError(
             f"The checkpoint is quantised already: {stored}. Received: "
@@ -66,9 +72,6 @@ def load_backbone(
     if calibration is not None:
         calibrating.check(stored, quantize, load_weights)
     fields["quantization"] = stored or quantize
-    if image_size is not None:
-        fields["image_size"] = image_size
-        checkpoint.config["backbone"]["image_size"] = image_size
     if not load_weights:
         return cls(**fields)
     # Each weight arrives once: cast and placed as it is read, with no random
@@ -79,7 +82,7 @@ def load_backbone(
     if stored is None:
         weights = float_views(weights)
     rows = checkpoint.rows_for(weights)
-    with checkpoint.open() as tensors:
+    with checkpoint.open(allow_nonfinite) as tensors:
         if image_size is not None:
             (key,) = [row.theirs for row in rows if row.ours == POSITIONS]
             count = weights[POSITIONS].shape[0]
@@ -94,24 +97,32 @@ def load_backbone(
 def load_task(cls, preset, load_weights, dtype, kwargs):
     """Build a task with its backbone and preprocessor from a preset."""
     kwargs = dict(kwargs)
-    checkpoint = formats.resolve(preset, load_weights, split_fields(kwargs))
-    if "tokenizer" in kwargs:
-        checkpoint.tokenizer = presets.locate(kwargs.pop("tokenizer"))
+    checkpoint = formats.resolve(
+        preset,
+        load_weights,
+        split_fields(kwargs),
+        kwargs.pop("tokenizer", False),
+    )
     image_size = kwargs.pop("image_size", None)
     calibration = kwargs.pop("calibration", None)
     backbone = {key: kwargs.pop(key) for key in BACKBONE_KEYS if key in kwargs}
     task = {key: kwargs.pop(key) for key in TASK_KEYS if key in kwargs}
     # The preprocessor first: a lack of its files is found before the weights
     # are read.
+    config = checkpoint.config
     if image_size is not None:
-        checkpoint.config["backbone"]["image_size"] = image_size
-    wanted = checkpoint.config["preprocessor"] is not None
+        backbone_config = replace(config.backbone, image_size=image_size)
+        config = replace(config, backbone=backbone_config)
+    wanted = config.preprocessor is not None
     if not load_weights and checkpoint.tokenizer is None:
         wanted = False
     if wanted and "preprocessor" not in task:
+        if "resize" not in kwargs:
+            checkpoint.say_assumed("resize")
         task["preprocessor"] = cls.preprocessor_cls.from_files(
-            checkpoint.config, checkpoint.tokenizer, **kwargs
+            config, checkpoint.tokenizer, checkpoint.added_tokens, **kwargs
         )
+        _check_tokenizer(task["preprocessor"].tokenizer, config.backbone)
     elif kwargs:
         raise TypeError(f"Unknown arguments: {sorted(kwargs)}.")
     if calibration is not None:
@@ -129,3 +140,19 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
         ),
         **task,
     )
+
+
+def _check_tokenizer(tokenizer, config):
+    """Refuse a tokenizer that has not one piece for each row of the table."""
+    pieces, rows = (
+        tokenizer.vocabulary_size(),
+        config.text_decoder.vocabulary_size,
+    )
+    if pieces != rows:
+        raise ValueError(
+            f"The tokenizer has {pieces} pieces, {abs(pieces - rows)} "
+            f"{'more' if pieces > rows else 'fewer'} than the {rows} tokens of "
+            "the model. Expected: one for each. Pass the tokenizer that the "
+            "model was trained with as `tokenizer=`, or `preprocessor=None` "
+            "to do without strings."
+        )

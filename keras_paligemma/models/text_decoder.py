@@ -20,64 +20,6 @@ from keras_paligemma.layers.splash import suits
 from keras_paligemma.layers.stack import LayerStack
 
 
-@dataclass(frozen=True)
-class TextDecoderConfig:
-    """Sizes of the decoder; the defaults are Gemma 2 2B, of PaliGemma 2 3b.
-
-    Args:
-        vocabulary_size: int V.
-        num_layers: int.
-        hidden_dim: int D.
-        intermediate_dim: int F, the real width of gate and of up.
-        num_query_heads: int N.
-        num_key_value_heads: int K, a divisor of N.
-        head_dim: int H, even.
-        query_pre_attention_scalar: float; queries are multiplied by its
-            inverse square root (256 for 3b and 10b, 144 for 28b).
-        attention_logit_soft_cap: float or `None`.
-        final_logit_soft_cap: float or `None`.
-        use_post_norms: bool; `False` gives Gemma, of PaliGemma 1.
-        sliding_window_size: int or `None`: every other block, the first one
-            included, sees only tokens nearer than this many positions.
-        rope_base: float, wavelength ratio of the rotary embedding.
-        rms_norm_epsilon: float.
-
-    Source: https://arxiv.org/abs/2408.00118.
-    """
-
-    vocabulary_size: int = 257_152
-    num_layers: int = 26
-    hidden_dim: int = 2304
-    intermediate_dim: int = 9216
-    num_query_heads: int = 8
-    num_key_value_heads: int = 4
-    head_dim: int = 256
-    query_pre_attention_scalar: float = 256
-    attention_logit_soft_cap: float | None = 50.0
-    final_logit_soft_cap: float | None = 30.0
-    use_post_norms: bool = True
-    sliding_window_size: int | None = None
-    rope_base: float = 10_000.0
-    rms_norm_epsilon: float = 1e-6
-
-    def __post_init__(self):
-        if self.num_query_heads % self.num_key_value_heads:
-            raise ValueError(
-                "Query heads must be a multiple of key-value heads. Received: "
-                f"num_query_heads={self.num_query_heads}, "
-                f"num_key_value_heads={self.num_key_value_heads}."
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                "Rotary embedding splits a head in halves: head_dim must be "
-                f"even. Received: head_dim={self.head_dim}."
-            )
-
-    def query_scale(self):
-        """Give the number that queries are multiplied with."""
-        return self.query_pre_attention_scalar**-0.5
-
-
 class TokenEmbedding(keras.layers.Layer):
     """The vocabulary's table: it embeds tokens, and it is the head.
 

@@ -1,7 +1,5 @@
 """SigLIP's vision transformer and the projector into the decoder's width."""
 
-from dataclasses import dataclass
-
 import keras
 from keras import ops
 
@@ -9,41 +7,6 @@ from keras_paligemma.layers.blocks import EncoderBlock
 from keras_paligemma.layers.blocks import LayerNorm
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.stack import LayerStack
-
-
-@dataclass(frozen=True)
-class VisionEncoderConfig:
-    """Sizes of the vision tower; the defaults are SigLIP So400m/14.
-
-    Args:
-        patch_size: int, side of a patch in pixels.
-        num_layers: int, encoder blocks.
-        hidden_dim: int, width D of an image token; a multiple of num_heads.
-        num_heads: int.
-        intermediate_dim: int F.
-        layer_norm_epsilon: float.
-
-    Source: https://arxiv.org/abs/2305.13035.
-    """
-
-    patch_size: int = 14
-    num_layers: int = 27
-    hidden_dim: int = 1152
-    num_heads: int = 16
-    intermediate_dim: int = 4304
-    layer_norm_epsilon: float = 1e-6
-
-    def __post_init__(self):
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(
-                "The width of the vision encoder must be a multiple of its "
-                f"heads. Received: hidden_dim={self.hidden_dim}, "
-                f"num_heads={self.num_heads}."
-            )
-
-    def num_image_tokens(self, image_size):
-        """Count the tokens of one square picture of `image_size` pixels."""
-        return (image_size // self.patch_size) ** 2
 
 
 class VisionEncoder(keras.layers.Layer):
@@ -78,12 +41,7 @@ class VisionEncoder(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if image_size % config.patch_size:
-            raise ValueError(
-                "The image size must be a multiple of the patch size. "
-                f"Received: image_size={image_size}, "
-                f"patch_size={config.patch_size}."
-            )
+        config.num_image_tokens(image_size)  # Refuses a size that does not fit.
         self.config = config
         self.image_size = image_size
         policy = self.dtype_policy

@@ -56,7 +56,7 @@ class Job:
         Returns:
             `PaliGemmaBackbone` and built `Adam`.
         """
-        config = formats.resolve(self.preset, False).config["backbone"]
+        config = formats.resolve(self.preset, False).config.backbone.to_dict()
         fields = {**config, "dtype": self.dtype, "remat": remat, "form": form}
         if self.quantize:
             fields["quantization"] = self.quantize

@@ -4,9 +4,9 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
-from keras_paligemma.known_files import read_checked
+from keras_paligemma.checkpoints.hugging_face_tokenizer import read_tokenizer
+from keras_paligemma.checkpoints.hugging_face_tokenizer import with_added_tokens
 from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
 )
@@ -126,20 +126,26 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         Returns:
             `PaliGemmaCausalLMPreprocessor`.
         """
-        if "tokenizer" in kwargs:
-            checkpoint = formats.resolve(preset, load_weights=False)
-            checkpoint.tokenizer = presets.locate(kwargs.pop("tokenizer"))
-        else:
-            checkpoint = formats.resolve(preset, False, tokenizer=True)
-        return cls.from_files(checkpoint.config, checkpoint.tokenizer, **kwargs)
+        tokenizer = kwargs.pop("tokenizer", True)
+        checkpoint = formats.resolve(preset, False, tokenizer=tokenizer)
+        if "resize" not in kwargs:
+            checkpoint.say_assumed("resize")
+        return cls.from_files(
+            checkpoint.config,
+            checkpoint.tokenizer,
+            checkpoint.added_tokens,
+            **kwargs,
+        )
 
     @classmethod
-    def from_files(cls, config, tokenizer, **kwargs):
+    def from_files(cls, config, tokenizer, added_tokens=None, **kwargs):
         """Reads the preprocessor of what `formats.resolve` found.
 
         Args:
-            config: Dictionary.
-            tokenizer: Path of a SentencePiece model.
+            config: `ModelConfig`.
+            tokenizer: Path of a SentencePiece model or a `tokenizer.json`.
+            added_tokens: Dictionary of id to string, tokens that this model
+                does not have.
             **kwargs: As `from_preset` takes them.
 
         Returns:
@@ -150,19 +156,23 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """
         if tokenizer is None:
             raise ValueError(
-                "The checkpoint comes without a SentencePiece model; a "
-                "tokenizer.json of transformers cannot stand for it. Pass "
+                "The checkpoint comes without a SentencePiece model or a "
+                "tokenizer.json of transformers. Pass "
                 "`tokenizer='paligemma_tokenizer.model'`, a path or a handle: "
                 "gs://big_vision/paligemma_tokenizer.model is the original's, "
                 "hf://google/paligemma2-3b-pt-224/tokenizer.model the same "
                 "for every size. Or load with `preprocessor=None` to do "
                 "without strings."
             )
-        fields = config["preprocessor"] | kwargs
+        fields = config.preprocessor.to_dict() | kwargs
         converter = PaliGemmaImageConverter(
-            config["backbone"]["image_size"], resize=fields.pop("resize")
+            config.backbone.image_size, resize=fields.pop("resize")
         )
-        tokenizer = PaliGemmaTokenizer(read_checked(tokenizer))
+        tokenizer = PaliGemmaTokenizer(read_tokenizer(tokenizer))
+        if added_tokens:
+            size = config.backbone.text_decoder.vocabulary_size
+            proto = with_added_tokens(tokenizer.proto, added_tokens, size)
+            tokenizer = PaliGemmaTokenizer(proto)
         return cls(tokenizer, converter, **fields)
 
     def build(self, input_shape=None):

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 # The model is not needed, nor any backend that starts threads.
@@ -33,7 +34,7 @@ LORA = {
 home, *cases = sys.argv[1:]
 # Names are those of a model; a few numbers of each array are enough.
 checkpoint = formats.resolve("pali_gemma2_nano_112")
-config = checkpoint.config | {"preprocessor": None}
+config = replace(checkpoint.config, preprocessor=None)
 with checkpoint.open() as tensors:
     weights = {key: tensors.read(key)[..., :4] for key in tensors.shapes}
 peft_keys = [row.theirs.format(layer=0) for row in peft.rows(["query"])]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -13,6 +14,8 @@ from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import npz
+from keras_paligemma.config import TextDecoderConfig
+from keras_paligemma.config import VisionEncoderConfig
 from keras_paligemma.models import exports
 from tests.conftest import GOLDEN
 from tests.conftest import error
@@ -78,25 +81,26 @@ def test_the_files_dtype_is_kept(pieces):
 
 def test_sizes_are_inferred():
     found = formats.find(GOLDEN / "tiny_headdim.npz", FIELDS)
-    backbone = found.config["backbone"]
-    assert backbone["image_size"] == 42
-    assert backbone["vision_encoder"] == {
-        "patch_size": 14,
-        "num_layers": 3,
-        "hidden_dim": 48,
-        "num_heads": 4,
-        "intermediate_dim": 88,
-    }
-    assert backbone["text_decoder"] == FIELDS | {
-        "vocabulary_size": 320,
-        "num_layers": 3,
-        "hidden_dim": 64,
-        "num_query_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "intermediate_dim": 112,
-        "use_post_norms": True,
-    }
+    backbone = found.config.backbone
+    assert backbone.image_size == 42
+    assert backbone.vision_encoder == VisionEncoderConfig(
+        patch_size=14,
+        num_layers=3,
+        hidden_dim=48,
+        num_heads=4,
+        intermediate_dim=88,
+    )
+    assert backbone.text_decoder == TextDecoderConfig(
+        vocabulary_size=320,
+        num_layers=3,
+        hidden_dim=64,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        intermediate_dim=112,
+        use_post_norms=True,
+        **FIELDS,
+    )
     assert found.variant is None
 
 
@@ -146,6 +150,52 @@ def test_blocks_that_are_not_scanned(arrays, expected, tmp_path):
     assert error(actual, expected["f32/llm/logits"]) < 2e-5
 
 
+def test_float16_of_the_fine_tuning_notebook(arrays, tmp_path):
+    """big_vision's notebook has attention in float32, the rest in float16."""
+    mixed = {
+        key: array if "attn/" in key else array.astype("float16")
+        for key, array in arrays.items()
+    }
+    np.savez(tmp_path / "x.npz", **mixed)
+    taken = r"x.npz holds float16 and float32. Taken: dtype='bfloat16'. Pass"
+    with pytest.warns(UserWarning, match=taken):
+        backbone = PaliGemmaBackbone.from_preset(tmp_path / "x.npz", **FIELDS)
+    assert backbone.dtype_policy.name == "bfloat16"
+    exact = PaliGemmaBackbone.from_preset(
+        tmp_path / "x.npz", dtype="float32", **FIELDS
+    )
+    table = keras.ops.convert_to_numpy(exact.token_embedding.table)
+    np.testing.assert_array_equal(
+        table, mixed["params/llm/embedder/input_embedding"].astype("float32")
+    )
+    asked = PaliGemmaBackbone.from_preset(
+        tmp_path / "x.npz", dtype="float16", **FIELDS
+    )
+    assert asked.dtype_policy.name == "float16"
+
+
+def test_integers_are_no_weights(arrays, tmp_path):
+    changed = {key: array.view("int32") for key, array in arrays.items()}
+    np.savez(tmp_path / "x.npz", **changed)
+    with pytest.raises(ValueError, match="x.npz holds 'params/.* as 'int32'"):
+        PaliGemmaBackbone.from_preset(tmp_path / "x.npz", **FIELDS)
+
+
+def test_a_tokenizer_for_a_preset_without_a_preprocessor(tmp_path):
+    nano = "pali_gemma2_nano_112"
+    model = PaliGemmaCausalLM.from_preset(nano, preprocessor=None)
+    model.save_to_preset(tmp_path / "bare")
+    assert PaliGemmaCausalLM.from_preset(tmp_path / "bare").preprocessor is None
+    with pytest.warns(UserWarning, match="Taken: resize='bilinear_antialias'"):
+        model = PaliGemmaCausalLM.from_preset(
+            tmp_path / "bare",
+            tokenizer=presets.locate(nano, True) / "tokenizer.model",
+        )
+    # The lengths of the published model of these sizes.
+    known = presets.config(nano).preprocessor
+    assert model.preprocessor.prompt_length == known.prompt_length == 32
+
+
 @pytest.mark.parametrize(
     "name", ["pali_gemma2_pt_28b_448", "pali_gemma_3b_224"]
 )
@@ -172,9 +222,12 @@ def test_a_published_model_has_the_config_of_a_folder(tmp_path):
     """Licence and handles describe it, and are no part of what is written."""
     name = "pali_gemma2_pt_3b_224"
     config = formats.resolve(name, load_weights=False).config
-    config["backbone"]["dtype"] = "bfloat16"
+    assert config.backbone.dtype is None
+    config = replace(
+        config, backbone=replace(config.backbone, dtype="bfloat16")
+    )
     presets.write_config(tmp_path, config)
-    assert presets.read_folder(tmp_path, load_weights=False)["name"] == name
+    assert presets.read_folder(tmp_path, load_weights=False) == config
 
 
 def test_another_picture_size(tmp_path, expected):
@@ -233,6 +286,22 @@ def test_weights_without_their_folder(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="the folder that it lies in"):
         formats.find(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("model.gguf", "GGUF.*quantize='int4'"),
+        ("model.pth", "pickle of Torch.*save_pretrained"),
+        ("pytorch_model.bin", "pickle of Torch.*save_pretrained"),
+        ("model.keras", "keras.models.load_model"),
+    ],
+)
+def test_formats_that_are_not_read_are_named(tmp_path, name, match):
+    (tmp_path / name).write_bytes(b"")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match=f"{name} is a.*{match}"):
+            formats.find(path)
 
 
 def test_two_checkpoints_in_a_folder(tmp_path):

@@ -1,7 +1,9 @@
 """Folders of transformers: every layout of names, there and back."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -24,6 +26,9 @@ from keras_paligemma.checkpoints.hugging_face_tokenizer import tokenizer_files
 from keras_paligemma.checkpoints.safetensors_files import find
 from keras_paligemma.checkpoints.safetensors_files import open_safetensors
 from keras_paligemma.checkpoints.safetensors_files import write_safetensors
+from keras_paligemma.config import LoraConfig
+from keras_paligemma.config import ModelConfig
+from keras_paligemma.config import PreprocessorConfig
 from tests.conftest import GOLDEN
 from tests.conftest import PRESETS
 from tests.conftest import error
@@ -56,9 +61,9 @@ LAYOUTS = {
 
 def read(folder):
     """What a loader does with a folder of transformers."""
-    config = hugging_face.read_config(folder)["backbone"]
+    config = hugging_face.read_config(folder).config.backbone
     with without_values():
-        backbone = PaliGemmaBackbone(**config)
+        backbone = PaliGemmaBackbone(**config.to_dict())
     with open_safetensors(find(folder)) as tensors:
         tensors = hugging_face.tied(tensors)
         rows = hugging_face.rows(config, tensors.shapes)
@@ -67,13 +72,13 @@ def read(folder):
 
 
 def export(folder, backbone, tokenizer=None, resize="bicubic", **how):
-    config = {
-        "backbone": backbone.architecture(),
-        "preprocessor": {"resize": resize},
-    }
+    config = ModelConfig(
+        backbone=backbone.architecture(),
+        preprocessor=PreprocessorConfig(resize),
+    )
     arrays = engine.write(
         backbone.weights_by_name(),
-        hugging_face.rows(config["backbone"]),
+        hugging_face.rows(config.backbone),
         keras.ops.convert_to_numpy,
     )
     hugging_face.write(folder, config, arrays, tokenizer, **how)
@@ -348,8 +353,10 @@ def test_bfloat16_is_written_and_read_exactly(tmp_path):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_configs_there_and_back(name):
-    backbone = presets.describe(name)["backbone"] | {"dtype": "bfloat16"}
-    config = {"backbone": backbone, "preprocessor": {"resize": "bicubic"}}
+    backbone = replace(presets.config(name).backbone, dtype="bfloat16")
+    config = ModelConfig(
+        backbone=backbone, preprocessor=PreprocessorConfig("bicubic")
+    )
     files = to_transformers(config, 257_216)
     found = from_transformers(
         files["config.json"], files["preprocessor_config.json"], name
@@ -415,11 +422,12 @@ FIRST = SECOND | {
 def test_configs_as_published(tmp_path, config, preset, dtype):
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = hugging_face.read_config(tmp_path)
-    wanted = presets.describe(preset)["backbone"] | {"dtype": dtype}
-    assert found == {"backbone": wanted, "preprocessor": None}
+    wanted = replace(presets.config(preset).backbone, dtype=dtype)
+    assert found.config == ModelConfig(backbone=wanted)
+    assert (found.added_tokens, found.num_rows) == ({}, 257_216)
     # transformers reads the same into its defaults.
     theirs = transformers.PaliGemmaConfig(**config)
-    written = to_transformers(found, 257_216)["config.json"]
+    written = to_transformers(found.config, 257_216)["config.json"]
     ours = transformers.PaliGemmaConfig(**written)
     skipped = {
         "vision_config": {"vocab_size"},
@@ -444,7 +452,7 @@ def test_the_rule_to_resize_is_read(tmp_path, where, resample, resize):
         processor = {"image_processor": processor}
     (tmp_path / f"{where}.json").write_text(json.dumps(processor))
     found = hugging_face.read_config(tmp_path)
-    assert found["preprocessor"] == {"resize": resize}
+    assert found.config.preprocessor == PreprocessorConfig(resize)
 
 
 @pytest.mark.parametrize(
@@ -459,6 +467,12 @@ def test_the_rule_to_resize_is_read(tmp_path, where, resample, resize):
         ("text_config", {"attention_bias": True}, "attention_bias"),
         ("text_config", {"head_dim": None}, "head_dim .* received None"),
         ("text_config", {"num_hidden_layers": "3"}, "received '3'"),
+        ("text_config", {"num_hidden_layers": 10_000_000}, "of 1 to 512"),
+        ("text_config", {"vocab_size": [1]}, r"vocab_size .* received \[1\]"),
+        ("text_config", {"query_pre_attn_scalar": "8"}, "received '8'"),
+        ("text_config", {"sliding_window": "9"}, "received '9'"),
+        ("text_config", {"rope_theta": math.nan}, "rope_theta .* nan"),
+        ("vision_config", {"patch_size": False}, "patch_size .* False"),
         (
             "text_config",
             {"rope_parameters": {"rope_type": "yarn"}},
@@ -506,8 +520,8 @@ def test_a_config_that_is_none(tmp_path, text):
 )
 def test_names_and_shapes_of_published_models(name):
     """Neither side has values: 28b is 55 GB of them."""
-    backbone = presets.describe(name)["backbone"]
-    files = to_transformers({"backbone": backbone}, 257_216)
+    backbone = presets.config(name).backbone
+    files = to_transformers(ModelConfig(backbone=backbone), 257_216)
     config = transformers.PaliGemmaConfig(**files["config.json"])
     with torch.device("meta"):
         model = transformers.PaliGemmaForConditionalGeneration._from_config(
@@ -522,7 +536,7 @@ def test_names_and_shapes_of_published_models(name):
         if key is not None:
             theirs[key] = tuple(value.shape)
     with without_values():
-        weights = PaliGemmaBackbone(**backbone).weights_by_name()
+        weights = PaliGemmaBackbone(**backbone.to_dict()).weights_by_name()
     ours = engine.shapes(weights, hugging_face.rows(backbone, theirs))
     assert ours == theirs
 
@@ -558,6 +572,18 @@ def test_a_head_of_its_own_is_refused(damaged):
 
     with pytest.raises(ValueError, match="differs from the embedding"):
         read(damaged(change))
+
+
+def test_a_head_that_equals_the_table(damaged):
+    """In another dtype too, and where both hold NaN."""
+
+    def change(arrays):
+        table = arrays["language_model.model.embed_tokens.weight"]
+        table[3, 5] = np.nan
+        arrays["lm_head.weight"] = table.astype("float64")
+
+    table = read(damaged(change)).token_embedding.table
+    assert np.isnan(keras.ops.convert_to_numpy(table)[3, 5])
 
 
 def test_a_head_of_other_shape_is_refused(damaged):
@@ -631,8 +657,8 @@ def test_an_empty_folder_is_filled(saved, tmp_path):
 
 def test_an_export_that_breaks_off_leaves_nothing(saved, tmp_path):
     backbone = read(saved)
-    config = {"backbone": backbone.architecture()}
-    rows = hugging_face.rows(config["backbone"])
+    config = ModelConfig(backbone=backbone.architecture())
+    rows = hugging_face.rows(config.backbone)
     folder = tmp_path / "model"
 
     def arrays(last):
@@ -656,22 +682,22 @@ def test_an_export_that_breaks_off_leaves_nothing(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tower", "change", "match"),
+    ("fields", "towers", "match"),
     [
-        (None, {"dtype": "float8"}, "float32, float16"),
-        (None, {"lora": {"rank": 4}}, "merge them"),
-        ("text_decoder", {"sliding_window_size": 9}, "sliding_window"),
-        ("text_decoder", {"query_pre_attention_scalar": 7.5}, "a whole"),
-        ("text_decoder", {"num_query_heads": 10}, "divides"),
-        ("text_decoder", {"use_post_norms": False}, "no soft cap"),
+        ({"dtype": "float64"}, {}, "float32, float16"),
+        ({"lora": LoraConfig(4)}, {}, "merge them"),
+        ({}, {"sliding_window_size": 9}, "sliding_window"),
+        ({}, {"query_pre_attention_scalar": 7.5}, "a whole"),
+        ({}, {"num_query_heads": 10}, "divides"),
+        ({}, {"use_post_norms": False}, "no soft cap"),
     ],
 )
 def test_models_that_transformers_cannot_express(
-    saved, tmp_path, tower, change, match
+    saved, tmp_path, fields, towers, match
 ):
-    config = hugging_face.read_config(saved)
-    backbone = config["backbone"]
-    (backbone if tower is None else backbone[tower]).update(change)
+    config = hugging_face.read_config(saved).config
+    backbone = replace(config.backbone.with_fields(**towers), **fields)
+    config = replace(config, backbone=backbone)
     with pytest.raises(ValueError, match=match):
         hugging_face.write(tmp_path / "model", config, [])
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """KerasHub's presets, read, compared in values, and written back."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import h5_files
 from keras_paligemma.checkpoints import keras_hub
 from keras_paligemma.checkpoints import keras_hub_config
+from keras_paligemma.config import PreprocessorConfig
 from tests.conftest import error
 from tests.conftest import run
 from tests.keras_hub_reference import PREPROCESSOR
@@ -38,11 +40,10 @@ def saved(path):
 
 def load(folder, **changes):
     """Our backbone from a folder of KerasHub, with other decoder fields."""
-    config = keras_hub_config.read(folder)
-    fields = dict(config["backbone"])
-    fields["text_decoder"] = fields["text_decoder"] | changes
-    backbone = PaliGemmaBackbone(**fields)
-    with h5_files.open_h5(config["weights"]) as found:
+    read = keras_hub_config.read(folder)
+    config = read["config"].backbone.with_fields(**changes)
+    backbone = PaliGemmaBackbone(**config.to_dict())
+    with h5_files.open_h5(read["weights"]) as found:
         engine.load(backbone.weights_by_name(), keras_hub.rows(config), found)
     return backbone
 
@@ -57,11 +58,11 @@ def outputs(backbone):
 
 def write(folder, source, preprocessor, *args):
     """Read what KerasHub wrote into our backbone, and write that."""
-    config = keras_hub_config.read(source)
-    config["preprocessor"] = preprocessor
+    config = keras_hub_config.read(source)["config"]
+    config = replace(config, preprocessor=preprocessor)
     arrays = engine.write(
         load(source).weights_by_name(),
-        keras_hub.rows(config),
+        keras_hub.rows(config.backbone),
         ops.convert_to_numpy,
     )
     keras_hub.write(folder, config, arrays, *args)
@@ -69,9 +70,9 @@ def write(folder, source, preprocessor, *args):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_equals_kerashub(hub, version):
-    config = keras_hub_config.read(hub / f"single{version}")
-    assert config["backbone"] == expected_config(version)
-    assert config["preprocessor"] is config["tokenizer"] is None
+    read = keras_hub_config.read(hub / f"single{version}")
+    assert read["config"].backbone == expected_config(version)
+    assert read["config"].preprocessor is read["tokenizer"] is None
     hidden, logits = outputs(load(hub / f"single{version}"))
     wanted = saved(hub / f"single{version}")
     assert error(hidden, wanted["hidden"]) < 1e-5
@@ -98,7 +99,7 @@ def test_every_setting_is_felt(hub, change):
 def test_shards_hold_the_same(hub, version):
     single = keras_hub_config.read(hub / f"single{version}")
     sharded = keras_hub_config.read(hub / f"sharded{version}")
-    assert sharded["backbone"] == single["backbone"]
+    assert sharded["config"] == single["config"]
     assert sharded["weights"][0].name == "model.weights.json"
     with (
         h5_files.open_h5(single["weights"]) as one,
@@ -164,14 +165,14 @@ def test_written_folders(hub, written):
     theirs = json.loads((hub / "single1/metadata.json").read_text())
     assert metadata | {"date_saved": ""} == theirs | {"date_saved": ""}
     found = keras_hub_config.read(written / "single")
-    assert found["backbone"] == expected_config(2)
-    assert found["preprocessor"] == PREPROCESSOR
+    assert found["config"].backbone == expected_config(2)
+    assert found["config"].preprocessor == PreprocessorConfig("bilinear")
     assert found["tokenizer"].read_bytes() == tokenizer()
 
 
 def test_bfloat16_is_exact(hub, tmp_path):
     config = keras_hub_config.read(hub / "bfloat16")
-    assert config["backbone"] == expected_config(2, "bfloat16")
+    assert config["config"].backbone == expected_config(2, "bfloat16")
     backbone = load(hub / "bfloat16")
     assert {variable.dtype for variable in backbone.variables} == {"bfloat16"}
     write(tmp_path / "ours", hub / "bfloat16", None)
@@ -194,9 +195,9 @@ def test_kerashub_ignores_the_scale_of_28b(hub):
     """Ours follows the config. When KerasHub does too, the docstrings that
     say otherwise are out of date.
     """
-    config = keras_hub_config.read(hub / "scale")
-    text = config["backbone"]["text_decoder"]
-    assert text["query_pre_attention_scalar"] == 64 / 4
+    config = keras_hub_config.read(hub / "scale")["config"]
+    text = config.backbone.text_decoder
+    assert text.query_pre_attention_scalar == 64 / 4
     found, wanted = saved(hub / "scale"), saved(hub / "single2")
     np.testing.assert_array_equal(found["hidden"], wanted["hidden"])
     content = keras_hub_config.files(config)["config.json"]
@@ -257,22 +258,22 @@ def shapes_of_28b():
 
 @pytest.mark.parametrize("form", ["unrolled", "stacked"])
 def test_names_and_shapes_of_28b(form):
-    config = presets.describe("pali_gemma2_pt_28b_224")
+    config = presets.config("pali_gemma2_pt_28b_224").backbone
     with without_values():
-        backbone = PaliGemmaBackbone(**config["backbone"], form=form)
+        backbone = PaliGemmaBackbone(**config.to_dict(), form=form)
     found = engine.shapes(backbone.weights_by_name(), keras_hub.rows(config))
     wanted = shapes_of_28b()
     assert found == wanted
     total = sum(int(np.prod(shape)) for shape in wanted.values())
-    assert total == config["parameters"] == 27_650_192_112
+    assert total == 27_650_192_112
 
 
 def test_a_file_of_another_version_is_refused(hub):
-    config = keras_hub_config.read(hub / "single2")
-    config["backbone"]["text_decoder"]["use_post_norms"] = False
+    read = keras_hub_config.read(hub / "single2")
+    config = read["config"].backbone.with_fields(use_post_norms=False)
     with without_values():
-        backbone = PaliGemmaBackbone(**config["backbone"])
-    with h5_files.open_h5(config["weights"]) as found:
+        backbone = PaliGemmaBackbone(**config.to_dict())
+    with h5_files.open_h5(read["weights"]) as found:
         with pytest.raises(ValueError, match="unused: .*post_ffw_norm"):
             engine.load(
                 backbone.weights_by_name(), keras_hub.rows(config), found

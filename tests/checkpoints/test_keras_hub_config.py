@@ -1,13 +1,18 @@
 """The configuration of KerasHub's presets, both ways, and its refusals."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from keras_paligemma import presets
+from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import keras_hub
 from keras_paligemma.checkpoints import keras_hub_config
+from keras_paligemma.config import LoraConfig
+from keras_paligemma.config import ModelConfig
+from keras_paligemma.config import PreprocessorConfig
 from tests.conftest import GOLDEN
 from tests.keras_hub_reference import PREPROCESSOR
 from tests.keras_hub_reference import expected_config
@@ -20,12 +25,12 @@ PUBLISHED = [
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_configs_of_published_models(name, tmp_path):
-    backbone = presets.describe(name)["backbone"] | {"dtype": "bfloat16"}
-    config = {"backbone": backbone, "preprocessor": None}
+    backbone = replace(presets.config(name).backbone, dtype="bfloat16")
+    config = ModelConfig(backbone=backbone)
     content = keras_hub_config.files(config)["config.json"]
     (tmp_path / "config.json").write_bytes(content)
     found = keras_hub_config.read(tmp_path, load_weights=False)
-    assert found["backbone"] == backbone
+    assert found["config"] == config
     theirs = json.loads(content)["config"]
     assert theirs["query_head_dim_normalize"] == ("28b" not in name)
     assert theirs["use_post_ffw_norm"] == ("gemma2" in name or "_2_" in name)
@@ -34,26 +39,26 @@ def test_configs_of_published_models(name, tmp_path):
 
 
 def tiny_config():
-    backbone = expected_config(2)
-    return {"backbone": backbone, "preprocessor": dict(PREPROCESSOR)}
+    return ModelConfig(backbone=expected_config(2), preprocessor=PREPROCESSOR)
 
 
 @pytest.mark.parametrize(
-    ("tower", "key", "value", "says"),
+    ("key", "value", "says"),
     [
-        ("text_decoder", "query_pre_attention_scalar", 20, "expected head_dim"),
-        ("text_decoder", "rope_base", 1e6, "rope_base=1000000.0, expected"),
-        ("text_decoder", "rms_norm_epsilon", 1e-5, "rms_norm_epsilon=1e-05"),
-        ("vision_encoder", "layer_norm_epsilon", 1e-5, "layer_norm_epsilon="),
-        (None, "lora", {"rank": 4}, "lora"),
-        ("preprocessor", "resize", "nearest", "resize='nearest'"),
+        ("query_pre_attention_scalar", 20, "expected head_dim"),
+        ("rope_base", 1e6, "rope_base=1000000.0, expected"),
+        ("rms_norm_epsilon", 1e-5, "rms_norm_epsilon=1e-05"),
+        ("layer_norm_epsilon", 1e-5, "layer_norm_epsilon="),
+        ("lora", LoraConfig(4), "lora"),
     ],
 )
-def test_what_kerashub_lacks_is_refused(tmp_path, tower, key, value, says):
+def test_what_kerashub_lacks_is_refused(tmp_path, key, value, says):
     config = tiny_config()
-    places = config["backbone"] | {None: config["backbone"]}
-    place = config["preprocessor"] if tower == "preprocessor" else places[tower]
-    place[key] = value
+    if key == "lora":
+        backbone = replace(config.backbone, lora=value)
+    else:
+        backbone = config.backbone.with_fields(**{key: value})
+    config = replace(config, backbone=backbone)
     with pytest.raises(ValueError, match=says):
         keras_hub.write(tmp_path / "new", config, iter([]), tokenizer())
     assert not list(tmp_path.iterdir())
@@ -103,11 +108,19 @@ def write_files(folder, change):
         ({"registered_name": "mine>PaliGemmaBackbone"}, "Expected: 'keras_hub"),
         ({"model_type": "paligemma", "registered_name": None}, "=None"),
         ({"config": {}}, "num_layers is missing"),
-        ({"num_layers": "3"}, "num_layers='3', expected a positive integer"),
+        ({"num_layers": "3"}, "num_layers must be an integer .* received '3'"),
+        ({"num_layers": 10_000_000}, "num_layers must be an integer of 1 to"),
+        ({"vit_patch_size": False}, "vit_patch_size must .* received False"),
+        ({"final_logit_soft_cap": {}}, "final_logit_soft_cap must be a number"),
+        ({"use_post_ffw_norm": []}, "use_post_ffw_norm must be True or False"),
+        ({"query_head_dim_normalize": "no"}, "'no', expected True or False"),
         ({"vit_pooling": "map"}, "vit_pooling='map', expected None"),
         ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon=1e-05"),
         ({"dropout": 0.1}, "dropout=0.1"),
-        ({"use_post_ffw_norm": False}, "differs from use_post_attention"),
+        (
+            {"use_post_ffw_norm": False},
+            "use_post_attention_norm=True, expected",
+        ),
         ({"vision_model": "new"}, "vision_model is unknown"),
         ({"dtype": {"class_name": "DTypePolicyMap"}}, "quantized"),
     ],
@@ -126,7 +139,7 @@ def test_other_configs_are_refused(tmp_path, changes, says):
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="config.json cannot be read: .*No"):
+    with pytest.raises(ValueError, match="config.json cannot be read .*No"):
         keras_hub_config.read(tmp_path)
     write_files(tmp_path, lambda files: None)
     with pytest.raises(ValueError, match="lacks its weights"):
@@ -155,12 +168,23 @@ def test_older_files(tmp_path):
     write_files(tmp_path, change)
     found = keras_hub_config.read(tmp_path, load_weights=False)
     wanted = expected_config(1)
-    wanted["vision_encoder"]["intermediate_dim"] = 4304
-    assert found["backbone"] == wanted
-    assert found["preprocessor"] == PREPROCESSOR | {
-        "crop_to_aspect_ratio": True,
-        "sequence_length": 1024,
-    }
+    vision = replace(wanted.vision_encoder, intermediate_dim=4304)
+    assert found["config"].backbone == replace(wanted, vision_encoder=vision)
+    assert found["config"].preprocessor == PreprocessorConfig("bilinear")
+
+
+def test_a_tokenizer_without_a_preprocessor(tmp_path):
+    write_files(tmp_path, lambda files: None)
+    for name in ("preprocessor.json", "image_converter.json"):
+        (tmp_path / name).unlink()
+    found = formats.find(tmp_path, load_weights=False)
+    assert found.config.preprocessor is None
+    path = tmp_path / keras_hub_config.TOKENIZER
+    path.parent.mkdir(parents=True)
+    path.write_bytes(tokenizer())
+    found = formats.find(tmp_path, load_weights=False)
+    assert found.config.preprocessor == PreprocessorConfig("bilinear_antialias")
+    assert "Taken: resize='bilinear_antialias'" in found.assumed["resize"]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +192,10 @@ def test_older_files(tmp_path):
     [
         ({"scale": 1 / 255, "offset": None}, "scale and offset"),
         ({"offset": 0.0}, "scale and offset"),
+        ({"offset": {}}, "scale and offset"),
+        ({"scale": "x"}, "scale and offset"),
+        ({"mean": [], "variance": -1}, "scale and offset"),
+        ({"interpolation": ["bilinear"]}, "expected one of"),
         ({"interpolation": "lanczos5"}, "interpolation='lanczos5'"),
         ({"interpolation": "bicubic"}, "antialias=False"),
     ],

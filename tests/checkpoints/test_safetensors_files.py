@@ -141,12 +141,24 @@ def test_missing_shards_are_all_listed(tmp_path):
         '{"weight_map": {"a": "../secret.safetensors"}}',
         '{"weight_map": {"a": "/etc/passwd"}}',
         '{"weight_map": {"a": "x/../../secret.safetensors"}}',
+        '{"weight_map": {"a": "nul\\u0000.safetensors"}}',
+        '{"weight_map": {"a": "half\\ud800.safetensors"}}',
+        '{"weight_map": {"a": "%s.safetensors"}}' % ("x" * 250),
+        '{"weight_map": ' + 100_000 * "[" + 100_000 * "]" + "}",
     ],
 )
 def test_a_bad_index_is_named(tmp_path, text):
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(ValueError, match="index.json"):
         find(tmp_path)
+
+
+def test_an_index_of_very_many_files(tmp_path):
+    names = {str(number): f"{number}.safetensors" for number in range(50_000)}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match="lacks 50000 of the 50000") as error:
+        find(tmp_path)
+    assert len(str(error.value)) < 500
 
 
 def test_links_out_of_the_folder_are_followed(tmp_path):

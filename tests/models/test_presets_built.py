@@ -84,10 +84,10 @@ def test_every_format_has_a_place_for_all(name, form):
     with without_values():
         backbone = PaliGemmaBackbone(**known["backbone"], form=form)
     weights = backbone.weights_by_name()
-    config = {"backbone": backbone.architecture()}
-    padded = hugging_face.rows(config["backbone"])
+    config = backbone.architecture()
+    padded = hugging_face.rows(config)
     bare = [dataclasses.replace(row, extra=0) for row in padded]
-    post_norms = config["backbone"]["text_decoder"]["use_post_norms"]
+    post_norms = config.text_decoder.use_post_norms
     tables = {
         "keras": ([engine.Row(name, name) for name in weights], 0),
         "big_vision": (big_vision.rows(post_norms), 0),
@@ -108,5 +108,5 @@ def test_every_format_has_a_place_for_all(name, form):
         assert engine.shapes(weights, padded)[key] == (32 * 128, 4608)
     # What transformers published is recognised as such.
     found = engine.shapes(weights, padded)
-    rows = hugging_face.rows(config["backbone"], found)
+    rows = hugging_face.rows(config, found)
     assert engine.problems(weights, rows, found) == []

@@ -1,0 +1,78 @@
+"""Values of a checkpoint that are no numbers, found as they are read."""
+
+import numpy as np
+
+# Of the bits of a float without its sign, infinity: NaN is above.
+INFINITY = {
+    "float16": 0x7C00,
+    "bfloat16": 0x7F80,
+    "float32": 0x7F80_0000,
+    "float64": 0x7FF0_0000_0000_0000,
+}
+CHUNK = 1 << 20  # Bytes, which stay in a core's cache between two looks.
+
+
+def all_finite(array):
+    """Tell whether no value is NaN or infinite; integers never are.
+
+    The bits are compared as integers, which has vector instructions for all
+    kinds of floats, and makes no array.
+
+    Args:
+        array: `np.ndarray`.
+
+    Returns:
+        bool.
+
+    Example:
+        >>> all_finite(np.array([1.0, np.inf]))
+        False
+    """
+    infinity = INFINITY.get(array.dtype.name)
+    if infinity is None or not array.size:
+        return True
+    # A view of the order that the values lie in, if there is one.
+    flat = array.ravel("K")
+    size = flat.itemsize
+    signed, unsigned = flat.view(f"i{size}"), flat.view(f"u{size}")
+    negative = infinity | 1 << (8 * size - 1)
+    step = CHUNK // size
+    return all(
+        signed[start : start + step].max() < infinity
+        and unsigned[start : start + step].max() < negative
+        for start in range(0, flat.size, step)
+    )
+
+
+class Finite:
+    """The tensors of a checkpoint, which refuse to give what is not finite.
+
+    Args:
+        tensors: see `engine`.
+        source: named in errors, such as a path.
+    """
+
+    def __init__(self, tensors, source):
+        self._tensors, self._source = tensors, source
+        self.shapes, self.dtypes = tensors.shapes, tensors.dtypes
+        if hasattr(tensors, "read_rows"):
+            self.read_rows = self._read_rows
+
+    def read(self, key):
+        return self._checked(key, self._tensors.read(key))
+
+    def _read_rows(self, key, start, stop):
+        rows = self._tensors.read_rows(key, start, stop)
+        return self._checked(key, rows)
+
+    def _checked(self, key, array):
+        if all_finite(array):
+            return array
+        count = array.size - np.count_nonzero(np.isfinite(array))
+        raise ValueError(
+            f"{self._source}: {key!r} holds {count} values of {array.size} "
+            "that are NaN or infinite. Expected: finite numbers. A training "
+            "that diverged, or float16 that overflowed, leaves such weights: "
+            "take an earlier checkpoint, or look into this one with "
+            "`allow_nonfinite=True`."
+        )

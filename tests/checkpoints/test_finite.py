@@ -1,0 +1,64 @@
+"""Weights that are NaN or infinite: found in every format, as they are read."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from keras_paligemma import PaliGemmaBackbone
+from keras_paligemma.checkpoints import engine
+from keras_paligemma.checkpoints import finite
+from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.finite import all_finite
+from keras_paligemma.models import exports
+from tests.checkpoints.test_formats import FIELDS
+
+DTYPES = ("float16", "float32", "float64", ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_value_is_looked_at(dtype, monkeypatch):
+    monkeypatch.setattr(finite, "CHUNK", 16)
+    array = np.random.default_rng(0).normal(size=(5, 7)).astype(dtype)
+    largest = ml_dtypes.finfo(dtype).max
+    array[0, :4] = largest, -largest, 0.0, -0.0
+    array[1, 0] = ml_dtypes.finfo(dtype).smallest_subnormal
+    assert all_finite(array)
+    for value in (np.nan, -np.nan, np.inf, -np.inf):
+        for at in np.ndindex(array.shape):
+            changed = array.copy()
+            changed[at] = value
+            assert not all_finite(changed)
+            assert not all_finite(changed.T)
+            # Of a part that lies apart in memory, that part counts.
+            assert all_finite(changed[:, ::2]) == (at[1] % 2 == 1)
+
+
+def test_what_has_no_such_values():
+    assert all_finite(np.array([-1, 127], "int8"))
+    assert all_finite(np.zeros((0, 3), "float32"))
+    assert all_finite(np.float32(3).reshape(()))
+    assert not all_finite(np.array(np.inf))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("to", formats.FORMATS)
+def test_they_are_refused_unless_asked_for(
+    golden_backbone, tmp_path, to, value
+):
+    backbone = golden_backbone()
+    name = "vision_encoder/final_norm/gamma"
+    weight = backbone.weights_by_name()[name]
+    values = np.ones(weight.shape, "float32")
+    values[3:5] = value
+    weight.assign(values)
+    path = tmp_path / ("x.npz" if to == "big_vision" else "model")
+    exports.export(path, to, backbone)
+    fields = FIELDS if to == "big_vision" else {}
+    key = formats.find(path, fields).rows_for([name])
+    key = next(row.theirs for row in key if row.ours == name)
+    with pytest.raises(ValueError, match="2 values of 48 that are") as raised:
+        PaliGemmaBackbone.from_preset(path, **fields)
+    assert key in str(raised.value) and str(tmp_path) in str(raised.value)
+    found = PaliGemmaBackbone.from_preset(path, allow_nonfinite=True, **fields)
+    found = engine.to_numpy(found.weights_by_name()[name])
+    np.testing.assert_array_equal(found, values)
