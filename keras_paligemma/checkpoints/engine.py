@@ -330,6 +330,13 @@ def to_numpy(variable):
     return to_host(variable)
 
 
+def to_array(weight):
+    """Give a weight's array, layer axis first if it is a list of layers."""
+    if isinstance(weight, list):
+        return np.stack([to_numpy(one) for one in weight])
+    return to_numpy(weight)
+
+
 def count(weights):
     """Count the parameters of a dict of weights."""
     return sum(math.prod(shape_of(weight)) for weight in weights.values())

@@ -1,121 +1,126 @@
 """Low-rank adapters as Hugging Face's PEFT stores them."""
 
+import dataclasses
 import functools
-import json
 import re
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from keras_paligemma import atomic
-from keras_paligemma import presets
+from keras_paligemma.checkpoints import engine
+from keras_paligemma.checkpoints import hugging_face
+from keras_paligemma.checkpoints import peft_config
 from keras_paligemma.checkpoints import safetensors_files
+from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.checkpoints.engine import LAYER
 from keras_paligemma.checkpoints.engine import Row
+from keras_paligemma.checkpoints.float_views import FloatView
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-
-# Ours -> theirs: the module, the axes of A and those of B. A is shared by all
-# heads in both.
-INTO_HEADS = ("r d -> d r", "(n h) r -> r n h")
-FROM_HEADS = ("r (n h) -> n h r", "d r -> r d")
-PLAIN = ("r d -> d r", "f r -> r f")
-DECODER = {
-    "query": ("attention/query", "self_attn.q_proj", *INTO_HEADS),
-    "key": ("attention/key", "self_attn.k_proj", *INTO_HEADS),
-    "value": ("attention/value", "self_attn.v_proj", *INTO_HEADS),
-    "output": ("attention/output", "self_attn.o_proj", *FROM_HEADS),
-    "gate": ("mlp/gate", "mlp.gate_proj", *PLAIN),
-    "up": ("mlp/up", "mlp.up_proj", *PLAIN),
-    "down": ("mlp/down", "mlp.down_proj", *PLAIN),
-}
-VISION = {
-    "vision.query": ("attention/query", "self_attn.q_proj", *INTO_HEADS),
-    "vision.key": ("attention/key", "self_attn.k_proj", *INTO_HEADS),
-    "vision.value": ("attention/value", "self_attn.v_proj", *INTO_HEADS),
-    "vision.output": ("attention/output", "self_attn.out_proj", *FROM_HEADS),
-    "vision.up": ("mlp/up", "mlp.fc1", *PLAIN),
-    "vision.down": ("mlp/down", "mlp.fc2", *PLAIN),
-}
-
-# Where transformers keeps the layers: since 5, 4.52 and before.
-PLACES = (
-    (
-        "model.language_model.layers.",
-        "model.vision_tower.encoder.layers.",
-    ),
-    (
-        "model.language_model.layers.",
-        "model.vision_tower.vision_model.encoder.layers.",
-    ),
-    (
-        "language_model.model.layers.",
-        "vision_tower.vision_model.encoder.layers.",
-    ),
-)
 ROOT = "base_model.model."
 
-# What an adapter may say that this package's adapters do not do.
-PLAIN_VALUES = {
-    "bias": "none",
-    "use_dora": False,
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "fan_in_fan_out": False,
-    "lora_bias": False,
+# What can have an adapter: its name, and the place of its weights.
+TARGETS = {
+    "query": "text_decoder/blocks/attention/query",
+    "key": "text_decoder/blocks/attention/key",
+    "value": "text_decoder/blocks/attention/value",
+    "output": "text_decoder/blocks/attention/output",
+    "gate": "text_decoder/blocks/mlp/gate",
+    "up": "text_decoder/blocks/mlp/up",
+    "down": "text_decoder/blocks/mlp/down",
+    "vision.query": "vision_encoder/blocks/attention/query",
+    "vision.key": "vision_encoder/blocks/attention/key",
+    "vision.value": "vision_encoder/blocks/attention/value",
+    "vision.output": "vision_encoder/blocks/attention/output",
+    "vision.up": "vision_encoder/blocks/mlp/up",
+    "vision.down": "vision_encoder/blocks/mlp/down",
+    "projector": "vision_encoder/projector",
+}
+_TARGET_OF = {place: target for target, place in TARGETS.items()}
+TABLE = "text_decoder/token_embedding/table"
+# The table of the head, where an adapter brings one that differs.
+HEAD = "text_decoder/token_embedding/adapter_head"
+# Theirs -> ours: what a module has beside its kernel.
+PIECES = {
+    "lora_A.weight": "adapter_a",
+    "lora_B.weight": "adapter_b",
+    "lora_B.bias": "adapter_bias",
+    "lora_magnitude_vector": "adapter_magnitude",
+}
+# What transformers 5 calls the parts whose older names the rows have.
+_NEWEST = {
+    hugging_face.VISION[0]: "model.vision_tower.",
+    hugging_face.PROJECTOR[0]: "model.multi_modal_projector.linear.",
+    hugging_face.TEXT[0]: "model.language_model.",
 }
 
 
-def rows(targets, place=PLACES[0]):
-    """List the rows of an adapter.
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of an adapter, and where it belongs.
 
     Args:
-        targets: names of projections, keys of `DECODER` and `VISION`.
-        place: pair of str, where transformers keeps the layers of the decoder
-            and of the vision tower.
+        key: str, in the file.
+        module: str, the name of its module in the model of transformers.
+        row: `Row` of a piece or, whole, of a weight.
+        layer: int; 0 outside of the blocks.
+        target: str or `None` for a whole weight.
+    """
+
+    key: str
+    module: str
+    row: Row
+    layer: int
+    target: str | None
+
+
+def rows(architecture):
+    """List the rows of all pieces that adapters have, and of whole weights.
+
+    Args:
+        architecture: see `hugging_face.rows`.
 
     Returns:
-        List of `Row`.
+        Dict of name to `Row`, whose key is the oldest of those in the wild,
+        without `ROOT`. A is shared by all heads in both.
 
-    Source: PEFT, `tuners/lora/layer.py`.
+    Source: PEFT, `tuners/lora/layer.py` and `tuners/lora/dora.py`.
     """
-    table = []
-    for target in targets:
-        known, tower, start = DECODER, "text_decoder", place[0]
-        if target in VISION:
-            known, tower, start = VISION, "vision_encoder", place[1]
-        ours, theirs, axes_a, axes_b = known[target]
-        for ours_part, part, axes in (
-            ("adapter_a", "lora_A", axes_a),
-            ("adapter_b", "lora_B", axes_b),
-        ):
-            table.append(
-                Row(
-                    f"{tower}/blocks/{ours}/{ours_part}",
-                    f"{ROOT}{start}{LAYER}.{theirs}.{part}.weight",
-                    axes,
-                )
-            )
+    base = hugging_face.rows(architecture)
+    table = {row.ours: row for row in base}
+    head = hugging_face.HEADS[0]
+    table[HEAD] = dataclasses.replace(table[TABLE], ours=HEAD, theirs=head)
+    for place in TARGETS.values():
+        kernel = table[f"{place}/kernel"]
+        outputs, inputs = re.findall(
+            r"\([^)]*\)|\S+", kernel.axes.split("->")[0]
+        )
+        each_output = f"{outputs} -> {outputs.strip('()')}"
+        axes = {
+            "adapter_a": f"r {inputs} -> {inputs.strip('()')} r",
+            "adapter_b": f"{outputs} r -> r {outputs.strip('()')}",
+            "adapter_bias": each_output,
+            "adapter_magnitude": each_output,
+        }
+        for theirs, ours in PIECES.items():
+            key = kernel.theirs.removesuffix("weight") + theirs
+            table[f"{place}/{ours}"] = Row(f"{place}/{ours}", key, axes[ours])
     return table
 
 
-def read(folder):
-    """Read what an adapter is, and open nothing of its values.
+def find(folder):
+    """Find an adapter, and open nothing of its values.
 
     Args:
         folder: path.
 
     Returns:
-        Dict of the arguments of `enable_lora`;
-        the list of rows; and a function that gives a context manager of the
-        tensors.
+        The dict that `peft_config.read` gives; and a function that gives a
+        context manager of the tensors.
 
     Raises:
-        ValueError: no adapter, a damaged one, or one of a kind that this
-            package has not.
+        ValueError: no adapter, or one of a kind that this package has not.
     """
     folder = atomic.current(folder, CONFIG)
     missing = [one for one in (CONFIG, WEIGHTS) if not (folder / one).is_file()]
@@ -124,109 +129,256 @@ def read(folder):
             f"{folder} lacks {', '.join(missing)}. Expected: a folder that "
             "PEFT's `save_pretrained` or `save_adapter` wrote."
         )
-    config = presets.read_json(folder / CONFIG)
-    _check(config, folder / CONFIG)
-    open_files = functools.partial(
+    config = peft_config.read(folder / CONFIG)
+    return config, functools.partial(
         safetensors_files.open_safetensors, [folder / WEIGHTS]
     )
-    with open_files() as tensors:
-        place, targets = _recognise(tensors.shapes, folder / WEIGHTS)
-    lora = {
-        "rank": config["r"],
-        "alpha": config["lora_alpha"],
-        "targets": targets,
-        "dropout": config.get("lora_dropout") or 0.0,
-        "rslora": bool(config.get("use_rslora")),
-    }
-    return lora, rows(targets, place), open_files
 
 
-def _check(config, path):
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA" or not {"r", "lora_alpha"} <= config.keys():
-        raise ValueError(
-            f"{path} describes no low-rank adapter. Expected: peft_type "
-            f"'LORA', r and lora_alpha. Received: peft_type {kind!r}."
-        )
-    strange = {
-        key: config[key]
-        for key, plain in PLAIN_VALUES.items()
-        if (config.get(key) or plain) != plain
-    }
-    if strange:
-        raise ValueError(
-            f"{path} describes an adapter of a kind that has no place here. "
-            f"Received: {strange}. Expected: none of these. Merge it with "
-            "PEFT's `merge_and_unload` and load the merged model."
-        )
-
-
-def _recognise(shapes, path):
-    """Find the place of the layers, and the adapted projections."""
-    decoder = {one[1]: name for name, one in DECODER.items()}
-    vision = {one[1]: name for name, one in VISION.items()}
-    matched, unknown = {}, []
-    for key in shapes:
-        for place in PLACES:
-            for start, known in zip(place, (decoder, vision), strict=True):
-                found = re.fullmatch(
-                    re.escape(ROOT + start) + r"\d+\.(.+)\.lora_[AB]\.weight",
-                    key,
-                )
-                if found and found[1] in known:
-                    matched.setdefault(place, {})[key] = known[found[1]]
-        if not any(key in keys for keys in matched.values()):
-            unknown.append(key)
-    if unknown or not matched:
-        raise ValueError(
-            f"{path} adapts what has no adapter here. Received: {unknown[:4]}, "
-            f"{len(unknown)} keys. Expected: projections of the blocks of "
-            "PaliGemma's decoder and vision tower."
-        )
-    place = max(matched, key=lambda one: len(matched[one]))
-    found = set(matched[place].values())
-    return place, [one for one in (*DECODER, *VISION) if one in found]
-
-
-def write(folder, lora, arrays, base=None):
-    """Write an adapter that PEFT loads onto transformers' PaliGemma.
-
-    One that is there is replaced, all at once; see `atomic.whole_folder`.
+def read(folder, architecture, weights, allow_nonfinite=False):
+    """Read an adapter, as a model of these weights takes it.
 
     Args:
         folder: path.
-        lora: dict of the arguments of `enable_lora`.
-        arrays: iterable of pairs of key and array.
-        base: str or `None`, name of the model that it belongs to.
+        architecture: see `hugging_face.rows`.
+        weights: dict of name to weight or list of weights: the model's.
+        allow_nonfinite: bool, take NaN and infinities too.
+
+    Returns:
+        Dict of the arguments of `Lora`; dict of name to float32 array, the
+        pieces, filled up by 0 to the largest rank and to all layers; and dict
+        of name to array, the weights that the adapter brings whole.
+
+    Raises:
+        ValueError: see `find`; and an adapter that does not fit the model,
+            all of whose misfits are listed.
     """
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": lora["rank"],
-        "lora_alpha": lora["alpha"],
-        "lora_dropout": lora["dropout"],
-        "target_modules": _pattern(lora["targets"]),
-        "inference_mode": True,
-        "use_rslora": lora["rslora"],
-        **PLAIN_VALUES,
+    config, open_files = find(folder)
+    table = {row.theirs: row for row in rows(architecture).values()}
+    pieces, whole = {}, {}
+    with open_files() as tensors:
+        entries = _entries(tensors.shapes, table, weights, folder)
+        lora = _lora(config, entries, weights)
+        _check(config, lora, entries, weights, tensors.shapes)
+        for entry in entries:
+            array = tensors.read(entry.key)
+            if not allow_nonfinite and not np.isfinite(array).all():
+                raise ValueError(
+                    f"{entry.key} of {folder} holds NaN or infinities. "
+                    "Expected: finite numbers; its training may have "
+                    "diverged. allow_nonfinite=True loads it all the same."
+                )
+            name, layer = entry.row.ours, entry.layer
+            array = entry.row.read(array, _shape(entry, lora, weights))
+            if entry.target is not None:
+                layers, _ = _sizes(name, weights)
+                shape = _shape(entry, lora, weights, lora["rank"])
+                if name not in pieces:
+                    pieces[name] = np.zeros((layers, *shape), "float32")
+                pieces[name][(layer, *map(slice, array.shape))] = array
+            elif BLOCKS in name:
+                if name not in whole:
+                    # Layers that the file has not stay as they are.
+                    whole[name] = engine.to_array(weights[name]).copy()
+                whole[name][layer] = array
+            else:
+                whole[name] = array
+    _tie(config, whole, weights)
+    for name, held in pieces.items():
+        pieces[name] = held if BLOCKS in name else held[0]
+    return lora, pieces, whole
+
+
+def _entries(shapes, table, weights, folder):
+    """Find what each key means; refuse those that mean nothing here."""
+    entries, unknown, seen = [], [], {}
+    for key, shape in shapes.items():
+        # Of a module that has an adapter, too, the weights of the base.
+        module = key.removeprefix(ROOT).replace(".base_layer.", ".")
+        name = _oldest(module)
+        number = re.search(r"\.layers\.(\d+)\.", name)
+        layer = int(number[1]) if number else 0
+        row = table.get(re.sub(r"\.layers\.\d+\.", f".layers.{LAYER}.", name))
+        if row is None:
+            unknown.append(key)
+            continue
+        if row.extra:
+            count = shape[0] - engine.shape_of(weights[TABLE])[0]
+            fits = 0 <= count <= hugging_face.EXTRA_ROWS
+            row = dataclasses.replace(row, extra=count if fits else 0)
+        other = seen.setdefault((row.ours, layer), key)
+        if other != key:
+            raise ValueError(
+                f"{other} and {key} of {folder} are one tensor. Expected: each "
+                "once. Save the adapter again."
+            )
+        place, last = row.ours.rsplit("/", 1)
+        target = _TARGET_OF[place] if last in PIECES.values() else None
+        module = re.sub(r"\.(lora_.*|weight|bias)$", "", module)
+        entries.append(Entry(key, module, row, layer, target))
+    if unknown or not any(one.target for one in entries):
+        raise ValueError(
+            f"{folder} adapts what has no adapter here. Received: "
+            f"{unknown[:4]}, {len(unknown)} keys. Expected: projections of "
+            "PaliGemma's decoder and vision tower, and its projector; and "
+            "whole weights. Merge it with PEFT's `merge_and_unload` and load "
+            "the merged model."
+        )
+    return entries
+
+
+def _oldest(name):
+    """Give a name as `rows` has it, whichever version wrote it."""
+    if name in hugging_face.HEADS:
+        return hugging_face.HEADS[0]
+    parts = (hugging_face.VISION, hugging_face.PROJECTOR, hugging_face.TEXT)
+    for prefixes in parts:
+        for prefix in sorted(prefixes, key=len, reverse=True):
+            if name.startswith(prefix):
+                return prefixes[0] + name.removeprefix(prefix)
+    return name
+
+
+def newest(name):
+    """Give a name of `rows` as transformers has it now."""
+    for old, new in _NEWEST.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _sizes(name, weights):
+    """Give the layers and one layer's shape of a weight, or of its kernel."""
+    place, last = name.rsplit("/", 1)
+    if last in PIECES.values():
+        name = f"{place}/kernel"
+    shape = engine.shape_of(weights[TABLE if name == HEAD else name])
+    return (shape[0], shape[1:]) if BLOCKS in name else (1, shape)
+
+
+def _shape(entry, lora, weights, rank=None):
+    """Give the shape of one layer of an entry; a piece's, for a rank."""
+    _, shape = _sizes(entry.row.ours, weights)
+    if entry.target is None:
+        return shape
+    if rank is None:
+        ranks = lora["ranks"].get(entry.target)
+        rank = lora["rank"] if ranks is None else ranks[entry.layer]
+    axes = len(entry.row.axes.split("->")[1].split())
+    if entry.row.ours.endswith("adapter_a"):
+        return (*shape[: axes - 1], rank)
+    if entry.row.ours.endswith("adapter_b"):
+        return (rank, *shape[1 - axes :])
+    return shape[-axes:]
+
+
+def _lora(config, entries, weights):
+    """Give the arguments of `Lora`; those of layers where they differ.
+
+    Ranks are the configuration's, by which PEFT scales: arrays of another rank
+    do not fit.
+    """
+    ranks, alphas = {}, {}
+    for entry in entries:
+        layers, _ = _sizes(entry.row.ours, weights)
+        if entry.target is None or entry.layer >= layers:
+            continue
+        rank, alpha = peft_config.rank_and_alpha(config, entry.module)
+        ranks.setdefault(entry.target, [0] * layers)[entry.layer] = rank
+        default = [config["lora_alpha"]] * layers
+        alphas.setdefault(entry.target, default)[entry.layer] = alpha
+    largest = max((max(one) for one in ranks.values()), default=config["r"])
+
+    def differing(lists, default):
+        return {
+            target: list(lists[target])
+            for target in TARGETS
+            if set(lists.get(target, ())) - {default}
+        }
+
+    return {
+        "rank": largest,
+        "alpha": config["lora_alpha"],
+        "targets": [one for one in TARGETS if one in ranks],
+        "dropout": config.get("lora_dropout") or 0.0,
+        "rslora": bool(config.get("use_rslora")),
+        "dora": bool(config.get("use_dora")),
+        "bias": bool(config.get("lora_bias")),
+        "ranks": differing(ranks, largest),
+        "alphas": differing(alphas, config["lora_alpha"]),
     }
-    # safetensors writes the memory of an array, whatever its strides.
-    arrays = {key: np.ascontiguousarray(array) for key, array in arrays}
-    text = json.dumps(config, indent=2) + "\n"
-    with atomic.whole_folder(folder, CONFIG, [WEIGHTS]) as draft:
-        save_file(arrays, draft / WEIGHTS)
-        # safetensors lets nobody else read what it writes.
-        (draft / WEIGHTS).chmod(0o644)
-        (draft / CONFIG).write_text(text, encoding="utf-8")
 
 
-def _pattern(targets):
-    """Name the modules by one pattern: those of the towers are alike."""
-    parts = []
-    for known, tower in ((DECODER, "language_model"), (VISION, "vision_tower")):
-        modules = [known[one][1] for one in targets if one in known]
-        if modules:
-            joined = "|".join(one.replace(".", r"\.") for one in modules)
-            parts.append(rf".*{tower}.*\.({joined})")
-    return "|".join(parts)
+def _check(config, lora, entries, weights, found):
+    """Refuse what does not fit, all of it at once."""
+    needed = ["adapter_a", "adapter_b"]
+    needed += ["adapter_bias"] if lora["bias"] else []
+    needed += ["adapter_magnitude"] if lora["dora"] else []
+    listed, held = [], set()
+    for one in entries:
+        place, piece = one.row.ours.rsplit("/", 1)
+        held.add((place, piece, one.layer))
+        layers, _ = _sizes(one.row.ours, weights)
+        if one.layer >= layers:
+            listed.append(f"unused: {one.key}, of {layers} layers")
+        elif one.target and piece not in needed:
+            listed.append(f"unused: {one.key}, which {CONFIG} does not tell of")
+        else:
+            expected = one.row.their_shape(_shape(one, lora, weights))
+            if found[one.key] != expected:
+                listed.append(
+                    f"shape: {one.key} is {found[one.key]}, expected {expected}"
+                )
+        name = one.row.ours
+        if not one.target and _is_low_bit(weights.get(name, weights[TABLE])):
+            listed.append(
+                f"whole: {one.key}, which the model has in few bits: load it "
+                "without `quantize`"
+            )
+    for target in lora["targets"]:
+        place = TARGETS[target]
+        layers, _ = _sizes(f"{place}/kernel", weights)
+        ranks = lora["ranks"].get(target, [lora["rank"]] * layers)
+        listed += [
+            f"missing: {piece} of {target}, layer {layer}"
+            for layer, rank in enumerate(ranks)
+            for piece in needed
+            if (place, piece, layer) not in held
+            and (rank or not peft_config.names_layers(config))
+        ]
+    modules = {f".{one.module}." for one in entries if one.target is None}
+    listed += [
+        f"missing: {name}, of modules_to_save"
+        for name in config.get("modules_to_save") or ()
+        if not any(f"{name}." in module for module in modules)
+    ]
+    if listed:
+        shown = "\n  ".join(listed)
+        raise ValueError(
+            f"The adapter does not fit the model in {len(listed)} places; "
+            f"nothing was loaded.\n  {shown}\nIs it an adapter of this "
+            "variant, and whole?"
+        )
+
+
+def _is_low_bit(weight):
+    first = weight[0] if isinstance(weight, list) else weight
+    return isinstance(first, FloatView)
+
+
+def _tie(config, whole, weights):
+    """Give the head a table of its own only where it differs.
+
+    PEFT copies modules that it saves, and by default unties them so: with the
+    embedding saved, the head keeps the table of the base. What is saved of a
+    table that was merely resized stays tied.
+    """
+    if HEAD in whole and TABLE not in whole:
+        if not peft_config.saves(config, "lm_head"):
+            whole[TABLE] = whole.pop(HEAD)
+    elif HEAD in whole:
+        if np.array_equal(whole[HEAD], whole[TABLE]):
+            del whole[HEAD]
+    elif TABLE in whole and not config.get("ensure_weight_tying"):
+        if peft_config.saves(config, "model.language_model.embed_tokens"):
+            whole[HEAD] = engine.to_array(weights[TABLE])

@@ -202,7 +202,8 @@ def write_safetensors(folder, arrays, max_shard_size=2_000_000_000):
             )
         if shard and size + array.nbytes > max_shard_size:
             flush()
-        shard[key] = np.ascontiguousarray(array)
+        # Not `ascontiguousarray`, which gives a number an axis.
+        shard[key] = np.asarray(array, order="C")
         size, total = size + array.nbytes, total + array.nbytes
         weight_map[key] = count
         del array

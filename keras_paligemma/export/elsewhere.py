@@ -1,7 +1,7 @@
 """A model handed to a process of its own, which has another backend.
 
-It travels as a preset beside the target: the bare model, and each of its named
-adapters as a folder of PEFT's.
+It travels as a preset beside the target: the bare model, and beside it the
+arrays of each of its named adapters, which need no kernel to be understood.
 """
 
 import contextlib
@@ -12,11 +12,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import load_file
+from safetensors.numpy import save_file
+
 from keras_paligemma.checkpoints import safetensors_files
 from keras_paligemma.compat import without_values
 from keras_paligemma.models import exports
+from keras_paligemma.models.lora import Lora
 
 ADAPTERS = "adapters.json"
+ADAPTER = "adapter_{}.arrays"
+# The arguments of `Adapters.add`.
+PIECES, WHOLE = "pieces", "whole"
 # Bytes of a file of weights, which writing holds in memory.
 PIECE = 100_000_000
 
@@ -77,8 +85,20 @@ def _hand_over(model, folder):
         piece_size=PIECE,
     )
     for number, name in enumerate(names):
-        model.save_adapter(folder / f"adapter_{number}", name=name)
-    told = {"names": names, "active": adapters.active}
+        arrays = {PIECES: adapters.values(name), WHOLE: adapters.whole(name)}
+        path = folder / ADAPTER.format(number)
+        save_file(
+            {
+                f"{kind}/{key}": np.asarray(array, order="C")
+                for kind, held in arrays.items()
+                for key, array in held.items()
+            },
+            path,
+        )
+    told = {
+        "adapters": {name: adapters.known[name].config() for name in names},
+        "active": adapters.active,
+    }
     (folder / ADAPTERS).write_text(json.dumps(told), encoding="utf-8")
 
 
@@ -101,9 +121,13 @@ def read(folder, load_weights=True):
         )
     told = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
     # In their order: the first makes the room.
-    for number, name in enumerate(told["names"]):
-        model.load_adapter(folder / f"adapter_{number}", name)
-    if told["names"]:
+    for number, (name, lora) in enumerate(told["adapters"].items()):
+        arrays = {PIECES: {}, WHOLE: {}}
+        for key, array in load_file(folder / ADAPTER.format(number)).items():
+            kind, key = key.split("/", 1)
+            arrays[kind][key] = array
+        model.adapters.add(name, Lora(**lora), **arrays)
+    if told["adapters"]:
         model.adapters.select(told["active"])
     return model
 

@@ -56,6 +56,7 @@ def export(model, filepath, format="savedmodel"):
     """
     check(filepath, format)
     check_preprocessor(model)
+    check_adapters(model.adapters)
     import keras
 
     if keras.backend.backend() == "tensorflow":
@@ -72,6 +73,18 @@ def check_preprocessor(model):
             "Pictures and prompts are read by the preprocessor. Received: a "
             "model without one, or without its image converter. Expected: "
             "one, as `from_preset` makes it."
+        )
+
+
+def check_adapters(adapters):
+    """Refuse what a request could not switch."""
+    names = [name for name in adapters.known if adapters.whole(name)]
+    if names and adapters.merged is None:
+        raise ValueError(
+            "A request chooses among adapters of low rank, on one base. "
+            f"Received: {names}, which bring weights of the base whole. "
+            "Export one that is merged: `adapters.select(name)`, "
+            "`adapters.merge()`."
         )
 
 

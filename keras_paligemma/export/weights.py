@@ -38,7 +38,7 @@ class Weights:
         if self._known:
             self.default = self._adapters.active or BARE
             self._slots = self._adapters.slots_by_name(
-                "adapter_a", "adapter_b", "adapter_scale"
+                *self._adapters.slots.pieces, "adapter_scale"
             )
         self._base = [
             variable
@@ -46,12 +46,12 @@ class Weights:
             if name not in self._slots
             for variable in _layers(weight)
         ]
-        self._halves = [one for one in self._slots if "scale" not in one]
+        self._pieces = [one for one in self._slots if "scale" not in one]
         self.base = [_empty(one.shape, one.dtype) for one in self._base]
         # The axis of adapters first, then that of layers.
         self.adapters = [
-            _empty((len(self._known), *shape_of(self._slots[half])), "float32")
-            for half in self._halves
+            _empty((len(self._known), *shape_of(self._slots[one])), "float32")
+            for one in self._pieces
         ]
 
     def values(self, base):
@@ -65,9 +65,9 @@ class Weights:
             if id(variable) in number:
                 yield KEY.format("weights", number[id(variable)]), value
             del value  # Before the next one is read.
-        held = [self._adapters.held(name) for name in self._known]
-        for place, half in enumerate(self._halves):
-            value = np.stack([one[half] for one in held])
+        held = [self._adapters.pieces(name) for name in self._known]
+        for place, piece in enumerate(self._pieces):
+            value = np.stack([one[piece] for one in held])
             yield KEY.format("adapters", place), value
 
     def error(self, name):
@@ -91,21 +91,32 @@ class Weights:
             for variable, one in zip(self._base, self.base, strict=True)
         ]
         number = tf.argmax(tf.constant(self.names) == name, output_type="int32")
-        scales = [0.0, *(lora.scale() for lora in self._known.values())]
-        scale = tf.gather(tf.constant(scales), number)
+        scales = self._scales(number)
         # The bare model is the first adapter times zero.
         number = tf.maximum(number - 1, 0)
-        stacks = dict(zip(self._halves, self.adapters, strict=True))
+        stacks = dict(zip(self._pieces, self.adapters, strict=True))
         for slot, weight in self._slots.items():
             shape = shape_of(weight)
             if slot in stacks:
                 value = tf.ensure_shape(tf.gather(stacks[slot], number), shape)
             else:
-                value = tf.fill(shape, scale)
+                value = scales[slot]
             parts = tf.unstack(value) if isinstance(weight, list) else [value]
             values += zip(_layers(weight), parts, strict=True)
         with keras.StatelessScope(values):
             yield
+
+    def _scales(self, number):
+        """Map slots to the scales of an adapter; number 0 is the bare model."""
+        if not self._known:
+            return {}
+        each = [self._adapters.scales(one) for one in (None, *self._known)]
+        return {
+            slot: tf.gather(
+                np.stack([one[slot] for one in each]).astype("float32"), number
+            )
+            for slot in each[0]
+        }
 
 
 def _layers(weight):

@@ -18,7 +18,9 @@ class Projection(keras.layers.Layer):
     Every learned product of both towers is one of these, so what can be done
     to a product (an adapter, a storage format) is written once. An adapter is
     low-rank in compute too: `x·A·B` is added, no merged kernel is ever formed
-    and no gradient of the frozen kernel either.
+    and no gradient of the frozen kernel either. It may add a bias, and it may
+    scale each output (the gain of DoRA). All of it is multiplied with one
+    number: 0 turns an adapter off, and gradients with it.
 
     Args:
         input_axes: tuple of ints, shape of the axes that are summed over.
@@ -41,7 +43,8 @@ class Projection(keras.layers.Layer):
         (1, 3, 2, 4)
 
     Source: the adapter is LoRA, https://arxiv.org/abs/2106.09685, in the
-        parametrisation of PEFT: one A a projection.
+        parametrisation of PEFT: one A a projection; the gain follows from
+        DoRA, https://arxiv.org/abs/2402.09353.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class Projection(keras.layers.Layer):
                 tuple(range(len(self.input_axes))),
             )
         self.adapter_scale = None
+        self.adapter_bias = None
+        self.adapter_gain = None
         # A function that is shown each input: calibration looks on.
         self.observer = None
 
@@ -89,49 +94,62 @@ class Projection(keras.layers.Layer):
             )
         self.built = True
 
-    def add_adapter(self, rank, scale, dropout=0.0):
+    def add_adapter(self, rank, scale, dropout=0.0, bias=False, gain=False):
         """Add the product of two thin matrices, which is zero at first.
 
         Args:
             rank: int, the width between the two.
-            scale: float that the product is multiplied with. It is a variable,
+            scale: float that the adapter is multiplied with. It is a variable,
                 so that adapters are switched without a new compilation.
             dropout: float, share of the adapter's inputs that are dropped in
                 training; asks for a seed, see `layers.dropout`.
+            bias: bool, add a bias to the product, zero at first.
+            gain: bool, multiply kernel and product with 1 + a number for each
+                output, zero at first.
         """
         self._tracker.unlock()
-        # float32 whatever the kernel's dtype: in bfloat16 the small updates of
-        # an adapter would round away.
-        self.adapter_a = self.add_weight(
-            shape=self.input_axes + (rank,),
-            initializer=normal(math.prod(self.input_axes)),
-            dtype="float32",
-            name="adapter_a",
+        self._add_piece(
+            "adapter_a",
+            self.input_axes + (rank,),
+            normal(math.prod(self.input_axes)),
         )
-        self.adapter_b = self.add_weight(
-            shape=(rank,) + self.output_axes,
-            initializer="zeros",
-            dtype="float32",
-            name="adapter_b",
-        )
-        self.adapter_scale = self.add_weight(
-            shape=(),
-            initializer=keras.initializers.Constant(scale),
-            dtype="float32",
+        self._add_piece("adapter_b", (rank,) + self.output_axes)
+        if bias:
+            self._add_piece("adapter_bias", self.output_axes)
+        if gain:
+            self._add_piece("adapter_gain", self.output_axes)
+        self._add_piece(
+            "adapter_scale",
+            (),
+            keras.initializers.Constant(scale),
             trainable=False,
-            name="adapter_scale",
         )
         self._tracker.lock()
         self.adapter_dropout = dropout
+
+    def _add_piece(self, name, shape, initializer="zeros", trainable=True):
+        # float32 whatever the kernel's dtype: in bfloat16 the small updates of
+        # an adapter would round away.
+        weight = self.add_weight(
+            shape=shape,
+            initializer=initializer,
+            dtype="float32",
+            trainable=trainable,
+            name=name,
+        )
+        setattr(self, name, weight)
 
     def call(self, x):
         if self.observer is not None:
             self.observer(x)
         y = self._product(x)
-        if self.bias is not None:
-            y = y + self.bias
         if self.adapter_scale is not None:
             y = y + self._adapt(x)
+        if self.adapter_gain is not None:
+            # Not y · (1 + gain): near 1, bfloat16 rounds gains away.
+            y = y + y * self._scaled(self.adapter_gain, y.dtype)
+        if self.bias is not None:
+            y = y + self.bias
         return y
 
     def _adapt(self, x):
@@ -139,7 +157,13 @@ class Projection(keras.layers.Layer):
         x = drop(x, self.adapter_dropout, self.path)
         low = contract(x, self.adapter_a, self.input_axes)
         low = low * ops.cast(self.adapter_scale, low.dtype)
-        return contract(low, self.adapter_b, low.shape[-1:])
+        y = contract(low, self.adapter_b, low.shape[-1:])
+        if self.adapter_bias is not None:
+            y = y + self._scaled(self.adapter_bias, y.dtype)
+        return y
+
+    def _scaled(self, piece, dtype):
+        return ops.cast(self.adapter_scale * piece, dtype)
 
     def _product(self, x):
         if self.low_bit is None:

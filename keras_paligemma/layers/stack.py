@@ -139,6 +139,12 @@ class LayerStack(keras.layers.Layer):
             self.seed_generator = keras.random.SeedGenerator()
             self._tracker.lock()
 
+    def draw_seed(self, training):
+        """Give a seed for `layers.dropout.dropping`; `None` drops nothing."""
+        if not training or self.seed_generator is None:
+            return None
+        return self.seed_generator.next()
+
     def weights_by_name(self):
         """Map each weight's name to its variable or its N variables.
 
@@ -188,9 +194,7 @@ class LayerStack(keras.layers.Layer):
         ]
 
     def call(self, x, *args, cache=None, index=None, training=None):
-        seed = None
-        if training and self.seed_generator is not None:
-            seed = self.seed_generator.next()
+        seed = self.draw_seed(training)
         run = self._scan if self.stacked else self._unroll
         return run(x, args, cache, index, seed)
 

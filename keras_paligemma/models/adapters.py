@@ -1,4 +1,4 @@
-"""Low-rank adapters of a backbone: made, switched, read, written, merged."""
+"""Low-rank adapters of a backbone: made, switched, merged."""
 
 import dataclasses
 import math
@@ -7,88 +7,12 @@ import numpy as np
 from keras import ops
 
 from keras_paligemma.checkpoints import engine
-from keras_paligemma.checkpoints import peft
-from keras_paligemma.checkpoints.float_views import float_views
-from keras_paligemma.compat import process
-from keras_paligemma.compat import wait_for_all
+from keras_paligemma.checkpoints.engine import BLOCKS
+from keras_paligemma.checkpoints.peft import HEAD
+from keras_paligemma.checkpoints.peft import TABLE
+from keras_paligemma.checkpoints.peft import TARGETS
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.projection import normal
-
-LORA_TARGETS = (*peft.DECODER, *peft.VISION)
-_ATTENTION = ("query", "key", "value", "output")
-# A part of the model stands for its projections.
-GROUPS = {
-    "decoder": tuple(peft.DECODER),
-    "decoder.attention": _ATTENTION,
-    "decoder.mlp": ("gate", "up", "down"),
-    "vision": tuple(peft.VISION),
-    "vision.attention": tuple(f"vision.{one}" for one in _ATTENTION),
-    "vision.mlp": ("vision.up", "vision.down"),
-    "all": LORA_TARGETS,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Lora:
-    """What an adapter is, without its values.
-
-    Args:
-        rank: int.
-        alpha: float or `None` for the rank.
-        targets: names of projections or of `GROUPS`; those of the decoder's
-            attention if `None`.
-        dropout: float, share of an adapter's inputs dropped in training.
-        rslora: bool, scale by alpha / √rank in place of alpha / rank, so that
-            large ranks learn as fast as small ones.
-
-    Source: https://arxiv.org/abs/2106.09685 and, of the other scale,
-        https://arxiv.org/abs/2312.03732.
-    """
-
-    rank: int
-    alpha: float | None = None
-    targets: tuple | None = None
-    dropout: float = 0.0
-    rslora: bool = False
-
-    def __post_init__(self):
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(
-                f"The rank is a positive integer. Received: {self.rank!r}."
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(
-                "Dropout is a share of at least 0 and below 1. Received: "
-                f"{self.dropout!r}."
-            )
-        targets = self.targets or ("decoder.attention",)
-        if isinstance(targets, str):
-            targets = (targets,)
-        unknown = sorted(set(targets) - {*GROUPS, *LORA_TARGETS})
-        if unknown:
-            raise ValueError(
-                f"Unknown targets of LoRA. Received: {unknown}. Expected some "
-                f"of {(*GROUPS, *LORA_TARGETS)}."
-            )
-        named = {name for one in targets for name in GROUPS.get(one, (one,))}
-        ordered = tuple(name for name in LORA_TARGETS if name in named)
-        object.__setattr__(self, "targets", ordered)
-        object.__setattr__(self, "alpha", self.alpha or self.rank)
-
-    def scale(self):
-        """Give the number that the adapter's product is multiplied with."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    def config(self):
-        """Give plain numbers and strings, as a preset's file holds them."""
-        return dataclasses.asdict(self) | {"targets": list(self.targets)}
-
-    def place(self, target):
-        """Give the name of a target's weights, without their last part."""
-        tower, known = "text_decoder", peft.DECODER
-        if target in peft.VISION:
-            tower, known = "vision_encoder", peft.VISION
-        return f"{tower}/blocks/{known[target][0]}"
 
 
 class Adapters:
@@ -96,9 +20,14 @@ class Adapters:
 
     The first one makes the variables, the slots; the values of the others wait
     on the host. A switch copies values and one number a projection, so that
-    nothing is compiled again; an adapter of a lower rank or of fewer targets
-    leaves the rest of the slots zero, where gradients are zero too. Compile
-    before another adapter is trained: the optimizer's moments are the last's.
+    nothing is compiled again; an adapter of a lower rank, of fewer targets or
+    of fewer layers leaves the rest of the slots zero, where gradients are zero
+    too. Compile before another adapter is trained: the optimizer's moments are
+    the last's.
+
+    Weights that an adapter brings whole (PEFT's `modules_to_save` and `bias`)
+    are in the place of the base's while it is in use; those wait meanwhile.
+    They stay frozen unless `unfreeze` names them.
 
     Args:
         backbone: `PaliGemmaBackbone`.
@@ -112,15 +41,18 @@ class Adapters:
         self.active = None
         self.merged = None
         self._waiting = {}
+        self._whole = {}
+        self._base = {}
 
-    def add(self, name, lora, values=None):
+    def add(self, name, lora, pieces=None, whole=None):
         """Add an adapter and switch to it.
 
         Args:
             name: str.
             lora: `Lora`.
-            values: dict of name to array, layer axis first; random A and zero
-                B if `None`.
+            pieces: dict of name to array, as slots hold them; random A and
+                nothing else if `None`.
+            whole: dict of name to array, weights that it brings whole.
         """
         self._refuse_merged()
         if name in self.known:
@@ -128,70 +60,132 @@ class Adapters:
                 f"There is an adapter of the name {name!r} already: "
                 f"{self.known[name]}. Give another name."
             )
+        for target in lora.targets:
+            lora.ranks_of(target, self.layers(target))
         if self.slots is None:
             self._make_slots(lora)
-            if values is not None:
-                self._assign(values)
-            self.known[name], self.live, self.active = lora, name, name
-            return
-        if lora.rank > self.slots.rank or not set(lora.targets) <= set(
-            self.slots.targets
-        ):
+            if pieces is None and lora.ranks:
+                pieces = self._random(lora)
+        elif self._has_room(lora):
+            # Zeros, of what it has not, are trained and saved as well.
+            lora = dataclasses.replace(
+                lora, dora=self.slots.dora, bias=self.slots.bias
+            )
+            self._waiting[self.live] = self._read()
+            if pieces is None:
+                pieces = self._random(lora)
+        else:
             raise ValueError(
                 "Adapters share the room that the first one made. Received: "
                 f"{name!r} of {lora}. Expected: at most rank "
-                f"{self.slots.rank} and targets among {self.slots.targets}. "
-                "Load the preset again and add the largest adapter first."
+                f"{self.slots.rank}, targets among {self.slots.targets}, and "
+                f"no pieces but {self.slots.pieces}. Load the preset again "
+                "and add the largest adapter first."
             )
-        self._waiting[self.live] = self._read()
-        self._assign(self._random(lora) if values is None else values)
+        if pieces is not None:
+            self._assign(pieces)
         self.known[name], self.live = lora, name
+        self._whole[name] = dict(whole or {})
+        if HEAD in self._whole[name]:
+            self._make_head()
         self.select(name)
 
     def select(self, name):
         """Switch to an adapter, or all off with `None`."""
+        self._check_selectable(name)
+        self._switch(self.live if name is None else name, name)
+
+    def _check_selectable(self, name):
         self._refuse_merged()
         if name is not None and name not in self.known:
             raise ValueError(
                 f"Unknown adapter. Received: {name!r}. Expected one of "
                 f"{list(self.known)}, or None for the bare model."
             )
-        if name is not None and name != self.live:
-            self._waiting[self.live] = self._read()
-            self._assign(self._waiting.pop(name))
-            self.live = name
-        self.active = name
+
+    def _switch(self, live, active):
+        """Put an adapter into the slots, and choose which one answers."""
         if self.slots is None:
             return
-        self._assign_scale(0.0 if name is None else self.known[name].scale())
+        if live != self.live:
+            self._waiting[self.live] = self._read()
+            self._assign(self._waiting.pop(live))
+            self.live = live
+        if active != self.active:
+            self._exchange(active)
+        self.active = active
+        self._assign_scales(active)
 
-    def values(self, name):
-        """Give an adapter's arrays, layer axis first, cut to its rank."""
-        lora, held = self.known[name], self.held(name)
-        cut = {}
-        for target in lora.targets:
-            place = lora.place(target)
-            a, b = held[f"{place}/adapter_a"], held[f"{place}/adapter_b"]
-            cut[f"{place}/adapter_a"] = a[..., : lora.rank]
-            cut[f"{place}/adapter_b"] = b[:, : lora.rank]
-        return cut
+    def _exchange(self, name):
+        """Put the base's own weights back, then those that `name` brings."""
+        weights = self.backbone.weights_by_name()
+        for key in self._base:
+            self._whole[self.active][key] = engine.to_array(weights[key])
+        for key, value in self._base.items():
+            _assign(weights[key], value)
+        brought = self._whole.get(name, {})
+        self._base = {key: engine.to_array(weights[key]) for key in brought}
+        for key, value in brought.items():
+            _assign(weights[key], value)
 
-    def held(self, name):
+    def pieces(self, name):
         """Give an adapter's arrays as the slots hold them: filled up by 0."""
         return self._read() if name == self.live else self._waiting[name]
 
-    def slots_by_name(self, *halves):
+    def values(self, name):
+        """Give an adapter's arrays, layer axis first, cut to its rank."""
+        lora, held = self.known[name], self.pieces(name)
+        cut = {}
+        for target in lora.targets:
+            place = lora.place(target)
+            for piece in lora.pieces:
+                value = held[f"{place}/{piece}"]
+                if piece == "adapter_a":
+                    value = value[..., : lora.rank]
+                if piece == "adapter_b":
+                    axis = 1 if BLOCKS in place else 0
+                    value = value[(slice(None),) * axis + (slice(lora.rank),)]
+                cut[f"{place}/{piece}"] = value
+        return cut
+
+    def whole(self, name):
+        """Give the arrays of the weights that an adapter brings whole."""
+        if name != self.active:
+            return dict(self._whole[name])
+        weights = self.backbone.weights_by_name()
+        return {key: engine.to_array(weights[key]) for key in self._base}
+
+    def base_weights(self):
+        """Map names to weights as the backbone does, but to the base's own."""
+        return self.backbone.weights_by_name() | self._base
+
+    def scales(self, name):
+        """Map names of the slots to an adapter's scales; 0 of `None`."""
+        scales = {}
+        for target in self.slots.targets:
+            layers = self.layers(target)
+            value = np.zeros(layers)
+            if name is not None:
+                value = self.known[name].scales(target, layers)
+            place = TARGETS[target]
+            value = value if BLOCKS in place else value[0]
+            scales[f"{place}/adapter_scale"] = value
+        return scales
+
+    def slots_by_name(self, *pieces):
         """Map names to the variables of the slots, as the backbone does."""
         weights = self.backbone.weights_by_name()
         return {
             name: weights[name]
             for target in self.slots.targets
-            for half in halves
-            for name in [f"{self.slots.place(target)}/{half}"]
+            for piece in pieces
+            for name in [f"{TARGETS[target]}/{piece}"]
         }
 
     def config(self):
         """Describe the adapter in use as a preset's file does.
+
+        What it brings whole is in the preset's weights, as the base's.
 
         Returns:
             Dict, or `None`: there is none, all are off, or it is merged.
@@ -200,10 +194,21 @@ class Adapters:
             return None
         lora = self.known[self.live]
         if (lora.rank, lora.targets) != (self.slots.rank, self.slots.targets):
+            ranks = {
+                target: lora.ranks_of(target, self.layers(target))
+                for target in self.slots.targets
+            }
             lora = dataclasses.replace(
-                self.slots, alpha=lora.scale() * self.slots.rank, rslora=False
+                lora,
+                rank=self.slots.rank,
+                targets=self.slots.targets,
+                ranks=ranks,
             )
         return lora.config()
+
+    def has_own_head(self):
+        """Say whether the adapter in use has another table for the head."""
+        return HEAD in self._base
 
     def merge(self):
         """Add the active adapter to the kernels, and switch it off."""
@@ -220,8 +225,23 @@ class Adapters:
                 f"{self.backbone.quantization}. Load the preset without "
                 "`quantize`, add the adapter with `load_adapter`, and merge."
             )
-        self._add_to_kernels(self.known[self.active].scale())
-        self._assign_scale(0.0)
+        if self.slots.bias:
+            weights = self.backbone.weights_by_name()
+            bare = [
+                target
+                for target in self.slots.targets
+                if f"{TARGETS[target]}/bias" not in weights
+            ]
+            if bare:
+                raise ValueError(
+                    "The adapter has biases, and Gemma's projections have "
+                    f"none that could take them up. Received: {bare}. Keep "
+                    "it as an adapter."
+                )
+        self._change("kernel", with_adapter)
+        if self.slots.bias:
+            self._change("bias", _with_bias)
+        self._assign_scales(None)
         self.merged = self.active
 
     def unmerge(self):
@@ -230,8 +250,10 @@ class Adapters:
             raise ValueError(
                 "No adapter is merged. Expected: `adapters.merge()` first."
             )
-        self._add_to_kernels(-self.known[self.merged].scale())
-        self._assign_scale(self.known[self.merged].scale())
+        self._assign_scales(self.merged)
+        self._change("kernel", _without_adapter)
+        if self.slots.bias:
+            self._change("bias", _without_bias)
         self.merged = None
 
     def _refuse_merged(self):
@@ -241,96 +263,161 @@ class Adapters:
                 "`adapters.unmerge()` first."
             )
 
+    def _has_room(self, lora):
+        return (
+            lora.rank <= self.slots.rank
+            and {*lora.targets} <= {*self.slots.targets}
+            and {*lora.pieces} <= {*self.slots.pieces}
+        )
+
+    def layers(self, target):
+        """Give the number of a target's layers; the projector is one."""
+        place = TARGETS[target]
+        if BLOCKS not in place:
+            return 1
+        tower = getattr(self.backbone, place.split("/")[0])
+        return tower.blocks.num_layers
+
     def _make_slots(self, lora):
         for variable in self.backbone.variables:
             variable.trainable = False
-        for tower, prefix in (
-            (self.backbone.text_decoder, ""),
-            (self.backbone.vision_encoder, "vision."),
+        vision = self.backbone.vision_encoder
+        for tower, others in (
+            (self.backbone.text_decoder, []),
+            (vision, [vision.projector]),
         ):
+            names = {
+                TARGETS[target].rsplit("/", 1)[1]
+                for target in lora.targets
+                if TARGETS[target].startswith(f"{tower.name}/")
+            }
 
-            def adapt(block, prefix=prefix):
-                for layer in block._flatten_layers():
-                    if (
-                        isinstance(layer, Projection)
-                        and prefix + layer.name in lora.targets
-                    ):
-                        layer.add_adapter(lora.rank, lora.scale(), lora.dropout)
+            def adapt(layer, names=names):
+                for one in layer._flatten_layers():
+                    if isinstance(one, Projection) and one.name in names:
+                        one.add_adapter(
+                            lora.rank, 0.0, lora.dropout, lora.bias, lora.dora
+                        )
 
-            chosen = [one.startswith("vision.") for one in lora.targets]
-            if bool(prefix) in chosen:
+            if names:
                 tower.blocks.change(adapt)
+                for layer in others:
+                    adapt(layer)
                 if lora.dropout:
                     tower.blocks.enable_dropout()
-        self.slots = lora
+        self.slots = dataclasses.replace(lora, ranks=None, alphas=None)
+
+    def _make_head(self):
+        """Make a table for the head, the base's but of who brings another."""
+        embedding = self.backbone.token_embedding
+        if embedding.adapter_head is not None:
+            return
+        self._switch(self.live, None)
+        embedding.add_head()
+        embedding.adapter_head.assign(embedding.table)
+        for whole in self._whole.values():
+            if TABLE in whole:
+                whole.setdefault(HEAD, whole[TABLE])
 
     def _read(self):
-        halves = self.slots_by_name("adapter_a", "adapter_b")
-        return {name: _to_array(one) for name, one in halves.items()}
+        slots = self.slots_by_name(*self.slots.pieces)
+        return {name: engine.to_array(one) for name, one in slots.items()}
 
-    def _assign(self, values):
-        slots = self.slots_by_name("adapter_a", "adapter_b")
+    def _assign(self, pieces):
+        slots = self.slots_by_name(*self.slots.pieces)
         for name, weight in slots.items():
             whole = np.zeros(engine.shape_of(weight), "float32")
-            if name in values:
-                value = np.asarray(values[name])
+            if name in pieces:
+                value = pieces[name]
                 whole[tuple(slice(size) for size in value.shape)] = value
             _assign(weight, whole)
 
-    def _assign_scale(self, scale):
-        for weight in self.slots_by_name("adapter_scale").values():
-            shape = engine.shape_of(weight)
-            _assign(weight, np.full(shape, scale, "float32"))
+    def _assign_scales(self, name):
+        weights = self.slots_by_name("adapter_scale")
+        for slot, value in self.scales(name).items():
+            _assign(weights[slot], value)
 
     def _random(self, lora):
-        """Draw each layer's A as a new adapter has it; B is zero."""
+        """Draw each layer's A as a new adapter has it; the rest is zero."""
         weights = self.slots_by_name("adapter_a")
         values = {}
         for target in lora.targets:
             name = f"{lora.place(target)}/adapter_a"
-            layers, *inputs, _ = engine.shape_of(weights[name])
-            # A new initializer a layer: one draws the same each time.
-            draws = [normal(math.prod(inputs)) for _ in range(layers)]
-            values[name] = np.stack(
-                [
-                    ops.convert_to_numpy(draw((*inputs, lora.rank)))
-                    for draw in draws
-                ]
-            )
+            ranks = lora.ranks_of(target, self.layers(target))
+            inputs = engine.shape_of(weights[name])[BLOCKS in name : -1]
+            draws = []
+            for rank in ranks:
+                # A new initializer a layer: one draws the same each time.
+                draw = normal(math.prod(inputs))((*inputs, lora.rank))
+                draws.append(np.array(ops.convert_to_numpy(draw)))
+                draws[-1][..., rank:] = 0
+            values[name] = np.stack(draws) if BLOCKS in name else draws[0]
         return values
 
-    def _add_to_kernels(self, scale):
+    def _change(self, last, function):
+        """Change kernels or biases by what their adapters are.
+
+        Args:
+            last: str, "kernel" or "bias".
+            function: of one layer's weight and a dict of its pieces.
+        """
         weights = self.backbone.weights_by_name()
+        names = (last, *self.slots.pieces, "adapter_scale")
+
+        def changed(tensors):
+            return function(tensors[0], dict(zip(names, tensors, strict=True)))
+
         for target in self.slots.targets:
-            place = self.slots.place(target)
-            kernel, a, b = (
-                weights[f"{place}/{one}"]
-                for one in ("kernel", "adapter_a", "adapter_b")
-            )
-            if isinstance(kernel, list):
-                for one in zip(kernel, a, b, strict=True):
-                    one[0].assign(_with_product(*one, scale))
-            else:
+            place = TARGETS[target]
+            held = [weights[f"{place}/{name}"] for name in names]
+            if isinstance(held[0], list):
+                for layer in zip(*held, strict=True):
+                    layer[0].assign(changed(layer))
+            elif BLOCKS in place:
                 # A layer at a time: the stack is never whole in float32.
-                stacks = [one.value for one in (kernel, a, b)]
-                kernel.assign(
-                    ops.map(lambda one: _with_product(*one, scale), stacks)
-                )
+                stacks = [one.value for one in held]
+                held[0].assign(ops.map(changed, stacks))
+            else:
+                held[0].assign(changed(held))
 
 
-def _with_product(kernel, a, b, scale):
-    """Add scale · A · B to a kernel, in float32 before it is rounded."""
-    rank = a.shape[-1]
-    product = ops.matmul(ops.reshape(a, (-1, rank)), ops.reshape(b, (rank, -1)))
-    product = ops.reshape(product * scale, kernel.shape)
-    whole = ops.cast(kernel, "float32") + product
+def with_adapter(kernel, pieces):
+    """Give the kernel that computes what kernel and adapter do.
+
+    Args:
+        kernel: tensor of one layer.
+        pieces: dict of "adapter_a", "adapter_b", "adapter_scale" and, if there
+            is one, "adapter_gain" to its tensors.
+
+    Returns:
+        Tensor of the kernel's dtype; the sum is rounded once.
+    """
+    gain = 1 + pieces["adapter_scale"] * pieces.get("adapter_gain", 0.0)
+    whole = (ops.cast(kernel, "float32") + _product(kernel, pieces)) * gain
     return ops.cast(whole, kernel.dtype)
 
 
-def _to_array(weight):
-    if isinstance(weight, list):
-        return np.stack([engine.to_numpy(one) for one in weight])
-    return engine.to_numpy(weight)
+def _without_adapter(kernel, pieces):
+    gain = 1 + pieces["adapter_scale"] * pieces.get("adapter_gain", 0.0)
+    whole = ops.cast(kernel, "float32") / gain - _product(kernel, pieces)
+    return ops.cast(whole, kernel.dtype)
+
+
+def _product(kernel, pieces):
+    """Give scale · A · B in the kernel's shape."""
+    a, b = pieces["adapter_a"], pieces["adapter_b"]
+    rank = a.shape[-1]
+    product = ops.matmul(ops.reshape(a, (-1, rank)), ops.reshape(b, (rank, -1)))
+    return ops.reshape(product * pieces["adapter_scale"], kernel.shape)
+
+
+def _with_bias(bias, pieces, sign=1):
+    added = sign * pieces["adapter_scale"] * pieces["adapter_bias"]
+    return ops.cast(ops.cast(bias, "float32") + added, bias.dtype)
+
+
+def _without_bias(bias, pieces):
+    return _with_bias(bias, pieces, -1)
 
 
 def _assign(weight, value):
@@ -339,56 +426,3 @@ def _assign(weight, value):
             variable.assign(one)
     else:
         weight.assign(value)
-
-
-def load(backbone, folder, name):
-    """Add adapters from a folder; see `PaliGemmaBackbone.load_adapter`."""
-    config, rows, open_files = peft.read(folder)
-    lora = Lora(**config)
-    if backbone.adapters.slots is not None:
-        # Dropout is how the slots train; it is no property of values.
-        dropout = backbone.adapters.slots.dropout
-        lora = dataclasses.replace(lora, dropout=dropout)
-    weights = float_views(backbone.weights_by_name())
-    with open_files() as tensors:
-        # Compared before anything is added, so that what does not fit
-        # changes nothing.
-        halves = {
-            row.ours: np.empty(_half_shape(row, weights, lora.rank), "float32")
-            for row in rows
-        }
-        engine.check(halves, rows, tensors.shapes)
-        for row in rows:
-            half = halves[row.ours]
-            for layer, key in enumerate(row.keys(len(half))):
-                half[layer] = row.read(tensors.read(key), half.shape[1:])
-    backbone.adapters.add(name, lora, halves)
-
-
-def _half_shape(row, weights, rank):
-    """Give the shape of an adapter's half, layer axis first."""
-    place, half = row.ours.rsplit("/", 1)
-    layers, *kernel = engine.shape_of(weights[f"{place}/kernel"])
-    axes = len(row.axes.split("->")[1].split()) - 1
-    if half == "adapter_a":
-        return (layers, *kernel[:axes], rank)
-    return (layers, rank, *kernel[-axes:])
-
-
-def save(backbone, folder, name=None, base=None):
-    """Write one adapter; see `PaliGemmaBackbone.save_adapter`."""
-    adapters = backbone.adapters
-    name = name or adapters.live
-    if name not in adapters.known:
-        raise ValueError(
-            f"There is no such adapter to write. Received: {name!r}. Expected "
-            f"one of {list(adapters.known)}; `enable_lora` or `load_adapter` "
-            "make one, `save_to_preset` writes the whole model."
-        )
-    lora = adapters.known[name]
-    rows = peft.rows(lora.targets)
-    # Gathered by all processes, written by the first.
-    arrays = engine.write(adapters.values(name), rows, lambda array: array)
-    if process()[0] == 0:
-        peft.write(folder, lora.config(), arrays, base)
-    wait_for_all("an adapter is written")

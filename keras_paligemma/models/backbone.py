@@ -15,13 +15,15 @@ from keras_paligemma.config import LoraConfig
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
 from keras_paligemma.layers.attention import token_positions
-from keras_paligemma.models import adapters
+from keras_paligemma.models import adapter_files
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
 from keras_paligemma.models import trainable
+from keras_paligemma.models.adapters import Adapters
 from keras_paligemma.models.inputs import check_images
 from keras_paligemma.models.inputs import check_token_ids
 from keras_paligemma.models.inputs import full_masks
+from keras_paligemma.models.lora import Lora
 from keras_paligemma.models.text_decoder import TextDecoder
 from keras_paligemma.models.vision_encoder import VisionEncoder
 
@@ -137,7 +139,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         with keras.name_scope(self.name, caller=self):
             self.vision_encoder.build()
             self.text_decoder.build()
-        self.adapters = adapters.Adapters(self)
+        self.adapters = Adapters(self)
         if lora is not None:
             self.enable_lora(**lora)
         self.built = True
@@ -276,8 +278,12 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         dropout=0.0,
         rslora=False,
         name="default",
+        dora=False,
+        bias=False,
+        ranks=None,
+        alphas=None,
     ):
-        """Freeze everything and train low-rank adapters in the blocks.
+        """Freeze everything and train low-rank adapters of products.
 
         A second one, under another name, shares the room of the first; see
         `adapters` for switching and merging.
@@ -287,32 +293,46 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             alpha: float, the adapters are scaled by alpha / rank; `rank` if
                 `None`.
             targets: str or list of strs: "decoder", "decoder.attention",
-                "decoder.mlp", the same of "vision", "all", or names of
-                projections, some of `LORA_TARGETS`; the decoder's attention
-                if `None`.
+                "decoder.mlp", the same of "vision", "projector", "all", or
+                names of projections, some of `LORA_TARGETS`; the decoder's
+                attention if `None`.
             dropout: float, share of an adapter's inputs dropped in training.
             rslora: bool, scale by alpha / √rank.
             name: str.
+            dora: bool, train a gain of each output too.
+            bias: bool, train a bias of each output too.
+            ranks: dict of target to list of ints, ranks of its layers where
+                they differ, 0 for none; `rank` is the largest.
+            alphas: dict of target to list of floats, likewise.
 
         Raises:
             ValueError: unknown targets, a name that is taken, or more than
                 the first adapter made room for.
         """
-        lora = adapters.Lora(rank, alpha, targets, dropout, rslora)
+        lora = Lora(
+            rank, alpha, targets, dropout, rslora, dora, bias, ranks, alphas
+        )
         self.adapters.add(name, lora)
 
-    def load_adapter(self, folder, name="default"):
+    def load_adapter(self, folder, name="default", allow_nonfinite=False):
         """Add the low-rank adapter that PEFT or `save_adapter` wrote.
+
+        Ranks of layers, DoRA, biases and `modules_to_save` are part of it.
+        Weights of the base that it brings whole, by `bias` or
+        `modules_to_save`, stay frozen until `unfreeze` names them. Of DoRA
+        gains are trained in place of magnitudes, which `save_adapter` writes.
 
         Args:
             folder: str or path.
             name: str, under which `adapters.select` finds it.
+            allow_nonfinite: bool, load NaN and infinities too.
 
         Raises:
-            ValueError: no adapter, one that does not fit, or a name that is
-                taken; the model is as before.
+            ValueError: no adapter, one of a kind that is not computed here or
+                that does not fit, NaN, or a name that is taken; the model is
+                as before.
         """
-        adapters.load(self, folder, name)
+        adapter_files.load(self, folder, name, allow_nonfinite)
 
     def save_adapter(self, folder, name=None, base=None):
         """Write an adapter as PEFT loads it onto transformers' model.
@@ -322,7 +342,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             name: str, which one; `None` the one that is in use.
             base: str or `None`, name of the model that it belongs to.
         """
-        adapters.save(self, folder, name, base)
+        adapter_files.save(self, folder, name, base)
 
     def freeze(self, *patterns):
         """Stop training the weights whose names match.

@@ -334,9 +334,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self._structure_changed()
         print(self.backbone.trainable_table())
 
-    def load_adapter(self, folder, name="default"):
+    def load_adapter(self, folder, name="default", allow_nonfinite=False):
         """Add the adapter of a folder; see `PaliGemmaBackbone`."""
-        self.backbone.load_adapter(folder, name)
+        self.backbone.load_adapter(folder, name, allow_nonfinite)
         self._structure_changed()
 
     def save_adapter(self, folder, **kwargs):

@@ -15,6 +15,7 @@ from keras_paligemma.checkpoints import hugging_face
 from keras_paligemma.checkpoints import keras_hub
 from keras_paligemma.checkpoints import npz
 from keras_paligemma.checkpoints import safetensors_files
+from keras_paligemma.checkpoints.peft import HEAD
 from keras_paligemma.compat import process
 from keras_paligemma.compat import wait_for_all
 from keras_paligemma.config import ModelConfig
@@ -42,6 +43,13 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
             f"with {lora}. Write them apart with `save_adapter`, or call "
             "`adapters.merge()` first."
         )
+    if backbone.adapters.has_own_head() and not bare:
+        raise ValueError(
+            "The adapter in use brings a head that is not the embedding's "
+            f"table, and {to!r} has one table for both. Received: "
+            f"{backbone.adapters.active!r}. Write it with `save_adapter`, and "
+            "the model with all adapters off: `adapters.select(None)`."
+        )
     architecture = backbone.architecture()
     config = ModelConfig(
         backbone=architecture if lora else replace(architecture, lora=None),
@@ -49,12 +57,13 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
     )
     proto = preprocessor.tokenizer.proto if preprocessor else None
     weights = backbone.weights_by_name()
-    if lora is None:  # Merged adapters are in the kernels.
-        weights = {
-            name: weight
-            for name, weight in weights.items()
-            if "/adapter_" not in name
-        }
+    if bare:
+        weights = backbone.adapters.base_weights()
+    # Merged adapters are in the kernels; the head is the table, as told above.
+    left_out = HEAD if lora is not None else "/adapter_"
+    weights = {
+        name: weight for name, weight in weights.items() if left_out not in name
+    }
     write(path, to, config, weights, engine.to_numpy, proto, **options)
 
 
@@ -63,7 +72,8 @@ def save_to_preset(model, preset_dir):
 
     A preset that is there is replaced: killed at any time, `from_preset` finds
     the old one or the new one, whole. Files of other names stay. Of several
-    adapters the one in use is written; `save_adapter` writes each.
+    adapters the one in use is written, and the weights that it brings whole as
+    the base's; `save_adapter` writes each.
 
     Args:
         preset_dir: str or path; `from_preset` loads it, exactly.

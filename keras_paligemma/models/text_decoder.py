@@ -35,6 +35,7 @@ class TokenEmbedding(keras.layers.Layer):
         super().__init__(**kwargs)
         self.vocabulary_size = vocabulary_size
         self.hidden_dim = hidden_dim
+        self.adapter_head = None
         self.low_bit = None
         if quantization is not None:
             shape = (vocabulary_size, hidden_dim)
@@ -65,6 +66,24 @@ class TokenEmbedding(keras.layers.Layer):
         x_BTD = x_BTD * ops.cast(self.hidden_dim**0.5, x_BTD.dtype)
         return ops.cast(x_BTD, self.compute_dtype)
 
+    def add_head(self):
+        """Make a table for the head alone, for adapters that bring one."""
+        self._tracker.unlock()
+        self.adapter_head = self.add_weight(
+            shape=self.table.shape,
+            initializer="zeros",
+            dtype=self.table.dtype,
+            trainable=False,
+            autocast=False,
+            name="adapter_head",
+        )
+        self._tracker.lock()
+
+    @property
+    def head_table(self):
+        """The table that gives logits: the embedding's, but for adapters."""
+        return self.table if self.adapter_head is None else self.adapter_head
+
     def logits(self, hidden_states_BTD):
         """Multiply with the table: float32 logits before the final cap."""
         if self.low_bit is not None:
@@ -72,7 +91,7 @@ class TokenEmbedding(keras.layers.Layer):
                 self.low_bit, self.table, self.table_scale, hidden_states_BTD
             )
             return ops.cast(logits_BTV, "float32")
-        table = ops.cast(self.table, hidden_states_BTD.dtype)
+        table = ops.cast(self.head_table, hidden_states_BTD.dtype)
         # Not a product with the transpose, which a loop over tokens would hold
         # as a second table: 1.0 GiB of a 3b on a v5e.
         logits_BTV = ops.tensordot(hidden_states_BTD, table, axes=[[-1], [1]])
@@ -82,7 +101,7 @@ class TokenEmbedding(keras.layers.Layer):
         """Take a gradient of `logits` back to hidden states of a dtype."""
         gradient_BTV = ops.cast(gradient_BTV, dtype)
         if self.low_bit is None:
-            table = ops.cast(self.table, dtype)
+            table = ops.cast(self.head_table, dtype)
             return ops.tensordot(gradient_BTV, table, axes=[[-1], [0]])
         return low_bit_gradient(
             self.low_bit, self.table, self.table_scale, gradient_BTV
@@ -107,12 +126,12 @@ class Head:
     @property
     def frozen(self):
         """Whether no gradient is asked for but that of hidden states."""
-        return not self.embedding.table.trainable
+        return not self.embedding.head_table.trainable
 
     @property
     def trained(self):
         """The variables that a gradient is asked for."""
-        return [] if self.frozen else [self.embedding.table]
+        return [] if self.frozen else [self.embedding.head_table]
 
     def gradient(self, logits_BTV, gradient_BTV, dtype):
         """Take a gradient of the logits back to hidden states of a dtype."""

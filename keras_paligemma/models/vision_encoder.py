@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_paligemma.layers.blocks import EncoderBlock
 from keras_paligemma.layers.blocks import LayerNorm
+from keras_paligemma.layers.dropout import dropping
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.stack import LayerStack
 
@@ -96,8 +97,12 @@ class VisionEncoder(keras.layers.Layer):
         self.projector.build()
         self.built = True
 
-    def call(self, images_BhwC):
-        return self.project(self.blocks(self.embed(images_BhwC)), images_BhwC)
+    def call(self, images_BhwC, training=None):
+        x_BID = self.blocks(self.embed(images_BhwC))
+        # The projector drops as if it were one more block.
+        seed = self.blocks.draw_seed(training)
+        with dropping(seed, self.config.num_layers):
+            return self.project(x_BID, images_BhwC)
 
     def embed(self, images_BhwC):
         """Give what the first block gets: patches, each with its position."""

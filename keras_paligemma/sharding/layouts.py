@@ -50,11 +50,14 @@ _OWNED = {
     "bias": "{outputs}",
     "adapter_a": "{inputs} r",
     "adapter_b": "r {outputs}",
+    "adapter_bias": "{outputs}",
+    "adapter_gain": "{outputs}",
     "adapter_scale": "",
 }
 ARRAYS = {
     "text_decoder/token_embedding/table": "V D",
     "text_decoder/token_embedding/table_scale": "V D",
+    "text_decoder/token_embedding/adapter_head": "V D",
     "text_decoder/blocks/pre_attention_norm/scale": "D",
     "text_decoder/blocks/post_attention_norm/scale": "D",
     "text_decoder/blocks/pre_ffw_norm/scale": "D",

@@ -19,17 +19,12 @@ import numpy as np
 
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import peft
+from keras_paligemma.checkpoints import peft_write
 from keras_paligemma.models import exports
 from tests.killing import counted
 
 CALLS = ("rename", "replace", "link", "unlink", "mkdir", "rmdir", "fsync")
-LORA = {
-    "rank": 2,
-    "alpha": 2,
-    "targets": ["query"],
-    "dropout": 0.0,
-    "rslora": False,
-}
+ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
 
 home, *cases = sys.argv[1:]
 # Names are those of a model; a few numbers of each array are enough.
@@ -37,7 +32,7 @@ checkpoint = formats.resolve("pali_gemma2_nano_112")
 config = replace(checkpoint.config, preprocessor=None)
 with checkpoint.open() as tensors:
     weights = {key: tensors.read(key)[..., :4] for key in tensors.shapes}
-peft_keys = [row.theirs.format(layer=0) for row in peft.rows(["query"])]
+peft_keys = ["q_proj.lora_A.weight", "q_proj.lora_B.weight"]
 
 
 def write(folder, to, value, step=lambda: None):
@@ -49,7 +44,7 @@ def write(folder, to, value, step=lambda: None):
 
     if to == "peft":
         arrays = ((key, full(np.zeros((2, 3)))) for key in peft_keys)
-        peft.write(folder, LORA, arrays)
+        peft_write.write(folder, ADAPTER, arrays)
     else:
         exports.write(folder, to, config, weights, full)
 
@@ -58,7 +53,7 @@ def read(folder, to):
     """Give the one number of a model or an adapter, or `None` without."""
     try:
         if to == "peft":
-            _, _, open_files = peft.read(folder)
+            _, open_files = peft.find(folder)
         else:
             open_files = formats.find(folder).open
     except ValueError:

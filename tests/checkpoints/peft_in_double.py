@@ -43,7 +43,7 @@ def main():
     from tests.conftest import transformers_backbone
 
     base = test_peft.reference.tiny_transformers_model(seed=3)
-    model = test_peft.adapted(base, test_peft.TARGETS["both"][0])
+    model = test_peft.adapted(base, **test_peft.KINDS["popular"])
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         to_double()

@@ -43,7 +43,11 @@ BAD = {
 
 # The first makes the room that the second shares.
 LORAS = {
-    "first": {"rank": 3, "targets": ("decoder", "vision.attention")},
+    "first": {
+        "rank": 3,
+        "targets": ("decoder", "vision.attention", "projector"),
+        "dora": True,
+    },
     "second": {"rank": 2, "alpha": 5.0, "rslora": True},
 }
 OPTIONS = {
@@ -299,14 +303,23 @@ def test_graph_has_defaults_and_runs_no_python(folder):
 
 
 def test_a_merged_adapter_needs_no_input():
+    from keras_paligemma.export.savedmodel import check_adapters
     from keras_paligemma.export.weights import Weights
+    from keras_paligemma.models.lora import Lora
 
     backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT)
     backbone.enable_lora(2)
     held = Weights(backbone)
     assert held.names == ["", "default"]
     assert len(held.adapters) == 2 * len(backbone.adapters.slots.targets)
+    check_adapters(backbone.adapters)
+    name = "vision_encoder/projector/bias"
+    bias = np.ones(backbone.text_config.hidden_dim, "float32")
+    backbone.adapters.add("brought", Lora(1), whole={name: bias})
+    with pytest.raises(ValueError, match=r"\['brought'\], which bring weights"):
+        check_adapters(backbone.adapters)
     backbone.adapters.merge()
+    check_adapters(backbone.adapters)
     held = Weights(backbone)
     assert held.names == [""]
     assert not held.adapters

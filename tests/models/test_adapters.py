@@ -8,9 +8,10 @@ from keras import ops
 from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import StreamedCrossEntropy
-from keras_paligemma.models.adapters import GROUPS
-from keras_paligemma.models.adapters import LORA_TARGETS
-from keras_paligemma.models.adapters import Lora
+from keras_paligemma.checkpoints.peft import HEAD
+from keras_paligemma.models.lora import GROUPS
+from keras_paligemma.models.lora import LORA_TARGETS
+from keras_paligemma.models.lora import Lora
 from tests.conftest import error
 from tests.conftest import golden_training
 from tests.conftest import run
@@ -78,9 +79,11 @@ def test_targets_by_tower_and_the_table(tiny_model, capsys):
         assert f"{trained:,}  of " in capsys.readouterr().out
         paths = {one.path for one in model.trainable_variables}
         assert any("vision" in path for path in paths) == (
-            target.startswith("vision") or target == "all"
+            target.startswith(("vision", "all"))
         )
-    assert sizes["all"] == sizes["decoder"] + sizes["vision"]
+    # The projector too: rank × (width of the tower + that of the decoder).
+    everything = sizes["decoder"] + sizes["vision"] + 2 * (48 + 64)
+    assert sizes["all"] == sizes["all-linear"] == everything
     for tower in ("decoder", "vision"):
         parts = sizes[f"{tower}.attention"] + sizes[f"{tower}.mlp"]
         assert sizes[tower] == parts
@@ -92,6 +95,12 @@ def test_targets_by_tower_and_the_table(tiny_model, capsys):
         ({"rank": 2, "targets": ["q_proj"]}, r"Received: \['q_proj'\]"),
         ({"rank": 0}, "positive integer"),
         ({"rank": 2, "dropout": 1.0}, "below 1"),
+        ({"rank": 2, "alpha": 0}, "a number other than 0"),
+        ({"rank": 2, "alpha": "x"}, "a number other than 0.* Received: 'x'"),
+        ({"rank": 2, "dora": True, "bias": True}, "gains or biases"),
+        ({"rank": 2, "ranks": {"up": [1, 2, 0]}}, r"Received: \['up'\]"),
+        ({"rank": 2, "ranks": {"key": [1, 3, 0]}}, "integer of 0 to 2"),
+        ({"rank": 2, "ranks": {"key": [1, 2]}}, "the 3 layers of 'key'"),
     ],
 )
 def test_arguments_that_mean_nothing(tiny_model, arguments, words):
@@ -250,6 +259,111 @@ def test_dropout_differs_by_layer_and_projection():
             assert again.tobytes() == masks[number, "blocks/block/mlp/up"]
     assert len(set(masks.values())) == 6
     np.testing.assert_array_equal(drop(x, 0.25, "anywhere"), x)
+
+
+def trained(model, examples):
+    """The values of an adapter after a few steps that made it better."""
+    model.compile(keras.optimizers.Adam(1e-2))
+    losses = model.fit(examples, epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    return model.adapters.values("default")
+
+
+def test_layers_train_at_ranks_of_their_own(tiny_model, examples, tmp_path):
+    model = tiny_model(form="stacked")
+    ranks = {"query": [3, 0, 1], "projector": [2]}
+    model.enable_lora(
+        3, targets=["query", "up", "projector"], ranks=ranks, bias=True
+    )
+    values = trained(model, examples)
+    place = "text_decoder/blocks/attention/query"
+    for layer, rank in enumerate(ranks["query"]):
+        # What a layer has not stays zero; what it has is trained.
+        a = values[f"{place}/adapter_a"][layer]
+        b = values[f"{place}/adapter_b"][layer]
+        assert not a[:, rank:].any() and not b[rank:].any()
+        assert a[:, :rank].all() and b[:rank].all()
+        assert values[f"{place}/adapter_bias"][layer].any() == bool(rank)
+    assert values["vision_encoder/projector/adapter_b"][:2].any()
+    x = inputs_of(model, examples)
+    wanted = output(model, x)
+    model.save_to_preset(tmp_path / "preset")
+    model.save_adapter(tmp_path / "adapter")
+    read = PaliGemmaCausalLM.from_preset(tmp_path / "preset")
+    assert read.backbone.lora == model.backbone.lora
+    np.testing.assert_array_equal(output(read, x), wanted)
+    read.adapters.select(None)
+    read.load_adapter(tmp_path / "adapter", "from PEFT")
+    known = read.adapters.known
+    assert known["from PEFT"].ranks == known["default"].ranks
+    assert error(output(read, x), wanted) < 1e-6
+    with pytest.raises(ValueError, match=r"Received: \['query', 'up'\]"):
+        read.adapters.merge()
+
+
+def test_gains_are_trained(tiny_model, examples):
+    model = tiny_model()
+    model.enable_lora(2, targets=["down", "projector"], dora=True)
+    x = inputs_of(model, examples)
+    before = output(model, x)
+    values = trained(model, examples)
+    assert values["text_decoder/blocks/mlp/down/adapter_gain"].any()
+    assert values["vision_encoder/projector/adapter_gain"].any()
+    model.adapters.select(None)
+    np.testing.assert_array_equal(output(model, x), before)
+    # An adapter that has none learns them too, and nothing is lost.
+    model.enable_lora(1, targets=["down"], name="other")
+    assert model.adapters.known["other"].dora
+
+
+def test_whole_weights_change_places(tiny_model, examples, tmp_path):
+    model = tiny_model()
+    x = inputs_of(model, examples)
+    bare = output(model, x)
+    name = "vision_encoder/projector/kernel"
+    kernel = np.random.default_rng(3).normal(size=(48, 64)).astype("float32")
+    model.adapters.add("one", Lora(2), whole={name: kernel})
+    first = output(model, x)
+    assert error(first, bare) > 1e-2
+    model.enable_lora(2, name="two")
+    np.testing.assert_array_equal(output(model, x), bare)
+    model.adapters.select("one")
+    np.testing.assert_array_equal(output(model, x), first)
+    # What was trained of it waits, and comes back.
+    model.backbone.weights_by_name()[name].assign(2 * kernel)
+    model.adapters.select(None)
+    np.testing.assert_array_equal(output(model, x), bare)
+    model.save_adapter(tmp_path / "one", name="one")
+    model.adapters.select("one")
+    second = output(model, x)
+    assert error(second, first) > 1e-2
+    model.save_to_preset(tmp_path / "preset")
+    read = PaliGemmaCausalLM.from_preset(tmp_path / "preset")
+    np.testing.assert_array_equal(output(read, x), second)
+    other = tiny_model()
+    other.load_adapter(tmp_path / "one")
+    np.testing.assert_array_equal(output(other, x), second)
+
+
+def test_a_head_of_an_adapters_own(tiny_model, examples, tmp_path):
+    """It has a place in the adapter's file, and in no model's."""
+    model = tiny_model()
+    table = model.backbone.token_embedding.table
+    random = np.random.default_rng(3).normal(size=table.shape)
+    model.adapters.add("one", Lora(2), whole={HEAD: random.astype("float32")})
+    hidden = random[:5].astype("float32")
+    found = ops.convert_to_numpy(model.backbone.logits(hidden, capped=False))
+    assert error(found, hidden @ random.T) < 1e-5
+    for write in (model.save_to_preset, model.export_to_transformers):
+        model.adapters.select("one")
+        with pytest.raises(ValueError, match="one table for both"):
+            model.adapters.merge()
+            write(tmp_path / "model")
+        model.adapters.unmerge()
+    model.adapters.select(None)
+    model.save_to_preset(tmp_path / "model")
+    read = PaliGemmaCausalLM.from_preset(tmp_path / "model")
+    assert read.backbone.token_embedding.adapter_head is None
 
 
 def test_full_rank_is_a_full_update(golden_backbone, expected):

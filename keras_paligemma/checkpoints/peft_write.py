@@ -1,0 +1,143 @@
+"""Adapters written as Hugging Face's PEFT reads them."""
+
+import functools
+import json
+import re
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from keras_paligemma import atomic
+from keras_paligemma.checkpoints.engine import BLOCKS
+from keras_paligemma.checkpoints.engine import LAYER
+from keras_paligemma.checkpoints.peft import CONFIG
+from keras_paligemma.checkpoints.peft import HEAD
+from keras_paligemma.checkpoints.peft import ROOT
+from keras_paligemma.checkpoints.peft import TABLE
+from keras_paligemma.checkpoints.peft import TARGETS
+from keras_paligemma.checkpoints.peft import WEIGHTS
+from keras_paligemma.checkpoints.peft import newest
+from keras_paligemma.checkpoints.peft import rows
+
+# A vector of a module, and the array that makes the module whole with it.
+_BESIDE = {"bias": "kernel", "beta": "gamma"}
+
+
+def arrays(lora, pieces, whole, architecture):
+    """Give an adapter's tensors, one at a time; see `read`.
+
+    Yields:
+        Pairs of key and array, of each layer the rank that it has.
+    """
+    table = rows(architecture)
+    for target in lora["targets"]:
+        place = TARGETS[target]
+        for name in sorted(
+            one for one in pieces if one.startswith(f"{place}/")
+        ):
+            row = table[name]
+            layers = pieces[name] if BLOCKS in name else pieces[name][None]
+            ranks = lora["ranks"].get(target, [lora["rank"]] * len(layers))
+            for key, one, rank in zip(
+                row.keys(len(layers)), layers, ranks, strict=True
+            ):
+                if name.endswith("adapter_a"):
+                    one = one[..., :rank]
+                if name.endswith("adapter_b"):
+                    one = one[:rank]
+                if rank:
+                    yield ROOT + newest(key), row.write(one)
+    targets = tuple(f"{TARGETS[one]}/" for one in lora["targets"])
+    for name, value in whole.items():
+        row = table[name]
+        layers = value if BLOCKS in name else value[None]
+        for key, one in zip(row.keys(len(layers)), layers, strict=True):
+            if name.startswith(targets):
+                module, _, last = key.rpartition(".")
+                key = f"{module}.base_layer.{last}"
+            yield ROOT + newest(key), row.write(one)
+
+
+def describe(lora, whole, layers, architecture, base=None):
+    """Give the configuration that PEFT reads with these tensors.
+
+    Args:
+        lora: dict of the arguments of `Lora`.
+        whole: dict of name to array, weights that it brings whole.
+        layers: dict of target to its number of layers.
+        architecture: see `hugging_face.rows`.
+        base: str or `None`, name of the model that it belongs to.
+    """
+    table = rows(architecture)
+    modules, ranks, alphas = [], {}, {}
+    for target in lora["targets"]:
+        name = table[f"{TARGETS[target]}/kernel"].theirs
+        name = re.escape(newest(name).removesuffix(".weight"))
+        module = functools.partial(name.replace, re.escape(LAYER))
+        count = layers[target]
+        of_target = lora["ranks"].get(target, [lora["rank"]] * count)
+        chosen = [str(layer) for layer, rank in enumerate(of_target) if rank]
+        every = r"\d+" if len(chosen) == count else f"({'|'.join(chosen)})"
+        modules += [module(every)] if chosen else []
+        for layer, rank in enumerate(of_target):
+            if rank not in (0, lora["rank"]):
+                ranks[module(str(layer))] = rank
+        for layer, alpha in enumerate(lora["alphas"].get(target, ())):
+            if alpha != lora["alpha"] and of_target[layer]:
+                alphas[module(str(layer))] = alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "lora_dropout": lora["dropout"],
+        "target_modules": "|".join(modules),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "inference_mode": True,
+        "use_rslora": lora["rslora"],
+        "use_dora": lora["dora"],
+        "lora_bias": lora["bias"],
+        "fan_in_fan_out": False,
+        "layers_to_transform": None,
+    } | _describe_whole(lora, whole, table)
+
+
+def _describe_whole(lora, whole, table):
+    """Say which modules an adapter brings whole, and which biases."""
+    biases, modules = [], []
+    for name, value in whole.items():
+        place, last = name.rsplit("/", 1)
+        if last in _BESIDE and f"{place}/{_BESIDE[last]}" not in whole:
+            biases.append(place)
+        elif name != TABLE or HEAD in whole:
+            # A table alone is read as that of the base, and of its head.
+            keys = table[name].keys(len(value))
+            modules += [newest(key).rpartition(".")[0] for key in keys]
+    targets = {TARGETS[one] for one in lora["targets"]}
+    of_targets = "lora_only" if targets >= {*biases} else "all"
+    return {
+        "bias": of_targets if biases else "none",
+        "modules_to_save": sorted(set(modules)) or None,
+    }
+
+
+def write(folder, config, arrays):
+    """Write an adapter that PEFT loads onto transformers' PaliGemma.
+
+    One that is there is replaced, all at once; see `atomic.whole_folder`.
+
+    Args:
+        folder: path.
+        config: dict, of `describe`.
+        arrays: iterable of pairs of key and array.
+    """
+    # safetensors writes the memory of an array, whatever its strides.
+    arrays = {key: np.ascontiguousarray(array) for key, array in arrays}
+    text = json.dumps(config, indent=2) + "\n"
+    with atomic.whole_folder(folder, CONFIG, [WEIGHTS]) as draft:
+        save_file(arrays, draft / WEIGHTS)
+        # safetensors lets nobody else read what it writes.
+        (draft / WEIGHTS).chmod(0o644)
+        (draft / CONFIG).write_text(text, encoding="utf-8")
