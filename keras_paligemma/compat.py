@@ -12,6 +12,11 @@ from keras.src.backend.common import global_state
 from keras.src.models.functional import Functional
 from keras.src.ops.function import Function
 
+# The base of an iterable that `fit` takes as it is, and begins anew each epoch.
+from keras.src.trainers.data_adapters.generator_data_adapter import (
+    GeneratorDataAdapter as GeneratorDataAdapter,
+)
+
 
 @contextlib.contextmanager
 def without_values():

@@ -7,6 +7,8 @@ import numpy as np
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.known_files import read_checked
+from keras_paligemma.preprocessing.graph import call_in_python
+from keras_paligemma.preprocessing.graph import is_symbolic
 from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
 )
@@ -174,6 +176,8 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         # nothing to trace or build here.
         if isinstance(x, tuple):  # An element of a dataset.
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x)
+        if y is None and not _is_preprocessed(x) and is_symbolic(x):
+            return call_in_python(self, x, sample_weight)
         return self.call(x, y, sample_weight)
 
     def call(self, x: dict, y=None, sample_weight=None):
@@ -182,7 +186,9 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         Args:
             x: Dictionary with `"images"`, `"prompts"` and `"responses"`: one
                 picture and two strings, or lists of them. Arrays that are
-                preprocessed already (`"token_ids"`) pass through.
+                preprocessed already (`"token_ids"`) pass through. As a
+                function of a dataset's `map` a call takes tensors of a graph,
+                and runs in Python by `tf.numpy_function`.
             y: `None`; targets come from the responses.
             sample_weight: `None`, or one weight an example.
 
