@@ -11,6 +11,8 @@ from safetensors.numpy import save_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Bytes of tensors in a file: as much is in memory while it is written.
+SHARD_SIZE = 2_000_000_000
 
 
 class Tensors:
@@ -175,7 +177,7 @@ def _shards(index):
     return names
 
 
-def write_safetensors(folder, arrays, max_shard_size=2_000_000_000):
+def write_safetensors(folder, arrays, max_shard_size=SHARD_SIZE):
     """Write the weights of a checkpoint, holding one shard in memory.
 
     One shard is `model.safetensors`; several are numbered and have an index,

@@ -176,6 +176,11 @@ class Adapters:
             cut[f"{place}/adapter_b"] = b[:, : lora.rank]
         return cut
 
+    def assign(self, values):
+        """Give the adapter in use other values, as `values` returns them."""
+        self._refuse_merged()
+        self._assign(values)
+
     def held(self, name):
         """Give an adapter's arrays as the slots hold them: filled up by 0."""
         return self._read() if name == self.live else self._waiting[name]

@@ -13,6 +13,7 @@ from keras_paligemma.compat import never_functional
 from keras_paligemma.compat import to_host
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
+from keras_paligemma.models import loader as loader
 from keras_paligemma.models import trainable
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.models.batches import as_dataset
@@ -184,6 +185,15 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             return hidden_BRD
         capped = self.own_loss is None or self.own_loss.final_soft_cap
         return self.backbone.logits(hidden_BRD, capped)
+
+    def compute_output_shape(self, inputs_shape):
+        vocabulary_size = self.backbone.vocabulary_size
+        return (*inputs_shape["token_ids"], vocabulary_size)
+
+    def compute_output_spec(self, inputs, training=None):
+        shapes = {"token_ids": inputs["token_ids"].shape}
+        # Whatever the policy.
+        return keras.KerasTensor(self.compute_output_shape(shapes), "float32")
 
     def train_step(self, *args):
         with self._answering(args[-1]):
@@ -389,7 +399,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         arrays = dict(inputs)
         if self.preprocessor is not None:
             arrays = self.preprocessor.generate_preprocess(
-                arrays, max_new_tokens
+                arrays, max_new_tokens=max_new_tokens
             )
         check_token_ids(
             arrays["token_ids"], self.backbone.text_config.vocabulary_size
@@ -416,12 +426,12 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         """The named adapters: select, merge, unmerge; see `Adapters`."""
         return self.backbone.adapters
 
-    def enable_lora(self, rank, alpha=None, **kwargs):
+    def enable_lora(self, rank, target_layer_names=None, **kwargs):
         """Train adapters alone, as the backbone does, and print the table.
 
         Compile again afterwards: the optimizer must see the new variables.
         """
-        self.backbone.enable_lora(rank, alpha, **kwargs)
+        self.backbone.enable_lora(rank, target_layer_names, **kwargs)
         self._structure_changed()
         print(self.backbone.trainable_table())
 

@@ -112,6 +112,9 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
         task["preprocessor"] = cls.preprocessor_cls.from_files(
             checkpoint.config, checkpoint.tokenizer, **kwargs
         )
+    elif not wanted and "preprocessor" not in task:
+        # A backbone's preset; a preprocessor may lie beside it by itself.
+        task["preprocessor"] = cls.preprocessor_cls.saved_in(preset, **kwargs)
     elif kwargs:
         raise TypeError(f"Unknown arguments: {sorted(kwargs)}.")
     if calibration is not None:
@@ -119,7 +122,7 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
             calibration, task.get("preprocessor")
         )
     return cls(
-        load_backbone(
+        backbone=load_backbone(
             cls.backbone_cls,
             checkpoint,
             load_weights,

@@ -26,7 +26,7 @@ def is_symbolic(x) -> bool:
     )
 
 
-def call_in_python(preprocessor, x, sample_weight=None):
+def call_in_python(preprocessor, x, sample_weight=None, sequence_length=None):
     """Calls a preprocessor by `tf.numpy_function`, with static shapes.
 
     It runs in the Python process that trains, one call at a time: such a
@@ -36,6 +36,7 @@ def call_in_python(preprocessor, x, sample_weight=None):
         preprocessor: `PaliGemmaCausalLMPreprocessor`.
         x: Dictionary of symbolic tensors: one example or a batch.
         sample_weight: `None`, or a symbolic tensor of one weight an example.
+        sequence_length: `None` or integer, as a call takes it.
 
     Returns:
         `(x, y, sample_weight)` of symbolic tensors, as a call gives arrays.
@@ -56,8 +57,9 @@ def call_in_python(preprocessor, x, sample_weight=None):
     inputs = {"x": dict(x)}
     if sample_weight is not None:
         inputs["sample_weight"] = sample_weight
-    text = batch + [preprocessor.sequence_length]
-    response = batch + [preprocessor.response_length]
+    length = preprocessor.response_length_of(sequence_length)
+    text = batch + [preprocessor.prompt_length + length]
+    response = batch + [length]
     outputs = {
         "token_ids": tf.TensorSpec(text, "int32"),
         "padding_mask": tf.TensorSpec(text, "bool"),
@@ -78,7 +80,8 @@ def call_in_python(preprocessor, x, sample_weight=None):
 
     def call(*arrays):
         arguments = tf.nest.pack_sequence_as(inputs, arrays)
-        return tf.nest.flatten(preprocessor.call(**arguments))
+        found = preprocessor.call(**arguments, sequence_length=sequence_length)
+        return tf.nest.flatten(found)
 
     flat = tf.numpy_function(
         call,

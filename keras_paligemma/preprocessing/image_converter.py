@@ -4,6 +4,10 @@ import keras
 import keras_hub
 import numpy as np
 
+from keras_paligemma import presets
+from keras_paligemma.checkpoints import formats
+from keras_paligemma.compat import classproperty
+from keras_paligemma.preprocessing import parts
 from keras_paligemma.preprocessing.images import read_image
 from keras_paligemma.preprocessing.images import to_bytes
 from keras_paligemma.preprocessing.images import to_rgb
@@ -73,6 +77,55 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
             **kwargs,
         )
         self.resize = resize
+
+    @classmethod
+    def from_preset(cls, preset, **kwargs):
+        """Reads the converter of a preset; reads and fetches no weights.
+
+        Args:
+            preset: As `PaliGemmaCausalLM.from_preset` takes it, or a folder
+                that `save_to_preset` of a converter or preprocessor wrote.
+            **kwargs: Arguments of the class, in place of what is there.
+
+        Returns:
+            `PaliGemmaImageConverter`.
+
+        Raises:
+            ValueError: unknown preset, or one without a preprocessor.
+        """
+        config = parts.read(cls, preset, "image_converter.json")
+        if config is not None:
+            return cls.from_config(config | kwargs)
+        config = formats.resolve(preset, load_weights=False).config
+        if config["preprocessor"] is None:
+            raise ValueError(
+                f"{preset} does not say how pictures are resized: it was "
+                "saved without a preprocessor. Make the converter yourself: "
+                "`PaliGemmaImageConverter("
+                f"{config['backbone']['image_size']}, resize=…)`."
+            )
+        known = {
+            "image_size": config["backbone"]["image_size"],
+            "resize": config["preprocessor"]["resize"],
+        }
+        return cls(**known | kwargs)
+
+    def save_to_preset(self, preset_dir):
+        """Writes the configuration to a folder.
+
+        Args:
+            preset_dir: Path; `from_preset` reads it.
+
+        Raises:
+            ValueError: the folder holds a preset with a preprocessor.
+        """
+        parts.refuse_whole_preset(preset_dir)
+        super().save_to_preset(preset_dir)
+
+    @classproperty
+    def presets(cls):
+        """Describes the presets, as `PaliGemmaBackbone.presets` does."""
+        return presets.describe_all()
 
     def __call__(self, inputs):
         # Keras refuses lists that mix tensors with paths or Pillow images,
