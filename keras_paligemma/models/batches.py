@@ -222,6 +222,40 @@ def split(x, y, sample_weight, fraction):
     return examples.rows(numbers[:start]), examples.rows(numbers[start:])
 
 
+def in_batches(x, batch_size):
+    """Slice what `generate` takes into batches of one size.
+
+    Args:
+        x: dict of lists or arrays.
+        batch_size: int.
+
+    Returns:
+        List of pairs: a dict of `batch_size` examples, the last ones repeated
+        where there are too few, and how many are no repetition. `None` if `x`
+        is one example, or one batch has all.
+    """
+    if isinstance(batch_size, bool) or not (
+        isinstance(batch_size, int) and batch_size > 0
+    ):
+        raise ValueError(
+            f"`batch_size` is a positive integer. Received: {batch_size!r}."
+        )
+    name = "token_ids" if "token_ids" in x else "prompts"
+    if np.ndim(x.get(name, ())) < (2 if name == "token_ids" else 1):
+        return None
+    examples = Examples(x, None, None, batch_size)
+    last = len(examples.order) - 1
+    if last < batch_size:
+        return None
+    return [
+        (
+            examples.rows(np.minimum(start + np.arange(batch_size), last))[0],
+            min(batch_size, last + 1 - start),
+        )
+        for start in range(0, last + 1, batch_size)
+    ]
+
+
 def as_dataset(x, y, sample_weight, batch_size, preprocess, shuffle=False):
     """Make what `fit` was given a data set of preprocessed batches.
 

@@ -17,6 +17,7 @@ from keras_paligemma.models import loader as loader
 from keras_paligemma.models import trainable
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.models.batches import as_dataset
+from keras_paligemma.models.batches import in_batches
 from keras_paligemma.models.batches import split
 from keras_paligemma.models.batches import steps_of
 from keras_paligemma.models.generation import drop_after_stop
@@ -369,6 +370,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         max_new_tokens=None,
         stop_token_ids="auto",
         strip_prompt=True,
+        *,
+        batch_size=None,
     ):
         """Answer prompts about pictures.
 
@@ -383,6 +386,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 end token; `None` never stops early.
             strip_prompt: bool; `False` gives prompt, newline and answer, as
                 KerasHub does.
+            batch_size: int, examples that are answered at a time, for lists
+                that do not fit at once: the last batch is filled up, so that
+                one function is compiled. `None` takes all at once.
 
         Returns:
             A string for one prompt, a list of strings for a list of prompts;
@@ -395,6 +401,18 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         model.generate({"images": [cat, dog], "prompts": ["cap en", "ocr"]})
         ```
         """
+        self._assert_compile_called("generate")
+        if batch_size is not None:
+            parts = in_batches(inputs, batch_size)
+            if parts is not None:
+                options = max_new_tokens, stop_token_ids, strip_prompt
+                answers = [
+                    self.generate(part, *options)[:count]
+                    for part, count in parts
+                ]
+                if self.preprocessor is None:
+                    return np.concatenate(answers)
+                return [text for texts in answers for text in texts]
         stop_token_ids = stops_of(stop_token_ids, self.preprocessor)
         arrays = dict(inputs)
         if self.preprocessor is not None:

@@ -14,6 +14,18 @@ from keras_paligemma.preprocessing.images import to_rgb
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.resize import RULES
 
+# Arguments of the base class that follow from what PaliGemma expects.
+NOT_FREE = {
+    "scale",
+    "offset",
+    "interpolation",
+    "antialias",
+    "crop_to_aspect_ratio",
+    "pad_to_aspect_ratio",
+    "bounding_box_format",
+    "data_format",
+}
+
 
 @keras.saving.register_keras_serializable(package="keras_paligemma")
 class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
@@ -54,6 +66,15 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
         resize: str = "bilinear",
         **kwargs,
     ):
+        refused = sorted(NOT_FREE & kwargs.keys())
+        if refused:
+            raise ValueError(
+                f"Pictures are converted in one way. Received: {refused}. "
+                "Expected: `image_size` and `resize`. The whole picture is "
+                "squeezed, so that boxes stay relative to it, and 0…255 "
+                "becomes [-1, 1]: what checkpoints were trained with. See "
+                "docs/migrating_from_keras_hub.md."
+            )
         if not isinstance(image_size, (list, tuple)):
             image_size = (image_size, image_size)
         image_size = tuple(image_size)
@@ -191,16 +212,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
 
     def get_config(self):
         config = super().get_config()
-        # The base's arguments, none of which is free here.
-        for key in (
-            "scale",
-            "offset",
-            "interpolation",
-            "antialias",
-            "crop_to_aspect_ratio",
-            "pad_to_aspect_ratio",
-            "bounding_box_format",
-        ):
+        for key in NOT_FREE & config.keys():
             del config[key]
         config["resize"] = self.resize
         return config

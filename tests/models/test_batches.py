@@ -196,6 +196,6 @@ def test_what_cannot_be_trained_on_says_so(model, examples):
 def test_an_uncompiled_model_says_so(examples):
     model = build_tiny_model()
     model = type(model)(model.backbone, model.preprocessor, compile=False)
-    for method in (model.fit, model.evaluate):
+    for method in (model.fit, model.evaluate, model.generate):
         with pytest.raises(ValueError, match=r"must call `compile\(\)`"):
             method(examples)
