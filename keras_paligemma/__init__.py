@@ -27,5 +27,6 @@ __version__ = "0.1.0"
 __getattr__, __dir__ = attach(__name__, _HOME)
 
 if "keras_hub" in sys.modules:
-    # Its base classes find our classes, by `from_preset`, once they are there.
-    from keras_paligemma.models import causal_lm as causal_lm
+    # Then nothing is saved by being lazy, and `from_preset` of KerasHub's base
+    # classes finds our classes without a further import.
+    import keras_paligemma.models.causal_lm  # noqa: F401

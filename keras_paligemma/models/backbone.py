@@ -202,14 +202,9 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     @property
     def transformer_layers(self):
         """The decoder's blocks, a sequence; stacked ones are no layers."""
-        if self.text_decoder.blocks.stacked:
-            raise ValueError(
-                "Stacked blocks share one layer: there is no list of them. "
-                "Build or load the model with `form='unrolled'`."
-            )
         # No list: Keras's saving would walk through it, and write each block
         # apart.
-        return collections.UserList(self.text_decoder.blocks._layers)
+        return collections.UserList(self.text_decoder.blocks.each_block())
 
     def embed(self, inputs):
         """Embed pictures and tokens as one sequence (B, L, D).

@@ -13,7 +13,7 @@ from keras_paligemma.compat import never_functional
 from keras_paligemma.compat import to_host
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
-from keras_paligemma.models import loader as loader
+from keras_paligemma.models import loader
 from keras_paligemma.models import trainable
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.models.batches import as_dataset
@@ -34,6 +34,8 @@ from keras_paligemma.models.optimizers import check_moments
 from keras_paligemma.preprocessing.preprocessor import (
     PaliGemmaCausalLMPreprocessor,
 )
+
+loader.register()
 
 
 @never_functional
@@ -279,7 +281,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         Raises:
             ValueError: the model is not compiled, or `x` is none of these.
         """
-        self._assert_compile_called("fit")
+        self._check_compiled("fit")
         check_moments(self.optimizer, self.trainable_variables)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = split(
@@ -306,7 +308,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         """Measure loss and metrics; takes what `fit` takes."""
         if kwargs.get("_use_cached_eval_dataset"):
             return keras.Model.evaluate(self, x, y, **kwargs)
-        self._assert_compile_called("evaluate")
+        self._check_compiled("evaluate")
         kwargs.setdefault("steps", steps_of(x))
         x = self._dataset(x, y, sample_weight, batch_size)
         return keras.Model.evaluate(self, x, **kwargs)
@@ -320,6 +322,13 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         kwargs.setdefault("steps", steps_of(x))
         x = self._dataset(x, None, None, batch_size)
         return keras.Model.predict(self, x, **kwargs)
+
+    def _check_compiled(self, method):
+        if not self.compiled:
+            raise ValueError(
+                f"You must call `compile()` before `{method}()`. Received: a "
+                "model that was made with `compile=False`."
+            )
 
     def _dataset(self, x, y, sample_weight, batch_size, shuffle=False):
         return as_dataset(
@@ -401,7 +410,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         model.generate({"images": [cat, dog], "prompts": ["cap en", "ocr"]})
         ```
         """
-        self._assert_compile_called("generate")
+        self._check_compiled("generate")
         if batch_size is not None:
             parts = in_batches(inputs, batch_size)
             if parts is not None:

@@ -108,14 +108,17 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
     wanted = checkpoint.config["preprocessor"] is not None
     if not load_weights and checkpoint.tokenizer is None:
         wanted = False
-    if wanted and "preprocessor" not in task:
-        task["preprocessor"] = cls.preprocessor_cls.from_files(
-            checkpoint.config, checkpoint.tokenizer, **kwargs
-        )
-    elif not wanted and "preprocessor" not in task:
-        # A backbone's preset; a preprocessor may lie beside it by itself.
-        task["preprocessor"] = cls.preprocessor_cls.saved_in(preset, **kwargs)
-    elif kwargs:
+    if "preprocessor" not in task:
+        if wanted:
+            preprocessor = cls.preprocessor_cls.from_files(
+                checkpoint.config, checkpoint.tokenizer, **kwargs
+            )
+        else:
+            # Of a backbone's preset: one may lie beside it by itself.
+            preprocessor = cls.preprocessor_cls.saved_in(preset, **kwargs)
+        if preprocessor is not None:
+            task["preprocessor"], kwargs = preprocessor, {}
+    if kwargs:
         raise TypeError(f"Unknown arguments: {sorted(kwargs)}.")
     if calibration is not None:
         backbone["calibration"] = calibrating.batches_of(

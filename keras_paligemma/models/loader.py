@@ -1,5 +1,6 @@
 """Presets of this package for `from_preset` of KerasHub's base classes."""
 
+from keras_paligemma import presets
 from keras_paligemma.compat import add_preset_loader
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.preprocessing.image_converter import (
@@ -45,12 +46,13 @@ class PresetLoader:
         return cls.from_preset(self.preset, **kwargs)
 
 
-# How KerasHub finds what goes with a backbone. Set from here, since the parts
-# stand below the models.
-for part in (
-    PaliGemmaCausalLMPreprocessor,
-    PaliGemmaImageConverter,
-    PaliGemmaTokenizer,
-):
-    part.backbone_cls = PaliGemmaBackbone
-add_preset_loader("keras_paligemma", PresetLoader)
+def register():
+    """Let KerasHub's base classes find ours by the backbone's class."""
+    # Set from here, since the parts stand below the models.
+    for part in (
+        PaliGemmaCausalLMPreprocessor,
+        PaliGemmaImageConverter,
+        PaliGemmaTokenizer,
+    ):
+        part.backbone_cls = PaliGemmaBackbone
+    add_preset_loader(presets.HEADER["format"], PresetLoader)

@@ -8,6 +8,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from keras_paligemma.checkpoints import engine
+from keras_paligemma.checkpoints.float_views import float_views
 from keras_paligemma.compat import process
 from keras_paligemma.compat import wait_for_all
 from keras_paligemma.models.adapters import Lora
@@ -62,7 +64,8 @@ def load(backbone, filepath):
                     values[name] = np.asarray(item[()])
 
             group.visititems(read)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        _check_shapes(backbone, lora, values)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} cannot be read as an adapter: {error}. Expected: a file "
             "of `save_lora_weights`."
@@ -80,6 +83,27 @@ def load(backbone, filepath):
             "adapters: the file says which is made."
         )
     adapters.assign(values)
+
+
+def _check_shapes(backbone, lora, values):
+    """Refuse arrays that are not those of the adapter in this model."""
+    weights = float_views(backbone.weights_by_name())
+    halves = "adapter_a", "adapter_b"
+    places = [lora.place(target) for target in lora.targets]
+    names = {f"{place}/{half}" for place in places for half in halves}
+    if values.keys() != names:
+        raise ValueError(
+            f"it holds {sorted(values)}, and its targets have {sorted(names)}"
+        )
+    for place in places:
+        a, b = (values[f"{place}/{half}"].shape for half in halves)
+        kernel = tuple(engine.shape_of(weights[f"{place}/kernel"]))
+        ranks = a[-1:] + b[1:2]
+        if a[:-1] + b[2:] != kernel or set(ranks) != {lora.rank}:
+            raise ValueError(
+                f"its {place} is A {a} and B {b}, which make up no kernel "
+                f"{kernel} of rank {lora.rank}"
+            )
 
 
 def _path(filepath):

@@ -12,6 +12,8 @@ import keras
 from keras_paligemma import atomic
 from keras_paligemma import presets
 
+FILES = ("tokenizer.json", "image_converter.json", "preprocessor.json")
+
 
 def read(cls, preset, file: str) -> dict | None:
     """Reads the configuration that a part wrote into a folder.
@@ -47,15 +49,45 @@ def has_preprocessor(folder) -> bool:
     return isinstance(found, dict) and bool(found.get("preprocessor"))
 
 
-def refuse_whole_preset(folder):
-    """Raises where a part's files would lie beside a preset that has one.
+def refuse_other_files(folder):
+    """Raises where a part's files would replace others, or contradict them.
 
-    Two answers to one question would be in the folder. A backbone's preset
-    has none, so its preprocessor may be saved beside it, before or after.
+    A preset with a preprocessor answers what the part would answer too. A
+    backbone's preset does not, so a preprocessor may be saved beside it,
+    before or after.
+
+    Args:
+        folder: Path, which need not exist.
+
+    Raises:
+        ValueError: the folder holds a model of another format, a preset with
+            a preprocessor, or a file of a part's name that is none.
     """
+    folder = Path(folder)
+    config = atomic.current(folder, presets.CONFIG) / presets.CONFIG
     if has_preprocessor(folder):
         raise ValueError(
             f"{folder} holds a preset with a preprocessor of its own. "
             "Expected: another folder, or the preset of a backbone alone. "
             "`model.save_to_preset` replaces all of it."
         )
+    others = [folder / name for name in FILES if (folder / name).is_file()]
+    others = [path for path in others if not _is_ours(path)]
+    if config.is_file() and not _is_ours(config):
+        others.append(config)
+    if others:
+        names = ", ".join(sorted(path.name for path in others))
+        raise ValueError(
+            f"{folder} holds {names} of another library, which would be "
+            "replaced or contradicted. Expected: another folder."
+        )
+
+
+def _is_ours(path):
+    saved = presets.read_json(path)
+    if not isinstance(saved, dict):
+        return False
+    name = str(saved.get("registered_name"))
+    return name.startswith("keras_paligemma>") or (
+        saved.get("format") == presets.HEADER["format"]
+    )

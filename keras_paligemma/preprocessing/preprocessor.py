@@ -210,9 +210,10 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 backbone, `PaliGemmaCausalLM.from_preset` reads both.
 
         Raises:
-            ValueError: the folder holds a preset with a preprocessor.
+            ValueError: the folder holds a preset with a preprocessor, or
+                another library's files.
         """
-        parts.refuse_whole_preset(preset_dir)
+        parts.refuse_other_files(preset_dir)
         super().save_to_preset(preset_dir)
 
     @classproperty

@@ -180,9 +180,10 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             preset_dir: Path; `from_preset` reads it.
 
         Raises:
-            ValueError: the folder holds a preset with a preprocessor.
+            ValueError: the folder holds a preset with a preprocessor, or
+                another library's files.
         """
-        parts.refuse_whole_preset(preset_dir)
+        parts.refuse_other_files(preset_dir)
         super().save_to_preset(preset_dir)
 
     @classproperty

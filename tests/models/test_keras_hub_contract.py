@@ -317,6 +317,15 @@ def test_lora_weights_that_do_not_fit(tmp_path):
     with h5py.File(tmp_path / "hub.lora.h5", "w") as file:
         file.create_group("lora")
     (tmp_path / "torn.lora.h5").write_bytes(path.read_bytes()[:1000])
+    # Of a model of another width: nothing is filled up by zeros.
+    wide = PaliGemmaBackbone(
+        IMAGE_SIZE,
+        VISION | {"num_layers": 4},
+        TEXT | {"vocabulary_size": 2048, "hidden_dim": 72},
+    )
+    with pytest.raises(ValueError, match="make up no kernel"):
+        wide.load_lora_weights(path)
+    assert wide.lora is None
     for name, message in (
         ("hub", "KerasHub numbers the layers"),
         ("torn", "cannot be read as an adapter"),

@@ -89,6 +89,25 @@ def test_a_whole_preset_is_no_place_for_a_part(parts, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_files_of_others_stay(parts, tmp_path):
+    """A tokenizer.json of transformers has the name of ours."""
+    for name, text in (
+        ("tokenizer.json", '{"version": "1.0"}'),
+        ("config.json", '{"model_type": "paligemma"}'),
+    ):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(text)
+        for part in parts:
+            with pytest.raises(ValueError, match=f"holds {name} of another"):
+                part.save_to_preset(folder)
+        assert (folder / name).read_text() == text
+        assert len(list(folder.iterdir())) == 1
+    # A new folder is made, and parts may be saved again.
+    for _ in range(2):
+        parts[2].save_to_preset(tmp_path / "new" / "folder")
+
+
 def test_presets_are_described():
     for cls in (
         PaliGemmaTokenizer,
