@@ -119,6 +119,32 @@ def test_evaluate_and_predict(model, losses, examples, kind):
     np.testing.assert_allclose(loss, logs["loss"], rtol=1e-4)
 
 
+def test_the_last_batch_may_be_smaller(model, losses, examples):
+    three = rows_of(examples, 0, 3)
+    batches = [rows_of(three, 0, 2), rows_of(three, 2, 3)]
+    found = model.evaluate(batches, verbose=0)[0]
+    np.testing.assert_allclose(found, losses(three), rtol=1e-5)
+    history = model.fit(batches, epochs=2, verbose=0).history
+    np.testing.assert_allclose(history["loss"], [found] * 2, rtol=1e-5)
+
+
+def test_no_graph_is_traced_for_raw_batches(
+    model, losses, examples, monkeypatch
+):
+    """But for the one that TensorFlow's own training makes of batches."""
+    data = slices(examples).batch(2)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a graph")
+
+    monkeypatch.setattr(tf.data.Dataset, "map", refuse)
+    if keras.backend.backend() != "tensorflow":
+        monkeypatch.setattr(tf.data.Dataset, "from_generator", refuse)
+        monkeypatch.setattr(tf, "function", refuse)
+    found = model.evaluate(data, verbose=0)[0]
+    np.testing.assert_allclose(found, losses(examples), rtol=1e-5)
+
+
 @pytest.mark.parametrize("attached", [True, False])
 def test_preprocessed_data_passes(model, losses, examples, attached):
     """With the preprocessor and without, in a dict and in a pipeline."""
