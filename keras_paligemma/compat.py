@@ -5,12 +5,18 @@ Each says why. Whoever updates Keras looks here first.
 
 import contextlib
 import contextvars
+import sys
 
 import keras
 import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.models.functional import Functional
 from keras.src.ops.function import Function
+
+# The base of an iterable that `fit` takes as it is, and begins anew each epoch.
+from keras.src.trainers.data_adapters.generator_data_adapter import (
+    GeneratorDataAdapter as GeneratorDataAdapter,
+)
 
 
 @contextlib.contextmanager
@@ -176,6 +182,39 @@ class classproperty(property):
 
     def __get__(self, instance, owner):
         return self.fget(owner)
+
+
+def add_preset_loader(format, loader):
+    """Let `from_preset` of KerasHub's base classes read another format.
+
+    KerasHub chooses a loader by the keys of `config.json` and has no list to
+    add to, so the function that chooses is wrapped where each class calls it.
+
+    Args:
+        format: str, what `config.json` says under "format".
+        loader: class with the methods of KerasHub's `PresetLoader`, made of
+            the preset and its config.
+    """
+    import keras_hub
+    from keras_hub.src.utils import preset_utils
+
+    choose = preset_utils.get_preset_loader
+
+    def get_preset_loader(preset):
+        if preset_utils.check_file_exists(preset, preset_utils.CONFIG_FILE):
+            config = preset_utils.load_json(preset)
+            if isinstance(config, dict) and config.get("format") == format:
+                return loader(preset, config)
+        return choose(preset)
+
+    for base in (
+        keras_hub.layers.ImageConverter,
+        keras_hub.models.Backbone,
+        keras_hub.models.Preprocessor,
+        keras_hub.models.Task,
+        keras_hub.tokenizers.Tokenizer,
+    ):
+        sys.modules[base.__module__].get_preset_loader = get_preset_loader
 
 
 _target = contextvars.ContextVar("target", default=None)

@@ -116,6 +116,24 @@ def _texts(default=MISSING, optional=False):
     return _field("a list of strings", fits, default, optional)
 
 
+def _by_target(default=None):
+    """A dictionary of a target's name to one number for each layer."""
+
+    def fits(value):
+        return isinstance(value, dict) and all(
+            isinstance(key, str)
+            and isinstance(row, (list, tuple))
+            and all(
+                isinstance(one, numbers.Real) and type(one) is not bool
+                for one in row
+            )
+            for key, row in value.items()
+        )
+
+    expected = "an object of lists of numbers"
+    return _field(expected, fits, default, optional=True)
+
+
 def _part(cls, default=MISSING):
     return field(default=default, metadata={"part": cls})
 
@@ -324,13 +342,21 @@ class LoraConfig(Checked):
         targets: Names of projections, or `None`.
         dropout: Float, share of an adapter's inputs dropped in training.
         rslora: Boolean, scale by alpha / √rank.
+        dora: Boolean, a learned gain for each output.
+        bias: Boolean, a learned bias for each output.
+        ranks: Dictionary of target to the rank of each layer, or `None`.
+        alphas: Dictionary of target to the alpha of each layer, or `None`.
     """
 
     rank: int = _whole(65_536)
-    alpha: float | None = _number(1e-6, 1e9, None, True)
+    alpha: float | None = _number(-1e30, 1e30, None, True)
     targets: tuple[str, ...] | None = _texts(None, True)
     dropout: float = _number(0, 0.999_999, 0.0)
     rslora: bool = _flag(False)
+    dora: bool = _flag(False)
+    bias: bool = _flag(False)
+    ranks: dict | None = _by_target()
+    alphas: dict | None = _by_target()
 
     def __post_init__(self):
         super().__post_init__()

@@ -192,7 +192,7 @@ def finetune(model, examples: dict[str, list], epochs: int) -> list[float]:
 
     # The same adapters each time: of a few draws one learns badly.
     keras.utils.set_random_seed(0)
-    model.enable_lora(LORA_RANK, LORA_ALPHA)
+    model.enable_lora(LORA_RANK, alpha=LORA_ALPHA)
     model.compile(keras.optimizers.Adam(LEARNING_RATE))
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns) as progress:

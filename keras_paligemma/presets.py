@@ -67,6 +67,22 @@ def config(name: str) -> ModelConfig:
     return ModelConfig.from_dict(parts, name)
 
 
+def describe_all() -> dict[str, dict]:
+    """Describes all presets, with the `metadata` that KerasHub's have.
+
+    Returns:
+        Dictionary of a name to what `describe` gives, and `metadata` of
+        `description` and `params`: exact, `None` of an embedded model.
+    """
+    described = {name: describe(name) for name in names()}
+    for preset in described.values():
+        preset["metadata"] = {
+            "description": preset.get("description", ""),
+            "params": preset.get("parameters"),
+        }
+    return described
+
+
 def published(source: str | Path) -> str | None:
     """Give the name of the published model that a name or a handle means."""
     name = str(_handles().get(source, source))

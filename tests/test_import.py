@@ -41,6 +41,16 @@ def test_ground_floor_needs_no_keras_hub(module):
     assert heavy == "[]"
 
 
+def test_keras_hub_finds_our_classes_once_the_package_is_imported():
+    preset = Path(__file__).parents[1] / "presets" / "pali_gemma2_nano_112"
+    found = run(
+        "import keras_hub, keras_paligemma;"
+        f"part = keras_hub.models.Tokenizer.from_preset({str(preset)!r});"
+        "print(type(part) is keras_paligemma.PaliGemmaTokenizer)"
+    )
+    assert found == "True"
+
+
 def test_data_needs_no_keras_before_it_reads():
     heavy = run(
         "import sys;"

@@ -14,6 +14,8 @@ from keras_paligemma.checkpoints.shards import shards
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHOWN = 10  # Files that an error lists.
+# Bytes of tensors in a file: as much is in memory while it is written.
+SHARD_SIZE = 2_000_000_000
 
 
 class Tensors:
@@ -159,7 +161,7 @@ def find(folder):
     return paths
 
 
-def write_safetensors(folder, arrays, max_shard_size=2_000_000_000):
+def write_safetensors(folder, arrays, max_shard_size=SHARD_SIZE):
     """Write the weights of a checkpoint, holding one shard in memory.
 
     One shard is `model.safetensors`; several are numbered and have an index,

@@ -92,6 +92,15 @@ class LayerStack(keras.layers.Layer):
                 self._layers.append(block)
         self.built = True
 
+    def each_block(self):
+        """List the blocks of the unrolled form, first to last."""
+        if self.stacked:
+            raise ValueError(
+                "Stacked blocks share one layer: there is no list of them. "
+                "Build or load the model with `form='unrolled'`."
+            )
+        return list(self._layers)
+
     def change(self, function):
         """Do something to the structure of every block: add an adapter, say.
 

@@ -128,6 +128,11 @@ class Adapters:
         for key, value in brought.items():
             _assign(weights[key], value)
 
+    def assign(self, values):
+        """Give the adapter in use other values, as `values` returns them."""
+        self._refuse_merged()
+        self._assign(values)
+
     def pieces(self, name):
         """Give an adapter's arrays as the slots hold them: filled up by 0."""
         return self._read() if name == self.live else self._waiting[name]

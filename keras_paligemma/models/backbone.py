@@ -1,5 +1,7 @@
 """PaliGemmaBackbone: vision encoder and text decoder, one sequence."""
 
+import collections
+
 import keras
 import keras_hub
 import numpy as np
@@ -18,6 +20,7 @@ from keras_paligemma.layers.attention import token_positions
 from keras_paligemma.models import adapter_files
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
+from keras_paligemma.models import lora_weights
 from keras_paligemma.models import trainable
 from keras_paligemma.models.adapters import Adapters
 from keras_paligemma.models.inputs import check_images
@@ -26,6 +29,10 @@ from keras_paligemma.models.inputs import full_masks
 from keras_paligemma.models.lora import Lora
 from keras_paligemma.models.text_decoder import TextDecoder
 from keras_paligemma.models.vision_encoder import VisionEncoder
+
+
+def _decoder_size(field):
+    return property(lambda self: getattr(self.text_config, field))
 
 
 @never_functional
@@ -60,7 +67,8 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
                 `encode_images`; or neither, for text alone.
             token_ids: int tensor (B, tokens).
             padding_mask: bool tensor (B, tokens), True on valid tokens.
-            response_mask: bool tensor (B, tokens), True on the response.
+            response_mask: bool tensor (B, tokens), True on the response;
+                without it nothing is response.
             attention_mask: optional bool tensor (B, L, L), in place of the
                 mask that follows from the two masks above.
             positions: optional int tensor (B, L), likewise.
@@ -164,15 +172,42 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         return self.text_decoder(x_BLD, mask, positions_BL)
 
     def compute_output_shape(self, inputs_shape):
-        shape = inputs_shape["token_ids"]
-        tokens = shape[1]
-        if "image_embeddings" in inputs_shape:
-            tokens += inputs_shape["image_embeddings"][1]
-        elif "images" in inputs_shape:
-            tokens += self.vision_encoder.compute_output_shape(
+        batch, *lengths = inputs_shape["token_ids"]
+        images = inputs_shape.get("image_embeddings")
+        if images is None and inputs_shape.get("images") is not None:
+            images = self.vision_encoder.compute_output_shape(
                 inputs_shape["images"]
-            )[1]
-        return (shape[0], tokens, self.text_config.hidden_dim)
+            )
+        if images is not None:
+            lengths.append(images[1])
+        tokens = None if None in lengths else sum(lengths)
+        return (batch, tokens, self.text_config.hidden_dim)
+
+    # Sizes under the names that KerasHub's backbones have, read-only.
+    vocabulary_size = _decoder_size("vocabulary_size")
+    num_layers = _decoder_size("num_layers")
+    num_query_heads = _decoder_size("num_query_heads")
+    num_key_value_heads = _decoder_size("num_key_value_heads")
+    hidden_dim = _decoder_size("hidden_dim")
+    intermediate_dim = _decoder_size("intermediate_dim")
+    head_dim = _decoder_size("head_dim")
+
+    @property
+    def image_sequence_length(self):
+        """Tokens of one picture."""
+        return self.vision_config.num_image_tokens(self.image_size)
+
+    @property
+    def vit_encoder(self):
+        """The vision encoder, by KerasHub's name."""
+        return self.vision_encoder
+
+    @property
+    def transformer_layers(self):
+        """The decoder's blocks, a sequence; stacked ones are no layers."""
+        # No list: Keras's saving would walk through it, and write each block
+        # apart.
+        return collections.UserList(self.text_decoder.blocks.each_block())
 
     def embed(self, inputs):
         """Embed pictures and tokens as one sequence (B, L, D).
@@ -273,11 +308,13 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     def enable_lora(
         self,
         rank,
+        target_layer_names=None,
         alpha=None,
-        targets=None,
         dropout=0.0,
         rslora=False,
         name="default",
+        *,
+        targets=None,
         dora=False,
         bias=False,
         ranks=None,
@@ -290,15 +327,17 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
 
         Args:
             rank: int.
+            target_layer_names: str or list of strs: "decoder",
+                "decoder.attention", "decoder.mlp", the same of "vision",
+                "projector", "all", or names of projections, some of
+                `LORA_TARGETS`; the decoder's attention if `None`.
             alpha: float, the adapters are scaled by alpha / rank; `rank` if
                 `None`.
-            targets: str or list of strs: "decoder", "decoder.attention",
-                "decoder.mlp", the same of "vision", "projector", "all", or
-                names of projections, some of `LORA_TARGETS`; the decoder's
-                attention if `None`.
             dropout: float, share of an adapter's inputs dropped in training.
             rslora: bool, scale by alpha / √rank.
             name: str.
+            targets: another name of `target_layer_names`, which an adapter's
+                configuration has.
             dora: bool, train a gain of each output too.
             bias: bool, train a bias of each output too.
             ranks: dict of target to list of ints, ranks of its layers where
@@ -306,9 +345,16 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             alphas: dict of target to list of floats, likewise.
 
         Raises:
-            ValueError: unknown targets, a name that is taken, or more than
-                the first adapter made room for.
+            ValueError: unknown targets, or targets by both names; a name that
+                is taken, or more than the first adapter made room for.
         """
+        if targets is not None and target_layer_names is not None:
+            raise ValueError(
+                "`targets` and `target_layer_names` are the same. Received: "
+                f"{targets} and {target_layer_names}. Expected: one of them."
+            )
+        if targets is None:
+            targets = target_layer_names
         lora = Lora(
             rank, alpha, targets, dropout, rslora, dora, bias, ranks, alphas
         )
@@ -344,6 +390,32 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         """
         adapter_files.save(self, folder, name, base)
 
+    def save_lora_weights(self, filepath):
+        """Write the adapter in use to one file, for `load_lora_weights`.
+
+        `save_adapter` writes what PEFT and transformers load.
+
+        Args:
+            filepath: str or path, "….lora.h5".
+
+        Raises:
+            ValueError: no adapter is in use, or another ending.
+        """
+        lora_weights.save(self, filepath)
+
+    def load_lora_weights(self, filepath):
+        """Read an adapter of `save_lora_weights` into the one in use.
+
+        Args:
+            filepath: str or path.
+
+        Raises:
+            ValueError: the file holds none of ours, or one of another rank or
+                of other targets than the adapter in use. Without one, the
+                file says which is made.
+        """
+        lora_weights.load(self, filepath)
+
     def freeze(self, *patterns):
         """Stop training the weights whose names match.
 
@@ -364,7 +436,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     @classproperty
     def presets(cls):
         """Describe the presets: a dict of name to what is known of each."""
-        return {name: presets.describe(name) for name in presets.names()}
+        return presets.describe_all()
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, dtype=None, **kwargs):
@@ -375,9 +447,15 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             cls, checkpoint, load_weights, dtype, **kwargs
         )
 
-    def save_to_preset(self, preset_dir):
-        """Write configuration and weights to a directory."""
-        exports.export(preset_dir, "keras", self)
+    def save_to_preset(self, preset_dir, max_shard_size=10):
+        """Write configuration and weights to a directory.
+
+        Args:
+            preset_dir: str or path.
+            max_shard_size: float, GiB of a file at most; see
+                `PaliGemmaCausalLM.save_to_preset`.
+        """
+        exports.save_backbone(self, preset_dir, max_shard_size)
 
     def architecture(self):
         """Give the `BackboneConfig` that a preset's file holds."""

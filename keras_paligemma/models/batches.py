@@ -1,23 +1,45 @@
 """Raw examples to preprocessed batches, as `fit` asks for them."""
 
+import sys
+from collections.abc import Iterator
+
 import keras
 import numpy as np
 
+from keras_paligemma.compat import GeneratorDataAdapter
 from keras_paligemma.data.pipeline import Batches
+from keras_paligemma.preprocessing.inputs import to_numpy
+
+# Batches that Grain reads ahead.
+READ_AHEAD = 8
 
 
 class Examples(keras.utils.PyDataset):
-    """Slice a dict of equally long lists into batches of raw examples."""
+    """Slice a dict of equally long lists or arrays into batches.
 
-    def __init__(self, examples, batch_size, shuffle=False):
+    Args:
+        x: dict of lists or arrays, raw or preprocessed.
+        y: array of targets, or `None`.
+        sample_weight: array of one row an example, or `None`.
+        batch_size: int.
+        shuffle: bool, another order each epoch.
+    """
+
+    def __init__(self, x, y, sample_weight, batch_size, shuffle=False):
         super().__init__()
-        lengths = {key: len(value) for key, value in examples.items()}
+        columns = x | {"y": y, "sample_weight": sample_weight}
+        self.columns = {
+            # Tensors are converted once, not in each batch.
+            key: to_numpy(column) if hasattr(column, "shape") else column
+            for key, column in columns.items()
+            if column is not None
+        }
+        lengths = {key: len(column) for key, column in self.columns.items()}
         if len(set(lengths.values())) != 1 or not min(lengths.values()):
             raise ValueError(
                 "All lists of a dictionary need the same length, at least "
                 f"one. Received: {lengths}."
             )
-        self.examples = examples
         self.batch_size = batch_size
         self.order = np.arange(min(lengths.values()))
         self.shuffle = shuffle
@@ -28,11 +50,17 @@ class Examples(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         start = index * self.batch_size
-        chosen = self.order[start : start + self.batch_size]
-        return {
-            key: [values[i] for i in chosen]
-            for key, values in self.examples.items()
+        return self.rows(self.order[start : start + self.batch_size])
+
+    def rows(self, chosen):
+        """Give the examples of these numbers as `(x, y, sample_weight)`."""
+        x = {
+            key: column[chosen]
+            if isinstance(column, np.ndarray)
+            else [column[i] for i in chosen]
+            for key, column in self.columns.items()
         }
+        return x, x.pop("y", None), x.pop("sample_weight", None)
 
     def on_epoch_end(self):
         if self.shuffle:
@@ -101,17 +129,141 @@ class Numbered(keras.utils.PyDataset):
         return batch
 
 
+class Iterated(GeneratorDataAdapter):
+    """Preprocess the batches of what can only be iterated over, in Python.
+
+    No TensorFlow graph is traced, whatever gives the batches: a `tf.data`
+    dataset, Grain's datasets, Torch's `DataLoader`. Each epoch iterates anew.
+
+    Args:
+        dataset: iterable of raw or preprocessed batches: dicts, or tuples of
+            them, targets and weights.
+        preprocess: function of `(x, y, sample_weight)`.
+    """
+
+    def __init__(self, dataset, preprocess):
+        # A generator has one pass: the batches that the base class looks at
+        # first are given back.
+        super().__init__(_preprocessed(_iterator(dataset), preprocess))
+        if not isinstance(dataset, Iterator):
+            self.generator = lambda: _preprocessed(
+                _iterator(dataset), preprocess
+            )
+        self._length = _length(dataset)
+
+    @property
+    def num_batches(self):
+        return self._length
+
+
+def _preprocessed(batches, preprocess):
+    for batch in batches:
+        yield preprocess(*keras.utils.unpack_x_y_sample_weight(batch))
+
+
+def _iterator(dataset):
+    if hasattr(dataset, "as_numpy_iterator"):
+        return dataset.as_numpy_iterator()
+    if hasattr(dataset, "to_iter_dataset"):
+        import grain
+
+        # By default 500 batches of pictures would be read ahead.
+        options = grain.ReadOptions(
+            num_threads=READ_AHEAD, prefetch_buffer_size=READ_AHEAD
+        )
+        dataset = dataset.to_iter_dataset(options)
+    return iter(dataset)
+
+
+def _length(dataset):
+    """Count the batches of an epoch; `None` if unknown or without end."""
+    if hasattr(dataset, "cardinality"):
+        length = int(dataset.cardinality())
+        return length if length >= 0 else None
+    try:
+        length = len(dataset)
+    except TypeError:
+        return None
+    # How Grain says that it repeats without end.
+    return length if length < sys.maxsize else None
+
+
 def steps_of(x) -> int | None:
     """Steps of an epoch where Keras cannot know: `Batches` have no end."""
     return len(x) if isinstance(x, Batches) else None
 
 
-def as_dataset(x, y, batch_size, preprocess, shuffle=False):
+def split(x, y, sample_weight, fraction):
+    """Split the last examples off for validation, as Keras does.
+
+    Args:
+        x: dict of lists or arrays.
+        y: array or `None`.
+        sample_weight: array or `None`.
+        fraction: float, the share of the examples that validate.
+
+    Returns:
+        Two tuples `(x, y, sample_weight)`: to train and to validate.
+    """
+    if not isinstance(x, dict):
+        raise ValueError(
+            "`validation_split` divides a dictionary of lists or arrays. "
+            f"Received: {type(x).__name__}. Pass `validation_data` instead."
+        )
+    examples = Examples(x, y, sample_weight, batch_size=1)
+    count = len(examples)
+    start = int(count * (1 - fraction))
+    if not 0 < start < count:
+        raise ValueError(
+            "`validation_split` must leave at least one example on each side. "
+            f"Received: validation_split={fraction} of {count} examples."
+        )
+    numbers = np.arange(count)
+    return examples.rows(numbers[:start]), examples.rows(numbers[start:])
+
+
+def in_batches(x, batch_size):
+    """Slice what `generate` takes into batches of one size.
+
+    Args:
+        x: dict of lists or arrays.
+        batch_size: int.
+
+    Returns:
+        List of pairs: a dict of `batch_size` examples, the last ones repeated
+        where there are too few, and how many are no repetition. `None` if `x`
+        is one example, or one batch has all.
+    """
+    if isinstance(batch_size, bool) or not (
+        isinstance(batch_size, int) and batch_size > 0
+    ):
+        raise ValueError(
+            f"`batch_size` is a positive integer. Received: {batch_size!r}."
+        )
+    name = "token_ids" if "token_ids" in x else "prompts"
+    if np.ndim(x.get(name, ())) < (2 if name == "token_ids" else 1):
+        return None
+    examples = Examples(x, None, None, batch_size)
+    last = len(examples.order) - 1
+    if last < batch_size:
+        return None
+    return [
+        (
+            examples.rows(np.minimum(start + np.arange(batch_size), last))[0],
+            min(batch_size, last + 1 - start),
+        )
+        for start in range(0, last + 1, batch_size)
+    ]
+
+
+def as_dataset(x, y, sample_weight, batch_size, preprocess, shuffle=False):
     """Make what `fit` was given a data set of preprocessed batches.
 
     Args:
         x: as `PaliGemmaCausalLM.fit` takes it.
-        y: `None`; targets come from the responses.
+        y: `None`, where targets come from the responses; the targets of a
+            dict of preprocessed arrays.
+        sample_weight: `None`, or one weight an example of a dict.
         batch_size: int, 32 if `None`; only for a dict.
         preprocess: function of `(x, y, sample_weight)`.
         shuffle: bool, draw the examples of a dict in another order each epoch.
@@ -119,23 +271,33 @@ def as_dataset(x, y, batch_size, preprocess, shuffle=False):
     Returns:
         What `keras.Model.fit` takes.
     """
-    if y is not None and isinstance(x, (dict, Batches)):
-        raise ValueError(
-            "Targets come from the responses. Received: y. Expected: "
-            "a dict with 'images', 'prompts' and 'responses', no y."
-        )
     if isinstance(x, dict):
-        x = Examples(x, batch_size or 32, shuffle)
+        if y is not None and "token_ids" not in x:
+            raise ValueError(
+                "Targets come from the responses. Received: y. Expected: "
+                "a dict with 'images', 'prompts' and 'responses', no y."
+            )
+        x = Examples(x, y, sample_weight, batch_size or 32, shuffle)
+    elif y is not None or sample_weight is not None:
+        raise ValueError(
+            "The batches of a data set hold their own targets and weights: "
+            "(x, y, sample_weight), y `None` where x is raw. Received: "
+            f"{'y' if y is not None else 'sample_weight'} beside "
+            f"{type(x).__name__}. Expected: neither, or a dictionary as x."
+        )
     if isinstance(x, Batches):
         x = Numbered(x)
     if isinstance(x, keras.utils.PyDataset):
-        x = PreprocessedBatches(x, preprocess)
-    if "prompts" in str(getattr(x, "element_spec", "")):
-        raise ValueError(
-            "Raw text in a tf.data dataset cannot be preprocessed: that "
-            "runs in Python, not in a graph. Received: "
-            f"{x.element_spec}. Expected: a dict of lists, a "
-            "keras.utils.PyDataset of raw batches, or a Grain dataset "
-            "with `.map(model.preprocessor)`."
-        )
-    return x
+        return PreprocessedBatches(x, preprocess)
+    if "token_ids" in str(getattr(x, "element_spec", "")):
+        # A `tf.data` pipeline of preprocessed batches stays one.
+        return x
+    if hasattr(x, "__iter__") and not hasattr(x, "shape"):
+        return Iterated(x, preprocess)
+    raise ValueError(
+        "This cannot be trained on or predicted from. Received: "
+        f"{type(x).__name__}. Expected: a dictionary of lists or arrays, a "
+        "`keras.utils.PyDataset`, `keras_paligemma.data.Batches`, or an "
+        "iterable of batches: a `tf.data` or Grain dataset, a Torch "
+        "DataLoader, a generator."
+    )

@@ -13,14 +13,18 @@ from keras_paligemma.compat import never_functional
 from keras_paligemma.compat import to_host
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
+from keras_paligemma.models import loader
 from keras_paligemma.models import trainable
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.models.batches import as_dataset
+from keras_paligemma.models.batches import in_batches
+from keras_paligemma.models.batches import split
 from keras_paligemma.models.batches import steps_of
 from keras_paligemma.models.generation import drop_after_stop
 from keras_paligemma.models.generation import generate_tokens
 from keras_paligemma.models.generation import split_prompt
 from keras_paligemma.models.generation import stops_of
+from keras_paligemma.models.inputs import check_targets
 from keras_paligemma.models.inputs import check_token_ids
 from keras_paligemma.models.losses import StreamedCrossEntropy
 from keras_paligemma.models.losses import responses_only
@@ -31,6 +35,8 @@ from keras_paligemma.preprocessing.preprocessor import (
     PaliGemmaCausalLMPreprocessor,
 )
 
+loader.register()
+
 
 @never_functional
 @keras.saving.register_keras_serializable(package="keras_paligemma")
@@ -38,9 +44,10 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     """PaliGemma 2 that answers prompts about pictures, and learns to.
 
     Args:
-        backbone: `PaliGemmaBackbone`.
         preprocessor: `PaliGemmaCausalLMPreprocessor`; without one, arrays go
             in and token ids come out.
+        backbone: `PaliGemmaBackbone`. The two may come in the other order,
+            and the backbone alone: their types tell them apart.
         compile: bool, compile with the defaults.
 
     Call arguments:
@@ -62,7 +69,16 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     backbone_cls = PaliGemmaBackbone
     preprocessor_cls = PaliGemmaCausalLMPreprocessor
 
-    def __init__(self, backbone, preprocessor=None, compile=True, **kwargs):
+    def __init__(
+        self, preprocessor=None, backbone=None, compile=True, **kwargs
+    ):
+        if isinstance(preprocessor, PaliGemmaBackbone):
+            preprocessor, backbone = backbone, preprocessor
+        if not isinstance(backbone, PaliGemmaBackbone):
+            raise ValueError(
+                "The model needs a `PaliGemmaBackbone`. Received: "
+                f"backbone={backbone!r}."
+            )
         init_model(self, backbone.dtype_policy, **kwargs)
         self.backbone = backbone
         self.preprocessor = preprocessor
@@ -81,7 +97,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         loss="auto",
         *,
         metrics=None,
-        weighted_metrics=None,
+        weighted_metrics="auto",
         sampler="greedy",
         **kwargs,
     ):
@@ -91,15 +107,20 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             optimizer: Keras optimizer or "auto": our `Adam` at 2e-5.
             loss: "auto", which is `StreamedCrossEntropy()`; one of those with
                 other arguments; or any Keras loss of (B, R) targets and (B, R,
-                V) logits. The first adds a metric, `token_accuracy`.
+                V) logits. The first adds a metric, `token_accuracy`, which
+                logs hold under KerasHub's name, `sparse_categorical_accuracy`,
+                too.
             metrics: Keras metrics, unweighted: they see padding too.
-            weighted_metrics: Keras metrics of the response tokens.
+            weighted_metrics: Keras metrics of the response tokens; "auto" is
+                none beside those that `loss` adds.
             sampler: name or `keras_hub.samplers.Sampler` for `generate`.
             **kwargs: as `keras.Model.compile` takes them.
         """
         if optimizer == "auto":
             optimizer = Adam(2e-5)
         loss = StreamedCrossEntropy() if loss == "auto" else loss
+        if isinstance(weighted_metrics, str) and weighted_metrics == "auto":
+            weighted_metrics = None
         # Logits that metrics ask for anyway need no streaming.
         is_own = isinstance(loss, StreamedCrossEntropy)
         self.own_loss = loss if is_own else None
@@ -143,6 +164,16 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             return metrics
         return own + [one for one in metrics if one.name != "loss"]
 
+    def get_metrics_result(self):
+        logs = super().get_metrics_result()
+        if self.accuracy_tracker.name in logs:
+            # What callbacks of KerasHub's users watch.
+            logs.setdefault(
+                "sparse_categorical_accuracy",
+                logs[self.accuracy_tracker.name],
+            )
+        return logs
+
     def call(self, inputs, training=None):
         # Said aloud: the JAX trainer calls `call` outside of Keras's context.
         hidden_BLD = self.backbone(
@@ -157,6 +188,15 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             return hidden_BRD
         capped = self.own_loss is None or self.own_loss.final_soft_cap
         return self.backbone.logits(hidden_BRD, capped)
+
+    def compute_output_shape(self, inputs_shape):
+        vocabulary_size = self.backbone.vocabulary_size
+        return (*inputs_shape["token_ids"], vocabulary_size)
+
+    def compute_output_spec(self, inputs, training=None):
+        shapes = {"token_ids": inputs["token_ids"].shape}
+        # Whatever the policy.
+        return keras.KerasTensor(self.compute_output_shape(shapes), "float32")
 
     def train_step(self, *args):
         with self._answering(args[-1]):
@@ -201,46 +241,99 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         y_pred = responses_only(y, y_pred)
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
-    def fit(self, x=None, y=None, batch_size=None, shuffle=True, **kwargs):
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        sample_weight=None,
+        validation_data=None,
+        validation_split=None,
+        shuffle=True,
+        **kwargs,
+    ):
         """Train on dictionaries of images, prompts and responses.
+
+        Raw examples are preprocessed in Python, a batch at a time, whatever
+        holds them; with JAX and Torch no TensorFlow graph is traced.
 
         Args:
             x: dict of equally long lists (or arrays) `images`, `prompts`,
-                `responses`, preprocessed a batch at a time;
+                `responses`, or of preprocessed arrays;
                 `keras_paligemma.data.Batches`, of which an epoch takes
-                `len`; a `keras.utils.PyDataset` of raw or preprocessed
-                batches; a Grain or `tf.data` dataset of preprocessed ones.
-            y: `None`; the targets come from the responses.
+                `len`; a `keras.utils.PyDataset`, a `tf.data` or Grain
+                dataset, a Torch `DataLoader` or a generator of batches, raw or
+                preprocessed. A raw batch is a dict of lists or arrays, or a
+                tuple `(dict, None, sample_weight)`.
+            y: `None`; the targets come from the responses. For a dict of
+                preprocessed arrays: the response ids (B, R).
             batch_size: int, 32 if `None`; only for a dict.
+            sample_weight: floats, one an example; only for a dict.
+            validation_data: what `x` takes, or `(x, y, sample_weight)`.
+            validation_split: float, share of the last examples of a dict that
+                validate.
             shuffle: bool, draw a dict's examples in another order each epoch.
-            **kwargs: as `keras.Model.fit` takes them; `validation_data` takes
-                what `x` takes.
+            **kwargs: as `keras.Model.fit` takes them.
 
         Returns:
             `keras.callbacks.History`.
+
+        Raises:
+            ValueError: the model is not compiled, or `x` is none of these.
         """
+        self._check_compiled("fit")
         check_moments(self.optimizer, self.trainable_variables)
+        if validation_split and validation_data is None:
+            (x, y, sample_weight), validation_data = split(
+                x, y, sample_weight, validation_split
+            )
         steps = steps_of(x)
         kwargs.setdefault("steps_per_epoch", steps)
-        x = as_dataset(x, y, batch_size, self.preprocess_samples, shuffle)
-        validation = kwargs.get("validation_data")
-        if validation is not None:
-            kwargs.setdefault("validation_steps", steps_of(validation))
-            kwargs["validation_data"] = as_dataset(
-                validation, None, batch_size, self.preprocess_samples
-            )
-        # `Batches` have an order of their own, which Keras must not mix.
+        x = self._dataset(x, y, sample_weight, batch_size, shuffle)
+        if validation_data is not None:
+            if not isinstance(validation_data, tuple):  # A list has batches.
+                validation_data = (validation_data,)
+            x_y_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
+            kwargs.setdefault("validation_steps", steps_of(x_y_weight[0]))
+            kwargs["validation_data"] = self._dataset(*x_y_weight, batch_size)
+        # `Batches` have an order of their own, which Keras must not mix; data
+        # sets of `tf.data` it cannot.
         shuffle = shuffle and steps is None
-        return keras.Model.fit(
-            self, x, y, batch_size=None, shuffle=shuffle, **kwargs
-        )
+        shuffle = shuffle and isinstance(x, keras.utils.PyDataset)
+        return keras.Model.fit(self, x, shuffle=shuffle, **kwargs)
 
-    def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
+    def evaluate(
+        self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs
+    ):
         """Measure loss and metrics; takes what `fit` takes."""
-        if not kwargs.get("_use_cached_eval_dataset"):
-            kwargs.setdefault("steps", steps_of(x))
-            x = as_dataset(x, y, batch_size, self.preprocess_samples)
-        return keras.Model.evaluate(self, x, y, batch_size=None, **kwargs)
+        if kwargs.get("_use_cached_eval_dataset"):
+            return keras.Model.evaluate(self, x, y, **kwargs)
+        self._check_compiled("evaluate")
+        kwargs.setdefault("steps", steps_of(x))
+        x = self._dataset(x, y, sample_weight, batch_size)
+        return keras.Model.evaluate(self, x, **kwargs)
+
+    def predict(self, x=None, batch_size=None, **kwargs):
+        """Give the logits of all text tokens; takes what `fit` takes as `x`.
+
+        They are what training sees, the given responses included: to answer,
+        call `generate`. In memory (examples, tokens, V), in float32.
+        """
+        kwargs.setdefault("steps", steps_of(x))
+        x = self._dataset(x, None, None, batch_size)
+        return keras.Model.predict(self, x, **kwargs)
+
+    def _check_compiled(self, method):
+        if not self.compiled:
+            raise ValueError(
+                f"You must call `compile()` before `{method}()`. Received: a "
+                "model that was made with `compile=False`."
+            )
+
+    def _dataset(self, x, y, sample_weight, batch_size, shuffle=False):
+        return as_dataset(
+            x, y, sample_weight, batch_size, self.preprocess_samples, shuffle
+        )
 
     def make_train_function(self, force=False):
         trainable.check(self.backbone, self.optimizer)
@@ -251,9 +344,27 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self.backbone.quantize(mode)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
+        if not isinstance(x, dict):
+            raise ValueError(
+                "An example is a dictionary. Expected: 'images', 'prompts' "
+                f"and 'responses'. Received: {type(x).__name__}."
+            )
         if "token_ids" in x:
             check_token_ids(
                 x["token_ids"], self.backbone.text_config.vocabulary_size
+            )
+            check_targets(x, y)
+        elif self.preprocessor is None:
+            raise ValueError(
+                "Without a preprocessor the model reads arrays. Expected: "
+                f"'token_ids', 'padding_mask', …. Received: {sorted(x)}. Set "
+                "`model.preprocessor`, or call one on the data first."
+            )
+        elif np.ndim(x.get("prompts", [])) == 0:
+            raise ValueError(
+                "Models train on batches. Expected: lists of examples. "
+                "Received: one example, whose prompt is a single string. Call "
+                "`.batch(8)` on the data set, or put each value into a list."
             )
         return super().preprocess_samples(x, y, sample_weight)
 
@@ -268,6 +379,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         max_new_tokens=None,
         stop_token_ids="auto",
         strip_prompt=True,
+        *,
+        batch_size=None,
     ):
         """Answer prompts about pictures.
 
@@ -282,6 +395,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 end token; `None` never stops early.
             strip_prompt: bool; `False` gives prompt, newline and answer, as
                 KerasHub does.
+            batch_size: int, examples that are answered at a time, for lists
+                that do not fit at once: the last batch is filled up, so that
+                one function is compiled. `None` takes all at once.
 
         Returns:
             A string for one prompt, a list of strings for a list of prompts;
@@ -294,11 +410,23 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         model.generate({"images": [cat, dog], "prompts": ["cap en", "ocr"]})
         ```
         """
+        self._check_compiled("generate")
+        if batch_size is not None:
+            parts = in_batches(inputs, batch_size)
+            if parts is not None:
+                options = max_new_tokens, stop_token_ids, strip_prompt
+                answers = [
+                    self.generate(part, *options)[:count]
+                    for part, count in parts
+                ]
+                if self.preprocessor is None:
+                    return np.concatenate(answers)
+                return [text for texts in answers for text in texts]
         stop_token_ids = stops_of(stop_token_ids, self.preprocessor)
         arrays = dict(inputs)
         if self.preprocessor is not None:
             arrays = self.preprocessor.generate_preprocess(
-                arrays, max_new_tokens
+                arrays, max_new_tokens=max_new_tokens
             )
         check_token_ids(
             arrays["token_ids"], self.backbone.text_config.vocabulary_size
@@ -325,12 +453,12 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         """The named adapters: select, merge, unmerge; see `Adapters`."""
         return self.backbone.adapters
 
-    def enable_lora(self, rank, alpha=None, **kwargs):
+    def enable_lora(self, rank, target_layer_names=None, **kwargs):
         """Train adapters alone, as the backbone does, and print the table.
 
         Compile again afterwards: the optimizer must see the new variables.
         """
-        self.backbone.enable_lora(rank, alpha, **kwargs)
+        self.backbone.enable_lora(rank, target_layer_names, **kwargs)
         self._structure_changed()
         print(self.backbone.trainable_table())
 
@@ -354,7 +482,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self._structure_changed()
 
     def _structure_changed(self):
-        self.train_function = self.test_function = self.generate_function = None
+        self.train_function = self.test_function = None
+        self.predict_function = self.generate_function = None
 
     @classproperty
     def presets(cls):

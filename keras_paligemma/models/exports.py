@@ -1,6 +1,7 @@
 """Weights and configuration written in any format."""
 
 import importlib
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
     write(path, to, config, weights, engine.to_numpy, proto, **options)
 
 
-def save_to_preset(model, preset_dir):
+def save_to_preset(model, preset_dir, max_shard_size=10):
     """Write configuration, weights and tokenizer to a directory.
 
     A preset that is there is replaced: killed at any time, `from_preset` finds
@@ -77,11 +78,34 @@ def save_to_preset(model, preset_dir):
 
     Args:
         preset_dir: str or path; `from_preset` loads it, exactly.
+        max_shard_size: float, GiB of a file at most. Files are of 2 GB in any
+            case, since one is whole in memory while it is written; `None`
+            gives one file of any size.
 
     Raises:
         ValueError: the directory holds a checkpoint of another format.
     """
-    export(preset_dir, "keras", model.backbone, model.preprocessor)
+    size = _piece_size(max_shard_size)
+    parts = model.backbone, model.preprocessor
+    export(preset_dir, "keras", *parts, piece_size=size)
+
+
+def save_backbone(backbone, preset_dir, max_shard_size=10):
+    """Write a backbone alone; see `save_to_preset`."""
+    size = _piece_size(max_shard_size)
+    export(preset_dir, "keras", backbone, piece_size=size)
+
+
+def _piece_size(max_shard_size):
+    """Give the bytes of a file, of GiB or of `None` for one file."""
+    if max_shard_size is None:
+        return sys.maxsize
+    if not max_shard_size > 0:
+        raise ValueError(
+            "`max_shard_size` is a positive number of GiB, or None. Received: "
+            f"{max_shard_size!r}."
+        )
+    return min(int(max_shard_size * 2**30), safetensors_files.SHARD_SIZE)
 
 
 def export_to_transformers(model, path):

@@ -116,21 +116,27 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
     wanted = config.preprocessor is not None
     if not load_weights and checkpoint.tokenizer is None:
         wanted = False
-    if wanted and "preprocessor" not in task:
-        if "resize" not in kwargs:
-            checkpoint.say_assumed("resize")
-        task["preprocessor"] = cls.preprocessor_cls.from_files(
-            config, checkpoint.tokenizer, checkpoint.added_tokens, **kwargs
-        )
-        _check_tokenizer(task["preprocessor"].tokenizer, config.backbone)
-    elif kwargs:
+    if "preprocessor" not in task:
+        if wanted:
+            if "resize" not in kwargs:
+                checkpoint.say_assumed("resize")
+            preprocessor = cls.preprocessor_cls.from_files(
+                config, checkpoint.tokenizer, checkpoint.added_tokens, **kwargs
+            )
+        else:
+            # Of a backbone's preset: one may lie beside it by itself.
+            preprocessor = cls.preprocessor_cls.saved_in(preset, **kwargs)
+        if preprocessor is not None:
+            _check_tokenizer(preprocessor.tokenizer, config.backbone)
+            task["preprocessor"], kwargs = preprocessor, {}
+    if kwargs:
         raise TypeError(f"Unknown arguments: {sorted(kwargs)}.")
     if calibration is not None:
         backbone["calibration"] = calibrating.batches_of(
             calibration, task.get("preprocessor")
         )
     return cls(
-        load_backbone(
+        backbone=load_backbone(
             cls.backbone_cls,
             checkpoint,
             load_weights,

@@ -6,9 +6,15 @@ from keras import ops
 
 
 def full_masks(inputs, num_image_tokens):
-    """Put image tokens, always valid and never response, before the masks."""
+    """Put image tokens, always valid and never response, before the masks.
+
+    Without a response mask nothing is response: all tokens see one another.
+    """
     padding_BT = ops.cast(inputs["padding_mask"], "bool")
-    response_BT = ops.cast(inputs["response_mask"], "bool")
+    response_BT = inputs.get("response_mask")
+    if response_BT is None:
+        response_BT = ops.zeros_like(padding_BT)
+    response_BT = ops.cast(response_BT, "bool")
     if num_image_tokens == 0:
         return padding_BT, response_BT
     shape = (ops.shape(padding_BT)[0], num_image_tokens)
@@ -47,4 +53,19 @@ def check_token_ids(token_ids, vocabulary_size):
             f"{token_ids[outside][0]} at index "
             f"{tuple(int(i[0]) for i in outside.nonzero())}. Is this the "
             "tokenizer that belongs to the model?"
+        )
+
+
+def check_targets(inputs, y):
+    """Refuse targets that are all tokens, shifted by one, as KerasHub's are.
+
+    Ours are the response: the last columns of the token ids.
+    """
+    tokens = inputs["token_ids"].shape[-1]
+    if y is not None and y.shape[-1] >= tokens:
+        raise ValueError(
+            "Targets are the response part of the token ids, not all tokens "
+            f"shifted by one as in KerasHub. Received: y of {y.shape[-1]} "
+            f"columns for {tokens} tokens. Expected: token_ids[:, "
+            "-response_length:], as PaliGemmaCausalLMPreprocessor gives them."
         )

@@ -27,15 +27,30 @@ class TokenEmbedding(keras.layers.Layer):
         vocabulary_size: int V.
         hidden_dim: int D.
         quantization: storage of the table, see `Projection`.
+        logit_soft_cap: float or `None`, the cap of a reversed call.
+
+    Call arguments:
+        inputs: int tensor of ids; reversed, float tensor (..., D).
+        reverse: bool, give logits in place of embeddings.
+
+    Returns:
+        Tensor (..., D): rows of the table times √D; reversed, float32 logits
+        (..., V) with the cap.
     """
 
     def __init__(
-        self, vocabulary_size, hidden_dim, quantization=None, **kwargs
+        self,
+        vocabulary_size,
+        hidden_dim,
+        quantization=None,
+        logit_soft_cap=None,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         self.vocabulary_size = vocabulary_size
         self.hidden_dim = hidden_dim
         self.adapter_head = None
+        self.logit_soft_cap = logit_soft_cap
         self.low_bit = None
         if quantization is not None:
             shape = (vocabulary_size, hidden_dim)
@@ -56,10 +71,12 @@ class TokenEmbedding(keras.layers.Layer):
         )
         self.built = True
 
-    def call(self, token_ids_BT):
-        x_BTD = ops.take(self.table, token_ids_BT, axis=0)
+    def call(self, inputs, reverse=False):
+        if reverse:
+            return soft_cap(self.logits(inputs), self.logit_soft_cap)
+        x_BTD = ops.take(self.table, inputs, axis=0)
         if self.low_bit is not None:
-            scale = ops.take(self.table_scale, token_ids_BT, axis=0)
+            scale = ops.take(self.table_scale, inputs, axis=0)
             x_BTD = self.low_bit.dequantize(x_BTD, scale, self.variable_dtype)
         # The scale is rounded to the table's dtype, as the original does: in
         # bfloat16 it is 48 for 3b, 59.75 for 10b and 68 for 28b.
@@ -172,6 +189,7 @@ class TextDecoder(keras.layers.Layer):
             config.vocabulary_size,
             config.hidden_dim,
             quantization,
+            config.final_logit_soft_cap,
             dtype=policy,
             name="token_embedding",
         )

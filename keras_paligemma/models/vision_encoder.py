@@ -124,5 +124,6 @@ class VisionEncoder(keras.layers.Layer):
     def compute_output_shape(self, images_shape):
         frames = images_shape[1] if len(images_shape) == 5 else 1
         tokens = self.config.num_image_tokens(self.image_size)
+        tokens = None if frames is None else frames * tokens
         width = self.projector.output_axes[0]
-        return (images_shape[0], frames * tokens, width)
+        return (images_shape[0], tokens, width)

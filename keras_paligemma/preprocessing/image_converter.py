@@ -4,11 +4,27 @@ import keras
 import keras_hub
 import numpy as np
 
+from keras_paligemma import presets
+from keras_paligemma.checkpoints import formats
+from keras_paligemma.compat import classproperty
+from keras_paligemma.preprocessing import parts
 from keras_paligemma.preprocessing.images import read_image
 from keras_paligemma.preprocessing.images import to_bytes
 from keras_paligemma.preprocessing.images import to_rgb
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.resize import RULES
+
+# Arguments of the base class that follow from what PaliGemma expects.
+NOT_FREE = {
+    "scale",
+    "offset",
+    "interpolation",
+    "antialias",
+    "crop_to_aspect_ratio",
+    "pad_to_aspect_ratio",
+    "bounding_box_format",
+    "data_format",
+}
 
 
 @keras.saving.register_keras_serializable(package="keras_paligemma")
@@ -50,6 +66,15 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
         resize: str = "bilinear",
         **kwargs,
     ):
+        refused = sorted(NOT_FREE & kwargs.keys())
+        if refused:
+            raise ValueError(
+                f"Pictures are converted in one way. Received: {refused}. "
+                "Expected: `image_size` and `resize`. The whole picture is "
+                "squeezed, so that boxes stay relative to it, and 0…255 "
+                "becomes [-1, 1]: what checkpoints were trained with. See "
+                "docs/migrating_from_keras_hub.md."
+            )
         if not isinstance(image_size, (list, tuple)):
             image_size = (image_size, image_size)
         image_size = tuple(image_size)
@@ -73,6 +98,56 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
             **kwargs,
         )
         self.resize = resize
+
+    @classmethod
+    def from_preset(cls, preset, **kwargs):
+        """Reads the converter of a preset; reads and fetches no weights.
+
+        Args:
+            preset: As `PaliGemmaCausalLM.from_preset` takes it, or a folder
+                that `save_to_preset` of a converter or preprocessor wrote.
+            **kwargs: Arguments of the class, in place of what is there.
+
+        Returns:
+            `PaliGemmaImageConverter`.
+
+        Raises:
+            ValueError: unknown preset, or one without a preprocessor.
+        """
+        config = parts.read(cls, preset, "image_converter.json")
+        if config is not None:
+            return cls.from_config(config | kwargs)
+        config = formats.resolve(preset, load_weights=False).config
+        if config["preprocessor"] is None:
+            raise ValueError(
+                f"{preset} does not say how pictures are resized: it was "
+                "saved without a preprocessor. Make the converter yourself: "
+                "`PaliGemmaImageConverter("
+                f"{config['backbone']['image_size']}, resize=…)`."
+            )
+        known = {
+            "image_size": config["backbone"]["image_size"],
+            "resize": config["preprocessor"]["resize"],
+        }
+        return cls(**known | kwargs)
+
+    def save_to_preset(self, preset_dir):
+        """Writes the configuration to a folder.
+
+        Args:
+            preset_dir: Path; `from_preset` reads it.
+
+        Raises:
+            ValueError: the folder holds a preset with a preprocessor, or
+                another library's files.
+        """
+        parts.refuse_other_files(preset_dir)
+        super().save_to_preset(preset_dir)
+
+    @classproperty
+    def presets(cls):
+        """Describes the presets, as `PaliGemmaBackbone.presets` does."""
+        return presets.describe_all()
 
     def __call__(self, inputs):
         # Keras refuses lists that mix tensors with paths or Pillow images,
@@ -138,16 +213,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
 
     def get_config(self):
         config = super().get_config()
-        # The base's arguments, none of which is free here.
-        for key in (
-            "scale",
-            "offset",
-            "interpolation",
-            "antialias",
-            "crop_to_aspect_ratio",
-            "pad_to_aspect_ratio",
-            "bounding_box_format",
-        ):
+        for key in NOT_FREE & config.keys():
             del config[key]
         config["resize"] = self.resize
         return config

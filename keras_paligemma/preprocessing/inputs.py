@@ -30,9 +30,10 @@ def to_numpy(x) -> np.ndarray:
         raise ValueError(
             "Preprocessing runs in NumPy, not in a TensorFlow graph. "
             "Expected: arrays, strings or eager tensors. Received: a symbolic "
-            f"tensor, {x}. Call `fit` on dictionaries of lists or arrays, use "
-            "Grain, or map the preprocessor over NumPy batches outside of "
-            "`tf.data.Dataset.map`."
+            f"tensor, {x}. The preprocessor itself can be mapped, "
+            "`dataset.map(preprocessor)`, and `fit` takes raw batches; for "
+            "another part write `dataset.map(lambda x: tf.numpy_function("
+            "part, [x], dtype))`."
         ) from error
     except (TypeError, RuntimeError):
         # Torch, of tensors on a GPU, in bfloat16 or with a gradient. Imported

@@ -1,12 +1,17 @@
 """The one place that knows how text is laid out in a sequence."""
 
+import os
+
 import keras
 import keras_hub
 import numpy as np
 
 from keras_paligemma.checkpoints import formats
-from keras_paligemma.checkpoints.hugging_face_tokenizer import read_tokenizer
 from keras_paligemma.checkpoints.hugging_face_tokenizer import with_added_tokens
+from keras_paligemma.compat import classproperty
+from keras_paligemma.preprocessing import parts
+from keras_paligemma.preprocessing.graph import call_in_python
+from keras_paligemma.preprocessing.graph import is_symbolic
 from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
 )
@@ -17,10 +22,7 @@ from keras_paligemma.preprocessing.layout import fit_responses
 from keras_paligemma.preprocessing.layout import pack
 from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
 
-_NO_SEQUENCE_LENGTH = (
-    "`sequence_length` cannot be set. Expected: `prompt_length` and "
-    "`response_length`, whose sum it is. Received: sequence_length={}."
-)
+CONFIG_FILE = "preprocessor.json"
 
 
 @keras.saving.register_keras_serializable(package="keras_paligemma")
@@ -44,9 +46,15 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     Args:
         tokenizer: `PaliGemmaTokenizer`.
         image_converter: `PaliGemmaImageConverter`, or `None` for text alone.
+        sequence_length: Integer, tokens of both parts, for those who know
+            KerasHub's preprocessor: a part that is not given gets what the
+            other leaves; of none given, the response gets half, rounded down.
+        add_start_token: `True`: the model knows no prompt without bos.
+        add_end_token: `True`: the model ends each response with eos.
         prompt_length: Integer, tokens of the prompt part, bos and separator
-            included.
-        response_length: Integer, tokens of the response part, eos included.
+            included; 64 if neither this nor `sequence_length` is given.
+        response_length: Integer, tokens of the response part, eos included;
+            likewise.
         on_long_prompt: `"error"`, or `"truncate"`, which drops the end of the
             text and keeps bos and separator.
         on_long_response: `"warn"` cuts the response, which loses its eos, and
@@ -84,24 +92,33 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         self,
         tokenizer: PaliGemmaTokenizer,
         image_converter: PaliGemmaImageConverter | None = None,
-        prompt_length: int = 64,
-        response_length: int = 64,
+        sequence_length: int | None = None,
+        add_start_token: bool = True,
+        add_end_token: bool = True,
+        *,
+        prompt_length: int | None = None,
+        response_length: int | None = None,
         on_long_prompt: str = "error",
         on_long_response: str = "warn",
         **kwargs,
     ):
-        _check_length("prompt_length", prompt_length, least=3)
-        _check_length("response_length", response_length, least=1)
+        prompt_length, response_length = _lengths(
+            sequence_length, prompt_length, response_length
+        )
+        if not (add_start_token and add_end_token):
+            raise ValueError(
+                "Prompts begin with bos and responses end with eos: "
+                "PaliGemma's checkpoints have seen nothing else. Expected: "
+                "True for both. Received: "
+                f"add_start_token={add_start_token}, "
+                f"add_end_token={add_end_token}."
+            )
         _check_choice("on_long_prompt", on_long_prompt, ("error", "truncate"))
         _check_choice(
             "on_long_response",
             on_long_response,
             ("warn", "keep_eos", "error"),
         )
-        if "sequence_length" in kwargs:
-            raise ValueError(
-                _NO_SEQUENCE_LENGTH.format(kwargs["sequence_length"])
-            )
         super().__init__(
             tokenizer,
             sequence_length=prompt_length + response_length,
@@ -115,17 +132,22 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         self.built = True
 
     @classmethod
-    def from_preset(cls, preset, **kwargs):
+    def from_preset(cls, preset, config_file=CONFIG_FILE, **kwargs):
         """Reads the preprocessor of a preset; reads and fetches no weights.
 
         Args:
-            preset: As `PaliGemmaCausalLM.from_preset` takes it.
+            preset: As `PaliGemmaCausalLM.from_preset` takes it, or a folder
+                that `save_to_preset` of a preprocessor wrote.
+            config_file: String, name of the file in such a folder.
             **kwargs: In place of what the preset says: arguments of the
                 class, and `tokenizer`, a path or handle, where none is there.
 
         Returns:
             `PaliGemmaCausalLMPreprocessor`.
         """
+        saved = cls.saved_in(preset, config_file, **kwargs)
+        if saved is not None:
+            return saved
         tokenizer = kwargs.pop("tokenizer", True)
         checkpoint = formats.resolve(preset, False, tokenizer=tokenizer)
         if "resize" not in kwargs:
@@ -136,6 +158,31 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             checkpoint.added_tokens,
             **kwargs,
         )
+
+    @classmethod
+    def saved_in(cls, folder, config_file=CONFIG_FILE, **kwargs):
+        """Reads what `save_to_preset` of a preprocessor wrote.
+
+        Args:
+            folder: Whatever `from_preset` takes.
+            config_file: String, name of its file.
+            **kwargs: As `from_preset` takes them.
+
+        Returns:
+            `PaliGemmaCausalLMPreprocessor`; `None` where there is none, or a
+            whole preset with one of its own.
+        """
+        config = parts.read(cls, folder, config_file)
+        if config is None:
+            return None
+        config = _changed(config, kwargs)
+        if "tokenizer" in kwargs:
+            path = presets.locate(kwargs["tokenizer"])
+            config["tokenizer"] = PaliGemmaTokenizer.from_file(path)
+            return cls.from_config(config)
+        preprocessor = cls.from_config(config)
+        preprocessor.load_preset_assets(os.fspath(folder))
+        return preprocessor
 
     @classmethod
     def from_files(cls, config, tokenizer, added_tokens=None, **kwargs):
@@ -154,47 +201,63 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         Raises:
             ValueError: there is no tokenizer.
         """
-        if tokenizer is None:
-            raise ValueError(
-                "The checkpoint comes without a SentencePiece model or a "
-                "tokenizer.json of transformers. Pass "
-                "`tokenizer='paligemma_tokenizer.model'`, a path or a handle: "
-                "gs://big_vision/paligemma_tokenizer.model is the original's, "
-                "hf://google/paligemma2-3b-pt-224/tokenizer.model the same "
-                "for every size. Or load with `preprocessor=None` to do "
-                "without strings."
-            )
-        fields = config.preprocessor.to_dict() | kwargs
+        tokenizer = PaliGemmaTokenizer.from_file(tokenizer)
+        fields = _changed(config.preprocessor.to_dict(), kwargs)
         converter = PaliGemmaImageConverter(
             config.backbone.image_size, resize=fields.pop("resize")
         )
-        tokenizer = PaliGemmaTokenizer(read_tokenizer(tokenizer))
         if added_tokens:
             size = config.backbone.text_decoder.vocabulary_size
             proto = with_added_tokens(tokenizer.proto, added_tokens, size)
             tokenizer = PaliGemmaTokenizer(proto)
         return cls(tokenizer, converter, **fields)
 
+    def save_to_preset(self, preset_dir):
+        """Writes configuration and vocabulary to a folder.
+
+        Args:
+            preset_dir: Path; `from_preset` reads it. Beside the preset of a
+                backbone, `PaliGemmaCausalLM.from_preset` reads both.
+
+        Raises:
+            ValueError: the folder holds a preset with a preprocessor, or
+                another library's files.
+        """
+        parts.refuse_other_files(preset_dir)
+        super().save_to_preset(preset_dir)
+
+    @classproperty
+    def presets(cls):
+        """Describes the presets, as `PaliGemmaBackbone.presets` does."""
+        return presets.describe_all()
+
     def build(self, input_shape=None):
         """Does nothing; the base class would make a packer."""
         self.built = True
 
-    def __call__(self, x, y=None, sample_weight=None):
+    def __call__(self, x, y=None, sample_weight=None, sequence_length=None):
         # Keras refuses dictionaries that mix tensors with strings, and has
         # nothing to trace or build here.
         if isinstance(x, tuple):  # An element of a dataset.
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x)
-        return self.call(x, y, sample_weight)
+        if y is None and not _is_preprocessed(x) and is_symbolic(x):
+            return call_in_python(self, x, sample_weight, sequence_length)
+        return self.call(x, y, sample_weight, sequence_length)
 
-    def call(self, x: dict, y=None, sample_weight=None):
+    def call(self, x: dict, y=None, sample_weight=None, sequence_length=None):
         """Makes a training example, or a batch of them.
 
         Args:
             x: Dictionary with `"images"`, `"prompts"` and `"responses"`: one
                 picture and two strings, or lists of them. Arrays that are
-                preprocessed already (`"token_ids"`) pass through.
+                preprocessed already (`"token_ids"`) pass through. As a
+                function of a dataset's `map` a call takes tensors of a graph,
+                and runs in Python by `tf.numpy_function`.
             y: `None`; targets come from the responses.
             sample_weight: `None`, or one weight an example.
+            sequence_length: Integer, tokens of both parts in this call: the
+                response gets what the prompt leaves. `None` for that of the
+                layer.
 
         Returns:
             `(x, y, sample_weight)`: `x` has `images` float32 (B, R, R, 3) or
@@ -217,12 +280,13 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 "To predict, use `generate` or `generate_preprocess`."
             )
         prompts, responses, batched = self._texts(x)
+        length = self.response_length_of(sequence_length)
         responses = fit_responses(
             [row + [self.tokenizer.end_token_id] for row in responses],
-            self.response_length,
+            length,
             self.on_long_response,
         )
-        x = self._arrays(x, prompts, responses, self.response_length, batched)
+        x = self._arrays(x, prompts, responses, length, batched)
         y = x["token_ids"][..., self.prompt_length :]
         weights = x["response_mask"][..., self.prompt_length :]
         weights = weights.astype("float32")
@@ -237,16 +301,36 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             weights = weights * sample_weight[..., None]
         return x, y, weights
 
+    def response_length_of(self, sequence_length: int | None) -> int:
+        """Counts the tokens that prompts leave of a sequence's.
+
+        Args:
+            sequence_length: Integer, or `None` for that of the layer.
+        """
+        if sequence_length is None:
+            return self.response_length
+        _check_length(
+            "sequence_length", sequence_length, least=self.prompt_length + 1
+        )
+        return sequence_length - self.prompt_length
+
     def generate_preprocess(
-        self, x: dict, max_new_tokens: int | None = None
+        self,
+        x: dict,
+        sequence_length: int | None = None,
+        *,
+        max_new_tokens: int | None = None,
     ) -> dict[str, np.ndarray]:
         """Makes the input of generation: the response part is to be filled.
 
         Args:
             x: Dictionary with `"images"`, `"prompts"` and, where the answers
                 have begun, `"responses"`. Preprocessed arrays pass through.
+            sequence_length: Integer, tokens of prompt part and response part
+                together, as `call` takes it.
             max_new_tokens: Integer, length of the response part, the begun
-                answer included; `response_length` where it is `None`.
+                answer included; `response_length` where it is `None`. Only
+                one of the two can be given.
 
         Returns:
             Dictionary as `call` makes it; both masks are `False` where there
@@ -254,9 +338,15 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """
         if _is_preprocessed(x):
             return x
+        if None not in (sequence_length, max_new_tokens):
+            raise ValueError(
+                "The answer's length is given twice. Received: "
+                f"sequence_length={sequence_length}, "
+                f"max_new_tokens={max_new_tokens}. Expected: one of them."
+            )
         length = max_new_tokens
         if length is None:
-            length = self.response_length
+            length = self.response_length_of(sequence_length)
         _check_length("max_new_tokens", length, least=1)
         prompts, responses, batched = self._texts(x)
         longest = max(map(len, responses))
@@ -361,15 +451,12 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     @property
     def sequence_length(self) -> int:
-        """Text tokens of a row: `prompt_length + response_length`."""
-        return self._sequence_length
+        """Text tokens of a row; set, it is divided as the class says."""
+        return self.prompt_length + self.response_length
 
     @sequence_length.setter
     def sequence_length(self, value):
-        # The constructor of the base class sets it once.
-        if hasattr(self, "_sequence_length"):
-            raise ValueError(_NO_SEQUENCE_LENGTH.format(value))
-        self._sequence_length = value
+        self.prompt_length, self.response_length = _lengths(value)
 
     def get_config(self):
         config = super().get_config()
@@ -383,6 +470,40 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             on_long_response=self.on_long_response,
         )
         return config
+
+
+def _lengths(sequence_length, prompt_length=None, response_length=None):
+    """Gives the lengths of both parts; see the arguments of the class."""
+    if sequence_length is None:
+        prompt_length = 64 if prompt_length is None else prompt_length
+        response_length = 64 if response_length is None else response_length
+    else:
+        _check_length("sequence_length", sequence_length, least=4)
+        if prompt_length is None and response_length is None:
+            response_length = sequence_length // 2
+            response_length = min(response_length, sequence_length - 3)
+        if response_length is None:
+            response_length = sequence_length - prompt_length
+        if prompt_length is None:
+            prompt_length = sequence_length - response_length
+    _check_length("prompt_length", prompt_length, least=3)
+    _check_length("response_length", response_length, least=1)
+    if sequence_length not in (None, prompt_length + response_length):
+        raise ValueError(
+            "The parts do not make up the whole. Received: "
+            f"sequence_length={sequence_length}, "
+            f"prompt_length={prompt_length}, "
+            f"response_length={response_length}. Expected: two of them."
+        )
+    return prompt_length, response_length
+
+
+def _changed(config, kwargs):
+    """Puts arguments in place of what a configuration says."""
+    if kwargs.get("sequence_length") is not None:
+        lengths = ("prompt_length", "response_length")
+        config = {k: v for k, v in config.items() if k not in lengths}
+    return config | kwargs
 
 
 def _is_preprocessed(x):

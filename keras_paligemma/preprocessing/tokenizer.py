@@ -8,7 +8,12 @@ import keras_hub
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
+from keras_paligemma import presets
+from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.hugging_face_tokenizer import read_tokenizer
+from keras_paligemma.compat import classproperty
 from keras_paligemma.known_files import check_known
+from keras_paligemma.preprocessing import parts
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.inputs import to_strings
 
@@ -117,6 +122,89 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         super().__init__(
             proto=proto, add_bos=add_bos, add_eos=add_eos, **kwargs
         )
+
+    @classmethod
+    def from_preset(cls, preset, config_file="tokenizer.json", **kwargs):
+        """Reads the tokenizer of a preset; reads and fetches no weights.
+
+        Args:
+            preset: As `PaliGemmaCausalLM.from_preset` takes it, or a folder
+                that `save_to_preset` of a tokenizer or preprocessor wrote.
+            config_file: String, name of the file in such a folder.
+            **kwargs: Arguments of the class, in place of what is there.
+
+        Returns:
+            `PaliGemmaTokenizer`.
+
+        Raises:
+            ValueError: unknown preset, or one without a tokenizer.
+        """
+        config = parts.read(cls, preset, config_file)
+        if config is None:
+            checkpoint = formats.resolve(preset, False, tokenizer=True)
+            return cls.from_file(checkpoint.tokenizer, **kwargs)
+        tokenizer = cls.from_config(config | kwargs)
+        tokenizer.load_preset_assets(os.fspath(preset))
+        return tokenizer
+
+    @classmethod
+    def from_file(cls, path, **kwargs):
+        """Reads the SentencePiece model that lies beside a checkpoint.
+
+        Args:
+            path: Path, or `None`: the checkpoint has none.
+            **kwargs: Arguments of the class.
+
+        Returns:
+            `PaliGemmaTokenizer`.
+
+        Raises:
+            ValueError: there is none, or it is damaged.
+        """
+        if path is None:
+            raise ValueError(
+                "The checkpoint comes without a SentencePiece model or a "
+                "tokenizer.json of transformers. Pass "
+                "`tokenizer='paligemma_tokenizer.model'`, a path or a handle: "
+                "gs://big_vision/paligemma_tokenizer.model is the original's, "
+                "hf://google/paligemma2-3b-pt-224/tokenizer.model the same "
+                "for every size. Or load with `preprocessor=None` to do "
+                "without strings."
+            )
+        return cls(read_tokenizer(path), **kwargs)
+
+    def save_to_preset(self, preset_dir):
+        """Writes configuration and vocabulary to a folder.
+
+        Args:
+            preset_dir: Path; `from_preset` reads it.
+
+        Raises:
+            ValueError: the folder holds a preset with a preprocessor, or
+                another library's files.
+        """
+        parts.refuse_other_files(preset_dir)
+        super().save_to_preset(preset_dir)
+
+    @classproperty
+    def presets(cls):
+        """Describes the presets, as `PaliGemmaBackbone.presets` does."""
+        return presets.describe_all()
+
+    @property
+    def start_token(self) -> str:
+        """The piece that a prompt begins with, such as `<bos>`."""
+        return self.id_to_token(self.start_token_id)
+
+    @property
+    def end_token(self) -> str:
+        """The piece that a response ends with, such as `<eos>`."""
+        return self.id_to_token(self.end_token_id)
+
+    @property
+    def pad_token(self) -> str:
+        """The piece of empty places, such as `<pad>`."""
+        return self.id_to_token(self.pad_token_id)
 
     def _set_proto_tf(self, proto):
         # The base would also build the tokenizer as a TensorFlow resource,

@@ -170,7 +170,7 @@ def test_text_is_generates(answers, model, batch):
 
 def test_log_probabilities_are_those_of_a_pass(answers, model, batch):
     ids = answers["good"]["token_ids"]
-    x = model.preprocessor.generate_preprocess(batch, 12)
+    x = model.preprocessor.generate_preprocess(batch, max_new_tokens=12)
     x["token_ids"][:, -12:] = ids
     x["padding_mask"][:, -12:] = x["response_mask"][:, -12:] = ids != 0
     logits = run(lambda x: model(x), x)[:, -13:-1]

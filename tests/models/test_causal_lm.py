@@ -262,7 +262,7 @@ def test_preprocessor_alone_from_preset(tiny_model, examples, tmp_path):
     )
     assert (read.prompt_length, read.response_length) == (12, 5)
     inputs = prompts_of(examples)
-    wanted = model.preprocessor.generate_preprocess(inputs, 5)
+    wanted = model.preprocessor.generate_preprocess(inputs, max_new_tokens=5)
     for key, value in read.generate_preprocess(inputs).items():
         np.testing.assert_array_equal(value, wanted[key])
 

@@ -353,7 +353,10 @@ def test_other_misuse(make):
         {"response_length": True},
         {"on_long_prompt": "cut"},
         {"on_long_response": "truncate"},
-        {"sequence_length": 128},
+        {"sequence_length": 128},  # Not the sum of the parts.
+        {"sequence_length": 3, "prompt_length": None},
+        {"add_start_token": False},
+        {"add_end_token": False},
     ],
 )
 def test_arguments_that_are_none(make, arguments):
@@ -361,22 +364,48 @@ def test_arguments_that_are_none(make, arguments):
         make(**arguments)
 
 
-def test_sequence_length_follows(make):
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({}, (64, 64)),
+        ({"prompt_length": 20}, (20, 64)),
+        ({"sequence_length": 128}, (64, 64)),
+        ({"sequence_length": 33}, (17, 16)),
+        ({"sequence_length": 4}, (3, 1)),
+        ({"sequence_length": 33, "prompt_length": 20}, (20, 13)),
+        ({"sequence_length": 33, "response_length": 20}, (13, 20)),
+    ],
+)
+def test_sequence_length_is_divided(tokenizer, given, parts):
+    preprocessor = PaliGemmaCausalLMPreprocessor(tokenizer, None, **given)
+    lengths = preprocessor.prompt_length, preprocessor.response_length
+    assert lengths == parts
+    assert preprocessor.sequence_length == sum(parts)
+
+
+def test_sequence_length_is_third_as_in_keras_hub(tokenizer):
+    preprocessor = PaliGemmaCausalLMPreprocessor(tokenizer, None, 33, True)
+    assert (preprocessor.prompt_length, preprocessor.response_length) == (
+        17,
+        16,
+    )
+    preprocessor.sequence_length = 12
+    assert (preprocessor.prompt_length, preprocessor.response_length) == (6, 6)
+
+
+def test_sequence_length_of_one_call(make):
     preprocessor = make()
-    assert preprocessor.sequence_length == P + R
-    with pytest.raises(ValueError, match="sequence_length=7"):
-        preprocessor.sequence_length = 7
+    x, y, _ = preprocessor(batch(), sequence_length=P + 9)
+    assert x["token_ids"].shape == (2, P + 9) and y.shape == (2, 9)
+    prompts = {key: batch()[key] for key in ("images", "prompts")}
+    x = preprocessor.generate_preprocess(prompts, P + 5)
+    assert x["token_ids"].shape == (2, P + 5)
+    with pytest.raises(ValueError, match=f"at least {P + 1}"):
+        preprocessor(batch(), sequence_length=P)
+    with pytest.raises(ValueError, match="given twice"):
+        preprocessor.generate_preprocess(prompts, P + 5, max_new_tokens=5)
     with pytest.raises(ValueError, match="`max_new_tokens`"):
         preprocessor.generate_preprocess({"prompts": "a"}, max_new_tokens=0)
-
-
-def test_symbolic_text_is_an_error(make):
-    tf = pytest.importorskip("tensorflow")
-    data = tf.data.Dataset.from_tensor_slices(
-        {"prompts": PROMPTS, "responses": RESPONSES}
-    )
-    with pytest.raises(ValueError, match="not in a TensorFlow graph"):
-        data.map(make(images=False))
 
 
 def test_config_round_trips(make, tokenizer):

@@ -1,0 +1,58 @@
+"""Presets of this package for `from_preset` of KerasHub's base classes."""
+
+from keras_paligemma import presets
+from keras_paligemma.compat import add_preset_loader
+from keras_paligemma.models.backbone import PaliGemmaBackbone
+from keras_paligemma.preprocessing.image_converter import (
+    PaliGemmaImageConverter,
+)
+from keras_paligemma.preprocessing.preprocessor import (
+    PaliGemmaCausalLMPreprocessor,
+)
+from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
+
+
+class PresetLoader:
+    """What KerasHub asks of a loader, answered by our own `from_preset`.
+
+    A base class asks for the backbone's class, finds its own subclass that
+    goes with it, and hands that subclass over.
+
+    Args:
+        preset: str, a folder or handle.
+        config: dict, its `config.json`.
+    """
+
+    def __init__(self, preset, config):
+        self.preset = preset
+        self.config = config
+
+    def check_backbone_class(self):
+        return PaliGemmaBackbone
+
+    def load_backbone(self, cls, load_weights, **kwargs):
+        return cls.from_preset(self.preset, load_weights, **kwargs)
+
+    def load_task(self, cls, load_weights, load_task_weights, **kwargs):
+        return cls.from_preset(self.preset, load_weights, **kwargs)
+
+    def load_preprocessor(self, cls, config_file, **kwargs):
+        return cls.from_preset(self.preset, config_file, **kwargs)
+
+    def load_tokenizer(self, cls, config_file, **kwargs):
+        return cls.from_preset(self.preset, config_file, **kwargs)
+
+    def load_image_converter(self, cls, **kwargs):
+        return cls.from_preset(self.preset, **kwargs)
+
+
+def register():
+    """Let KerasHub's base classes find ours by the backbone's class."""
+    # Set from here, since the parts stand below the models.
+    for part in (
+        PaliGemmaCausalLMPreprocessor,
+        PaliGemmaImageConverter,
+        PaliGemmaTokenizer,
+    ):
+        part.backbone_cls = PaliGemmaBackbone
+    add_preset_loader(presets.HEADER["format"], PresetLoader)

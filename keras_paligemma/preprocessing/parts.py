@@ -1,0 +1,93 @@
+"""Tokenizer, converter and preprocessor in a folder by themselves.
+
+Each writes the files that KerasHub has for it: `tokenizer.json` and its
+vocabulary below `assets`, `image_converter.json`, `preprocessor.json`. A
+preset of a whole model has all of that in its `config.json`.
+"""
+
+from pathlib import Path
+
+import keras
+
+from keras_paligemma import atomic
+from keras_paligemma import presets
+
+FILES = ("tokenizer.json", "image_converter.json", "preprocessor.json")
+
+
+def read(cls, preset, file: str) -> dict | None:
+    """Reads the configuration that a part wrote into a folder.
+
+    Args:
+        cls: Class of the part.
+        preset: Whatever `from_preset` takes.
+        file: String, name of the part's file.
+
+    Returns:
+        The configuration for `cls.from_config`; `None` where `preset` is no
+        folder with such a file of this class, or has a whole preprocessor.
+
+    Raises:
+        ValueError: the file is no JSON.
+    """
+    folder = Path(preset).expanduser()
+    if not (folder / file).is_file() or has_preprocessor(folder):
+        return None
+    saved = presets.read_json(folder / file)
+    name = keras.saving.get_registered_name(cls)
+    if not isinstance(saved, dict) or saved.get("registered_name") != name:
+        return None
+    return saved["config"]
+
+
+def has_preprocessor(folder) -> bool:
+    """Tells whether a folder holds a preset with a preprocessor of its own."""
+    config = atomic.current(Path(folder), presets.CONFIG) / presets.CONFIG
+    if not config.is_file():
+        return False
+    found = presets.read_json(config)
+    return isinstance(found, dict) and bool(found.get("preprocessor"))
+
+
+def refuse_other_files(folder):
+    """Raises where a part's files would replace others, or contradict them.
+
+    A preset with a preprocessor answers what the part would answer too. A
+    backbone's preset does not, so a preprocessor may be saved beside it,
+    before or after.
+
+    Args:
+        folder: Path, which need not exist.
+
+    Raises:
+        ValueError: the folder holds a model of another format, a preset with
+            a preprocessor, or a file of a part's name that is none.
+    """
+    folder = Path(folder)
+    config = atomic.current(folder, presets.CONFIG) / presets.CONFIG
+    if has_preprocessor(folder):
+        raise ValueError(
+            f"{folder} holds a preset with a preprocessor of its own. "
+            "Expected: another folder, or the preset of a backbone alone. "
+            "`model.save_to_preset` replaces all of it."
+        )
+    others = [folder / name for name in FILES if (folder / name).is_file()]
+    others = [path for path in others if not _is_ours(path)]
+    if config.is_file() and not _is_ours(config):
+        others.append(config)
+    if others:
+        names = ", ".join(sorted(path.name for path in others))
+        raise ValueError(
+            f"{folder} holds {names} of another library, which would be "
+            "replaced or contradicted. Expected: another folder."
+        )
+
+
+def _is_ours(path):
+    saved = presets.read_json(path)
+    if not isinstance(saved, dict):
+        return False
+    name = str(saved.get("registered_name"))
+    return name.startswith("keras_paligemma>") or (
+        saved.get("format") == presets.HEADER["format"]
+    )
