@@ -183,6 +183,16 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         tokens = None if None in lengths else sum(lengths)
         return (batch, tokens, self.text_config.hidden_dim)
 
+    def compute_output_spec(self, inputs, training=None, response_length=None):
+        # Keras itself sees no shapes in a dict of NumPy arrays.
+        shapes = {
+            name: tuple(value.shape)
+            for name, value in inputs.items()
+            if value is not None
+        }
+        shape = self.compute_output_shape(shapes)
+        return keras.KerasTensor(shape, self.compute_dtype)
+
     # Sizes under the names that KerasHub's backbones have, read-only.
     vocabulary_size = _decoder_size("vocabulary_size")
     num_layers = _decoder_size("num_layers")

@@ -248,6 +248,11 @@ def test_shapes_are_inferred(policy):
             spec = model.compute_output_spec(text | pictures)
             assert spec.shape == (*shape, TEXT["vocabulary_size"])
             assert spec.dtype == "float32"
+    arrays = {name: np.ones((2, 5), "int32") for name in names}
+    arrays["images"] = np.zeros((2, 42, 42, 3), "float32")
+    spec = backbone.compute_output_spec(arrays)
+    assert spec.shape == (2, 14, 64)
+    assert spec.dtype == backbone.compute_dtype
     assert backbone.compute_output_shape(
         {"token_ids": (None, None), "images": None}
     ) == (None, None, 64)
