@@ -1,5 +1,7 @@
 """Models from checkpoints of any format."""
 
+import keras
+
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
@@ -42,7 +44,9 @@ def load_backbone(
         cls: the backbone's class.
         checkpoint: `formats.Checkpoint`.
         load_weights: bool; `False` draws random weights.
-        dtype: dtype policy, or `None` for the one of the file.
+        dtype: dtype policy, or `None` for the global one, as
+            `keras.config.set_dtype_policy` or `set_floatx` set it, and for the
+            one of the file where that is float32, Keras's default.
         image_size: int, another picture size than the checkpoint's: its
             positions are resampled. `None` for its own.
         quantize: "int8" or "int4": each weight is quantised as it is read.
@@ -55,7 +59,7 @@ def load_backbone(
         Instance of `cls`.
     """
     fields = dict(checkpoint.config["backbone"])
-    dtype = dtype or fields.pop("dtype", None)
+    dtype = dtype or _global_policy() or fields.get("dtype")
     fields |= {"dtype": dtype} | kwargs
     stored = fields.get("quantization")
     if stored is not None and quantize not in (None, stored):
@@ -89,6 +93,12 @@ def load_backbone(
             floats = hold(weights, rows, tensors)
             calibrating.calibrate(backbone, floats, calibration)
     return backbone
+
+
+def _global_policy():
+    """Give the dtype policy that the user set, or `None` for the default."""
+    policy = keras.config.dtype_policy()
+    return None if policy.name == "float32" else policy
 
 
 def load_task(cls, preset, load_weights, dtype, kwargs):

@@ -10,8 +10,13 @@ from keras_paligemma.known_files import read_checked
 from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
 )
+from keras_paligemma.preprocessing.inputs import check_dictionary
+from keras_paligemma.preprocessing.inputs import check_no_special_tokens
+from keras_paligemma.preprocessing.inputs import plain_prompts
+from keras_paligemma.preprocessing.inputs import to_length
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.inputs import to_strings
+from keras_paligemma.preprocessing.layout import LONGEST_RESPONSE
 from keras_paligemma.preprocessing.layout import fit_prompts
 from keras_paligemma.preprocessing.layout import fit_responses
 from keras_paligemma.preprocessing.layout import pack
@@ -39,7 +44,9 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     The prompt is aligned to the right, so prompts of all lengths end at one
     index, where generation begins; logits are needed for the response only.
-    The separator is tokenized on its own, as in the original.
+    The separator is tokenized on its own, as in the original. `<image>` and
+    `<bos>` typed in front of a prompt are what the layout adds anyway, and are
+    dropped with a warning; elsewhere, and `<eos>`, they are an error.
 
     Args:
         tokenizer: `PaliGemmaTokenizer`.
@@ -90,8 +97,8 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         on_long_response: str = "warn",
         **kwargs,
     ):
-        _check_length("prompt_length", prompt_length, least=3)
-        _check_length("response_length", response_length, least=1)
+        prompt_length = to_length(prompt_length, "prompt_length", least=3)
+        response_length = to_length(response_length, "response_length")
         _check_choice("on_long_prompt", on_long_prompt, ("error", "truncate"))
         _check_choice(
             "on_long_response",
@@ -244,10 +251,11 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """
         if _is_preprocessed(x):
             return x
-        length = max_new_tokens
-        if length is None:
-            length = self.response_length
-        _check_length("max_new_tokens", length, least=1)
+        length = self.response_length
+        if max_new_tokens is not None:
+            length = to_length(
+                max_new_tokens, "max_new_tokens", most=LONGEST_RESPONSE
+            )
         prompts, responses, batched = self._texts(x)
         longest = max(map(len, responses))
         if longest >= length:
@@ -293,7 +301,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 "keeps them, such as 'identity'. Received: no token."
             )
         prompts = fit_prompts(
-            self._tokenize([s.removesuffix("\n") for s in strings]),
+            self._tokenize(plain_prompts(strings)),
             [self.tokenizer.start_token_id],
             separator,
             self.prompt_length,
@@ -308,6 +316,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 "prompt, both strings or both lists. Received: "
                 f"{len(prompts)} prompts, {len(strings)} responses."
             )
+        check_no_special_tokens(strings, "responses")
         return prompts, self._tokenize(strings), batched
 
     def _tokenize(self, strings):
@@ -376,21 +385,8 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
 
 def _is_preprocessed(x):
-    if not isinstance(x, dict):
-        raise ValueError(
-            "The preprocessor reads dictionaries. Expected: 'images', "
-            "'prompts' and, to train, 'responses'. Received: "
-            f"{type(x).__name__}."
-        )
+    check_dictionary(x)
     return "token_ids" in x
-
-
-def _check_length(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"`{name}` must be an integer of at least {least}. "
-            f"Received: {value!r}."
-        )
 
 
 def _check_choice(name, value, choices):
