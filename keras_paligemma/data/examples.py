@@ -112,7 +112,9 @@ def answers_of(example: dict) -> list[str]:
 def check(source: Any, preprocessor: Callable | None = None) -> list[str]:
     """Read every example and say at once all that is wrong.
 
-    Nothing is trained on meanwhile; pictures are decoded, one at a time.
+    Nothing is trained on meanwhile; pictures are decoded, one at a time. What
+    training would only warn about is told, too, such as `<image>` in front of
+    a prompt.
 
     Args:
         source: any source.
@@ -132,6 +134,9 @@ def check(source: Any, preprocessor: Callable | None = None) -> list[str]:
     """
     # Here, since it brings Keras.
     from keras_paligemma.preprocessing.images import read_image
+    from keras_paligemma.preprocessing.inputs import check_no_special_tokens
+    from keras_paligemma.preprocessing.inputs import plain_prompts
+    from keras_paligemma.preprocessing.inputs import to_strings
 
     problems = []
     for index in range(len(source)):
@@ -141,6 +146,10 @@ def check(source: Any, preprocessor: Callable | None = None) -> list[str]:
                 warnings.simplefilter("error")
                 example = source[index]
                 answers = answers_of(example)
+                plain_prompts(to_strings(example["prompts"], "prompts")[0])
+                check_no_special_tokens(
+                    to_strings(answers, "responses")[0], "responses"
+                )
                 images = example["images"]
                 if isinstance(images, (list, tuple)):
                     images = [read_image(image) for image in images]

@@ -98,7 +98,11 @@ def load_backbone(
 def _global_policy():
     """Give the dtype policy that the user set, or `None` for the default."""
     policy = keras.config.dtype_policy()
-    return None if policy.name == "float32" else policy
+    if policy.name == "float32":
+        # Made of floatx when it was first asked for, perhaps before that was
+        # set.
+        policy = keras.config.floatx()
+    return None if policy == "float32" else policy
 
 
 def load_task(cls, preset, load_weights, dtype, kwargs):

@@ -61,7 +61,7 @@ def typed(inputs, vocabulary_size):
     """Give ids as int32 and masks as bool, whatever the dtype policy.
 
     Keras casts what is a float to the policy's dtype, and bfloat16 has no
-    number between 256 and 258. On JAX, with a floatx of bfloat16, Keras 3.12
+    number between 256 and 258. On JAX, with a floatx of bfloat16, Keras 3.15
     makes floats of arrays of integers and bools, too.
 
     Args:
