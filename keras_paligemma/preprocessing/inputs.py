@@ -289,7 +289,7 @@ def to_ids(x, name: str, vocabulary_size: int) -> np.ndarray:
     # Written so that NaN is outside.
     inside = (wide >= 0) & (wide < vocabulary_size) & (wide == np.floor(wide))
     if not inside.all():
-        index = tuple(int(i[0]) for i in (~inside).nonzero())
+        index = tuple(map(int, np.argwhere(~inside)[0]))
         raise ValueError(
             f"`{name}` must lie in 0…{vocabulary_size - 1} and be whole. "
             f"Received: {ids[index]} at index {index}. Is this the tokenizer "

@@ -17,7 +17,7 @@ from tests.conftest import VISION
 TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model():
     """Function that builds a random model that reads and writes text."""
 
