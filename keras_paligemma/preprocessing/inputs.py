@@ -291,9 +291,9 @@ def to_ids(x, name: str, vocabulary_size: int) -> np.ndarray:
     if not inside.all():
         index = tuple(map(int, np.argwhere(~inside)[0]))
         raise ValueError(
-            f"`{name}` must lie in 0…{vocabulary_size - 1} and be whole. "
-            f"Received: {ids[index]} at index {index}. Is this the tokenizer "
-            "that belongs to the model?"
+            f"`{name}` holds what is no token id. Expected: whole numbers in "
+            f"0…{vocabulary_size - 1}. Received: {ids[index]} at index "
+            f"{index}. Is this the tokenizer that belongs to the model?"
         )
     return wide.astype("int32")
 

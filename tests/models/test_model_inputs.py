@@ -238,7 +238,7 @@ IDS, VALID = "token_ids", "padding_mask"
         ),
         ({IDS: lambda x: x[:3]}, r"`padding_mask` .*shape \(3, 18\). Rec"),
         ({IDS: lambda x: x.astype(str)}, "`token_ids` is not made of token id"),
-        ({IDS: lambda x: x + 0.5}, "be whole. Received: 0.5"),
+        ({IDS: lambda x: x + 0.5}, "whole numbers.*Received: 0.5"),
         ({VALID: lambda x: x * 2}, r"`padding_mask` .*values such as \[0 2\]"),
         ({VALID: lambda x: x.astype(str)}, "`padding_mask` .*dtype <U5"),
         ({"response_mask": lambda x: x[:, 1:]}, r"`response_mask` .*\(4, 17\)"),
