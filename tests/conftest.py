@@ -53,7 +53,7 @@ def expected():
         return dict(file)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def golden_backbone(arrays):
     """Function that builds a backbone with the golden weights."""
 

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from keras_paligemma.preprocessing.images import read_image
+from keras_paligemma.preprocessing.inputs import DROPPED
+from keras_paligemma.preprocessing.inputs import check_no_special_tokens
+from keras_paligemma.preprocessing.inputs import plain_prompts
+from keras_paligemma.preprocessing.inputs import to_strings
 
 # What looks like a token of a place or of a mask and is none.
 _NO_TOKEN = re.compile(
@@ -195,7 +199,9 @@ def frames_of(images: Any) -> list:
 def check(source: Any, preprocessor: Callable | None = None) -> list[str]:
     """Read every example and say at once all that is wrong.
 
-    Nothing is trained on meanwhile; pictures are decoded, one at a time.
+    Nothing is trained on meanwhile; pictures are decoded, one at a time. What
+    training would only warn about is told, too, such as `<image>` in front of
+    a prompt.
 
     Args:
         source: any source.
@@ -221,6 +227,8 @@ def check(source: Any, preprocessor: Callable | None = None) -> list[str]:
             with located(place), warnings.catch_warnings():
                 # What only warns in training, such as an answer that is cut.
                 warnings.simplefilter("error")
+                # The preprocessor adds what is dropped: nothing is lost.
+                warnings.filterwarnings("ignore", re.escape(DROPPED))
                 count = _check_example(source[index], preprocessor)
                 first = first or (count, place)
                 if count != first[0]:
@@ -236,6 +244,8 @@ def check(source: Any, preprocessor: Callable | None = None) -> list[str]:
 def _check_example(example, preprocessor):
     """Read all of an example; return the number of its frames."""
     answers = answers_of(example)
+    plain_prompts(to_strings(example["prompts"], "prompts")[0])
+    check_no_special_tokens(to_strings(answers, "responses")[0], "responses")
     images = [read_image(image) for image in frames_of(example["images"])]
     for answer in answers if preprocessor is not None else ():
         preprocessor(

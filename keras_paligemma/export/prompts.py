@@ -2,6 +2,10 @@
 
 import tensorflow as tf
 
+from keras_paligemma.preprocessing.inputs import LEADING_TOKENS
+from keras_paligemma.preprocessing.inputs import SPECIAL_TOKEN
+from keras_paligemma.preprocessing.inputs import TEXT_ALONE
+
 NOT_UTF8 = (
     "The prompt holds bytes that are not UTF-8. Expected: text in UTF-8. "
     "Received: something else. Encode it as UTF-8."
@@ -24,15 +28,18 @@ def read_prompts(tokenizer, prompts, start, separator, length, on_long):
         True on tokens; string tensor (N,): what is wrong, "" where nothing is.
         A row that is wrong has the tokens of an empty prompt.
 
-    Source: `preprocessing.layout.fit_prompts` and `pack`.
+    Source: `preprocessing.inputs.plain_prompts`, without its warning, and
+    `preprocessing.layout.fit_prompts` and `pack`.
     """
     valid = tf.strings.unicode_transcode(prompts, "UTF-8", "UTF-8") == prompts
-    texts = tf.where(valid, prompts, "")
+    typed = tf.where(valid, prompts, "")
+    texts = tf.strings.regex_replace(typed, LEADING_TOKENS, "")
+    special = _special_token_error(typed, texts)
     texts = tf.strings.regex_replace(texts, r"\n\z", "", replace_global=False)
     rows = tokenizer.tokenize(texts)
     room = length - 1 - len(separator)
     needed = rows.row_lengths() + 1 + len(separator)
-    errors = tf.where(valid, "", NOT_UTF8)
+    errors = tf.where(valid, special, NOT_UTF8)
     if on_long == "error":
         long = needed > length
         told = tf.strings.join(
@@ -43,7 +50,7 @@ def read_prompts(tokenizer, prompts, start, separator, length, on_long):
                 ". Shorten it.",
             ]
         )
-        errors = tf.where(long & valid, told, errors)
+        errors = tf.where(long & (errors == ""), told, errors)
     count = tf.minimum(rows.row_lengths(), room)
     count = tf.cast(tf.where(errors == "", count, 0), tf.int32)
     # Row and column of the text; what lies outside of it is put in below.
@@ -59,3 +66,26 @@ def read_prompts(tokenizer, prompts, start, separator, length, on_long):
     padding = tf.range(length)[None] >= first
     ids = tf.ensure_shape(tf.cast(ids, tf.int32), (None, length))
     return ids, tf.ensure_shape(padding, (None, length)), errors
+
+
+def _special_token_error(typed, texts):
+    """Say which special token stands where in a prompt, "" if none does.
+
+    Args:
+        typed: string tensor (N,), what was sent.
+        texts: string tensor (N,), its end, without what the layout adds.
+    """
+    pattern = f"(?s)^.*?(({SPECIAL_TOKEN}).*)$"
+    rest = tf.strings.regex_replace(texts, pattern, r"\1")
+    place = tf.strings.length(typed, "UTF8_CHAR")
+    place -= tf.strings.length(rest, "UTF8_CHAR")
+    told = tf.strings.join(
+        [
+            f"The prompt holds a special token. {TEXT_ALONE}Received: ",
+            tf.strings.regex_replace(texts, pattern, r"\2"),
+            " at character ",
+            tf.as_string(place),
+            ". Remove it.",
+        ]
+    )
+    return tf.where(tf.strings.regex_full_match(texts, pattern), told, "")

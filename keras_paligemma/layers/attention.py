@@ -218,7 +218,10 @@ def _scatter(cached, new_BTKH, layer, index):
     slow, and a server of TensorFlow's may be built without it.
     """
     B, T = ops.shape(new_BTKH)[:2]
-    places = [ops.arange(B)[:, None], (index + ops.arange(T))[None]]
+    # Said, since a floatx of 16 bits makes plain integers int16.
+    rows_B = ops.arange(B, dtype="int32")
+    columns_T = index + ops.arange(T, dtype="int32")
+    places = [rows_B[:, None], columns_T[None]]
     if layer is not None:
         places.insert(1, layer)
     places = [ops.broadcast_to(one, (B, T)) for one in places]

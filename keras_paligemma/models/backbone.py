@@ -4,7 +4,6 @@ import collections
 
 import keras
 import keras_hub
-import numpy as np
 from keras import ops
 
 from keras_paligemma import presets
@@ -24,8 +23,8 @@ from keras_paligemma.models import lora_weights
 from keras_paligemma.models import trainable
 from keras_paligemma.models.adapters import Adapters
 from keras_paligemma.models.inputs import check_images
-from keras_paligemma.models.inputs import check_token_ids
 from keras_paligemma.models.inputs import full_masks
+from keras_paligemma.models.inputs import typed
 from keras_paligemma.models.lora import Lora
 from keras_paligemma.models.text_decoder import TextDecoder
 from keras_paligemma.models.vision_encoder import VisionEncoder
@@ -65,7 +64,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             images: float tensor (B, h, w, 3) in [-1, 1], or (B, frames, h, w,
                 3); or in its place image_embeddings (B, I, D) from
                 `encode_images`; or neither, for text alone.
-            token_ids: int tensor (B, tokens).
+            token_ids: int tensor (B, tokens); floats that are whole are cast.
             padding_mask: bool tensor (B, tokens), True on valid tokens.
             response_mask: bool tensor (B, tokens), True on the response;
                 without it nothing is response.
@@ -156,11 +155,8 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         self.built = True
 
     def __call__(self, inputs, **kwargs):
-        # Numbers can only be looked at while they are numbers: inside a
-        # compiled step an id outside the vocabulary would read another row.
-        token_ids = inputs.get("token_ids")
-        if isinstance(token_ids, (np.ndarray, list)):
-            check_token_ids(token_ids, self.text_config.vocabulary_size)
+        # Before Keras casts what the policy is not about.
+        inputs = typed(inputs, self.text_config.vocabulary_size)
         return super().__call__(inputs, **kwargs)
 
     def call(self, inputs, training=None, response_length=None):

@@ -20,17 +20,24 @@ from keras_paligemma.models.batches import as_dataset
 from keras_paligemma.models.batches import in_batches
 from keras_paligemma.models.batches import split
 from keras_paligemma.models.batches import steps_of
+from keras_paligemma.models.generation import check_begun
 from keras_paligemma.models.generation import drop_after_stop
 from keras_paligemma.models.generation import generate_tokens
+from keras_paligemma.models.generation import sampler_of
 from keras_paligemma.models.generation import split_prompt
 from keras_paligemma.models.generation import stops_of
 from keras_paligemma.models.inputs import check_targets
-from keras_paligemma.models.inputs import check_token_ids
+from keras_paligemma.models.inputs import prompt_batch
+from keras_paligemma.models.inputs import typed
 from keras_paligemma.models.losses import StreamedCrossEntropy
 from keras_paligemma.models.losses import responses_only
 from keras_paligemma.models.losses import token_losses
 from keras_paligemma.models.optimizers import Adam
 from keras_paligemma.models.optimizers import check_moments
+from keras_paligemma.preprocessing.inputs import check_dictionary
+from keras_paligemma.preprocessing.inputs import prompt_text
+from keras_paligemma.preprocessing.inputs import to_ids
+from keras_paligemma.preprocessing.inputs import to_strings
 from keras_paligemma.preprocessing.preprocessor import (
     PaliGemmaCausalLMPreprocessor,
 )
@@ -83,8 +90,11 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self.backbone = backbone
         self.preprocessor = preprocessor
         # Keras's own takes the rows for the weight of a batch.
-        self.loss_tracker = keras.metrics.Mean(name="loss")
-        self.accuracy_tracker = keras.metrics.Mean(name="token_accuracy")
+        # float32, whatever floatx is: bfloat16 cannot count beyond 256.
+        self.loss_tracker = keras.metrics.Mean("loss", dtype="float32")
+        self.accuracy_tracker = keras.metrics.Mean(
+            "token_accuracy", dtype="float32"
+        )
         self._response_length = None
         self.own_loss = None
         self.built = True
@@ -116,6 +126,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             sampler: name or `keras_hub.samplers.Sampler` for `generate`.
             **kwargs: as `keras.Model.compile` takes them.
         """
+        sampler = sampler_of(sampler)
         if optimizer == "auto":
             optimizer = Adam(2e-5)
         loss = StreamedCrossEntropy() if loss == "auto" else loss
@@ -133,7 +144,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             weighted_metrics=weighted_metrics,
             **kwargs,
         )
-        self.sampler = keras_hub.samplers.get(sampler)
+        self.sampler = sampler
         self.generate_function = None
 
     def get_compile_config(self):
@@ -173,6 +184,11 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 logs[self.accuracy_tracker.name],
             )
         return logs
+
+    def __call__(self, inputs, **kwargs):
+        # As the backbone does: Keras casts on the way in.
+        inputs = typed(inputs, self.backbone.text_config.vocabulary_size)
+        return super().__call__(inputs, **kwargs)
 
     def call(self, inputs, training=None):
         # Said aloud: the JAX trainer calls `call` outside of Keras's context.
@@ -350,9 +366,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 f"and 'responses'. Received: {type(x).__name__}."
             )
         if "token_ids" in x:
-            check_token_ids(
-                x["token_ids"], self.backbone.text_config.vocabulary_size
-            )
+            size = self.backbone.text_config.vocabulary_size
+            x = x | {"token_ids": to_ids(x["token_ids"], "token_ids", size)}
             check_targets(x, y)
         elif self.preprocessor is None:
             raise ValueError(
@@ -381,6 +396,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         strip_prompt=True,
         *,
         batch_size=None,
+        max_length=None,
     ):
         """Answer prompts about pictures.
 
@@ -389,15 +405,17 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 or lists of them; `responses` may hold what the answers begin
                 with. It is not changed. Without a preprocessor: arrays, as
                 `preprocessor.generate_preprocess` makes them.
-            max_new_tokens: int, the longest answer; the preprocessor's
-                `response_length` if `None`.
-            stop_token_ids: ints that end an answer; "auto" is the tokenizer's
-                end token; `None` never stops early.
+            max_new_tokens: int, the longest answer, a begun one included; the
+                preprocessor's `response_length` if `None`.
+            stop_token_ids: int or ints that end an answer; "auto" is the
+                tokenizer's end token; `None` never stops early, nor do no ids.
+                In what an answer begins with they end nothing.
             strip_prompt: bool; `False` gives prompt, newline and answer, as
                 KerasHub does.
             batch_size: int, examples that are answered at a time, for lists
                 that do not fit at once: the last batch is filled up, so that
                 one function is compiled. `None` takes all at once.
+            max_length: `None`; KerasHub's argument, refused with the way out.
 
         Returns:
             A string for one prompt, a list of strings for a list of prompts;
@@ -411,6 +429,13 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         ```
         """
         self._check_compiled("generate")
+        if max_length is not None:
+            raise ValueError(
+                "`generate` has no `max_length`, which in KerasHub counts "
+                "prompt and answer together. Expected: `max_new_tokens`, the "
+                f"tokens of the answer. Received: max_length={max_length!r}."
+            )
+        check_dictionary(inputs)
         if batch_size is not None:
             parts = in_batches(inputs, batch_size)
             if parts is not None:
@@ -422,28 +447,38 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 if self.preprocessor is None:
                     return np.concatenate(answers)
                 return [text for texts in answers for text in texts]
-        stop_token_ids = stops_of(stop_token_ids, self.preprocessor)
-        arrays = dict(inputs)
-        if self.preprocessor is not None:
-            arrays = self.preprocessor.generate_preprocess(
-                arrays, max_new_tokens=max_new_tokens
-            )
-        check_token_ids(
-            arrays["token_ids"], self.backbone.text_config.vocabulary_size
+        text_config = self.backbone.text_config
+        stop_token_ids = stops_of(
+            stop_token_ids, self.preprocessor, text_config.vocabulary_size
         )
-        single = np.ndim(arrays["token_ids"]) == 1
-        if single:
-            arrays = {key: value[None] for key, value in arrays.items()}
+        arrays = inputs
+        if self.preprocessor is not None:
+            if not strip_prompt and inputs.get("prompts") is None:
+                raise ValueError(
+                    "Arrays have no prompt to repeat. Expected: 'prompts' as "
+                    "text, or strip_prompt=True. Received: "
+                    f"{list(inputs)}, strip_prompt=False."
+                )
+            arrays = self.preprocessor.generate_preprocess(
+                inputs, max_new_tokens=max_new_tokens
+            )
+        arrays, single = prompt_batch(
+            arrays, self.backbone.image_size, text_config
+        )
         arrays = split_prompt(arrays, max_new_tokens)
+        if self.preprocessor is not None:
+            check_begun(arrays, self.preprocessor)
+        begun = arrays["response_mask"]
+        arrays = typed(arrays, text_config.vocabulary_size)
         ids = to_host(self.make_generate_function()(arrays, stop_token_ids))
-        ids = drop_after_stop(ids, stop_token_ids)
+        ids = drop_after_stop(ids, begun, stop_token_ids)
         if self.preprocessor is None:
             return ids[0] if single else ids
         texts = self.preprocessor.generate_postprocess({"token_ids": ids})
         if not strip_prompt:
-            prompts = [inputs["prompts"]] if single else inputs["prompts"]
+            prompts, _ = to_strings(inputs["prompts"], "prompts")
             texts = [
-                prompt.removesuffix("\n") + "\n" + text
+                f"{prompt_text(prompt)}\n{text}"
                 for prompt, text in zip(prompts, texts, strict=True)
             ]
         return texts[0] if single else texts
@@ -500,7 +535,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 "X.npz", whole or in pieces; or a handle of any of them,
                 "hf://…", "kaggle://…", "gs://…".
             load_weights: bool; `False` gives a model of random weights.
-            dtype: dtype policy; the file's dtype if `None`.
+            dtype: dtype policy; if `None` the global one, where
+                `keras.config.set_dtype_policy` or `set_floatx` set another
+                than float32, else the file's.
             **kwargs: `image_size` other than the checkpoint's (its positions
                 are resampled as the original does), `tokenizer` where the
                 checkpoint has none beside it, and fields that no file tells

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import keras
+
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.float_views import float_views
@@ -44,7 +46,9 @@ def load_backbone(
         cls: the backbone's class.
         checkpoint: `formats.Checkpoint`.
         load_weights: bool; `False` draws random weights.
-        dtype: dtype policy, or `None` for the one of the file.
+        dtype: dtype policy, or `None` for the global one, as
+            `keras.config.set_dtype_policy` or `set_floatx` set it, and for the
+            one of the file where that is float32, Keras's default.
         image_size: int, another picture size than the checkpoint's: its
             positions are resampled. `None` for its own.
         quantize: "int8" or "int4": each weight is quantised as it is read.
@@ -60,6 +64,7 @@ def load_backbone(
     config = checkpoint.config.backbone
     if image_size is not None:
         config = replace(config, image_size=image_size)
+    dtype = dtype or _global_policy()
     if dtype is None:
         checkpoint.say_assumed("dtype")
     fields = config.to_dict() | {"dtype": dtype or config.dtype} | kwargs
@@ -92,6 +97,16 @@ def load_backbone(
             floats = hold(weights, rows, tensors)
             calibrating.calibrate(backbone, floats, calibration)
     return backbone
+
+
+def _global_policy():
+    """Give the dtype policy that the user set, or `None` for the default."""
+    policy = keras.config.dtype_policy()
+    if policy.name == "float32":
+        # Made of floatx when it was first asked for, perhaps before that was
+        # set.
+        policy = keras.config.floatx()
+    return None if policy == "float32" else policy
 
 
 def load_task(cls, preset, load_weights, dtype, kwargs):

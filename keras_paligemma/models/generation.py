@@ -1,11 +1,16 @@
 """Prefill the cache once, then decode one token a row and step."""
 
+import contextlib
+
 import keras_hub
 import numpy as np
 from keras import ops
 
 from keras_paligemma.layers.attention import token_positions
-from keras_paligemma.models.backbone import full_masks
+from keras_paligemma.models.inputs import full_masks
+from keras_paligemma.preprocessing.inputs import to_ids
+from keras_paligemma.preprocessing.inputs import to_length
+from keras_paligemma.preprocessing.layout import LONGEST_RESPONSE
 
 
 def prefill(backbone, inputs, responses):
@@ -136,19 +141,20 @@ def split_prompt(arrays, max_new_tokens=None):
     """Split text arrays where the prompts end: at one index for all rows.
 
     Args:
-        arrays: dict of `token_ids`, `padding_mask`, `response_mask` (B, P + R)
-            and what else the backbone takes.
-        max_new_tokens: int, length of the response part if there is none.
+        arrays: dict of NumPy arrays `token_ids`, `padding_mask`,
+            `response_mask` (B, P + R) and what else the backbone takes.
+        max_new_tokens: int, length that the response part is cut or filled up
+            to; `None` leaves it as it is.
 
     Returns:
         Dict as `generate_tokens` takes it.
 
     Raises:
-        ValueError: prompts that end at different indices.
+        ValueError: prompts that end at different indices, or no room for an
+            answer.
     """
-    ids = ops.convert_to_numpy(arrays["token_ids"])
-    valid = ops.convert_to_numpy(arrays["padding_mask"]).astype(bool)
-    response = ops.convert_to_numpy(arrays["response_mask"]).astype(bool)
+    ids, valid = arrays["token_ids"], arrays["padding_mask"]
+    response = arrays["response_mask"]
     prompt = valid & ~response
     ends = {int(row.nonzero()[0][-1]) + 1 if row.any() else 0 for row in prompt}
     if len(ends) != 1 or 0 in ends:
@@ -158,48 +164,111 @@ def split_prompt(arrays, max_new_tokens=None):
             "PaliGemmaCausalLMPreprocessor lays them out so."
         )
     end = ends.pop()
-    if ids.shape[1] == end:
-        if not max_new_tokens:
-            raise ValueError(
-                "The arrays have no room for a response. Received: "
-                f"{end} tokens, all of them prompt. Expected: "
-                "max_new_tokens, or arrays with a response part."
-            )
-        more = ((0, 0), (0, max_new_tokens))
-        ids, response = np.pad(ids, more), np.pad(response, more)
+    length = ids.shape[1] - end
+    if max_new_tokens is not None:
+        length = to_length(
+            max_new_tokens, "max_new_tokens", most=LONGEST_RESPONSE
+        )
+    if not length:
+        raise ValueError(
+            "The arrays have no room for a response. Received: "
+            f"{end} tokens, all of them prompt. Expected: "
+            "max_new_tokens, or arrays with a response part."
+        )
+    if response[:, end + length :].any():
+        raise ValueError(
+            "A begun answer leaves no room to go on. Expected: at most "
+            f"{length} tokens. Received: more. Raise `max_new_tokens`."
+        )
+
+    def resized(array):
+        more = max(end + length - array.shape[1], 0)
+        return np.pad(array, ((0, 0), (0, more)))[:, end : end + length]
+
     return {
         **arrays,
-        "token_ids": ids[:, :end].astype("int32"),
+        "token_ids": ids[:, :end],
         "padding_mask": valid[:, :end],
-        "response_ids": ids[:, end:].astype("int32"),
-        "response_mask": response[:, end:],
+        "response_ids": resized(ids),
+        "response_mask": resized(response),
     }
 
 
-def drop_after_stop(ids, stop_token_ids):
-    """Set what a row produced after its first stop token to padding, 0."""
+def drop_after_stop(ids, begun, stop_token_ids):
+    """Set what a row produced after its first stop token to padding, 0.
+
+    Args:
+        ids: int array (B, R), responses.
+        begun: bool array (B, R), True on what they were given to begin with.
+            A stop token there ends nothing: the answer goes on behind it.
+        stop_token_ids: tuple of ints or `None`.
+    """
     if stop_token_ids is None:
         return ids
-    stopped = np.cumsum(np.isin(ids, stop_token_ids), axis=1)
+    stopped = np.cumsum(np.isin(ids, stop_token_ids) & ~begun, axis=1)
     before = np.pad(stopped, ((0, 0), (1, 0)))[:, :-1]
     return np.where(before == 0, ids, 0).astype("int32")
 
 
-def stops_of(stop_token_ids, preprocessor):
+def stops_of(stop_token_ids, preprocessor, vocabulary_size):
     """Give the ids that end an answer as a tuple, or `None` for none.
 
     Args:
-        stop_token_ids: ints, `None`, or "auto": the tokenizer's end token.
+        stop_token_ids: int, ints, `None`, or "auto": the tokenizer's end
+            token. None of them is as `None`.
         preprocessor: `PaliGemmaCausalLMPreprocessor` or `None`.
+        vocabulary_size: int.
     """
     if stop_token_ids is None:
         return None
-    if stop_token_ids != "auto":
-        return tuple(stop_token_ids)
-    if preprocessor is None:
+    if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+        if preprocessor is not None:
+            return (preprocessor.tokenizer.end_token_id,)
         raise ValueError(
             "Without a preprocessor nobody knows what ends an answer. "
             "Received: stop_token_ids='auto'. Expected: a list of token ids, "
             "or None."
         )
-    return (preprocessor.tokenizer.end_token_id,)
+    if isinstance(stop_token_ids, (set, frozenset)):
+        stop_token_ids = sorted(stop_token_ids)
+    ids = to_ids(stop_token_ids, "stop_token_ids", vocabulary_size)
+    return tuple(ids.ravel().tolist()) or None
+
+
+def check_begun(arrays, preprocessor):
+    """Refuse begun answers that have ended: text has no place for the rest.
+
+    Args:
+        arrays: dict as `generate_tokens` takes it.
+        preprocessor: `PaliGemmaCausalLMPreprocessor`.
+    """
+    end = preprocessor.tokenizer.end_token_id
+    ended = arrays["response_mask"] & (arrays["response_ids"] == end)
+    if ended.any():
+        row, place = (int(i[0]) for i in ended.nonzero())
+        raise ValueError(
+            "A begun answer has ended. Expected: `response_mask` True on "
+            f"tokens before the end token, {end}. Received: it is token "
+            f"{place} of row {row}. Leave it out, and what follows it."
+        )
+
+
+def sampler_of(sampler):
+    """Give a sampler of KerasHub by its name, or as it is.
+
+    Args:
+        sampler: str or `keras_hub.samplers.Sampler`.
+
+    Raises:
+        ValueError: neither.
+    """
+    found = None
+    with contextlib.suppress(ValueError, TypeError):
+        found = keras_hub.samplers.get(sampler)
+    if not isinstance(found, keras_hub.samplers.Sampler):
+        raise ValueError(
+            "Unknown sampler. Expected: 'greedy', 'beam', 'random', 'top_k', "
+            "'top_p' or a `keras_hub.samplers.Sampler`. Received: "
+            f"{sampler!r}."
+        )
+    return found

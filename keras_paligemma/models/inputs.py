@@ -1,8 +1,29 @@
-"""What a backbone is given: checked, and completed by the image tokens."""
+"""What a model is given: checked, and completed by the image tokens."""
 
-import keras
 import numpy as np
 from keras import ops
+
+from keras_paligemma.preprocessing.inputs import is_numeric
+from keras_paligemma.preprocessing.inputs import to_ids
+from keras_paligemma.preprocessing.inputs import to_numpy
+
+# Of what is no float; a Keras policy is about floats alone.
+DTYPES = {
+    "token_ids": "int32",
+    "response_ids": "int32",
+    "positions": "int32",
+    "padding_mask": "bool",
+    "response_mask": "bool",
+    "attention_mask": "bool",
+}
+# What `generate` reads.
+PROMPT_ARRAYS = (
+    "images",
+    "image_embeddings",
+    "token_ids",
+    "padding_mask",
+    "response_mask",
+)
 
 
 def full_masks(inputs, num_image_tokens):
@@ -35,25 +56,135 @@ def check_images(images, image_size):
             f"3). Received: shape {shape}. PaliGemmaImageConverter makes "
             "them from any picture."
         )
-    dtype = keras.backend.standardize_dtype(images.dtype)
-    if "float" not in dtype:
+    if "float" not in str(images.dtype):
         raise ValueError(
-            f"The backbone takes floats in [-1, 1]. Received: dtype {dtype}. "
-            "PaliGemmaImageConverter makes them from 0…255."
+            f"The backbone takes floats in [-1, 1]. Received: dtype "
+            f"{images.dtype}. PaliGemmaImageConverter makes them from 0…255."
         )
 
 
-def check_token_ids(token_ids, vocabulary_size):
-    """Refuse token ids that no row of the embedding stands for."""
-    token_ids = np.asarray(token_ids)
-    outside = (token_ids < 0) | (token_ids >= vocabulary_size)
-    if outside.any():
-        raise ValueError(
-            f"Token ids must lie in 0…{vocabulary_size - 1}. Received: "
-            f"{token_ids[outside][0]} at index "
-            f"{tuple(int(i[0]) for i in outside.nonzero())}. Is this the "
-            "tokenizer that belongs to the model?"
+def typed(inputs, vocabulary_size):
+    """Give ids as int32 and masks as bool, whatever the dtype policy.
+
+    Keras casts what is a float to the policy's dtype, and bfloat16 has no
+    number between 256 and 258. On JAX, with a floatx of bfloat16, Keras 3.15
+    makes floats of arrays of integers and bools, too.
+
+    Args:
+        inputs: dict as the backbone takes it.
+        vocabulary_size: int. Ids are looked at while they are numbers: inside
+            of a compiled step an id outside of it would read another row.
+
+    Returns:
+        Dict: a copy with tensors in the place of ids and masks.
+    """
+    inputs = dict(inputs)
+    if isinstance(inputs.get("token_ids"), (np.ndarray, list, tuple)):
+        inputs["token_ids"] = to_ids(
+            inputs["token_ids"], "token_ids", vocabulary_size
         )
+    for name in DTYPES.keys() & inputs.keys():
+        if inputs[name] is not None:
+            inputs[name] = ops.cast(inputs[name], DTYPES[name])
+    return inputs
+
+
+def prompt_batch(inputs, image_size, text_config):
+    """Read the arrays that `generate` is given, as a batch of NumPy arrays.
+
+    Args:
+        inputs: dict of arrays, as `generate` takes it without a preprocessor.
+        image_size: int, the model's.
+        text_config: `TextDecoderConfig`.
+
+    Returns:
+        arrays: dict of `token_ids` int32, `padding_mask` and `response_mask`
+            bool, all (B, T), and float32 `images` or `image_embeddings`. A
+            response mask that is not there is all False: no answer has begun.
+        single: bool, `inputs` was one row without a batch axis.
+
+    Raises:
+        ValueError: names, shapes, dtypes or values that no model reads.
+    """
+    given = {key: value for key, value in inputs.items() if value is not None}
+    # A misspelt name would be a picture that nobody looks at.
+    unknown = given.keys() - set(PROMPT_ARRAYS)
+    if unknown or not {"token_ids", "padding_mask"} <= given.keys():
+        raise ValueError(
+            "These are not the arrays of a prompt. Expected: 'token_ids' and "
+            "'padding_mask', with 'images' or 'image_embeddings' where there "
+            "are any, and 'response_mask' where answers have begun. "
+            f"Received: {list(inputs)}. `preprocessor.generate_preprocess` "
+            "makes them from text, which a model without a preprocessor does "
+            "not read."
+        )
+    ids = to_ids(given["token_ids"], "token_ids", text_config.vocabulary_size)
+    if ids.ndim not in (1, 2) or not ids.size:
+        raise ValueError(
+            "`token_ids` has an unknown shape. Expected: (batch, tokens), or "
+            f"(tokens,) of one prompt. Received: {ids.shape}."
+        )
+    single = ids.ndim == 1
+    none = np.zeros(ids.shape, bool)
+    arrays = {
+        "token_ids": ids,
+        "padding_mask": _mask(given["padding_mask"], "padding_mask", ids),
+        "response_mask": _mask(
+            given.get("response_mask", none), "response_mask", ids
+        ),
+    }
+    for name in given.keys() & {"images", "image_embeddings"}:
+        arrays[name] = to_numpy(given[name])
+    if single:
+        arrays = {name: array[None] for name, array in arrays.items()}
+    if "images" in arrays:
+        check_images(arrays["images"], image_size)
+    for name in arrays.keys() & {"images", "image_embeddings"}:
+        rows = len(arrays["token_ids"])
+        arrays[name] = _floats(arrays[name], name, rows)
+    embeddings = arrays.get("image_embeddings")
+    width = text_config.hidden_dim
+    if embeddings is not None and embeddings.shape[2:] != (width,):
+        raise ValueError(
+            "`image_embeddings` has an unknown shape. Expected: (batch, image "
+            f"tokens, {width}), as `encode_images` gives them. Received: "
+            f"{embeddings.shape}."
+        )
+    return arrays, single
+
+
+def _mask(mask, name, ids):
+    """Give a mask of token ids as bool."""
+    mask = to_numpy(mask)
+    is_mask = mask.dtype == bool or (
+        is_numeric(mask) and ((mask == 0) | (mask == 1)).all()
+    )
+    if mask.shape != ids.shape or not is_mask:
+        raise ValueError(
+            f"`{name}` does not match the token ids. Expected: True or False "
+            f"for each, shape {ids.shape}. Received: shape {mask.shape}, "
+            f"dtype {mask.dtype}, values such as {np.unique(mask)[-3:]}."
+        )
+    return mask.astype(bool)
+
+
+def _floats(array, name, rows):
+    """Give pictures or their embeddings as float32."""
+    if not is_numeric(array) or array.shape[0] != rows:
+        raise ValueError(
+            f"`{name}` does not match the prompts. Expected: floats of "
+            f"{rows} rows, as many as `token_ids` has. Received: shape "
+            f"{array.shape}, dtype {array.dtype}."
+        )
+    array = array.astype("float32")
+    bad = ~np.isfinite(array).reshape(rows, -1).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"`{name}` holds NaN or infinity. Expected: numbers. Received: "
+            f"{int(bad.sum())} such rows of {rows}, the first at index "
+            f"{int(bad.argmax())}."
+        )
+    return array
 
 
 def check_targets(inputs, y):

@@ -1,6 +1,21 @@
-"""What users hand in, as NumPy arrays and Python strings."""
+"""What users hand in, as NumPy arrays, Python strings and numbers."""
+
+import operator
+import re
+import warnings
 
 import numpy as np
+
+# What transformers' snippets and the original's printed prompts hold as text.
+# SentencePiece has no such pieces in text and would read letters. The patterns
+# are read by TensorFlow, too.
+SPECIAL_TOKEN = r"<(?:image|bos|eos)>"
+DROPPED = "A prompt begins with <image> or <bos>, which was dropped."
+LEADING_TOKENS = r"^[ \t\r\n]*(?:<(?:image|bos)>[ \t\r\n]*)+"
+TEXT_ALONE = (
+    "Expected: text alone, since the preprocessor adds image tokens, bos, "
+    "separator and eos. "
+)
 
 
 def to_numpy(x) -> np.ndarray:
@@ -95,3 +110,197 @@ def _to_string(x, name, index):
             f"{type(x).__name__} at index {index}."
         )
     return x
+
+
+def prompt_text(prompt: str) -> str:
+    """Gives a prompt without what the layout adds: the text that is read.
+
+    Args:
+        prompt: String.
+
+    Returns:
+        String without `<image>` and `<bos>` in front, the blanks around them,
+        and one newline at the end.
+
+    Example:
+
+    >>> prompt_text("<image> caption en\\n")
+    'caption en'
+    """
+    return re.sub(LEADING_TOKENS, "", prompt).removesuffix("\n")
+
+
+def plain_prompts(prompts: list[str]) -> list[str]:
+    """Gives prompts as text alone; see `prompt_text`.
+
+    Args:
+        prompts: List of strings.
+
+    Returns:
+        List of strings. If `<image>` or `<bos>` were dropped, it warns once.
+
+    Raises:
+        ValueError: a special token stands elsewhere, or it is `<eos>`.
+
+    Example:
+
+    >>> plain_prompts(["caption en"])
+    ['caption en']
+    """
+    runs = [re.match(LEADING_TOKENS, prompt) for prompt in prompts]
+    check_no_special_tokens(
+        prompts, "prompts", [run.end() if run else 0 for run in runs]
+    )
+    if any(runs):
+        # Without a number, so that Python shows it once and not once a batch.
+        warnings.warn(
+            f"{DROPPED} {TEXT_ALONE}Remove it from the prompts.",
+            stacklevel=2,
+        )
+    return [prompt_text(prompt) for prompt in prompts]
+
+
+def check_no_special_tokens(
+    strings: list[str], name: str, starts: list[int] | None = None
+) -> None:
+    """Refuses `<image>`, `<bos>` and `<eos>` in text.
+
+    Args:
+        strings: List of strings.
+        name: String, what an error calls them.
+        starts: List of integers, the character of each string from which it
+            is looked at, or `None` for 0.
+
+    Raises:
+        ValueError: a string holds one; with its place.
+
+    Example:
+
+    >>> check_no_special_tokens(["a cat"], "responses")
+    """
+    pattern = re.compile(SPECIAL_TOKEN)
+    starts = starts or [0] * len(strings)
+    for index, (text, start) in enumerate(zip(strings, starts, strict=True)):
+        found = pattern.search(text, start)
+        if found:
+            raise ValueError(
+                f"`{name}` holds a special token. {TEXT_ALONE}Received: "
+                f"{found[0]} at character {found.start()} of {text!r:.80} at "
+                f"index {index}. Remove it."
+            )
+
+
+def check_dictionary(x) -> None:
+    """Refuses inputs that are no dictionary, and says how to make one of them.
+
+    Args:
+        x: What was given as the inputs of a preprocessor or a model.
+
+    Raises:
+        ValueError: `x` is no dictionary.
+
+    Example:
+
+    >>> check_dictionary({"prompts": "caption en"})
+    """
+    if isinstance(x, dict):
+        return
+    fix = ""
+    if isinstance(x, (list, tuple)) and x and isinstance(x[0], dict):
+        fix = (
+            " One dictionary of lists: "
+            "{key: [one[key] for one in inputs] for key in inputs[0]}."
+        )
+    told = f" {x!r:.80}" if isinstance(x, (str, bytes)) else ""
+    raise ValueError(
+        "Inputs are one dictionary. Expected: {'images': …, 'prompts': …}, "
+        "one picture and one string or lists of them, and 'responses' to "
+        f"train. Received: {type(x).__name__}{told}.{fix}"
+    )
+
+
+def to_length(x, name: str, least: int = 1, most: int | None = None) -> int:
+    """Converts a number of tokens to a Python integer.
+
+    Args:
+        x: Integer of Python or NumPy.
+        name: String, what an error calls it.
+        least: Integer.
+        most: Integer or `None`.
+
+    Returns:
+        Integer.
+
+    Raises:
+        ValueError: `x` is no integer, or out of this range.
+
+    Example:
+
+    >>> to_length(np.int64(3), "max_new_tokens")
+    3
+    """
+    try:
+        length = None if isinstance(x, bool) else operator.index(x)
+    except TypeError:
+        length = None
+    too_long = most is not None and length is not None and length > most
+    if length is None or length < least or too_long:
+        upto = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ValueError(
+            f"`{name}` is no number of tokens. Expected: an integer, {upto}. "
+            f"Received: {x!r}."
+        )
+    return length
+
+
+def to_ids(x, name: str, vocabulary_size: int) -> np.ndarray:
+    """Converts token ids to int32; floats that are whole are ids, too.
+
+    Args:
+        x: Array, tensor, integer or nested list of integers.
+        name: String, what an error calls them.
+        vocabulary_size: Integer.
+
+    Returns:
+        int32 array of the shape of `x`.
+
+    Raises:
+        ValueError: an element is no integer, or none of the vocabulary; rows
+            of a list differ in length.
+
+    Example:
+
+    >>> to_ids([2.0, 7.0], "token_ids", 320)
+    array([2, 7], dtype=int32)
+    """
+    try:
+        ids = to_numpy(x)
+    except ValueError as error:  # Rows of different lengths.
+        raise ValueError(
+            f"`{name}` is no array. Expected: token ids, rows of one length. "
+            f"Received: {error}"
+        ) from error
+    if not ids.size:
+        return ids.astype("int32")
+    if not is_numeric(ids):
+        raise ValueError(
+            f"`{name}` is not made of token ids. Expected: integers. "
+            f"Received: {ids.ravel()[:1].tolist()[0]!r}, dtype {ids.dtype}. "
+            "`tokenizer.tokenize` makes ids of text."
+        )
+    wide = ids.astype("float64")  # Exact for all ids, and compares bfloat16.
+    # Written so that NaN is outside.
+    inside = (wide >= 0) & (wide < vocabulary_size) & (wide == np.floor(wide))
+    if not inside.all():
+        index = tuple(map(int, np.argwhere(~inside)[0]))
+        raise ValueError(
+            f"`{name}` holds what is no token id. Expected: whole numbers in "
+            f"0…{vocabulary_size - 1}. Received: {ids[index]} at index "
+            f"{index}. Is this the tokenizer that belongs to the model?"
+        )
+    return wide.astype("int32")
+
+
+def is_numeric(array: np.ndarray) -> bool:
+    """Tells whether an array is of integers or floats, bfloat16 included."""
+    return array.dtype.name.startswith(("int", "uint", "float", "bfloat"))

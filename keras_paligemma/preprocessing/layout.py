@@ -4,6 +4,9 @@ import warnings
 
 import numpy as np
 
+# Tokens that Gemma was trained on at once; no answer is meant to be longer.
+LONGEST_RESPONSE = 8192
+
 
 def fit_prompts(
     texts: list[list[int]],

@@ -6,6 +6,7 @@ import keras
 import keras_hub
 import numpy as np
 
+from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.hugging_face_tokenizer import with_added_tokens
 from keras_paligemma.compat import classproperty
@@ -15,8 +16,13 @@ from keras_paligemma.preprocessing.graph import is_symbolic
 from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
 )
+from keras_paligemma.preprocessing.inputs import check_dictionary
+from keras_paligemma.preprocessing.inputs import check_no_special_tokens
+from keras_paligemma.preprocessing.inputs import plain_prompts
+from keras_paligemma.preprocessing.inputs import to_length
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.inputs import to_strings
+from keras_paligemma.preprocessing.layout import LONGEST_RESPONSE
 from keras_paligemma.preprocessing.layout import fit_prompts
 from keras_paligemma.preprocessing.layout import fit_responses
 from keras_paligemma.preprocessing.layout import pack
@@ -41,7 +47,9 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     The prompt is aligned to the right, so prompts of all lengths end at one
     index, where generation begins; logits are needed for the response only.
-    The separator is tokenized on its own, as in the original.
+    The separator is tokenized on its own, as in the original. `<image>` and
+    `<bos>` typed in front of a prompt are what the layout adds anyway, and are
+    dropped with a warning; elsewhere, and `<eos>`, they are an error.
 
     Args:
         tokenizer: `PaliGemmaTokenizer`.
@@ -309,8 +317,8 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """
         if sequence_length is None:
             return self.response_length
-        _check_length(
-            "sequence_length", sequence_length, least=self.prompt_length + 1
+        sequence_length = to_length(
+            sequence_length, "sequence_length", least=self.prompt_length + 1
         )
         return sequence_length - self.prompt_length
 
@@ -344,10 +352,12 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 f"sequence_length={sequence_length}, "
                 f"max_new_tokens={max_new_tokens}. Expected: one of them."
             )
-        length = max_new_tokens
-        if length is None:
+        if max_new_tokens is None:
             length = self.response_length_of(sequence_length)
-        _check_length("max_new_tokens", length, least=1)
+        else:
+            length = to_length(
+                max_new_tokens, "max_new_tokens", most=LONGEST_RESPONSE
+            )
         prompts, responses, batched = self._texts(x)
         longest = max(map(len, responses))
         if longest >= length:
@@ -393,7 +403,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 "keeps them, such as 'identity'. Received: no token."
             )
         prompts = fit_prompts(
-            self._tokenize([s.removesuffix("\n") for s in strings]),
+            self._tokenize(plain_prompts(strings)),
             [self.tokenizer.start_token_id],
             separator,
             self.prompt_length,
@@ -408,6 +418,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 "prompt, both strings or both lists. Received: "
                 f"{len(prompts)} prompts, {len(strings)} responses."
             )
+        check_no_special_tokens(strings, "responses")
         return prompts, self._tokenize(strings), batched
 
     def _tokenize(self, strings):
@@ -478,7 +489,7 @@ def _lengths(sequence_length, prompt_length=None, response_length=None):
         prompt_length = 64 if prompt_length is None else prompt_length
         response_length = 64 if response_length is None else response_length
     else:
-        _check_length("sequence_length", sequence_length, least=4)
+        sequence_length = to_length(sequence_length, "sequence_length", least=4)
         if prompt_length is None and response_length is None:
             response_length = sequence_length // 2
             response_length = min(response_length, sequence_length - 3)
@@ -486,8 +497,8 @@ def _lengths(sequence_length, prompt_length=None, response_length=None):
             response_length = sequence_length - prompt_length
         if prompt_length is None:
             prompt_length = sequence_length - response_length
-    _check_length("prompt_length", prompt_length, least=3)
-    _check_length("response_length", response_length, least=1)
+    prompt_length = to_length(prompt_length, "prompt_length", least=3)
+    response_length = to_length(response_length, "response_length")
     if sequence_length not in (None, prompt_length + response_length):
         raise ValueError(
             "The parts do not make up the whole. Received: "
@@ -507,21 +518,8 @@ def _changed(config, kwargs):
 
 
 def _is_preprocessed(x):
-    if not isinstance(x, dict):
-        raise ValueError(
-            "The preprocessor reads dictionaries. Expected: 'images', "
-            "'prompts' and, to train, 'responses'. Received: "
-            f"{type(x).__name__}."
-        )
+    check_dictionary(x)
     return "token_ids" in x
-
-
-def _check_length(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"`{name}` must be an integer of at least {least}. "
-            f"Received: {value!r}."
-        )
 
 
 def _check_choice(name, value, choices):

@@ -14,6 +14,7 @@ from keras_paligemma.checkpoints.hugging_face_tokenizer import read_tokenizer
 from keras_paligemma.compat import classproperty
 from keras_paligemma.known_files import check_known
 from keras_paligemma.preprocessing import parts
+from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.inputs import to_strings
 
@@ -292,22 +293,16 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
         Returns:
             String, or list of strings.
+
+        Raises:
+            ValueError: an id is no integer, or outside of the vocabulary.
         """
         if not isinstance(inputs, (list, tuple)):
             inputs = to_numpy(inputs).tolist()
         batched = bool(inputs) and np.ndim(inputs[0]) == 1
-        rows = (
-            [to_numpy(row).tolist() for row in inputs]
-            if batched
-            else [to_numpy(inputs).tolist()]
-        )
+        rows = inputs if batched else [inputs]
         size = self.vocabulary_size()
-        for row in rows:
-            if row and not 0 <= min(row) <= max(row) < size:
-                raise ValueError(
-                    f"Ids to detokenize must be in [0, {size - 1}]. "
-                    f"Received: {row}"
-                )
+        rows = [to_ids(row, "inputs", size).tolist() for row in rows]
         texts = super().detokenize(rows)
         return texts if batched else texts[0]
 

@@ -275,6 +275,23 @@ def test_check_tells_all_at_once(write):
     assert check(source, preprocessor)[3].endswith("line 5: too long")
 
 
+def test_check_tells_typed_special_tokens(write):
+    """In front of a prompt too, where training drops them with a warning."""
+    source = JSONLSource(
+        write(
+            GOOD | {"prefix": "<image>detect cat"},
+            GOOD,
+            GOOD | {"prefix": "detect <image> cat"},
+            GOOD | {"suffix": ["a cat", "a cat<eos>"]},
+        )
+    )
+    first, second, third = check(source)
+    assert "line 1" in first and "begins with <image> or <bos>" in first
+    assert "line 3" in second and "<image> at character 7" in second
+    assert "line 4" in third and "`responses`" in third
+    assert "<eos> at character 5" in third
+
+
 def test_memory_does_not_grow_with_text(tmp_path):
     path = tmp_path / "large.jsonl"
     line = json.dumps(GOOD | {"suffix": "word " * 40})

@@ -28,7 +28,7 @@ PROMPTS = (
     "caption en",
     "detect cat\n",
     "",
-    "answer en what <loc0012><seg003> is <eos> this?",
+    "answer en what <loc0012><seg003> is <b>this</b>?",
     "  zwei  Leerzeichen ",
     "日本 🦉 é",
 )
@@ -37,6 +37,8 @@ BAD = {
     "empty": (b"", "caption en", "not a picture"),
     "bomb": (bomb(), "caption en", "20000×20000"),
     "long": (None, "many words " * 40, "prompt does not fit"),
+    "image": (None, "<image>ocr é <image>", "<image> at character 13."),
+    "end": (None, "<image> ocr<eos>", "<eos> at character 11."),
     "latin": (None, b"caf\xe9", "not UTF-8"),
 }
 
@@ -141,6 +143,7 @@ def answers(folder, model, batch, scored, tmp_path_factory):
         "many": served(one, max_new_tokens=np.int32(33)),
         "hot": served(eight, temperature=np.float32(3)),
         "third": served(one, adapter="third"),
+        "typed": served(one | {"prompts": ["<image> <bos>caption en\n"]}),
         **{name: served(some, adapter=name) for name in LORAS},
         "generate": ("generate", begun | OPTIONS),
         "score": ("score", scored[0] | SCORED),
@@ -189,6 +192,13 @@ def test_bad_rows_spoil_no_others(answers):
         assert told in served["error"][row], name
         assert served["text"][row] == ""
         assert not served["log_probabilities"][row].any()
+
+
+def test_image_tokens_and_bos_in_front_are_dropped(answers):
+    typed, plain = answers["typed"], answers["mixed"]
+    assert typed["error"].tolist() == [""]
+    assert typed["text"][0] == plain["text"][0]
+    assert typed["token_ids"][0].tolist() == plain["token_ids"][0].tolist()
 
 
 def test_no_rows(answers):

@@ -40,7 +40,7 @@ def build_tiny_model(**changes):
     return PaliGemmaCausalLM(backbone, preprocessor)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model():
     """Function that builds a random model that reads and writes text."""
     return build_tiny_model

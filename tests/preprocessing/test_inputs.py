@@ -2,6 +2,10 @@ import keras
 import numpy as np
 import pytest
 
+from keras_paligemma.preprocessing.inputs import check_dictionary
+from keras_paligemma.preprocessing.inputs import plain_prompts
+from keras_paligemma.preprocessing.inputs import to_ids
+from keras_paligemma.preprocessing.inputs import to_length
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.inputs import to_strings
 
@@ -64,3 +68,92 @@ def test_text(x, expected):
 def test_what_is_no_text_is_an_error(x, message):
     with pytest.raises(ValueError, match=message):
         to_strings(x, "prompts")
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "<image>detect cat",
+        "<image> detect cat\n",
+        "<image><image>\n<bos>detect cat",
+        " <bos> detect cat",
+    ],
+)
+def test_what_the_layout_adds_is_dropped_with_one_warning(typed):
+    with pytest.warns(UserWarning, match="begins with <image> or <bos>") as all:
+        assert plain_prompts([typed, typed, "ocr"]) == ["detect cat"] * 2 + [
+            "ocr"
+        ]
+    assert len(all) == 1
+
+
+def test_text_is_left_as_it_is():
+    texts = ["  two  blanks ", "<imag> <b>", "< image>", "<loc0001> é", ""]
+    assert plain_prompts(texts) == texts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "place"),
+    [
+        ("a <image>", "<image> at character 2"),
+        ("<image>é <bos>", "<bos> at character 9"),
+        ("<eos>", "<eos> at character 0"),
+        ("<image><eos>", "<eos> at character 7"),
+    ],
+)
+def test_special_tokens_elsewhere_are_told(prompt, place):
+    with pytest.raises(ValueError, match=f"{place} of .* at index 1"):
+        plain_prompts(["fine", prompt])
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        [2.0, 7.0],
+        np.array([2, 7], "int64"),
+        keras.ops.convert_to_tensor([2, 7], "int32"),
+    ],
+)
+def test_ids_are_int32(x):
+    ids = to_ids(x, "ids", 8)
+    assert ids.dtype == np.int32 and ids.tolist() == [2, 7]
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ([2, 8], r"`ids` holds what is no .*0…7. Received: 8 at index \(1,\)"),
+        ([[2], [-1]], r"Received: -1 at index \(1, 0\)"),
+        ([2, 2.5], "whole numbers.*Received: 2.5"),
+        ([np.nan, 2], "Received: nan"),
+        ([[1, 2], [3]], "rows of one length"),
+        ("cat", "not made of token ids.*Received: 'cat'"),
+        (["2"], "Received: '2'"),
+        ([True], "Received: True"),
+        (None, "Received: None"),
+    ],
+)
+def test_what_is_no_id_is_an_error(x, message):
+    with pytest.raises(ValueError, match=message):
+        to_ids(x, "ids", 8)
+
+
+@pytest.mark.parametrize("x", [0, 9, -1, 1.5, 2.0, True, "3", None, [3]])
+def test_lengths_are_integers_in_a_range(x):
+    assert to_length(np.int64(8), "length", most=8) == 8
+    with pytest.raises(ValueError, match="`length` .*integer, 1 to 8. Rec"):
+        to_length(x, "length", most=8)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ("caption en", "Received: str 'caption en'"),
+        (["caption en"], "Received: list.$"),
+        ([{"prompts": "a"}], r"Received: list. One dictionary of lists: \{key"),
+        (None, "Received: NoneType"),
+    ],
+)
+def test_inputs_are_one_dictionary(x, message):
+    with pytest.raises(ValueError, match=message):
+        check_dictionary(x)

@@ -185,6 +185,20 @@ def test_the_separator_and_bos_are_not_doubled(make, tokenizer):
         np.testing.assert_array_equal(a, b)
 
 
+def test_typed_image_tokens_and_bos_change_nothing(make):
+    """As transformers' snippets type them: boxes changed without a word."""
+    preprocessor = make()
+    wanted = preprocessor(batch())
+    typed = [f"<image>{PROMPTS[0]}", f"<image> <bos>{PROMPTS[1]}\n"]
+    with pytest.warns(UserWarning, match="which was dropped") as all:
+        received = preprocessor(batch(prompts=typed))
+    assert len(all) == 1
+    for a, b in zip(
+        keras.tree.flatten(received), keras.tree.flatten(wanted), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_tokenizer_without_newlines_is_an_error():
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -321,6 +335,10 @@ def test_responses_survive(make):
         ({"images": [IMAGE]}, r"2 prompts and images of shape \(1, 28"),
         ({"images": IMAGE}, r"2 prompts and images of shape \(28, 28, 3\)"),
         ({"images": [IMAGE] * 3}, "Images and prompts do not match"),
+        ({"images": []}, "`images` is empty"),
+        ({"prompts": ["ocr", "a <image>"]}, "<image> at character 2.*index 1"),
+        ({"responses": ["a", "<image>b"]}, "`responses` .*<image> at .*ndex 1"),
+        ({"responses": ["a<eos>", "b"]}, "`responses` .*<eos> at character 1"),
     ],
 )
 def test_inputs_that_do_not_fit(make, change, message):
@@ -340,7 +358,7 @@ def test_other_misuse(make):
     with pytest.raises(ValueError, match="Targets are made from"):
         make()(batch(), y=np.zeros(2))
     for call in (make(), make().generate_preprocess):
-        with pytest.raises(ValueError, match="reads dictionaries.*Received"):
+        with pytest.raises(ValueError, match="one dictionary.*Received: str"):
             call("caption en")
 
 

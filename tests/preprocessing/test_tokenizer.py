@@ -122,7 +122,7 @@ def test_detokenize_reads_lists_and_arrays(tokenizer):
 
 @pytest.mark.parametrize("id", [-1, 1572])
 def test_ids_outside_the_vocabulary_are_an_error(tokenizer, id):
-    with pytest.raises(ValueError, match=r"must be in \[0, 1571\]"):
+    with pytest.raises(ValueError, match=f"0…1571.*Received: {id} at"):
         tokenizer.detokenize([[404, id]])
 
 
