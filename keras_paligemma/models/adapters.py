@@ -1,5 +1,6 @@
 """Low-rank adapters of a backbone: made, switched, read, written, merged."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -13,6 +14,7 @@ from keras_paligemma.compat import process
 from keras_paligemma.compat import wait_for_all
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.projection import normal
+from keras_paligemma.models.turns import alone
 
 LORA_TARGETS = (*peft.DECODER, *peft.VISION)
 _ATTENTION = ("query", "key", "value", "output")
@@ -106,6 +108,7 @@ class Adapters:
 
     def __init__(self, backbone):
         self.backbone = backbone
+        self.turns = backbone.turns
         self.slots = None
         self.known = {}
         self.live = None
@@ -113,6 +116,7 @@ class Adapters:
         self.merged = None
         self._waiting = {}
 
+    @alone
     def add(self, name, lora, values=None):
         """Add an adapter and switch to it.
 
@@ -148,22 +152,54 @@ class Adapters:
         self.known[name], self.live = lora, name
         self.select(name)
 
+    @alone
     def select(self, name):
         """Switch to an adapter, or all off with `None`."""
-        self._refuse_merged()
-        if name is not None and name not in self.known:
-            raise ValueError(
-                f"Unknown adapter. Received: {name!r}. Expected one of "
-                f"{list(self.known)}, or None for the bare model."
-            )
-        if name is not None and name != self.live:
-            self._waiting[self.live] = self._read()
-            self._assign(self._waiting.pop(name))
-            self.live = name
-        self.active = name
+        self._check_selectable(name)
+        self._switch(self.live if name is None else name, name)
+
+    @contextlib.contextmanager
+    def using(self, name):
+        """Answer with an adapter, or the bare model, and switch back.
+
+        Other threads wait until then, a `fit` too, which goes on with the
+        adapter that it trains.
+
+        Args:
+            name: str, or `None` for the bare model.
+
+        Example:
+
+        ```python
+        with model.adapters.using("ghosts"):
+            model.generate({"images": picture, "prompts": "caption en"})
+        ```
+        """
+        with self.turns:
+            before = self.live, self.active
+            self._check_selectable(name)
+            self._switch(self.live if name is None else name, name)
+            try:
+                yield
+            finally:
+                self._switch(*before)
+
+    def _switch(self, live, active):
+        """Put an adapter into the slots, and choose which one answers."""
         if self.slots is None:
             return
-        self._assign_scale(0.0 if name is None else self.known[name].scale())
+        if live != self.live:
+            before = self._waiting[self.live] = self._read()
+            try:
+                self._assign(self._waiting[live])
+            except BaseException:
+                self._assign(before)
+                raise
+            self.live = live
+            del self._waiting[live]
+        self.active = active
+        scale = 0.0 if active is None else self.known[active].scale()
+        self._assign_scale(scale)
 
     def values(self, name):
         """Give an adapter's arrays, layer axis first, cut to its rank."""
@@ -205,6 +241,7 @@ class Adapters:
             )
         return lora.config()
 
+    @alone
     def merge(self):
         """Add the active adapter to the kernels, and switch it off."""
         self._refuse_merged()
@@ -224,6 +261,7 @@ class Adapters:
         self._assign_scale(0.0)
         self.merged = self.active
 
+    @alone
     def unmerge(self):
         """Take the merged adapter out of the kernels again."""
         if self.merged is None:
@@ -233,6 +271,14 @@ class Adapters:
         self._add_to_kernels(-self.known[self.merged].scale())
         self._assign_scale(self.known[self.merged].scale())
         self.merged = None
+
+    def _check_selectable(self, name):
+        self._refuse_merged()
+        if name is not None and name not in self.known:
+            raise ValueError(
+                f"Unknown adapter. Received: {name!r}. Expected one of "
+                f"{list(self.known)}, or None for the bare model."
+            )
 
     def _refuse_merged(self):
         if self.merged is not None:

@@ -22,6 +22,8 @@ from keras_paligemma.models.inputs import check_token_ids
 from keras_paligemma.models.inputs import full_masks
 from keras_paligemma.models.text_decoder import TextDecoder
 from keras_paligemma.models.text_decoder import TextDecoderConfig
+from keras_paligemma.models.turns import Turns
+from keras_paligemma.models.turns import alone
 from keras_paligemma.models.vision_encoder import VisionEncoder
 from keras_paligemma.models.vision_encoder import VisionEncoderConfig
 
@@ -137,6 +139,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         with keras.name_scope(self.name, caller=self):
             self.vision_encoder.build()
             self.text_decoder.build()
+        self.turns = Turns()
         self.adapters = adapters.Adapters(self)
         if lora is not None:
             self.enable_lora(**lora)
@@ -324,6 +327,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         """
         adapters.save(self, folder, name, base)
 
+    @alone
     def freeze(self, *patterns):
         """Stop training the weights whose names match.
 
@@ -333,6 +337,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         """
         trainable.set_trainable(self, patterns, False)
 
+    @alone
     def unfreeze(self, *patterns):
         """Train the weights whose names match; see `freeze`."""
         trainable.set_trainable(self, patterns, True)

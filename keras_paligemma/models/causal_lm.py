@@ -27,6 +27,9 @@ from keras_paligemma.models.losses import responses_only
 from keras_paligemma.models.losses import token_losses
 from keras_paligemma.models.optimizers import Adam
 from keras_paligemma.models.optimizers import check_moments
+from keras_paligemma.models.turns import alone
+from keras_paligemma.models.turns import batches_in_turn
+from keras_paligemma.models.turns import write_back
 from keras_paligemma.preprocessing.preprocessor import (
     PaliGemmaCausalLMPreprocessor,
 )
@@ -75,6 +78,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         if compile:
             self.compile()
 
+    @alone
     def compile(
         self,
         optimizer="auto",
@@ -231,16 +235,33 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             )
         # `Batches` have an order of their own, which Keras must not mix.
         shuffle = shuffle and steps is None
-        return keras.Model.fit(
-            self, x, y, batch_size=None, shuffle=shuffle, **kwargs
-        )
+        callbacks = kwargs.pop("callbacks", None)
+        with batches_in_turn(self, "fit", callbacks) as callbacks:
+            return keras.Model.fit(
+                self,
+                x,
+                y,
+                batch_size=None,
+                shuffle=shuffle,
+                callbacks=callbacks,
+                **kwargs,
+            )
 
     def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
         """Measure loss and metrics; takes what `fit` takes."""
         if not kwargs.get("_use_cached_eval_dataset"):
             kwargs.setdefault("steps", steps_of(x))
             x = as_dataset(x, y, batch_size, self.preprocess_samples)
-        return keras.Model.evaluate(self, x, y, batch_size=None, **kwargs)
+        callbacks = kwargs.pop("callbacks", None)
+        with batches_in_turn(self, "evaluate", callbacks) as callbacks:
+            return keras.Model.evaluate(
+                self, x, y, batch_size=None, callbacks=callbacks, **kwargs
+            )
+
+    def predict(self, x, *args, callbacks=None, **kwargs):
+        """Give the logits of preprocessed batches, as Keras does."""
+        with batches_in_turn(self, "predict", callbacks) as callbacks:
+            return super().predict(x, *args, callbacks=callbacks, **kwargs)
 
     def make_train_function(self, force=False):
         trainable.check(self.backbone, self.optimizer)
@@ -270,6 +291,10 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         strip_prompt=True,
     ):
         """Answer prompts about pictures.
+
+        Threads take turns, so that an answer is computed with one adapter and
+        one step's weights; beside a `fit` of another thread it comes between
+        two steps.
 
         Args:
             inputs: dict of `images` and `prompts`: one picture and one string,
@@ -307,7 +332,10 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         if single:
             arrays = {key: value[None] for key, value in arrays.items()}
         arrays = split_prompt(arrays, max_new_tokens)
-        ids = to_host(self.make_generate_function()(arrays, stop_token_ids))
+        with self.turns:
+            write_back(self)
+            function = self.make_generate_function()
+            ids = to_host(function(arrays, stop_token_ids))
         ids = drop_after_stop(ids, stop_token_ids)
         if self.preprocessor is None:
             return ids[0] if single else ids
@@ -321,10 +349,16 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         return texts[0] if single else texts
 
     @property
+    def turns(self):
+        """The lock around the variables: threads take turns at a model."""
+        return self.backbone.turns
+
+    @property
     def adapters(self):
         """The named adapters: select, merge, unmerge; see `Adapters`."""
         return self.backbone.adapters
 
+    @alone
     def enable_lora(self, rank, alpha=None, **kwargs):
         """Train adapters alone, as the backbone does, and print the table.
 
@@ -334,6 +368,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self._structure_changed()
         print(self.backbone.trainable_table())
 
+    @alone
     def load_adapter(self, folder, name="default"):
         """Add the adapter of a folder; see `PaliGemmaBackbone`."""
         self.backbone.load_adapter(folder, name)
@@ -341,13 +376,16 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
 
     def save_adapter(self, folder, **kwargs):
         """Write an adapter to a folder; see `PaliGemmaBackbone`."""
-        self.backbone.save_adapter(folder, **kwargs)
+        with self.turns:
+            self.backbone.save_adapter(folder, **kwargs)
 
+    @alone
     def freeze(self, *patterns):
         """Stop training weights by patterns; see `PaliGemmaBackbone`."""
         self.backbone.freeze(*patterns)
         self._structure_changed()
 
+    @alone
     def unfreeze(self, *patterns):
         """Train weights by patterns; see `PaliGemmaBackbone`."""
         self.backbone.unfreeze(*patterns)

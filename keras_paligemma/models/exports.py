@@ -32,26 +32,27 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
     Raises:
         ValueError: the format has no place for something of the model.
     """
-    lora = None if bare else backbone.adapters.config()
-    if lora is not None and to != "keras":
-        raise ValueError(
-            f"The format {to!r} has no place for adapters. Received: a model "
-            f"with {lora}. Write them apart with `save_adapter`, or call "
-            "`adapters.merge()` first."
-        )
-    config = {
-        "backbone": backbone.architecture() | {"lora": lora},
-        "preprocessor": _fields(preprocessor),
-    }
-    proto = preprocessor.tokenizer.proto if preprocessor else None
-    weights = backbone.weights_by_name()
-    if lora is None:  # Merged adapters are in the kernels.
-        weights = {
-            name: weight
-            for name, weight in weights.items()
-            if "/adapter_" not in name
+    with backbone.turns:
+        lora = None if bare else backbone.adapters.config()
+        if lora is not None and to != "keras":
+            raise ValueError(
+                f"The format {to!r} has no place for adapters. Received: a model "
+                f"with {lora}. Write them apart with `save_adapter`, or call "
+                "`adapters.merge()` first."
+            )
+        config = {
+            "backbone": backbone.architecture() | {"lora": lora},
+            "preprocessor": _fields(preprocessor),
         }
-    write(path, to, config, weights, engine.to_numpy, proto, **options)
+        proto = preprocessor.tokenizer.proto if preprocessor else None
+        weights = backbone.weights_by_name()
+        if lora is None:  # Merged adapters are in the kernels.
+            weights = {
+                name: weight
+                for name, weight in weights.items()
+                if "/adapter_" not in name
+            }
+        write(path, to, config, weights, engine.to_numpy, proto, **options)
 
 
 def save_to_preset(model, preset_dir):
