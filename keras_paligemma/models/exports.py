@@ -36,8 +36,8 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
         lora = None if bare else backbone.adapters.config()
         if lora is not None and to != "keras":
             raise ValueError(
-                f"The format {to!r} has no place for adapters. Received: a model "
-                f"with {lora}. Write them apart with `save_adapter`, or call "
+                f"The format {to!r} has no place for adapters. Received: a "
+                f"model with {lora}. Write them apart with `save_adapter`, or call "
                 "`adapters.merge()` first."
             )
         config = {
