@@ -37,8 +37,8 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
         if lora is not None and to != "keras":
             raise ValueError(
                 f"The format {to!r} has no place for adapters. Received: a "
-                f"model with {lora}. Write them apart with `save_adapter`, or call "
-                "`adapters.merge()` first."
+                f"model with {lora}. Write them apart with `save_adapter`, or "
+                "call `adapters.merge()` first."
             )
         config = {
             "backbone": backbone.architecture() | {"lora": lora},
