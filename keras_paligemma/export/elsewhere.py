@@ -13,8 +13,6 @@ import tempfile
 from pathlib import Path
 
 from keras_paligemma.checkpoints import safetensors_files
-from keras_paligemma.compat import without_values
-from keras_paligemma.models import exports
 
 ADAPTERS = "adapters.json"
 # Bytes of a file of weights, which writing holds in memory.
@@ -66,6 +64,8 @@ def write_elsewhere(model, filepath, backend, module, *arguments):
 
 def _hand_over(model, folder):
     """Write a model for `read`."""
+    from keras_paligemma.models import exports  # Keras has a backend by now.
+
     adapters = model.adapters
     names = [] if adapters.merged is not None else list(adapters.known)
     exports.export(
@@ -92,6 +92,7 @@ def read(folder, load_weights=True):
     Returns:
         `PaliGemmaCausalLM`, with all adapters, the one in use selected.
     """
+    from keras_paligemma.compat import without_values
     from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
 
     folder = Path(folder)
