@@ -78,7 +78,8 @@ def answers_of(example: dict) -> list[str]:
 
     Example:
 
-    >>> answers_of({"responses": "a cat"})
+    >>> example = {"images": "a.jpg", "prompts": "ocr", "responses": "a cat"}
+    >>> answers_of(example)
     ['a cat']
     """
     missing = {"images", "prompts", "responses"} - set(example)

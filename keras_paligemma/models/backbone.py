@@ -85,12 +85,13 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         ...         hidden_dim=16, intermediate_dim=24, num_query_heads=2,
         ...         num_key_value_heads=1, head_dim=6),
         ... )
-        >>> backbone({
+        >>> hidden_states = backbone({
         ...     "images": np.zeros((1, 28, 28, 3), "float32"),
         ...     "token_ids": np.array([[2, 7, 9]]),
         ...     "padding_mask": np.ones((1, 3), bool),
         ...     "response_mask": np.array([[False, False, True]]),
-        ... }).shape
+        ... })
+        >>> tuple(hidden_states.shape)
         (1, 7, 16)
 
     Source: https://arxiv.org/abs/2412.03555.
