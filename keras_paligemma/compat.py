@@ -31,6 +31,7 @@ def without_values():
     initialise them all, so the list is cleared.
 
     Example:
+        >>> from keras_paligemma import PaliGemmaBackbone
         >>> with without_values():
         ...     backbone = PaliGemmaBackbone()
         >>> backbone.count_params()

@@ -21,13 +21,14 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from keras_paligemma import shipped
 from keras_paligemma.tasks.boxes import Box
 from keras_paligemma.tasks.boxes import draw_boxes
 from keras_paligemma.tasks.boxes import parse_boxes
 from keras_paligemma.tasks.sheets import contact_sheet
 
 NANO = "pali_gemma2_nano_112"
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = shipped.folder("examples")
 
 # Of all batches: another size would be compiled anew.
 BATCH_SIZE = 8

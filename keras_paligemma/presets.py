@@ -11,6 +11,7 @@ from pathlib import Path
 
 from keras_paligemma import atomic
 from keras_paligemma import downloads
+from keras_paligemma import shipped
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import read_json
 from keras_paligemma.config import shown
@@ -23,9 +24,7 @@ TOKENIZER = "tokenizer.model"
 WRITTEN = (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", TOKENIZER)
 WRITTEN += ("model-*-of-*.safetensors",)
 
-# A wheel carries the presets inside the package, a checkout beside it.
-_WHEEL = Path(__file__).parent / "preset_files"
-_HERE = _WHEEL if _WHEEL.is_dir() else Path(__file__).parents[1] / "presets"
+_HERE = shipped.folder("presets")
 
 
 def names() -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """The command line on the goldens and the nano preset."""
 
+import os
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,11 +13,14 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+import keras_paligemma
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import cli
 from keras_paligemma import downloads
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import npz
+from keras_paligemma.cli.convert import progress
+from keras_paligemma.cli.options import read_fields
 from tests.conftest import GOLDEN
 from tests.conftest import PRESETS
 
@@ -33,6 +38,78 @@ def call(*arguments):
         cli.app, [str(one) for one in arguments], catch_exceptions=False
     )
     return result.exit_code, result.output
+
+
+def run(code, **environment):
+    """Run code in a process that has no backend chosen; give what it prints."""
+    inherited = {
+        key: value for key, value in os.environ.items() if "KERAS" not in key
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+        env=inherited | environment,
+    ).stdout
+
+
+COMMANDS = ("inspect", "convert", "finetune", "plan", "export")
+
+
+def test_help_imports_typer_alone():
+    code = f"""
+import sys
+from keras_paligemma import cli
+for command in {COMMANDS}:
+    sys.argv = ["keras-paligemma", command, "--help"]
+    try:
+        cli.main()
+    except SystemExit:
+        pass
+print({{"numpy", "keras", "tensorflow", "jax", "torch", "rich", "h5py"}}
+      & set(sys.modules))
+"""
+    output = run(code)
+    assert output.count("Usage: ") == len(COMMANDS)
+    assert output.rstrip().endswith("set()")
+
+
+def test_version_and_completion():
+    start = "from keras_paligemma import __main__; __main__.main()"
+    code = f"import sys; sys.argv = ['keras-paligemma', '--version']; {start}"
+    assert run(code) == f"keras_paligemma {keras_paligemma.__version__}\n"
+    completed = run(
+        f"import sys; sys.argv = ['keras-paligemma']; {start}",
+        _KERAS_PALIGEMMA_COMPLETE="complete_bash",
+        COMP_WORDS="keras-paligemma ",
+        COMP_CWORD="1",
+    )
+    assert completed.split() == list(COMMANDS)
+
+
+def test_commands_without_tensorflow_and_its_log_lines():
+    """Where the user has chosen no backend, and TensorFlow is installed."""
+    code = f"""
+import sys
+from keras_paligemma import cli
+for arguments in (
+    ["inspect", "{NANO}"],
+    ["plan", "--preset", "{NANO}", "--estimate"],
+):
+    sys.argv = ["keras-paligemma", *arguments]
+    try:
+        cli.main()
+    except SystemExit as error:
+        assert not error.code
+print("tensorflow" in sys.modules, "NoTensorFlow" in str(sys.meta_path))
+"""
+    output = run(code)
+    assert output.lstrip().startswith("format  keras")
+    assert "every weight is there" in output and "enable_lora" in output
+    assert output.endswith("\nFalse False\n")
 
 
 def test_inspect_a_whole_checkpoint():
@@ -164,7 +241,7 @@ def test_progress(monkeypatch, capsys, looks_on):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr("sys.stdout.isatty", lambda: looks_on, raising=False)
     weights = {"a": Weight(), "b": [Weight(), Weight()]}
-    with cli.progress(weights, Path("folder/there")) as read:
+    with progress(weights, Path("folder/there")) as read:
         for weight in (weights["a"], *weights["b"]):
             assert read(weight).shape == (3, 5)
     printed = capsys.readouterr()
@@ -253,7 +330,7 @@ def test_another_dtype_in_pieces(tmp_path):
         *("--piece-size", 2_000_000),
     )
     assert code == 0
-    found = formats.find(tmp_path / "x.npz", cli.read_fields(NANO_SET[1::2]))
+    found = formats.find(tmp_path / "x.npz", read_fields(NANO_SET[1::2]))
     assert len(found.files) == 3
     assert found.config.backbone.dtype == "bfloat16"
 

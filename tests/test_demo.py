@@ -1,4 +1,3 @@
-import doctest
 import io
 import json
 import re
@@ -78,11 +77,6 @@ def printed(table):
     console = Console(file=io.StringIO(), width=200)
     console.print(table)
     return console.file.getvalue()
-
-
-def test_examples_of_the_docstrings_run():
-    result = doctest.testmod(demo)
-    assert result.attempted and not result.failed
 
 
 def test_reads_pictures_and_what_is_known_of_them(paths):

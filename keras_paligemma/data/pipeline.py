@@ -1,7 +1,9 @@
 """Examples to batches: order, worker processes, shards, and where they are."""
 
+import multiprocessing
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -217,7 +219,7 @@ class Batches:
                 grain.MultiprocessingOptions(
                     num_workers=self.workers, per_worker_buffer_size=2
                 ),
-                worker_init_fn=_stay_on_cpu,
+                worker_init_fn=_start_worker,
             )
         return iter(dataset)
 
@@ -295,12 +297,22 @@ class BatchIterator:
         self._ahead = None
 
 
-def _stay_on_cpu(worker, workers):
-    """Keep a worker process from taking the accelerator."""
+def _start_worker(worker, workers):
+    """Keep a worker process from outliving its run, and off accelerators."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+def _end_with_parent():
+    """End this process when the one that started it has died.
+
+    Grain ends its workers from there, which a killed process does not do.
+    """
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _check_integer(name, value, least):

@@ -16,10 +16,8 @@ import numpy as np
 from safetensors.numpy import load_file
 from safetensors.numpy import save_file
 
+from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import safetensors_files
-from keras_paligemma.compat import without_values
-from keras_paligemma.models import exports
-from keras_paligemma.models.lora import Lora
 
 ADAPTERS = "adapters.json"
 ADAPTER = "adapter_{}.arrays"
@@ -74,6 +72,8 @@ def write_elsewhere(model, filepath, backend, module, *arguments):
 
 def _hand_over(model, folder):
     """Write a model for `read`."""
+    from keras_paligemma.models import exports  # Keras has a backend by now.
+
     adapters = model.adapters
     names = [] if adapters.merged is not None else list(adapters.known)
     exports.export(
@@ -112,12 +112,16 @@ def read(folder, load_weights=True):
     Returns:
         `PaliGemmaCausalLM`, with all adapters, the one in use selected.
     """
+    from keras_paligemma.compat import without_values
     from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
+    from keras_paligemma.models.lora import Lora
 
     folder = Path(folder)
+    # Whatever floatx this process has been configured with.
+    dtype = formats.resolve(str(folder), False).config.backbone.dtype
     with contextlib.nullcontext() if load_weights else without_values():
         model = PaliGemmaCausalLM.from_preset(
-            str(folder), load_weights, compile=False
+            str(folder), load_weights, dtype, compile=False
         )
     told = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
     # In their order: the first makes the room.

@@ -51,8 +51,10 @@ def attention_mask(padding_mask_BL, response_mask_BL):
     Example:
         >>> valid = ops.ones((1, 3), "bool")
         >>> response = ops.array([[False, True, True]])
-        >>> attention_mask(valid, response)[0].tolist()
-        [[True, False, False], [True, True, False], [True, True, True]]
+        >>> print(ops.convert_to_numpy(attention_mask(valid, response))[0])
+        [[ True False False]
+         [ True  True False]
+         [ True  True  True]]
 
     Source: big_vision `models/proj/paligemma/paligemma.py`, `make_attn_mask`.
     """

@@ -39,7 +39,7 @@ class Projection(keras.layers.Layer):
 
     Example:
         >>> heads = Projection((8,), (2, 4))
-        >>> heads(ops.ones((1, 3, 8))).shape
+        >>> tuple(heads(ops.ones((1, 3, 8))).shape)
         (1, 3, 2, 4)
 
     Source: the adapter is LoRA, https://arxiv.org/abs/2106.09685, in the

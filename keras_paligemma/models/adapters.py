@@ -1,5 +1,6 @@
 """Low-rank adapters of a backbone: made, switched, merged."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -13,6 +14,7 @@ from keras_paligemma.checkpoints.peft import TABLE
 from keras_paligemma.checkpoints.peft import TARGETS
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.projection import normal
+from keras_paligemma.models.turns import alone
 
 
 class Adapters:
@@ -35,6 +37,8 @@ class Adapters:
 
     def __init__(self, backbone):
         self.backbone = backbone
+        self.turns = backbone.turns
+        self.turns = backbone.turns
         self.slots = None
         self.known = {}
         self.live = None
@@ -44,6 +48,7 @@ class Adapters:
         self._whole = {}
         self._base = {}
 
+    @alone
     def add(self, name, lora, pieces=None, whole=None):
         """Add an adapter and switch to it.
 
@@ -90,44 +95,85 @@ class Adapters:
             self._make_head()
         self.select(name)
 
+    @alone
     def select(self, name):
         """Switch to an adapter, or all off with `None`."""
         self._check_selectable(name)
         self._switch(self.live if name is None else name, name)
 
-    def _check_selectable(self, name):
-        self._refuse_merged()
-        if name is not None and name not in self.known:
-            raise ValueError(
-                f"Unknown adapter. Received: {name!r}. Expected one of "
-                f"{list(self.known)}, or None for the bare model."
-            )
+    @contextlib.contextmanager
+    def using(self, name):
+        """Answer with an adapter, or the bare model, and switch back.
+
+        Other threads wait until then, a `fit` too, which goes on with the
+        adapter that it trains.
+
+        Args:
+            name: str, or `None` for the bare model.
+
+        Example:
+
+        ```python
+        with model.adapters.using("ghosts"):
+            model.generate({"images": picture, "prompts": "caption en"})
+        ```
+        """
+        with self.turns:
+            before = self.live, self.active
+            self._check_selectable(name)
+            self._switch(self.live if name is None else name, name)
+            try:
+                yield
+            finally:
+                self._switch(*before)
 
     def _switch(self, live, active):
         """Put an adapter into the slots, and choose which one answers."""
         if self.slots is None:
             return
-        if live != self.live:
-            self._waiting[self.live] = self._read()
-            self._assign(self._waiting.pop(live))
-            self.live = live
-        if active != self.active:
+        previous = self.active
+        if active != previous:
             self._exchange(active)
-        self.active = active
+        try:
+            self._load(live)
+        except BaseException:
+            if active != previous:
+                self._exchange(previous)
+            raise
         self._assign_scales(active)
 
-    def _exchange(self, name):
-        """Put the base's own weights back, then those that `name` brings."""
-        weights = self.backbone.weights_by_name()
-        for key in self._base:
-            self._whole[self.active][key] = engine.to_array(weights[key])
-        for key, value in self._base.items():
-            _assign(weights[key], value)
-        brought = self._whole.get(name, {})
-        self._base = {key: engine.to_array(weights[key]) for key in brought}
-        for key, value in brought.items():
-            _assign(weights[key], value)
+    def _load(self, live):
+        """Put an adapter's values into the slots, or leave all as it was."""
+        if live != self.live:
+            before = self._waiting[self.live] = self._read()
+            try:
+                self._assign(self._waiting[live])
+            except BaseException:
+                self._assign(before)
+                raise
+            self.live = live
+            del self._waiting[live]
 
+    def _exchange(self, name):
+        """Put the base's own weights back, and those that `name` brings in."""
+        weights = self.backbone.weights_by_name()
+        brought = self._whole.get(name, {})
+        own = {key: engine.to_array(weights[key]) for key in self._base}
+        wanted = self._base | brought
+        before = {key: engine.to_array(weights[key]) for key in wanted}
+        try:
+            for key, value in wanted.items():
+                _assign(weights[key], value)
+        except BaseException:
+            for key, value in before.items():
+                _assign(weights[key], value)
+            raise
+        if self.active is not None:
+            self._whole[self.active] |= own
+        self._base = {key: self._base.get(key, before[key]) for key in brought}
+        self.active = name
+
+    @alone
     def assign(self, values):
         """Give the adapter in use other values, as `values` returns them."""
         self._refuse_merged()
@@ -215,6 +261,7 @@ class Adapters:
         """Say whether the adapter in use has another table for the head."""
         return HEAD in self._base
 
+    @alone
     def merge(self):
         """Add the active adapter to the kernels, and switch it off."""
         self._refuse_merged()
@@ -249,6 +296,7 @@ class Adapters:
         self._assign_scales(None)
         self.merged = self.active
 
+    @alone
     def unmerge(self):
         """Take the merged adapter out of the kernels again."""
         if self.merged is None:
@@ -260,6 +308,14 @@ class Adapters:
         if self.slots.bias:
             self._change("bias", _without_bias)
         self.merged = None
+
+    def _check_selectable(self, name):
+        self._refuse_merged()
+        if name is not None and name not in self.known:
+            raise ValueError(
+                f"Unknown adapter. Received: {name!r}. Expected one of "
+                f"{list(self.known)}, or None for the bare model."
+            )
 
     def _refuse_merged(self):
         if self.merged is not None:

@@ -27,6 +27,8 @@ from keras_paligemma.models.inputs import full_masks
 from keras_paligemma.models.inputs import typed
 from keras_paligemma.models.lora import Lora
 from keras_paligemma.models.text_decoder import TextDecoder
+from keras_paligemma.models.turns import Turns
+from keras_paligemma.models.turns import alone
 from keras_paligemma.models.vision_encoder import VisionEncoder
 
 
@@ -92,12 +94,13 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         ...         hidden_dim=16, intermediate_dim=24, num_query_heads=2,
         ...         num_key_value_heads=1, head_dim=6),
         ... )
-        >>> backbone({
+        >>> hidden_states = backbone({
         ...     "images": np.zeros((1, 28, 28, 3), "float32"),
         ...     "token_ids": np.array([[2, 7, 9]]),
         ...     "padding_mask": np.ones((1, 3), bool),
         ...     "response_mask": np.array([[False, False, True]]),
-        ... }).shape
+        ... })
+        >>> tuple(hidden_states.shape)
         (1, 7, 16)
 
     Source: https://arxiv.org/abs/2412.03555.
@@ -146,6 +149,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         with keras.name_scope(self.name, caller=self):
             self.vision_encoder.build()
             self.text_decoder.build()
+        self.turns = Turns()
         self.adapters = Adapters(self)
         if lora is not None:
             self.enable_lora(**lora)
@@ -422,6 +426,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         """
         lora_weights.load(self, filepath)
 
+    @alone
     def freeze(self, *patterns):
         """Stop training the weights whose names match.
 
@@ -431,6 +436,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         """
         trainable.set_trainable(self, patterns, False)
 
+    @alone
     def unfreeze(self, *patterns):
         """Train the weights whose names match; see `freeze`."""
         trainable.set_trainable(self, patterns, True)

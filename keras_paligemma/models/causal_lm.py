@@ -34,6 +34,9 @@ from keras_paligemma.models.losses import responses_only
 from keras_paligemma.models.losses import token_losses
 from keras_paligemma.models.optimizers import Adam
 from keras_paligemma.models.optimizers import check_moments
+from keras_paligemma.models.turns import alone
+from keras_paligemma.models.turns import batches_in_turn
+from keras_paligemma.models.turns import write_back
 from keras_paligemma.preprocessing.inputs import check_dictionary
 from keras_paligemma.preprocessing.inputs import prompt_text
 from keras_paligemma.preprocessing.inputs import to_ids
@@ -101,6 +104,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         if compile:
             self.compile()
 
+    @alone
     def compile(
         self,
         optimizer="auto",
@@ -316,20 +320,27 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         # sets of `tf.data` it cannot.
         shuffle = shuffle and steps is None
         shuffle = shuffle and isinstance(x, keras.utils.PyDataset)
-        return keras.Model.fit(self, x, shuffle=shuffle, **kwargs)
+        callbacks = kwargs.pop("callbacks", None)
+        with batches_in_turn(self, "fit", callbacks) as callbacks:
+            return keras.Model.fit(
+                self, x, shuffle=shuffle, callbacks=callbacks, **kwargs
+            )
 
     def evaluate(
         self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs
     ):
         """Measure loss and metrics; takes what `fit` takes."""
-        if kwargs.get("_use_cached_eval_dataset"):
-            return keras.Model.evaluate(self, x, y, **kwargs)
-        self._check_compiled("evaluate")
-        kwargs.setdefault("steps", steps_of(x))
-        x = self._dataset(x, y, sample_weight, batch_size)
-        return keras.Model.evaluate(self, x, **kwargs)
+        callbacks = kwargs.pop("callbacks", None)
+        if not kwargs.get("_use_cached_eval_dataset"):
+            self._check_compiled("evaluate")
+            kwargs.setdefault("steps", steps_of(x))
+            x, y = self._dataset(x, y, sample_weight, batch_size), None
+        with batches_in_turn(self, "evaluate", callbacks) as callbacks:
+            return keras.Model.evaluate(
+                self, x, y, callbacks=callbacks, **kwargs
+            )
 
-    def predict(self, x=None, batch_size=None, **kwargs):
+    def predict(self, x=None, batch_size=None, callbacks=None, **kwargs):
         """Give the logits of all text tokens; takes what `fit` takes as `x`.
 
         They are what training sees, the given responses included: to answer,
@@ -337,7 +348,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         """
         kwargs.setdefault("steps", steps_of(x))
         x = self._dataset(x, None, None, batch_size)
-        return keras.Model.predict(self, x, **kwargs)
+        with batches_in_turn(self, "predict", callbacks) as callbacks:
+            return keras.Model.predict(self, x, callbacks=callbacks, **kwargs)
 
     def _check_compiled(self, method):
         if not self.compiled:
@@ -399,6 +411,10 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         max_length=None,
     ):
         """Answer prompts about pictures.
+
+        Threads take turns, so that an answer is computed with one adapter and
+        one step's weights; beside a `fit` of another thread it comes between
+        two steps.
 
         Args:
             inputs: dict of `images` and `prompts`: one picture and one string,
@@ -470,7 +486,10 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             check_begun(arrays, self.preprocessor)
         begun = arrays["response_mask"]
         arrays = typed(arrays, text_config.vocabulary_size)
-        ids = to_host(self.make_generate_function()(arrays, stop_token_ids))
+        with self.turns:
+            write_back(self)
+            function = self.make_generate_function()
+            ids = to_host(function(arrays, stop_token_ids))
         ids = drop_after_stop(ids, begun, stop_token_ids)
         if self.preprocessor is None:
             return ids[0] if single else ids
@@ -484,10 +503,16 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         return texts[0] if single else texts
 
     @property
+    def turns(self):
+        """The lock around the variables: threads take turns at a model."""
+        return self.backbone.turns
+
+    @property
     def adapters(self):
         """The named adapters: select, merge, unmerge; see `Adapters`."""
         return self.backbone.adapters
 
+    @alone
     def enable_lora(self, rank, target_layer_names=None, **kwargs):
         """Train adapters alone, as the backbone does, and print the table.
 
@@ -497,6 +522,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self._structure_changed()
         print(self.backbone.trainable_table())
 
+    @alone
     def load_adapter(self, folder, name="default", allow_nonfinite=False):
         """Add the adapter of a folder; see `PaliGemmaBackbone`."""
         self.backbone.load_adapter(folder, name, allow_nonfinite)
@@ -504,13 +530,16 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
 
     def save_adapter(self, folder, **kwargs):
         """Write an adapter to a folder; see `PaliGemmaBackbone`."""
-        self.backbone.save_adapter(folder, **kwargs)
+        with self.turns:
+            self.backbone.save_adapter(folder, **kwargs)
 
+    @alone
     def freeze(self, *patterns):
         """Stop training weights by patterns; see `PaliGemmaBackbone`."""
         self.backbone.freeze(*patterns)
         self._structure_changed()
 
+    @alone
     def unfreeze(self, *patterns):
         """Train weights by patterns; see `PaliGemmaBackbone`."""
         self.backbone.unfreeze(*patterns)

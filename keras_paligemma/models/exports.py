@@ -37,35 +37,38 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
     Raises:
         ValueError: the format has no place for something of the model.
     """
-    lora = None if bare else backbone.adapters.config()
-    if lora is not None and to != "keras":
-        raise ValueError(
-            f"The format {to!r} has no place for adapters. Received: a model "
-            f"with {lora}. Write them apart with `save_adapter`, or call "
-            "`adapters.merge()` first."
+    with backbone.turns:
+        lora = None if bare else backbone.adapters.config()
+        if lora is not None and to != "keras":
+            raise ValueError(
+                f"The format {to!r} has no place for adapters. Received: a "
+                f"model with {lora}. Write them apart with `save_adapter`, or "
+                "call `adapters.merge()` first."
+            )
+        if backbone.adapters.has_own_head() and not bare:
+            raise ValueError(
+                "The adapter in use brings a head that is not the embedding's "
+                f"table, and {to!r} has one table for both. Received: "
+                f"{backbone.adapters.active!r}. Write it with `save_adapter`, "
+                "and the model with all adapters off: `adapters.select(None)`."
+            )
+        architecture = backbone.architecture()
+        config = ModelConfig(
+            backbone=architecture if lora else replace(architecture, lora=None),
+            preprocessor=_config_of(preprocessor),
         )
-    if backbone.adapters.has_own_head() and not bare:
-        raise ValueError(
-            "The adapter in use brings a head that is not the embedding's "
-            f"table, and {to!r} has one table for both. Received: "
-            f"{backbone.adapters.active!r}. Write it with `save_adapter`, and "
-            "the model with all adapters off: `adapters.select(None)`."
-        )
-    architecture = backbone.architecture()
-    config = ModelConfig(
-        backbone=architecture if lora else replace(architecture, lora=None),
-        preprocessor=_config_of(preprocessor),
-    )
-    proto = preprocessor.tokenizer.proto if preprocessor else None
-    weights = backbone.weights_by_name()
-    if bare:
-        weights = backbone.adapters.base_weights()
-    # Merged adapters are in the kernels; the head is the table, as told above.
-    left_out = HEAD if lora is not None else "/adapter_"
-    weights = {
-        name: weight for name, weight in weights.items() if left_out not in name
-    }
-    write(path, to, config, weights, engine.to_numpy, proto, **options)
+        proto = preprocessor.tokenizer.proto if preprocessor else None
+        weights = backbone.weights_by_name()
+        if bare:
+            weights = backbone.adapters.base_weights()
+        # Merged adapters are in the kernels; the head is the table.
+        left_out = HEAD if lora is not None else "/adapter_"
+        weights = {
+            name: weight
+            for name, weight in weights.items()
+            if left_out not in name
+        }
+        write(path, to, config, weights, engine.to_numpy, proto, **options)
 
 
 def save_to_preset(model, preset_dir, max_shard_size=10):

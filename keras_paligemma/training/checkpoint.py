@@ -1,10 +1,11 @@
 """A run that can be killed at any step and goes on as if it had not been."""
 
 import math
-from pathlib import Path
 
 import keras
 import numpy as np
+
+from keras_paligemma.training.checkpoint_files import CheckpointFiles
 
 
 class RunCheckpoint(keras.callbacks.Callback):
@@ -14,7 +15,8 @@ class RunCheckpoint(keras.callbacks.Callback):
     the epoch so far, and the number of the next batch. Frozen weights are not
     written: a run of adapters writes adapters. Orbax writes a checkpoint whole
     or not at all, and shards where the weights are sharded; one that was half
-    written when the run was killed is never seen.
+    written when the run was killed is never seen. Where the newest one was
+    damaged later, the newest whole one is restored, with a warning.
 
     `fit` of this module uses it as it is meant to be used.
 
@@ -26,9 +28,9 @@ class RunCheckpoint(keras.callbacks.Callback):
         keep: int, how many of the latest are kept.
 
     Raises:
-        ValueError: while training begins: the checkpoint is another run's.
-
-    Source: https://orbax.readthedocs.io.
+        ValueError: while training begins: the checkpoint is another run's, or
+            none is whole.
+        OSError: while training: a checkpoint cannot be written.
     """
 
     def __init__(self, directory, batches, every=1000, keep=2):
@@ -40,25 +42,20 @@ class RunCheckpoint(keras.callbacks.Callback):
             )
         self.batches = batches
         self.every = every
-        self._orbax = _orbax()
-        self._manager = self._orbax.CheckpointManager(
-            Path(directory).absolute(),
-            options=self._orbax.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=False
-            ),
-        )
+        self._files = CheckpointFiles(directory, keep)
         self.step = 0
         self._metrics = None
-        self._waits = self._manager.latest_step() is not None
+        self._waits = self._files.latest() is not None
 
     def restore(self, model):
-        """Give a model what the latest checkpoint holds, without training.
+        """Give a model what the newest whole checkpoint holds, if any.
 
         Args:
             model: `PaliGemmaCausalLM`, compiled.
         """
         self.set_model(model)
-        self._restore()
+        if self._waits:
+            self._restore()
 
     def read_again(self):
         """Let the next `fit` begin with what the last step wrote.
@@ -66,10 +63,6 @@ class RunCheckpoint(keras.callbacks.Callback):
         Keras ends a `fit` with the means of weights, where there are any.
         """
         self._waits = True
-
-    def steps_done(self):
-        """Give the steps of the latest checkpoint; 0 if there is none."""
-        return self._manager.latest_step() or 0
 
     def on_train_begin(self, logs=None):
         if self.model.steps_per_execution != 1:
@@ -97,7 +90,8 @@ class RunCheckpoint(keras.callbacks.Callback):
         if not math.isfinite(loss):
             raise ValueError(
                 f"The loss is {loss} after step {self.step + 1}. The latest "
-                f"checkpoint is of step {self.steps_done()}, before that. "
+                f"checkpoint is of step {self._files.latest() or 0}, before "
+                "that. "
                 "Lower the learning rate, clip gradients, or look at the "
                 "examples of that step."
             )
@@ -124,58 +118,49 @@ class RunCheckpoint(keras.callbacks.Callback):
 
     def _save(self):
         state = self._state()
-        arguments = self._orbax.args
-        self._manager.save(
+        self._files.write(
             self.step,
-            args=arguments.Composite(
-                state=arguments.StandardSave(_values(state)),
-                epoch_metrics=arguments.StandardSave(
-                    _values(self.model.metrics_variables)
-                ),
-                place=arguments.JsonSave(
-                    {"data": self._place(self.step), "shapes": _shapes(state)}
-                ),
-            ),
+            {"data": self._place(self.step), "shapes": _shapes(state)},
+            {
+                "state": _values(state),
+                "epoch_metrics": _values(self.model.metrics_variables),
+            },
         )
 
     def _restore(self):
-        step = self._manager.latest_step()
-        arguments = self._orbax.args
         if not self.model.optimizer.built:
             # TensorFlow's trainer builds it within the first step.
             self.model.optimizer.build(self.model.trainable_variables)
         state = self._state()
-        place = self._manager.restore(
-            step, args=arguments.Composite(place=arguments.JsonRestore())
-        ).place
-        if place["shapes"] != _shapes(state):
-            raise ValueError(
-                f"The checkpoint of step {step} in {self._manager.directory} "
-                "is of another run: other weights are trained, or by another "
-                "optimizer. Received: "
-                f"{_difference(place['shapes'], _shapes(state))}. Expected: "
-                "the model as it was set up then, or a new directory."
-            )
+
+        def wanted(step, place):
+            self._check_run(step, place, _shapes(state))
+            arrays = {"state": _values(state)}
+            # The metrics of an epoch that is over are of no use.
+            if step % len(self.batches):
+                _make_metrics(self.model)
+                metrics = self.model.metrics_variables
+                arrays["epoch_metrics"] = _values(metrics)
+            return arrays
+
+        self.step, place, found = self._files.read_newest(wanted)
         self.batches.set_state(place["data"])
-        found = self._read("state", _values(state))
         for group, variables in state.items():
-            for variable, value in zip(variables, found[group], strict=True):
+            values = found["state"][group]
+            for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
-        # The metrics of an epoch that is over are of no use.
-        if step % len(self.batches):
-            _make_metrics(self.model)
-            values = _values(self.model.metrics_variables)
-            self._metrics = self._read("epoch_metrics", values)
-        self.step = step
+        self._metrics = found.get("epoch_metrics")
         self._waits = False
 
-    def _read(self, item, like):
-        """Read arrays of the latest checkpoint, laid out as others are."""
-        arguments = self._orbax.args
-        items = {item: arguments.StandardRestore(like)}
-        return self._manager.restore(
-            self._manager.latest_step(), args=arguments.Composite(**items)
-        )[item]
+    def _check_run(self, step, place, shapes):
+        if place["shapes"] != shapes:
+            raise ValueError(
+                f"The checkpoint of step {step} in {self._files.directory} is "
+                "of another run: other weights are trained, or by another "
+                "optimizer. Received: "
+                f"{_difference(place['shapes'], shapes)}. Expected: the model "
+                "as it was set up then, or a new directory."
+            )
 
 
 def fit(
@@ -210,7 +195,9 @@ def fit(
         `keras.callbacks.History` of the epochs that were trained now.
 
     Raises:
-        ValueError: the directory holds another run; the loss is not finite.
+        ValueError: the directory holds another run, or none that is whole; the
+            loss is not finite.
+        OSError: a checkpoint cannot be written.
 
     Example:
 
@@ -219,7 +206,8 @@ def fit(
     ```
     """
     checkpoint = RunCheckpoint(directory, batches, every, keep)
-    epoch, rest = divmod(checkpoint.steps_done(), len(batches))
+    checkpoint.restore(model)
+    epoch, rest = divmod(checkpoint.step, len(batches))
     history = {}
     numbers = []
     # What is left of an epoch is an epoch of fewer steps to Keras.
@@ -228,9 +216,8 @@ def fit(
         parts.append((epoch, epoch + 1, len(batches) - rest))
     if epoch + len(parts) < epochs:
         parts.append((epoch + len(parts), epochs, len(batches)))
-    if not parts and checkpoint.steps_done():
+    if not parts and checkpoint.step:
         # Nothing is left to do, but the model is to be the trained one.
-        checkpoint.restore(model)
         model.optimizer.finalize_variable_values(model.trainable_variables)
     for first, last, steps in parts:
         if numbers:
@@ -252,17 +239,6 @@ def fit(
     result.set_model(model)
     result.epoch, result.history = numbers, history
     return result
-
-
-def _orbax():
-    try:
-        import orbax.checkpoint
-    except ImportError as error:
-        raise ImportError(
-            "Checkpoints of a run are written by Orbax. Install it: pip "
-            "install 'keras_paligemma[train]'."
-        ) from error
-    return orbax.checkpoint
 
 
 def _make_metrics(model):

@@ -166,20 +166,6 @@ def _check(name, value, kind):
         )
 
 
-def read_pairs(pairs):
-    """Turn ["label_smoothing=0.1"] into a dict, each value read as TOML."""
-    given = {}
-    for pair in pairs or ():
-        try:
-            given |= tomllib.loads(pair)
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(
-                "Expected: --set name=value, a string in quotes. Received: "
-                f"{pair!r} ({error})."
-            ) from error
-    return given
-
-
 def finetune(settings, dry_run=False):
     """Train as the settings say; go on where a killed run in `output` was.
 

@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,6 +141,23 @@ def test_workers_change_nothing():
         iterator.close()
         alone.set_state(state)
         assert take(alone, 7) == wanted[9:]
+
+
+def test_workers_do_not_outlive_a_killed_run():
+    run = (
+        "import os, signal; from tests.data.test_pipeline import make;"
+        "batches = iter(make(workers=2)); next(batches); print('read');"
+        "os.sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    # Workers have the run's output: its end is seen when all are gone.
+    done = subprocess.run(
+        [sys.executable, "-c", run],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=Path(__file__).parents[2],
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL and done.stdout == b"read\n"
 
 
 def test_errors_from_workers():

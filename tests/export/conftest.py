@@ -115,7 +115,7 @@ def ask_alone(requests, home):
 def bare(tmp_path_factory):
     """The nano preset as the command line exports it: no adapters."""
     folder = tmp_path_factory.mktemp("serve") / "served"
-    cli = [sys.executable, "-m", "keras_paligemma.cli", "export"]
+    cli = [sys.executable, "-m", "keras_paligemma", "export"]
     subprocess.run(
         [*cli, PRESETS / "pali_gemma2_nano_112", folder],
         check=True,

@@ -104,7 +104,7 @@ def test_machines_that_do_not_exist_name_the_nearest():
 def test_bad_options_are_told_without_a_trace(options, message, monkeypatch):
     arguments = ["plan", "--preset", "pali_gemma2_pt_3b_224", "--estimate"]
     arguments += [one.replace(".", " ") for one in options.split()]
-    monkeypatch.setattr(cli.sys, "argv", ["keras-paligemma", *arguments])
+    monkeypatch.setattr("sys.argv", ["keras-paligemma", *arguments])
     told = []
     monkeypatch.setattr(
         cli.typer, "echo", lambda text, err=False: told.append((text, err))

@@ -1,6 +1,5 @@
 """The examples in docstrings run."""
 
-import doctest
 import pathlib
 import re
 import shutil
@@ -11,20 +10,10 @@ import pytest
 from PIL import Image
 
 from keras_paligemma.preprocessing import image_converter
-from keras_paligemma.preprocessing import images
-from keras_paligemma.preprocessing import inputs
-from keras_paligemma.preprocessing import layout
 from keras_paligemma.preprocessing import preprocessor
-from keras_paligemma.preprocessing import resize
 from keras_paligemma.preprocessing import tokenizer
 
 TOY = pathlib.Path(__file__).parents[1] / "golden" / "toy_sp.model"
-
-
-@pytest.mark.parametrize("module", [images, inputs, layout, resize])
-def test_functions(module):
-    result = doctest.testmod(module)
-    assert result.attempted and not result.failed
 
 
 @pytest.mark.parametrize(

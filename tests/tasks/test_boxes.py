@@ -1,4 +1,3 @@
-import doctest
 import io
 import subprocess
 import sys
@@ -8,18 +7,12 @@ import pytest
 from PIL import Image
 
 from keras_paligemma.preprocessing.images import read_image
-from keras_paligemma.tasks import boxes
 from keras_paligemma.tasks.boxes import Box
 from keras_paligemma.tasks.boxes import draw_boxes
 from keras_paligemma.tasks.boxes import encode_box
 from keras_paligemma.tasks.boxes import parse_boxes
 
 GREY = np.full((112, 224, 3), 128, "uint8")
-
-
-def test_examples_of_the_docstrings_run():
-    result = doctest.testmod(boxes)
-    assert result.attempted and not result.failed
 
 
 def test_needs_neither_keras_nor_kerashub():

@@ -151,6 +151,20 @@ def test_a_finished_run_trains_no_more(model_and_batches, tmp_path):
         np.testing.assert_array_equal(np.array(one), two)
 
 
+def test_a_damaged_checkpoint_costs_its_steps_alone(tmp_path):
+    def train():
+        model, batches = killed_run.set_up()
+        fit(model, batches, tmp_path / "run", 1, every=3, verbose=0)
+        return [np.array(one) for one in model.trainable_variables]
+
+    wanted = train()
+    (tmp_path / "run" / "6" / "place" / "metadata").write_text("{")
+    with pytest.warns(UserWarning, match="step 6 .*goes on after step 3"):
+        found = train()
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_another_runs_checkpoint_is_refused(model_and_batches, tmp_path):
     model, batches = model_and_batches
     fit(model, batches, tmp_path, 1, every=3, verbose=0)

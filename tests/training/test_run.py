@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import cli
+from keras_paligemma.cli.finetune import read_pairs
 from keras_paligemma.training import Settings
 from keras_paligemma.training import checkpoint
 from keras_paligemma.training import run
 from keras_paligemma.training.memory import estimate_memory
 from keras_paligemma.training.run import build
 from keras_paligemma.training.run import compile_model
-from keras_paligemma.training.run import read_pairs
 from keras_paligemma.training.run import read_settings
 
 NANO = "pali_gemma2_nano_112"

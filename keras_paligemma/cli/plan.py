@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from keras_paligemma.cli.options import LoraTargets
+from keras_paligemma.cli.options import Quantize
+
 
 def plan(
     preset: Annotated[str, typer.Option(help="As `from_preset` takes it")],
@@ -17,11 +20,8 @@ def plan(
     prompt_length: Annotated[int, typer.Option()] = 64,
     response_length: Annotated[int, typer.Option()] = 64,
     lora_rank: Annotated[int, typer.Option()] = 8,
-    lora_targets: Annotated[
-        list[str] | None,
-        typer.Option(help="decoder.attention, decoder, vision, all, …"),
-    ] = None,
-    quantize: Annotated[str | None, typer.Option(help="int8 | int4")] = None,
+    lora_targets: LoraTargets = None,
+    quantize: Quantize = None,
     full: Annotated[
         bool, typer.Option("--full", help="Train all weights")
     ] = False,
@@ -72,13 +72,16 @@ def plan(
 def use_jax():
     """Go on with JAX, whose step is planned, and without a device of its own.
 
-    Keras has chosen its backend by now; another one means to start again.
+    Keras chooses its backend when it is imported; if that was another one,
+    the command starts again.
     """
+    if "keras" not in sys.modules:
+        os.environ["KERAS_BACKEND"] = "jax"
     import keras
 
     if keras.backend.backend() != "jax":
         os.environ["KERAS_BACKEND"] = "jax"
-        command = [sys.executable, "-m", "keras_paligemma.cli", *sys.argv[1:]]
+        command = [sys.executable, "-m", "keras_paligemma", *sys.argv[1:]]
         os.execv(sys.executable, command)
     import jax
 

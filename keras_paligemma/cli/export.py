@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
+from keras_paligemma.cli.environment import quiet_imports
+from keras_paligemma.cli.options import Quantize
+from keras_paligemma.cli.options import Source
+
 
 def export(
-    source: Annotated[
-        str, typer.Argument(help="As the other commands take it")
-    ],
+    source: Source,
     target: Annotated[Path, typer.Argument(help="Folder that is new or empty")],
     format: Annotated[
         str,
@@ -19,7 +21,7 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="The source's if none")
     ] = None,
-    quantize: Annotated[str | None, typer.Option(help="int8 | int4")] = None,
+    quantize: Quantize = None,
     adapter: Annotated[
         list[Path] | None,
         typer.Option(
@@ -34,14 +36,18 @@ def export(
         int | None, typer.Option(help="Most tokens of an answer")
     ] = None,
 ) -> None:
-    """Write what others serve: TensorFlow takes pictures and gives text."""
+    """Write a checkpoint as files that others serve.
+
+    A SavedModel takes files of pictures and strings, and answers in strings.
+    """
     from keras_paligemma.export import targets
 
-    targets.check(target, format)
-    # The backend that writes the format also reads the source.
+    # The backend that writes a format also reads the source.
     writer = targets.TARGETS.get(format)
     os.environ["KERAS_BACKEND"] = writer.backend if writer else "tensorflow"
-    from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
+    targets.check(target, format)
+    with quiet_imports():
+        from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
 
     options = {
         "dtype": dtype,

@@ -1,0 +1,62 @@
+"""The command line: `keras-paligemma inspect | convert | finetune | …`.
+
+A command is a module with a function of its name, added to `app` below. It
+imports typer alone before it runs, so that help and completion are there at
+once and no command pays for another.
+"""
+
+from typing import Annotated
+
+import typer
+
+import keras_paligemma
+from keras_paligemma.cli import convert
+from keras_paligemma.cli import export
+from keras_paligemma.cli import finetune
+from keras_paligemma.cli import inspect
+from keras_paligemma.cli import plan
+from keras_paligemma.cli.environment import command_environment
+
+app = typer.Typer(
+    help="PaliGemma 2 for Keras 3.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # Importing rich takes as long as all the rest.
+)
+app.command()(inspect.inspect)
+app.command()(convert.convert)
+app.command()(finetune.finetune)
+app.command()(plan.plan)
+app.command()(export.export)
+
+
+def main():
+    """Run the command line; what a user can mend is told without a trace."""
+    with command_environment():
+        try:
+            app()
+        except (ValueError, OSError, ImportError) as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise SystemExit(1) from error
+
+
+def show_version(wanted: bool):
+    """Print the version and stop."""
+    if wanted:
+        typer.echo(f"keras_paligemma {keras_paligemma.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=show_version,
+            is_eager=True,
+            help="Show the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """PaliGemma 2 for Keras 3."""

@@ -1,0 +1,66 @@
+"""The process of a command: TensorFlow where it is needed, and no log lines."""
+
+import contextlib
+import importlib.abc
+import importlib.util
+import logging
+import os
+import sys
+
+
+@contextlib.contextmanager
+def command_environment():
+    """Keep libraries quiet, and TensorFlow out where it is not the backend.
+
+    What concerns the user comes as an error or a warning of Python; log lines
+    come from Orbax, absl and TensorFlow.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.disable(logging.ERROR)
+    finder = NoTensorFlow()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        logging.disable(logging.NOTSET)
+
+
+class NoTensorFlow(importlib.abc.MetaPathFinder):
+    """Hide TensorFlow from KerasHub, which imports it where it is installed.
+
+    KerasHub works without it, and importing it takes seconds.
+    """
+
+    def find_spec(self, name, path=None, target=None):
+        backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+        hidden = ("tensorflow", "tensorflow_text")
+        if name in hidden and backend != "tensorflow":
+            raise ModuleNotFoundError(
+                f"{name} is hidden: the backend is {backend}.", name=name
+            )
+        return None
+
+
+def use_any_backend():
+    """Choose a backend for a command whose answer does not depend on it."""
+    for backend, module in (("jax", "jax"), ("torch", "torch")):
+        if importlib.util.find_spec(module) is not None:
+            os.environ.setdefault("KERAS_BACKEND", backend)
+
+
+@contextlib.contextmanager
+def quiet_imports():
+    """Drop what C++ libraries print when they are imported.
+
+    TensorFlow's lines about processors and drivers heed no setting.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -1,0 +1,79 @@
+"""Checkpoints written in another format, weight by weight."""
+
+import dataclasses
+
+from keras_paligemma.checkpoints import engine
+from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.float_views import float_views
+from keras_paligemma.checkpoints.held import hold
+from keras_paligemma.checkpoints.hugging_face_tokenizer import read_tokenizer
+from keras_paligemma.checkpoints.hugging_face_tokenizer import with_added_tokens
+from keras_paligemma.models import exports
+from keras_paligemma.models.inspection import empty_weights
+from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
+
+
+def find(source, fields=None, tokenizer=None):
+    """Find a checkpoint that is to be converted.
+
+    Args:
+        source: str, as `from_preset` takes it.
+        fields: dict of what the files do not tell, see `formats.find`.
+        tokenizer: str, path or handle of a SentencePiece model, in place of
+            the one beside the source.
+
+    Returns:
+        `formats.Checkpoint`, and dict of its weights without values.
+    """
+    checkpoint = formats.resolve(
+        source, fields=fields, tokenizer=tokenizer or False
+    )
+    return checkpoint, empty_weights(checkpoint)
+
+
+def write(
+    checkpoint,
+    weights,
+    target,
+    to,
+    read,
+    dtype=None,
+    piece_size=None,
+    allow_nonfinite=False,
+):
+    """Write a checkpoint in another format; its model is never in memory.
+
+    Args:
+        checkpoint: `formats.Checkpoint`; without a tokenizer no preprocessor
+            is written.
+        weights: dict of its weights without values.
+        target: path.
+        to: str, one of `formats.FORMATS`.
+        read: function of a weight of the file that gives its array.
+        dtype: str; the source's if `None`.
+        piece_size: int, bytes of a piece of a .npz.
+        allow_nonfinite: bool, take NaN and infinite weights.
+
+    Returns:
+        int, the number of parameters.
+    """
+    config, proto = checkpoint.config, None
+    if checkpoint.tokenizer is None:
+        config = dataclasses.replace(config, preprocessor=None)
+    else:
+        # Gemma's gets PaliGemma's pieces.
+        proto = PaliGemmaTokenizer(read_tokenizer(checkpoint.tokenizer)).proto
+        size = config.backbone.text_decoder.vocabulary_size
+        proto = with_added_tokens(proto, checkpoint.added_tokens, size)
+    with checkpoint.open(allow_nonfinite) as tensors:
+        exports.write(
+            target,
+            to,
+            config,
+            hold(weights, checkpoint.rows_for(weights), tensors),
+            read,
+            proto,
+            dtype=dtype,
+            piece_size=piece_size,
+        )
+    return engine.count(float_views(weights))

@@ -1,0 +1,115 @@
+"""What a checkpoint is and lacks, from its headers and configuration."""
+
+import dataclasses
+import math
+
+from keras_paligemma import downloads
+from keras_paligemma import presets
+from keras_paligemma.checkpoints import engine
+from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.float_views import float_views
+from keras_paligemma.checkpoints.safetensors_files import Headers
+from keras_paligemma.compat import without_values
+from keras_paligemma.models.backbone import PaliGemmaBackbone
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Args:
+        facts: dict of name to fact, to be shown in this order.
+        problems: tuple of str, a key that does not fit each; `None` where the
+            weights were not looked into.
+    """
+
+    facts: dict
+    problems: tuple[str, ...] | None
+
+
+def inspect(source, fields=None):
+    """Look at a checkpoint without reading its weights.
+
+    Args:
+        source: str, as `from_preset` takes it. On a hub it stays there.
+        fields: dict of what the files do not tell, see `formats.find`.
+
+    Returns:
+        `Inspection`.
+    """
+    if presets.published(source) and "://" not in source:
+        checkpoint = formats.resolve(source, False, fields)
+        handles = presets.describe(source)["handles"].values()
+        facts = describe(checkpoint, empty_weights(checkpoint))
+        return Inspection(facts | {"published at": ", ".join(handles)}, None)
+    if "://" in source:
+        sizes = downloads.sizes(source)
+        checkpoint, has_headers = inspect_handle(source, sizes, fields)
+    else:
+        checkpoint, has_headers = formats.resolve(source, fields=fields), True
+        sizes = {file.name: file.stat().st_size for file in checkpoint.files}
+    weights = empty_weights(checkpoint) if checkpoint else {}
+    facts = describe(checkpoint, weights) if checkpoint else {}
+    if sizes:
+        facts["files"] = len(sizes)
+        facts["bytes"] = f"{sum(sizes.values()):,}"
+    if not has_headers:
+        facts |= {name: f"{size:,} bytes" for name, size in sizes.items()}
+        return Inspection(facts, None)
+    with checkpoint.open() as tensors:
+        problems = engine.problems(
+            weights, checkpoint.rows_for(weights), tensors.shapes
+        )
+        dtypes = {}
+        for key, dtype in tensors.dtypes.items():
+            size = math.prod(tensors.shapes[key])
+            dtypes[dtype] = dtypes.get(dtype, 0) + size
+        facts["tensors"] = len(tensors.shapes)
+    facts["values"] = ", ".join(f"{n:,} {dtype}" for dtype, n in dtypes.items())
+    return Inspection(facts, tuple(problems))
+
+
+def inspect_handle(handle, sizes, fields):
+    """Find what lies on a hub by its small files; nothing else is fetched.
+
+    Args:
+        handle: str.
+        sizes: dict of its files' bytes by name.
+        fields: dict, see `formats.find`.
+
+    Returns:
+        `formats.Checkpoint`, or `None` where the sizes of the model lie in
+        the weights alone; and whether the tensors' headers are in it.
+    """
+    if any(".npz" in name for name in sizes) and not presets.published(handle):
+        return None, False
+    found = {}
+    if any(name.endswith(".safetensors") for name in sizes):
+        found = downloads.headers(handle)
+    if not found:
+        return formats.resolve(handle, False, fields), False
+    folder = downloads.download(handle, weights=False)
+    return formats.find(folder, fields, False, Headers(found)), True
+
+
+def describe(checkpoint, weights):
+    """List what a configuration says, as a dict of name to fact."""
+    backbone = checkpoint.config.backbone
+    facts = {
+        "format": checkpoint.format or "known by its name",
+        "variant": checkpoint.variant or "none of the published",
+        "parameters": f"{engine.count(float_views(weights)):,}",
+        "image size": backbone.image_size,
+        "tokenizer": checkpoint.tokenizer or "none beside it",
+    }
+    for tower in ("vision_encoder", "text_decoder"):
+        fields = dataclasses.asdict(getattr(backbone, tower))
+        facts[tower] = ", ".join(f"{k}={v}" for k, v in fields.items())
+    return facts
+
+
+def empty_weights(checkpoint):
+    """Name and shape all weights of a checkpoint's model, without values."""
+    with without_values():
+        backbone = PaliGemmaBackbone(**checkpoint.config.backbone.to_dict())
+    return backbone.weights_by_name()

@@ -1,0 +1,171 @@
+"""Threads that take turns at one model."""
+
+import collections
+import contextlib
+import functools
+import threading
+
+import keras
+
+
+class Turns:
+    """A lock around a model's variables, taken in the order of asking.
+
+    A thread may take it again while it holds it. `fit` holds it from its first
+    batch to its last and gives way between batches; a plain lock would come
+    back to the same thread at once, however long others have waited.
+
+    Example:
+        >>> turns = Turns()
+        >>> with turns, turns:
+        ...     turns.give_way("fit")  # Nobody waits.
+    """
+
+    def __init__(self):
+        self._changed = threading.Condition()
+        self._waiting = collections.deque()
+        self._owner = None
+        self._depth = 0
+        self._paused = None
+
+    def __enter__(self):
+        self._take(1)
+        return self
+
+    def __exit__(self, *error):
+        self._leave(1)
+
+    def wanted(self):
+        """Tell whether another thread waits."""
+        return bool(self._waiting)
+
+    def give_way(self, name):
+        """Let the threads that wait go first, and then go on.
+
+        Args:
+            name: str, the method that pauses, for the error of `check_idle`.
+        """
+        depth = self._depth
+        self._paused = name
+        self._leave(depth)
+        try:
+            self._take(depth)
+        except BaseException:  # An interrupt does not lose the turn.
+            self._take(depth)
+            raise
+        finally:
+            self._paused = None
+
+    def check_idle(self, name):
+        """Raise a `ValueError` if a method of another thread is half done.
+
+        Args:
+            name: str, what is about to change the model for good.
+        """
+        if self._paused is not None:
+            raise ValueError(
+                f"`{self._paused}` runs in another thread and goes on with "
+                f"this model. Received: `{name}` in between. Expected: "
+                f"`generate`, or `adapters.using(name)` around it; all else "
+                f"after `{self._paused}` has returned."
+            )
+
+    def _take(self, depth):
+        thread = threading.get_ident()
+        with self._changed:
+            if self._owner != thread:
+                ticket = object()
+                self._waiting.append(ticket)
+                try:
+                    self._changed.wait_for(
+                        lambda: (
+                            self._owner is None and self._waiting[0] is ticket
+                        )
+                    )
+                    self._owner = thread
+                finally:
+                    self._waiting.remove(ticket)
+                    self._changed.notify_all()
+            self._depth += depth
+
+    def _leave(self, depth):
+        with self._changed:
+            self._depth -= depth
+            if not self._depth:
+                self._owner = None
+                self._changed.notify_all()
+
+
+def alone(method):
+    """Let a method change a model only while no other thread is at it.
+
+    Args:
+        method: method of an object whose `turns` is a `Turns`.
+    """
+
+    @functools.wraps(method)
+    def in_turn(self, *args, **kwargs):
+        with self.turns as turns:
+            turns.check_idle(method.__name__)
+            return method(self, *args, **kwargs)
+
+    return in_turn
+
+
+class GiveWay(keras.callbacks.Callback):
+    """Let other threads at the model before a batch.
+
+    Before, not after it: callbacks that see the end of a batch make JAX wait
+    for each step's loss.
+
+    Args:
+        turns: `Turns`, which this thread holds.
+        name: str, the method that runs.
+    """
+
+    def __init__(self, turns, name):
+        super().__init__()
+        self.turns = turns
+        self.name = name
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.turns.wanted():
+            write_back(self.model)
+            self.turns.give_way(self.name)
+
+    on_test_batch_begin = on_train_batch_begin
+    on_predict_batch_begin = on_train_batch_begin
+
+
+@contextlib.contextmanager
+def batches_in_turn(model, name, callbacks):
+    """Hold a model's turn, and give way before each batch.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        name: str, the method that runs: `fit`, `evaluate` or `predict`.
+        callbacks: as Keras takes them.
+
+    Yields:
+        The callbacks to give to Keras.
+
+    Raises:
+        ValueError: such a method runs in another thread.
+    """
+    with model.turns as turns:
+        turns.check_idle(name)
+        # Those of `fit` come whole to its validation.
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = keras.tree.flatten(callbacks or [])
+            callbacks = [*callbacks, GiveWay(turns, name)]
+        try:
+            yield callbacks
+        finally:
+            # Keras leaves variables without values if `evaluate` raises.
+            write_back(model)
+
+
+def write_back(model):
+    """Give a model's variables the values that JAX's trainer holds."""
+    if keras.backend.backend() == "jax":
+        model.jax_state_sync()
