@@ -216,34 +216,43 @@ def overlaps(codec, masks):
     return np.array(ious)
 
 
+def measure(codec, sprites):
+    """Print the mean IoU of each style; write the masks for the test."""
+    styles = (*TRAINED_STYLES, *HELD_OUT_STYLES)
+    masks = {
+        style: [
+            silhouette(np.random.default_rng([7, i]), sprite, change=False)
+            for i, sprite in enumerate(sprites[style].values())
+        ]
+        for style in styles
+    }
+    for style in styles:
+        ious = overlaps(codec, masks[style])
+        print(f"{style}: mean IoU {ious.mean():.3f}, least {ious.min():.3f}")
+    np.savez_compressed(
+        TRUE_MASKS,
+        styles=styles,
+        sizes=[[mask.shape for mask in masks[style]] for style in styles],
+        bits=np.packbits(
+            np.concatenate([m.ravel() for s in styles for m in masks[s]])
+        ),
+    )
+
+
 def main(cache):
     """Train, write the weights and the true masks, and measure."""
     sprites = scenes.load_sprites(cache)
     rng = np.random.default_rng(0)
     trained = [one for s in TRAINED_STYLES for one in sprites[s].values()]
-    pool = np.stack(
-        [
-            square(silhouette(rng, trained[i % len(trained)], i % 3 > 0))
-            for i in range(POOL)
-        ]
-    )
-    weights = train(pool).weights()
+    pool = [
+        square(silhouette(rng, trained[i % len(trained)], change=i % 3 > 0))
+        for i in range(POOL)
+    ]
+    weights = train(np.stack(pool)).weights()
     half = {name: one.astype("float16") for name, one in weights.items()}
     np.savez_compressed(WEIGHTS, **half)
-    codec = MaskCodec.load(WEIGHTS)
     print(f"{WEIGHTS.stat().st_size:,} bytes")
-    fixture = {}
-    for style in (*TRAINED_STYLES, *HELD_OUT_STYLES):
-        masks = [
-            silhouette(np.random.default_rng([7, i]), sprite, False)
-            for i, sprite in enumerate(sprites[style].values())
-        ]
-        ious = overlaps(codec, masks)
-        print(f"{style}: mean IoU {ious.mean():.3f}, least {ious.min():.3f}")
-        for name, mask in zip(sprites[style], masks, strict=True):
-            key = f"{style}/{name}/{mask.shape[0]}x{mask.shape[1]}"
-            fixture[key] = np.packbits(mask)
-    np.savez_compressed(TRUE_MASKS, **fixture)
+    measure(MaskCodec.load(WEIGHTS), sprites)
 
 
 if __name__ == "__main__":

@@ -151,12 +151,15 @@ class MaskCodec:
                 f"{SIDE}, {SIDE}). Received: {squares.shape}. A mask of "
                 "another size goes to `encode_mask`."
             )
-        if not np.all((squares >= 0) & (squares <= 1)):
+        if not len(squares):
+            return np.zeros((0, CODES), "int64")
+        # What was resized is off by some roundings.
+        if not np.all(np.abs(squares - 0.5) <= 0.5 + 1e-4):
             raise ValueError(
                 "Masks are encoded from values of 0 to 1. Received: "
                 f"{squares.min()} to {squares.max()}."
             )
-        return _in_parts(self._encode, squares, (0, CODES))
+        return _in_parts(self._encode, squares)
 
     def encode_mask(self, mask: np.ndarray) -> list[int]:
         """Turn one mask of any size into its codes.
@@ -186,8 +189,10 @@ class MaskCodec:
         Raises:
             ValueError: there are not 16 codes a mask, or they do not exist.
         """
-        codes = np.asarray(codes, "int64").reshape(len(codes), -1)
-        if codes.shape[1:] != (CODES,) and len(codes):
+        codes = np.asarray(codes, "int64")
+        if codes.size == 0:
+            return np.zeros((0, SIDE, SIDE), "float32")
+        if codes.ndim != 2 or codes.shape[1] != CODES:
             raise ValueError(
                 f"A mask has {CODES} codes. Received: shape {codes.shape}."
             )
@@ -196,7 +201,7 @@ class MaskCodec:
                 f"Codes are 0 to {BOOK - 1}. Received: {codes.min()} to "
                 f"{codes.max()}."
             )
-        return _in_parts(self._decode, codes, (0, SIDE, SIDE))
+        return _in_parts(self._decode, codes)
 
     def _encode(self, squares_BHW):
         x_BHWC = 2 * (squares_BHW[..., None] - np.float32(0.5))
@@ -294,10 +299,10 @@ def _relu(x):
     return np.maximum(x, 0)
 
 
-def _in_parts(function, x, empty):
+def _in_parts(function, x):
     """Apply a function to some rows at a time."""
     parts = [function(x[i : i + _PART]) for i in range(0, len(x), _PART)]
-    return np.concatenate(parts) if parts else np.zeros(empty, "float32")
+    return np.concatenate(parts)
 
 
 def _check(weights):
