@@ -1,6 +1,5 @@
 """What users hand in, as NumPy arrays and Python strings."""
 
-import keras
 import numpy as np
 
 
@@ -36,7 +35,10 @@ def to_numpy(x) -> np.ndarray:
             "`tf.data.Dataset.map`."
         ) from error
     except (TypeError, RuntimeError):
-        # Torch, of tensors on a GPU, in bfloat16 or with a gradient.
+        # Torch, of tensors on a GPU, in bfloat16 or with a gradient. Imported
+        # here: reading a data set or drawing a box needs no Keras.
+        import keras
+
         return keras.ops.convert_to_numpy(x)
 
 

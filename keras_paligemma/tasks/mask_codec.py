@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import io
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -81,7 +83,8 @@ class MaskCodec:
     (`load`), the nano preset the embedded one (`embedded`).
 
     Args:
-        weights: dict of name to float array, of the shapes of `layout`.
+        weights: dict of name to float array, of the shapes of `layout`;
+            others are dropped.
 
     Raises:
         ValueError: weights are missing or do not fit together.
@@ -98,7 +101,11 @@ class MaskCodec:
     weights: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
 
     def __post_init__(self):
-        _check(self.weights)
+        wanted = _fitting(self.weights)
+        weights = {
+            name: np.asarray(self.weights[name], "float32") for name in wanted
+        }
+        object.__setattr__(self, "weights", weights)
 
     @classmethod
     def load(cls, path: str | Path) -> "MaskCodec":
@@ -115,12 +122,15 @@ class MaskCodec:
         try:
             with np.load(io.BytesIO(content)) as file:
                 weights = {name: file[name] for name in file.files}
-        except (OSError, ValueError, AttributeError) as error:
+        except (
+            *(OSError, ValueError, AttributeError, EOFError),
+            *(zipfile.BadZipFile, zlib.error),
+        ) as error:
             raise ValueError(
                 f"{path} holds no arrays. Expected: a codec's `.npz` file, "
                 f"such as `vae-oid.npz`. Received: {error}."
             ) from error
-        return cls({name: one.astype("f4") for name, one in weights.items()})
+        return cls(weights)
 
     @classmethod
     @functools.cache
@@ -305,8 +315,8 @@ def _in_parts(function, x):
     return np.concatenate(parts)
 
 
-def _check(weights):
-    """Compare names and shapes with the layout of the same widths."""
+def _fitting(weights):
+    """Give the layout of the same widths; refuse weights that do not fit it."""
     try:
         widths = tuple(weights[f"{name}.bias"].shape[0] for name in _DOWN)
         wanted = layout(widths, weights[_BOOK].shape[1])
@@ -323,3 +333,4 @@ def _check(weights):
             f"These are not the weights of a codec of masks; {len(wrong)} do "
             f"not fit. {'; '.join(wrong[:5])}."
         )
+    return wanted

@@ -101,6 +101,38 @@ def paste(
     return mask
 
 
+def from_segmentation(
+    segmentation: Sequence | Mapping, size: tuple[int, int]
+) -> np.ndarray:
+    """Read what COCO's `segmentation` holds: polygons or run lengths.
+
+    Args:
+        segmentation: list, as `from_polygons` takes it, or dict, as `from_rle`
+            does.
+        size: (height, width) of the picture, pixels.
+
+    Returns:
+        bool array of this size.
+
+    Raises:
+        ValueError: there is no mask, or it is damaged or of another size.
+        ImportError: pycocotools is missing.
+
+    Example:
+
+    >>> int(from_segmentation([[0, 0, 2, 0, 2, 1, 0, 1]], (2, 3)).sum())
+    2
+    """
+    if isinstance(segmentation, Mapping):
+        return from_rle(segmentation, size)
+    if isinstance(segmentation, Sequence) and not isinstance(segmentation, str):
+        return from_polygons(segmentation, size)
+    raise ValueError(
+        "This is no mask. Expected: a list of polygons, or a dictionary of "
+        f"run lengths. Received: {segmentation!r:.80}."
+    )
+
+
 def from_polygons(
     polygons: Iterable[Sequence[float]], size: tuple[int, int]
 ) -> np.ndarray:
@@ -120,18 +152,12 @@ def from_polygons(
 
     Example:
 
-    >>> from_polygons([[0, 0, 2, 0, 2, 1, 0, 1]], (2, 3)).sum()
-    np.int64(2)
+    >>> from_polygons([[0, 0, 2, 0, 2, 1, 0, 1]], (1, 3)).tolist()
+    [[True, True, False]]
 
     Source: COCO's rule of which pixels a polygon covers, by pycocotools.
     """
-    flat = [np.asarray(one, "float64").reshape(-1).tolist() for one in polygons]
-    for number, one in enumerate(flat):
-        if len(one) < 6 or len(one) % 2 or not np.isfinite(one).all():
-            raise ValueError(
-                f"Polygon {number} is none. Expected: numbers x, y of three "
-                f"points or more. Received: {one[:8]}, {len(one)} numbers."
-            )
+    flat = [_flat(number, one) for number, one in enumerate(polygons)]
     if not flat:
         raise ValueError(
             "There is no mask. Expected: one polygon or more. Received: none."
@@ -304,6 +330,20 @@ def _mask(mask):
             f"{mask.dtype} {mask.shape}."
         )
     return mask
+
+
+def _flat(number, polygon):
+    """The numbers of a polygon; refuse what is none."""
+    try:
+        flat = np.asarray(polygon, "float64").reshape(-1).tolist()
+    except (TypeError, ValueError):
+        flat = []
+    if len(flat) < 6 or len(flat) % 2 or not np.isfinite(flat).all():
+        raise ValueError(
+            f"Polygon {number} is none. Expected: numbers x, y of three "
+            f"points or more. Received: {polygon!r:.80}."
+        )
+    return flat
 
 
 def _pycocotools():

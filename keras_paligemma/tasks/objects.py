@@ -11,6 +11,9 @@ import numpy as np
 from keras_paligemma.tasks import drawing
 from keras_paligemma.tasks import masks
 
+# A notebook keeps what it shows: pixels of the longer side.
+_SHOWN = 1024
+
 # Rounding of float32 is forgiven at the edges of the picture.
 _SLACK = 1e-6
 
@@ -191,11 +194,10 @@ class Object:
     def __eq__(self, other):
         if not isinstance(other, Object):
             return NotImplemented
-        return hash(self) == hash(other) and (
-            (self.box, self.label, self.score)
-            == (other.box, other.label, other.score)
-            and np.array_equal(self.mask, other.mask)
-        )
+        fields = ("box", "label", "score")
+        return all(
+            getattr(self, name) == getattr(other, name) for name in fields
+        ) and np.array_equal(self.mask, other.mask)
 
     def __hash__(self):
         return hash((self.box, self.label, self.score))
@@ -252,8 +254,9 @@ class Objects(Sequence):
     def _repr_png_(self):
         if self.image is None:
             return None
-        buffer = io.BytesIO()
-        drawing.draw_objects(self.image, self).save(buffer, "PNG")
+        picture, buffer = drawing.draw_objects(self.image, self), io.BytesIO()
+        picture.thumbnail((_SHOWN, _SHOWN))
+        picture.save(buffer, "PNG")
         return buffer.getvalue()
 
 

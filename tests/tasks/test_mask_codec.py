@@ -1,7 +1,7 @@
 import doctest
 import io
+import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def random_weights(widths, features):
     for name, shape in layout(widths, features).items():
         is_bias = len(shape) == 1
         scale = 0.1 if is_bias else np.sqrt(2 / np.prod(shape[1:]))
-        weights[name] = scale * random.normal(size=shape).astype("float32")
+        weights[name] = (scale * random.normal(size=shape)).astype("float32")
     return weights
 
 
@@ -145,21 +145,25 @@ def test_the_embedded_codec_is_small():
 
 
 def test_needs_numpy_alone():
-    code = "from keras_paligemma.tasks.mask_codec import MaskCodec;"
-    code += "MaskCodec.embedded().decode([[0] * 16]);"
-    code += "import sys; print(sorted({'keras', 'torch', 'jax', 'tensorflow',"
-    code += "'keras_hub', 'pycocotools'} & set(sys.modules)))"
-    import subprocess
-
+    code = (
+        "from keras_paligemma.tasks import answers, masks, prompts;"
+        "from keras_paligemma.tasks.mask_codec import MaskCodec;"
+        "text = '<loc0000>' * 4 + '<seg000>' * 16;"
+        "found = answers.read_objects(text, MaskCodec.embedded());"
+        "found[0].mask_in((5, 5));"
+        "import sys;"
+        "print({'keras', 'keras_hub', 'torch', 'jax', 'tensorflow', 'scipy',"
+        " 'pycocotools'} & set(sys.modules), len(found))"
+    )
     shown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert shown.stdout.strip() == "[]"
+    assert shown.stdout.strip() == "set() 1"
 
 
 def test_damaged_and_other_files_are_refused(tmp_path, monkeypatch):
     weights = random_weights(*UNEQUAL)
-    np.savez(tmp_path / "codec.npz", **weights)
+    np.savez(tmp_path / "codec.npz", **weights, other=np.zeros(3))
     again = MaskCodec.load(tmp_path / "codec.npz")
     assert set(again.weights) == set(weights)
     content = (tmp_path / "codec.npz").read_bytes()
@@ -168,9 +172,16 @@ def test_damaged_and_other_files_are_refused(tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match="codec.npz is damaged.*vae-oid"):
         MaskCodec.load(tmp_path / "codec.npz")
-    Path(tmp_path / "text.npz").write_text("no arrays")
-    with pytest.raises(ValueError, match="holds no arrays"):
-        MaskCodec.load(tmp_path / "text.npz")
+    middle = len(content) // 2
+    for other in (
+        b"no arrays",
+        b"",
+        content[:middle],
+        content[:middle] + b"x" * 40 + content[middle + 41 :],
+    ):
+        (tmp_path / "other.npz").write_bytes(other)
+        with pytest.raises(ValueError, match="other.npz holds no arrays"):
+            MaskCodec.load(tmp_path / "other.npz")
     with pytest.raises(FileNotFoundError):
         MaskCodec.load(tmp_path / "missing.npz")
 

@@ -79,7 +79,15 @@ def test_polygons_cover_the_pixels_within():
 
 @pytest.mark.parametrize(
     "polygons",
-    [[[]], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [[0, 0, 1, 1, np.nan, 0]]],
+    [
+        [[]],
+        [[1, 2, 3, 4]],
+        [[1, 2, 3, 4, 5, 6, 7]],
+        [[0, 0, 1, 1, np.nan, 0]],
+        [["a"] * 6],
+        [{"x": 1}],
+        [1, 2, 3, 4, 5, 6],
+    ],
 )
 def test_what_is_no_polygon_is_refused(polygons):
     with pytest.raises(ValueError, match="Polygon 0 is none"):
@@ -89,6 +97,21 @@ def test_what_is_no_polygon_is_refused(polygons):
 def test_no_polygons_are_refused():
     with pytest.raises(ValueError, match="one polygon or more"):
         masks.from_polygons([], (5, 5))
+
+
+def test_segmentations_are_polygons_or_run_lengths():
+    mask = ring()
+    for held in (masks.to_polygons(mask), masks.to_rle(mask)):
+        np.testing.assert_array_equal(
+            masks.from_segmentation(held, mask.shape), mask
+        )
+    with pytest.raises(ValueError, match="another size"):
+        masks.from_segmentation(masks.to_rle(mask), (9, 9))
+    for nothing in (None, "04", 3):
+        with pytest.raises(ValueError, match="no mask. Expected: a list"):
+            masks.from_segmentation(nothing, (9, 9))
+    with pytest.raises(ValueError, match="no mask"):
+        masks.from_segmentation([], (9, 9))
 
 
 def test_run_lengths_come_back():

@@ -130,5 +130,7 @@ def test_a_sequence_that_shows_itself():
     assert found == Objects((one, one), (Skipped("dog", "no box"),), "…")
     shown = Image.open(io.BytesIO(found._repr_png_()))
     assert shown.format == "PNG" and shown.size == (450, 336)
+    large = Objects([one], image=np.zeros((900, 3000, 3), "uint8"))
+    assert Image.open(io.BytesIO(large._repr_png_())).size == (1024, 307)
     assert Objects([one])._repr_png_() is None
     assert not Objects() and "image" not in repr(found)
