@@ -1,27 +1,19 @@
 """Masks as bool arrays of a picture, from and to what data sets hold.
 
-A data set's masks are polygons or run lengths (COCO), or a picture whose
-values number the objects (a label map). All of them are whole pixels of one
-picture here: bool arrays (height, width).
+A data set's masks are polygons or run lengths, as COCO has them; or a picture
+whose values number the objects, see `tasks.label_maps`.
 """
 
+import operator
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-# The four sides of a pixel, each from corner to corner with the pixel to the
-# right of the way: (from, to) as offsets (y, x) of its upper left corner, and
-# the neighbour (y, x) beyond.
-_SIDES = (
-    ((0, 0), (0, 1), (-1, 0)),
-    ((0, 1), (1, 1), (0, 1)),
-    ((1, 1), (1, 0), (1, 0)),
-    ((1, 0), (0, 0), (0, -1)),
-)
+from keras_paligemma.tasks.outlines import area_of
+from keras_paligemma.tasks.outlines import loops_of
 
 
 def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -41,7 +33,7 @@ def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
     >>> bounds(np.array([[0, 0, 0], [0, 1, 1]], bool))
     (1, 1, 2, 3)
     """
-    mask = _mask(mask)
+    mask = check_mask(mask)
     if not mask.any():
         raise ValueError(
             "An empty mask has no box. Expected: one pixel or more. Received: "
@@ -186,11 +178,14 @@ def to_polygons(mask: np.ndarray) -> list[list[float]]:
     >>> to_polygons(np.array([[0, 1, 1]], bool))
     [[1.0, 0.0, 3.0, 0.0, 3.0, 1.0, 1.0, 1.0]]
     """
-    return _polygons(_mask(mask), 0)
+    return _polygons(check_mask(mask), 0)
 
 
 def from_rle(runs: Mapping, size: tuple[int, int] | None = None) -> np.ndarray:
     """Read COCO's run lengths, packed or as a list of numbers.
+
+    Not by pycocotools, which of damaged run lengths gives what was in memory
+    before, or ends the process.
 
     Args:
         runs: dict of `size`, (height, width), and `counts`.
@@ -201,33 +196,34 @@ def from_rle(runs: Mapping, size: tuple[int, int] | None = None) -> np.ndarray:
 
     Raises:
         ValueError: the runs are none, or of another size.
-        ImportError: pycocotools is missing.
 
     Example:
 
     >>> from_rle({"size": [1, 3], "counts": [1, 2]}).tolist()
     [[False, True, True]]
     """
-    codec = _pycocotools()
     try:
-        height, width = (int(side) for side in runs["size"])
-        if isinstance(runs["counts"], list):
-            if sum(runs["counts"]) != height * width:
-                raise ValueError(f"runs of {sum(runs['counts'])} pixels")
-            runs = codec.frPyObjects(dict(runs), height, width)
-        mask = codec.decode(runs).astype(bool)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        height, width = (operator.index(side) for side in runs["size"])
+        counts = runs["counts"]
+        if isinstance(counts, (str, bytes)):
+            counts = _unpack(counts)
+        counts = [operator.index(count) for count in counts]
+        if min(height, width, *counts) < 0 or sum(counts) != height * width:
+            raise ValueError(f"runs of {sum(counts)} pixels")
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             "These are no run lengths of a mask. Expected: a dictionary of "
             "'size', (height, width), and 'counts', a string or numbers that "
             f"add up to all pixels. Received: {runs!r:.120} ({error})."
         ) from error
-    if size is not None and mask.shape != tuple(size):
+    if size is not None and (height, width) != tuple(size):
         raise ValueError(
             f"The mask has another size than the picture. Expected: {size}. "
-            f"Received: {mask.shape}."
+            f"Received: {(height, width)}."
         )
-    return mask
+    # Runs go down the columns, and begin with the background.
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(width, height).T
 
 
 def to_rle(mask: np.ndarray) -> dict:
@@ -248,81 +244,37 @@ def to_rle(mask: np.ndarray) -> dict:
     >>> to_rle(np.ones((2, 2), bool))
     {'size': [2, 2], 'counts': '04'}
     """
-    runs = _pycocotools().encode(np.asfortranarray(_mask(mask), "uint8"))
+    runs = _pycocotools().encode(np.asfortranarray(check_mask(mask), "uint8"))
     return {"size": list(runs["size"]), "counts": runs["counts"].decode()}
 
 
-def from_label_map(
-    picture: str | Path | Image.Image | np.ndarray,
-    ignore: Iterable[int] = (0, 255),
-) -> dict[int, np.ndarray]:
-    """Separate a picture whose values number the objects.
+def _unpack(packed):
+    """Run lengths of COCO's string: numbers of 5 bits a character.
 
-    Args:
-        picture: path, Pillow image or array: grey values or a palette's
-            indices, also of 16 bits; of three channels, red + 256 green +
-            65536 blue, as COCO's panoptic maps are.
-        ignore: values that are no object: the background, and VOC's border.
-
-    Returns:
-        Dict of value to bool array (height, width), by value.
-
-    Raises:
-        ValueError: the picture cannot be read, or is no map.
-
-    Example:
-
-    >>> found = from_label_map(np.array([[0, 7], [7, 255]], "uint8"))
-    >>> {value: int(mask.sum()) for value, mask in found.items()}
-    {7: 2}
+    A sixth bit says that the number goes on. From the fourth run on they are
+    differences to the run before the last.
     """
-    values = _values(picture)
-    ignored = set(ignore)
-    found = [v for v in np.unique(values).tolist() if v not in ignored]
-    return {value: values == value for value in found}
+    packed = packed.encode() if isinstance(packed, str) else packed
+    runs, number, place = [], 0, 0
+    for byte in packed:
+        bits = byte - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"character {chr(byte)!r}")
+        number |= (bits & 31) << place
+        place += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << place
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+        number, place = 0, 0
+    if place:
+        raise ValueError("cut off")
+    return runs
 
 
-def to_label_map(masks: Mapping[int, np.ndarray]) -> Image.Image:
-    """Write masks that do not overlap as one picture.
-
-    Args:
-        masks: dict of value, 1 to 65535, to bool array; all of one size. A
-            reader must not ignore the values: VOC's ignores 255.
-
-    Returns:
-        `PIL.Image.Image` of 8 bits, or of 16 where a value needs them; what
-        is in no mask is 0.
-
-    Raises:
-        ValueError: masks overlap, which a map cannot hold, or are of
-            different sizes, or a value does not fit.
-
-    Example:
-
-    >>> to_label_map({7: np.ones((2, 3), bool)}).size
-    (3, 2)
-    """
-    masks = {value: _mask(mask) for value, mask in masks.items()}
-    shapes = {mask.shape for mask in masks.values()}
-    if len(shapes) != 1 or not all(0 < value < 65536 for value in masks):
-        raise ValueError(
-            "A map holds one mask or more, of one size, numbered 1 to 65535. "
-            f"Received: sizes {sorted(shapes)}, numbers {list(masks)[:9]}."
-        )
-    values = np.zeros(shapes.pop(), "uint16")
-    for value, mask in masks.items():
-        if values[mask].any():
-            raise ValueError(
-                "A map cannot hold masks that overlap. Received: mask "
-                f"{value} over mask {values[mask].max()}. Write run lengths, "
-                "or cut one of them."
-            )
-        values[mask] = value
-    small = max(masks) < 256
-    return Image.fromarray(values.astype("uint8") if small else values)
-
-
-def _mask(mask):
+def check_mask(mask: np.ndarray) -> np.ndarray:
+    """Refuse what is no bool array (height, width)."""
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.dtype != bool:
         raise ValueError(
@@ -357,31 +309,10 @@ def _pycocotools():
     return mask
 
 
-def _values(picture):
-    """The numbers of a map, (height, width)."""
-    try:
-        if isinstance(picture, (str, Path)):
-            with Image.open(picture) as opened:
-                values = np.asarray(opened)
-        else:
-            values = np.asarray(picture)
-    except OSError as error:
-        raise ValueError(f"The map cannot be read: {error}.") from error
-    if values.ndim == 3 and values.shape[-1] == 3:
-        values = values.astype("int64") @ (1, 256, 65536)
-    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(
-            "This is no map of objects. Expected: a picture of one channel "
-            "or three, of whole numbers. Received: "
-            f"{values.dtype} {values.shape}."
-        )
-    return values
-
-
 def _polygons(mask, left):
     """Polygons of a part of a mask that begins at a column."""
-    loops = _loops(mask)
-    holes = [loop for loop in loops if _area(loop) < 0]
+    loops = loops_of(mask)
+    holes = [loop for loop in loops if area_of(loop) < 0]
     if not holes:
         moved = [loop[:, ::-1] + (left, 0) for loop in loops]
         return [loop.reshape(-1).astype(float).tolist() for loop in moved]
@@ -392,56 +323,3 @@ def _polygons(mask, left):
     return _polygons(mask[:, :column], left) + _polygons(
         mask[:, column:], left + column
     )
-
-
-def _loops(mask):
-    """Walk around all parts of a mask, the object to the right of the way.
-
-    Returns:
-        List of int arrays (corners, 2) of (y, x): clockwise around parts,
-        whose `_area` is positive, and the other way around holes. Pixels that
-        touch at a corner alone are different parts.
-    """
-    padded = np.pad(mask, 1)
-    targets = {}
-    for start, end, (y, x) in _SIDES:
-        beyond = np.roll(padded, (-y, -x), (0, 1))
-        corners = np.argwhere(padded & ~beyond) - 1
-        for corner, target in zip(
-            (corners + start).tolist(), (corners + end).tolist(), strict=True
-        ):
-            targets.setdefault(tuple(corner), []).append(tuple(target))
-    sides = dict.fromkeys(
-        (corner, target) for corner in targets for target in targets[corner]
-    )
-    loops = []
-    while sides:
-        side, loop = next(iter(sides)), []
-        while side in sides:
-            del sides[side]
-            loop.append(side[0])
-            # Where two ways cross, turn right: stay at the same pixel.
-            side = (
-                side[1],
-                next(
-                    target
-                    for target in targets[side[1]]
-                    if len(targets[side[1]]) == 1 or _turns_right(*side, target)
-                ),
-            )
-        loop = np.array(loop)
-        ways = np.roll(loop, -1, 0) - loop
-        loops.append(loop[(ways != np.roll(ways, 1, 0)).any(1)])
-    return loops
-
-
-def _turns_right(before, corner, after):
-    """Whether a way does, y pointing down."""
-    down, right = corner[0] - before[0], corner[1] - before[1]
-    return right * (after[0] - corner[0]) > down * (after[1] - corner[1])
-
-
-def _area(loop):
-    """The area within a loop, positive if it is clockwise, y pointing down."""
-    y, x = loop.T
-    return (x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2
