@@ -22,6 +22,9 @@ TEXT_SHARE, TEXT_HEIGHT, LEAST_TEXT_HEIGHT = 0.025, 16, 11
 # Lines, as a share of the picture's size; how much of a mask's colour is seen.
 LINE_SHARE, MASK_OPACITY = 0.004, 0.45
 
+# Characters that are measured at all: a model may repeat itself.
+_LONGEST_LABEL = 300
+
 # Told apart by most eyes, on light and dark pictures.
 COLOURS = (
     (230, 25, 75),
@@ -199,7 +202,8 @@ def _draw_box(pen, box, colour, line, is_doubtful):
 def _draw_labels(pen, objects, boxes, colours):
     """Write labels and scores, the surest first, where there is room."""
     width, height = pen.im.size
-    shown = [i for i, one in enumerate(objects) if _words(one)]
+    words = [_words(one) for one in objects]
+    shown = [i for i, both in enumerate(words) if any(both)]
     shown.sort(
         key=lambda i: -(1 if objects[i].score is None else objects[i].score)
     )
@@ -207,14 +211,13 @@ def _draw_labels(pen, objects, boxes, colours):
     while True:
         font = ImageFont.load_default(text_height)
         pad = max(2, round(text_height / 6))
-        texts = [_fit(_words(objects[i]), font, width - 2 * pad) for i in shown]
+        texts = [_fit(*words[i], font, width - 2 * pad) for i in shown]
         row = sum(font.getmetrics()) + pad
         labels = [
             (row, math.ceil(font.getlength(one)) + 2 * pad) for one in texts
         ]
         is_least = text_height <= LEAST_TEXT_HEIGHT
-        area = sum(height * width for height, width in labels)
-        if area <= width * height or is_least:
+        if sum(map(math.prod, labels)) <= width * height or is_least:
             places = place_labels(
                 labels, [boxes[i] for i in shown], (height, width)
             )
@@ -249,17 +252,19 @@ def _draw_line(pen, box, patch, colour, line):
 
 def _words(one):
     """The label, on one line, and the score."""
-    score = "" if one.score is None else f"{one.score:.2f}"
-    return " ".join(f"{one.label} {score}".split())
+    label = one.label[:_LONGEST_LABEL].encode("utf-8", "replace").decode()
+    return " ".join(
+        label.split()
+    ), "" if one.score is None else f"{one.score:.2f}"
 
 
-def _fit(text, font, room):
-    """Cut a text that is wider than the picture."""
-    if font.getlength(text) <= room:
-        return text
-    while text and font.getlength(f"{text}...") > room:
-        text = text[:-1]
-    return f"{text}..." if text else ""
+def _fit(label, score, font, room):
+    """Join label and score; cut a label that is wider than the picture."""
+    text = f"{label} {score}".strip()
+    while label and font.getlength(text) > room:
+        label = label[:-1]
+        text = f"{label}... {score}".strip()
+    return text
 
 
 def _ink(colour):

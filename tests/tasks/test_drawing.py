@@ -3,6 +3,7 @@ import doctest
 import numpy as np
 import pytest
 from PIL import Image
+from PIL import ImageFont
 
 from keras_paligemma.tasks import drawing
 from keras_paligemma.tasks.drawing import COLOURS
@@ -97,9 +98,19 @@ def test_text_shrinks_and_the_surest_labels_stay(patches):
 
 
 def test_a_label_that_is_wider_than_the_picture_is_cut(patches):
-    for words in ("word " * 99, "W" * 500, "two\nlines\tand more"):
+    for words in ("word " * 99, "W" * 5000, "two\nlines\tand more"):
         picture = draw_objects(grey(112, 112), [Object((0, 0, 1, 1), words)])
         check_patches(patches[-1], *picture.size)
+    # The score is never cut off.
+    font = ImageFont.load_default(16)
+    for room in (0, 60, 200):
+        assert drawing._fit("a long label", "0.93", font, room).endswith("0.93")
+
+
+@pytest.mark.parametrize("label", ["\ud800", "\x00", "猫", "\u202e", "é" * 99])
+def test_any_label_is_drawn(patches, label):
+    draw_objects(grey(112, 112), [Object((0, 0, 1, 1), label, 0.5)])
+    check_patches(patches[-1], 448, 448)
 
 
 def test_objects_without_words_have_no_label(patches):
