@@ -2,6 +2,7 @@ import doctest
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from keras_paligemma.tasks import masks
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.tasks.mask_codec import layout
 from keras_paligemma.tasks.mask_codec import square
-from tests.conftest import GOLDEN
 
 # Everything of another size, so that a swapped axis shows.
 UNEQUAL = (3, 5, 7, 11), 13
@@ -109,7 +109,7 @@ def true_masks():
 
     `recipes/mask_codec.py` wrote them: one of each class and style.
     """
-    with np.load(GOLDEN / "nano_masks.npz") as file:
+    with np.load(Path(__file__).parent / "nano_masks.npz") as file:
         styles, sizes = file["styles"].tolist(), file["sizes"]
         bits = np.unpackbits(file["bits"]).astype(bool)
     for style, of_style in zip(styles, sizes, strict=True):
