@@ -125,10 +125,41 @@ class Object:
         (0.5, 0.5, 1.0, 1.0)
         """
         y1, x1, y2, x2 = masks.bounds(mask)
-        part = np.asarray(mask)[y1:y2, x1:x2]
-        return cls.from_xyxy(
-            (x1, y1, x2, y2), np.shape(mask), mask=part, **fields
-        )
+        box = cls.from_xyxy((x1, y1, x2, y2), np.shape(mask), **fields)
+        return box.with_mask(mask)
+
+    def with_mask(self, mask: np.ndarray) -> "Object":
+        """Give the object its part of a mask in the picture.
+
+        A data set's boxes may be wider than their masks, or cut something
+        off; the model's masks fill the box that is said before them.
+
+        Args:
+            mask: bool array (height, width) of the picture.
+
+        Returns:
+            `Object` with the same box.
+
+        Raises:
+            ValueError: the mask is no such array, or empty within the box.
+
+        Example:
+
+        >>> cat = Object((0, 0, 1, 0.5), "cat").with_mask(np.eye(4, dtype=bool))
+        >>> cat.mask.shape
+        (4, 2)
+        """
+        mask = masks.check_mask(mask)
+        y1, x1, y2, x2 = self.pixels(mask.shape)
+        # Of a box that is rounded away, one pixel.
+        part = mask[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)]
+        if not part.any():
+            raise ValueError(
+                "The mask is empty within its box. Expected: one pixel or "
+                f"more. Received: {np.count_nonzero(mask)} pixels in the "
+                f"picture, none in {self}."
+            )
+        return dataclasses.replace(self, mask=part)
 
     def xyxy(
         self, size: tuple[float, float] = (1, 1)

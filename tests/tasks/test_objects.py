@@ -53,6 +53,21 @@ def test_masks_come_back_exactly():
         np.testing.assert_array_equal(one.mask_in(mask.shape), mask)
 
 
+def test_masks_in_boxes_of_their_own():
+    mask = np.zeros((40, 40), bool)
+    mask[10:30, 5:25] = True
+    wide = Object((0, 0, 1, 1), "cat", 0.5).with_mask(mask)
+    assert (wide.label, wide.score, wide.box) == ("cat", 0.5, (0, 0, 1, 1))
+    np.testing.assert_array_equal(wide.mask_in((40, 40)), mask)
+    narrow = Object((0.5, 0, 1, 1)).with_mask(mask)
+    mask[:20] = False
+    np.testing.assert_array_equal(narrow.mask_in((40, 40)), mask)
+    assert Object((0.55, 0.2, 0.55, 0.2)).with_mask(mask).mask.shape == (1, 1)
+    for box in ((0, 0, 0.5, 1), (1, 1, 1, 1)):
+        with pytest.raises(ValueError, match="empty within its box"):
+            Object(box).with_mask(mask)
+
+
 def test_masks_at_another_size():
     mask = np.zeros((40, 40), bool)
     mask[10:30, 5:25] = True
