@@ -70,8 +70,8 @@ def read_objects(
         image: the picture, for notebooks to show.
         log_probabilities: float a token of `answer`, which is a list then;
             gives objects their scores.
-        score: function of the log-probabilities of locations and label, such
-            as those of `tasks.scores`.
+        score: function of the log-probabilities of locations and label; see
+            `tasks.scores`, whose best one is the default.
         scale: what locations are divided by, 1023 or 1024; see
             `tasks.locations`.
 

@@ -2,8 +2,18 @@
 
 A score is a function of the log-probabilities that the model gave to the four
 locations and to the label of an object when it said them. Mask codes do not
-count. There are three candidates; which one ranks objects best, by average
-precision, depends on the model and is measured.
+count. Three definitions were compared by COCO's average precision, 0.50 to
+0.95, of the nano preset's greedy answers: 800 scenes in trained and held-out
+styles alike, 2,331 prompts for classes that are there and one that is not.
+
+| | average precision | of classes that are there |
+|---|---|---|
+| `box_and_label` | 0.118 | 0.178 |
+| `mean_probability` | 0.113 | 0.176 |
+| `joint_probability` | 0.113 | 0.176 |
+| the same score for all | 0.070 | 0.106 |
+
+All labels of the nano preset are one token, so that the last two rank alike.
 """
 
 from collections.abc import Iterable
