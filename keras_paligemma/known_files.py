@@ -13,6 +13,10 @@ KNOWN = {
         "Gemma's tokenizer.model",
         "61a7b147390c64585d6c3543dd6fc636906c9af3865a5548f27f31aee1d4c8e2",
     ),
+    8_479_556: (
+        "PaliGemma's vae-oid.npz",
+        "5586010257b8536dddefab65e7755077f21d5672d5674dacf911f73ae95a4447",
+    ),
 }
 
 

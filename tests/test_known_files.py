@@ -25,9 +25,10 @@ def damaged(tmp_path, monkeypatch):
 
 
 def test_the_table():
-    assert len(known_files.KNOWN) == 2
+    assert len(known_files.KNOWN) == 3
     for _, (name, digest) in known_files.KNOWN.items():
-        assert len(bytes.fromhex(digest)) == 32 and name.endswith(".model")
+        assert len(bytes.fromhex(digest)) == 32
+        assert name.endswith((".model", ".npz"))
 
 
 def test_a_known_file_and_an_unknown_one(damaged, tmp_path):

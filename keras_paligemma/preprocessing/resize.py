@@ -61,6 +61,24 @@ def bilinear_antialias(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Source: big_vision `pp/ops_image.py`, `resize(size, antialias=True)`,
     what `configs/proj/paligemma` asks for; `tf.image.resize`.
     """
+    return resample(image, size).astype("uint8")
+
+
+def resample(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes as `bilinear_antialias` does, before it truncates.
+
+    Args:
+        image: uint8 array (height, width, channels).
+        size: `(height, width)` of the result, in pixels.
+
+    Returns:
+        float32 array (*size, channels), of the scale of the image.
+
+    Example:
+
+    >>> resample(np.array([[[0], [255]]], "uint8"), (1, 1)).item()
+    127.5
+    """
     for axis in (0, 1):
         index, weights = _triangles(image.shape[axis], size[axis])
         shape = (-1, 1, 1) if axis == 0 else (-1, 1)
@@ -68,7 +86,7 @@ def bilinear_antialias(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
             image.take(taps, axis) * weight.reshape(shape)
             for taps, weight in zip(index, weights, strict=True)
         )
-    return image.astype("uint8")
+    return image
 
 
 def bicubic(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""What answers mean: text to boxes and back, without Keras."""
+"""Prompts, and what answers mean: objects, boxes and masks, without Keras."""

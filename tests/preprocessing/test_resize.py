@@ -7,6 +7,7 @@ from PIL import Image
 from keras_paligemma.preprocessing.resize import bicubic
 from keras_paligemma.preprocessing.resize import bilinear
 from keras_paligemma.preprocessing.resize import bilinear_antialias
+from keras_paligemma.preprocessing.resize import resample
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "pp.npz"
 
@@ -33,6 +34,7 @@ def test_pixels_equal_those_of_tensorflow(size):
         np.testing.assert_array_equal(
             resize(image, size), tf.cast(expected, "uint8")
         )
+    np.testing.assert_array_equal(resample(image, size), expected)
 
 
 def test_bicubic_is_a_weighted_sum_with_antialias():

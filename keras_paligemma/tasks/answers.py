@@ -1,0 +1,267 @@
+"""Answers to `detect` and `segment`: text to objects, and back."""
+
+import bisect
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_paligemma.tasks import scores
+from keras_paligemma.tasks.locations import LAST
+from keras_paligemma.tasks.locations import from_locations
+from keras_paligemma.tasks.locations import to_locations
+from keras_paligemma.tasks.mask_codec import BOOK
+from keras_paligemma.tasks.mask_codec import CODES
+from keras_paligemma.tasks.mask_codec import MaskCodec
+from keras_paligemma.tasks.objects import Object
+from keras_paligemma.tasks.objects import Objects
+from keras_paligemma.tasks.objects import Skipped
+from keras_paligemma.tasks.prompts import SEPARATOR
+from keras_paligemma.tasks.prompts import check_label
+
+# One part of an answer: locations, codes of a mask, and words up to the next
+# part. Tokens that do not exist, such as <loc1024>, belong to the part too, so
+# that it is not taken for one of other numbers. Some decoders put spaces
+# between tokens.
+_PART = re.compile(
+    r"(?P<locations>(?:<loc\w*>\s*)*)"
+    r"(?P<codes>(?:<seg\w*>\s*)*)"
+    r"(?P<label>(?:(?!<loc\w*>|<seg\w*>)[^;])*)"
+    r";?"
+)
+_NUMBER = re.compile(r"<(?:loc([0-9]{4})|seg([0-9]{3}))>")
+_TOKEN = re.compile(r"<(?:loc|seg)\w*>")
+
+Score = Callable[[np.ndarray, np.ndarray], float]
+
+
+def read_objects(
+    answer: str | Sequence[str],
+    codec: MaskCodec | None = None,
+    labels: str | Iterable[str] | None = None,
+    image: Any = None,
+    log_probabilities: Sequence[float] | None = None,
+    score: Score = scores.box_and_label,
+    scale: int = LAST,
+) -> Objects:
+    """Read the objects of an answer to `detect` or `segment`.
+
+    A model may say anything. What is not exactly an object is none: it is
+    passed over and told in `skipped`, with the reason. No answer is an error.
+
+    - A box is four existing locations in a row, not upside down.
+    - A mask is 16 existing codes behind a box. Where codes are wrong, or there
+      is no codec to decode them with, the object has its box alone.
+    - A label is the words behind that; it may be missing, as in RefCOCO's
+      answers.
+
+    Args:
+        answer: str, or the list of its tokens as text, which joined are the
+            answer, without the one that ends it. Of a character of several
+            byte tokens the first is the text, the others are empty.
+        codec: decodes masks: the one that the model learned.
+        labels: those that were asked for; objects of others are skipped.
+            `None` takes any.
+        image: the picture, for notebooks to show.
+        log_probabilities: float a token of `answer`, which is a list then;
+            gives objects their scores.
+        score: function of the log-probabilities of locations and label; see
+            `tasks.scores`, whose best one is the default.
+        scale: what locations are divided by, 1023 or 1024; see
+            `tasks.locations`.
+
+    Returns:
+        `Objects`.
+
+    Raises:
+        ValueError: log-probabilities do not go with the tokens.
+
+    Example:
+
+    >>> box = "<loc0000><loc0000><loc1023><loc1023>"
+    >>> found = read_objects(f"{box} cat ; <loc0001> dog")
+    >>> found[0]
+    Object(box=(0.0, 0.0, 1.0, 1.0), label='cat', score=None)
+    >>> found.skipped
+    (Skipped(text='<loc0001> dog', reason='1 location, not 4'),)
+    """
+    text = answer if isinstance(answer, str) else "".join(answer)
+    if labels is not None:
+        labels = [labels] if isinstance(labels, str) else labels
+        labels = {label.strip() for label in labels}
+    parts, skipped = [], []
+    for part in _parts(text):
+        reason = _refuse(part, labels)
+        if reason is None:
+            parts.append(part)
+            reason = _refuse_mask(part, codec)
+        if reason is not None:
+            skipped.append(Skipped(part.text, reason))
+    boxes = from_locations([part.locations for part in parts], scale)
+    values = [None] * len(parts)
+    if log_probabilities is not None:
+        values = _score(parts, answer, log_probabilities, score)
+    masks = _decode(parts, codec)
+    objects = [
+        Object(tuple(box), part.label, value, mask)
+        for part, box, value, mask in zip(
+            parts, boxes.tolist(), values, masks, strict=True
+        )
+    ]
+    return Objects(objects, skipped, text, image)
+
+
+def write_objects(
+    objects: Iterable[Object], codec: MaskCodec | None = None, scale: int = LAST
+) -> str:
+    """Write objects as the answer that a model is trained to give.
+
+    Args:
+        objects: `Object`s, in the order of the answer.
+        codec: encodes masks, which all objects must have then; `None` writes
+            boxes alone.
+        scale: what shares are multiplied by; see `tasks.locations`.
+
+    Returns:
+        `"<loc…>×4 label ; …"`, or with `<seg…>` × 16 before each label.
+
+    Raises:
+        ValueError: a mask is missing or empty, or a label holds what
+            separates labels.
+
+    Example:
+
+    >>> write_objects([Object((0, 0, 0.5, 1), "cat")])
+    '<loc0000><loc0000><loc0512><loc1023> cat'
+    """
+    return SEPARATOR.join(_write(one, codec, scale) for one in objects)
+
+
+def _write(one, codec, scale):
+    locations = to_locations(one.box, scale).tolist()
+    text = "".join(f"<loc{number:04d}>" for number in locations)
+    if codec is not None:
+        if one.mask is None:
+            raise ValueError(
+                "An object has no mask to encode. Expected: `mask`, or no "
+                f"`codec`, which writes boxes alone. Received: {one}."
+            )
+        codes = codec.encode_mask(one.mask > 0)
+        text += "".join(f"<seg{number:03d}>" for number in codes)
+    return f"{text} {check_label(one.label)}" if one.label else text
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of an answer; numbers are `None` where no such token exists."""
+
+    text: str
+    locations: tuple[int | None, ...]
+    codes: tuple[int | None, ...]
+    label: str
+    # Where these are in the answer, the spaces around them left out: those
+    # are of other tokens.
+    locations_span: tuple[int, int]
+    label_span: tuple[int, int]
+
+
+def _parts(answer):
+    """Cut an answer at its separators, and where locations begin."""
+    for match in _PART.finditer(answer):
+        text = match[0].rstrip(";").strip()
+        if text:
+            yield _Part(
+                text,
+                _numbers(match["locations"], LAST),
+                _numbers(match["codes"], BOOK - 1),
+                match["label"].strip(),
+                _span(match, "locations"),
+                _span(match, "label"),
+            )
+
+
+def _span(match, group):
+    words = match[group]
+    start = match.start(group) + len(words) - len(words.lstrip())
+    return start, start + len(words.strip())
+
+
+def _numbers(tokens, last):
+    """The numbers of tokens; `None` for those that do not exist."""
+    found = [_NUMBER.fullmatch(token) for token in _TOKEN.findall(tokens)]
+    numbers = [int(one[1] or one[2]) if one else None for one in found]
+    return tuple(
+        None if number is None or number > last else number
+        for number in numbers
+    )
+
+
+def _refuse(part, labels):
+    """Say why a part is no object; `None` if it is one."""
+    count = len(part.locations)
+    if not count:
+        return "a mask without a box" if part.codes else "words without a box"
+    if count != 4:
+        return f"{count} location{'s' if count > 1 else ''}, not 4"
+    if None in part.locations:
+        return "a location that does not exist"
+    y1, x1, y2, x2 = part.locations
+    if y1 > y2 or x1 > x2:
+        return "a box upside down"
+    if labels is not None and part.label not in labels:
+        return "a label that was not asked for"
+    return None
+
+
+def _refuse_mask(part, codec):
+    """Say why an object gets no mask, if it has codes of one."""
+    if not part.codes:
+        return None
+    if len(part.codes) != CODES:
+        return f"a mask of {len(part.codes)} codes, not {CODES}"
+    if None in part.codes:
+        return "a mask with a code that does not exist"
+    return "a mask, and no codec to decode it" if codec is None else None
+
+
+def _decode(parts, codec):
+    """The mask of each part; `None` where it has none."""
+    has_mask = [
+        bool(one.codes) and not _refuse_mask(one, codec) for one in parts
+    ]
+    codes = [one.codes for one, has in zip(parts, has_mask, strict=True) if has]
+    decoded = iter(codec.decode(codes) if codes else ())
+    return [next(decoded) if has else None for has in has_mask]
+
+
+def _score(parts, tokens, log_probabilities, score):
+    """The score of each part, of the tokens that its box and label are of."""
+    values = np.asarray(log_probabilities, "float64")
+    if isinstance(tokens, str) or len(tokens) != len(values):
+        raise ValueError(
+            "Scores need one log-probability a token. Expected: `answer` as a "
+            "list of tokens, as many as `log_probabilities`. Received: "
+            f"{type(tokens).__name__} of {len(tokens)}, and {len(values)}."
+        )
+    if not np.all(values <= 0):  # Also false for NaN.
+        raise ValueError(
+            "Log-probabilities are 0 or less. Received: "
+            f"{values.min()} to {values.max()}."
+        )
+    ends = list(itertools.accumulate(len(token) for token in tokens))
+    starts = [0, *ends[:-1]]
+
+    def of(span):
+        """Values of all tokens that have a character of the span."""
+        first = bisect.bisect_right(ends, span[0])
+        last = bisect.bisect_left(starts, span[1])
+        while first < last < len(tokens) and not tokens[last]:
+            last += 1  # The other bytes of the last character.
+        return values[first:last]
+
+    return [score(of(one.locations_span), of(one.label_span)) for one in parts]

@@ -1,0 +1,101 @@
+"""Pictures whose values number the objects, from and to masks."""
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from keras_paligemma.tasks.masks import check_mask
+
+
+def from_label_map(
+    picture: str | Path | Image.Image | np.ndarray,
+    ignore: Iterable[int] = (0, 255),
+) -> dict[int, np.ndarray]:
+    """Separate a picture whose values number the objects.
+
+    Args:
+        picture: path, Pillow image or array: grey values or a palette's
+            indices, also of 16 bits; of three channels, red + 256 green +
+            65536 blue, as COCO's panoptic maps are.
+        ignore: values that are no object: the background, and VOC's border.
+
+    Returns:
+        Dict of value to bool array (height, width), by value.
+
+    Raises:
+        ValueError: the picture cannot be read, or is no map.
+
+    Example:
+
+    >>> found = from_label_map(np.array([[0, 7], [7, 255]], "uint8"))
+    >>> {value: int(mask.sum()) for value, mask in found.items()}
+    {7: 2}
+    """
+    values = _values(picture)
+    ignored = set(ignore)
+    found = [v for v in np.unique(values).tolist() if v not in ignored]
+    return {value: values == value for value in found}
+
+
+def to_label_map(masks: Mapping[int, np.ndarray]) -> Image.Image:
+    """Write masks that do not overlap as one picture.
+
+    Args:
+        masks: dict of value, 1 to 65535, to bool array; all of one size. A
+            reader must not ignore the values: VOC's ignores 255.
+
+    Returns:
+        `PIL.Image.Image` of 8 bits, or of 16 where a value needs them; what
+        is in no mask is 0.
+
+    Raises:
+        ValueError: masks overlap, which a map cannot hold, or are of
+            different sizes, or a value does not fit.
+
+    Example:
+
+    >>> to_label_map({7: np.ones((2, 3), bool)}).size
+    (3, 2)
+    """
+    masks = {value: check_mask(mask) for value, mask in masks.items()}
+    shapes = {mask.shape for mask in masks.values()}
+    if len(shapes) != 1 or not all(0 < value < 65536 for value in masks):
+        raise ValueError(
+            "A map holds one mask or more, of one size, numbered 1 to 65535. "
+            f"Received: sizes {sorted(shapes)}, numbers {list(masks)[:9]}."
+        )
+    values = np.zeros(shapes.pop(), "uint16")
+    for value, mask in masks.items():
+        if values[mask].any():
+            raise ValueError(
+                "A map cannot hold masks that overlap. Received: mask "
+                f"{value} over mask {values[mask].max()}. Write run lengths, "
+                "or cut one of them."
+            )
+        values[mask] = value
+    small = max(masks) < 256
+    return Image.fromarray(values.astype("uint8") if small else values)
+
+
+def _values(picture):
+    """The numbers of a map, (height, width)."""
+    try:
+        if isinstance(picture, (str, Path)):
+            with Image.open(picture) as opened:
+                values = np.asarray(opened)
+        else:
+            values = np.asarray(picture)
+    except OSError as error:
+        raise ValueError(f"The map cannot be read: {error}.") from error
+    if values.ndim == 3 and values.shape[-1] == 3:
+        values = values.astype("int64") @ (1, 256, 65536)
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(
+            "This is no map of objects. Expected: a picture of one channel "
+            "or three, of whole numbers. Received: "
+            f"{values.dtype} {values.shape}."
+        )
+    return values
