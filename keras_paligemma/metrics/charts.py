@@ -46,15 +46,17 @@ def relaxed_accuracy(
         "acc": column([text == right for text, right in pairs]),
         "relaxed_acc": relaxed,
     }
-    parts = by_kind("relaxed_acc", relaxed, kinds or (), KINDS) if kinds else {}
+    if kinds is not None:
+        columns |= by_kind("relaxed_acc", relaxed, kinds, KINDS)
+    return Scores(columns, _with_mean, relaxed)
 
-    def combine(means):
-        if len(parts) < len(KINDS):
-            return means
-        mean = sum(means[name] for name in parts) / len(parts)
-        return means | {"relaxed_acc/mean": mean}
 
-    return Scores(columns | parts, combine, relaxed)
+def _with_mean(means, count):
+    parts = [f"relaxed_acc/{name}" for name in KINDS.values()]
+    if not means.keys() >= set(parts):
+        return means
+    mean = sum(means[name] for name in parts) / len(parts)
+    return means | {"relaxed_acc/mean": mean}
 
 
 def relaxed_match(

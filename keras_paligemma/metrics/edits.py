@@ -34,7 +34,8 @@ def plain_edit_distance(first: Sequence, second: Sequence) -> int:
     for i, one in enumerate(first, 1):
         diagonal, row[0] = row[0], i
         for j, other in enumerate(second, 1):
-            diagonal, row[j] = row[j], min(
-                row[j] + 1, row[j - 1] + 1, diagonal + (one != other)
+            diagonal, row[j] = (
+                row[j],
+                min(row[j] + 1, row[j - 1] + 1, diagonal + (one != other)),
             )
     return row[-1]

@@ -57,7 +57,21 @@ class Ngrams:
             # Those that run into the next text are none.
             inside = texts == self._texts[n - 1 :]
             size = int(grams.max()) + 1 if len(grams) else 1
-            keys, counts = np.unique(
-                texts[inside] * size + grams[inside], return_counts=True
-            )
+            keys, counts = counted(texts[inside] * size + grams[inside])
             yield keys // size, keys % size, counts
+
+
+def counted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sort integers and count each, as `numpy.unique` does.
+
+    By one sort: NumPy's hash table takes ten times as long where most values
+    occur once, as n-grams do.
+
+    Example:
+
+    >>> counted(np.array([3, 1, 3]))
+    (array([1, 3]), array([1, 2]))
+    """
+    values = np.sort(values)
+    starts = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
+    return values[starts], np.diff(starts, append=len(values))

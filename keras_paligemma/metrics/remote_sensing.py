@@ -54,14 +54,15 @@ def rsvqa(
     split = by_kind("acc", any_met, question_types, {t: t for t in TYPES})
     parts = {name.replace("/", "_"): one for name, one in split.items()}
 
-    def combine(means):
-        found = sum(means[name] for name in parts) / len(parts)
-        means = means | {"acc_avg": found}
-        for types in _NO_NUMBERS:
-            names = [f"acc_{one}" for one in types]
-            if all(name in parts for name in names):
-                found = sum(means[name] for name in names) / len(names)
-                means = means | {"acc_avg_nonum": found}
-        return means
+    return Scores(columns | parts, _with_averages, any_met)
 
-    return Scores(columns | parts, combine, any_met)
+
+def _with_averages(means, count):
+    parts = [f"acc_{one}" for one in TYPES if f"acc_{one}" in means]
+    values = means | {"acc_avg": sum(means[one] for one in parts) / len(parts)}
+    for types in _NO_NUMBERS:
+        names = [f"acc_{one}" for one in types]
+        if means.keys() >= set(names):
+            mean = sum(means[name] for name in names) / len(names)
+            values["acc_avg_nonum"] = mean
+    return values

@@ -23,8 +23,10 @@ class Scores:
     Args:
         columns: dict of a name to a float64 array (rows,); nan where a row
             does not count, such as a question of another type.
-        combine: function of a dict of means, arrays of equal shape, to the
-            dict of values; `None` where the means are the values.
+        combine: function of a dict of means, arrays of equal shape, and of the
+            number of rows, to the dict of values; `None` where the means are
+            the values. It knows nothing of single rows, so that sums of
+            several parts can be combined too.
         quality: float64 array (rows,), larger is better, by which rows are
             sorted; the first column if `None`.
 
@@ -36,7 +38,7 @@ class Scores:
     """
 
     columns: Mapping[str, np.ndarray]
-    combine: Callable[[dict], dict] | None = None
+    combine: Callable[[dict, int], dict] | None = None
     quality: np.ndarray | None = None
 
     def __len__(self):
@@ -54,7 +56,10 @@ class Scores:
             # In Python's order, as the original adds up its hosts' lists.
             total = float(np.add.accumulate(counted)[-1]) if len(counted) else 0
             means[name] = np.divide(
-                total, len(counted), out=np.array(np.nan), where=len(counted) > 0
+                total,
+                len(counted),
+                out=np.array(np.nan),
+                where=len(counted) > 0,
             )
         return {name: float(one) for name, one in self._combined(means).items()}
 
@@ -93,7 +98,9 @@ class Scores:
             size = min(_DRAWS, draws - first)
             weights = np.stack(
                 [
-                    np.bincount(random.integers(rows, size=rows), minlength=rows)
+                    np.bincount(
+                        random.integers(rows, size=rows), minlength=rows
+                    )
                     for _ in range(size)
                 ]
             ).T.astype("float64")
@@ -104,8 +111,10 @@ class Scores:
         found = {}
         for name, drawn in self._combined(means).items():
             drawn = drawn[~np.isnan(drawn)]
-            bounds = np.percentile(drawn, [tail, 100 - tail]) if len(drawn) else (
-                (np.nan, np.nan)
+            bounds = (
+                np.percentile(drawn, [tail, 100 - tail])
+                if len(drawn)
+                else ((np.nan, np.nan))
             )
             found[name] = (float(bounds[0]), float(bounds[1]))
         return found
@@ -126,7 +135,7 @@ class Scores:
         return [int(row) for row in order[:count] if not np.isnan(quality[row])]
 
     def _combined(self, means):
-        return means if self.combine is None else self.combine(means)
+        return means if self.combine is None else self.combine(means, len(self))
 
 
 def column(values: Sequence[float]) -> np.ndarray:

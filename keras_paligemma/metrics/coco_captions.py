@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_paligemma.metrics.caption_tokens import caption_tokens
 from keras_paligemma.metrics.ngrams import Ngrams
+from keras_paligemma.metrics.ngrams import counted
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
 from keras_paligemma.metrics.scores import column
@@ -52,10 +53,9 @@ def captions(
     bleu_scores = _bleu(rows, right)
     columns = {"cider": _cider(rows, right), "rouge": _rouge(rows, right)}
 
-    def combine(means):
-        rest = {name: means[name] for name in bleu_scores.columns}
+    def combine(means, count):
         own = {name: means[name] for name in columns}
-        return own | bleu_scores.combine(rest)
+        return own | _bleu_of(means, count)
 
     return Scores(columns | bleu_scores.columns, combine)
 
@@ -155,8 +155,8 @@ def _cider(rows, right):
         split = np.searchsorted(texts, len(rows))
         row_of = owner[texts[split:] - len(rows)]
         size = int(grams.max()) + 1 if len(grams) else 1
-        seen = np.unique(row_of * size + grams[split:]) % size
-        frequency = np.bincount(seen, minlength=size)
+        seen, _ = counted(row_of * size + grams[split:])
+        frequency = np.bincount(seen % size, minlength=size)
         rarity = np.log(float(len(rows))) - np.log(np.maximum(frequency, 1.0))
         weights = counts * rarity[grams]
         norms = np.sqrt(
@@ -199,24 +199,23 @@ def _bleu(rows, right):
         table[row] = [length, nearest, *met, *possible]
     columns = dict(zip(names, table.T, strict=True))
 
-    def combine(means):
-        # Means of the same rows have the quotients of their sums.
-        values, product = {}, 1.0
-        count = len(rows)
-        ratio = (count * means["length"] + _TINY) / (
-            count * means["nearest"] + _SMALL
-        )
-        brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
-        for n in range(1, _ORDERS + 1):
-            product = product * (
-                (count * means[f"met-{n}"] + _TINY)
-                / (count * means[f"all-{n}"] + _SMALL)
-            )
-            values[f"bleu-{n}"] = product ** (1 / n) * brevity
-        return values
-
     quality = columns["met-4"] / np.maximum(columns["all-4"], 1)
-    return Scores(columns, combine, quality)
+    return Scores(columns, _bleu_of, quality)
+
+
+def _bleu_of(means, count):
+    values, product = {}, 1.0
+    ratio = (count * means["length"] + _TINY) / (
+        count * means["nearest"] + _SMALL
+    )
+    brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
+    for n in range(1, _ORDERS + 1):
+        product = product * (
+            (count * means[f"met-{n}"] + _TINY)
+            / (count * means[f"all-{n}"] + _SMALL)
+        )
+        values[f"bleu-{n}"] = product ** (1 / n) * brevity
+    return values
 
 
 def _counted(words, n):
