@@ -11,7 +11,8 @@ _TOKEN = re.compile(
     | (?P<handle> @[a-z]\w* )
     | (?P<year> '\d\ds?\b )
     | (?P<word> (?: '(?=tis\b|twas\b) | '(?=n'?\b) )?
-        [^\W_]+ (?: ['&./@+*-](?=[^\W_]) (?<!\d'(?=\d)) [^\W_]+ )* (?: \+\+ | '(?=\ roll) )? )
+        [^\W_]+ (?: ['&./@+*-](?=[^\W_]) (?<!\d'(?=\d)) [^\W_]+ )*
+        (?: \+\+ | '(?=\ roll) )? )
     | (?P<dashes> --+ | -(?=\d) \d+ )
     | (?P<dots> \.\.+ )
     | (?P<marks> [!?]{2,} )
@@ -69,8 +70,8 @@ def caption_tokens(caption: str) -> list[str]:
 
     Example:
 
-    >>> caption_tokens("The dog's ball isn't here, it's (there)!")
-    ['the', 'dog', "'s", 'ball', 'is', "n't", 'here', 'it', "'s", '-lrb-', 'there', '-rrb-']
+    >>> caption_tokens("The dog's ball isn't (there)!")
+    ['the', 'dog', "'s", 'ball', 'is', "n't", '-lrb-', 'there', '-rrb-']
 
     Source: https://nlp.stanford.edu/software/tokenizer.shtml;
     https://github.com/salaniz/pycocoevalcap.

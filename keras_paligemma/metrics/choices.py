@@ -24,7 +24,7 @@ def science_qa(predictions: Sequence[str], answers: Sequence[str]) -> Scores:
 
     Example:
 
-    >>> science_qa(["The answer is B. BECAUSE: …"], ["The answer is B."]).values()
+    >>> science_qa(["The answer is B. Since…"], ["The answer is B."]).values()
     {'acc': 1.0, 'parsefail': 0.0}
 
     Source: big_vision `evaluators/proj/paligemma/transfers/science_qa.py`.

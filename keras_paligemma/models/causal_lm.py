@@ -10,6 +10,7 @@ from keras import ops
 from keras_paligemma.compat import classproperty
 from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
+from keras_paligemma.compat import rows_to_devices
 from keras_paligemma.compat import to_host
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
@@ -306,8 +307,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         single = np.ndim(arrays["token_ids"]) == 1
         if single:
             arrays = {key: value[None] for key, value in arrays.items()}
-        arrays = split_prompt(arrays, max_new_tokens)
-        ids = to_host(self.make_generate_function()(arrays, stop_token_ids))
+        arrays, rows = rows_to_devices(split_prompt(arrays, max_new_tokens))
+        ids = self.make_generate_function()(arrays, stop_token_ids)
+        ids = to_host(ids)[rows]
         ids = drop_after_stop(ids, stop_token_ids)
         if self.preprocessor is None:
             return ids[0] if single else ids

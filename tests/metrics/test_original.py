@@ -8,8 +8,8 @@ from keras_paligemma.metrics import answers
 from keras_paligemma.metrics import charts
 from keras_paligemma.metrics import choices
 from keras_paligemma.metrics import counting
-from keras_paligemma.metrics import remote_sensing
 from keras_paligemma.metrics import normalised_answers as vqav2
+from keras_paligemma.metrics import remote_sensing
 from keras_paligemma.metrics.edits import edit_distance
 from keras_paligemma.metrics.edits import plain_edit_distance
 from tests.conftest import GOLDEN

@@ -1,0 +1,86 @@
+"""A benchmark as what a fine-tune takes: settings, and examples."""
+
+from keras_paligemma.evaluation.registry import Benchmark
+from keras_paligemma.evaluation.samples import Samples
+
+# Of the original's transfers, where a record says nothing else.
+_COMMON = {"batch_size": 256, "label_smoothing": 0.0, "lora_rank": 0}
+_RESOLUTION = "448"
+
+
+def settings_of(benchmark: Benchmark, image_size: int) -> dict:
+    """Give the settings of the original's transfer.
+
+    Prompt and answer each get the text length, which the original gives both
+    together, so nothing that it could read is cut. A dropout in the decoder,
+    which no fine-tune here has, is left out.
+
+    Args:
+        benchmark: `Benchmark`.
+        image_size: int; from 448 pixels on the record's settings for 448.
+
+    Returns:
+        Dict of fields of `training.Settings`.
+
+    Example:
+
+    >>> from keras_paligemma.evaluation import find_benchmark
+    >>> settings_of(find_benchmark("textvqa"), 448)["epochs"]
+    10
+    """
+    record = dict(benchmark.finetune)
+    larger = record.pop(_RESOLUTION, {})
+    if image_size >= int(_RESOLUTION):
+        record |= larger
+    record.pop("dropout", None)
+    lengths = dict.fromkeys(
+        ("prompt_length", "response_length"), benchmark.text_length
+    )
+    return (_COMMON if benchmark.finetune else {}) | lengths | record
+
+
+class TrainingSource:
+    """Samples as examples: pictures, prompts, and the answers to learn.
+
+    Args:
+        samples: `Samples`, such as of `open_samples` with the benchmark's
+            `train_split`.
+
+    Raises:
+        ValueError: the benchmark's answers are not text that the data holds.
+
+    Example:
+
+    ```python
+    samples = open_samples(benchmark, folder, benchmark.train_split)
+    batches = Batches(TrainingSource(samples), model.preprocessor, 8)
+    ```
+    """
+
+    def __init__(self, samples: Samples):
+        if samples.benchmark.response is None:
+            raise ValueError(
+                f"What a fine-tune learns of {samples.benchmark.name} is not "
+                "in its data, such as codes of masks. Make a JSONL file of "
+                "`image`, `prefix` and `suffix`, and pass it as data."
+            )
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def where(self, index: int) -> str:
+        """Name the place of an example by its id."""
+        return self.samples.where(index)
+
+    def __getitem__(self, index):
+        sample = self.samples[index]
+        responses = sample.truth[self.samples.benchmark.response]
+        if isinstance(responses, list):
+            # One that many gave counts as often, as the original draws it.
+            responses = [one for one in responses if one.strip()]
+        return {
+            "images": sample.images,
+            "prompts": sample.prompt,
+            "responses": responses,
+        }

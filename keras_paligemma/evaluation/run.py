@@ -1,0 +1,362 @@
+"""A benchmark run: predict, survive a kill, score, report."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keras_paligemma import compat
+from keras_paligemma.data.examples import ExampleError
+from keras_paligemma.data.examples import located
+from keras_paligemma.evaluation import predictions as files
+from keras_paligemma.evaluation.registry import Benchmark
+from keras_paligemma.evaluation.registry import find_benchmark
+from keras_paligemma.evaluation.report import write_report
+from keras_paligemma.evaluation.scoring import check_truth
+from keras_paligemma.evaluation.scoring import score
+from keras_paligemma.evaluation.sources import open_samples
+
+PREDICTIONS = "predictions.jsonl"
+
+# Widths of the text decoders that the card has numbers of.
+_SIZES = {2304: "3B", 3584: "10B", 4608: "28B"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a run found.
+
+    Args:
+        benchmark: `Benchmark`.
+        samples: int, how many.
+        values: dict of a value to ours, on the card's scale.
+        intervals: dict of a value to (low, high), 95 % of a bootstrap.
+        card: dict of a value to the card's number, of those that it has.
+        column: str, the card's column, or `None` of a model that is not in it.
+        limited: bool, whether only the first samples were taken.
+        output: `pathlib.Path` of the folder with predictions and report.
+    """
+
+    benchmark: Benchmark
+    samples: int
+    values: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    card: Mapping[str, float]
+    column: str | None
+    limited: bool
+    output: Path
+
+    def __str__(self):
+        own = self.benchmark.value
+        lines = [f"{self.benchmark.title}, {self.samples:,} samples"]
+        for name, value in self.values.items():
+            if name != own and name not in self.benchmark.card:
+                continue
+            low, high = self.intervals[name]
+            line = f"  {name:<16} {value:8.2f}  ({low:.2f} to {high:.2f})"
+            if name in self.card:
+                line += f"   card, {self.column}: {self.card[name]:g}"
+            lines.append(line)
+        if self.limited:
+            lines.append("  of the first samples alone: not the card's split")
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: Any,
+    benchmark: str | Benchmark,
+    source: Any,
+    output: str | os.PathLike = "evaluation",
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    split: str | None = None,
+    decode: Callable | None = None,
+    judges: Mapping[str, Callable] | None = None,
+    shard: tuple[int, int] = (0, 1),
+    worst: int = 12,
+    progress: bool = True,
+) -> Evaluation:
+    """Run a benchmark of the model card.
+
+    Predictions go to `output`/predictions.jsonl batch by batch, in the order
+    of the samples, and are on the disk before the next batch begins. The same
+    call goes on where a killed one stopped. At the end `output`/results.json
+    and `output`/report.html are written.
+
+    Where a distribution of `keras.distribution` is active, a batch's rows are
+    split over its devices. Several hosts write a file each, into a folder that
+    all see; the first puts them together.
+
+    Args:
+        model: `PaliGemmaCausalLM`, fine-tuned for the benchmark: the card's
+            numbers are of such models.
+        benchmark: name of `benchmarks()`, or a `Benchmark`.
+        source: folder or data set, as `open_samples` takes it.
+        output: folder of this run.
+        batch_size: int, prompts at a time, of this host.
+        limit: int, only so many of the first samples.
+        split: str, another than the benchmark's.
+        decode: function of mask codes to masks, for RefCOCO.
+        judges: dict of a value to its judge, see `metrics.judged`.
+        shard: (index, count) of this host's part of each batch, such as
+            `distribution.data_shard()` gives.
+        worst: int, answers that the report shows.
+        progress: bool, show a bar where someone looks on.
+
+    Returns:
+        `Evaluation`; on hosts other than the first `None`.
+
+    Raises:
+        ValueError: what is wrong with data or output, with ids, before
+            anything is predicted; an `ExampleError` of a picture that cannot
+            be read, when its batch comes.
+
+    Example:
+
+    ```python
+    result = evaluate(model, "textvqa", "TextVQA", "runs/textvqa", limit=100)
+    print(result)
+    ```
+    """
+    benchmark = find_benchmark(benchmark)
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise ValueError(
+            "`batch_size` and `limit` are at least 1. Received: "
+            f"batch_size={batch_size}, limit={limit}."
+        )
+    samples = open_samples(benchmark, source, split)
+    whole = len(samples)
+    samples = samples if limit is None else samples.first(limit)
+    _check_data(benchmark, samples, decode)
+    output = Path(output)
+    _keep_settings(output, benchmark, samples, model)
+    predict(model, benchmark, samples, output, batch_size, shard, progress)
+    if compat.process()[0]:
+        return None
+    predictions = files.read_predictions(output / PREDICTIONS)
+    scores = score(benchmark, predictions, samples, decode, judges)
+    column = card_column(model)
+    scale = benchmark.scale
+    result = Evaluation(
+        benchmark,
+        len(samples),
+        {name: scale * one for name, one in scores.values().items()},
+        {
+            name: (scale * low, scale * high)
+            for name, (low, high) in scores.intervals().items()
+        },
+        benchmark.card_numbers(column),
+        column,
+        len(samples) < whole,
+        output,
+    )
+    write_report(result, samples, predictions, scores.worst(worst))
+    return result
+
+
+def predict(
+    model, benchmark, samples, output, batch_size, shard=(0, 1), progress=True
+) -> None:
+    """Answer all samples that have no prediction in `output` yet.
+
+    Args:
+        model, benchmark, samples, output, batch_size, shard, progress: as
+            `evaluate` takes them, of this host.
+    """
+    index, parts = shard
+    own = _rows_of(len(samples), batch_size, index, parts)
+    path = output / PREDICTIONS
+    if parts > 1:
+        path = output / f"predictions-{index}-of-{parts}.jsonl"
+    ids = [samples.ids[row] for row in own]
+    done = 0
+    if not (output / PREDICTIONS).is_file() or parts == 1:
+        done = files.resume(path, ids, batch_size)
+    else:
+        done = len(ids)
+    # All hosts compute together, so they begin at the batch that all lack.
+    batches = compat.least(-(-done // batch_size))
+    done = min(done, batches * batch_size)
+    steps = -(-len(samples) // (batch_size * parts))
+    decoding = _Decoding(model, benchmark.beams)
+    with _bar(benchmark, steps, progress) as advance:
+        advance(batches)
+        for step in range(batches, steps):
+            rows = own[step * batch_size : (step + 1) * batch_size]
+            # The last batch is filled up: one shape is compiled once.
+            fill = rows or [len(samples) - 1]
+            padded = (rows + fill * batch_size)[:batch_size]
+            texts = _answers(model, benchmark, samples, padded, decoding)
+            pairs = zip((samples.ids[row] for row in rows), texts, strict=False)
+            if _writes(parts):
+                files.append(path, pairs)
+            advance(1)
+    if parts > 1:
+        _merge(output, samples.ids, parts)
+
+
+def card_column(model: Any) -> str | None:
+    """Name the card's column of a model, "448-3B", or `None` of another."""
+    backbone = model.backbone
+    size = _SIZES.get(backbone.text_config.hidden_dim)
+    if size is None or backbone.image_size not in (224, 448):
+        return None
+    return f"{backbone.image_size}-{size}"
+
+
+def _check_data(benchmark, samples, decode):
+    """Say all that is wrong with the data before an hour of predictions."""
+    missing = samples.missing_pictures()
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(samples)} samples of {benchmark.name} "
+            f"have no picture at their path. Received: ids {missing[:5]} in "
+            f"{samples.place}. Unpack all of {benchmark.data}."
+        )
+    check_truth(benchmark, samples)
+    if benchmark.metric == "refcoco" and decode is None:
+        raise ValueError(
+            f"{benchmark.name} compares masks. Expected: `decode`, a function "
+            "of 16 codes a row to masks of 64 by 64. Received: None."
+        )
+
+
+def _keep_settings(output, benchmark, samples, model):
+    """Write what the run is, or refuse a folder that holds another one."""
+    listed = hashlib.sha256("\n".join(samples.ids).encode()).hexdigest()
+    here = {
+        "benchmark": benchmark.name,
+        "samples": len(samples),
+        "ids_sha256": listed,
+        "beams": benchmark.beams,
+        "max_new_tokens": benchmark.text_length,
+        "image_size": model.backbone.image_size,
+        "parameters": int(model.backbone.count_params()),
+    }
+    path = output / "settings.json"
+    if path.is_file():
+        there = json.loads(path.read_text("utf-8"))
+        changed = {
+            name: (there.get(name), value)
+            for name, value in here.items()
+            if there.get(name) != value
+        }
+        if changed:
+            raise ValueError(
+                f"{output} holds an evaluation of another kind. Received "
+                f"(there, now): {changed}. Choose another output."
+            )
+    if compat.process()[0]:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    draft = output / ".settings.json"
+    draft.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _rows_of(count, batch_size, index, parts):
+    """Numbers of the samples of one part: its piece of each batch of all."""
+    step = batch_size * parts
+    return [
+        row
+        for first in range(index * batch_size, count, step)
+        for row in range(first, min(first + batch_size, count))
+    ]
+
+
+def _answers(model, benchmark, samples, rows, decoding):
+    """Answer some samples; a picture that fails is named by its id."""
+    found = [samples[row] for row in rows]
+    inputs = {
+        "images": [one.images for one in found],
+        "prompts": [one.prompt for one in found],
+    }
+    try:
+        with decoding:
+            return model.generate(inputs, max_new_tokens=benchmark.text_length)
+    except ValueError as error:
+        for row, one in zip(rows, found, strict=True):
+            with located(samples.where(row)):
+                model.preprocessor.generate_preprocess(
+                    {"images": one.images, "prompts": one.prompt},
+                    benchmark.text_length,
+                )
+        raise ExampleError(
+            f"{samples.where(rows[0])} and those behind it: {error}"
+        ) from error
+
+
+class _Decoding:
+    """Beams for as long as they are needed; else what the model has.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        beams: int; 1 leaves the model as it is compiled.
+    """
+
+    def __init__(self, model, beams):
+        self.model, self.beams = model, beams
+        self.function = None
+
+    def __enter__(self):
+        if self.beams == 1:
+            return
+        import keras_hub
+
+        self.before = (self.model.sampler, self.model.generate_function)
+        self.model.sampler = keras_hub.samplers.BeamSampler(self.beams)
+        self.model.generate_function = self.function
+
+    def __exit__(self, *error):
+        if self.beams > 1:
+            self.function = self.model.generate_function
+            self.model.sampler, self.model.generate_function = self.before
+
+
+def _writes(parts):
+    """Whether this process is the first of those that share its part."""
+    index, count = compat.process()
+    return index % max(count // parts, 1) == 0
+
+
+def _merge(output, ids, parts):
+    """Put the files of all hosts into one, in the order of the samples."""
+    compat.wait_for_all("predictions of all parts")
+    if compat.process()[0] == 0 and not (output / PREDICTIONS).is_file():
+        found = {}
+        for index in range(parts):
+            part = output / f"predictions-{index}-of-{parts}.jsonl"
+            if part.is_file():
+                found |= files.read_predictions(part)
+        files.check_predictions(found, ids)
+        draft = output / f".{PREDICTIONS}"
+        draft.unlink(missing_ok=True)
+        files.append(draft, ((id, found[id]) for id in ids))
+        os.replace(draft, output / PREDICTIONS)
+    compat.wait_for_all("predictions in one file")
+
+
+@contextlib.contextmanager
+def _bar(benchmark, steps, shown):
+    """Show how far the run is and how long it takes, where someone looks on."""
+    from rich.console import Console
+    from rich.progress import BarColumn
+    from rich.progress import MofNCompleteColumn
+    from rich.progress import Progress
+    from rich.progress import TextColumn
+    from rich.progress import TimeRemainingColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn()]
+    columns += [MofNCompleteColumn(), TimeRemainingColumn()]
+    visible = shown and sys.stderr.isatty() and not compat.process()[0]
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not visible) as progress:
+        task = progress.add_task(benchmark.name, total=steps)
+        yield lambda count: progress.advance(task, count)
