@@ -253,9 +253,9 @@ def _keep_settings(output, benchmark, samples, model):
                 f"{output} holds an evaluation of another kind. Received "
                 f"(there, now): {changed}. Choose another output."
             )
+    output.mkdir(parents=True, exist_ok=True)
     if compat.process()[0]:
         return
-    output.mkdir(parents=True, exist_ok=True)
     draft = output / ".settings.json"
     draft.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
     os.replace(draft, path)

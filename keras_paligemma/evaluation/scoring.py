@@ -169,11 +169,22 @@ def _averaged(function, texts, columns, arguments, groups):
                 values.setdefault(name, []).append(value)
                 values[f"{name}/{group}"] = value
         return {
-            name: np.mean(value, axis=0) if isinstance(value, list) else value
+            name: _mean(value) if isinstance(value, list) else value
             for name, value in values.items()
         }
 
     return Scores(spread, combine, quality)
+
+
+def _mean(values):
+    """Average over groups; a draw may have no row of a small one."""
+    values = np.stack(values)
+    there = ~np.isnan(values)
+    total = np.where(there, values, 0.0).sum(axis=0)
+    count = there.sum(axis=0)
+    return np.divide(
+        total, count, out=np.full(count.shape, np.nan), where=count > 0
+    )
 
 
 def _joined(scores, other):
