@@ -236,6 +236,13 @@ def finetune(
             "'freeze=[\"vision_encoder/*\"]'. May be repeated.",
         ),
     ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings and, where --data is a folder, examples of this "
+            "benchmark; see `benchmarks`"
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop")
     ] = False,
@@ -260,7 +267,13 @@ def finetune(
         }.items()
         if value is not None
     }
-    run.finetune(run.read_settings(config, **given), dry_run)
+    defaults, source = {}, None
+    if benchmark is not None:
+        from keras_paligemma.evaluation.finetuning import for_run
+
+        defaults, source = for_run(benchmark, given)
+    settings = run.read_settings(config, defaults, **given)
+    run.finetune(settings, dry_run, source)
 
 
 @contextlib.contextmanager

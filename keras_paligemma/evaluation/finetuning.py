@@ -1,7 +1,11 @@
 """A benchmark as what a fine-tune takes: settings, and examples."""
 
+from collections.abc import Mapping
+
 from keras_paligemma.evaluation.registry import Benchmark
+from keras_paligemma.evaluation.registry import find_benchmark
 from keras_paligemma.evaluation.samples import Samples
+from keras_paligemma.evaluation.sources import open_samples
 
 # Of the original's transfers, where a record says nothing else.
 _COMMON = {"batch_size": 256, "label_smoothing": 0.0, "lora_rank": 0}
@@ -37,6 +41,47 @@ def settings_of(benchmark: Benchmark, image_size: int) -> dict:
         ("prompt_length", "response_length"), benchmark.text_length
     )
     return (_COMMON if benchmark.finetune else {}) | lengths | record
+
+
+def for_run(name: str, given: Mapping) -> tuple[dict, "TrainingSource | None"]:
+    """Give what `finetune --benchmark` adds to the command line.
+
+    Args:
+        name: str, of a benchmark.
+        given: dict of the settings that the user gave: `preset`, `data`, and
+            others, which go before the record's.
+
+    Returns:
+        Dict of settings to stand behind those; and the examples of the
+        training split, or `None` where `data` is no folder, but a JSONL file.
+
+    Raises:
+        ValueError: there is no such benchmark, no preset, or no training
+            split in the data.
+    """
+    from pathlib import Path
+
+    from keras_paligemma.checkpoints import formats
+
+    benchmark = find_benchmark(name)
+    preset, data = given.get("preset"), given.get("data")
+    if not preset or not data:
+        raise ValueError(
+            "A fine-tune for a benchmark needs --preset and --data. Received: "
+            f"preset={preset!r}, data={data!r}."
+        )
+    size = given.get("image_size")
+    if size is None:
+        config = formats.resolve(preset, False).config
+        size = config["backbone"]["image_size"]
+    settings = settings_of(benchmark, size)
+    if given.get("lora_rank"):
+        # Adapters leave all weights frozen anyway.
+        settings.pop("freeze", None)
+    if Path(data).is_file():
+        return settings, None
+    samples = open_samples(benchmark, data, benchmark.train_split)
+    return settings, TrainingSource(samples)
 
 
 class TrainingSource:

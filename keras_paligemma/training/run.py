@@ -73,11 +73,12 @@ class Settings:
     seed: int = 0
 
 
-def read_settings(path=None, **given):
+def read_settings(path=None, defaults=None, **given):
     """Read settings from a TOML file; what is given by name goes before.
 
     Args:
         path: str or path, or `None`.
+        defaults: dict of fields that stand behind both, or `None`.
         **given: fields of `Settings`; `None` means not given.
 
     Raises:
@@ -95,6 +96,7 @@ def read_settings(path=None, **given):
             ) from error
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path} is no TOML file: {error}.") from error
+    values = (defaults or {}) | values
     values |= {key: value for key, value in given.items() if value is not None}
     # TOML has no word for nothing.
     values = {k: None if v == "none" else v for k, v in values.items()}
@@ -177,7 +179,7 @@ def read_pairs(pairs):
     return given
 
 
-def finetune(settings, dry_run=False):
+def finetune(settings, dry_run=False, source=None):
     """Train as the settings say; go on where a killed run in `output` was.
 
     The result is `output`/adapter, as PEFT reads it, or, where the weights
@@ -187,6 +189,8 @@ def finetune(settings, dry_run=False):
     Args:
         settings: `Settings`.
         dry_run: bool, print the plan and stop.
+        source: examples in place of the JSONL file that `settings.data` names,
+            such as `evaluation.TrainingSource`; `None` reads that file.
 
     Returns:
         `keras.callbacks.History`, or `None` of a dry run.
@@ -198,7 +202,8 @@ def finetune(settings, dry_run=False):
     from keras_paligemma.training.checkpoint import fit
 
     keras.utils.set_random_seed(settings.seed)
-    source = JSONLSource(settings.data, settings.image_folder)
+    if source is None:
+        source = JSONLSource(settings.data, settings.image_folder)
     validation = None
     if settings.validation is not None:
         validation = JSONLSource(settings.validation, settings.image_folder)

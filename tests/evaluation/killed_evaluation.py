@@ -18,7 +18,7 @@ from tests.evaluation.oracle import Oracle
 
 
 class Slow(Oracle):
-    """Takes its time, so that a kill meets a run and not its end."""
+    """Takes its time: 100 batches are longer than 20 runs until a kill."""
 
     def generate(self, inputs, max_new_tokens):
         time.sleep(0.01)
@@ -42,7 +42,7 @@ def main(folder, kills, seed):
         if not child:
             run(folder / "killed")
             os._exit(0)
-        time.sleep(draw.uniform(0.005, 0.06))
+        time.sleep(draw.uniform(0.005, 0.045))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "It had ended before."

@@ -4,7 +4,9 @@ import csv
 import inspect
 import math
 import re
+import runpy
 import string
+from pathlib import Path
 
 import pytest
 import typer
@@ -20,6 +22,8 @@ from keras_paligemma.evaluation.layouts import LAYOUTS
 from keras_paligemma.evaluation.registry import COLUMNS
 from keras_paligemma.evaluation.scoring import COLUMNS as METRICS
 from tests.evaluation.model_card import FIXTURE
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 # The card's names of the additional benchmarks' values.
 VALUES = {
@@ -226,3 +230,9 @@ def test_nan_stands_for_the_cards_dash():
     numbers = find_benchmark("vatex").card["cider"]
     assert math.isnan(numbers["448-28B"]) and numbers["224-10B"] == 82.7
     assert isinstance(find_benchmark("vatex"), Benchmark)
+
+
+def test_page_is_made_of_the_registry():
+    made = runpy.run_path(str(DOCS / "make_benchmarks.py"))
+    assert made["FILE"].read_text("utf-8") == made["page"]()
+    assert {one.kind for one in benchmarks().values()} == set(made["PROOFS"])

@@ -30,7 +30,7 @@ def make_data(folder, rows=12):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
         for number in range(rows):
-            pixels = np.full((8, 8, 3), 3 * number, "uint8")
+            pixels = np.full((8, 8, 3), (*divmod(number, 20), 9), "uint8")
             Image.fromarray(pixels).save(folder / f"{number}.png")
             line = {
                 **{"id": f"q{number}", "images": f"{number}.png"},
@@ -116,7 +116,7 @@ def test_every_length_of_a_file_is_gone_on_with(tmp_path, monkeypatch):
 
 
 def test_killed_at_random_moments(tmp_path):
-    make_data(tmp_path / "data", rows=80)
+    make_data(tmp_path / "data", rows=400)
     result = subprocess.run(
         [
             *(sys.executable, "-m", "tests.evaluation.killed_evaluation"),
@@ -297,7 +297,9 @@ def test_mean_over_languages_is_not_that_over_samples(data):
     values = scores.values()
     assert values["acc"] == pytest.approx(1 / 7)
     assert (values["acc/de"], values["acc/bn"]) == (1, 0)
-    assert scores.intervals(draws=32)["acc"][0] <= 1 / 7
+    # A draw may lack a language, of which its mean knows nothing.
+    low, high = scores.intervals(draws=32)["acc"]
+    assert 1 / 7 <= low <= high <= 1
 
 
 def test_command_on_the_nano_preset(data, tmp_path):
