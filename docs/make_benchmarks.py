@@ -1,4 +1,4 @@
-"""Writes `benchmarks.md` from the registry: `python docs/make_benchmarks.py`."""
+"""Writes `benchmarks.md` of the registry: `python docs/make_benchmarks.py`."""
 
 import math
 from pathlib import Path

@@ -34,14 +34,24 @@ def evaluate(
     # Before anything is loaded: a typo takes no minutes.
     record = find_benchmark(benchmark)
     samples = open_samples(record, data, split)
+    import keras
+
     from keras_paligemma import PaliGemmaCausalLM
+    from keras_paligemma import compat
     from keras_paligemma.evaluation.run import evaluate as run
 
+    if keras.backend.backend() == "jax":
+        devices = keras.distribution.list_devices()
+        if len(devices) > 1 and keras.distribution.distribution() is None:
+            every = keras.distribution.DataParallel(devices=devices)
+            keras.distribution.set_distribution(every)
     chosen = {"dtype": dtype, "quantize": quantize}
     model = PaliGemmaCausalLM.from_preset(
         preset,
         prompt_length=record.text_length,
         response_length=record.text_length,
+        # As the original cuts it.
+        on_long_prompt="truncate",
         **{name: one for name, one in chosen.items() if one is not None},
     )
     if adapter is not None:
@@ -53,6 +63,7 @@ def evaluate(
         output or f"evaluation-{record.name}",
         batch_size=batch_size,
         limit=limit,
+        shard=compat.process(),
     )
     if result is not None:
         typer.echo(result)

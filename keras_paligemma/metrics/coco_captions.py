@@ -45,7 +45,7 @@ def captions(
 
     >>> scores = captions(["a cat sits"] * 2, [["a cat sits"], ["a dog"]])
     >>> round(scores.values()["rouge"], 3)
-    0.695
+    0.707
 
     Source: https://github.com/salaniz/pycocoevalcap.
     """

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from keras_paligemma.metrics.needs import needed
+from keras_paligemma.metrics.referring import box_iou
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import column
 
@@ -25,10 +26,11 @@ def mean_average_precision(
     """Compute COCO's box metrics by pycocotools.
 
     Args:
-        predictions: of each picture a list of (box, label, score): a box is
-            (y1, x1, y2, x2) as shares of the picture.
-        right: of each picture a list of (box, label), or of (box, label,
-            is_crowd).
+        predictions: of each picture a list of (box, label, score), or of
+            objects with these attributes: a box is (y1, x1, y2, x2) as shares
+            of the picture.
+        right: of each picture a list of (box, label), of (box, label,
+            is_crowd), or of objects.
         sizes: of each picture (height, width) in pixels, by which objects are
             small, medium or large; `None` takes 1,000 pixels a side.
 
@@ -43,7 +45,8 @@ def mean_average_precision(
     Example:
 
     >>> box = (0.1, 0.1, 0.5, 0.5)
-    >>> mean_average_precision([[(box, "cat", 0.9)]], [[(box, "cat")]])["map"]
+    >>> found = [[(box, "cat", 0.9)]]
+    >>> round(mean_average_precision(found, [[(box, "cat")]])["map"], 6)
     1.0
 
     Source: https://cocodataset.org/#detection-eval.
@@ -54,6 +57,11 @@ def mean_average_precision(
     sizes = sizes or [(1000, 1000)] * len(right)
     # In order of their first appearance; ids are COCO's, from 1.
     labels = {}
+    right = [
+        [_parts(one)[:2] if hasattr(one, "box") else one for one in some]
+        for some in right
+    ]
+    predictions = [[_parts(one) for one in some] for some in predictions]
     for picture in (*right, *predictions):
         for one in picture:
             labels.setdefault(one[1], len(labels) + 1)
@@ -75,7 +83,7 @@ def mean_average_precision(
         zip(predictions, sizes, strict=True), 1
     ):
         for box, label, score in objects:
-            if not np.isfinite(score):
+            if score is None or not np.isfinite(score):
                 raise ValueError(
                     "A score orders the objects. Expected: a number. "
                     f"Received: {score!r} of {label!r} in picture {image - 1}."
@@ -111,9 +119,10 @@ def box_f1(
     """Count boxes that are met, each once and of the same label.
 
     Args:
-        predictions: of each picture a list of (box, label, …), the surest
-            first: each takes the best of the right boxes that are left.
-        right: of each picture a list of (box, label, …).
+        predictions: of each picture a list of (box, label, …), or of objects,
+            the surest first: each takes the best of the right boxes that are
+            left.
+        right: of each picture likewise.
         threshold: float, least intersection over union.
 
     Returns:
@@ -144,10 +153,8 @@ def match_boxes(
     predictions: Sequence[tuple], right: Sequence[tuple], threshold: float
 ) -> list[float]:
     """Pair boxes of one picture greedily; gives the overlaps of the pairs."""
-    from keras_paligemma.metrics.referring import box_iou
-
-    left, shares = list(right), []
-    for box, label, *_ in predictions:
+    left, shares = [_parts(one) for one in right], []
+    for box, label, *_ in map(_parts, predictions):
         overlaps = [
             box_iou(box, other) if other_label == label else 0.0
             for other, other_label, *_ in left
@@ -189,6 +196,11 @@ def _divided(means, count):
         if "overlaps" in means:
             values["iou"] = np.divide(means["overlaps"], means["met"])
     return values
+
+
+def _parts(one):
+    """Give box, label and what is behind them, of a tuple or an object."""
+    return (one.box, one.label, one.score) if hasattr(one, "box") else one
 
 
 def _xywh(box, size):
