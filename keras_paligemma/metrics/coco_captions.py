@@ -1,13 +1,14 @@
 """CIDEr, BLEU and ROUGE-L of captions, as COCO's evaluator computes them."""
 
+import array
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from keras_paligemma.metrics.caption_tokens import caption_tokens
-from keras_paligemma.metrics.ngrams import Ngrams
 from keras_paligemma.metrics.ngrams import counted
+from keras_paligemma.metrics.ngrams import ngram_counts
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
 from keras_paligemma.metrics.scores import column
@@ -19,6 +20,8 @@ _SIGMA = 6.0
 _BETA = 1.2
 # COCO's BLEU adds these, so that no match is 0 and no word no division by 0.
 _SMALL, _TINY = 1e-9, 1e-15
+# n-grams that are compared at once.
+_PART = 2**20
 
 
 def captions(
@@ -122,13 +125,20 @@ def rouge(
 
 
 def _tokens(predictions, references, tokenize):
-    """Cut all captions into words; one that many rows share, once."""
+    """Turn all captions into arrays of the numbers of their words.
+
+    A million lists of strings would be a gigabyte. A caption that many rows
+    share is cut once.
+    """
     check_rows(predictions, references=references)
-    known = {}
+    known, numbers = {}, {}
 
     def cut(text):
         if text not in known:
-            known[text] = caption_tokens(text) if tokenize else text.split()
+            words = caption_tokens(text) if tokenize else text.split()
+            known[text] = array.array(
+                "i", [numbers.setdefault(word, len(numbers)) for word in words]
+            )
         return known[text]
 
     right = []
@@ -145,40 +155,57 @@ def _tokens(predictions, references, tokenize):
 def _cider(rows, right):
     flat = [words for several in right for words in several]
     owner = np.repeat(np.arange(len(rows)), [len(one) for one in right])
-    ngrams = Ngrams([*rows, *flat])
     found = np.zeros(len(flat))
     lengths = np.array([max(len(one) - 1, 0) for one in [*rows, *flat]])
     delta = lengths[owner] - lengths[len(rows) :]
     penalty = np.e ** (-(delta.astype("float64") ** 2) / (2 * _SIGMA**2))
-    for texts, grams, counts in ngrams.orders(_ORDERS):
+    for texts, grams, counts in ngram_counts([*rows, *flat], _ORDERS):
         # Entries are sorted by text, those of the predictions first.
         split = np.searchsorted(texts, len(rows))
-        row_of = owner[texts[split:] - len(rows)]
         size = int(grams.max()) + 1 if len(grams) else 1
-        seen, _ = counted(row_of * size + grams[split:])
-        frequency = np.bincount(seen % size, minlength=size)
+        keys = owner[texts[split:] - len(rows)] * size + grams[split:]
+        frequency = np.bincount(counted(keys)[0] % size, minlength=size)
         rarity = np.log(float(len(rows))) - np.log(np.maximum(frequency, 1.0))
         weights = counts * rarity[grams]
         norms = np.sqrt(
             np.bincount(texts, weights**2, minlength=len(rows) + len(flat))
         )
-        # For each n-gram of a reference, its weight in the row's prediction.
-        keys = texts[:split] * size + grams[:split]
-        wanted = row_of * size + grams[split:]
-        place = np.minimum(np.searchsorted(keys, wanted), max(split - 1, 0))
-        if not split:
-            continue
-        there = keys[place] == wanted
-        other = np.where(there, weights[:split][place], 0.0)
-        mine = weights[split:]
-        agreeing = np.where(there, np.minimum(other, mine) * mine, 0.0)
-        total = np.bincount(
-            texts[split:] - len(rows), agreeing, minlength=len(flat)
+        total = _agreement(
+            texts[:split] * size + grams[:split],
+            weights[:split],
+            keys,
+            weights[split:],
+            texts[split:] - len(rows),
+            len(flat),
         )
         scale = norms[owner] * norms[len(rows) :]
         found += np.divide(total, scale, out=total, where=scale != 0) * penalty
     by_row = np.bincount(owner, found / _ORDERS, minlength=len(rows))
     return 10.0 * by_row / np.array([len(one) for one in right])
+
+
+def _agreement(keys, weights, wanted, other_weights, texts, count):
+    """Add up, for each reference, what its row's prediction has of it.
+
+    Args:
+        keys: sorted int64 array, row and n-gram of the predictions.
+        weights: float64 array of them.
+        wanted: int64 array, row and n-gram of the references.
+        other_weights: float64 array of them.
+        texts: int64 array, the number of each one's reference.
+        count: int, references.
+    """
+    total = np.zeros(count)
+    if not len(keys):
+        return total
+    for first in range(0, len(wanted), _PART):
+        part = slice(first, first + _PART)
+        place = np.minimum(np.searchsorted(keys, wanted[part]), len(keys) - 1)
+        there = keys[place] == wanted[part]
+        mine = other_weights[part]
+        agreeing = np.where(there, np.minimum(weights[place], mine) * mine, 0.0)
+        total += np.bincount(texts[part], agreeing, minlength=count)
+    return total
 
 
 def _bleu(rows, right):

@@ -138,6 +138,7 @@ def test_eight_devices_write_the_same_file(tmp_path):
         ],
         capture_output=True,
         text=True,
+        env=os.environ | {"KERAS_BACKEND": "jax"},
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.endswith("same\n")
