@@ -120,12 +120,15 @@ class TrainingSource:
 
     def __getitem__(self, index):
         sample = self.samples[index]
-        responses = sample.truth[self.samples.benchmark.response]
-        if isinstance(responses, list):
-            # One that many gave counts as often, as the original draws it.
-            responses = [one for one in responses if one.strip()]
+        benchmark = self.samples.benchmark
+        answers = sample.truth[benchmark.response]
+        several = isinstance(answers, list)
+        # One that many gave counts as often, as the original draws it.
+        texts = [one for one in (answers if several else [answers]) if one]
+        if benchmark.lower_answers:
+            texts = [one.lower() for one in texts]
         return {
             "images": sample.images,
             "prompts": sample.prompt,
-            "responses": responses,
+            "responses": texts if several else texts[0],
         }

@@ -48,7 +48,9 @@ def check_predictions(
         )
 
 
-def resume(path: Path, ids: Sequence[str], whole: int) -> int:
+def resume(
+    path: Path, ids: Sequence[str], whole: int, most: int | None = None
+) -> int:
     """Cut a file to the rows that a run goes on behind.
 
     A kill may leave a line without its end, or a part of a batch. Both are cut
@@ -59,6 +61,7 @@ def resume(path: Path, ids: Sequence[str], whole: int) -> int:
         ids: of the run's samples, in order.
         whole: int, rows of a batch; how many rows are kept divides by it, or
             all are there.
+        most: int, at most so many rows are kept.
 
     Returns:
         Int, how many rows are there.
@@ -87,6 +90,7 @@ def resume(path: Path, ids: Sequence[str], whole: int) -> int:
     done = len(found)
     if done < len(ids):
         done -= done % whole
+    done = done if most is None else min(done, most)
     size = sum(len(line) + 1 for line in lines[:done])
     if size < len(data):
         with open(path, "r+b") as file:

@@ -37,6 +37,7 @@ class Benchmark:
         arguments: dict, for the metric.
         response: str, the field that a fine-tune learns to answer, or `None`
             where that takes more than the data.
+        lower_answers: bool, whether a fine-tune learns them in lower case.
         train_split: str or `None`.
         layout: str, the reader of the official archive, or `None`.
         subset: str, a part of the archive, or `None`.
@@ -71,6 +72,7 @@ class Benchmark:
     scale: float = 100
     arguments: Mapping = dataclasses.field(default_factory=dict)
     response: str | None = None
+    lower_answers: bool = False
     train_split: str | None = None
     layout: str | None = None
     subset: str | None = None

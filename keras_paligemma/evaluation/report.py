@@ -142,5 +142,6 @@ def _number(value):
 
 def _replace(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}")
-    draft.write_text(text, encoding="utf-8")
+    # Half of a character that a model wrote is no UTF-8.
+    draft.write_bytes(text.encode("utf-8", "backslashreplace"))
     os.replace(draft, path)

@@ -63,6 +63,8 @@ class Evaluation:
             if name in self.card:
                 line += f"   card, {self.column}: {self.card[name]:g}"
             lines.append(line)
+        if own not in self.values:
+            lines.append(f"  no sample counts for {own}")
         if self.limited:
             lines.append("  of the first samples alone: not the card's split")
         return "\n".join(lines)
@@ -172,28 +174,26 @@ def predict(
     """
     index, parts = shard
     own = _rows_of(len(samples), batch_size, index, parts)
+    ids = [samples.ids[row] for row in own]
+    steps = -(-len(samples) // (batch_size * parts))
     path = output / PREDICTIONS
     if parts > 1:
+        if path.is_file():
+            return
         path = output / f"predictions-{index}-of-{parts}.jsonl"
-    ids = [samples.ids[row] for row in own]
-    done = 0
-    if not (output / PREDICTIONS).is_file() or parts == 1:
-        done = files.resume(path, ids, batch_size)
-    else:
-        done = len(ids)
-    # All hosts compute together, so they begin at the batch that all lack.
-    batches = compat.least(-(-done // batch_size))
-    done = min(done, batches * batch_size)
-    steps = -(-len(samples) // (batch_size * parts))
-    decoding = _Decoding(model, benchmark.beams)
-    with _bar(benchmark, steps, progress) as advance:
-        advance(batches)
-        for step in range(batches, steps):
+    done = files.resume(path, ids, batch_size)
+    # All hosts compute together, so they begin at a batch that none has.
+    begun = compat.least(steps if done == len(ids) else done // batch_size)
+    files.resume(path, ids, batch_size, begun * batch_size)
+    bar = _bar(benchmark, steps, progress)
+    with _decoding(model, benchmark.beams), bar as advance:
+        advance(begun)
+        for step in range(begun, steps):
             rows = own[step * batch_size : (step + 1) * batch_size]
             # The last batch is filled up: one shape is compiled once.
             fill = rows or [len(samples) - 1]
             padded = (rows + fill * batch_size)[:batch_size]
-            texts = _answers(model, benchmark, samples, padded, decoding)
+            texts = _answers(model, benchmark, samples, padded)
             pairs = zip((samples.ids[row] for row in rows), texts, strict=False)
             if _writes(parts):
                 files.append(path, pairs)
@@ -220,12 +220,7 @@ def _check_data(benchmark, samples, decode):
             f"have no picture at their path. Received: ids {missing[:5]} in "
             f"{samples.place}. Unpack all of {benchmark.data}."
         )
-    check_truth(benchmark, samples)
-    if benchmark.metric == "refcoco" and decode is None:
-        raise ValueError(
-            f"{benchmark.name} compares masks. Expected: `decode`, a function "
-            "of 16 codes a row to masks of 64 by 64. Received: None."
-        )
+    check_truth(benchmark, samples, decode)
 
 
 def _keep_settings(output, benchmark, samples, model):
@@ -271,7 +266,7 @@ def _rows_of(count, batch_size, index, parts):
     ]
 
 
-def _answers(model, benchmark, samples, rows, decoding):
+def _answers(model, benchmark, samples, rows):
     """Answer some samples; a picture that fails is named by its id."""
     found = [samples[row] for row in rows]
     inputs = {
@@ -279,8 +274,7 @@ def _answers(model, benchmark, samples, rows, decoding):
         "prompts": [one.prompt for one in found],
     }
     try:
-        with decoding:
-            return model.generate(inputs, max_new_tokens=benchmark.text_length)
+        return model.generate(inputs, max_new_tokens=benchmark.text_length)
     except ValueError as error:
         for row, one in zip(rows, found, strict=True):
             with located(samples.where(row)):
@@ -293,31 +287,21 @@ def _answers(model, benchmark, samples, rows, decoding):
         ) from error
 
 
-class _Decoding:
-    """Beams for as long as they are needed; else what the model has.
+@contextlib.contextmanager
+def _decoding(model, beams):
+    """Search with beams meanwhile; with one, as the model is compiled."""
+    if beams == 1:
+        yield
+        return
+    import keras_hub
 
-    Args:
-        model: `PaliGemmaCausalLM`.
-        beams: int; 1 leaves the model as it is compiled.
-    """
-
-    def __init__(self, model, beams):
-        self.model, self.beams = model, beams
-        self.function = None
-
-    def __enter__(self):
-        if self.beams == 1:
-            return
-        import keras_hub
-
-        self.before = (self.model.sampler, self.model.generate_function)
-        self.model.sampler = keras_hub.samplers.BeamSampler(self.beams)
-        self.model.generate_function = self.function
-
-    def __exit__(self, *error):
-        if self.beams > 1:
-            self.function = self.model.generate_function
-            self.model.sampler, self.model.generate_function = self.before
+    before = model.sampler, model.generate_function
+    model.sampler = keras_hub.samplers.BeamSampler(beams)
+    model.generate_function = None
+    try:
+        yield
+    finally:
+        model.sampler, model.generate_function = before
 
 
 def _writes(parts):
@@ -329,7 +313,7 @@ def _writes(parts):
 def _merge(output, ids, parts):
     """Put the files of all hosts into one, in the order of the samples."""
     compat.wait_for_all("predictions of all parts")
-    if compat.process()[0] == 0 and not (output / PREDICTIONS).is_file():
+    if compat.process()[0] == 0:
         found = {}
         for index in range(parts):
             part = output / f"predictions-{index}-of-{parts}.jsonl"

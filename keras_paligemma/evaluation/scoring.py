@@ -62,15 +62,9 @@ def score(
     """
     check_predictions(predictions, samples.ids)
     texts = [predictions[id] for id in samples.ids]
-    columns, groups = _columns(benchmark, samples)
+    columns, groups = check_truth(benchmark, samples, decode)
     arguments = dict(benchmark.arguments)
     if benchmark.metric == "refcoco":
-        if decode is None:
-            raise ValueError(
-                f"{benchmark.name} compares masks. Expected: `decode`, a "
-                "function of 16 codes a row to masks of 64 by 64. Received: "
-                "None."
-            )
         arguments["decode"] = decode
     function = getattr(metrics, benchmark.metric)
     if groups is None:
@@ -84,13 +78,27 @@ def score(
     return scores
 
 
-def check_truth(benchmark: Benchmark, samples: Samples) -> None:
-    """Refuse samples without right answers before anything is predicted."""
-    _columns(benchmark, samples)
+def check_truth(
+    benchmark: Benchmark, samples: Samples, decode: Callable | None = None
+) -> tuple[dict, list | None]:
+    """Collect what predictions are compared with; refuse what lacks of it.
 
+    Args:
+        benchmark, samples, decode: as `score` takes them.
 
-def _columns(benchmark, samples):
-    """Collect the metric's columns, and the groups to average over."""
+    Returns:
+        Dict of the metric's columns; and of each row the group that it
+        belongs to, where a mean over groups is reported, else `None`.
+
+    Raises:
+        ValueError: right answers are missing, with the ids; or the metric
+            needs `decode`.
+    """
+    if benchmark.metric == "refcoco" and decode is None:
+        raise ValueError(
+            f"{benchmark.name} compares masks. Expected: `decode`, a function "
+            "of 16 codes a row to masks of 64 by 64. Received: None."
+        )
     rows = [samples.truth(row) for row in range(len(samples))]
     columns = {}
     for name in COLUMNS[benchmark.metric]:
@@ -121,7 +129,6 @@ def _columns(benchmark, samples):
 
 
 def _groups(benchmark, samples, rows):
-    """Give what each row belongs to, where a mean over groups is reported."""
     field = benchmark.average_over
     if field is None:
         return None

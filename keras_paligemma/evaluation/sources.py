@@ -111,7 +111,7 @@ def _own(folder):
 
 
 def _hugging_face(benchmark, folder):
-    """Open what Hugging Face's library saved; pictures stay encoded."""
+    """Open what Hugging Face's library saved."""
     import datasets
 
     found = datasets.load_from_disk(folder)
@@ -120,10 +120,21 @@ def _hugging_face(benchmark, folder):
             f"{folder} holds several splits. Expected: the folder of one. "
             f"Received: {sorted(found)}."
         )
+    return Mapped(_undecoded(benchmark, found), benchmark.fields)
+
+
+def _undecoded(benchmark, found):
+    """Leave pictures of Hugging Face's data sets encoded until they are used.
+
+    Else each look at an id or an answer would decode one.
+    """
+    if not hasattr(found, "cast_column"):
+        return found
     for path in _pictures(benchmark):
-        if isinstance(found.features.get(path), datasets.Image):
-            found = found.cast_column(path, datasets.Image(decode=False))
-    return Mapped(found, benchmark.fields)
+        feature = found.features.get(path)
+        if type(feature).__name__ == "Image":
+            found = found.cast_column(path, type(feature)(decode=False))
+    return found
 
 
 def _tfds(benchmark, folder, split):
@@ -193,6 +204,6 @@ def _in_memory(benchmark, dataset):
             "folder, a split of `datasets.load_dataset`, `tfds.data_source`, "
             f"or a list. Received: {type(dataset).__name__}."
         )
-    return Samples(
-        benchmark, Mapped(dataset, benchmark.fields), type(dataset).__name__
-    )
+    place = type(dataset).__name__
+    dataset = _undecoded(benchmark, dataset)
+    return Samples(benchmark, Mapped(dataset, benchmark.fields), place)

@@ -65,10 +65,12 @@ def test_a_jsonl_file_brings_its_own_examples(data):
 
 
 def test_examples_are_prompts_and_all_answers(data):
-    change(data, 1, answers=["a", "b", " "])
+    change(data, 1, answers=["A", "b", ""])
     source = TrainingSource(open_samples(find_benchmark("vizwizvqa"), data))
     assert source[1]["prompts"] == "answer en what?"
-    assert source[1]["responses"] == ["a", "b"]
+    assert source[1]["responses"] == ["A", "b"]
+    lowered = TrainingSource(open_samples(find_benchmark("stvqa"), data))
+    assert lowered[1]["responses"] == ["a", "b"]
     assert source.where(1).endswith("id 'q1'")
 
 

@@ -1,7 +1,8 @@
 """Published data sets by their fields: fakes of dtype and nesting.
 
 The features are those of the original's TensorFlow Datasets builders, and of
-Hugging Face's data sets; the values are made up.
+Hugging Face's data sets; of NLVR2, MaRVL and OCR-VQA, whose builders are not
+public, those that the original's transfers name. The values are made up.
 """
 
 import datasets
@@ -214,6 +215,7 @@ def test_hugging_face_from_disk(tmp_path):
         samples = open_samples(docci, source)
         assert samples.ids == ["test_1", "test_2"]
         assert samples[0].truth["descriptions"] == "A cat. It sits."
+        assert isinstance(samples[0].images, bytes)
         assert read_image(samples[0].images).shape == (6, 8, 3)
     with pytest.raises(ValueError, match="Received: dict"):
         open_samples(docci, {"test": made})

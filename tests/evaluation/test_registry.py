@@ -178,6 +178,8 @@ def test_frames_beams_and_smoothing():
         **{"chartqa": 0.2, "infovqa": 0.4, "refcoco": 0.3, "rsvqa_lr": 0.2},
         **{"scicap": 0.1, "screen2words": 0.2, "stvqa": 0.1, "widgetcap": 0.1},
     }
+    lowered = {one.task for one in benchmarks().values() if one.lower_answers}
+    assert lowered == {"infovqa", "rsvqa_hr", "rsvqa_lr", "stvqa", "textcaps"}
     averaged = {
         name: len(one.languages)
         for name, one in benchmarks().items()

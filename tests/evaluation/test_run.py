@@ -115,6 +115,15 @@ def test_every_length_of_a_file_is_gone_on_with(tmp_path, monkeypatch):
         assert path.read_bytes() == whole
 
 
+def test_hosts_go_on_at_the_batch_that_all_lack(tmp_path):
+    path, ids = tmp_path / "part.jsonl", list("abcdef")
+    append(path, [(id, "") for id in ids])
+    assert resume(path, ids, 2) == 6
+    assert resume(path, ids, 2, most=4) == 4
+    assert list(read_predictions(path)) == list("abcd")
+    assert resume(path, ids, 3) == 3
+
+
 def test_killed_at_random_moments(tmp_path):
     make_data(tmp_path / "data", rows=400)
     result = subprocess.run(
