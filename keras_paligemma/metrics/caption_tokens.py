@@ -1,21 +1,29 @@
 """Captions to words as COCO's evaluator has them, without Java."""
 
 import re
+import unicodedata
 
+# Vowel signs and accents that follow a letter: of its word, in Thai and others.
+_MARKS = "".join(
+    sign
+    for sign in map(chr, range(0x300, 0x10000))
+    if unicodedata.category(sign)[0] == "M"
+)
+_LETTERS = rf"(?:[^\W_]|[{_MARKS}])+"
 # In the order of trial; the first that fits at a place is a token.
 _TOKEN = re.compile(
-    r"""
+    rf"""
     (?P<address> https?://\S+ | www\.\S+ | [\w.+-]+@[\w-]+(?:\.[\w-]+)+ )
     | (?P<tag> </?[a-z]+> )
     | (?P<number> \d+(?:[.,:/]\d+)+(?![\w]) )
     | (?P<handle> @[a-z]\w* )
     | (?P<year> '\d\ds?\b )
     | (?P<word> (?: '(?=tis\b|twas\b) | '(?=n'?\b) )?
-        [^\W_]+ (?: ['&./@+*-](?=[^\W_]) (?<!\d'(?=\d)) [^\W_]+ )*
+        {_LETTERS} (?: ['&./@+*-](?=[^\W_]) (?<!\d'(?=\d)) {_LETTERS} )*
         (?: \+\+ | '(?=\ roll) )? )
     | (?P<dashes> --+ | -(?=\d) \d+ )
     | (?P<dots> \.\.+ )
-    | (?P<marks> [!?]{2,} )
+    | (?P<marks> [!?]{{2,}} )
     | (?P<other> \S )
     """,
     re.VERBOSE,
