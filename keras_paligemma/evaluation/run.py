@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from keras_paligemma.evaluation.sources import open_samples
 
 PREDICTIONS = "predictions.jsonl"
 
+# Values of a weight that the fingerprint of a model takes in.
+_SMALL = 2**20
 # Widths of the text decoders that the card has numbers of.
 _SIZES = {2304: "3B", 3584: "10B", 4608: "28B"}
 
@@ -138,7 +141,8 @@ def evaluate(
     samples = samples if limit is None else samples.first(limit)
     _check_data(benchmark, samples, decode)
     output = Path(output)
-    _keep_settings(output, benchmark, samples, model)
+    split = benchmark.split if split is None else split
+    _keep_settings(output, benchmark, samples, split, model)
     predict(model, benchmark, samples, output, batch_size, shard, progress)
     if compat.process()[0]:
         return None
@@ -223,17 +227,38 @@ def _check_data(benchmark, samples, decode):
     check_truth(benchmark, samples, decode)
 
 
-def _keep_settings(output, benchmark, samples, model):
+def fingerprint(model: Any) -> str:
+    """Tell two models apart by their small weights: norms, biases, adapters.
+
+    No training leaves all of these as they were, and of a 28b model they are
+    megabytes. Every process must ask, since shards are gathered.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+
+    Returns:
+        str, a hash in hexadecimal.
+    """
+    found = hashlib.sha256()
+    for variable in model.backbone.weights:
+        if math.prod(variable.shape) <= _SMALL:
+            values = compat.to_host(variable).astype("float32")
+            found.update(values.tobytes())
+    return found.hexdigest()
+
+
+def _keep_settings(output, benchmark, samples, split, model):
     """Write what the run is, or refuse a folder that holds another one."""
     listed = hashlib.sha256("\n".join(samples.ids).encode()).hexdigest()
     here = {
         "benchmark": benchmark.name,
+        "split": split,
         "samples": len(samples),
         "ids_sha256": listed,
         "beams": benchmark.beams,
         "max_new_tokens": benchmark.text_length,
         "image_size": model.backbone.image_size,
-        "parameters": int(model.backbone.count_params()),
+        "model_sha256": fingerprint(model),
     }
     path = output / "settings.json"
     if path.is_file():

@@ -265,6 +265,13 @@ def test_folder_of_another_run_is_refused(data, tmp_path):
             data,
             tmp_path / "run",
         )
+    with pytest.raises(ValueError, match=r"'split': \('val', 'test'\)"):
+        run(data, tmp_path / "run", split="test")
+    samples = open_samples(BENCHMARK, data)
+    right = [samples.truth(row)["answers"][0] for row in range(12)]
+    tuned = Oracle(samples, right, weight=1e-3)
+    with pytest.raises(ValueError, match="'model_sha256': "):
+        evaluate(tuned, BENCHMARK, data, tmp_path / "run")
     path = tmp_path / "run" / "predictions.jsonl"
     assert path.read_bytes() == before
     append(path, [("q99", "")])
