@@ -18,6 +18,7 @@ _HOME = {
     "read_predictions": "predictions",
     "score": "scoring",
     "settings_of": "finetuning",
+    "training_samples": "finetuning",
 }
 
 __all__ = list(_HOME)

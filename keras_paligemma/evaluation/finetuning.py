@@ -1,10 +1,15 @@
 """A benchmark as what a fine-tune takes: settings, and examples."""
 
+import dataclasses
+import os
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.registry import find_benchmark
 from keras_paligemma.evaluation.samples import Samples
+from keras_paligemma.evaluation.sources import OWN
 from keras_paligemma.evaluation.sources import open_samples
 
 # Of the original's transfers, where a record says nothing else.
@@ -59,8 +64,6 @@ def for_run(name: str, given: Mapping) -> tuple[dict, "TrainingSource | None"]:
         ValueError: there is no such benchmark, no preset, or no training
             split in the data.
     """
-    from pathlib import Path
-
     from keras_paligemma.checkpoints import formats
 
     benchmark = find_benchmark(name)
@@ -80,35 +83,59 @@ def for_run(name: str, given: Mapping) -> tuple[dict, "TrainingSource | None"]:
         settings.pop("freeze", None)
     if Path(data).is_file():
         return settings, None
-    samples = open_samples(benchmark, data, benchmark.train_split)
-    return settings, TrainingSource(samples)
+    return settings, TrainingSource(training_samples(benchmark, data))
+
+
+def training_samples(benchmark: Benchmark, source: Any) -> Samples:
+    """Open what a fine-tune for a benchmark learns from.
+
+    All subsets are learned from, as the original mixes ChartQA's two kinds in
+    proportion to their sizes.
+
+    Args:
+        benchmark: `Benchmark`.
+        source: as `open_samples` takes it.
+
+    Returns:
+        `Samples` of the training split.
+
+    Raises:
+        ValueError: the benchmark has none, or its answers are not text that
+            the data holds.
+    """
+    if benchmark.response is None:
+        raise ValueError(
+            f"What a fine-tune learns of {benchmark.name} is not in its data, "
+            "such as codes of masks. Make a JSONL file of `image`, `prefix` "
+            "and `suffix`, and pass it as data."
+        )
+    folder = isinstance(source, (str, os.PathLike))
+    own = folder and (Path(source) / OWN).is_file()
+    if benchmark.train_split is None and not own:
+        raise ValueError(
+            f"{benchmark.name} has no training split: the card's models "
+            "learned from another task. Fine-tune with that one's benchmark, "
+            f"or pass a folder with {OWN} of your own."
+        )
+    every = dataclasses.replace(benchmark, subset=None)
+    return open_samples(every, source, benchmark.train_split)
 
 
 class TrainingSource:
     """Samples as examples: pictures, prompts, and the answers to learn.
 
     Args:
-        samples: `Samples`, such as of `open_samples` with the benchmark's
-            `train_split`.
-
-    Raises:
-        ValueError: the benchmark's answers are not text that the data holds.
+        samples: `Samples`, such as `training_samples` gives.
 
     Example:
 
     ```python
-    samples = open_samples(benchmark, folder, benchmark.train_split)
-    batches = Batches(TrainingSource(samples), model.preprocessor, 8)
+    source = TrainingSource(training_samples(benchmark, folder))
+    batches = Batches(source, model.preprocessor, batch_size=8)
     ```
     """
 
     def __init__(self, samples: Samples):
-        if samples.benchmark.response is None:
-            raise ValueError(
-                f"What a fine-tune learns of {samples.benchmark.name} is not "
-                "in its data, such as codes of masks. Make a JSONL file of "
-                "`image`, `prefix` and `suffix`, and pass it as data."
-            )
         self.samples = samples
 
     def __len__(self):

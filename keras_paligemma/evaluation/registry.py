@@ -40,7 +40,7 @@ class Benchmark:
         lower_answers: bool, whether a fine-tune learns them in lower case.
         train_split: str or `None`.
         layout: str, the reader of the official archive, or `None`.
-        subset: str, a part of the archive, or `None`.
+        subset: str, the part of the archive that is scored, or `None`.
         tfds: str, the original's name of the data set, or `None`.
         tfds_split: str, where the original calls the split otherwise.
         hugging_face: str, a data set of the hub, or `None`.

@@ -8,7 +8,6 @@ import numpy as np
 from keras_paligemma.metrics.scores import Scores
 
 
-@keras.saving.register_keras_serializable(package="keras_paligemma")
 class Streamed(keras.metrics.Metric):
     """Any metric here whose rows do not depend on each other.
 

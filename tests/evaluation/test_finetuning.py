@@ -9,8 +9,10 @@ from keras_paligemma import cli
 from keras_paligemma.evaluation import TrainingSource
 from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
+from keras_paligemma.evaluation import training_samples
 from keras_paligemma.evaluation.finetuning import for_run
 from keras_paligemma.training import run
+from tests.evaluation.test_layouts import chartqa_human
 from tests.evaluation.test_run import change
 from tests.evaluation.test_run import make_data
 
@@ -72,6 +74,23 @@ def test_examples_are_prompts_and_all_answers(data):
     lowered = TrainingSource(open_samples(find_benchmark("stvqa"), data))
     assert lowered[1]["responses"] == ["a", "b"]
     assert source.where(1).endswith("id 'q1'")
+
+
+def test_test_splits_are_not_learned_from(tmp_path):
+    examples = [{"example_id": "1_de", "image": None, "question": "?"}]
+    for name in ("xgqa", "marvl", "xm3600", "nocaps", "countbenchqa"):
+        with pytest.raises(ValueError, match=f"{name} has no training split"):
+            training_samples(find_benchmark(name), examples)
+
+
+def test_both_kinds_of_charts_are_learned_from(tmp_path):
+    chartqa_human(tmp_path)
+    (tmp_path / "test").rename(tmp_path / "train")
+    for kind in ("human", "augmented"):
+        old = tmp_path / "train" / f"test_{kind}.json"
+        old.rename(old.with_name(f"train_{kind}.json"))
+    samples = training_samples(find_benchmark("chartqa_human"), tmp_path)
+    assert len(samples) == 6
 
 
 def test_plan_takes_batch_and_lengths():

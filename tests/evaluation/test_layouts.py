@@ -11,6 +11,7 @@ from PIL import Image
 from keras_paligemma.evaluation import TrainingSource
 from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
+from keras_paligemma.evaluation import training_samples
 
 
 def put(folder, name, data):
@@ -249,7 +250,7 @@ def test_refcoco_masks_and_pickles(tmp_path):
     wanted[5:15, 10:20] = 1
     np.testing.assert_array_equal(mask, wanted)
     with pytest.raises(ValueError, match="codes of masks"):
-        TrainingSource(open_samples(benchmark, tmp_path))
+        training_samples(benchmark, tmp_path)
     with open(tmp_path / "refcoco" / "refs(unc).p", "wb") as file:
         pickle.dump([print], file)
     with pytest.raises(
