@@ -259,7 +259,13 @@ def test_mean_average_precision_equals_faster_coco_eval():
 def test_mean_average_precision_of_few():
     box = (0.1, 0.1, 0.5, 0.5)
     compute = metrics.mean_average_precision
-    assert compute([[]], [[(box, "cat")]])["map"] == 0
+    values = compute([[]], [[(box, "cat")]])
+    assert (values["map"], values["map_large"], values["map_small"]) == (
+        0,
+        0,
+        -1,
+    )
+    assert set(compute([[]], [[]]).values()) == {-1}
     assert compute([[(box, "cat", 0.5)]], [[]])["map"] == -1
     # A crowd is neither met nor missed.
     assert compute([[(box, "cat", 0.5)]], [[(box, "cat", True)]])["map"] == -1
