@@ -1,26 +1,18 @@
 """Samples of a benchmark: pictures, a prompt, and what is right."""
 
-import bisect
 import dataclasses
-import itertools
 import os
-import re
 import string
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from PIL import Image
-from PIL import ImageDraw
-from PIL import ImageSequence
-
 from keras_paligemma.data.examples import located
+from keras_paligemma.evaluation.records import Picked
 from keras_paligemma.evaluation.registry import Benchmark
 
 # What lists of choices in a prompt are joined by, as the original does.
 _BETWEEN_CHOICES = " \t "
-_PATH = re.compile(r"([^.\[\]]+)(?:\[([^\[\]]+)\])?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,125 +142,6 @@ def check_unique(ids: Sequence[str], what: str) -> None:
         )
 
 
-class Mapped(Sequence):
-    """Records of a published data set, whose fields get our names.
-
-    Args:
-        dataset: of Hugging Face, TensorFlow Datasets, or a list: an object of
-            a length and of `[index]`, which gives dictionaries.
-        fields: dict of our names to paths; of pictures a list of paths where
-            a prompt has several.
-    """
-
-    def __init__(self, dataset: Any, fields: Mapping):
-        self.dataset = dataset
-        self.fields = fields
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(f"There is no record {index} of {len(self)}.")
-        example = self.dataset[int(index)]
-        return {
-            name: [at_path(example, one) for one in path]
-            if isinstance(path, list)
-            else at_path(example, path)
-            for name, path in self.fields.items()
-        }
-
-
-class Picked(Sequence):
-    """Some records of several sequences, read when they are asked for.
-
-    Args:
-        parts: sequences of records.
-        rows: numbers in all of them together; `None` takes all.
-        shared: dicts of fields that all records of a part have, one a part.
-    """
-
-    def __init__(self, parts, rows=None, shared=None):
-        self.parts = parts
-        self.ends = list(itertools.accumulate(map(len, parts)))
-        self.rows = range(self.ends[-1]) if rows is None else rows
-        self.shared = shared or [{}] * len(parts)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        row = self.rows[index]
-        part = bisect.bisect_right(self.ends, row)
-        first = self.ends[part] - len(self.parts[part])
-        return self.shared[part] | self.parts[part][row - first]
-
-
-def at_path(example: Mapping, path: str) -> Any:
-    """Follow a path into an example.
-
-    A name that has a slash or a full stop in itself, as TFDS's "image/id",
-    goes before its parts. Of a list of structures, or a structure of lists,
-    the parts are listed. "choices[answer]" takes the entry of a list that
-    another field numbers.
-
-    Args:
-        example: dict.
-        path: str.
-
-    Returns:
-        Python values in place of bytes and NumPy's scalars and lists; arrays
-        of more dimensions, which are pictures, as they are.
-
-    Raises:
-        ValueError: there is no such field, with those that there are.
-
-    Example:
-
-    >>> at_path({"answers": [{"answer": b"cat"}]}, "answers.answer")
-    ['cat']
-    >>> at_path({"choices": ["a", "b"], "n": 1}, "choices[n]")
-    'b'
-    """
-    if path in example:
-        return _plain(example[path])
-    head, _, rest = path.partition(".")
-    found = _PATH.fullmatch(head)
-    name, index = found.groups() if found else (head, None)
-    if "/" in name and name not in example:
-        outer, _, inner = name.partition("/")
-        name, rest = outer, ".".join(filter(None, (inner, rest)))
-    if name not in example:
-        raise ValueError(
-            f"There is no field {path!r}. Expected: one of {sorted(example)}."
-        )
-    value = example[name]
-    if index is not None:
-        value = _plain(value)[int(at_path(example, index))]
-    if not rest:
-        return _plain(value)
-    if isinstance(value, Mapping):
-        return at_path(value, rest)
-    return [at_path(one, rest) for one in value]
-
-
-def _plain(value):
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            return value  # An encoded picture.
-    if isinstance(value, Mapping) and {"bytes", "path"} >= value.keys():
-        return value.get("bytes") or value.get("path")
-    if isinstance(value, np.ndarray) and value.ndim <= 1:
-        value = value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return value
-
-
 def _listed(images):
     return images if isinstance(images, (list, tuple)) else [images]
 
@@ -278,6 +151,10 @@ def _images(record, benchmark):
     images = record.get("images")
     if images is None:
         raise ValueError("The sample has no picture. Expected: 'images'.")
+    # Here, since reading pictures brings Keras.
+    from keras_paligemma.evaluation.pictures import draw_red_box
+    from keras_paligemma.evaluation.pictures import pick_frames
+
     if benchmark.frames is not None:
         return pick_frames(images, benchmark.frames, benchmark.stride)
     if benchmark.pictures > 1 and (
@@ -291,82 +168,6 @@ def _images(record, benchmark):
     if record.get("red_box") is not None:
         return draw_red_box(images, record["red_box"])
     return images
-
-
-def pick_frames(video: Any, count: int, stride: int) -> list:
-    """Take frames of a video: the first, and every so many behind it.
-
-    Of a video that is too short the frames that it has are repeated from its
-    beginning, as the original does.
-
-    Args:
-        video: list of frames, array (frames, height, width, 3), path of a
-            folder of pictures, whose order is that of their names, or of an
-            animated picture (GIF, WebP, APNG).
-        count: int.
-        stride: int.
-
-    Returns:
-        List of `count` pictures.
-
-    Raises:
-        ValueError: there is no frame, or the file is a film, which another
-            program has to cut into pictures.
-
-    Example:
-
-    >>> pick_frames(["a", "b", "c"], 3, 2)
-    ['a', 'c', 'a']
-    """
-    frames = _frames(video)
-    picked = [frames[at] for at in range(0, len(frames), stride)][:count]
-    if not picked:
-        raise ValueError(f"The video has no frames. Received: {video!r:.80}.")
-    return [picked[at % len(picked)] for at in range(count)]
-
-
-def _frames(video):
-    if not isinstance(video, (str, os.PathLike)):
-        return list(video)
-    if os.path.isdir(video):
-        return [
-            os.path.join(video, name)
-            for name in sorted(os.listdir(video))
-            if not name.startswith(".")
-        ]
-    try:
-        with Image.open(video) as opened:
-            frames = ImageSequence.Iterator(opened)
-            return [frame.convert("RGB") for frame in frames]
-    except OSError as error:
-        raise ValueError(
-            "The video cannot be read as pictures. Expected: a folder of "
-            "frames, or an animated picture. Received: "
-            f"{os.fspath(video)!r}. Cut it by `ffmpeg -i FILM "
-            "FOLDER/%06d.jpg`."
-        ) from error
-
-
-def draw_red_box(image: Any, box: Sequence[float]) -> Image.Image:
-    """Mark a part of a picture, as WidgetCap's prompts do.
-
-    Args:
-        image: as `read_image` takes it.
-        box: (y1, x1, y2, x2) as shares of the picture.
-
-    Returns:
-        `PIL.Image.Image`, with a line that is a pixel wide once the picture
-        is 224 pixels.
-    """
-    from keras_paligemma.preprocessing.images import read_image
-
-    picture = Image.fromarray(read_image(image))
-    width, height = picture.size
-    y1, x1, y2, x2 = box
-    edges = [x1 * width, y1 * height, x2 * width, y2 * height]
-    line = max(1, round(max(picture.size) / 224))
-    ImageDraw.Draw(picture).rectangle(edges, outline="red", width=line)
-    return picture
 
 
 def _fill(template: str, record: Mapping) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from keras_paligemma.evaluation.layouts import LAYOUTS
+from keras_paligemma.evaluation.records import Mapped
+from keras_paligemma.evaluation.records import Picked
 from keras_paligemma.evaluation.registry import Benchmark
-from keras_paligemma.evaluation.samples import Mapped
-from keras_paligemma.evaluation.samples import Picked
 from keras_paligemma.evaluation.samples import Samples
 
 # Our own layout, for any benchmark.

@@ -13,8 +13,8 @@ import tensorflow_datasets as tfds
 from keras_paligemma.evaluation import benchmarks
 from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
-from keras_paligemma.evaluation.samples import at_path
-from keras_paligemma.evaluation.samples import pick_frames
+from keras_paligemma.evaluation.pictures import pick_frames
+from keras_paligemma.evaluation.records import at_path
 from keras_paligemma.evaluation.scoring import check_truth
 from keras_paligemma.preprocessing.images import read_image
 
