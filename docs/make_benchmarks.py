@@ -46,9 +46,22 @@ of the given name, as the original's builders make it; what
 `samples.jsonl`, a line a sample: `id`, `images` (a path, or a list) and the
 fields of the last column.
 
-A run is killed and goes on by the same command: predictions are on the disk
+A run that was killed goes on by the same command: predictions are on the disk
 batch by batch. Its report puts ours, with a bootstrap interval of 95 %, beside
 the card's.
+
+What to know before comparing:
+
+- Prompts of the additional benchmarks are ours; the original has none.
+- Captions are cut into words without Java; `caption_tokens` says how much that
+  changes. Strings that Java has cut go in with `tokenize=False`.
+- RefCOCO's masks need their decoder: `evaluate(…, decode=…)` from Python.
+- A video is a folder of frames or an animated picture; films are cut by
+  `ffmpeg`.
+- Values with "needs a judge" are decided by people or another model:
+  `evaluate(…, judges={…})`.
+- The dropout of some transfers, within the decoder, is recorded but not
+  applied.
 
 """
 
