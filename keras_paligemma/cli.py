@@ -271,7 +271,7 @@ def finetune(
     if benchmark is not None:
         from keras_paligemma.evaluation.finetuning import for_run
 
-        defaults, source = for_run(benchmark, given)
+        defaults, source = for_run(benchmark, run.read_file(config) | given)
     settings = run.read_settings(config, defaults, **given)
     run.finetune(settings, dry_run, source)
 

@@ -73,6 +73,29 @@ class Settings:
     seed: int = 0
 
 
+def read_file(path):
+    """Read a TOML file as a dict; that of no file is empty.
+
+    Args:
+        path: str or path, or `None`.
+
+    Raises:
+        ValueError: it is no TOML file.
+    """
+    if path is None:
+        return {}
+    try:
+        # Editors on Windows put a byte order mark first.
+        return tomllib.loads(Path(path).read_text("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8, as TOML must be. Received: {error}. "
+            "Save it as UTF-8."
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is no TOML file: {error}.") from error
+
+
 def read_settings(path=None, defaults=None, **given):
     """Read settings from a TOML file; what is given by name goes before.
 
@@ -84,19 +107,7 @@ def read_settings(path=None, defaults=None, **given):
     Raises:
         ValueError: an unknown name, or one that is needed and missing.
     """
-    values = {}
-    if path is not None:
-        try:
-            # Editors on Windows put a byte order mark first.
-            values = tomllib.loads(Path(path).read_text("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} is not UTF-8, as TOML must be. Received: {error}. "
-                "Save it as UTF-8."
-            ) from error
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is no TOML file: {error}.") from error
-    values = (defaults or {}) | values
+    values = (defaults or {}) | read_file(path)
     values |= {key: value for key, value in given.items() if value is not None}
     # TOML has no word for nothing.
     values = {k: None if v == "none" else v for k, v in values.items()}

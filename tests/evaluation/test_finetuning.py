@@ -32,8 +32,10 @@ def call(*arguments):
 
 
 def test_finetune_takes_the_record_and_the_command_line_wins(data, tmp_path):
+    config = tmp_path / "settings.toml"
+    config.write_text(f'preset = "{NANO}"\nbatch_size = 2\n')
     output = call(
-        *("finetune", "--benchmark", "vizwizvqa", "--preset", NANO),
+        *("finetune", "--benchmark", "vizwizvqa", "--config", config),
         *("--data", data, "--output", tmp_path / "run", "--dry-run"),
         *("--batch-size", 4),
     )
