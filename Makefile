@@ -58,5 +58,5 @@ notebooks: .venv/for-test
 
 .venv/for-test: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt \
-		-e ".[jax,export,targets,torch,train,plan,eval,hf,notebooks,dev]"
+		-e ".[jax,export,targets,torch,train,plan,eval,metrics,hf,notebooks,dev]"
 	touch $@

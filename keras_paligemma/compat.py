@@ -142,6 +142,52 @@ def wait_for_all(place):
         multihost_utils.sync_global_devices(place)
 
 
+def least(value):
+    """Give the least of an integer that each process has."""
+    if process()[1] == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.array(value)).min())
+
+
+def rows_to_devices(arrays):
+    """Split the rows of a batch over the devices of the distribution.
+
+    Each process gives its own rows. Without a distribution, and where the
+    rows do not divide by the devices, the arrays stay as they are, and every
+    device computes all of them.
+
+    Args:
+        arrays: dict of arrays with the batch as the first axis.
+
+    Returns:
+        The arrays, and the slice of the rows that this process gave in what is
+        computed of them.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or keras.backend.backend() != "jax":
+        return arrays, slice(None)
+    import jax
+
+    placed, rows = {}, slice(None)
+    for name, array in arrays.items():
+        array = np.asarray(array)
+        layout = distribution.get_data_layout(array.shape).backend_layout
+        try:
+            whole = jax.make_array_from_process_local_data(layout, array)
+            layout.shard_shape(whole.shape)
+        except ValueError:
+            if process()[1] > 1:
+                raise
+            return arrays, slice(None)
+        placed[name] = whole
+        here = layout.addressable_devices_indices_map(whole.shape).values()
+        first = min(index[0].start or 0 for index in here)
+        rows = slice(first, first + len(array))
+    return placed, rows
+
+
 def never_functional(cls):
     """Keep a subclass of KerasHub's models an ordinary model.
 

@@ -62,6 +62,20 @@ def test_data_needs_no_keras_before_it_reads():
     assert heavy.startswith("[]") and "Batches" in heavy
 
 
+def test_metrics_and_benchmarks_need_no_keras():
+    heavy = run(
+        "import sys;"
+        "from keras_paligemma import metrics, evaluation;"
+        "metrics.vqav2, metrics.refcoco, metrics.captions, metrics.tables;"
+        "evaluation.open_samples, evaluation.settings_of;"
+        "names = ('keras', 'tensorflow', 'jax', 'torch', 'rdkit', 'shapely',"
+        " 'lxml', 'rapidfuzz', 'pycocotools', 'datasets');"
+        "print([name for name in names if name in sys.modules],"
+        " len(evaluation.benchmarks()))"
+    )
+    assert heavy == "[] 58"
+
+
 def test_names_are_listed_and_unknown_ones_refused():
     import keras_paligemma
 

@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 import keras_paligemma
+from keras_paligemma.cli import benchmarks
 from keras_paligemma.cli import convert
+from keras_paligemma.cli import evaluate
 from keras_paligemma.cli import export
 from keras_paligemma.cli import finetune
 from keras_paligemma.cli import inspect
@@ -28,6 +30,8 @@ app.command()(convert.convert)
 app.command()(finetune.finetune)
 app.command()(plan.plan)
 app.command()(export.export)
+app.command()(evaluate.evaluate)
+app.command()(benchmarks.benchmarks)
 
 
 def main():

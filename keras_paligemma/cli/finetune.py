@@ -52,6 +52,13 @@ def finetune(
             "'freeze=[\"vision_encoder/*\"]'. May be repeated.",
         ),
     ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings and, where --data is a folder, examples of this "
+            "benchmark; see `benchmarks`"
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop")
     ] = False,
@@ -77,10 +84,15 @@ def finetune(
         }.items()
         if value is not None
     }
-    settings = run.read_settings(config, **given)
+    defaults, source = {}, None
+    if benchmark is not None:
+        from keras_paligemma.evaluation.finetuning import for_run
+
+        defaults, source = for_run(benchmark, run.read_file(config) | given)
+    settings = run.read_settings(config, defaults, **given)
     with quiet_imports():
         from keras_paligemma.models import causal_lm  # noqa: F401
-    run.finetune(settings, dry_run)
+    run.finetune(settings, dry_run, source)
 
 
 def read_pairs(pairs):

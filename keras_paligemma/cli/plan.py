@@ -16,15 +16,21 @@ def plan(
     slice: Annotated[
         str, typer.Option(help="v5e-1, v5e-4, v5e-8, …; a100-40, l4x4, …")
     ] = "v5e-8",
-    batch_size: Annotated[int, typer.Option(help="Of all chips")] = 8,
-    prompt_length: Annotated[int, typer.Option()] = 64,
-    response_length: Annotated[int, typer.Option()] = 64,
-    lora_rank: Annotated[int, typer.Option()] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Of all chips; 8 if none")
+    ] = None,
+    prompt_length: Annotated[int | None, typer.Option(help="Or 64")] = None,
+    response_length: Annotated[int | None, typer.Option(help="Or 64")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Or 8")] = None,
     lora_targets: LoraTargets = None,
     quantize: Quantize = None,
     full: Annotated[
         bool, typer.Option("--full", help="Train all weights")
     ] = False,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="Batch and lengths of this one; see `benchmarks`"),
+    ] = None,
     dtype: Annotated[str, typer.Option()] = "bfloat16",
     layout: Annotated[
         str | None, typer.Option(help='This one alone, such as "weights 1x8"')
@@ -46,14 +52,23 @@ def plan(
     from keras_paligemma.planning import Job
     from keras_paligemma.planning import make_plan
 
+    settings = {"batch_size": 8, "prompt_length": 64, "response_length": 64}
+    settings["lora_rank"] = 8
+    if benchmark is not None:
+        settings |= _settings_of(benchmark)
+    given = {
+        **{"batch_size": batch_size, "lora_rank": lora_rank},
+        **{"prompt_length": prompt_length, "response_length": response_length},
+    }
+    settings |= {name: one for name, one in given.items() if one is not None}
     if generate and full:
         raise ValueError("Received: --generate and --full. Expected: one.")
     job = Job(
         preset,
-        batch_size,
-        prompt_length,
-        response_length,
-        0 if full else lora_rank,
+        settings["batch_size"],
+        settings["prompt_length"],
+        settings["response_length"],
+        0 if full else settings["lora_rank"],
         tuple(lora_targets) if lora_targets else None,
         quantize,
         dtype,
@@ -67,6 +82,24 @@ def plan(
         generate=generate,
     )
     typer.echo(dumps(found.to_dict()) if json else found)
+
+
+def _settings_of(benchmark):
+    """Give batch, lengths and rank of a benchmark's record."""
+    from keras_paligemma.evaluation import find_benchmark
+    from keras_paligemma.evaluation import settings_of
+
+    record = find_benchmark(benchmark)
+    pictures = record.frames or record.pictures
+    if pictures > 1:
+        typer.echo(
+            f"{record.name} has {pictures} pictures a prompt; the plan is for "
+            "one, so memory and time are more.",
+            err=True,
+        )
+    found = settings_of(record, 448)
+    names = ("batch_size", "prompt_length", "response_length", "lora_rank")
+    return {name: found[name] for name in names if name in found}
 
 
 def use_jax():

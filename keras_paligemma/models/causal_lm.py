@@ -10,6 +10,7 @@ from keras import ops
 from keras_paligemma.compat import classproperty
 from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
+from keras_paligemma.compat import rows_to_devices
 from keras_paligemma.compat import to_host
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
@@ -485,11 +486,12 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         if self.preprocessor is not None:
             check_begun(arrays, self.preprocessor)
         begun = arrays["response_mask"]
-        arrays = typed(arrays, text_config.vocabulary_size)
         with self.turns:
             write_back(self)
+            arrays, rows = rows_to_devices(arrays)
+            arrays = typed(arrays, text_config.vocabulary_size)
             function = self.make_generate_function()
-            ids = to_host(function(arrays, stop_token_ids))
+            ids = to_host(function(arrays, stop_token_ids))[rows]
         ids = drop_after_stop(ids, begun, stop_token_ids)
         if self.preprocessor is None:
             return ids[0] if single else ids

@@ -6,6 +6,7 @@ Names are loaded on first use.
 from keras_paligemma.lazy import attach
 
 _HOME = {
+    "EvaluateObjects": "objects",
     "RunCheckpoint": "checkpoint",
     "SamplePredictions": "samples",
     "Settings": "run",

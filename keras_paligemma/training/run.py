@@ -76,28 +76,41 @@ class Settings:
     seed: int = 0
 
 
-def read_settings(path=None, **given):
+def read_file(path):
+    """Read a TOML file as a dict; that of no file is empty.
+
+    Args:
+        path: str or path, or `None`.
+
+    Raises:
+        ValueError: it is no TOML file.
+    """
+    if path is None:
+        return {}
+    try:
+        # Editors on Windows put a byte order mark first.
+        return tomllib.loads(Path(path).read_text("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8, as TOML must be. Received: {error}. "
+            "Save it as UTF-8."
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is no TOML file: {error}.") from error
+
+
+def read_settings(path=None, defaults=None, **given):
     """Read settings from a TOML file; what is given by name goes before.
 
     Args:
         path: str or path, or `None`.
+        defaults: dict of fields that stand behind both, or `None`.
         **given: fields of `Settings`; `None` means not given.
 
     Raises:
         ValueError: an unknown name, or one that is needed and missing.
     """
-    values = {}
-    if path is not None:
-        try:
-            # Editors on Windows put a byte order mark first.
-            values = tomllib.loads(Path(path).read_text("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} is not UTF-8, as TOML must be. Received: {error}. "
-                "Save it as UTF-8."
-            ) from error
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is no TOML file: {error}.") from error
+    values = (defaults or {}) | read_file(path)
     values |= {key: value for key, value in given.items() if value is not None}
     # TOML has no word for nothing.
     values = {k: None if v == "none" else v for k, v in values.items()}
@@ -166,7 +179,7 @@ def _check(name, value, kind):
         )
 
 
-def finetune(settings, dry_run=False):
+def finetune(settings, dry_run=False, source=None):
     """Train as the settings say; go on where a killed run in `output` was.
 
     The result is `output`/adapter, as PEFT reads it, or, where the weights
@@ -176,6 +189,8 @@ def finetune(settings, dry_run=False):
     Args:
         settings: `Settings`.
         dry_run: bool, print the plan and stop.
+        source: examples in place of the JSONL file that `settings.data` names,
+            such as `evaluation.TrainingSource`; `None` reads that file.
 
     Returns:
         `keras.callbacks.History`, or `None` of a dry run.
@@ -188,7 +203,8 @@ def finetune(settings, dry_run=False):
 
     keras.utils.set_random_seed(settings.seed)
     options = (settings.image_folder, settings.allow_empty)
-    source = JSONLSource(settings.data, *options)
+    if source is None:
+        source = JSONLSource(settings.data, *options)
     validation = None
     if settings.validation is not None:
         validation = JSONLSource(settings.validation, *options)

@@ -1,0 +1,161 @@
+"""A benchmark as what a fine-tune takes: settings, and examples."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keras_paligemma.evaluation.registry import Benchmark
+from keras_paligemma.evaluation.registry import find_benchmark
+from keras_paligemma.evaluation.samples import Samples
+from keras_paligemma.evaluation.sources import OWN
+from keras_paligemma.evaluation.sources import open_samples
+
+# Of the original's transfers, where a record says nothing else.
+_COMMON = {"batch_size": 256, "label_smoothing": 0.0, "lora_rank": 0}
+_RESOLUTION = "448"
+
+
+def settings_of(benchmark: Benchmark, image_size: int) -> dict:
+    """Give the settings of the original's transfer.
+
+    Prompt and answer each get the text length, which the original gives both
+    together, so nothing that it could read is cut. A dropout in the decoder,
+    which no fine-tune here has, is left out.
+
+    Args:
+        benchmark: `Benchmark`.
+        image_size: int; from 448 pixels on the record's settings for 448.
+
+    Returns:
+        Dict of fields of `training.Settings`.
+
+    Example:
+
+    >>> from keras_paligemma.evaluation import find_benchmark
+    >>> settings_of(find_benchmark("textvqa"), 448)["epochs"]
+    10
+    """
+    record = dict(benchmark.finetune)
+    larger = record.pop(_RESOLUTION, {})
+    if image_size >= int(_RESOLUTION):
+        record |= larger
+    record.pop("dropout", None)
+    lengths = dict.fromkeys(
+        ("prompt_length", "response_length"), benchmark.text_length
+    )
+    return (_COMMON if benchmark.finetune else {}) | lengths | record
+
+
+def for_run(name: str, given: Mapping) -> tuple[dict, "TrainingSource | None"]:
+    """Give what `finetune --benchmark` adds to the command line.
+
+    Args:
+        name: str, of a benchmark.
+        given: dict of the settings that the user gave: `preset`, `data`, and
+            others, which go before the record's.
+
+    Returns:
+        Dict of settings to stand behind those; and the examples of the
+        training split, or `None` where `data` is no folder, but a JSONL file.
+
+    Raises:
+        ValueError: there is no such benchmark, no preset, or no training
+            split in the data.
+    """
+    from keras_paligemma.checkpoints import formats
+
+    benchmark = find_benchmark(name)
+    preset, data = given.get("preset"), given.get("data")
+    if not preset or not data:
+        raise ValueError(
+            "A fine-tune for a benchmark needs --preset and --data. Received: "
+            f"preset={preset!r}, data={data!r}."
+        )
+    size = given.get("image_size")
+    if size is None:
+        config = formats.resolve(preset, False).config
+        size = config["backbone"]["image_size"]
+    settings = settings_of(benchmark, size)
+    if given.get("lora_rank"):
+        # Adapters leave all weights frozen anyway.
+        settings.pop("freeze", None)
+    if Path(data).is_file():
+        return settings, None
+    return settings, TrainingSource(training_samples(benchmark, data))
+
+
+def training_samples(benchmark: Benchmark, source: Any) -> Samples:
+    """Open what a fine-tune for a benchmark learns from.
+
+    All subsets are learned from, as the original mixes ChartQA's two kinds in
+    proportion to their sizes.
+
+    Args:
+        benchmark: `Benchmark`.
+        source: as `open_samples` takes it.
+
+    Returns:
+        `Samples` of the training split.
+
+    Raises:
+        ValueError: the benchmark has none, or its answers are not text that
+            the data holds.
+    """
+    if benchmark.response is None:
+        raise ValueError(
+            f"What a fine-tune learns of {benchmark.name} is not in its data, "
+            "such as codes of masks. Make a JSONL file of `image`, `prefix` "
+            "and `suffix`, and pass it as data."
+        )
+    folder = isinstance(source, (str, os.PathLike))
+    own = folder and (Path(source) / OWN).is_file()
+    if benchmark.train_split is None and not own:
+        raise ValueError(
+            f"{benchmark.name} has no training split: the card's models "
+            "learned from another task. Fine-tune with that one's benchmark, "
+            f"or pass a folder with {OWN} of your own."
+        )
+    every = dataclasses.replace(benchmark, subset=None)
+    return open_samples(every, source, benchmark.train_split)
+
+
+class TrainingSource:
+    """Samples as examples: pictures, prompts, and the answers to learn.
+
+    Args:
+        samples: `Samples`, such as `training_samples` gives.
+
+    Example:
+
+    ```python
+    source = TrainingSource(training_samples(benchmark, folder))
+    batches = Batches(source, model.preprocessor, batch_size=8)
+    ```
+    """
+
+    def __init__(self, samples: Samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def where(self, index: int) -> str:
+        """Name the place of an example by its id."""
+        return self.samples.where(index)
+
+    def __getitem__(self, index):
+        sample = self.samples[index]
+        benchmark = self.samples.benchmark
+        answers = sample.truth[benchmark.response]
+        several = isinstance(answers, list)
+        # One that many gave counts as often, as the original draws it.
+        texts = [one for one in (answers if several else [answers]) if one]
+        if benchmark.lower_answers:
+            texts = [one.lower() for one in texts]
+        return {
+            "images": sample.images,
+            "prompts": sample.prompt,
+            "responses": texts if several else texts[0],
+        }

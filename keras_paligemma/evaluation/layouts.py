@@ -1,0 +1,307 @@
+"""Official archives, unpacked, as records with our names of fields.
+
+A reader is a function of the folder, the split and the subset.
+"""
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+from keras_paligemma.metrics.needs import needed
+
+# As many of VQAv2's validation questions are the original's "minival".
+_MINIVAL = 10_240
+
+
+def read_json(folder: Path, *names: str):
+    """Read the first of the files that is there.
+
+    Raises:
+        ValueError: none is there, or it is not JSON.
+    """
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            try:
+                return json.loads(path.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"{path} is not JSON: {error}.") from error
+    raise ValueError(
+        f"{folder} lacks a file of the official archive. Expected: "
+        f"{' or '.join(names)}."
+    )
+
+
+def vqav2(folder, split, subset=None):
+    """VQAv2: `v2_OpenEnded_mscoco_val2014_questions.json` and so on.
+
+    The original's minival is the last 10,240 questions in the order of its
+    TensorFlow Datasets file, which sorts by a hash: the same ones are taken.
+    """
+    part = {"minival": "val", "validation": "val"}.get(split, split)
+    prefix = "v2_OpenEnded_mscoco_"
+    asked = read_json(folder, f"{prefix}{part}2014_questions.json")["questions"]
+    right = read_json(folder, f"v2_mscoco_{part}2014_annotations.json")
+    right = {one["question_id"]: one for one in right["annotations"]}
+    if split == "minival":
+        order = sorted(asked, key=lambda one: _tfds_order(one["question_id"]))
+        asked = order[-_MINIVAL:]
+    pictures = folder / f"{part}2014"
+    records = []
+    for one in asked:
+        answer = right.get(one["question_id"], {})
+        name = f"COCO_{part}2014_{one['image_id']:012d}.jpg"
+        records.append(
+            {
+                "id": one["question_id"],
+                "images": str(pictures / name),
+                "question": one["question"],
+                "answers": [a["answer"] for a in answer.get("answers", ())]
+                or None,
+                "answer_types": answer.get("answer_type"),
+            }
+        )
+    return records
+
+
+def _tfds_order(key, salt="validation"):
+    return hashlib.md5(f"{salt}{key}".encode()).digest()
+
+
+def textvqa(folder, split, subset=None):
+    """TextVQA: `TextVQA_0.5.1_val.json` and `train_images/`."""
+    data = read_json(folder, f"TextVQA_0.5.1_{split}.json")["data"]
+    pictures = "test_images" if split == "test" else "train_images"
+    return [
+        {
+            "id": one["question_id"],
+            "images": str(folder / pictures / f"{one['image_id']}.jpg"),
+            "question": one["question"],
+            "answers": one.get("answers"),
+        }
+        for one in data
+    ]
+
+
+def docvqa(folder, split, subset=None):
+    """DocVQA: `val_v1.0_withQT.json` and `documents/`."""
+    names = (f"{split}_v1.0_withQT.json", f"{split}_v1.0.json")
+    return [
+        {
+            "id": one["questionId"],
+            "images": str(folder / one["image"]),
+            "question": one["question"],
+            "answers": one.get("answers"),
+        }
+        for one in read_json(folder, *names)["data"]
+    ]
+
+
+def chartqa(folder, split, subset=None):
+    """ChartQA: `test/test_human.json` and `test/png/`."""
+    records = []
+    for kind in (subset,) if subset else ("human", "augmented"):
+        data = read_json(folder, f"{split}/{split}_{kind}.json")
+        records += [
+            {
+                "id": f"{kind}-{number}",
+                "images": str(folder / split / "png" / one["imgname"]),
+                "question": one["query"],
+                "answers": one["label"],
+                "kinds": kind,
+            }
+            for number, one in enumerate(data)
+        ]
+    return records
+
+
+def science_qa(folder, split, subset=None):
+    """ScienceQA: `problems.json`, `pid_splits.json`, `test/ID/image.png`.
+
+    As in the original, questions without a picture are left out, and one
+    without a hint has "N/A" for it.
+    """
+    problems = read_json(folder, "problems.json")
+    records = []
+    for id in read_json(folder, "pid_splits.json")[split]:
+        one = problems[id]
+        if not one["image"]:
+            continue
+        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(one["choices"])]
+        pairs = zip(letters, one["choices"], strict=True)
+        records.append(
+            {
+                "id": id,
+                "images": str(folder / split / id / one["image"]),
+                "question": one["question"],
+                "hint": one["hint"] or "N/A",
+                "choices": ", ".join(f"({a}) {text}" for a, text in pairs),
+                "answers": letters[one["answer"]],
+            }
+        )
+    return records
+
+
+def nlvr2(folder, split, subset=None):
+    """NLVR2: `data/test1.json`, a sample a line, and `test1/`."""
+    part = {"test": "test1"}.get(split, split)
+    path = folder / "data" / f"{part}.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} lacks a file of the official archive. Expected: "
+            f"data/{part}.json."
+        )
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        one = json.loads(line)
+        # Sentences of one pair differ by the last number.
+        pair = one["identifier"].rpartition("-")[0]
+        places = [folder / part, folder / "images" / part]
+        place = next((some for some in places if some.is_dir()), places[0])
+        if "directory" in one:
+            place = folder / "images" / part / str(one["directory"])
+        records.append(
+            {
+                "id": one["identifier"],
+                "images": [str(place / f"{pair}-img{n}.png") for n in (0, 1)],
+                "sentence": one["sentence"],
+                "answers": one["label"],
+            }
+        )
+    return records
+
+
+def tallyqa(folder, split, subset=None):
+    """TallyQA: `test.json`, and pictures of Visual Genome and COCO."""
+    return [
+        {
+            "id": one["question_id"],
+            "images": str(folder / one["image"]),
+            "question": one["question"],
+            "answers": str(one["answer"]),
+            # Visual Genome's part of the training split has no such label.
+            "simple": int(one.get("issimple", -1)),
+        }
+        for one in read_json(folder, f"{split}.json")
+    ]
+
+
+def coco_captions(folder, split, subset=None):
+    """COCO's captions: Karpathy's `dataset_coco.json`, `val2014/`.
+
+    Without that file COCO's own split, `annotations/captions_val2014.json`,
+    whose values are not comparable with the card's.
+    """
+    if not (folder / "dataset_coco.json").is_file():
+        name = f"captions_{split}2014.json"
+        data = read_json(folder, "dataset_coco.json", f"annotations/{name}")
+        texts = {}
+        for one in data["annotations"]:
+            texts.setdefault(one["image_id"], []).append(one["caption"])
+        return [
+            {
+                "id": one["id"],
+                "images": str(folder / f"{split}2014" / one["file_name"]),
+                "references": texts.get(one["id"]),
+            }
+            for one in data["images"]
+        ]
+    parts = {"train": ("train", "restval")}.get(split, (split,))
+    return [
+        {
+            "id": one["cocoid"],
+            "images": str(folder / one["filepath"] / one["filename"]),
+            "references": [some["raw"] for some in one["sentences"]],
+        }
+        for one in read_json(folder, "dataset_coco.json")["images"]
+        if one["split"] in parts
+    ]
+
+
+def xm3600(folder, split, subset=None):
+    """XM3600: `captions.jsonl`, a picture a line, and `images/`."""
+    path = folder / "captions.jsonl"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} lacks a file of the official archive. Expected: "
+            "captions.jsonl."
+        )
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            one = json.loads(line)
+            key = one["image/key"]
+            records += [
+                {
+                    "id": f"{key}_{language}",
+                    "images": str(folder / "images" / f"{key}.jpg"),
+                    "language": language,
+                    "references": texts["caption"],
+                }
+                for language, texts in one.items()
+                if isinstance(texts, dict) and "caption" in texts
+            ]
+    return records
+
+
+def refcoco(folder, split, subset):
+    """RefCOCO, + and g: `refcoco/refs(unc).p`, `refcoco/instances.json`.
+
+    A sample is one expression for one object. The file of expressions is a
+    pickle: only lists, dictionaries, numbers and text are read from it.
+    """
+    codec = needed("pycocotools.mask", "Masks of RefCOCO")
+    name, _, who = subset.rstrip(")").partition("(")
+    data = read_json(folder, f"{name}/instances.json")
+    path = folder / name / f"refs({who}).p"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} lacks a file of the official archive. Expected: "
+            f"{name}/refs({who}).p."
+        )
+    with open(path, "rb") as file:
+        refs = _PlainUnpickler(file, encoding="latin-1").load()
+    images = {one["id"]: one for one in data["images"]}
+    objects = {one["id"]: one for one in data["annotations"]}
+    records = []
+    for ref in refs:
+        if ref["split"] != split:
+            continue
+        image, found = images[ref["image_id"]], objects[ref["ann_id"]]
+        height, width = image["height"], image["width"]
+        x, y, w, h = found["bbox"]
+        runs = found["segmentation"]
+        if isinstance(runs, list):
+            runs = codec.merge(codec.frPyObjects(runs, height, width))
+        box = (y / height, x / width, (y + h) / height, (x + w) / width)
+        records += [
+            {
+                "id": f"{ref['ref_id']}-{one['sent_id']}",
+                "images": str(folder / "train2014" / image["file_name"]),
+                "sentence": one["sent"],
+                "boxes": box,
+                "masks": runs,
+            }
+            for one in ref["sentences"]
+        ]
+    return records
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads plain values; a pickle of anything else could run code."""
+
+    def find_class(self, module, name):
+        raise ValueError(
+            "A file of expressions holds plain values. Received: "
+            f"{module}.{name}, which is not read."
+        )
+
+
+LAYOUTS = {
+    one.__name__: one
+    for one in (
+        *(vqav2, textvqa, docvqa, chartqa, science_qa),
+        *(nlvr2, tallyqa, coco_captions, xm3600, refcoco),
+    )
+}

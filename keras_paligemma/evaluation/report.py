@@ -1,0 +1,147 @@
+"""The report of a run: numbers beside the card's, the worst answers seen."""
+
+import base64
+import html
+import io
+import json
+import math
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from keras_paligemma.preprocessing.images import read_image
+from keras_paligemma.tasks.boxes import draw_boxes
+from keras_paligemma.tasks.boxes import parse_boxes
+
+# The longer side of a picture in the report, pixels.
+_SIDE = 320
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 16px/1.4 system-ui, sans-serif; max-width: 70rem;
+  margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; }}
+td, th {{ border-bottom: 1px solid #ccc; padding: .3rem .8rem;
+  text-align: right; }}
+td:first-child, th:first-child {{ text-align: left; }}
+figure {{ display: inline-block; vertical-align: top; width: 20rem;
+  margin: .6rem; }}
+img {{ max-width: 100%; }}
+figcaption {{ overflow-wrap: anywhere; }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{facts}</p>
+<table><tr><th>value</th><th>ours</th><th>95 % interval</th><th>card</th></tr>
+{rows}
+</table>
+<h2>The worst answers</h2>
+{figures}
+</body></html>
+"""
+
+
+def write_report(result, samples, predictions, worst) -> None:
+    """Write `results.json` and `report.html` of a run.
+
+    Args:
+        result: `Evaluation`.
+        samples: `Samples`.
+        predictions: dict of ids to texts.
+        worst: numbers of the samples to show.
+    """
+    benchmark = result.benchmark
+    facts = {
+        "benchmark": benchmark.name,
+        "title": benchmark.title,
+        "split": benchmark.split,
+        "samples": result.samples,
+        "first_samples_only": result.limited,
+        "metric": benchmark.metric,
+        "value": benchmark.value,
+        "card_column": result.column,
+        "values": {k: _number(v) for k, v in result.values.items()},
+        "intervals": {
+            k: [_number(one) for one in v] for k, v in result.intervals.items()
+        },
+        "card": dict(result.card),
+        "worst": [samples.ids[row] for row in worst],
+    }
+    _replace(result.output / "results.json", json.dumps(facts, indent=2) + "\n")
+    lines = []
+    for name, value in result.values.items():
+        low, high = result.intervals[name]
+        cells = [name, f"{value:.2f}", f"{low:.2f} to {high:.2f}"]
+        cells.append(f"{result.card[name]:g}" if name in result.card else "")
+        cells = "".join(f"<td>{html.escape(one)}</td>" for one in cells)
+        lines.append(f"<tr>{cells}</tr>")
+    about = [f"{result.samples:,} samples of the split {benchmark.split}"]
+    about.append(f"prompt {benchmark.prompt!r}")
+    about.append(
+        f"beside the card's {result.column}"
+        if result.column
+        else "a model that the card has no numbers of"
+    )
+    if result.limited:
+        about.append(
+            "the first samples alone, which the card's number is not of"
+        )
+    page = _PAGE.format(
+        title=html.escape(benchmark.title),
+        facts=html.escape("; ".join(about) + "."),
+        rows="\n".join(lines),
+        figures="\n".join(
+            _figure(samples[row], predictions[samples.ids[row]])
+            for row in worst
+        ),
+    )
+    _replace(result.output / "report.html", page)
+
+
+def _figure(sample, text):
+    """One answer: its pictures, with boxes where it has some, and words."""
+    several = isinstance(sample.images, (list, tuple))
+    pictures = sample.images if several else [sample.images]
+    boxes = parse_boxes(text)
+    shown = []
+    for picture in pictures[:4]:
+        seen = Image.fromarray(read_image(picture))
+        if boxes and not several:
+            seen = draw_boxes(seen, boxes)
+        shown.append(f'<img alt="" src="{_embedded(seen)}">')
+    right = json.dumps(
+        {
+            name: value
+            for name, value in sample.truth.items()
+            if isinstance(value, (str, int, float, list))
+        },
+        ensure_ascii=False,
+        default=str,
+    )
+    return (
+        f"<figure>{''.join(shown)}<figcaption><b>{html.escape(sample.id)}</b>"
+        f"<br>{html.escape(sample.prompt)}<br>answer: "
+        f"<b>{html.escape(text) or '(none)'}</b><br>"
+        f"right: {html.escape(right[:600])}"
+        "</figcaption></figure>"
+    )
+
+
+def _embedded(picture):
+    """Put a small picture into the page, which then is one file."""
+    picture = picture.convert("RGB")
+    picture.thumbnail((_SIDE, _SIDE))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"data:image/jpeg;base64,{data}"
+
+
+def _number(value):
+    return None if math.isnan(value) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}")
+    # Half of a character that a model wrote is no UTF-8.
+    draft.write_bytes(text.encode("utf-8", "backslashreplace"))
+    os.replace(draft, path)

@@ -1,0 +1,189 @@
+"""Samples of a benchmark: pictures, a prompt, and what is right."""
+
+import dataclasses
+import os
+import string
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+from keras_paligemma.data.examples import located
+from keras_paligemma.evaluation.records import Picked
+from keras_paligemma.evaluation.registry import Benchmark
+
+# What lists of choices in a prompt are joined by, as the original does.
+_BETWEEN_CHOICES = " \t "
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One sample.
+
+    Args:
+        id: str, unique in its split.
+        images: a picture, or a list of pictures or frames.
+        prompt: str.
+        truth: dict of the fields that a metric or a fine-tune asks for.
+    """
+
+    id: str
+    images: Any
+    prompt: str
+    truth: Mapping
+
+
+class Samples:
+    """Samples of a benchmark, each made when it is asked for.
+
+    Args:
+        benchmark: `Benchmark`.
+        records: sequence of dictionaries with the benchmark's fields: `id`,
+            `images`, those of the prompt, and those that are right.
+        place: str, what an error calls the data.
+
+    Raises:
+        ValueError: there are none, or ids that two have.
+    """
+
+    def __init__(
+        self, benchmark: Benchmark, records: Sequence[Mapping], place: str
+    ):
+        if not len(records):
+            raise ValueError(
+                f"{place} has no samples for {benchmark.name}, split "
+                f"{benchmark.split!r}. Expected: one or more."
+            )
+        self.benchmark = benchmark
+        self.place = place
+        self.records = records
+        self.ids = [
+            str(row if record.get("id") is None else record["id"])
+            for row, record in enumerate(records)
+        ]
+        check_unique(self.ids, f"{place}, split {benchmark.split!r},")
+
+    def __len__(self):
+        return len(self.records)
+
+    def where(self, index: int) -> str:
+        """Name the place of a sample by its id."""
+        return f"{self.place}, id {self.ids[index]!r}"
+
+    def __getitem__(self, index: int) -> Sample:
+        with located(self.where(index)):
+            record = dict(self.records[index])
+            return Sample(
+                self.ids[index],
+                _images(record, self.benchmark),
+                _fill(self.benchmark.prompt, record),
+                self._truth(record),
+            )
+
+    def truth(self, index: int) -> dict:
+        """Give what is right of a sample, without its pictures."""
+        with located(self.where(index)):
+            return self._truth(dict(self.records[index]))
+
+    def first(self, limit: int) -> "Samples":
+        """Give the first samples alone, at most so many."""
+        if isinstance(self.records, list):
+            records = self.records[:limit]
+        else:
+            records = Picked([self.records], range(min(limit, len(self))))
+        return Samples(self.benchmark, records, self.place)
+
+    def missing_pictures(self) -> list[str]:
+        """List the ids whose pictures are paths to nothing.
+
+        Records of data sets that decode their pictures are not looked at.
+        """
+        if not isinstance(self.records, list):
+            return []
+        return [
+            id
+            for id, record in zip(self.ids, self.records, strict=True)
+            if any(
+                isinstance(one, (str, os.PathLike)) and not os.path.exists(one)
+                for one in _listed(record.get("images"))
+            )
+        ]
+
+    def _truth(self, record):
+        truth = {
+            name: value
+            for name, value in record.items()
+            if name not in ("id", "images")
+        }
+        if truth.get("answers") is not None:
+            truth["answers"] = self._answers(truth["answers"])
+        return truth
+
+    def _answers(self, answers):
+        """Give one right answer or several as text, in the form asked for."""
+        if isinstance(answers, (list, tuple)):
+            return [self._answers(one) for one in answers]
+        text = str(int(answers)) if isinstance(answers, bool) else str(answers)
+        text = self.benchmark.answer_words.get(text, text)
+        form = self.benchmark.answer_form
+        return form.format(text) if form and "answer is" not in text else text
+
+
+def check_unique(ids: Sequence[str], what: str) -> None:
+    """Refuse ids that occur twice, and name them."""
+    seen, twins = set(), []
+    for one in ids:
+        if one in seen:
+            twins.append(one)
+        seen.add(one)
+    if twins:
+        raise ValueError(
+            f"{what} has {len(twins)} ids more than once. Expected: each once. "
+            f"Received: {twins[:5]}."
+        )
+
+
+def _listed(images):
+    return images if isinstance(images, (list, tuple)) else [images]
+
+
+def _images(record, benchmark):
+    """Give a sample's picture, its pictures, or frames of its video."""
+    images = record.get("images")
+    if images is None:
+        raise ValueError("The sample has no picture. Expected: 'images'.")
+    # Here, since reading pictures brings Keras.
+    from keras_paligemma.evaluation.pictures import draw_red_box
+    from keras_paligemma.evaluation.pictures import pick_frames
+
+    if benchmark.frames is not None:
+        return pick_frames(images, benchmark.frames, benchmark.stride)
+    if benchmark.pictures > 1 and (
+        not isinstance(images, (list, tuple))
+        or len(images) != benchmark.pictures
+    ):
+        raise ValueError(
+            f"{benchmark.name} has {benchmark.pictures} pictures a prompt. "
+            f"Received: {images!r:.80}."
+        )
+    if record.get("red_box") is not None:
+        return draw_red_box(images, record["red_box"])
+    return images
+
+
+def _fill(template: str, record: Mapping) -> str:
+    """Put the text of fields in the place of their names."""
+    parts = []
+    for literal, field, _, _ in string.Formatter().parse(template):
+        parts.append(literal)
+        if field is None:
+            continue
+        value = record.get(field)
+        if isinstance(value, (list, tuple)):
+            value = _BETWEEN_CHOICES.join(map(str, value))
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(
+                f"The prompt {template!r} needs the field {field!r}. "
+                f"Expected: text. Received: {value!r:.80}."
+            )
+        parts.append(value)
+    return "".join(parts)

@@ -1,0 +1,209 @@
+"""Where a benchmark's samples come from: folders and published data sets."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keras_paligemma.evaluation.layouts import LAYOUTS
+from keras_paligemma.evaluation.records import Mapped
+from keras_paligemma.evaluation.records import Picked
+from keras_paligemma.evaluation.registry import Benchmark
+from keras_paligemma.evaluation.samples import Samples
+
+# Our own layout, for any benchmark.
+OWN = "samples.jsonl"
+
+
+def open_samples(
+    benchmark: Benchmark, source: Any, split: str | None = None
+) -> Samples:
+    """Open the samples of a benchmark.
+
+    Args:
+        benchmark: `Benchmark`.
+        source: a folder, that holds
+            - `samples.jsonl`: a line a sample with `id`, `images` (a path
+              relative to the folder, or a list) and the benchmark's fields;
+            - the official archive, unpacked, where there is a reader for it;
+            - what `datasets.Dataset.save_to_disk` wrote;
+            - TensorFlow Datasets' data of the original's name;
+            or a data set in memory, whose fields are the published ones; or
+            `Samples`, which are given back.
+        split: str; the benchmark's if `None`.
+
+    Returns:
+        `Samples`.
+
+    Raises:
+        ValueError: nothing of these is there, with where to get the data.
+
+    Example:
+
+    ```python
+    samples = open_samples(find_benchmark("textvqa"), "TextVQA")
+    samples[0].prompt  # "answer en what brand is this?"
+    ```
+    """
+    if isinstance(source, Samples):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        return _in_memory(benchmark, source)
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            "The data folder does not exist. Expected: a folder. Received: "
+            f"{os.fspath(source)!r}. Get the data of {benchmark.name} from "
+            f"{benchmark.data}."
+        )
+    records = _records(benchmark, folder, split or benchmark.split)
+    if benchmark.languages and len(records):
+        records = _spoken(benchmark, records, folder)
+    return Samples(benchmark, records, os.fspath(folder))
+
+
+def _records(benchmark, folder, split):
+    if (folder / OWN).is_file():
+        return _own(folder)
+    if (folder / "state.json").is_file():
+        return _hugging_face(benchmark, folder)
+    tfds_name = benchmark.tfds or ""
+    if tfds_name and (folder / tfds_name.partition("/")[0]).is_dir():
+        return _tfds(benchmark, folder, split)
+    if benchmark.layout is not None:
+        return LAYOUTS[benchmark.layout](folder, split, benchmark.subset)
+    named = [f"{OWN}, a line a sample", "what `Dataset.save_to_disk` wrote"]
+    if tfds_name:
+        named.append(f"TensorFlow Datasets' {tfds_name!r}")
+    raise ValueError(
+        f"{folder} holds no data of {benchmark.name}. Expected one of: "
+        f"{'; '.join(named)}. Received: {sorted(os.listdir(folder))[:5]}. Get "
+        f"the data from {benchmark.data}."
+    )
+
+
+def _own(folder):
+    """Read our own layout; pictures are relative to the folder."""
+    records = []
+    with open(folder / OWN, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{folder / OWN}, line {number}, is not JSON: {error}."
+                ) from error
+            if not isinstance(record, dict) or "images" not in record:
+                raise ValueError(
+                    f"{folder / OWN}, line {number}: a sample has `images`. "
+                    f"Received: {line[:80]!r}."
+                )
+            images = record["images"]
+            several = isinstance(images, list)
+            paths = [
+                str(folder / one) for one in (images if several else [images])
+            ]
+            records.append(record | {"images": paths if several else paths[0]})
+    return records
+
+
+def _hugging_face(benchmark, folder):
+    """Open what Hugging Face's library saved."""
+    import datasets
+
+    found = datasets.load_from_disk(folder)
+    if isinstance(found, dict):
+        raise ValueError(
+            f"{folder} holds several splits. Expected: the folder of one. "
+            f"Received: {sorted(found)}."
+        )
+    return Mapped(_undecoded(benchmark, found), benchmark.fields)
+
+
+def _undecoded(benchmark, found):
+    """Leave pictures of Hugging Face's data sets encoded until they are used.
+
+    Else each look at an id or an answer would decode one.
+    """
+    if not hasattr(found, "cast_column"):
+        return found
+    for path in _pictures(benchmark):
+        feature = found.features.get(path)
+        if type(feature).__name__ == "Image":
+            found = found.cast_column(path, type(feature)(decode=False))
+    return found
+
+
+def _tfds(benchmark, folder, split):
+    """Open TensorFlow Datasets' files, of each language where there are any.
+
+    Pictures stay encoded, so that reading ids and answers is cheap.
+    """
+    import tensorflow_datasets as tfds
+
+    split = (
+        benchmark.tfds_split if split == benchmark.split else None
+    ) or split
+    several = "{language}" in split
+    parts = []
+    for language in benchmark.languages if several else ("",):
+        found = tfds.data_source(
+            benchmark.tfds,
+            split=split.format(language=language),
+            data_dir=folder,
+            decoders={
+                path: tfds.decode.SkipDecoding()
+                for path in _pictures(benchmark)
+            },
+        )
+        parts.append(Mapped(found, benchmark.fields))
+    shared = [{"language": one} for one in benchmark.languages]
+    return Picked(parts, shared=shared if several else None)
+
+
+def _pictures(benchmark):
+    """Name the fields of a data set that are pictures."""
+    paths = benchmark.fields["images"]
+    return (
+        []
+        if benchmark.frames
+        else paths
+        if isinstance(paths, list)
+        else [paths]
+    )
+
+
+def _spoken(benchmark, records, folder):
+    """Keep the samples of the benchmark's languages; refuse where one lacks."""
+    if "language" not in records[0]:
+        return records
+    spoken = [one["language"] for one in records]
+    missing = set(benchmark.languages) - set(spoken)
+    if missing:
+        raise ValueError(
+            f"{folder} lacks languages of {benchmark.name}. Expected: "
+            f"{list(benchmark.languages)}. Missing: {sorted(missing)}."
+        )
+    rows = [n for n, one in enumerate(spoken) if one in benchmark.languages]
+    if isinstance(records, list):
+        return [records[row] for row in rows]
+    return Picked([records], rows)
+
+
+def _in_memory(benchmark, dataset):
+    if (
+        isinstance(dataset, Mapping)
+        or not hasattr(dataset, "__len__")
+        or not hasattr(dataset, "__getitem__")
+    ):
+        raise ValueError(
+            "The data set cannot be asked for a sample by number. Expected: a "
+            "folder, a split of `datasets.load_dataset`, `tfds.data_source`, "
+            f"or a list. Received: {type(dataset).__name__}."
+        )
+    place = type(dataset).__name__
+    dataset = _undecoded(benchmark, dataset)
+    return Samples(benchmark, Mapped(dataset, benchmark.fields), place)

@@ -1,0 +1,56 @@
+"""ScienceQA: the letter of a choice in a sentence."""
+
+import re
+from collections.abc import Sequence
+
+from keras_paligemma.metrics.scores import Scores
+from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import column
+
+_ANSWER = re.compile(r"the answer is ([a-z])\.")
+FAILED = "failed"
+
+
+def science_qa(predictions: Sequence[str], answers: Sequence[str]) -> Scores:
+    """Score sentences that begin with "The answer is B."
+
+    Args:
+        predictions: strings.
+        answers: strings of the same form.
+
+    Returns:
+        `Scores` of "acc" and "parsefail", the share of predictions that name
+        no letter. (Two that name none would be equal, as in the original.)
+
+    Example:
+
+    >>> science_qa(["The answer is B. Since…"], ["The answer is B."]).values()
+    {'acc': 1.0, 'parsefail': 0.0}
+
+    Source: big_vision `evaluators/proj/paligemma/transfers/science_qa.py`.
+    """
+    check_rows(predictions, answers=answers)
+    letters = [choice(text) for text in predictions]
+    right = [choice(text) for text in answers]
+    pairs = zip(letters, right, strict=True)
+    return Scores(
+        {
+            "acc": column([one == other for one, other in pairs]),
+            "parsefail": column([one == FAILED for one in letters]),
+        }
+    )
+
+
+def choice(text: str) -> str:
+    """Find the letter that an answer begins with, in lower case.
+
+    Returns:
+        A letter, or `FAILED`.
+
+    Example:
+
+    >>> choice("The answer is C."), choice("C")
+    ('c', 'failed')
+    """
+    found = _ANSWER.match(text.lower())
+    return found[1] if found else FAILED

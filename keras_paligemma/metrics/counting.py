@@ -1,0 +1,63 @@
+"""Counts: TallyQA and CountBenchQA."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from keras_paligemma.metrics.scores import Scores
+from keras_paligemma.metrics.scores import by_kind
+from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import column
+
+_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve "
+    "thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
+).split()
+_NUMERALS = {"none": "0"} | {word: str(n) for n, word in enumerate(_WORDS)}
+
+
+def tallyqa(
+    predictions: Sequence[str],
+    answers: Sequence[str],
+    simple: Sequence[int] | None = None,
+) -> Scores:
+    """Score counts, as digits or as words up to twenty.
+
+    Args:
+        predictions: strings.
+        answers: strings.
+        simple: of each row 1 for a simple question, 0 for a complex one and
+            anything else for neither; or `None`.
+
+    Returns:
+        `Scores` of "acc"; with `simple` also of "acc/simple" and
+        "acc/complex"; and of "acc/count_N" for each right count N.
+
+    Example:
+
+    >>> tallyqa(["Two"], ["2"]).values()
+    {'acc': 1.0, 'acc/count_2': 1.0}
+
+    Source: big_vision `evaluators/proj/paligemma/transfers/tallyqa.py`.
+    """
+    check_rows(predictions, answers=answers, simple=simple)
+    counts = [numeral(answer) for answer in answers]
+    pairs = zip(predictions, counts, strict=True)
+    right = column([numeral(text) == count for text, count in pairs])
+    columns = {"acc": right}
+    if simple is not None:
+        columns |= by_kind("acc", right, simple, {1: "simple", 0: "complex"})
+    there = sorted(set(counts), key=lambda count: (len(count), count))
+    names = {count: f"count_{count}" for count in there}
+    return Scores(columns | by_kind("acc", right, np.array(counts), names))
+
+
+def numeral(text: str) -> str:
+    """Write a number word, "none" to "twenty", in digits.
+
+    Example:
+
+    >>> numeral("Seven"), numeral("7."), numeral("many")
+    ('7', '7.', 'many')
+    """
+    return _NUMERALS.get(text.lower(), text)

@@ -1,0 +1,224 @@
+"""Boxes: COCO's mean average precision; precision, recall and F1."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+
+import numpy as np
+
+from keras_paligemma.metrics.needs import needed
+from keras_paligemma.metrics.referring import box_iou
+from keras_paligemma.metrics.scores import Scores
+from keras_paligemma.metrics.scores import column
+
+# What `COCOeval.stats` lists.
+_STATS = (
+    *("map", "map_50", "map_75", "map_small", "map_medium", "map_large"),
+    *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
+)
+
+
+def mean_average_precision(
+    predictions: Sequence[Sequence[tuple]],
+    right: Sequence[Sequence[tuple]],
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> dict[str, float]:
+    """Compute COCO's box metrics by pycocotools.
+
+    Args:
+        predictions: of each picture a list of (box, label, score), or of
+            objects with these attributes: a box is (y1, x1, y2, x2) as shares
+            of the picture.
+        right: of each picture a list of (box, label), of (box, label,
+            is_crowd), or of objects.
+        sizes: of each picture (height, width) in pixels, by which objects are
+            small, medium or large; `None` takes 1,000 pixels a side.
+
+    Returns:
+        Dict of "map" (averaged over IoU .5 to .95), "map_50", "map_75",
+        "map_small" and so on; -1 where there is no such object, as COCO says.
+        No mean over pictures, so there is no interval of it here.
+
+    Raises:
+        ValueError: lists of different lengths; a score that is no number.
+
+    Example:
+
+    >>> box = (0.1, 0.1, 0.5, 0.5)
+    >>> found = [[(box, "cat", 0.9)]]
+    >>> round(mean_average_precision(found, [[(box, "cat")]])["map"], 6)
+    1.0
+
+    Source: https://cocodataset.org/#detection-eval.
+    """
+    _check_pictures(predictions, right, sizes)
+    coco_format = needed("pycocotools.coco", "Mean average precision", "eval")
+    evaluation = needed("pycocotools.cocoeval", "Mean average precision")
+    sizes = sizes or [(1000, 1000)] * len(right)
+    # In order of their first appearance; ids are COCO's, from 1.
+    labels = {}
+    right = [
+        [_parts(one)[:2] if hasattr(one, "box") else one for one in some]
+        for some in right
+    ]
+    predictions = [[_parts(one) for one in some] for some in predictions]
+    for picture in (*right, *predictions):
+        for one in picture:
+            labels.setdefault(one[1], len(labels) + 1)
+    truths, found = [], []
+    for image, (objects, size) in enumerate(zip(right, sizes, strict=True), 1):
+        for box, label, *crowd in objects:
+            x, y, width, height = bbox = _xywh(box, size)
+            truths.append(
+                {
+                    "id": len(truths) + 1,
+                    "image_id": image,
+                    "category_id": labels[label],
+                    "bbox": bbox,
+                    "area": width * height,
+                    "iscrowd": int(bool(crowd and crowd[0])),
+                }
+            )
+    for image, (objects, size) in enumerate(
+        zip(predictions, sizes, strict=True), 1
+    ):
+        for box, label, score in objects:
+            if score is None or not np.isfinite(score):
+                raise ValueError(
+                    "A score orders the objects. Expected: a number. "
+                    f"Received: {score!r} of {label!r} in picture {image - 1}."
+                )
+            bbox = _xywh(box, size)
+            found.append([image, *bbox, float(score), labels[label]])
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = coco_format.COCO()
+        data.dataset = {
+            "info": {},
+            "images": [{"id": n + 1} for n in range(len(right))],
+            "categories": [
+                {"id": i, "name": str(n)} for n, i in labels.items()
+            ],
+            "annotations": truths,
+        }
+        data.createIndex()
+        # Of a category that is not there, so that it counts for nothing:
+        # pycocotools cannot read an empty list.
+        found.append([1, *[0] * 6])
+        results = data.loadRes(np.array(found, "float64"))
+        result = evaluation.COCOeval(data, results, "bbox")
+        result.evaluate()
+        result.accumulate()
+        result.summarize()
+    return dict(zip(_STATS, map(float, result.stats), strict=True))
+
+
+def box_f1(
+    predictions: Sequence[Sequence[tuple]],
+    right: Sequence[Sequence[tuple]],
+    threshold: float = 0.5,
+) -> Scores:
+    """Count boxes that are met, each once and of the same label.
+
+    Args:
+        predictions: of each picture a list of (box, label, …), or of objects,
+            the surest first: each takes the best of the right boxes that are
+            left.
+        right: of each picture likewise.
+        threshold: float, least intersection over union.
+
+    Returns:
+        `Scores` of "precision", "recall", "f1" and "iou", the mean over the
+        pairs that met; nan where there is nothing to divide by.
+
+    Example:
+
+    >>> box = (0.1, 0.1, 0.5, 0.5)
+    >>> box_f1([[(box, "cat"), (box, "cat")]], [[(box, "cat")]]).values()["f1"]
+    0.6666666666666666
+    """
+    _check_pictures(predictions, right, None)
+    met, overlaps = [], []
+    for found, wanted in zip(predictions, right, strict=True):
+        shares = match_boxes(found, wanted, threshold)
+        met.append(len(shares))
+        overlaps.append(sum(shares))
+    return quotients(
+        column(met),
+        column([len(one) for one in predictions]),
+        column([len(one) for one in right]),
+        column(overlaps),
+    )
+
+
+def match_boxes(
+    predictions: Sequence[tuple], right: Sequence[tuple], threshold: float
+) -> list[float]:
+    """Pair boxes of one picture greedily; gives the overlaps of the pairs."""
+    left, shares = [_parts(one) for one in right], []
+    for box, label, *_ in map(_parts, predictions):
+        overlaps = [
+            box_iou(box, other) if other_label == label else 0.0
+            for other, other_label, *_ in left
+        ]
+        best = int(np.argmax(overlaps)) if overlaps else 0
+        if overlaps and overlaps[best] >= threshold:
+            shares.append(float(overlaps[best]))
+            del left[best]
+    return shares
+
+
+def quotients(met, predicted, right, overlaps=None):
+    """Make scores of counts: precision, recall and F1 over all rows.
+
+    Args:
+        met, predicted, right: float64 arrays (rows,), numbers of boxes.
+        overlaps: likewise, the sum over those that met, or `None`.
+
+    Returns:
+        `Scores`; the quality of a row is its own F1.
+    """
+    columns = {"met": met, "predicted": predicted, "right": right}
+    if overlaps is not None:
+        columns["overlaps"] = overlaps
+
+    both = predicted + right
+    quality = np.where(both > 0, 2 * met / np.maximum(both, 1), 1.0)
+    return Scores(columns, _divided, quality)
+
+
+def _divided(means, count):
+    with np.errstate(invalid="ignore", divide="ignore"):
+        both = np.add(means["predicted"], means["right"])
+        values = {
+            "precision": np.divide(means["met"], means["predicted"]),
+            "recall": np.divide(means["met"], means["right"]),
+            "f1": np.divide(2 * means["met"], both),
+        }
+        if "overlaps" in means:
+            values["iou"] = np.divide(means["overlaps"], means["met"])
+    return values
+
+
+def _parts(one):
+    """Give box, label and what is behind them, of a tuple or an object."""
+    return (one.box, one.label, one.score) if hasattr(one, "box") else one
+
+
+def _xywh(box, size):
+    y1, x1, y2, x2 = (
+        float(edge) * side
+        for edge, side in zip(box, (*size, *size), strict=True)
+    )
+    return [x1, y1, x2 - x1, y2 - y1]
+
+
+def _check_pictures(predictions, right, sizes):
+    lengths = {len(predictions), len(right)}
+    lengths |= {len(sizes)} if sizes is not None else set()
+    if len(lengths) != 1 or not len(right):
+        raise ValueError(
+            "Boxes are compared picture by picture. Expected: one or more "
+            f"lists each of one length. Received: {len(predictions)} of "
+            f"predictions, {len(right)} of right ones"
+            f"{'' if sizes is None else f', {len(sizes)} sizes'}."
+        )

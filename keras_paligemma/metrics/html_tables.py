@@ -1,0 +1,133 @@
+"""Tables as HTML: TEDS by edits of trees, GriTS by common grids."""
+
+from collections.abc import Sequence
+
+from keras_paligemma.metrics.edits import edit_distance
+from keras_paligemma.metrics.needs import needed
+from keras_paligemma.metrics.scores import Scores
+from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import column
+
+
+def tables(predictions: Sequence[str], html: Sequence[str]) -> Scores:
+    """Score tables by all four metrics of the model card.
+
+    Args:
+        predictions: strings of HTML.
+        html: the right tables.
+
+    Returns:
+        `Scores` of "teds", "s_teds" (structure alone), "grits_top" (spans of
+        cells) and "grits_con" (their text), 0 to 1, each the mean over tables;
+        rows are sorted by "teds".
+
+    Example:
+
+    >>> table = "<table><tr><td>1</td></tr></table>"
+    >>> tables([table], [table]).values()["teds"]
+    1.0
+    """
+    check_rows(predictions, html=html)
+    grits = needed("grits", "GriTS")
+    rows = {"teds": [], "s_teds": [], "grits_top": [], "grits_con": []}
+    for text, right in zip(predictions, html, strict=True):
+        rows["teds"].append(teds(text, right))
+        rows["s_teds"].append(teds(text, right, structure_only=True))
+        found, wanted = _grids(grits, text), _grids(grits, right)
+        for kind in ("top", "con"):
+            score = 0.0
+            if found and wanted:
+                compare = getattr(grits, f"grits_{kind}")
+                score = compare(wanted[kind], found[kind])[0]
+            rows[f"grits_{kind}"].append(score)
+    return Scores({name: column(values) for name, values in rows.items()})
+
+
+def teds(prediction: str, table: str, structure_only: bool = False) -> float:
+    """Compare two tables by the edits that turn one tree into the other.
+
+    Computed by apted on trees whose leaves are cells, and divided by the
+    number of elements below the larger table, those inside of cells included,
+    as PubTabNet's own evaluator does. (The package table-recognition-metric
+    divides by the nodes of the tree, the table itself included, which gives
+    larger values.)
+
+    Args:
+        prediction: str, HTML; a bare "<table>" is put into a page.
+        table: str, the right one.
+        structure_only: bool, whether the text of cells is left out.
+
+    Returns:
+        Float, 1 for equal tables; 0 where either is none.
+
+    Source: https://arxiv.org/abs/1911.10683, section 5.
+    """
+    apted = needed("apted", "TEDS")
+    found, wanted = _table(prediction), _table(table)
+    if found is None or wanted is None:
+        return 0.0
+    nodes = max(len(found.xpath(".//*")), len(wanted.xpath(".//*")))
+    trees = [_tree(one, structure_only) for one in (found, wanted)]
+    distance = apted.APTED(*trees, _costs(apted)).compute_edit_distance()
+    return 1.0 - float(distance) / nodes if nodes else float(distance == 0)
+
+
+def _costs(apted):
+    class Costs(apted.Config):
+        """What it costs to turn one node into another."""
+
+        def rename(self, node1, node2):
+            if node1["kind"] != node2["kind"]:
+                return 1.0
+            one, other = node1["text"], node2["text"]
+            if not one and not other:
+                return 0.0
+            return edit_distance(one, other) / max(len(one), len(other))
+
+        def children(self, node):
+            return node["children"]
+
+    return Costs()
+
+
+def _table(text):
+    """Parse the table of a page; `None` where there is none."""
+    lxml = needed("lxml.html", "TEDS")
+    if "<body" not in text:
+        text = f"<html><body>{text}</body></html>"
+    parser = lxml.HTMLParser(remove_comments=True, encoding="utf-8")
+    page = lxml.fromstring(text.encode("utf-8"), parser=parser)
+    found = page.xpath("body/table")
+    return found[0] if found else None
+
+
+def _tree(element, structure_only):
+    """Make a node of an element: tag and spans; of a cell also its symbols."""
+    if element.tag != "td":
+        return {
+            "kind": (element.tag,),
+            "text": [],
+            "children": [_tree(one, structure_only) for one in element],
+        }
+    spans = [int(element.attrib.get(f"{one}span", 1)) for one in ("col", "row")]
+    text = [] if structure_only else _symbols(element)[1:-1]
+    return {"kind": ("td", *spans), "text": text, "children": []}
+
+
+def _symbols(element):
+    """List the tags and characters of a cell."""
+    symbols = [f"<{element.tag}>", *(element.text or "")]
+    for one in element:
+        symbols += _symbols(one)
+    if element.tag != "unk":
+        symbols.append(f"</{element.tag}>")
+    if element.tag != "td":
+        symbols += element.tail or ""
+    return symbols
+
+
+def _grids(grits, text):
+    try:
+        return grits.html_to_grids(text)
+    except ValueError:  # No HTML, such as an answer that was cut.
+        return None

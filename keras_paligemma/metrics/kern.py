@@ -1,0 +1,94 @@
+"""Transcribed scores of music: errors of characters, symbols and lines."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from keras_paligemma.metrics.edits import edit_distance
+from keras_paligemma.metrics.scores import Scores
+from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import column
+
+_MARKS = {"\n": " <b> ", "\t": " <t> "}
+
+
+def music(predictions: Sequence[str], scores: Sequence[str]) -> Scores:
+    """Score transcriptions in Humdrum's kern notation, as GrandStaff does.
+
+    Args:
+        predictions: strings: lines of symbols, with tabs between the staves.
+        scores: the right ones.
+
+    Returns:
+        `Scores` of "cer", "ser" and "ler": edits divided by the length of the
+        right text, in characters, symbols and lines, over all rows. "cer"
+        follows the published evaluator, which splits the marks of tabs and
+        line ends into characters, and the symbols not; "cer_characters" is
+        the character error rate that others compute. Smaller is better.
+
+    Raises:
+        ValueError: a right text is empty.
+
+    Example:
+
+    >>> music(["4c\\t4e"], ["4c\\t4d"]).values()["ser"]
+    0.3333333333333333
+
+    Source: https://github.com/multiscore/e2e-pianoform.
+    """
+    check_rows(predictions, scores=scores)
+    empty = [row for row, text in enumerate(scores) if not text]
+    if empty:
+        raise ValueError(
+            "An error rate divides by the length of the right text. Expected: "
+            f"text. Received: none in the rows {empty[:5]}."
+        )
+    columns = {}
+    for name, cut in _CUTS.items():
+        edits, lengths = [], []
+        for text, right in zip(predictions, scores, strict=True):
+            wanted = cut(right)
+            edits.append(edit_distance(cut(text), wanted))
+            lengths.append(len(wanted))
+        columns[f"{name}-edits"] = column(edits)
+        columns[f"{name}-length"] = column(lengths)
+
+    quality = -columns["ser-edits"] / columns["ser-length"]
+    return Scores(columns, _rates, quality)
+
+
+def _rates(means, count):
+    return {
+        name: np.divide(means[f"{name}-edits"], means[f"{name}-length"])
+        for name in _CUTS
+    }
+
+
+def symbols(text: str) -> list[str]:
+    """Cut a text into symbols, a tab and a line's end being one each.
+
+    Example:
+
+    >>> symbols("4c\\t4e")
+    ['4c', '<t>', '4e']
+    """
+    for sign, mark in _MARKS.items():
+        text = text.replace(sign, mark)
+    return text.split(" ")
+
+
+def _published_characters(text):
+    marks = {mark.strip() for mark in _MARKS.values()}
+    return [
+        one
+        for symbol in symbols(text)
+        for one in (symbol if symbol in marks else [symbol])
+    ]
+
+
+_CUTS = {
+    "cer": _published_characters,
+    "ser": symbols,
+    "ler": lambda text: text.split("\n"),
+    "cer_characters": list,
+}

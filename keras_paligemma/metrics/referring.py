@@ -1,0 +1,146 @@
+"""RefCOCO: the mask and the box of what an expression refers to."""
+
+import re
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from keras_paligemma.metrics.needs import needed
+from keras_paligemma.metrics.scores import Scores
+from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import column
+from keras_paligemma.tasks.boxes import LAST_LOCATION
+
+# The answer begins with a box and a mask; what follows is not looked at.
+_ANSWER = re.compile(r"<loc(\d{4})>" * 4 + r"<seg(\d{3})>" * 16)
+_CODES = 128
+# Masks that are decoded at once.
+_BATCH = 64
+
+
+def refcoco(
+    predictions: Sequence[str],
+    boxes: Sequence[Sequence[float]],
+    masks: Sequence[Any],
+    decode: Callable[[np.ndarray], np.ndarray],
+    thresholds: Sequence[float] = (0.5, 0.75),
+) -> Scores:
+    """Score one box and mask a row against the right ones.
+
+    A predicted mask is resized bilinearly to its box, whose edges are cut to
+    whole pixels, and what is larger than 0 belongs to it. An answer that has
+    no box of some area and 16 codes at its beginning counts 0.
+
+    Args:
+        predictions: strings, "<loc…>×4<seg…>×16 …".
+        boxes: of each row the right (y1, x1, y2, x2) as shares of the picture.
+        masks: of each row a bool array (height, width) of the picture's size,
+            or COCO's run lengths, {"size": …, "counts": …}.
+        decode: function of int codes (n, 16) to float32 masks (n, 64, 64) in
+            [-1, 1], such as the decoder of `vae-oid.npz`.
+        thresholds: floats, of the boxes' intersection over union.
+
+    Returns:
+        `Scores` of "miou", "boxacc/0.5" and so on, and "invalid", the share of
+        answers without a mask (the original gives their number).
+
+    Source: big_vision `evaluators/proj/paligemma/transfers/segmentation.py`.
+    """
+    check_rows(predictions, boxes=boxes, masks=masks)
+    parsed = [_parse(text) for text in predictions]
+    decoded = _decode(parsed, decode)
+    rows = {"miou": [], "invalid": []}
+    rows |= {f"boxacc/{one}": [] for one in thresholds}
+    for row, (found, right) in enumerate(zip(parsed, boxes, strict=True)):
+        box = np.zeros(4) if found is None else np.array(found[:4])
+        overlap = box_iou(box / LAST_LOCATION, right)
+        for one in thresholds:
+            rows[f"boxacc/{one}"].append(one <= overlap)
+        share = None
+        if found is not None:
+            mask = _mask(masks[row])
+            share = _mask_iou(decoded[row], box / LAST_LOCATION, mask)
+        rows["miou"].append(share or 0.0)
+        rows["invalid"].append(share is None)
+    return Scores({name: column(values) for name, values in rows.items()})
+
+
+def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
+    """Divide the intersection of two boxes by their union.
+
+    Args:
+        first, second: (y1, x1, y2, x2).
+
+    Returns:
+        Float, 0 to 1; nan where neither has an area.
+
+    Example:
+
+    >>> float(box_iou((0, 0, 1, 1), (0, 0.5, 1, 1)))
+    0.5
+    """
+    y1, x1 = np.maximum(first[:2], second[:2])
+    y2, x2 = np.minimum(first[2:], second[2:])
+    inner = _area(y1, x1, y2, x2)
+    union = _area(*first) + _area(*second) - inner
+    return inner / union if union else float("nan")
+
+
+def _area(y1, x1, y2, x2):
+    return max(x2 - x1, 0.0) * max(y2 - y1, 0.0)
+
+
+def _parse(text):
+    """Give 4 locations and 16 codes, or `None`."""
+    found = _ANSWER.match(text)
+    if found is None:
+        return None
+    numbers = [int(one) for one in found.groups()]
+    y1, x1, y2, x2 = numbers[:4]
+    inside = max(numbers[:4]) <= LAST_LOCATION and max(numbers[4:]) < _CODES
+    return numbers if inside and y2 > y1 and x2 > x1 else None
+
+
+def _decode(parsed, decode):
+    """Decode the masks that there are, some at a time; a dict by row."""
+    rows = [row for row, found in enumerate(parsed) if found is not None]
+    masks = {}
+    for first in range(0, len(rows), _BATCH):
+        some = rows[first : first + _BATCH]
+        codes = np.array([parsed[row][4:] for row in some], "int32")
+        found = np.asarray(decode(codes), "float32")
+        if found.shape[:1] + found.shape[1:3] != (len(some), 64, 64):
+            raise ValueError(
+                "`decode` returned no masks. Expected: an array of shape "
+                f"{(len(some), 64, 64)}. Received: {found.shape}."
+            )
+        masks |= zip(some, found.reshape(len(some), 64, 64), strict=True)
+    return masks
+
+
+def _mask(mask):
+    """Give a bool array of a mask in any of its forms."""
+    if isinstance(mask, dict):
+        codec = needed("pycocotools.mask", "Masks as run lengths")
+        if isinstance(mask["counts"], list):
+            mask = codec.frPyObjects(mask, *mask["size"])
+        mask = codec.decode(mask)
+    return np.asarray(mask) > 0
+
+
+def _mask_iou(decoded, box, mask):
+    """Paste a mask and compare; `None` where its box is below a pixel."""
+    height, width = mask.shape
+    y1, x1 = int(box[0] * height), int(box[1] * width)
+    y2, x2 = int(box[2] * height), int(box[3] * width)
+    if x2 <= x1 or y2 <= y1:
+        return None
+    resized = Image.fromarray(decoded).resize(
+        (x2 - x1, y2 - y1), Image.Resampling.BILINEAR
+    )
+    pasted = np.asarray(resized) > 0.0
+    inner = (mask[y1:y2, x1:x2] & pasted).sum()
+    return float(inner / (mask.sum() + pasted.sum() - inner))

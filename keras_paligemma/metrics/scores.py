@@ -1,0 +1,192 @@
+"""What a metric returns: numbers of each row, their means, an interval."""
+
+import dataclasses
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import numpy as np
+
+# Draws that are weighed at once: 16 of 100,000 rows are 13 MB.
+_DRAWS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Numbers of each row of predictions, and what becomes of their means.
+
+    Every metric here is a function of means over rows: an accuracy is one
+    mean, an error rate a quotient of two, BLEU a product of several. So the
+    same few columns give the metric, its bootstrap interval and the rows that
+    are worst, and those of several hosts can be put one after another.
+
+    Args:
+        columns: dict of a name to a float64 array (rows,); nan where a row
+            does not count, such as a question of another type.
+        combine: function of a dict of means, arrays of equal shape, and of the
+            number of rows, to the dict of values; `None` where the means are
+            the values. It knows nothing of single rows, so that sums of
+            several parts can be combined too.
+        quality: float64 array (rows,), larger is better, by which rows are
+            sorted; the first column if `None`.
+
+    Example:
+
+    >>> scores = Scores({"acc": np.array([1.0, 0.0, 1.0, 1.0])})
+    >>> scores.values()
+    {'acc': 0.75}
+    """
+
+    columns: Mapping[str, np.ndarray]
+    combine: Callable[[dict, int], dict] | None = None
+    quality: np.ndarray | None = None
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def values(self) -> dict[str, float]:
+        """Compute the metric's values over all rows.
+
+        Returns:
+            Dict of a name to a float; nan where no row counts.
+        """
+        means = {}
+        for name, column in self.columns.items():
+            counted = column[~np.isnan(column)]
+            # In Python's order, as the original adds up its hosts' lists.
+            total = float(np.add.accumulate(counted)[-1]) if len(counted) else 0
+            means[name] = np.divide(
+                total,
+                len(counted),
+                out=np.array(np.nan),
+                where=len(counted) > 0,
+            )
+        return {name: float(one) for name, one in self._combined(means).items()}
+
+    def counts(self) -> dict[str, int]:
+        """Tell how many rows count for each column."""
+        return {
+            name: int((~np.isnan(column)).sum())
+            for name, column in self.columns.items()
+        }
+
+    def intervals(
+        self, level: float = 0.95, draws: int = 1000, seed: int = 0
+    ) -> dict[str, tuple[float, float]]:
+        """Tell how far the values may move with another sample of rows.
+
+        Rows are drawn with replacement, as many as there are, and the values
+        computed of each draw: a percentile bootstrap. What is no mean of rows
+        by itself, such as CIDEr's document frequencies, stays as it is.
+
+        Args:
+            level: float, share of the draws between the two bounds.
+            draws: int.
+            seed: int.
+
+        Returns:
+            Dict of a name to (low, high).
+        """
+        rows = len(self)
+        table = np.stack([*self.columns.values()]).astype("float64")
+        counted = ~np.isnan(table)
+        table = np.where(counted, table, 0.0)
+        counted = counted.astype("float64")
+        random = np.random.default_rng(seed)
+        parts = []
+        for first in range(0, draws, _DRAWS):
+            size = min(_DRAWS, draws - first)
+            weights = np.stack(
+                [
+                    np.bincount(
+                        random.integers(rows, size=rows), minlength=rows
+                    )
+                    for _ in range(size)
+                ]
+            ).T.astype("float64")
+            with np.errstate(invalid="ignore"):
+                parts.append((table @ weights) / (counted @ weights))
+        means = dict(zip(self.columns, np.concatenate(parts, 1), strict=True))
+        tail = 50 * (1 - level)
+        found = {}
+        for name, drawn in self._combined(means).items():
+            drawn = drawn[~np.isnan(drawn)]
+            bounds = (
+                np.percentile(drawn, [tail, 100 - tail])
+                if len(drawn)
+                else ((np.nan, np.nan))
+            )
+            found[name] = (float(bounds[0]), float(bounds[1]))
+        return found
+
+    def worst(self, count: int) -> list[int]:
+        """List the rows of the lowest quality, the worst first.
+
+        Args:
+            count: int, at most so many.
+
+        Returns:
+            Numbers of rows; of equals, the earlier row first.
+        """
+        quality = self.quality
+        if quality is None:
+            quality = next(iter(self.columns.values()))
+        order = np.argsort(quality, kind="stable")
+        return [int(row) for row in order[:count] if not np.isnan(quality[row])]
+
+    def _combined(self, means):
+        return means if self.combine is None else self.combine(means, len(self))
+
+
+def column(values: Sequence[float]) -> np.ndarray:
+    """Make a column of a list of numbers, one a row."""
+    return np.array(values, "float64")
+
+
+def by_kind(
+    name: str, values: np.ndarray, kinds: Sequence, names: Mapping
+) -> dict[str, np.ndarray]:
+    """Split a column by the kind of its rows.
+
+    Args:
+        name: str, such as "acc".
+        values: float64 array (rows,).
+        kinds: of each row.
+        names: dict of a kind to what stands behind the name.
+
+    Returns:
+        Dict of "acc/yesno" and so on, for the kinds that there are.
+
+    Example:
+
+    >>> by_kind("acc", np.ones(2), ["a", "b"], {"a": "first"})
+    {'acc/first': array([ 1., nan])}
+    """
+    kinds = np.array(kinds, dtype=object)
+    return {
+        f"{name}/{shown}": np.where(kinds == kind, values, np.nan)
+        for kind, shown in names.items()
+        if (kinds == kind).any()
+    }
+
+
+def check_rows(predictions: Sequence[str], **others: Sequence) -> None:
+    """Refuse columns that do not belong together, or are empty.
+
+    Raises:
+        ValueError: there is no row, a column is of another length, or a
+            prediction is no string.
+    """
+    lengths = {"predictions": len(predictions)}
+    lengths |= {k: len(one) for k, one in others.items() if one is not None}
+    if len(set(lengths.values())) != 1 or not len(predictions):
+        raise ValueError(
+            "A metric compares one or more rows. Expected: columns of one "
+            f"length. Received lengths: {lengths}."
+        )
+    for row, text in enumerate(predictions):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"The prediction of row {row} is no text. Expected: a string. "
+                f"Received: {text!r:.80}."
+            )

@@ -1,0 +1,90 @@
+"""Mean average precision while a model learns to detect."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_paligemma.metrics import mean_average_precision
+
+
+class EvaluateObjects(keras.callbacks.Callback):
+    """Detect in some pictures after each epoch, and compare with what is there.
+
+    A loss counts a box that is a pixel off as wrong as one on the other side
+    of the picture; average precision does not. The values are put into the
+    epoch's logs as "val_map", "val_map_50" and "val_map_75", so a callback
+    behind this one, such as `CSVLogger` or `EarlyStopping`, has them.
+
+    Args:
+        images: pictures, as `generate` takes them.
+        objects: of each picture a list of (box, label), or of objects with
+            these attributes; a box is (y1, x1, y2, x2) as shares.
+        labels: names to ask for; those of `objects` if `None`.
+        every: int, epochs from one look to the next.
+        batch_size: int, pictures at a time.
+        detect: function of the model, pictures and labels to a list of
+            objects a picture, with scores; the model's own `detect` if `None`.
+
+    Attributes:
+        values: dict of epoch to the dict of `mean_average_precision`.
+
+    Example:
+
+    ```python
+    seen = EvaluateObjects(pictures, [[((0.1, 0.2, 0.5, 0.6), "cat")], …])
+    model.fit(batches, epochs=3, callbacks=[seen])
+    seen.values[3]["map"]
+    ```
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Any],
+        objects: Sequence[Sequence],
+        labels: Sequence[str] | None = None,
+        every: int = 1,
+        batch_size: int = 8,
+        detect: Callable | None = None,
+    ):
+        super().__init__()
+        if len(images) != len(objects) or not len(images):
+            raise ValueError(
+                "Pictures and their objects go together. Expected: equally "
+                f"long lists, of one or more. Received: {len(images)} "
+                f"pictures, {len(objects)} lists of objects."
+            )
+        if every < 1 or batch_size < 1:
+            raise ValueError(
+                "`every` and `batch_size` are at least 1. Received: "
+                f"every={every!r}, batch_size={batch_size!r}."
+            )
+        named = {
+            one.label if hasattr(one, "label") else one[1]
+            for some in objects
+            for one in some
+        }
+        self.images, self.objects = images, objects
+        self.labels = sorted(named) if labels is None else list(labels)
+        self.every, self.batch_size = every, batch_size
+        self.detect = detect or _own
+        self.values = {}
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every:
+            return
+        found = []
+        for first in range(0, len(self.images), self.batch_size):
+            some = self.images[first : first + self.batch_size]
+            found += self.detect(self.model, some, self.labels)
+        values = mean_average_precision(found, self.objects)
+        self.values[epoch + 1] = values
+        shown = {f"val_{n}": values[n] for n in ("map", "map_50", "map_75")}
+        if logs is not None:
+            logs.update(shown)
+        print("".join(f"  {name}: {one:.4f}" for name, one in shown.items()))
+
+
+def _own(model, images, labels):
+    return model.detect(images, labels)

@@ -1,0 +1,108 @@
+"""A benchmark's record as settings of a fine-tune and of its plan."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from keras_paligemma import cli
+from keras_paligemma.evaluation import TrainingSource
+from keras_paligemma.evaluation import find_benchmark
+from keras_paligemma.evaluation import open_samples
+from keras_paligemma.evaluation import training_samples
+from keras_paligemma.evaluation.finetuning import for_run
+from keras_paligemma.training import run
+from tests.evaluation.test_layouts import chartqa_human
+from tests.evaluation.test_run import change
+from tests.evaluation.test_run import make_data
+
+NANO = "pali_gemma2_nano_112"
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_data(tmp_path / "data")
+
+
+def call(*arguments):
+    result = CliRunner().invoke(
+        cli.app, [str(one) for one in arguments], catch_exceptions=False
+    )
+    return result.output
+
+
+def test_finetune_takes_the_record_and_the_command_line_wins(data, tmp_path):
+    config = tmp_path / "settings.toml"
+    config.write_text(f'preset = "{NANO}"\nbatch_size = 2\n')
+    output = call(
+        *("finetune", "--benchmark", "vizwizvqa", "--config", config),
+        *("--data", data, "--output", tmp_path / "run", "--dry-run"),
+        *("--batch-size", 4),
+    )
+    # 12 examples in batches of 4, ten epochs of the record, 48 tokens.
+    assert "12 examples, 3 steps an epoch of 4, 30 steps" in output
+    assert "prompts of 48 tokens, responses of 48" in output
+
+
+def test_a_file_of_settings_goes_before_the_record(data, tmp_path):
+    given = {"preset": NANO, "data": str(data), "output": str(tmp_path / "run")}
+    (tmp_path / "settings.toml").write_text("epochs = 3\n")
+    defaults, source = for_run("vizwizvqa", given)
+    settings = run.read_settings(tmp_path / "settings.toml", defaults, **given)
+    assert (settings.epochs, settings.learning_rate) == (3, 1e-5)
+    assert (settings.batch_size, settings.lora_rank) == (256, 0)
+    assert len(source) == 12
+
+
+def test_adapters_need_no_frozen_weights(data):
+    given = {"preset": NANO, "data": str(data), "image_size": 448}
+    assert for_run("gqa", given)[0]["freeze"] == ["vision_encoder/*"]
+    assert "freeze" not in for_run("gqa", given | {"lora_rank": 8})[0]
+
+
+def test_a_jsonl_file_brings_its_own_examples(data):
+    given = {"preset": NANO, "data": str(data / "samples.jsonl")}
+    settings, source = for_run("textvqa", given)
+    assert source is None and settings["epochs"] == 5
+    with pytest.raises(ValueError, match="needs --preset and --data"):
+        for_run("textvqa", {"preset": NANO})
+
+
+def test_examples_are_prompts_and_all_answers(data):
+    change(data, 1, answers=["A", "b", ""])
+    source = TrainingSource(open_samples(find_benchmark("vizwizvqa"), data))
+    assert source[1]["prompts"] == "answer en what?"
+    assert source[1]["responses"] == ["A", "b"]
+    lowered = TrainingSource(open_samples(find_benchmark("stvqa"), data))
+    assert lowered[1]["responses"] == ["a", "b"]
+    assert source.where(1).endswith("id 'q1'")
+
+
+def test_test_splits_are_not_learned_from(tmp_path):
+    examples = [{"example_id": "1_de", "image": None, "question": "?"}]
+    for name in ("xgqa", "marvl", "xm3600", "nocaps", "countbenchqa"):
+        with pytest.raises(ValueError, match=f"{name} has no training split"):
+            training_samples(find_benchmark(name), examples)
+
+
+def test_both_kinds_of_charts_are_learned_from(tmp_path):
+    chartqa_human(tmp_path)
+    (tmp_path / "test").rename(tmp_path / "train")
+    for kind in ("human", "augmented"):
+        old = tmp_path / "train" / f"test_{kind}.json"
+        old.rename(old.with_name(f"train_{kind}.json"))
+    samples = training_samples(find_benchmark("chartqa_human"), tmp_path)
+    assert len(samples) == 6
+
+
+def test_plan_takes_batch_and_lengths():
+    arguments = "plan --preset pali_gemma2_pt_3b_448 --slice v5e-8 --estimate"
+    arguments = [*arguments.split(), "--json"]
+    same = [*("--batch-size", 256, "--lora-rank", 0)]
+    same += [*("--prompt-length", 32, "--response-length", 32)]
+    found = json.loads(call(*arguments, "--benchmark", "vqav2"))
+    assert found == json.loads(call(*arguments, *same))
+    other = call(*arguments, "--benchmark", "vqav2", "--batch-size", 8)
+    assert json.loads(other) == json.loads(
+        call(*arguments, *same, "--batch-size", 8)
+    )

@@ -1,0 +1,350 @@
+"""Runs that end early, bad data, and what is written at the end."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from keras_paligemma.cli.evaluate import evaluate as command
+from keras_paligemma.evaluation import evaluate
+from keras_paligemma.evaluation import find_benchmark
+from keras_paligemma.evaluation import open_samples
+from keras_paligemma.evaluation import read_predictions
+from keras_paligemma.evaluation import score
+from keras_paligemma.evaluation import settings_of
+from keras_paligemma.evaluation.predictions import append
+from keras_paligemma.evaluation.predictions import resume
+from tests.evaluation.oracle import Oracle
+
+BENCHMARK = find_benchmark("vizwizvqa")
+
+
+def make_data(folder, rows=12):
+    """Rows of pictures of their own, in our own layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
+        for number in range(rows):
+            pixels = np.full((8, 8, 3), (*divmod(number, 20), 9), "uint8")
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+            line = {
+                **{"id": f"q{number}", "images": f"{number}.png"},
+                **{"question": "what?", "answers": [f"a {number}\n🐈"] * 10},
+            }
+            file.write(json.dumps(line) + "\n")
+    return folder
+
+
+def make_oracle(samples):
+    return Oracle(
+        samples, [samples.truth(n)["answers"][0] for n in range(len(samples))]
+    )
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_data(tmp_path / "data")
+
+
+def change(data, row, **fields):
+    """Change a sample's line; `None` takes a field away."""
+    lines = (data / "samples.jsonl").read_text("utf-8").splitlines()
+    one = json.loads(lines[row]) | fields
+    lines[row] = json.dumps({k: v for k, v in one.items() if v is not None})
+    (data / "samples.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def run(data, output, **options):
+    samples = open_samples(BENCHMARK, data)
+    oracle = make_oracle(samples)
+    options = {"batch_size": 5, "progress": False} | options
+    return oracle, evaluate(oracle, BENCHMARK, data, output, **options)
+
+
+def test_report_and_results(data, tmp_path):
+    samples = open_samples(BENCHMARK, data)
+    right = [samples.truth(n)["answers"][0] for n in range(12)]
+    oracle = Oracle(samples, ["<wrong>", *right[1:]])
+    result = evaluate(oracle, "VizWizVQA", data, tmp_path / "run", worst=2)
+    assert result.values["acc"] == pytest.approx(100 * 11 / 12)
+    low, high = result.intervals["acc"]
+    assert 60 < low < result.values["acc"] < high == 100
+    assert result.card == {"acc": 76.4} and result.column == "224-3B"
+    assert "card, 224-3B: 76.4" in str(result)
+    facts = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert facts["values"]["acc"] == result.values["acc"]
+    assert facts["worst"] == ["q0", "q1"]
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert page.count("<img") == 2
+    assert "&lt;wrong&gt;" in page and "<wrong>" not in page
+    assert page.index("q0") < page.index("q1")
+    rows = read_predictions(tmp_path / "run" / "predictions.jsonl")
+    assert list(rows) == samples.ids and rows["q3"] == right[3]
+
+
+def test_run_that_ended_computes_nothing_again(data, tmp_path):
+    first, one = run(data, tmp_path / "run")
+    again, two = run(data, tmp_path / "run")
+    assert (first.calls, again.calls) == (3, 0)
+    assert one.values == two.values
+
+
+def test_every_length_of_a_file_is_gone_on_with(tmp_path, monkeypatch):
+    data = make_data(tmp_path / "data", rows=5)
+    run(data, tmp_path / "whole", batch_size=2)
+    # Some hundred files need not be on the disk.
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    whole = (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    ids = open_samples(BENCHMARK, data).ids
+    lines = whole.split(b"\n")[:-1]
+    path = tmp_path / "cut.jsonl"
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        done = resume(path, ids, 2)
+        assert done % 2 == 0 or done == 5
+        assert path.read_bytes() == whole[: sum(map(len, lines[:done])) + done]
+        texts = [json.loads(line)["prediction"] for line in lines]
+        for first in range(done, 5, 2):
+            rows = range(first, min(first + 2, 5))
+            append(path, [(ids[row], texts[row]) for row in rows])
+        assert path.read_bytes() == whole
+
+
+def test_hosts_go_on_at_the_batch_that_all_lack(tmp_path):
+    path, ids = tmp_path / "part.jsonl", list("abcdef")
+    append(path, [(id, "") for id in ids])
+    assert resume(path, ids, 2) == 6
+    assert resume(path, ids, 2, most=4) == 4
+    assert list(read_predictions(path)) == list("abcd")
+    assert resume(path, ids, 3) == 3
+
+
+def test_killed_at_random_moments(tmp_path):
+    make_data(tmp_path / "data", rows=400)
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.evaluation.killed_evaluation"),
+            *(str(tmp_path), "20", "7"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "20 kills at" in result.stdout
+
+
+def test_eight_devices_write_the_same_file(tmp_path):
+    make_data(tmp_path / "data", rows=24)
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.evaluation.sharded_evaluation"),
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"KERAS_BACKEND": "jax"},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.endswith("same\n")
+
+
+def test_two_hosts_write_a_part_each(data, tmp_path, monkeypatch):
+    """The parts of two hosts, one after another, and what the first joins."""
+    from keras_paligemma import compat
+
+    samples = open_samples(BENCHMARK, data)
+    monkeypatch.setattr(compat, "wait_for_all", lambda place: None)
+    monkeypatch.setattr(compat, "least", lambda value: value)
+    run(data, tmp_path / "one", batch_size=4)
+    # The second host's part: its piece of each batch of both.
+    for index in (1, 0):
+        monkeypatch.setattr(compat, "process", lambda index=index: (index, 2))
+        result = evaluate(
+            make_oracle(samples),
+            BENCHMARK,
+            data,
+            tmp_path / "two",
+            batch_size=2,
+            shard=(index, 2),
+        )
+        assert (result is None) == (index == 1)
+    part = read_predictions(tmp_path / "two" / "predictions-1-of-2.jsonl")
+    assert list(part) == ["q2", "q3", "q6", "q7", "q10", "q11"]
+    files = [tmp_path / one / "predictions.jsonl" for one in ("one", "two")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_limit(data, tmp_path):
+    oracle, result = run(data, tmp_path / "run", limit=3)
+    assert (result.samples, result.limited, oracle.calls) == (3, True, 1)
+    assert "not the card's split" in str(result)
+
+
+def test_beams_leave_the_model_as_it_was(data, tmp_path):
+    import keras_hub
+
+    used = []
+
+    class Watched(Oracle):
+        def generate(self, inputs, max_new_tokens):
+            used.append(self.sampler)
+            return super().generate(inputs, max_new_tokens)
+
+    captions = find_benchmark("coco_captions")
+    for row in range(12):
+        change(data, row, references=[f"a {row}"])
+    samples = open_samples(captions, data)
+    model = Watched(samples, [f"a {row}" for row in range(12)])
+    model.sampler = "own"
+    evaluate(model, captions, data, tmp_path / "run", batch_size=6)
+    assert [type(one) for one in used] == [keras_hub.samplers.BeamSampler] * 2
+    assert used[0].num_beams == 2
+    assert model.sampler == "own" and model.generate_function is None
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "message"),
+    [
+        (3, {"answers": None}, r"1 of 12 .* no right 'answers'.*\['q3'\]"),
+        (3, {"answers": []}, r"no right 'answers'.*\['q3'\]"),
+        (4, {"id": "q2"}, r"1 ids more than once.*\['q2'\]"),
+        (5, {"images": "none.png"}, r"no picture at their path.*\['q5'\]"),
+        (5, {"images": None}, "line 6: a sample has `images`"),
+    ],
+)
+def test_bad_samples_are_named_before_anything_runs(
+    row, fields, message, data, tmp_path
+):
+    samples = open_samples(BENCHMARK, data)
+    oracle = make_oracle(samples)
+    change(data, row, **fields)
+    with pytest.raises(ValueError, match=message):
+        evaluate(oracle, BENCHMARK, data, tmp_path / "run")
+    assert not oracle.calls and not (tmp_path / "run").exists()
+
+
+def test_picture_that_cannot_be_read_is_named(data, tmp_path):
+    samples = open_samples(BENCHMARK, data)
+    oracle = make_oracle(samples)
+    (data / "7.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="id 'q7': .*cannot be read|id 'q7'"):
+        evaluate(oracle, BENCHMARK, data, tmp_path / "run", batch_size=5)
+    # The first batch is kept.
+    done = read_predictions(tmp_path / "run" / "predictions.jsonl")
+    assert list(done) == samples.ids[:5]
+
+
+def test_predictions_of_other_samples_are_named(data, tmp_path):
+    samples = open_samples(BENCHMARK, data)
+    some = {id: "" for id in samples.ids[1:]} | {"x": ""}
+    with pytest.raises(ValueError, match=r"1, \['q0'\]. Unknown: 1, \['x'\]"):
+        score(BENCHMARK, some, samples)
+    path = tmp_path / "twice.jsonl"
+    append(path, [("q0", ""), ("q0", "")])
+    with pytest.raises(ValueError, match=r"more than once.*\['q0'\]"):
+        read_predictions(path)
+    path.write_text('{"id": "q0"}\n')
+    with pytest.raises(ValueError, match="line 1 is no prediction"):
+        read_predictions(path)
+
+
+def test_folder_of_another_run_is_refused(data, tmp_path):
+    run(data, tmp_path / "run")
+    before = (tmp_path / "run" / "predictions.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"'samples': \(12, 3\)"):
+        run(data, tmp_path / "run", limit=3)
+    with pytest.raises(ValueError, match=r"\('vizwizvqa', 'okvqa'\)"):
+        evaluate(
+            make_oracle(open_samples(BENCHMARK, data)),
+            "okvqa",
+            data,
+            tmp_path / "run",
+        )
+    with pytest.raises(ValueError, match=r"'split': \('val', 'test'\)"):
+        run(data, tmp_path / "run", split="test")
+    samples = open_samples(BENCHMARK, data)
+    right = [samples.truth(row)["answers"][0] for row in range(12)]
+    tuned = Oracle(samples, right, weight=1e-3)
+    with pytest.raises(ValueError, match="'model_sha256': "):
+        evaluate(tuned, BENCHMARK, data, tmp_path / "run")
+    path = tmp_path / "run" / "predictions.jsonl"
+    assert path.read_bytes() == before
+    append(path, [("q99", "")])
+    with pytest.raises(ValueError, match="holds rows of another run.*'q99'"):
+        run(data, tmp_path / "run")
+
+
+def test_empty_split(tmp_path):
+    (tmp_path / "samples.jsonl").write_text("")
+    with pytest.raises(
+        ValueError, match="no samples for vizwizvqa, split 'val'"
+    ):
+        open_samples(BENCHMARK, tmp_path)
+
+
+def test_judge_is_asked_where_there_is_one(data):
+    docci = find_benchmark("docci")
+    samples = open_samples(docci, data)
+    texts = dict.fromkeys(samples.ids, "A cat. It sits.")
+    assert set(score(docci, texts, samples).values()) == {
+        "avg_char",
+        "avg_sent",
+    }
+    judges = {"nes": lambda texts, right: [0.25] * len(texts)}
+    values = score(docci, texts, samples, judges=judges).values()
+    assert values == {"avg_char": 15.0, "avg_sent": 2.0, "nes": 0.25}
+
+
+def test_mean_over_languages_is_not_that_over_samples(data):
+    xgqa = find_benchmark("xgqa")
+    codes = [*xgqa.languages, *["de"] * 5]
+    for row, code in enumerate(codes):
+        change(data, row, language=code, answers="yes")
+    samples = open_samples(xgqa, data)
+    texts = {
+        id: "yes" if code == "de" else "no"
+        for id, code in zip(samples.ids, codes, strict=True)
+    }
+    scores = score(xgqa, texts, samples)
+    values = scores.values()
+    assert values["acc"] == pytest.approx(1 / 7)
+    assert (values["acc/de"], values["acc/bn"]) == (1, 0)
+    # A draw may lack a language, of which its mean knows nothing.
+    low, high = scores.intervals(draws=32)["acc"]
+    assert 1 / 7 <= low <= high <= 1
+
+
+def test_command_on_the_nano_preset(data, tmp_path):
+    app = typer.Typer()
+    app.command()(command)
+    arguments = ["--preset", "pali_gemma2_nano_112", "--data", str(data)]
+    output = tmp_path / "run"
+
+    def call(*more):
+        return CliRunner().invoke(
+            app, [*arguments, *more], catch_exceptions=False
+        )
+
+    with pytest.raises(ValueError, match="'vizwizvq'. The nearest: vizwizvqa"):
+        call("--benchmark", "vizwizvq")
+    result = call(
+        *("--benchmark", "vizwizvqa", "--output", str(output)),
+        *("--limit", "3", "--batch-size", "2"),
+    )
+    assert result.exit_code == 0
+    assert "VizWizVQA (val), 3 samples" in result.output
+    assert list(read_predictions(output / "predictions.jsonl")) == [
+        *("q0", "q1", "q2")
+    ]
+
+
+def test_settings_have_the_lengths_of_a_benchmark_without_a_transfer():
+    assert settings_of(find_benchmark("icdar2015"), 448) == {
+        "prompt_length": 512,
+        "response_length": 512,
+    }

@@ -1,0 +1,393 @@
+"""Metrics without golden numbers, against implementations of others."""
+
+import csv
+import random
+
+import numpy as np
+import pytest
+
+from keras_paligemma import metrics
+from keras_paligemma.metrics.caption_tokens import caption_tokens
+from keras_paligemma.metrics.kern import symbols
+from tests.conftest import GOLDEN
+
+WORDS = "a the man dog cat riding on of wave street red blue two people".split()
+
+
+def captions_for(seed, rows=60, least=0):
+    draw = random.Random(seed)
+
+    def caption():
+        return " ".join(draw.choices(WORDS, k=draw.randint(least, 12)))
+
+    right = [
+        [caption() for _ in range(draw.randint(1, 5))] for _ in range(rows)
+    ]
+    # Some are right, so that 4-grams agree.
+    found = [
+        draw.choice(some) if draw.random() < 0.4 else caption()
+        for some in right
+    ]
+    return found, right
+
+
+def test_captions_equal_pycocoevalcap():
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    found, right = captions_for(0)
+    scores = metrics.captions(found, right, tokenize=False)
+    values = scores.values()
+    truth = dict(enumerate(right))
+    answers = {row: [text] for row, text in enumerate(found)}
+    cider, each = Cider().compute_score(truth, answers)
+    np.testing.assert_allclose(values["cider"], cider, rtol=1e-12)
+    np.testing.assert_allclose(scores.columns["cider"], each, atol=1e-12)
+    rouge, each = Rouge().compute_score(truth, answers)
+    assert values["rouge"] == pytest.approx(rouge, abs=1e-12)
+    np.testing.assert_array_equal(scores.columns["rouge"], each)
+    bleu, _ = Bleu(4).compute_score(truth, answers, verbose=0)
+    assert [values[f"bleu-{n}"] for n in (1, 2, 3, 4)] == bleu
+    for function in (metrics.cider, metrics.bleu, metrics.rouge):
+        alone = function(found, right, tokenize=False).values()
+        assert alone == {name: values[name] for name in alone}
+
+
+def test_caption_tokens_are_javas():
+    """`caption_tokens.tsv` holds what Stanford's tokenizer made of captions.
+
+    Made by stanford-corenlp 3.4.1, as pycocoevalcap ships and runs it, of
+    sentences written for this test; the last column is COCO's, after its list.
+    """
+    with open(GOLDEN / "caption_tokens.tsv", encoding="utf-8") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    differing = [
+        text
+        for text, wanted in rows
+        if " ".join(caption_tokens(text)) != wanted
+    ]
+    assert len(rows) == 41
+    assert differing == [
+        "1/2 cup, 3rd place, 5'11\" tall, 7 ft. wide, etc.",
+        ":) ;-) <3",
+        "Un chat est assis sur l'herbe d'à côté.",
+    ]
+
+
+def test_anls_equals_the_package():
+    from anls import anls_score
+
+    found, right = captions_for(1, least=1)
+    for text, several in zip(found, right, strict=True):
+        ours = max(metrics.anls(one, text) for one in several)
+        assert ours == pytest.approx(anls_score(text, several), abs=1e-12)
+
+
+def test_error_rates_equal_jiwer():
+    import jiwer
+
+    draw = random.Random(2)
+    notes = "4c 8d 16e- [2f# .".split()
+
+    def score():
+        return "\n".join("\t".join(draw.choices(notes, k=2)) for _ in range(6))
+
+    right = [score() for _ in range(8)]
+    found = [
+        text.replace("4c", "8d", 2).replace("\t", " ", 1) for text in right
+    ]
+    values = metrics.music(found, right).values()
+    assert values["cer_characters"] == pytest.approx(
+        jiwer.cer(right, found), abs=1e-12
+    )
+    joined = [
+        [" ".join(symbols(text)) for text in one] for one in (right, found)
+    ]
+    assert values["ser"] == pytest.approx(jiwer.wer(*joined), abs=1e-12)
+    lines = [
+        [
+            text.replace(" ", "_").replace("\t", "|").replace("\n", " ")
+            for text in one
+        ]
+        for one in (right, found)
+    ]
+    assert values["ler"] == pytest.approx(jiwer.wer(*lines), abs=1e-12)
+
+
+def test_published_character_rate_splits_marks_alone():
+    values = metrics.music(["4c\t4e"], ["4c\t4d"]).values()
+    # "4c", "<", "t", ">", "4d": one symbol of five is wrong.
+    assert values["cer"] == 1 / 5
+    assert values["ser"] == 1 / 3
+    assert values["ler"] == 1
+    assert values["cer_characters"] == 1 / 5
+
+
+CELLS = (
+    "<tr><td>a</td><td>b</td></tr><tr><td colspan='2'>wide</td></tr>",
+    "<tr><td>a</td><td>c</td></tr><tr><td>wide</td><td></td></tr>",
+    "<thead><tr><td><b>a</b></td></tr></thead><tbody><tr><td>b</td></tr></tbody>",
+    "<tr><td>a</td></tr>",
+    "<tr><td></td><td>b</td></tr>",
+)
+
+
+def page(cells):
+    return f"<html><body><table>{cells}</table></body></html>"
+
+
+@pytest.mark.parametrize("structure_only", [False, True])
+def test_teds_has_the_edits_of_the_package(structure_only):
+    from table_recognition_metric import TEDS
+
+    other = TEDS(structure_only=structure_only)
+    for one in CELLS:
+        for two in CELLS:
+            ours = metrics.teds(page(one), page(two), structure_only)
+            # The package divides by the trees' nodes, PubTabNet by elements.
+            nodes = max(text.count("<t") + 1 for text in (one, two))
+            elements = max(
+                text.count("<t") + text.count("<b>") for text in (one, two)
+            )
+            edits = (1 - other(page(one), page(two))) * nodes
+            assert ours == pytest.approx(1 - edits / elements, abs=1e-12)
+
+
+def test_tables():
+    from grits import grits_con
+    from grits import grits_top
+    from grits import html_to_grids
+
+    found, right = [page(one) for one in CELLS[:3]], [page(CELLS[0])] * 3
+    values = metrics.tables([*found, "no table"], [*right, right[0]]).values()
+    for name, compare in (("top", grits_top), ("con", grits_con)):
+        each = [
+            compare(html_to_grids(b)[name], html_to_grids(a)[name])[0]
+            for a, b in zip(found, right, strict=True)
+        ]
+        assert values[f"grits_{name}"] == sum(each) / 4
+    assert values["teds"] < values["s_teds"] < 1
+    bare = CELLS[0].join(["<table>", "</table>"])
+    assert set(metrics.tables([bare], right[:1]).values().values()) == {1.0}
+
+
+def test_smiles():
+    scores = metrics.smiles(
+        ["OCC", "c1ccccc1", "C[C@H](N)O", "none", ""],
+        ["CCO", "C1=CC=CC=C1", "C[C@@H](N)O", "C", "C"],
+    )
+    assert scores.columns["full_match"].tolist() == [1, 1, 0, 0, 0]
+    assert scores.columns["valid"].tolist() == [1, 1, 1, 0, 0]
+    assert scores.columns["exact"].sum() == 0
+    with pytest.raises(ValueError, match="row 1 is no SMILES"):
+        metrics.smiles(["C", "C"], ["C", "what"])
+
+
+def objects_for(seed):
+    """Objects of ten pictures, and detections near and far from them."""
+    random_state = np.random.RandomState(seed)
+    right, found = [], []
+    for _ in range(10):
+        corners = np.sort(random_state.rand(4, 2, 2), axis=1)
+        boxes = corners.reshape(4, 4)
+        labels = [("cat", "dog")[i] for i in random_state.randint(0, 2, 4)]
+        right.append(
+            [(tuple(b), n) for b, n in zip(boxes, labels, strict=True)]
+        )
+        moved = np.clip(boxes + random_state.normal(0, 0.03, boxes.shape), 0, 1)
+        found.append(
+            [
+                (tuple(b), n, float(random_state.rand()))
+                for b, n in zip(moved, labels, strict=True)
+                if b[2] > b[0] and b[3] > b[1]
+            ]
+        )
+    return found, right
+
+
+def test_mean_average_precision_equals_faster_coco_eval():
+    from faster_coco_eval import COCO
+    from faster_coco_eval import COCOeval_faster
+
+    found, right = objects_for(0)
+    sizes = [(480, 640)] * 10
+    ours = metrics.mean_average_precision(found, right, sizes)
+
+    def xywh(box):
+        y1, x1, y2, x2 = (
+            e * s for e, s in zip(box, (480, 640) * 2, strict=True)
+        )
+        return [x1, y1, x2 - x1, y2 - y1]
+
+    ids = {"cat": 1, "dog": 2}
+    annotations = [
+        {"image_id": image, "category_id": ids[name], "bbox": xywh(box)}
+        for image, some in enumerate(right)
+        for box, name in some
+    ]
+    for number, one in enumerate(annotations, 1):
+        area = one["bbox"][2] * one["bbox"][3]
+        one |= {"id": number, "area": area, "iscrowd": 0}
+    data = COCO(
+        {
+            "images": [
+                {"id": n, "height": 480, "width": 640} for n in range(10)
+            ],
+            "categories": [{"id": i, "name": name} for name, i in ids.items()],
+            "annotations": annotations,
+        }
+    )
+    results = data.loadRes(
+        [
+            {
+                "image_id": image,
+                "category_id": ids[name],
+                "bbox": xywh(box),
+                "score": score,
+            }
+            for image, some in enumerate(found)
+            for box, name, score in some
+        ]
+    )
+    other = COCOeval_faster(data, results, "bbox", print_function=str)
+    other.run()
+    np.testing.assert_allclose(list(ours.values()), other.stats[:12], atol=1e-9)
+    assert 0.1 < ours["map"] < ours["map_50"] < 1
+
+
+def test_mean_average_precision_of_few():
+    box = (0.1, 0.1, 0.5, 0.5)
+    compute = metrics.mean_average_precision
+    values = compute([[]], [[(box, "cat")]])
+    assert (values["map"], values["map_large"], values["map_small"]) == (
+        0,
+        0,
+        -1,
+    )
+    assert set(compute([[]], [[]]).values()) == {-1}
+    assert compute([[(box, "cat", 0.5)]], [[]])["map"] == -1
+    # A crowd is neither met nor missed.
+    assert compute([[(box, "cat", 0.5)]], [[(box, "cat", True)]])["map"] == -1
+    with pytest.raises(ValueError, match="Received: nan of 'cat' in picture 0"):
+        compute([[(box, "cat", float("nan"))]], [[(box, "cat")]])
+    with pytest.raises(ValueError, match="1 of predictions, 2 of right"):
+        compute([[]], [[], []])
+
+
+def test_box_f1():
+    left, right = (0, 0, 1, 0.5), (0, 0.5, 1, 1)
+    scores = metrics.box_f1(
+        [[(left, "cat"), (left, "cat"), (right, "dog")], []],
+        [[(left, "cat"), (right, "cat")], [(left, "cat")]],
+    )
+    values = scores.values()
+    assert values == {
+        "precision": 1 / 3,
+        "recall": 1 / 3,
+        "f1": 1 / 3,
+        "iou": 1.0,
+    }
+    assert scores.quality.tolist() == [2 / 5, 0]
+
+
+def test_refcoco_equals_the_original():
+    """The original's loop gave these numbers for the tokens of `seg.npz`.
+
+    Its decoder's masks are in the file; tokens that have none are invalid.
+    """
+    golden = dict(np.load(GOLDEN / "seg.npz"))
+    masks = dict(
+        zip(
+            map(tuple, golden["decode/indices"].tolist()),
+            golden["decode/masks"],
+            strict=True,
+        )
+    )
+    # Their locations begin at id 500, their codes at 1600; 1 ends an answer.
+    texts = [
+        "".join(f"<loc{token - 500:04d}>" for token in row[:4])
+        + "".join(f"<seg{token - 1600:03d}>" for token in row[4:20])
+        for row in golden["eval/tokens"]
+    ]
+    mask = golden["eval/gt_mask"][..., 0] > 0
+    scores = metrics.refcoco(
+        texts,
+        [golden["eval/gt_bbox"]] * 6,
+        [mask] * 6,
+        lambda codes: np.stack([masks[tuple(row)] for row in codes.tolist()]),
+    )
+    assert scores.columns["miou"].tolist() == [
+        *(0.05366726296958855, 0.14955640050697086, 0.0),
+        *(0.0, 0.0, 0.11467889908256881),
+    ]
+    assert scores.columns["invalid"].sum() == 3
+    values = scores.values()
+    assert values["miou"] == 0.052983760426521365
+    assert values["boxacc/0.5"] == values["boxacc/0.75"] == 1 / 6
+
+
+def test_refcoco_reads_run_lengths():
+    from pycocotools import mask as codec
+
+    mask = np.zeros((40, 60), bool)
+    mask[10:30, 15:45] = True
+    runs = codec.encode(np.asfortranarray(mask, "uint8"))
+    text = "<loc0256><loc0256><loc0767><loc0767>" + "<seg000>" * 16
+    scores = metrics.refcoco(
+        [text, text + " and more", "<loc0001>" + text],
+        [(0.25, 0.25, 0.75, 0.75)] * 3,
+        [runs, mask, mask],
+        lambda codes: np.ones((len(codes), 64, 64), "float32"),
+    )
+    each = scores.columns["miou"]
+    assert each[0] == each[1] > 0.9
+    assert each[2] == 0
+
+
+def spotted(match_text=True):
+    """Two readable words, one that nobody can read, three boxes."""
+
+    def square(x):
+        return [(x, 10), (x + 20, 10), (x + 20, 30), (x, 30)]
+
+    def box(x, word):
+        edges = (10 / 100, x / 200, 30 / 100, (x + 20) / 200)
+        return (
+            "".join(f"<loc{round(e * 1023):04d}>" for e in edges) + f" {word}"
+        )
+
+    text = " ; ".join([box(20, "EXIT"), box(60, "open"), box(100, "blur")])
+    return metrics.text_detection(
+        [text, ""],
+        [[square(20), square(61), square(101)], [square(20)]],
+        [["EXIT", "OPEN", "###"], ["more"]],
+        [(100, 200), (100, 200)],
+        match_text,
+    ).values()
+
+
+def test_text_detection():
+    assert spotted() == {"precision": 1 / 2, "recall": 1 / 3, "f1": 2 / 5}
+    assert spotted(False) == {"precision": 1, "recall": 2 / 3, "f1": 4 / 5}
+    with pytest.raises(ValueError, match="2 polygons and 1 texts"):
+        metrics.text_detection(
+            [""], [[[(0, 0), (1, 0), (1, 1)]] * 2], [["a"]], [(9, 9)]
+        )
+
+
+def test_description_lengths():
+    texts = ['He said "stop." It is 3.5 m... Then', "One", ""]
+    scores = metrics.description_lengths(texts)
+    assert scores.columns["avg_sent"].tolist() == [3, 1, 0]
+    assert scores.values()["avg_char"] == sum(map(len, texts)) / 3
+
+
+def test_judged_says_what_to_bring():
+    for name in ("radgraph_f1", "nes", "toxicity"):
+        with pytest.raises(ValueError, match=f"{name} is decided.*judge"):
+            metrics.judged(name, ["text"], ["right"])
+    with pytest.raises(ValueError, match="returned 1 numbers. Expected: 2"):
+        metrics.judged("nes", ["a", "b"], judge=lambda *_: [1])
+    values = metrics.judged("nes", ["a", "b"], judge=lambda *_: [1, 0]).values()
+    assert values == {"nes": 0.5}

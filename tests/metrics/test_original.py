@@ -1,0 +1,127 @@
+"""Every evaluator of the original, to the last digit of its numbers."""
+
+import json
+
+import pytest
+
+from keras_paligemma.metrics import answers
+from keras_paligemma.metrics import charts
+from keras_paligemma.metrics import choices
+from keras_paligemma.metrics import counting
+from keras_paligemma.metrics import normalised_answers as vqav2
+from keras_paligemma.metrics import remote_sensing
+from keras_paligemma.metrics.edits import edit_distance
+from keras_paligemma.metrics.edits import plain_edit_distance
+from tests.conftest import GOLDEN
+
+CASES = json.loads((GOLDEN / "metrics.json").read_text())
+
+
+def check(scores, wanted):
+    """Compare values, and counts under the original's names, exactly."""
+    counts = scores.counts()
+    found = scores.values() | {"num": len(scores)}
+    found |= {
+        name.replace("acc/", "num/"): count
+        for name, count in counts.items()
+        if name.startswith("acc/")
+    }
+    assert {name: found[name] for name in wanted} == wanted
+    assert set(found) - set(wanted) <= {"acc_any", "anls"}
+
+
+@pytest.mark.parametrize("case", CASES["vqav2_postprocess"])
+def test_vqav2_normalises(case):
+    assert vqav2.strip_space(case["text"]) == case["stripped"]
+    assert vqav2.normalise(case["stripped"]) == case["out"]
+
+
+def test_vqav2():
+    case = CASES["vqav2"]
+    scores = vqav2.vqav2(case["preds"], case["answers"], case["answer_type"])
+    assert scores.columns["acc"].tolist() == case["per_example"]
+    check(scores, case["result"])
+
+
+@pytest.mark.parametrize("name", ["vqa_multi", "vqa_single"])
+@pytest.mark.parametrize("lower", [False, True])
+def test_vqa(name, lower):
+    case = CASES[name]
+    right = case["answers" if name == "vqa_multi" else "answer"]
+    scores = answers.vqa(case["preds"], right, lower)
+    check(scores, case["result_lower" if lower else "result"])
+
+
+def test_anls():
+    for case in CASES["anls"]:
+        assert answers.anls(case["target"], case["prediction"]) == case["score"]
+
+
+def test_relaxed_accuracy():
+    for case in CASES["relaxed_match"]:
+        found = charts.relaxed_match(case["target"], case["prediction"])
+        assert found == case["match"], case
+    case = CASES["chartqa"]
+    scores = charts.relaxed_accuracy(case["preds"], case["answer"])
+    check(scores, case["result_lower"])
+
+
+def test_relaxed_accuracy_averages_augmented_and_human():
+    kinds = ["human", "augmented", "augmented", "augmented"]
+    scores = charts.relaxed_accuracy(["1"] * 4, ["2", "1", "1", "5"], kinds)
+    values = scores.values()
+    assert values["relaxed_acc/human"] == 0
+    assert values["relaxed_acc/augmented"] == 2 / 3
+    assert values["relaxed_acc/mean"] == 1 / 3
+    assert values["relaxed_acc"] == 0.5
+
+
+def test_tallyqa():
+    case = CASES["tallyqa"]
+    scores = counting.tallyqa(case["preds"], case["answer"], case["issimple"])
+    check(scores, case["result"])
+
+
+def test_science_qa():
+    case = CASES["science_qa"]
+    assert [choices.choice(one) for one in case["preds"]] == case["parsed"]
+    check(choices.science_qa(case["preds"], case["answer"]), case["result"])
+
+
+def test_rsvqa():
+    case = CASES["rsvqa"]
+    scores = remote_sensing.rsvqa(
+        case["preds"], case["answers"], case["question_type"]
+    )
+    check(scores, case["result_lower"])
+
+
+def test_pope():
+    case = CASES["pope"]
+    check(answers.yes_or_no(case["preds"], case["answer"]), case["result"])
+
+
+def test_edit_distance_needs_no_library():
+    pairs = [("", ""), ("a", ""), ("kitten", "sitting"), ("abc", "cab")]
+    pairs += [(list("ab\n"), list("b")), ("straße", "strasse")]
+    for first, second in pairs:
+        fast = edit_distance(first, second)
+        assert plain_edit_distance(first, second) == fast
+        assert plain_edit_distance(second, first) == fast
+
+
+@pytest.mark.parametrize(
+    ("function", "columns", "message"),
+    [
+        (answers.vqa, [["a"], []], "'predictions': 1, 'answers': 0"),
+        (answers.vqa, [[], []], "one or more rows"),
+        (answers.vqa, [["a"], [[]]], "Row 0 has no right answer"),
+        (answers.vqa, [[None], ["a"]], "row 0 is no text"),
+        (vqav2.vqav2, [["a"], [["a"] * 9]], "ten answers"),
+        (vqav2.vqav2, [["a"], [["a"] * 10], ["word"]], r"\['word'\]"),
+        (remote_sensing.rsvqa, [["a"], [["a"]], ["size"]], r"\['size'\]"),
+    ],
+)
+def test_bad_columns_are_refused(function, columns, message):
+    with pytest.raises(ValueError, match=message):
+        function(*columns)
