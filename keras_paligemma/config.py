@@ -89,6 +89,15 @@ def _number(least, most, default=MISSING, optional=False):
     return _field(expected, fits, default, optional)
 
 
+def _scale(default=MISSING, optional=False):
+    def fits(value):
+        real = isinstance(value, numbers.Real) and type(value) is not bool
+        return real and 1e-30 <= abs(value) <= 1e30
+
+    expected = "a number other than 0 whose size a float32 holds"
+    return _field(expected, fits, default, optional)
+
+
 def _flag(default=MISSING):
     return _field("True or False", lambda value: type(value) is bool, default)
 
@@ -349,7 +358,7 @@ class LoraConfig(Checked):
     """
 
     rank: int = _whole(65_536)
-    alpha: float | None = _number(-1e30, 1e30, None, True)
+    alpha: float | None = _scale(None, optional=True)
     targets: tuple[str, ...] | None = _texts(None, True)
     dropout: float = _number(0, 0.999_999, 0.0)
     rslora: bool = _flag(False)
