@@ -32,7 +32,8 @@ backends: export JAX_COMPILATION_CACHE_DIR ?= \
 backends: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 backends: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
-BY_BACKEND := tests/layers tests/models tests/preprocessing/test_inputs.py \
+BY_BACKEND := tests/layers tests/models tests/quantization tests/tuning \
+	tests/preprocessing/test_inputs.py \
 	tests/preprocessing/test_preprocessor.py \
 	tests/checkpoints/test_formats.py tests/data/test_fit.py
 GRAPHS := tests/export/test_checkpoint.py tests/export/test_dtypes.py \
@@ -44,7 +45,7 @@ backends: .venv/for-test
 	KERAS_BACKEND=tensorflow $(PYTEST) $(BY_BACKEND) $(GRAPHS) \
 		tests/export/test_savedmodel.py tests/training/test_checkpoint.py
 	KERAS_BACKEND=tensorflow TF_ENABLE_ONEDNN_OPTS=0 $(PYTEST) \
-		tests/models/test_losses.py -k gradients
+		tests/tuning/test_losses.py -k gradients
 
 notebooks: .venv/for-test
 	KERAS_BACKEND=jax $(RUN) -m pytest --nbmake -W default notebooks

@@ -25,13 +25,13 @@ from keras import ops
 from benchmarks.export import peak_of
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
-from keras_paligemma.checkpoints.float_views import FloatView
-from keras_paligemma.checkpoints.float_views import float_views
-from keras_paligemma.layers.low_bit import LowBit
 from keras_paligemma.layers.projection import Projection
-from keras_paligemma.layers.rounding import order_and_factor
-from keras_paligemma.layers.rounding import round_for
 from keras_paligemma.layers.stack import stable_name
+from keras_paligemma.quantization.dequantized_views import DequantizedView
+from keras_paligemma.quantization.dequantized_views import dequantized_views
+from keras_paligemma.quantization.rounding import order_and_factor
+from keras_paligemma.quantization.rounding import round_for
+from keras_paligemma.quantization.storage import QuantizedFormat
 from presets.nano import scenes
 from presets.nano.fetch import HELD_OUT_STYLES
 from presets.nano.fetch import TRAINED_STYLES
@@ -95,7 +95,7 @@ def nano_products(models, examples):
     plain = models[None]
     sums = moments(plain, examples)
     views = {
-        name: float_views(model.backbone.weights_by_name())
+        name: dequantized_views(model.backbone.weights_by_name())
         for name, model in models.items()
         if name
     }
@@ -116,7 +116,7 @@ def nano_products(models, examples):
         for which, found in views.items():
             view = found[name]
             view = view[int(number[1])] if number else view
-            if isinstance(view, FloatView):
+            if isinstance(view, DequantizedView):
                 change = view.numpy() - kernel
                 rows.setdefault(name, {}).setdefault(which, []).append(
                     (
@@ -173,7 +173,7 @@ def nano(count):
 def wide(inputs, outputs, rows=4096):
     """Round one normal kernel for correlated inputs, and time it."""
     random = np.random.default_rng(0)
-    layout = LowBit("int4", (inputs, outputs), (0,))
+    layout = QuantizedFormat("int4", (inputs, outputs), (0,))
     kernel = random.standard_normal((inputs, outputs), "float32")
     mixed = random.standard_normal((inputs // 4, inputs), "float32")
 

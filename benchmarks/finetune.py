@@ -337,9 +337,9 @@ def main(arguments):
         ("KerasHub", "both", "unrolled", "none"),
         ("transformers", "both", "unrolled", "none"),
         ("ours", "both", "unrolled", "none"),
-        ("ours", "both", "stacked", "block"),
+        ("ours", "both", "scanned", "block"),
         ("ours", "decoder", "unrolled", "none"),
-        ("ours", "decoder", "stacked", "block"),
+        ("ours", "decoder", "scanned", "block"),
     ]
     if arguments.compile:
         rows = [rows[0], *rows[2:4]]

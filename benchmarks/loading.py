@@ -98,7 +98,7 @@ def sharded(path, form):
     mesh = keras.distribution.DeviceMesh((1, 8), ["batch", "model"])
     layout = keras.distribution.LayoutMap(mesh)
     for pattern, axes in LAYOUT.items():
-        if "blocks" in pattern and form == "stacked":
+        if "blocks" in pattern and form == "scanned":
             axes = (None, *axes)
         layout[pattern] = axes
     keras.distribution.set_distribution(
@@ -180,7 +180,7 @@ LOADERS = {
     "KerasHub": keras_hub,
     "plain": plain,
     "unrolled": functools.partial(sharded, form="unrolled"),
-    "stacked": functools.partial(sharded, form="stacked"),
+    "scanned": functools.partial(sharded, form="scanned"),
 }
 
 
@@ -213,7 +213,7 @@ def measure(loader, path):
     done.set()
     watcher.join()
     found = {"seconds": seconds, "peak": peak[0] - start}
-    if loader in ("unrolled", "stacked"):
+    if loader in ("unrolled", "scanned"):
         found |= held_by_devices(kept)
     print(json.dumps(found))
 
@@ -222,7 +222,7 @@ def run(loader, path, runs=RUNS):
     """Measure in fresh processes; medians."""
     results = []
     flags = {}
-    if loader in ("unrolled", "stacked"):
+    if loader in ("unrolled", "scanned"):
         flags = {"XLA_FLAGS": DEVICES, "KERAS_BACKEND": "jax"}
     for _ in range(runs):
         process = subprocess.run(
@@ -282,7 +282,7 @@ def main_sharded(runs):
         )
         print("| --- | --- | --- | --- | --- | --- | --- |")
         for name in formats:
-            for form in ("unrolled", "stacked"):
+            for form in ("unrolled", "scanned"):
                 found = run(form, folder / PATHS[name], runs)
                 # What is not sharded lies on each device, which is the
                 # layout's choice.

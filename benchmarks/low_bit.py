@@ -1,4 +1,4 @@
-"""What rounding to few bits costs: `python -m benchmarks.low_bit`.
+"""What rounding to few bits costs: `python -m benchmarks.quantized_format`.
 
 Prints, as tables: the error of each weight of the nano preset and of random
 weights of 3b's widths, as a share of the weight's Frobenius norm; and how far
@@ -18,9 +18,9 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import presets
 from keras_paligemma import without_values
-from keras_paligemma.checkpoints.float_views import FloatView
-from keras_paligemma.checkpoints.float_views import float_views
-from keras_paligemma.layers.low_bit import LowBit
+from keras_paligemma.quantization.dequantized_views import DequantizedView
+from keras_paligemma.quantization.dequantized_views import dequantized_views
+from keras_paligemma.quantization.storage import QuantizedFormat
 
 MODES = ("int8", "int4")
 NANO = "pali_gemma2_nano_112"
@@ -47,9 +47,9 @@ def layouts(fields, mode):
             **fields, form="unrolled", quantization=mode
         )
     found = {}
-    for name, view in float_views(backbone.weights_by_name()).items():
+    for name, view in dequantized_views(backbone.weights_by_name()).items():
         view = view if isinstance(view, list) else [view]
-        if isinstance(view[0], FloatView):
+        if isinstance(view[0], DequantizedView):
             found[name] = [one.layout for one in view]
     return found
 
@@ -74,7 +74,7 @@ def random_errors(mode):
     for name, (layout, *_) in layouts(fields, mode).items():
         shape = layout.shape
         if shape[0] > 100_000:
-            layout = LowBit(mode, (8192, *shape[1:]), layout.axes)
+            layout = QuantizedFormat(mode, (8192, *shape[1:]), layout.axes)
         array = random.standard_normal(layout.shape, "float32")
         began = time.perf_counter()
         layout.quantize(array)

@@ -83,7 +83,7 @@ def rows(form):
 
 
 if __name__ == "__main__":
-    for form in ("unrolled", "stacked"):
+    for form in ("unrolled", "scanned"):
         for what, whom, found in rows(form):
             backend = keras.backend.backend()
             print(f"| {backend} {form} | {what} | {whom} | {found:.1e} |")

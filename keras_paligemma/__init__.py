@@ -9,16 +9,16 @@ import sys
 from keras_paligemma.lazy import attach
 
 _HOME = {
-    "Adam": "models.optimizers",
+    "Adam": "tuning.optimizers",
     "PaliGemmaBackbone": "models.backbone",
     "PaliGemmaCausalLM": "models.causal_lm",
     "PaliGemmaCausalLMPreprocessor": "preprocessing.preprocessor",
     "PaliGemmaImageConverter": "preprocessing.image_converter",
     "PaliGemmaTokenizer": "preprocessing.tokenizer",
-    "StreamedCrossEntropy": "models.losses",
+    "StreamedCrossEntropy": "tuning.losses",
     "TextDecoderConfig": "config",
     "VisionEncoderConfig": "config",
-    "transfer_recipe": "models.optimizers",
+    "transfer_recipe": "tuning.optimizers",
     "without_values": "compat",
 }
 

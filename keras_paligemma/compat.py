@@ -50,7 +50,7 @@ def fill(variable, value):
     value is ever drawn. Where a distribution is active, that door would put
     the whole array on the first device; each shard is cut out on the host and
     cast there instead, one at a time, so that no second whole array exists.
-    What stands for a variable, such as a `FloatView`, is assigned to.
+    What stands for a variable, such as a `DequantizedView`, is assigned to.
 
     JAX is given the array as it lies, a transposed view too, and copies and
     casts it by itself: `jnp.asarray`, Keras's way, lets NumPy copy such views

@@ -384,7 +384,7 @@ class BackboneConfig(Checked):
         vision_encoder: `VisionEncoderConfig`.
         text_decoder: `TextDecoderConfig`.
         lora: `LoraConfig` or `None`.
-        quantization: `None`, `"int8"` or `"int4"`, see `layers.low_bit`.
+        quantization: `None`, `"int8"` or `"int4"`, see `quantization.storage`.
 
     Example:
 

@@ -25,7 +25,7 @@ from keras_paligemma import shipped
 from keras_paligemma.tasks.boxes import Box
 from keras_paligemma.tasks.boxes import draw_boxes
 from keras_paligemma.tasks.boxes import parse_boxes
-from keras_paligemma.tasks.sheets import contact_sheet
+from keras_paligemma.tasks.contact_sheet import contact_sheet
 
 NANO = "pali_gemma2_nano_112"
 EXAMPLES = shipped.folder("examples")

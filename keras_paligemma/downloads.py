@@ -7,7 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from keras_paligemma import known_files
+from keras_paligemma import checksums
 
 # What a model's folder may hold, whatever its format; hubs keep more.
 SMALL = ("*.json", "*.model", "*.spm")
@@ -273,9 +273,9 @@ def _difference(draft, info):
     size = draft.stat().st_size
     if size != info["size"]:
         return f"expected {info['size']} bytes, received {size}"
-    if size in known_files.KNOWN:
+    if size in checksums.KNOWN:
         try:
-            known_files.read_checked(draft)
+            checksums.read_checked(draft)
         except ValueError as error:
             return str(error)
     if wanted := info.get("md5Hash"):

@@ -18,7 +18,7 @@ from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import cli
 from keras_paligemma import downloads
 from keras_paligemma.checkpoints import formats
-from keras_paligemma.checkpoints import npz
+from keras_paligemma.checkpoints.storage import npz
 from keras_paligemma.cli.convert import progress
 from keras_paligemma.cli.options import read_fields
 from tests.conftest import GOLDEN

@@ -161,9 +161,9 @@ def test_files_that_are_no_json(tmp_path, content, message):
 
 
 def test_the_rules_to_resize_are_those_that_exist():
-    from keras_paligemma.layers import low_bit
     from keras_paligemma.preprocessing.resize import RULES
+    from keras_paligemma.quantization import storage
 
     assert set(configs.RESIZES) == set(RULES)
     for quantization in configs.QUANTIZATIONS:
-        low_bit.LowBit(quantization, (256, 8), (0,))
+        storage.QuantizedFormat(quantization, (256, 8), (0,))

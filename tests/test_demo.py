@@ -11,7 +11,7 @@ from rich.console import Console
 from keras_paligemma import demo
 from keras_paligemma.demo import Sight
 from keras_paligemma.preprocessing.images import read_image
-from keras_paligemma.tasks import sheets
+from keras_paligemma.tasks import contact_sheet
 from keras_paligemma.tasks.boxes import Box
 from tests.conftest import PRESETS
 from tests.conftest import TEXT
@@ -126,7 +126,10 @@ def test_draws_every_picture_and_a_sheet(paths, tmp_path):
     ]
     shapes = [read_image(path).shape for path in written]
     assert shapes[:2] == [(320, 480, 3), (490, 420, 3)]
-    assert shapes[2][0] > sheets.CELL and shapes[2][1] > 2 * sheets.CELL
+    assert (
+        shapes[2][0] > contact_sheet.CELL
+        and shapes[2][1] > 2 * contact_sheet.CELL
+    )
     assert np.ptp(read_image(written[0])) > 0
 
 

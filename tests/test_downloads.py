@@ -6,8 +6,8 @@ import hashlib
 import fsspec
 import pytest
 
+from keras_paligemma import checksums
 from keras_paligemma import downloads
-from keras_paligemma import known_files
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_sizes_are_told_without_a_download(bucket, monkeypatch):
 def test_a_known_file_that_is_another(bucket, tmp_path, monkeypatch):
     """A bucket that tells no hash: size and content are known here."""
     wanted = hashlib.sha256(b"pieces").hexdigest()
-    monkeypatch.setattr(known_files, "KNOWN", {6: ("the toy", wanted)})
+    monkeypatch.setattr(checksums, "KNOWN", {6: ("the toy", wanted)})
     path = "bucket/model/tokenizer.model"
     downloads.fetch_files(bucket, path, tmp_path)
     (tmp_path / path).unlink()

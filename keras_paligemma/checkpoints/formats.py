@@ -13,13 +13,13 @@ from keras_paligemma import atomic
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import big_vision
 from keras_paligemma.checkpoints import engine
-from keras_paligemma.checkpoints import h5_files
 from keras_paligemma.checkpoints import hugging_face
 from keras_paligemma.checkpoints import keras_hub
-from keras_paligemma.checkpoints import keras_hub_config
-from keras_paligemma.checkpoints import npz
-from keras_paligemma.checkpoints import safetensors_files
 from keras_paligemma.checkpoints.finite import Finite
+from keras_paligemma.checkpoints.keras_hub import config as keras_hub_config
+from keras_paligemma.checkpoints.storage import h5
+from keras_paligemma.checkpoints.storage import npz
+from keras_paligemma.checkpoints.storage import safetensors
 from keras_paligemma.config import BackboneConfig
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
@@ -275,7 +275,7 @@ def _recognise(folder):
 
 def _keras(folder, fields, load_weights, headers):
     config = presets.read_folder(folder, load_weights)
-    files = safetensors_files.find(folder) if load_weights else []
+    files = safetensors.find(folder) if load_weights else []
     low_bit = config.backbone.quantization is not None
     return Checkpoint(
         "keras",
@@ -283,14 +283,14 @@ def _keras(folder, fields, load_weights, headers):
         None,
         files,
         _tokenizer(folder),
-        _opener(safetensors_files.open_safetensors, files, headers, low_bit),
+        _opener(safetensors.open_safetensors, files, headers, low_bit),
     )
 
 
 def _transformers(folder, fields, load_weights, headers):
     found = hugging_face.read_config(folder)
-    files = safetensors_files.find(folder) if load_weights else []
-    open_all = _opener(safetensors_files.open_safetensors, files, headers)
+    files = safetensors.find(folder) if load_weights else []
+    open_all = _opener(safetensors.open_safetensors, files, headers)
 
     @contextlib.contextmanager
     def open_files():
@@ -321,7 +321,7 @@ def _transformers(folder, fields, load_weights, headers):
 def _keras_hub(folder, fields, load_weights, headers):
     found = keras_hub_config.read(folder, load_weights)
     files = found["weights"] if load_weights else []
-    open_files = _opener(h5_files.open_h5, files, headers)
+    open_files = _opener(h5.open_h5, files, headers)
     checkpoint = Checkpoint(
         "keras_hub",
         found["config"],

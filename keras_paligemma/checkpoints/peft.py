@@ -10,11 +10,11 @@ from keras_paligemma import atomic
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import hugging_face
 from keras_paligemma.checkpoints import peft_config
-from keras_paligemma.checkpoints import safetensors_files
 from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.checkpoints.engine import LAYER
 from keras_paligemma.checkpoints.engine import Row
-from keras_paligemma.checkpoints.float_views import FloatView
+from keras_paligemma.checkpoints.storage import safetensors
+from keras_paligemma.quantization.dequantized_views import DequantizedView
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -131,7 +131,7 @@ def find(folder):
         )
     config = peft_config.read(folder / CONFIG)
     return config, functools.partial(
-        safetensors_files.open_safetensors, [folder / WEIGHTS]
+        safetensors.open_safetensors, [folder / WEIGHTS]
     )
 
 
@@ -363,7 +363,7 @@ def _check(config, lora, entries, weights, found):
 
 def _is_low_bit(weight):
     first = weight[0] if isinstance(weight, list) else weight
-    return isinstance(first, FloatView)
+    return isinstance(first, DequantizedView)
 
 
 def _tie(config, whole, weights):

@@ -5,7 +5,7 @@ import sys
 
 from keras_paligemma.atomic import refuse_in_use
 from keras_paligemma.atomic import whole_folder
-from keras_paligemma.export import elsewhere
+from keras_paligemma.export import backend_process
 
 ENTRY = "saved_model.pb"
 FORMATS = ("savedmodel", "tf_saved_model")
@@ -63,7 +63,9 @@ def export(model, filepath, format="savedmodel"):
         variables = model.backbone.variables
         write(model, ((one, one.value) for one in variables), filepath)
     else:
-        elsewhere.write_elsewhere(model, filepath, "tensorflow", __name__)
+        backend_process.write_in_backend(
+            model, filepath, "tensorflow", __name__
+        )
 
 
 def check_preprocessor(model):
@@ -126,7 +128,7 @@ def write(model, values, folder):
 
 def main(preset, folder):
     """Read a model and export it: the process that has TensorFlow."""
-    write(*elsewhere.read_in_parts(preset), folder)
+    write(*backend_process.read_in_parts(preset), folder)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_paligemma.checkpoints.safetensors_files import write_safetensors
+from keras_paligemma.checkpoints.storage.safetensors import write_safetensors
 from keras_paligemma.compat import compiling_for
 from keras_paligemma.compat import to_host
 from keras_paligemma.export.forward import response_logits

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from keras_paligemma.atomic import refuse_in_use
 from keras_paligemma.atomic import whole_folder
-from keras_paligemma.export import elsewhere
+from keras_paligemma.export import backend_process
 from keras_paligemma.export import savedmodel
 
 
@@ -97,7 +97,9 @@ def export(model, filepath, format="savedmodel"):
     if keras.backend.backend() == backend:
         write(model, filepath, format)
     else:
-        elsewhere.write_elsewhere(model, filepath, backend, __name__, format)
+        backend_process.write_in_backend(
+            model, filepath, backend, __name__, format
+        )
 
 
 def check(filepath, format):
@@ -141,7 +143,7 @@ def write(model, folder, format):
 
 def main(preset, folder, format):
     """Read a model and export it: the process that has the backend."""
-    write(elsewhere.read(preset), Path(folder), format)
+    write(backend_process.read(preset), Path(folder), format)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ V vocabulary.
 import keras
 from keras import ops
 
-from keras_paligemma.layers import by_head
+from keras_paligemma.layers import cpu_attention
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.remat import recompute
 from keras_paligemma.layers.splash import PrefixMask
@@ -135,7 +135,7 @@ def attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None):
     Query head n reads key-value head n // (N / K): no key is repeated in
     memory. Products, cap and softmax are in float32 whatever the inputs. A
     backward pass computes the weights again (`recompute`), and JAX on a CPU
-    goes head by head (`by_head`).
+    goes head by head (`cpu_attention`).
 
     Args:
         query_BTNH: tensor, already scaled.
@@ -148,8 +148,10 @@ def attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None):
         Tensor (batch, tokens, query heads, head_dim), dtype of the values.
     """
 
-    if by_head.suits(ops.shape(query_BTNH), ops.shape(key_BSKH)):
-        return by_head.attend_by_head(
+    if cpu_attention.should_use_cpu_attention(
+        ops.shape(query_BTNH), ops.shape(key_BSKH)
+    ):
+        return cpu_attention.attend_on_cpu(
             query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap, MASKED
         )
 

@@ -16,7 +16,7 @@ _SEED = contextvars.ContextVar("dropout_seed", default=None)
 
 
 @contextlib.contextmanager
-def dropping(seed, number):
+def dropout_scope(seed, number):
     """Let `drop` work inside of a block.
 
     Args:
@@ -37,7 +37,7 @@ def dropping(seed, number):
 
 
 def drop(x, rate, place):
-    """Zero a share of `x` and scale up the rest, where `dropping` is on.
+    """Zero a share of `x` and scale up the rest, where `dropout_scope` is on.
 
     Args:
         x: tensor.

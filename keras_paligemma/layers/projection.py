@@ -7,9 +7,9 @@ from keras import ops
 
 from keras_paligemma.compat import platform
 from keras_paligemma.layers.dropout import drop
-from keras_paligemma.layers.low_bit import LowBit
-from keras_paligemma.layers.low_bit import add_low_bit_weight
-from keras_paligemma.layers.low_bit_product import low_bit_product
+from keras_paligemma.quantization.products import quantized_product
+from keras_paligemma.quantization.storage import QuantizedFormat
+from keras_paligemma.quantization.storage import add_quantized_weight
 
 
 class Projection(keras.layers.Layer):
@@ -63,9 +63,9 @@ class Projection(keras.layers.Layer):
         self.kernel_initializer = kernel_initializer or normal(
             math.prod(self.input_axes)
         )
-        self.low_bit = None
+        self.quantized_format = None
         if quantization is not None:
-            self.low_bit = LowBit(
+            self.quantized_format = QuantizedFormat(
                 quantization,
                 self.input_axes + self.output_axes,
                 tuple(range(len(self.input_axes))),
@@ -77,9 +77,9 @@ class Projection(keras.layers.Layer):
         self.observer = None
 
     def build(self, input_shape=None):
-        if self.low_bit is not None:
-            self.kernel, self.kernel_scale = add_low_bit_weight(
-                self, self.low_bit, self.kernel_initializer, "kernel"
+        if self.quantized_format is not None:
+            self.kernel, self.kernel_scale = add_quantized_weight(
+                self, self.quantized_format, self.kernel_initializer, "kernel"
             )
         else:
             self.kernel = self.add_weight(
@@ -166,9 +166,11 @@ class Projection(keras.layers.Layer):
         return ops.cast(self.adapter_scale * piece, dtype)
 
     def _product(self, x):
-        if self.low_bit is None:
+        if self.quantized_format is None:
             return contract(x, self.kernel, self.input_axes)
-        return low_bit_product(self.low_bit, self.kernel, self.kernel_scale, x)
+        return quantized_product(
+            self.quantized_format, self.kernel, self.kernel_scale, x
+        )
 
 
 def contract(x, kernel, input_axes):

@@ -34,7 +34,7 @@ class PrefixMask(NamedTuple):
     response_BR: object
 
 
-def suits(batch_size, num_key_value_heads, head_dim):
+def should_use_splash(batch_size, num_key_value_heads, head_dim):
     """Say whether attention is to be fused here: the one switch.
 
     Args:

@@ -1,4 +1,4 @@
-"""One block, N times: unrolled or stacked."""
+"""One block, N times: unrolled or scanned."""
 
 import contextlib
 import re
@@ -8,23 +8,23 @@ import numpy as np
 from keras import ops
 
 from keras_paligemma.compat import without_values
-from keras_paligemma.layers.dropout import dropping
-from keras_paligemma.layers.low_bit_product import lending
+from keras_paligemma.layers.dropout import dropout_scope
 from keras_paligemma.layers.remat import check_remat
 from keras_paligemma.layers.remat import rematerialize
-from keras_paligemma.layers.sharing import as_stored
+from keras_paligemma.layers.shard_spec import as_stored
+from keras_paligemma.quantization.products import stacked_weights_scope
 
-FORMS = ("auto", "unrolled", "stacked")
+FORMS = ("auto", "unrolled", "scanned")
 
 
 class LayerStack(keras.layers.Layer):
     """Repeat a block, in one of two forms with the same weights and results.
 
     *Unrolled* holds N blocks in a list: the plain form, and the reference for
-    the other. *Stacked* holds one block's weights with a leading layer axis
+    the other. *Scanned* holds one block's weights with a leading layer axis
     and runs them under `keras.ops.scan`: compile time does not grow with
     depth, and with `remat` only one block's activations live at a time. TPUs
-    fuse the layer's slice into the product, so stacked costs nothing there;
+    fuse the layer's slice into the product, so scanned costs nothing there;
     CPUs copy each slice, so unrolled is twice as fast there.
 
     Both forms know their weights by the same names ("attention/query/kernel"),
@@ -33,7 +33,7 @@ class LayerStack(keras.layers.Layer):
     Args:
         make_block: function of no arguments that returns a new block.
         num_layers: int N.
-        form: "unrolled", "stacked" or "auto": stacked on TPU, else unrolled.
+        form: "unrolled", "scanned" or "auto": scanned on TPU, else unrolled.
         remat: what the backward pass computes again, see `layers.remat`.
         numbered: bool, hand each block its number as `number`.
 
@@ -66,22 +66,22 @@ class LayerStack(keras.layers.Layer):
         check_remat(remat)
         self.make_block = make_block
         self.num_layers = num_layers
-        self.stacked = form == "stacked" or (form == "auto" and _on_tpu())
+        self.scanned = form == "scanned" or (form == "auto" and _on_tpu())
         self.remat = remat
         # Of an odd number of blocks all stay single, as with "block".
-        self.in_pairs = self.stacked and remat == "pair" and num_layers % 2 == 0
+        self.in_pairs = self.scanned and remat == "pair" and num_layers % 2 == 0
         self.numbered = numbered
         self.seed_generator = None
 
     def build(self, input_shape=None):
-        if self.stacked:
+        if self.scanned:
             # The template's own variables never get values: it lends its
             # code, and each scan step lends it a slice of the stack. Behind a
             # function, Keras neither tracks nor saves it.
             template = self.make_block()
             self._template = lambda: template
             self._stacks = {}
-            self.change(lambda block: block.build())
+            self.apply_to_blocks(lambda block: block.build())
         else:
             # Tracked, but out of sight of Keras's saving, which would write
             # every block apart; `save_own_variables` writes the shared names.
@@ -94,14 +94,14 @@ class LayerStack(keras.layers.Layer):
 
     def each_block(self):
         """List the blocks of the unrolled form, first to last."""
-        if self.stacked:
+        if self.scanned:
             raise ValueError(
                 "Stacked blocks share one layer: there is no list of them. "
                 "Build or load the model with `form='unrolled'`."
             )
         return list(self._layers)
 
-    def change(self, function):
+    def apply_to_blocks(self, function):
         """Do something to the structure of every block: add an adapter, say.
 
         Args:
@@ -109,7 +109,7 @@ class LayerStack(keras.layers.Layer):
                 with the one that stands for all, whose new variables then get
                 stacked ones.
         """
-        if not self.stacked:
+        if not self.scanned:
             for block in self._layers:
                 function(block)
             return
@@ -137,8 +137,8 @@ class LayerStack(keras.layers.Layer):
                 autocast=variable._autocast,
                 name=last,
             )
-        if hasattr(variable, "low_bit"):
-            stack.low_bit = variable.low_bit
+        if hasattr(variable, "quantized_format"):
+            stack.quantized_format = variable.quantized_format
         return stack
 
     def enable_dropout(self):
@@ -161,7 +161,7 @@ class LayerStack(keras.layers.Layer):
             Dict of str to one stacked variable (layer axis first) or to a
             list of `num_layers` variables, in the same order in both forms.
         """
-        if self.stacked:
+        if self.scanned:
             return dict(self._stacks)
         named = [_named(block) for block in self._layers]
         return {name: [one[name] for one in named] for name in named[0]}
@@ -194,7 +194,7 @@ class LayerStack(keras.layers.Layer):
             A nest of arrays for the `cache` argument of a call. The batch is
             their first axis, where samplers that keep beams expect it.
         """
-        if self.stacked:
+        if self.scanned:
             shape = (shape_BSKH[0], self.num_layers, *shape_BSKH[1:])
             return ops.zeros(shape, dtype), ops.zeros(shape, dtype)
         return [
@@ -204,7 +204,7 @@ class LayerStack(keras.layers.Layer):
 
     def call(self, x, *args, cache=None, index=None, training=None):
         seed = self.draw_seed(training)
-        run = self._scan if self.stacked else self._unroll
+        run = self._scan if self.scanned else self._unroll
         return run(x, args, cache, index, seed)
 
     def _number(self, number):
@@ -215,7 +215,7 @@ class LayerStack(keras.layers.Layer):
             for number, block in enumerate(self._layers):
                 # The closure binds its block: remat calls it again later.
                 def run(x, *args, block=block, number=number):
-                    with dropping(seed, number):
+                    with dropout_scope(seed, number):
                         return block(x, *args, **self._number(number))
 
                 x = rematerialize(run, self.remat)(x, *args)
@@ -245,7 +245,7 @@ class LayerStack(keras.layers.Layer):
         lent = {
             id(variable): (self._stacks[name], values.pop(name))
             for name, variable in named.items()
-            if hasattr(variable, "low_bit")
+            if hasattr(variable, "quantized_format")
         }
         variables = [named[name] for name in values]
         stacks = list(values.values())
@@ -256,8 +256,8 @@ class LayerStack(keras.layers.Layer):
             mapping = list(zip(variables, slices, strict=True))
             with (
                 keras.StatelessScope(mapping),
-                dropping(seed, number),
-                lending(lent, number),
+                dropout_scope(seed, number),
+                stacked_weights_scope(lent, number),
             ):
                 return template(*args, **self._number(number), **kwargs)
 

@@ -16,20 +16,20 @@ from keras_paligemma.config import LoraConfig
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
 from keras_paligemma.layers.attention import token_positions
-from keras_paligemma.models import adapter_files
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
-from keras_paligemma.models import lora_weights
-from keras_paligemma.models import trainable
-from keras_paligemma.models.adapters import Adapters
 from keras_paligemma.models.inputs import check_images
 from keras_paligemma.models.inputs import full_masks
 from keras_paligemma.models.inputs import typed
-from keras_paligemma.models.lora import Lora
 from keras_paligemma.models.text_decoder import TextDecoder
-from keras_paligemma.models.turns import Turns
-from keras_paligemma.models.turns import alone
 from keras_paligemma.models.vision_encoder import VisionEncoder
+from keras_paligemma.tuning import adapter_files
+from keras_paligemma.tuning import lora_weights
+from keras_paligemma.tuning import trainable
+from keras_paligemma.tuning.adapters import Adapters
+from keras_paligemma.tuning.lora import Lora
+from keras_paligemma.turns import Turns
+from keras_paligemma.turns import alone
 
 
 def _decoder_size(field):
@@ -50,13 +50,13 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         image_size: int, side of a picture in pixels, a multiple of the patch.
         vision_encoder: `VisionEncoderConfig` or dict of its fields.
         text_decoder: `TextDecoderConfig` or dict of its fields.
-        form: form of repetition of the blocks: "auto", "stacked" or
+        form: form of repetition of the blocks: "auto", "scanned" or
             "unrolled"; see `layers.stack.LayerStack`.
         remat: `None`, "block", "dots" or "pair": what the backward computes
             again, see `layers.remat`.
         quantization: `None`, "int8" or "int4": storage of the kernels of both
             towers (not of the patches) and of the token embedding, which are
-            then frozen: adapters train on top. See `layers.low_bit`.
+            then frozen: adapters train on top. See `quantization.storage`.
         lora: `None` or dict of the arguments of `enable_lora`, which a saved
             model with adapters has.
         dtype: dtype policy of weights and computation.
@@ -214,7 +214,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
 
     @property
     def transformer_layers(self):
-        """The decoder's blocks, a sequence; stacked ones are no layers."""
+        """The decoder's blocks, a sequence; scanned ones are no layers."""
         # No list: Keras's saving would walk through it, and write each block
         # apart.
         return collections.UserList(self.text_decoder.blocks.each_block())

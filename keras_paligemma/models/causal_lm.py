@@ -12,15 +12,14 @@ from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
 from keras_paligemma.compat import rows_to_devices
 from keras_paligemma.compat import to_host
+from keras_paligemma.data.batches import as_dataset
+from keras_paligemma.data.batches import in_batches
+from keras_paligemma.data.batches import split
+from keras_paligemma.data.batches import steps_of
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
 from keras_paligemma.models import loader
-from keras_paligemma.models import trainable
 from keras_paligemma.models.backbone import PaliGemmaBackbone
-from keras_paligemma.models.batches import as_dataset
-from keras_paligemma.models.batches import in_batches
-from keras_paligemma.models.batches import split
-from keras_paligemma.models.batches import steps_of
 from keras_paligemma.models.generation import check_begun
 from keras_paligemma.models.generation import drop_after_stop
 from keras_paligemma.models.generation import generate_tokens
@@ -30,14 +29,6 @@ from keras_paligemma.models.generation import stops_of
 from keras_paligemma.models.inputs import check_targets
 from keras_paligemma.models.inputs import prompt_batch
 from keras_paligemma.models.inputs import typed
-from keras_paligemma.models.losses import StreamedCrossEntropy
-from keras_paligemma.models.losses import responses_only
-from keras_paligemma.models.losses import token_losses
-from keras_paligemma.models.optimizers import Adam
-from keras_paligemma.models.optimizers import check_moments
-from keras_paligemma.models.turns import alone
-from keras_paligemma.models.turns import batches_in_turn
-from keras_paligemma.models.turns import write_back
 from keras_paligemma.preprocessing.inputs import check_dictionary
 from keras_paligemma.preprocessing.inputs import prompt_text
 from keras_paligemma.preprocessing.inputs import to_ids
@@ -45,6 +36,15 @@ from keras_paligemma.preprocessing.inputs import to_strings
 from keras_paligemma.preprocessing.preprocessor import (
     PaliGemmaCausalLMPreprocessor,
 )
+from keras_paligemma.tuning import trainable
+from keras_paligemma.tuning.losses import StreamedCrossEntropy
+from keras_paligemma.tuning.losses import responses_only
+from keras_paligemma.tuning.losses import token_losses
+from keras_paligemma.tuning.optimizers import Adam
+from keras_paligemma.tuning.optimizers import check_moments
+from keras_paligemma.turns import alone
+from keras_paligemma.turns import batches_in_turn
+from keras_paligemma.turns import write_back
 
 loader.register()
 

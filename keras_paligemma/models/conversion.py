@@ -4,13 +4,13 @@ import dataclasses
 
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
-from keras_paligemma.checkpoints.float_views import float_views
-from keras_paligemma.checkpoints.held import hold
-from keras_paligemma.checkpoints.hugging_face_tokenizer import read_tokenizer
-from keras_paligemma.checkpoints.hugging_face_tokenizer import with_added_tokens
+from keras_paligemma.checkpoints.hugging_face.tokenizer import read_tokenizer
+from keras_paligemma.checkpoints.hugging_face.tokenizer import with_added_tokens
+from keras_paligemma.checkpoints.lazy_tensors import hold
 from keras_paligemma.models import exports
 from keras_paligemma.models.inspection import empty_weights
 from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
+from keras_paligemma.quantization.dequantized_views import dequantized_views
 
 
 def find(source, fields=None, tokenizer=None):
@@ -76,4 +76,4 @@ def write(
             dtype=dtype,
             piece_size=piece_size,
         )
-    return engine.count(float_views(weights))
+    return engine.count(dequantized_views(weights))

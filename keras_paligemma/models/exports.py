@@ -14,9 +14,9 @@ from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import hugging_face
 from keras_paligemma.checkpoints import keras_hub
-from keras_paligemma.checkpoints import npz
-from keras_paligemma.checkpoints import safetensors_files
 from keras_paligemma.checkpoints.peft import HEAD
+from keras_paligemma.checkpoints.storage import npz
+from keras_paligemma.checkpoints.storage import safetensors
 from keras_paligemma.compat import process
 from keras_paligemma.compat import wait_for_all
 from keras_paligemma.config import ModelConfig
@@ -108,7 +108,7 @@ def _piece_size(max_shard_size):
             "`max_shard_size` is a positive number of GiB, or None. Received: "
             f"{max_shard_size!r}."
         )
-    return min(int(max_shard_size * 2**30), safetensors_files.SHARD_SIZE)
+    return min(int(max_shard_size * 2**30), safetensors.SHARD_SIZE)
 
 
 def export_to_transformers(model, path):
@@ -258,7 +258,7 @@ def write(
 def _write_ours(folder, config, arrays, proto, piece_size):
     sizes = {} if piece_size is None else {"max_shard_size": piece_size}
     with presets.replaced(folder) as draft:
-        safetensors_files.write_safetensors(draft, arrays, **sizes)
+        safetensors.write_safetensors(draft, arrays, **sizes)
         if proto is not None:
             (draft / presets.TOKENIZER).write_bytes(proto)
         presets.write_config(draft, config)

@@ -6,12 +6,12 @@ import keras
 
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
-from keras_paligemma.checkpoints.float_views import float_views
-from keras_paligemma.checkpoints.held import hold
+from keras_paligemma.checkpoints.lazy_tensors import hold
 from keras_paligemma.checkpoints.positions import Resampled
 from keras_paligemma.compat import without_values
 from keras_paligemma.config import TOWER_OF
-from keras_paligemma.models import calibration as calibrating
+from keras_paligemma.quantization import calibration as calibrating
+from keras_paligemma.quantization.dequantized_views import dequantized_views
 
 POSITIONS = "vision_encoder/position_embedding"
 BACKBONE_KEYS = ("form", "remat", "quantize", "allow_nonfinite")
@@ -54,7 +54,7 @@ def load_backbone(
         quantize: "int8" or "int4": each weight is quantised as it is read.
             `None` keeps what the file has.
         calibration: list of preprocessed batches that "int4" is rounded for,
-            see `models.calibration`.
+            see `quantization.calibration`.
         allow_nonfinite: bool, take weights that are NaN or infinite.
         **kwargs: `form`, `remat`, `name`.
 
@@ -85,7 +85,7 @@ def load_backbone(
         backbone = cls(**fields)
     weights = backbone.weights_by_name()
     if stored is None:
-        weights = float_views(weights)
+        weights = dequantized_views(weights)
     rows = checkpoint.rows_for(weights)
     with checkpoint.open(allow_nonfinite) as tensors:
         if image_size is not None:

@@ -7,10 +7,10 @@ from keras_paligemma import downloads
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
-from keras_paligemma.checkpoints.float_views import float_views
-from keras_paligemma.checkpoints.safetensors_files import Headers
+from keras_paligemma.checkpoints.storage.safetensors import Headers
 from keras_paligemma.compat import without_values
 from keras_paligemma.models.backbone import PaliGemmaBackbone
+from keras_paligemma.quantization.dequantized_views import dequantized_views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def describe(checkpoint, weights):
     facts = {
         "format": checkpoint.format or "known by its name",
         "variant": checkpoint.variant or "none of the published",
-        "parameters": f"{engine.count(float_views(weights)):,}",
+        "parameters": f"{engine.count(dequantized_views(weights)):,}",
         "image size": backbone.image_size,
         "tokenizer": checkpoint.tokenizer or "none beside it",
     }

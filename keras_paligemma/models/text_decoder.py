@@ -10,14 +10,14 @@ from keras_paligemma.layers.attention import rotary_angles
 from keras_paligemma.layers.attention import soft_cap
 from keras_paligemma.layers.blocks import DecoderBlock
 from keras_paligemma.layers.blocks import RMSNorm
-from keras_paligemma.layers.low_bit import LowBit
-from keras_paligemma.layers.low_bit import add_low_bit_weight
-from keras_paligemma.layers.low_bit_product import low_bit_gradient
-from keras_paligemma.layers.low_bit_product import low_bit_product
 from keras_paligemma.layers.projection import normal
 from keras_paligemma.layers.splash import PrefixMask
-from keras_paligemma.layers.splash import suits
+from keras_paligemma.layers.splash import should_use_splash
 from keras_paligemma.layers.stack import LayerStack
+from keras_paligemma.quantization.products import quantized_gradient
+from keras_paligemma.quantization.products import quantized_product
+from keras_paligemma.quantization.storage import QuantizedFormat
+from keras_paligemma.quantization.storage import add_quantized_weight
 
 
 class TokenEmbedding(keras.layers.Layer):
@@ -51,15 +51,15 @@ class TokenEmbedding(keras.layers.Layer):
         self.hidden_dim = hidden_dim
         self.adapter_head = None
         self.logit_soft_cap = logit_soft_cap
-        self.low_bit = None
+        self.quantized_format = None
         if quantization is not None:
             shape = (vocabulary_size, hidden_dim)
-            self.low_bit = LowBit(quantization, shape, (1,))
+            self.quantized_format = QuantizedFormat(quantization, shape, (1,))
 
     def build(self, input_shape=None):
-        if self.low_bit is not None:
-            self.table, self.table_scale = add_low_bit_weight(
-                self, self.low_bit, normal(self.hidden_dim), "table"
+        if self.quantized_format is not None:
+            self.table, self.table_scale = add_quantized_weight(
+                self, self.quantized_format, normal(self.hidden_dim), "table"
             )
             self.built = True
             return
@@ -75,9 +75,11 @@ class TokenEmbedding(keras.layers.Layer):
         if reverse:
             return soft_cap(self.logits(inputs), self.logit_soft_cap)
         x_BTD = ops.take(self.table, inputs, axis=0)
-        if self.low_bit is not None:
+        if self.quantized_format is not None:
             scale = ops.take(self.table_scale, inputs, axis=0)
-            x_BTD = self.low_bit.dequantize(x_BTD, scale, self.variable_dtype)
+            x_BTD = self.quantized_format.dequantize(
+                x_BTD, scale, self.variable_dtype
+            )
         # The scale is rounded to the table's dtype, as the original does: in
         # bfloat16 it is 48 for 3b, 59.75 for 10b and 68 for 28b.
         x_BTD = x_BTD * ops.cast(self.hidden_dim**0.5, x_BTD.dtype)
@@ -103,9 +105,12 @@ class TokenEmbedding(keras.layers.Layer):
 
     def logits(self, hidden_states_BTD):
         """Multiply with the table: float32 logits before the final cap."""
-        if self.low_bit is not None:
-            logits_BTV = low_bit_product(
-                self.low_bit, self.table, self.table_scale, hidden_states_BTD
+        if self.quantized_format is not None:
+            logits_BTV = quantized_product(
+                self.quantized_format,
+                self.table,
+                self.table_scale,
+                hidden_states_BTD,
             )
             return ops.cast(logits_BTV, "float32")
         table = ops.cast(self.head_table, hidden_states_BTD.dtype)
@@ -117,11 +122,11 @@ class TokenEmbedding(keras.layers.Layer):
     def gradient_of_logits(self, gradient_BTV, dtype):
         """Take a gradient of `logits` back to hidden states of a dtype."""
         gradient_BTV = ops.cast(gradient_BTV, dtype)
-        if self.low_bit is None:
+        if self.quantized_format is None:
             table = ops.cast(self.head_table, dtype)
             return ops.tensordot(gradient_BTV, table, axes=[[-1], [0]])
-        return low_bit_gradient(
-            self.low_bit, self.table, self.table_scale, gradient_BTV
+        return quantized_gradient(
+            self.quantized_format, self.table, self.table_scale, gradient_BTV
         )
 
 
@@ -257,14 +262,18 @@ class TextDecoder(keras.layers.Layer):
 
         Returns:
             `PrefixMask`, if the response's place is known and attention runs
-            in one kernel (see `layers.splash.suits`; a sliding window has no
-            kernel); else of `attention_mask`.
+            in one kernel (see `layers.splash.should_use_splash`; a sliding
+            window has no kernel); else of `attention_mask`.
         """
         config = self.config
         sizes = config.num_key_value_heads, config.head_dim
         is_static = response_length is not None
         windowed = config.sliding_window_size is not None
-        if is_static and not windowed and suits(valid_BT.shape[0], *sizes):
+        if (
+            is_static
+            and not windowed
+            and should_use_splash(valid_BT.shape[0], *sizes)
+        ):
             prefix = valid_BT.shape[1] - response_length
             return PrefixMask(valid_BT[:, :prefix], valid_BT[:, prefix:])
         return attention_mask(valid_BT, response_BT)

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_paligemma.layers.blocks import EncoderBlock
 from keras_paligemma.layers.blocks import LayerNorm
-from keras_paligemma.layers.dropout import dropping
+from keras_paligemma.layers.dropout import dropout_scope
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.stack import LayerStack
 
@@ -101,7 +101,7 @@ class VisionEncoder(keras.layers.Layer):
         x_BID = self.blocks(self.embed(images_BhwC))
         # The projector drops as if it were one more block.
         seed = self.blocks.draw_seed(training)
-        with dropping(seed, self.config.num_layers):
+        with dropout_scope(seed, self.config.num_layers):
             return self.project(x_BID, images_BhwC)
 
     def embed(self, images_BhwC):

@@ -5,8 +5,8 @@ import dataclasses
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.compat import without_values
 from keras_paligemma.models.backbone import PaliGemmaBackbone
-from keras_paligemma.models.optimizers import Adam
 from keras_paligemma.sharding.layouts import Layout
+from keras_paligemma.tuning.optimizers import Adam
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Job:
     def text_length(self):
         return self.prompt_length + self.response_length
 
-    def model(self, remat="block", form="stacked"):
+    def model(self, remat="block", form="scanned"):
         """Build backbone and optimizer without values.
 
         Returns:
@@ -93,7 +93,7 @@ class Job:
             "model = kp.PaliGemmaCausalLM.from_preset(",
             f'    "{self.preset}",',
             f'    dtype="{self.dtype}",',
-            '    form="stacked",',
+            '    form="scanned",',
             f"    remat={remat!r},".replace("'", '"'),
         ]
         if self.quantize:

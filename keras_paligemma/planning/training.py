@@ -7,7 +7,7 @@ from keras_paligemma.planning.job import Candidate
 from keras_paligemma.planning.job import layouts_of
 from keras_paligemma.sharding.layouts import Layout
 from keras_paligemma.sharding.layouts import chip_bytes
-from keras_paligemma.training.memory import estimate_memory
+from keras_paligemma.tuning.memory import estimate_memory
 
 
 class Training:

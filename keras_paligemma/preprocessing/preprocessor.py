@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
-from keras_paligemma.checkpoints.hugging_face_tokenizer import with_added_tokens
+from keras_paligemma.checkpoints.hugging_face.tokenizer import with_added_tokens
 from keras_paligemma.compat import classproperty
 from keras_paligemma.preprocessing import parts
 from keras_paligemma.preprocessing.graph import call_in_python

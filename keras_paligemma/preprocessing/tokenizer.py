@@ -10,9 +10,9 @@ from sentencepiece import sentencepiece_model_pb2
 
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
-from keras_paligemma.checkpoints.hugging_face_tokenizer import read_tokenizer
+from keras_paligemma.checkpoints.hugging_face.tokenizer import read_tokenizer
+from keras_paligemma.checksums import check_published
 from keras_paligemma.compat import classproperty
-from keras_paligemma.known_files import check_known
 from keras_paligemma.preprocessing import parts
 from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.inputs import to_numpy
@@ -231,7 +231,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             ) from error
         if proto is None:
             return
-        check_known(self.proto, source)
+        check_published(self.proto, source)
         self._check_special_ids()
         if self.add_location_and_segment_pieces:
             extended = append_location_and_segment_pieces(self.proto)

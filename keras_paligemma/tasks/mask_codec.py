@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_paligemma.known_files import read_checked
+from keras_paligemma.checksums import read_checked
 from keras_paligemma.preprocessing.resize import resample
 from keras_paligemma.presets import locate
 

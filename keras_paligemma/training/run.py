@@ -321,7 +321,7 @@ def _as_json(settings):
 def build(settings):
     """Load the model and choose what is trained."""
     from keras_paligemma import PaliGemmaCausalLM
-    from keras_paligemma.models import trainable
+    from keras_paligemma.tuning import trainable
 
     if settings.lora_rank and settings.freeze:
         raise ValueError(
@@ -376,7 +376,7 @@ def compile_model(model, settings, steps):
 
 def plan(model, settings, examples, steps_an_epoch):
     """Tell steps and memory before training begins: a str to print."""
-    from keras_paligemma.training.memory import estimate_memory
+    from keras_paligemma.tuning.memory import estimate_memory
 
     preprocessor = model.preprocessor
     memory = estimate_memory(

@@ -8,7 +8,7 @@ import keras
 from keras_paligemma.preprocessing.images import read_image
 from keras_paligemma.tasks.boxes import draw_boxes
 from keras_paligemma.tasks.boxes import parse_boxes
-from keras_paligemma.tasks.sheets import contact_sheet
+from keras_paligemma.tasks.contact_sheet import contact_sheet
 
 
 class SamplePredictions(keras.callbacks.Callback):

@@ -13,7 +13,7 @@ from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
-from keras_paligemma.checkpoints import npz
+from keras_paligemma.checkpoints.storage import npz
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
 from keras_paligemma.models import exports
@@ -43,7 +43,7 @@ def pieces(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_float32_file(expected, form):
     backbone = PaliGemmaBackbone.from_preset(
         GOLDEN / "tiny_headdim.npz", form=form, **FIELDS
@@ -247,7 +247,7 @@ def test_another_picture_size(tmp_path, expected):
 
 @pytest.mark.parametrize("piece_size", [None, 200_000])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_written_as_big_vision(arrays, tmp_path, form, dtype, piece_size):
     source = (
         "tiny_headdim.npz" if dtype == "float32" else "tiny_headdim.b16.npz"

@@ -13,8 +13,8 @@ from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
-from keras_paligemma.checkpoints.hugging_face_tokenizer import read_tokenizer
-from keras_paligemma.checkpoints.hugging_face_tokenizer import tokenizer_files
+from keras_paligemma.checkpoints.hugging_face.tokenizer import read_tokenizer
+from keras_paligemma.checkpoints.hugging_face.tokenizer import tokenizer_files
 from tests.checkpoints.test_hugging_face import NANO_TOKENIZER
 from tests.checkpoints.test_hugging_face import assert_same_weights
 from tests.checkpoints.test_hugging_face import export

@@ -11,9 +11,9 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import presets
 from keras_paligemma import without_values
 from keras_paligemma.checkpoints import engine
-from keras_paligemma.checkpoints import h5_files
 from keras_paligemma.checkpoints import keras_hub
-from keras_paligemma.checkpoints import keras_hub_config
+from keras_paligemma.checkpoints.keras_hub import config as keras_hub_config
+from keras_paligemma.checkpoints.storage import h5
 from keras_paligemma.config import PreprocessorConfig
 from tests.conftest import error
 from tests.conftest import run
@@ -43,7 +43,7 @@ def load(folder, **changes):
     read = keras_hub_config.read(folder)
     config = read["config"].backbone.with_fields(**changes)
     backbone = PaliGemmaBackbone(**config.to_dict())
-    with h5_files.open_h5(read["weights"]) as found:
+    with h5.open_h5(read["weights"]) as found:
         engine.load(backbone.weights_by_name(), keras_hub.rows(config), found)
     return backbone
 
@@ -102,8 +102,8 @@ def test_shards_hold_the_same(hub, version):
     assert sharded["config"] == single["config"]
     assert sharded["weights"][0].name == "model.weights.json"
     with (
-        h5_files.open_h5(single["weights"]) as one,
-        h5_files.open_h5(sharded["weights"]) as many,
+        h5.open_h5(single["weights"]) as one,
+        h5.open_h5(sharded["weights"]) as many,
     ):
         assert many.shapes == one.shapes and many.dtypes == one.dtypes
         assert len(one.shapes) == (84 if version == 1 else 90)
@@ -178,8 +178,8 @@ def test_bfloat16_is_exact(hub, tmp_path):
     write(tmp_path / "ours", hub / "bfloat16", None)
     again = keras_hub_config.read(tmp_path / "ours")
     with (
-        h5_files.open_h5(config["weights"]) as theirs,
-        h5_files.open_h5(again["weights"]) as ours,
+        h5.open_h5(config["weights"]) as theirs,
+        h5.open_h5(again["weights"]) as ours,
     ):
         assert set(theirs.dtypes.values()) == {"bfloat16"}
         assert ours.shapes == theirs.shapes and ours.dtypes == theirs.dtypes
@@ -256,7 +256,7 @@ def shapes_of_28b():
     return shapes
 
 
-@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_names_and_shapes_of_28b(form):
     config = presets.config("pali_gemma2_pt_28b_224").backbone
     with without_values():
@@ -273,7 +273,7 @@ def test_a_file_of_another_version_is_refused(hub):
     config = read["config"].backbone.with_fields(use_post_norms=False)
     with without_values():
         backbone = PaliGemmaBackbone(**config.to_dict())
-    with h5_files.open_h5(read["weights"]) as found:
+    with h5.open_h5(read["weights"]) as found:
         with pytest.raises(ValueError, match="unused: .*post_ffw_norm"):
             engine.load(
                 backbone.weights_by_name(), keras_hub.rows(config), found

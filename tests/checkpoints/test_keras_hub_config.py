@@ -9,7 +9,7 @@ import pytest
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import keras_hub
-from keras_paligemma.checkpoints import keras_hub_config
+from keras_paligemma.checkpoints.keras_hub import config as keras_hub_config
 from keras_paligemma.config import LoraConfig
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig

@@ -14,10 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from keras_paligemma.checkpoints import npz
-from keras_paligemma.checkpoints.npz import find_pieces
-from keras_paligemma.checkpoints.npz import open_npz
-from keras_paligemma.checkpoints.npz import write_npz
+from keras_paligemma.checkpoints.storage import npz
+from keras_paligemma.checkpoints.storage.npz import find_pieces
+from keras_paligemma.checkpoints.storage.npz import open_npz
+from keras_paligemma.checkpoints.storage.npz import write_npz
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -657,7 +657,7 @@ def test_zeros_deflate_to_the_limit(tmp_path):
 KILLED = """
 import os, sys
 import numpy as np
-from keras_paligemma.checkpoints.npz import write_npz
+from keras_paligemma.checkpoints.storage.npz import write_npz
 
 path, piece_size, renames = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 replace = os.replace

@@ -138,7 +138,7 @@ def test_every_kind_is_pefts(base, tmp_path, kind):
     plain = reference.run(base, **inputs)
     assert error(plain[valid], wanted[valid]) > 0.1
     # Either form; what is one a layer meets both in the next test.
-    form = ["unrolled", "stacked"][list(KINDS).index(kind) % 2]
+    form = ["unrolled", "scanned"][list(KINDS).index(kind) % 2]
     backbone = transformers_backbone(base, form=form)
     backbone.load_adapter(tmp_path / "theirs")
     found = logits(backbone, inputs)
@@ -156,7 +156,7 @@ def test_every_kind_is_pefts(base, tmp_path, kind):
     assert error(back[valid], wanted[valid]) < 1e-5
 
 
-@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
 @pytest.mark.parametrize("kind", ["dora", "patterns", "embedding and head"])
 def test_off_and_merged(base, tmp_path, kind, form):
     model = adapted(base, **KINDS[kind])

@@ -53,7 +53,7 @@ def preprocessor():
 def model():
     model = PaliGemmaCausalLM.from_preset(
         PRESETS / "pali_gemma2_nano_112",
-        form="stacked",
+        form="scanned",
         prompt_length=9,
         response_length=6,
     )

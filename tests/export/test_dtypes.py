@@ -18,7 +18,7 @@ NANO = PRESETS / "pali_gemma2_nano_112"
 # TensorFlow writes them all, whichever backend hands them over.
 if keras.backend.backend() == "tensorflow":
     MODELS = {
-        "int4": ({"quantize": "int4", "form": "stacked"}, 1e-5),
+        "int4": ({"quantize": "int4", "form": "scanned"}, 1e-5),
         "bfloat16": ({"dtype": "bfloat16"}, 5e-3),
     }
 else:

@@ -315,7 +315,7 @@ def test_graph_has_defaults_and_runs_no_python(folder):
 def test_a_merged_adapter_needs_no_input():
     from keras_paligemma.export.savedmodel import check_adapters
     from keras_paligemma.export.weights import Weights
-    from keras_paligemma.models.lora import Lora
+    from keras_paligemma.tuning.lora import Lora
 
     backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT)
     backbone.enable_lora(2)

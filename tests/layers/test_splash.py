@@ -16,7 +16,7 @@ from keras_paligemma.layers.attention import attend
 from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.splash import PrefixMask
 from keras_paligemma.layers.splash import attend_fused
-from keras_paligemma.layers.splash import suits
+from keras_paligemma.layers.splash import should_use_splash
 from keras_paligemma.models.generation import split_prompt
 from keras_paligemma.planning.compiled import Compiler
 from keras_paligemma.planning.compiled import has_compiler
@@ -98,12 +98,12 @@ def test_kernel_takes_a_prefix_alone():
 
 
 def test_kernel_runs_where_it_suits():
-    assert not suits(8, 4, 256)
+    assert not should_use_splash(8, 4, 256)
     with compiling_for("tpu"):
-        assert suits(8, 4, 256) and suits(None, 4, 256)
-        assert not suits(8, 16, 72)
+        assert should_use_splash(8, 4, 256) and should_use_splash(None, 4, 256)
+        assert not should_use_splash(8, 16, 72)
     with compiling_for("gpu"):
-        assert not suits(8, 4, 256)
+        assert not should_use_splash(8, 4, 256)
 
 
 TEXT = {
@@ -131,7 +131,7 @@ def train_step(**text):
             "intermediate_dim": 24,
         },
         TEXT | text,
-        form="stacked",
+        form="scanned",
         remat="block",
     )
     model = PaliGemmaCausalLM(backbone, compile=False)

@@ -47,7 +47,7 @@ REMATS = [None, "block"] + ["dots"] * (keras.backend.backend() == "jax")
 @pytest.mark.parametrize("remat", REMATS)
 def test_outputs_and_gradients_are_equal(golden_backbone, inputs, remat):
     plain = golden_backbone(form="unrolled")
-    other = golden_backbone(form="stacked", remat=remat)
+    other = golden_backbone(form="scanned", remat=remat)
     wanted = ops.convert_to_numpy(run(plain, inputs))
     assert error(run(other, inputs), wanted) < 2e-5
     wanted, found = gradients_of(plain, inputs), gradients_of(other, inputs)
@@ -60,8 +60,8 @@ def test_pairs_keep_half_and_change_nothing(inputs):
 
     # The encoder's blocks are odd in number: they stay single.
     sizes = IMAGE_SIZE, VISION, TEXT | {"num_layers": 4}
-    plain = PaliGemmaBackbone(*sizes, form="stacked", remat="block")
-    other = PaliGemmaBackbone(*sizes, form="stacked", remat="pair")
+    plain = PaliGemmaBackbone(*sizes, form="scanned", remat="block")
+    other = PaliGemmaBackbone(*sizes, form="scanned", remat="pair")
     assert other.text_decoder.blocks.in_pairs
     assert not other.vision_encoder.blocks.in_pairs
     random = np.random.default_rng(0)
@@ -104,7 +104,7 @@ def test_remat_changes_nothing_when_unrolled(golden_backbone, inputs, remat):
 
 
 @pytest.mark.parametrize(
-    "forms", [("unrolled", "stacked"), ("stacked", "unrolled")]
+    "forms", [("unrolled", "scanned"), ("scanned", "unrolled")]
 )
 def test_each_form_loads_the_others_files(
     golden_backbone, inputs, tmp_path, forms
@@ -125,7 +125,7 @@ def test_each_form_loads_the_others_files(
     assert error(run(read, inputs), wanted) < 2e-5
 
 
-@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_layers_begin_with_values_of_their_own(form):
     from keras_paligemma import PaliGemmaBackbone
 
@@ -141,7 +141,7 @@ def test_layers_begin_with_values_of_their_own(form):
 
 
 def test_auto_is_unrolled_without_a_tpu(golden_backbone):
-    assert not golden_backbone().text_decoder.blocks.stacked
+    assert not golden_backbone().text_decoder.blocks.scanned
 
 
 @pytest.mark.parametrize("argument", ["form", "remat"])

@@ -25,7 +25,7 @@ from tests.numpy_reference import forward
 from tests.numpy_reference import load_arrays
 from tests.numpy_reference import settings_of
 
-FORMS = ("unrolled", "stacked")
+FORMS = ("unrolled", "scanned")
 
 
 @pytest.mark.parametrize("form", FORMS)

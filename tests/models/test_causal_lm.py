@@ -20,7 +20,7 @@ def prompts_of(examples):
     return {key: examples[key] for key in ("images", "prompts")}
 
 
-@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_greedy_tokens_are_the_originals(golden_backbone, expected, form):
     model = PaliGemmaCausalLM(golden_backbone(form=form))
     inputs = golden_prompts(expected)
@@ -61,7 +61,7 @@ def test_cached_equals_uncached_and_each_row_alone(golden_backbone, expected):
 
 
 def test_sliding_window_in_the_cache(golden_backbone, expected):
-    for form in ("unrolled", "stacked"):
+    for form in ("unrolled", "scanned"):
         backbone = golden_backbone(form=form, text={"sliding_window_size": 6})
         model = PaliGemmaCausalLM(backbone)
         inputs = golden_prompts(expected)
@@ -87,7 +87,7 @@ def test_sliding_window_in_the_cache(golden_backbone, expected):
     ],
     ids=["beam", "top_k"],
 )
-@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_samplers_of_one_choice_are_greedy(
     golden_backbone, expected, sampler, form
 ):
@@ -100,7 +100,7 @@ def test_samplers_of_one_choice_are_greedy(
 
 
 def test_beams_find_what_is_at_least_as_likely(golden_backbone, expected):
-    backbone = golden_backbone(form="stacked")
+    backbone = golden_backbone(form="scanned")
     model = PaliGemmaCausalLM(backbone)
     inputs = {key: value[:3] for key, value in golden_prompts(expected).items()}
 
@@ -178,7 +178,7 @@ def test_fit_learns(tiny_model, examples, policy):
     assert all(isinstance(answer, str) for answer in answers)
 
 
-@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_fit_with_remat_is_fit(tiny_model, examples, form):
     """In a compiled step too, where masks of bool are among the arguments."""
     histories = []
@@ -231,7 +231,7 @@ def test_preset_round_trip_is_exact(
     x = model.preprocessor.generate_preprocess(inputs)
     wanted = ops.convert_to_numpy(run(model, x))
     model.save_to_preset(tmp_path / "preset")
-    for form in ("unrolled", "stacked"):
+    for form in ("unrolled", "scanned"):
         read = PaliGemmaCausalLM.from_preset(tmp_path / "preset", form=form)
         # The dtype of the file is kept.
         assert read.backbone.dtype_policy.name == policy

@@ -171,7 +171,7 @@ def test_names_of_sizes():
     blocks = backbone.transformer_layers
     assert len(blocks) == 3 and blocks[0].name == "block"
     stacked = PaliGemmaBackbone.from_config(
-        backbone.get_config() | {"form": "stacked"}
+        backbone.get_config() | {"form": "scanned"}
     )
     with pytest.raises(ValueError, match="form='unrolled'"):
         _ = stacked.transformer_layers
@@ -282,7 +282,7 @@ def adapter(backbone):
     }
 
 
-@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_lora_weights_in_one_file(form, tmp_path):
     path = tmp_path / "a.lora.h5"
     backbone = build_tiny_model(form=form).backbone

@@ -63,7 +63,7 @@ def floatx():
 
 def test_answers_are_those_of_the_policy(golden_backbone, expected, floatx):
     """TensorFlow makes int16 of integers, JAX floats, where floatx is short."""
-    model = PaliGemmaCausalLM(golden_backbone(form="stacked"))
+    model = PaliGemmaCausalLM(golden_backbone(form="scanned"))
     assert model.backbone.compute_dtype == floatx
     inputs = golden_prompts(expected)
     tokens = model.generate(inputs, stop_token_ids=None)

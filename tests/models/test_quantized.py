@@ -14,11 +14,11 @@ from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma import presets
 from keras_paligemma import without_values
-from keras_paligemma.checkpoints.float_views import FloatView
-from keras_paligemma.checkpoints.float_views import float_views
 from keras_paligemma.compat import fill
-from keras_paligemma.layers.low_bit import LowBit
 from keras_paligemma.models import exports
+from keras_paligemma.quantization.dequantized_views import DequantizedView
+from keras_paligemma.quantization.dequantized_views import dequantized_views
+from keras_paligemma.quantization.storage import QuantizedFormat
 from tests.conftest import IMAGE_SIZE
 from tests.conftest import TEXT
 from tests.conftest import VISION
@@ -28,12 +28,12 @@ from tests.models.conftest import TOKENIZER
 from tests.models.test_causal_lm import prompts_of
 
 MODES = ("int8", "int4")
-FORMS = ("unrolled", "stacked")
+FORMS = ("unrolled", "scanned")
 PROBED = ("output", "down", "token_embedding")
 COMPILED = (
     ("unrolled", "int8"),
     ("unrolled", "int4"),
-    ("stacked", "int4"),
+    ("scanned", "int4"),
 )
 
 
@@ -86,11 +86,11 @@ def plain_twin(backbone):
     config = backbone.get_config() | {"quantization": None, "name": "twin"}
     with without_values():
         twin = PaliGemmaBackbone.from_config(config)
-    views = float_views(backbone.weights_by_name())
+    views = dequantized_views(backbone.weights_by_name())
     for name, weight in twin.weights_by_name().items():
         layers = views[name] if isinstance(views[name], list) else [views[name]]
         values = [
-            one.numpy() if isinstance(one, FloatView) else np.array(one)
+            one.numpy() if isinstance(one, DequantizedView) else np.array(one)
             for one in layers
         ]
         if isinstance(weight, list):
@@ -112,17 +112,17 @@ def test_quantized_while_loading(preset, mode):
         )
         found[form] = arrays_of(backbone)
     kernels = {
-        name for name in found["stacked"] if f"{name}_scale" in found["stacked"]
+        name for name in found["scanned"] if f"{name}_scale" in found["scanned"]
     }
     # 7 kernels a decoder block, 6 of the vision tower, projector and table.
     assert len(kernels) == 7 + 6 + 2
-    floats = {name for name in found["stacked"] if name.endswith("/kernel")}
+    floats = {name for name in found["scanned"] if name.endswith("/kernel")}
     assert floats - kernels == {"vision_encoder/patch_embedding/kernel"}
-    for name, array in found["stacked"].items():
+    for name, array in found["scanned"].items():
         np.testing.assert_array_equal(array, found["unrolled"][name], name)
         assert (array.dtype == "int8") == (name in kernels)
     wanted = arrays_of(PaliGemmaBackbone.from_preset(preset))
-    for name, view in float_views(backbone.weights_by_name()).items():
+    for name, view in dequantized_views(backbone.weights_by_name()).items():
         if name in kernels and name.split("/")[-2] in PROBED:
             layers = view if isinstance(view, list) else [view]
             found = np.stack([one.numpy() for one in layers])
@@ -152,13 +152,13 @@ def test_other_formats_are_quantized_alike(preset, tmp_path, form):
 
 def test_no_float_array_is_larger_than_a_blocks(preset, monkeypatch):
     """What is rounded is one block's tensor at a time, in both forms."""
-    sizes, quantize = [], LowBit.quantize
+    sizes, quantize = [], QuantizedFormat.quantize
 
     def watched(layout, array):
         sizes.append(array.size)
         return quantize(layout, array)
 
-    monkeypatch.setattr(LowBit, "quantize", watched)
+    monkeypatch.setattr(QuantizedFormat, "quantize", watched)
     for form in FORMS:
         sizes.clear()
         tracemalloc.start()
@@ -174,7 +174,7 @@ def test_no_float_array_is_larger_than_a_blocks(preset, monkeypatch):
 
 def test_adapters_learn_as_on_the_float_kernels(preset, expected):
     """Stacked, where a scope lends the kernels; unrolled is `Projection`s."""
-    form, mode = "stacked", "int4"
+    form, mode = "scanned", "int4"
     backbone = PaliGemmaBackbone.from_preset(preset, form=form, quantize=mode)
     targets = ["query", "down", "vision.up"]
     backbone.enable_lora(2, targets=targets)
@@ -207,7 +207,7 @@ def test_adapters_learn_as_on_the_float_kernels(preset, expected):
 
 
 def test_fit_generate_and_presets(preset, examples, tmp_path):  # noqa: F811
-    form, mode = "stacked", "int4"
+    form, mode = "scanned", "int4"
     model = PaliGemmaCausalLM.from_preset(preset, form=form, quantize=mode)
     with pytest.raises(ValueError, match="enable_lora"):
         model.fit(examples, verbose=0)
@@ -240,7 +240,7 @@ def test_fit_generate_and_presets(preset, examples, tmp_path):  # noqa: F811
 def test_weights_of_keras_are_exact_in_both_forms(preset, tmp_path):
     path = tmp_path / "all.weights.h5"
     wanted = PaliGemmaBackbone.from_preset(
-        preset, form="stacked", quantize="int4"
+        preset, form="scanned", quantize="int4"
     )
     wanted.save_weights(path)
     read = PaliGemmaBackbone.from_preset(preset, quantize="int4")

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from keras_paligemma.checkpoints import peft
-from keras_paligemma.checkpoints import safetensors_files
+from keras_paligemma.checkpoints.storage import safetensors
 from keras_paligemma.sharding import data_shard
 from keras_paligemma.sharding import distribute
 from keras_paligemma.training import RunCheckpoint
@@ -34,7 +34,7 @@ def main(folder, number, port):
     assert len(keras.distribution.list_devices()) == 8
     wanted = np.load(folder / "losses.npy")
     if number:
-        safetensors_files.save_file = peft.save_file = forbidden
+        safetensors.save_file = peft.save_file = forbidden
 
     # The eight chips of both hosts share one example's work: one part.
     keras.distribution.set_distribution(distribute("tensor", (1, 8)))
@@ -63,7 +63,7 @@ def main(folder, number, port):
     adapted, _, _ = sharded_runs.load(
         folder / "preset", folder / "hosts_adapter"
     )
-    saved = type(model).from_preset(folder / "hosts_preset", form="stacked")
+    saved = type(model).from_preset(folder / "hosts_preset", form="scanned")
     for one in (other, adapted, saved):
         for name, value in sharded_runs.values(one).items():
             np.testing.assert_array_equal(value, trained[name], name)

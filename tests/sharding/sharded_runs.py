@@ -18,10 +18,10 @@ import numpy as np
 from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.checkpoints import engine
-from keras_paligemma.checkpoints import float_views
 from keras_paligemma.compat import fill
 from keras_paligemma.compat import to_host
 from keras_paligemma.data import Batches
+from keras_paligemma.quantization import dequantized_views
 from keras_paligemma.sharding import distribute
 from keras_paligemma.sharding.layouts import chip_bytes
 from keras_paligemma.training import fit
@@ -89,11 +89,11 @@ class Watched:
 def load(preset, adapter=None):
     """Load int8 weights, add or load adapters, compile; give bytes too."""
     watched = Watched()
-    engine.fill = float_views.fill = watched
+    engine.fill = dequantized_views.fill = watched
     model = PaliGemmaCausalLM.from_preset(
-        preset, quantize="int8", form="stacked", compile=False
+        preset, quantize="int8", form="scanned", compile=False
     )
-    engine.fill = float_views.fill = fill
+    engine.fill = dequantized_views.fill = fill
     bare = list(model.variables)
     if adapter is None:
         keras.utils.set_random_seed(0)
@@ -132,7 +132,7 @@ def main(folder):
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # One device: weights in float32, and the losses to compare.
-    model = sharded_training.build("stacked", "full")
+    model = sharded_training.build("scanned", "full")
     model.save_to_preset(folder / "preset")
     model, _, _ = load(folder / "preset")
     wanted = train(model, folder / "one")
@@ -167,7 +167,7 @@ def main(folder):
     # Saved from shards, and read back onto them.
     model.save_adapter(folder / "trained")
     model.save_to_preset(folder / "saved")
-    saved = PaliGemmaCausalLM.from_preset(folder / "saved", form="stacked")
+    saved = PaliGemmaCausalLM.from_preset(folder / "saved", form="scanned")
     other, _, _ = load(folder / "preset", folder / "trained")
     for one in (saved, other):
         one.optimizer.build(one.trainable_variables)

@@ -23,15 +23,15 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import without_values
 from keras_paligemma.checkpoints import engine
-from keras_paligemma.checkpoints.float_views import float_views
 from keras_paligemma.compat import compiling_for
 from keras_paligemma.compat import fill
-from keras_paligemma.layers import low_bit_product
 from keras_paligemma.layers.projection import Projection
-from keras_paligemma.layers.splash import suits
+from keras_paligemma.layers.splash import should_use_splash
 from keras_paligemma.layers.stack import LayerStack
 from keras_paligemma.layers.stack import stable_name
 from keras_paligemma.models.text_decoder import TokenEmbedding
+from keras_paligemma.quantization import products
+from keras_paligemma.quantization.dequantized_views import dequantized_views
 from keras_paligemma.sharding import distribute
 from tests.layers.test_splash import draw as draw_attention
 from tests.layers.test_splash import fused
@@ -61,11 +61,11 @@ STEPS, BATCH, PROMPT, RESPONSE = 3, 8, 4, 3
 CASES = (
     # strategy, mesh, form, what is trained (int4: LoRA over it), generate
     ("data", (8, 1), "unrolled", "lora", False),
-    ("weights", (4, 2), "stacked", "lora", True),
+    ("weights", (4, 2), "scanned", "lora", True),
     ("tensor", (1, 8), "unrolled", "lora", False),
-    ("both", (4, 2), "stacked", "lora", True),
-    ("weights", (2, 4), "stacked", "full", False),
-    ("weights", (2, 4), "stacked", "int4", True),
+    ("both", (4, 2), "scanned", "lora", True),
+    ("weights", (2, 4), "scanned", "full", False),
+    ("weights", (2, 4), "scanned", "int4", True),
 )
 
 
@@ -109,7 +109,7 @@ class Losses(keras.callbacks.Callback):
 def draw(backbone):
     """Give random values by name, the same ones whatever the form."""
     values = {}
-    for name, weight in float_views(backbone.weights_by_name()).items():
+    for name, weight in dequantized_views(backbone.weights_by_name()).items():
         shape = engine.shape_of(weight)
         random = np.random.default_rng(zlib.crc32(name.encode()))
         spread = 0.3 if "norm" in name else shape[-1] ** -0.5
@@ -126,7 +126,7 @@ def build(form, trained):
         )
         if trained != "full":
             backbone.enable_lora(rank=2, targets=TARGETS)
-    weights = float_views(backbone.weights_by_name())
+    weights = dequantized_views(backbone.weights_by_name())
     for name, value in draw(backbone).items():
         held = weights[name]
         if isinstance(held, list):
@@ -190,7 +190,7 @@ def check_kernel():
         ("tensor", (4, 2)),
     ):
         with distribute(strategy, mesh).scope(), compiling_for("tpu"):
-            assert suits(8, 2, 128)
+            assert should_use_splash(8, 2, 128)
             found = np.asarray(fused(valid, 5.0)(*arrays[:3]))
         np.testing.assert_allclose(found[valid], wanted[valid], atol=5e-5)
 
@@ -211,7 +211,7 @@ def check_parts():
                 (1024,), (1024,), quantization=mode, name="block"
             ),
             num_layers=2,
-            form="stacked",
+            form="scanned",
             name="blocks",
         )
         stack.build()
@@ -238,10 +238,10 @@ def check_parts():
 
 def main():
     # Small weights of low bits become floats in parts as well.
-    low_bit_product.PART = 2**10
+    products.PART = 2**10
     wanted = {}
     for trained in ("lora", "full", "int4"):
-        wanted[trained] = train("stacked", trained, trained != "full")[1:]
+        wanted[trained] = train("scanned", trained, trained != "full")[1:]
     for strategy, mesh, form, trained, generate in CASES:
         chosen = distribute(strategy, mesh, small=64)
         keras.distribution.set_distribution(chosen)

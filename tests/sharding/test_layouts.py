@@ -28,7 +28,7 @@ LAYOUTS = (
 )
 
 
-def official(size, resolution=224, form="stacked", lora=None):
+def official(size, resolution=224, form="scanned", lora=None):
     """An official model with no values and the variables that train it."""
     known = presets.describe(f"pali_gemma2_pt_{size}_{resolution}")["backbone"]
     optimizer = Adam()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keras_paligemma import known_files
+from keras_paligemma import checksums
 from keras_paligemma.tasks import mask_codec
 from keras_paligemma.tasks import masks
 from keras_paligemma.tasks.mask_codec import MaskCodec
@@ -44,7 +44,7 @@ def test_the_layout_is_that_of_the_published_file():
     np.savez(file, **{k: np.zeros(v, "float32") for k, v in shapes.items()})
     (size,) = (
         size
-        for size, (name, _) in known_files.KNOWN.items()
+        for size, (name, _) in checksums.KNOWN.items()
         if "vae-oid.npz" in name
     )
     assert len(file.getvalue()) == size == 8_479_556
@@ -168,7 +168,7 @@ def test_damaged_and_other_files_are_refused(tmp_path, monkeypatch):
     assert set(again.weights) == set(weights)
     content = (tmp_path / "codec.npz").read_bytes()
     monkeypatch.setattr(
-        known_files, "KNOWN", {len(content): ("vae-oid.npz", "0" * 64)}
+        checksums, "KNOWN", {len(content): ("vae-oid.npz", "0" * 64)}
     )
     with pytest.raises(ValueError, match="codec.npz is damaged.*vae-oid"):
         MaskCodec.load(tmp_path / "codec.npz")

@@ -15,10 +15,10 @@ from keras_paligemma.cli.finetune import read_pairs
 from keras_paligemma.training import Settings
 from keras_paligemma.training import checkpoint
 from keras_paligemma.training import run
-from keras_paligemma.training.memory import estimate_memory
 from keras_paligemma.training.run import build
 from keras_paligemma.training.run import compile_model
 from keras_paligemma.training.run import read_settings
+from keras_paligemma.tuning.memory import estimate_memory
 
 NANO = "pali_gemma2_nano_112"
 

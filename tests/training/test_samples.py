@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_paligemma.tasks.sheets import CELL
-from keras_paligemma.tasks.sheets import FONT_SIZE
-from keras_paligemma.tasks.sheets import MARGIN
-from keras_paligemma.tasks.sheets import contact_sheet
+from keras_paligemma.tasks.contact_sheet import CELL
+from keras_paligemma.tasks.contact_sheet import FONT_SIZE
+from keras_paligemma.tasks.contact_sheet import MARGIN
+from keras_paligemma.tasks.contact_sheet import contact_sheet
 from keras_paligemma.training import SamplePredictions
 from keras_paligemma.training import samples
 from tests.training import killed_run

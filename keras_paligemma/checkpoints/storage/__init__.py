@@ -1,0 +1,1 @@
+"""Files of arrays, whatever their names mean: npz, safetensors, HDF5."""

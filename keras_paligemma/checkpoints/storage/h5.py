@@ -1,0 +1,220 @@
+"""Keras weight files: one `.weights.h5`, or an index and its shards."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import h5py
+import ml_dtypes
+import numpy as np
+
+from keras_paligemma import atomic
+from keras_paligemma.checkpoints.storage.shards import shards
+
+SINGLE = "model.weights.h5"
+INDEX = "model.weights.json"
+SHARD = "model_{:05}.weights.h5"
+# Where KerasHub begins to shard.
+SHARD_SIZE = 10 * 2**30
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+# What h5py raises on damaged files, and what is raised below while one is
+# looked through.
+_DAMAGE = (OSError, RuntimeError, ValueError, TypeError, KeyError)
+
+
+class H5Arrays:
+    """The arrays of open files by their path in them; see `engine`.
+
+    A key is what Keras makes of attributes and lists, such as
+    "layers/reversible_embedding/vars/0".
+
+    Args:
+        files: dict of path to open `h5py.File`.
+
+    Raises:
+        ValueError: a file that is damaged, or arrays that are not in it.
+    """
+
+    def __init__(self, files):
+        self._path_of, self._datasets = {}, {}
+        self.shapes, self.dtypes = {}, {}
+        for path, file in files.items():
+
+            def add(key, item, path=path):
+                if isinstance(item, h5py.Dataset):
+                    self._add(path, key, item)
+
+            # Soft and external links are not followed, so what they name
+            # counts as missing.
+            with _explained(path):
+                file.visititems(add)
+
+    def _add(self, path, key, dataset):
+        if key in self._datasets:
+            raise ValueError(f"{self._path_of[key]} holds {key} as well")
+        if dataset.external or dataset.is_virtual:
+            raise ValueError(f"{key} lies in another file")
+        if dataset.shape is None or (
+            dataset.size and not dataset.id.get_storage_size()
+        ):
+            # HDF5 would give zeros.
+            raise ValueError(f"{key} holds no values")
+        dtype = dataset.dtype.name
+        if dataset.dtype.kind == "V" and dataset.dtype.itemsize == 2:
+            dtype = str(dataset.attrs.get("dtype"))
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"{key} holds {dtype}, expected some of {DTYPES}; quantized "
+                "weights are not read"
+            )
+        self._path_of[key], self._datasets[key] = path, dataset
+        self.shapes[key], self.dtypes[key] = dataset.shape, dtype
+
+    def read(self, key):
+        """Read one array into memory, in the dtype that was saved."""
+        with _explained(self._path_of[key]):
+            array = self._datasets[key][()]
+        # Keras stores bfloat16, which HDF5 lacks, as two bytes without
+        # meaning.
+        return array.view(BFLOAT16) if array.dtype.kind == "V" else array
+
+
+@contextlib.contextmanager
+def open_h5(paths):
+    """Open the weight files of one model.
+
+    Args:
+        paths: list of `pathlib.Path`: `model.weights.h5`, or the index
+            `model.weights.json`, whose shards lie beside it.
+
+    Yields:
+        `H5Arrays`.
+
+    Raises:
+        ValueError: a file that is missing, damaged or something else, or an
+            index that names a file outside its folder.
+    """
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for path in paths:
+            path = Path(path)
+            for one in shards(path) if path.suffix == ".json" else [path]:
+                with _explained(one):
+                    files[one] = stack.enter_context(h5py.File(one, "r"))
+        yield H5Arrays(files)
+
+
+@contextlib.contextmanager
+def _explained(path):
+    """Turn every error of reading a file into one that names it."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise ValueError(
+            f"{path} cannot be read as a weight file of Keras: {error!s:.300}. "
+            "Is the file whole? Copy or save it again."
+        ) from error
+
+
+def write_h5(folder, arrays, shard_size=SHARD_SIZE):
+    """Write the weight files of one model, one array in memory at a time.
+
+    They are written beside and then renamed, the index last: a folder never
+    holds half a file, nor an index without its shards.
+
+    Args:
+        folder: path of a folder without weights.
+        arrays: iterable of pairs of key and NumPy array.
+        shard_size: int, bytes of arrays a file, unless one alone has more;
+            what fits in one file is one, without an index.
+
+    Returns:
+        Int, how many numbers were written.
+
+    Raises:
+        ValueError: the folder holds weights already.
+    """
+    folder = Path(folder)
+    held = sorted(path.name for path in folder.glob("model*.weights.*"))
+    if held:
+        raise ValueError(
+            f"{folder} holds weights already: {', '.join(held)}. Expected: a "
+            "folder without. Choose another or remove them."
+        )
+    writer = _Writer(folder, shard_size)
+    try:
+        for key, array in arrays:
+            writer.add(key, array)
+            # Else it would stay while the next one is made.
+            del array
+        writer.finish()
+    finally:
+        writer.clean()
+    return writer.count
+
+
+class _Writer:
+    """Drafts of shards, and the index that will name them."""
+
+    def __init__(self, folder, shard_size):
+        self.folder = folder
+        self.shard_size = shard_size
+        self.drafts = []
+        self.weight_map = {}
+        self.count = 0
+        self.total = 0
+        self._start()
+
+    def _start(self):
+        name = f"{SHARD.format(len(self.drafts))}.{os.getpid()}"
+        self.drafts.append(self.folder / name)
+        self.file = h5py.File(self.drafts[-1], "w")
+        self.filled = 0
+
+    def add(self, key, array):
+        if self.filled and self.filled + array.nbytes > self.shard_size:
+            self.file.close()
+            self._start()
+        if array.dtype == BFLOAT16:
+            dataset = self.file.create_dataset(key, data=array.view("V2"))
+            dataset.attrs["dtype"] = "bfloat16"
+        else:
+            self.file.create_dataset(key, data=array)
+        shard = SHARD.format(len(self.drafts) - 1)
+        shards = self.weight_map.setdefault(f"/{key.rpartition('/')[0]}", [])
+        if shard not in shards:
+            shards.append(shard)
+        self.filled += array.nbytes
+        self.total += array.nbytes
+        self.count += array.size
+
+    def finish(self):
+        self.file.close()
+        if len(self.drafts) == 1:
+            _publish(self.drafts[0], self.folder / SINGLE)
+            return
+        for number, draft in enumerate(self.drafts):
+            _publish(draft, self.folder / SHARD.format(number))
+        content = {
+            "metadata": {"total_size": self.total},
+            "weight_map": self.weight_map,
+        }
+        draft = self.folder / f"{INDEX}.{os.getpid()}"
+        self.drafts.append(draft)
+        draft.write_text(json.dumps(content, indent=4), encoding="utf-8")
+        _publish(draft, self.folder / INDEX)
+
+    def clean(self):
+        self.file.close()
+        for draft in self.drafts:
+            draft.unlink(missing_ok=True)
+
+
+def _publish(draft, path):
+    atomic.sync(draft)
+    os.replace(draft, path)
+    atomic.sync(path.parent)

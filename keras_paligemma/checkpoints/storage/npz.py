@@ -1,0 +1,300 @@
+"""NumPy's .npz, in which the original saves: whole, or cut into byte pieces.
+
+Such files come from anywhere. What one says of itself is compared with what it
+can hold before anything is allocated; nothing is evaluated or unpickled.
+"""
+
+import contextlib
+import io
+import math
+import re
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from keras_paligemma.checkpoints.storage.pieces import Reader
+from keras_paligemma.checkpoints.storage.pieces import Writer
+from keras_paligemma.checkpoints.storage.pieces import find_pieces
+from keras_paligemma.checkpoints.storage.pieces import in_order
+
+__all__ = ["Tensors", "find_pieces", "open_npz", "write_npz"]
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+NAMES = ("float16", "float32", "float64")
+NAMES += ("int8", "int16", "int32", "int64")
+NAMES += ("uint8", "uint16", "uint32", "uint64")
+# NumPy has no name for bfloat16 and stores it as two bytes of anything.
+DTYPES = {np.dtype(name).str: np.dtype(name) for name in NAMES}
+DTYPES |= {"|V2": BFLOAT16, "<V2": BFLOAT16}
+
+# Of the three versions of the format.
+STARTS = [b"\x93NUMPY" + version for version in (b"\1\0", b"\2\0", b"\3\0")]
+# The three fields in any order, as the format allows. A value of 'descr' that
+# is no string is a structured dtype.
+HEADER = re.compile(
+    rb"\{(?=.*'descr': *(?:'([^']*)'|\[))"
+    rb"(?=.*'fortran_order': *(True|False))"
+    rb"(?=.*'shape': *\(([\d, ]*)\)).*\}\s*"
+)
+HEADER_LIMIT = 10_000  # NumPy's own.
+# No deflated byte gives more: 258 bytes in two bits.
+DEFLATE_LIMIT = 1032
+# Small beside an array, large beside the cost of a call.
+CHUNK = 1 << 20
+
+# All that zipfile, zlib and NumPy have been seen or documented to raise on
+# damaged bytes; RuntimeError includes NotImplementedError.
+LIBRARY_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+)
+
+
+@contextlib.contextmanager
+def open_npz(paths):
+    """Open one .npz, or its pieces as if they were joined.
+
+    Opening reads the directory and each array's header, no values; every
+    array that is read is compared with its checksum.
+
+    Args:
+        paths: list of `pathlib.Path`, of `find_pieces`.
+
+    Yields:
+        `Tensors`.
+
+    Raises:
+        ValueError: a piece that is missing; a file that is damaged or holds
+            something else than arrays of numbers. Reading raises it too.
+    """
+    paths = in_order(paths)
+    with contextlib.ExitStack() as stack:
+        with _refusing(_names(paths)):
+            files = [stack.enter_context(io.FileIO(path)) for path in paths]
+            pieces = Reader(files)
+            archive = stack.enter_context(zipfile.ZipFile(pieces))
+            _check_count(pieces, len(archive.infolist()))
+        yield Tensors(pieces, archive)
+
+
+def _names(paths):
+    """Name a file, or the first and the last of several."""
+    ends = dict.fromkeys([str(paths[0]), str(paths[-1])])
+    return " to ".join(ends)
+
+
+@contextlib.contextmanager
+def _refusing(what):
+    """Turn every error about bytes into one that says which and what to do."""
+    try:
+        yield
+    except LIBRARY_ERRORS as error:
+        # zipfile quotes all that it took for a name.
+        reason = str(error)[:300] or type(error).__name__
+        raise ValueError(
+            f"{what} cannot be read: {reason}. Is it whole? Copy it again "
+            "from where it came, or save it again as plain arrays."
+        ) from error
+
+
+def _check_count(pieces, found):
+    """Compare the members found with the count at the end of a zip.
+
+    zipfile ignores the count, and so a length in the directory that is wrong
+    in the right way would hide a member.
+    """
+    pieces.seek(-22, io.SEEK_END)
+    end = pieces.read(22)
+    count = int.from_bytes(end[10:12], "little")
+    # All ones: the count is too large for the field.
+    if end[:4] != b"PK\5\6" or count not in (found, 0xFFFF):
+        raise ValueError(
+            f"expected a zip directory of {count} members at its end, "
+            f"received {found} members"
+        )
+
+
+class Tensors:
+    """The arrays of an open .npz; see `engine`.
+
+    Args:
+        pieces: `pieces.Reader`.
+        archive: `zipfile.ZipFile` over them.
+    """
+
+    def __init__(self, pieces, archive):
+        self._pieces, self._archive = pieces, archive
+        self._members, self._begun = {}, {}
+        self.shapes, self.dtypes = {}, {}
+        for member in archive.infolist():
+            with self._refusing(member):
+                key = _key(member.orig_filename)
+                if key in self._members:
+                    raise ValueError("two members have this name")
+                begun = self._open(member)
+            self._members[key], self._begun[key] = member, begun
+            _, shape, dtype, _ = begun
+            self.shapes[key], self.dtypes[key] = shape, str(dtype)
+
+    def read(self, key):
+        member = self._members[key]
+        with self._refusing(member):
+            # Goes on behind the header, so that no byte is read twice.
+            begun = self._begun.pop(key, None) or self._open(member)
+            return _read_values(*begun)
+
+    def _open(self, member):
+        """Open a member, check its sizes, and read up to its values."""
+        inside, outside = member.file_size, member.compress_size
+        most = {
+            zipfile.ZIP_STORED: outside,
+            zipfile.ZIP_DEFLATED: outside * DEFLATE_LIMIT,
+        }.get(member.compress_type)
+        if most is None:
+            raise ValueError(
+                f"compression {member.compress_type}, expected stored or "
+                "deflated"
+            )
+        if inside > most or outside > self._pieces.size:
+            raise ValueError(
+                f"it claims {inside} bytes in {outside} bytes of a file of "
+                f"{self._pieces.size}"
+            )
+        stream = self._archive.open(member)
+        # Else zipfile reads on for 4 kB: values, and at opening.
+        stream.MIN_READ_SIZE = 1
+        length, shape, dtype, fortran = _read_header(stream)
+        expected = length + math.prod(shape) * dtype.itemsize
+        if inside != expected:
+            raise ValueError(
+                f"{dtype}{list(shape)} takes {expected} bytes with its "
+                f"header, received {inside}"
+            )
+        return stream, shape, dtype, fortran
+
+    def _refusing(self, member):
+        files = self._pieces.holding(member)
+        return _refusing(f"{_names(files)}: member {member.orig_filename!r}")
+
+
+def _key(name):
+    """Turn a member's name into its key."""
+    key = name.removesuffix(".npy")
+    if key in ("", name):
+        raise ValueError("expected a name that ends in .npy")
+    # Keys become paths elsewhere; nothing good is named like this.
+    if re.search(r"\0|^[/\\]|(^|[/\\])\.\.([/\\]|$)", key):
+        raise ValueError("its name leads out of the file")
+    return key
+
+
+def _read_header(stream):
+    """Read the header of a .npy; give its length, shape, dtype and order."""
+    start = stream.read(8)
+    if start not in STARTS:
+        raise ValueError(f"expected an array of NumPy, received {start}")
+    width = 2 if start[6] == 1 else 4
+    length = int.from_bytes(stream.read(width), "little")
+    if length > HEADER_LIMIT:
+        raise ValueError(
+            f"its header claims {length} bytes, expected at most {HEADER_LIMIT}"
+        )
+    header = stream.read(length)
+    match = HEADER.fullmatch(header)
+    if match is None:
+        raise ValueError(f"expected a header of NumPy, received {header[:99]}")
+    descr, order, sizes = match.groups(default=b"structured")
+    descr = descr.decode("latin-1")
+    if descr not in DTYPES:
+        raise ValueError(
+            f"its dtype is {descr!r}, expected one of {', '.join(NAMES)} and "
+            "bfloat16"
+        )
+    shape = tuple(int(size) for size in sizes.split(b",") if size.strip())
+    return 8 + width + length, shape, DTYPES[descr], order == b"True"
+
+
+def _read_values(stream, shape, dtype, fortran):
+    """Fill one array from what follows the header.
+
+    zipfile compares the checksum as it hands out the last byte, and the size
+    has been compared with the shape: a full array has been checked.
+    """
+    array = np.empty(shape[::-1] if fortran else shape, dtype)
+    values = array.reshape(-1).view(np.uint8)
+    done = 0
+    while got := stream.readinto(values[done : done + CHUNK]):
+        done += got
+    if done < values.size:
+        raise ValueError(f"expected {values.size} bytes, received {done}")
+    return array.T if fortran else array
+
+
+def write_npz(path, arrays, piece_size=None):
+    """Write a .npz as the original does, one array in memory at a time.
+
+    All is written under other names beside the target and takes its place
+    when it is whole and on disk: killed at any time, the target is as it was,
+    whole and new, or, between the renames of several pieces, a set of which
+    pieces are missing, which `find_pieces` and `open_npz` refuse by name. The
+    same arrays give the same bytes.
+
+    Args:
+        path: str or path, `X.npz`; what has that name, whole or in numbered
+            pieces, is replaced.
+        arrays: iterable of pairs of key and `np.ndarray`.
+        piece_size: int or `None`: bytes of a piece; the files are then
+            `X.npz.part-00000-of-00003` and so on.
+
+    Raises:
+        ValueError: an array that is not of numbers, a key that is there twice
+            or is no name; nothing is then left behind.
+    """
+    path = Path(path)
+    if path.suffix != ".npz" or (piece_size is not None and piece_size < 1):
+        raise ValueError(
+            f"Expected a path that ends in .npz and a piece_size of at least "
+            f"one byte, received {path} and {piece_size}."
+        )
+    drafts = Writer(path, piece_size)
+    try:
+        with zipfile.ZipFile(drafts, "w") as archive:
+            for key, array in arrays:
+                _write_member(archive, key, array)
+                # Let go of it before the next one is made.
+                del array
+        drafts.publish()
+    finally:
+        drafts.discard()
+
+
+def _write_member(archive, key, array):
+    name = f"{key}.npy"
+    try:
+        _key(name)
+    except ValueError as error:
+        raise ValueError(f"{key!r} cannot be a key: {error}.") from None
+    if name in archive.namelist():
+        raise ValueError(f"{key!r} came twice; expected each key once.")
+    if array.dtype not in DTYPES.values():
+        raise ValueError(
+            f"{key!r} is {array.dtype}, expected one of {', '.join(NAMES)} "
+            "and bfloat16; convert it."
+        )
+    if array.dtype == BFLOAT16:
+        array = array.view("V2")
+    # No time of day in it; and like NumPy, room for more than 4 GB.
+    member = zipfile.ZipInfo(name)
+    with archive.open(member, "w", force_zip64=True) as stream:
+        np.lib.format.write_array(stream, array, allow_pickle=False)

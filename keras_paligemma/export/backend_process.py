@@ -1,0 +1,175 @@
+"""A model handed to a process of its own, which has another backend.
+
+It travels as a preset beside the target: the bare model, and beside it the
+arrays of each of its named adapters, which need no kernel to be understood.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+from safetensors.numpy import save_file
+
+from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.storage import safetensors
+
+ADAPTERS = "adapters.json"
+ADAPTER = "adapter_{}.arrays"
+# The arguments of `Adapters.add`.
+PIECES, WHOLE = "pieces", "whole"
+# Bytes of a file of weights, which writing holds in memory.
+PIECE = 100_000_000
+
+
+def write_in_backend(model, filepath, backend, module, *arguments):
+    """Write a model by a process of another backend.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        filepath: str or path of the target.
+        backend: str, Keras's name of it.
+        module: str, whose `main` is called with a folder for `read`, the
+            target and `arguments`.
+        *arguments: str.
+
+    Raises:
+        RuntimeError: that process stopped; with what it said.
+    """
+    target = Path(filepath).expanduser().resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    package = Path(__file__).parents[2]
+    paths = [str(package), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "KERAS_BACKEND": backend,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        # The accelerator belongs to the process that has the model.
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    # Beside the target: the usual place may be a memory.
+    with tempfile.TemporaryDirectory(
+        prefix=f".{target.name}.preset-", dir=target.parent
+    ) as preset:
+        _hand_over(model, Path(preset))
+        told = subprocess.run(
+            [sys.executable, "-m", module, preset, str(target), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    if told.returncode:
+        raise RuntimeError(
+            f"The model was not exported. The process of {backend} ended with "
+            f"{told.returncode} and said: {told.stderr[-2000:].strip()}"
+        )
+
+
+def _hand_over(model, folder):
+    """Write a model for `read`."""
+    from keras_paligemma.models import exports  # Keras has a backend by now.
+
+    adapters = model.adapters
+    names = [] if adapters.merged is not None else list(adapters.known)
+    exports.export(
+        folder,
+        "keras",
+        model.backbone,
+        model.preprocessor,
+        bare=bool(names),
+        piece_size=PIECE,
+    )
+    for number, name in enumerate(names):
+        arrays = {PIECES: adapters.values(name), WHOLE: adapters.whole(name)}
+        path = folder / ADAPTER.format(number)
+        save_file(
+            {
+                f"{kind}/{key}": np.asarray(array, order="C")
+                for kind, held in arrays.items()
+                for key, array in held.items()
+            },
+            path,
+        )
+    told = {
+        "adapters": {name: adapters.known[name].config() for name in names},
+        "active": adapters.active,
+    }
+    (folder / ADAPTERS).write_text(json.dumps(told), encoding="utf-8")
+
+
+def read(folder, load_weights=True):
+    """Read the model that `write_in_backend` handed over.
+
+    Args:
+        folder: str or path.
+        load_weights: bool; `False` leaves all but adapters without values.
+
+    Returns:
+        `PaliGemmaCausalLM`, with all adapters, the one in use selected.
+    """
+    from keras_paligemma.compat import without_values
+    from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
+    from keras_paligemma.tuning.lora import Lora
+
+    folder = Path(folder)
+    # Whatever floatx this process has been configured with.
+    dtype = formats.resolve(str(folder), False).config.backbone.dtype
+    with contextlib.nullcontext() if load_weights else without_values():
+        model = PaliGemmaCausalLM.from_preset(
+            str(folder), load_weights, dtype, compile=False
+        )
+    told = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
+    # In their order: the first makes the room.
+    for number, (name, lora) in enumerate(told["adapters"].items()):
+        arrays = {PIECES: {}, WHOLE: {}}
+        for key, array in load_file(folder / ADAPTER.format(number)).items():
+            kind, key = key.split("/", 1)
+            arrays[kind][key] = array
+        model.adapters.add(name, Lora(**lora), **arrays)
+    if told["adapters"]:
+        model.adapters.select(told["active"])
+    return model
+
+
+def read_in_parts(folder):
+    """Read what `write_in_backend` handed over, few weights at a time.
+
+    Args:
+        folder: str or path.
+
+    Returns:
+        `PaliGemmaCausalLM`, whose weights have no values but for adapters; and
+        an iterator of pairs of a variable and its array.
+    """
+    model = read(folder, load_weights=False)
+    weights = model.backbone.weights_by_name()
+
+    def arrays():
+        for path in safetensors.find(folder):
+            with safetensors.open_safetensors([path], True) as tensors:
+                names = list(tensors.shapes)
+            for name in names:
+                weight = weights[name]
+                if not isinstance(weight, list):
+                    yield weight, _read(path, name)
+                    continue
+                for layer, one in enumerate(weight):
+                    yield one, _read(path, name, layer)
+
+    return model, arrays()
+
+
+def _read(path, name, layer=None):
+    """Read a tensor, or one layer of it, and let go of the file again.
+
+    What was read of a file that is mapped counts as memory until then.
+    """
+    with safetensors.open_safetensors([path], True) as tensors:
+        if layer is None:
+            return tensors.read(name)
+        return tensors.read_rows(name, layer, layer + 1)[0]

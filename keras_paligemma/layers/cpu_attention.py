@@ -1,0 +1,193 @@
+"""Attention on CPUs: head by head, so that logits stay in the cache.
+
+XLA has no fused attention for CPUs. The logits of all heads at once, 134 MB of
+the vision tower at 448 px and two rows, are written to memory and read again
+by each operation, forward and backward. Those of one head are 4 MB. Measured on
+two cores; with many, several heads at a time might be faster.
+"""
+
+import functools
+
+import keras
+
+from keras_paligemma.compat import platform
+
+# Logits of a head: the vision tower has twice as many at 224 px. Below it, as
+# in decoding, starting the operations of a head costs more than they do.
+FEWEST_LOGITS = 2**15
+
+
+def should_use_cpu_attention(query_shape, key_shape):
+    """Say whether attention is to go head by head: the one switch.
+
+    Args:
+        query_shape: tuple (batch, tokens, query heads, head dim).
+        key_shape: tuple (batch, tokens, key-value heads, head dim).
+
+    Returns:
+        bool: `True` on the JAX backend for a CPU, if a head has many logits.
+        Not under a distribution, whose devices share rows and heads, nor in a
+        program for batches of any size.
+    """
+    if keras.backend.backend() != "jax" or platform() != "cpu":
+        return False
+    if keras.distribution.distribution() is not None:
+        return False
+    if not isinstance(query_shape[0], int):
+        return False
+    return query_shape[1] * key_shape[1] >= FEWEST_LOGITS
+
+
+def attend_on_cpu(
+    query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None, masked=-2.0e38
+):
+    """Do what `attend` does, for one row and key-value head after another.
+
+    The backward pass keeps the arguments and, of each token, the largest logit
+    and the sum of exponentials: it computes the weights again, transposed, so
+    that two of its three products with them read rows.
+
+    Args:
+        query_BTNH: tensor, already scaled.
+        key_BSKH: tensor.
+        value_BSKH: tensor.
+        mask_BTS: bool tensor, True where t sees s; `None` lets all see all.
+        cap: float, soft cap of the logits, or `None`.
+        masked: float, added to the logits of what is not seen.
+
+    Returns:
+        Tensor (batch, tokens, query heads, head_dim), dtype of the values.
+
+    Source: https://arxiv.org/abs/2205.14135, the backward pass in one block.
+    """
+    attention = _attention(cap, masked)
+    return attention(query_BTNH, key_BSKH, value_BSKH, mask_BTS)
+
+
+@functools.cache
+def _attention(cap, masked):
+    """Make the function: once, so that calls outside of a program find it."""
+    import jax
+    import jax.numpy as jnp
+
+    def product(a, b, axis_of_a, axis_of_b):
+        axes = (((axis_of_a,), (axis_of_b,)), ((), ()))
+        return jax.lax.dot_general(a, b, axes)
+
+    def to_float32(*tensors):
+        return [one.astype("float32") for one in tensors]
+
+    def capped(logits):
+        """Give the logits and, of a cap, their share of it."""
+        if cap is None:
+            return logits, None
+        share = jnp.tanh(logits / cap)
+        return cap * share, share
+
+    def forward_head(query_MH, _max, _sum, key_SH, value_SH, unseen_MS):
+        query_MH, key_SH = to_float32(query_MH, key_SH)
+        logits_MS, _ = capped(product(query_MH, key_SH, 1, 1))
+        if unseen_MS is not None:
+            logits_MS = logits_MS + unseen_MS
+        largest_M1 = jnp.max(logits_MS, axis=-1, keepdims=True)
+        weights_MS = jnp.exp(logits_MS - largest_M1)
+        sum_M1 = jnp.sum(weights_MS, axis=-1, keepdims=True)
+        weights_MS = (weights_MS / sum_M1).astype(value_SH.dtype)
+        mixed_MH = product(weights_MS, value_SH, 1, 0)
+        return mixed_MH, largest_M1[:, 0], sum_M1[:, 0]
+
+    def backward_head(
+        query_MH, key_SH, value_SH, upstream_MH, largest_M, sum_M, unseen_MS
+    ):
+        query_MH, key_SH = to_float32(query_MH, key_SH)
+        value_SH, upstream_MH = to_float32(value_SH, upstream_MH)
+        logits_SM, share_SM = capped(product(key_SH, query_MH, 1, 1))
+        if unseen_MS is not None:
+            logits_SM = logits_SM + unseen_MS.T
+        weights_SM = jnp.exp(logits_SM - largest_M) * (1 / sum_M)
+        change_SM = product(value_SH, upstream_MH, 1, 1)
+        mean_M = jnp.sum(weights_SM * change_SM, axis=0)
+        gradient_SM = weights_SM * (change_SM - mean_M)
+        if cap is not None:
+            gradient_SM = gradient_SM * (1 - share_SM * share_SM)
+        return (
+            product(gradient_SM, key_SH, 0, 0),
+            product(gradient_SM, query_MH, 1, 0),
+            product(weights_SM, upstream_MH, 1, 0),
+        )
+
+    def heads_first(x_BTNH, key_heads):
+        """Give (B K, G T, H): what is one key-value head's lies together."""
+        B, T, N, H = x_BTNH.shape
+        x_BTKGH = x_BTNH.reshape(B, T, key_heads, N // key_heads, H)
+        return jnp.moveaxis(x_BTKGH, 1, 3).reshape(B * key_heads, -1, H)
+
+    def heads_last(x_XMH, shape, key_heads):
+        B, T, N, H = shape
+        x_BKGTH = x_XMH.reshape(B, key_heads, N // key_heads, T, H)
+        return jnp.moveaxis(x_BKGTH, 3, 1).reshape(shape)
+
+    def each_head(function, mask_BTS, key_heads, groups, replaced, *others_XM):
+        """Apply a function to every row and key-value head in turn.
+
+        Its results take the place of `replaced`, which it is given first:
+        arrays of zeros would be made for all layers before the first one.
+        """
+
+        def one(number, replaced):
+            unseen_MS = None
+            if mask_BTS is not None:
+                unseen_TS = jnp.where(mask_BTS[number // key_heads], 0, masked)
+                unseen_MS = jnp.tile(unseen_TS, (groups, 1))
+            head = [one[number] for one in (*replaced, *others_XM)]
+            found = function(*head, unseen_MS)
+            return [
+                one.at[number].set(new.astype(one.dtype))
+                for one, new in zip(replaced, found, strict=True)
+            ]
+
+        # Of a loop of a known length, remat "dots" would keep all logits.
+        count = jnp.asarray(replaced[0].shape[0])
+        return jax.lax.fori_loop(0, count, one, list(replaced))
+
+    def forward(query_BTNH, key_BSKH, value_BSKH, mask_BTS):
+        K, N = key_BSKH.shape[2], query_BTNH.shape[2]
+        query_XMH = heads_first(query_BTNH, K)
+        none_XM = jnp.zeros(query_XMH.shape[:2], "float32")
+        mixed_XMH, largest_XM, sum_XM = each_head(
+            forward_head,
+            mask_BTS,
+            K,
+            N // K,
+            (query_XMH, none_XM, none_XM),
+            heads_first(key_BSKH, K),
+            heads_first(value_BSKH, K),
+        )
+        mixed_BTNH = heads_last(mixed_XMH, query_BTNH.shape, K)
+        kept = (query_BTNH, key_BSKH, value_BSKH, mask_BTS)
+        return mixed_BTNH, (*kept, largest_XM, sum_XM)
+
+    def backward(kept, upstream_BTNH):
+        *inputs, mask_BTS, largest_XM, sum_XM = kept
+        query_BTNH, key_BSKH, _ = inputs
+        K, N = key_BSKH.shape[2], query_BTNH.shape[2]
+        gradients = each_head(
+            backward_head,
+            mask_BTS,
+            K,
+            N // K,
+            [heads_first(one, K) for one in inputs],
+            heads_first(upstream_BTNH, K),
+            largest_XM,
+            sum_XM,
+        )
+        gradients = [
+            heads_last(gradient, one.shape, K)
+            for gradient, one in zip(gradients, inputs, strict=True)
+        ]
+        # A mask has none.
+        return (*gradients, None)
+
+    attention = jax.custom_vjp(lambda *inputs: forward(*inputs)[0])
+    attention.defvjp(forward, backward)
+    return jax.jit(attention)

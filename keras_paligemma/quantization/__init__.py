@@ -1,0 +1,1 @@
+"""Frozen weights as integers and scales: storage, rounding, products."""

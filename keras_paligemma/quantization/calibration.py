@@ -1,0 +1,266 @@
+"""int4 kernels rounded for the examples that go through them."""
+
+import functools
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_paligemma.compat import fill
+from keras_paligemma.compat import to_host
+from keras_paligemma.compat import without_values
+from keras_paligemma.layers.projection import Projection
+from keras_paligemma.layers.stack import stable_name
+from keras_paligemma.quantization.dequantized_views import dequantized_views
+from keras_paligemma.quantization.rounding import order_and_factor
+from keras_paligemma.quantization.rounding import round_for
+
+# Examples that are run at a time.
+BATCH = 8
+EXPECTED = ("images", "prompts", "responses")
+TABLE = "text_decoder/token_embedding/table"
+
+
+def check(stored, quantize, load_weights):
+    """Refuse a calibration of what is not rounded to int4 now."""
+    if not load_weights:
+        raise ValueError(
+            "Random weights are not calibrated. Received: load_weights=False "
+            "and a calibration. Leave one of them out."
+        )
+    if stored is not None or quantize != "int4":
+        raise ValueError(
+            "Examples calibrate a checkpoint of floats that is rounded to 4 "
+            "bits. Received: a checkpoint of "
+            f"{stored or 'floats'} and quantize={quantize!r}. Expected: "
+            "quantize='int4' of floats. (int8 moves so little that there is "
+            "nothing to gain.)"
+        )
+
+
+def batches_of(examples, preprocessor):
+    """Preprocess the examples of a calibration.
+
+    Args:
+        examples: dict of equally long lists `images`, `prompts`, `responses`.
+        preprocessor: `PaliGemmaCausalLMPreprocessor`.
+
+    Returns:
+        List of `(x, y, sample_weight)`.
+
+    Raises:
+        ValueError: no dict, another key, no example, no preprocessor.
+    """
+    if preprocessor is None:
+        raise ValueError(
+            "A calibration's examples are preprocessed. Received: "
+            "preprocessor=None. Pass `tokenizer=` or a preprocessor."
+        )
+    keys = set(examples) if isinstance(examples, dict) else None
+    lengths = {len(one) for one in examples.values()} if keys else set()
+    if (
+        keys not in (set(EXPECTED), set(EXPECTED[1:]))
+        or len(lengths) != 1
+        or 0 in lengths
+    ):
+        raise ValueError(
+            "A calibration takes a dict of equally long lists, of one example "
+            f"at least. Expected: {EXPECTED}. Received: {examples!r:.200}."
+        )
+    batches = []
+    for start in range(0, *lengths, BATCH):
+        part = slice(start, start + BATCH)
+        batches.append(
+            preprocessor(
+                {key: list(one[part]) for key, one in examples.items()}
+            )
+        )
+    return batches
+
+
+def calibrate(backbone, floats, batches):
+    """Round the weights of an int4 backbone again, for examples.
+
+    Block by block, the vision encoder's first: a block of floats is shown what
+    the rounded blocks before it make of the examples, each of its kernels is
+    rounded so that the products with that change least, and what the rounded
+    block gives goes on to the next. The table comes last, as the head.
+
+    In memory beside the backbone: what a block gives of all examples, a block
+    in float32, and for a kernel of F inputs about 28·F² bytes, which is 2.4 GB
+    of a 3b and 38 GB of a 28b.
+
+    Args:
+        backbone: `PaliGemmaBackbone` of int4, its weights rounded already.
+        floats: dict of `checkpoints.lazy_tensors.hold`, the weights as floats.
+        batches: list of `(x, y, sample_weight)` of arrays, as the preprocessor
+            gives them.
+    """
+    views = dequantized_views(backbone.weights_by_name())
+    twin = _one_block(backbone)
+    images = [None] * len(batches)
+    if "images" in batches[0][0]:
+        images = _through_vision(backbone, twin, floats, views, batches)
+    _through_text(backbone, twin, floats, views, batches, images)
+
+
+def _one_block(backbone):
+    """Make a backbone of float32 with one block a tower, without values."""
+    config = backbone.get_config()
+    for tower in ("vision_encoder", "text_decoder"):
+        config[tower] = config[tower] | {"num_layers": 1}
+    config |= {"quantization": None, "form": "unrolled", "remat": None}
+    config |= {"dtype": "float32", "name": "one_block"}
+    with without_values():
+        twin = type(backbone).from_config(config)
+    # So that Torch keeps nothing for a gradient.
+    twin.trainable = False
+    return twin
+
+
+def _through_vision(backbone, twin, floats, views, batches):
+    """Calibrate the vision encoder; give the image tokens of each batch."""
+    encoder, projector = backbone.vision_encoder, twin.vision_encoder.projector
+    images = [x["images"] for x, _, _ in batches]
+    xs = [_to_float(encoder.embed(one)) for one in images]
+    arguments, valid = [()] * len(xs), [None] * len(xs)
+    (block,) = twin.vision_encoder.blocks._layers
+    xs = _through_blocks(
+        encoder.blocks, block, floats, views, xs, arguments, valid
+    )
+    xs = [encoder.final_norm(x) for x in xs]
+    _calibrate(projector, floats, views, lambda at: projector(xs[at]), valid)
+    shapes = [encoder.compute_output_shape(one.shape) for one in images]
+    return [
+        np.reshape(_to_float(projector(x)), shape)
+        for x, shape in zip(xs, shapes, strict=True)
+    ]
+
+
+def _through_text(backbone, twin, floats, views, batches, images):
+    """Calibrate the decoder's blocks, and the table."""
+    decoder = backbone.text_decoder
+    xs, arguments, valid = [], [], []
+    for (x, _, _), image_BID in zip(batches, images, strict=True):
+        x = {key: one for key, one in x.items() if key != "images"}
+        if image_BID is not None:
+            x["image_embeddings"] = image_BID
+        xs.append(_to_float(backbone.embed(x)))
+        count = xs[-1].shape[1] - x["token_ids"].shape[1]
+        mask, positions_BL = backbone.mask_and_positions(x, count)
+        arguments.append(decoder.arguments_of_blocks(mask, positions_BL))
+        image_part = ((0, 0), (count, 0))
+        valid.append(np.pad(x["padding_mask"], image_part, constant_values=1))
+    (block,) = twin.text_decoder.blocks._layers
+    xs = _through_blocks(
+        decoder.blocks, block, floats, views, xs, arguments, valid
+    )
+    moment = 0
+    for x, (_, y, weights) in zip(xs, batches, strict=True):
+        # The states that predict the responses: all that the head is given.
+        states = _to_float(decoder.final_norm(x))[:, -y.shape[1] - 1 : -1]
+        states = states[np.asarray(weights) > 0]
+        moment = moment + states.T @ states
+    _round(views[TABLE], floats[TABLE].read(), *order_and_factor(moment))
+
+
+def _through_blocks(stack, block, floats, views, xs, arguments, valid):
+    """Calibrate the blocks of a tower; give what the last one makes of `xs`.
+
+    Args:
+        stack: `LayerStack`.
+        block: a block of floats, which is filled as each of the stack's.
+        floats, views: dicts of name to one of each block.
+        xs: list of arrays (B, T, D), one a batch.
+        arguments: list of tuples, what blocks get besides.
+        valid: list of bool arrays (B, T), the tokens that count; `None`: all.
+    """
+    for number in range(stack.num_layers):
+        more = stack._number(number)
+
+        def run(at, xs=xs, more=more):
+            return block(xs[at], *arguments[at], **more)
+
+        # A tower has its own number of blocks.
+        names = [stable_name(one.path) for one in block.variables]
+        _calibrate(
+            block,
+            {name: floats[name][number] for name in names},
+            {name: views[name][number] for name in names},
+            run,
+            valid,
+        )
+        xs = [_to_float(run(at)) for at in range(len(xs))]
+    return xs
+
+
+def _calibrate(layer, floats, views, run, valid):
+    """Round the projections of a layer for what they are given.
+
+    Args:
+        layer: Keras layer of floats; it is filled, and holds the rounded
+            kernels afterwards.
+        floats, views: dicts of stable name to what is read and written.
+        run: function of a batch's number that calls the layer.
+        valid: see `_through_blocks`.
+    """
+    for variable in layer.variables:
+        fill(variable, floats[stable_name(variable.path)].read())
+    for moment, projections in _moments(layer, run, valid):
+        factored = order_and_factor(moment)
+        for projection in projections:
+            kernel = projection.kernel
+            view = views[stable_name(kernel.path)]
+            kernel.assign(_round(view, to_host(kernel), *factored))
+
+
+def _moments(layer, run, valid):
+    """Sum up x·xᵀ of what each projection of a layer is given.
+
+    Returns:
+        List of pairs, an array and the projections that are given the same.
+    """
+    sums, sharing = {}, {}
+    last = tokens = None
+
+    def observe(projection, x):
+        nonlocal last
+        if last is None or x is not last[0]:
+            last = x, projection
+            size = math.prod(projection.input_axes)
+            x = ops.reshape(ops.cast(x, "float32"), (-1, size))
+            if tokens is not None:
+                x = x * ops.convert_to_tensor(tokens)
+            moment = ops.matmul(ops.transpose(x), x)
+            sums[projection] = sums.get(projection, 0) + moment
+        sharing[projection] = last[1]
+
+    projections = [
+        one for one in layer._flatten_layers() if isinstance(one, Projection)
+    ]
+    for one in projections:
+        one.observer = functools.partial(observe, one)
+    for at, mask in enumerate(valid):
+        if mask is not None:
+            tokens = np.reshape(mask, (-1, 1)).astype("float32")
+        run(at)
+    for one in projections:
+        one.observer = None
+    return [
+        (to_host(moment), [one for one in projections if sharing[one] is first])
+        for first, moment in sums.items()
+    ]
+
+
+def _round(view, array, order, factor):
+    """Round an array into a view; give the floats that it now stands for."""
+    layout = view.layout
+    stored, scale = round_for(layout, np.asarray(array), order, factor)
+    view.store((stored, scale))
+    stored, scale = ops.convert_to_tensor(stored), scale.astype("float32")
+    scale = ops.convert_to_tensor(scale)
+    return layout.dequantize(stored, scale, "float32")
+
+
+def _to_float(x):
+    return np.asarray(to_host(x), "float32")

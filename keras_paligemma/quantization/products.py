@@ -1,0 +1,314 @@
+"""Products with weights of few bits, which are floats only for that time."""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_paligemma.compat import platform
+from keras_paligemma.layers.remat import after
+from keras_paligemma.layers.shard_spec import as_stored
+from keras_paligemma.layers.shard_spec import gather
+from keras_paligemma.layers.shard_spec import shard_spec_of
+from keras_paligemma.quantization.storage import QuantizedFormat
+
+# Bytes that become floats at a time, and what a part's size is a multiple of,
+# where it can be: lanes, else rows, of a TPU's tiles.
+PART = 2**24
+ALIGNED = (128, 32, 16, 8, 1)
+_LENT = contextvars.ContextVar("lent", default=({}, None))
+
+
+@contextlib.contextmanager
+def stacked_weights_scope(stacks, number):
+    """Let the products of a block read one layer of stacked weights.
+
+    What becomes floats in parts is read in a loop. A layer's slice that went
+    into it would be a copy, of all kernels of a layer at a time in a backward
+    pass; a part is cut out of the stack as it is.
+
+    Args:
+        stacks: dict of the `id` of a block's variable to the variable of all
+            layers and its tensor.
+        number: int scalar tensor, the layer.
+    """
+    token = _LENT.set((stacks, number))
+    try:
+        yield
+    finally:
+        _LENT.reset(token)
+
+
+def quantized_product(layout, stored, scale, x):
+    """Multiply with a frozen weight that is a float only for that time.
+
+    The backward pass makes it a float anew: kept for it, the kernels of all
+    layers would be floats at once.
+
+    Args:
+        layout: `QuantizedFormat`.
+        stored: int8 variable or tensor, see `QuantizedFormat.dequantize`.
+        scale: bfloat16, likewise.
+        x: tensor (..., *axes that are summed over).
+
+    Returns:
+        Tensor (..., *other axes), of the dtype of `x`.
+    """
+    weight = _Weight.of(layout, stored, scale)
+
+    @ops.custom_gradient
+    def product(x, *tensors):
+        held = weight.holding(*tensors)
+
+        def gradient(*args, upstream=None):
+            upstream = args[0] if upstream is None else upstream
+            return held.gradient(upstream), *[None] * len(tensors)
+
+        return held.product(x), gradient
+
+    # Values, since the gradient is asked for when the scope of a trainer's or
+    # a stack's values has ended: a variable then has others.
+    return product(x, *weight.tensors())
+
+
+def quantized_gradient(layout, stored, scale, gradient):
+    """Take a gradient of `quantized_product` back to its `x`.
+
+    Args:
+        layout: `QuantizedFormat`.
+        stored: int8 variable or tensor, see `QuantizedFormat.dequantize`.
+        scale: bfloat16, likewise.
+        gradient: tensor (..., *axes that were not summed over).
+
+    Returns:
+        Tensor (..., *axes that were summed over).
+    """
+    return _Weight.of(layout, stored, scale).gradient(gradient)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """The tensors of a weight, or of a stack and the number of a layer.
+
+    `shares` says of both tensors how chips share them, see `layers.shard_spec`.
+    """
+
+    layout: QuantizedFormat
+    stored: Any
+    scale: Any
+    number: Any = None
+    shares: tuple = (None, None)
+
+    @classmethod
+    def of(cls, layout, stored, scale):
+        stacks, number = _LENT.get()
+        if id(stored) not in stacks:
+            shares = shard_spec_of(stored), shard_spec_of(scale)
+            return cls(layout, _value(stored), _value(scale), shares=shares)
+        (stored, stack), (scale, scales) = stacks[id(stored)], stacks[id(scale)]
+        if layout.mode == "int8":
+            # Goes into its product as it is, and is gathered as it is.
+            return cls(layout, stack, scales, number)
+        shares = shard_spec_of(stored), shard_spec_of(scale)
+        return cls(layout, stack, scales, number, shares)
+
+    def holding(self, stored, scale, number=None):
+        return dataclasses.replace(
+            self, stored=stored, scale=scale, number=number
+        )
+
+    def tensors(self):
+        number = [] if self.number is None else [self.number]
+        return [self.stored, self.scale, *number]
+
+    def product(self, x):
+        summed, kept = _axes(self.layout)
+        count, runs = self._parts(), self._runs()
+        if count == 1:
+            return self.after(x).part()._multiply(x)
+        axis = len(x.shape) - len(summed)
+        if keras.backend.backend() != "jax":
+            parts = [
+                self.part(index, count).after(x)._multiply(x)
+                for index in range(count)
+            ]
+            return ops.concatenate(parts, axis=axis)
+        # Written where it belongs: parts that are put together are copied.
+        sizes = self.stored.shape[-len(self.layout.shape) :]
+        shape = [*ops.shape(x)[:axis], *(sizes[one] for one in kept)]
+
+        def write(y, index):
+            part = self.part(index, count).after(x)._multiply(x)
+            for run, piece in enumerate(ops.split(part, runs, axis)):
+                starts = [0] * len(shape)
+                starts[axis] = (run * count + index) * piece.shape[axis]
+                y = ops.slice_update(y, starts, piece)
+            return y, None
+
+        return ops.scan(write, ops.zeros(shape, x.dtype), ops.arange(count))[0]
+
+    def gradient(self, gradient):
+        summed, kept = _axes(self.layout)
+        count, runs = self._parts(), self._runs()
+        if count == 1:
+            return self.after(gradient).part()._back(gradient)
+        axis = len(gradient.shape) - len(kept)
+
+        def add(total, index):
+            upstream = _part(gradient, axis, index, count, runs)
+            part = self.part(index, count).after(upstream)
+            return total + part._back(upstream), None
+
+        summed_shape = [self.layout.shape[axis] for axis in summed]
+        none = ops.zeros(
+            (*ops.shape(gradient)[:axis], *summed_shape), gradient.dtype
+        )
+        return ops.scan(add, none, ops.arange(count))[0]
+
+    def _multiply(self, x):
+        summed, _ = _axes(self.layout)
+        if self.layout.mode == "int8":
+            # The scale of an output multiplies what was summed up: a TPU then
+            # makes floats of the integers within the product.
+            y = _contract(x, ops.cast(self.stored, x.dtype), summed)
+            return y * self._of_outputs(x.dtype)
+        return _contract(x, self._floats(x.dtype), summed)
+
+    def _back(self, gradient):
+        _, kept = _axes(self.layout)
+        if self.layout.mode == "int8":
+            gradient = gradient * self._of_outputs(gradient.dtype)
+            kernel = ops.cast(self.stored, gradient.dtype)
+        else:
+            kernel = self._floats(gradient.dtype)
+        return _contract(gradient, kernel, kept)
+
+    def _floats(self, dtype):
+        return self.layout.dequantize(self.stored, self.scale, dtype)
+
+    def _of_outputs(self, dtype):
+        """Give scales of "int8" the shape of what a product gives."""
+        summed, _ = _axes(self.layout)
+        return ops.cast(ops.squeeze(self.scale, summed), dtype)
+
+    def after(self, x):
+        """Make floats only when `x` is known; see `remat.after`."""
+        if self.number is not None:
+            return dataclasses.replace(self, number=after(x, self.number)[0])
+        stored, scale = after(x, self.stored, self.scale)
+        return dataclasses.replace(self, stored=stored, scale=scale)
+
+    def part(self, index=0, count=1):
+        """Give a part of one layer, whole on each chip; all of it of one.
+
+        Parts lie along the first axis that is kept. Where chips share it, a
+        part is a run of what each of them has, and no more is gathered.
+        """
+        axis, runs = _axes(self.layout)[1][0], self._runs()
+        numbers = [] if self.number is None else [self.number]
+
+        def cut(x, shares):
+            shared = self._parts_of(shares)
+            if shared not in (1, runs):
+                # Scales that chips share along another axis than integers.
+                x = gather(_layer, x, shares, *numbers)
+                return _part(x, axis, index, count, runs)
+            return gather(
+                # Of a shared axis each chip has its run.
+                lambda x, index, *number: _part(
+                    x, axis, index, count, runs // shared, *number
+                ),
+                x,
+                shares,
+                index,
+                *numbers,
+            )
+
+        stored, scale = map(cut, (self.stored, self.scale), self.shares)
+        return _Weight(self.layout, stored, scale)
+
+    def _runs(self):
+        """Count the runs that a part consists of."""
+        return self._parts_of(self.shares[0])
+
+    def _parts_of(self, shares):
+        """Count the chips' parts of the axis along which parts lie."""
+        axis = _axes(self.layout)[1][0] - len(self.layout.shape)
+        return 1 if shares is None else shares.parts(axis)
+
+    def _parts(self):
+        """Count the parts of a large weight that become floats in turn.
+
+        Of the larger kernels of a 28b, or of a table, all of them together
+        would take more than the rest of a step. All are of equal size.
+        """
+        is_shared = self.shares[0] is not None
+        if self.layout.mode == "int8" and platform() == "tpu" and not is_shared:
+            return 1
+        shape = self.stored.shape[-len(self.layout.shape) :]
+        size = shape[_axes(self.layout)[1][0]] // self._runs()
+        least = -(-math.prod(shape) // PART)
+        for aligned in ALIGNED:
+            for count in range(least, min(8 * least, size)):
+                if size % (count * aligned) == 0:
+                    return count
+        return 1
+
+
+def _value(weight):
+    """Give a tensor: TensorFlow takes a Keras variable for one."""
+    weight = weight.value if isinstance(weight, keras.Variable) else weight
+    return ops.convert_to_tensor(weight)
+
+
+def _layer(x, *number):
+    """Give one layer where `x` is a stack, and `x` where it is none."""
+    return _part(x, 0, 0, 1, 1, *number)
+
+
+def _part(x, axis, index, count, runs=1, number=None):
+    """Cut a part of an axis out, of one layer where `x` is a stack.
+
+    Args:
+        x: tensor.
+        axis: int, of a layer.
+        index: int scalar, which part.
+        count: int, how many parts there are.
+        runs: int, of how many runs of equal length a part consists.
+        number: int scalar, which layer of a stack.
+    """
+    if number is None and count == 1:
+        return x
+    if number is None and axis == 0 and runs == 1:
+        # An index of whole tiles: rows from anywhere would have a TPU lay out
+        # the table anew.
+        x = ops.reshape(x, (count, x.shape[0] // count, *x.shape[1:]))
+        return ops.take(x, index, axis=0)
+    starts, shape = [0] * len(x.shape), list(ops.shape(x))
+    if number is not None:
+        axis += 1
+        starts[0], shape[0] = number, 1
+    shape[axis] //= count * runs
+    pieces = []
+    for run in range(runs):
+        starts[axis] = (run * count + index) * shape[axis]
+        pieces.append(ops.slice(x, starts, shape))
+    x = ops.concatenate(pieces, axis) if runs > 1 else pieces[0]
+    return x if number is None else as_stored(ops.reshape(x, x.shape[1:]))
+
+
+def _axes(layout):
+    """List the axes that a product sums over, and the others."""
+    rank = len(layout.shape)
+    summed = [rank + axis for axis in layout.axes]
+    return summed, [axis for axis in range(rank) if axis not in summed]
+
+
+def _contract(x, kernel, axes):
+    """Sum over the last axes of `x` and these axes of a kernel."""
+    last = range(len(x.shape) - len(axes), len(x.shape))
+    return ops.tensordot(x, kernel, axes=[list(last), axes])

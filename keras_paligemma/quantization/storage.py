@@ -1,0 +1,237 @@
+"""Frozen weights as 8-bit or 4-bit integers with scales.
+
+Weights are quantised on the host, in NumPy, while a checkpoint is read, and
+made floats again inside the layer that uses them. Rounding is symmetric and to
+the nearest, `|w - dequantize(quantize(w))| <= scale / 2`, unless examples ask
+for other integers, see `rounding`.
+"""
+
+import dataclasses
+
+import keras
+import ml_dtypes
+import numpy as np
+from keras import ops
+
+from keras_paligemma.quantization.rounding import round_to
+
+MODES = (None, "int8", "int4")
+GROUP = 128
+# Rows of a table that are floats at a time while it is quantised.
+ROWS = 4096
+# Scales lie in rows of so many groups on a TPU.
+TILE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedFormat:
+    """How a float array is stored as integers and scales.
+
+    "int8" has one scale for all that one output sums up. "int4" packs two
+    values into a byte and has one scale for each 128 values along the last
+    axis that is summed over; a shorter axis is one group, and the last group
+    of another length is filled up with zeros. A byte holds values of the same
+    group, so that an axis can be sharded between groups.
+
+    Scales are bfloat16, rounded up before the integers are chosen: their own
+    rounding then costs nothing but steps that are up to 0.8 % wider, and the
+    product of an integer and its scale is exact in float32.
+
+    Args:
+        mode: "int8" or "int4".
+        shape: tuple of ints, of the float array.
+        axes: tuple of ints, the axes that a product sums over.
+
+    Example:
+        >>> layout = QuantizedFormat("int4", (300, 8), (0,))
+        >>> layout.stored_shape, layout.scale_shape
+        ((192, 8), (3, 8))
+    """
+
+    mode: str
+    shape: tuple
+    axes: tuple
+
+    def __post_init__(self):
+        if self.mode not in MODES[1:]:
+            raise ValueError(
+                f"Unknown quantization. Received: {self.mode!r}. Expected one "
+                f"of {MODES}."
+            )
+        # Counted from the end: slices and stacks have the same layout.
+        axes = sorted(axis % len(self.shape) for axis in self.axes)
+        axes = tuple(axis - len(self.shape) for axis in axes)
+        object.__setattr__(self, "axes", axes)
+
+    @property
+    def group(self):
+        """Values that share a scale of "int4": an even number."""
+        size = self.shape[self.axes[-1]]
+        return min(GROUP, size + size % 2)
+
+    @property
+    def groups(self):
+        return -(-self.shape[self.axes[-1]] // self.group)
+
+    @property
+    def scales(self):
+        """Scales along the axis of groups, in whole tiles.
+
+        More than there are groups, where outputs lie behind that axis. Of
+        another number a TPU puts the layers of a stack there, and lays out all
+        of them anew in each step.
+        """
+        if self.axes[-1] == -1 or self.groups < TILE:
+            return self.groups
+        return -(-self.groups // TILE) * TILE
+
+    @property
+    def stored_shape(self):
+        if self.mode == "int8":
+            return self.shape
+        return self._with(self.groups * self.group // 2)
+
+    @property
+    def scale_shape(self):
+        if self.mode == "int4":
+            return self._with(self.scales)
+        shape = list(self.shape)
+        for axis in self.axes:
+            shape[axis] = 1
+        return tuple(shape)
+
+    def _with(self, size):
+        """Give the shape with another size of the axis of groups."""
+        shape = list(self.shape)
+        shape[self.axes[-1]] = size
+        return tuple(shape)
+
+    def quantize(self, array, scale=None):
+        """Turn a float array into integers and scales, on the host.
+
+        Args:
+            array: NumPy array of `shape`, of any float dtype.
+            scale: bfloat16 array, one a group or, of "int8", an output; of the
+                peaks if `None`.
+
+        Returns:
+            int8 array of `stored_shape`, bfloat16 array of `scale_shape`.
+
+        Raises:
+            ValueError: another shape; NaN or infinity.
+        """
+        if tuple(array.shape) != self.shape:
+            raise ValueError(
+                f"Expected an array of shape {self.shape}. Received: "
+                f"{tuple(array.shape)}."
+            )
+        stored = np.empty(self.stored_shape, "int8")
+        scales = np.empty(self.scale_shape, ml_dtypes.bfloat16)
+        step = len(array) if -array.ndim in self.axes else ROWS
+        for start in range(0, len(array), step):
+            part = slice(start, start + step)
+            rows = np.asarray(array[part], "float32")
+            given = None if scale is None else scale[part]
+            if self.mode == "int8":
+                found = round_to(rows, self.axes, 127, given)
+            else:
+                found = self._round_groups(rows, given)
+            stored[part], scales[part] = found
+        return stored, scales
+
+    def _round_groups(self, array, scale):
+        axis = self.axes[-1]
+        array = _filled(array, axis, self.groups * self.group)
+        lead, tail = _split(array.shape, axis)
+        array = array.reshape(*lead, self.groups, self.group, *tail)
+        scale = None if scale is None else np.expand_dims(scale, axis)
+        values, scale = round_to(array, (axis,), 7, scale)
+        low, high = np.split(values.view("uint8"), 2, axis)
+        packed = ((low & 15) | (high << 4)).view("int8")
+        scale = _filled(scale.squeeze(axis), axis, self.scales)
+        return packed.reshape(*lead, -1, *tail), scale
+
+    def dequantize(self, stored, scale, dtype):
+        """Turn integers and scales into floats, in `keras.ops`.
+
+        Args:
+            stored: int8 tensor of `stored_shape`, or with more axes before,
+                or of other sizes of axes that are not summed over.
+            scale: bfloat16 tensor, likewise.
+            dtype: str.
+
+        Returns:
+            Tensor of `dtype`.
+        """
+        scale = ops.cast(scale, dtype)
+        if self.mode == "int8":
+            return ops.cast(stored, dtype) * scale
+        axis = self.axes[-1]
+        lead, tail = _split(ops.shape(stored), axis)
+        behind = [slice(None)] * len(tail)
+        scale = scale[(..., slice(0, self.groups), *behind)]
+        stored = ops.reshape(
+            stored, (*lead, self.groups, self.group // 2, *tail)
+        )
+        fifteen, eight = (ops.cast(one, "int8") for one in (15, 8))
+        low = ops.bitwise_xor(ops.bitwise_and(stored, fifteen), eight) - eight
+        high = ops.right_shift(stored, ops.cast(4, "int8"))
+        values = ops.concatenate([low, high], axis=axis)
+        values = ops.cast(values, dtype) * ops.expand_dims(scale, axis)
+        values = ops.reshape(values, (*lead, self.groups * self.group, *tail))
+        size = self.shape[axis]
+        return values[(..., slice(0, size), *behind)]
+
+
+def _filled(array, axis, size):
+    """Fill an axis up with zeros."""
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (0, size - array.shape[axis])
+    return np.pad(array, padding) if size > array.shape[axis] else array
+
+
+def _split(shape, axis):
+    """Split a shape before and behind an axis counted from the end."""
+    return tuple(shape[:axis]), tuple(shape[len(shape) + axis + 1 :])
+
+
+def add_quantized_weight(layer, layout, initializer, name):
+    """Add the variables of a frozen weight to a layer: `name`, `name`_scale.
+
+    Args:
+        layer: Keras layer that is being built.
+        layout: `QuantizedFormat`.
+        initializer: Keras initializer of the float array. It must draw the
+            same each time, as Keras's do unless given a generator.
+        name: str.
+
+    Returns:
+        Two variables, int8 and bfloat16.
+    """
+    initializer = keras.initializers.get(initializer)
+
+    def part(which):
+        def initialize(shape, dtype=None):
+            values = ops.convert_to_numpy(initializer(layout.shape, "float32"))
+            part = layout.quantize(values)[which].astype("float32")
+            return ops.cast(ops.convert_to_tensor(part), dtype)
+
+        return initialize
+
+    parts = (
+        (name, layout.stored_shape, "int8"),
+        (f"{name}_scale", layout.scale_shape, "bfloat16"),
+    )
+    stored, scale = (
+        layer.add_weight(
+            shape=shape,
+            dtype=dtype,
+            initializer=part(which),
+            trainable=False,
+            autocast=False,
+            name=name,
+        )
+        for which, (name, shape, dtype) in enumerate(parts)
+    )
+    stored.quantized_format = scale.quantized_format = layout
+    return stored, scale

@@ -1,0 +1,1 @@
+"""What training changes, and how: adapters, freezing, losses, optimizers."""

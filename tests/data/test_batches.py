@@ -1,0 +1,227 @@
+"""What `fit`, `evaluate` and `predict` take: raw examples from anywhere."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from tests.models.conftest import build_tiny_model
+
+tf = pytest.importorskip("tensorflow")
+grain = pytest.importorskip("grain")
+
+
+def rows_of(examples, start, stop):
+    return {key: value[start:stop] for key, value in examples.items()}
+
+
+def slices(examples):
+    return tf.data.Dataset.from_tensor_slices(
+        examples | {"images": np.stack(examples["images"])}
+    )
+
+
+def grains(examples):
+    return grain.MapDataset.range(4).map(
+        lambda i: {key: value[i] for key, value in examples.items()}
+    )
+
+
+# Four examples as two batches, twice over at least.
+SOURCES = {
+    "dict": lambda examples: examples,
+    "dict of arrays": lambda examples: {
+        key: np.array(value) for key, value in examples.items()
+    },
+    "tf.data": lambda examples: slices(examples).batch(2),
+    "tf.data of tuples": lambda examples: (
+        slices(examples).batch(2).map(lambda x: (x,))
+    ),
+    "tf.data of unknown length": lambda examples: (
+        slices(examples).batch(2).filter(lambda x: True).repeat()
+    ),
+    "list": lambda examples: [
+        rows_of(examples, 0, 2),
+        rows_of(examples, 2, 4),
+    ],
+    "generator": lambda examples: (
+        rows_of(examples, start % 4, start % 4 + 2) for start in range(0, 20, 2)
+    ),
+    "grain": lambda examples: grains(examples).batch(2),
+    "grain without end": lambda examples: grains(examples).batch(2).repeat(),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model that training leaves as it is, and quick to compile."""
+    model = build_tiny_model(form="scanned")
+    model.backbone.vision_encoder.trainable = False
+    model.backbone.text_decoder.blocks.trainable = False
+    model.compile(keras.optimizers.SGD(0.0))
+    return model
+
+
+@pytest.fixture(scope="module")
+def losses(model):
+    """Function that gives the loss of examples, in batches of two."""
+
+    def measure(examples):
+        # Other batches would be other programs to compile.
+        return model.evaluate(examples, batch_size=2, verbose=0)[0]
+
+    return measure
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_raw_examples_of_any_kind_train_alike(model, losses, examples, kind):
+    history = model.fit(
+        SOURCES[kind](examples),
+        batch_size=2,
+        epochs=2,
+        steps_per_epoch=2,
+        shuffle=False,
+        verbose=0,
+        validation_data=examples,
+    ).history
+    wanted = [losses(examples)] * 2
+    np.testing.assert_allclose(history["loss"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(history["val_loss"], wanted, rtol=1e-5)
+    # KerasHub's name, beside ours.
+    names = "sparse_categorical_accuracy", "val_sparse_categorical_accuracy"
+    ours = "token_accuracy", "val_token_accuracy"
+    for name, own in zip(names, ours, strict=True):
+        assert history[name] == history[own]
+
+
+def test_an_iterable_begins_anew_each_epoch(model, losses, examples):
+    """Of unknown length, which Keras notices at the end of the first epoch."""
+    dataset = grains(examples).to_iter_dataset().batch(2)
+    with pytest.warns(UserWarning, match="ran out of data"):
+        history = model.fit(dataset, epochs=2, verbose=0).history
+    wanted = [losses(examples)] * 2
+    np.testing.assert_allclose(history["loss"], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dict", "tf.data", "list", "grain"])
+def test_evaluate_and_predict(model, losses, examples, kind):
+    x = SOURCES[kind](examples)
+    logs = model.evaluate(x, batch_size=2, verbose=0, return_dict=True)
+    np.testing.assert_allclose(logs["loss"], losses(examples), rtol=1e-5)
+    logits = model.predict(x, batch_size=2, verbose=0)
+    assert logits.shape == (4, 20, 2048)
+    # What training sees: the loss of these logits is the one above.
+    _, y, weights = model.preprocessor(examples)
+    log_BRV = ops.log_softmax(logits[:, 11:-1])
+    chosen_BR = ops.take_along_axis(log_BRV, y[..., None], axis=-1)[..., 0]
+    losses_B = -np.sum(ops.convert_to_numpy(chosen_BR) * weights, axis=1)
+    loss = np.mean(losses_B / weights.sum(axis=1))
+    np.testing.assert_allclose(loss, logs["loss"], rtol=1e-4)
+
+
+def test_the_last_batch_may_be_smaller(model, losses, examples):
+    three = rows_of(examples, 0, 3)
+    batches = [rows_of(three, 0, 2), rows_of(three, 2, 3)]
+    found = model.evaluate(batches, verbose=0)[0]
+    np.testing.assert_allclose(found, losses(three), rtol=1e-5)
+    history = model.fit(batches, epochs=2, verbose=0).history
+    np.testing.assert_allclose(history["loss"], [found] * 2, rtol=1e-5)
+
+
+def test_no_graph_is_traced_for_raw_batches(
+    model, losses, examples, monkeypatch
+):
+    """But for the one that TensorFlow's own training makes of batches."""
+    data = slices(examples).batch(2)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a graph")
+
+    monkeypatch.setattr(tf.data.Dataset, "map", refuse)
+    if keras.backend.backend() != "tensorflow":
+        monkeypatch.setattr(tf.data.Dataset, "from_generator", refuse)
+        monkeypatch.setattr(tf, "function", refuse)
+    found = model.evaluate(data, verbose=0)[0]
+    np.testing.assert_allclose(found, losses(examples), rtol=1e-5)
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_preprocessed_data_passes(model, losses, examples, attached):
+    """With the preprocessor and without, in a dict and in a pipeline."""
+    wanted = losses(examples)
+    preprocessor = model.preprocessor
+    x, y, weights = preprocessor(examples)
+    pipeline = slices(examples).batch(2).map(preprocessor)
+    model.preprocessor = preprocessor if attached else None
+    try:
+        for found in (
+            model.evaluate(x, y, 2, weights, verbose=0),
+            model.evaluate([(x, y, weights)], verbose=0),
+            model.evaluate(pipeline, verbose=0),
+        ):
+            np.testing.assert_allclose(found[0], wanted, rtol=1e-5)
+        logits = model.predict(pipeline, verbose=0)
+        if not attached:
+            with pytest.raises(ValueError, match="reads arrays"):
+                model.evaluate(examples)
+    finally:
+        model.preprocessor = preprocessor
+    wanted = model.predict(examples, batch_size=2, verbose=0)
+    np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_examples(model, losses, examples):
+    """A weight of 0 is an example less, in a dict and in a tuple."""
+    pair = rows_of(examples, 0, 2)
+    weights = np.array([1.0, 0.0])
+    wanted = losses({key: value[:1] * 2 for key, value in pair.items()})
+    history = model.fit(
+        pair,
+        sample_weight=weights,
+        validation_data=[(pair, None, weights)],
+        verbose=0,
+    ).history
+    for found in (
+        history["loss"],
+        history["val_loss"],
+        model.evaluate(pair, sample_weight=weights, verbose=0),
+        model.evaluate([(pair, None, weights)], verbose=0),
+    ):
+        np.testing.assert_allclose(found[0], wanted, rtol=1e-5)
+
+
+def test_the_last_examples_validate(model, losses, examples):
+    history = model.fit(
+        examples, validation_split=0.5, batch_size=2, verbose=0
+    ).history
+    first, last = (losses(rows_of(examples, i, i + 2)) for i in (0, 2))
+    np.testing.assert_allclose(history["loss"], [first], rtol=1e-5)
+    np.testing.assert_allclose(history["val_loss"], [last], rtol=1e-5)
+
+
+def test_what_cannot_be_trained_on_says_so(model, examples):
+    one = {key: value[0] for key, value in examples.items()}
+    x, y, weights = model.preprocessor(examples)
+    shifted = np.pad(x["token_ids"][:, 1:], ((0, 0), (0, 1)))
+    for data, message in (
+        ({"x": [one]}, r"on batches.*\.batch\(8\)"),
+        ({"x": slices(examples)}, r"on batches.*\.batch\(8\)"),
+        ({"x": examples, "y": [1] * 4}, "Targets come from the responses"),
+        ({"x": [examples], "y": [1]}, "hold their own targets"),
+        ({"x": [examples], "validation_split": 0.5}, "divides a dictionary"),
+        ({"x": examples, "validation_split": 0.9}, "at least one example"),
+        ({"x": x, "y": shifted}, "shifted by one as in KerasHub"),
+        ({"x": ["a cat"]}, "An example is a dictionary"),
+        ({"x": np.zeros((2, 3))}, "ndarray.*Expected: a dictionary"),
+        ({"x": examples | {"prompts": "caption en"}}, "same length"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.fit(**data, verbose=0)
+
+
+def test_an_uncompiled_model_says_so(examples):
+    model = build_tiny_model()
+    model = type(model)(model.backbone, model.preprocessor, compile=False)
+    for method in (model.fit, model.evaluate, model.generate):
+        with pytest.raises(ValueError, match=r"must call `compile\(\)`"):
+            method(examples)

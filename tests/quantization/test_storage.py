@@ -1,0 +1,225 @@
+"""Kernels of few bits: rounding, packing, gradients, memory."""
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_paligemma.layers.projection import Projection
+from keras_paligemma.layers.stack import LayerStack
+from keras_paligemma.models.text_decoder import TokenEmbedding
+from keras_paligemma.quantization import products
+from keras_paligemma.quantization.storage import QuantizedFormat
+from tests.conftest import run
+from tests.gradients import differentiate
+
+# Shapes and the axes that are summed: several groups, one short group, a last
+# group that is filled up, an odd axis, two axes, a table, groups that are no
+# whole tile, one value each.
+SHAPES = [
+    ((256, 6), (0,)),
+    ((24, 3, 4), (0,)),
+    ((300, 5), (0,)),
+    ((7, 3), (0,)),
+    ((3, 6, 5), (0, 1)),
+    ((5000, 12), (1,)),
+    ((1160, 2), (0,)),
+    ((1, 2), (0,)),
+]
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("shape, axes", SHAPES)
+def test_rounding_is_to_the_nearest(shape, axes, mode):
+    random = np.random.default_rng(0)
+    array = random.standard_t(4, shape).astype("float32")
+    array[..., :1] = 0
+    layout = QuantizedFormat(mode, shape, axes)
+    stored, scale = layout.quantize(array)
+    assert (stored.dtype, stored.shape) == ("int8", layout.stored_shape)
+    assert (scale.dtype, scale.shape) == ("bfloat16", layout.scale_shape)
+    found = ops.convert_to_numpy(
+        layout.dequantize(
+            ops.convert_to_tensor(stored),
+            ops.convert_to_tensor(scale.astype("float32")),
+            "float32",
+        )
+    )
+    scale = scale.astype("float32")
+    if mode == "int4":
+        # Ten groups have sixteen scales.
+        assert layout.scales == {10: 16}.get(layout.groups, layout.groups)
+        scale = np.repeat(scale, layout.group, axes[-1])
+        scale = np.take(scale, range(shape[axes[-1]]), axes[-1])
+    assert (np.abs(found - array) <= scale / 2).all()
+    np.testing.assert_array_equal(found[..., :1], array[..., :1])
+    # Steps are no wider than they must be, but for the scale's 8 bits.
+    largest = {"int8": 127, "int4": 7}[mode]
+    assert scale.max() <= np.abs(array).max() / largest * (1 + 2**-7)
+    assert np.abs(found / scale).max() > 0.99 * largest - 1
+
+
+def test_packing_is_exact():
+    """All pairs of 4-bit values, in a byte each, and back."""
+    low, high = np.meshgrid(np.arange(-7, 8), np.arange(-7, 8))
+    array = np.stack([low, high]).reshape(2, -1).astype("float32")
+    # The scale of a column is one where its largest value is seven.
+    array = np.concatenate([array, np.full_like(array, 7)])
+    layout = QuantizedFormat("int4", array.shape, (0,))
+    stored, scale = layout.quantize(array)
+    assert stored.shape == (2, 225) and (scale == 1).all()
+    found = layout.dequantize(
+        ops.convert_to_tensor(stored), ops.ones(scale.shape), "float32"
+    )
+    np.testing.assert_array_equal(ops.convert_to_numpy(found), array)
+
+
+def test_scales_of_bfloat16_cost_nothing():
+    """Rounded first, they widen the steps by 0.4 % on average, no more."""
+    array = np.random.default_rng(0).normal(size=(512, 64)).astype("float32")
+    peak = np.abs(array).max(0) / 127
+    wanted = array - np.rint(array / peak) * peak
+    stored, scale = QuantizedFormat("int8", array.shape, (0,)).quantize(array)
+    found = array - stored * scale.astype("float32")
+    assert np.linalg.norm(found) < 1.008 * np.linalg.norm(wanted)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="Received: 'int2'"):
+        Projection((3,), (4,), quantization="int2")
+    layout = QuantizedFormat("int8", (3, 4), (0,))
+    with pytest.raises(ValueError, match=r"Received: \(4, 3\)"):
+        layout.quantize(np.zeros((4, 3)))
+    with pytest.raises(ValueError, match="damaged"):
+        layout.quantize(np.full((3, 4), np.nan))
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("part", [2**24, 60])
+def test_projection_is_that_of_its_float_kernel(mode, part, monkeypatch):
+    """Whether the kernel becomes floats at once or in parts."""
+    monkeypatch.setattr(products, "PART", part)
+    monkeypatch.setattr(products, "ALIGNED", (1,))
+    keras.utils.set_random_seed(0)
+    layer = Projection((3, 10), (4, 2), True, quantization=mode)
+    layer.build()
+    assert not layer.kernel.trainable and not layer.kernel_scale.trainable
+    kernel = layer.quantized_format.dequantize(
+        layer.kernel.value, layer.kernel_scale.value, "float32"
+    )
+    plain = Projection((3, 10), (4, 2), True)
+    plain.build()
+    plain.kernel.assign(kernel)
+    assert 0.5 < np.std(ops.convert_to_numpy(kernel)) * 30**0.5 < 1.5
+    for one in (layer, plain):
+        keras.utils.set_random_seed(1)
+        one.add_adapter(2, 4)
+        one.adapter_b.assign(ops.ones(one.adapter_b.shape))
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 10)).astype("float32")
+
+    def gradients(layer):
+        adapters = [layer.adapter_a, layer.adapter_b]
+
+        def loss(values):
+            x, *adapted = values
+            mapping = list(zip(adapters, adapted, strict=True))
+            with keras.StatelessScope(mapping):
+                return ops.sum(ops.sin(layer(x)))
+
+        values = [one.value for one in adapters]
+        return differentiate(loss, [ops.convert_to_tensor(x), *values])
+
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(run(layer, x)),
+        ops.convert_to_numpy(run(plain, x)),
+        atol=1e-5,
+    )
+    for found, wanted in zip(gradients(layer), gradients(plain), strict=True):
+        scale = np.abs(wanted).max()
+        assert scale > 0
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("part", [2**24, 300])
+def test_table_embeds_and_is_the_head(mode, part, monkeypatch):
+    """Whether the head takes all rows at once or some at a time."""
+    monkeypatch.setattr(products, "PART", part)
+    monkeypatch.setattr(products, "ALIGNED", (1,))
+    layer = TokenEmbedding(12, 140, mode)
+    layer.build()
+    table = layer.quantized_format.dequantize(
+        layer.table.value, layer.table_scale.value, "float32"
+    )
+    plain = TokenEmbedding(12, 140)
+    plain.build()
+    plain.table.assign(table)
+    ids = np.array([[0, 10, 3], [3, 1, 9]])
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(run(layer, ids)),
+        ops.convert_to_numpy(run(plain, ids)),
+    )
+    x = np.random.default_rng(0).normal(size=(2, 3, 140)).astype("float32")
+    x = ops.convert_to_tensor(x)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(run(layer.logits, x)),
+        ops.convert_to_numpy(run(plain.logits, x)),
+        atol=1e-5,
+    )
+
+    def gradient(layer):
+        return differentiate(
+            lambda x: ops.sum(ops.sin(layer.logits(x[0]))), [x]
+        )
+
+    np.testing.assert_allclose(
+        gradient(layer)[0], gradient(plain)[0], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("part", [2**24, 300])
+def test_a_stack_lends_its_layers(mode, part, monkeypatch):
+    """Whether layers become floats as a whole, or in parts of the stack."""
+    monkeypatch.setattr(products, "PART", part)
+
+    def stack(form):
+        stack = LayerStack(
+            lambda: Projection((12,), (12,), quantization=mode, name="block"),
+            num_layers=3,
+            form=form,
+            remat="block",
+            name="blocks",
+        )
+        stack.build()
+        return stack
+
+    unrolled, stacked = stack("unrolled"), stack("scanned")
+    for name, layers in unrolled.weights_by_name().items():
+        values = [ops.convert_to_numpy(one).astype("float32") for one in layers]
+        stacked.weights_by_name()[name].assign(np.stack(values))
+    x = np.random.default_rng(0).normal(size=(2, 5, 12)).astype("float32")
+    x = ops.convert_to_tensor(x)
+
+    def gradient(stack):
+        return differentiate(lambda x: ops.sum(ops.sin(stack(x[0]))), [x])
+
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(run(stacked, x)),
+        ops.convert_to_numpy(run(unrolled, x)),
+        atol=1e-5,
+    )
+    wanted = gradient(unrolled)[0]
+    assert np.abs(wanted).max() > 0.1
+    np.testing.assert_allclose(gradient(stacked)[0], wanted, atol=1e-5)
+
+
+def test_bfloat16_embedding_scale_is_rounded_as_of_floats():
+    layer = TokenEmbedding(5, 2304, "int8", dtype="bfloat16")
+    layer.build()
+    layer.table.assign(np.ones((5, 2304)))
+    layer.table_scale.assign(np.ones((5, 1)))
+    found = ops.convert_to_numpy(ops.cast(layer(np.array([[1]])), "float32"))
+    assert (found == 48).all()
+    assert np.array(ml_dtypes.bfloat16(2304**0.5), "float32") == 48

@@ -1,0 +1,41 @@
+"""Freezing by patterns, and the table of what is trained."""
+
+import numpy as np
+import pytest
+from tests.models.test_optimizers import values_of
+
+
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
+def test_frozen_by_pattern_stays(tiny_model, examples, form):
+    model = tiny_model(form=form)
+    model.freeze("vision_encoder/*", "*/token_embedding/*")
+    model.unfreeze("vision_encoder/projector/*")
+    model.compile("sgd")
+    before = values_of(model.backbone)
+    model.fit(examples, verbose=0)
+    for name, value in values_of(model.backbone).items():
+        frozen = "projector" not in name and (
+            name.startswith("vision_encoder/") or "embedding" in name
+        )
+        if name.endswith("key/bias") and not frozen:
+            continue  # Moves no softmax.
+        assert (value == before[name]).all() == frozen, name
+
+
+def test_pattern_without_a_match_changes_nothing(tiny_model):
+    backbone = tiny_model().backbone
+    with pytest.raises(ValueError, match="Received: 'vision_tower/"):
+        backbone.freeze("text_decoder/*", "vision_tower/*")
+    assert all(one.trainable for one in backbone.variables)
+
+
+def test_table_counts(tiny_model):
+    backbone = tiny_model().backbone
+    total = backbone.count_params()
+    assert f"{total:,}  of {total:,} (100 %)" in backbone.trainable_table()
+    backbone.freeze("*")
+    backbone.unfreeze("text_decoder/final_norm/scale")
+    table = backbone.trainable_table()
+    scale = np.prod(backbone.text_decoder.final_norm.scale.shape)
+    assert f"{scale:>11,}  of {total:,}" in table
+    assert len(table.splitlines()) == 3
