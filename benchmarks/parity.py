@@ -10,20 +10,20 @@ import numpy as np
 from keras import ops
 
 from keras_paligemma import PaliGemmaBackbone
-from tests import transformers_reference
-from tests.conftest import GOLDEN
-from tests.conftest import IMAGE_SIZE
-from tests.conftest import TEXT
-from tests.conftest import VISION
-from tests.conftest import error
-from tests.conftest import fill
-from tests.conftest import golden_inputs
-from tests.conftest import golden_prompts
-from tests.conftest import transformers_backbone
-from tests.conftest import transformers_inputs
-from tests.numpy_reference import forward
-from tests.numpy_reference import load_arrays
-from tests.numpy_reference import settings_of
+from tests.helpers import transformers_reference
+from tests.helpers.numpy_reference import forward
+from tests.helpers.numpy_reference import load_arrays
+from tests.helpers.numpy_reference import settings_of
+from tests.helpers.tiny_models import GOLDEN
+from tests.helpers.tiny_models import IMAGE_SIZE
+from tests.helpers.tiny_models import TEXT
+from tests.helpers.tiny_models import VISION
+from tests.helpers.tiny_models import error
+from tests.helpers.tiny_models import fill
+from tests.helpers.tiny_models import golden_inputs
+from tests.helpers.tiny_models import golden_prompts
+from tests.helpers.tiny_models import transformers_backbone
+from tests.helpers.tiny_models import transformers_inputs
 
 
 def rows(form):

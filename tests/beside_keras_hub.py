@@ -11,9 +11,9 @@ from pathlib import Path
 import keras_hub
 import numpy as np
 
-from tests.conftest import IMAGE_SIZE
-from tests.conftest import TEXT
-from tests.conftest import VISION
+from tests.helpers.tiny_models import IMAGE_SIZE
+from tests.helpers.tiny_models import TEXT
+from tests.helpers.tiny_models import VISION
 
 order, folder = sys.argv[1], Path(sys.argv[2])
 if order == "first":

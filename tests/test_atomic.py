@@ -22,7 +22,7 @@ KILLED = """
 import contextlib, itertools, json, os, shutil, sys, tempfile
 from pathlib import Path
 from keras_paligemma import atomic
-from tests.killing import counted
+from tests.helpers.killing import counted
 from tests.test_atomic import ENTRY, NEW, OLD, REPLACED, contents
 
 def write(folder, files, step=lambda: None):

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from keras_paligemma import checksums
-from tests.conftest import PRESETS
+from tests.helpers.tiny_models import PRESETS
 
 TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
 

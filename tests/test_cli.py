@@ -21,8 +21,8 @@ from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.storage import npz
 from keras_paligemma.cli.convert import progress
 from keras_paligemma.cli.options import read_fields
-from tests.conftest import GOLDEN
-from tests.conftest import PRESETS
+from tests.helpers.tiny_models import GOLDEN
+from tests.helpers.tiny_models import PRESETS
 
 NANO = "pali_gemma2_nano_112"
 SET = [

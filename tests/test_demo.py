@@ -13,9 +13,9 @@ from keras_paligemma.demo import Sight
 from keras_paligemma.preprocessing.images import read_image
 from keras_paligemma.tasks import contact_sheet
 from keras_paligemma.tasks.boxes import Box
-from tests.conftest import PRESETS
-from tests.conftest import TEXT
-from tests.conftest import VISION
+from tests.helpers.tiny_models import PRESETS
+from tests.helpers.tiny_models import TEXT
+from tests.helpers.tiny_models import VISION
 
 BOX = "<loc0000><loc0000><loc0512><loc0512>"
 

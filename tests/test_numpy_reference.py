@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.numpy_reference import attention_mask
-from tests.numpy_reference import encode_images
-from tests.numpy_reference import forward
-from tests.numpy_reference import load_arrays
+from tests.helpers.numpy_reference import attention_mask
+from tests.helpers.numpy_reference import encode_images
+from tests.helpers.numpy_reference import forward
+from tests.helpers.numpy_reference import load_arrays
 
 GOLDEN = Path(__file__).parent / "golden"
 SETTINGS = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keras_paligemma.turns import Turns
-from tests.models.test_adapters import randomize
+from tests.tuning.test_adapters import randomize
 
 QUESTION = {
     "images": np.full((4, 9, 3), 80, "uint8"),

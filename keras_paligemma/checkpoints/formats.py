@@ -13,10 +13,10 @@ from keras_paligemma import atomic
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import big_vision
 from keras_paligemma.checkpoints import engine
-from keras_paligemma.checkpoints import hugging_face
-from keras_paligemma.checkpoints import keras_hub
 from keras_paligemma.checkpoints.finite import Finite
+from keras_paligemma.checkpoints.hugging_face import weights as hugging_face
 from keras_paligemma.checkpoints.keras_hub import config as keras_hub_config
+from keras_paligemma.checkpoints.keras_hub import weights as keras_hub
 from keras_paligemma.checkpoints.storage import h5
 from keras_paligemma.checkpoints.storage import npz
 from keras_paligemma.checkpoints.storage import safetensors

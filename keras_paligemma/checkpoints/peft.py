@@ -8,11 +8,11 @@ import numpy as np
 
 from keras_paligemma import atomic
 from keras_paligemma.checkpoints import engine
-from keras_paligemma.checkpoints import hugging_face
 from keras_paligemma.checkpoints import peft_config
 from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.checkpoints.engine import LAYER
 from keras_paligemma.checkpoints.engine import Row
+from keras_paligemma.checkpoints.hugging_face import weights as hugging_face
 from keras_paligemma.checkpoints.storage import safetensors
 from keras_paligemma.quantization.dequantized_views import DequantizedView
 

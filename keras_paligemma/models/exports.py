@@ -12,8 +12,8 @@ from keras_paligemma import presets
 from keras_paligemma.checkpoints import big_vision
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
-from keras_paligemma.checkpoints import hugging_face
-from keras_paligemma.checkpoints import keras_hub
+from keras_paligemma.checkpoints.hugging_face import weights as hugging_face
+from keras_paligemma.checkpoints.keras_hub import weights as keras_hub
 from keras_paligemma.checkpoints.peft import HEAD
 from keras_paligemma.checkpoints.storage import npz
 from keras_paligemma.checkpoints.storage import safetensors

@@ -10,7 +10,6 @@ _HOME = {
     "RunCheckpoint": "checkpoint",
     "SamplePredictions": "samples",
     "Settings": "run",
-    "estimate_memory": "memory",
     "finetune": "run",
     "fit": "checkpoint",
 }

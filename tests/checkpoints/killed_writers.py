@@ -21,7 +21,7 @@ from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import peft
 from keras_paligemma.checkpoints import peft_write
 from keras_paligemma.models import exports
-from tests.killing import counted
+from tests.helpers.killing import counted
 
 CALLS = ("rename", "replace", "link", "unlink", "mkdir", "rmdir", "fsync")
 ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}

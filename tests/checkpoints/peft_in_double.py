@@ -39,8 +39,8 @@ def to_double():
 def main():
     # The model is drawn, and its adapters are written, in float32.
     from tests.checkpoints import test_peft
-    from tests.conftest import error
-    from tests.conftest import transformers_backbone
+    from tests.helpers.tiny_models import error
+    from tests.helpers.tiny_models import transformers_backbone
 
     base = test_peft.reference.tiny_transformers_model(seed=3)
     model = test_peft.adapted(base, **test_peft.KINDS["popular"])

@@ -13,9 +13,9 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import compat
 from keras_paligemma.checkpoints import engine
 from tests.checkpoints.test_formats import FIELDS
-from tests.conftest import GOLDEN
-from tests.conftest import golden_inputs
-from tests.conftest import run
+from tests.helpers.tiny_models import GOLDEN
+from tests.helpers.tiny_models import golden_inputs
+from tests.helpers.tiny_models import run
 
 mesh = keras.distribution.DeviceMesh((1, 8), ["batch", "model"])
 layout = keras.distribution.LayoutMap(mesh)

@@ -105,7 +105,7 @@ def test_stacked_arrays_are_read_once_when_held():
     assert reads == ["w"]
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
 def test_memory_of_loading(monkeypatch, stacked):
     """At most 1.1 × the weights and the largest tensor, in any form."""
     names = {"up": (60, 200), "gate": (60, 200), "norm": (60,)}

@@ -17,10 +17,10 @@ from keras_paligemma.checkpoints.storage import npz
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
 from keras_paligemma.models import exports
-from tests.conftest import GOLDEN
-from tests.conftest import error
-from tests.conftest import golden_inputs
-from tests.conftest import run
+from tests.helpers.tiny_models import GOLDEN
+from tests.helpers.tiny_models import error
+from tests.helpers.tiny_models import golden_inputs
+from tests.helpers.tiny_models import run
 
 # What no shape tells of the golden model.
 FIELDS = {

@@ -19,7 +19,7 @@ from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma import presets
 from keras_paligemma import without_values
 from keras_paligemma.checkpoints import engine
-from keras_paligemma.checkpoints import hugging_face
+from keras_paligemma.checkpoints.hugging_face import weights as hugging_face
 from keras_paligemma.checkpoints.hugging_face.config import from_transformers
 from keras_paligemma.checkpoints.hugging_face.config import to_transformers
 from keras_paligemma.checkpoints.hugging_face.tokenizer import tokenizer_files
@@ -29,15 +29,15 @@ from keras_paligemma.checkpoints.storage.safetensors import write_safetensors
 from keras_paligemma.config import LoraConfig
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
-from tests.conftest import GOLDEN
-from tests.conftest import PRESETS
-from tests.conftest import error
-from tests.conftest import run
-from tests.conftest import transformers_inputs
+from tests.helpers.tiny_models import GOLDEN
+from tests.helpers.tiny_models import PRESETS
+from tests.helpers.tiny_models import error
+from tests.helpers.tiny_models import run
+from tests.helpers.tiny_models import transformers_inputs
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
-reference = pytest.importorskip("tests.transformers_reference")
+reference = pytest.importorskip("tests.helpers.transformers_reference")
 
 SIZE = 101  # Tokens of the tiny models.
 NANO_TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"

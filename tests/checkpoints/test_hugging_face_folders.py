@@ -20,7 +20,7 @@ from tests.checkpoints.test_hugging_face import assert_same_weights
 from tests.checkpoints.test_hugging_face import export
 from tests.checkpoints.test_hugging_face import load_theirs
 from tests.checkpoints.test_hugging_face import random_backbone
-from tests.conftest import GOLDEN
+from tests.helpers.tiny_models import GOLDEN
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

@@ -11,18 +11,18 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import presets
 from keras_paligemma import without_values
 from keras_paligemma.checkpoints import engine
-from keras_paligemma.checkpoints import keras_hub
 from keras_paligemma.checkpoints.keras_hub import config as keras_hub_config
+from keras_paligemma.checkpoints.keras_hub import weights as keras_hub
 from keras_paligemma.checkpoints.storage import h5
 from keras_paligemma.config import PreprocessorConfig
-from tests.conftest import error
-from tests.conftest import run
-from tests.keras_hub_reference import PREPROCESSOR
-from tests.keras_hub_reference import SHARD_SIZE
-from tests.keras_hub_reference import expected_config
-from tests.keras_hub_reference import in_a_process
-from tests.keras_hub_reference import make_inputs
-from tests.keras_hub_reference import tokenizer
+from tests.helpers.keras_hub_reference import PREPROCESSOR
+from tests.helpers.keras_hub_reference import SHARD_SIZE
+from tests.helpers.keras_hub_reference import expected_config
+from tests.helpers.keras_hub_reference import in_a_process
+from tests.helpers.keras_hub_reference import make_inputs
+from tests.helpers.keras_hub_reference import tokenizer
+from tests.helpers.tiny_models import error
+from tests.helpers.tiny_models import run
 
 
 @pytest.fixture(scope="module")

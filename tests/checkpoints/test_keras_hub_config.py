@@ -8,15 +8,15 @@ import pytest
 
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
-from keras_paligemma.checkpoints import keras_hub
 from keras_paligemma.checkpoints.keras_hub import config as keras_hub_config
+from keras_paligemma.checkpoints.keras_hub import weights as keras_hub
 from keras_paligemma.config import LoraConfig
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
-from tests.conftest import GOLDEN
-from tests.keras_hub_reference import PREPROCESSOR
-from tests.keras_hub_reference import expected_config
-from tests.keras_hub_reference import tokenizer
+from tests.helpers.keras_hub_reference import PREPROCESSOR
+from tests.helpers.keras_hub_reference import expected_config
+from tests.helpers.keras_hub_reference import tokenizer
+from tests.helpers.tiny_models import GOLDEN
 
 PUBLISHED = [
     name for name in presets.names() if "handles" in presets.describe(name)

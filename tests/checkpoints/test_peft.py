@@ -18,16 +18,16 @@ from keras_paligemma.checkpoints.engine import to_array
 from keras_paligemma.checkpoints.peft import ROOT
 from keras_paligemma.checkpoints.peft import newest
 from keras_paligemma.checkpoints.peft import rows
-from tests.conftest import error
-from tests.conftest import jitted
-from tests.conftest import run
-from tests.conftest import transformers_backbone
-from tests.conftest import transformers_inputs
-from tests.gradients import gradients
+from tests.helpers.gradients import gradients
+from tests.helpers.tiny_models import error
+from tests.helpers.tiny_models import jitted
+from tests.helpers.tiny_models import run
+from tests.helpers.tiny_models import transformers_backbone
+from tests.helpers.tiny_models import transformers_inputs
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-reference = pytest.importorskip("tests.transformers_reference")
+reference = pytest.importorskip("tests.helpers.transformers_reference")
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{one}")

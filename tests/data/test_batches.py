@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from tests.models.conftest import build_tiny_model
+from tests.helpers.text_models import build_tiny_model
 
 tf = pytest.importorskip("tensorflow")
 grain = pytest.importorskip("grain")

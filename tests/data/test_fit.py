@@ -15,8 +15,8 @@ from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma.data import Batches
 from keras_paligemma.data import ExampleError
 from keras_paligemma.data import JSONLSource
-from tests.conftest import GOLDEN
-from tests.conftest import PRESETS
+from tests.helpers.tiny_models import GOLDEN
+from tests.helpers.tiny_models import PRESETS
 
 
 @pytest.fixture(scope="module")

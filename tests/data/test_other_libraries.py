@@ -10,8 +10,8 @@ from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma.data import Batches
 from keras_paligemma.data import ExampleError
 from keras_paligemma.data import FieldSource
-from tests.conftest import IMAGE_SIZE
-from tests.models.conftest import TOKENIZER
+from tests.helpers.text_models import TOKENIZER
+from tests.helpers.tiny_models import IMAGE_SIZE
 
 COLOURS = [(250, 20, 30), (40, 240, 50), (60, 70, 230), (90, 80, 70)]
 QUESTIONS = ["how many cat?", "how many dog?", "how many owl?", "what?"]

@@ -11,7 +11,7 @@ import numpy as np
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
-from tests.conftest import PRESETS
+from tests.helpers.tiny_models import PRESETS
 
 TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
 

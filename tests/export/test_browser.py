@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from tests.export import browser
-from tests.export.conftest import encode
-from tests.export.conftest import picture
+from tests.helpers.encoded_pictures import encode
+from tests.helpers.encoded_pictures import picture
 
 pytest.importorskip("tensorflow_text")
 pytestmark = pytest.mark.skipif(

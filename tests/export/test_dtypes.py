@@ -6,10 +6,10 @@ import pytest
 
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.checkpoints.engine import to_numpy
-from tests.conftest import PRESETS
-from tests.conftest import run
-from tests.export.conftest import ROOT
-from tests.export.conftest import ask_alone
+from tests.helpers.encoded_pictures import ROOT
+from tests.helpers.encoded_pictures import ask_alone
+from tests.helpers.tiny_models import PRESETS
+from tests.helpers.tiny_models import run
 
 pytest.importorskip("tensorflow_text")
 

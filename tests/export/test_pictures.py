@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from keras_paligemma import PaliGemmaImageConverter
-from tests.export.conftest import bomb
-from tests.export.conftest import pictures
+from tests.helpers.encoded_pictures import bomb
+from tests.helpers.encoded_pictures import pictures
 
 tf = pytest.importorskip("tensorflow")
 

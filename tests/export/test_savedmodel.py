@@ -9,15 +9,15 @@ import pytest
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.checkpoints import engine
-from tests.conftest import IMAGE_SIZE
-from tests.conftest import PRESETS
-from tests.conftest import TEXT
-from tests.conftest import VISION
-from tests.conftest import error
-from tests.conftest import run
-from tests.export.conftest import ask_alone
-from tests.export.conftest import bomb
-from tests.export.conftest import pictures
+from tests.helpers.encoded_pictures import ask_alone
+from tests.helpers.encoded_pictures import bomb
+from tests.helpers.encoded_pictures import pictures
+from tests.helpers.tiny_models import IMAGE_SIZE
+from tests.helpers.tiny_models import PRESETS
+from tests.helpers.tiny_models import TEXT
+from tests.helpers.tiny_models import VISION
+from tests.helpers.tiny_models import error
+from tests.helpers.tiny_models import run
 
 pytest.importorskip("tensorflow_text")
 

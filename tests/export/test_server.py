@@ -12,9 +12,9 @@ import pytest
 
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.tasks.boxes import parse_boxes
-from tests.conftest import PRESETS
-from tests.export.conftest import bomb
-from tests.export.conftest import pictures
+from tests.helpers.encoded_pictures import bomb
+from tests.helpers.encoded_pictures import pictures
+from tests.helpers.tiny_models import PRESETS
 
 pytest.importorskip("tensorflow_text")
 

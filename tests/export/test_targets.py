@@ -16,12 +16,12 @@ from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma.compat import fill
 from keras_paligemma.compat import without_values
-from tests.conftest import PRESETS
-from tests.conftest import TEXT
-from tests.conftest import VISION
-from tests.conftest import error
-from tests.conftest import run
-from tests.export.conftest import ROOT
+from tests.helpers.encoded_pictures import ROOT
+from tests.helpers.tiny_models import PRESETS
+from tests.helpers.tiny_models import TEXT
+from tests.helpers.tiny_models import VISION
+from tests.helpers.tiny_models import error
+from tests.helpers.tiny_models import run
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax",

@@ -9,7 +9,7 @@ from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.attention import rotary_angles
 from keras_paligemma.layers.attention import rotate
 from keras_paligemma.layers.attention import token_positions
-from tests.conftest import GOLDEN
+from tests.helpers.tiny_models import GOLDEN
 
 
 def test_mask_is_the_docstrings():

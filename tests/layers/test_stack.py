@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from keras import ops
 
-from tests.conftest import IMAGE_SIZE
-from tests.conftest import TEXT
-from tests.conftest import VISION
-from tests.conftest import error
-from tests.conftest import golden_inputs
-from tests.conftest import run
-from tests.gradients import gradients
+from tests.helpers.gradients import gradients
+from tests.helpers.tiny_models import IMAGE_SIZE
+from tests.helpers.tiny_models import TEXT
+from tests.helpers.tiny_models import VISION
+from tests.helpers.tiny_models import error
+from tests.helpers.tiny_models import golden_inputs
+from tests.helpers.tiny_models import run
 
 
 def gradients_of(backbone, inputs):

@@ -9,7 +9,7 @@ import pytest
 from keras_paligemma import metrics
 from keras_paligemma.metrics.caption_tokens import caption_tokens
 from keras_paligemma.metrics.kern import symbols
-from tests.conftest import GOLDEN
+from tests.helpers.tiny_models import GOLDEN
 
 WORDS = "a the man dog cat riding on of wave street red blue two people".split()
 

@@ -12,7 +12,7 @@ from keras_paligemma.metrics import normalised_answers as vqav2
 from keras_paligemma.metrics import remote_sensing
 from keras_paligemma.metrics.edits import edit_distance
 from keras_paligemma.metrics.edits import plain_edit_distance
-from tests.conftest import GOLDEN
+from tests.helpers.tiny_models import GOLDEN
 
 CASES = json.loads((GOLDEN / "metrics.json").read_text())
 

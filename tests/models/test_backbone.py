@@ -10,20 +10,20 @@ from keras import ops
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import TextDecoderConfig
 from keras_paligemma import VisionEncoderConfig
-from tests.conftest import GOLDEN
-from tests.conftest import IMAGE_SIZE
-from tests.conftest import TEXT
-from tests.conftest import VISION
-from tests.conftest import error
-from tests.conftest import fill
-from tests.conftest import golden_inputs
-from tests.conftest import golden_prompts
-from tests.conftest import run
-from tests.conftest import transformers_backbone
-from tests.conftest import transformers_inputs
-from tests.numpy_reference import forward
-from tests.numpy_reference import load_arrays
-from tests.numpy_reference import settings_of
+from tests.helpers.numpy_reference import forward
+from tests.helpers.numpy_reference import load_arrays
+from tests.helpers.numpy_reference import settings_of
+from tests.helpers.tiny_models import GOLDEN
+from tests.helpers.tiny_models import IMAGE_SIZE
+from tests.helpers.tiny_models import TEXT
+from tests.helpers.tiny_models import VISION
+from tests.helpers.tiny_models import error
+from tests.helpers.tiny_models import fill
+from tests.helpers.tiny_models import golden_inputs
+from tests.helpers.tiny_models import golden_prompts
+from tests.helpers.tiny_models import run
+from tests.helpers.tiny_models import transformers_backbone
+from tests.helpers.tiny_models import transformers_inputs
 
 FORMS = ("unrolled", "scanned")
 
@@ -80,7 +80,7 @@ def test_equals_numpy_wherever_padding_lies(
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_equals_transformers(version):
-    reference = pytest.importorskip("tests.transformers_reference")
+    reference = pytest.importorskip("tests.helpers.transformers_reference")
     model = reference.tiny_transformers_model(seed=3, version=version)
     backbone = transformers_backbone(model)
     inputs, valid = transformers_inputs()

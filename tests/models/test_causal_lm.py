@@ -11,9 +11,9 @@ from keras import ops
 from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
-from tests.conftest import error
-from tests.conftest import golden_prompts
-from tests.conftest import run
+from tests.helpers.tiny_models import error
+from tests.helpers.tiny_models import golden_prompts
+from tests.helpers.tiny_models import run
 
 
 def prompts_of(examples):
@@ -316,7 +316,7 @@ def test_a_truncated_weights_file(tiny_model, tmp_path):
 def test_a_checkpoint_of_other_sizes_lists_all_problems(
     golden_backbone, arrays
 ):
-    from tests.conftest import fill
+    from tests.helpers.tiny_models import fill
 
     wrong = dict(arrays)
     wrong["params/img/extra"] = wrong.pop("params/img/head/bias")

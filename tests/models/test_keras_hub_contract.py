@@ -20,12 +20,12 @@ from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
-from tests.conftest import IMAGE_SIZE
-from tests.conftest import PRESETS
-from tests.conftest import TEXT
-from tests.conftest import VISION
-from tests.conftest import run
-from tests.models.conftest import build_tiny_model
+from tests.helpers.text_models import build_tiny_model
+from tests.helpers.tiny_models import IMAGE_SIZE
+from tests.helpers.tiny_models import PRESETS
+from tests.helpers.tiny_models import TEXT
+from tests.helpers.tiny_models import VISION
+from tests.helpers.tiny_models import run
 
 PAIRS = [
     (keras_hub.models.PaliGemmaBackbone, PaliGemmaBackbone),
@@ -341,7 +341,7 @@ def test_lora_weights_that_do_not_fit(tmp_path):
 
 
 def test_long_lists_are_answered_in_batches(golden_backbone, expected):
-    from tests.conftest import golden_prompts
+    from tests.helpers.tiny_models import golden_prompts
 
     model = PaliGemmaCausalLM(golden_backbone())
     inputs = golden_prompts(expected)

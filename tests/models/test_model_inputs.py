@@ -12,8 +12,8 @@ from keras_paligemma.models.generation import drop_after_stop
 from keras_paligemma.models.generation import split_prompt
 from keras_paligemma.models.generation import stops_of
 from keras_paligemma.models.inputs import prompt_batch
-from tests.conftest import IMAGE_SIZE
-from tests.conftest import golden_prompts
+from tests.helpers.tiny_models import IMAGE_SIZE
+from tests.helpers.tiny_models import golden_prompts
 
 
 class Never(keras_hub.samplers.GreedySampler):

@@ -11,9 +11,9 @@ from keras_paligemma import presets
 from keras_paligemma import without_values
 from keras_paligemma.checkpoints import big_vision
 from keras_paligemma.checkpoints import engine
-from keras_paligemma.checkpoints import hugging_face
-from keras_paligemma.checkpoints import keras_hub
-from tests.conftest import GOLDEN
+from keras_paligemma.checkpoints.hugging_face import weights as hugging_face
+from keras_paligemma.checkpoints.keras_hub import weights as keras_hub
+from tests.helpers.tiny_models import GOLDEN
 
 OFFICIAL = json.loads((GOLDEN / "official_shapes.json").read_text())
 PUBLISHED = [

@@ -19,12 +19,12 @@ from keras_paligemma.models import exports
 from keras_paligemma.quantization.dequantized_views import DequantizedView
 from keras_paligemma.quantization.dequantized_views import dequantized_views
 from keras_paligemma.quantization.storage import QuantizedFormat
-from tests.conftest import IMAGE_SIZE
-from tests.conftest import TEXT
-from tests.conftest import VISION
-from tests.conftest import golden_inputs
-from tests.gradients import differentiate
-from tests.models.conftest import TOKENIZER
+from tests.helpers.gradients import differentiate
+from tests.helpers.text_models import TOKENIZER
+from tests.helpers.tiny_models import IMAGE_SIZE
+from tests.helpers.tiny_models import TEXT
+from tests.helpers.tiny_models import VISION
+from tests.helpers.tiny_models import golden_inputs
 from tests.models.test_causal_lm import prompts_of
 
 MODES = ("int8", "int4")

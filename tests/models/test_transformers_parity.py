@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from tests.numpy_reference import forward
-from tests.transformers_reference import numpy_settings
-from tests.transformers_reference import run
-from tests.transformers_reference import tiny_transformers_model
-from tests.transformers_reference import transformers_to_big_vision
+from tests.helpers.numpy_reference import forward
+from tests.helpers.transformers_reference import numpy_settings
+from tests.helpers.transformers_reference import run
+from tests.helpers.transformers_reference import tiny_transformers_model
+from tests.helpers.transformers_reference import transformers_to_big_vision
 
 PROMPT_LENGTHS, PROMPT_SPACE = (5, 2, 4), 5
 RESPONSE_LENGTHS, RESPONSE_SPACE = (1, 4, 0), 4

@@ -7,7 +7,7 @@ from PIL import Image
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
-from tests.conftest import GOLDEN
+from tests.helpers.tiny_models import GOLDEN
 
 tf = pytest.importorskip("tensorflow")
 

@@ -9,8 +9,8 @@ from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma import presets
-from tests.conftest import GOLDEN
-from tests.conftest import PRESETS
+from tests.helpers.tiny_models import GOLDEN
+from tests.helpers.tiny_models import PRESETS
 
 NANO = PRESETS / "pali_gemma2_nano_112"
 

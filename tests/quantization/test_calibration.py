@@ -7,7 +7,7 @@ from keras import ops
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.models import exports
-from tests.conftest import run
+from tests.helpers.tiny_models import run
 from tests.models.test_quantized import FORMS
 from tests.models.test_quantized import arrays_of
 from tests.models.test_quantized import assert_same

@@ -11,8 +11,8 @@ from keras_paligemma.layers.stack import LayerStack
 from keras_paligemma.models.text_decoder import TokenEmbedding
 from keras_paligemma.quantization import products
 from keras_paligemma.quantization.storage import QuantizedFormat
-from tests.conftest import run
-from tests.gradients import differentiate
+from tests.helpers.gradients import differentiate
+from tests.helpers.tiny_models import run
 
 # Shapes and the axes that are summed: several groups, one short group, a last
 # group that is filled up, an odd axis, two axes, a table, groups that are no

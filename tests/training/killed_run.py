@@ -17,10 +17,10 @@ from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma.data import Batches
 from keras_paligemma.training import fit
-from tests.conftest import IMAGE_SIZE
-from tests.conftest import PRESETS
-from tests.conftest import TEXT
-from tests.conftest import VISION
+from tests.helpers.tiny_models import IMAGE_SIZE
+from tests.helpers.tiny_models import PRESETS
+from tests.helpers.tiny_models import TEXT
+from tests.helpers.tiny_models import VISION
 
 
 def set_up():

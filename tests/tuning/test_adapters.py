@@ -12,10 +12,10 @@ from keras_paligemma.checkpoints.peft import HEAD
 from keras_paligemma.tuning.lora import GROUPS
 from keras_paligemma.tuning.lora import LORA_TARGETS
 from keras_paligemma.tuning.lora import Lora
-from tests.conftest import error
-from tests.conftest import golden_training
-from tests.conftest import run
-from tests.gradients import gradients
+from tests.helpers.gradients import gradients
+from tests.helpers.tiny_models import error
+from tests.helpers.tiny_models import golden_training
+from tests.helpers.tiny_models import run
 
 FORMS = ["unrolled", "scanned"]
 

@@ -12,11 +12,11 @@ from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import StreamedCrossEntropy
 from keras_paligemma.checkpoints import big_vision
 from keras_paligemma.tuning.losses import token_losses
-from tests.conftest import golden_training
-from tests.conftest import jitted
-from tests.conftest import run
-from tests.gradients import differentiate
-from tests.gradients import gradients
+from tests.helpers.gradients import differentiate
+from tests.helpers.gradients import gradients
+from tests.helpers.tiny_models import golden_training
+from tests.helpers.tiny_models import jitted
+from tests.helpers.tiny_models import run
 
 # Of the largest gradient. oneDNN's products round by their shapes: 1.3e-6 was
 # seen. The Makefile has TensorFlow do these tests without it as well, where

@@ -10,7 +10,7 @@ from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import StreamedCrossEntropy
 from keras_paligemma import transfer_recipe
 from keras_paligemma.checkpoints import big_vision
-from tests.conftest import golden_training
+from tests.helpers.tiny_models import golden_training
 
 
 def values_of(backbone):

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from tests.models.test_optimizers import values_of
+
+from tests.tuning.test_optimizers import values_of
 
 
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])

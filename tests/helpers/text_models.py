@@ -1,18 +1,17 @@
-"""A tiny random model that reads and writes text, and examples for it."""
+"""A tiny random model that reads and writes text."""
 
 import keras
 import numpy as np
-import pytest
 
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
-from tests.conftest import IMAGE_SIZE
-from tests.conftest import PRESETS
-from tests.conftest import TEXT
-from tests.conftest import VISION
+from tests.helpers.tiny_models import IMAGE_SIZE
+from tests.helpers.tiny_models import PRESETS
+from tests.helpers.tiny_models import TEXT
+from tests.helpers.tiny_models import VISION
 
 TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
 
@@ -38,19 +37,3 @@ def build_tiny_model(**changes):
         response_length=8,
     )
     return PaliGemmaCausalLM(backbone, preprocessor)
-
-
-@pytest.fixture(scope="session")
-def tiny_model():
-    """Function that builds a random model that reads and writes text."""
-    return build_tiny_model
-
-
-@pytest.fixture
-def examples():
-    random = np.random.default_rng(0)
-    return {
-        "images": list(random.integers(0, 256, (4, 50, 40, 3), "uint8")),
-        "prompts": ["caption en", "detect cat", "answer en how many dog?", "a"],
-        "responses": ["a cat and a dog", "cat", "2", "an owl"],
-    }

@@ -4,8 +4,8 @@ The first functional model of KerasHub in a process changes the bases of the
 class that ours share with it. So KerasHub runs apart, and neither can lean on
 what the other left behind:
 
-    python -m tests.keras_hub_reference make FOLDER
-    python -m tests.keras_hub_reference read FOLDER…
+    python -m tests.helpers.keras_hub_reference make FOLDER
+    python -m tests.helpers.keras_hub_reference read FOLDER…
 
 `make` saves presets, each beside an `.npz` of weights and outputs; `read`
 loads presets and saves the same of each.
@@ -25,11 +25,11 @@ from keras_paligemma.config import BackboneConfig
 from keras_paligemma.config import PreprocessorConfig
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
-from tests.conftest import GOLDEN
-from tests.conftest import IMAGE_SIZE
-from tests.conftest import TEXT
-from tests.conftest import VISION
-from tests.conftest import run
+from tests.helpers.tiny_models import GOLDEN
+from tests.helpers.tiny_models import IMAGE_SIZE
+from tests.helpers.tiny_models import TEXT
+from tests.helpers.tiny_models import VISION
+from tests.helpers.tiny_models import run
 
 # Caps and a window that are felt at this size.
 SECOND = {
@@ -117,7 +117,7 @@ def in_a_process(*args):
         [sys.executable, "-m", __name__, *map(str, args)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert result.returncode == 0, result.stderr[-4000:]
 

@@ -1,0 +1,168 @@
+"""Tiny models of unequal sizes, golden inputs, errors between arrays."""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_paligemma.checkpoints import big_vision
+from keras_paligemma.checkpoints import engine
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PRESETS = Path(__file__).parents[2] / "presets"
+
+# The sizes of the goldens: query heads differ from key-value heads, the width
+# from heads × head_dim, and the MLP from twice the width.
+VISION = {
+    "patch_size": 14,
+    "num_layers": 3,
+    "hidden_dim": 48,
+    "num_heads": 4,
+    "intermediate_dim": 88,
+}
+TEXT = {
+    "vocabulary_size": 320,
+    "num_layers": 3,
+    "hidden_dim": 64,
+    "intermediate_dim": 112,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "query_pre_attention_scalar": 24,
+}
+IMAGE_SIZE = 42
+
+
+def fill(backbone, arrays, prefix="params/"):
+    """Load arrays in big_vision's layout into a backbone."""
+    engine.load(
+        backbone.weights_by_name(),
+        big_vision.rows(backbone.text_config.use_post_norms, prefix),
+        engine.Arrays(arrays),
+    )
+
+
+def run(function, inputs):
+    """Call a model; compiled on JAX, which else compiles every operation."""
+    return jitted(function)(inputs)
+
+
+def jitted(function):
+    """Compile a function of tensors on JAX; the function itself elsewhere."""
+    if keras.backend.backend() != "jax":
+        return function
+    import jax
+
+    return jax.jit(lambda inputs: function(inputs))
+
+
+def error(actual, wanted):
+    """The largest difference, as a share of the largest wanted value."""
+    actual = keras.ops.convert_to_numpy(actual)
+    return np.abs(actual - wanted).max() / np.abs(wanted).max()
+
+
+def golden_inputs(expected):
+    """The golden training batch: prompts left-packed, padding is valid."""
+    ids = expected["in/train/text"][:, :-1]
+    return {
+        "images": expected["in/image"][:4],
+        "token_ids": ids,
+        "padding_mask": np.ones(ids.shape, bool),
+        "response_mask": expected["in/train/mask_ar"][:, :-1].astype(bool),
+    }
+
+
+def golden_training(expected):
+    """The golden training batch as `fit` has it: inputs, targets, weights.
+
+    The original's forward pass never sees the last token, whose id ours embeds
+    behind everything that counts.
+    """
+    ids = expected["in/train/text"]
+    x = {
+        "images": expected["in/image"][:4],
+        "token_ids": ids,
+        "padding_mask": np.ones(ids.shape, bool),
+        "response_mask": expected["in/train/mask_ar"].astype(bool),
+    }
+    weights = expected["in/train/mask_loss"][:, 1:].astype("float32")
+    return x, ids[:, 1:], weights
+
+
+def golden_prompts(expected, room=10, response=8):
+    """The golden evaluation prompts, aligned to the right.
+
+    Four prompts of different lengths; the fourth has a begun response. (The
+    fifth row of the goldens is empty: it only fills a batch.)
+    """
+    ids = np.zeros((4, room + response), "int32")
+    valid, begun = np.zeros(ids.shape, bool), np.zeros(ids.shape, bool)
+    for row in range(4):
+        is_input = expected["in/eval/mask_input"][row].astype(bool)
+        is_response = expected["in/eval/mask_ar"][row].astype(bool)
+        prompt = expected["in/eval/text"][row][is_input & ~is_response]
+        start = expected["in/eval/text"][row][is_input & is_response]
+        here = slice(room - len(prompt), room + len(start))
+        ids[row, here] = np.concatenate([prompt, start])
+        valid[row, here] = True
+        begun[row, room : room + len(start)] = True
+    return {
+        "images": expected["in/image"][:4],
+        "token_ids": ids,
+        "padding_mask": valid,
+        "response_mask": begun,
+    }
+
+
+def transformers_backbone(model, **changes):
+    """Ours with the sizes and weights of a model of transformers."""
+    from keras_paligemma import PaliGemmaBackbone
+    from tests.helpers.transformers_reference import transformers_to_big_vision
+
+    text, vision = model.config.text_config, model.config.vision_config
+    second = text.model_type == "gemma2"
+    backbone = PaliGemmaBackbone(
+        vision.image_size,
+        {
+            "patch_size": vision.patch_size,
+            "num_layers": vision.num_hidden_layers,
+            "hidden_dim": vision.hidden_size,
+            "num_heads": vision.num_attention_heads,
+            "intermediate_dim": vision.intermediate_size,
+        },
+        {
+            "vocabulary_size": text.vocab_size,
+            "num_layers": text.num_hidden_layers,
+            "hidden_dim": text.hidden_size,
+            "intermediate_dim": text.intermediate_size,
+            "num_query_heads": text.num_attention_heads,
+            "num_key_value_heads": text.num_key_value_heads,
+            "head_dim": text.head_dim,
+            "query_pre_attention_scalar": (
+                text.query_pre_attn_scalar if second else text.head_dim
+            ),
+            "attention_logit_soft_cap": 50.0 if second else None,
+            "final_logit_soft_cap": 30.0 if second else None,
+            "use_post_norms": second,
+        },
+        **changes,
+    )
+    arrays = transformers_to_big_vision(model.state_dict(), model.config)
+    prefix = "params/" if "params/img/embedding/bias" in arrays else ""
+    fill(backbone, arrays, prefix)
+    return backbone
+
+
+def transformers_inputs():
+    """Two rows of different padding, and which positions mean something."""
+    random = np.random.default_rng(5)
+    valid = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]], bool)
+    response = np.array([[0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 0, 0]], bool)
+    inputs = {
+        "images": random.uniform(-1, 1, (2, 21, 21, 3)).astype("float32"),
+        "token_ids": random.integers(1, 101, valid.shape) * valid,
+        "padding_mask": valid,
+        "response_mask": response,
+    }
+    return inputs, np.pad(valid, ((0, 0), (9, 0)), constant_values=True)
