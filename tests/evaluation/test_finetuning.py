@@ -12,7 +12,7 @@ from keras_paligemma.evaluation import open_samples
 from keras_paligemma.evaluation import training_samples
 from keras_paligemma.evaluation.finetuning import for_run
 from keras_paligemma.training import run
-from tests.evaluation.test_layouts import chartqa_human
+from tests.evaluation.test_official_layouts import chartqa_human
 from tests.evaluation.test_run import change
 from tests.evaluation.test_run import make_data
 
