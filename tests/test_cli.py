@@ -56,7 +56,15 @@ def run(code, **environment):
     ).stdout
 
 
-COMMANDS = ("inspect", "convert", "finetune", "plan", "export")
+COMMANDS = (
+    "inspect",
+    "convert",
+    "finetune",
+    "plan",
+    "export",
+    "evaluate",
+    "benchmarks",
+)
 
 
 def test_help_imports_typer_alone():

@@ -76,7 +76,7 @@ def for_run(name: str, given: Mapping) -> tuple[dict, "TrainingSource | None"]:
     size = given.get("image_size")
     if size is None:
         config = formats.resolve(preset, False).config
-        size = config["backbone"]["image_size"]
+        size = config.backbone.image_size
     settings = settings_of(benchmark, size)
     if given.get("lora_rank"):
         # Adapters leave all weights frozen anyway.

@@ -75,7 +75,7 @@ def _answers(model, benchmark, samples, rows):
             with located(samples.where(row)):
                 model.preprocessor.generate_preprocess(
                     {"images": one.images, "prompts": one.prompt},
-                    benchmark.text_length,
+                    max_new_tokens=benchmark.text_length,
                 )
         raise ExampleError(
             f"{samples.where(rows[0])} and those behind it: {error}"

@@ -329,7 +329,7 @@ def stable_name(path):
 def _named(block):
     """Map a block's variables by their path below the block."""
     return {
-        variable.path.split(f"{block.name}/", 1)[1]: variable
+        f"/{variable.path}".split(f"/{block.name}/", 1)[1]: variable
         for variable in block.variables
     }
 

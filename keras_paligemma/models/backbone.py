@@ -86,6 +86,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             vocabulary.
 
     Example:
+        >>> import numpy as np
         >>> backbone = PaliGemmaBackbone(
         ...     image_size=28,
         ...     vision_encoder=dict(patch_size=14, num_layers=1,

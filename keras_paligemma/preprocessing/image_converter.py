@@ -118,16 +118,16 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
         if config is not None:
             return cls.from_config(config | kwargs)
         config = formats.resolve(preset, load_weights=False).config
-        if config["preprocessor"] is None:
+        if config.preprocessor is None:
             raise ValueError(
                 f"{preset} does not say how pictures are resized: it was "
                 "saved without a preprocessor. Make the converter yourself: "
                 "`PaliGemmaImageConverter("
-                f"{config['backbone']['image_size']}, resize=…)`."
+                f"{config.backbone.image_size}, resize=…)`."
             )
         known = {
-            "image_size": config["backbone"]["image_size"],
-            "resize": config["preprocessor"]["resize"],
+            "image_size": config.backbone.image_size,
+            "resize": config.preprocessor.resize,
         }
         return cls(**known | kwargs)
 

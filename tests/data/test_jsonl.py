@@ -276,7 +276,7 @@ def test_check_tells_all_at_once(write):
 
 
 def test_check_tells_typed_special_tokens(write):
-    """In front of a prompt too, where training drops them with a warning."""
+    """Not in front of a prompt, where nothing is lost by dropping them."""
     source = JSONLSource(
         write(
             GOOD | {"prefix": "<image>detect cat"},
@@ -285,8 +285,7 @@ def test_check_tells_typed_special_tokens(write):
             GOOD | {"suffix": ["a cat", "a cat<eos>"]},
         )
     )
-    first, second, third = check(source)
-    assert "line 1" in first and "begins with <image> or <bos>" in first
+    second, third = check(source)
     assert "line 3" in second and "<image> at character 7" in second
     assert "line 4" in third and "`responses`" in third
     assert "<eos> at character 5" in third

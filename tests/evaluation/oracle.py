@@ -53,7 +53,9 @@ class Oracle:
         assert len(self.answers) == len(samples)
 
     def keys(self, inputs):
-        arrays = self.preprocessor.generate_preprocess(dict(inputs), 8)
+        arrays = self.preprocessor.generate_preprocess(
+            dict(inputs), max_new_tokens=8
+        )
         return [
             (picture.tobytes(), ids.tobytes())
             for picture, ids in zip(

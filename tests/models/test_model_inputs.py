@@ -317,7 +317,7 @@ def test_prompts_are_repeated_as_they_are_read(tiny_model, examples):
     with pytest.warns(UserWarning, match="begins with <image>"):
         again = model.generate(several, max_new_tokens=5, strip_prompt=False)
     assert again == [full]
-    x = model.preprocessor.generate_preprocess(one, 5)
+    x = model.preprocessor.generate_preprocess(one, max_new_tokens=5)
     assert model.generate(x) == answer
     with pytest.raises(ValueError, match="no prompt to repeat"):
         model.generate(x, strip_prompt=False)

@@ -188,6 +188,9 @@ def test_auto_loss_equals_keras_loss_on_full_logits(tiny_model, examples):
     examples["responses"] = ["a cat"] * 4
     model.compile(optimizer="sgd")
     auto = model.evaluate(examples, verbose=0, return_dict=True)
+    # The accuracy under KerasHub's name too.
+    accuracy = auto.pop("sparse_categorical_accuracy")
+    assert accuracy == auto["token_accuracy"]
     assert set(auto) == {"loss", "token_accuracy"}
     model.compile(
         optimizer="sgd",
