@@ -173,8 +173,9 @@ def rows_to_devices(arrays):
     placed, rows = {}, slice(None)
     for name, array in arrays.items():
         array = np.asarray(array)
-        layout = distribution.get_data_layout(array.shape).backend_layout
         try:
+            # Layouts refuse a batch that does not divide, as JAX does.
+            layout = distribution.get_data_layout(array.shape).backend_layout
             whole = jax.make_array_from_process_local_data(layout, array)
             layout.shard_shape(whole.shape)
         except ValueError:
