@@ -35,7 +35,8 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 BY_BACKEND := tests/layers tests/models tests/quantization tests/tuning \
 	tests/preprocessing/test_inputs.py \
 	tests/preprocessing/test_preprocessor.py \
-	tests/checkpoints/test_formats.py tests/data/test_fit.py
+	tests/checkpoints/test_formats.py tests/data/test_fit.py \
+	tests/data/test_batches.py tests/test_turns.py
 GRAPHS := tests/export/test_checkpoint.py tests/export/test_dtypes.py \
 	tests/export/test_pictures.py
 
