@@ -8,8 +8,14 @@ import numpy as np
 
 from keras_paligemma.compat import GeneratorDataAdapter
 from keras_paligemma.data.pipeline import Batches
+from keras_paligemma.preprocessing.graph import is_symbolic
 from keras_paligemma.preprocessing.inputs import to_numpy
+from keras_paligemma.preprocessing.layout import PromptAndResponse
+from keras_paligemma.preprocessing.layout import ends_at_one_index
+from keras_paligemma.preprocessing.layout import realign
 
+# The arrays that hold prompt and response side by side.
+WHOLE = ("token_ids", "padding_mask", "response_mask")
 # Batches that Grain reads ahead.
 READ_AHEAD = 8
 
@@ -256,7 +262,44 @@ def in_batches(x, batch_size):
     ]
 
 
-def as_dataset(x, y, sample_weight, batch_size, preprocess, shuffle=False):
+def in_parts(x, y=None, sample_weight=None):
+    """Put prompt and response, apart, in the place of a batch's whole texts.
+
+    Args:
+        x: dict of preprocessed arrays, of NumPy or of a TensorFlow graph.
+        y: int array (B, R), the responses; without them nothing changes.
+        sample_weight: array (B, R) or `None`.
+
+    Returns:
+        `(x, y, sample_weight)`, `x` with the arrays of `PromptAndResponse`.
+    """
+    if y is None or "token_ids" not in x:
+        return x, y, sample_weight
+    whole = {name: x[name] for name in WHOLE if x.get(name) is not None}
+    others = {name: x[name] for name in x if name not in WHOLE}
+    if not is_symbolic(whole):
+        whole = {name: to_numpy(array) for name, array in whole.items()}
+        if not ends_at_one_index(whole, y.shape[1]):
+            if others.keys() & {"attention_mask", "positions"}:
+                raise ValueError(
+                    "A mask or positions of your own need prompts that end at "
+                    "one index in every row. Received: "
+                    f"{sorted(others)} beside prompts that do not."
+                )
+            whole, y, sample_weight = realign(whole, to_numpy(y), sample_weight)
+    text = PromptAndResponse.cut(whole, y.shape[1])
+    return others | text.arrays(), y, sample_weight
+
+
+def as_dataset(
+    x,
+    y,
+    sample_weight,
+    batch_size,
+    preprocess,
+    shuffle=False,
+    apart=True,
+):
     """Make what `fit` was given a data set of preprocessed batches.
 
     Args:
@@ -267,10 +310,18 @@ def as_dataset(x, y, sample_weight, batch_size, preprocess, shuffle=False):
         batch_size: int, 32 if `None`; only for a dict.
         preprocess: function of `(x, y, sample_weight)`.
         shuffle: bool, draw the examples of a dict in another order each epoch.
+        apart: bool, give prompts and responses apart, see `in_parts`.
 
     Returns:
         What `keras.Model.fit` takes.
     """
+
+    def prepared(*batch):
+        batch = preprocess(*batch)
+        if apart:
+            batch = in_parts(*keras.utils.unpack_x_y_sample_weight(batch))
+        return batch
+
     if isinstance(x, dict):
         if y is not None and "token_ids" not in x:
             raise ValueError(
@@ -288,12 +339,12 @@ def as_dataset(x, y, sample_weight, batch_size, preprocess, shuffle=False):
     if isinstance(x, Batches):
         x = Numbered(x)
     if isinstance(x, keras.utils.PyDataset):
-        return PreprocessedBatches(x, preprocess)
+        return PreprocessedBatches(x, prepared)
     if "token_ids" in str(getattr(x, "element_spec", "")):
         # A `tf.data` pipeline of preprocessed batches stays one.
-        return x
+        return x.map(in_parts) if apart else x
     if hasattr(x, "__iter__") and not hasattr(x, "shape"):
-        return Iterated(x, preprocess)
+        return Iterated(x, prepared)
     raise ValueError(
         "This cannot be trained on or predicted from. Received: "
         f"{type(x).__name__}. Expected: a dictionary of lists or arrays, a "

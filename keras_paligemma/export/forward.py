@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from keras_paligemma.preprocessing.layout import PromptAndResponse
+
 INPUTS = ("images", "token_ids", "padding_mask", "response_mask")
 
 
@@ -37,5 +39,6 @@ def response_logits(model, inputs):
         float32 tensor (B, R, V).
     """
     longest = model.preprocessor.response_length
+    text = PromptAndResponse.cut(inputs, longest)
     hidden_BLD = model.backbone(inputs)
-    return model.backbone.logits(hidden_BLD[:, -longest - 1 : -1])
+    return model.backbone.logits(text.predicting(hidden_BLD))

@@ -23,6 +23,7 @@ from keras_paligemma.models.inputs import full_masks
 from keras_paligemma.models.inputs import typed
 from keras_paligemma.models.text_decoder import TextDecoder
 from keras_paligemma.models.vision_encoder import VisionEncoder
+from keras_paligemma.preprocessing.layout import PromptAndResponse
 from keras_paligemma.tuning import adapter_files
 from keras_paligemma.tuning import lora_weights
 from keras_paligemma.tuning import trainable
@@ -73,9 +74,10 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             attention_mask: optional bool tensor (B, L, L), in place of the
                 mask that follows from the two masks above.
             positions: optional int tensor (B, L), likewise.
-        response_length: int, how many columns at the end are the response
-            and nothing else, or `None` if `response_mask` alone tells; on a
-            TPU attention then runs in one kernel, see `layers.splash`.
+            In place of the three arrays of text, the four of
+            `PromptAndResponse`: their shapes tell where the response begins,
+            and on a TPU attention then runs in one kernel, see
+            `layers.splash`.
 
     Returns:
         Tensor (B, L, D), L = image tokens + text tokens: last hidden states
@@ -164,16 +166,19 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         inputs = typed(inputs, self.text_config.vocabulary_size)
         return super().__call__(inputs, **kwargs)
 
-    def call(self, inputs, training=None, response_length=None):
+    def call(self, inputs, training=None):
+        text = PromptAndResponse.among(inputs)
+        if text is not None:
+            inputs = {**inputs, **text.whole()}
         x_BLD = self.embed(inputs)
         num_image_tokens = x_BLD.shape[1] - inputs["token_ids"].shape[1]
-        mask, positions_BL = self.mask_and_positions(
-            inputs, num_image_tokens, response_length
-        )
+        mask, positions_BL = self.mask_and_positions(inputs, num_image_tokens)
         return self.text_decoder(x_BLD, mask, positions_BL)
 
     def compute_output_shape(self, inputs_shape):
-        batch, *lengths = inputs_shape["token_ids"]
+        names = ("token_ids", "prompt_ids", "response_ids")
+        texts = [inputs_shape[name] for name in names if name in inputs_shape]
+        batch, lengths = texts[0][0], [tokens for _, tokens in texts]
         images = inputs_shape.get("image_embeddings")
         if images is None and inputs_shape.get("images") is not None:
             images = self.vision_encoder.compute_output_shape(
@@ -184,7 +189,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         tokens = None if None in lengths else sum(lengths)
         return (batch, tokens, self.text_config.hidden_dim)
 
-    def compute_output_spec(self, inputs, training=None, response_length=None):
+    def compute_output_spec(self, inputs, training=None):
         # Keras itself sees no shapes in a dict of NumPy arrays.
         shapes = {
             name: tuple(value.shape)
@@ -248,15 +253,13 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         check_images(images, self.image_size)
         return self.vision_encoder(images)
 
-    def mask_and_positions(
-        self, inputs, num_image_tokens, response_length=None
-    ):
+    def mask_and_positions(self, inputs, num_image_tokens):
         """Give the attention mask and rotary positions (B, L).
 
         Args:
-            inputs: dict as a call takes it.
+            inputs: dict as a call takes it, with whole texts; the parts
+                beside them tell where the response begins.
             num_image_tokens: int I.
-            response_length: see `TextDecoder.mask_of`.
         """
         mask = inputs.get("attention_mask")
         positions_BL = inputs.get("positions")
@@ -265,8 +268,9 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         if mask is None or positions_BL is None:
             valid_BL, response_BL = full_masks(inputs, num_image_tokens)
             if mask is None:
+                text = PromptAndResponse.among(inputs)
                 mask = self.text_decoder.mask_of(
-                    valid_BL, response_BL, response_length
+                    valid_BL, response_BL, text and text.response_length
                 )
             if positions_BL is None:
                 positions_BL = token_positions(valid_BL)

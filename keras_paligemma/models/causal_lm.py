@@ -1,7 +1,5 @@
 """PaliGemmaCausalLM: fit, generate and presets around a backbone."""
 
-import contextlib
-
 import keras
 import keras_hub
 import numpy as np
@@ -14,6 +12,7 @@ from keras_paligemma.compat import rows_to_devices
 from keras_paligemma.compat import to_host
 from keras_paligemma.data.batches import as_dataset
 from keras_paligemma.data.batches import in_batches
+from keras_paligemma.data.batches import in_parts
 from keras_paligemma.data.batches import split
 from keras_paligemma.data.batches import steps_of
 from keras_paligemma.models import exports
@@ -33,12 +32,12 @@ from keras_paligemma.preprocessing.inputs import check_dictionary
 from keras_paligemma.preprocessing.inputs import prompt_text
 from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.inputs import to_strings
+from keras_paligemma.preprocessing.layout import PromptAndResponse
 from keras_paligemma.preprocessing.preprocessor import (
     PaliGemmaCausalLMPreprocessor,
 )
 from keras_paligemma.tuning import trainable
 from keras_paligemma.tuning.losses import StreamedCrossEntropy
-from keras_paligemma.tuning.losses import responses_only
 from keras_paligemma.tuning.losses import token_losses
 from keras_paligemma.tuning.optimizers import Adam
 from keras_paligemma.tuning.optimizers import check_moments
@@ -65,7 +64,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         inputs: dict as `PaliGemmaBackbone` takes it.
 
     Returns:
-        float32 logits (B, text tokens, V); none for image tokens.
+        float32 logits (B, text tokens, V); none for image tokens. Of prompt
+        and response in two parts, as `fit` gives them, the hidden states
+        (B, R, D) that predict the response: the loss applies the head.
 
     Example:
 
@@ -99,8 +100,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self.accuracy_tracker = keras.metrics.Mean(
             "token_accuracy", dtype="float32"
         )
-        self._response_length = None
         self.own_loss = None
+        self.trained_adapter = None
         self.built = True
         if compile:
             self.compile()
@@ -141,6 +142,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         is_own = isinstance(loss, StreamedCrossEntropy)
         self.own_loss = loss if is_own else None
         self.streams = is_own and not (metrics or weighted_metrics)
+        if optimizer is not getattr(self, "optimizer", None):
+            self.trained_adapter = None
         keras.Model.compile(
             self,
             optimizer=optimizer,
@@ -149,8 +152,25 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             weighted_metrics=weighted_metrics,
             **kwargs,
         )
+        if metrics or weighted_metrics:
+            self._build_metrics()
         self.sampler = sampler
         self.generate_function = None
+
+    def _build_metrics(self):
+        """Make the variables of the metrics.
+
+        Keras does so in the first step, by what `call` returns: states, while
+        metrics see logits; and on TensorFlow inside of a graph.
+        """
+        shape = (1, 2, self.backbone.vocabulary_size)
+        super().compute_metrics(
+            None,
+            ops.zeros(shape[:2], "int32"),
+            ops.zeros(shape, "float32"),
+            ops.ones(shape[:2], "float32"),
+        )
+        self.reset_metrics()
 
     def get_compile_config(self):
         """Tell a `.keras` file how the model was compiled."""
@@ -196,71 +216,59 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         return super().__call__(inputs, **kwargs)
 
     def call(self, inputs, training=None):
-        # Said aloud: the JAX trainer calls `call` outside of Keras's context.
-        hidden_BLD = self.backbone(
-            inputs, training=training, response_length=self._response_length
-        )
-        if self._response_length is None:
-            tokens = inputs["token_ids"].shape[1]
-            return self.backbone.logits(hidden_BLD[:, -tokens:])
-        # In fit: the states that predict the response, and nothing else.
-        hidden_BRD = hidden_BLD[:, -self._response_length - 1 : -1]
-        if self.streams:
-            return hidden_BRD
-        capped = self.own_loss is None or self.own_loss.final_soft_cap
-        return self.backbone.logits(hidden_BRD, capped)
+        hidden_BLD = self.backbone(inputs, training=training)
+        text = PromptAndResponse.among(inputs)
+        if text is not None:
+            return text.predicting(hidden_BLD)
+        tokens = inputs["token_ids"].shape[1]
+        return self.backbone.logits(hidden_BLD[:, -tokens:])
+
+    def compute_output_spec(self, inputs, training=None):
+        text = PromptAndResponse.among(inputs)
+        if text is not None:
+            shape = (*text.response_ids.shape, self.backbone.hidden_dim)
+            return keras.KerasTensor(shape, self.compute_dtype)
+        shapes = {"token_ids": inputs["token_ids"].shape}
+        # Whatever the policy.
+        return keras.KerasTensor(self.compute_output_shape(shapes), "float32")
 
     def compute_output_shape(self, inputs_shape):
         vocabulary_size = self.backbone.vocabulary_size
         return (*inputs_shape["token_ids"], vocabulary_size)
 
-    def compute_output_spec(self, inputs, training=None):
-        shapes = {"token_ids": inputs["token_ids"].shape}
-        # Whatever the policy.
-        return keras.KerasTensor(self.compute_output_shape(shapes), "float32")
-
-    def train_step(self, *args):
-        with self._answering(args[-1]):
-            return super().train_step(*args)
-
-    def test_step(self, *args):
-        with self._answering(args[-1]):
-            return super().test_step(*args)
-
-    @contextlib.contextmanager
-    def _answering(self, data):
-        """Make calls predict the responses of `data`, as losses want them."""
-        _, y, _ = keras.utils.unpack_x_y_sample_weight(data)
-        self._response_length = y.shape[1]
-        try:
-            yield
-        finally:
-            self._response_length = None
-
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
-        if self.own_loss is None:
-            y_pred = responses_only(y, y_pred)
-            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        """Apply the head to the states that a call returned, and average.
+
+        Metrics that see logits are updated here too: `compute_metrics` comes
+        when the weights of the step are gone, and the head would run twice.
+        """
+        own = self.own_loss
+        head = self.backbone.head(own is None or own.final_soft_cap)
+        logits_BRV = None if self.streams else head(y_pred)
+        if logits_BRV is not None:
+            super().compute_metrics(x, y, logits_BRV, sample_weight)
+        if own is None:
+            return super().compute_loss(
+                x, y, logits_BRV, sample_weight, training
+            )
         if sample_weight is None:
             sample_weight = ops.ones_like(y, dtype="float32")
-        if self.streams:
-            head = self.backbone.head(self.own_loss.final_soft_cap)
-            loss, accuracy, _ = self.own_loss.stream(
+        if logits_BRV is None:
+            loss, accuracy, _ = own.stream(
                 y_pred, head, y, sample_weight, training
             )
         else:
-            each = token_losses(y_pred, y, self.own_loss.label_smoothing)
-            loss, accuracy, _ = self.own_loss.average(*each, sample_weight)
-        count, total = self.own_loss.counts(sample_weight)
+            each = token_losses(logits_BRV, y, own.label_smoothing)
+            loss, accuracy, _ = own.average(*each, sample_weight)
+        count, total = own.counts(sample_weight)
         self.loss_tracker.update_state(loss, sample_weight=count)
         self.accuracy_tracker.update_state(accuracy, sample_weight=total)
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        y_pred = responses_only(y, y_pred)
-        return super().compute_metrics(x, y, y_pred, sample_weight)
+        return self.get_metrics_result()
 
     def fit(
         self,
@@ -348,7 +356,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         call `generate`. In memory (examples, tokens, V), in float32.
         """
         kwargs.setdefault("steps", steps_of(x))
-        x = self._dataset(x, None, None, batch_size)
+        x = as_dataset(
+            x, None, None, batch_size, self.preprocess_samples, apart=False
+        )
         with batches_in_turn(self, "predict", callbacks) as callbacks:
             return keras.Model.predict(self, x, callbacks=callbacks, **kwargs)
 
@@ -364,8 +374,24 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             x, y, sample_weight, batch_size, self.preprocess_samples, shuffle
         )
 
+    def train_on_batch(self, x, y=None, sample_weight=None, **kwargs):
+        """Train one step; takes a batch as `fit` does."""
+        batch = self._training_batch(x, y, sample_weight)
+        return keras.Model.train_on_batch(self, *batch, **kwargs)
+
+    def test_on_batch(self, x, y=None, sample_weight=None, **kwargs):
+        """Measure one batch; takes it as `evaluate` does."""
+        batch = self._training_batch(x, y, sample_weight)
+        return keras.Model.test_on_batch(self, *batch, **kwargs)
+
+    def _training_batch(self, x, y, sample_weight):
+        batch = self.preprocess_samples(x, y, sample_weight)
+        return in_parts(*keras.utils.unpack_x_y_sample_weight(batch))
+
     def make_train_function(self, force=False):
-        trainable.check(self.backbone, self.optimizer)
+        self.trained_adapter = trainable.check_trainable(
+            self.backbone, self.trained_adapter
+        )
         return super().make_train_function(force)
 
     def quantize(self, mode=None, **kwargs):

@@ -10,9 +10,11 @@ from keras_paligemma.preprocessing.inputs import to_numpy
 # Of what is no float; a Keras policy is about floats alone.
 DTYPES = {
     "token_ids": "int32",
+    "prompt_ids": "int32",
     "response_ids": "int32",
     "positions": "int32",
     "padding_mask": "bool",
+    "prompt_mask": "bool",
     "response_mask": "bool",
     "attention_mask": "bool",
 }

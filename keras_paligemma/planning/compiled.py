@@ -111,15 +111,16 @@ def compile_step(job, layout, remat, topology):
         sharding = distribution.get_data_layout(shape).backend_layout
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    texts = (job.batch_size, job.text_length)
+    prompts = (job.batch_size, job.prompt_length)
     answers = (job.batch_size, job.response_length)
     size = model.backbone.image_size
     data = (
         {
             "images": given((job.batch_size, size, size, 3), "float32"),
-            "token_ids": given(texts, "int32"),
-            "padding_mask": given(texts, "bool"),
-            "response_mask": given(texts, "bool"),
+            "prompt_ids": given(prompts, "int32"),
+            "prompt_mask": given(prompts, "bool"),
+            "response_ids": given(answers, "int32"),
+            "response_mask": given(answers, "bool"),
         },
         given(answers, "int32"),
         given(answers, "float32"),

@@ -295,9 +295,8 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             self.on_long_response,
         )
         x = self._arrays(x, prompts, responses, length, batched)
-        y = x["token_ids"][..., self.prompt_length :]
-        weights = x["response_mask"][..., self.prompt_length :]
-        weights = weights.astype("float32")
+        y = x["token_ids"][..., -length:]
+        weights = x["response_mask"][..., -length:].astype("float32")
         if sample_weight is not None:
             sample_weight = to_numpy(sample_weight).astype("float32")
             if sample_weight.shape != weights.shape[:-1]:

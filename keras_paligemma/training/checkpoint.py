@@ -138,7 +138,6 @@ class RunCheckpoint(keras.callbacks.Callback):
             arrays = {"state": _values(state)}
             # The metrics of an epoch that is over are of no use.
             if step % len(self.batches):
-                _make_metrics(self.model)
                 metrics = self.model.metrics_variables
                 arrays["epoch_metrics"] = _values(metrics)
             return arrays
@@ -239,20 +238,6 @@ def fit(
     result.set_model(model)
     result.epoch, result.history = numbers, history
     return result
-
-
-def _make_metrics(model):
-    """Let a user's metrics make their variables, outside of a first step.
-
-    Keras would do so too, but on TensorFlow within the step, which is too
-    late. Their shapes are no matter of the number of tokens.
-    """
-    if not model.streams:
-        y_BT = np.zeros((1, 2), "int32")
-        vocabulary = model.backbone.text_config.vocabulary_size
-        logits_BTV = np.zeros((1, 2, vocabulary), "float32")
-        model.compute_metrics(None, y_BT, logits_BTV, np.ones((1, 2)))
-        model.reset_metrics()
 
 
 def _values(state):

@@ -345,7 +345,7 @@ def build(settings):
         )
     elif settings.freeze:
         model.freeze(*settings.freeze)
-    trainable.check(model.backbone)
+    trainable.check_trainable(model.backbone)
     if not model.trainable_variables:
         raise ValueError(
             "Nothing would be trained. Received: lora_rank=0 and "

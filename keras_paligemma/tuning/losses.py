@@ -169,7 +169,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
         ]
 
     def counts(self, weights_BR):
-        """Give what a batch's loss and accuracy weigh among other batches'."""
+        """Return the weights for averaging loss and accuracy over batches."""
         weights_BR = ops.cast(weights_BR, "float32")
         count_B = ops.sum(ops.cast(weights_BR > 0, "float32"), axis=-1)
         if self.mean == "example":
@@ -247,14 +247,3 @@ def token_gradients(logits, targets, label_smoothing=0.0):
         others,
     )
     return ops.softmax(logits, axis=-1) - ops.cast(wanted, "float32")
-
-
-def responses_only(y, y_pred):
-    """Cut predictions of the whole text to those of the responses.
-
-    Keras builds losses and metrics by a plain call before the first step.
-    """
-    length = y.shape[1]
-    if y_pred.shape[1] == length:
-        return y_pred
-    return y_pred[:, -length - 1 : -1]

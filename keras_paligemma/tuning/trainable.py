@@ -48,12 +48,16 @@ def set_trainable(backbone, patterns, value):
             variable.trainable = value
 
 
-def check(backbone, optimizer=None):
+def check_trainable(backbone, trained=None):
     """Refuse to train what would be damaged, or cannot be trained.
 
     Args:
         backbone: `PaliGemmaBackbone`.
-        optimizer: the one that trains it; it is told which adapter it trains.
+        trained: str, the adapter that the optimizer has trained before, or
+            `None`.
+
+    Returns:
+        The name of the adapter to be trained; `None` without adapters.
 
     Raises:
         ValueError: kernels of few bits without adapters; adapters that are
@@ -70,15 +74,12 @@ def check(backbone, optimizer=None):
             f"that are {state}. Call `adapters.select({adapters.live!r})`, or "
             "`adapters.unmerge()`, first."
         )
-    if adapters.slots is not None and optimizer is not None:
-        trained = getattr(optimizer, "adapter", adapters.live)
-        if trained != adapters.live:
-            raise ValueError(
-                "The optimizer's moments are another adapter's. Received: "
-                f"{adapters.live!r} to train, after {trained!r}. Compile with "
-                "a new optimizer first."
-            )
-        optimizer.adapter = adapters.live
+    if adapters.slots is not None and trained not in (None, adapters.live):
+        raise ValueError(
+            "The optimizer's moments are another adapter's. Received: "
+            f"{adapters.live!r} to train, after {trained!r}. Compile with "
+            "a new optimizer first."
+        )
     if backbone.quantization and backbone.adapters.slots is None:
         raise ValueError(
             f"A model of {backbone.quantization} kernels has no gradients of "
@@ -86,6 +87,7 @@ def check(backbone, optimizer=None):
             "adapters to train. Call `enable_lora` and compile again, or load "
             "it without `quantize`."
         )
+    return None if adapters.slots is None else adapters.live
 
 
 def table(backbone):

@@ -12,6 +12,7 @@ from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.compat import compiling_for
+from keras_paligemma.data.batches import in_parts
 from keras_paligemma.layers.attention import attend
 from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.splash import PrefixMask
@@ -152,7 +153,7 @@ def train_step(**text):
         "padding_mask": ids > 0,
         "response_mask": response,
     }
-    data = (inputs, ids[:, 7:], np.ones((2, 5), "float32"))
+    data = in_parts(inputs, ids[:, 7:], np.ones((2, 5), "float32"))
     return jax.jit(model.train_step), state, data
 
 
@@ -191,10 +192,17 @@ def test_step_without_a_tpu_has_no_kernel():
 def test_prefill_traced_for_a_tpu_has_the_kernel():
     import jax
 
-    step, state, (inputs, *_) = train_step()
+    step, *_ = train_step()
     model = step.__wrapped__.__self__
+    ids = np.ones((2, 12), "int32")
     arrays = split_prompt(
-        inputs | {"response_mask": inputs["token_ids"] < 0}, 4
+        {
+            "images": np.zeros((2, 28, 28, 3), "float32"),
+            "token_ids": ids,
+            "padding_mask": ids > 0,
+            "response_mask": ids < 0,
+        },
+        4,
     )
 
     def answer(arrays):

@@ -11,6 +11,7 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import StreamedCrossEntropy
 from keras_paligemma.checkpoints import big_vision
+from keras_paligemma.data.batches import in_parts
 from keras_paligemma.tuning.losses import token_losses
 from tests.helpers.gradients import differentiate
 from tests.helpers.gradients import gradients
@@ -302,7 +303,8 @@ def test_no_step_holds_the_logits_of_all_tokens(golden_backbone, expected):
         metrics_variables=True,
         purge_model_variables=False,
     )
-    compiled = jax.jit(model.train_step).lower(state, (x, targets, weights))
+    data = in_parts(x, targets, weights)
+    compiled = jax.jit(model.train_step).lower(state, data)
     text = compiled.compile().as_text()
     V = 320
     sizes = [
