@@ -10,9 +10,9 @@ from keras_paligemma.compat import GeneratorDataAdapter
 from keras_paligemma.data.pipeline import Batches
 from keras_paligemma.preprocessing.graph import is_symbolic
 from keras_paligemma.preprocessing.inputs import to_numpy
-from keras_paligemma.preprocessing.layout import PromptAndResponse
-from keras_paligemma.preprocessing.layout import ends_at_one_index
-from keras_paligemma.preprocessing.layout import realign
+from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
+from keras_paligemma.preprocessing.prompt_and_response import ends_at_one_index
+from keras_paligemma.preprocessing.prompt_and_response import realign
 
 # The arrays that hold prompt and response side by side.
 WHOLE = ("token_ids", "padding_mask", "response_mask")

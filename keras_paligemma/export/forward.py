@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_paligemma.preprocessing.layout import PromptAndResponse
+from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 
 INPUTS = ("images", "token_ids", "padding_mask", "response_mask")
 

@@ -23,7 +23,7 @@ from keras_paligemma.models.inputs import full_masks
 from keras_paligemma.models.inputs import typed
 from keras_paligemma.models.text_decoder import TextDecoder
 from keras_paligemma.models.vision_encoder import VisionEncoder
-from keras_paligemma.preprocessing.layout import PromptAndResponse
+from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 from keras_paligemma.tuning import adapter_files
 from keras_paligemma.tuning import lora_weights
 from keras_paligemma.tuning import trainable

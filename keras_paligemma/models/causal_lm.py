@@ -32,10 +32,10 @@ from keras_paligemma.preprocessing.inputs import check_dictionary
 from keras_paligemma.preprocessing.inputs import prompt_text
 from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.inputs import to_strings
-from keras_paligemma.preprocessing.layout import PromptAndResponse
 from keras_paligemma.preprocessing.preprocessor import (
     PaliGemmaCausalLMPreprocessor,
 )
+from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 from keras_paligemma.tuning import trainable
 from keras_paligemma.tuning.losses import StreamedCrossEntropy
 from keras_paligemma.tuning.losses import token_losses

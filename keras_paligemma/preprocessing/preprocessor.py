@@ -17,15 +17,13 @@ from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
 )
 from keras_paligemma.preprocessing.inputs import check_dictionary
-from keras_paligemma.preprocessing.inputs import check_no_special_tokens
-from keras_paligemma.preprocessing.inputs import plain_prompts
 from keras_paligemma.preprocessing.inputs import to_length
 from keras_paligemma.preprocessing.inputs import to_numpy
-from keras_paligemma.preprocessing.inputs import to_strings
 from keras_paligemma.preprocessing.layout import LONGEST_RESPONSE
-from keras_paligemma.preprocessing.layout import fit_prompts
 from keras_paligemma.preprocessing.layout import fit_responses
 from keras_paligemma.preprocessing.layout import pack
+from keras_paligemma.preprocessing.layout import part_lengths
+from keras_paligemma.preprocessing.texts import tokenize_texts
 from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
 
 CONFIG_FILE = "preprocessor.json"
@@ -110,7 +108,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         on_long_response: str = "warn",
         **kwargs,
     ):
-        prompt_length, response_length = _lengths(
+        prompt_length, response_length = part_lengths(
             sequence_length, prompt_length, response_length
         )
         if not (add_start_token and add_end_token):
@@ -387,45 +385,9 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return texts if ids.ndim == 2 else texts[0]
 
     def _texts(self, x):
-        """Token rows of prompts and responses, and whether x is a batch."""
-        if x.get("prompts") is None:
-            raise ValueError(
-                "The prompts are missing. Expected: a dictionary with "
-                f"'images' and 'prompts'. Received: {sorted(x)}."
-            )
-        strings, batched = to_strings(x["prompts"], "prompts")
-        separator = self._tokenize(["\n"])[0]
-        if not separator:
-            raise ValueError(
-                "The tokenizer drops newlines, which separate prompt and "
-                "response. Expected: a SentencePiece model whose normalizer "
-                "keeps them, such as 'identity'. Received: no token."
-            )
-        prompts = fit_prompts(
-            self._tokenize(plain_prompts(strings)),
-            [self.tokenizer.start_token_id],
-            separator,
-            self.prompt_length,
-            self.on_long_prompt,
+        return tokenize_texts(
+            x, self.tokenizer, self.prompt_length, self.on_long_prompt
         )
-        if x.get("responses") is None:
-            return prompts, [[] for _ in prompts], batched
-        strings, responses_batched = to_strings(x["responses"], "responses")
-        if (len(strings), responses_batched) != (len(prompts), batched):
-            raise ValueError(
-                "Prompts and responses do not match. Expected: one response a "
-                "prompt, both strings or both lists. Received: "
-                f"{len(prompts)} prompts, {len(strings)} responses."
-            )
-        check_no_special_tokens(strings, "responses")
-        return prompts, self._tokenize(strings), batched
-
-    def _tokenize(self, strings):
-        """Token rows without bos and eos, whatever the tokenizer adds."""
-        rows = self.tokenizer.tokenize(strings)
-        start, end = self.tokenizer.start_token_id, self.tokenizer.end_token_id
-        rows = [row[1:] if row[:1] == [start] else row for row in rows]
-        return [row[:-1] if row[-1:] == [end] else row for row in rows]
 
     def _arrays(self, x, prompts, responses, response_length, batched):
         arrays = pack(
@@ -466,7 +428,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     @sequence_length.setter
     def sequence_length(self, value):
-        self.prompt_length, self.response_length = _lengths(value)
+        self.prompt_length, self.response_length = part_lengths(value)
 
     def get_config(self):
         config = super().get_config()
@@ -480,32 +442,6 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             on_long_response=self.on_long_response,
         )
         return config
-
-
-def _lengths(sequence_length, prompt_length=None, response_length=None):
-    """Gives the lengths of both parts; see the arguments of the class."""
-    if sequence_length is None:
-        prompt_length = 64 if prompt_length is None else prompt_length
-        response_length = 64 if response_length is None else response_length
-    else:
-        sequence_length = to_length(sequence_length, "sequence_length", least=4)
-        if prompt_length is None and response_length is None:
-            response_length = sequence_length // 2
-            response_length = min(response_length, sequence_length - 3)
-        if response_length is None:
-            response_length = sequence_length - prompt_length
-        if prompt_length is None:
-            prompt_length = sequence_length - response_length
-    prompt_length = to_length(prompt_length, "prompt_length", least=3)
-    response_length = to_length(response_length, "response_length")
-    if sequence_length not in (None, prompt_length + response_length):
-        raise ValueError(
-            "The parts do not make up the whole. Received: "
-            f"sequence_length={sequence_length}, "
-            f"prompt_length={prompt_length}, "
-            f"response_length={response_length}. Expected: two of them."
-        )
-    return prompt_length, response_length
 
 
 def _changed(config, kwargs):

@@ -1,0 +1,182 @@
+"""The two parts of a text, apart, side by side, and laid out anew."""
+
+import dataclasses
+
+import numpy as np
+from keras import ops
+
+from keras_paligemma.preprocessing.layout import pack
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptAndResponse:
+    """The two parts of a batch's text, each as long in every row.
+
+    The shapes are static, so what reads them knows where the response begins
+    without looking at a mask. `fit` hands the model these four arrays by the
+    names of the fields, in place of `token_ids`, `padding_mask` and
+    `response_mask`, which hold both parts side by side.
+
+    Args:
+        prompt_ids: Integers (B, P), aligned to the right.
+        prompt_mask: Booleans (B, P), `True` on tokens.
+        response_ids: Integers (B, R), aligned to the left.
+        response_mask: Booleans (B, R), `True` on tokens.
+    """
+
+    prompt_ids: object
+    prompt_mask: object
+    response_ids: object
+    response_mask: object
+
+    @classmethod
+    def cut(cls, arrays: dict, response_length: int) -> "PromptAndResponse":
+        """Cuts arrays of whole texts where the responses begin.
+
+        Args:
+            arrays: Dictionary of `token_ids`, `padding_mask` and
+                `response_mask` (B, P + R), of NumPy or of any backend. Without
+                a response mask all valid tokens of the last R columns are
+                response.
+            response_length: Integer R, at least 1.
+
+        Example:
+
+        >>> arrays = pack([[2, 7, 5]], [[8, 1]], 4, 3, pad=0)
+        >>> PromptAndResponse.cut(arrays, 3).response_ids
+        array([[8, 1, 0]], dtype=int32)
+        """
+        ids, valid = arrays["token_ids"], arrays["padding_mask"]
+        response = arrays.get("response_mask")
+        response = valid if response is None else response
+        start = -response_length
+        return cls(
+            prompt_ids=ids[:, :start],
+            prompt_mask=valid[:, :start],
+            response_ids=ids[:, start:],
+            response_mask=response[:, start:],
+        )
+
+    @classmethod
+    def among(cls, inputs: dict) -> "PromptAndResponse | None":
+        """Finds the parts among a model's inputs.
+
+        Args:
+            inputs: Dictionary.
+
+        Returns:
+            `PromptAndResponse`; `None` where the inputs hold whole texts.
+        """
+        if "prompt_ids" not in inputs:
+            return None
+        return cls(**{name: inputs[name] for name in PART_NAMES})
+
+    @property
+    def response_length(self) -> int:
+        """The number of columns of the response, R."""
+        return self.response_ids.shape[1]
+
+    def arrays(self) -> dict:
+        """Returns the four arrays by name."""
+        return {name: getattr(self, name) for name in PART_NAMES}
+
+    def whole(self) -> dict:
+        """Returns `token_ids`, `padding_mask` and `response_mask` as tensors.
+
+        The inverse of `cut`.
+        """
+        parts = [self.prompt_mask, self.response_mask]
+        return {
+            "token_ids": ops.concatenate(
+                [self.prompt_ids, self.response_ids], axis=1
+            ),
+            "padding_mask": ops.concatenate(parts, axis=1),
+            "response_mask": ops.concatenate(
+                [ops.zeros_like(parts[0]), parts[1]], axis=1
+            ),
+        }
+
+    def predicting(self, hidden_BLD):
+        """Returns the states (B, R, D), of all, that predict the response."""
+        return hidden_BLD[:, -self.response_length - 1 : -1]
+
+
+PART_NAMES = tuple(
+    field.name for field in dataclasses.fields(PromptAndResponse)
+)
+
+
+def ends_at_one_index(arrays: dict, response_length: int) -> bool:
+    """Tells whether all prompts end where the last columns begin.
+
+    Args:
+        arrays: Dictionary of NumPy arrays, as `PromptAndResponse.cut` takes it.
+        response_length: Integer, the number of these columns.
+    """
+    if "response_mask" not in arrays:
+        return True
+    valid = arrays["padding_mask"].astype(bool)
+    response = arrays["response_mask"].astype(bool)
+    start = -response_length
+    same = response[:, start:] == valid[:, start:]
+    return bool(same.all() and not response[:, :start].any())
+
+
+def realign(
+    arrays: dict, targets: np.ndarray, weights: np.ndarray | None
+) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Lays texts out anew whose prompts end at different indices.
+
+    The original and KerasHub pack prompt and response to the left. Positions
+    count valid tokens, so the model's function is the same in any layout; its
+    kernels and losses want one index. Each part gets room for all tokens, so
+    the shapes are the same for each batch.
+
+    Args:
+        arrays: Dictionary of `token_ids`, `padding_mask`, `response_mask`
+            (B, T), NumPy arrays.
+        targets: Integers (B, R), the ids of the last R columns.
+        weights: Floats (B, R), or `None` for 1 everywhere.
+
+    Returns:
+        Dictionary as `pack` makes it, with T tokens of prompt and T of
+        response; its targets and weights (B, T), 0 where there are none.
+
+    Raises:
+        ValueError: a row that is no prompt followed by a response, or weights
+            on a prompt's tokens, which see one another.
+    """
+    ids, valid = arrays["token_ids"], arrays["padding_mask"].astype(bool)
+    response = arrays["response_mask"].astype(bool) & valid
+    B, T = ids.shape
+    first = np.where(response.any(1), response.argmax(1), T)
+    late = (valid & ~response & (np.arange(T) > first[:, None])).any(1)
+    if late.any():
+        raise ValueError(
+            "A text is a prompt followed by one response. Expected: "
+            "`response_mask` False, then True, on the valid tokens of a row. "
+            f"Received: tokens of a prompt behind the response's in row "
+            f"{int(late.argmax())}."
+        )
+    unseen = ((0, 0), (T - targets.shape[1], 0))
+    if weights is None:
+        weights = response[:, -targets.shape[1] :]
+    weights = np.pad(np.asarray(weights, "float32"), unseen)
+    on_prompt = ((weights != 0) & valid & ~response).any(1)
+    if on_prompt.any():
+        raise ValueError(
+            "Tokens of a prompt see one another and cannot be learned. "
+            "Expected: `sample_weight` 0 outside of responses. Received: row "
+            f"{int(on_prompt.argmax())} with weights on its prompt."
+        )
+    targets = np.pad(targets, unseen)
+    rows = range(B)
+    prompts = [ids[i, valid[i] & ~response[i]].tolist() for i in rows]
+    packed = pack(
+        prompts, [ids[i, response[i]].tolist() for i in rows], T, T, pad=0
+    )
+    moved = np.zeros((2, B, T))
+    for i in rows:
+        count = int(response[i].sum())
+        moved[:, i, :count] = targets[i, response[i]], weights[i, response[i]]
+    return packed, moved[0].astype("int32"), moved[1].astype("float32")
