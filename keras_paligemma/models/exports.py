@@ -1,6 +1,5 @@
 """Weights and configuration written in any format."""
 
-import importlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -148,9 +147,10 @@ def export_to_serve(model, filepath, format="savedmodel"):
         filepath: str or path of a folder that is new or empty.
         format: "savedmodel", "stablehlo", "onnx", "openvino" or "litert".
     """
-    # By name: that package stands above the models.
-    above = importlib.import_module("keras_paligemma.export")
-    above.export(model, filepath, format)
+    # Here, since that package stands above the models.
+    from keras_paligemma.export.targets import export
+
+    export(model, filepath, format)
 
 
 def _config_of(preprocessor):
