@@ -48,15 +48,15 @@ def copy_pages(address):
     """Copy `docs` to `PAGES`; list links that lead nowhere."""
     shutil.rmtree(PAGES, ignore_errors=True)
     shutil.copytree(DOCS, PAGES, ignore=shutil.ignore_patterns("*.py"))
-    shutil.copy(ROOT / "CHANGELOG.md", PAGES / "changelog.md")
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    (PAGES / "changelog.md").write_text(changelog.replace("](docs/", "]("))
     problems = []
     for page in PAGES.rglob("*.md"):
-        folder = (DOCS / page.relative_to(PAGES)).parent
-        if page.name == "changelog.md":
-            folder = ROOT
-        text, wrong = to_repository(page.read_text("utf-8"), folder, address)
+        name = page.relative_to(PAGES)
+        text = page.read_text("utf-8")
+        text, wrong = to_repository(text, (DOCS / name).parent, address)
         page.write_text(text, "utf-8")
-        problems += [f"{page.relative_to(PAGES)}: no {one}" for one in wrong]
+        problems += [f"{name}: no {one}" for one in wrong]
     return problems
 
 
