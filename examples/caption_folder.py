@@ -18,7 +18,9 @@ KINDS = {".jpeg", ".jpg", ".png", ".webp"}
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("output", type=Path, help="JSONL: image, prefix, suffix")
+    parser.add_argument(
+        "output", type=Path, help="JSONL: image, prefix, suffix"
+    )
     parser.add_argument("--preset", default="pali_gemma2_nano_112")
     parser.add_argument("--prompt", default="caption en")
     parser.add_argument("--batch-size", type=int, default=8)

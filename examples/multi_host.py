@@ -21,7 +21,9 @@ def main(arguments=None):
     parser.add_argument("output", help="folder of the run")
     parser.add_argument("--preset", default="pali_gemma2_nano_112")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=8, help="of all hosts")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="of all hosts"
+    )
     parser.add_argument(
         "--memory-gib", type=float, help="of a chip; known of TPUs and GPUs"
     )

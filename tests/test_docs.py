@@ -1,7 +1,7 @@
 """The code blocks of README and docs run, page by page and in their order.
 
-A block that cannot run here says why, in a comment above it that readers do
-not see: `<!-- not run: the reason -->`. `text` under `python` is what it prints.
+A block that cannot run here says why, in a comment above it that readers do not
+see: `<!-- not run: the reason -->`. `text` below `python` is what that prints.
 """
 
 import collections
@@ -111,6 +111,17 @@ def test_blocks_run(page, tmp_path, monkeypatch):
 def test_blocks_that_do_not_run_are_counted():
     reasons = (block.reason for page in PAGES for block in blocks(page))
     assert collections.Counter(filter(None, reasons)) == NOT_RUN
+
+
+def test_the_repository_has_one_address():
+    address = build.repository()  # Refuses another one in mkdocs.yml.
+    owner = address.removeprefix("https://github.com/").partition("/")[0]
+    for path in (*ROOT.glob("notebooks/*.ipynb"), ROOT / "CITATION.cff"):
+        text = path.read_text("utf-8")
+        found = re.findall(rf"https://\S*?github\S*?/{owner}/[\w-]+", text)
+        assert found, path
+        for one in found:
+            assert one.partition(f"/{owner}/")[2] == address.rpartition("/")[2]
 
 
 def test_links_out_of_the_folder_lead_to_the_repository():

@@ -20,8 +20,10 @@ mkdir -p "$root/work"
 # A copy: what the tests write stays there.
 tar -C "$here" --exclude=.venv --exclude=build --exclude=dist -cf - . |
     tar -C "$root/work" -xf -
-cp /etc/resolv.conf "$root/etc/resolv.conf"
-[ ! -e /etc/pip.conf ] || cp /etc/pip.conf "$root/etc/pip.conf"
+# The network as the host has it: names, certificates, index of packages.
+for file in etc/resolv.conf etc/ssl/certs/ca-certificates.crt etc/pip.conf; do
+    [ ! -e "/$file" ] || cp "/$file" "$root/$file"
+done
 mountpoint -q "$root/proc" || mount -t proc proc "$root/proc"
 mountpoint -q "$root/dev" || mount --bind /dev "$root/dev"
 trap 'umount "$root/proc" "$root/dev"' EXIT

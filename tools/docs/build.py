@@ -105,7 +105,7 @@ def remote_parts():
         f"{page.relative_to(SITE)} loads {match[0]}"
         for page in sorted(SITE.rglob("*.html"))
         for match in REMOTE.finditer(page.read_text("utf-8"))
-        if "rel=\"canonical\"" not in match[0]
+        if 'rel="canonical"' not in match[0]
     ]
 
 
