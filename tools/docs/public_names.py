@@ -7,6 +7,7 @@ Pages then name public names alone, wherever their code lies.
 """
 
 import ast
+import contextlib
 import re
 
 import griffe
@@ -16,7 +17,7 @@ SESSION = re.compile(r"(?m)^>>> .*(?:\n.+)*")
 
 
 class PublicNames(griffe.Extension):
-    """Adds the names of `_HOME`; shows sessions as code."""
+    """Adds names that are assigned, and shows sessions as code."""
 
     def on_module(self, *, mod, **kwargs):
         home = mod.members.get("_HOME")
@@ -28,6 +29,15 @@ class PublicNames(griffe.Extension):
         for name, target in found.items():
             mod.members[name] = griffe.Alias(name, target, parent=mod)
         mod.exports = list(places)
+
+    def on_class(self, *, cls, loader, **kwargs):
+        # A function of another module as a method: `save = files.save`.
+        for name, member in list(cls.members.items()):
+            value = getattr(member, "value", None)
+            if isinstance(value, griffe.ExprAttribute):
+                with contextlib.suppress(KeyError):
+                    target = loader.modules_collection[value.canonical_path]
+                    cls.members[name] = griffe.Alias(name, target, parent=cls)
 
     def on_object(self, *, obj, **kwargs):
         if obj.docstring is not None:
