@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import types
 
 import keras
 import pytest
@@ -17,6 +18,7 @@ from keras_paligemma.planning.compiled import has_compiler
 from keras_paligemma.planning.job import Candidate
 from keras_paligemma.planning.training import Training
 from keras_paligemma.sharding import auto
+from keras_paligemma.sharding import auto_distribution
 from keras_paligemma.sharding.layouts import Layout
 
 pytestmark = pytest.mark.skipif(
@@ -192,6 +194,19 @@ def test_auto_refuses_what_fits_nowhere():
         auto("pali_gemma2_pt_28b_224", DEVICES, memory_gib=4)
     with pytest.raises(ValueError, match="Expected: a batch of 16"):
         auto("pali_gemma2_pt_3b_448", DEVICES[:1], memory_gib=11, batch_size=64)
+
+
+def test_auto_asks_a_device_of_this_host(monkeypatch):
+    """Another host's device, the first of all, cannot be asked."""
+    import jax
+
+    far = types.SimpleNamespace(id=0, device_kind="a GPU")
+    near = types.SimpleNamespace(
+        id=1, memory_stats=lambda: {"bytes_limit": 15.75 * 2**30}
+    )
+    monkeypatch.setattr(jax, "devices", lambda platform: [far, near])
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [near])
+    assert auto_distribution._memory("gpu:0") == 15.75
 
 
 @pytest.mark.parametrize(
