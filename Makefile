@@ -1,6 +1,8 @@
-# Two commands, each of which sets up what it needs in .venv:
+# Each command sets up what it needs in .venv:
 #   make demo   answers on pictures, then a small fine-tune
-#   make test   lint, all tests on all backends, notebooks
+#   make test   lint, documentation, all tests on all backends, notebooks
+#   make docs   the documentation site, into build/site
+#   make dist   source distribution and wheel, into dist, checked
 PYTHON ?= python3
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
@@ -8,16 +10,24 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # The TPU's compiler is installed for plans; nothing looks for a TPU.
 test: export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test backends notebooks lint
+.PHONY: demo test docs dist backends notebooks lint
 
 demo: .venv/for-demo
 	$(RUN) -m keras_paligemma.demo
 
-test: lint backends notebooks
+test: lint docs dist backends notebooks
 
 lint: .venv/for-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+docs: .venv/for-docs
+	$(RUN) tools/docs/build.py
+
+dist: .venv/for-test
+	rm -rf dist
+	$(RUN) -m hatchling build
+	$(RUN) -m twine check --strict dist/*
 
 # The first run covers everything but the graphs that TensorFlow alone writes;
 # the others what a backend can change. Tests are many small models, so two
@@ -56,6 +66,11 @@ notebooks: .venv/for-test
 
 .venv/for-demo: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e ".[jax]"
+	touch $@
+
+# Names and docstrings are read, not imported: no backend is needed.
+.venv/for-docs: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
 	touch $@
 
 .venv/for-test: .venv/bin/python pyproject.toml constraints.txt

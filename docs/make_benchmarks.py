@@ -32,6 +32,7 @@ Made from `keras_paligemma/evaluation/benchmarks.toml` by
 
 Every row of PaliGemma 2's model card as one command:
 
+<!-- not run: needs the data of TextVQA -->
 ```bash
 keras-paligemma finetune --benchmark textvqa --preset … --data DIR --output RUN
 keras-paligemma evaluate --benchmark textvqa --preset RUN/preset --data DIR

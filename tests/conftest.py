@@ -58,6 +58,16 @@ def tiny_model():
     return build_tiny_model
 
 
+@pytest.fixture(scope="session")
+def random_preset(tmp_path_factory):
+    """Folder of a preset of random floats, which reads and writes text."""
+    from tests.helpers.text_models import write_random_preset
+
+    folder = tmp_path_factory.mktemp("presets") / "floats"
+    write_random_preset(folder)
+    return folder
+
+
 @pytest.fixture
 def examples():
     """Four examples as `fit` takes them, all of other sizes and lengths."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keras_paligemma.turns import Turns
-from tests.tuning.test_adapters import randomize
+from tests.helpers.tiny_models import randomize_adapters
 
 QUESTION = {
     "images": np.full((4, 9, 3), 80, "uint8"),
@@ -23,7 +23,7 @@ def two_adapters(tiny_model):
     answers = {}
     for seed, name in enumerate(("one", "two")):
         model.backbone.enable_lora(2, name=name)
-        randomize(model.backbone, seed)
+        randomize_adapters(model.backbone, seed)
         answers[name] = model.generate(QUESTION)
     assert answers["one"] != answers["two"]
     return model, answers

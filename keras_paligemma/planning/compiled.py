@@ -6,6 +6,7 @@ JAX starts: reads steps as JSON lines, writes what the compiler says of each.
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -81,16 +82,44 @@ class Compiler:
             "topology": topology,
             "responses": responses,
         }
-        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        # A process that has stopped is found by its silence.
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(asked), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
             self.told.seek(0)
-            raise RuntimeError(
-                "The TPU's compiler stopped. Expected: jax and libtpu as in "
-                f"keras-paligemma[plan]. It said: {self.told.read()[-2000:]}"
-            )
+            said = self.told.read()[-2000:]
+            differing = other_versions()
+            if differing:
+                raise ImportError(
+                    "The TPU's compiler does not work with the versions that "
+                    f"are installed: {differing}. Install the extra in an "
+                    "environment of its own, `python -m venv plan` and "
+                    "`plan/bin/pip install 'keras_paligemma[plan]'`, and plan "
+                    "there; or let arithmetic decide, by `--estimate` or "
+                    f"`compiler=False`. It said: {said}"
+                )
+            raise RuntimeError(f"The TPU's compiler stopped. It said: {said}")
         return json.loads(line)
+
+
+def other_versions():
+    """Tell where what is installed is not what the extra `plan` pins.
+
+    Returns:
+        str, such as "jax 0.12.0, expected 0.10.2"; "" where nothing differs.
+    """
+    found = []
+    for line in importlib.metadata.requires("keras_paligemma") or ():
+        requirement, _, marker = line.partition(";")
+        name, _, wanted = requirement.strip().partition("==")
+        if not wanted or "'plan'" not in marker:
+            continue
+        installed = importlib.metadata.version(name)
+        if installed != wanted:
+            found.append(f"{name} {installed}, expected {wanted}")
+    return "; ".join(found)
 
 
 def compile_step(job, layout, remat, topology):

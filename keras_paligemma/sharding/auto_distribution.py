@@ -116,7 +116,9 @@ def _memory(name):
     )
     if device.device_kind in machines.MEMORY:
         return machines.MEMORY[device.device_kind]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
+    # Of another host's device nobody here may ask; they are of one kind.
+    here = jax.local_devices(backend=platform)[0]
+    limit = (here.memory_stats() or {}).get("bytes_limit")
     if limit:
         return limit / GIB
     raise ValueError(

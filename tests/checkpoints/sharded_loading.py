@@ -12,8 +12,8 @@ import numpy as np
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import compat
 from keras_paligemma.checkpoints import engine
-from tests.checkpoints.test_formats import FIELDS
 from tests.helpers.tiny_models import GOLDEN
+from tests.helpers.tiny_models import UNTOLD
 from tests.helpers.tiny_models import golden_inputs
 from tests.helpers.tiny_models import run
 
@@ -54,7 +54,7 @@ def watched(variable, value):
 
 engine.fill = watched
 backbone = PaliGemmaBackbone.from_preset(
-    GOLDEN / "tiny_headdim.npz", form="unrolled", **FIELDS
+    GOLDEN / "tiny_headdim.npz", form="unrolled", **UNTOLD
 )
 sharded = 0
 for variable in backbone.variables:

@@ -10,7 +10,7 @@ from keras_paligemma.checkpoints import finite
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.finite import all_finite
 from keras_paligemma.models import exports
-from tests.checkpoints.test_formats import FIELDS
+from tests.helpers.tiny_models import UNTOLD
 
 DTYPES = ("float16", "float32", "float64", ml_dtypes.bfloat16)
 
@@ -53,7 +53,7 @@ def test_they_are_refused_unless_asked_for(
     weight.assign(values)
     path = tmp_path / ("x.npz" if to == "big_vision" else "model")
     exports.export(path, to, backbone)
-    fields = FIELDS if to == "big_vision" else {}
+    fields = UNTOLD if to == "big_vision" else {}
     key = formats.find(path, fields).rows_for([name])
     key = next(row.theirs for row in key if row.ours == name)
     with pytest.raises(ValueError, match="2 values of 48 that are") as raised:

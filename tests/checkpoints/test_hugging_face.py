@@ -29,18 +29,22 @@ from keras_paligemma.checkpoints.storage.safetensors import write_safetensors
 from keras_paligemma.config import LoraConfig
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
+from tests.helpers.text_models import TOKENIZER
 from tests.helpers.tiny_models import GOLDEN
-from tests.helpers.tiny_models import PRESETS
+from tests.helpers.tiny_models import assert_same_weights
 from tests.helpers.tiny_models import error
 from tests.helpers.tiny_models import run
 from tests.helpers.tiny_models import transformers_inputs
+from tests.helpers.transformers_folders import SECOND
+from tests.helpers.transformers_folders import export
+from tests.helpers.transformers_folders import load_theirs
+from tests.helpers.transformers_folders import random_backbone
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 reference = pytest.importorskip("tests.helpers.transformers_reference")
 
 SIZE = 101  # Tokens of the tiny models.
-NANO_TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
 PUBLISHED = [
     name for name in presets.names() if "handles" in presets.describe(name)
 ]
@@ -71,29 +75,6 @@ def read(folder):
     return backbone
 
 
-def export(folder, backbone, tokenizer=None, resize="bicubic", **how):
-    config = ModelConfig(
-        backbone=backbone.architecture(),
-        preprocessor=PreprocessorConfig(resize),
-    )
-    arrays = engine.write(
-        backbone.weights_by_name(),
-        hugging_face.rows(config.backbone),
-        keras.ops.convert_to_numpy,
-    )
-    hugging_face.write(folder, config, arrays, tokenizer, **how)
-
-
-def load_theirs(folder):
-    model, info = (
-        transformers.PaliGemmaForConditionalGeneration.from_pretrained(
-            folder, attn_implementation="eager", output_loading_info=True
-        )
-    )
-    assert not any(info.values()), info
-    return model.eval()
-
-
 def write_layout(folder, saved, model, layout, extra, max_shard_size=10**9):
     """Write what an earlier version would have saved."""
     arrays = {}
@@ -117,19 +98,6 @@ def write_layout(folder, saved, model, layout, extra, max_shard_size=10**9):
     config = json.loads((saved / "config.json").read_text())
     config["text_config"]["vocab_size"] = SIZE + extra
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def assert_same_weights(found, wanted):
-    wanted = wanted.weights_by_name()
-    for name, weight in found.weights_by_name().items():
-        pairs = [(weight, wanted[name])]
-        if isinstance(weight, list):
-            pairs = zip(weight, wanted[name], strict=True)
-        for one, other in pairs:
-            np.testing.assert_array_equal(
-                keras.ops.convert_to_numpy(one),
-                keras.ops.convert_to_numpy(other),
-            )
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["first", "second"])
@@ -214,47 +182,8 @@ def test_what_we_write_is_read_by_transformers(tiny, tmp_path, size):
     assert error(logits_of(read(tmp_path / "model"), inputs), wanted) < 1e-5
 
 
-def random_backbone(seed=7, **changes):
-    """Ours, with weights that tell tokens and pictures apart."""
-    with without_values():
-        backbone = PaliGemmaBackbone(
-            28,
-            {
-                "patch_size": 7,
-                "num_layers": 2,
-                "hidden_dim": 36,
-                "num_heads": 4,
-                "intermediate_dim": 52,
-            },
-            {
-                "vocabulary_size": 2048,
-                "num_layers": 3,
-                "hidden_dim": 48,
-                "intermediate_dim": 88,
-                "num_query_heads": 6,
-                "num_key_value_heads": 2,
-                "head_dim": 10,
-                "query_pre_attention_scalar": 8,
-            },
-            **changes,
-        )
-    random = np.random.default_rng(seed)
-    arrays = {}
-    rows = hugging_face.rows(backbone.architecture())
-    shapes = engine.shapes(backbone.weights_by_name(), rows)
-    for key, shape in shapes.items():
-        matrix = len(shape) > 1
-        scale = 2.5 * shape[-1] ** -0.5 if matrix else 0.3
-        if "embed_tokens" in key:
-            # So small that a token does not just repeat itself.
-            scale = 0.05
-        arrays[key] = random.normal(0, scale, shape).astype("float32")
-    engine.load(backbone.weights_by_name(), rows, engine.Arrays(arrays))
-    return backbone
-
-
 def test_processor_and_generated_tokens_are_ours(tmp_path):
-    tokenizer = PaliGemmaTokenizer(NANO_TOKENIZER.read_bytes())
+    tokenizer = PaliGemmaTokenizer(TOKENIZER.read_bytes())
     backbone = random_backbone()
     export(tmp_path / "model", backbone, tokenizer.proto)
     preprocessor = PaliGemmaCausalLMPreprocessor(
@@ -315,7 +244,7 @@ def test_processor_and_generated_tokens_are_ours(tmp_path):
     assert texts == answers
 
 
-@pytest.mark.parametrize("file", [NANO_TOKENIZER, GOLDEN / "toy_sp.model"])
+@pytest.mark.parametrize("file", [TOKENIZER, GOLDEN / "toy_sp.model"])
 def test_tokenizers_agree_on_random_texts(tmp_path, file):
     ours = PaliGemmaTokenizer(file.read_bytes())
     size = ours.vocabulary_size()
@@ -364,37 +293,6 @@ def test_configs_there_and_back(name):
     assert found == config
 
 
-# In the form of the published files: what equals a default is not said.
-SECOND = {
-    "model_type": "paligemma",
-    "image_token_index": 257152,
-    "projection_dim": 2304,
-    "text_config": {
-        "model_type": "gemma2",
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_image_tokens": 256,
-        "num_key_value_heads": 4,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "torch_dtype": "bfloat16",
-        "vocab_size": 257216,
-    },
-    "torch_dtype": "bfloat16",
-    "vision_config": {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "model_type": "siglip_vision_model",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 27,
-        "patch_size": 14,
-        "projection_dim": 2304,
-        "vision_use_head": False,
-    },
-}
 FIRST = SECOND | {
     "hidden_size": 2048,
     "projection_dim": 2048,
@@ -712,7 +610,7 @@ def edited(change):
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(
-        NANO_TOKENIZER.read_bytes()
+        TOKENIZER.read_bytes()
     )
     change(model)
     return model.SerializeToString()

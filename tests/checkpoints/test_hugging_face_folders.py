@@ -15,12 +15,13 @@ from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.hugging_face.tokenizer import read_tokenizer
 from keras_paligemma.checkpoints.hugging_face.tokenizer import tokenizer_files
-from tests.checkpoints.test_hugging_face import NANO_TOKENIZER
-from tests.checkpoints.test_hugging_face import assert_same_weights
-from tests.checkpoints.test_hugging_face import export
-from tests.checkpoints.test_hugging_face import load_theirs
-from tests.checkpoints.test_hugging_face import random_backbone
+from tests.helpers.text_models import TOKENIZER
 from tests.helpers.tiny_models import GOLDEN
+from tests.helpers.tiny_models import assert_same_weights
+from tests.helpers.transformers_folders import SECOND
+from tests.helpers.transformers_folders import export
+from tests.helpers.transformers_folders import load_theirs
+from tests.helpers.transformers_folders import random_backbone
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -33,7 +34,7 @@ PICTURE = np.arange(28 * 28 * 3, dtype="uint8").reshape(28, 28, 3)
 def exported(tmp_path_factory):
     """A small model in a folder of transformers, with its tokenizer."""
     folder = tmp_path_factory.mktemp("folders") / "exported"
-    tokenizer = PaliGemmaTokenizer(NANO_TOKENIZER.read_bytes())
+    tokenizer = PaliGemmaTokenizer(TOKENIZER.read_bytes())
     export(folder, random_backbone(), tokenizer.proto)
     return folder
 
@@ -162,7 +163,7 @@ def test_a_tokenizer_of_other_size_is_refused(folder):
     model = PaliGemmaCausalLM.from_preset(folder)
     model.save_to_preset(folder.parent / "ours")
     toy = folder.parent / "toy.model"
-    proto = NANO_TOKENIZER.read_bytes()
+    proto = TOKENIZER.read_bytes()
     from sentencepiece import sentencepiece_model_pb2
 
     pieces = sentencepiece_model_pb2.ModelProto.FromString(proto)
@@ -175,7 +176,7 @@ def test_a_tokenizer_of_other_size_is_refused(folder):
 # A tokenizer.json alone, which is what transformers 5 saves
 
 
-@pytest.mark.parametrize("file", [NANO_TOKENIZER, GOLDEN / "toy_sp.model"])
+@pytest.mark.parametrize("file", [TOKENIZER, GOLDEN / "toy_sp.model"])
 def test_a_tokenizer_json_gives_the_same_ids(tmp_path, file):
     wanted = PaliGemmaTokenizer(file.read_bytes())
     size = wanted.vocabulary_size()
@@ -256,7 +257,7 @@ def test_its_tokenizer_may_come_from_elsewhere(folder):
         with pytest.warns(UserWarning, match="Taken"):
             PaliGemmaCausalLM.from_preset(folder)
     with pytest.warns(UserWarning, match="Taken: resize='bicubic'"):
-        model = PaliGemmaCausalLM.from_preset(folder, tokenizer=NANO_TOKENIZER)
+        model = PaliGemmaCausalLM.from_preset(folder, tokenizer=TOKENIZER)
     assert model.preprocessor.tokenizer.vocabulary_size() == PIECES
     assert (
         PaliGemmaCausalLM.from_preset(folder, preprocessor=None).preprocessor
@@ -265,8 +266,6 @@ def test_its_tokenizer_may_come_from_elsewhere(folder):
 
 
 def test_lengths_are_those_of_the_published_model(tmp_path):
-    from tests.checkpoints.test_hugging_face import SECOND
-
     (tmp_path / "config.json").write_text(json.dumps(SECOND))
     found = formats.find(tmp_path, load_weights=False)
     known = presets.config("pali_gemma2_pt_3b_224").preprocessor

@@ -14,7 +14,7 @@ from pathlib import Path
 from keras_paligemma.evaluation import evaluate
 from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
-from tests.evaluation.oracle import Oracle
+from tests.helpers.oracle import Oracle
 
 
 class Slow(Oracle):

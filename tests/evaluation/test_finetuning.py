@@ -12,9 +12,9 @@ from keras_paligemma.evaluation import open_samples
 from keras_paligemma.evaluation import training_samples
 from keras_paligemma.evaluation.finetuning import for_run
 from keras_paligemma.training import run
-from tests.evaluation.test_official_layouts import chartqa_human
-from tests.evaluation.test_run import change
-from tests.evaluation.test_run import make_data
+from tests.helpers.benchmark_data import change_sample
+from tests.helpers.benchmark_data import chartqa_human
+from tests.helpers.benchmark_data import make_data
 
 NANO = "pali_gemma2_nano_112"
 
@@ -69,7 +69,7 @@ def test_a_jsonl_file_brings_its_own_examples(data):
 
 
 def test_examples_are_prompts_and_all_answers(data):
-    change(data, 1, answers=["A", "b", ""])
+    change_sample(data, 1, answers=["A", "b", ""])
     source = TrainingSource(open_samples(find_benchmark("vizwizvqa"), data))
     assert source[1]["prompts"] == "answer en what?"
     assert source[1]["responses"] == ["A", "b"]

@@ -1,29 +1,17 @@
 """Readers of official archives, on made-up miniatures of three samples."""
 
 import hashlib
-import json
 import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from keras_paligemma.evaluation import TrainingSource
 from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
 from keras_paligemma.evaluation import training_samples
-
-
-def put(folder, name, data):
-    """Write a file of JSON, or of JSON lines, or a picture."""
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(data, tuple):
-        Image.new("RGB", data, "green").save(path)
-    elif name.endswith((".jsonl", "test1.json")):
-        path.write_text("".join(json.dumps(one) + "\n" for one in data))
-    else:
-        path.write_text(json.dumps(data))
+from tests.helpers.benchmark_data import chartqa_human
+from tests.helpers.benchmark_data import put
 
 
 def vqav2(folder):
@@ -94,18 +82,6 @@ def docvqa(folder):
     for n in (7, 8, 9):
         put(folder, f"documents/page_{n}.png", (8, 6))
     return [(str(n), f"total {n}?", ["1", "one"]) for n in (7, 8, 9)]
-
-
-def chartqa_human(folder):
-    for kind in ("human", "augmented"):
-        data = [
-            {"imgname": f"{n}.png", "query": f"{kind} {n}?", "label": f"{n}%"}
-            for n in range(3)
-        ]
-        put(folder, f"test/test_{kind}.json", data)
-    for n in range(3):
-        put(folder, f"test/png/{n}.png", (8, 6))
-    return [(f"human-{n}", f"human {n}?", f"{n}%") for n in range(3)]
 
 
 def science_qa(folder):

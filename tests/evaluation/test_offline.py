@@ -22,7 +22,7 @@ from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
 from keras_paligemma.tasks.boxes import encode_box
 from presets.nano import scenes
-from tests.evaluation.oracle import Oracle
+from tests.helpers.oracle import Oracle
 from tests.presets_nano.test_scenes import CLASSES
 from tests.presets_nano.test_scenes import STYLES
 from tests.presets_nano.test_scenes import make_sprites

@@ -5,10 +5,8 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import typer
-from PIL import Image
 from typer.testing import CliRunner
 
 from keras_paligemma.cli.evaluate import evaluate as command
@@ -20,24 +18,11 @@ from keras_paligemma.evaluation import score
 from keras_paligemma.evaluation import settings_of
 from keras_paligemma.evaluation.predictions import append
 from keras_paligemma.evaluation.predictions import resume
-from tests.evaluation.oracle import Oracle
+from tests.helpers.benchmark_data import change_sample
+from tests.helpers.benchmark_data import make_data
+from tests.helpers.oracle import Oracle
 
 BENCHMARK = find_benchmark("vizwizvqa")
-
-
-def make_data(folder, rows=12):
-    """Rows of pictures of their own, in our own layout."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
-        for number in range(rows):
-            pixels = np.full((8, 8, 3), (*divmod(number, 20), 9), "uint8")
-            Image.fromarray(pixels).save(folder / f"{number}.png")
-            line = {
-                **{"id": f"q{number}", "images": f"{number}.png"},
-                **{"question": "what?", "answers": [f"a {number}\n🐈"] * 10},
-            }
-            file.write(json.dumps(line) + "\n")
-    return folder
 
 
 def make_oracle(samples):
@@ -49,14 +34,6 @@ def make_oracle(samples):
 @pytest.fixture
 def data(tmp_path):
     return make_data(tmp_path / "data")
-
-
-def change(data, row, **fields):
-    """Change a sample's line; `None` takes a field away."""
-    lines = (data / "samples.jsonl").read_text("utf-8").splitlines()
-    one = json.loads(lines[row]) | fields
-    lines[row] = json.dumps({k: v for k, v in one.items() if v is not None})
-    (data / "samples.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def run(data, output, **options):
@@ -197,7 +174,7 @@ def test_beams_leave_the_model_as_it_was(data, tmp_path):
 
     captions = find_benchmark("coco_captions")
     for row in range(12):
-        change(data, row, references=[f"a {row}"])
+        change_sample(data, row, references=[f"a {row}"])
     samples = open_samples(captions, data)
     model = Watched(samples, [f"a {row}" for row in range(12)])
     model.sampler = "own"
@@ -222,7 +199,7 @@ def test_bad_samples_are_named_before_anything_runs(
 ):
     samples = open_samples(BENCHMARK, data)
     oracle = make_oracle(samples)
-    change(data, row, **fields)
+    change_sample(data, row, **fields)
     with pytest.raises(ValueError, match=message):
         evaluate(oracle, BENCHMARK, data, tmp_path / "run")
     assert not oracle.calls and not (tmp_path / "run").exists()
@@ -304,7 +281,7 @@ def test_mean_over_languages_is_not_that_over_samples(data):
     xgqa = find_benchmark("xgqa")
     codes = [*xgqa.languages, *["de"] * 5]
     for row, code in enumerate(codes):
-        change(data, row, language=code, answers="yes")
+        change_sample(data, row, language=code, answers="yes")
     samples = open_samples(xgqa, data)
     texts = {
         id: "yes" if code == "de" else "no"

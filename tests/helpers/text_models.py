@@ -8,32 +8,51 @@ from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
+from keras_paligemma import without_values
+from keras_paligemma.compat import fill
 from tests.helpers.tiny_models import IMAGE_SIZE
 from tests.helpers.tiny_models import PRESETS
 from tests.helpers.tiny_models import TEXT
 from tests.helpers.tiny_models import VISION
 
+# More layers than the decoder has, as in a 3b; the tokenizer's vocabulary.
+DEEP_VISION = VISION | {"num_layers": 4}
+TEXT_2048 = TEXT | {"vocabulary_size": 2048}
 TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
 
 
 def build_tiny_model(**changes):
     """Build a random model that reads and writes text."""
     keras.utils.set_random_seed(0)
-    backbone = PaliGemmaBackbone(
-        IMAGE_SIZE,
-        # More than the decoder's, as a 3b has it.
-        VISION | {"num_layers": 4},
-        TEXT | {"vocabulary_size": 2048},
-        **changes,
-    )
+    backbone = PaliGemmaBackbone(IMAGE_SIZE, DEEP_VISION, TEXT_2048, **changes)
     # The projector starts at zero; a test of pictures needs it awake.
     backbone.vision_encoder.projector.kernel.assign(
         np.random.default_rng(0).normal(size=(48, 64)) * 0.3
     )
-    preprocessor = PaliGemmaCausalLMPreprocessor(
+    return PaliGemmaCausalLM(backbone, tiny_preprocessor())
+
+
+def tiny_preprocessor():
+    """Of the nano preset's tokenizer, for the tiny models."""
+    return PaliGemmaCausalLMPreprocessor(
         PaliGemmaTokenizer(TOKENIZER.read_bytes()),
         PaliGemmaImageConverter(IMAGE_SIZE),
         prompt_length=12,
         response_length=8,
     )
-    return PaliGemmaCausalLM(backbone, preprocessor)
+
+
+def write_random_preset(folder):
+    """Write a preset of random floats, drawn by NumPy."""
+    with without_values():
+        backbone = PaliGemmaBackbone(IMAGE_SIZE, DEEP_VISION, TEXT_2048)
+    random = np.random.default_rng(0)
+    for variable in backbone.variables:
+        fan_in = max(np.prod(variable.shape[:-1]), 1)
+        fill(variable, random.normal(size=variable.shape) / fan_in**0.5)
+    PaliGemmaCausalLM(backbone, tiny_preprocessor()).save_to_preset(folder)
+
+
+def prompts_of(examples):
+    """What `generate` takes of the examples that `fit` takes."""
+    return {key: examples[key] for key in ("images", "prompts")}

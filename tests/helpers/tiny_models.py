@@ -31,6 +31,13 @@ TEXT = {
     "query_pre_attention_scalar": 24,
 }
 IMAGE_SIZE = 42
+FORMS = ("unrolled", "scanned")
+# What no shape tells of the golden model.
+UNTOLD = {
+    "query_pre_attention_scalar": 24,
+    "attention_logit_soft_cap": 50.0,
+    "final_logit_soft_cap": 30.0,
+}
 
 
 def fill(backbone, arrays, prefix="params/"):
@@ -40,6 +47,33 @@ def fill(backbone, arrays, prefix="params/"):
         big_vision.rows(backbone.text_config.use_post_norms, prefix),
         engine.Arrays(arrays),
     )
+
+
+def arrays_of(backbone):
+    """All weights by name as NumPy arrays; those of blocks are stacked."""
+    return {
+        name: np.stack([keras.ops.convert_to_numpy(one) for one in weight])
+        if isinstance(weight, list)
+        else keras.ops.convert_to_numpy(weight)
+        for name, weight in backbone.weights_by_name().items()
+    }
+
+
+def assert_same_weights(found, wanted):
+    """Compare all weights of two backbones, bit by bit."""
+    found, wanted = arrays_of(found), arrays_of(wanted)
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, name)
+
+
+def randomize_adapters(backbone, seed):
+    """Give the adapter in use values, as training would."""
+    random = np.random.default_rng(seed)
+    for name, weight in backbone.weights_by_name().items():
+        if name.endswith(("adapter_a", "adapter_b")):
+            for one in weight if isinstance(weight, list) else [weight]:
+                one.assign(random.normal(size=one.shape) * 0.2)
 
 
 def run(function, inputs):

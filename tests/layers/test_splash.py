@@ -15,35 +15,21 @@ from keras_paligemma.compat import compiling_for
 from keras_paligemma.data.batches import in_parts
 from keras_paligemma.layers.attention import attend
 from keras_paligemma.layers.attention import attention_mask
-from keras_paligemma.layers.splash import PrefixMask
-from keras_paligemma.layers.splash import attend_fused
 from keras_paligemma.layers.splash import should_use_splash
 from keras_paligemma.models.generation import split_prompt
 from keras_paligemma.planning.compiled import Compiler
 from keras_paligemma.planning.compiled import has_compiler
 from keras_paligemma.planning.job import Job
 from keras_paligemma.sharding.layouts import Layout
+from tests.helpers.attention import PREFIX
+from tests.helpers.attention import RESPONSE
+from tests.helpers.attention import draw_attention
+from tests.helpers.attention import fused
+from tests.helpers.attention import plain
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="the kernel is JAX's"
 )
-PREFIX, RESPONSE = 100, 50
-
-
-def draw(heads=4, key_heads=2, head_dim=128, batch=2):
-    """Draw tensors whose logits are far beyond the cap, and padding."""
-    random = np.random.default_rng(0)
-    tokens = PREFIX + RESPONSE
-    query, upstream = random.normal(size=(2, batch, tokens, heads, head_dim))
-    key, value = random.normal(size=(2, batch, tokens, key_heads, head_dim))
-    valid = random.random((batch, tokens)) > 0.2
-    # A row with holes everywhere, and one as the preprocessor makes them.
-    valid[1] = True
-    valid[1, 60:75] = valid[1, -20:] = False
-    arrays = [one.astype("float32") for one in (query, key, value, upstream)]
-    # Padding gets no gradient, as in a loss.
-    arrays[3] *= valid[:, :, None, None]
-    return arrays, valid
 
 
 def value_and_gradients(function, arrays, valid):
@@ -61,21 +47,9 @@ def value_and_gradients(function, arrays, valid):
     return [np.asarray(one) for one in (mixed, *gradients)]
 
 
-def plain(valid, cap):
-    response = np.zeros_like(valid)
-    response[:, PREFIX:] = True
-    mask = attention_mask(valid, response)
-    return lambda *inputs: attend(*inputs, mask, cap)
-
-
-def fused(valid, cap, prefix=PREFIX):
-    mask = PrefixMask(valid[:, :prefix], valid[:, prefix:])
-    return lambda *inputs: attend_fused(*inputs, mask, cap, interpret=True)
-
-
 @pytest.mark.parametrize("cap", [5.0, None])
 def test_kernel_is_the_plain_form(cap):
-    arrays, valid = draw()
+    arrays, valid = draw_attention()
     ours = value_and_gradients(fused(valid, cap), arrays, valid)
     theirs = value_and_gradients(plain(valid, cap), arrays, valid)
     others = value_and_gradients(
@@ -89,7 +63,7 @@ def test_kernel_is_the_plain_form(cap):
 
 
 def test_kernel_takes_a_prefix_alone():
-    arrays, valid = draw(3, 1)
+    arrays, valid = draw_attention(3, 1)
     ours = fused(valid, 50.0, PREFIX + RESPONSE)(*arrays[:3])
     mask = attention_mask(valid, np.zeros_like(valid))
     theirs = attend(*arrays[:3], mask, 50.0)

@@ -9,26 +9,9 @@ import pytest
 from keras_paligemma import metrics
 from keras_paligemma.metrics.caption_tokens import caption_tokens
 from keras_paligemma.metrics.kern import symbols
+from tests.helpers.random_answers import captions_for
+from tests.helpers.random_answers import objects_for
 from tests.helpers.tiny_models import GOLDEN
-
-WORDS = "a the man dog cat riding on of wave street red blue two people".split()
-
-
-def captions_for(seed, rows=60, least=0):
-    draw = random.Random(seed)
-
-    def caption():
-        return " ".join(draw.choices(WORDS, k=draw.randint(least, 12)))
-
-    right = [
-        [caption() for _ in range(draw.randint(1, 5))] for _ in range(rows)
-    ]
-    # Some are right, so that 4-grams agree.
-    found = [
-        draw.choice(some) if draw.random() < 0.4 else caption()
-        for some in right
-    ]
-    return found, right
 
 
 def test_captions_equal_pycocoevalcap():
@@ -182,28 +165,6 @@ def test_smiles():
     assert scores.columns["exact"].sum() == 0
     with pytest.raises(ValueError, match="row 1 is no SMILES"):
         metrics.smiles(["C", "C"], ["C", "what"])
-
-
-def objects_for(seed):
-    """Objects of ten pictures, and detections near and far from them."""
-    random_state = np.random.RandomState(seed)
-    right, found = [], []
-    for _ in range(10):
-        corners = np.sort(random_state.rand(4, 2, 2), axis=1)
-        boxes = corners.reshape(4, 4)
-        labels = [("cat", "dog")[i] for i in random_state.randint(0, 2, 4)]
-        right.append(
-            [(tuple(b), n) for b, n in zip(boxes, labels, strict=True)]
-        )
-        moved = np.clip(boxes + random_state.normal(0, 0.03, boxes.shape), 0, 1)
-        found.append(
-            [
-                (tuple(b), n, float(random_state.rand()))
-                for b, n in zip(moved, labels, strict=True)
-                if b[2] > b[0] and b[3] > b[1]
-            ]
-        )
-    return found, right
 
 
 def test_mean_average_precision_equals_faster_coco_eval():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from keras_paligemma import metrics
-from tests.metrics.test_independent import captions_for
-from tests.metrics.test_independent import objects_for
+from tests.helpers.random_answers import captions_for
+from tests.helpers.random_answers import objects_for
 
 
 def test_interval_of_a_mean_is_the_binomials():

@@ -13,6 +13,7 @@ from keras_paligemma import VisionEncoderConfig
 from tests.helpers.numpy_reference import forward
 from tests.helpers.numpy_reference import load_arrays
 from tests.helpers.numpy_reference import settings_of
+from tests.helpers.tiny_models import FORMS
 from tests.helpers.tiny_models import GOLDEN
 from tests.helpers.tiny_models import IMAGE_SIZE
 from tests.helpers.tiny_models import TEXT
@@ -24,8 +25,6 @@ from tests.helpers.tiny_models import golden_prompts
 from tests.helpers.tiny_models import run
 from tests.helpers.tiny_models import transformers_backbone
 from tests.helpers.tiny_models import transformers_inputs
-
-FORMS = ("unrolled", "scanned")
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -11,13 +11,10 @@ from keras import ops
 from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
+from tests.helpers.text_models import prompts_of
 from tests.helpers.tiny_models import error
 from tests.helpers.tiny_models import golden_prompts
 from tests.helpers.tiny_models import run
-
-
-def prompts_of(examples):
-    return {key: examples[key] for key in ("images", "prompts")}
 
 
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])

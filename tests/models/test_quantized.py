@@ -9,9 +9,6 @@ from keras import ops
 
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
-from keras_paligemma import PaliGemmaCausalLMPreprocessor
-from keras_paligemma import PaliGemmaImageConverter
-from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma import presets
 from keras_paligemma import without_values
 from keras_paligemma.compat import fill
@@ -20,65 +17,21 @@ from keras_paligemma.quantization.dequantized_views import DequantizedView
 from keras_paligemma.quantization.dequantized_views import dequantized_views
 from keras_paligemma.quantization.storage import QuantizedFormat
 from tests.helpers.gradients import differentiate
-from tests.helpers.text_models import TOKENIZER
+from tests.helpers.text_models import prompts_of
+from tests.helpers.tiny_models import FORMS
 from tests.helpers.tiny_models import IMAGE_SIZE
-from tests.helpers.tiny_models import TEXT
 from tests.helpers.tiny_models import VISION
+from tests.helpers.tiny_models import arrays_of
+from tests.helpers.tiny_models import assert_same_weights
 from tests.helpers.tiny_models import golden_inputs
-from tests.models.test_causal_lm import prompts_of
 
 MODES = ("int8", "int4")
-FORMS = ("unrolled", "scanned")
 PROBED = ("output", "down", "token_embedding")
 COMPILED = (
     ("unrolled", "int8"),
     ("unrolled", "int4"),
     ("scanned", "int4"),
 )
-
-
-@pytest.fixture(scope="module")
-def preset(tmp_path_factory):
-    """Folder of a preset of random floats, drawn by NumPy."""
-    with without_values():
-        backbone = PaliGemmaBackbone(
-            IMAGE_SIZE,
-            # More than the decoder's, as a 3b has it.
-            VISION | {"num_layers": 4},
-            TEXT | {"vocabulary_size": 2048},
-        )
-    random = np.random.default_rng(0)
-    for variable in backbone.variables:
-        fan_in = max(np.prod(variable.shape[:-1]), 1)
-        fill(variable, random.normal(size=variable.shape) / fan_in**0.5)
-    preprocessor = PaliGemmaCausalLMPreprocessor(
-        PaliGemmaTokenizer(TOKENIZER.read_bytes()),
-        PaliGemmaImageConverter(IMAGE_SIZE),
-        prompt_length=12,
-        response_length=8,
-    )
-    folder = tmp_path_factory.mktemp("presets") / "floats"
-    PaliGemmaCausalLM(backbone, preprocessor).save_to_preset(folder)
-    return folder
-
-
-def arrays_of(backbone):
-    """All weights by name, of blocks stacked."""
-    found = {}
-    for name, weight in backbone.weights_by_name().items():
-        if isinstance(weight, list):
-            found[name] = np.stack([np.array(one) for one in weight])
-        else:
-            found[name] = np.array(weight)
-    return found
-
-
-def assert_same(found, wanted):
-    """Compare all weights of two backbones, bit by bit."""
-    found, wanted = arrays_of(found), arrays_of(wanted)
-    assert found.keys() == wanted.keys()
-    for name, array in wanted.items():
-        np.testing.assert_array_equal(found[name], array, name)
 
 
 def plain_twin(backbone):
@@ -103,12 +56,12 @@ def plain_twin(backbone):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_quantized_while_loading(preset, mode):
+def test_quantized_while_loading(random_preset, mode):
     """Both forms hold the same numbers, near the floats they came from."""
     found = {}
     for form in FORMS:
         backbone = PaliGemmaBackbone.from_preset(
-            preset, form=form, quantize=mode
+            random_preset, form=form, quantize=mode
         )
         found[form] = arrays_of(backbone)
     kernels = {
@@ -121,7 +74,7 @@ def test_quantized_while_loading(preset, mode):
     for name, array in found["scanned"].items():
         np.testing.assert_array_equal(array, found["unrolled"][name], name)
         assert (array.dtype == "int8") == (name in kernels)
-    wanted = arrays_of(PaliGemmaBackbone.from_preset(preset))
+    wanted = arrays_of(PaliGemmaBackbone.from_preset(random_preset))
     for name, view in dequantized_views(backbone.weights_by_name()).items():
         if name in kernels and name.split("/")[-2] in PROBED:
             layers = view if isinstance(view, list) else [view]
@@ -132,10 +85,12 @@ def test_quantized_while_loading(preset, mode):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_other_formats_are_quantized_alike(preset, tmp_path, form):
-    wanted = PaliGemmaBackbone.from_preset(preset, form=form, quantize="int4")
+def test_other_formats_are_quantized_alike(random_preset, tmp_path, form):
+    wanted = PaliGemmaBackbone.from_preset(
+        random_preset, form=form, quantize="int4"
+    )
     for to, name in (("transformers", "hf"), ("big_vision", "b.npz")):
-        floats = PaliGemmaBackbone.from_preset(preset)
+        floats = PaliGemmaBackbone.from_preset(random_preset)
         exports.export(tmp_path / name, to, floats)
         fields = {}
         if to == "big_vision":
@@ -147,10 +102,10 @@ def test_other_formats_are_quantized_alike(preset, tmp_path, form):
         read = PaliGemmaBackbone.from_preset(
             tmp_path / name, form=form, quantize="int4", **fields
         )
-        assert_same(read, wanted)
+        assert_same_weights(read, wanted)
 
 
-def test_no_float_array_is_larger_than_a_blocks(preset, monkeypatch):
+def test_no_float_array_is_larger_than_a_blocks(random_preset, monkeypatch):
     """What is rounded is one block's tensor at a time, in both forms."""
     sizes, quantize = [], QuantizedFormat.quantize
 
@@ -163,7 +118,7 @@ def test_no_float_array_is_larger_than_a_blocks(preset, monkeypatch):
         sizes.clear()
         tracemalloc.start()
         backbone = PaliGemmaBackbone.from_preset(
-            preset, form=form, quantize="int8"
+            random_preset, form=form, quantize="int8"
         )
         tracemalloc.stop()
         assert len(sizes) == 3 * 7 + 4 * 6 + 2
@@ -172,10 +127,12 @@ def test_no_float_array_is_larger_than_a_blocks(preset, monkeypatch):
             assert variable._value is not None
 
 
-def test_adapters_learn_as_on_the_float_kernels(preset, expected):
+def test_adapters_learn_as_on_the_float_kernels(random_preset, expected):
     """Stacked, where a scope lends the kernels; unrolled is `Projection`s."""
     form, mode = "scanned", "int4"
-    backbone = PaliGemmaBackbone.from_preset(preset, form=form, quantize=mode)
+    backbone = PaliGemmaBackbone.from_preset(
+        random_preset, form=form, quantize=mode
+    )
     targets = ["query", "down", "vision.up"]
     backbone.enable_lora(2, targets=targets)
     twin = plain_twin(backbone)
@@ -206,9 +163,11 @@ def test_adapters_learn_as_on_the_float_kernels(preset, expected):
         np.testing.assert_allclose(found, wanted, atol=1e-5 * scale)
 
 
-def test_fit_generate_and_presets(preset, examples, tmp_path):  # noqa: F811
+def test_fit_generate_and_presets(random_preset, examples, tmp_path):
     form, mode = "scanned", "int4"
-    model = PaliGemmaCausalLM.from_preset(preset, form=form, quantize=mode)
+    model = PaliGemmaCausalLM.from_preset(
+        random_preset, form=form, quantize=mode
+    )
     with pytest.raises(ValueError, match="enable_lora"):
         model.fit(examples, verbose=0)
     model.enable_lora(4)
@@ -227,27 +186,27 @@ def test_fit_generate_and_presets(preset, examples, tmp_path):  # noqa: F811
         read = PaliGemmaCausalLM.from_preset(tmp_path / "quantized", form=form)
         assert read.backbone.quantization == mode
         assert read.backbone.lora == model.backbone.lora
-        assert_same(read.backbone, model.backbone)
+        assert_same_weights(read.backbone, model.backbone)
         if read.backbone.form == model.backbone.form:
             assert read.generate(prompts, max_new_tokens=4) == answers
 
     model.backbone.save_adapter(tmp_path / "adapter")
-    fresh = PaliGemmaCausalLM.from_preset(preset, quantize=mode)
+    fresh = PaliGemmaCausalLM.from_preset(random_preset, quantize=mode)
     fresh.backbone.load_adapter(tmp_path / "adapter")
-    assert_same(fresh.backbone, model.backbone)
+    assert_same_weights(fresh.backbone, model.backbone)
 
 
-def test_weights_of_keras_are_exact_in_both_forms(preset, tmp_path):
+def test_weights_of_keras_are_exact_in_both_forms(random_preset, tmp_path):
     path = tmp_path / "all.weights.h5"
     wanted = PaliGemmaBackbone.from_preset(
-        preset, form="scanned", quantize="int4"
+        random_preset, form="scanned", quantize="int4"
     )
     wanted.save_weights(path)
-    read = PaliGemmaBackbone.from_preset(preset, quantize="int4")
+    read = PaliGemmaBackbone.from_preset(random_preset, quantize="int4")
     for variable in read.variables:
         variable.assign(np.zeros(variable.shape))
     read.load_weights(path)
-    assert_same(read, wanted)
+    assert_same_weights(read, wanted)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -315,14 +274,14 @@ def test_a_step_holds_no_second_float_kernel(mode, form):
     assert temporaries < 1.5 * one_layer, temporaries / one_layer
 
 
-def test_errors(preset, tmp_path):
-    backbone = PaliGemmaBackbone.from_preset(preset, quantize="int8")
+def test_errors(random_preset, tmp_path):
+    backbone = PaliGemmaBackbone.from_preset(random_preset, quantize="int8")
     backbone.save_to_preset(tmp_path / "int8")
     with pytest.raises(ValueError, match="quantised already: int8"):
         PaliGemmaBackbone.from_preset(tmp_path / "int8", quantize="int4")
     PaliGemmaBackbone.from_preset(tmp_path / "int8", quantize="int8")
     with pytest.raises(ValueError, match="Received: 'int2'"):
-        PaliGemmaBackbone.from_preset(preset, quantize="int2")
+        PaliGemmaBackbone.from_preset(random_preset, quantize="int2")
     with pytest.raises(ValueError, match="from_preset"):
         backbone.quantize("int8")
     with pytest.raises(ValueError, match="from_preset"):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import types
 
 import keras
 import pytest
@@ -9,12 +11,14 @@ from typer.testing import CliRunner
 
 from keras_paligemma import cli
 from keras_paligemma.planning import Job
+from keras_paligemma.planning import compiled
 from keras_paligemma.planning import machines
 from keras_paligemma.planning import make_plan
 from keras_paligemma.planning.compiled import has_compiler
 from keras_paligemma.planning.job import Candidate
 from keras_paligemma.planning.training import Training
 from keras_paligemma.sharding import auto
+from keras_paligemma.sharding import auto_distribution
 from keras_paligemma.sharding.layouts import Layout
 
 pytestmark = pytest.mark.skipif(
@@ -190,6 +194,47 @@ def test_auto_refuses_what_fits_nowhere():
         auto("pali_gemma2_pt_28b_224", DEVICES, memory_gib=4)
     with pytest.raises(ValueError, match="Expected: a batch of 16"):
         auto("pali_gemma2_pt_3b_448", DEVICES[:1], memory_gib=11, batch_size=64)
+
+
+def test_auto_asks_a_device_of_this_host(monkeypatch):
+    """Another host's device, the first of all, cannot be asked."""
+    import jax
+
+    far = types.SimpleNamespace(id=0, device_kind="a GPU")
+    near = types.SimpleNamespace(
+        id=1, memory_stats=lambda: {"bytes_limit": 15.75 * 2**30}
+    )
+    monkeypatch.setattr(jax, "devices", lambda platform: [far, near])
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [near])
+    assert auto_distribution._memory("gpu:0") == 15.75
+
+
+@pytest.mark.parametrize(
+    "installed, error, message",
+    [
+        ("0.12.0", ImportError, "jax 0.12.0, expected 0.10.2.*--estimate"),
+        ("0.10.2", RuntimeError, "stopped. It said: $"),
+    ],
+)
+def test_a_compiler_that_stops(installed, error, message, monkeypatch):
+    """Of other versions it is told what to do; else it is a fault."""
+    monkeypatch.setattr(
+        compiled.importlib.metadata,
+        "requires",
+        lambda package: [
+            "jax>=0.10; extra == 'jax'",
+            "jax==0.10.2; extra == 'plan'",
+        ],
+    )
+    monkeypatch.setattr(
+        compiled.importlib.metadata, "version", lambda name: installed
+    )
+    monkeypatch.setattr(compiled.sys, "executable", shutil.which("false"))
+    job = Job("pali_gemma2_pt_3b_224")
+    layout = Layout("data", 1, 1)
+    with compiled.Compiler() as compiler:
+        with pytest.raises(error, match=f"(?s){message}"):
+            compiler.compile(job, layout, "block", "v5e:1x1")
 
 
 @pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")

@@ -7,11 +7,10 @@ from keras import ops
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.models import exports
+from tests.helpers.tiny_models import FORMS
+from tests.helpers.tiny_models import arrays_of
+from tests.helpers.tiny_models import assert_same_weights
 from tests.helpers.tiny_models import run
-from tests.models.test_quantized import FORMS
-from tests.models.test_quantized import arrays_of
-from tests.models.test_quantized import assert_same
-from tests.models.test_quantized import preset  # noqa: F401
 
 WORDS = "a cat and dog two owl tree detect caption en".split()
 
@@ -43,20 +42,20 @@ def outputs(model, examples):
 
 
 @pytest.fixture(scope="module")
-def calibrated(preset):  # noqa: F811
+def calibrated(random_preset):
     """A model in each form, of the same examples."""
     return {
         form: PaliGemmaCausalLM.from_preset(
-            preset, form=form, quantize="int4", calibration=draw(0, 40)
+            random_preset, form=form, quantize="int4", calibration=draw(0, 40)
         )
         for form in FORMS
     }
 
 
-def test_unseen_examples_change_less(preset, calibrated):  # noqa: F811
+def test_unseen_examples_change_less(random_preset, calibrated):
     unseen = draw(1, 8)
-    wanted = outputs(PaliGemmaCausalLM.from_preset(preset), unseen)
-    plain = PaliGemmaCausalLM.from_preset(preset, quantize="int4")
+    wanted = outputs(PaliGemmaCausalLM.from_preset(random_preset), unseen)
+    plain = PaliGemmaCausalLM.from_preset(random_preset, quantize="int4")
     for right, nearest, found in zip(
         wanted,
         outputs(plain, unseen),
@@ -70,34 +69,36 @@ def test_unseen_examples_change_less(preset, calibrated):  # noqa: F811
 
 def test_both_forms_and_what_they_save_are_the_same(calibrated, tmp_path):
     one, other = calibrated.values()
-    assert_same(one.backbone, other.backbone)
+    assert_same_weights(one.backbone, other.backbone)
     other.save_to_preset(tmp_path / "int4")
     read = PaliGemmaCausalLM.from_preset(tmp_path / "int4")
     assert read.backbone.quantization == "int4"
-    assert_same(read.backbone, one.backbone)
+    assert_same_weights(read.backbone, one.backbone)
 
 
-def test_other_formats_and_text_alone(preset, tmp_path):  # noqa: F811
-    floats = PaliGemmaCausalLM.from_preset(preset)
+def test_other_formats_and_text_alone(random_preset, tmp_path):
+    floats = PaliGemmaCausalLM.from_preset(random_preset)
     x, y, weights = floats.preprocessor(draw(0, 3))
     given = {"quantize": "int4", "calibration": [(x, y, weights)]}
-    wanted = PaliGemmaBackbone.from_preset(preset, **given)
+    wanted = PaliGemmaBackbone.from_preset(random_preset, **given)
     # One array a block, where ours has one of all.
     exports.export(tmp_path / "hf", "transformers", floats.backbone)
     read = PaliGemmaBackbone.from_preset(tmp_path / "hf", **given)
-    assert_same(read, wanted)
+    assert_same_weights(read, wanted)
 
     text = {key: value for key, value in x.items() if key != "images"}
     given["calibration"] = [(text, y, weights)]
-    blind = arrays_of(PaliGemmaBackbone.from_preset(preset, **given))
-    plain = arrays_of(PaliGemmaBackbone.from_preset(preset, quantize="int4"))
+    blind = arrays_of(PaliGemmaBackbone.from_preset(random_preset, **given))
+    plain = arrays_of(
+        PaliGemmaBackbone.from_preset(random_preset, quantize="int4")
+    )
     changed = {name for name in plain if (blind[name] != plain[name]).any()}
     assert changed and not any("vision_encoder" in name for name in changed)
 
 
-def test_adapters_count(preset, tmp_path):  # noqa: F811
+def test_adapters_count(random_preset, tmp_path):
     """Kernels are rounded for what blocks with their adapters are given."""
-    floats = PaliGemmaCausalLM.from_preset(preset)
+    floats = PaliGemmaCausalLM.from_preset(random_preset)
     floats.enable_lora(2)
     for number, one in enumerate(floats.trainable_variables):
         random = np.random.default_rng(number)
@@ -105,7 +106,9 @@ def test_adapters_count(preset, tmp_path):  # noqa: F811
     floats.save_to_preset(tmp_path)
     given = {"quantize": "int4", "calibration": draw(0, 3)}
     found = arrays_of(PaliGemmaCausalLM.from_preset(tmp_path, **given).backbone)
-    bare = arrays_of(PaliGemmaCausalLM.from_preset(preset, **given).backbone)
+    bare = arrays_of(
+        PaliGemmaCausalLM.from_preset(random_preset, **given).backbone
+    )
     np.testing.assert_array_equal(
         found["text_decoder/blocks/attention/query/adapter_b"],
         arrays_of(floats.backbone)[
@@ -116,8 +119,8 @@ def test_adapters_count(preset, tmp_path):  # noqa: F811
     assert (found[kernel] != bare[kernel]).any()
 
 
-def test_errors(preset, tmp_path):  # noqa: F811
-    def load(folder=preset, quantize="int4", **given):
+def test_errors(random_preset, tmp_path):
+    def load(folder=random_preset, quantize="int4", **given):
         PaliGemmaCausalLM.from_preset(folder, quantize=quantize, **given)
 
     examples = draw(0, 2)
@@ -138,8 +141,8 @@ def test_errors(preset, tmp_path):  # noqa: F811
     ):
         with pytest.raises(ValueError, match="equally long lists"):
             load(calibration=wrong)
-    PaliGemmaBackbone.from_preset(preset, quantize="int4").save_to_preset(
-        tmp_path
-    )
+    PaliGemmaBackbone.from_preset(
+        random_preset, quantize="int4"
+    ).save_to_preset(tmp_path)
     with pytest.raises(ValueError, match="a checkpoint of int4"):
         PaliGemmaBackbone.from_preset(tmp_path, calibration=[])

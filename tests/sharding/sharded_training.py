@@ -33,9 +33,9 @@ from keras_paligemma.models.text_decoder import TokenEmbedding
 from keras_paligemma.quantization import products
 from keras_paligemma.quantization.dequantized_views import dequantized_views
 from keras_paligemma.sharding import distribute
-from tests.layers.test_splash import draw as draw_attention
-from tests.layers.test_splash import fused
-from tests.layers.test_splash import plain
+from tests.helpers.attention import draw_attention
+from tests.helpers.attention import fused
+from tests.helpers.attention import plain
 
 # Three key-value heads divide over no group; the six query heads over two.
 VISION = {

@@ -13,11 +13,11 @@ from keras_paligemma.tuning.lora import GROUPS
 from keras_paligemma.tuning.lora import LORA_TARGETS
 from keras_paligemma.tuning.lora import Lora
 from tests.helpers.gradients import gradients
+from tests.helpers.tiny_models import FORMS
 from tests.helpers.tiny_models import error
 from tests.helpers.tiny_models import golden_training
+from tests.helpers.tiny_models import randomize_adapters
 from tests.helpers.tiny_models import run
-
-FORMS = ["unrolled", "scanned"]
 
 
 def inputs_of(model, examples):
@@ -28,15 +28,6 @@ def inputs_of(model, examples):
 
 def output(model, x):
     return ops.convert_to_numpy(run(model, x))
-
-
-def randomize(backbone, seed):
-    """Give the live adapter values, as training would."""
-    random = np.random.default_rng(seed)
-    for name, weight in backbone.weights_by_name().items():
-        if name.endswith(("adapter_a", "adapter_b")):
-            for one in weight if isinstance(weight, list) else [weight]:
-                one.assign(random.normal(size=one.shape) * 0.2)
 
 
 def test_lora_trains_adapters_alone(tiny_model, examples):
@@ -117,10 +108,10 @@ def test_several_adapters_are_switched(tiny_model, examples, tmp_path, form):
     x = inputs_of(model, examples)
     bare = output(model, x)
     model.enable_lora(4, targets="decoder", name="one")
-    randomize(model.backbone, 1)
+    randomize_adapters(model.backbone, 1)
     first = output(model, x)
     model.enable_lora(2, alpha=6, rslora=True, name="two")
-    randomize(model.backbone, 2)
+    randomize_adapters(model.backbone, 2)
     # Only what the second one has room for may be there.
     values = model.adapters.values("two")
     model.save_adapter(tmp_path / "two")
@@ -146,7 +137,7 @@ def test_a_switch_compiles_nothing_again(tiny_model, examples):
     model = tiny_model()
     inputs = {key: examples[key] for key in ("images", "prompts")}
     model.enable_lora(2, name="one")
-    randomize(model.backbone, 1)
+    randomize_adapters(model.backbone, 1)
     model.enable_lora(2, name="two")
     model.generate(inputs, max_new_tokens=2)
     compiled = model.generate_function
@@ -192,7 +183,7 @@ def test_merge_and_unmerge(tiny_model, examples, tmp_path, form):
     with pytest.raises(ValueError, match="no active adapter"):
         model.adapters.merge()
     model.enable_lora(3, alpha=5, targets="all")
-    randomize(model.backbone, 1)
+    randomize_adapters(model.backbone, 1)
     wanted = output(model, x)
     assert error(wanted, bare) > 1e-2
     model.adapters.merge()
@@ -218,7 +209,7 @@ def test_an_adapter_that_is_off_is_not_written(tiny_model, examples, tmp_path):
     x = inputs_of(model, examples)
     bare = output(model, x)
     model.enable_lora(2)
-    randomize(model.backbone, 1)
+    randomize_adapters(model.backbone, 1)
     model.adapters.select(None)
     model.save_to_preset(tmp_path / "preset")
     read = PaliGemmaCausalLM.from_preset(tmp_path / "preset")
@@ -230,7 +221,7 @@ def test_an_adapter_that_is_off_is_not_written(tiny_model, examples, tmp_path):
 def test_dropout_is_in_training_alone(tiny_model, examples, form):
     model = tiny_model(form=form)
     model.enable_lora(2, dropout=0.5, targets="all")
-    randomize(model.backbone, 1)
+    randomize_adapters(model.backbone, 1)
     x, y, weights = model.preprocessor(examples)
     tested = model.test_on_batch(x, y, weights)[0]
     assert model.test_on_batch(x, y, weights)[0] == tested
@@ -414,7 +405,7 @@ def test_low_rank_gradients_are_the_kernels(golden_backbone, expected, form):
 
     adapted = golden_backbone(form=form)
     adapted.enable_lora(3, alpha=6, targets=["gate", "vision.down"])
-    randomize(adapted, 0)
+    randomize_adapters(adapted, 0)
     found = gradients_of(adapted)
     values = adapted.adapters.values("default")
     adapted.adapters.merge()

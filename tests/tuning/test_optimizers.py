@@ -10,16 +10,8 @@ from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import StreamedCrossEntropy
 from keras_paligemma import transfer_recipe
 from keras_paligemma.checkpoints import big_vision
+from tests.helpers.tiny_models import arrays_of
 from tests.helpers.tiny_models import golden_training
-
-
-def values_of(backbone):
-    return {
-        name: np.stack([ops.convert_to_numpy(one) for one in weight])
-        if isinstance(weight, list)
-        else ops.convert_to_numpy(weight)
-        for name, weight in backbone.weights_by_name().items()
-    }
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -42,7 +34,7 @@ def test_trajectory_is_the_originals(golden_backbone, expected, frozen):
             for _ in range(6)
         ]
 
-    before = values_of(backbone)
+    before = arrays_of(backbone)
     run = "frozen_img" if frozen else "full"
     wanted = expected[f"f32/traj/{run}/loss"]
     if not frozen:
@@ -71,7 +63,7 @@ def test_trajectory_is_the_originals(golden_backbone, expected, frozen):
         np.testing.assert_allclose(losses, wanted, rtol=3e-2)
         return
     np.testing.assert_allclose(train(), wanted, rtol=1e-4)
-    after = values_of(backbone)
+    after = arrays_of(backbone)
     changes = {}
     for row in big_vision.rows(True):
         change = np.square(after[row.ours] - before[row.ours]).sum()
@@ -97,9 +89,9 @@ def test_default_optimizer_moves_bfloat16_weights(tiny_model, examples):
     model = tiny_model(dtype="bfloat16")
     assert isinstance(model.optimizer, Adam)
     model.compile(Adam(1e-2))
-    before = values_of(model.backbone)
+    before = arrays_of(model.backbone)
     model.fit(examples, epochs=2, verbose=0)
-    after = values_of(model.backbone)
+    after = arrays_of(model.backbone)
     assert all((after[name] != before[name]).any() for name in before)
     moments = model.optimizer._momentums + model.optimizer._velocities
     assert {one.dtype for one in moments} == {"float32"}
@@ -132,9 +124,9 @@ def test_multipliers_by_pattern(golden_backbone, expected, form):
         "*/mlp/*": 0.5,
     }
     model.compile(Adam(1e-3, multipliers=multipliers))
-    before = values_of(backbone)
+    before = arrays_of(backbone)
     model.train_on_batch(x, targets, weights)
-    after = values_of(backbone)
+    after = arrays_of(backbone)
 
     def moved(name):
         return np.abs(after[name] - before[name]).max()
@@ -160,13 +152,13 @@ def test_accumulated_gradients_are_a_large_batch(golden_backbone, expected):
     whole.compile(Adam(1e-2, epsilon=10.0))
     whole.train_on_batch(x, targets, weights)
     parts = PaliGemmaCausalLM(golden_backbone())
-    before = values_of(parts.backbone)
+    before = arrays_of(parts.backbone)
     parts.compile(Adam(1e-2, epsilon=10.0, gradient_accumulation_steps=2))
     for half in (slice(0, 2), slice(2, 4)):
         one = {key: value[half] for key, value in x.items()}
         parts.train_on_batch(one, targets[half], weights[half])
-    wanted = values_of(whole.backbone)
-    for name, value in values_of(parts.backbone).items():
+    wanted = arrays_of(whole.backbone)
+    for name, value in arrays_of(parts.backbone).items():
         np.testing.assert_allclose(value, wanted[name], atol=2e-6)
     assert (wanted["text_decoder/final_norm/scale"] != 0).any()
     assert any((wanted[name] != before[name]).any() for name in wanted)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.tuning.test_optimizers import values_of
+from tests.helpers.tiny_models import arrays_of
 
 
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
@@ -12,9 +12,9 @@ def test_frozen_by_pattern_stays(tiny_model, examples, form):
     model.freeze("vision_encoder/*", "*/token_embedding/*")
     model.unfreeze("vision_encoder/projector/*")
     model.compile("sgd")
-    before = values_of(model.backbone)
+    before = arrays_of(model.backbone)
     model.fit(examples, verbose=0)
-    for name, value in values_of(model.backbone).items():
+    for name, value in arrays_of(model.backbone).items():
         frozen = "projector" not in name and (
             name.startswith("vision_encoder/") or "embedding" in name
         )

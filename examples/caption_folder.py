@@ -1,0 +1,56 @@
+"""Write a caption of every picture of a folder; the same call goes on.
+
+python examples/caption_folder.py examples/pictures captions.jsonl
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+from keras_paligemma import PaliGemmaCausalLM
+
+KINDS = {".jpeg", ".jpg", ".png", ".webp"}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "output", type=Path, help="JSONL: image, prefix, suffix"
+    )
+    parser.add_argument("--preset", default="pali_gemma2_nano_112")
+    parser.add_argument("--prompt", default="caption en")
+    parser.add_argument("--batch-size", type=int, default=8)
+    options = parser.parse_args(arguments)
+
+    paths = sorted(
+        path
+        for path in options.folder.rglob("*")
+        if path.suffix.lower() in KINDS
+    )
+    done = set()
+    if options.output.exists():
+        lines = options.output.read_text("utf-8").splitlines()
+        done = {json.loads(line)["image"] for line in lines}
+    paths = [path for path in paths if str(path) not in done]
+    if not paths:
+        return
+    model = PaliGemmaCausalLM.from_preset(options.preset)
+    with options.output.open("a", encoding="utf-8") as file:
+        for first in range(0, len(paths), options.batch_size):
+            batch = paths[first : first + options.batch_size]
+            inputs = {"images": batch, "prompts": [options.prompt] * len(batch)}
+            # One compiled function, for the last and smaller batch too.
+            answers = model.generate(inputs, batch_size=options.batch_size)
+            for path, answer in zip(batch, answers, strict=True):
+                row = {"image": str(path), "prefix": options.prompt}
+                line = json.dumps(row | {"suffix": answer}, ensure_ascii=False)
+                print(line, file=file)
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Attention of drawn tensors: in plain form, and by the interpreted kernel."""
+
+import numpy as np
+
+from keras_paligemma.layers.attention import attend
+from keras_paligemma.layers.attention import attention_mask
+from keras_paligemma.layers.splash import PrefixMask
+from keras_paligemma.layers.splash import attend_fused
+
+PREFIX, RESPONSE = 100, 50
+
+
+def draw_attention(heads=4, key_heads=2, head_dim=128, batch=2):
+    """Draw tensors whose logits are far beyond the cap, and padding."""
+    random = np.random.default_rng(0)
+    tokens = PREFIX + RESPONSE
+    query, upstream = random.normal(size=(2, batch, tokens, heads, head_dim))
+    key, value = random.normal(size=(2, batch, tokens, key_heads, head_dim))
+    valid = random.random((batch, tokens)) > 0.2
+    # A row with holes everywhere, and one as the preprocessor makes them.
+    valid[1] = True
+    valid[1, 60:75] = valid[1, -20:] = False
+    arrays = [one.astype("float32") for one in (query, key, value, upstream)]
+    # Padding gets no gradient, as in a loss.
+    arrays[3] *= valid[:, :, None, None]
+    return arrays, valid
+
+
+def plain(valid, cap):
+    """Attention over all logits at once, as a function of its tensors."""
+    response = np.zeros_like(valid)
+    response[:, PREFIX:] = True
+    mask = attention_mask(valid, response)
+    return lambda *inputs: attend(*inputs, mask, cap)
+
+
+def fused(valid, cap, prefix=PREFIX):
+    """The kernel, run by its interpreter, as a function of its tensors."""
+    mask = PrefixMask(valid[:, :prefix], valid[:, prefix:])
+    return lambda *inputs: attend_fused(*inputs, mask, cap, interpret=True)

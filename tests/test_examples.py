@@ -1,0 +1,93 @@
+"""The scripts of `examples` run with the nano preset, and do what they say."""
+
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from keras_paligemma import PaliGemmaCausalLM
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PICTURES = EXAMPLES / "pictures"
+LINES = EXAMPLES / "finetune" / "train.jsonl"
+
+
+def run(script, *arguments):
+    """Run a script in this process, which has paid for its imports."""
+    main = runpy.run_path(str(EXAMPLES / f"{script}.py"))["main"]
+    main([str(one) for one in arguments])
+
+
+def test_caption_a_folder_and_go_on(tmp_path):
+    output = tmp_path / "captions.jsonl"
+    done = {"image": str(PICTURES / "chelsea.jpg"), "suffix": "a cat"}
+    output.write_text(json.dumps(done) + "\n")
+    run("caption_folder", PICTURES, output, "--batch-size", 3)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    captions = {Path(row["image"]).name: row["suffix"] for row in rows}
+    assert len(rows) == 6 and captions["chelsea.jpg"] == "a cat"
+    assert captions["scene_1.png"] == "a bell"
+    run("caption_folder", PICTURES, output)
+    assert len(output.read_text().splitlines()) == 6
+
+
+def test_fine_tune_on_coco(tmp_path, capsys):
+    scenes = json.loads((PICTURES / "scenes.json").read_text())
+    names = sorted({o["label"] for s in scenes.values() for o in s["objects"]})
+    annotations = [
+        {
+            "id": f"{number} {place}",
+            "image_id": number,
+            "category_id": names.index(one["label"]),
+            "bbox": [left, top, right - left, bottom - top],
+        }
+        for number, scene in enumerate(scenes.values())
+        for place, one in enumerate(scene["objects"])
+        for top, left, bottom, right in [one["box"]]
+    ]
+    coco = {
+        "images": [
+            {"id": number, "file_name": name, "height": 112, "width": 112}
+            for number, name in enumerate(scenes)
+        ],
+        "categories": [{"id": i, "name": one} for i, one in enumerate(names)],
+        "annotations": annotations,
+    }
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(coco))
+    options = ("--epochs", 2, "--batch-size", 4, "--learning-rate", 1e-3)
+    options += ("--response-length", 40)
+    run("finetune_coco", path, PICTURES, tmp_path / "run", *options)
+    assert "5 examples" in capsys.readouterr().out
+    assert (tmp_path / "run" / "samples" / "epoch_0002.png").exists()
+    model = PaliGemmaCausalLM.from_preset("pali_gemma2_nano_112")
+    model.load_adapter(tmp_path / "run" / "adapter")
+
+
+def test_qlora(tmp_path, capsys):
+    options = ("--epochs", 2, "--learning-rate", 3e-3)
+    run("qlora", LINES, tmp_path, *options)
+    assert "caption en -> a" in capsys.readouterr().out
+    PaliGemmaCausalLM.from_preset(tmp_path / "preset")
+
+
+def test_multi_host_starts(tmp_path):
+    """As the only host; two of them are in `tests/sharding`."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    distribution = {
+        "KERAS_DISTRIBUTION_JOB_ADDRESSES": address,
+        "KERAS_DISTRIBUTION_NUM_PROCESSES": "1",
+        "KERAS_DISTRIBUTION_PROCESS_ID": "0",
+    }
+    subprocess.run(
+        [sys.executable, EXAMPLES / "multi_host.py", LINES, tmp_path]
+        + ["--memory-gib", "1", "--batch-size", "4"],
+        env=os.environ | distribution | {"KERAS_BACKEND": "jax"},
+        check=True,
+    )
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

@@ -1,0 +1,113 @@
+"""Build the documentation site into build/site: `make docs`.
+
+Pages in `docs` are read on GitHub too, where they link to files beside that
+folder, such as `../notebooks/x.ipynb`. So the site is built from a copy, in
+which such links lead to the repository. Nothing is fetched. Any warning ends
+the build: links that lead nowhere, names that have no docstring's object,
+arguments that a signature lacks, and pages that would load something from
+elsewhere.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DOCS, BUILD = ROOT / "docs", ROOT / "build"
+PAGES, SITE = BUILD / "pages", BUILD / "site"
+LINK = re.compile(r"(?<=\]\()(?P<path>[^)#:\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
+# What a browser would fetch from another place as it opens a page.
+REMOTE = re.compile(r'<(?:link|script|img)\b[^>]*\b(?:href|src)="https?://')
+
+
+def main():
+    """Build, and say what is wrong."""
+    problems = copy_pages(repository())
+    problems += build() + remote_parts()
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise SystemExit(f"{len(problems)} warnings, see above")
+    print(f"built {SITE.relative_to(ROOT)}")
+
+
+def repository():
+    """Give the repository's address, which pyproject.toml has."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    address = project["project"]["urls"]["Repository"]
+    if f"repo_url: {address}\n" not in (ROOT / "mkdocs.yml").read_text("utf-8"):
+        raise SystemExit(f"mkdocs.yml has another repo_url than {address}")
+    return address
+
+
+def copy_pages(address):
+    """Copy `docs` to `PAGES`; list links that lead nowhere."""
+    shutil.rmtree(PAGES, ignore_errors=True)
+    shutil.copytree(DOCS, PAGES, ignore=shutil.ignore_patterns("*.py"))
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    (PAGES / "changelog.md").write_text(changelog.replace("](docs/", "]("))
+    problems = []
+    for page in PAGES.rglob("*.md"):
+        name = page.relative_to(PAGES)
+        text = page.read_text("utf-8")
+        text, wrong = to_repository(text, (DOCS / name).parent, address)
+        page.write_text(text, "utf-8")
+        problems += [f"{name}: no {one}" for one in wrong]
+    return problems
+
+
+def to_repository(text, folder, address):
+    """Turn links that leave `docs` into links to the repository.
+
+    Args:
+        text: str, a page.
+        folder: path that its links are relative to.
+        address: str, the repository's.
+
+    Returns:
+        The page, and a list of the links that lead nowhere.
+    """
+    wrong = []
+
+    def resolve(match):
+        target = Path(os.path.normpath(folder / match["path"]))
+        if target.is_relative_to(DOCS):
+            return match[0]  # The builder's own check.
+        if not target.exists():
+            wrong.append(match["path"])
+        kind = "tree" if target.is_dir() else "blob"
+        place = os.path.relpath(target, ROOT)
+        return f"{address}/{kind}/main/{place}{match['anchor'] or ''}"
+
+    return LINK.sub(resolve, text), wrong
+
+
+def build():
+    """Run the builder; list what it warns of."""
+    shutil.rmtree(SITE, ignore_errors=True)
+    # Its cache knows pages, not the docstrings that they show.
+    command = [sys.executable, "-m", "zensical", "build", "--clean"]
+    result = subprocess.run(
+        [*command, "--strict"], cwd=ROOT, text=True, capture_output=True
+    )
+    told = re.sub(r"\x1b\[[\d;]*m", "", result.stdout + result.stderr)
+    warned = re.search("(?im)^(griffe:|warning:|error:)", told)
+    return [told] if result.returncode or warned else []
+
+
+def remote_parts():
+    """List pages that load a script, style or picture from elsewhere."""
+    return [
+        f"{page.relative_to(SITE)} loads {match[0]}"
+        for page in sorted(SITE.rglob("*.html"))
+        for match in REMOTE.finditer(page.read_text("utf-8"))
+        if 'rel="canonical"' not in match[0]
+    ]
+
+
+if __name__ == "__main__":
+    main()
