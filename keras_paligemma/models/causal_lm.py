@@ -10,15 +10,13 @@ from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
 from keras_paligemma.compat import rows_to_devices
 from keras_paligemma.compat import to_host
-from keras_paligemma.data.batches import as_dataset
 from keras_paligemma.data.batches import in_batches
-from keras_paligemma.data.batches import in_parts
-from keras_paligemma.data.batches import split
-from keras_paligemma.data.batches import steps_of
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
+from keras_paligemma.models import fitting
 from keras_paligemma.models import loader
 from keras_paligemma.models.backbone import PaliGemmaBackbone
+from keras_paligemma.models.fitting import check_compiled
 from keras_paligemma.models.generation import check_begun
 from keras_paligemma.models.generation import drop_after_stop
 from keras_paligemma.models.generation import generate_tokens
@@ -40,9 +38,7 @@ from keras_paligemma.tuning import trainable
 from keras_paligemma.tuning.losses import StreamedCrossEntropy
 from keras_paligemma.tuning.losses import token_losses
 from keras_paligemma.tuning.optimizers import Adam
-from keras_paligemma.tuning.optimizers import check_moments
 from keras_paligemma.turns import alone
-from keras_paligemma.turns import batches_in_turn
 from keras_paligemma.turns import write_back
 
 loader.register()
@@ -270,123 +266,11 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         return self.get_metrics_result()
 
-    def fit(
-        self,
-        x=None,
-        y=None,
-        batch_size=None,
-        sample_weight=None,
-        validation_data=None,
-        validation_split=None,
-        shuffle=True,
-        **kwargs,
-    ):
-        """Train on dictionaries of images, prompts and responses.
-
-        Raw examples are preprocessed in Python, a batch at a time, whatever
-        holds them; with JAX and Torch no TensorFlow graph is traced.
-
-        Args:
-            x: dict of equally long lists (or arrays) `images`, `prompts`,
-                `responses`, or of preprocessed arrays;
-                `keras_paligemma.data.Batches`, of which an epoch takes
-                `len`; a `keras.utils.PyDataset`, a `tf.data` or Grain
-                dataset, a Torch `DataLoader` or a generator of batches, raw or
-                preprocessed. A raw batch is a dict of lists or arrays, or a
-                tuple `(dict, None, sample_weight)`.
-            y: `None`; the targets come from the responses. For a dict of
-                preprocessed arrays: the response ids (B, R).
-            batch_size: int, 32 if `None`; only for a dict.
-            sample_weight: floats, one an example; only for a dict.
-            validation_data: what `x` takes, or `(x, y, sample_weight)`.
-            validation_split: float, share of the last examples of a dict that
-                validate.
-            shuffle: bool, draw a dict's examples in another order each epoch.
-            **kwargs: as `keras.Model.fit` takes them.
-
-        Returns:
-            `keras.callbacks.History`.
-
-        Raises:
-            ValueError: the model is not compiled, or `x` is none of these.
-        """
-        self._check_compiled("fit")
-        check_moments(self.optimizer, self.trainable_variables)
-        if validation_split and validation_data is None:
-            (x, y, sample_weight), validation_data = split(
-                x, y, sample_weight, validation_split
-            )
-        steps = steps_of(x)
-        kwargs.setdefault("steps_per_epoch", steps)
-        x = self._dataset(x, y, sample_weight, batch_size, shuffle)
-        if validation_data is not None:
-            if not isinstance(validation_data, tuple):  # A list has batches.
-                validation_data = (validation_data,)
-            x_y_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
-            kwargs.setdefault("validation_steps", steps_of(x_y_weight[0]))
-            kwargs["validation_data"] = self._dataset(*x_y_weight, batch_size)
-        # `Batches` have an order of their own, which Keras must not mix; data
-        # sets of `tf.data` it cannot.
-        shuffle = shuffle and steps is None
-        shuffle = shuffle and isinstance(x, keras.utils.PyDataset)
-        callbacks = kwargs.pop("callbacks", None)
-        with batches_in_turn(self, "fit", callbacks) as callbacks:
-            return keras.Model.fit(
-                self, x, shuffle=shuffle, callbacks=callbacks, **kwargs
-            )
-
-    def evaluate(
-        self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs
-    ):
-        """Measure loss and metrics; takes what `fit` takes."""
-        callbacks = kwargs.pop("callbacks", None)
-        if not kwargs.get("_use_cached_eval_dataset"):
-            self._check_compiled("evaluate")
-            kwargs.setdefault("steps", steps_of(x))
-            x, y = self._dataset(x, y, sample_weight, batch_size), None
-        with batches_in_turn(self, "evaluate", callbacks) as callbacks:
-            return keras.Model.evaluate(
-                self, x, y, callbacks=callbacks, **kwargs
-            )
-
-    def predict(self, x=None, batch_size=None, callbacks=None, **kwargs):
-        """Give the logits of all text tokens; takes what `fit` takes as `x`.
-
-        They are what training sees, the given responses included: to answer,
-        call `generate`. In memory (examples, tokens, V), in float32.
-        """
-        kwargs.setdefault("steps", steps_of(x))
-        x = as_dataset(
-            x, None, None, batch_size, self.preprocess_samples, apart=False
-        )
-        with batches_in_turn(self, "predict", callbacks) as callbacks:
-            return keras.Model.predict(self, x, callbacks=callbacks, **kwargs)
-
-    def _check_compiled(self, method):
-        if not self.compiled:
-            raise ValueError(
-                f"You must call `compile()` before `{method}()`. Received: a "
-                "model that was made with `compile=False`."
-            )
-
-    def _dataset(self, x, y, sample_weight, batch_size, shuffle=False):
-        return as_dataset(
-            x, y, sample_weight, batch_size, self.preprocess_samples, shuffle
-        )
-
-    def train_on_batch(self, x, y=None, sample_weight=None, **kwargs):
-        """Train one step; takes a batch as `fit` does."""
-        batch = self._training_batch(x, y, sample_weight)
-        return keras.Model.train_on_batch(self, *batch, **kwargs)
-
-    def test_on_batch(self, x, y=None, sample_weight=None, **kwargs):
-        """Measure one batch; takes it as `evaluate` does."""
-        batch = self._training_batch(x, y, sample_weight)
-        return keras.Model.test_on_batch(self, *batch, **kwargs)
-
-    def _training_batch(self, x, y, sample_weight):
-        batch = self.preprocess_samples(x, y, sample_weight)
-        return in_parts(*keras.utils.unpack_x_y_sample_weight(batch))
+    fit = fitting.fit
+    evaluate = fitting.evaluate
+    predict = fitting.predict
+    train_on_batch = fitting.train_on_batch
+    test_on_batch = fitting.test_on_batch
 
     def make_train_function(self, force=False):
         self.trained_adapter = trainable.check_trainable(
@@ -471,7 +355,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         model.generate({"images": [cat, dog], "prompts": ["cap en", "ocr"]})
         ```
         """
-        self._check_compiled("generate")
+        check_compiled(self, "generate")
         if max_length is not None:
             raise ValueError(
                 "`generate` has no `max_length`, which in KerasHub counts "

@@ -1,0 +1,140 @@
+"""`fit`, `evaluate` and `predict`: what they take, and how it is prepared."""
+
+import keras
+
+from keras_paligemma.data.batches import as_dataset
+from keras_paligemma.data.batches import in_parts
+from keras_paligemma.data.batches import split
+from keras_paligemma.data.batches import steps_of
+from keras_paligemma.tuning.optimizers import check_moments
+from keras_paligemma.turns import batches_in_turn
+
+
+def fit(
+    model,
+    x=None,
+    y=None,
+    batch_size=None,
+    sample_weight=None,
+    validation_data=None,
+    validation_split=None,
+    shuffle=True,
+    **kwargs,
+):
+    """Train on dictionaries of images, prompts and responses.
+
+    Raw examples are preprocessed in Python, a batch at a time, whatever
+    holds them; with JAX and Torch no TensorFlow graph is traced.
+
+    Args:
+        x: dict of equally long lists (or arrays) `images`, `prompts`,
+            `responses`, or of preprocessed arrays;
+            `keras_paligemma.data.Batches`, of which an epoch takes
+            `len`; a `keras.utils.PyDataset`, a `tf.data` or Grain
+            dataset, a Torch `DataLoader` or a generator of batches, raw or
+            preprocessed. A raw batch is a dict of lists or arrays, or a
+            tuple `(dict, None, sample_weight)`.
+        y: `None`; the targets come from the responses. For a dict of
+            preprocessed arrays: the response ids (B, R).
+        batch_size: int, 32 if `None`; only for a dict.
+        sample_weight: floats, one an example; only for a dict.
+        validation_data: what `x` takes, or `(x, y, sample_weight)`.
+        validation_split: float, share of the last examples of a dict that
+            validate.
+        shuffle: bool, draw a dict's examples in another order each epoch.
+        **kwargs: as `keras.Model.fit` takes them.
+
+    Returns:
+        `keras.callbacks.History`.
+
+    Raises:
+        ValueError: the model is not compiled, or `x` is none of these.
+    """
+    check_compiled(model, "fit")
+    check_moments(model.optimizer, model.trainable_variables)
+    if validation_split and validation_data is None:
+        (x, y, sample_weight), validation_data = split(
+            x, y, sample_weight, validation_split
+        )
+    steps = steps_of(x)
+    kwargs.setdefault("steps_per_epoch", steps)
+    x = _dataset(model, x, y, sample_weight, batch_size, shuffle)
+    if validation_data is not None:
+        if not isinstance(validation_data, tuple):  # A list has batches.
+            validation_data = (validation_data,)
+        x_y_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
+        kwargs.setdefault("validation_steps", steps_of(x_y_weight[0]))
+        kwargs["validation_data"] = _dataset(model, *x_y_weight, batch_size)
+    # `Batches` have an order of their own, which Keras must not mix; data
+    # sets of `tf.data` it cannot.
+    shuffle = shuffle and steps is None
+    shuffle = shuffle and isinstance(x, keras.utils.PyDataset)
+    callbacks = kwargs.pop("callbacks", None)
+    with batches_in_turn(model, "fit", callbacks) as callbacks:
+        return keras.Model.fit(
+            model, x, shuffle=shuffle, callbacks=callbacks, **kwargs
+        )
+
+
+def evaluate(
+    model, x=None, y=None, batch_size=None, sample_weight=None, **kwargs
+):
+    """Measure loss and metrics; takes what `fit` takes."""
+    callbacks = kwargs.pop("callbacks", None)
+    if not kwargs.get("_use_cached_eval_dataset"):
+        check_compiled(model, "evaluate")
+        kwargs.setdefault("steps", steps_of(x))
+        x, y = _dataset(model, x, y, sample_weight, batch_size), None
+    with batches_in_turn(model, "evaluate", callbacks) as callbacks:
+        return keras.Model.evaluate(model, x, y, callbacks=callbacks, **kwargs)
+
+
+def predict(model, x=None, batch_size=None, callbacks=None, **kwargs):
+    """Give the logits of all text tokens; takes what `fit` takes as `x`.
+
+    They are what training sees, the given responses included: to answer,
+    call `generate`. In memory (examples, tokens, V), in float32.
+    """
+    kwargs.setdefault("steps", steps_of(x))
+    x = as_dataset(
+        x, None, None, batch_size, model.preprocess_samples, apart=False
+    )
+    with batches_in_turn(model, "predict", callbacks) as callbacks:
+        return keras.Model.predict(model, x, callbacks=callbacks, **kwargs)
+
+
+def train_on_batch(model, x, y=None, sample_weight=None, **kwargs):
+    """Train one step; takes a batch as `fit` does."""
+    batch = _training_batch(model, x, y, sample_weight)
+    return keras.Model.train_on_batch(model, *batch, **kwargs)
+
+
+def test_on_batch(model, x, y=None, sample_weight=None, **kwargs):
+    """Measure one batch; takes it as `evaluate` does."""
+    batch = _training_batch(model, x, y, sample_weight)
+    return keras.Model.test_on_batch(model, *batch, **kwargs)
+
+
+def _training_batch(model, x, y, sample_weight):
+    batch = model.preprocess_samples(x, y, sample_weight)
+    return in_parts(*keras.utils.unpack_x_y_sample_weight(batch))
+
+
+def check_compiled(model, method):
+    """Refuse a model without optimizer, loss and sampler.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        method: str, what was called.
+    """
+    if not model.compiled:
+        raise ValueError(
+            f"You must call `compile()` before `{method}()`. Received: a "
+            "model that was made with `compile=False`."
+        )
+
+
+def _dataset(model, x, y, sample_weight, batch_size, shuffle=False):
+    return as_dataset(
+        x, y, sample_weight, batch_size, model.preprocess_samples, shuffle
+    )
