@@ -89,7 +89,7 @@ def rows(use_post_norms=True, prefix="params/", scanned=True):
         table.append(_text(f"blocks/{norm}/scale", f"{DECODER}{norm}/scale"))
     one = ENCODER if scanned else ENCODER.rstrip("/") + "_{layer}/"
     return [
-        replace(row, theirs=prefix + row.theirs.replace(ENCODER, one))
+        replace(row, key=prefix + row.key.replace(ENCODER, one))
         for row in table
     ]
 
@@ -112,7 +112,7 @@ def infer(shapes):
     )
     scanned = not any(f"{ENCODER[:-1]}_0/" in key for key in shapes)
     post_norms = f"{prefix}{DECODER}post_attention_norm/scale" in shapes
-    table = {row.ours: row for row in rows(post_norms, prefix, scanned)}
+    table = {row.name: row for row in rows(post_norms, prefix, scanned)}
 
     def sizes(ours, rank, tower="text_decoder"):
         row = table[f"{tower}/{ours}"]

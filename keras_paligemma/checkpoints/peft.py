@@ -7,14 +7,12 @@ import re
 import numpy as np
 
 from keras_paligemma import atomic
-from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import peft_config
 from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.checkpoints.engine import LAYER
 from keras_paligemma.checkpoints.engine import Row
 from keras_paligemma.checkpoints.hugging_face import weights as hugging_face
 from keras_paligemma.checkpoints.storage import safetensors
-from keras_paligemma.quantization.dequantized_views import DequantizedView
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -88,9 +86,9 @@ def rows(architecture):
     Source: PEFT, `tuners/lora/layer.py` and `tuners/lora/dora.py`.
     """
     base = hugging_face.rows(architecture)
-    table = {row.ours: row for row in base}
+    table = {row.name: row for row in base}
     head = hugging_face.HEADS[0]
-    table[HEAD] = dataclasses.replace(table[TABLE], ours=HEAD, theirs=head)
+    table[HEAD] = dataclasses.replace(table[TABLE], name=HEAD, key=head)
     for place in TARGETS.values():
         kernel = table[f"{place}/kernel"]
         outputs, inputs = re.findall(
@@ -104,7 +102,7 @@ def rows(architecture):
             "adapter_magnitude": each_output,
         }
         for theirs, ours in PIECES.items():
-            key = kernel.theirs.removesuffix("weight") + theirs
+            key = kernel.key.removesuffix("weight") + theirs
             table[f"{place}/{ours}"] = Row(f"{place}/{ours}", key, axes[ours])
     return table
 
@@ -141,7 +139,7 @@ def read(folder, architecture, weights, allow_nonfinite=False):
     Args:
         folder: path.
         architecture: see `hugging_face.rows`.
-        weights: dict of name to weight or list of weights: the model's.
+        weights: dict of name to `Weight`, integers seen as floats.
         allow_nonfinite: bool, take NaN and infinities too.
 
     Returns:
@@ -154,7 +152,7 @@ def read(folder, architecture, weights, allow_nonfinite=False):
             all of whose misfits are listed.
     """
     config, open_files = find(folder)
-    table = {row.theirs: row for row in rows(architecture).values()}
+    table = {row.key: row for row in rows(architecture).values()}
     pieces, whole = {}, {}
     with open_files() as tensors:
         entries = _entries(tensors.shapes, table, weights, folder)
@@ -168,7 +166,7 @@ def read(folder, architecture, weights, allow_nonfinite=False):
                     "Expected: finite numbers; its training may have "
                     "diverged. allow_nonfinite=True loads it all the same."
                 )
-            name, layer = entry.row.ours, entry.layer
+            name, layer = entry.row.name, entry.layer
             array = entry.row.read(array, _shape(entry, lora, weights))
             if entry.target is not None:
                 layers, _ = _sizes(name, weights)
@@ -179,7 +177,7 @@ def read(folder, architecture, weights, allow_nonfinite=False):
             elif BLOCKS in name:
                 if name not in whole:
                     # Layers that the file has not stay as they are.
-                    whole[name] = engine.to_array(weights[name]).copy()
+                    whole[name] = weights[name].read().copy()
                 whole[name][layer] = array
             else:
                 whole[name] = array
@@ -203,16 +201,16 @@ def _entries(shapes, table, weights, folder):
             unknown.append(key)
             continue
         if row.extra:
-            count = shape[0] - engine.shape_of(weights[TABLE])[0]
+            count = shape[0] - weights[TABLE].shape[0]
             fits = 0 <= count <= hugging_face.EXTRA_ROWS
             row = dataclasses.replace(row, extra=count if fits else 0)
-        other = seen.setdefault((row.ours, layer), key)
+        other = seen.setdefault((row.name, layer), key)
         if other != key:
             raise ValueError(
                 f"{other} and {key} of {folder} are one tensor. Expected: each "
                 "once. Save the adapter again."
             )
-        place, last = row.ours.rsplit("/", 1)
+        place, last = row.name.rsplit("/", 1)
         target = _TARGET_OF[place] if last in PIECES.values() else None
         module = re.sub(r"\.(lora_.*|weight|bias)$", "", module)
         entries.append(Entry(key, module, row, layer, target))
@@ -252,22 +250,22 @@ def _sizes(name, weights):
     place, last = name.rsplit("/", 1)
     if last in PIECES.values():
         name = f"{place}/kernel"
-    shape = engine.shape_of(weights[TABLE if name == HEAD else name])
-    return (shape[0], shape[1:]) if BLOCKS in name else (1, shape)
+    weight = weights[TABLE if name == HEAD else name]
+    return weight.num_layers, weight.layer_shape
 
 
 def _shape(entry, lora, weights, rank=None):
     """Give the shape of one layer of an entry; a piece's, for a rank."""
-    _, shape = _sizes(entry.row.ours, weights)
+    _, shape = _sizes(entry.row.name, weights)
     if entry.target is None:
         return shape
     if rank is None:
         ranks = lora["ranks"].get(entry.target)
         rank = lora["rank"] if ranks is None else ranks[entry.layer]
     axes = len(entry.row.axes.split("->")[1].split())
-    if entry.row.ours.endswith("adapter_a"):
+    if entry.row.name.endswith("adapter_a"):
         return (*shape[: axes - 1], rank)
-    if entry.row.ours.endswith("adapter_b"):
+    if entry.row.name.endswith("adapter_b"):
         return (rank, *shape[1 - axes :])
     return shape[-axes:]
 
@@ -280,7 +278,7 @@ def _lora(config, entries, weights):
     """
     ranks, alphas = {}, {}
     for entry in entries:
-        layers, _ = _sizes(entry.row.ours, weights)
+        layers, _ = _sizes(entry.row.name, weights)
         if entry.target is None or entry.layer >= layers:
             continue
         rank, alpha = peft_config.rank_and_alpha(config, entry.module)
@@ -316,21 +314,21 @@ def _check(config, lora, entries, weights, found):
     needed += ["adapter_magnitude"] if lora["dora"] else []
     listed, held = [], set()
     for one in entries:
-        place, piece = one.row.ours.rsplit("/", 1)
+        place, piece = one.row.name.rsplit("/", 1)
         held.add((place, piece, one.layer))
-        layers, _ = _sizes(one.row.ours, weights)
+        layers, _ = _sizes(one.row.name, weights)
         if one.layer >= layers:
             listed.append(f"unused: {one.key}, of {layers} layers")
         elif one.target and piece not in needed:
             listed.append(f"unused: {one.key}, which {CONFIG} does not tell of")
         else:
-            expected = one.row.their_shape(_shape(one, lora, weights))
+            expected = one.row.checkpoint_shape(_shape(one, lora, weights))
             if found[one.key] != expected:
                 listed.append(
                     f"shape: {one.key} is {found[one.key]}, expected {expected}"
                 )
-        name = one.row.ours
-        if not one.target and _is_low_bit(weights.get(name, weights[TABLE])):
+        name = one.row.name
+        if not one.target and weights.get(name, weights[TABLE]).scales:
             listed.append(
                 f"whole: {one.key}, which the model has in few bits: load it "
                 "without `quantize`"
@@ -361,11 +359,6 @@ def _check(config, lora, entries, weights, found):
         )
 
 
-def _is_low_bit(weight):
-    first = weight[0] if isinstance(weight, list) else weight
-    return isinstance(first, DequantizedView)
-
-
 def _tie(config, whole, weights):
     """Give the head a table of its own only where it differs.
 
@@ -381,4 +374,4 @@ def _tie(config, whole, weights):
             del whole[HEAD]
     elif TABLE in whole and not config.get("ensure_weight_tying"):
         if peft_config.saves(config, "model.language_model.embed_tokens"):
-            whole[HEAD] = engine.to_array(weights[TABLE])
+            whole[HEAD] = weights[TABLE].read()

@@ -71,7 +71,7 @@ def describe(lora, whole, layers, architecture, base=None):
     table = rows(architecture)
     modules, ranks, alphas = [], {}, {}
     for target in lora["targets"]:
-        name = table[f"{TARGETS[target]}/kernel"].theirs
+        name = table[f"{TARGETS[target]}/kernel"].key
         name = re.escape(newest(name).removesuffix(".weight"))
         module = functools.partial(name.replace, re.escape(LAYER))
         count = layers[target]

@@ -154,12 +154,10 @@ def read_in_parts(folder):
             with safetensors.open_safetensors([path], True) as tensors:
                 names = list(tensors.shapes)
             for name in names:
-                weight = weights[name]
-                if not isinstance(weight, list):
-                    yield weight, _read(path, name)
-                    continue
-                for layer, one in enumerate(weight):
-                    yield one, _read(path, name, layer)
+                unrolled = weights[name].form == "unrolled"
+                for layer, variable in enumerate(weights[name].variables):
+                    layer = layer if unrolled else None
+                    yield variable, _read(path, name, layer)
 
     return model, arrays()
 

@@ -6,8 +6,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_paligemma.checkpoints.engine import shape_of
-
 BARE = ""
 # A variable in the files of a SavedModel, whose root has two lists of them.
 KEY = "{}/{}/.ATTRIBUTES/VARIABLE_VALUE"
@@ -44,13 +42,13 @@ class Weights:
             variable
             for name, weight in backbone.weights_by_name().items()
             if name not in self._slots
-            for variable in _layers(weight)
+            for variable in weight.variables
         ]
         self._pieces = [one for one in self._slots if "scale" not in one]
         self.base = [_empty(one.shape, one.dtype) for one in self._base]
         # The axis of adapters first, then that of layers.
         self.adapters = [
-            _empty((len(self._known), *shape_of(self._slots[one])), "float32")
+            _empty((len(self._known), *self._slots[one].shape), "float32")
             for one in self._pieces
         ]
 
@@ -96,13 +94,14 @@ class Weights:
         number = tf.maximum(number - 1, 0)
         stacks = dict(zip(self._pieces, self.adapters, strict=True))
         for slot, weight in self._slots.items():
-            shape = shape_of(weight)
             if slot in stacks:
-                value = tf.ensure_shape(tf.gather(stacks[slot], number), shape)
+                value = tf.gather(stacks[slot], number)
+                value = tf.ensure_shape(value, weight.shape)
             else:
                 value = scales[slot]
-            parts = tf.unstack(value) if isinstance(weight, list) else [value]
-            values += zip(_layers(weight), parts, strict=True)
+            unrolled = weight.form == "unrolled"
+            parts = tf.unstack(value) if unrolled else [value]
+            values += zip(weight.variables, parts, strict=True)
         with keras.StatelessScope(values):
             yield
 
@@ -117,10 +116,6 @@ class Weights:
             )
             for slot in each[0]
         }
-
-
-def _layers(weight):
-    return weight if isinstance(weight, list) else [weight]
 
 
 def _empty(shape, dtype):

@@ -16,6 +16,7 @@ from keras_paligemma.config import LoraConfig
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
 from keras_paligemma.layers.attention import token_positions
+from keras_paligemma.layers.weight import Weight
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
 from keras_paligemma.models.inputs import check_images
@@ -295,8 +296,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         the number of a block, whose weights share one name.
 
         Returns:
-            Dict of str to a variable (of blocks: layer axis first) or, of
-            unrolled blocks, to a list of one variable a layer.
+            Dict of str to `layers.weight.Weight`.
         """
         weights = {}
         towers = (self.vision_encoder, self.text_decoder)
@@ -306,9 +306,9 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             for variable in tower.variables:
                 if id(variable) not in inside:
                     name = variable.path.split(f"{tower.name}/", 1)[1]
-                    weights[f"{tower.name}/{name}"] = variable
-            for name, variable in stack.weights_by_name().items():
-                weights[f"{tower.name}/blocks/{name}"] = variable
+                    weights[f"{tower.name}/{name}"] = Weight((variable,))
+            for name, weight in stack.weights_by_name().items():
+                weights[f"{tower.name}/blocks/{name}"] = weight
         return weights
 
     @property

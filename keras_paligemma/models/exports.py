@@ -68,7 +68,7 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
             for name, weight in weights.items()
             if left_out not in name
         }
-        write(path, to, config, weights, engine.to_numpy, proto, **options)
+        write(path, to, config, weights, proto, **options)
 
 
 def save_to_preset(model, preset_dir, max_shard_size=10):
@@ -170,7 +170,6 @@ def write(
     to,
     config,
     weights,
-    read,
     proto=None,
     *,
     name=None,
@@ -188,8 +187,7 @@ def write(
             formats a folder must be new or empty.
         to: str, one of `formats.FORMATS`.
         config: `ModelConfig`.
-        weights: dict of name to weight or list of weights.
-        read: function of a weight that returns its array.
+        weights: dict of name to `Weight` or `LazyTensor`.
         proto: bytes of the SentencePiece model, or `None`: then the folder is
             written without a tokenizer.
         name: str, name of the model in a config of ours; the folder's if
@@ -225,7 +223,7 @@ def write(
         config = replace(config, backbone=replace(backbone, dtype=dtype))
 
     def arrays(rows):
-        for key, array in engine.write(weights, rows, read):
+        for key, array in engine.write(weights, rows):
             yield key, array if dtype is None else cast(array, dtype)
             del array  # Before the next one is made.
 

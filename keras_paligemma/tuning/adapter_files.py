@@ -5,14 +5,13 @@ import dataclasses
 import numpy as np
 from keras import ops
 
-from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import peft
 from keras_paligemma.checkpoints import peft_write
 from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.compat import process
+from keras_paligemma.compat import to_host
 from keras_paligemma.compat import wait_for_all
-from keras_paligemma.quantization.dequantized_views import DequantizedView
-from keras_paligemma.quantization.dequantized_views import dequantized_views
+from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.tuning.adapters import with_adapter
 from keras_paligemma.tuning.lora import Lora
 
@@ -24,7 +23,7 @@ MAGNITUDE, GAIN = "adapter_magnitude", "adapter_gain"
 def load(backbone, folder, name, allow_nonfinite=False):
     """Add adapters from a folder; see `PaliGemmaBackbone.load_adapter`."""
     adapters = backbone.adapters
-    weights = dequantized_views(adapters.base_weights())
+    weights = dequantized(adapters.base_weights())
     # Compared before anything is added, so that what does not fit changes
     # nothing.
     fields, pieces, whole = peft.read(
@@ -65,7 +64,7 @@ def save(backbone, folder, name=None, base=None):
                 f"hold the adapter {adapters.merged!r} now. Call "
                 "`adapters.unmerge()` first."
             )
-        weights = dequantized_views(adapters.base_weights())
+        weights = dequantized(adapters.base_weights())
         for place, scales, lengths in _lengths(lora, pieces, weights):
             gain = pieces.pop(f"{place}/{GAIN}")
             pieces[f"{place}/{MAGNITUDE}"] = lengths * (1 + scales * gain)
@@ -94,7 +93,7 @@ def _lengths(lora, pieces, weights):
         a, b = pieces[f"{place}/adapter_a"], pieces[f"{place}/adapter_b"]
         if BLOCKS not in place:
             a, b = a[None], b[None]
-        kernels = _one_by_one(weights[f"{place}/kernel"], place)
+        kernels = weights[f"{place}/kernel"].layers()
         scales = lora.scales(target, len(a))
         lengths = []
         for kernel, *one in zip(kernels, a, b, scales, strict=True):
@@ -104,21 +103,9 @@ def _lengths(lora, pieces, weights):
             )
             inputs = tuple(range(one[0].ndim - 1))
             length = ops.sqrt(ops.sum(ops.square(whole), axis=inputs))
-            lengths.append(engine.to_numpy(length))
+            lengths.append(to_host(length))
         lengths = np.stack(lengths)
         scales = scales.reshape(-1, *[1] * (lengths.ndim - 1))
         if BLOCKS not in place:
             scales, lengths = scales[0], lengths[0]
         yield place, scales, lengths
-
-
-def _one_by_one(kernel, place):
-    """Give the kernel of each layer, one at a time."""
-    if isinstance(kernel, list):
-        layers = kernel
-    elif BLOCKS in place:
-        layers = (kernel.value[layer] for layer in range(kernel.shape[0]))
-    else:
-        layers = [kernel]
-    for one in layers:
-        yield one.numpy() if isinstance(one, DequantizedView) else one

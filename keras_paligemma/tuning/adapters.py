@@ -7,13 +7,13 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.checkpoints.peft import HEAD
 from keras_paligemma.checkpoints.peft import TABLE
 from keras_paligemma.checkpoints.peft import TARGETS
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.projection import normal
+from keras_paligemma.layers.weight import Weight
 from keras_paligemma.turns import alone
 
 
@@ -37,7 +37,6 @@ class Adapters:
 
     def __init__(self, backbone):
         self.backbone = backbone
-        self.turns = backbone.turns
         self.turns = backbone.turns
         self.slots = None
         self.known = {}
@@ -158,15 +157,15 @@ class Adapters:
         """Put the base's own weights back, and those that `name` brings in."""
         weights = self.backbone.weights_by_name()
         brought = self._whole.get(name, {})
-        own = {key: engine.to_array(weights[key]) for key in self._base}
+        own = {key: weights[key].read() for key in self._base}
         wanted = self._base | brought
-        before = {key: engine.to_array(weights[key]) for key in wanted}
+        before = {key: weights[key].read() for key in wanted}
         try:
             for key, value in wanted.items():
-                _assign(weights[key], value)
+                weights[key].assign(value)
         except BaseException:
             for key, value in before.items():
-                _assign(weights[key], value)
+                weights[key].assign(value)
             raise
         if self.active is not None:
             self._whole[self.active] |= own
@@ -204,11 +203,15 @@ class Adapters:
         if name != self.active:
             return dict(self._whole[name])
         weights = self.backbone.weights_by_name()
-        return {key: engine.to_array(weights[key]) for key in self._base}
+        return {key: weights[key].read() for key in self._base}
 
     def base_weights(self):
         """Map names to weights as the backbone does, but to the base's own."""
-        return self.backbone.weights_by_name() | self._base
+        weights = self.backbone.weights_by_name()
+        return weights | {
+            name: Weight((value,), weights[name].form and "scanned")
+            for name, value in self._base.items()
+        }
 
     def scales(self, name):
         """Map names of the slots to an adapter's scales; 0 of `None`."""
@@ -382,21 +385,21 @@ class Adapters:
 
     def _read(self):
         slots = self.slots_by_name(*self.slots.pieces)
-        return {name: engine.to_array(one) for name, one in slots.items()}
+        return {name: weight.read() for name, weight in slots.items()}
 
     def _assign(self, pieces):
         slots = self.slots_by_name(*self.slots.pieces)
         for name, weight in slots.items():
-            whole = np.zeros(engine.shape_of(weight), "float32")
+            whole = np.zeros(weight.shape, "float32")
             if name in pieces:
                 value = pieces[name]
                 whole[tuple(slice(size) for size in value.shape)] = value
-            _assign(weight, whole)
+            weight.assign(whole)
 
     def _assign_scales(self, name):
         weights = self.slots_by_name("adapter_scale")
         for slot, value in self.scales(name).items():
-            _assign(weights[slot], value)
+            weights[slot].assign(value)
 
     def _random(self, lora):
         """Draw each layer's A as a new adapter has it; the rest is zero."""
@@ -405,7 +408,7 @@ class Adapters:
         for target in lora.targets:
             name = f"{lora.place(target)}/adapter_a"
             ranks = lora.ranks_of(target, self.layers(target))
-            inputs = engine.shape_of(weights[name])[BLOCKS in name : -1]
+            inputs = weights[name].layer_shape[:-1]
             draws = []
             for rank in ranks:
                 # A new initializer a layer: one draws the same each time.
@@ -425,21 +428,13 @@ class Adapters:
         weights = self.backbone.weights_by_name()
         names = (last, *self.slots.pieces, "adapter_scale")
 
-        def changed(tensors):
+        def changed(*tensors):
             return function(tensors[0], dict(zip(names, tensors, strict=True)))
 
         for target in self.slots.targets:
             place = TARGETS[target]
-            held = [weights[f"{place}/{name}"] for name in names]
-            if isinstance(held[0], list):
-                for layer in zip(*held, strict=True):
-                    layer[0].assign(changed(layer))
-            elif BLOCKS in place:
-                # A layer at a time: the stack is never whole in float32.
-                stacks = [one.value for one in held]
-                held[0].assign(ops.map(changed, stacks))
-            else:
-                held[0].assign(changed(held))
+            weight, *others = (weights[f"{place}/{name}"] for name in names)
+            weight.update(changed, *others)
 
 
 def with_adapter(kernel, pieces):
@@ -479,11 +474,3 @@ def _with_bias(bias, pieces, sign=1):
 
 def _without_bias(bias, pieces):
     return _with_bias(bias, pieces, -1)
-
-
-def _assign(weight, value):
-    if isinstance(weight, list):
-        for variable, one in zip(weight, value, strict=True):
-            variable.assign(one)
-    else:
-        weight.assign(value)

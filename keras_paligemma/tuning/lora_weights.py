@@ -8,11 +8,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.compat import process
 from keras_paligemma.compat import wait_for_all
-from keras_paligemma.quantization.dequantized_views import dequantized_views
+from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.tuning.lora import Lora
 
 SUFFIX = ".lora.h5"
@@ -94,7 +93,7 @@ def load(backbone, filepath):
 
 def _check_shapes(backbone, lora, values):
     """Refuse arrays that are not those of the adapter in this model."""
-    weights = dequantized_views(backbone.weights_by_name())
+    weights = dequantized(backbone.weights_by_name())
     places = [lora.place(target) for target in lora.targets]
     names = {f"{place}/{piece}" for place in places for piece in lora.pieces}
     if values.keys() != names:
@@ -107,7 +106,7 @@ def _check_shapes(backbone, lora, values):
         }
         a, b = pieces.pop("adapter_a"), pieces.pop("adapter_b")
         layer = 1 if BLOCKS in place else 0
-        kernel = tuple(engine.shape_of(weights[f"{place}/kernel"]))
+        kernel = weights[f"{place}/kernel"].shape
         outputs = b[:layer] + b[layer + 1 :]
         ranks = a[-1:] + b[layer : layer + 1]
         if (

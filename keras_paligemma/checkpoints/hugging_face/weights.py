@@ -374,7 +374,7 @@ def _to_json(value):
 def _check_keys(written, backbone):
     expected = set()
     for row in rows(backbone):
-        tower = row.ours.split("/")[0]
+        tower = row.name.split("/")[0]
         expected.update(row.keys(getattr(backbone, tower).num_layers))
     missing = sorted(expected - set(written))
     unknown = sorted(set(written) - expected)
