@@ -75,7 +75,7 @@ def _hand_over(model, folder):
     from keras_paligemma.models import exports  # Keras has a backend by now.
 
     adapters = model.adapters
-    names = [] if adapters.merged is not None else list(adapters.known)
+    names = [] if adapters.merged is not None else list(adapters.configs)
     exports.export(
         folder,
         "keras",
@@ -96,7 +96,7 @@ def _hand_over(model, folder):
             path,
         )
     told = {
-        "adapters": {name: adapters.known[name].config() for name in names},
+        "adapters": {name: adapters.configs[name].config() for name in names},
         "active": adapters.active,
     }
     (folder / ADAPTERS).write_text(json.dumps(told), encoding="utf-8")

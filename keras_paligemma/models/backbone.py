@@ -489,7 +489,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     def get_config(self):
         return super().get_config() | {
             **self.architecture().to_dict(),
-            "lora": self.adapters.slots and self.adapters.slots.config(),
+            "lora": self.adapters.capacity and self.adapters.capacity.config(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "form": self.form,
             "remat": self.remat,

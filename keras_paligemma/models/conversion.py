@@ -4,11 +4,11 @@ import dataclasses
 
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints import writing
 from keras_paligemma.checkpoints.hugging_face.tokenizer import read_tokenizer
 from keras_paligemma.checkpoints.hugging_face.tokenizer import with_added_tokens
 from keras_paligemma.checkpoints.lazy_tensors import lazy_tensors
 from keras_paligemma.layers.weight import dequantized
-from keras_paligemma.models import exports
 from keras_paligemma.models.inspection import empty_weights
 from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
 
@@ -67,7 +67,7 @@ def write(
         size = config.backbone.text_decoder.vocabulary_size
         proto = with_added_tokens(proto, checkpoint.added_tokens, size)
     with checkpoint.open(allow_nonfinite) as tensors:
-        exports.write(
+        writing.write(
             target,
             to,
             config,

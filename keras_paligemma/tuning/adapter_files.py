@@ -12,8 +12,8 @@ from keras_paligemma.compat import process
 from keras_paligemma.compat import to_host
 from keras_paligemma.compat import wait_for_all
 from keras_paligemma.layers.weight import dequantized
-from keras_paligemma.tuning.adapters import with_adapter
 from keras_paligemma.tuning.lora import Lora
+from keras_paligemma.tuning.merging import with_adapter
 
 # DoRA's files hold the length of each output's weights, kernel and adapter
 # together; a gain is how much longer that is than it would be without.
@@ -30,9 +30,9 @@ def load(backbone, folder, name, allow_nonfinite=False):
         folder, backbone.architecture(), weights, allow_nonfinite
     )
     lora = Lora(**fields)
-    if adapters.slots is not None:
-        # Dropout is how the slots train; it is no property of values.
-        dropout = adapters.slots.dropout
+    if adapters.capacity is not None:
+        # Dropout is how adapters are trained; it is no property of values.
+        dropout = adapters.capacity.dropout
         lora = dataclasses.replace(lora, dropout=dropout)
     if lora.dora:
         for place, scales, lengths in _lengths(lora, pieces, weights):
@@ -48,14 +48,14 @@ def load(backbone, folder, name, allow_nonfinite=False):
 def save(backbone, folder, name=None, base=None):
     """Write one adapter; see `PaliGemmaBackbone.save_adapter`."""
     adapters = backbone.adapters
-    name = name or adapters.live
-    if name not in adapters.known:
+    name = name or adapters.loaded
+    if name not in adapters.configs:
         raise ValueError(
             f"There is no such adapter to write. Received: {name!r}. Expected "
-            f"one of {list(adapters.known)}; `enable_lora` or `load_adapter` "
+            f"one of {list(adapters.configs)}; `enable_lora` or `load_adapter` "
             "make one, `save_to_preset` writes the whole model."
         )
-    lora = adapters.known[name]
+    lora = adapters.configs[name]
     pieces, whole = adapters.values(name), adapters.whole(name)
     if lora.dora:
         if adapters.merged is not None:
@@ -72,7 +72,7 @@ def save(backbone, folder, name=None, base=None):
     # Gathered by all processes, written by the first.
     if process()[0] == 0:
         fields = dataclasses.asdict(lora)
-        layers = {one: adapters.layers(one) for one in lora.targets}
+        layers = {name: adapters.num_layers(name) for name in lora.targets}
         peft_write.write(
             folder,
             peft_write.describe(fields, whole, layers, architecture, base),

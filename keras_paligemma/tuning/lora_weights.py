@@ -22,25 +22,25 @@ GROUP = "keras_paligemma_lora"
 def save(backbone, filepath):
     """Write the adapter in use; see `PaliGemmaBackbone.save_lora_weights`."""
     path, adapters = _path(filepath), backbone.adapters
-    if adapters.live is None:
+    if adapters.loaded is None:
         raise ValueError(
             "There is no adapter to save. Expected: `enable_lora(rank)` or "
             "`load_adapter(folder)` first."
         )
-    if adapters.whole(adapters.live):
+    if adapters.whole(adapters.loaded):
         raise ValueError(
             "The adapter brings weights of the base, which this file has no "
-            f"place for: {sorted(adapters.whole(adapters.live))}. Write it "
+            f"place for: {sorted(adapters.whole(adapters.loaded))}. Write it "
             "with `save_adapter`."
         )
     # Gathered by all processes, written by the first.
-    arrays = adapters.values(adapters.live)
+    arrays = adapters.values(adapters.loaded)
     if process()[0] == 0:
         draft = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             with h5py.File(draft, "w") as file:
                 group = file.create_group(GROUP)
-                lora = adapters.known[adapters.live]
+                lora = adapters.configs[adapters.loaded]
                 group.attrs["config"] = json.dumps(lora.config())
                 for name, array in arrays.items():
                     group[name] = array
@@ -76,10 +76,10 @@ def load(backbone, filepath):
             f"{path} cannot be read as an adapter: {error}. Expected: a file "
             "of `save_lora_weights`."
         ) from error
-    if adapters.live is None:
+    if adapters.loaded is None:
         adapters.add("default", lora, values)
         return
-    current = adapters.known[adapters.live]
+    current = adapters.configs[adapters.loaded]
     # Dropout is how an adapter is trained; its values do without.
     lora = dataclasses.replace(lora, dropout=current.dropout)
     if lora != current:

@@ -59,25 +59,25 @@ def check(backbone, optimizer=None):
             same; another adapter than the optimizer has the moments of.
     """
     adapters = backbone.adapters
-    if adapters.slots is not None and (
+    if adapters.capacity is not None and (
         adapters.active is None or adapters.merged is not None
     ):
         state = "off" if adapters.active is None else "merged"
         raise ValueError(
             f"An adapter that takes no part is not trained. Received: adapters "
-            f"that are {state}. Call `adapters.select({adapters.live!r})`, or "
+            f"that are {state}. Call `adapters.select({adapters.loaded!r})`, or "
             "`adapters.unmerge()`, first."
         )
-    if adapters.slots is not None and optimizer is not None:
-        trained = getattr(optimizer, "adapter", adapters.live)
-        if trained != adapters.live:
+    if adapters.capacity is not None and optimizer is not None:
+        trained = getattr(optimizer, "adapter", adapters.loaded)
+        if trained != adapters.loaded:
             raise ValueError(
                 "The optimizer's moments are another adapter's. Received: "
-                f"{adapters.live!r} to train, after {trained!r}. Compile with "
+                f"{adapters.loaded!r} to train, after {trained!r}. Compile with "
                 "a new optimizer first."
             )
-        optimizer.adapter = adapters.live
-    if backbone.quantization and backbone.adapters.slots is None:
+        optimizer.adapter = adapters.loaded
+    if backbone.quantization and backbone.adapters.capacity is None:
         raise ValueError(
             f"A model of {backbone.quantization} kernels has no gradients of "
             "them: they are frozen integers. Received: a model without "

@@ -21,8 +21,8 @@ from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import peft
 from keras_paligemma.checkpoints import peft_write
+from keras_paligemma.checkpoints import writing
 from keras_paligemma.checkpoints.lazy_tensors import lazy_tensors
-from keras_paligemma.models import exports
 from tests.helpers.killing import counted
 
 CALLS = ("rename", "replace", "link", "unlink", "mkdir", "rmdir", "fsync")
@@ -49,7 +49,7 @@ def write(folder, to, value, step=lambda: None):
     rows = [engine.Row(key, key) for key in arrays]
     tensors = engine.Arrays(arrays)
     tensors = lazy_tensors(arrays, rows, tensors, lambda array: step())
-    exports.write(folder, to, config, tensors)
+    writing.write(folder, to, config, tensors)
 
 
 def read(folder, to):

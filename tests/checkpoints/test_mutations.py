@@ -13,9 +13,9 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import without_values
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints import writing
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
-from keras_paligemma.models import exports
 
 FIELDS = {
     "query_pre_attention_scalar": 4,
@@ -66,9 +66,9 @@ def originals(tmp_path_factory):
         # An npz is cut into pieces, safetensors and h5 into shards.
         path = home / to / ("x.npz" if to == "big_vision" else "model")
         if to in ("keras", "big_vision"):
-            exports.write(path, to, config, weights, piece_size=4000)
+            writing.write(path, to, config, weights, piece_size=4000)
         else:
-            exports.write(
+            writing.write(
                 path,
                 to,
                 ModelConfig(backbone=config.backbone),

@@ -321,7 +321,7 @@ def test_a_merged_adapter_needs_no_input():
     backbone.enable_lora(2)
     held = Weights(backbone)
     assert held.names == ["", "default"]
-    assert len(held.adapters) == 2 * len(backbone.adapters.slots.targets)
+    assert len(held.adapters) == 2 * len(backbone.adapters.capacity.targets)
     check_adapters(backbone.adapters)
     name = "vision_encoder/projector/bias"
     bias = np.ones(backbone.text_config.hidden_dim, "float32")

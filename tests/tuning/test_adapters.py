@@ -31,7 +31,7 @@ def output(model, x):
 
 
 def randomize(backbone, seed):
-    """Give the live adapter values, as training would."""
+    """Give the loaded adapter values, as training would."""
     random = np.random.default_rng(seed)
     for name, weight in backbone.weights_by_name().items():
         if name.endswith(("adapter_a", "adapter_b")):
@@ -107,7 +107,7 @@ def test_arguments_that_mean_nothing(tiny_model, arguments, words):
     model = tiny_model()
     with pytest.raises(ValueError, match=words):
         model.enable_lora(**arguments)
-    assert model.adapters.known == {}
+    assert model.adapters.configs == {}
     assert all(one.trainable for one in model.trainable_variables)
 
 
@@ -139,7 +139,7 @@ def test_several_adapters_are_switched(tiny_model, examples, tmp_path, form):
         np.testing.assert_array_equal(value, values[name])
     model.load_adapter(tmp_path / "two", name="three")
     assert error(output(model, x), output(alone, x)) < 1e-5
-    assert model.adapters.known["three"] == alone.adapters.known["default"]
+    assert model.adapters.configs["three"] == alone.adapters.configs["default"]
 
 
 def test_a_switch_compiles_nothing_again(tiny_model, examples):
@@ -167,7 +167,7 @@ def count_compilations(function):
     )
 
 
-def test_adapters_that_do_not_fit_the_slots(tiny_model):
+def test_adapters_that_do_not_fit_the_variables(tiny_model):
     model = tiny_model()
     model.enable_lora(2, targets=["gate", "query"])
     before = len(model.variables)
@@ -181,7 +181,7 @@ def test_adapters_that_do_not_fit_the_slots(tiny_model):
     with pytest.raises(ValueError, match="no such adapter"):
         model.save_adapter("nowhere", name="other")
     assert len(model.variables) == before
-    assert list(model.adapters.known) == ["default"]
+    assert list(model.adapters.configs) == ["default"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -202,7 +202,7 @@ def test_merge_and_unmerge(tiny_model, examples, tmp_path, form):
     # What is written holds the adapter in its kernels, and no adapter.
     model.save_to_preset(tmp_path / "merged")
     read = PaliGemmaCausalLM.from_preset(tmp_path / "merged")
-    assert read.adapters.slots is None
+    assert read.adapters.capacity is None
     assert error(output(read, x), wanted) < 1e-5
     model.export_to_big_vision(tmp_path / "merged.npz")
     model.adapters.unmerge()
@@ -294,7 +294,7 @@ def test_layers_train_at_ranks_of_their_own(tiny_model, examples, tmp_path):
     np.testing.assert_array_equal(output(read, x), wanted)
     read.adapters.select(None)
     read.load_adapter(tmp_path / "adapter", "from PEFT")
-    known = read.adapters.known
+    known = read.adapters.configs
     assert known["from PEFT"].ranks == known["default"].ranks
     assert error(output(read, x), wanted) < 1e-6
     with pytest.raises(ValueError, match=r"Received: \['query', 'up'\]"):
@@ -313,7 +313,7 @@ def test_gains_are_trained(tiny_model, examples):
     np.testing.assert_array_equal(output(model, x), before)
     # An adapter that has none learns them too, and nothing is lost.
     model.enable_lora(1, targets=["down"], name="other")
-    assert model.adapters.known["other"].dora
+    assert model.adapters.configs["other"].dora
 
 
 def test_whole_weights_change_places(tiny_model, examples, tmp_path):
