@@ -91,9 +91,10 @@ class Adapters:
             raise ValueError(
                 "Adapters share the room that the first one made. Received: "
                 f"{name!r} of {lora}. Expected: at most rank "
-                f"{self.capacity.rank}, targets among {self.capacity.targets}, and "
-                f"no pieces but {self.capacity.pieces}. Load the preset again "
-                "and add the largest adapter first."
+                f"{self.capacity.rank}, targets among "
+                f"{self.capacity.targets}, and no pieces but "
+                f"{self.capacity.pieces}. Load the preset again and add the "
+                "largest adapter first."
             )
         if pieces is not None:
             self._assign(pieces)
@@ -188,7 +189,7 @@ class Adapters:
         self._assign(values)
 
     def pieces(self, name):
-        """Give an adapter's arrays as the variables hold them, zeros included."""
+        """Give an adapter's arrays as the variables hold them, with zeros."""
         return self._read() if name == self.loaded else self._host_values[name]
 
     def values(self, name):
@@ -255,19 +256,16 @@ class Adapters:
         """
         if self.active is None or self.merged is not None:
             return None
-        lora = self.configs[self.loaded]
-        if (lora.rank, lora.targets) != (
-            self.capacity.rank,
-            self.capacity.targets,
-        ):
+        lora, capacity = self.configs[self.loaded], self.capacity
+        if (lora.rank, lora.targets) != (capacity.rank, capacity.targets):
             ranks = {
                 target: lora.ranks_of(target, self.num_layers(target))
-                for target in self.capacity.targets
+                for target in capacity.targets
             }
             lora = dataclasses.replace(
                 lora,
-                rank=self.capacity.rank,
-                targets=self.capacity.targets,
+                rank=capacity.rank,
+                targets=capacity.targets,
                 ranks=ranks,
             )
         return lora.config()

@@ -65,16 +65,16 @@ def check(backbone, optimizer=None):
         state = "off" if adapters.active is None else "merged"
         raise ValueError(
             f"An adapter that takes no part is not trained. Received: adapters "
-            f"that are {state}. Call `adapters.select({adapters.loaded!r})`, or "
-            "`adapters.unmerge()`, first."
+            f"that are {state}. Call `adapters.select({adapters.loaded!r})`, "
+            "or `adapters.unmerge()`, first."
         )
     if adapters.capacity is not None and optimizer is not None:
         trained = getattr(optimizer, "adapter", adapters.loaded)
         if trained != adapters.loaded:
             raise ValueError(
                 "The optimizer's moments are another adapter's. Received: "
-                f"{adapters.loaded!r} to train, after {trained!r}. Compile with "
-                "a new optimizer first."
+                f"{adapters.loaded!r} to train, after {trained!r}. Compile "
+                "with a new optimizer first."
             )
         optimizer.adapter = adapters.loaded
     if backbone.quantization and backbone.adapters.capacity is None:
