@@ -11,6 +11,7 @@ from pathlib import Path
 
 from keras_paligemma import atomic
 from keras_paligemma import presets
+from keras_paligemma.checked import shown
 from keras_paligemma.checkpoints import big_vision
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints.finite import Finite
@@ -23,7 +24,6 @@ from keras_paligemma.checkpoints.storage import safetensors
 from keras_paligemma.config import BackboneConfig
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
-from keras_paligemma.config import shown
 
 FORMATS = ("keras", "transformers", "big_vision", "keras_hub")
 

@@ -13,33 +13,18 @@ from keras_paligemma.checkpoints.engine import LAYER
 from keras_paligemma.checkpoints.engine import Row
 from keras_paligemma.checkpoints.hugging_face import weights as hugging_face
 from keras_paligemma.checkpoints.storage import safetensors
+from keras_paligemma.lora_config import TARGETS
+from keras_paligemma.lora_config import LoraConfig
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ROOT = "base_model.model."
 
-# What can have an adapter: its name, and the place of its weights.
-TARGETS = {
-    "query": "text_decoder/blocks/attention/query",
-    "key": "text_decoder/blocks/attention/key",
-    "value": "text_decoder/blocks/attention/value",
-    "output": "text_decoder/blocks/attention/output",
-    "gate": "text_decoder/blocks/mlp/gate",
-    "up": "text_decoder/blocks/mlp/up",
-    "down": "text_decoder/blocks/mlp/down",
-    "vision.query": "vision_encoder/blocks/attention/query",
-    "vision.key": "vision_encoder/blocks/attention/key",
-    "vision.value": "vision_encoder/blocks/attention/value",
-    "vision.output": "vision_encoder/blocks/attention/output",
-    "vision.up": "vision_encoder/blocks/mlp/up",
-    "vision.down": "vision_encoder/blocks/mlp/down",
-    "projector": "vision_encoder/projector",
-}
 _TARGET_OF = {place: target for target, place in TARGETS.items()}
 TABLE = "text_decoder/token_embedding/table"
 # The table of the head, where an adapter brings one that differs.
 HEAD = "text_decoder/token_embedding/adapter_head"
-# Theirs -> ours: what a module has beside its kernel.
+# What a module has beside its kernel, by PEFT's name and by ours.
 PIECES = {
     "lora_A.weight": "adapter_a",
     "lora_B.weight": "adapter_b",
@@ -143,7 +128,7 @@ def read(folder, architecture, weights, allow_nonfinite=False):
         allow_nonfinite: bool, take NaN and infinities too.
 
     Returns:
-        Dict of the arguments of `Lora`; dict of name to float32 array, the
+        `LoraConfig`; dict of name to float32 array, the
         pieces, filled up by 0 to the largest rank and to all layers; and dict
         of name to array, the weights that the adapter brings whole.
 
@@ -157,7 +142,7 @@ def read(folder, architecture, weights, allow_nonfinite=False):
     with open_files() as tensors:
         entries = _entries(tensors.shapes, table, weights, folder)
         lora = _lora(config, entries, weights)
-        _check(config, lora, entries, weights, tensors.shapes)
+        _check_fits(config, lora, entries, weights, tensors.shapes)
         for entry in entries:
             array = tensors.read(entry.key)
             if not allow_nonfinite and not np.isfinite(array).all():
@@ -170,7 +155,7 @@ def read(folder, architecture, weights, allow_nonfinite=False):
             array = entry.row.read(array, _shape(entry, lora, weights))
             if entry.target is not None:
                 layers, _ = _sizes(name, weights)
-                shape = _shape(entry, lora, weights, lora["rank"])
+                shape = _shape(entry, lora, weights, lora.rank)
                 if name not in pieces:
                     pieces[name] = np.zeros((layers, *shape), "float32")
                 pieces[name][(layer, *map(slice, array.shape))] = array
@@ -260,8 +245,8 @@ def _shape(entry, lora, weights, rank=None):
     if entry.target is None:
         return shape
     if rank is None:
-        ranks = lora["ranks"].get(entry.target)
-        rank = lora["rank"] if ranks is None else ranks[entry.layer]
+        ranks = lora.ranks.get(entry.target)
+        rank = lora.rank if ranks is None else ranks[entry.layer]
     axes = len(entry.row.axes.split("->")[1].split())
     if entry.row.name.endswith("adapter_a"):
         return (*shape[: axes - 1], rank)
@@ -271,7 +256,7 @@ def _shape(entry, lora, weights, rank=None):
 
 
 def _lora(config, entries, weights):
-    """Give the arguments of `Lora`; those of layers where they differ.
+    """Give the `LoraConfig`; those of layers where they differ.
 
     Ranks are the configuration's, by which PEFT scales: arrays of another rank
     do not fit.
@@ -294,24 +279,24 @@ def _lora(config, entries, weights):
             if set(lists.get(target, ())) - {default}
         }
 
-    return {
-        "rank": largest,
-        "alpha": config["lora_alpha"],
-        "targets": [one for one in TARGETS if one in ranks],
-        "dropout": config.get("lora_dropout") or 0.0,
-        "rslora": bool(config.get("use_rslora")),
-        "dora": bool(config.get("use_dora")),
-        "bias": bool(config.get("lora_bias")),
-        "ranks": differing(ranks, largest),
-        "alphas": differing(alphas, config["lora_alpha"]),
-    }
+    return LoraConfig(
+        largest,
+        config["lora_alpha"],
+        [target for target in TARGETS if target in ranks],
+        config.get("lora_dropout") or 0.0,
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+        bias=bool(config.get("lora_bias")),
+        ranks=differing(ranks, largest),
+        alphas=differing(alphas, config["lora_alpha"]),
+    )
 
 
-def _check(config, lora, entries, weights, found):
+def _check_fits(config, lora, entries, weights, found):
     """Refuse what does not fit, all of it at once."""
     needed = ["adapter_a", "adapter_b"]
-    needed += ["adapter_bias"] if lora["bias"] else []
-    needed += ["adapter_magnitude"] if lora["dora"] else []
+    needed += ["adapter_bias"] if lora.bias else []
+    needed += ["adapter_magnitude"] if lora.dora else []
     listed, held = [], set()
     for one in entries:
         place, piece = one.row.name.rsplit("/", 1)
@@ -333,10 +318,10 @@ def _check(config, lora, entries, weights, found):
                 f"whole: {one.key}, which the model has in few bits: load it "
                 "without `quantize`"
             )
-    for target in lora["targets"]:
+    for target in lora.targets:
         place = TARGETS[target]
         layers, _ = _sizes(f"{place}/kernel", weights)
-        ranks = lora["ranks"].get(target, [lora["rank"]] * layers)
+        ranks = lora.ranks_of(target, layers)
         listed += [
             f"missing: {piece} of {target}, layer {layer}"
             for layer, rank in enumerate(ranks)

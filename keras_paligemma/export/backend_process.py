@@ -96,7 +96,7 @@ def _hand_over(model, folder):
             path,
         )
     told = {
-        "adapters": {name: adapters.configs[name].config() for name in names},
+        "adapters": {name: adapters.configs[name].to_dict() for name in names},
         "active": adapters.active,
     }
     (folder / ADAPTERS).write_text(json.dumps(told), encoding="utf-8")
@@ -113,8 +113,8 @@ def read(folder, load_weights=True):
         `PaliGemmaCausalLM`, with all adapters, the one in use selected.
     """
     from keras_paligemma.compat import without_values
+    from keras_paligemma.lora_config import LoraConfig
     from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
-    from keras_paligemma.tuning.lora import Lora
 
     folder = Path(folder)
     # Whatever floatx this process has been configured with.
@@ -130,7 +130,7 @@ def read(folder, load_weights=True):
         for key, array in load_file(folder / ADAPTER.format(number)).items():
             kind, key = key.split("/", 1)
             arrays[kind][key] = array
-        model.adapters.add(name, Lora(**lora), **arrays)
+        model.adapters.add(name, LoraConfig(**lora), **arrays)
     if told["adapters"]:
         model.adapters.select(told["active"])
     return model

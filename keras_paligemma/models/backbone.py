@@ -12,11 +12,11 @@ from keras_paligemma.compat import classproperty
 from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
 from keras_paligemma.config import BackboneConfig
-from keras_paligemma.config import LoraConfig
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
 from keras_paligemma.layers.attention import token_positions
 from keras_paligemma.layers.weight import Weight
+from keras_paligemma.lora_config import LoraConfig
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
 from keras_paligemma.models.inputs import check_images
@@ -28,7 +28,6 @@ from keras_paligemma.tuning import adapter_files
 from keras_paligemma.tuning import lora_weights
 from keras_paligemma.tuning import trainable
 from keras_paligemma.tuning.adapters import Adapters
-from keras_paligemma.tuning.lora import Lora
 from keras_paligemma.turns import Turns
 from keras_paligemma.turns import alone
 
@@ -314,7 +313,8 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     @property
     def lora(self):
         """What the adapter in use is, as a dict, or `None`."""
-        return self.adapters.config()
+        lora = self.adapters.config()
+        return lora and lora.to_dict()
 
     def enable_lora(
         self,
@@ -341,7 +341,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             target_layer_names: str or list of strs: "decoder",
                 "decoder.attention", "decoder.mlp", the same of "vision",
                 "projector", "all", or names of projections, some of
-                `LORA_TARGETS`; the decoder's attention if `None`.
+                `lora_config.TARGETS`; the decoder's attention if `None`.
             alpha: float, the adapters are scaled by alpha / rank; `rank` if
                 `None`.
             dropout: float, share of an adapter's inputs dropped in training.
@@ -366,7 +366,9 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             )
         if targets is None:
             targets = target_layer_names
-        lora = Lora(
+        if isinstance(targets, str):
+            targets = (targets,)
+        lora = LoraConfig(
             rank, alpha, targets, dropout, rslora, dora, bias, ranks, alphas
         )
         self.adapters.add(name, lora)
@@ -472,13 +474,12 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
 
     def architecture(self):
         """Give the `BackboneConfig` that a preset's file holds."""
-        lora = self.adapters.config()
         return BackboneConfig(
             image_size=self.image_size,
             dtype=self.dtype_policy.name,
             vision_encoder=self.vision_config,
             text_decoder=self.text_config,
-            lora=lora and LoraConfig.from_dict(lora),
+            lora=self.adapters.config(),
             quantization=self.quantization,
         )
 
@@ -489,7 +490,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     def get_config(self):
         return super().get_config() | {
             **self.architecture().to_dict(),
-            "lora": self.adapters.capacity and self.adapters.capacity.config(),
+            "lora": self.adapters.capacity and self.adapters.capacity.to_dict(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "form": self.form,
             "remat": self.remat,

@@ -12,7 +12,7 @@ from keras_paligemma.compat import process
 from keras_paligemma.compat import to_host
 from keras_paligemma.compat import wait_for_all
 from keras_paligemma.layers.weight import dequantized
-from keras_paligemma.tuning.lora import Lora
+from keras_paligemma.lora_config import TARGETS
 from keras_paligemma.tuning.merging import with_adapter
 
 # DoRA's files hold the length of each output's weights, kernel and adapter
@@ -26,10 +26,9 @@ def load(backbone, folder, name, allow_nonfinite=False):
     weights = dequantized(adapters.base_weights())
     # Compared before anything is added, so that what does not fit changes
     # nothing.
-    fields, pieces, whole = peft.read(
+    lora, pieces, whole = peft.read(
         folder, backbone.architecture(), weights, allow_nonfinite
     )
-    lora = Lora(**fields)
     if adapters.capacity is not None:
         # Dropout is how adapters are trained; it is no property of values.
         dropout = adapters.capacity.dropout
@@ -71,12 +70,11 @@ def save(backbone, folder, name=None, base=None):
     architecture = backbone.architecture()
     # Gathered by all processes, written by the first.
     if process()[0] == 0:
-        fields = dataclasses.asdict(lora)
         layers = {name: adapters.num_layers(name) for name in lora.targets}
         peft_write.write(
             folder,
-            peft_write.describe(fields, whole, layers, architecture, base),
-            peft_write.arrays(fields, pieces, whole, architecture),
+            peft_write.describe(lora, whole, layers, architecture, base),
+            peft_write.arrays(lora, pieces, whole, architecture),
         )
     wait_for_all("an adapter is written")
 
@@ -89,7 +87,7 @@ def _lengths(lora, pieces, weights):
         layer axis first in the blocks.
     """
     for target in lora.targets:
-        place = lora.place(target)
+        place = TARGETS[target]
         a, b = pieces[f"{place}/adapter_a"], pieces[f"{place}/adapter_b"]
         if BLOCKS not in place:
             a, b = a[None], b[None]

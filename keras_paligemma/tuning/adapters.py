@@ -10,10 +10,10 @@ from keras import ops
 from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.checkpoints.peft import HEAD
 from keras_paligemma.checkpoints.peft import TABLE
-from keras_paligemma.checkpoints.peft import TARGETS
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.projection import normal
 from keras_paligemma.layers.weight import Weight
+from keras_paligemma.lora_config import TARGETS
 from keras_paligemma.tuning import merging
 from keras_paligemma.turns import alone
 
@@ -62,7 +62,7 @@ class Adapters:
 
         Args:
             name: str.
-            lora: `Lora`.
+            lora: `LoraConfig`.
             pieces: dict of name to array, as `pieces` gives them; random A and
                 nothing else if `None`.
             whole: dict of name to array, weights that it brings whole.
@@ -197,7 +197,7 @@ class Adapters:
         lora, pieces = self.configs[name], self.pieces(name)
         cut = {}
         for target in lora.targets:
-            place = lora.place(target)
+            place = TARGETS[target]
             for piece in lora.pieces:
                 value = pieces[f"{place}/{piece}"]
                 if piece == "adapter_a":
@@ -252,7 +252,8 @@ class Adapters:
         What it brings whole is in the preset's weights, as the base's.
 
         Returns:
-            Dict, or `None`: there is none, all are off, or it is merged.
+            `LoraConfig`, or `None`: there is none, all are off, or it is
+            merged.
         """
         if self.active is None or self.merged is not None:
             return None
@@ -268,7 +269,7 @@ class Adapters:
                 targets=capacity.targets,
                 ranks=ranks,
             )
-        return lora.config()
+        return lora
 
     def has_own_head(self):
         """Say whether the adapter in use has another table for the head."""
@@ -393,7 +394,7 @@ class Adapters:
         weights = self.weights("adapter_a")
         values = {}
         for target in lora.targets:
-            name = f"{lora.place(target)}/adapter_a"
+            name = f"{TARGETS[target]}/adapter_a"
             ranks = lora.ranks_of(target, self.num_layers(target))
             inputs = weights[name].layer_shape[:-1]
             draws = []

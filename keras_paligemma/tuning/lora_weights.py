@@ -12,7 +12,8 @@ from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.compat import process
 from keras_paligemma.compat import wait_for_all
 from keras_paligemma.layers.weight import dequantized
-from keras_paligemma.tuning.lora import Lora
+from keras_paligemma.lora_config import TARGETS
+from keras_paligemma.lora_config import LoraConfig
 
 SUFFIX = ".lora.h5"
 # KerasHub's files have a group "lora" in its place, of layers by number.
@@ -41,7 +42,7 @@ def save(backbone, filepath):
             with h5py.File(draft, "w") as file:
                 group = file.create_group(GROUP)
                 lora = adapters.configs[adapters.loaded]
-                group.attrs["config"] = json.dumps(lora.config())
+                group.attrs["config"] = json.dumps(lora.to_dict())
                 for name, array in arrays.items():
                     group[name] = array
             os.replace(draft, path)
@@ -62,7 +63,7 @@ def load(backbone, filepath):
                     "its own model in such a file, which no other model can "
                     "read: merge the adapter there and save the preset"
                 )
-            lora = Lora(**json.loads(group.attrs["config"]))
+            lora = LoraConfig(**json.loads(group.attrs["config"]))
             values = {}
 
             def read(name, item):
@@ -94,7 +95,7 @@ def load(backbone, filepath):
 def _check_shapes(backbone, lora, values):
     """Refuse arrays that are not those of the adapter in this model."""
     weights = dequantized(backbone.weights_by_name())
-    places = [lora.place(target) for target in lora.targets]
+    places = [TARGETS[target] for target in lora.targets]
     names = {f"{place}/{piece}" for place in places for piece in lora.pieces}
     if values.keys() != names:
         raise ValueError(

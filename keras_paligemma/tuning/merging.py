@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_paligemma.checkpoints.peft import TARGETS
+from keras_paligemma.lora_config import TARGETS
 
 
 def check_kernels_take_up(backbone, lora):

@@ -26,9 +26,9 @@ from keras_paligemma.checkpoints.hugging_face.tokenizer import tokenizer_files
 from keras_paligemma.checkpoints.storage.safetensors import find
 from keras_paligemma.checkpoints.storage.safetensors import open_safetensors
 from keras_paligemma.checkpoints.storage.safetensors import write_safetensors
-from keras_paligemma.config import LoraConfig
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
+from keras_paligemma.lora_config import LoraConfig
 from tests.helpers.tiny_models import GOLDEN
 from tests.helpers.tiny_models import PRESETS
 from tests.helpers.tiny_models import error

@@ -315,7 +315,7 @@ def test_graph_has_defaults_and_runs_no_python(folder):
 def test_a_merged_adapter_needs_no_input():
     from keras_paligemma.export.savedmodel import check_adapters
     from keras_paligemma.export.weights import Weights
-    from keras_paligemma.tuning.lora import Lora
+    from keras_paligemma.lora_config import LoraConfig
 
     backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT)
     backbone.enable_lora(2)
@@ -325,7 +325,7 @@ def test_a_merged_adapter_needs_no_input():
     check_adapters(backbone.adapters)
     name = "vision_encoder/projector/bias"
     bias = np.ones(backbone.text_config.hidden_dim, "float32")
-    backbone.adapters.add("brought", Lora(1), whole={name: bias})
+    backbone.adapters.add("brought", LoraConfig(1), whole={name: bias})
     with pytest.raises(ValueError, match=r"\['brought'\], which bring weights"):
         check_adapters(backbone.adapters)
     backbone.adapters.merge()

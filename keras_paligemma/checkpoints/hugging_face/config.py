@@ -3,11 +3,11 @@
 import ml_dtypes
 import numpy as np
 
+from keras_paligemma.checked import shown
 from keras_paligemma.config import BackboneConfig
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
-from keras_paligemma.config import shown
 
 # Defaults of transformers, for saved files omit what equals them.
 GEMMA = {

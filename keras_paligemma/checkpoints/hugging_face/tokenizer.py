@@ -7,10 +7,10 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
+from keras_paligemma.checked import shown
 from keras_paligemma.checkpoints.hugging_face.config import IMAGE
 from keras_paligemma.checksums import read_checked
 from keras_paligemma.config import read_json
-from keras_paligemma.config import shown
 
 SPACE = "▁"
 # Types of pieces in `sentencepiece_model.proto`.

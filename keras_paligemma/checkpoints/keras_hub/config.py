@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_paligemma.checked import shown
 from keras_paligemma.checkpoints.storage import h5
 from keras_paligemma.config import BackboneConfig
 from keras_paligemma.config import ModelConfig
@@ -12,7 +13,6 @@ from keras_paligemma.config import PreprocessorConfig
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
 from keras_paligemma.config import read_json
-from keras_paligemma.config import shown
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor.json"
