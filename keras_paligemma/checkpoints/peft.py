@@ -106,7 +106,8 @@ def find(folder):
         ValueError: no adapter, or one of a kind that this package has not.
     """
     folder = atomic.current(folder, CONFIG)
-    missing = [one for one in (CONFIG, WEIGHTS) if not (folder / one).is_file()]
+    names = (CONFIG, WEIGHTS)
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
             f"{folder} lacks {', '.join(missing)}. Expected: a folder that "
@@ -167,8 +168,8 @@ def read(folder, architecture, weights, allow_nonfinite=False):
             else:
                 whole[name] = array
     _tie(config, whole, weights)
-    for name, held in pieces.items():
-        pieces[name] = held if BLOCKS in name else held[0]
+    for name, layers in pieces.items():
+        pieces[name] = layers if BLOCKS in name else layers[0]
     return lora, pieces, whole
 
 
@@ -199,7 +200,7 @@ def _entries(shapes, table, weights, folder):
         target = _TARGET_OF[place] if last in PIECES.values() else None
         module = re.sub(r"\.(lora_.*|weight|bias)$", "", module)
         entries.append(Entry(key, module, row, layer, target))
-    if unknown or not any(one.target for one in entries):
+    if unknown or not any(entry.target for entry in entries):
         raise ValueError(
             f"{folder} adapts what has no adapter here. Received: "
             f"{unknown[:4]}, {len(unknown)} keys. Expected: projections of "
@@ -270,7 +271,7 @@ def _lora(config, entries, weights):
         ranks.setdefault(entry.target, [0] * layers)[entry.layer] = rank
         default = [config["lora_alpha"]] * layers
         alphas.setdefault(entry.target, default)[entry.layer] = alpha
-    largest = max((max(one) for one in ranks.values()), default=config["r"])
+    largest = max((max(row) for row in ranks.values()), default=config["r"])
 
     def differing(lists, default):
         return {
@@ -297,25 +298,26 @@ def _check_fits(config, lora, entries, weights, found):
     needed = ["adapter_a", "adapter_b"]
     needed += ["adapter_bias"] if lora.bias else []
     needed += ["adapter_magnitude"] if lora.dora else []
-    listed, held = [], set()
-    for one in entries:
-        place, piece = one.row.name.rsplit("/", 1)
-        held.add((place, piece, one.layer))
-        layers, _ = _sizes(one.row.name, weights)
-        if one.layer >= layers:
-            listed.append(f"unused: {one.key}, of {layers} layers")
-        elif one.target and piece not in needed:
-            listed.append(f"unused: {one.key}, which {CONFIG} does not tell of")
+    listed, seen = [], set()
+    for entry in entries:
+        key, name = entry.key, entry.row.name
+        place, piece = name.rsplit("/", 1)
+        seen.add((place, piece, entry.layer))
+        layers, _ = _sizes(name, weights)
+        if entry.layer >= layers:
+            listed.append(f"unused: {key}, of {layers} layers")
+        elif entry.target and piece not in needed:
+            listed.append(f"unused: {key}, which {CONFIG} does not tell of")
         else:
-            expected = one.row.checkpoint_shape(_shape(one, lora, weights))
-            if found[one.key] != expected:
+            shape = _shape(entry, lora, weights)
+            expected = entry.row.checkpoint_shape(shape)
+            if found[key] != expected:
                 listed.append(
-                    f"shape: {one.key} is {found[one.key]}, expected {expected}"
+                    f"shape: {key} is {found[key]}, expected {expected}"
                 )
-        name = one.row.name
-        if not one.target and weights.get(name, weights[TABLE]).scales:
+        if not entry.target and weights.get(name, weights[TABLE]).scales:
             listed.append(
-                f"whole: {one.key}, which the model has in few bits: load it "
+                f"whole: {key}, which the model has in few bits: load it "
                 "without `quantize`"
             )
     for target in lora.targets:
@@ -326,10 +328,10 @@ def _check_fits(config, lora, entries, weights, found):
             f"missing: {piece} of {target}, layer {layer}"
             for layer, rank in enumerate(ranks)
             for piece in needed
-            if (place, piece, layer) not in held
+            if (place, piece, layer) not in seen
             and (rank or not peft_config.names_layers(config))
         ]
-    modules = {f".{one.module}." for one in entries if one.target is None}
+    modules = {f".{entry.module}." for entry in entries if entry.target is None}
     listed += [
         f"missing: {name}, of modules_to_save"
         for name in config.get("modules_to_save") or ()

@@ -33,7 +33,7 @@ def arrays(lora, pieces, whole, architecture):
     for target in lora.targets:
         place = TARGETS[target]
         for name in sorted(
-            one for one in pieces if one.startswith(f"{place}/")
+            name for name in pieces if name.startswith(f"{place}/")
         ):
             row = table[name]
             layers = pieces[name] if BLOCKS in name else pieces[name][None]
@@ -47,7 +47,7 @@ def arrays(lora, pieces, whole, architecture):
                     one = one[:rank]
                 if rank:
                     yield ROOT + newest(key), row.write(one)
-    targets = tuple(f"{TARGETS[one]}/" for one in lora.targets)
+    targets = tuple(f"{TARGETS[target]}/" for target in lora.targets)
     for name, value in whole.items():
         row = table[name]
         layers = value if BLOCKS in name else value[None]
@@ -115,7 +115,7 @@ def _describe_whole(lora, whole, table):
             # A table alone is read as that of the base, and of its head.
             keys = table[name].keys(len(value))
             modules += [newest(key).rpartition(".")[0] for key in keys]
-    targets = {TARGETS[one] for one in lora.targets}
+    targets = {TARGETS[target] for target in lora.targets}
     of_targets = "lora_only" if targets >= {*biases} else "all"
     return {
         "bias": of_targets if biases else "none",

@@ -292,8 +292,8 @@ def _twice(block):
             return block(slices, number, x, *args)
 
         single = rematerialize(single, "block")
-        for one in range(2):
-            x = single([two[one] for two in slices], numbers[one], x)
+        for place in range(2):
+            x = single([pair[place] for pair in slices], numbers[place], x)
         return x
 
     return pair
@@ -329,7 +329,7 @@ def _named(block):
 def _each_layer(initializer):
     """Initialise each layer's slice by itself, as unrolled blocks would be."""
 
-    def one(shape, dtype):
+    def initialize_layer(shape, dtype):
         if not isinstance(initializer, keras.initializers.Initializer):
             return initializer(shape, dtype=dtype)
         # Keras's initializers draw the same each time; a new one of the same
@@ -338,7 +338,9 @@ def _each_layer(initializer):
         return new(shape, dtype=dtype)
 
     def initialize(shape, dtype=None):
-        return ops.stack([one(shape[1:], dtype) for _ in range(shape[0])])
+        return ops.stack(
+            [initialize_layer(shape[1:], dtype) for _ in range(shape[0])]
+        )
 
     return initialize
 

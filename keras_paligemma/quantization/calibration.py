@@ -57,7 +57,7 @@ def batches_of(examples, preprocessor):
             "preprocessor=None. Pass `tokenizer=` or a preprocessor."
         )
     keys = set(examples) if isinstance(examples, dict) else None
-    lengths = {len(one) for one in examples.values()} if keys else set()
+    lengths = {len(values) for values in examples.values()} if keys else set()
     if (
         keys not in (set(EXPECTED), set(EXPECTED[1:]))
         or len(lengths) != 1
@@ -122,7 +122,7 @@ def _through_vision(backbone, twin, floats, weights, batches):
     """Calibrate the vision encoder; give the image tokens of each batch."""
     encoder, projector = backbone.vision_encoder, twin.vision_encoder.projector
     images = [x["images"] for x, _, _ in batches]
-    xs = [_to_float(encoder.embed(one)) for one in images]
+    xs = [_to_float(encoder.embed(image)) for image in images]
     arguments, valid = [()] * len(xs), [None] * len(xs)
     (block,) = twin.vision_encoder.blocks._layers
     xs = _through_blocks(
@@ -133,7 +133,7 @@ def _through_vision(backbone, twin, floats, weights, batches):
     _calibrate(
         projector, 0, floats, writers, lambda at: projector(xs[at]), valid
     )
-    shapes = [encoder.compute_output_shape(one.shape) for one in images]
+    shapes = [encoder.compute_output_shape(image.shape) for image in images]
     return [
         np.reshape(_to_float(projector(x)), shape)
         for x, shape in zip(xs, shapes, strict=True)
@@ -258,18 +258,20 @@ def _moments(layer, run, valid):
         sharing[projection] = last[1]
 
     projections = [
-        one for one in layer._flatten_layers() if isinstance(one, Projection)
+        inner
+        for inner in layer._flatten_layers()
+        if isinstance(inner, Projection)
     ]
-    for one in projections:
-        one.observer = functools.partial(observe, one)
+    for projection in projections:
+        projection.observer = functools.partial(observe, projection)
     for at, mask in enumerate(valid):
         if mask is not None:
             tokens = np.reshape(mask, (-1, 1)).astype("float32")
         run(at)
-    for one in projections:
-        one.observer = None
+    for projection in projections:
+        projection.observer = None
     return [
-        (to_host(moment), [one for one in projections if sharing[one] is first])
+        (to_host(moment), [key for key in projections if sharing[key] is first])
         for first, moment in sums.items()
     ]
 

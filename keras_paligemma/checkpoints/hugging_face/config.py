@@ -326,7 +326,7 @@ def to_transformers(config, num_rows):
     """
     backbone = config.backbone
     text, vision = backbone.text_decoder, backbone.vision_encoder
-    _check(backbone)
+    _check_expressible(backbone)
     image_size, width = backbone.image_size, text.hidden_dim
     num_image_tokens = backbone.num_image_tokens()
     dtype = weight_dtype(backbone).name
@@ -406,7 +406,7 @@ def _resample(resize):
     return RESAMPLE[resize]
 
 
-def _check(backbone):
+def _check_expressible(backbone):
     """Refuse a model that transformers has no config for."""
     text = backbone.text_decoder
     scalar = text.query_pre_attention_scalar
