@@ -41,7 +41,7 @@ def write(folder, to, value, step=lambda: None):
     """Write a model, or an adapter, all of whose numbers are one."""
 
     if to == "peft":
-        arrays = ((key, np.full((2, 3), value)) for key in peft_keys)
+        arrays = ((key, np.full((2, 3), float(value))) for key in peft_keys)
         arrays = ((key, step() or array) for key, array in arrays)
         peft_write.write(folder, ADAPTER, arrays)
         return

@@ -102,7 +102,7 @@ def load(folder, known):
     weights = {name: Shaped(shape) for name, shape in known[key].items()}
     rows = checkpoint.rows_for(weights)
     with checkpoint.open() as tensors:
-        engine.check(weights, rows, tensors.shapes)
+        engine.check_names_and_shapes(weights, rows, tensors.shapes)
         for name, shape in tensors.shapes.items():
             assert tensors.read(name).shape == tuple(shape)
     return known[key]

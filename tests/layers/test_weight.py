@@ -18,9 +18,12 @@ def numbers(form):
 
 
 def variables(form, value, dtype="float32"):
-    if form != "unrolled":
-        return (keras.Variable(value, dtype=dtype),)
-    return tuple(keras.Variable(layer, dtype=dtype) for layer in value)
+    layers = value if form == "unrolled" else [value]
+    return tuple(
+        # Torch has no gradients of integers.
+        keras.Variable(layer, dtype=dtype, trainable=dtype == "float32")
+        for layer in layers
+    )
 
 
 def quantized(form):
