@@ -89,19 +89,19 @@ class Row:
             array = array[: shape[0]]
         if self.axes is None:
             return array
-        groups, ours = _parse(self.axes)
+        groups, axes = _parse(self.axes)
         flat = [name for group in groups for name in group if name != "1"]
-        sizes = dict(zip(ours, shape, strict=True))
+        sizes = dict(zip(axes, shape, strict=True))
         array = array.reshape([sizes[name] for name in flat])
-        return array.transpose([flat.index(name) for name in ours])
+        return array.transpose([flat.index(name) for name in axes])
 
     def write(self, value):
         """Turn a weight's array into the checkpoint's, a view if it can."""
         if self.axes is not None:
             shape = self._split_shape(value.shape)
-            groups, ours = _parse(self.axes)
+            groups, axes = _parse(self.axes)
             flat = [name for group in groups for name in group if name != "1"]
-            value = value.transpose([ours.index(name) for name in flat])
+            value = value.transpose([axes.index(name) for name in flat])
             value = value.reshape(shape)
         if self.extra:
             mean = value.mean(axis=0, keepdims=True, dtype="float64")
@@ -119,8 +119,8 @@ class Row:
     def _split_shape(self, shape):
         if self.axes is None:
             return shape
-        groups, ours = _parse(self.axes)
-        sizes = dict(zip(ours, shape, strict=True)) | {"1": 1}
+        groups, axes = _parse(self.axes)
+        sizes = dict(zip(axes, shape, strict=True)) | {"1": 1}
         return tuple(
             math.prod(sizes[name] for name in group) for group in groups
         )
@@ -128,9 +128,9 @@ class Row:
 
 def _parse(axes):
     """Split "(n h) d -> d n h" into [[n, h], [d]] and [d, n, h]."""
-    theirs, ours = axes.split("->")
-    groups = re.findall(r"\(([^)]*)\)|(\S+)", theirs)
-    return [(many or one).split() for many, one in groups], ours.split()
+    array_axes, weight_axes = axes.split("->")
+    groups = re.findall(r"\(([^)]*)\)|(\S+)", array_axes)
+    return [(many or one).split() for many, one in groups], weight_axes.split()
 
 
 class Arrays:

@@ -86,9 +86,11 @@ def rows(architecture):
             "adapter_bias": each_output,
             "adapter_magnitude": each_output,
         }
-        for theirs, ours in PIECES.items():
-            key = kernel.key.removesuffix("weight") + theirs
-            table[f"{place}/{ours}"] = Row(f"{place}/{ours}", key, axes[ours])
+        for suffix, piece in PIECES.items():
+            key = kernel.key.removesuffix("weight") + suffix
+            table[f"{place}/{piece}"] = Row(
+                f"{place}/{piece}", key, axes[piece]
+            )
     return table
 
 
