@@ -11,11 +11,11 @@ import pytest
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import presets
-from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.storage import npz
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
+from keras_paligemma.layers import weight
 from keras_paligemma.models import exports
 from tests.helpers.tiny_models import GOLDEN
 from tests.helpers.tiny_models import error
@@ -353,7 +353,7 @@ def test_damage_gives_no_model_and_leaves_the_files(
     files = [one for one in tmp_path.rglob("*") if one.is_file()]
     before = {one: one.read_bytes() for one in files}
     filled = []
-    monkeypatch.setattr(engine, "fill", lambda *args: filled.append(args))
+    monkeypatch.setattr(weight, "fill", lambda *args: filled.append(args))
     with pytest.raises(ValueError, match=f"{weights.name}.*cannot be read"):
         PaliGemmaBackbone.from_preset(path, **fields)
     assert not filled
