@@ -27,8 +27,7 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.stack import stable_name
-from keras_paligemma.quantization.dequantized_views import DequantizedView
-from keras_paligemma.quantization.dequantized_views import dequantized_views
+from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.quantization.rounding import order_and_factor
 from keras_paligemma.quantization.rounding import round_for
 from keras_paligemma.quantization.storage import QuantizedFormat
@@ -94,8 +93,8 @@ def nano_products(models, examples):
     """Yield each weight's name, and errors of kernel and products by model."""
     plain = models[None]
     sums = moments(plain, examples)
-    views = {
-        name: dequantized_views(model.backbone.weights_by_name())
+    weights = {
+        name: dequantized(model.backbone.weights_by_name())
         for name, model in models.items()
         if name
     }
@@ -113,11 +112,10 @@ def nano_products(models, examples):
             change = change.reshape(size, -1)
             return np.sqrt(np.sum(change * (moment @ change)))
 
-        for which, found in views.items():
-            view = found[name]
-            view = view[int(number[1])] if number else view
-            if isinstance(view, DequantizedView):
-                change = view.numpy() - kernel
+        for which, found in weights.items():
+            if found[name].scales:
+                layers = [*found[name].read_layers()]
+                change = layers[int(number[1]) if number else 0] - kernel
                 rows.setdefault(name, {}).setdefault(which, []).append(
                     (
                         np.linalg.norm(change) / np.linalg.norm(kernel),

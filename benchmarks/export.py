@@ -159,13 +159,13 @@ def main():
     if arguments.serve:
         serve(arguments.serve)
         return
-    from keras_paligemma.checkpoints import engine
+    from keras_paligemma.compat import to_host
 
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as home:
         folder = Path(home) / "served"
         ours = model(arguments.large)
         variables = ours.backbone.variables
-        weights = sum(engine.to_numpy(one).nbytes for one in variables)
+        weights = sum(to_host(one).nbytes for one in variables)
         seconds, peak = peak_of(lambda: ours.export(folder))
         size = sum(one.stat().st_size for one in folder.rglob("*"))
         inputs = {"images": [str(PICTURE)], "prompts": [PROMPT]}

@@ -66,9 +66,8 @@ LAYOUT = {
 def make(folder, formats=tuple(PATHS)):
     """Write the model in formats, all of them unless told."""
     from keras_paligemma import PaliGemmaBackbone
-    from keras_paligemma.checkpoints import engine
+    from keras_paligemma.checkpoints import writing
     from keras_paligemma.config import ModelConfig
-    from keras_paligemma.models import exports
 
     backbone = PaliGemmaBackbone(
         224, VISION, TEXT, form="unrolled", dtype="bfloat16"
@@ -76,7 +75,7 @@ def make(folder, formats=tuple(PATHS)):
     config = ModelConfig(backbone=backbone.architecture())
     weights = backbone.weights_by_name()
     for to in formats:
-        exports.write(folder / PATHS[to], to, config, weights, engine.to_numpy)
+        writing.write(folder / PATHS[to], to, config, weights)
 
 
 def ours(path):

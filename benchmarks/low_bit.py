@@ -18,8 +18,7 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import presets
 from keras_paligemma import without_values
-from keras_paligemma.quantization.dequantized_views import DequantizedView
-from keras_paligemma.quantization.dequantized_views import dequantized_views
+from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.quantization.storage import QuantizedFormat
 
 MODES = ("int8", "int4")
@@ -41,37 +40,34 @@ def error(layout, array):
 
 
 def layouts(fields, mode):
-    """Map the name of each weight that is rounded to one layout a layer."""
+    """Map the name of each weight that is rounded to a layer's layout."""
     with without_values():
         backbone = PaliGemmaBackbone(
             **fields, form="unrolled", quantization=mode
         )
-    found = {}
-    for name, view in dequantized_views(backbone.weights_by_name()).items():
-        view = view if isinstance(view, list) else [view]
-        if isinstance(view[0], DequantizedView):
-            found[name] = [one.layout for one in view]
-    return found
+    return {
+        name: weight.quantized_format
+        for name, weight in dequantized(backbone.weights_by_name()).items()
+        if weight.scales
+    }
 
 
 def nano_errors(mode):
     """Yield each weight's name and the errors of its layers."""
     backbone = PaliGemmaBackbone.from_preset(NANO, form="unrolled")
     weights = backbone.weights_by_name()
-    for name, found in layouts(
+    for name, layout in layouts(
         presets.describe(NANO)["backbone"], mode
     ).items():
-        weight = weights[name]
-        weight = weight if isinstance(weight, list) else [weight]
-        arrays = [ops.convert_to_numpy(one) for one in weight]
-        yield name, [error(*pair) for pair in zip(found, arrays, strict=True)]
+        arrays = weights[name].read_layers()
+        yield name, [error(layout, array) for array in arrays]
 
 
 def random_errors(mode):
     """Yield each name of 3b, the error of normal weights, and values/s."""
     random = np.random.default_rng(0)
     fields = dict(presets.describe("pali_gemma2_pt_3b_224")["backbone"])
-    for name, (layout, *_) in layouts(fields, mode).items():
+    for name, layout in layouts(fields, mode).items():
         shape = layout.shape
         if shape[0] > 100_000:
             layout = QuantizedFormat(mode, (8192, *shape[1:]), layout.axes)

@@ -10,6 +10,7 @@ import sys
 import keras
 import numpy as np
 from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.models.functional import Functional
 from keras.src.ops.function import Function
 
@@ -50,13 +51,14 @@ def fill(variable, value):
     value is ever drawn. Where a distribution is active, that door would put
     the whole array on the first device; each shard is cut out on the host and
     cast there instead, one at a time, so that no second whole array exists.
-    What stands for a variable, such as a `DequantizedView`, is assigned to.
+    A variable that has one already is assigned to, and in a stateless scope
+    the value is the scope's.
 
     JAX is given the array as it lies, a transposed view too, and copies and
     casts it by itself: `jnp.asarray`, Keras's way, lets NumPy copy such views
     first, which for bfloat16 is several times slower and a second copy.
     """
-    if not isinstance(variable, keras.Variable) or variable._value is not None:
+    if in_stateless_scope() or variable._value is not None:
         variable.assign(value)
         return
     if keras.distribution.distribution() is not None:

@@ -5,17 +5,22 @@ callers. Each field says what its value may be, and all of them are looked at
 before anything is built.
 """
 
-import dataclasses
 import json
-import numbers
-import reprlib
-from dataclasses import MISSING
 from dataclasses import dataclass
-from dataclasses import field
 from dataclasses import fields
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
+
+from keras_paligemma.checked import Checked
+from keras_paligemma.checked import choice
+from keras_paligemma.checked import flag
+from keras_paligemma.checked import number
+from keras_paligemma.checked import part
+from keras_paligemma.checked import shown
+from keras_paligemma.checked import text
+from keras_paligemma.checked import whole
+from keras_paligemma.lora_config import LoraConfig
 
 RESIZES = ("bilinear", "bilinear_antialias", "bicubic")
 QUANTIZATIONS = ("int8", "int4")
@@ -23,14 +28,6 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 DTYPES += ("mixed_bfloat16", "mixed_float16")
 # The index of the largest published model has 0.1 MB.
 JSON_LIMIT = 10_000_000
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = _short.maxlong = 80
-
-
-def shown(value: object) -> str:
-    """Shows what was received, cut where it is long: it may be anything."""
-    return _short.repr(value)
 
 
 def read_json(path: str | Path, limit: int = JSON_LIMIT) -> object:
@@ -56,185 +53,6 @@ def read_json(path: str | Path, limit: int = JSON_LIMIT) -> object:
     )
 
 
-# What a field may be: a description for errors, and a function that tells.
-
-
-def _field(expected, fits, default, optional=False):
-    if optional:
-        expected += " or None"
-
-    def allowed(value):
-        return (optional and value is None) or fits(value)
-
-    metadata = {"expected": expected, "allowed": allowed}
-    return field(default=default, metadata=metadata)
-
-
-def _whole(most, default=MISSING, least=1, optional=False):
-    def fits(value):
-        whole = isinstance(value, numbers.Integral)
-        return whole and type(value) is not bool and least <= value <= most
-
-    expected = f"an integer of {least} to {most}"
-    return _field(expected, fits, default, optional)
-
-
-def _number(least, most, default=MISSING, optional=False):
-    def fits(value):
-        real = isinstance(value, numbers.Real)
-        # No comparison holds for NaN.
-        return real and type(value) is not bool and least <= value <= most
-
-    expected = f"a number of {least} to {most}"
-    return _field(expected, fits, default, optional)
-
-
-def _scale(default=MISSING, optional=False):
-    def fits(value):
-        real = isinstance(value, numbers.Real) and type(value) is not bool
-        return real and 1e-30 <= abs(value) <= 1e30
-
-    expected = "a number other than 0 whose size a float32 holds"
-    return _field(expected, fits, default, optional)
-
-
-def _flag(default=MISSING):
-    return _field("True or False", lambda value: type(value) is bool, default)
-
-
-def _choice(values, default=MISSING, optional=False):
-    def fits(value):
-        return isinstance(value, str) and value in values
-
-    expected = " or ".join(map(repr, values))
-    return _field(expected, fits, default, optional)
-
-
-def _text(default=MISSING, optional=False):
-    def fits(value):
-        return isinstance(value, str)
-
-    return _field("a string", fits, default, optional)
-
-
-def _texts(default=MISSING, optional=False):
-    def fits(value):
-        listed = isinstance(value, (list, tuple))
-        return listed and all(isinstance(one, str) for one in value)
-
-    return _field("a list of strings", fits, default, optional)
-
-
-def _by_target(default=None):
-    """A dictionary of a target's name to one number for each layer."""
-
-    def fits(value):
-        return isinstance(value, dict) and all(
-            isinstance(key, str)
-            and isinstance(row, (list, tuple))
-            and all(
-                isinstance(one, numbers.Real) and type(one) is not bool
-                for one in row
-            )
-            for key, row in value.items()
-        )
-
-    expected = "an object of lists of numbers"
-    return _field(expected, fits, default, optional=True)
-
-
-def _part(cls, default=MISSING):
-    return field(default=default, metadata={"part": cls})
-
-
-class Checked:
-    """A dataclass whose fields say what they may be, with `_whole` and others.
-
-    They are looked at whenever an instance is made, so whoever is given one
-    need not look again.
-    """
-
-    def __post_init__(self):
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        _refuse(self.problems(values), type(self).__name__)
-
-    @classmethod
-    def problems(
-        cls, values: object, names: dict | None = None, prefix: str = ""
-    ) -> list[str]:
-        """Lists what is missing, unknown, or of a wrong type or range.
-
-        Args:
-            values: Dictionary by field; anything else counts as an empty one.
-            names: What the source calls its fields, where that differs.
-            prefix: Put before the names of the others, such as `"backbone."`.
-
-        Returns:
-            Sorted list of phrases, empty if `from_dict` takes the values.
-        """
-        values = values if isinstance(values, dict) else {}
-        known = {one.name: one for one in fields(cls)}
-        listed = [
-            f"{prefix}{key!s:.80} is unknown" for key in values.keys() - known
-        ]
-        for key, one in known.items():
-            name = (names or {}).get(key, prefix + key)
-            value, part = values.get(key, one.default), one.metadata.get("part")
-            if value is MISSING:
-                listed.append(f"{name} is missing")
-            elif part is None:
-                if not one.metadata["allowed"](value):
-                    listed.append(
-                        f"{name} must be {one.metadata['expected']}, received "
-                        f"{shown(value)}"
-                    )
-            elif isinstance(value, dict):
-                listed += part.problems(value, prefix=f"{name}.")
-            elif not isinstance(value, part) and value is not one.default:
-                listed.append(
-                    f"{name} must be an object of fields, received "
-                    f"{shown(value)}"
-                )
-        return sorted(listed)
-
-    @classmethod
-    def from_dict(cls, values: dict, source: object = None) -> Self:
-        """Makes a configuration of what a file or a caller says.
-
-        Args:
-            values: Dictionary by field, of dictionaries for parts. Fields with
-                a default may be missing.
-            source: Named in errors, such as a path.
-
-        Raises:
-            ValueError: listing all that is missing, unknown, of a wrong type
-                or out of range; or fields that do not go together.
-        """
-        source = source or cls.__name__
-        _refuse(cls.problems(values), source)
-        values = dict(values)
-        try:
-            for one in fields(cls):
-                part = one.metadata.get("part")
-                if part and isinstance(values.get(one.name), dict):
-                    values[one.name] = part.from_dict(values[one.name])
-            return cls(**values)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-
-    def to_dict(self) -> dict:
-        """Gives plain values and dictionaries, as a JSON file has them."""
-        return dataclasses.asdict(self)
-
-
-def _refuse(problems, source):
-    if problems:
-        raise ValueError(
-            f"{source} is no configuration that can be built: "
-            f"{'; '.join(problems)}."
-        )
-
-
 @dataclass(frozen=True)
 class VisionEncoderConfig(Checked):
     """Sizes of the vision tower; the defaults are SigLIP So400m/14.
@@ -251,12 +69,12 @@ class VisionEncoderConfig(Checked):
     Source: https://arxiv.org/abs/2305.13035.
     """
 
-    patch_size: int = _whole(1024, 14)
-    num_layers: int = _whole(512, 27)
-    hidden_dim: int = _whole(65_536, 1152)
-    num_heads: int = _whole(1024, 16)
-    intermediate_dim: int = _whole(1_048_576, 4304)
-    layer_norm_epsilon: float = _number(1e-12, 1, 1e-6)
+    patch_size: int = whole(1024, 14)
+    num_layers: int = whole(512, 27)
+    hidden_dim: int = whole(65_536, 1152)
+    num_heads: int = whole(1024, 16)
+    intermediate_dim: int = whole(1_048_576, 4304)
+    layer_norm_epsilon: float = number(1e-12, 1, 1e-6)
 
     def __post_init__(self):
         super().__post_init__()
@@ -307,20 +125,20 @@ class TextDecoderConfig(Checked):
     Source: https://arxiv.org/abs/2408.00118.
     """
 
-    vocabulary_size: int = _whole(16_777_216, 257_152)
-    num_layers: int = _whole(512, 26)
-    hidden_dim: int = _whole(65_536, 2304)
-    intermediate_dim: int = _whole(1_048_576, 9216)
-    num_query_heads: int = _whole(1024, 8)
-    num_key_value_heads: int = _whole(1024, 4)
-    head_dim: int = _whole(4096, 256)
-    query_pre_attention_scalar: float = _number(1e-6, 1e9, 256)
-    attention_logit_soft_cap: float | None = _number(1e-6, 1e9, 50.0, True)
-    final_logit_soft_cap: float | None = _number(1e-6, 1e9, 30.0, True)
-    use_post_norms: bool = _flag(True)
-    sliding_window_size: int | None = _whole(2**31 - 1, None, optional=True)
-    rope_base: float = _number(1, 1e12, 10_000.0)
-    rms_norm_epsilon: float = _number(1e-12, 1, 1e-6)
+    vocabulary_size: int = whole(16_777_216, 257_152)
+    num_layers: int = whole(512, 26)
+    hidden_dim: int = whole(65_536, 2304)
+    intermediate_dim: int = whole(1_048_576, 9216)
+    num_query_heads: int = whole(1024, 8)
+    num_key_value_heads: int = whole(1024, 4)
+    head_dim: int = whole(4096, 256)
+    query_pre_attention_scalar: float = number(1e-6, 1e9, 256)
+    attention_logit_soft_cap: float | None = number(1e-6, 1e9, 50.0, True)
+    final_logit_soft_cap: float | None = number(1e-6, 1e9, 30.0, True)
+    use_post_norms: bool = flag(True)
+    sliding_window_size: int | None = whole(2**31 - 1, None, optional=True)
+    rope_base: float = number(1, 1e12, 10_000.0)
+    rms_norm_epsilon: float = number(1e-12, 1, 1e-6)
 
     def __post_init__(self):
         super().__post_init__()
@@ -342,38 +160,6 @@ class TextDecoderConfig(Checked):
 
 
 @dataclass(frozen=True)
-class LoraConfig(Checked):
-    """The adapter that a model was saved with; the backbone's `enable_lora`.
-
-    Args:
-        rank: Integer.
-        alpha: Float, the adapter is scaled by alpha / rank; the rank if `None`.
-        targets: Names of projections, or `None`.
-        dropout: Float, share of an adapter's inputs dropped in training.
-        rslora: Boolean, scale by alpha / √rank.
-        dora: Boolean, a learned gain for each output.
-        bias: Boolean, a learned bias for each output.
-        ranks: Dictionary of target to the rank of each layer, or `None`.
-        alphas: Dictionary of target to the alpha of each layer, or `None`.
-    """
-
-    rank: int = _whole(65_536)
-    alpha: float | None = _scale(None, optional=True)
-    targets: tuple[str, ...] | None = _texts(None, True)
-    dropout: float = _number(0, 0.999_999, 0.0)
-    rslora: bool = _flag(False)
-    dora: bool = _flag(False)
-    bias: bool = _flag(False)
-    ranks: dict | None = _by_target()
-    alphas: dict | None = _by_target()
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.targets is not None:  # JSON has lists alone.
-            object.__setattr__(self, "targets", tuple(self.targets))
-
-
-@dataclass(frozen=True)
 class BackboneConfig(Checked):
     """A backbone: its picture size, its two towers, and how they are stored.
 
@@ -392,16 +178,16 @@ class BackboneConfig(Checked):
     1024
     """
 
-    image_size: int = _whole(16_384, 224)
-    dtype: str | None = _choice(DTYPES, None, optional=True)
-    vision_encoder: VisionEncoderConfig = _part(
+    image_size: int = whole(16_384, 224)
+    dtype: str | None = choice(DTYPES, None, optional=True)
+    vision_encoder: VisionEncoderConfig = part(
         VisionEncoderConfig, VisionEncoderConfig()
     )
-    text_decoder: TextDecoderConfig = _part(
+    text_decoder: TextDecoderConfig = part(
         TextDecoderConfig, TextDecoderConfig()
     )
-    lora: LoraConfig | None = _part(LoraConfig, None)
-    quantization: str | None = _choice(QUANTIZATIONS, None, optional=True)
+    lora: LoraConfig | None = part(LoraConfig, None)
+    quantization: str | None = choice(QUANTIZATIONS, None, optional=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -462,11 +248,11 @@ class PreprocessorConfig(Checked):
         on_long_response: `"warn"`, `"keep_eos"` or `"error"`.
     """
 
-    resize: str = _choice(RESIZES)
-    prompt_length: int = _whole(1_048_576, 64, least=3)
-    response_length: int = _whole(1_048_576, 64)
-    on_long_prompt: str = _choice(("error", "truncate"), "error")
-    on_long_response: str = _choice(("warn", "keep_eos", "error"), "warn")
+    resize: str = choice(RESIZES)
+    prompt_length: int = whole(1_048_576, 64, least=3)
+    response_length: int = whole(1_048_576, 64)
+    on_long_prompt: str = choice(("error", "truncate"), "error")
+    on_long_response: str = choice(("warn", "keep_eos", "error"), "warn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -479,6 +265,6 @@ class ModelConfig(Checked):
         preprocessor: `PreprocessorConfig`, or `None` for arrays alone.
     """
 
-    name: str | None = _text(None, True)
-    backbone: BackboneConfig = _part(BackboneConfig)
-    preprocessor: PreprocessorConfig | None = _part(PreprocessorConfig, None)
+    name: str | None = text(None, True)
+    backbone: BackboneConfig = part(BackboneConfig)
+    preprocessor: PreprocessorConfig | None = part(PreprocessorConfig, None)

@@ -12,9 +12,9 @@ from pathlib import Path
 from keras_paligemma import atomic
 from keras_paligemma import downloads
 from keras_paligemma import shipped
+from keras_paligemma.checked import shown
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import read_json
-from keras_paligemma.config import shown
 
 HEADER = {"format": "keras_paligemma", "format_version": 1}
 CONFIG = "config.json"

@@ -21,6 +21,7 @@ from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.storage import npz
 from keras_paligemma.cli.convert import progress
 from keras_paligemma.cli.options import read_fields
+from keras_paligemma.layers.weight import Weight
 from tests.helpers.tiny_models import GOLDEN
 from tests.helpers.tiny_models import PRESETS
 
@@ -240,18 +241,14 @@ def test_inspect_of_what_tells_no_sizes(monkeypatch):
 
 @pytest.mark.parametrize("looks_on", [False, True])
 def test_progress(monkeypatch, capsys, looks_on):
-    class Weight:
-        shape = (3, 5)
-
-        def read(self):
-            return np.zeros(self.shape, "float32")
-
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr("sys.stdout.isatty", lambda: looks_on, raising=False)
-    weights = {"a": Weight(), "b": [Weight(), Weight()]}
-    with progress(weights, Path("folder/there")) as read:
-        for weight in (weights["a"], *weights["b"]):
-            assert read(weight).shape == (3, 5)
+    layer = np.zeros((3, 5), "float32")
+    weights = {"a": Weight((layer,)), "b": Weight((layer, layer), "unrolled")}
+    with progress(weights, Path("folder/there")) as show:
+        for weight in weights.values():
+            for array in weight.read_layers():
+                show(array)
     printed = capsys.readouterr()
     assert printed.out == ""
     assert ("180/180 bytes" in printed.err) is looks_on

@@ -10,12 +10,12 @@ import pytest
 from keras_paligemma import config as configs
 from keras_paligemma import presets
 from keras_paligemma.config import BackboneConfig
-from keras_paligemma.config import LoraConfig
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
 from keras_paligemma.config import read_json
+from keras_paligemma.lora_config import LoraConfig
 
 PARTS = [
     VisionEncoderConfig(),

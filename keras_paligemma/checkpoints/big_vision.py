@@ -89,7 +89,7 @@ def rows(use_post_norms=True, prefix="params/", scanned=True):
         table.append(_text(f"blocks/{norm}/scale", f"{DECODER}{norm}/scale"))
     one = ENCODER if scanned else ENCODER.rstrip("/") + "_{layer}/"
     return [
-        replace(row, theirs=prefix + row.theirs.replace(ENCODER, one))
+        replace(row, key=prefix + row.key.replace(ENCODER, one))
         for row in table
     ]
 
@@ -112,10 +112,10 @@ def infer(shapes):
     )
     scanned = not any(f"{ENCODER[:-1]}_0/" in key for key in shapes)
     post_norms = f"{prefix}{DECODER}post_attention_norm/scale" in shapes
-    table = {row.ours: row for row in rows(post_norms, prefix, scanned)}
+    table = {row.name: row for row in rows(post_norms, prefix, scanned)}
 
-    def sizes(ours, rank, tower="text_decoder"):
-        row = table[f"{tower}/{ours}"]
+    def sizes(name, rank, tower="text_decoder"):
+        row = table[f"{tower}/{name}"]
         key = row.keys(1)[0]
         if len(shapes.get(key, ())) != rank:
             raise ValueError(
@@ -170,19 +170,19 @@ def infer(shapes):
     return backbone, list(table.values())
 
 
-def _pair(ours, theirs):
+def _pair(name, key):
     return [
-        Row(f"vision_encoder/{ours}/{part}", theirs + part)
+        Row(f"vision_encoder/{name}/{part}", key + part)
         for part in ("kernel", "bias")
     ]
 
 
-def _norm(ours, theirs):
+def _norm(name, key):
     return [
-        Row(f"vision_encoder/{ours}/gamma", theirs + "scale"),
-        Row(f"vision_encoder/{ours}/beta", theirs + "bias"),
+        Row(f"vision_encoder/{name}/gamma", key + "scale"),
+        Row(f"vision_encoder/{name}/beta", key + "bias"),
     ]
 
 
-def _text(ours, theirs, **how):
-    return Row(f"text_decoder/{ours}", theirs, **how)
+def _text(name, key, **how):
+    return Row(f"text_decoder/{name}", key, **how)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from keras_paligemma import atomic
 from keras_paligemma import presets
+from keras_paligemma.checked import shown
 from keras_paligemma.checkpoints import big_vision
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints.finite import Finite
@@ -23,7 +24,6 @@ from keras_paligemma.checkpoints.storage import safetensors
 from keras_paligemma.config import BackboneConfig
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
-from keras_paligemma.config import shown
 
 FORMATS = ("keras", "transformers", "big_vision", "keras_hub")
 
@@ -258,7 +258,7 @@ def _recognise(folder):
     elif any(folder.glob("*.npz*")):
         return "big_vision"
     else:
-        names = sorted(one.name for one in folder.iterdir())
+        names = sorted(path.name for path in folder.iterdir())
         for name in names:
             if Path(name).suffix in UNREADABLE:
                 raise ValueError(
@@ -424,7 +424,7 @@ def variant(backbone):
     for name in presets.names():
         known = presets.config(name).backbone.to_dict()
         towers = ("vision_encoder", "text_decoder")
-        if all(known[one] == known[one] | backbone[one] for one in towers):
+        if all(known[key] == known[key] | backbone[key] for key in towers):
             matching.append(
                 (known["image_size"] != backbone["image_size"], name)
             )

@@ -12,24 +12,36 @@ class LazyTensor:
     Args:
         row: `Row`.
         tensors: the checkpoint.
-        shape: tuple, of the weight, or of one block of it.
-        layer: int or `None`, which block.
+        shape: tuple, of the weight, layer axis first in the blocks.
+        on_read: function that is called with each array that was read, or
+            `None`.
     """
 
-    def __init__(self, row, tensors, shape, layer=None):
+    def __init__(self, row, tensors, shape, on_read=None):
         self.row, self.tensors = row, tensors
-        self.shape, self.layer = shape, layer
+        self.shape, self.on_read = tuple(shape), on_read
 
-    def read(self):
-        """Give its array."""
-        if self.layer is None:
-            array = self.tensors.read(self.row.theirs)
-        elif self.row.stacked:
-            array = self.tensors.read_layer(self.row.theirs, self.layer)
+    @property
+    def num_layers(self):
+        """Layers that share the name; one outside of the blocks."""
+        return self.shape[0] if self.row.in_blocks else 1
+
+    def read_layers(self):
+        """Return an iterator of the array of each layer."""
+        return map(self.read_layer, range(self.num_layers))
+
+    def read_layer(self, number):
+        """Give the array of one layer; outside of the blocks of number 0."""
+        if self.row.stacked:
+            array = self.tensors.read_layer(self.row.key, number)
         else:
-            key = self.row.keys(self.layer + 1)[self.layer]
+            key = self.row.keys(self.num_layers)[number]
             array = self.tensors.read(key)
-        return self.row.read(array, self.shape)
+        shape = self.shape[1:] if self.row.in_blocks else self.shape
+        array = self.row.read(array, shape)
+        if self.on_read is not None:
+            self.on_read(array)
+        return array
 
 
 class Last:
@@ -57,29 +69,21 @@ class Last:
         return self.read(key)[layer]
 
 
-def hold(weights, rows, tensors):
+def lazy_tensors(weights, rows, tensors, on_read=None):
     """Give weights of a checkpoint that are read when they are asked for.
 
     Args:
         weights: dict of name to anything with a shape (layer axis first).
         rows: list of `Row`.
         tensors: the checkpoint.
+        on_read: see `LazyTensor`.
 
     Returns:
-        Dict of name to `LazyTensor`, or of blocks to a list of them, as
-        `engine.write` takes it with `LazyTensor.read`.
+        Dict of name to `LazyTensor`, which `engine.write` takes.
     """
-    engine.check(weights, rows, tensors.shapes)
+    engine.check_names_and_shapes(weights, rows, tensors.shapes)
     tensors = Last(tensors)
-    held = {}
-    for row in rows:
-        shape = engine.shape_of(weights[row.ours])
-        held[row.ours] = (
-            [
-                LazyTensor(row, tensors, shape[1:], one)
-                for one in range(shape[0])
-            ]
-            if row.in_blocks
-            else LazyTensor(row, tensors, shape)
-        )
-    return held
+    return {
+        row.name: LazyTensor(row, tensors, weights[row.name].shape, on_read)
+        for row in rows
+    }

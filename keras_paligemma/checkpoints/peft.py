@@ -7,41 +7,24 @@ import re
 import numpy as np
 
 from keras_paligemma import atomic
-from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import peft_config
 from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.checkpoints.engine import LAYER
 from keras_paligemma.checkpoints.engine import Row
 from keras_paligemma.checkpoints.hugging_face import weights as hugging_face
 from keras_paligemma.checkpoints.storage import safetensors
-from keras_paligemma.quantization.dequantized_views import DequantizedView
+from keras_paligemma.lora_config import TARGETS
+from keras_paligemma.lora_config import LoraConfig
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ROOT = "base_model.model."
 
-# What can have an adapter: its name, and the place of its weights.
-TARGETS = {
-    "query": "text_decoder/blocks/attention/query",
-    "key": "text_decoder/blocks/attention/key",
-    "value": "text_decoder/blocks/attention/value",
-    "output": "text_decoder/blocks/attention/output",
-    "gate": "text_decoder/blocks/mlp/gate",
-    "up": "text_decoder/blocks/mlp/up",
-    "down": "text_decoder/blocks/mlp/down",
-    "vision.query": "vision_encoder/blocks/attention/query",
-    "vision.key": "vision_encoder/blocks/attention/key",
-    "vision.value": "vision_encoder/blocks/attention/value",
-    "vision.output": "vision_encoder/blocks/attention/output",
-    "vision.up": "vision_encoder/blocks/mlp/up",
-    "vision.down": "vision_encoder/blocks/mlp/down",
-    "projector": "vision_encoder/projector",
-}
 _TARGET_OF = {place: target for target, place in TARGETS.items()}
 TABLE = "text_decoder/token_embedding/table"
 # The table of the head, where an adapter brings one that differs.
 HEAD = "text_decoder/token_embedding/adapter_head"
-# Theirs -> ours: what a module has beside its kernel.
+# What a module has beside its kernel, by PEFT's name and by ours.
 PIECES = {
     "lora_A.weight": "adapter_a",
     "lora_B.weight": "adapter_b",
@@ -88,9 +71,9 @@ def rows(architecture):
     Source: PEFT, `tuners/lora/layer.py` and `tuners/lora/dora.py`.
     """
     base = hugging_face.rows(architecture)
-    table = {row.ours: row for row in base}
+    table = {row.name: row for row in base}
     head = hugging_face.HEADS[0]
-    table[HEAD] = dataclasses.replace(table[TABLE], ours=HEAD, theirs=head)
+    table[HEAD] = dataclasses.replace(table[TABLE], name=HEAD, key=head)
     for place in TARGETS.values():
         kernel = table[f"{place}/kernel"]
         outputs, inputs = re.findall(
@@ -103,9 +86,11 @@ def rows(architecture):
             "adapter_bias": each_output,
             "adapter_magnitude": each_output,
         }
-        for theirs, ours in PIECES.items():
-            key = kernel.theirs.removesuffix("weight") + theirs
-            table[f"{place}/{ours}"] = Row(f"{place}/{ours}", key, axes[ours])
+        for suffix, piece in PIECES.items():
+            key = kernel.key.removesuffix("weight") + suffix
+            table[f"{place}/{piece}"] = Row(
+                f"{place}/{piece}", key, axes[piece]
+            )
     return table
 
 
@@ -123,7 +108,8 @@ def find(folder):
         ValueError: no adapter, or one of a kind that this package has not.
     """
     folder = atomic.current(folder, CONFIG)
-    missing = [one for one in (CONFIG, WEIGHTS) if not (folder / one).is_file()]
+    names = (CONFIG, WEIGHTS)
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
             f"{folder} lacks {', '.join(missing)}. Expected: a folder that "
@@ -141,11 +127,11 @@ def read(folder, architecture, weights, allow_nonfinite=False):
     Args:
         folder: path.
         architecture: see `hugging_face.rows`.
-        weights: dict of name to weight or list of weights: the model's.
+        weights: dict of name to `Weight`, integers seen as floats.
         allow_nonfinite: bool, take NaN and infinities too.
 
     Returns:
-        Dict of the arguments of `Lora`; dict of name to float32 array, the
+        `LoraConfig`; dict of name to float32 array, the
         pieces, filled up by 0 to the largest rank and to all layers; and dict
         of name to array, the weights that the adapter brings whole.
 
@@ -154,12 +140,12 @@ def read(folder, architecture, weights, allow_nonfinite=False):
             all of whose misfits are listed.
     """
     config, open_files = find(folder)
-    table = {row.theirs: row for row in rows(architecture).values()}
+    table = {row.key: row for row in rows(architecture).values()}
     pieces, whole = {}, {}
     with open_files() as tensors:
         entries = _entries(tensors.shapes, table, weights, folder)
         lora = _lora(config, entries, weights)
-        _check(config, lora, entries, weights, tensors.shapes)
+        _check_fits(config, lora, entries, weights, tensors.shapes)
         for entry in entries:
             array = tensors.read(entry.key)
             if not allow_nonfinite and not np.isfinite(array).all():
@@ -168,24 +154,24 @@ def read(folder, architecture, weights, allow_nonfinite=False):
                     "Expected: finite numbers; its training may have "
                     "diverged. allow_nonfinite=True loads it all the same."
                 )
-            name, layer = entry.row.ours, entry.layer
+            name, layer = entry.row.name, entry.layer
             array = entry.row.read(array, _shape(entry, lora, weights))
             if entry.target is not None:
                 layers, _ = _sizes(name, weights)
-                shape = _shape(entry, lora, weights, lora["rank"])
+                shape = _shape(entry, lora, weights, lora.rank)
                 if name not in pieces:
                     pieces[name] = np.zeros((layers, *shape), "float32")
                 pieces[name][(layer, *map(slice, array.shape))] = array
             elif BLOCKS in name:
                 if name not in whole:
                     # Layers that the file has not stay as they are.
-                    whole[name] = engine.to_array(weights[name]).copy()
+                    whole[name] = weights[name].read().copy()
                 whole[name][layer] = array
             else:
                 whole[name] = array
     _tie(config, whole, weights)
-    for name, held in pieces.items():
-        pieces[name] = held if BLOCKS in name else held[0]
+    for name, layers in pieces.items():
+        pieces[name] = layers if BLOCKS in name else layers[0]
     return lora, pieces, whole
 
 
@@ -203,20 +189,20 @@ def _entries(shapes, table, weights, folder):
             unknown.append(key)
             continue
         if row.extra:
-            count = shape[0] - engine.shape_of(weights[TABLE])[0]
+            count = shape[0] - weights[TABLE].shape[0]
             fits = 0 <= count <= hugging_face.EXTRA_ROWS
             row = dataclasses.replace(row, extra=count if fits else 0)
-        other = seen.setdefault((row.ours, layer), key)
+        other = seen.setdefault((row.name, layer), key)
         if other != key:
             raise ValueError(
                 f"{other} and {key} of {folder} are one tensor. Expected: each "
                 "once. Save the adapter again."
             )
-        place, last = row.ours.rsplit("/", 1)
+        place, last = row.name.rsplit("/", 1)
         target = _TARGET_OF[place] if last in PIECES.values() else None
         module = re.sub(r"\.(lora_.*|weight|bias)$", "", module)
         entries.append(Entry(key, module, row, layer, target))
-    if unknown or not any(one.target for one in entries):
+    if unknown or not any(entry.target for entry in entries):
         raise ValueError(
             f"{folder} adapts what has no adapter here. Received: "
             f"{unknown[:4]}, {len(unknown)} keys. Expected: projections of "
@@ -252,42 +238,42 @@ def _sizes(name, weights):
     place, last = name.rsplit("/", 1)
     if last in PIECES.values():
         name = f"{place}/kernel"
-    shape = engine.shape_of(weights[TABLE if name == HEAD else name])
-    return (shape[0], shape[1:]) if BLOCKS in name else (1, shape)
+    weight = weights[TABLE if name == HEAD else name]
+    return weight.num_layers, weight.layer_shape
 
 
 def _shape(entry, lora, weights, rank=None):
     """Give the shape of one layer of an entry; a piece's, for a rank."""
-    _, shape = _sizes(entry.row.ours, weights)
+    _, shape = _sizes(entry.row.name, weights)
     if entry.target is None:
         return shape
     if rank is None:
-        ranks = lora["ranks"].get(entry.target)
-        rank = lora["rank"] if ranks is None else ranks[entry.layer]
+        ranks = lora.ranks.get(entry.target)
+        rank = lora.rank if ranks is None else ranks[entry.layer]
     axes = len(entry.row.axes.split("->")[1].split())
-    if entry.row.ours.endswith("adapter_a"):
+    if entry.row.name.endswith("adapter_a"):
         return (*shape[: axes - 1], rank)
-    if entry.row.ours.endswith("adapter_b"):
+    if entry.row.name.endswith("adapter_b"):
         return (rank, *shape[1 - axes :])
     return shape[-axes:]
 
 
 def _lora(config, entries, weights):
-    """Give the arguments of `Lora`; those of layers where they differ.
+    """Give the `LoraConfig`; those of layers where they differ.
 
     Ranks are the configuration's, by which PEFT scales: arrays of another rank
     do not fit.
     """
     ranks, alphas = {}, {}
     for entry in entries:
-        layers, _ = _sizes(entry.row.ours, weights)
+        layers, _ = _sizes(entry.row.name, weights)
         if entry.target is None or entry.layer >= layers:
             continue
         rank, alpha = peft_config.rank_and_alpha(config, entry.module)
         ranks.setdefault(entry.target, [0] * layers)[entry.layer] = rank
         default = [config["lora_alpha"]] * layers
         alphas.setdefault(entry.target, default)[entry.layer] = alpha
-    largest = max((max(one) for one in ranks.values()), default=config["r"])
+    largest = max((max(row) for row in ranks.values()), default=config["r"])
 
     def differing(lists, default):
         return {
@@ -296,57 +282,58 @@ def _lora(config, entries, weights):
             if set(lists.get(target, ())) - {default}
         }
 
-    return {
-        "rank": largest,
-        "alpha": config["lora_alpha"],
-        "targets": [one for one in TARGETS if one in ranks],
-        "dropout": config.get("lora_dropout") or 0.0,
-        "rslora": bool(config.get("use_rslora")),
-        "dora": bool(config.get("use_dora")),
-        "bias": bool(config.get("lora_bias")),
-        "ranks": differing(ranks, largest),
-        "alphas": differing(alphas, config["lora_alpha"]),
-    }
+    return LoraConfig(
+        largest,
+        config["lora_alpha"],
+        [target for target in TARGETS if target in ranks],
+        config.get("lora_dropout") or 0.0,
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+        bias=bool(config.get("lora_bias")),
+        ranks=differing(ranks, largest),
+        alphas=differing(alphas, config["lora_alpha"]),
+    )
 
 
-def _check(config, lora, entries, weights, found):
+def _check_fits(config, lora, entries, weights, found):
     """Refuse what does not fit, all of it at once."""
     needed = ["adapter_a", "adapter_b"]
-    needed += ["adapter_bias"] if lora["bias"] else []
-    needed += ["adapter_magnitude"] if lora["dora"] else []
-    listed, held = [], set()
-    for one in entries:
-        place, piece = one.row.ours.rsplit("/", 1)
-        held.add((place, piece, one.layer))
-        layers, _ = _sizes(one.row.ours, weights)
-        if one.layer >= layers:
-            listed.append(f"unused: {one.key}, of {layers} layers")
-        elif one.target and piece not in needed:
-            listed.append(f"unused: {one.key}, which {CONFIG} does not tell of")
+    needed += ["adapter_bias"] if lora.bias else []
+    needed += ["adapter_magnitude"] if lora.dora else []
+    listed, seen = [], set()
+    for entry in entries:
+        key, name = entry.key, entry.row.name
+        place, piece = name.rsplit("/", 1)
+        seen.add((place, piece, entry.layer))
+        layers, _ = _sizes(name, weights)
+        if entry.layer >= layers:
+            listed.append(f"unused: {key}, of {layers} layers")
+        elif entry.target and piece not in needed:
+            listed.append(f"unused: {key}, which {CONFIG} does not tell of")
         else:
-            expected = one.row.their_shape(_shape(one, lora, weights))
-            if found[one.key] != expected:
+            shape = _shape(entry, lora, weights)
+            expected = entry.row.checkpoint_shape(shape)
+            if found[key] != expected:
                 listed.append(
-                    f"shape: {one.key} is {found[one.key]}, expected {expected}"
+                    f"shape: {key} is {found[key]}, expected {expected}"
                 )
-        name = one.row.ours
-        if not one.target and _is_low_bit(weights.get(name, weights[TABLE])):
+        if not entry.target and weights.get(name, weights[TABLE]).scales:
             listed.append(
-                f"whole: {one.key}, which the model has in few bits: load it "
+                f"whole: {key}, which the model has in few bits: load it "
                 "without `quantize`"
             )
-    for target in lora["targets"]:
+    for target in lora.targets:
         place = TARGETS[target]
         layers, _ = _sizes(f"{place}/kernel", weights)
-        ranks = lora["ranks"].get(target, [lora["rank"]] * layers)
+        ranks = lora.ranks_of(target, layers)
         listed += [
             f"missing: {piece} of {target}, layer {layer}"
             for layer, rank in enumerate(ranks)
             for piece in needed
-            if (place, piece, layer) not in held
+            if (place, piece, layer) not in seen
             and (rank or not peft_config.names_layers(config))
         ]
-    modules = {f".{one.module}." for one in entries if one.target is None}
+    modules = {f".{entry.module}." for entry in entries if entry.target is None}
     listed += [
         f"missing: {name}, of modules_to_save"
         for name in config.get("modules_to_save") or ()
@@ -359,11 +346,6 @@ def _check(config, lora, entries, weights, found):
             f"nothing was loaded.\n  {shown}\nIs it an adapter of this "
             "variant, and whole?"
         )
-
-
-def _is_low_bit(weight):
-    first = weight[0] if isinstance(weight, list) else weight
-    return isinstance(first, DequantizedView)
 
 
 def _tie(config, whole, weights):
@@ -381,4 +363,4 @@ def _tie(config, whole, weights):
             del whole[HEAD]
     elif TABLE in whole and not config.get("ensure_weight_tying"):
         if peft_config.saves(config, "model.language_model.embed_tokens"):
-            whole[HEAD] = engine.to_array(weights[TABLE])
+            whole[HEAD] = weights[TABLE].read()

@@ -100,7 +100,7 @@ def _is_expression(value):
 
 def _are_names(value):
     listed = isinstance(value, list)
-    return listed and all(isinstance(one, str) and one for one in value)
+    return listed and all(isinstance(name, str) and name for name in value)
 
 
 # What is read: what is expected, and a function that tells. `None` stands for
@@ -242,5 +242,5 @@ def names_layers(config):
 def saves(config, module):
     """Say whether PEFT keeps a copy of a module for the adapter."""
     return any(
-        module.endswith(one) for one in config.get("modules_to_save") or ()
+        module.endswith(name) for name in config.get("modules_to_save") or ()
     )

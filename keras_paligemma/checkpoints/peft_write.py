@@ -14,10 +14,10 @@ from keras_paligemma.checkpoints.peft import CONFIG
 from keras_paligemma.checkpoints.peft import HEAD
 from keras_paligemma.checkpoints.peft import ROOT
 from keras_paligemma.checkpoints.peft import TABLE
-from keras_paligemma.checkpoints.peft import TARGETS
 from keras_paligemma.checkpoints.peft import WEIGHTS
 from keras_paligemma.checkpoints.peft import newest
 from keras_paligemma.checkpoints.peft import rows
+from keras_paligemma.lora_config import TARGETS
 
 # A vector of a module, and the array that makes the module whole with it.
 _BESIDE = {"bias": "kernel", "beta": "gamma"}
@@ -30,14 +30,14 @@ def arrays(lora, pieces, whole, architecture):
         Pairs of key and array, of each layer the rank that it has.
     """
     table = rows(architecture)
-    for target in lora["targets"]:
+    for target in lora.targets:
         place = TARGETS[target]
         for name in sorted(
-            one for one in pieces if one.startswith(f"{place}/")
+            name for name in pieces if name.startswith(f"{place}/")
         ):
             row = table[name]
             layers = pieces[name] if BLOCKS in name else pieces[name][None]
-            ranks = lora["ranks"].get(target, [lora["rank"]] * len(layers))
+            ranks = lora.ranks_of(target, len(layers))
             for key, one, rank in zip(
                 row.keys(len(layers)), layers, ranks, strict=True
             ):
@@ -47,7 +47,7 @@ def arrays(lora, pieces, whole, architecture):
                     one = one[:rank]
                 if rank:
                     yield ROOT + newest(key), row.write(one)
-    targets = tuple(f"{TARGETS[one]}/" for one in lora["targets"])
+    targets = tuple(f"{TARGETS[target]}/" for target in lora.targets)
     for name, value in whole.items():
         row = table[name]
         layers = value if BLOCKS in name else value[None]
@@ -62,7 +62,7 @@ def describe(lora, whole, layers, architecture, base=None):
     """Give the configuration that PEFT reads with these tensors.
 
     Args:
-        lora: dict of the arguments of `Lora`.
+        lora: `LoraConfig`.
         whole: dict of name to array, weights that it brings whole.
         layers: dict of target to its number of layers.
         architecture: see `hugging_face.rows`.
@@ -70,35 +70,35 @@ def describe(lora, whole, layers, architecture, base=None):
     """
     table = rows(architecture)
     modules, ranks, alphas = [], {}, {}
-    for target in lora["targets"]:
-        name = table[f"{TARGETS[target]}/kernel"].theirs
+    for target in lora.targets:
+        name = table[f"{TARGETS[target]}/kernel"].key
         name = re.escape(newest(name).removesuffix(".weight"))
         module = functools.partial(name.replace, re.escape(LAYER))
         count = layers[target]
-        of_target = lora["ranks"].get(target, [lora["rank"]] * count)
+        of_target = lora.ranks_of(target, count)
         chosen = [str(layer) for layer, rank in enumerate(of_target) if rank]
         every = r"\d+" if len(chosen) == count else f"({'|'.join(chosen)})"
         modules += [module(every)] if chosen else []
         for layer, rank in enumerate(of_target):
-            if rank not in (0, lora["rank"]):
+            if rank not in (0, lora.rank):
                 ranks[module(str(layer))] = rank
-        for layer, alpha in enumerate(lora["alphas"].get(target, ())):
-            if alpha != lora["alpha"] and of_target[layer]:
+        for layer, alpha in enumerate(lora.alphas.get(target, ())):
+            if alpha != lora.alpha and of_target[layer]:
                 alphas[module(str(layer))] = alpha
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": lora["rank"],
-        "lora_alpha": lora["alpha"],
-        "lora_dropout": lora["dropout"],
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
         "target_modules": "|".join(modules),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "inference_mode": True,
-        "use_rslora": lora["rslora"],
-        "use_dora": lora["dora"],
-        "lora_bias": lora["bias"],
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+        "lora_bias": lora.bias,
         "fan_in_fan_out": False,
         "layers_to_transform": None,
     } | _describe_whole(lora, whole, table)
@@ -115,7 +115,7 @@ def _describe_whole(lora, whole, table):
             # A table alone is read as that of the base, and of its head.
             keys = table[name].keys(len(value))
             modules += [newest(key).rpartition(".")[0] for key in keys]
-    targets = {TARGETS[one] for one in lora["targets"]}
+    targets = {TARGETS[target] for target in lora.targets}
     of_targets = "lora_only" if targets >= {*biases} else "all"
     return {
         "bias": of_targets if biases else "none",

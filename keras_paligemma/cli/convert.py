@@ -58,13 +58,13 @@ def convert(
             "as gs://big_vision/paligemma_tokenizer.model",
             err=True,
         )
-    with progress(weights, target) as read:
+    with progress(weights, target) as show:
         count = conversion.write(
             checkpoint,
             weights,
             target,
             to,
-            read,
+            show,
             dtype,
             piece_size,
             allow_nonfinite,
@@ -81,7 +81,7 @@ def progress(weights, target):
         target: path, which the bar names.
 
     Yields:
-        Function that reads one weight and moves the bar by its bytes.
+        Function of an array that was read, which moves the bar by its bytes.
     """
     from rich.console import Console
     from rich.progress import BarColumn
@@ -104,10 +104,8 @@ def progress(weights, target):
         # The dtype is known with the first array.
         task = bar.add_task(target.name, total=None)
 
-        def read(weight):
-            array = weight.read()
+        def show(array):
             total = engine.count(weights) * array.dtype.itemsize
             bar.update(task, total=total, advance=array.nbytes)
-            return array
 
-        yield read
+        yield show

@@ -75,7 +75,7 @@ def _hand_over(model, folder):
     from keras_paligemma.models import exports  # Keras has a backend by now.
 
     adapters = model.adapters
-    names = [] if adapters.merged is not None else list(adapters.known)
+    names = [] if adapters.merged is not None else list(adapters.configs)
     exports.export(
         folder,
         "keras",
@@ -96,7 +96,7 @@ def _hand_over(model, folder):
             path,
         )
     told = {
-        "adapters": {name: adapters.known[name].config() for name in names},
+        "adapters": {name: adapters.configs[name].to_dict() for name in names},
         "active": adapters.active,
     }
     (folder / ADAPTERS).write_text(json.dumps(told), encoding="utf-8")
@@ -113,8 +113,8 @@ def read(folder, load_weights=True):
         `PaliGemmaCausalLM`, with all adapters, the one in use selected.
     """
     from keras_paligemma.compat import without_values
+    from keras_paligemma.lora_config import LoraConfig
     from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
-    from keras_paligemma.tuning.lora import Lora
 
     folder = Path(folder)
     # Whatever floatx this process has been configured with.
@@ -130,7 +130,7 @@ def read(folder, load_weights=True):
         for key, array in load_file(folder / ADAPTER.format(number)).items():
             kind, key = key.split("/", 1)
             arrays[kind][key] = array
-        model.adapters.add(name, Lora(**lora), **arrays)
+        model.adapters.add(name, LoraConfig(**lora), **arrays)
     if told["adapters"]:
         model.adapters.select(told["active"])
     return model
@@ -154,12 +154,10 @@ def read_in_parts(folder):
             with safetensors.open_safetensors([path], True) as tensors:
                 names = list(tensors.shapes)
             for name in names:
-                weight = weights[name]
-                if not isinstance(weight, list):
-                    yield weight, _read(path, name)
-                    continue
-                for layer, one in enumerate(weight):
-                    yield one, _read(path, name, layer)
+                unrolled = weights[name].form == "unrolled"
+                for layer, variable in enumerate(weights[name].variables):
+                    layer = layer if unrolled else None
+                    yield variable, _read(path, name, layer)
 
     return model, arrays()
 

@@ -80,7 +80,7 @@ def check_preprocessor(model):
 
 def check_adapters(adapters):
     """Refuse what a request could not switch."""
-    names = [name for name in adapters.known if adapters.whole(name)]
+    names = [name for name in adapters.configs if adapters.whole(name)]
     if names and adapters.merged is None:
         raise ValueError(
             "A request chooses among adapters of low rank, on one base. "

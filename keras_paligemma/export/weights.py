@@ -6,8 +6,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_paligemma.checkpoints.engine import shape_of
-
 BARE = ""
 # A variable in the files of a SavedModel, whose root has two lists of them.
 KEY = "{}/{}/.ATTRIBUTES/VARIABLE_VALUE"
@@ -31,26 +29,31 @@ class Weights:
     def __init__(self, backbone):
         self._adapters = backbone.adapters
         is_merged = self._adapters.merged is not None
-        self._known = {} if is_merged else self._adapters.known
-        self.names = [BARE, *self._known]
+        self._configs = {} if is_merged else self._adapters.configs
+        self.names = [BARE, *self._configs]
         self.default = BARE
-        self._slots = {}
-        if self._known:
+        self._adapter_weights = {}
+        if self._configs:
             self.default = self._adapters.active or BARE
-            self._slots = self._adapters.slots_by_name(
-                *self._adapters.slots.pieces, "adapter_scale"
+            self._adapter_weights = self._adapters.weights(
+                *self._adapters.capacity.pieces, "adapter_scale"
             )
         self._base = [
             variable
             for name, weight in backbone.weights_by_name().items()
-            if name not in self._slots
-            for variable in _layers(weight)
+            if name not in self._adapter_weights
+            for variable in weight.variables
         ]
-        self._pieces = [one for one in self._slots if "scale" not in one]
+        self._pieces = [
+            one for one in self._adapter_weights if "scale" not in one
+        ]
         self.base = [_empty(one.shape, one.dtype) for one in self._base]
         # The axis of adapters first, then that of layers.
         self.adapters = [
-            _empty((len(self._known), *shape_of(self._slots[one])), "float32")
+            _empty(
+                (len(self._configs), *self._adapter_weights[one].shape),
+                "float32",
+            )
             for one in self._pieces
         ]
 
@@ -65,9 +68,9 @@ class Weights:
             if id(variable) in number:
                 yield KEY.format("weights", number[id(variable)]), value
             del value  # Before the next one is read.
-        held = [self._adapters.pieces(name) for name in self._known]
+        adapters = [self._adapters.pieces(name) for name in self._configs]
         for place, piece in enumerate(self._pieces):
-            value = np.stack([one[piece] for one in held])
+            value = np.stack([arrays[piece] for arrays in adapters])
             yield KEY.format("adapters", place), value
 
     def error(self, name):
@@ -95,32 +98,29 @@ class Weights:
         # The bare model is the first adapter times zero.
         number = tf.maximum(number - 1, 0)
         stacks = dict(zip(self._pieces, self.adapters, strict=True))
-        for slot, weight in self._slots.items():
-            shape = shape_of(weight)
-            if slot in stacks:
-                value = tf.ensure_shape(tf.gather(stacks[slot], number), shape)
+        for key, weight in self._adapter_weights.items():
+            if key in stacks:
+                value = tf.gather(stacks[key], number)
+                value = tf.ensure_shape(value, weight.shape)
             else:
-                value = scales[slot]
-            parts = tf.unstack(value) if isinstance(weight, list) else [value]
-            values += zip(_layers(weight), parts, strict=True)
+                value = scales[key]
+            unrolled = weight.form == "unrolled"
+            parts = tf.unstack(value) if unrolled else [value]
+            values += zip(weight.variables, parts, strict=True)
         with keras.StatelessScope(values):
             yield
 
     def _scales(self, number):
-        """Map slots to the scales of an adapter; number 0 is the bare model."""
-        if not self._known:
+        """Map names to the scales of an adapter; number 0 is the bare model."""
+        if not self._configs:
             return {}
-        each = [self._adapters.scales(one) for one in (None, *self._known)]
+        each = [self._adapters.scales(one) for one in (None, *self._configs)]
         return {
-            slot: tf.gather(
-                np.stack([one[slot] for one in each]).astype("float32"), number
+            name: tf.gather(
+                np.stack([one[name] for one in each]).astype("float32"), number
             )
-            for slot in each[0]
+            for name in each[0]
         }
-
-
-def _layers(weight):
-    return weight if isinstance(weight, list) else [weight]
 
 
 def _empty(shape, dtype):

@@ -228,7 +228,7 @@ def _scatter(cached, new_BTKH, layer, index):
     places = [rows_B[:, None], columns_T[None]]
     if layer is not None:
         places.insert(1, layer)
-    places = [ops.broadcast_to(one, (B, T)) for one in places]
+    places = [ops.broadcast_to(place, (B, T)) for place in places]
     return ops.scatter_update(cached, ops.stack(places, -1), new_BTKH)
 
 

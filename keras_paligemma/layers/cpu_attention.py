@@ -75,7 +75,7 @@ def _attention(cap, masked):
         return jax.lax.dot_general(a, b, axes)
 
     def to_float32(*tensors):
-        return [one.astype("float32") for one in tensors]
+        return [tensor.astype("float32") for tensor in tensors]
 
     def capped(logits):
         """Give the logits and, of a cap, their share of it."""
@@ -139,7 +139,7 @@ def _attention(cap, masked):
             if mask_BTS is not None:
                 unseen_TS = jnp.where(mask_BTS[number // key_heads], 0, masked)
                 unseen_MS = jnp.tile(unseen_TS, (groups, 1))
-            head = [one[number] for one in (*replaced, *others_XM)]
+            head = [array[number] for array in (*replaced, *others_XM)]
             found = function(*head, unseen_MS)
             return [
                 one.at[number].set(new.astype(one.dtype))
@@ -176,7 +176,7 @@ def _attention(cap, masked):
             mask_BTS,
             K,
             N // K,
-            [heads_first(one, K) for one in inputs],
+            [heads_first(array, K) for array in inputs],
             heads_first(upstream_BTNH, K),
             largest_XM,
             sum_XM,

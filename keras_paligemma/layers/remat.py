@@ -52,7 +52,7 @@ def _of_floats(function, variables):
     TensorFlow adds up the gradients of what several blocks were given, of a
     mask too, and has no sum of bools.
     """
-    values = [ops.convert_to_tensor(one) for one in variables]
+    values = [ops.convert_to_tensor(variable) for variable in variables]
 
     def call(*arguments):
         flat = keras.tree.flatten(arguments)
@@ -140,11 +140,11 @@ def after(x, *tensors):
         return list(jax.lax.optimization_barrier((x, *tensors))[1:])
     # Never true, of NaN neither; no compiler knows that.
     first, last = (
-        ops.cast(ops.absolute(ops.reshape(one, (-1,))[0]), "float32")
-        for one in (x, tensors[-1])
+        ops.cast(ops.absolute(ops.reshape(tensor, (-1,))[0]), "float32")
+        for tensor in (x, tensors[-1])
     )
     never = last < -first
-    return [ops.where(never, -one, one) for one in tensors]
+    return [ops.where(never, -tensor, tensor) for tensor in tensors]
 
 
 def check_remat(kind):

@@ -170,4 +170,4 @@ def _attend(
 def _block(length):
     """Give the largest multiple of the lanes that divides `length`."""
     parts = range(LARGEST_BLOCK, 0, -LANES)
-    return next(one for one in parts if length % one == 0)
+    return next(part for part in parts if length % part == 0)

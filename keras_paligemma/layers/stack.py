@@ -4,7 +4,6 @@ import contextlib
 import re
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_paligemma.compat import without_values
@@ -12,6 +11,7 @@ from keras_paligemma.layers.dropout import dropout_scope
 from keras_paligemma.layers.remat import check_remat
 from keras_paligemma.layers.remat import rematerialize
 from keras_paligemma.layers.shard_spec import as_stored
+from keras_paligemma.layers.weight import Weight
 from keras_paligemma.quantization.products import stacked_weights_scope
 
 FORMS = ("auto", "unrolled", "scanned")
@@ -149,39 +149,31 @@ class LayerStack(keras.layers.Layer):
             self._tracker.lock()
 
     def draw_seed(self, training):
-        """Give a seed for `layers.dropout.dropping`; `None` drops nothing."""
+        """Give a seed for `dropout_scope`; `None` drops nothing."""
         if not training or self.seed_generator is None:
             return None
         return self.seed_generator.next()
 
     def weights_by_name(self):
-        """Map each weight's name to its variable or its N variables.
-
-        Returns:
-            Dict of str to one stacked variable (layer axis first) or to a
-            list of `num_layers` variables, in the same order in both forms.
-        """
+        """Map each name to its `Weight`, in the same order in both forms."""
         if self.scanned:
-            return dict(self._stacks)
-        named = [_named(block) for block in self._layers]
-        return {name: [one[name] for one in named] for name in named[0]}
+            return {
+                name: Weight((stack,), "scanned")
+                for name, stack in self._stacks.items()
+            }
+        blocks = [_named(block) for block in self._layers]
+        return {
+            name: Weight(tuple(block[name] for block in blocks), "unrolled")
+            for name in blocks[0]
+        }
 
     def save_own_variables(self, store):
-        for name, variable in self.weights_by_name().items():
-            if isinstance(variable, list):
-                values = [ops.convert_to_numpy(one) for one in variable]
-                store[name.replace("/", ".")] = np.stack(values)
-            else:
-                store[name.replace("/", ".")] = variable
+        for name, weight in self.weights_by_name().items():
+            store[name.replace("/", ".")] = weight.read()
 
     def load_own_variables(self, store):
-        for name, variable in self.weights_by_name().items():
-            value = store[name.replace("/", ".")]
-            if isinstance(variable, list):
-                for number, one in enumerate(variable):
-                    one.assign(value[number])
-            else:
-                variable.assign(value)
+        for name, weight in self.weights_by_name().items():
+            weight.assign(store[name.replace("/", ".")])
 
     def make_cache(self, shape_BSKH, dtype):
         """Allocate an empty key-value cache for this stack.
@@ -300,8 +292,8 @@ def _twice(block):
             return block(slices, number, x, *args)
 
         single = rematerialize(single, "block")
-        for one in range(2):
-            x = single([two[one] for two in slices], numbers[one], x)
+        for place in range(2):
+            x = single([pair[place] for pair in slices], numbers[place], x)
         return x
 
     return pair
@@ -337,7 +329,7 @@ def _named(block):
 def _each_layer(initializer):
     """Initialise each layer's slice by itself, as unrolled blocks would be."""
 
-    def one(shape, dtype):
+    def initialize_layer(shape, dtype):
         if not isinstance(initializer, keras.initializers.Initializer):
             return initializer(shape, dtype=dtype)
         # Keras's initializers draw the same each time; a new one of the same
@@ -346,7 +338,9 @@ def _each_layer(initializer):
         return new(shape, dtype=dtype)
 
     def initialize(shape, dtype=None):
-        return ops.stack([one(shape[1:], dtype) for _ in range(shape[0])])
+        return ops.stack(
+            [initialize_layer(shape[1:], dtype) for _ in range(shape[0])]
+        )
 
     return initialize
 

@@ -12,10 +12,11 @@ from keras_paligemma.compat import classproperty
 from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
 from keras_paligemma.config import BackboneConfig
-from keras_paligemma.config import LoraConfig
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
 from keras_paligemma.layers.attention import token_positions
+from keras_paligemma.layers.weight import Weight
+from keras_paligemma.lora_config import LoraConfig
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
 from keras_paligemma.models.inputs import check_images
@@ -28,7 +29,6 @@ from keras_paligemma.tuning import adapter_files
 from keras_paligemma.tuning import lora_weights
 from keras_paligemma.tuning import trainable
 from keras_paligemma.tuning.adapters import Adapters
-from keras_paligemma.tuning.lora import Lora
 from keras_paligemma.turns import Turns
 from keras_paligemma.turns import alone
 
@@ -299,8 +299,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         the number of a block, whose weights share one name.
 
         Returns:
-            Dict of str to a variable (of blocks: layer axis first) or, of
-            unrolled blocks, to a list of one variable a layer.
+            Dict of str to `layers.weight.Weight`.
         """
         weights = {}
         towers = (self.vision_encoder, self.text_decoder)
@@ -310,15 +309,16 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             for variable in tower.variables:
                 if id(variable) not in inside:
                     name = variable.path.split(f"{tower.name}/", 1)[1]
-                    weights[f"{tower.name}/{name}"] = variable
-            for name, variable in stack.weights_by_name().items():
-                weights[f"{tower.name}/blocks/{name}"] = variable
+                    weights[f"{tower.name}/{name}"] = Weight((variable,))
+            for name, weight in stack.weights_by_name().items():
+                weights[f"{tower.name}/blocks/{name}"] = weight
         return weights
 
     @property
     def lora(self):
         """What the adapter in use is, as a dict, or `None`."""
-        return self.adapters.config()
+        lora = self.adapters.config()
+        return lora and lora.to_dict()
 
     def enable_lora(
         self,
@@ -345,7 +345,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             target_layer_names: str or list of strs: "decoder",
                 "decoder.attention", "decoder.mlp", the same of "vision",
                 "projector", "all", or names of projections, some of
-                `LORA_TARGETS`; the decoder's attention if `None`.
+                `lora_config.TARGETS`; the decoder's attention if `None`.
             alpha: float, the adapters are scaled by alpha / rank; `rank` if
                 `None`.
             dropout: float, share of an adapter's inputs dropped in training.
@@ -370,7 +370,9 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             )
         if targets is None:
             targets = target_layer_names
-        lora = Lora(
+        if isinstance(targets, str):
+            targets = (targets,)
+        lora = LoraConfig(
             rank, alpha, targets, dropout, rslora, dora, bias, ranks, alphas
         )
         self.adapters.add(name, lora)
@@ -476,13 +478,12 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
 
     def architecture(self):
         """Give the `BackboneConfig` that a preset's file holds."""
-        lora = self.adapters.config()
         return BackboneConfig(
             image_size=self.image_size,
             dtype=self.dtype_policy.name,
             vision_encoder=self.vision_config,
             text_decoder=self.text_config,
-            lora=lora and LoraConfig.from_dict(lora),
+            lora=self.adapters.config(),
             quantization=self.quantization,
         )
 
@@ -493,7 +494,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     def get_config(self):
         return super().get_config() | {
             **self.architecture().to_dict(),
-            "lora": self.adapters.slots and self.adapters.slots.config(),
+            "lora": self.adapters.capacity and self.adapters.capacity.to_dict(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "form": self.form,
             "remat": self.remat,

@@ -4,13 +4,13 @@ import dataclasses
 
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints import writing
 from keras_paligemma.checkpoints.hugging_face.tokenizer import read_tokenizer
 from keras_paligemma.checkpoints.hugging_face.tokenizer import with_added_tokens
-from keras_paligemma.checkpoints.lazy_tensors import hold
-from keras_paligemma.models import exports
+from keras_paligemma.checkpoints.lazy_tensors import lazy_tensors
+from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.models.inspection import empty_weights
 from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
-from keras_paligemma.quantization.dequantized_views import dequantized_views
 
 
 def find(source, fields=None, tokenizer=None):
@@ -36,7 +36,7 @@ def write(
     weights,
     target,
     to,
-    read,
+    on_read=None,
     dtype=None,
     piece_size=None,
     allow_nonfinite=False,
@@ -49,7 +49,8 @@ def write(
         weights: dict of its weights without values.
         target: path.
         to: str, one of `formats.FORMATS`.
-        read: function of a weight of the file that gives its array.
+        on_read: function that is called with each array that was read, to
+            show progress, or `None`.
         dtype: str; the source's if `None`.
         piece_size: int, bytes of a piece of a .npz.
         allow_nonfinite: bool, take NaN and infinite weights.
@@ -66,14 +67,15 @@ def write(
         size = config.backbone.text_decoder.vocabulary_size
         proto = with_added_tokens(proto, checkpoint.added_tokens, size)
     with checkpoint.open(allow_nonfinite) as tensors:
-        exports.write(
+        writing.write(
             target,
             to,
             config,
-            hold(weights, checkpoint.rows_for(weights), tensors),
-            read,
+            lazy_tensors(
+                weights, checkpoint.rows_for(weights), tensors, on_read
+            ),
             proto,
             dtype=dtype,
             piece_size=piece_size,
         )
-    return engine.count(dequantized_views(weights))
+    return engine.count(dequantized(weights))

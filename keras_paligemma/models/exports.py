@@ -1,23 +1,11 @@
-"""Weights and configuration written in any format."""
+"""Models written in any format."""
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-import ml_dtypes
-import numpy as np
-
-from keras_paligemma import presets
-from keras_paligemma.checkpoints import big_vision
-from keras_paligemma.checkpoints import engine
-from keras_paligemma.checkpoints import formats
-from keras_paligemma.checkpoints.hugging_face import weights as hugging_face
-from keras_paligemma.checkpoints.keras_hub import weights as keras_hub
 from keras_paligemma.checkpoints.peft import HEAD
-from keras_paligemma.checkpoints.storage import npz
 from keras_paligemma.checkpoints.storage import safetensors
-from keras_paligemma.compat import process
-from keras_paligemma.compat import wait_for_all
+from keras_paligemma.checkpoints.writing import write
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
 
@@ -26,7 +14,7 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
     """Write a model in one of `formats.FORMATS`.
 
     Args:
-        path: str or path; see `write`.
+        path: str or path; see `checkpoints.writing.write`.
         to: str, the format.
         backbone: `PaliGemmaBackbone`.
         preprocessor: `PaliGemmaCausalLMPreprocessor` or `None`.
@@ -67,7 +55,7 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
             for name, weight in weights.items()
             if left_out not in name
         }
-        write(path, to, config, weights, engine.to_numpy, proto, **options)
+        write(path, to, config, weights, proto, **options)
 
 
 def save_to_preset(model, preset_dir, max_shard_size=10):
@@ -163,108 +151,3 @@ def _config_of(preprocessor):
         on_long_prompt=preprocessor.on_long_prompt,
         on_long_response=preprocessor.on_long_response,
     )
-
-
-def write(
-    path,
-    to,
-    config,
-    weights,
-    read,
-    proto=None,
-    *,
-    name=None,
-    dtype=None,
-    piece_size=None,
-):
-    """Write weights, one array, or one file of safetensors, in memory.
-
-    Killed at any time, what readers find is whole or nothing, and in place of
-    an older preset of ours that one or the new one: `atomic.whole_folder`.
-
-    Args:
-        path: str or path: a folder, of big_vision a file "….npz". A preset of
-            ours is replaced, and files of other names stay; for the other
-            formats a folder must be new or empty.
-        to: str, one of `formats.FORMATS`.
-        config: `ModelConfig`.
-        weights: dict of name to weight or list of weights.
-        read: function of a weight that returns its array.
-        proto: bytes of the SentencePiece model, or `None`: then the folder is
-            written without a tokenizer.
-        name: str, name of the model in a config of ours; the folder's if
-            `None`.
-        dtype: "float32", "bfloat16", "float16", or `None` for the weights'.
-        piece_size: int, bytes of a piece of a big_vision file, or of a shard of
-            a preset of ours.
-
-    Raises:
-        ValueError: unknown format; an option that it does not have.
-    """
-    if to not in formats.FORMATS:
-        raise ValueError(
-            f"Unknown format. Received: {to!r}. Expected one of "
-            f"{formats.FORMATS}."
-        )
-    if piece_size is not None and to not in ("big_vision", "keras"):
-        raise ValueError(
-            "Only big_vision's files and our own come in pieces. Received: "
-            f"piece_size={piece_size} for {to!r}."
-        )
-    path = Path(path)
-    backbone = config.backbone
-    quantization = backbone.quantization
-    if quantization is not None and (to != "keras" or dtype is not None):
-        raise ValueError(
-            f"Kernels of few bits are written as they are, by `save_to_preset` "
-            f"alone. Received: a model of {quantization} for {to!r} with "
-            f"dtype={dtype}. Load the checkpoint that it was made from without "
-            "`quantize`, and write that."
-        )
-    if dtype is not None:
-        config = replace(config, backbone=replace(backbone, dtype=dtype))
-
-    def arrays(rows):
-        for key, array in engine.write(weights, rows, read):
-            yield key, array if dtype is None else cast(array, dtype)
-            del array  # Before the next one is made.
-
-    if to == "big_vision":
-        rows = big_vision.rows(backbone.text_decoder.use_post_norms)
-    elif to == "transformers":
-        rows = hugging_face.rows(backbone)
-    elif to == "keras_hub":
-        rows = keras_hub.rows(backbone)
-    else:
-        rows = [engine.Row(key, key) for key in weights]
-        name = config.name or name or path.resolve().name
-        config = replace(config, name=name)
-    found = arrays(rows)
-    if process()[0] > 0:
-        # All processes gather what is sharded over them, the first writes.
-        for _ in found:
-            pass
-    elif to == "big_vision":
-        npz.write_npz(path, found, piece_size)
-    elif to == "transformers":
-        hugging_face.write(path, config, found, proto)
-    elif to == "keras_hub":
-        keras_hub.write(path, config, found, proto)
-    else:
-        _write_ours(path, config, found, proto, piece_size)
-    wait_for_all("a checkpoint is written")
-
-
-def _write_ours(folder, config, arrays, proto, piece_size):
-    sizes = {} if piece_size is None else {"max_shard_size": piece_size}
-    with presets.replaced(folder) as draft:
-        safetensors.write_safetensors(draft, arrays, **sizes)
-        if proto is not None:
-            (draft / presets.TOKENIZER).write_bytes(proto)
-        presets.write_config(draft, config)
-
-
-def cast(array, dtype):
-    """Give an array of floats in another dtype, bfloat16 included."""
-    wanted = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    return array.astype(wanted, copy=False)

@@ -6,12 +6,12 @@ import keras
 
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
-from keras_paligemma.checkpoints.lazy_tensors import hold
+from keras_paligemma.checkpoints.lazy_tensors import lazy_tensors
 from keras_paligemma.checkpoints.positions import Resampled
 from keras_paligemma.compat import without_values
 from keras_paligemma.config import TOWER_OF
+from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.quantization import calibration as calibrating
-from keras_paligemma.quantization.dequantized_views import dequantized_views
 
 POSITIONS = "vision_encoder/position_embedding"
 BACKBONE_KEYS = ("form", "remat", "quantize", "allow_nonfinite")
@@ -75,7 +75,7 @@ def load_backbone(
             f"quantize={quantize!r}. Expected: none, or a checkpoint of floats."
         )
     if calibration is not None:
-        calibrating.check(stored, quantize, load_weights)
+        calibrating.check_can_calibrate(stored, quantize, load_weights)
     fields["quantization"] = stored or quantize
     if not load_weights:
         return cls(**fields)
@@ -85,16 +85,16 @@ def load_backbone(
         backbone = cls(**fields)
     weights = backbone.weights_by_name()
     if stored is None:
-        weights = dequantized_views(weights)
+        weights = dequantized(weights)
     rows = checkpoint.rows_for(weights)
     with checkpoint.open(allow_nonfinite) as tensors:
         if image_size is not None:
-            (key,) = [row.theirs for row in rows if row.ours == POSITIONS]
+            (key,) = [row.key for row in rows if row.name == POSITIONS]
             count = weights[POSITIONS].shape[0]
             tensors = Resampled(tensors, key, count)
         engine.load(weights, rows, tensors)
         if calibration is not None:
-            floats = hold(weights, rows, tensors)
+            floats = lazy_tensors(weights, rows, tensors)
             calibrating.calibrate(backbone, floats, calibration)
     return backbone
 

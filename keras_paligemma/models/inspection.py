@@ -9,8 +9,8 @@ from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.storage.safetensors import Headers
 from keras_paligemma.compat import without_values
+from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.models.backbone import PaliGemmaBackbone
-from keras_paligemma.quantization.dequantized_views import dequantized_views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def describe(checkpoint, weights):
     facts = {
         "format": checkpoint.format or "known by its name",
         "variant": checkpoint.variant or "none of the published",
-        "parameters": f"{engine.count(dequantized_views(weights)):,}",
+        "parameters": f"{engine.count(dequantized(weights)):,}",
         "image size": backbone.image_size,
         "tokenizer": checkpoint.tokenizer or "none beside it",
     }

@@ -11,7 +11,7 @@ from keras_paligemma.compat import to_host
 from keras_paligemma.compat import without_values
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.stack import stable_name
-from keras_paligemma.quantization.dequantized_views import dequantized_views
+from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.quantization.rounding import order_and_factor
 from keras_paligemma.quantization.rounding import round_for
 
@@ -21,7 +21,7 @@ EXPECTED = ("images", "prompts", "responses")
 TABLE = "text_decoder/token_embedding/table"
 
 
-def check(stored, quantize, load_weights):
+def check_can_calibrate(stored, quantize, load_weights):
     """Refuse a calibration of what is not rounded to int4 now."""
     if not load_weights:
         raise ValueError(
@@ -57,7 +57,7 @@ def batches_of(examples, preprocessor):
             "preprocessor=None. Pass `tokenizer=` or a preprocessor."
         )
     keys = set(examples) if isinstance(examples, dict) else None
-    lengths = {len(one) for one in examples.values()} if keys else set()
+    lengths = {len(values) for values in examples.values()} if keys else set()
     if (
         keys not in (set(EXPECTED), set(EXPECTED[1:]))
         or len(lengths) != 1
@@ -92,16 +92,16 @@ def calibrate(backbone, floats, batches):
 
     Args:
         backbone: `PaliGemmaBackbone` of int4, its weights rounded already.
-        floats: dict of `checkpoints.lazy_tensors.hold`, the weights as floats.
+        floats: dict of name to `checkpoints.lazy_tensors.LazyTensor`.
         batches: list of `(x, y, sample_weight)` of arrays, as the preprocessor
             gives them.
     """
-    views = dequantized_views(backbone.weights_by_name())
+    weights = dequantized(backbone.weights_by_name())
     twin = _one_block(backbone)
     images = [None] * len(batches)
     if "images" in batches[0][0]:
-        images = _through_vision(backbone, twin, floats, views, batches)
-    _through_text(backbone, twin, floats, views, batches, images)
+        images = _through_vision(backbone, twin, floats, weights, batches)
+    _through_text(backbone, twin, floats, weights, batches, images)
 
 
 def _one_block(backbone):
@@ -118,26 +118,29 @@ def _one_block(backbone):
     return twin
 
 
-def _through_vision(backbone, twin, floats, views, batches):
+def _through_vision(backbone, twin, floats, weights, batches):
     """Calibrate the vision encoder; give the image tokens of each batch."""
     encoder, projector = backbone.vision_encoder, twin.vision_encoder.projector
     images = [x["images"] for x, _, _ in batches]
-    xs = [_to_float(encoder.embed(one)) for one in images]
+    xs = [_to_float(encoder.embed(image)) for image in images]
     arguments, valid = [()] * len(xs), [None] * len(xs)
     (block,) = twin.vision_encoder.blocks._layers
     xs = _through_blocks(
-        encoder.blocks, block, floats, views, xs, arguments, valid
+        encoder.blocks, block, floats, weights, xs, arguments, valid
     )
     xs = [encoder.final_norm(x) for x in xs]
-    _calibrate(projector, floats, views, lambda at: projector(xs[at]), valid)
-    shapes = [encoder.compute_output_shape(one.shape) for one in images]
+    writers = _writers(projector, weights)
+    _calibrate(
+        projector, 0, floats, writers, lambda at: projector(xs[at]), valid
+    )
+    shapes = [encoder.compute_output_shape(image.shape) for image in images]
     return [
         np.reshape(_to_float(projector(x)), shape)
         for x, shape in zip(xs, shapes, strict=True)
     ]
 
 
-def _through_text(backbone, twin, floats, views, batches, images):
+def _through_text(backbone, twin, floats, weights, batches, images):
     """Calibrate the decoder's blocks, and the table."""
     decoder = backbone.text_decoder
     xs, arguments, valid = [], [], []
@@ -153,65 +156,84 @@ def _through_text(backbone, twin, floats, views, batches, images):
         valid.append(np.pad(x["padding_mask"], image_part, constant_values=1))
     (block,) = twin.text_decoder.blocks._layers
     xs = _through_blocks(
-        decoder.blocks, block, floats, views, xs, arguments, valid
+        decoder.blocks, block, floats, weights, xs, arguments, valid
     )
     moment = 0
-    for x, (_, y, weights) in zip(xs, batches, strict=True):
+    for x, (_, y, sample_weight) in zip(xs, batches, strict=True):
         # The states that predict the responses: all that the head is given.
         states = _to_float(decoder.final_norm(x))[:, -y.shape[1] - 1 : -1]
-        states = states[np.asarray(weights) > 0]
+        states = states[np.asarray(sample_weight) > 0]
         moment = moment + states.T @ states
-    _round(views[TABLE], floats[TABLE].read(), *order_and_factor(moment))
+    table = floats[TABLE].read_layer(0)
+    layout = weights[TABLE].quantized_format
+    rounded = round_for(layout, np.asarray(table), *order_and_factor(moment))
+    weights[TABLE].layer_writer()(0, *rounded)
 
 
-def _through_blocks(stack, block, floats, views, xs, arguments, valid):
+def _through_blocks(stack, block, floats, weights, xs, arguments, valid):
     """Calibrate the blocks of a tower; give what the last one makes of `xs`.
 
     Args:
         stack: `LayerStack`.
         block: a block of floats, which is filled as each of the stack's.
-        floats, views: dicts of name to one of each block.
+        floats: dict of name to `LazyTensor`.
+        weights: dict of name to `Weight` that is rounded.
         xs: list of arrays (B, T, D), one a batch.
         arguments: list of tuples, what blocks get besides.
         valid: list of bool arrays (B, T), the tokens that count; `None`: all.
     """
+    writers = _writers(block, weights)
     for number in range(stack.num_layers):
         more = stack._number(number)
 
         def run(at, xs=xs, more=more):
             return block(xs[at], *arguments[at], **more)
 
-        # A tower has its own number of blocks.
-        names = [stable_name(one.path) for one in block.variables]
-        _calibrate(
-            block,
-            {name: floats[name][number] for name in names},
-            {name: views[name][number] for name in names},
-            run,
-            valid,
-        )
+        _calibrate(block, number, floats, writers, run, valid)
         xs = [_to_float(run(at)) for at in range(len(xs))]
     return xs
 
 
-def _calibrate(layer, floats, views, run, valid):
+def _writers(layer, weights):
+    """Map the names of a layer's kernels to their formats and writers."""
+    names = [stable_name(variable.path) for variable in layer.variables]
+    return {
+        name: (weights[name].quantized_format, weights[name].layer_writer())
+        for name in names
+        if weights[name].scales
+    }
+
+
+def _calibrate(layer, number, floats, writers, run, valid):
     """Round the projections of a layer for what they are given.
 
     Args:
         layer: Keras layer of floats; it is filled, and holds the rounded
             kernels afterwards.
-        floats, views: dicts of stable name to what is read and written.
+        number: int, which of the weights' layers it is.
+        floats: dict of stable name to `LazyTensor`.
+        writers: see `_writers`.
         run: function of a batch's number that calls the layer.
         valid: see `_through_blocks`.
     """
     for variable in layer.variables:
-        fill(variable, floats[stable_name(variable.path)].read())
+        name = stable_name(variable.path)
+        fill(variable, floats[name].read_layer(number))
     for moment, projections in _moments(layer, run, valid):
         factored = order_and_factor(moment)
         for projection in projections:
             kernel = projection.kernel
-            view = views[stable_name(kernel.path)]
-            kernel.assign(_round(view, to_host(kernel), *factored))
+            layout, write = writers[stable_name(kernel.path)]
+            stored, scale = round_for(layout, to_host(kernel), *factored)
+            write(number, stored, scale)
+            # The floats that these now stand for.
+            kernel.assign(
+                layout.dequantize(
+                    ops.convert_to_tensor(stored),
+                    ops.convert_to_tensor(scale.astype("float32")),
+                    "float32",
+                )
+            )
 
 
 def _moments(layer, run, valid):
@@ -236,30 +258,22 @@ def _moments(layer, run, valid):
         sharing[projection] = last[1]
 
     projections = [
-        one for one in layer._flatten_layers() if isinstance(one, Projection)
+        inner
+        for inner in layer._flatten_layers()
+        if isinstance(inner, Projection)
     ]
-    for one in projections:
-        one.observer = functools.partial(observe, one)
+    for projection in projections:
+        projection.observer = functools.partial(observe, projection)
     for at, mask in enumerate(valid):
         if mask is not None:
             tokens = np.reshape(mask, (-1, 1)).astype("float32")
         run(at)
-    for one in projections:
-        one.observer = None
+    for projection in projections:
+        projection.observer = None
     return [
-        (to_host(moment), [one for one in projections if sharing[one] is first])
+        (to_host(moment), [key for key in projections if sharing[key] is first])
         for first, moment in sums.items()
     ]
-
-
-def _round(view, array, order, factor):
-    """Round an array into a view; give the floats that it now stands for."""
-    layout = view.layout
-    stored, scale = round_for(layout, np.asarray(array), order, factor)
-    view.store((stored, scale))
-    stored, scale = ops.convert_to_tensor(stored), scale.astype("float32")
-    scale = ops.convert_to_tensor(scale)
-    return layout.dequantize(stored, scale, "float32")
 
 
 def _to_float(x):

@@ -62,13 +62,13 @@ def quantized_product(layout, stored, scale, x):
 
     @ops.custom_gradient
     def product(x, *tensors):
-        held = weight.holding(*tensors)
+        values = weight.holding(*tensors)
 
         def gradient(*args, upstream=None):
             upstream = args[0] if upstream is None else upstream
-            return held.gradient(upstream), *[None] * len(tensors)
+            return values.gradient(upstream), *[None] * len(tensors)
 
-        return held.product(x), gradient
+        return values.product(x), gradient
 
     # Values, since the gradient is asked for when the scope of a trainer's or
     # a stack's values has ended: a variable then has others.
@@ -139,7 +139,7 @@ class _Weight:
             return ops.concatenate(parts, axis=axis)
         # Written where it belongs: parts that are put together are copied.
         sizes = self.stored.shape[-len(self.layout.shape) :]
-        shape = [*ops.shape(x)[:axis], *(sizes[one] for one in kept)]
+        shape = [*ops.shape(x)[:axis], *(sizes[number] for number in kept)]
 
         def write(y, index):
             part = self.part(index, count).after(x)._multiply(x)

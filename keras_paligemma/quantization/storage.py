@@ -173,7 +173,7 @@ class QuantizedFormat:
         stored = ops.reshape(
             stored, (*lead, self.groups, self.group // 2, *tail)
         )
-        fifteen, eight = (ops.cast(one, "int8") for one in (15, 8))
+        fifteen, eight = (ops.cast(value, "int8") for value in (15, 8))
         low = ops.bitwise_xor(ops.bitwise_and(stored, fifteen), eight) - eight
         high = ops.right_shift(stored, ops.cast(4, "int8"))
         values = ops.concatenate([low, high], axis=axis)

@@ -5,16 +5,15 @@ import dataclasses
 import numpy as np
 from keras import ops
 
-from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import peft
 from keras_paligemma.checkpoints import peft_write
 from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.compat import process
+from keras_paligemma.compat import to_host
 from keras_paligemma.compat import wait_for_all
-from keras_paligemma.quantization.dequantized_views import DequantizedView
-from keras_paligemma.quantization.dequantized_views import dequantized_views
-from keras_paligemma.tuning.adapters import with_adapter
-from keras_paligemma.tuning.lora import Lora
+from keras_paligemma.layers.weight import dequantized
+from keras_paligemma.lora_config import TARGETS
+from keras_paligemma.tuning.merging import with_adapter
 
 # DoRA's files hold the length of each output's weights, kernel and adapter
 # together; a gain is how much longer that is than it would be without.
@@ -24,16 +23,15 @@ MAGNITUDE, GAIN = "adapter_magnitude", "adapter_gain"
 def load(backbone, folder, name, allow_nonfinite=False):
     """Add adapters from a folder; see `PaliGemmaBackbone.load_adapter`."""
     adapters = backbone.adapters
-    weights = dequantized_views(adapters.base_weights())
+    weights = dequantized(adapters.base_weights())
     # Compared before anything is added, so that what does not fit changes
     # nothing.
-    fields, pieces, whole = peft.read(
+    lora, pieces, whole = peft.read(
         folder, backbone.architecture(), weights, allow_nonfinite
     )
-    lora = Lora(**fields)
-    if adapters.slots is not None:
-        # Dropout is how the slots train; it is no property of values.
-        dropout = adapters.slots.dropout
+    if adapters.capacity is not None:
+        # Dropout is how adapters are trained; it is no property of values.
+        dropout = adapters.capacity.dropout
         lora = dataclasses.replace(lora, dropout=dropout)
     if lora.dora:
         for place, scales, lengths in _lengths(lora, pieces, weights):
@@ -49,14 +47,14 @@ def load(backbone, folder, name, allow_nonfinite=False):
 def save(backbone, folder, name=None, base=None):
     """Write one adapter; see `PaliGemmaBackbone.save_adapter`."""
     adapters = backbone.adapters
-    name = name or adapters.live
-    if name not in adapters.known:
+    name = name or adapters.loaded
+    if name not in adapters.configs:
         raise ValueError(
             f"There is no such adapter to write. Received: {name!r}. Expected "
-            f"one of {list(adapters.known)}; `enable_lora` or `load_adapter` "
+            f"one of {list(adapters.configs)}; `enable_lora` or `load_adapter` "
             "make one, `save_to_preset` writes the whole model."
         )
-    lora = adapters.known[name]
+    lora = adapters.configs[name]
     pieces, whole = adapters.values(name), adapters.whole(name)
     if lora.dora:
         if adapters.merged is not None:
@@ -65,19 +63,18 @@ def save(backbone, folder, name=None, base=None):
                 f"hold the adapter {adapters.merged!r} now. Call "
                 "`adapters.unmerge()` first."
             )
-        weights = dequantized_views(adapters.base_weights())
+        weights = dequantized(adapters.base_weights())
         for place, scales, lengths in _lengths(lora, pieces, weights):
             gain = pieces.pop(f"{place}/{GAIN}")
             pieces[f"{place}/{MAGNITUDE}"] = lengths * (1 + scales * gain)
     architecture = backbone.architecture()
     # Gathered by all processes, written by the first.
     if process()[0] == 0:
-        fields = dataclasses.asdict(lora)
-        layers = {one: adapters.layers(one) for one in lora.targets}
+        layers = {name: adapters.num_layers(name) for name in lora.targets}
         peft_write.write(
             folder,
-            peft_write.describe(fields, whole, layers, architecture, base),
-            peft_write.arrays(fields, pieces, whole, architecture),
+            peft_write.describe(lora, whole, layers, architecture, base),
+            peft_write.arrays(lora, pieces, whole, architecture),
         )
     wait_for_all("an adapter is written")
 
@@ -90,11 +87,11 @@ def _lengths(lora, pieces, weights):
         layer axis first in the blocks.
     """
     for target in lora.targets:
-        place = lora.place(target)
+        place = TARGETS[target]
         a, b = pieces[f"{place}/adapter_a"], pieces[f"{place}/adapter_b"]
         if BLOCKS not in place:
             a, b = a[None], b[None]
-        kernels = _one_by_one(weights[f"{place}/kernel"], place)
+        kernels = weights[f"{place}/kernel"].layers()
         scales = lora.scales(target, len(a))
         lengths = []
         for kernel, *one in zip(kernels, a, b, scales, strict=True):
@@ -104,21 +101,9 @@ def _lengths(lora, pieces, weights):
             )
             inputs = tuple(range(one[0].ndim - 1))
             length = ops.sqrt(ops.sum(ops.square(whole), axis=inputs))
-            lengths.append(engine.to_numpy(length))
+            lengths.append(to_host(length))
         lengths = np.stack(lengths)
         scales = scales.reshape(-1, *[1] * (lengths.ndim - 1))
         if BLOCKS not in place:
             scales, lengths = scales[0], lengths[0]
         yield place, scales, lengths
-
-
-def _one_by_one(kernel, place):
-    """Give the kernel of each layer, one at a time."""
-    if isinstance(kernel, list):
-        layers = kernel
-    elif BLOCKS in place:
-        layers = (kernel.value[layer] for layer in range(kernel.shape[0]))
-    else:
-        layers = [kernel]
-    for one in layers:
-        yield one.numpy() if isinstance(one, DequantizedView) else one

@@ -1,4 +1,4 @@
-"""Low-rank adapters of a backbone: made, switched, merged."""
+"""Low-rank adapters of a backbone: made and switched."""
 
 import contextlib
 import dataclasses
@@ -7,25 +7,26 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.checkpoints.peft import HEAD
 from keras_paligemma.checkpoints.peft import TABLE
-from keras_paligemma.checkpoints.peft import TARGETS
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.projection import normal
+from keras_paligemma.layers.weight import Weight
+from keras_paligemma.lora_config import TARGETS
+from keras_paligemma.tuning import merging
 from keras_paligemma.turns import alone
 
 
 class Adapters:
-    """The named adapters of a backbone, one of which its variables hold.
+    """The named adapters of a backbone, one of which is loaded.
 
-    The first one makes the variables, the slots; the values of the others wait
-    on the host. A switch copies values and one number a projection, so that
-    nothing is compiled again; an adapter of a lower rank, of fewer targets or
-    of fewer layers leaves the rest of the slots zero, where gradients are zero
-    too. Compile before another adapter is trained: the optimizer's moments are
-    the last's.
+    The first one makes the variables; the values of the others wait on the
+    host. A switch copies values and one number a projection, so that nothing
+    is compiled again; an adapter of a lower rank, of fewer targets or of fewer
+    layers leaves the rest of the variables zero, where gradients are zero too.
+    Compile before another adapter is trained: the optimizer's moments are the
+    last's.
 
     Weights that an adapter brings whole (PEFT's `modules_to_save` and `bias`)
     are in the place of the base's while it is in use; those wait meanwhile.
@@ -33,18 +34,25 @@ class Adapters:
 
     Args:
         backbone: `PaliGemmaBackbone`.
+
+    Attributes:
+        configs: dict of name to `LoraConfig`.
+        capacity: `LoraConfig` of the variables, the largest that they can
+            hold; `None` before the first adapter.
+        loaded: str, the adapter whose values the variables hold, or `None`.
+        active: str, the adapter that computes, or `None`: all are off.
+        merged: str, the adapter that the kernels have taken up, or `None`.
     """
 
     def __init__(self, backbone):
         self.backbone = backbone
         self.turns = backbone.turns
-        self.turns = backbone.turns
-        self.slots = None
-        self.known = {}
-        self.live = None
+        self.capacity = None
+        self.configs = {}
+        self.loaded = None
         self.active = None
         self.merged = None
-        self._waiting = {}
+        self._host_values = {}
         self._whole = {}
         self._base = {}
 
@@ -54,42 +62,43 @@ class Adapters:
 
         Args:
             name: str.
-            lora: `Lora`.
-            pieces: dict of name to array, as slots hold them; random A and
+            lora: `LoraConfig`.
+            pieces: dict of name to array, as `pieces` gives them; random A and
                 nothing else if `None`.
             whole: dict of name to array, weights that it brings whole.
         """
         self._refuse_merged()
-        if name in self.known:
+        if name in self.configs:
             raise ValueError(
                 f"There is an adapter of the name {name!r} already: "
-                f"{self.known[name]}. Give another name."
+                f"{self.configs[name]}. Give another name."
             )
         for target in lora.targets:
-            lora.ranks_of(target, self.layers(target))
-        if self.slots is None:
-            self._make_slots(lora)
+            lora.ranks_of(target, self.num_layers(target))
+        if self.capacity is None:
+            self._make_weights(lora)
             if pieces is None and lora.ranks:
                 pieces = self._random(lora)
-        elif self._has_room(lora):
+        elif self._fits(lora):
             # Zeros, of what it has not, are trained and saved as well.
             lora = dataclasses.replace(
-                lora, dora=self.slots.dora, bias=self.slots.bias
+                lora, dora=self.capacity.dora, bias=self.capacity.bias
             )
-            self._waiting[self.live] = self._read()
+            self._host_values[self.loaded] = self._read()
             if pieces is None:
                 pieces = self._random(lora)
         else:
             raise ValueError(
                 "Adapters share the room that the first one made. Received: "
                 f"{name!r} of {lora}. Expected: at most rank "
-                f"{self.slots.rank}, targets among {self.slots.targets}, and "
-                f"no pieces but {self.slots.pieces}. Load the preset again "
-                "and add the largest adapter first."
+                f"{self.capacity.rank}, targets among "
+                f"{self.capacity.targets}, and no pieces but "
+                f"{self.capacity.pieces}. Load the preset again and add the "
+                "largest adapter first."
             )
         if pieces is not None:
             self._assign(pieces)
-        self.known[name], self.live = lora, name
+        self.configs[name], self.loaded = lora, name
         self._whole[name] = dict(whole or {})
         if HEAD in self._whole[name]:
             self._make_head()
@@ -99,7 +108,7 @@ class Adapters:
     def select(self, name):
         """Switch to an adapter, or all off with `None`."""
         self._check_selectable(name)
-        self._switch(self.live if name is None else name, name)
+        self._switch(self.loaded if name is None else name, name)
 
     @contextlib.contextmanager
     def using(self, name):
@@ -119,54 +128,54 @@ class Adapters:
         ```
         """
         with self.turns:
-            before = self.live, self.active
+            before = self.loaded, self.active
             self._check_selectable(name)
-            self._switch(self.live if name is None else name, name)
+            self._switch(self.loaded if name is None else name, name)
             try:
                 yield
             finally:
                 self._switch(*before)
 
-    def _switch(self, live, active):
-        """Put an adapter into the slots, and choose which one answers."""
-        if self.slots is None:
+    def _switch(self, loaded, active):
+        """Load an adapter, and choose which one computes."""
+        if self.capacity is None:
             return
         previous = self.active
         if active != previous:
             self._exchange(active)
         try:
-            self._load(live)
+            self._load(loaded)
         except BaseException:
             if active != previous:
                 self._exchange(previous)
             raise
         self._assign_scales(active)
 
-    def _load(self, live):
-        """Put an adapter's values into the slots, or leave all as it was."""
-        if live != self.live:
-            before = self._waiting[self.live] = self._read()
+    def _load(self, name):
+        """Give the variables an adapter's values, or leave all as it was."""
+        if name != self.loaded:
+            before = self._host_values[self.loaded] = self._read()
             try:
-                self._assign(self._waiting[live])
+                self._assign(self._host_values[name])
             except BaseException:
                 self._assign(before)
                 raise
-            self.live = live
-            del self._waiting[live]
+            self.loaded = name
+            del self._host_values[name]
 
     def _exchange(self, name):
         """Put the base's own weights back, and those that `name` brings in."""
         weights = self.backbone.weights_by_name()
         brought = self._whole.get(name, {})
-        own = {key: engine.to_array(weights[key]) for key in self._base}
+        own = {key: weights[key].read() for key in self._base}
         wanted = self._base | brought
-        before = {key: engine.to_array(weights[key]) for key in wanted}
+        before = {key: weights[key].read() for key in wanted}
         try:
             for key, value in wanted.items():
-                _assign(weights[key], value)
+                weights[key].assign(value)
         except BaseException:
             for key, value in before.items():
-                _assign(weights[key], value)
+                weights[key].assign(value)
             raise
         if self.active is not None:
             self._whole[self.active] |= own
@@ -180,17 +189,17 @@ class Adapters:
         self._assign(values)
 
     def pieces(self, name):
-        """Give an adapter's arrays as the slots hold them: filled up by 0."""
-        return self._read() if name == self.live else self._waiting[name]
+        """Give an adapter's arrays as the variables hold them, with zeros."""
+        return self._read() if name == self.loaded else self._host_values[name]
 
     def values(self, name):
         """Give an adapter's arrays, layer axis first, cut to its rank."""
-        lora, held = self.known[name], self.pieces(name)
+        lora, pieces = self.configs[name], self.pieces(name)
         cut = {}
         for target in lora.targets:
-            place = lora.place(target)
+            place = TARGETS[target]
             for piece in lora.pieces:
-                value = held[f"{place}/{piece}"]
+                value = pieces[f"{place}/{piece}"]
                 if piece == "adapter_a":
                     value = value[..., : lora.rank]
                 if piece == "adapter_b":
@@ -204,31 +213,35 @@ class Adapters:
         if name != self.active:
             return dict(self._whole[name])
         weights = self.backbone.weights_by_name()
-        return {key: engine.to_array(weights[key]) for key in self._base}
+        return {key: weights[key].read() for key in self._base}
 
     def base_weights(self):
         """Map names to weights as the backbone does, but to the base's own."""
-        return self.backbone.weights_by_name() | self._base
+        weights = self.backbone.weights_by_name()
+        return weights | {
+            name: Weight((value,), weights[name].form and "scanned")
+            for name, value in self._base.items()
+        }
 
     def scales(self, name):
-        """Map names of the slots to an adapter's scales; 0 of `None`."""
+        """Map names of weights to an adapter's scales; 0 of `None`."""
         scales = {}
-        for target in self.slots.targets:
-            layers = self.layers(target)
+        for target in self.capacity.targets:
+            layers = self.num_layers(target)
             value = np.zeros(layers)
             if name is not None:
-                value = self.known[name].scales(target, layers)
+                value = self.configs[name].scales(target, layers)
             place = TARGETS[target]
             value = value if BLOCKS in place else value[0]
             scales[f"{place}/adapter_scale"] = value
         return scales
 
-    def slots_by_name(self, *pieces):
-        """Map names to the variables of the slots, as the backbone does."""
+    def weights(self, *pieces):
+        """Map names of adapters' pieces to their `Weight`."""
         weights = self.backbone.weights_by_name()
         return {
             name: weights[name]
-            for target in self.slots.targets
+            for target in self.capacity.targets
             for piece in pieces
             for name in [f"{TARGETS[target]}/{piece}"]
         }
@@ -239,23 +252,24 @@ class Adapters:
         What it brings whole is in the preset's weights, as the base's.
 
         Returns:
-            Dict, or `None`: there is none, all are off, or it is merged.
+            `LoraConfig`, or `None`: there is none, all are off, or it is
+            merged.
         """
         if self.active is None or self.merged is not None:
             return None
-        lora = self.known[self.live]
-        if (lora.rank, lora.targets) != (self.slots.rank, self.slots.targets):
+        lora, capacity = self.configs[self.loaded], self.capacity
+        if (lora.rank, lora.targets) != (capacity.rank, capacity.targets):
             ranks = {
-                target: lora.ranks_of(target, self.layers(target))
-                for target in self.slots.targets
+                target: lora.ranks_of(target, self.num_layers(target))
+                for target in capacity.targets
             }
             lora = dataclasses.replace(
                 lora,
-                rank=self.slots.rank,
-                targets=self.slots.targets,
+                rank=capacity.rank,
+                targets=capacity.targets,
                 ranks=ranks,
             )
-        return lora.config()
+        return lora
 
     def has_own_head(self):
         """Say whether the adapter in use has another table for the head."""
@@ -270,29 +284,8 @@ class Adapters:
                 "There is no active adapter to merge. Expected: "
                 "`enable_lora` or `load_adapter` first."
             )
-        if self.backbone.quantization is not None:
-            raise ValueError(
-                "Kernels of few bits cannot take an adapter up: most of it is "
-                "smaller than their steps. Received: a model of "
-                f"{self.backbone.quantization}. Load the preset without "
-                "`quantize`, add the adapter with `load_adapter`, and merge."
-            )
-        if self.slots.bias:
-            weights = self.backbone.weights_by_name()
-            bare = [
-                target
-                for target in self.slots.targets
-                if f"{TARGETS[target]}/bias" not in weights
-            ]
-            if bare:
-                raise ValueError(
-                    "The adapter has biases, and Gemma's projections have "
-                    f"none that could take them up. Received: {bare}. Keep "
-                    "it as an adapter."
-                )
-        self._change("kernel", with_adapter)
-        if self.slots.bias:
-            self._change("bias", _with_bias)
+        merging.check_kernels_take_up(self.backbone, self.capacity)
+        merging.add(self.backbone.weights_by_name(), self.capacity)
         self._assign_scales(None)
         self.merged = self.active
 
@@ -304,17 +297,15 @@ class Adapters:
                 "No adapter is merged. Expected: `adapters.merge()` first."
             )
         self._assign_scales(self.merged)
-        self._change("kernel", _without_adapter)
-        if self.slots.bias:
-            self._change("bias", _without_bias)
+        merging.subtract(self.backbone.weights_by_name(), self.capacity)
         self.merged = None
 
     def _check_selectable(self, name):
         self._refuse_merged()
-        if name is not None and name not in self.known:
+        if name is not None and name not in self.configs:
             raise ValueError(
                 f"Unknown adapter. Received: {name!r}. Expected one of "
-                f"{list(self.known)}, or None for the bare model."
+                f"{list(self.configs)}, or None for the bare model."
             )
 
     def _refuse_merged(self):
@@ -324,14 +315,14 @@ class Adapters:
                 "`adapters.unmerge()` first."
             )
 
-    def _has_room(self, lora):
+    def _fits(self, lora):
         return (
-            lora.rank <= self.slots.rank
-            and {*lora.targets} <= {*self.slots.targets}
-            and {*lora.pieces} <= {*self.slots.pieces}
+            lora.rank <= self.capacity.rank
+            and {*lora.targets} <= {*self.capacity.targets}
+            and {*lora.pieces} <= {*self.capacity.pieces}
         )
 
-    def layers(self, target):
+    def num_layers(self, target):
         """Give the number of a target's layers; the projector is one."""
         place = TARGETS[target]
         if BLOCKS not in place:
@@ -339,7 +330,7 @@ class Adapters:
         tower = getattr(self.backbone, place.split("/")[0])
         return tower.blocks.num_layers
 
-    def _make_slots(self, lora):
+    def _make_weights(self, lora):
         for variable in self.backbone.variables:
             variable.trainable = False
         vision = self.backbone.vision_encoder
@@ -354,9 +345,9 @@ class Adapters:
             }
 
             def adapt(layer, names=names):
-                for one in layer._flatten_layers():
-                    if isinstance(one, Projection) and one.name in names:
-                        one.add_adapter(
+                for inner in layer._flatten_layers():
+                    if isinstance(inner, Projection) and inner.name in names:
+                        inner.add_adapter(
                             lora.rank, 0.0, lora.dropout, lora.bias, lora.dora
                         )
 
@@ -366,14 +357,14 @@ class Adapters:
                     adapt(layer)
                 if lora.dropout:
                     tower.blocks.enable_dropout()
-        self.slots = dataclasses.replace(lora, ranks=None, alphas=None)
+        self.capacity = dataclasses.replace(lora, ranks=None, alphas=None)
 
     def _make_head(self):
         """Make a table for the head, the base's but of who brings another."""
         embedding = self.backbone.token_embedding
         if embedding.adapter_head is not None:
             return
-        self._switch(self.live, None)
+        self._switch(self.loaded, None)
         embedding.add_head()
         embedding.adapter_head.assign(embedding.table)
         for whole in self._whole.values():
@@ -381,31 +372,31 @@ class Adapters:
                 whole.setdefault(HEAD, whole[TABLE])
 
     def _read(self):
-        slots = self.slots_by_name(*self.slots.pieces)
-        return {name: engine.to_array(one) for name, one in slots.items()}
+        weights = self.weights(*self.capacity.pieces)
+        return {name: weight.read() for name, weight in weights.items()}
 
     def _assign(self, pieces):
-        slots = self.slots_by_name(*self.slots.pieces)
-        for name, weight in slots.items():
-            whole = np.zeros(engine.shape_of(weight), "float32")
+        weights = self.weights(*self.capacity.pieces)
+        for name, weight in weights.items():
+            whole = np.zeros(weight.shape, "float32")
             if name in pieces:
                 value = pieces[name]
                 whole[tuple(slice(size) for size in value.shape)] = value
-            _assign(weight, whole)
+            weight.assign(whole)
 
     def _assign_scales(self, name):
-        weights = self.slots_by_name("adapter_scale")
-        for slot, value in self.scales(name).items():
-            _assign(weights[slot], value)
+        weights = self.weights("adapter_scale")
+        for key, value in self.scales(name).items():
+            weights[key].assign(value)
 
     def _random(self, lora):
         """Draw each layer's A as a new adapter has it; the rest is zero."""
-        weights = self.slots_by_name("adapter_a")
+        weights = self.weights("adapter_a")
         values = {}
         for target in lora.targets:
-            name = f"{lora.place(target)}/adapter_a"
-            ranks = lora.ranks_of(target, self.layers(target))
-            inputs = engine.shape_of(weights[name])[BLOCKS in name : -1]
+            name = f"{TARGETS[target]}/adapter_a"
+            ranks = lora.ranks_of(target, self.num_layers(target))
+            inputs = weights[name].layer_shape[:-1]
             draws = []
             for rank in ranks:
                 # A new initializer a layer: one draws the same each time.
@@ -414,76 +405,3 @@ class Adapters:
                 draws[-1][..., rank:] = 0
             values[name] = np.stack(draws) if BLOCKS in name else draws[0]
         return values
-
-    def _change(self, last, function):
-        """Change kernels or biases by what their adapters are.
-
-        Args:
-            last: str, "kernel" or "bias".
-            function: of one layer's weight and a dict of its pieces.
-        """
-        weights = self.backbone.weights_by_name()
-        names = (last, *self.slots.pieces, "adapter_scale")
-
-        def changed(tensors):
-            return function(tensors[0], dict(zip(names, tensors, strict=True)))
-
-        for target in self.slots.targets:
-            place = TARGETS[target]
-            held = [weights[f"{place}/{name}"] for name in names]
-            if isinstance(held[0], list):
-                for layer in zip(*held, strict=True):
-                    layer[0].assign(changed(layer))
-            elif BLOCKS in place:
-                # A layer at a time: the stack is never whole in float32.
-                stacks = [one.value for one in held]
-                held[0].assign(ops.map(changed, stacks))
-            else:
-                held[0].assign(changed(held))
-
-
-def with_adapter(kernel, pieces):
-    """Give the kernel that computes what kernel and adapter do.
-
-    Args:
-        kernel: tensor of one layer.
-        pieces: dict of "adapter_a", "adapter_b", "adapter_scale" and, if there
-            is one, "adapter_gain" to its tensors.
-
-    Returns:
-        Tensor of the kernel's dtype; the sum is rounded once.
-    """
-    gain = 1 + pieces["adapter_scale"] * pieces.get("adapter_gain", 0.0)
-    whole = (ops.cast(kernel, "float32") + _product(kernel, pieces)) * gain
-    return ops.cast(whole, kernel.dtype)
-
-
-def _without_adapter(kernel, pieces):
-    gain = 1 + pieces["adapter_scale"] * pieces.get("adapter_gain", 0.0)
-    whole = ops.cast(kernel, "float32") / gain - _product(kernel, pieces)
-    return ops.cast(whole, kernel.dtype)
-
-
-def _product(kernel, pieces):
-    """Give scale · A · B in the kernel's shape."""
-    a, b = pieces["adapter_a"], pieces["adapter_b"]
-    rank = a.shape[-1]
-    product = ops.matmul(ops.reshape(a, (-1, rank)), ops.reshape(b, (rank, -1)))
-    return ops.reshape(product * pieces["adapter_scale"], kernel.shape)
-
-
-def _with_bias(bias, pieces, sign=1):
-    added = sign * pieces["adapter_scale"] * pieces["adapter_bias"]
-    return ops.cast(ops.cast(bias, "float32") + added, bias.dtype)
-
-
-def _without_bias(bias, pieces):
-    return _with_bias(bias, pieces, -1)
-
-
-def _assign(weight, value):
-    if isinstance(weight, list):
-        for variable, one in zip(weight, value, strict=True):
-            variable.assign(one)
-    else:
-        weight.assign(value)

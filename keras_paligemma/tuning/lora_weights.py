@@ -8,12 +8,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.compat import process
 from keras_paligemma.compat import wait_for_all
-from keras_paligemma.quantization.dequantized_views import dequantized_views
-from keras_paligemma.tuning.lora import Lora
+from keras_paligemma.layers.weight import dequantized
+from keras_paligemma.lora_config import TARGETS
+from keras_paligemma.lora_config import LoraConfig
 
 SUFFIX = ".lora.h5"
 # KerasHub's files have a group "lora" in its place, of layers by number.
@@ -23,26 +23,26 @@ GROUP = "keras_paligemma_lora"
 def save(backbone, filepath):
     """Write the adapter in use; see `PaliGemmaBackbone.save_lora_weights`."""
     path, adapters = _path(filepath), backbone.adapters
-    if adapters.live is None:
+    if adapters.loaded is None:
         raise ValueError(
             "There is no adapter to save. Expected: `enable_lora(rank)` or "
             "`load_adapter(folder)` first."
         )
-    if adapters.whole(adapters.live):
+    if adapters.whole(adapters.loaded):
         raise ValueError(
             "The adapter brings weights of the base, which this file has no "
-            f"place for: {sorted(adapters.whole(adapters.live))}. Write it "
+            f"place for: {sorted(adapters.whole(adapters.loaded))}. Write it "
             "with `save_adapter`."
         )
     # Gathered by all processes, written by the first.
-    arrays = adapters.values(adapters.live)
+    arrays = adapters.values(adapters.loaded)
     if process()[0] == 0:
         draft = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             with h5py.File(draft, "w") as file:
                 group = file.create_group(GROUP)
-                lora = adapters.known[adapters.live]
-                group.attrs["config"] = json.dumps(lora.config())
+                lora = adapters.configs[adapters.loaded]
+                group.attrs["config"] = json.dumps(lora.to_dict())
                 for name, array in arrays.items():
                     group[name] = array
             os.replace(draft, path)
@@ -63,7 +63,7 @@ def load(backbone, filepath):
                     "its own model in such a file, which no other model can "
                     "read: merge the adapter there and save the preset"
                 )
-            lora = Lora(**json.loads(group.attrs["config"]))
+            lora = LoraConfig(**json.loads(group.attrs["config"]))
             values = {}
 
             def read(name, item):
@@ -77,10 +77,10 @@ def load(backbone, filepath):
             f"{path} cannot be read as an adapter: {error}. Expected: a file "
             "of `save_lora_weights`."
         ) from error
-    if adapters.live is None:
+    if adapters.loaded is None:
         adapters.add("default", lora, values)
         return
-    current = adapters.known[adapters.live]
+    current = adapters.configs[adapters.loaded]
     # Dropout is how an adapter is trained; its values do without.
     lora = dataclasses.replace(lora, dropout=current.dropout)
     if lora != current:
@@ -94,8 +94,8 @@ def load(backbone, filepath):
 
 def _check_shapes(backbone, lora, values):
     """Refuse arrays that are not those of the adapter in this model."""
-    weights = dequantized_views(backbone.weights_by_name())
-    places = [lora.place(target) for target in lora.targets]
+    weights = dequantized(backbone.weights_by_name())
+    places = [TARGETS[target] for target in lora.targets]
     names = {f"{place}/{piece}" for place in places for piece in lora.pieces}
     if values.keys() != names:
         raise ValueError(
@@ -107,7 +107,7 @@ def _check_shapes(backbone, lora, values):
         }
         a, b = pieces.pop("adapter_a"), pieces.pop("adapter_b")
         layer = 1 if BLOCKS in place else 0
-        kernel = tuple(engine.shape_of(weights[f"{place}/kernel"]))
+        kernel = weights[f"{place}/kernel"].shape
         outputs = b[:layer] + b[layer + 1 :]
         ranks = a[-1:] + b[layer : layer + 1]
         if (

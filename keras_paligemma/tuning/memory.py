@@ -1,10 +1,6 @@
 """How much memory a training step takes, by arithmetic."""
 
-import math
-
 import ml_dtypes
-
-from keras_paligemma.checkpoints import engine
 
 
 def estimate_memory(
@@ -37,14 +33,12 @@ def estimate_memory(
     stored = trained = 0
     reached = set()
     for name, weight in weights.items():
-        first = weight[0] if isinstance(weight, list) else weight
-        size = math.prod(engine.shape_of(weight))
-        stored += size * _bytes(first.dtype)
-        if first.trainable:
+        stored += weight.size * _bytes(weight.dtype)
+        if weight.trainable:
             # A gradient in the weight's dtype, two moments in float32, and
             # the sum of gradients.
             floats = 3 if accumulates else 2
-            trained += size * (_bytes(first.dtype) + 4 * floats)
+            trained += weight.size * (_bytes(weight.dtype) + 4 * floats)
             reached.add(name.split("/")[0])
     compute = _bytes(backbone.compute_dtype)
     vision, text = backbone.vision_config, backbone.text_config

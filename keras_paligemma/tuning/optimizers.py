@@ -63,7 +63,7 @@ class Adam(keras.optimizers.Adam):
         self._rates = [self._rate(name) for name in names]
         self._is_decayed = [
             self.decayed is None
-            or any(fnmatch.fnmatch(name, one) for one in self.decayed)
+            or any(fnmatch.fnmatch(name, pattern) for pattern in self.decayed)
             for name in names
         ]
 
@@ -82,8 +82,8 @@ class Adam(keras.optimizers.Adam):
         if self.gradient_accumulation_steps:
             # They are added up in float32, and JAX wants one dtype of both.
             grads = [
-                one if one is None else ops.cast(one, "float32")
-                for one in grads
+                gradient if gradient is None else ops.cast(gradient, "float32")
+                for gradient in grads
             ]
         return super().apply(grads, trainable_variables)
 

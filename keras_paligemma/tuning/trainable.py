@@ -2,10 +2,8 @@
 
 import difflib
 import fnmatch
-import math
 
-from keras_paligemma.checkpoints import engine
-from keras_paligemma.quantization.dequantized_views import dequantized_views
+from keras_paligemma.layers.weight import dequantized
 
 
 def set_trainable(backbone, patterns, value):
@@ -38,14 +36,14 @@ def set_trainable(backbone, patterns, value):
             )
         chosen += names
     for name in chosen:
-        for variable in _variables(weights[name]):
-            if value and "int" in variable.dtype:
-                raise ValueError(
-                    "Weights in low bits cannot be trained. Received: "
-                    f"{name!r} of dtype {variable.dtype}. Train adapters, or "
-                    "load the preset without quantize=."
-                )
-            variable.trainable = value
+        if value and "int" in weights[name].dtype:
+            raise ValueError(
+                "Weights in low bits cannot be trained. Received: "
+                f"{name!r} of dtype {weights[name].dtype}. Train adapters, or "
+                "load the preset without quantize=."
+            )
+    for name in chosen:
+        weights[name].set_trainable(value)
 
 
 def check_trainable(backbone, trained=None):
@@ -65,29 +63,29 @@ def check_trainable(backbone, trained=None):
             same; another adapter than the optimizer has the moments of.
     """
     adapters = backbone.adapters
-    if adapters.slots is not None and (
+    if adapters.capacity is not None and (
         adapters.active is None or adapters.merged is not None
     ):
         state = "off" if adapters.active is None else "merged"
         raise ValueError(
             f"An adapter that takes no part is not trained. Received: adapters "
-            f"that are {state}. Call `adapters.select({adapters.live!r})`, or "
-            "`adapters.unmerge()`, first."
+            f"that are {state}. Call `adapters.select({adapters.loaded!r})`, "
+            "or `adapters.unmerge()`, first."
         )
-    if adapters.slots is not None and trained not in (None, adapters.live):
+    if adapters.capacity is not None and trained not in (None, adapters.loaded):
         raise ValueError(
             "The optimizer's moments are another adapter's. Received: "
-            f"{adapters.live!r} to train, after {trained!r}. Compile with "
+            f"{adapters.loaded!r} to train, after {trained!r}. Compile with "
             "a new optimizer first."
         )
-    if backbone.quantization and backbone.adapters.slots is None:
+    if backbone.quantization and backbone.adapters.capacity is None:
         raise ValueError(
             f"A model of {backbone.quantization} kernels has no gradients of "
             "them: they are frozen integers. Received: a model without "
             "adapters to train. Call `enable_lora` and compile again, or load "
             "it without `quantize`."
         )
-    return None if adapters.slots is None else adapters.live
+    return None if adapters.capacity is None else adapters.loaded
 
 
 def table(backbone):
@@ -100,16 +98,14 @@ def table(backbone):
         str, a table to print.
     """
     parts, trained, total = {}, 0, 0
-    for name, weight in dequantized_views(backbone.weights_by_name()).items():
-        size = math.prod(engine.shape_of(weight))
-        total += size
-        first = _variables(weight)[0]
-        if not getattr(first, "trainable", False):
+    for name, weight in dequantized(backbone.weights_by_name()).items():
+        total += weight.size
+        if not weight.trainable:
             continue
-        trained += size
+        trained += weight.size
         place = name.rsplit("/", 1)[0]
-        key = place, first.dtype
-        parts[key] = parts.get(key, 0) + size
+        key = place, weight.dtype
+        parts[key] = parts.get(key, 0) + weight.size
     width = max([len(place) for place, _ in parts] + [len("trained")])
     lines = [f"{'trained':<{width}}  dtype      parameters"]
     for (place, dtype), count in parts.items():
@@ -120,7 +116,3 @@ def table(backbone):
         f"({share:.3g} %)"
     )
     return "\n".join(lines)
-
-
-def _variables(weight):
-    return weight if isinstance(weight, list) else [weight]

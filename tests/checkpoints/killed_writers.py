@@ -17,10 +17,12 @@ os.environ["KERAS_BACKEND"] = "numpy"
 
 import numpy as np
 
+from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import peft
 from keras_paligemma.checkpoints import peft_write
-from keras_paligemma.models import exports
+from keras_paligemma.checkpoints import writing
+from keras_paligemma.checkpoints.lazy_tensors import lazy_tensors
 from tests.helpers.killing import counted
 
 CALLS = ("rename", "replace", "link", "unlink", "mkdir", "rmdir", "fsync")
@@ -38,15 +40,16 @@ peft_keys = ["q_proj.lora_A.weight", "q_proj.lora_B.weight"]
 def write(folder, to, value, step=lambda: None):
     """Write a model, or an adapter, all of whose numbers are one."""
 
-    def full(array):
-        step()
-        return np.full(array.shape, value, array.dtype)
-
     if to == "peft":
-        arrays = ((key, full(np.zeros((2, 3)))) for key in peft_keys)
+        arrays = ((key, np.full((2, 3), float(value))) for key in peft_keys)
+        arrays = ((key, step() or array) for key, array in arrays)
         peft_write.write(folder, ADAPTER, arrays)
-    else:
-        exports.write(folder, to, config, weights, full)
+        return
+    arrays = {key: np.full_like(one, value) for key, one in weights.items()}
+    rows = [engine.Row(key, key) for key in arrays]
+    tensors = engine.Arrays(arrays)
+    tensors = lazy_tensors(arrays, rows, tensors, lambda array: step())
+    writing.write(folder, to, config, tensors)
 
 
 def read(folder, to):

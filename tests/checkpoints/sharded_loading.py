@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import compat
-from keras_paligemma.checkpoints import engine
+from keras_paligemma.layers import weight
 from tests.helpers.tiny_models import GOLDEN
 from tests.helpers.tiny_models import UNTOLD
 from tests.helpers.tiny_models import golden_inputs
@@ -52,7 +52,7 @@ def watched(variable, value):
     assert len(seen) == 8
 
 
-engine.fill = watched
+weight.fill = watched
 backbone = PaliGemmaBackbone.from_preset(
     GOLDEN / "tiny_headdim.npz", form="unrolled", **UNTOLD
 )

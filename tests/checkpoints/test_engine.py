@@ -8,7 +8,9 @@ import pytest
 
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints.engine import Row
-from keras_paligemma.checkpoints.lazy_tensors import hold
+from keras_paligemma.checkpoints.lazy_tensors import lazy_tensors
+from keras_paligemma.layers import weight as weight_module
+from keras_paligemma.layers.weight import Weight
 
 
 def numbers(*shape):
@@ -28,7 +30,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("row", "ours", "theirs"), ROWS)
 def test_a_row_is_reversible(row, ours, theirs):
-    assert row.their_shape(ours) == theirs
+    assert row.checkpoint_shape(ours) == theirs
     value = numbers(*ours)
     written = row.write(value)
     assert written.shape == theirs
@@ -47,30 +49,32 @@ def test_parts_of_one_array():
         Row("t/blocks/key", "kv", "k d h -> d k h", part=0, parts=2),
         Row("t/blocks/value", "kv", "k d h -> d k h", part=1, parts=2),
     ]
+    arrays = {
+        row.name: numbers(3, 5, 2, 4) * (1 + n) for n, row in enumerate(rows)
+    }
     weights = {
-        row.ours: numbers(3, 5, 2, 4) * (1 + n) for n, row in enumerate(rows)
+        name: Weight((array,), "scanned") for name, array in arrays.items()
     }
     assert engine.shapes(weights, rows) == {"kv": (3, 2, 2, 5, 4)}
-    ((key, array),) = engine.write(weights, rows, np.asarray)
+    ((key, array),) = engine.write(weights, rows)
     assert key == "kv"
     np.testing.assert_array_equal(
         array[2, 1, 1, 3],
-        [weights["t/blocks/value"][2, 3, 1, h] for h in range(4)],
+        [arrays["t/blocks/value"][2, 3, 1, h] for h in range(4)],
     )
-    held = hold(weights, rows, engine.Arrays({"kv": array}))
-    for name, blocks in held.items():
-        for layer, block in enumerate(blocks):
-            np.testing.assert_array_equal(block.read(), weights[name][layer])
+    lazy = lazy_tensors(weights, rows, engine.Arrays({"kv": array}))
+    for name, weight in lazy.items():
+        np.testing.assert_array_equal([*weight.read_layers()], arrays[name])
 
 
 def test_one_array_a_block():
     row = Row("t/blocks/norm", "layers.{layer}.norm")
-    weights = {"t/blocks/norm": numbers(2, 3)}
+    weights = {"t/blocks/norm": Weight((numbers(2, 3),), "scanned")}
     assert engine.shapes(weights, [row]) == {
         "layers.0.norm": (3,),
         "layers.1.norm": (3,),
     }
-    written = dict(engine.write(weights, [row], np.asarray))
+    written = dict(engine.write(weights, [row]))
     np.testing.assert_array_equal(written["layers.1.norm"], [3, 4, 5])
 
 
@@ -85,10 +89,10 @@ def test_every_problem_is_listed_at_once():
         "unused: other",
     ]
     with pytest.raises(ValueError, match="in 4 places; nothing was loaded"):
-        engine.check(weights, rows, found)
+        engine.check_names_and_shapes(weights, rows, found)
 
 
-def test_stacked_arrays_are_read_once_when_held():
+def test_stacked_arrays_are_read_once_when_lazy():
     reads = []
 
     class Counted(engine.Arrays):
@@ -99,8 +103,8 @@ def test_stacked_arrays_are_read_once_when_held():
 
     weights = {"t/blocks/w": numbers(4, 2)}
     row = Row("t/blocks/w", "w")
-    held = hold(weights, [row], Counted({"w": numbers(4, 2)}))
-    values = [block.read() for block in held["t/blocks/w"]]
+    lazy = lazy_tensors(weights, [row], Counted({"w": numbers(4, 2)}))
+    values = [*lazy["t/blocks/w"].read_layers()]
     np.testing.assert_array_equal(values, weights["t/blocks/w"])
     assert reads == ["w"]
 
@@ -120,12 +124,18 @@ def test_memory_of_loading(monkeypatch, stacked):
     def variable(*shape):
         return types.SimpleNamespace(shape=shape, dtype="float32")
 
-    weights = {"t/table": variable(900, 60), "t/last": variable(7)}
+    weights = {
+        "t/table": Weight((variable(900, 60),)),
+        "t/last": Weight((variable(7),)),
+    }
     for name, shape in names.items():
         shape = shape[::-1] if name == "up" else shape
-        many = [variable(*shape) for _ in range(layers)]
-        one = variable(layers, *shape)
-        weights[f"t/blocks/{name}"] = one if stacked else many
+        many = tuple(variable(*shape) for _ in range(layers))
+        weights[f"t/blocks/{name}"] = (
+            Weight((variable(layers, *shape),), "scanned")
+            if stacked
+            else Weight(many, "unrolled")
+        )
     # What a file gives: halves, which are cast.
     expected = engine.shapes(weights, rows)
     tensors = types.SimpleNamespace(
@@ -136,7 +146,7 @@ def test_memory_of_loading(monkeypatch, stacked):
     def fill(variable, value):
         kept[id(variable)] = np.array(value, variable.dtype)
 
-    monkeypatch.setattr(engine, "fill", fill)
+    monkeypatch.setattr(weight_module, "fill", fill)
     tracemalloc.start()
     try:
         engine.load(weights, rows, tensors)

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from keras_paligemma import PaliGemmaBackbone
-from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import finite
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.finite import all_finite
@@ -55,10 +54,10 @@ def test_they_are_refused_unless_asked_for(
     exports.export(path, to, backbone)
     fields = UNTOLD if to == "big_vision" else {}
     key = formats.find(path, fields).rows_for([name])
-    key = next(row.theirs for row in key if row.ours == name)
+    key = next(row.key for row in key if row.name == name)
     with pytest.raises(ValueError, match="2 values of 48 that are") as raised:
         PaliGemmaBackbone.from_preset(path, **fields)
     assert key in str(raised.value) and str(tmp_path) in str(raised.value)
     found = PaliGemmaBackbone.from_preset(path, allow_nonfinite=True, **fields)
-    found = engine.to_numpy(found.weights_by_name()[name])
+    found = found.weights_by_name()[name].read()
     np.testing.assert_array_equal(found, values)

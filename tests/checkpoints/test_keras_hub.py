@@ -63,7 +63,6 @@ def write(folder, source, preprocessor, *args):
     arrays = engine.write(
         load(source).weights_by_name(),
         keras_hub.rows(config.backbone),
-        ops.convert_to_numpy,
     )
     keras_hub.write(folder, config, arrays, *args)
 

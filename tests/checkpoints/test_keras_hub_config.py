@@ -10,9 +10,9 @@ from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.keras_hub import config as keras_hub_config
 from keras_paligemma.checkpoints.keras_hub import weights as keras_hub
-from keras_paligemma.config import LoraConfig
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
+from keras_paligemma.lora_config import LoraConfig
 from tests.helpers.keras_hub_reference import PREPROCESSOR
 from tests.helpers.keras_hub_reference import expected_config
 from tests.helpers.keras_hub_reference import tokenizer

@@ -13,9 +13,9 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import without_values
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints import writing
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
-from keras_paligemma.models import exports
 
 FIELDS = {
     "query_pre_attention_scalar": 4,
@@ -66,16 +66,13 @@ def originals(tmp_path_factory):
         # An npz is cut into pieces, safetensors and h5 into shards.
         path = home / to / ("x.npz" if to == "big_vision" else "model")
         if to in ("keras", "big_vision"):
-            exports.write(
-                path, to, config, weights, engine.to_numpy, piece_size=4000
-            )
+            writing.write(path, to, config, weights, piece_size=4000)
         else:
-            exports.write(
+            writing.write(
                 path,
                 to,
                 ModelConfig(backbone=config.backbone),
                 weights,
-                engine.to_numpy,
             )
     (home / "keras" / "model" / "tokenizer.model").write_bytes(b"tokenizer")
     tokens = {"added_tokens": [{"id": 9, "content": "<image>"}], "model": {}}
@@ -85,7 +82,7 @@ def originals(tmp_path_factory):
 
 
 def engine_shapes(weights):
-    return {name: engine.shape_of(one) for name, one in weights.items()}
+    return {name: one.shape for name, one in weights.items()}
 
 
 def folder_of(home, to):
@@ -105,7 +102,7 @@ def load(folder, known):
     weights = {name: Shaped(shape) for name, shape in known[key].items()}
     rows = checkpoint.rows_for(weights)
     with checkpoint.open() as tensors:
-        engine.check(weights, rows, tensors.shapes)
+        engine.check_names_and_shapes(weights, rows, tensors.shapes)
         for name, shape in tensors.shapes.items():
             assert tensors.read(name).shape == tuple(shape)
     return known[key]

@@ -14,7 +14,6 @@ from safetensors.numpy import save_file
 
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import StreamedCrossEntropy
-from keras_paligemma.checkpoints.engine import to_array
 from keras_paligemma.checkpoints.peft import ROOT
 from keras_paligemma.checkpoints.peft import newest
 from keras_paligemma.checkpoints.peft import rows
@@ -183,7 +182,7 @@ def test_off_and_merged(base, tmp_path, kind, form):
 def weights_of(backbone):
     """The arrays of a model but for its adapter's."""
     return {
-        name: to_array(weight)
+        name: weight.read()
         for name, weight in backbone.weights_by_name().items()
         if "/adapter_" not in name
     }
@@ -237,7 +236,7 @@ def pairs_of(backbone, ours, theirs):
         row, gradient = table[name], ours.pop(name)
         keys = [ROOT + newest(key) for key in row.keys(len(gradient))]
         there = [row.read(theirs.pop(key), gradient.shape[1:]) for key in keys]
-        pairs.append((row.ours, gradient, np.stack(there)))
+        pairs.append((row.name, gradient, np.stack(there)))
     assert not ours and not theirs
     return pairs
 

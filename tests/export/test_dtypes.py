@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from keras_paligemma import PaliGemmaCausalLM
-from keras_paligemma.checkpoints.engine import to_numpy
+from keras_paligemma.compat import to_host
 from tests.helpers.encoded_pictures import ROOT
 from tests.helpers.encoded_pictures import ask_alone
 from tests.helpers.tiny_models import PRESETS
@@ -125,4 +125,4 @@ def test_weights_are_stored_once_and_as_they_are(folders, models, name):
     variables = folders[name] / "variables"
     stored = sum(one.stat().st_size for one in variables.iterdir())
     weights = models[name].backbone.variables
-    assert stored < 1.02 * sum(to_numpy(one).nbytes for one in weights)
+    assert stored < 1.02 * sum(to_host(one).nbytes for one in weights)

@@ -8,7 +8,7 @@ import pytest
 
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
-from keras_paligemma.checkpoints import engine
+from keras_paligemma.compat import to_host
 from tests.helpers.encoded_pictures import ask_alone
 from tests.helpers.encoded_pictures import bomb
 from tests.helpers.encoded_pictures import pictures
@@ -282,7 +282,7 @@ def test_weights_are_stored_once(folder, model):
     # The model has room for one adapter, its slots, and the file holds two.
     slots = model.trainable_variables
     weights = [*model.backbone.variables, *slots]
-    weights = sum(engine.to_numpy(one).nbytes for one in weights)
+    weights = sum(to_host(one).nbytes for one in weights)
     assert stored < 1.02 * weights
     # That of the bare preset is in test_server; here it has two adapters.
     assert (folder / "saved_model.pb").stat().st_size < 5_000_000
@@ -315,17 +315,17 @@ def test_graph_has_defaults_and_runs_no_python(folder):
 def test_a_merged_adapter_needs_no_input():
     from keras_paligemma.export.savedmodel import check_adapters
     from keras_paligemma.export.weights import Weights
-    from keras_paligemma.tuning.lora import Lora
+    from keras_paligemma.lora_config import LoraConfig
 
     backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT)
     backbone.enable_lora(2)
     held = Weights(backbone)
     assert held.names == ["", "default"]
-    assert len(held.adapters) == 2 * len(backbone.adapters.slots.targets)
+    assert len(held.adapters) == 2 * len(backbone.adapters.capacity.targets)
     check_adapters(backbone.adapters)
     name = "vision_encoder/projector/bias"
     bias = np.ones(backbone.text_config.hidden_dim, "float32")
-    backbone.adapters.add("brought", Lora(1), whole={name: bias})
+    backbone.adapters.add("brought", LoraConfig(1), whole={name: bias})
     with pytest.raises(ValueError, match=r"\['brought'\], which bring weights"):
         check_adapters(backbone.adapters)
     backbone.adapters.merge()

@@ -16,15 +16,11 @@ def gradients(function, model):
         Dict of name to array, of blocks layer axis first.
     """
     weights = {
-        name: weight if isinstance(weight, list) else [weight]
+        name: weight
         for name, weight in model.weights_by_name().items()
+        if weight.trainable
     }
-    weights = {
-        name: variables
-        for name, variables in weights.items()
-        if variables[0].trainable
-    }
-    flat = [one for variables in weights.values() for one in variables]
+    flat = [one for weight in weights.values() for one in weight.variables]
 
     def loss(values):
         with keras.StatelessScope(list(zip(flat, values, strict=True))):
@@ -33,10 +29,10 @@ def gradients(function, model):
     values = [ops.convert_to_tensor(variable.value) for variable in flat]
     found = iter(differentiate(loss, values))
     result = {}
-    for name in weights:
-        parts = [next(found) for _ in weights[name]]
-        is_list = isinstance(model.weights_by_name()[name], list)
-        result[name] = np.stack(parts) if is_list else parts[0]
+    for name, weight in weights.items():
+        parts = [next(found) for _ in weight.variables]
+        unrolled = weight.form == "unrolled"
+        result[name] = np.stack(parts) if unrolled else parts[0]
     return result
 
 

@@ -52,9 +52,7 @@ def fill(backbone, arrays, prefix="params/"):
 def arrays_of(backbone):
     """All weights by name as NumPy arrays; those of blocks are stacked."""
     return {
-        name: np.stack([keras.ops.convert_to_numpy(one) for one in weight])
-        if isinstance(weight, list)
-        else keras.ops.convert_to_numpy(weight)
+        name: weight.read()
         for name, weight in backbone.weights_by_name().items()
     }
 
@@ -72,7 +70,7 @@ def randomize_adapters(backbone, seed):
     random = np.random.default_rng(seed)
     for name, weight in backbone.weights_by_name().items():
         if name.endswith(("adapter_a", "adapter_b")):
-            for one in weight if isinstance(weight, list) else [weight]:
+            for one in weight.variables:
                 one.assign(random.normal(size=one.shape) * 0.2)
 
 

@@ -1,6 +1,5 @@
 """Folders that transformers reads, of small models of ours."""
 
-import keras
 import numpy as np
 
 from keras_paligemma import PaliGemmaBackbone
@@ -91,7 +90,6 @@ def export(folder, backbone, tokenizer=None, resize="bicubic", **how):
     arrays = engine.write(
         backbone.weights_by_name(),
         hugging_face.rows(config.backbone),
-        keras.ops.convert_to_numpy,
     )
     hugging_face.write(folder, config, arrays, tokenizer, **how)
 

@@ -133,7 +133,7 @@ def test_layers_begin_with_values_of_their_own(form):
     backbone.enable_lora(2)
     backbone.enable_lora(2, name="second")
     kernel = backbone.weights_by_name()["text_decoder/blocks/mlp/up/kernel"]
-    first, second = (np.array(kernel[layer]) for layer in range(2))
+    first, second, *_ = kernel.read()
     assert (first != second).mean() > 0.99
     for name in ("default", "second"):
         for value in backbone.adapters.values(name).values():

@@ -216,8 +216,7 @@ def test_changes_walk_all_fields():
 def patterned(backbone):
     """Give weights that follow from their name and index alone."""
     for name, weight in backbone.weights_by_name().items():
-        layers = weight if isinstance(weight, list) else [weight]
-        for layer, variable in enumerate(layers):
+        for layer, variable in enumerate(weight.variables):
             count = int(np.prod(variable.shape))
             phase = sum(map(ord, name)) + 10 * layer
             wave = np.sin(np.arange(count) * 0.7 + phase)

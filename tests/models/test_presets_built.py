@@ -43,7 +43,7 @@ def test_count_and_shapes(name, form):
     rows = big_vision.rows(text.use_post_norms)
     shapes = engine.shapes(weights, rows)
     # All weights have a place in the file and the file has no other place.
-    assert {row.ours for row in rows} == set(weights)
+    assert {row.name for row in rows} == set(weights)
     assert sum(map(math.prod, shapes.values())) == config["parameters"]
     size = official_size(name)
     if size is not None:
@@ -102,7 +102,7 @@ def test_every_format_has_a_place_for_all(name, form):
             known["parameters"] + extra * width
         )
         assert engine.problems(weights, rows, shapes) == []
-        assert len({row.ours for row in rows}) == len(weights)
+        assert len({row.name for row in rows}) == len(weights)
     if "28b" in name:
         key = "language_model.model.layers.45.self_attn.q_proj.weight"
         assert engine.shapes(weights, padded)[key] == (32 * 128, 4608)

@@ -11,10 +11,8 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import presets
 from keras_paligemma import without_values
-from keras_paligemma.compat import fill
+from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.models import exports
-from keras_paligemma.quantization.dequantized_views import DequantizedView
-from keras_paligemma.quantization.dequantized_views import dequantized_views
 from keras_paligemma.quantization.storage import QuantizedFormat
 from tests.helpers.gradients import differentiate
 from tests.helpers.text_models import prompts_of
@@ -39,19 +37,9 @@ def plain_twin(backbone):
     config = backbone.get_config() | {"quantization": None, "name": "twin"}
     with without_values():
         twin = PaliGemmaBackbone.from_config(config)
-    views = dequantized_views(backbone.weights_by_name())
+    floats = dequantized(backbone.weights_by_name())
     for name, weight in twin.weights_by_name().items():
-        layers = views[name] if isinstance(views[name], list) else [views[name]]
-        values = [
-            one.numpy() if isinstance(one, DequantizedView) else np.array(one)
-            for one in layers
-        ]
-        if isinstance(weight, list):
-            for variable, value in zip(weight, values, strict=True):
-                fill(variable, value)
-        else:
-            stacked = isinstance(views[name], list)
-            fill(weight, np.stack(values) if stacked else values[0])
+        weight.assign(floats[name].read())
     return twin
 
 
@@ -75,10 +63,9 @@ def test_quantized_while_loading(random_preset, mode):
         np.testing.assert_array_equal(array, found["unrolled"][name], name)
         assert (array.dtype == "int8") == (name in kernels)
     wanted = arrays_of(PaliGemmaBackbone.from_preset(random_preset))
-    for name, view in dequantized_views(backbone.weights_by_name()).items():
+    for name, weight in dequantized(backbone.weights_by_name()).items():
         if name in kernels and name.split("/")[-2] in PROBED:
-            layers = view if isinstance(view, list) else [view]
-            found = np.stack([one.numpy() for one in layers])
+            found = weight.read()
             away = np.linalg.norm(found.reshape(-1) - wanted[name].reshape(-1))
             share = away / np.linalg.norm(wanted[name])
             assert 0 < share < {"int8": 0.01, "int4": 0.13}[mode], name

@@ -17,11 +17,9 @@ import numpy as np
 
 from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
-from keras_paligemma.checkpoints import engine
 from keras_paligemma.compat import fill
-from keras_paligemma.compat import to_host
 from keras_paligemma.data import Batches
-from keras_paligemma.quantization import dequantized_views
+from keras_paligemma.layers import weight
 from keras_paligemma.sharding import distribute
 from keras_paligemma.sharding.layouts import chip_bytes
 from keras_paligemma.training import fit
@@ -89,11 +87,11 @@ class Watched:
 def load(preset, adapter=None):
     """Load int8 weights, add or load adapters, compile; give bytes too."""
     watched = Watched()
-    engine.fill = dequantized_views.fill = watched
+    weight.fill = watched
     model = PaliGemmaCausalLM.from_preset(
         preset, quantize="int8", form="scanned", compile=False
     )
-    engine.fill = dequantized_views.fill = fill
+    weight.fill = fill
     bare = list(model.variables)
     if adapter is None:
         keras.utils.set_random_seed(0)
@@ -120,7 +118,7 @@ def train(model, folder, parts=1, index=0):
 
 def values(model):
     return {
-        name: to_host(one)
+        name: one.read()
         for name, one in model.backbone.weights_by_name().items()
         if not name.endswith("adapter_scale")
     }

@@ -22,16 +22,14 @@ from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import without_values
-from keras_paligemma.checkpoints import engine
 from keras_paligemma.compat import compiling_for
-from keras_paligemma.compat import fill
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.splash import should_use_splash
 from keras_paligemma.layers.stack import LayerStack
 from keras_paligemma.layers.stack import stable_name
+from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.models.text_decoder import TokenEmbedding
 from keras_paligemma.quantization import products
-from keras_paligemma.quantization.dequantized_views import dequantized_views
 from keras_paligemma.sharding import distribute
 from tests.helpers.attention import draw_attention
 from tests.helpers.attention import fused
@@ -109,8 +107,8 @@ class Losses(keras.callbacks.Callback):
 def draw(backbone):
     """Give random values by name, the same ones whatever the form."""
     values = {}
-    for name, weight in dequantized_views(backbone.weights_by_name()).items():
-        shape = engine.shape_of(weight)
+    for name, weight in dequantized(backbone.weights_by_name()).items():
+        shape = weight.shape
         random = np.random.default_rng(zlib.crc32(name.encode()))
         spread = 0.3 if "norm" in name else shape[-1] ** -0.5
         values[name] = random.normal(size=shape).astype("float32") * spread
@@ -126,14 +124,9 @@ def build(form, trained):
         )
         if trained != "full":
             backbone.enable_lora(rank=2, targets=TARGETS)
-    weights = dequantized_views(backbone.weights_by_name())
+    weights = dequantized(backbone.weights_by_name())
     for name, value in draw(backbone).items():
-        held = weights[name]
-        if isinstance(held, list):
-            for variable, one in zip(held, value, strict=True):
-                fill(variable, one)
-        else:
-            fill(held, value)
+        weights[name].assign(value)
     model = PaliGemmaCausalLM(backbone, compile=False)
     model.compile(Adam(1e-2))
     return model

@@ -68,7 +68,7 @@ def test_from_the_command_line_and_again(data):
     assert len((data / "run" / "log.csv").read_text().splitlines()) == 2
     model = PaliGemmaCausalLM.from_preset(NANO)
     model.load_adapter(data / "run" / "adapter")
-    assert model.adapters.known["default"].targets == ("query",)
+    assert model.adapters.configs["default"].targets == ("query",)
     # The same command again has nothing to do, and loses nothing.
     adapter = data / "run" / "adapter" / "adapter_model.safetensors"
     before = adapter.read_bytes()
@@ -158,7 +158,7 @@ def call_error(*arguments):
 def test_weights_themselves_and_what_is_frozen():
     settings = Settings(NANO, "", "", lora_rank=0, freeze=("vision_encoder/*",))
     model = build(settings)
-    assert model.backbone.adapters.slots is None
+    assert model.backbone.adapters.capacity is None
     paths = {one.path for one in model.trainable_variables}
     assert paths and not any("vision_encoder" in path for path in paths)
 

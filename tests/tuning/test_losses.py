@@ -80,8 +80,8 @@ def test_gradient_norms_are_the_originals(golden_backbone, expected, form):
     found = gradients(function, backbone)
     squares = {}
     for row in big_vision.rows(True):
-        square = float(np.square(found[row.ours]).sum())
-        squares[row.theirs] = squares.get(row.theirs, 0.0) + square
+        square = float(np.square(found[row.name]).sum())
+        squares[row.key] = squares.get(row.key, 0.0) + square
     for key, square in squares.items():
         wanted = expected["f32/grad_l2/full/" + key.removeprefix("params/")]
         # A key's bias moves no softmax: its gradient is rounding alone.

@@ -66,8 +66,8 @@ def test_trajectory_is_the_originals(golden_backbone, expected, frozen):
     after = arrays_of(backbone)
     changes = {}
     for row in big_vision.rows(True):
-        change = np.square(after[row.ours] - before[row.ours]).sum()
-        changes[row.theirs] = changes.get(row.theirs, 0.0) + change
+        change = np.square(after[row.name] - before[row.name]).sum()
+        changes[row.key] = changes.get(row.key, 0.0) + change
     for key, change in changes.items():
         size = expected[
             f"f32/traj/{run}/delta_l2/{key.removeprefix('params/')}"

@@ -3,11 +3,11 @@
 import ml_dtypes
 import numpy as np
 
+from keras_paligemma.checked import shown
 from keras_paligemma.config import BackboneConfig
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
-from keras_paligemma.config import shown
 
 # Defaults of transformers, for saved files omit what equals them.
 GEMMA = {
@@ -130,19 +130,18 @@ def from_transformers(config, processor, source, added_tokens=None):
     if text.get("rope_parameters") is not None:
         rope |= _section(text, "rope_parameters", source)
     scalar = "query_pre_attn_scalar" if gemma_2 else "head_dim"
-    # Our fields, and what theirs are called.
+    # Our fields, and what transformers calls them.
     text_names = TEXT_FIELDS | {
         "vocabulary_size": "vocab_size",
         "query_pre_attention_scalar": scalar,
         "attention_logit_soft_cap": "attn_logit_softcapping",
         "final_logit_soft_cap": "final_logit_softcapping",
     }
-    text_fields = {
-        ours: text.get(theirs) for ours, theirs in text_names.items()
-    } | {"use_post_norms": gemma_2, "rope_base": rope["rope_theta"]}
-    vision_fields = {
-        ours: vision[theirs] for ours, theirs in VISION_FIELDS.items()
+    text_fields = {name: text.get(key) for name, key in text_names.items()} | {
+        "use_post_norms": gemma_2,
+        "rope_base": rope["rope_theta"],
     }
+    vision_fields = {name: vision[key] for name, key in VISION_FIELDS.items()}
     image_size = {"image_size": vision["image_size"]}
     problems = [
         *TextDecoderConfig.problems(
@@ -188,7 +187,7 @@ def from_transformers(config, processor, source, added_tokens=None):
 
 
 def _within(section, names):
-    return {ours: f"{section}.{theirs}" for ours, theirs in names.items()}
+    return {name: f"{section}.{key}" for name, key in names.items()}
 
 
 def _refuse_quantized(config, source):
@@ -326,7 +325,7 @@ def to_transformers(config, num_rows):
     """
     backbone = config.backbone
     text, vision = backbone.text_decoder, backbone.vision_encoder
-    _check(backbone)
+    _check_expressible(backbone)
     image_size, width = backbone.image_size, text.hidden_dim
     num_image_tokens = backbone.num_image_tokens()
     dtype = weight_dtype(backbone).name
@@ -334,7 +333,7 @@ def to_transformers(config, num_rows):
     text_config = {
         "model_type": "gemma2" if text.use_post_norms else "gemma",
         "vocab_size": num_rows,
-        **{theirs: getattr(text, ours) for ours, theirs in TEXT_FIELDS.items()},
+        **{key: getattr(text, name) for name, key in TEXT_FIELDS.items()},
         "attention_bias": False,
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
@@ -369,8 +368,8 @@ def to_transformers(config, num_rows):
             "vision_config": {
                 "model_type": "siglip_vision_model",
                 **{
-                    theirs: getattr(vision, ours)
-                    for ours, theirs in VISION_FIELDS.items()
+                    key: getattr(vision, name)
+                    for name, key in VISION_FIELDS.items()
                 },
                 "hidden_act": "gelu_pytorch_tanh",
                 "image_size": image_size,
@@ -406,7 +405,7 @@ def _resample(resize):
     return RESAMPLE[resize]
 
 
-def _check(backbone):
+def _check_expressible(backbone):
     """Refuse a model that transformers has no config for."""
     text = backbone.text_decoder
     scalar = text.query_pre_attention_scalar

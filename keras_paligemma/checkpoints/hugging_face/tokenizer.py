@@ -7,10 +7,10 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
+from keras_paligemma.checked import shown
 from keras_paligemma.checkpoints.hugging_face.config import IMAGE
 from keras_paligemma.checksums import read_checked
 from keras_paligemma.config import read_json
-from keras_paligemma.config import shown
 
 SPACE = "▁"
 # Types of pieces in `sentencepiece_model.proto`.
@@ -46,7 +46,7 @@ def tokenizer_files(proto, vocabulary_size):
             f"The tokenizer is no SentencePiece model: {error}. Expected: the "
             f"bytes of one. Received: {len(proto)} bytes."
         ) from error
-    _check(model, vocabulary_size)
+    _check_vocabulary(model, vocabulary_size)
     special = {
         name: model.pieces[id].piece
         for id, name in enumerate(("pad", "eos", "bos", "unk"))
@@ -98,7 +98,7 @@ def _to_sentencepiece(content):
     replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if bpe["type"] != "BPE" or normalizer != replaces:
         raise ValueError("expected BPE over text whose spaces are replaced")
-    added = {one["id"]: one["content"] for one in content["added_tokens"]}
+    added = {token["id"]: token["content"] for token in content["added_tokens"]}
     pieces = {id: piece for piece, id in bpe["vocab"].items()} | added
     # What follows `<image>` is added by name, see `with_added_tokens`.
     images = [id for id, piece in added.items() if piece == IMAGE]
@@ -192,7 +192,7 @@ def _of_one_file(path):
         listed, _ = json.JSONDecoder().raw_decode(text, start)
     except RecursionError:
         raise ValueError("its brackets are nested too deeply") from None
-    return [(one["id"], one["content"]) for one in listed]
+    return [(token["id"], token["content"]) for token in listed]
 
 
 def _of_settings(path):
@@ -252,7 +252,7 @@ def with_added_tokens(proto, tokens, size):
     return model.SerializeToString()
 
 
-def _check(model, vocabulary_size):
+def _check_vocabulary(model, vocabulary_size):
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     pieces = [piece.piece for piece in model.pieces]
     kinds = [piece.type for piece in model.pieces]

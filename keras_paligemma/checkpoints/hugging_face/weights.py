@@ -46,7 +46,7 @@ def rows(config, shapes=None, most_extra_rows=EXTRA_ROWS):
         config: `BackboneConfig`.
         shapes: dict of the checkpoint's keys to shapes, which tells the
             layout of the names and how many rows the embedding has beyond
-            ours; `None` for what `write` takes.
+            the vocabulary; `None` for what `write` takes.
         most_extra_rows: int, how many they may be.
 
     Returns:
@@ -86,11 +86,11 @@ def rows(config, shapes=None, most_extra_rows=EXTRA_ROWS):
     ]
     block = text + "layers.{layer}."
     axes = {"query": "q", "key": "k", "value": "v"}
-    for ours, theirs in axes.items():
+    for name, key in axes.items():
         table.append(
             _text(
-                f"blocks/attention/{ours}/kernel",
-                f"{block}self_attn.{theirs}_proj.weight",
+                f"blocks/attention/{name}/kernel",
+                f"{block}self_attn.{key}_proj.weight",
                 axes="(n h) d -> d n h",
             )
         )
@@ -109,11 +109,9 @@ def rows(config, shapes=None, most_extra_rows=EXTRA_ROWS):
                 axes="o i -> i o",
             )
         )
-    for ours, theirs in _norm_names(config).items():
+    for name, key in _norm_names(config).items():
         table.append(
-            _text(
-                f"blocks/{ours}_norm/scale", f"{block}{theirs}_layernorm.weight"
-            )
+            _text(f"blocks/{name}_norm/scale", f"{block}{key}_layernorm.weight")
         )
     return table
 
@@ -132,10 +130,10 @@ def _norm_names(config):
 
 def _vision_blocks(block):
     table = []
-    for ours, theirs in {"query": "q", "key": "k", "value": "v"}.items():
+    for name, key in {"query": "q", "key": "k", "value": "v"}.items():
         table += _linear(
-            f"blocks/attention/{ours}",
-            f"{block}self_attn.{theirs}_proj.",
+            f"blocks/attention/{name}",
+            f"{block}self_attn.{key}_proj.",
             "(n h) d -> d n h",
             "(n h) -> n h",
         )
@@ -152,22 +150,22 @@ def _vision_blocks(block):
     ]
 
 
-def _linear(ours, theirs, kernel, bias=None):
+def _linear(name, key, kernel, bias=None):
     return [
-        Row(f"vision_encoder/{ours}/kernel", theirs + "weight", kernel),
-        Row(f"vision_encoder/{ours}/bias", theirs + "bias", bias),
+        Row(f"vision_encoder/{name}/kernel", key + "weight", kernel),
+        Row(f"vision_encoder/{name}/bias", key + "bias", bias),
     ]
 
 
-def _norm(ours, theirs):
+def _norm(name, key):
     return [
-        Row(f"vision_encoder/{ours}/gamma", theirs + "weight"),
-        Row(f"vision_encoder/{ours}/beta", theirs + "bias"),
+        Row(f"vision_encoder/{name}/gamma", key + "weight"),
+        Row(f"vision_encoder/{name}/beta", key + "bias"),
     ]
 
 
-def _text(ours, theirs, **how):
-    return Row(f"text_decoder/{ours}", theirs, **how)
+def _text(name, key, **how):
+    return Row(f"text_decoder/{name}", key, **how)
 
 
 def _prefix(prefixes, name, shapes):
@@ -374,7 +372,7 @@ def _to_json(value):
 def _check_keys(written, backbone):
     expected = set()
     for row in rows(backbone):
-        tower = row.ours.split("/")[0]
+        tower = row.name.split("/")[0]
         expected.update(row.keys(getattr(backbone, tower).num_layers))
     missing = sorted(expected - set(written))
     unknown = sorted(set(written) - expected)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_paligemma.checked import shown
 from keras_paligemma.checkpoints.storage import h5
 from keras_paligemma.config import BackboneConfig
 from keras_paligemma.config import ModelConfig
@@ -12,14 +13,13 @@ from keras_paligemma.config import PreprocessorConfig
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
 from keras_paligemma.config import read_json
-from keras_paligemma.config import shown
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor.json"
 IMAGE_CONVERTER = "image_converter.json"
 TOKENIZER = Path("assets", "tokenizer", "vocabulary.spm")
 
-# Our fields and theirs.
+# Our fields and those of KerasHub.
 VISION_FIELDS = {
     "patch_size": "vit_patch_size",
     "num_layers": "vit_num_layers",
@@ -116,7 +116,7 @@ def read(folder, load_weights=True):
     """
     folder = Path(folder)
     path = folder / CONFIG
-    theirs = _fields(read_json(path), "backbone", path)
+    given = _fields(read_json(path), "backbone", path)
     weights = [folder / h5.SINGLE, folder / h5.INDEX]
     weights = [file for file in weights if file.is_file()]
     if load_weights and not weights:
@@ -127,7 +127,7 @@ def read(folder, load_weights=True):
     tokenizer = folder / TOKENIZER
     return {
         "config": ModelConfig(
-            backbone=_backbone(theirs, path),
+            backbone=_backbone(given, path),
             preprocessor=_preprocessor(folder),
         ),
         "tokenizer": tokenizer if tokenizer.is_file() else None,
@@ -136,12 +136,12 @@ def read(folder, load_weights=True):
     }
 
 
-def _backbone(theirs, path):
-    dtype = theirs.get("dtype")
-    theirs = DEFAULTS | theirs
-    if theirs["vit_intermediate_dim"] is None:
-        theirs["vit_intermediate_dim"] = DEFAULTS["vit_intermediate_dim"]
-    problems = _misfits(theirs)
+def _backbone(given, path):
+    dtype = given.get("dtype")
+    given = DEFAULTS | given
+    if given["vit_intermediate_dim"] is None:
+        given["vit_intermediate_dim"] = DEFAULTS["vit_intermediate_dim"]
+    problems = _misfits(given)
     if isinstance(dtype, dict):
         if dtype.get("class_name") != "DTypePolicy":
             name = shown(dtype.get("class_name"))
@@ -149,17 +149,17 @@ def _backbone(theirs, path):
         fields = dtype.get("config")
         dtype = fields.get("name") if isinstance(fields, dict) else dtype
     _refuse(problems, f"{path} is no model that this package can build")
-    text = {ours: theirs[key] for ours, key in TEXT_NAMES.items()}
-    # Theirs counts gate and up together.
+    text = {name: given[key] for name, key in TEXT_NAMES.items()}
+    # KerasHub counts gate and up together.
     text["intermediate_dim"] //= 2
-    scalar = theirs["head_dim"]
-    if not theirs["query_head_dim_normalize"]:
-        scalar = theirs["hidden_dim"] / theirs["num_query_heads"]
-    if not theirs["use_sliding_window_attention"]:
+    scalar = given["head_dim"]
+    if not given["query_head_dim_normalize"]:
+        scalar = given["hidden_dim"] / given["num_query_heads"]
+    if not given["use_sliding_window_attention"]:
         text["sliding_window_size"] = None
-    vision = {ours: theirs[key] for ours, key in VISION_FIELDS.items()}
+    vision = {name: given[key] for name, key in VISION_FIELDS.items()}
     fields = {
-        "image_size": theirs["image_size"],
+        "image_size": given["image_size"],
         # A file of an older version does not say.
         "dtype": dtype or "float32",
         "vision_encoder": vision | {"layer_norm_epsilon": EPSILON},
@@ -173,12 +173,12 @@ def _backbone(theirs, path):
     return BackboneConfig.from_dict(fields, path)
 
 
-def _misfits(theirs):
+def _misfits(given):
     """List what is missing, unknown or of a value we have no field for."""
     known = {*REQUIRED, *DEFAULTS, *NAMES}
-    problems = [f"{key} is missing" for key in REQUIRED if key not in theirs]
+    problems = [f"{key} is missing" for key in REQUIRED if key not in given]
     problems += [
-        f"{key:.80} is unknown" for key in sorted(theirs.keys() - known)
+        f"{key:.80} is unknown" for key in sorted(given.keys() - known)
     ]
     # What is missing has been said.
     parts = [
@@ -188,23 +188,23 @@ def _misfits(theirs):
     ]
     for part, names in parts:
         values = {
-            ours: theirs[key] for ours, key in names.items() if key in theirs
+            name: given[key] for name, key in names.items() if key in given
         }
         problems += part.problems(values, names)
     for key, allowed in FIXED.items():
-        if theirs[key] not in allowed:
+        if given[key] not in allowed:
             problems.append(
-                f"{key}={shown(theirs[key])}, expected {allowed[0]!r}"
+                f"{key}={shown(given[key])}, expected {allowed[0]!r}"
             )
     pairs = [
         ("query_head_dim_normalize", (True, False)),
         ("use_sliding_window_attention", (True, False)),
-        ("use_post_attention_norm", (theirs["use_post_ffw_norm"],)),
+        ("use_post_attention_norm", (given["use_post_ffw_norm"],)),
     ]
     for key, allowed in pairs:
-        if theirs[key] not in allowed:
+        if given[key] not in allowed:
             problems.append(
-                f"{key}={shown(theirs[key])}, expected "
+                f"{key}={shown(given[key])}, expected "
                 f"{' or '.join(map(shown, allowed))}"
             )
     return problems
@@ -363,10 +363,7 @@ def _their_backbone(backbone):
             "registered_name": None,
         },
         **{key: getattr(text, key) for key in (*TEXT_FIELDS, *SOFT_CAPS)},
-        **{
-            theirs: getattr(vision, ours)
-            for ours, theirs in VISION_FIELDS.items()
-        },
+        **{key: getattr(vision, name) for name, key in VISION_FIELDS.items()},
         "image_size": backbone.image_size,
         "intermediate_dim": 2 * text.intermediate_dim,
         "query_head_dim_normalize": (

@@ -63,17 +63,17 @@ def rows(config):
     ]
     blocks = "text_decoder/blocks/"
     for name in ("query", "key", "value"):
-        theirs = f"{DECODER_BLOCK}attention/{name}_dense"
+        key = f"{DECODER_BLOCK}attention/{name}_dense"
         axes = "n d h -> d n h"
-        table.append(_row(f"{blocks}attention/{name}/kernel", theirs, axes))
-    theirs = DECODER_BLOCK + "attention/output_dense"
-    table.append(_row(f"{blocks}attention/output/kernel", theirs))
-    for name, theirs in (
+        table.append(_row(f"{blocks}attention/{name}/kernel", key, axes))
+    key = DECODER_BLOCK + "attention/output_dense"
+    table.append(_row(f"{blocks}attention/output/kernel", key))
+    for name, key in (
         ("gate", "gating_ffw"),
         ("up", "gating_ffw_2"),
         ("down", "ffw_linear"),
     ):
-        table.append(_row(f"{blocks}mlp/{name}/kernel", DECODER_BLOCK + theirs))
+        table.append(_row(f"{blocks}mlp/{name}/kernel", DECODER_BLOCK + key))
     norms = ["pre_attention_norm", "pre_ffw_norm"]
     if config.text_decoder.use_post_norms:
         norms += ["post_attention_norm", "post_ffw_norm"]
@@ -82,16 +82,16 @@ def rows(config):
     return table
 
 
-def _pair(ours, theirs, names=("kernel", "bias"), axes=(None, None)):
+def _pair(layer, key, names=("kernel", "bias"), axes=(None, None)):
     return [
-        _row(f"vision_encoder/{ours}/{name}", theirs, axes[number], number)
+        _row(f"vision_encoder/{layer}/{name}", key, axes[number], number)
         for number, name in enumerate(names)
     ]
 
 
-def _row(ours, theirs, axes=None, number=0):
-    theirs = f"{theirs}/vars/{number}"
-    return Row(ours, theirs, axes, bare_first=LAYER in theirs)
+def _row(name, key, axes=None, number=0):
+    key = f"{key}/vars/{number}"
+    return Row(name, key, axes, bare_first=LAYER in key)
 
 
 def write(folder, config, arrays, tokenizer=None, shard_size=h5.SHARD_SIZE):

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from keras_paligemma.checked import shown
 from keras_paligemma.config import read_json
-from keras_paligemma.config import shown
 
 # Of every file system in use.
 LONGEST_NAME = 255

@@ -1,0 +1,197 @@
+"""Dataclasses whose fields say what their values may be."""
+
+import dataclasses
+import numbers
+import reprlib
+from dataclasses import MISSING
+from dataclasses import field
+from dataclasses import fields
+from typing import Self
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+
+
+def shown(value: object) -> str:
+    """Shows what was received, cut where it is long: it may be anything."""
+    return _short.repr(value)
+
+
+# What a field may be: a description for errors, and a function that tells.
+
+
+def _field(expected, fits, default, optional=False, hash=None):
+    if optional:
+        expected += " or None"
+
+    def allowed(value):
+        return (optional and value is None) or fits(value)
+
+    metadata = {"expected": expected, "allowed": allowed}
+    return field(default=default, metadata=metadata, hash=hash)
+
+
+def whole(most, default=MISSING, least=1, optional=False):
+    def fits(value):
+        whole = isinstance(value, numbers.Integral)
+        return whole and type(value) is not bool and least <= value <= most
+
+    expected = f"an integer of {least} to {most}"
+    return _field(expected, fits, default, optional)
+
+
+def number(least, most, default=MISSING, optional=False):
+    def fits(value):
+        real = isinstance(value, numbers.Real)
+        # No comparison holds for NaN.
+        return real and type(value) is not bool and least <= value <= most
+
+    expected = f"a number of {least} to {most}"
+    return _field(expected, fits, default, optional)
+
+
+def scale(default=MISSING, optional=False):
+    def fits(value):
+        real = isinstance(value, numbers.Real) and type(value) is not bool
+        return real and 1e-30 <= abs(value) <= 1e30
+
+    expected = "a number other than 0 whose size a float32 holds"
+    return _field(expected, fits, default, optional)
+
+
+def flag(default=MISSING):
+    return _field("True or False", lambda value: type(value) is bool, default)
+
+
+def choice(values, default=MISSING, optional=False):
+    def fits(value):
+        return isinstance(value, str) and value in values
+
+    expected = " or ".join(map(repr, values))
+    return _field(expected, fits, default, optional)
+
+
+def text(default=MISSING, optional=False):
+    def fits(value):
+        return isinstance(value, str)
+
+    return _field("a string", fits, default, optional)
+
+
+def texts(default=MISSING, optional=False):
+    def fits(value):
+        listed = isinstance(value, (list, tuple))
+        return listed and all(isinstance(one, str) for one in value)
+
+    return _field("a list of strings", fits, default, optional)
+
+
+def by_target(default=None):
+    """A dictionary of a target's name to one number for each layer."""
+
+    def fits(value):
+        return isinstance(value, dict) and all(
+            isinstance(key, str)
+            and isinstance(row, (list, tuple))
+            and all(
+                isinstance(one, numbers.Real) and type(one) is not bool
+                for one in row
+            )
+            for key, row in value.items()
+        )
+
+    expected = "an object of lists of numbers"
+    # Dictionaries have no hash.
+    return _field(expected, fits, default, optional=True, hash=False)
+
+
+def part(cls, default=MISSING):
+    return field(default=default, metadata={"part": cls})
+
+
+class Checked:
+    """A dataclass whose fields say what they may be, with `whole` and others.
+
+    They are looked at whenever an instance is made, so whoever is given one
+    need not look again.
+    """
+
+    def __post_init__(self):
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        _refuse(self.problems(values), type(self).__name__)
+
+    @classmethod
+    def problems(
+        cls, values: object, names: dict | None = None, prefix: str = ""
+    ) -> list[str]:
+        """Lists what is missing, unknown, or of a wrong type or range.
+
+        Args:
+            values: Dictionary by field; anything else counts as an empty one.
+            names: What the source calls its fields, where that differs.
+            prefix: Put before the names of the others, such as `"backbone."`.
+
+        Returns:
+            Sorted list of phrases, empty if `from_dict` takes the values.
+        """
+        values = values if isinstance(values, dict) else {}
+        known = {one.name: one for one in fields(cls)}
+        listed = [
+            f"{prefix}{key!s:.80} is unknown" for key in values.keys() - known
+        ]
+        for key, one in known.items():
+            name = (names or {}).get(key, prefix + key)
+            value, part = values.get(key, one.default), one.metadata.get("part")
+            if value is MISSING:
+                listed.append(f"{name} is missing")
+            elif part is None:
+                if not one.metadata["allowed"](value):
+                    listed.append(
+                        f"{name} must be {one.metadata['expected']}, received "
+                        f"{shown(value)}"
+                    )
+            elif isinstance(value, dict):
+                listed += part.problems(value, prefix=f"{name}.")
+            elif not isinstance(value, part) and value is not one.default:
+                listed.append(
+                    f"{name} must be an object of fields, received "
+                    f"{shown(value)}"
+                )
+        return sorted(listed)
+
+    @classmethod
+    def from_dict(cls, values: dict, source: object = None) -> Self:
+        """Makes a configuration of what a file or a caller says.
+
+        Args:
+            values: Dictionary by field, of dictionaries for parts. Fields with
+                a default may be missing.
+            source: Named in errors, such as a path.
+
+        Raises:
+            ValueError: listing all that is missing, unknown, of a wrong type
+                or out of range; or fields that do not go together.
+        """
+        source = source or cls.__name__
+        _refuse(cls.problems(values), source)
+        values = dict(values)
+        try:
+            for one in fields(cls):
+                part = one.metadata.get("part")
+                if part and isinstance(values.get(one.name), dict):
+                    values[one.name] = part.from_dict(values[one.name])
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    def to_dict(self) -> dict:
+        """Gives plain values and dictionaries, as a JSON file has them."""
+        return dataclasses.asdict(self)
+
+
+def _refuse(problems, source):
+    if problems:
+        raise ValueError(
+            f"{source} is no configuration that can be built: "
+            f"{'; '.join(problems)}."
+        )
