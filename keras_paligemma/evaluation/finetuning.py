@@ -21,8 +21,7 @@ def settings_of(benchmark: Benchmark, image_size: int) -> dict:
     """Give the settings of the original's transfer.
 
     Prompt and answer each get the text length, which the original gives both
-    together, so nothing that it could read is cut. A dropout in the decoder,
-    which no fine-tune here has, is left out.
+    together, so nothing that it could read is cut.
 
     Args:
         benchmark: `Benchmark`.
@@ -41,7 +40,6 @@ def settings_of(benchmark: Benchmark, image_size: int) -> dict:
     larger = record.pop(_RESOLUTION, {})
     if image_size >= int(_RESOLUTION):
         record |= larger
-    record.pop("dropout", None)
     lengths = dict.fromkeys(
         ("prompt_length", "response_length"), benchmark.text_length
     )

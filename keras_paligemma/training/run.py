@@ -33,6 +33,7 @@ class Settings:
         lora_alpha: float; the rank if `None`.
         lora_targets: list of str, see `enable_lora`.
         lora_dropout: float.
+        dropout: float, within the decoder's blocks, see `PaliGemmaBackbone`.
         freeze: list of patterns of weights, where weights are trained.
         quantize: "int8", "int4" or `None`.
         dtype: dtype policy; the preset's if `None`.
@@ -63,6 +64,7 @@ class Settings:
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = ("decoder.attention",)
     lora_dropout: float = 0.0
+    dropout: float = 0.0
     freeze: tuple[str, ...] = ()
     quantize: str | None = None
     dtype: str | None = None
@@ -147,7 +149,9 @@ LIMITS = {
     **dict.fromkeys(("epochs", "batch_size", "gradient_accumulation"), (1,)),
     **dict.fromkeys(("image_size", "prompt_length", "response_length"), (1,)),
     **dict.fromkeys(("lora_rank", "workers", "weight_decay"), (0,)),
-    **dict.fromkeys(("warmup", "label_smoothing", "lora_dropout"), (0, 1)),
+    **dict.fromkeys(
+        ("warmup", "label_smoothing", "lora_dropout", "dropout"), (0, 1)
+    ),
     **dict.fromkeys(("learning_rate", "lora_alpha"), (1e-12,)),
     "save_every": (1,),
     "seed": (0, 2**32),
@@ -330,7 +334,7 @@ def build(settings):
             "Leave one out, or set lora_rank=0."
         )
     names = (
-        *("quantize", "dtype", "remat"),
+        *("quantize", "dtype", "remat", "dropout"),
         *("image_size", "prompt_length", "response_length"),
     )
     chosen = {name: getattr(settings, name) for name in names}

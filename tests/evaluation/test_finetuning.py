@@ -1,5 +1,6 @@
 """A benchmark's record as settings of a fine-tune and of its plan."""
 
+import dataclasses
 import json
 
 import pytest
@@ -58,6 +59,15 @@ def test_adapters_need_no_frozen_weights(data):
     given = {"preset": NANO, "data": str(data), "image_size": 448}
     assert for_run("gqa", given)[0]["freeze"] == ["vision_encoder/*"]
     assert "freeze" not in for_run("gqa", given | {"lora_rank": 8})[0]
+
+
+def test_the_transfers_dropout_reaches_the_decoder(data):
+    given = {"preset": NANO, "data": str(data / "samples.jsonl")}
+    defaults, _ = for_run("screen2words", given)
+    settings = run.read_settings(None, defaults, output="run", **given)
+    settings = dataclasses.replace(settings, lora_rank=2)
+    blocks = run.build(settings).backbone.text_decoder.blocks
+    assert {one.dropout for one in blocks.each_block()} == {0.3}
 
 
 def test_a_jsonl_file_brings_its_own_examples(data):
