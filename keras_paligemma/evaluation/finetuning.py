@@ -139,6 +139,11 @@ class TrainingSource:
     def __len__(self):
         return len(self.samples)
 
+    @property
+    def pictures(self) -> int:
+        """Count the pictures, or the frames of a video, of one prompt."""
+        return self.samples.benchmark.pictures_of_a_prompt
+
     def where(self, index: int) -> str:
         """Name the place of an example by its id."""
         return self.samples.where(index)

@@ -90,6 +90,11 @@ class Benchmark:
     judges: tuple[str, ...] = ()
     finetune: Mapping = dataclasses.field(default_factory=dict)
 
+    @property
+    def pictures_of_a_prompt(self) -> int:
+        """Count the pictures, or the frames of a video, of one prompt."""
+        return self.frames or self.pictures
+
     def card_numbers(self, column: str | None) -> dict[str, float]:
         """Give the card's numbers for a model.
 

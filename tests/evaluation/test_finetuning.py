@@ -116,3 +116,29 @@ def test_plan_takes_batch_and_lengths():
     assert json.loads(other) == json.loads(
         call(*arguments, *same, "--batch-size", 8)
     )
+
+
+def test_plan_counts_the_pictures_of_a_prompt(data, tmp_path):
+    arguments = "plan --preset pali_gemma2_pt_3b_224 --estimate --json".split()
+    same = "--batch-size 256 --lora-rank 0 --prompt-length 64".split()
+    same += "--response-length 64 --slice v5e-64".split()
+    one, two = (
+        json.loads(call(*arguments, *same, "--pictures", count))
+        for count in (1, 2)
+    )
+    record = call(*arguments, "--benchmark", "nlvr2", "--slice", "v5e-64")
+    assert json.loads(record) == two and two["job"]["pictures"] == 2
+    for name in ("hbm_gib", "flops"):
+        assert two["tried"][0][name] > one["tried"][0][name]
+    assert two["tried"][0]["bounds_s"]["compute"] == pytest.approx(
+        two["tried"][0]["flops"] / (64 * 197e12), abs=1e-4
+    )
+    pairs = make_data(tmp_path / "pairs")
+    for row in range(12):
+        change(pairs, row, images=["0.png", "1.png"], sentence="same")
+    output = call(
+        *("finetune", "--benchmark", "nlvr2", "--preset", NANO),
+        *("--data", pairs, "--output", tmp_path / "run", "--dry-run"),
+        *("--batch-size", 4),
+    )
+    assert "2 pictures of 112 pixels" in output
