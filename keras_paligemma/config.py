@@ -143,6 +143,12 @@ def _by_target(default=None):
     return _field(expected, fits, default, optional=True)
 
 
+# Kinds of fields that settings of other rooms are made of too.
+whole, number, flag, choice, text, texts = (
+    *(_whole, _number, _flag, _choice, _text, _texts),
+)
+
+
 def _part(cls, default=MISSING):
     return field(default=default, metadata={"part": cls})
 
