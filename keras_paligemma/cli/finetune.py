@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from keras_paligemma.cli.environment import quiet_imports
+from keras_paligemma.cli.options import Masks
 from keras_paligemma.cli.options import with_settings
 from keras_paligemma.training import run
 
@@ -23,6 +24,7 @@ def finetune(
             "benchmark; see `benchmarks`"
         ),
     ] = None,
+    masks: Masks = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop")
     ] = False,
@@ -36,7 +38,9 @@ def finetune(
     if benchmark is not None:
         from keras_paligemma.evaluation.finetuning import for_run
 
-        defaults, source = for_run(benchmark, run.read_file(config) | given)
+        defaults, source = for_run(
+            benchmark, run.read_file(config) | given, masks
+        )
     settings = run.read_settings(config, defaults, **given)
     with quiet_imports():
         from keras_paligemma.models import causal_lm  # noqa: F401

@@ -35,6 +35,14 @@ Dtype = Annotated[
     str | None, typer.Option(help="Dtype policy; the source's if none")
 ]
 
+Masks = Annotated[
+    str | None,
+    typer.Option(
+        help="Codec of RefCOCO's masks, path or handle of vae-oid.npz; the "
+        "embedded one if none, which models of published sizes do not speak"
+    ),
+]
+
 
 def with_settings(cls: type) -> Callable:
     """Give a command an option for each field of a dataclass.

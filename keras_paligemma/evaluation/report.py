@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from keras_paligemma.metrics.judges import JUDGES
 from keras_paligemma.preprocessing.images import read_image
 from keras_paligemma.tasks.boxes import draw_boxes
 from keras_paligemma.tasks.boxes import parse_boxes
@@ -74,12 +75,16 @@ def write_report(result, samples, predictions, worst) -> None:
         cells.append(f"{result.card[name]:g}" if name in result.card else "")
         cells = "".join(f"<td>{html.escape(one)}</td>" for one in cells)
         lines.append(f"<tr>{cells}</tr>")
+    for name in result.unjudged:
+        cells = (name, f"needs a judge, {JUDGES[name]}")
+        first, second = map(html.escape, cells)
+        lines.append(f'<tr><td>{first}</td><td colspan="3">{second}</td></tr>')
     about = [f"{result.samples:,} samples of the split {benchmark.split}"]
     about.append(f"prompt {benchmark.prompt!r}")
     about.append(
         f"beside the card's {result.column}"
-        if result.column
-        else "a model that the card has no numbers of"
+        if result.card
+        else "of which the card has no number"
     )
     if result.limited:
         about.append(

@@ -1,5 +1,6 @@
 """Where a benchmark's samples come from: folders and published data sets."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -57,10 +58,12 @@ def open_samples(
             f"{os.fspath(source)!r}. Get the data of {benchmark.name} from "
             f"{benchmark.data}."
         )
-    records = _records(benchmark, folder, split or benchmark.split)
+    split = split or benchmark.split
+    records = _records(benchmark, folder, split)
     if benchmark.languages and len(records):
         records = _spoken(benchmark, records, folder)
-    return Samples(benchmark, records, os.fspath(folder))
+    opened = dataclasses.replace(benchmark, split=split)
+    return Samples(opened, records, os.fspath(folder))
 
 
 def _records(benchmark, folder, split):

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keras_paligemma.metrics.needs import needed
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
 from keras_paligemma.metrics.scores import column
 from keras_paligemma.tasks.boxes import LAST_LOCATION
+from keras_paligemma.tasks.masks import from_rle
 
 # The answer begins with a box and a mask; what follows is not looked at.
 _ANSWER = re.compile(r"<loc(\d{4})>" * 4 + r"<seg(\d{3})>" * 16)
@@ -61,7 +61,7 @@ def refcoco(
             rows[f"boxacc/{one}"].append(one <= overlap)
         share = None
         if found is not None:
-            mask = _mask(masks[row])
+            mask = to_mask(masks[row])
             share = _mask_iou(decoded[row], box / LAST_LOCATION, mask)
         rows["miou"].append(share or 0.0)
         rows["invalid"].append(share is None)
@@ -121,14 +121,9 @@ def _decode(parsed, decode):
     return masks
 
 
-def _mask(mask):
-    """Give a bool array of a mask in any of its forms."""
-    if isinstance(mask, dict):
-        codec = needed("pycocotools.mask", "Masks as run lengths")
-        if isinstance(mask["counts"], list):
-            mask = codec.frPyObjects(mask, *mask["size"])
-        mask = codec.decode(mask)
-    return np.asarray(mask) > 0
+def to_mask(mask: Any) -> np.ndarray:
+    """Give a bool array of a mask, an array or COCO's run lengths."""
+    return from_rle(mask) if isinstance(mask, dict) else np.asarray(mask) > 0
 
 
 def _mask_iou(decoded, box, mask):

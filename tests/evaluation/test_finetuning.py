@@ -3,19 +3,24 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from keras_paligemma import cli
+from keras_paligemma import metrics
 from keras_paligemma.evaluation import TrainingSource
 from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
 from keras_paligemma.evaluation import training_samples
+from keras_paligemma.evaluation.codecs import mask_codec
 from keras_paligemma.evaluation.finetuning import for_run
+from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.training import run
 from tests.helpers.benchmark_data import change_sample
 from tests.helpers.benchmark_data import chartqa_human
 from tests.helpers.benchmark_data import make_data
+from tests.helpers.benchmark_data import refcoco_testa
 
 NANO = "pali_gemma2_nano_112"
 
@@ -88,6 +93,30 @@ def test_examples_are_prompts_and_all_answers(data):
     assert source.where(1).endswith("id 'q1'")
 
 
+def test_refcoco_is_learned_in_the_codes_of_a_codec(tmp_path):
+    refcoco_testa(tmp_path)
+    benchmark = find_benchmark("refcoco_val")
+    given = {"preset": NANO, "data": str(tmp_path)}
+    samples = open_samples(benchmark, tmp_path)
+    perfect = TrainingSource(samples, MaskCodec.embedded())[0]["responses"]
+    assert perfect.startswith("<loc0256><loc0256><loc0767><loc0512><seg")
+    [iou] = metrics.refcoco(
+        [perfect],
+        [samples.truth(0)["boxes"]],
+        [samples.truth(0)["masks"]],
+        MaskCodec.embedded().decode,
+    ).columns["miou"]
+    # The last location is 1023 of 1024: a row and a column are cut off.
+    assert iou == 0.9
+    with pytest.raises(ValueError, match="split 'train'"):
+        for_run("refcoco_val", given)
+    weights = {n: 0 * w for n, w in MaskCodec.embedded().weights.items()}
+    np.savez(tmp_path / "codec.npz", **weights)
+    with pytest.raises(ValueError, match="--masks gs://big_vision"):
+        mask_codec(2304)
+    assert not mask_codec(2304, tmp_path / "codec.npz").decode([[1] * 16]).any()
+
+
 def test_test_splits_are_not_learned_from(tmp_path):
     examples = [{"example_id": "1_de", "image": None, "question": "?"}]
     for name in ("xgqa", "marvl", "xm3600", "nocaps", "countbenchqa"):
@@ -135,7 +164,7 @@ def test_plan_counts_the_pictures_of_a_prompt(data, tmp_path):
     )
     pairs = make_data(tmp_path / "pairs")
     for row in range(12):
-        change(pairs, row, images=["0.png", "1.png"], sentence="same")
+        change_sample(pairs, row, images=["0.png", "1.png"], sentence="same")
     output = call(
         *("finetune", "--benchmark", "nlvr2", "--preset", NANO),
         *("--data", pairs, "--output", tmp_path / "run", "--dry-run"),

@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from keras_paligemma import metrics
 from keras_paligemma.cli.evaluate import evaluate as command
 from keras_paligemma.evaluation import evaluate
 from keras_paligemma.evaluation import find_benchmark
@@ -275,6 +276,39 @@ def test_judge_is_asked_where_there_is_one(data):
     judges = {"nes": lambda texts, right: [0.25] * len(texts)}
     values = score(docci, texts, samples, judges=judges).values()
     assert values == {"avg_char": 15.0, "avg_sent": 2.0, "nes": 0.25}
+
+
+def test_values_without_a_judge_are_said_to_need_one(data, tmp_path):
+    docci = find_benchmark("docci")
+    samples = open_samples(docci, data)
+    oracle = Oracle(samples, ["A cat."] * 12)
+    result = evaluate(oracle, docci, data, tmp_path / "run")
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    for text in (str(result), page):
+        assert "needs a judge, the share of sentences" in text
+    with pytest.raises(ValueError, match="`judge`, a function of predictions"):
+        metrics.judged("radgraph_f1", ["a"], ["a"])
+
+
+def test_another_split_has_no_number_beside_it(data, tmp_path):
+    _, result = run(data, tmp_path / "run", split="test")
+    assert result.card == {} and result.benchmark.split == "test"
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "of the split test" in page and "the card has no number" in page
+
+
+def test_refcoco_of_a_published_size_asks_for_its_codec(data, tmp_path):
+    refcoco = find_benchmark("refcoco_val")
+    for row in range(12):
+        box, mask = [0, 0, 0.5, 0.5], {"size": [8, 8], "counts": [0, 64]}
+        change(data, row, sentence="it", boxes=box, masks=mask)
+    samples = open_samples(refcoco, data)
+    oracle = Oracle(samples, [f"nothing {row}" for row in range(12)])
+    with pytest.raises(ValueError, match="of the size 3B .*vae-oid.npz"):
+        evaluate(oracle, refcoco, data, tmp_path / "run")
+    oracle.backbone.text_config.hidden_dim = 64
+    result = evaluate(oracle, refcoco, data, tmp_path / "run")
+    assert result.values["invalid"] == 100 and result.values["miou"] == 0
 
 
 def test_mean_over_languages_is_not_that_over_samples(data):
