@@ -120,6 +120,25 @@ print("tensorflow" in sys.modules, "NoTensorFlow" in str(sys.meta_path))
     assert output.endswith("\nFalse False\n")
 
 
+def test_hidden_tensorflow_seems_not_to_be_installed():
+    code = """
+import importlib.util
+from keras_paligemma.cli.environment import command_environment
+with command_environment():
+    try:
+        import tensorflow
+    except ModuleNotFoundError as error:
+        print(error)
+    print(importlib.util.find_spec("tensorflow"))
+print(importlib.util.find_spec("tensorflow") is not None)
+"""
+    lines = run(code, KERAS_BACKEND="jax").splitlines()
+    assert lines == [
+        "tensorflow is hidden: the backend is jax.",
+        *("None", "True"),
+    ]
+
+
 def test_inspect_a_whole_checkpoint():
     code, output = call("inspect", GOLDEN / "tiny_headdim.b16.npz", *SET)
     assert code == 0
