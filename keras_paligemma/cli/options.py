@@ -92,7 +92,7 @@ def with_settings(cls: type) -> Callable:
 
         run.__signature__ = signature.replace(parameters=[*others, *options])
         run.__annotations__ = {
-            one.name: one.annotation for one in [*others, *options]
+            option.name: option.annotation for option in [*others, *options]
         }
         return run
 

@@ -182,7 +182,9 @@ class TrainingSource:
         answers = sample.truth[benchmark.response]
         several = isinstance(answers, list)
         # One that many gave counts as often, as the original draws it.
-        texts = [one for one in (answers if several else [answers]) if one]
+        texts = [
+            answer for answer in (answers if several else [answers]) if answer
+        ]
         if benchmark.lower_answers:
-            texts = [one.lower() for one in texts]
+            texts = [text.lower() for text in texts]
         return texts if several else texts[0]

@@ -38,7 +38,7 @@ def check_predictions(
     Raises:
         ValueError: ids without a prediction, or predictions of unknown ids.
     """
-    missing = [one for one in ids if one not in predictions]
+    missing = [id for id in ids if id not in predictions]
     unknown = sorted(set(predictions) - set(ids))
     if missing or unknown:
         raise ValueError(

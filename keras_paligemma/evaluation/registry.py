@@ -165,7 +165,9 @@ def find_benchmark(name: str | Benchmark) -> Benchmark:
     if plain in known:
         return known[plain]
     near = difflib.get_close_matches(plain, known, 3, 0.5)
-    near += [one for one in known if one.startswith(plain) and one not in near]
+    near += [
+        name for name in known if name.startswith(plain) and name not in near
+    ]
     raise ValueError(
         f"There is no benchmark {name!r}. "
         + (f"The nearest: {', '.join(near)}. " if near else "")

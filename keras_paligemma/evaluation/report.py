@@ -62,7 +62,8 @@ def write_report(result, samples, predictions, worst) -> None:
         "card_column": result.column,
         "values": {k: _number(v) for k, v in result.values.items()},
         "intervals": {
-            k: [_number(one) for one in v] for k, v in result.intervals.items()
+            k: [_number(bound) for bound in v]
+            for k, v in result.intervals.items()
         },
         "card": dict(result.card),
         "worst": [samples.ids[row] for row in worst],
@@ -73,7 +74,7 @@ def write_report(result, samples, predictions, worst) -> None:
         low, high = result.intervals[name]
         cells = [name, f"{value:.2f}", f"{low:.2f} to {high:.2f}"]
         cells.append(f"{result.card[name]:g}" if name in result.card else "")
-        cells = "".join(f"<td>{html.escape(one)}</td>" for one in cells)
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         lines.append(f"<tr>{cells}</tr>")
     for name in result.unjudged:
         cells = (name, f"needs a judge, {JUDGES[name]}")

@@ -20,8 +20,8 @@ from keras_paligemma.evaluation.predictions import read_predictions
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.registry import find_benchmark
 from keras_paligemma.evaluation.report import write_report
-from keras_paligemma.evaluation.scoring import check_truth
 from keras_paligemma.evaluation.scoring import score
+from keras_paligemma.evaluation.scoring import truth_columns
 from keras_paligemma.evaluation.sources import open_samples
 from keras_paligemma.metrics.judges import JUDGES
 
@@ -194,7 +194,7 @@ def _check_data(benchmark, samples, decode):
             f"have no picture at their path. Received: ids {missing[:5]} in "
             f"{samples.place}. Unpack all of {benchmark.data}."
         )
-    check_truth(benchmark, samples, decode)
+    truth_columns(benchmark, samples, decode)
 
 
 def fingerprint(model: Any) -> str:

@@ -46,12 +46,14 @@ class Weights:
             if name not in self._slots
             for variable in _layers(weight)
         ]
-        self._pieces = [one for one in self._slots if "scale" not in one]
-        self.base = [_empty(one.shape, one.dtype) for one in self._base]
+        self._pieces = [slot for slot in self._slots if "scale" not in slot]
+        self.base = [
+            _empty(variable.shape, variable.dtype) for variable in self._base
+        ]
         # The axis of adapters first, then that of layers.
         self.adapters = [
-            _empty((len(self._known), *shape_of(self._slots[one])), "float32")
-            for one in self._pieces
+            _empty((len(self._known), *shape_of(self._slots[piece])), "float32")
+            for piece in self._pieces
         ]
 
     def values(self, base):
@@ -67,7 +69,7 @@ class Weights:
             del value  # Before the next one is read.
         held = [self._adapters.pieces(name) for name in self._known]
         for place, piece in enumerate(self._pieces):
-            value = np.stack([one[piece] for one in held])
+            value = np.stack([values[piece] for values in held])
             yield KEY.format("adapters", place), value
 
     def error(self, name):
@@ -110,10 +112,11 @@ class Weights:
         """Map slots to the scales of an adapter; number 0 is the bare model."""
         if not self._known:
             return {}
-        each = [self._adapters.scales(one) for one in (None, *self._known)]
+        each = [self._adapters.scales(name) for name in (None, *self._known)]
         return {
             slot: tf.gather(
-                np.stack([one[slot] for one in each]).astype("float32"), number
+                np.stack([scales[slot] for scales in each]).astype("float32"),
+                number,
             )
             for slot in each[0]
         }

@@ -53,12 +53,12 @@ def refcoco(
     parsed = [_parse(text) for text in predictions]
     decoded = _decode(parsed, decode)
     rows = {"miou": [], "invalid": []}
-    rows |= {f"boxacc/{one}": [] for one in thresholds}
+    rows |= {f"boxacc/{threshold}": [] for threshold in thresholds}
     for row, (found, right) in enumerate(zip(parsed, boxes, strict=True)):
         box = np.zeros(4) if found is None else np.array(found[:4])
         overlap = box_iou(box / LAST_LOCATION, right)
-        for one in thresholds:
-            rows[f"boxacc/{one}"].append(one <= overlap)
+        for threshold in thresholds:
+            rows[f"boxacc/{threshold}"].append(threshold <= overlap)
         share = None
         if found is not None:
             mask = to_mask(masks[row])
@@ -98,7 +98,7 @@ def _parse(text):
     found = _ANSWER.match(text)
     if found is None:
         return None
-    numbers = [int(one) for one in found.groups()]
+    numbers = [int(number) for number in found.groups()]
     y1, x1, y2, x2 = numbers[:4]
     inside = max(numbers[:4]) <= LAST_LOCATION and max(numbers[4:]) < _CODES
     return numbers if inside and y2 > y1 and x2 > x1 else None
