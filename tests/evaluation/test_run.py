@@ -2,14 +2,17 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from keras_paligemma import metrics
+from keras_paligemma.cli import app
 from keras_paligemma.cli.evaluate import evaluate as command
 from keras_paligemma.evaluation import evaluate
 from keras_paligemma.evaluation import find_benchmark
@@ -352,6 +355,54 @@ def test_command_on_the_nano_preset(data, tmp_path):
     assert list(read_predictions(output / "predictions.jsonl")) == [
         *("q0", "q1", "q2")
     ]
+
+
+def test_two_hosts_on_the_command_line(tmp_path):
+    """Processes that share one run write what one process writes."""
+    scenes = Path(__file__).parents[2] / "examples" / "pictures"
+    lines = [
+        {"id": path.stem, "images": str(path), "question": "how many objects?"}
+        for path in sorted(scenes.glob("scene_*.png"))
+    ]
+    lines = [json.dumps(line | {"answers": "2"}) + "\n" for line in lines]
+    (tmp_path / "samples.jsonl").write_text("".join(lines))
+    arguments = ["evaluate", "--benchmark", "countbenchqa", "--data", tmp_path]
+    arguments += ["--preset", "pali_gemma2_nano_112", "--batch-size"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    shared = {
+        "KERAS_BACKEND": "jax",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "KERAS_DISTRIBUTION_JOB_ADDRESSES": address,
+        "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+    }
+    command = [sys.executable, "-m", "keras_paligemma", *arguments, "1"]
+    command += ["--output", tmp_path / "two", "--multi-host"]
+    hosts = [
+        subprocess.Popen(
+            command,
+            env=os.environ | shared | {"KERAS_DISTRIBUTION_PROCESS_ID": number},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in "01"
+    ]
+    said = [host.communicate(timeout=300)[0] for host in hosts]
+    assert not any(host.returncode for host in hosts), said
+    assert "CountBenchQA, 5 samples" in said[0]
+    assert "CountBenchQA" not in said[1]
+    command = ["--output", str(tmp_path / "one")]
+    result = CliRunner().invoke(app, [*map(str, arguments), "2", *command])
+    assert result.exit_code == 0
+    one, two = (
+        tmp_path / name / "predictions.jsonl" for name in ("one", "two")
+    )
+    assert one.read_bytes() == two.read_bytes()
+    assert any(read_predictions(one).values())
+    second = tmp_path / "two" / "predictions-1-of-2.jsonl"
+    assert list(read_predictions(second)) == ["scene_1", "scene_3"]
 
 
 def test_settings_have_the_lengths_of_a_benchmark_without_a_transfer():
