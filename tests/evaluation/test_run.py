@@ -304,7 +304,7 @@ def test_refcoco_of_a_published_size_asks_for_its_codec(data, tmp_path):
     refcoco = find_benchmark("refcoco_val")
     for row in range(12):
         box, mask = [0, 0, 0.5, 0.5], {"size": [8, 8], "counts": [0, 64]}
-        change(data, row, sentence="it", boxes=box, masks=mask)
+        change_sample(data, row, sentence="it", boxes=box, masks=mask)
     samples = open_samples(refcoco, data)
     oracle = Oracle(samples, [f"nothing {row}" for row in range(12)])
     with pytest.raises(ValueError, match="of the size 3B .*vae-oid.npz"):
