@@ -56,13 +56,13 @@ What to know before comparing:
 - Prompts of the additional benchmarks are ours; the original has none.
 - Captions are cut into words without Java; `caption_tokens` says how much that
   changes. Strings that Java has cut go in with `tokenize=False`.
-- RefCOCO's masks need their decoder: `evaluate(…, decode=…)` from Python.
+- RefCOCO's masks are read and learned in the codes of a codec: `--masks
+  vae-oid.npz` for published sizes, the embedded one for the nano preset.
 - A video is a folder of frames or an animated picture; films are cut by
   `ffmpeg`.
 - Values with "needs a judge" are decided by people or another model:
   `evaluate(…, judges={…})`.
-- The dropout of some transfers, within the decoder, is recorded but not
-  applied.
+- On several hosts each runs the same command with `--multi-host`.
 
 """
 

@@ -43,6 +43,16 @@ def without_values():
     global_state.set_global_attribute("uninitialized_variables", [])
 
 
+def initialize_seeds(layer):
+    """Give random states of a layer made in `without_values` their values.
+
+    No file holds them, so `fill` never meets them.
+    """
+    for variable in layer.variables:
+        if variable.path.endswith("seed_generator_state"):
+            variable._deferred_initialize()
+
+
 def fill(variable, value):
     """Give a variable that was made without a value its first one.
 

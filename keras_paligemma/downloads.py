@@ -4,10 +4,12 @@ import base64
 import contextlib
 import fnmatch
 import hashlib
+import json
 import os
 from pathlib import Path
 
 from keras_paligemma import checksums
+from keras_paligemma.config import JSON_LIMIT
 
 # What a model's folder may hold, whatever its format; hubs keep more.
 SMALL = ("*.json", "*.model", "*.spm")
@@ -21,6 +23,8 @@ KERAS_HUB_SMALL = (
     "assets/tokenizer/vocabulary.spm",
 )
 CHUNK = 1 << 24
+# Bytes that are read ahead of a header.
+BLOCK = 1 << 20
 
 
 def download(handle: str, weights: bool = True) -> Path:
@@ -45,7 +49,7 @@ def download(handle: str, weights: bool = True) -> Path:
         ImportError, OSError, ValueError: no client of the hub; it did not give
             the files; no such hub.
     """
-    return _ask(handle, 0, weights)
+    return _ask(handle, _fetch, weights)
 
 
 def sizes(handle: str) -> dict[str, int]:
@@ -55,9 +59,9 @@ def sizes(handle: str) -> dict[str, int]:
         handle: As `download` takes it.
 
     Returns:
-        Bytes by name; empty where the hub's client does not tell.
+        Bytes by the name on the hub; empty of Kaggle's, which lists nothing.
     """
-    return _ask(handle, 1)
+    return _ask(handle, _sizes)
 
 
 def headers(handle: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -67,14 +71,14 @@ def headers(handle: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         handle: As `download` takes it.
 
     Returns:
-        Dtype, as the format names it, and shape by key; empty where the hub's
-        client gives no parts of files.
+        Dtype, as the format names it, and shape by key; empty of Kaggle's,
+        which gives no parts of files, and where there are none.
     """
-    return _ask(handle, 2)
+    return _ask(handle, _headers)
 
 
-def _ask(handle, what, *args):
-    """Have a hub's client do one thing; its errors say what to mend."""
+def _ask(handle, function, *args):
+    """Do one thing on a hub; its client's errors say what to mend."""
     hub, _, path = handle.partition("://")
     if hub not in _CLIENTS:
         raise ValueError(
@@ -82,9 +86,9 @@ def _ask(handle, what, *args):
             "'kaggle://owner/model/framework/variation' or "
             f"'gs://bucket/path'. Received: {handle!r}."
         )
-    client, *functions = _CLIENTS[hub]
+    client, _ = _CLIENTS[hub]
     try:
-        return functions[what](path, *args)
+        return function(hub, path, *args)
     except ImportError as error:
         raise ImportError(f"{handle} needs: pip install '{client}'") from error
     except Exception as error:  # Every client refuses with its own classes.
@@ -108,49 +112,60 @@ def page(handle: str) -> str:
     return f"- {handle} (licence: {sites[hub].partition('@')[0]})"
 
 
-def _split(path):
-    """Split "owner/model@revision/file"; give the patterns of its files."""
+def _fetch(hub, path, weights):
+    return _CLIENTS[hub][1](path, weights)
+
+
+def _filesystem(hub):
+    """Give what reads a hub without a download."""
+    import fsspec
+
+    return fsspec.filesystem(hub)
+
+
+def _sizes(hub, path):
+    if hub == "kaggle":
+        return {}
+    filesystem = _filesystem(hub)
+    found = _listed(filesystem, path)
+    return {name: filesystem.info(name)["size"] for name in found}
+
+
+def _headers(hub, path):
+    if hub == "kaggle":
+        return {}
+    filesystem = _filesystem(hub)
+    names = fnmatch.filter(_listed(filesystem, path), "*.safetensors")
+    whole = [name for name in names if name.endswith("/model.safetensors")]
+    found = {}
+    for name in whole or names:
+        with filesystem.open(name, "rb", block_size=BLOCK) as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > JSON_LIMIT:
+                raise ValueError(f"{name} claims a header of {length:,} bytes")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        found |= {
+            key: (one["dtype"], tuple(one["shape"]))
+            for key, one in header.items()
+        }
+    return found
+
+
+def _hugging_face(path, weights):
+    """Fetch by the hub's client, whose cache other libraries share."""
+    from huggingface_hub import snapshot_download
+
     owner, model, *file = path.split("/")
     model, _, revision = model.partition("@")
     file = "/".join(file)
     patterns = [f"{file}*"] if file else list(PATTERNS)
-    return f"{owner}/{model}", revision or None, file, patterns
-
-
-def _hugging_face(path, weights):
-    from huggingface_hub import snapshot_download
-
-    model, revision, file, patterns = _split(path)
     folder = snapshot_download(
-        model,
-        revision=revision,
+        f"{owner}/{model}",
+        revision=revision or None,
         allow_patterns=patterns if weights else list(SMALL),
     )
     return Path(folder) / file
-
-
-def _hugging_face_sizes(path):
-    from huggingface_hub import HfApi
-
-    model, revision, _, patterns = _split(path)
-    found = HfApi().model_info(model, revision=revision, files_metadata=True)
-    return {
-        one.rfilename: one.size
-        for one in found.siblings
-        if any(fnmatch.fnmatch(one.rfilename, each) for each in patterns)
-    }
-
-
-def _hugging_face_headers(path):
-    from huggingface_hub import HfApi
-
-    model, revision, _, _ = _split(path)
-    found = HfApi().get_safetensors_metadata(model, revision=revision)
-    return {
-        key: (one.dtype, tuple(one.shape))
-        for file in found.files_metadata.values()
-        for key, one in file.tensors.items()
-    }
 
 
 def _kaggle(path, weights):
@@ -168,23 +183,7 @@ def _kaggle(path, weights):
 
 
 def _bucket(path, weights):
-    return fetch_files(_gs(), path, cache() / "gs", weights)
-
-
-def _bucket_sizes(path):
-    filesystem = _gs()
-    found = _listed(filesystem, path)
-    return {one: filesystem.info(one)["size"] for one in found}
-
-
-def _gs():
-    import fsspec
-
-    return fsspec.filesystem("gs")
-
-
-def _untold(path):
-    return {}
+    return fetch_files(_filesystem("gs"), path, cache() / "gs", weights)
 
 
 def cache() -> Path:
@@ -228,12 +227,17 @@ def fetch_files(filesystem, path, folder, weights=True):
 
 
 def _listed(filesystem, path):
-    """List a file, its pieces or the files of a folder."""
+    """List a file, its pieces, or those of a folder that models are made of."""
     path = path.rstrip("/")
     found = filesystem.find(path) or sorted(filesystem.glob(path + ".part*"))
     if not found:
         raise FileNotFoundError(f"nothing is at {path}")
-    return found
+    known = [
+        one
+        for one in found
+        if any(fnmatch.fnmatch(one, each) for each in PATTERNS)
+    ]
+    return known or found
 
 
 def _fetch_file(filesystem, path, target):
@@ -286,14 +290,9 @@ def _difference(draft, info):
     return None
 
 
-# What each needs; how it downloads, tells sizes, and reads headers.
+# What each needs, and what downloads with it.
 _CLIENTS = {
-    "hf": (
-        "keras_paligemma[hf]",
-        _hugging_face,
-        _hugging_face_sizes,
-        _hugging_face_headers,
-    ),
-    "kaggle": ("kagglehub", _kaggle, _untold, _untold),
-    "gs": ("keras_paligemma[gs]", _bucket, _bucket_sizes, _untold),
+    "hf": ("keras_paligemma[hf]", _hugging_face),
+    "kaggle": ("kagglehub", _kaggle),
+    "gs": ("keras_paligemma[gs]", _bucket),
 }

@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -121,6 +122,25 @@ print("tensorflow" in sys.modules, "NoTensorFlow" in str(sys.meta_path))
     assert output.endswith("\nFalse False\n")
 
 
+def test_hidden_tensorflow_seems_not_to_be_installed():
+    code = """
+import importlib.util
+from keras_paligemma.cli.environment import command_environment
+with command_environment():
+    try:
+        import tensorflow
+    except ModuleNotFoundError as error:
+        print(error)
+    print(importlib.util.find_spec("tensorflow"))
+print(importlib.util.find_spec("tensorflow") is not None)
+"""
+    lines = run(code, KERAS_BACKEND="jax").splitlines()
+    assert lines == [
+        "tensorflow is hidden: the backend is jax.",
+        *("None", "True"),
+    ]
+
+
 def test_inspect_a_whole_checkpoint():
     code, output = call("inspect", GOLDEN / "tiny_headdim.b16.npz", *SET)
     assert code == 0
@@ -160,29 +180,11 @@ def published(tmp_path_factory):
 def hub(published, tmp_path, monkeypatch):
     """Hugging Face's hub, which gives the folder, but for its weights."""
 
-    class Api:
-        def model_info(self, model, revision, files_metadata):
-            assert (model, revision, files_metadata) == ("me/m", None, True)
-            return types.SimpleNamespace(
-                siblings=[
-                    types.SimpleNamespace(
-                        rfilename=path.name, size=path.stat().st_size
-                    )
-                    for path in (*published.iterdir(), Path(__file__))
-                ]
-            )
-
-        def get_safetensors_metadata(self, model, revision):
-            names = {"float32": "F32"}
-            with formats.find(published).open() as tensors:
-                found = {
-                    key: types.SimpleNamespace(
-                        dtype=names[tensors.dtypes[key]], shape=list(shape)
-                    )
-                    for key, shape in tensors.shapes.items()
-                }
-            files = {"x": types.SimpleNamespace(tensors=found)}
-            return types.SimpleNamespace(files_metadata=files)
+    filesystem = fsspec.filesystem("memory", skip_instance_cache=True)
+    filesystem.store.clear()
+    for path in (*published.iterdir(), Path(__file__)):
+        filesystem.pipe(f"/me/m/{path.name}", path.read_bytes())
+    monkeypatch.setattr(downloads, "_filesystem", {"hf": filesystem}.get)
 
     def snapshot_download(model, revision, allow_patterns):
         folder = tmp_path / "cache"
@@ -192,11 +194,10 @@ def hub(published, tmp_path, monkeypatch):
                 shutil.copy(path, folder)
         return str(folder)
 
-    module = types.SimpleNamespace(
-        HfApi=Api, snapshot_download=snapshot_download
-    )
+    module = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    return tmp_path / "cache"
+    yield tmp_path / "cache"
+    filesystem.store.clear()
 
 
 def test_inspect_on_a_hub_reads_headers_alone(hub, published):

@@ -4,7 +4,9 @@ import base64
 import hashlib
 
 import fsspec
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from keras_paligemma import checksums
 from keras_paligemma import downloads
@@ -48,7 +50,7 @@ def test_sizes_are_told_without_a_download(bucket, monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(bucket, "open", refuse)
-    monkeypatch.setattr(downloads, "_gs", lambda: bucket)
+    monkeypatch.setattr(downloads, "_filesystem", {"gs": bucket}.get)
     assert downloads.sizes("gs://bucket/model/a.npz") == {
         "/bucket/model/a.npz.part-0": 500,
         "/bucket/model/a.npz.part-1": 6,
@@ -57,6 +59,19 @@ def test_sizes_are_told_without_a_download(bucket, monkeypatch):
     with pytest.raises(OSError, match="nothing is at bucket/other"):
         downloads.sizes("gs://bucket/other")
     assert downloads.sizes("kaggle://me/m/keras/v/1") == {}
+
+
+def test_headers_are_read_without_the_values(bucket, monkeypatch):
+    monkeypatch.setattr(downloads, "_filesystem", {"gs": bucket}.get)
+    for number in (1, 2):
+        shard = save({f"w{number}": np.zeros((number, 3), "float32")})
+        name = f"bucket/model/model-0000{number}-of-00002.safetensors"
+        bucket.pipe(f"/{name}", shard)
+    found = {"w1": ("F32", (1, 3)), "w2": ("F32", (2, 3))}
+    assert downloads.headers("gs://bucket/model") == found
+    bucket.pipe(f"/{name}", b"\xff" * 20)
+    with pytest.raises(OSError, match="00002.safetensors claims a header of"):
+        downloads.headers("gs://bucket/model")
 
 
 def test_a_known_file_that_is_another(bucket, tmp_path, monkeypatch):

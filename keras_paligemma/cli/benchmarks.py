@@ -15,11 +15,16 @@ def benchmarks(
     from keras_paligemma.evaluation import registry
 
     if action is None:
-        for one in registry.benchmarks().values():
-            needs = one.layout or one.tfds or one.hugging_face or "own layout"
+        for benchmark in registry.benchmarks().values():
+            needs = (
+                benchmark.layout
+                or benchmark.tfds
+                or benchmark.hugging_face
+                or "own layout"
+            )
             typer.echo(
-                f"{one.name:<20} {one.title:<26} {one.metric:<18} "
-                f"{one.split:<18} {needs}"
+                f"{benchmark.name:<20} {benchmark.title:<26} "
+                f"{benchmark.metric:<18} {benchmark.split:<18} {needs}"
             )
         return
     if action != "show" or name is None:

@@ -23,7 +23,13 @@ def command_environment():
         yield
     finally:
         sys.meta_path.remove(finder)
+        for name in HIDDEN:
+            if sys.modules.get(name, finder) is None:
+                del sys.modules[name]
         logging.disable(logging.NOTSET)
+
+
+HIDDEN = ("tensorflow", "tensorflow_text")
 
 
 class NoTensorFlow(importlib.abc.MetaPathFinder):
@@ -34,8 +40,10 @@ class NoTensorFlow(importlib.abc.MetaPathFinder):
 
     def find_spec(self, name, path=None, target=None):
         backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-        hidden = ("tensorflow", "tensorflow_text")
-        if name in hidden and backend != "tensorflow":
+        if name in HIDDEN and backend != "tensorflow":
+            # Who only looks whether it is installed, as JAX's compilation
+            # cache does, is told no; an error would turn that cache off.
+            sys.modules[name] = None
             raise ModuleNotFoundError(
                 f"{name} is hidden: the backend is {backend}.", name=name
             )

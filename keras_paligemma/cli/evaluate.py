@@ -4,6 +4,10 @@ from typing import Annotated
 
 import typer
 
+from keras_paligemma.cli.options import Dtype
+from keras_paligemma.cli.options import Masks
+from keras_paligemma.cli.options import Quantize
+
 
 def evaluate(
     preset: Annotated[str, typer.Option(help="As `from_preset` takes it")],
@@ -17,42 +21,61 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="Only so many of the first samples")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Of this host")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Prompts at a time, of this host")
+    ] = None,
     split: Annotated[
         str | None, typer.Option(help="Another than the card's")
     ] = None,
+    masks: Masks = None,
     adapter: Annotated[
         str | None, typer.Option(help="Folder of a PEFT adapter")
     ] = None,
-    dtype: Annotated[str | None, typer.Option()] = None,
-    quantize: Annotated[str | None, typer.Option(help="int8 | int4")] = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    multi_host: Annotated[
+        bool,
+        typer.Option(
+            "--multi-host",
+            help="This host is one of several, all of which run this command "
+            "and see --output. They find each other by Keras's variables "
+            "KERAS_DISTRIBUTION_…, those of a TPU by themselves",
+        ),
+    ] = False,
 ) -> None:
     """Run a benchmark of the model card; the same command resumes a run."""
+    from keras_paligemma.checkpoints import formats
+    from keras_paligemma.evaluation.codecs import mask_codec
     from keras_paligemma.evaluation.registry import find_benchmark
     from keras_paligemma.evaluation.sources import open_samples
 
     # Before anything is loaded: a typo takes no minutes.
     record = find_benchmark(benchmark)
     samples = open_samples(record, data, split)
+    decode = None
+    if record.metric == "refcoco":
+        text = formats.resolve(preset, False).config.backbone.text_decoder
+        decode = mask_codec(text.hidden_dim, masks).decode
     import keras
 
     from keras_paligemma import PaliGemmaCausalLM
     from keras_paligemma import compat
     from keras_paligemma.evaluation.run import evaluate as run
 
+    if multi_host:
+        keras.distribution.initialize()
     if keras.backend.backend() == "jax":
         devices = keras.distribution.list_devices()
         if len(devices) > 1 and keras.distribution.distribution() is None:
             every = keras.distribution.DataParallel(devices=devices)
             keras.distribution.set_distribution(every)
-    chosen = {"dtype": dtype, "quantize": quantize}
     model = PaliGemmaCausalLM.from_preset(
         preset,
         prompt_length=record.text_length,
         response_length=record.text_length,
         # As the original cuts it.
         on_long_prompt="truncate",
-        **{name: one for name, one in chosen.items() if one is not None},
+        **_given(dtype=dtype, quantize=quantize),
     )
     if adapter is not None:
         model.load_adapter(adapter)
@@ -61,10 +84,15 @@ def evaluate(
         record,
         samples,
         output or f"evaluation-{record.name}",
-        batch_size=batch_size,
-        limit=limit,
+        decode=decode,
         shard=compat.process(),
+        **_given(batch_size=batch_size, limit=limit),
     )
     if result is not None:
         typer.echo(result)
         typer.echo(f"  {result.output / 'report.html'}")
+
+
+def _given(**options):
+    """Leave out what was not given, so that defaults stay where they are."""
+    return {name: one for name, one in options.items() if one is not None}

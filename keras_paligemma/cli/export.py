@@ -45,7 +45,7 @@ def export(
     # The backend that writes a format also reads the source.
     writer = targets.TARGETS.get(format)
     os.environ["KERAS_BACKEND"] = writer.backend if writer else "tensorflow"
-    targets.check(target, format)
+    targets.check_target(target, format)
     with quiet_imports():
         from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
 

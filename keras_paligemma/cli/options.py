@@ -1,6 +1,13 @@
-"""Options that several commands have."""
+"""Options that several commands have, and those that a dataclass describes."""
 
+import dataclasses
+import functools
+import inspect
+import re
+import tomllib
+from collections.abc import Callable
 from typing import Annotated
+from typing import get_origin
 
 import typer
 
@@ -24,26 +31,110 @@ LoraTargets = Annotated[
     typer.Option(help="decoder.attention, decoder, vision, all, …"),
 ]
 Quantize = Annotated[str | None, typer.Option(help="int8 | int4")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Dtype policy; the source's if none")
+]
+
+Masks = Annotated[
+    str | None,
+    typer.Option(
+        help="Codec of RefCOCO's masks, path or handle of vae-oid.npz; the "
+        "embedded one if none, which models of published sizes do not speak"
+    ),
+]
 
 
-def read_fields(pairs):
-    """Turn ["final_logit_soft_cap=none"] into a dict of numbers."""
+def with_settings(cls: type) -> Callable:
+    """Give a command an option for each field of a dataclass.
+
+    So a setting's name, type, default and meaning are spelt in the dataclass
+    and its docstring alone.
+
+    Args:
+        cls: dataclass of strings, numbers, flags and tuples of strings, whose
+            docstring lists its fields under "Args:".
+
+    Returns:
+        Decorator of a function of `given`, a dict of the fields that the user
+        gave, and of other options.
+    """
+    fields = dataclasses.fields(cls)
+    meanings = _meanings(cls)
+    options = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                (list[str] if get_origin(field.type) is tuple else field.type)
+                | None,
+                typer.Option(
+                    help=meanings[field.name], show_default=_shown(field)
+                ),
+            ],
+        )
+        for field in fields
+    ]
+
+    def decorate(command):
+        signature = inspect.signature(command)
+        others = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in signature.parameters.items()
+            if name != "given"
+        ]
+
+        @functools.wraps(command)
+        def run(**values):
+            given = {field.name: values.pop(field.name) for field in fields}
+            given = {k: v for k, v in given.items() if v is not None}
+            return command(given, **values)
+
+        run.__signature__ = signature.replace(parameters=[*others, *options])
+        run.__annotations__ = {
+            option.name: option.annotation for option in [*others, *options]
+        }
+        return run
+
+    return decorate
+
+
+def _meanings(cls):
+    """Read what each field is for from the docstring: "name: type, words."."""
+    text = inspect.getdoc(cls).partition("Args:\n")[2].partition("\n\n")[0]
+    found = re.findall(
+        r"^    (\w+): \w+, (.*(?:\n     .*)*)", text, re.MULTILINE
+    )
+    sentences = {name: " ".join(words.split()) for name, words in found}
+    return {
+        name: s[:1].upper() + s[1:].rstrip(".") for name, s in sentences.items()
+    }
+
+
+def _shown(field):
+    """Give the default as help shows it, or nothing where there is none."""
+    value = field.default
+    if not isinstance(value, (int, float, str, tuple)) or value is False:
+        return False
+    return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def read_fields(pairs: list[str] | None) -> dict:
+    """Turn ["final_logit_soft_cap=none"] into a dict, values read as TOML.
+
+    Raises:
+        ValueError: a pair is not NAME=VALUE.
+    """
     fields = {}
     for pair in pairs or ():
-        key, equals, text = pair.partition("=")
+        name, _, value = pair.partition("=")
         try:
-            words = {"none": None, "true": True, "false": False}
-            value = (
-                words[text.lower()] if text.lower() in words else float(text)
-            )
-        except ValueError:
-            equals = ""
-        if not equals:
+            # TOML has no word for nothing.
+            nothing = value.strip().lower() == "none"
+            fields |= {name: None} if nothing else tomllib.loads(pair)
+        except tomllib.TOMLDecodeError as error:
             raise ValueError(
                 "Expected: --set name=number, or name=none. Received: "
-                f"{pair!r}."
-            )
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        fields[key] = value
+                f"{pair!r} ({error})."
+            ) from error
     return fields

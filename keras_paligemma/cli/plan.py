@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from keras_paligemma.cli.options import Dtype
 from keras_paligemma.cli.options import LoraTargets
 from keras_paligemma.cli.options import Quantize
 
@@ -17,11 +18,14 @@ def plan(
         str, typer.Option(help="v5e-1, v5e-4, v5e-8, …; a100-40, l4x4, …")
     ] = "v5e-8",
     batch_size: Annotated[
-        int | None, typer.Option(help="Of all chips; 8 if none")
+        int | None, typer.Option(help="Examples on all chips together")
     ] = None,
-    prompt_length: Annotated[int | None, typer.Option(help="Or 64")] = None,
-    response_length: Annotated[int | None, typer.Option(help="Or 64")] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Or 8")] = None,
+    prompt_length: Annotated[int | None, typer.Option(help="Tokens")] = None,
+    response_length: Annotated[int | None, typer.Option(help="Tokens")] = None,
+    pictures: Annotated[
+        int | None, typer.Option(help="Pictures or frames of one prompt")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Of adapters")] = None,
     lora_targets: LoraTargets = None,
     quantize: Quantize = None,
     full: Annotated[
@@ -29,9 +33,11 @@ def plan(
     ] = False,
     benchmark: Annotated[
         str | None,
-        typer.Option(help="Batch and lengths of this one; see `benchmarks`"),
+        typer.Option(
+            help="Batch, lengths and pictures of this one; see `benchmarks`"
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option()] = "bfloat16",
+    dtype: Dtype = None,
     layout: Annotated[
         str | None, typer.Option(help='This one alone, such as "weights 1x8"')
     ] = None,
@@ -47,32 +53,29 @@ def plan(
     ] = False,
     json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Tell before renting chips whether a fine-tune fits, and how."""
+    """Tell before renting chips whether a fine-tune fits, and how.
+
+    What is not given is the benchmark's, or `planning.Job`'s default.
+    """
     use_jax()
     from keras_paligemma.planning import Job
     from keras_paligemma.planning import make_plan
 
-    settings = {"batch_size": 8, "prompt_length": 64, "response_length": 64}
-    settings["lora_rank"] = 8
-    if benchmark is not None:
-        settings |= _settings_of(benchmark)
-    given = {
-        **{"batch_size": batch_size, "lora_rank": lora_rank},
-        **{"prompt_length": prompt_length, "response_length": response_length},
-    }
-    settings |= {name: one for name, one in given.items() if one is not None}
     if generate and full:
         raise ValueError("Received: --generate and --full. Expected: one.")
-    job = Job(
-        preset,
-        settings["batch_size"],
-        settings["prompt_length"],
-        settings["response_length"],
-        0 if full else settings["lora_rank"],
-        tuple(lora_targets) if lora_targets else None,
-        quantize,
-        dtype,
-    )
+    given = {
+        "batch_size": batch_size,
+        "prompt_length": prompt_length,
+        "response_length": response_length,
+        "pictures": pictures,
+        "lora_rank": 0 if full else lora_rank,
+        "lora_targets": tuple(lora_targets) if lora_targets else None,
+        "quantize": quantize,
+        "dtype": dtype,
+    }
+    settings = {} if benchmark is None else _settings_of(benchmark)
+    settings |= {name: one for name, one in given.items() if one is not None}
+    job = Job(preset, **settings)
     found = make_plan(
         job,
         slice,
@@ -85,21 +88,16 @@ def plan(
 
 
 def _settings_of(benchmark):
-    """Give batch, lengths and rank of a benchmark's record."""
+    """Give what a benchmark's record says of a job."""
     from keras_paligemma.evaluation import find_benchmark
     from keras_paligemma.evaluation import settings_of
 
     record = find_benchmark(benchmark)
-    pictures = record.frames or record.pictures
-    if pictures > 1:
-        typer.echo(
-            f"{record.name} has {pictures} pictures a prompt; the plan is for "
-            "one, so memory and time are more.",
-            err=True,
-        )
+    # Of both resolutions, whose batches are the same.
     found = settings_of(record, 448)
     names = ("batch_size", "prompt_length", "response_length", "lora_rank")
-    return {name: found[name] for name in names if name in found}
+    settings = {name: found[name] for name in names if name in found}
+    return settings | {"pictures": record.pictures_of_a_prompt}
 
 
 def use_jax():

@@ -228,7 +228,7 @@ class Batches:
         if problems and not self.skip_errors:
             raise ExampleError(
                 f"{problems[0].message} (Mend or remove the example, or pass "
-                "`skip_errors=True` (of the command: `--set skip_errors=true`) "
+                "`skip_errors=True` (of the command: `--skip-errors`) "
                 "to count such examples and go on; `check` lists all of them.)"
             )
         for index, message, used in problems:

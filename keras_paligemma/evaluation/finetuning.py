@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from keras_paligemma.data.examples import located
+from keras_paligemma.evaluation.codecs import mask_codec
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.registry import find_benchmark
 from keras_paligemma.evaluation.samples import Samples
 from keras_paligemma.evaluation.sources import OWN
 from keras_paligemma.evaluation.sources import open_samples
+from keras_paligemma.metrics.referring import to_mask
+from keras_paligemma.tasks.answers import write_objects
+from keras_paligemma.tasks.mask_codec import MaskCodec
+from keras_paligemma.tasks.objects import Object
 
 # Of the original's transfers, where a record says nothing else.
 _COMMON = {"batch_size": 256, "label_smoothing": 0.0, "lora_rank": 0}
@@ -21,8 +27,7 @@ def settings_of(benchmark: Benchmark, image_size: int) -> dict:
     """Give the settings of the original's transfer.
 
     Prompt and answer each get the text length, which the original gives both
-    together, so nothing that it could read is cut. A dropout in the decoder,
-    which no fine-tune here has, is left out.
+    together, so nothing that it could read is cut.
 
     Args:
         benchmark: `Benchmark`.
@@ -41,20 +46,23 @@ def settings_of(benchmark: Benchmark, image_size: int) -> dict:
     larger = record.pop(_RESOLUTION, {})
     if image_size >= int(_RESOLUTION):
         record |= larger
-    record.pop("dropout", None)
     lengths = dict.fromkeys(
         ("prompt_length", "response_length"), benchmark.text_length
     )
     return (_COMMON if benchmark.finetune else {}) | lengths | record
 
 
-def for_run(name: str, given: Mapping) -> tuple[dict, "TrainingSource | None"]:
+def for_run(
+    name: str, given: Mapping, masks: str | None = None
+) -> tuple[dict, "TrainingSource | None"]:
     """Give what `finetune --benchmark` adds to the command line.
 
     Args:
         name: str, of a benchmark.
         given: dict of the settings that the user gave: `preset`, `data`, and
             others, which go before the record's.
+        masks: str, path or handle of the codec that RefCOCO's answers are
+            written in; see `codecs.mask_codec`.
 
     Returns:
         Dict of settings to stand behind those; and the examples of the
@@ -73,24 +81,27 @@ def for_run(name: str, given: Mapping) -> tuple[dict, "TrainingSource | None"]:
             "A fine-tune for a benchmark needs --preset and --data. Received: "
             f"preset={preset!r}, data={data!r}."
         )
-    size = given.get("image_size")
-    if size is None:
-        config = formats.resolve(preset, False).config
-        size = config.backbone.image_size
+    config = formats.resolve(preset, False).config.backbone
+    size = given.get("image_size") or config.image_size
     settings = settings_of(benchmark, size)
     if given.get("lora_rank"):
         # Adapters leave all weights frozen anyway.
         settings.pop("freeze", None)
     if Path(data).is_file():
         return settings, None
-    return settings, TrainingSource(training_samples(benchmark, data))
+    samples = training_samples(benchmark, data)
+    codec = None
+    if benchmark.metric == "refcoco":
+        codec = mask_codec(config.text_decoder.hidden_dim, masks)
+    return settings, TrainingSource(samples, codec)
 
 
 def training_samples(benchmark: Benchmark, source: Any) -> Samples:
     """Open what a fine-tune for a benchmark learns from.
 
-    All subsets are learned from, as the original mixes ChartQA's two kinds in
-    proportion to their sizes.
+    Of ChartQA both kinds are, in proportion to their sizes, as in the original.
+    Of RefCOCO, + and g each is by itself: pictures that one of them learns from
+    are tested in another.
 
     Args:
         benchmark: `Benchmark`.
@@ -103,11 +114,11 @@ def training_samples(benchmark: Benchmark, source: Any) -> Samples:
         ValueError: the benchmark has none, or its answers are not text that
             the data holds.
     """
-    if benchmark.response is None:
+    if benchmark.response is None and benchmark.metric != "refcoco":
         raise ValueError(
-            f"What a fine-tune learns of {benchmark.name} is not in its data, "
-            "such as codes of masks. Make a JSONL file of `image`, `prefix` "
-            "and `suffix`, and pass it as data."
+            f"How a model writes what it reads in {benchmark.name} is not in "
+            "its data. Make a JSONL file of `image`, `prefix` and `suffix`, "
+            "and pass it as data."
         )
     folder = isinstance(source, (str, os.PathLike))
     own = folder and (Path(source) / OWN).is_file()
@@ -117,8 +128,9 @@ def training_samples(benchmark: Benchmark, source: Any) -> Samples:
             "learned from another task. Fine-tune with that one's benchmark, "
             f"or pass a folder with {OWN} of your own."
         )
-    every = dataclasses.replace(benchmark, subset=None)
-    return open_samples(every, source, benchmark.train_split)
+    if benchmark.task == "chartqa":
+        benchmark = dataclasses.replace(benchmark, subset=None)
+    return open_samples(benchmark, source, benchmark.train_split)
 
 
 class TrainingSource:
@@ -126,6 +138,7 @@ class TrainingSource:
 
     Args:
         samples: `Samples`, such as `training_samples` gives.
+        codec: `MaskCodec`, in whose codes RefCOCO's answers are written.
 
     Example:
 
@@ -135,11 +148,17 @@ class TrainingSource:
     ```
     """
 
-    def __init__(self, samples: Samples):
+    def __init__(self, samples: Samples, codec: MaskCodec | None = None):
         self.samples = samples
+        self.codec = codec
 
     def __len__(self):
         return len(self.samples)
+
+    @property
+    def pictures(self) -> int:
+        """Count the pictures, or the frames of a video, of one prompt."""
+        return self.samples.benchmark.pictures_of_a_prompt
 
     def where(self, index: int) -> str:
         """Name the place of an example by its id."""
@@ -147,15 +166,25 @@ class TrainingSource:
 
     def __getitem__(self, index):
         sample = self.samples[index]
-        benchmark = self.samples.benchmark
-        answers = sample.truth[benchmark.response]
-        several = isinstance(answers, list)
-        # One that many gave counts as often, as the original draws it.
-        texts = [one for one in (answers if several else [answers]) if one]
-        if benchmark.lower_answers:
-            texts = [one.lower() for one in texts]
         return {
             "images": sample.images,
             "prompts": sample.prompt,
-            "responses": texts if several else texts[0],
+            "responses": self._responses(sample, index),
         }
+
+    def _responses(self, sample, index):
+        benchmark = self.samples.benchmark
+        if self.codec is not None:
+            with located(self.where(index)):
+                mask = to_mask(sample.truth["masks"])
+                found = Object(sample.truth["boxes"]).with_mask(mask)
+                return write_objects([found], self.codec)
+        answers = sample.truth[benchmark.response]
+        several = isinstance(answers, list)
+        # One that many gave counts as often, as the original draws it.
+        texts = [
+            answer for answer in (answers if several else [answers]) if answer
+        ]
+        if benchmark.lower_answers:
+            texts = [text.lower() for text in texts]
+        return texts if several else texts[0]

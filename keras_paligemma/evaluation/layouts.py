@@ -43,20 +43,22 @@ def vqav2(folder, split, subset=None):
     prefix = "v2_OpenEnded_mscoco_"
     asked = read_json(folder, f"{prefix}{part}2014_questions.json")["questions"]
     right = read_json(folder, f"v2_mscoco_{part}2014_annotations.json")
-    right = {one["question_id"]: one for one in right["annotations"]}
+    right = {entry["question_id"]: entry for entry in right["annotations"]}
     if split == "minival":
-        order = sorted(asked, key=lambda one: _tfds_order(one["question_id"]))
+        order = sorted(
+            asked, key=lambda entry: _tfds_order(entry["question_id"])
+        )
         asked = order[-_MINIVAL:]
     pictures = folder / f"{part}2014"
     records = []
-    for one in asked:
-        answer = right.get(one["question_id"], {})
-        name = f"COCO_{part}2014_{one['image_id']:012d}.jpg"
+    for entry in asked:
+        answer = right.get(entry["question_id"], {})
+        name = f"COCO_{part}2014_{entry['image_id']:012d}.jpg"
         records.append(
             {
-                "id": one["question_id"],
+                "id": entry["question_id"],
                 "images": str(pictures / name),
-                "question": one["question"],
+                "question": entry["question"],
                 "answers": [a["answer"] for a in answer.get("answers", ())]
                 or None,
                 "answer_types": answer.get("answer_type"),
@@ -75,12 +77,12 @@ def textvqa(folder, split, subset=None):
     pictures = "test_images" if split == "test" else "train_images"
     return [
         {
-            "id": one["question_id"],
-            "images": str(folder / pictures / f"{one['image_id']}.jpg"),
-            "question": one["question"],
-            "answers": one.get("answers"),
+            "id": entry["question_id"],
+            "images": str(folder / pictures / f"{entry['image_id']}.jpg"),
+            "question": entry["question"],
+            "answers": entry.get("answers"),
         }
-        for one in data
+        for entry in data
     ]
 
 
@@ -89,12 +91,12 @@ def docvqa(folder, split, subset=None):
     names = (f"{split}_v1.0_withQT.json", f"{split}_v1.0.json")
     return [
         {
-            "id": one["questionId"],
-            "images": str(folder / one["image"]),
-            "question": one["question"],
-            "answers": one.get("answers"),
+            "id": entry["questionId"],
+            "images": str(folder / entry["image"]),
+            "question": entry["question"],
+            "answers": entry.get("answers"),
         }
-        for one in read_json(folder, *names)["data"]
+        for entry in read_json(folder, *names)["data"]
     ]
 
 
@@ -106,12 +108,12 @@ def chartqa(folder, split, subset=None):
         records += [
             {
                 "id": f"{kind}-{number}",
-                "images": str(folder / split / "png" / one["imgname"]),
-                "question": one["query"],
-                "answers": one["label"],
+                "images": str(folder / split / "png" / entry["imgname"]),
+                "question": entry["query"],
+                "answers": entry["label"],
                 "kinds": kind,
             }
-            for number, one in enumerate(data)
+            for number, entry in enumerate(data)
         ]
     return records
 
@@ -125,19 +127,19 @@ def science_qa(folder, split, subset=None):
     problems = read_json(folder, "problems.json")
     records = []
     for id in read_json(folder, "pid_splits.json")[split]:
-        one = problems[id]
-        if not one["image"]:
+        entry = problems[id]
+        if not entry["image"]:
             continue
-        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(one["choices"])]
-        pairs = zip(letters, one["choices"], strict=True)
+        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(entry["choices"])]
+        pairs = zip(letters, entry["choices"], strict=True)
         records.append(
             {
                 "id": id,
-                "images": str(folder / split / id / one["image"]),
-                "question": one["question"],
-                "hint": one["hint"] or "N/A",
+                "images": str(folder / split / id / entry["image"]),
+                "question": entry["question"],
+                "hint": entry["hint"] or "N/A",
                 "choices": ", ".join(f"({a}) {text}" for a, text in pairs),
-                "answers": letters[one["answer"]],
+                "answers": letters[entry["answer"]],
             }
         )
     return records
@@ -154,19 +156,19 @@ def nlvr2(folder, split, subset=None):
         )
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        one = json.loads(line)
+        entry = json.loads(line)
         # Sentences of one pair differ by the last number.
-        pair = one["identifier"].rpartition("-")[0]
+        pair = entry["identifier"].rpartition("-")[0]
         places = [folder / part, folder / "images" / part]
         place = next((some for some in places if some.is_dir()), places[0])
-        if "directory" in one:
-            place = folder / "images" / part / str(one["directory"])
+        if "directory" in entry:
+            place = folder / "images" / part / str(entry["directory"])
         records.append(
             {
-                "id": one["identifier"],
+                "id": entry["identifier"],
                 "images": [str(place / f"{pair}-img{n}.png") for n in (0, 1)],
-                "sentence": one["sentence"],
-                "answers": one["label"],
+                "sentence": entry["sentence"],
+                "answers": entry["label"],
             }
         )
     return records
@@ -176,14 +178,14 @@ def tallyqa(folder, split, subset=None):
     """TallyQA: `test.json`, and pictures of Visual Genome and COCO."""
     return [
         {
-            "id": one["question_id"],
-            "images": str(folder / one["image"]),
-            "question": one["question"],
-            "answers": str(one["answer"]),
+            "id": entry["question_id"],
+            "images": str(folder / entry["image"]),
+            "question": entry["question"],
+            "answers": str(entry["answer"]),
             # Visual Genome's part of the training split has no such label.
-            "simple": int(one.get("issimple", -1)),
+            "simple": int(entry.get("issimple", -1)),
         }
-        for one in read_json(folder, f"{split}.json")
+        for entry in read_json(folder, f"{split}.json")
     ]
 
 
@@ -197,25 +199,25 @@ def coco_captions(folder, split, subset=None):
         name = f"captions_{split}2014.json"
         data = read_json(folder, "dataset_coco.json", f"annotations/{name}")
         texts = {}
-        for one in data["annotations"]:
-            texts.setdefault(one["image_id"], []).append(one["caption"])
+        for entry in data["annotations"]:
+            texts.setdefault(entry["image_id"], []).append(entry["caption"])
         return [
             {
-                "id": one["id"],
-                "images": str(folder / f"{split}2014" / one["file_name"]),
-                "references": texts.get(one["id"]),
+                "id": entry["id"],
+                "images": str(folder / f"{split}2014" / entry["file_name"]),
+                "references": texts.get(entry["id"]),
             }
-            for one in data["images"]
+            for entry in data["images"]
         ]
     parts = {"train": ("train", "restval")}.get(split, (split,))
     return [
         {
-            "id": one["cocoid"],
-            "images": str(folder / one["filepath"] / one["filename"]),
-            "references": [some["raw"] for some in one["sentences"]],
+            "id": entry["cocoid"],
+            "images": str(folder / entry["filepath"] / entry["filename"]),
+            "references": [some["raw"] for some in entry["sentences"]],
         }
-        for one in read_json(folder, "dataset_coco.json")["images"]
-        if one["split"] in parts
+        for entry in read_json(folder, "dataset_coco.json")["images"]
+        if entry["split"] in parts
     ]
 
 
@@ -230,8 +232,8 @@ def xm3600(folder, split, subset=None):
     records = []
     with open(path, encoding="utf-8") as file:
         for line in file:
-            one = json.loads(line)
-            key = one["image/key"]
+            entry = json.loads(line)
+            key = entry["image/key"]
             records += [
                 {
                     "id": f"{key}_{language}",
@@ -239,7 +241,7 @@ def xm3600(folder, split, subset=None):
                     "language": language,
                     "references": texts["caption"],
                 }
-                for language, texts in one.items()
+                for language, texts in entry.items()
                 if isinstance(texts, dict) and "caption" in texts
             ]
     return records
@@ -262,8 +264,8 @@ def refcoco(folder, split, subset):
         )
     with open(path, "rb") as file:
         refs = _PlainUnpickler(file, encoding="latin-1").load()
-    images = {one["id"]: one for one in data["images"]}
-    objects = {one["id"]: one for one in data["annotations"]}
+    images = {entry["id"]: entry for entry in data["images"]}
+    objects = {entry["id"]: entry for entry in data["annotations"]}
     records = []
     for ref in refs:
         if ref["split"] != split:
@@ -277,13 +279,13 @@ def refcoco(folder, split, subset):
         box = (y / height, x / width, (y + h) / height, (x + w) / width)
         records += [
             {
-                "id": f"{ref['ref_id']}-{one['sent_id']}",
+                "id": f"{ref['ref_id']}-{entry['sent_id']}",
                 "images": str(folder / "train2014" / image["file_name"]),
-                "sentence": one["sent"],
+                "sentence": entry["sent"],
                 "boxes": box,
                 "masks": runs,
             }
-            for one in ref["sentences"]
+            for entry in ref["sentences"]
         ]
     return records
 
@@ -299,8 +301,8 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 LAYOUTS = {
-    one.__name__: one
-    for one in (
+    reader.__name__: reader
+    for reader in (
         *(vqav2, textvqa, docvqa, chartqa, science_qa),
         *(nlvr2, tallyqa, coco_captions, xm3600, refcoco),
     )

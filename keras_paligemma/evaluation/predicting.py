@@ -65,16 +65,16 @@ def _answers(model, benchmark, samples, rows):
     """Answer some samples; a picture that fails is named by its id."""
     found = [samples[row] for row in rows]
     inputs = {
-        "images": [one.images for one in found],
-        "prompts": [one.prompt for one in found],
+        "images": [sample.images for sample in found],
+        "prompts": [sample.prompt for sample in found],
     }
     try:
         return model.generate(inputs, max_new_tokens=benchmark.text_length)
     except ValueError as error:
-        for row, one in zip(rows, found, strict=True):
+        for row, sample in zip(rows, found, strict=True):
             with located(samples.where(row)):
                 model.preprocessor.generate_preprocess(
-                    {"images": one.images, "prompts": one.prompt},
+                    {"images": sample.images, "prompts": sample.prompt},
                     max_new_tokens=benchmark.text_length,
                 )
         raise ExampleError(

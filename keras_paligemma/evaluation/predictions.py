@@ -38,7 +38,7 @@ def check_predictions(
     Raises:
         ValueError: ids without a prediction, or predictions of unknown ids.
     """
-    missing = [one for one in ids if one not in predictions]
+    missing = [id for id in ids if id not in predictions]
     unknown = sorted(set(predictions) - set(ids))
     if missing or unknown:
         raise ValueError(
@@ -83,9 +83,9 @@ def resume(
     for there, one in zip(found, wanted, strict=True):
         if there != one:
             raise ValueError(
-                f"{path} holds rows of another run. Received: id {there!r} "
-                f"where {one!r} was expected. Choose another output, or "
-                "remove the file."
+                f"{path} holds rows of another run. Received: id {there!r}. "
+                f"Expected: {'nothing more' if one is None else repr(one)}. "
+                "Choose another output, or remove the file."
             )
     done = len(found)
     if done < len(ids):

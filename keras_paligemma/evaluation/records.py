@@ -34,7 +34,7 @@ class Mapped(Sequence):
             raise IndexError(f"There is no record {index} of {len(self)}.")
         example = self.dataset[int(index)]
         return {
-            name: [at_path(example, one) for one in path]
+            name: [at_path(example, part) for part in path]
             if isinstance(path, list)
             else at_path(example, path)
             for name, path in self.fields.items()
@@ -111,7 +111,7 @@ def at_path(example: Mapping, path: str) -> Any:
         return _plain(value)
     if isinstance(value, Mapping):
         return at_path(value, rest)
-    return [at_path(one, rest) for one in value]
+    return [at_path(item, rest) for item in value]
 
 
 def _plain(value):
@@ -127,5 +127,5 @@ def _plain(value):
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return value

@@ -90,6 +90,11 @@ class Benchmark:
     judges: tuple[str, ...] = ()
     finetune: Mapping = dataclasses.field(default_factory=dict)
 
+    @property
+    def pictures_of_a_prompt(self) -> int:
+        """Count the pictures, or the frames of a video, of one prompt."""
+        return self.frames or self.pictures
+
     def card_numbers(self, column: str | None) -> dict[str, float]:
         """Give the card's numbers for a model.
 
@@ -160,7 +165,9 @@ def find_benchmark(name: str | Benchmark) -> Benchmark:
     if plain in known:
         return known[plain]
     near = difflib.get_close_matches(plain, known, 3, 0.5)
-    near += [one for one in known if one.startswith(plain) and one not in near]
+    near += [
+        name for name in known if name.startswith(plain) and name not in near
+    ]
     raise ValueError(
         f"There is no benchmark {name!r}. "
         + (f"The nearest: {', '.join(near)}. " if near else "")

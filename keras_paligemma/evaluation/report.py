@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from keras_paligemma.metrics.judges import JUDGES
 from keras_paligemma.preprocessing.images import read_image
 from keras_paligemma.tasks.boxes import draw_boxes
 from keras_paligemma.tasks.boxes import parse_boxes
@@ -61,7 +62,8 @@ def write_report(result, samples, predictions, worst) -> None:
         "card_column": result.column,
         "values": {k: _number(v) for k, v in result.values.items()},
         "intervals": {
-            k: [_number(one) for one in v] for k, v in result.intervals.items()
+            k: [_number(bound) for bound in v]
+            for k, v in result.intervals.items()
         },
         "card": dict(result.card),
         "worst": [samples.ids[row] for row in worst],
@@ -72,14 +74,18 @@ def write_report(result, samples, predictions, worst) -> None:
         low, high = result.intervals[name]
         cells = [name, f"{value:.2f}", f"{low:.2f} to {high:.2f}"]
         cells.append(f"{result.card[name]:g}" if name in result.card else "")
-        cells = "".join(f"<td>{html.escape(one)}</td>" for one in cells)
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         lines.append(f"<tr>{cells}</tr>")
+    for name in result.unjudged:
+        cells = (name, f"needs a judge, {JUDGES[name]}")
+        first, second = map(html.escape, cells)
+        lines.append(f'<tr><td>{first}</td><td colspan="3">{second}</td></tr>')
     about = [f"{result.samples:,} samples of the split {benchmark.split}"]
     about.append(f"prompt {benchmark.prompt!r}")
     about.append(
         f"beside the card's {result.column}"
-        if result.column
-        else "a model that the card has no numbers of"
+        if result.card
+        else "of which the card has no number"
     )
     if result.limited:
         about.append(

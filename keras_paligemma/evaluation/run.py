@@ -7,24 +7,26 @@ import math
 import os
 from collections.abc import Callable
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from keras_paligemma import compat
+from keras_paligemma.evaluation.codecs import SIZES
+from keras_paligemma.evaluation.codecs import mask_codec
 from keras_paligemma.evaluation.predicting import PREDICTIONS
 from keras_paligemma.evaluation.predicting import predict
 from keras_paligemma.evaluation.predictions import read_predictions
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.registry import find_benchmark
 from keras_paligemma.evaluation.report import write_report
-from keras_paligemma.evaluation.scoring import check_truth
 from keras_paligemma.evaluation.scoring import score
+from keras_paligemma.evaluation.scoring import truth_columns
 from keras_paligemma.evaluation.sources import open_samples
+from keras_paligemma.metrics.judges import JUDGES
 
 # Values of a weight that the fingerprint of a model takes in.
 _SMALL = 2**20
-# Widths of the text decoders that the card has numbers of.
-_SIZES = {2304: "3B", 3584: "10B", 4608: "28B"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Evaluation:
     limited: bool
     output: Path
 
+    @property
+    def unjudged(self) -> list[str]:
+        """Name the card's values for which there was no judge."""
+        return [n for n in self.benchmark.judges if n not in self.values]
+
     def __str__(self):
         own = self.benchmark.value
         lines = [f"{self.benchmark.title}, {self.samples:,} samples"]
@@ -62,6 +69,8 @@ class Evaluation:
             if name in self.card:
                 line += f"   card, {self.column}: {self.card[name]:g}"
             lines.append(line)
+        for name in self.unjudged:
+            lines.append(f"  {name:<16} needs a judge, {JUDGES[name]}")
         if own not in self.values:
             lines.append(f"  no sample counts for {own}")
         if self.limited:
@@ -104,7 +113,8 @@ def evaluate(
         batch_size: int, prompts at a time, of this host.
         limit: int, only so many of the first samples.
         split: str, another than the benchmark's.
-        decode: function of mask codes to masks, for RefCOCO.
+        decode: function of mask codes to masks, for RefCOCO; `None` that of
+            the embedded codec, where the model is not of a published size.
         judges: dict of a value to its judge, see `metrics.judged`.
         shard: (index, count) of this host's part of each batch, such as
             `distribution.data_shard()` gives.
@@ -132,13 +142,16 @@ def evaluate(
             "`batch_size` and `limit` are at least 1. Received: "
             f"batch_size={batch_size}, limit={limit}."
         )
+    if decode is None and benchmark.metric == "refcoco":
+        decode = mask_codec(model.backbone.text_config.hidden_dim).decode
     samples = open_samples(benchmark, source, split)
     whole = len(samples)
     samples = samples if limit is None else samples.first(limit)
     _check_data(benchmark, samples, decode)
     output = Path(output)
-    split = benchmark.split if split is None else split
-    _keep_settings(output, benchmark, samples, split, model)
+    on_card = split in (None, benchmark.split)
+    benchmark = benchmark if on_card else replace(benchmark, split=split)
+    _keep_settings(output, benchmark, samples, model)
     predict(model, benchmark, samples, output, batch_size, shard, progress)
     if compat.process()[0]:
         return None
@@ -154,7 +167,7 @@ def evaluate(
             name: (scale * low, scale * high)
             for name, (low, high) in scores.intervals().items()
         },
-        benchmark.card_numbers(column),
+        benchmark.card_numbers(column) if on_card else {},
         column,
         len(samples) < whole,
         output,
@@ -166,7 +179,7 @@ def evaluate(
 def card_column(model: Any) -> str | None:
     """Name the card's column of a model, "448-3B", or `None` of another."""
     backbone = model.backbone
-    size = _SIZES.get(backbone.text_config.hidden_dim)
+    size = SIZES.get(backbone.text_config.hidden_dim)
     if size is None or backbone.image_size not in (224, 448):
         return None
     return f"{backbone.image_size}-{size}"
@@ -181,7 +194,7 @@ def _check_data(benchmark, samples, decode):
             f"have no picture at their path. Received: ids {missing[:5]} in "
             f"{samples.place}. Unpack all of {benchmark.data}."
         )
-    check_truth(benchmark, samples, decode)
+    truth_columns(benchmark, samples, decode)
 
 
 def fingerprint(model: Any) -> str:
@@ -204,12 +217,12 @@ def fingerprint(model: Any) -> str:
     return found.hexdigest()
 
 
-def _keep_settings(output, benchmark, samples, split, model):
+def _keep_settings(output, benchmark, samples, model):
     """Write what the run is, or refuse a folder that holds another one."""
     listed = hashlib.sha256("\n".join(samples.ids).encode()).hexdigest()
     here = {
         "benchmark": benchmark.name,
-        "split": split,
+        "split": benchmark.split,
         "samples": len(samples),
         "ids_sha256": listed,
         "beams": benchmark.beams,

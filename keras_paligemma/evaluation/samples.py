@@ -103,8 +103,9 @@ class Samples:
             id
             for id, record in zip(self.ids, self.records, strict=True)
             if any(
-                isinstance(one, (str, os.PathLike)) and not os.path.exists(one)
-                for one in _listed(record.get("images"))
+                isinstance(image, (str, os.PathLike))
+                and not os.path.exists(image)
+                for image in _listed(record.get("images"))
             )
         ]
 
@@ -121,7 +122,7 @@ class Samples:
     def _answers(self, answers):
         """Give one right answer or several as text, in the form asked for."""
         if isinstance(answers, (list, tuple)):
-            return [self._answers(one) for one in answers]
+            return [self._answers(answer) for answer in answers]
         text = str(int(answers)) if isinstance(answers, bool) else str(answers)
         text = self.benchmark.answer_words.get(text, text)
         form = self.benchmark.answer_form
@@ -131,10 +132,10 @@ class Samples:
 def check_unique(ids: Sequence[str], what: str) -> None:
     """Refuse ids that occur twice, and name them."""
     seen, twins = set(), []
-    for one in ids:
-        if one in seen:
-            twins.append(one)
-        seen.add(one)
+    for id in ids:
+        if id in seen:
+            twins.append(id)
+        seen.add(id)
     if twins:
         raise ValueError(
             f"{what} has {len(twins)} ids more than once. Expected: each once. "

@@ -62,7 +62,7 @@ def score(
     """
     check_predictions(predictions, samples.ids)
     texts = [predictions[id] for id in samples.ids]
-    columns, groups = check_truth(benchmark, samples, decode)
+    columns, groups = truth_columns(benchmark, samples, decode)
     arguments = dict(benchmark.arguments)
     if benchmark.metric == "refcoco":
         arguments["decode"] = decode
@@ -78,7 +78,7 @@ def score(
     return scores
 
 
-def check_truth(
+def truth_columns(
     benchmark: Benchmark, samples: Samples, decode: Callable | None = None
 ) -> tuple[dict, list | None]:
     """Collect what predictions are compared with; refuse what lacks of it.

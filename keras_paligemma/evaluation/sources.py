@@ -1,5 +1,6 @@
 """Where a benchmark's samples come from: folders and published data sets."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -57,10 +58,12 @@ def open_samples(
             f"{os.fspath(source)!r}. Get the data of {benchmark.name} from "
             f"{benchmark.data}."
         )
-    records = _records(benchmark, folder, split or benchmark.split)
+    split = split or benchmark.split
+    records = _records(benchmark, folder, split)
     if benchmark.languages and len(records):
         records = _spoken(benchmark, records, folder)
-    return Samples(benchmark, records, os.fspath(folder))
+    opened = dataclasses.replace(benchmark, split=split)
+    return Samples(opened, records, os.fspath(folder))
 
 
 def _records(benchmark, folder, split):
@@ -104,7 +107,8 @@ def _own(folder):
             images = record["images"]
             several = isinstance(images, list)
             paths = [
-                str(folder / one) for one in (images if several else [images])
+                str(folder / image)
+                for image in (images if several else [images])
             ]
             records.append(record | {"images": paths if several else paths[0]})
     return records
@@ -160,7 +164,7 @@ def _tfds(benchmark, folder, split):
             },
         )
         parts.append(Mapped(found, benchmark.fields))
-    shared = [{"language": one} for one in benchmark.languages]
+    shared = [{"language": language} for language in benchmark.languages]
     return Picked(parts, shared=shared if several else None)
 
 
@@ -180,7 +184,7 @@ def _spoken(benchmark, records, folder):
     """Keep the samples of the benchmark's languages; refuse where one lacks."""
     if "language" not in records[0]:
         return records
-    spoken = [one["language"] for one in records]
+    spoken = [record["language"] for record in records]
     missing = set(benchmark.languages) - set(spoken)
     if missing:
         raise ValueError(

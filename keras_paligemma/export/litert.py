@@ -36,7 +36,7 @@ def write(model, folder):
         return {"logits": response_logits(model, inputs)}
 
     held = tf.Module()
-    held.weights = [one.value for one in model.backbone.variables]
+    held.weights = [variable.value for variable in model.backbone.variables]
     traced = [forward.get_concrete_function()]
     for name, optimizations in (
         ("model_int8.tflite", [tf.lite.Optimize.DEFAULT]),

@@ -51,7 +51,8 @@ def write(model, folder):
     for node in program.model.graph:
         node.metadata_props.clear()
     weights = sum(
-        one.numel() * one.element_size() for one in model.backbone.parameters()
+        parameter.numel() * parameter.element_size()
+        for parameter in model.backbone.parameters()
     )
     program.save(folder / ENTRY, external_data=weights > MOST_BYTES)
 

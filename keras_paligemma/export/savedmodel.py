@@ -54,14 +54,18 @@ def export(model, filepath, format="savedmodel"):
     )
     ```
     """
-    check(filepath, format)
+    check_target(filepath, format)
     check_preprocessor(model)
     check_adapters(model.adapters)
     import keras
 
     if keras.backend.backend() == "tensorflow":
         variables = model.backbone.variables
-        write(model, ((one, one.value) for one in variables), filepath)
+        write(
+            model,
+            ((variable, variable.value) for variable in variables),
+            filepath,
+        )
     else:
         backend_process.write_in_backend(
             model, filepath, "tensorflow", __name__
@@ -90,7 +94,7 @@ def check_adapters(adapters):
         )
 
 
-def check(filepath, format="savedmodel"):
+def check_target(filepath, format="savedmodel"):
     """Refuse what cannot be exported, before a model is read."""
     if format not in FORMATS:
         raise ValueError(

@@ -144,9 +144,9 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
         )
         with tf.control_dependencies([check]):
             missing = prompt + longest - width
-        texts = [tf.pad(one, [[0, 0], [missing, 0]]) for one in texts]
+        texts = [tf.pad(text, [[0, 0], [missing, 0]]) for text in texts]
         return missing, *(
-            tf.ensure_shape(one, [None, prompt + longest]) for one in texts
+            tf.ensure_shape(text, [None, prompt + longest]) for text in texts
         )
 
     def generate(

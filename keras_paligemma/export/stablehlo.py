@@ -31,7 +31,9 @@ def write(model, folder):
     import jax
     from jax import export
 
-    variables = {one.path: one for one in model.backbone.variables}
+    variables = {
+        variable.path: variable for variable in model.backbone.variables
+    }
     weights = {
         path: jax.ShapeDtypeStruct(one.shape, one.dtype)
         for path, one in variables.items()

@@ -85,10 +85,10 @@ def export(model, filepath, format="savedmodel"):
     ```
     """
     if format not in TARGETS:
-        check(filepath, format)
+        check_target(filepath, format)
         savedmodel.export(model, filepath, format)
         return
-    check(filepath, format)
+    check_target(filepath, format)
     savedmodel.check_preprocessor(model)
     _check_dtype(model.backbone, format)
     import keras
@@ -102,10 +102,10 @@ def export(model, filepath, format="savedmodel"):
         )
 
 
-def check(filepath, format):
+def check_target(filepath, format):
     """Refuse what cannot be exported, before a model is read."""
     if format in savedmodel.FORMATS:
-        savedmodel.check(filepath, format)
+        savedmodel.check_target(filepath, format)
         return
     if format not in TARGETS:
         raise ValueError(

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_paligemma.layers.attention import GroupedQueryAttention
+from keras_paligemma.layers.dropout import drop
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.remat import recompute
 
@@ -141,6 +142,8 @@ class DecoderBlock(keras.layers.Layer):
         logit_soft_cap: float or `None`, cap of the attention logits.
         use_post_norms: bool, norms behind attention and MLP (Gemma 2).
         epsilon: float of the norms.
+        dropout: float, share of what attention and MLP add that is dropped in
+            training; asks for a seed, see `layers.dropout`.
         quantization: storage of the kernels, see `Projection`.
 
     Call arguments:
@@ -167,6 +170,7 @@ class DecoderBlock(keras.layers.Layer):
         logit_soft_cap=None,
         use_post_norms=True,
         epsilon=1e-6,
+        dropout=0.0,
         quantization=None,
         **kwargs,
     ):
@@ -197,6 +201,7 @@ class DecoderBlock(keras.layers.Layer):
             dtype=policy,
             name="mlp",
         )
+        self.dropout = dropout
         self.use_post_norms = use_post_norms
         if use_post_norms:
             self.post_attention_norm = norm("post_attention_norm")
@@ -235,8 +240,9 @@ class DecoderBlock(keras.layers.Layer):
             y_BTD, cache = y_BTD
         if self.use_post_norms:
             y_BTD = self.post_attention_norm(y_BTD)
-        x_BTD = x_BTD + y_BTD
+        x_BTD = x_BTD + drop(y_BTD, self.dropout, "attention")
         y_BTD = self.mlp(self.pre_ffw_norm(x_BTD))
+        y_BTD = drop(y_BTD, self.dropout, "mlp")
         if self.use_post_norms:
             y_BTD = self.post_ffw_norm(y_BTD)
         x_BTD = x_BTD + y_BTD

@@ -16,7 +16,7 @@ _HOME = {
     "captions": "coco_captions",
     "cider": "coco_captions",
     "description_lengths": "descriptions",
-    "judged": "judged",
+    "judged": "judges",
     "mean_average_precision": "detection",
     "music": "kern",
     "refcoco": "referring",

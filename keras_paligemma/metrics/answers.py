@@ -49,11 +49,11 @@ def vqa(
                 f"Row {row} has no right answer. Expected: one or more."
             )
         if lower:
-            text, several = text.lower(), [one.lower() for one in several]
+            text, several = text.lower(), [answer.lower() for answer in several]
         met = several.count(text)
         rows["acc"].append(min(1.0, met / enough))
         rows["acc_any"].append(min(1.0, float(met)))
-        rows["anls"].append(max(anls(one, text) for one in several))
+        rows["anls"].append(max(anls(answer, text) for answer in several))
     return Scores({name: column(values) for name, values in rows.items()})
 
 

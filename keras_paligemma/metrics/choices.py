@@ -36,7 +36,7 @@ def science_qa(predictions: Sequence[str], answers: Sequence[str]) -> Scores:
     return Scores(
         {
             "acc": column([one == other for one, other in pairs]),
-            "parsefail": column([one == FAILED for one in letters]),
+            "parsefail": column([letter == FAILED for letter in letters]),
         }
     )
 

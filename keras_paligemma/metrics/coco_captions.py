@@ -148,15 +148,17 @@ def _tokens(predictions, references, tokenize):
                 f"Row {row} has no list of references. Expected: one or more "
                 f"captions. Received: {several!r:.80}."
             )
-        right.append([cut(one) for one in several])
+        right.append([cut(reference) for reference in several])
     return [cut(text) for text in predictions], right
 
 
 def _cider(rows, right):
     flat = [words for several in right for words in several]
-    owner = np.repeat(np.arange(len(rows)), [len(one) for one in right])
+    owner = np.repeat(
+        np.arange(len(rows)), [len(references) for references in right]
+    )
     found = np.zeros(len(flat))
-    lengths = np.array([max(len(one) - 1, 0) for one in [*rows, *flat]])
+    lengths = np.array([max(len(words) - 1, 0) for words in [*rows, *flat]])
     delta = lengths[owner] - lengths[len(rows) :]
     penalty = np.e ** (-(delta.astype("float64") ** 2) / (2 * _SIGMA**2))
     for texts, grams, counts in ngram_counts([*rows, *flat], _ORDERS):
@@ -181,7 +183,7 @@ def _cider(rows, right):
         scale = norms[owner] * norms[len(rows) :]
         found += np.divide(total, scale, out=total, where=scale != 0) * penalty
     by_row = np.bincount(owner, found / _ORDERS, minlength=len(rows))
-    return 10.0 * by_row / np.array([len(one) for one in right])
+    return 10.0 * by_row / np.array([len(references) for references in right])
 
 
 def _agreement(keys, weights, wanted, other_weights, texts, count):
@@ -214,12 +216,15 @@ def _bleu(rows, right):
     table = np.zeros((len(rows), len(names)))
     for row, (words, several) in enumerate(zip(rows, right, strict=True)):
         length = len(words)
-        nearest = min((abs(len(one) - length), len(one)) for one in several)[1]
+        nearest = min(
+            (abs(len(reference) - length), len(reference))
+            for reference in several
+        )[1]
         met = []
         for n in range(1, _ORDERS + 1):
             most = Counter()
-            for one in several:
-                most |= _counted(one, n)
+            for reference in several:
+                most |= _counted(reference, n)
             mine = _counted(words, n)
             met.append(sum(min(mine[g], most[g]) for g in mine if g in most))
         possible = [max(length - n, 0) for n in range(_ORDERS)]
@@ -252,7 +257,7 @@ def _counted(words, n):
 def _rouge(rows, right):
     found = []
     for words, several in zip(rows, right, strict=True):
-        common = [_longest_common(words, one) for one in several]
+        common = [_longest_common(words, reference) for reference in several]
         # An empty caption counts as one word, as Python splits "" at spaces.
         precision = max(common) / max(len(words), 1)
         recall = max(

@@ -58,13 +58,13 @@ def mean_average_precision(
     # In order of their first appearance; ids are COCO's, from 1.
     labels = {}
     right = [
-        [_parts(one)[:2] if hasattr(one, "box") else one for one in some]
+        [_parts(box)[:2] if hasattr(box, "box") else box for box in some]
         for some in right
     ]
-    predictions = [[_parts(one) for one in some] for some in predictions]
+    predictions = [[_parts(box) for box in some] for some in predictions]
     for picture in (*right, *predictions):
-        for one in picture:
-            labels.setdefault(one[1], len(labels) + 1)
+        for box in picture:
+            labels.setdefault(box[1], len(labels) + 1)
     truths, found = [], []
     for image, (objects, size) in enumerate(zip(right, sizes, strict=True), 1):
         for box, label, *crowd in objects:
@@ -144,8 +144,8 @@ def box_f1(
         overlaps.append(sum(shares))
     return quotients(
         column(met),
-        column([len(one) for one in predictions]),
-        column([len(one) for one in right]),
+        column([len(boxes) for boxes in predictions]),
+        column([len(boxes) for boxes in right]),
         column(overlaps),
     )
 
@@ -154,7 +154,7 @@ def match_boxes(
     predictions: Sequence[tuple], right: Sequence[tuple], threshold: float
 ) -> list[float]:
     """Pair boxes of one picture greedily; gives the overlaps of the pairs."""
-    left, shares = [_parts(one) for one in right], []
+    left, shares = [_parts(box) for box in right], []
     for box, label, *_ in map(_parts, predictions):
         overlaps = [
             box_iou(box, other) if other_label == label else 0.0

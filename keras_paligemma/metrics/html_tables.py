@@ -67,7 +67,7 @@ def teds(prediction: str, table: str, structure_only: bool = False) -> float:
     if found is None or wanted is None:
         return 0.0
     nodes = max(len(found.xpath(".//*")), len(wanted.xpath(".//*")))
-    trees = [_tree(one, structure_only) for one in (found, wanted)]
+    trees = [_tree(table, structure_only) for table in (found, wanted)]
     distance = apted.APTED(*trees, _costs(apted)).compute_edit_distance()
     return 1.0 - float(distance) / nodes if nodes else float(distance == 0)
 
@@ -107,9 +107,11 @@ def _tree(element, structure_only):
         return {
             "kind": (element.tag,),
             "text": [],
-            "children": [_tree(one, structure_only) for one in element],
+            "children": [_tree(child, structure_only) for child in element],
         }
-    spans = [int(element.attrib.get(f"{one}span", 1)) for one in ("col", "row")]
+    spans = [
+        int(element.attrib.get(f"{axis}span", 1)) for axis in ("col", "row")
+    ]
     text = [] if structure_only else _symbols(element)[1:-1]
     return {"kind": ("td", *spans), "text": text, "children": []}
 
@@ -117,8 +119,8 @@ def _tree(element, structure_only):
 def _symbols(element):
     """List the tags and characters of a cell."""
     symbols = [f"<{element.tag}>", *(element.text or "")]
-    for one in element:
-        symbols += _symbols(one)
+    for child in element:
+        symbols += _symbols(child)
     if element.tag != "unk":
         symbols.append(f"</{element.tag}>")
     if element.tag != "td":

@@ -80,9 +80,9 @@ def symbols(text: str) -> list[str]:
 def _published_characters(text):
     marks = {mark.strip() for mark in _MARKS.values()}
     return [
-        one
+        part
         for symbol in symbols(text)
-        for one in (symbol if symbol in marks else [symbol])
+        for part in (symbol if symbol in marks else [symbol])
     ]
 
 

@@ -45,7 +45,7 @@ def smiles(predictions: Sequence[str], molecules: Sequence[str]) -> Scores:
         {
             "full_match": column([one == other for one, other in same]),
             "exact": column([one == other for one, other in pairs]),
-            "valid": column([one is not None for one in found]),
+            "valid": column([molecule is not None for molecule in found]),
         }
     )
 

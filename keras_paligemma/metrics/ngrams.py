@@ -29,7 +29,7 @@ def ngram_counts(
     ...     print(text, gram, count)
     [0 1] [0 0] [2 1]
     """
-    lengths = [len(one) for one in texts]
+    lengths = [len(text) for text in texts]
     words = np.fromiter(
         itertools.chain.from_iterable(texts), "int64", sum(lengths)
     )

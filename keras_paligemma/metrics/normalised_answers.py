@@ -116,18 +116,18 @@ def vqav2(
 
 
 def _accuracy(text, ten):
-    text, ten = strip_space(text), [strip_space(one) for one in ten]
+    text, ten = strip_space(text), [strip_space(answer) for answer in ten]
     if len(set(ten)) > 1:
         text = normalise(text)
-        known = {one: normalise(one) for one in set(ten)}
-        ten = [known[one] for one in ten]
+        known = {answer: normalise(answer) for answer in set(ten)}
+        ten = [known[answer] for answer in ten]
     return _LEAVING_ONE_OUT[ten.count(text)]
 
 
 def _leaving_one_out(met):
     """Accuracy where `met` of ten agree; the mean as NumPy adds it up."""
     agrees = np.arange(10) < met
-    return float(np.mean([min((met - one) / 3, 1.0) for one in agrees]))
+    return float(np.mean([min((met - same) / 3, 1.0) for same in agrees]))
 
 
 _LEAVING_ONE_OUT = [_leaving_one_out(met) for met in range(11)]

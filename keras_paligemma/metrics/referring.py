@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keras_paligemma.metrics.needs import needed
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
 from keras_paligemma.metrics.scores import column
 from keras_paligemma.tasks.boxes import LAST_LOCATION
+from keras_paligemma.tasks.masks import from_rle
 
 # The answer begins with a box and a mask; what follows is not looked at.
 _ANSWER = re.compile(r"<loc(\d{4})>" * 4 + r"<seg(\d{3})>" * 16)
@@ -53,15 +53,15 @@ def refcoco(
     parsed = [_parse(text) for text in predictions]
     decoded = _decode(parsed, decode)
     rows = {"miou": [], "invalid": []}
-    rows |= {f"boxacc/{one}": [] for one in thresholds}
+    rows |= {f"boxacc/{threshold}": [] for threshold in thresholds}
     for row, (found, right) in enumerate(zip(parsed, boxes, strict=True)):
         box = np.zeros(4) if found is None else np.array(found[:4])
         overlap = box_iou(box / LAST_LOCATION, right)
-        for one in thresholds:
-            rows[f"boxacc/{one}"].append(one <= overlap)
+        for threshold in thresholds:
+            rows[f"boxacc/{threshold}"].append(threshold <= overlap)
         share = None
         if found is not None:
-            mask = _mask(masks[row])
+            mask = to_mask(masks[row])
             share = _mask_iou(decoded[row], box / LAST_LOCATION, mask)
         rows["miou"].append(share or 0.0)
         rows["invalid"].append(share is None)
@@ -98,7 +98,7 @@ def _parse(text):
     found = _ANSWER.match(text)
     if found is None:
         return None
-    numbers = [int(one) for one in found.groups()]
+    numbers = [int(number) for number in found.groups()]
     y1, x1, y2, x2 = numbers[:4]
     inside = max(numbers[:4]) <= LAST_LOCATION and max(numbers[4:]) < _CODES
     return numbers if inside and y2 > y1 and x2 > x1 else None
@@ -121,14 +121,9 @@ def _decode(parsed, decode):
     return masks
 
 
-def _mask(mask):
-    """Give a bool array of a mask in any of its forms."""
-    if isinstance(mask, dict):
-        codec = needed("pycocotools.mask", "Masks as run lengths")
-        if isinstance(mask["counts"], list):
-            mask = codec.frPyObjects(mask, *mask["size"])
-        mask = codec.decode(mask)
-    return np.asarray(mask) > 0
+def to_mask(mask: Any) -> np.ndarray:
+    """Give a bool array of a mask, an array or COCO's run lengths."""
+    return from_rle(mask) if isinstance(mask, dict) else np.asarray(mask) > 0
 
 
 def _mask_iou(decoded, box, mask):

@@ -58,10 +58,12 @@ def rsvqa(
 
 
 def _with_averages(means, count):
-    parts = [f"acc_{one}" for one in TYPES if f"acc_{one}" in means]
-    values = means | {"acc_avg": sum(means[one] for one in parts) / len(parts)}
+    parts = [f"acc_{kind}" for kind in TYPES if f"acc_{kind}" in means]
+    values = means | {
+        "acc_avg": sum(means[name] for name in parts) / len(parts)
+    }
     for types in _NO_NUMBERS:
-        names = [f"acc_{one}" for one in types]
+        names = [f"acc_{kind}" for kind in types]
         if means.keys() >= set(names):
             mean = sum(means[name] for name in names) / len(names)
             values["acc_avg_nonum"] = mean

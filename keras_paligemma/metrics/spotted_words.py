@@ -54,14 +54,14 @@ def text_detection(
         found = [
             (
                 shapely.box(
-                    one.x1 * width,
-                    one.y1 * height,
-                    one.x2 * width,
-                    one.y2 * height,
+                    word.x1 * width,
+                    word.y1 * height,
+                    word.x2 * width,
+                    word.y2 * height,
                 ),
-                one.label,
+                word.label,
             )
-            for one in parse_boxes(text)
+            for word in parse_boxes(text)
         ]
         if len(polygons[row]) != len(texts[row]):
             raise ValueError(
@@ -73,8 +73,8 @@ def text_detection(
             for one, word in zip(polygons[row], texts[row], strict=True)
         ]
         hidden = [shape for shape, word in words if word in UNREADABLE]
-        words = [one for one in words if one[1] not in UNREADABLE]
-        found = [one for one in found if not _covered(one[0], hidden)]
+        words = [word for word in words if word[1] not in UNREADABLE]
+        found = [word for word in found if not _covered(word[0], hidden)]
         met.append(_pairs(found, words, match_text, threshold))
         predicted.append(len(found))
         wanted.append(len(words))
@@ -93,8 +93,8 @@ def _polygon(shapely, corners, row):
 
 def _covered(box, shapes):
     return any(
-        box.area and box.intersection(one).area / box.area > 0.5
-        for one in shapes
+        box.area and box.intersection(shape).area / box.area > 0.5
+        for shape in shapes
     )
 
 

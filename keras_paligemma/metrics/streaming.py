@@ -52,8 +52,8 @@ class Streamed(keras.metrics.Metric):
             total, count = self._sums.get(name, (0.0, 0))
             counted = values[~np.isnan(values)]
             # One after another, as of all rows at once.
-            for one in counted.tolist():
-                total += one
+            for gram in counted.tolist():
+                total += gram
             self._sums[name] = (total, count + len(counted))
         self._combine = scores.combine or self._combine
 

@@ -60,6 +60,9 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             then frozen: adapters train on top. See `quantization.storage`.
         lora: `None` or dict of the arguments of `enable_lora`, which a saved
             model with adapters has.
+        dropout: float, share of what each part of a decoder block adds that
+            is dropped in training. Like `remat` it is chosen for a run and no
+            preset holds it.
         dtype: dtype policy of weights and computation.
 
     Call arguments:
@@ -118,15 +121,22 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         remat=None,
         quantization=None,
         lora=None,
+        dropout=0.0,
         dtype=None,
         **kwargs,
     ):
         # The policy is set first: the towers below take theirs from it.
         init_model(self, dtype or keras.config.dtype_policy(), **kwargs)
+        if not 0 <= dropout < 1:
+            raise ValueError(
+                "`dropout` is a share of at least 0 and below 1. Received: "
+                f"{dropout!r}."
+            )
         self.image_size = image_size
         self.form = form
         self.remat = remat
         self.quantization = quantization
+        self.dropout = dropout
         self.vision_config = _config(VisionEncoderConfig, vision_encoder)
         self.text_config = _config(TextDecoderConfig, text_decoder)
         policy = self.dtype_policy
@@ -145,6 +155,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             form,
             remat,
             quantization,
+            dropout,
             dtype=policy,
             name="text_decoder",
         )
@@ -498,6 +509,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "form": self.form,
             "remat": self.remat,
+            "dropout": self.dropout,
         }
 
 

@@ -488,9 +488,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 so few bits, rounded tensor by tensor as they are read, or, of
                 int4, for examples: `calibration=` takes a dict as `fit` does.
                 `allow_nonfinite=True` takes weights that are NaN or infinite.
-                `form` and `remat` go to the backbone, `compile` and `name` to
-                the model, `resize`, `prompt_length`, `response_length` and
-                the like to the preprocessor.
+                `form`, `remat` and `dropout` go to the backbone, `compile`
+                and `name` to the model, `resize`, `prompt_length`,
+                `response_length` and the like to the preprocessor.
 
         Returns:
             `PaliGemmaCausalLM`.

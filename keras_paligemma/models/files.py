@@ -8,13 +8,14 @@ from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.lazy_tensors import lazy_tensors
 from keras_paligemma.checkpoints.positions import Resampled
+from keras_paligemma.compat import initialize_seeds
 from keras_paligemma.compat import without_values
 from keras_paligemma.config import TOWER_OF
 from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.quantization import calibration as calibrating
 
 POSITIONS = "vision_encoder/position_embedding"
-BACKBONE_KEYS = ("form", "remat", "quantize", "allow_nonfinite")
+BACKBONE_KEYS = ("form", "remat", "dropout", "quantize", "allow_nonfinite")
 TASK_KEYS = ("compile", "name", "preprocessor")
 QUANTIZE = (
     "A model in memory is not quantised: its weights are quantised as they are "
@@ -56,7 +57,7 @@ def load_backbone(
         calibration: list of preprocessed batches that "int4" is rounded for,
             see `quantization.calibration`.
         allow_nonfinite: bool, take weights that are NaN or infinite.
-        **kwargs: `form`, `remat`, `name`.
+        **kwargs: `form`, `remat`, `dropout`, `name`.
 
     Returns:
         Instance of `cls`.
@@ -83,6 +84,7 @@ def load_backbone(
     # value before it.
     with without_values():
         backbone = cls(**fields)
+    initialize_seeds(backbone)
     weights = backbone.weights_by_name()
     if stored is None:
         weights = dequantized(weights)

@@ -170,6 +170,7 @@ class TextDecoder(keras.layers.Layer):
         form: form of repetition, see `LayerStack`.
         remat: see `LayerStack`.
         quantization: storage of table and kernels, see `Projection`.
+        dropout: float, see `DecoderBlock`.
 
     Call arguments:
         x_BTD: tensor of embeddings.
@@ -185,10 +186,17 @@ class TextDecoder(keras.layers.Layer):
     """
 
     def __init__(
-        self, config, form="auto", remat=None, quantization=None, **kwargs
+        self,
+        config,
+        form="auto",
+        remat=None,
+        quantization=None,
+        dropout=0.0,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         self.config = config
+        self.dropout = dropout
         policy = self.dtype_policy
         self.token_embedding = TokenEmbedding(
             config.vocabulary_size,
@@ -209,6 +217,7 @@ class TextDecoder(keras.layers.Layer):
                 logit_soft_cap=config.attention_logit_soft_cap,
                 use_post_norms=config.use_post_norms,
                 epsilon=config.rms_norm_epsilon,
+                dropout=dropout,
                 quantization=quantization,
                 dtype=policy,
                 name="block",
@@ -231,6 +240,8 @@ class TextDecoder(keras.layers.Layer):
         self.token_embedding.build()
         self.blocks.build()
         self.final_norm.build()
+        if self.dropout:
+            self.blocks.enable_dropout()
         self.built = True
 
     def make_cache(self, batch_size, length):

@@ -145,7 +145,7 @@ def compile_step(job, layout, remat, topology):
     size = model.backbone.image_size
     data = (
         {
-            "images": given((job.batch_size, size, size, 3), "float32"),
+            "images": given(job.images_shape(size), "float32"),
             "prompt_ids": given(prompts, "int32"),
             "prompt_mask": given(prompts, "bool"),
             "response_ids": given(answers, "int32"),
@@ -186,7 +186,7 @@ def compile_generation(job, layout, responses, topology):
     inputs = {
         name: jax.ShapeDtypeStruct(shape, dtype)
         for name, shape, dtype in (
-            ("images", (job.batch_size, size, size, 3), "float32"),
+            ("images", job.images_shape(size), "float32"),
             ("token_ids", prompts, "int32"),
             ("padding_mask", prompts, "bool"),
             ("response_ids", answers, "int32"),

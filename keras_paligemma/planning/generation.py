@@ -63,7 +63,7 @@ class Generation:
         """
         job, layout, backbone = self.job, candidate.layout, self.backbone
         text = backbone.text_config
-        tokens = self._patches() + job.prompt_length
+        tokens = job.image_tokens(backbone) + job.prompt_length
         split = layout.tensor_chips
         heads = text.num_key_value_heads
         heads //= split if heads % split == 0 else 1
@@ -101,7 +101,8 @@ class Generation:
             for variable in self.backbone.text_decoder.blocks.variables
             if variable.path.endswith("kernel")
         )
-        work = 2 * (self._patches() + job.prompt_length) * kernels
+        tokens = job.image_tokens(self.backbone) + job.prompt_length
+        work = 2 * tokens * kernels
         whole = chip_bytes(Layout("data"), self.backbone.variables)
         part = whole / layout.tensor_chips
         reads = part / machine.bandwidth
@@ -142,11 +143,6 @@ class Generation:
     def advice(self):
         """Say what needs less memory than this job."""
         return "Fewer prompts at a time, or low bits, need less."
-
-    def _patches(self):
-        return self.backbone.vision_config.num_image_tokens(
-            self.backbone.image_size
-        )
 
     def _compile(self, compiler, candidate, machine, responses):
         return compiler.compile(

@@ -18,6 +18,7 @@ class Job:
         batch_size: int, examples a step on all chips together.
         prompt_length: int, tokens.
         response_length: int, tokens.
+        pictures: int, pictures or frames of one prompt.
         lora_rank: int; 0 trains all weights.
         lora_targets: see `enable_lora`; the decoder's attention if `None`.
         quantize: "int8", "int4" or `None`.
@@ -28,13 +29,15 @@ class Job:
     batch_size: int = 8
     prompt_length: int = 64
     response_length: int = 64
+    pictures: int = 1
     lora_rank: int = 8
     lora_targets: tuple | None = None
     quantize: str | None = None
     dtype: str = "bfloat16"
 
     def __post_init__(self):
-        for name in ("batch_size", "prompt_length", "response_length"):
+        counts = ("batch_size", "prompt_length", "response_length", "pictures")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} is at least 1. Received: {getattr(self, name)}."
@@ -49,6 +52,15 @@ class Job:
     @property
     def text_length(self):
         return self.prompt_length + self.response_length
+
+    def image_tokens(self, backbone):
+        """Count the image tokens of one prompt."""
+        return self.pictures * backbone.image_sequence_length
+
+    def images_shape(self, image_size):
+        """Give the shape of a batch's pictures, as the backbone takes them."""
+        frames = () if self.pictures == 1 else (self.pictures,)
+        return (self.batch_size, *frames, image_size, image_size, 3)
 
     def model(self, remat="block", form="scanned"):
         """Build backbone and optimizer without values.

@@ -95,7 +95,11 @@ class Training:
         ]
         examples = -(-job.batch_size // layout.replicas)
         rough = estimate_memory(
-            backbone, examples, job.text_length, job.response_length
+            backbone,
+            examples,
+            job.text_length,
+            job.response_length,
+            pictures=job.pictures,
         )
         # One layer's weights are whole while it runs; twice, since the next
         # layer's are gathered meanwhile.
@@ -125,14 +129,14 @@ class Training:
         job = self.job
         backbone, _ = next(iter(self.models.values()))
         vision, text = backbone.vision_config, backbone.text_config
-        patches = vision.num_image_tokens(backbone.image_size)
-        tokens = patches + job.text_length
+        patches = backbone.image_sequence_length
+        tokens = job.image_tokens(backbone) + job.text_length
         full = not job.lora_rank
         vision_trained = full or any(
             target.startswith(("vision", "all"))
             for target in job.lora_targets or ()
         )
-        vision_flops = _tower_flops(
+        vision_flops = job.pictures * _tower_flops(
             patches,
             _kernel_values(backbone.vision_encoder),
             vision.num_layers * vision.hidden_dim,
@@ -173,10 +177,8 @@ class Training:
         received = passes * whole / split * (1 - 1 / layout.storage_chips)
         if split > 1:
             text = backbone.text_config
-            patches = backbone.vision_config.num_image_tokens(
-                backbone.image_size
-            )
-            tokens = (patches + job.text_length) * job.batch_size
+            tokens = job.image_tokens(backbone) + job.text_length
+            tokens *= job.batch_size
             tokens /= layout.replicas
             # Two sums over the group a block and pass, sent and received.
             sums = 2 * passes * text.num_layers * tokens * text.hidden_dim * 2

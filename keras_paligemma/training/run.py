@@ -3,77 +3,102 @@
 import dataclasses
 import difflib
 import json
-import math
 import tomllib
 from pathlib import Path
 
 from keras_paligemma import presets
+from keras_paligemma.checked import Checked
+from keras_paligemma.checked import choice
+from keras_paligemma.checked import flag
+from keras_paligemma.checked import number
+from keras_paligemma.checked import text
+from keras_paligemma.checked import texts
+from keras_paligemma.checked import whole
+from keras_paligemma.config import QUANTIZATIONS
+
+MOST = 2**31 - 1
+BELOW_ONE = 0.999_999
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """All that a fine-tune needs to know; a TOML file has the same names.
+class Settings(Checked):
+    """All that a fine-tune needs to know.
+
+    A TOML file has the same names, the command line the same with dashes.
 
     Args:
         preset: str, as `from_preset` takes it.
-        data: str, path of a JSONL file: a line has `image`, `prefix`, `suffix`.
+        data: str, path of a JSONL file: a line has image, prefix and suffix.
         output: str, folder of the run: checkpoints, log, and the result.
-        image_folder: str, where pictures are; the file's folder if `None`.
+        image_folder: str, where pictures are; the file's folder if none.
         validation: str, path of another JSONL file.
-        allow_empty: bool, whether answers may be empty, as of pictures where
-            there is nothing to detect.
-        epochs: int.
-        batch_size: int.
+        allow_empty: bool, take empty answers, as of pictures where there is
+            nothing to detect.
+        epochs: int, times through the data.
+        batch_size: int, examples a step.
         learning_rate: float, at the end of the warm-up.
         weight_decay: float, see `transfer_recipe`.
         warmup: float, share of the steps.
-        label_smoothing: float.
+        label_smoothing: float, share of a target given to all other tokens.
         gradient_accumulation: int, batches an update.
-        lora_rank: int; 0 trains the weights themselves.
-        lora_alpha: float; the rank if `None`.
-        lora_targets: list of str, see `enable_lora`.
-        lora_dropout: float.
-        freeze: list of patterns of weights, where weights are trained.
-        quantize: "int8", "int4" or `None`.
-        dtype: dtype policy; the preset's if `None`.
-        remat: "block", "dots", "pair" or `None`, "none" in a file.
-        image_size: int; the preset's if `None`.
-        prompt_length: int; the preset's if `None`.
-        response_length: int; the preset's if `None`.
+        lora_rank: int, of adapters; 0 trains the weights themselves.
+        lora_alpha: float, scale of adapters times their rank; the rank if none.
+        lora_targets: strs, what has adapters: decoder.attention, decoder,
+            vision, all, …; see `enable_lora`.
+        lora_dropout: float, share of an adapter's inputs that is dropped.
+        dropout: float, share of what each part of a decoder block adds that
+            is dropped.
+        freeze: strs, patterns of weights that stay as they are where
+            weights are trained, such as "vision_encoder/*".
+        quantize: str, int8 or int4, storage of frozen weights.
+        dtype: str, dtype policy; the preset's if none.
+        remat: str, what the backward pass computes again: block, dots, pair
+            or none.
+        image_size: int, pixels; the preset's if none.
+        prompt_length: int, tokens; the preset's if none.
+        response_length: int, tokens; the preset's if none.
         skip_errors: bool, count examples that cannot be used and go on.
         workers: int, processes that read data.
         save_every: int, steps from one checkpoint to the next.
-        seed: int.
+        seed: int, of the order, of dropout and of new weights.
+
+    Raises:
+        ValueError: a value of a wrong type or out of its range.
     """
 
-    preset: str
-    data: str
-    output: str
-    image_folder: str | None = None
-    validation: str | None = None
-    allow_empty: bool = False
-    epochs: int = 1
-    batch_size: int = 8
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.0
-    warmup: float = 0.05
-    label_smoothing: float = 0.0
-    gradient_accumulation: int = 1
-    lora_rank: int = 8
-    lora_alpha: float | None = None
-    lora_targets: tuple[str, ...] = ("decoder.attention",)
-    lora_dropout: float = 0.0
-    freeze: tuple[str, ...] = ()
-    quantize: str | None = None
-    dtype: str | None = None
-    remat: str | None = "block"
-    image_size: int | None = None
-    prompt_length: int | None = None
-    response_length: int | None = None
-    skip_errors: bool = False
-    workers: int = 0
-    save_every: int = 1000
-    seed: int = 0
+    preset: str = text()
+    data: str = text()
+    output: str = text()
+    image_folder: str | None = text(None, optional=True)
+    validation: str | None = text(None, optional=True)
+    allow_empty: bool = flag(False)
+    epochs: int = whole(MOST, 1)
+    batch_size: int = whole(MOST, 8)
+    learning_rate: float = number(1e-12, 1e6, 1e-4)
+    weight_decay: float = number(0, 1e6, 0.0)
+    warmup: float = number(0, BELOW_ONE, 0.05)
+    label_smoothing: float = number(0, BELOW_ONE, 0.0)
+    gradient_accumulation: int = whole(MOST, 1)
+    lora_rank: int = whole(65_536, 8, least=0)
+    lora_alpha: float | None = number(1e-12, 1e6, None, optional=True)
+    lora_targets: tuple[str, ...] = texts(("decoder.attention",))
+    lora_dropout: float = number(0, BELOW_ONE, 0.0)
+    dropout: float = number(0, BELOW_ONE, 0.0)
+    freeze: tuple[str, ...] = texts(())
+    quantize: str | None = choice(QUANTIZATIONS, None, optional=True)
+    dtype: str | None = text(None, optional=True)
+    remat: str | None = text("block", optional=True)
+    image_size: int | None = whole(16_384, None, optional=True)
+    prompt_length: int | None = whole(MOST, None, optional=True)
+    response_length: int | None = whole(MOST, None, optional=True)
+    skip_errors: bool = flag(False)
+    workers: int = whole(MOST, 0, least=0)
+    save_every: int = whole(MOST, 1000)
+    seed: int = whole(2**32 - 1, 0, least=0)
+
+
+# Those that may be one string, and a list in a file.
+TEXTS = ("lora_targets", "freeze")
 
 
 def read_file(path):
@@ -131,52 +156,9 @@ def read_settings(path=None, defaults=None, **given):
             f"A fine-tune needs more. Missing: {', '.join(lacking)}."
         )
     for name, value in values.items():
-        kind = fields[name].type
-        kind = kind.__name__ if kind in TYPES.values() else str(kind)
-        if kind.startswith("tuple") and isinstance(value, str):
-            values[name] = (value,)
-        elif isinstance(value, list):
-            values[name] = tuple(value)
-        _check(name, values[name], kind)
+        if name in TEXTS and isinstance(value, (str, list)):
+            values[name] = (value,) if isinstance(value, str) else tuple(value)
     return Settings(**values)
-
-
-TYPES = {"str": str, "int": int, "float": float, "bool": bool}
-# The least of a setting, and what it stays below.
-LIMITS = {
-    **dict.fromkeys(("epochs", "batch_size", "gradient_accumulation"), (1,)),
-    **dict.fromkeys(("image_size", "prompt_length", "response_length"), (1,)),
-    **dict.fromkeys(("lora_rank", "workers", "weight_decay"), (0,)),
-    **dict.fromkeys(("warmup", "label_smoothing", "lora_dropout"), (0, 1)),
-    **dict.fromkeys(("learning_rate", "lora_alpha"), (1e-12,)),
-    "save_every": (1,),
-    "seed": (0, 2**32),
-}
-
-
-def _check(name, value, kind):
-    """Refuse a setting of another type, or out of its range."""
-    if value is None and "None" in kind:
-        return
-    wanted = kind.removesuffix(" | None")
-    if wanted in TYPES:
-        right = type(value) is TYPES[wanted]
-        right = right or (wanted == "float" and type(value) is int)
-    else:
-        right = isinstance(value, tuple) and all(
-            isinstance(one, str) for one in value
-        )
-        wanted = "list of str"
-    least, *below = LIMITS.get(name, (-math.inf,))
-    if name in LIMITS:
-        right = right and least <= value < (below[0] if below else math.inf)
-        wanted += f" of at least {least:g}"
-        wanted += f" and below {below[0]}" if below else ""
-    if not right:
-        raise ValueError(
-            f"A setting has a wrong value. Received: {name}={value!r}. "
-            f"Expected: {wanted}."
-        )
 
 
 def finetune(settings, dry_run=False, source=None):
@@ -190,7 +172,8 @@ def finetune(settings, dry_run=False, source=None):
         settings: `Settings`.
         dry_run: bool, print the plan and stop.
         source: examples in place of the JSONL file that `settings.data` names,
-            such as `evaluation.TrainingSource`; `None` reads that file.
+            such as `evaluation.TrainingSource`; `None` reads that file. Its
+            `pictures`, if it has that, is how many a prompt has.
 
     Returns:
         `keras.callbacks.History`, or `None` of a dry run.
@@ -233,7 +216,10 @@ def finetune(settings, dry_run=False, source=None):
             "steps in all. Lower gradient_accumulation, or train longer."
         )
     compile_model(model, settings, steps)
-    print(plan(model, settings, len(source), len(batches)), flush=True)
+    pictures = getattr(source, "pictures", 1)
+    print(
+        plan(model, settings, len(source), len(batches), pictures), flush=True
+    )
     if dry_run:
         return None
     _keep_settings(settings, output)
@@ -330,7 +316,7 @@ def build(settings):
             "Leave one out, or set lora_rank=0."
         )
     names = (
-        *("quantize", "dtype", "remat"),
+        *("quantize", "dtype", "remat", "dropout"),
         *("image_size", "prompt_length", "response_length"),
     )
     chosen = {name: getattr(settings, name) for name in names}
@@ -374,7 +360,7 @@ def compile_model(model, settings, steps):
     )
 
 
-def plan(model, settings, examples, steps_an_epoch):
+def plan(model, settings, examples, steps_an_epoch, pictures=1):
     """Tell steps and memory before training begins: a str to print."""
     from keras_paligemma.tuning.memory import estimate_memory
 
@@ -385,6 +371,7 @@ def plan(model, settings, examples, steps_an_epoch):
         preprocessor.prompt_length + preprocessor.response_length,
         preprocessor.response_length,
         accumulates=settings.gradient_accumulation > 1,
+        pictures=pictures,
     )
     steps = settings.epochs * steps_an_epoch
     accumulation = settings.gradient_accumulation
@@ -396,7 +383,8 @@ def plan(model, settings, examples, steps_an_epoch):
     lines = [
         f"{examples:,} examples, {steps_an_epoch:,} steps an epoch of "
         f"{settings.batch_size}, {steps:,} steps{updates}",
-        f"pictures of {model.backbone.image_size} pixels, prompts of "
+        f"{f'{pictures} ' if pictures > 1 else ''}pictures of "
+        f"{model.backbone.image_size} pixels, prompts of "
         f"{preprocessor.prompt_length} tokens, responses of "
         f"{preprocessor.response_length}",
         "memory of a step, by arithmetic:",

@@ -10,6 +10,7 @@ def estimate_memory(
     response_length,
     chunk_tokens=256,
     accumulates=False,
+    pictures=1,
 ):
     """Estimate a training step's memory from the shapes alone.
 
@@ -24,6 +25,7 @@ def estimate_memory(
         response_length: int, response tokens.
         chunk_tokens: int, of `StreamedCrossEntropy`.
         accumulates: bool, whether gradients of several steps are added up.
+        pictures: int, pictures or frames of an example.
 
     Returns:
         Dict of what to bytes: "weights", "gradients and moments",
@@ -45,18 +47,22 @@ def estimate_memory(
     patches = (backbone.image_size // vision.patch_size) ** 2
     kept = 0
     if "vision_encoder" in reached:
-        kept += _each(backbone.vision_encoder.blocks) * _kept(
-            backbone.remat,
-            patches,
-            vision.hidden_dim,
-            vision.hidden_dim,
-            vision.hidden_dim,
-            2 * vision.intermediate_dim,
-            vision.num_heads,
+        kept += (
+            pictures
+            * _each(backbone.vision_encoder.blocks)
+            * _kept(
+                backbone.remat,
+                patches,
+                vision.hidden_dim,
+                vision.hidden_dim,
+                vision.hidden_dim,
+                2 * vision.intermediate_dim,
+                vision.num_heads,
+            )
         )
     kept += _each(backbone.text_decoder.blocks) * _kept(
         backbone.remat,
-        patches + text_length,
+        pictures * patches + text_length,
         text.hidden_dim,
         text.num_query_heads * text.head_dim,
         text.num_key_value_heads * text.head_dim,

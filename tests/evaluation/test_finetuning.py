@@ -1,20 +1,26 @@
 """A benchmark's record as settings of a fine-tune and of its plan."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from keras_paligemma import cli
+from keras_paligemma import metrics
 from keras_paligemma.evaluation import TrainingSource
 from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
 from keras_paligemma.evaluation import training_samples
+from keras_paligemma.evaluation.codecs import mask_codec
 from keras_paligemma.evaluation.finetuning import for_run
+from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.training import run
 from tests.helpers.benchmark_data import change_sample
 from tests.helpers.benchmark_data import chartqa_human
 from tests.helpers.benchmark_data import make_data
+from tests.helpers.benchmark_data import refcoco_testa
 
 NANO = "pali_gemma2_nano_112"
 
@@ -60,6 +66,15 @@ def test_adapters_need_no_frozen_weights(data):
     assert "freeze" not in for_run("gqa", given | {"lora_rank": 8})[0]
 
 
+def test_the_transfers_dropout_reaches_the_decoder(data):
+    given = {"preset": NANO, "data": str(data / "samples.jsonl")}
+    defaults, _ = for_run("screen2words", given)
+    settings = run.read_settings(None, defaults, output="run", **given)
+    settings = dataclasses.replace(settings, lora_rank=2)
+    blocks = run.build(settings).backbone.text_decoder.blocks
+    assert {one.dropout for one in blocks.each_block()} == {0.3}
+
+
 def test_a_jsonl_file_brings_its_own_examples(data):
     given = {"preset": NANO, "data": str(data / "samples.jsonl")}
     settings, source = for_run("textvqa", given)
@@ -76,6 +91,30 @@ def test_examples_are_prompts_and_all_answers(data):
     lowered = TrainingSource(open_samples(find_benchmark("stvqa"), data))
     assert lowered[1]["responses"] == ["a", "b"]
     assert source.where(1).endswith("id 'q1'")
+
+
+def test_refcoco_is_learned_in_the_codes_of_a_codec(tmp_path):
+    refcoco_testa(tmp_path)
+    benchmark = find_benchmark("refcoco_val")
+    given = {"preset": NANO, "data": str(tmp_path)}
+    samples = open_samples(benchmark, tmp_path)
+    perfect = TrainingSource(samples, MaskCodec.embedded())[0]["responses"]
+    assert perfect.startswith("<loc0256><loc0256><loc0767><loc0512><seg")
+    [iou] = metrics.refcoco(
+        [perfect],
+        [samples.truth(0)["boxes"]],
+        [samples.truth(0)["masks"]],
+        MaskCodec.embedded().decode,
+    ).columns["miou"]
+    # The last location is 1023 of 1024: a row and a column are cut off.
+    assert iou == 0.9
+    with pytest.raises(ValueError, match="split 'train'"):
+        for_run("refcoco_val", given)
+    weights = {n: 0 * w for n, w in MaskCodec.embedded().weights.items()}
+    np.savez(tmp_path / "codec.npz", **weights)
+    with pytest.raises(ValueError, match="--masks gs://big_vision"):
+        mask_codec(2304)
+    assert not mask_codec(2304, tmp_path / "codec.npz").decode([[1] * 16]).any()
 
 
 def test_test_splits_are_not_learned_from(tmp_path):
@@ -106,3 +145,29 @@ def test_plan_takes_batch_and_lengths():
     assert json.loads(other) == json.loads(
         call(*arguments, *same, "--batch-size", 8)
     )
+
+
+def test_plan_counts_the_pictures_of_a_prompt(data, tmp_path):
+    arguments = "plan --preset pali_gemma2_pt_3b_224 --estimate --json".split()
+    same = "--batch-size 256 --lora-rank 0 --prompt-length 64".split()
+    same += "--response-length 64 --slice v5e-64".split()
+    one, two = (
+        json.loads(call(*arguments, *same, "--pictures", count))
+        for count in (1, 2)
+    )
+    record = call(*arguments, "--benchmark", "nlvr2", "--slice", "v5e-64")
+    assert json.loads(record) == two and two["job"]["pictures"] == 2
+    for name in ("hbm_gib", "flops"):
+        assert two["tried"][0][name] > one["tried"][0][name]
+    assert two["tried"][0]["bounds_s"]["compute"] == pytest.approx(
+        two["tried"][0]["flops"] / (64 * 197e12), abs=1e-4
+    )
+    pairs = make_data(tmp_path / "pairs")
+    for row in range(12):
+        change_sample(pairs, row, images=["0.png", "1.png"], sentence="same")
+    output = call(
+        *("finetune", "--benchmark", "nlvr2", "--preset", NANO),
+        *("--data", pairs, "--output", tmp_path / "run", "--dry-run"),
+        *("--batch-size", 4),
+    )
+    assert "2 pictures of 112 pixels" in output

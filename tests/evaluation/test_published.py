@@ -15,7 +15,7 @@ from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
 from keras_paligemma.evaluation.pictures import pick_frames
 from keras_paligemma.evaluation.records import at_path
-from keras_paligemma.evaluation.scoring import check_truth
+from keras_paligemma.evaluation.scoring import truth_columns
 from keras_paligemma.preprocessing.images import read_image
 
 TEXT, INT, LONG = tfds.features.Text(), np.int32, np.int64
@@ -164,9 +164,9 @@ def test_features_of_the_original(benchmark):
     samples = open_samples(benchmark, examples)
     if benchmark.average_over and "language" not in benchmark.fields:
         with pytest.raises(ValueError, match="each 'language', which samples"):
-            check_truth(benchmark, samples)
+            truth_columns(benchmark, samples)
     else:
-        check_truth(benchmark, samples)
+        truth_columns(benchmark, samples)
     assert samples.ids == ["0", "1", "2"]
     sample = samples[1]
     assert "{" not in sample.prompt and "b'" not in sample.prompt

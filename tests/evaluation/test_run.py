@@ -2,13 +2,17 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from keras_paligemma import metrics
+from keras_paligemma.cli import app
 from keras_paligemma.cli.evaluate import evaluate as command
 from keras_paligemma.evaluation import evaluate
 from keras_paligemma.evaluation import find_benchmark
@@ -277,6 +281,39 @@ def test_judge_is_asked_where_there_is_one(data):
     assert values == {"avg_char": 15.0, "avg_sent": 2.0, "nes": 0.25}
 
 
+def test_values_without_a_judge_are_said_to_need_one(data, tmp_path):
+    docci = find_benchmark("docci")
+    samples = open_samples(docci, data)
+    oracle = Oracle(samples, ["A cat."] * 12)
+    result = evaluate(oracle, docci, data, tmp_path / "run")
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    for text in (str(result), page):
+        assert "needs a judge, the share of sentences" in text
+    with pytest.raises(ValueError, match="`judge`, a function of predictions"):
+        metrics.judged("radgraph_f1", ["a"], ["a"])
+
+
+def test_another_split_has_no_number_beside_it(data, tmp_path):
+    _, result = run(data, tmp_path / "run", split="test")
+    assert result.card == {} and result.benchmark.split == "test"
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "of the split test" in page and "the card has no number" in page
+
+
+def test_refcoco_of_a_published_size_asks_for_its_codec(data, tmp_path):
+    refcoco = find_benchmark("refcoco_val")
+    for row in range(12):
+        box, mask = [0, 0, 0.5, 0.5], {"size": [8, 8], "counts": [0, 64]}
+        change_sample(data, row, sentence="it", boxes=box, masks=mask)
+    samples = open_samples(refcoco, data)
+    oracle = Oracle(samples, [f"nothing {row}" for row in range(12)])
+    with pytest.raises(ValueError, match="of the size 3B .*vae-oid.npz"):
+        evaluate(oracle, refcoco, data, tmp_path / "run")
+    oracle.backbone.text_config.hidden_dim = 64
+    result = evaluate(oracle, refcoco, data, tmp_path / "run")
+    assert result.values["invalid"] == 100 and result.values["miou"] == 0
+
+
 def test_mean_over_languages_is_not_that_over_samples(data):
     xgqa = find_benchmark("xgqa")
     codes = [*xgqa.languages, *["de"] * 5]
@@ -318,6 +355,54 @@ def test_command_on_the_nano_preset(data, tmp_path):
     assert list(read_predictions(output / "predictions.jsonl")) == [
         *("q0", "q1", "q2")
     ]
+
+
+def test_two_hosts_on_the_command_line(tmp_path):
+    """Processes that share one run write what one process writes."""
+    scenes = Path(__file__).parents[2] / "examples" / "pictures"
+    lines = [
+        {"id": path.stem, "images": str(path), "question": "how many objects?"}
+        for path in sorted(scenes.glob("scene_*.png"))
+    ]
+    lines = [json.dumps(line | {"answers": "2"}) + "\n" for line in lines]
+    (tmp_path / "samples.jsonl").write_text("".join(lines))
+    arguments = ["evaluate", "--benchmark", "countbenchqa", "--data", tmp_path]
+    arguments += ["--preset", "pali_gemma2_nano_112", "--batch-size"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    shared = {
+        "KERAS_BACKEND": "jax",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "KERAS_DISTRIBUTION_JOB_ADDRESSES": address,
+        "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+    }
+    command = [sys.executable, "-m", "keras_paligemma", *arguments, "1"]
+    command += ["--output", tmp_path / "two", "--multi-host"]
+    hosts = [
+        subprocess.Popen(
+            command,
+            env=os.environ | shared | {"KERAS_DISTRIBUTION_PROCESS_ID": number},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in "01"
+    ]
+    said = [host.communicate(timeout=300)[0] for host in hosts]
+    assert not any(host.returncode for host in hosts), said
+    assert "CountBenchQA, 5 samples" in said[0]
+    assert "CountBenchQA" not in said[1]
+    command = ["--output", str(tmp_path / "one")]
+    result = CliRunner().invoke(app, [*map(str, arguments), "2", *command])
+    assert result.exit_code == 0
+    one, two = (
+        tmp_path / name / "predictions.jsonl" for name in ("one", "two")
+    )
+    assert one.read_bytes() == two.read_bytes()
+    assert any(read_predictions(one).values())
+    second = tmp_path / "two" / "predictions-1-of-2.jsonl"
+    assert list(read_predictions(second)) == ["scene_1", "scene_3"]
 
 
 def test_settings_have_the_lengths_of_a_benchmark_without_a_transfer():

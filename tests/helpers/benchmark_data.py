@@ -1,6 +1,7 @@
 """Folders of data as benchmarks have it."""
 
 import json
+import pickle
 
 import numpy as np
 from PIL import Image
@@ -51,3 +52,24 @@ def chartqa_human(folder):
     for n in range(3):
         put(folder, f"test/png/{n}.png", (8, 6))
     return [(f"human-{n}", f"human {n}?", f"{n}%") for n in range(3)]
+
+
+def refcoco_testa(folder):
+    image = {"id": 5, "file_name": "five.jpg", "height": 20, "width": 40}
+    square = [[10, 5, 20, 5, 20, 15, 10, 15]]
+    found = {"id": 9, "image_id": 5, "bbox": [10, 5, 10, 10]}
+    found["segmentation"] = square
+    instances = {"images": [image], "annotations": [found]}
+    put(folder, "refcoco/instances.json", instances)
+    sentences = [
+        {"sent_id": n, "sent": text, "raw": text.upper(), "tokens": [text]}
+        for n, text in enumerate(("left cup", "cup", "the red one"))
+    ]
+    ref = {"ref_id": 2, "image_id": 5, "ann_id": 9, "split": "testA"}
+    refs = [ref | {"sentences": sentences}]
+    refs.append(ref | {"split": "val", "sentences": sentences})
+    with open(folder / "refcoco" / "refs(unc).p", "wb") as file:
+        pickle.dump(refs, file, protocol=0)
+    put(folder, "train2014/five.jpg", (40, 20))
+    box = (5 / 20, 10 / 40, 15 / 20, 20 / 40)
+    return [(f"2-{n}", one["sent"], box) for n, one in enumerate(sentences)]

@@ -41,6 +41,25 @@ def test_equals_the_original(golden_backbone, expected, form):
     assert error(uncapped, expected["f32/text_logits"]) < 2e-5
 
 
+def test_dropout_is_in_training_alone_and_of_both_forms(
+    golden_backbone, expected
+):
+    inputs = {key: x[:1] for key, x in golden_inputs(expected).items()}
+    plain = run(golden_backbone(), inputs)
+    dropped = {}
+    for form in FORMS:
+        backbone = golden_backbone(form=form, dropout=0.5)
+        assert error(run(backbone, inputs), plain) < 1e-6
+        [seed] = [v for v in backbone.variables if "seed" in v.path]
+        for step in range(2):
+            seed.assign([7, step])
+            found = backbone(inputs, training=True)
+            dropped[form, step] = keras.ops.convert_to_numpy(found)
+    first = dropped["unrolled", 0]
+    assert error(dropped["scanned", 0], first) < 2e-5
+    assert min(error(first, plain), error(dropped["unrolled", 1], first)) > 0.1
+
+
 def test_frames_follow_one_another(golden_backbone, expected):
     backbone = golden_backbone()
     inputs = {key: value[:2] for key, value in golden_inputs(expected).items()}

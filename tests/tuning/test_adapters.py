@@ -231,6 +231,15 @@ def test_dropout_is_in_training_alone(tiny_model, examples, form):
     assert len({*losses, float(tested)}) == 4
 
 
+def test_saved_dropout_has_a_seed_once_it_is_read(tiny_model, tmp_path):
+    model = tiny_model()
+    model.enable_lora(2, dropout=0.5)
+    model.save_to_preset(tmp_path / "preset")
+    read = PaliGemmaCausalLM.from_preset(tmp_path / "preset")
+    seeds = [v for v in read.backbone.variables if "seed" in v.path]
+    assert [keras.ops.convert_to_numpy(one).shape for one in seeds] == [(2,)]
+
+
 def test_dropout_differs_by_layer_and_projection():
     from keras_paligemma.layers.dropout import drop
     from keras_paligemma.layers.dropout import dropout_scope

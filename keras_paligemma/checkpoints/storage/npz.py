@@ -1,7 +1,7 @@
 """NumPy's .npz, in which the original saves: whole, or cut into byte pieces.
 
 Such files come from anywhere. What one says of itself is compared with what it
-can hold before anything is allocated; nothing is evaluated or unpickled.
+can hold before anything is allocated; nothing is unpickled.
 """
 
 import contextlib
@@ -9,12 +9,14 @@ import io
 import math
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from numpy.lib import format as npy
 
 from keras_paligemma.checkpoints.storage.pieces import Reader
 from keras_paligemma.checkpoints.storage.pieces import Writer
@@ -29,18 +31,11 @@ NAMES += ("int8", "int16", "int32", "int64")
 NAMES += ("uint8", "uint16", "uint32", "uint64")
 # NumPy has no name for bfloat16 and stores it as two bytes of anything.
 DTYPES = {np.dtype(name).str: np.dtype(name) for name in NAMES}
-DTYPES |= {"|V2": BFLOAT16, "<V2": BFLOAT16}
+DTYPES["|V2"] = BFLOAT16
 
-# Of the three versions of the format.
-STARTS = [b"\x93NUMPY" + version for version in (b"\1\0", b"\2\0", b"\3\0")]
-# The three fields in any order, as the format allows. A value of 'descr' that
-# is no string is a structured dtype.
-HEADER = re.compile(
-    rb"\{(?=.*'descr': *(?:'([^']*)'|\[))"
-    rb"(?=.*'fortran_order': *(True|False))"
-    rb"(?=.*'shape': *\(([\d, ]*)\)).*\}\s*"
-)
-HEADER_LIMIT = 10_000  # NumPy's own.
+VERSIONS = ((1, 0), (2, 0), (3, 0))
+# More is refused before it is parsed, as literals of Python.
+HEADER_LIMIT = 10_000
 # No deflated byte gives more: 258 bytes in two bits.
 DEFLATE_LIMIT = 1032
 # Small beside an array, large beside the cost of a call.
@@ -57,7 +52,9 @@ LIBRARY_ERRORS = (
     OSError,
     OverflowError,
     RuntimeError,
+    SyntaxError,
     ValueError,
+    tokenize.TokenError,
 )
 
 
@@ -201,28 +198,22 @@ def _key(name):
 
 def _read_header(stream):
     """Read the header of a .npy; give its length, shape, dtype and order."""
-    start = stream.read(8)
-    if start not in STARTS:
-        raise ValueError(f"expected an array of NumPy, received {start}")
-    width = 2 if start[6] == 1 else 4
-    length = int.from_bytes(stream.read(width), "little")
-    if length > HEADER_LIMIT:
+    version = npy.read_magic(stream)
+    if version not in VERSIONS:
+        raise ValueError(f"version {version} of NumPy's format is unknown")
+    # Version 3 differs from 2 in names of fields, which numbers have not.
+    first = version == (1, 0)
+    read = npy.read_array_header_1_0 if first else npy.read_array_header_2_0
+    shape, fortran, dtype = read(stream, max_header_size=HEADER_LIMIT)
+    if dtype.str not in DTYPES:
+        found = "structured" if dtype.names else dtype.str
         raise ValueError(
-            f"its header claims {length} bytes, expected at most {HEADER_LIMIT}"
+            f"its dtype is {found!r}, expected one of {', '.join(NAMES)} "
+            "and bfloat16"
         )
-    header = stream.read(length)
-    match = HEADER.fullmatch(header)
-    if match is None:
-        raise ValueError(f"expected a header of NumPy, received {header[:99]}")
-    descr, order, sizes = match.groups(default=b"structured")
-    descr = descr.decode("latin-1")
-    if descr not in DTYPES:
-        raise ValueError(
-            f"its dtype is {descr!r}, expected one of {', '.join(NAMES)} and "
-            "bfloat16"
-        )
-    shape = tuple(int(size) for size in sizes.split(b",") if size.strip())
-    return 8 + width + length, shape, DTYPES[descr], order == b"True"
+    if any(size < 0 for size in shape):
+        raise ValueError(f"its shape is {shape}")
+    return stream.tell(), shape, DTYPES[dtype.str], fortran
 
 
 def _read_values(stream, shape, dtype, fortran):
@@ -297,4 +288,4 @@ def _write_member(archive, key, array):
     # No time of day in it; and like NumPy, room for more than 4 GB.
     member = zipfile.ZipInfo(name)
     with archive.open(member, "w", force_zip64=True) as stream:
-        np.lib.format.write_array(stream, array, allow_pickle=False)
+        npy.write_array(stream, array, allow_pickle=False)

@@ -64,7 +64,7 @@ def judged(
             "Received: None."
         )
     check_rows(predictions, references=references)
-    found = [float(one) for one in judge(predictions, references)]
+    found = [float(value) for value in judge(predictions, references)]
     if len(found) != len(predictions):
         raise ValueError(
             f"The judge of {name} returned {len(found)} numbers. Expected: "
