@@ -154,7 +154,7 @@ def from_polygons(
         raise ValueError(
             "There is no mask. Expected: one polygon or more. Received: none."
         )
-    codec = _pycocotools()
+    codec = import_pycocotools()
     runs = codec.merge(codec.frPyObjects(flat, *size))
     return codec.decode(runs).astype(bool)
 
@@ -244,7 +244,7 @@ def to_rle(mask: np.ndarray) -> dict:
     >>> to_rle(np.ones((2, 2), bool))
     {'size': [2, 2], 'counts': '04'}
     """
-    runs = _pycocotools().encode(np.asfortranarray(check_mask(mask), "uint8"))
+    runs = import_pycocotools().encode(np.asfortranarray(check_mask(mask), "uint8"))
     return {"size": list(runs["size"]), "counts": runs["counts"].decode()}
 
 
@@ -298,7 +298,8 @@ def _flat(number, polygon):
     return flat
 
 
-def _pycocotools():
+def import_pycocotools():
+    """Give `pycocotools.mask`, or say how to install it."""
     try:
         from pycocotools import mask
     except ImportError as error:
