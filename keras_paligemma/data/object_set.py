@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -13,10 +14,18 @@ from PIL.ExifTags import Base
 
 from keras_paligemma.preprocessing.images import openable
 from keras_paligemma.preprocessing.images import picture_path
+from keras_paligemma.tasks.masks import from_rle
 from keras_paligemma.tasks.masks import from_segmentation
+from keras_paligemma.tasks.masks import to_polygons
 from keras_paligemma.tasks.objects import Object
 
 _TURNED = (5, 6, 7, 8)
+
+# Of files that are pictures.
+_SUFFIXES = {
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".heic", ".mpo"),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,6 +172,32 @@ def opened_size(path: str | os.PathLike) -> tuple[tuple[int, int], bool]:
     return (height, width), is_turned
 
 
+def check_size(path: str, size: tuple[float, float]):
+    """Refuse a file that boxes do not fit: turned, or another picture.
+
+    A resized copy, of the same shape, is none: boxes are shares of the sides.
+
+    Args:
+        path: str, of a picture; one that cannot be read is not refused here.
+        size: (height, width) that the annotations are of, pixels.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    try:
+        stored, is_turned = opened_size(path)
+    except ValueError:
+        return  # Said when the picture is read.
+    found = stored[::-1] if is_turned else stored
+    if abs(found[0] * size[1] - found[1] * size[0]) > sum(size):
+        raise ValueError(
+            "The picture is not of the size that its boxes were drawn on. "
+            f"Expected: (height, width) {size}, or the same shape. Received: "
+            f"{found}{', turned as its EXIF says' if is_turned else ''}, "
+            f"{path:.300}."
+        )
+
+
 def object_of(
     annotation: Annotation,
     size: tuple[float, float],
@@ -188,7 +223,7 @@ def object_of(
     """
     if annotation.problem:
         raise ValueError(annotation.problem)
-    y1, x1, y2, x2 = annotation.box if box is None else box
+    y1, x1, y2, x2 = map(float, annotation.box if box is None else box)
     fields = {"label": annotation.label, "score": annotation.score}
     try:
         found = Object.from_xyxy((x1, y1, x2, y2), size, **fields)
@@ -233,3 +268,57 @@ def relative_name(picture: Picture, objects: ObjectSet, folder: str) -> str:
     if path.startswith("data:") or "://" in path[:16]:
         return path
     return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def has_fields(extra: Mapping, known: Sequence[str] = ()) -> bool:
+    """Tell whether an entry has fields that another format cannot hold.
+
+    Args:
+        extra: dict of `Annotation` or `Picture`.
+        known: names that the format does hold.
+
+    Returns:
+        bool; numbers of entries, and areas, follow from the rest.
+    """
+    return bool(extra.keys() - {"id", "area", *known})
+
+
+def plain_name(picture: Picture) -> str:
+    """Give a name below a folder for a copy of a picture.
+
+    Args:
+        picture: `Picture`; of one that lies outside of its folder, the last
+            part of its name.
+    """
+    path = PurePosixPath(picture.name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or "://" in picture.name[:16]:
+        return path.name
+    # YOLO finds labels by the last folder of this name.
+    parents = [one for one in path.parts[:-1] if one != "images"]
+    return str(PurePosixPath(*parents, path.name))
+
+
+def polygons_of(
+    annotation: Annotation, size: tuple[int, int]
+) -> list[list[float]]:
+    """Give the mask of an annotation in pixels as flat polygons.
+
+    Args:
+        annotation: `Annotation` with a mask; run lengths are traced, exactly.
+        size: (height, width) of the picture, pixels.
+
+    Raises:
+        ValueError: the run lengths are damaged, or empty.
+    """
+    if not isinstance(annotation.segmentation, Mapping):
+        return [list(polygon) for polygon in annotation.segmentation]
+    polygons = to_polygons(from_rle(annotation.segmentation, size))
+    if not polygons:
+        raise ValueError("The mask is empty. Expected: one pixel or more.")
+    return polygons
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """List the pictures below a folder, sorted."""
+    found = folder.rglob("*")
+    return sorted(one for one in found if one.suffix.lower() in _SUFFIXES)

@@ -11,9 +11,10 @@ import numpy as np
 from keras_paligemma.data.examples import ExampleError
 from keras_paligemma.data.examples import located
 from keras_paligemma.data.object_set import ObjectSet
+from keras_paligemma.data.object_set import Picture
+from keras_paligemma.data.object_set import check_size
 from keras_paligemma.data.object_set import in_pixels
 from keras_paligemma.data.object_set import object_of
-from keras_paligemma.data.object_set import opened_size
 from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.tasks import prompts
 from keras_paligemma.tasks.answers import write_object
@@ -198,6 +199,10 @@ class ObjectSource:
         """Name the place of an example: data set and picture."""
         return self.data.where(self._rows[index])
 
+    def picture(self, index: int) -> Picture:
+        """Give the picture of an example as its file describes it."""
+        return self.data.pictures[self._rows[index]]
+
     def objects(self, index: int) -> list[Object]:
         """Give the objects of an example, as `EvaluateObjects` takes them.
 
@@ -237,7 +242,7 @@ class ObjectSource:
             )
 
     def _read(self, index):
-        """Path of a picture, its objects and their places, and what is wrong."""
+        """Path of a picture, its objects and places, and what is wrong."""
         row = self._rows[index]
         picture = self.data.pictures[row]
         if picture.problem:
@@ -245,7 +250,7 @@ class ObjectSource:
         path = picture_path(picture.name, self.data.image_folder)
         unit = picture.size or (1, 1)
         sized = in_pixels(picture, self.data.image_folder)
-        _check_size(path, sized.size)
+        check_size(path, sized.size)
         scale = np.tile(np.divide(sized.size, unit), 2)
         found, problems = {}, []
         for i in range(self._starts[row], self._ends[row]):
@@ -308,22 +313,3 @@ def clip_boxes(boxes, sizes, pixels, limit):
     overhang[emptied & (overhang > 0)] = np.inf
     cut = (overhang > 0) & (overhang <= limit) & np.isfinite(overhang)
     return np.where(cut[:, None], inside, boxes), overhang, cut
-
-
-def _check_size(path, size):
-    """Refuse a file that boxes do not fit: turned, or another picture.
-
-    A resized copy, of the same shape, is none: boxes are shares of the sides.
-    """
-    try:
-        stored, is_turned = opened_size(path)
-    except ValueError:
-        return  # Said when the picture is read.
-    found = stored[::-1] if is_turned else stored
-    if abs(found[0] * size[1] - found[1] * size[0]) > sum(size):
-        raise ValueError(
-            "The picture is not of the size that its boxes were drawn on. "
-            f"Expected: (height, width) {size}, or the same shape. Received: "
-            f"{found}{', turned as its EXIF says' if is_turned else ''}, "
-            f"{path:.300}."
-        )
