@@ -64,6 +64,7 @@ COMMANDS = (
     "export",
     "evaluate",
     "benchmarks",
+    "data",
 )
 
 

@@ -1,4 +1,4 @@
-"""`keras-paligemma finetune`: train on a JSONL file."""
+"""`keras-paligemma finetune`: train on a data set."""
 
 import tomllib
 from pathlib import Path
@@ -20,13 +20,20 @@ def finetune(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="JSONL file: image, prefix and suffix a line"),
+        typer.Option(
+            help="JSONL file: image, prefix and suffix a line; or objects as "
+            "COCO, YOLO or Pascal VOC have them, a file or folder"
+        ),
     ] = None,
     output: Annotated[
         str | None, typer.Option(help="Folder of the run and its result")
     ] = None,
     validation: Annotated[
-        str | None, typer.Option(help="Another JSONL file")
+        str | None, typer.Option(help="Another such file or folder")
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="detect | segment, of a data set of objects"),
     ] = None,
     allow_empty: Annotated[
         bool | None,
@@ -63,7 +70,7 @@ def finetune(
         bool, typer.Option("--dry-run", help="Print the plan and stop")
     ] = False,
 ) -> None:
-    """Train on a JSONL file; the same command goes on after a kill."""
+    """Train on a data set; the same command goes on after a kill."""
     from keras_paligemma.training import run
 
     given = read_pairs(set)
@@ -74,6 +81,7 @@ def finetune(
             "data": data,
             "output": output,
             "validation": validation,
+            "task": task,
             "allow_empty": allow_empty,
             "epochs": epochs,
             "batch_size": batch_size,

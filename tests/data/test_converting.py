@@ -6,13 +6,17 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from keras_paligemma import cli
 from keras_paligemma.data import ExampleError
 from keras_paligemma.data import convert
 from keras_paligemma.data import open_objects
 from keras_paligemma.data import open_source
 from keras_paligemma.tasks.masks import from_segmentation
 from keras_paligemma.tasks.masks import to_rle
+from keras_paligemma.training import Settings
+from keras_paligemma.training.run import open_data
 
 SIZE = (40, 80)
 SQUARE = [10.25, 5.5, 30.0, 5.5, 30.0, 25.0, 10.25, 25.0]
@@ -422,3 +426,16 @@ def test_targets_are_checked_first(coco, tmp_path):
     with pytest.raises(ValueError, match="one file of labels.*a.jpg.*a.png"):
         convert(coco, tmp_path / "x", "yolo")
     assert not (tmp_path / "x").exists()
+
+
+def test_from_the_command_line(yolo, tmp_path):
+    target = tmp_path / "out.json"
+    arguments = ["data", "convert", str(yolo), str(target), "--to", "coco"]
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert lines[0] == f"{target}: 2 pictures, 2 objects"
+    assert lines[1] == "lost: labels of missing pictures: 1"
+    assert sum(line.startswith("skipped: ") for line in lines) == 6
+    settings = Settings("", str(target), "", task="detect")
+    assert open_data(settings, target)[0] == open_source(target)[0]
