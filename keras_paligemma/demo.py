@@ -22,10 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from keras_paligemma import shipped
-from keras_paligemma.tasks.boxes import Box
-from keras_paligemma.tasks.boxes import draw_boxes
-from keras_paligemma.tasks.boxes import parse_boxes
+from keras_paligemma.tasks.answers import read_objects
 from keras_paligemma.tasks.contact_sheet import contact_sheet
+from keras_paligemma.tasks.drawing import draw_objects
+from keras_paligemma.tasks.objects import Object
 
 NANO = "pali_gemma2_nano_112"
 EXAMPLES = shipped.folder("examples")
@@ -45,7 +45,7 @@ class Sight(NamedTuple):
     Args:
         path: path of the picture.
         caption: str.
-        boxes: list of `Box`, of everything that the caption names.
+        objects: list of `Object`, of everything that the caption names.
         question: str, a prompt that asks for a number; "" if the caption
             names nothing that could be counted.
         count: str, the answer.
@@ -53,7 +53,7 @@ class Sight(NamedTuple):
 
     path: Path
     caption: str
-    boxes: list[Box]
+    objects: list[Object]
     question: str
     count: str
 
@@ -147,7 +147,7 @@ def look(model, paths: list[Path]) -> list[Sight]:
     found = {path: [] for path in paths}
     answers = ask(model, [(p, f"detect {noun}") for p, noun in named], "Boxes")
     for (path, _), answer in zip(named, answers, strict=True):
-        found[path] += parse_boxes(answer)
+        found[path] += read_objects(answer)
     first = {path: noun for path, noun in reversed(named)}
     questions = {p: f"answer en how many {n}?" for p, n in first.items()}
     counts = ask(model, list(questions.items()), "Counts")
@@ -169,7 +169,7 @@ def draw(sights: list[Sight], folder: Path) -> list[Path]:
         List of the paths of the files, the sheet last.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [draw_boxes(sight.path, sight.boxes) for sight in sights]
+    drawn = [draw_objects(sight.path, sight.objects) for sight in sights]
     paths = [folder / f"{sight.path.stem}_boxes.png" for sight in sights]
     for picture, path in zip(drawn, paths, strict=True):
         picture.save(path)
@@ -223,12 +223,12 @@ def judged(answer: str, wanted: str | None) -> Text:
 def sights_table(sights: list[Sight], truth: dict[str, str]) -> Table:
     """Show what a model says of pictures, and where the truth is known."""
     table = Table("picture", "caption en", "boxes in %: y, x", "count")
-    for path, caption, boxes, question, count in sights:
+    for path, caption, objects, question, count in sights:
         places = [
             "{}: {:.0f}–{:.0f}, {:.0f}–{:.0f}".format(
-                label, *(100 * edge for edge in (y1, y2, x1, x2))
+                one.label, *(100 * one.box[edge] for edge in (0, 2, 1, 3))
             )
-            for y1, x1, y2, x2, label in boxes
+            for one in objects
         ]
         table.add_row(
             Text(path.name),

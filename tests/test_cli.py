@@ -66,6 +66,7 @@ COMMANDS = (
     "export",
     "evaluate",
     "benchmarks",
+    "data",
 )
 
 

@@ -12,7 +12,7 @@ from keras_paligemma import demo
 from keras_paligemma.demo import Sight
 from keras_paligemma.preprocessing.images import read_image
 from keras_paligemma.tasks import contact_sheet
-from keras_paligemma.tasks.boxes import Box
+from keras_paligemma.tasks.objects import Object
 from tests.helpers.tiny_models import PRESETS
 from tests.helpers.tiny_models import TEXT
 from tests.helpers.tiny_models import VISION
@@ -105,7 +105,7 @@ def test_all_batches_have_one_size_and_answers_keep_their_order(paths):
 def test_finds_all_and_counts_the_first_of_what_it_names(paths):
     cat, dog = demo.look(Scripted(), paths)
     assert cat.path == paths[0] and dog.caption == "a dog and an owl"
-    assert [box.label for box in cat.boxes] == ["cat", "owl"]
+    assert [one.label for one in cat.objects] == ["cat", "owl"]
     assert dog.question == "answer en how many dog?" and dog.count == "2"
 
 
@@ -134,7 +134,7 @@ def test_draws_every_picture_and_a_sheet(paths, tmp_path):
 
 
 def test_the_table_of_sights_marks_what_is_wrong():
-    box = Box(0.1, 0.25, 0.5, 1.0, "cat")
+    box = Object((0.1, 0.25, 0.5, 1.0), "cat")
     sights = [
         Sight(Path("a.png"), "a cat", [box], "answer en how many cat?", "3"),
         Sight(Path("b.png"), "a dog", [], "", ""),

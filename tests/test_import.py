@@ -29,7 +29,7 @@ def test_import_is_lazy():
         "layers.stack",
         "checkpoints.big_vision",
         "checkpoints.keras_hub",
-        "tasks.boxes",
+        "tasks.answers",
     ],
 )
 def test_ground_floor_needs_no_keras_hub(module):

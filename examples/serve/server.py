@@ -1,21 +1,28 @@
 """Serve an exported PaliGemma: a page and a JSON API, in one file.
 
     pip install tensorflow tensorflow-text
-    python server.py FOLDER [--port 8000]
+    python server.py FOLDER [--port 8000] [--codec vae-oid.npz]
 
-Needs TensorFlow and tensorflow-text, and nothing of keras_paligemma.
+Needs TensorFlow and tensorflow-text, and nothing of keras_paligemma, but for
+the masks of `segment`: `--codec` decodes them by `keras_paligemma.tasks`, which
+loads no Keras.
 
 POST /answer takes JSON: `image` (base64 of a JPEG, PNG, WebP or GIF), `prompt`,
 and if wanted `max_new_tokens` and `temperature`, and `adapter` where the model
-has named ones. It gives `text`, `boxes` as
-shares of height and width, and `log_probabilities` of the tokens. What is wrong
-with a request comes as {"error": …} and a status from 400 to 499.
+has named ones. It gives `text`, `boxes`, and `log_probabilities` of the tokens.
+A box has its edges as shares of height and width, its `label` and `score`; the
+16 `codes` of its mask, where the answer has them; and, with `--codec`, `mask`,
+the URI of a PNG that fills the box, opaque in the object. What is wrong with a
+request comes as {"error": …} and a status from 400 to 499.
 """
 
 import argparse
 import base64
 import binascii
+import bisect
+import itertools
 import json
+import math
 import re
 import threading
 from http.server import BaseHTTPRequestHandler
@@ -27,8 +34,13 @@ import tensorflow_text  # noqa: F401  registers the tokenizer's operations
 
 PAGE = Path(__file__).with_name("page.html")
 MOST_BYTES = 20 * 2**20
-BOX = re.compile(r"<loc(\d{4})>" * 4 + r"(?:<seg\d{3}>)*([^;<]*)")
-LAST_LOCATION = 1023
+OBJECT = re.compile(
+    r"(?<!<loc\d{4}>)((?:<loc\d{4}>){4})(?!<loc)((?:<seg\d{3}>)*)\s*([^;<]*)"
+)
+NUMBER = re.compile(r"\d+")
+ENDS = (b"<eos>", b"</s>")
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+LAST_LOCATION, CODES = 1023, 16
 
 
 class Refused(Exception):
@@ -45,11 +57,14 @@ class Model:
     Args:
         folder: str or path, as `model.export` wrote it.
         at_once: int, requests that compute at the same time; others wait.
+        codec: `keras_paligemma.tasks.mask_codec.MaskCodec`, or `None`, which
+            leaves masks as codes.
     """
 
-    def __init__(self, folder, at_once=2):
+    def __init__(self, folder, at_once=2, codec=None):
         self.loaded = tf.saved_model.load(str(folder))
         self.function = self.loaded.signatures["serving_default"]
+        self.codec = codec
         self.room = threading.BoundedSemaphore(at_once)
         self.defaults = self._defaults(folder)
 
@@ -99,22 +114,90 @@ class Model:
         if error:
             raise Refused(422, error)
         written = outputs["token_ids"].numpy()[0] != 0
-        scores = outputs["log_probabilities"].numpy()[0][written].tolist()
+        values = outputs["log_probabilities"].numpy()[0][written].tolist()
+        tokens = outputs["tokens"].numpy()[0][written]
+        # What ends an answer is no part of its last word.
+        texts = ["" if one in ENDS else one.decode() for one in tokens]
         return {
             "text": text,
-            "boxes": boxes(text),
-            "log_probabilities": scores,
+            "boxes": boxes(texts, values, self.codec),
+            "log_probabilities": values,
         }
 
 
-def boxes(text):
-    """Read the boxes of an answer: label, and edges from 0 to 1."""
+def boxes(tokens, log_probabilities, codec=None):
+    """Read the boxes of an answer.
+
+    A score is the geometric mean of the probabilities of the four locations,
+    times that of the tokens of the label.
+
+    Args:
+        tokens: list of str, as SentencePiece spells them.
+        log_probabilities: list of floats, one a token or more.
+        codec: `MaskCodec` or `None`.
+
+    Returns:
+        List of dicts, ready for JSON.
+    """
+    texts = spell(tokens)
+    ends = list(itertools.accumulate(map(len, texts)))
     found = []
-    for *edges, label in BOX.findall(text):
-        y1, x1, y2, x2 = (int(edge) / LAST_LOCATION for edge in edges)
+    for match in OBJECT.finditer("".join(texts)):
+        numbers = [int(one) for one in NUMBER.findall(match[1])]
+        y1, x1, y2, x2 = (number / LAST_LOCATION for number in numbers)
+        if not (y1 <= y2 <= 1 and x1 <= x2 <= 1):
+            continue
+        label = match[3].strip()
+        start = match.start(3)
+        places = log_probabilities[tokens_of(ends, *match.span(1))]
+        words = log_probabilities[tokens_of(ends, start, start + len(label))]
+        means = [sum(part) / len(part) for part in (places, words) if part]
+        codes = [int(one) for one in NUMBER.findall(match[2])]
         box = {"y1": y1, "x1": x1, "y2": y2, "x2": x2}
-        found.append({"label": label.strip(), **box})
+        box |= {"label": label, "score": math.exp(sum(means))}
+        if len(codes) == CODES and max(codes) < 128:
+            box["codes"] = codes
+            if codec is not None:
+                box["mask"] = picture_of(codec.decode([codes])[0] > 0)
+        found.append(box)
     return found
+
+
+def tokens_of(ends, first, end):
+    """The slice of the tokens that have characters from first to end."""
+    last = bisect.bisect_left(ends, end) + 1 if end > first else 0
+    # Bytes of the last character, but for its first, have no text.
+    last += sum(one == ends[last - 1] for one in ends[last:]) if last else 0
+    return slice(bisect.bisect_right(ends, first), last)
+
+
+def spell(tokens):
+    """The text of each token; of a character in bytes the first has it."""
+    texts, waiting = [], b""
+    for token in tokens:
+        byte = BYTE.fullmatch(token)
+        if byte is None:
+            texts.append(token.replace("\u2581", " "))
+            waiting = b""
+            continue
+        texts.append("")
+        waiting += bytes.fromhex(byte[1])
+        try:
+            text = waiting.decode()
+        except UnicodeDecodeError:
+            continue
+        texts[-len(waiting)] = text
+        waiting = b""
+    return texts
+
+
+def picture_of(mask):
+    """A PNG of a bool array, as a URI: white, and opaque where it is true."""
+    alpha = tf.cast(mask, tf.uint8)[..., None] * 255
+    white = tf.ones([*mask.shape, 3], tf.uint8) * 255
+    pixels = tf.concat([white, alpha], -1)
+    encoded = base64.b64encode(tf.io.encode_png(pixels).numpy()).decode()
+    return f"data:image/png;base64,{encoded}"
 
 
 def read_request(body):
@@ -231,8 +314,14 @@ def main():
     parser.add_argument("folder")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--codec", help="npz file that decodes masks")
     arguments = parser.parse_args()
-    model = Model(arguments.folder)
+    codec = None
+    if arguments.codec is not None:
+        from keras_paligemma.tasks.mask_codec import MaskCodec
+
+        codec = MaskCodec.load(arguments.codec)
+    model = Model(arguments.folder, codec=codec)
     server = Server((arguments.host, arguments.port), model)
     host, port = server.server_address
     print(f"http://{host}:{port}", flush=True)

@@ -12,6 +12,7 @@ import typer
 import keras_paligemma
 from keras_paligemma.cli import benchmarks
 from keras_paligemma.cli import convert
+from keras_paligemma.cli import data
 from keras_paligemma.cli import evaluate
 from keras_paligemma.cli import export
 from keras_paligemma.cli import finetune
@@ -32,6 +33,7 @@ app.command()(plan.plan)
 app.command()(export.export)
 app.command()(evaluate.evaluate)
 app.command()(benchmarks.benchmarks)
+app.add_typer(data.data, name="data")
 
 
 def main():

@@ -1,4 +1,4 @@
-"""`keras-paligemma finetune`: train on a JSONL file or a benchmark's data."""
+"""`keras-paligemma finetune`: train on a data set, or a benchmark's."""
 
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +29,7 @@ def finetune(
         bool, typer.Option("--dry-run", help="Print the plan and stop")
     ] = False,
 ) -> None:
-    """Train on a JSONL file; the same command goes on after a kill.
+    """Train on a data set; the same command goes on after a kill.
 
     What is given here goes before the file of settings, that before the
     benchmark's record.

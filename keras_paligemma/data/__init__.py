@@ -15,7 +15,11 @@ _HOME = {
     "ExampleError": "examples",
     "FieldSource": "fields",
     "JSONLSource": "jsonl",
+    "ObjectSource": "object_source",
     "check": "examples",
+    "convert": "converting",
+    "open_objects": "opening",
+    "open_source": "opening",
 }
 
 __all__ = list(_HOME)

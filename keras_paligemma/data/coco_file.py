@@ -1,11 +1,27 @@
-"""COCO's JSON, checked before anything is made of it, and its fields."""
+"""COCO's JSON: read, and checked before anything is made of it; written."""
 
 import collections
 import json
 import os
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+
+from keras_paligemma.data.object_set import Annotation
+from keras_paligemma.data.object_set import ObjectSet
+from keras_paligemma.data.object_set import Picture
+from keras_paligemma.data.object_set import relative_name
+from keras_paligemma.tasks.masks import from_rle
+from keras_paligemma.tasks.outlines import area_of
+
+# What has a field of its own in `Annotation` and `Picture`, or follows from
+# where an entry is.
+_OWN_FIELDS = {
+    *("image_id", "category_id", "bbox", "segmentation", "iscrowd", "score"),
+    *("file_name", "height", "width"),
+}
 
 # What the index is made of; the rest is asked for with its picture.
 _NEEDED = {
@@ -114,52 +130,163 @@ def _check_references(path, data):
             )
 
 
-def size_of(image):
-    """Height and width of an entry; nan, nan where they are no pixels."""
-    size = (image.get("height"), image.get("width"))
-    if all(_is_number(side) and side > 0 for side in size):
-        return size
-    return (np.nan, np.nan)
+def read(path: Path, image_folder: str) -> ObjectSet:
+    """Read a COCO file as a set of objects.
+
+    Args:
+        path: path of the JSON file.
+        image_folder: str that `file_name` is relative to.
+
+    Returns:
+        `ObjectSet`; entries keep the fields that COCO alone has, ids too.
+
+    Raises:
+        ValueError: the file is no COCO file; with the entry that is wrong.
+    """
+    data = read_coco(path)
+    names = {one["id"]: one["name"] for one in data["categories"]}
+    annotations = collections.defaultdict(list)
+    for one in data["annotations"]:
+        label = names[one["category_id"]]
+        annotations[one["image_id"]].append(_annotation(one, label))
+    return ObjectSet(
+        path,
+        image_folder,
+        tuple(dict.fromkeys(names.values())),
+        [_picture(one, annotations[one["id"]]) for one in data["images"]],
+        extra={
+            name: value
+            for name, value in data.items()
+            if name not in ("images", "annotations")
+        },
+    )
+
+
+def write(objects: ObjectSet, path: Path, image_folder: str) -> Counter:
+    """Write a set of objects as a COCO file.
+
+    Args:
+        objects: `ObjectSet` of pictures in pixels, without problems.
+        path: path of the JSON file to write.
+        image_folder: str that `file_name` is to be relative to.
+
+    Returns:
+        Counter of what the format cannot hold: nothing.
+    """
+    categories = objects.extra.get("categories", ())
+    if [one["name"] for one in categories] != list(objects.classes):
+        categories = [
+            {"id": number, "name": name}
+            for number, name in enumerate(objects.classes, 1)
+        ]
+    numbers = {one["name"]: one["id"] for one in categories}
+    rows = [
+        (row, one)
+        for row, picture in enumerate(objects.pictures)
+        for one in picture.annotations
+    ]
+    image_ids = _ids([one.extra for one in objects.pictures])
+    ids = _ids([one.extra for _, one in rows])
+    images = [
+        dict(one.extra)
+        | {"id": id, "file_name": relative_name(one, objects, image_folder)}
+        | dict(zip(("height", "width"), one.size, strict=True))
+        for id, one in zip(image_ids, objects.pictures, strict=True)
+    ]
+    annotations = [
+        _entry(one)
+        | {"id": id, "image_id": image_ids[row]}
+        | {"category_id": numbers[one.label]}
+        for id, (row, one) in zip(ids, rows, strict=True)
+    ]
+    content = dict(objects.extra) | {
+        "images": images,
+        "categories": categories,
+        "annotations": annotations,
+    }
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return Counter()
+
+
+def _annotation(one, label):
+    box, problem = edges_of(one.get("bbox")), ""
+    if box is None:
+        problem = (
+            "The box does not fit COCO's format. Expected: 'bbox', four "
+            "numbers [x, y, width, height] in pixels. Received: "
+            f"{one.get('bbox')!r:.80}."
+        )
+    score = one.get("score")
+    return Annotation(
+        label,
+        box,
+        one.get("segmentation") or None,
+        bool(one.get("iscrowd")),
+        float(score) if _is_number(score) else None,
+        f"annotation {one.get('id')}",
+        {name: one[name] for name in one if name not in _OWN_FIELDS},
+        problem,
+    )
+
+
+def _picture(one, annotations):
+    size = (one.get("height"), one.get("width"))
+    name, problem = one.get("file_name"), ""
+    if not (
+        all(_is_number(side) and side > 0 for side in size)
+        and isinstance(name, str)
+    ):
+        wanted = ("file_name", "height", "width")
+        received = {key: one.get(key) for key in wanted}
+        problem = (
+            "The picture lacks its name or size. Expected: 'file_name' as "
+            "text, 'height' and 'width' as numbers of pixels. Received: "
+            f"{received!r:.200}."
+        )
+        size = None
+    extra = {key: one[key] for key in one if key not in _OWN_FIELDS}
+    return Picture(
+        name or "", annotations, size, f"image {one['id']}", extra, problem
+    )
+
+
+def _entry(one):
+    """An annotation in COCO's fields, without what numbers it."""
+    y1, x1, y2, x2 = one.box
+    entry = dict(one.extra)
+    entry |= {
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "segmentation": one.segmentation or [],
+        "iscrowd": int(one.is_crowd),
+    }
+    entry.setdefault("area", _area(one))
+    return entry if one.score is None else entry | {"score": one.score}
+
+
+def _area(one):
+    if not one.has_mask():
+        return (one.box[2] - one.box[0]) * (one.box[3] - one.box[1])
+    if isinstance(one.segmentation, Mapping):
+        return int(from_rle(one.segmentation).sum())
+    loops = [np.reshape(one, (-1, 2))[:, ::-1] for one in one.segmentation]
+    return float(sum(abs(area_of(loop)) for loop in loops))
+
+
+def _ids(extras):
+    """The ids that entries had; new numbers where not all have their own."""
+    found = [one.get("id") for one in extras]
+    if None in found or len(set(found)) < len(found):
+        return list(range(1, len(extras) + 1))
+    return found
 
 
 def edges_of(box):
-    """(y1, x1, y2, x2) of [x, y, width, height]; nan where it is none."""
+    """(y1, x1, y2, x2) of [x, y, width, height]; `None` where it is none."""
     if isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)):
         x, y, width, height = box
         return (y, x, y + height, x + width)
-    return (np.nan,) * 4
+    return None
 
 
 def _is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def clip_boxes(boxes, sizes, limit):
-    """Clip boxes that stick out of their pictures, up to a limit.
-
-    Args:
-        boxes: float array (N, 4) of (y1, x1, y2, x2), pixels.
-        sizes: float array (N, 2) of (height, width).
-        limit: how far they may stick out, as a multiple of what is forgiven.
-
-    Returns:
-        The boxes; how far each stuck out, such a multiple, infinite where
-        nothing of it is inside; and a bool array of which were clipped.
-    """
-    sides = np.concatenate([sizes, sizes], axis=1)
-    inside = np.clip(boxes, 0, sides)
-    # A pixel, and 1 % of the side where that is more.
-    overhang = np.abs(boxes - inside) / np.maximum(1, 0.01 * sides)
-    overhang = overhang.max(axis=1, initial=0)
-    # Rounding of the sums alone does not count.
-    overhang[overhang < 1e-6] = 0
-    emptied = (inside[:, :2] >= inside[:, 2:]).any(axis=1)
-    overhang[emptied & (overhang > 0)] = np.inf
-    cut = (overhang > 0) & (overhang <= limit) & np.isfinite(overhang)
-    return np.where(cut[:, None], inside, boxes), overhang, cut
-
-
-def has_mask(annotation):
-    """Whether there are polygons or run lengths."""
-    mask = annotation.get("segmentation")
-    return bool(mask.get("counts") if isinstance(mask, dict) else mask)

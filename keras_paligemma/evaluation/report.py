@@ -12,8 +12,8 @@ from PIL import Image
 
 from keras_paligemma.metrics.judges import JUDGES
 from keras_paligemma.preprocessing.images import read_image
-from keras_paligemma.tasks.boxes import draw_boxes
-from keras_paligemma.tasks.boxes import parse_boxes
+from keras_paligemma.tasks.answers import read_objects
+from keras_paligemma.tasks.drawing import draw_objects
 
 # The longer side of a picture in the report, pixels.
 _SIDE = 320
@@ -107,12 +107,12 @@ def _figure(sample, text):
     """One answer: its pictures, with boxes where it has some, and words."""
     several = isinstance(sample.images, (list, tuple))
     pictures = sample.images if several else [sample.images]
-    boxes = parse_boxes(text)
+    objects = read_objects(text)
     shown = []
     for picture in pictures[:4]:
         seen = Image.fromarray(read_image(picture))
-        if boxes and not several:
-            seen = draw_boxes(seen, boxes)
+        if objects and not several:
+            seen = draw_objects(seen, objects)
         shown.append(f'<img alt="" src="{_embedded(seen)}">')
     right = json.dumps(
         {

@@ -128,6 +128,9 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
             "text": tf.where(good, tokenizer.detokenize(kept), ""),
             "log_probabilities": log_probabilities,
             "token_ids": ids,
+            # As SentencePiece spells them: a client that scores words needs
+            # no tokenizer.
+            "tokens": tokenizer.id_to_string(ids),
             "error": errors,
         }
 

@@ -11,7 +11,7 @@ from PIL import Image
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
 from keras_paligemma.metrics.scores import column
-from keras_paligemma.tasks.boxes import LAST_LOCATION
+from keras_paligemma.tasks.locations import LAST
 from keras_paligemma.tasks.masks import from_rle
 
 # The answer begins with a box and a mask; what follows is not looked at.
@@ -56,13 +56,13 @@ def refcoco(
     rows |= {f"boxacc/{threshold}": [] for threshold in thresholds}
     for row, (found, right) in enumerate(zip(parsed, boxes, strict=True)):
         box = np.zeros(4) if found is None else np.array(found[:4])
-        overlap = box_iou(box / LAST_LOCATION, right)
+        overlap = box_iou(box / LAST, right)
         for threshold in thresholds:
             rows[f"boxacc/{threshold}"].append(threshold <= overlap)
         share = None
         if found is not None:
             mask = to_mask(masks[row])
-            share = _mask_iou(decoded[row], box / LAST_LOCATION, mask)
+            share = _mask_iou(decoded[row], box / LAST, mask)
         rows["miou"].append(share or 0.0)
         rows["invalid"].append(share is None)
     return Scores({name: column(values) for name, values in rows.items()})
@@ -100,7 +100,7 @@ def _parse(text):
         return None
     numbers = [int(number) for number in found.groups()]
     y1, x1, y2, x2 = numbers[:4]
-    inside = max(numbers[:4]) <= LAST_LOCATION and max(numbers[4:]) < _CODES
+    inside = max(numbers[:4]) <= LAST and max(numbers[4:]) < _CODES
     return numbers if inside and y2 > y1 and x2 > x1 else None
 
 

@@ -7,7 +7,7 @@ from keras_paligemma.metrics.needs import needed
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
 from keras_paligemma.metrics.scores import column
-from keras_paligemma.tasks.boxes import parse_boxes
+from keras_paligemma.tasks.answers import read_objects
 
 # ICDAR's and Total-Text's mark of a word that nobody can read.
 UNREADABLE = ("###", "#")
@@ -50,18 +50,9 @@ def text_detection(
     check_rows(predictions, polygons=polygons, texts=texts, sizes=sizes)
     met, predicted, wanted = [], [], []
     for row, text in enumerate(predictions):
-        height, width = sizes[row]
         found = [
-            (
-                shapely.box(
-                    word.x1 * width,
-                    word.y1 * height,
-                    word.x2 * width,
-                    word.y2 * height,
-                ),
-                word.label,
-            )
-            for word in parse_boxes(text)
+            (shapely.box(*word.xyxy(sizes[row])), word.label)
+            for word in read_objects(text)
         ]
         if len(polygons[row]) != len(texts[row]):
             raise ValueError(

@@ -11,6 +11,7 @@ from keras_paligemma.compat import never_functional
 from keras_paligemma.compat import rows_to_devices
 from keras_paligemma.compat import to_host
 from keras_paligemma.data.batches import in_batches
+from keras_paligemma.models import asking
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
 from keras_paligemma.models import fitting
@@ -501,6 +502,11 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         """
         return files.load_task(cls, preset, load_weights, dtype, kwargs)
 
+    caption = asking.caption
+    ask = asking.ask
+    ocr = asking.ocr
+    detect = asking.detect
+    segment = asking.segment
     export = exports.export_to_serve
     save_to_preset = exports.save_to_preset
     export_to_transformers = exports.export_to_transformers

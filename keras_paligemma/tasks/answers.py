@@ -139,21 +139,47 @@ def write_objects(
     >>> write_objects([Object((0, 0, 0.5, 1), "cat")])
     '<loc0000><loc0000><loc0512><loc1023> cat'
     """
-    return SEPARATOR.join(_write(one, codec, scale) for one in objects)
+    return SEPARATOR.join(
+        write_object(one, _codes(one, codec), scale) for one in objects
+    )
 
 
-def _write(one, codec, scale):
+def write_object(
+    one: Object, codes: Iterable[int] | None = None, scale: int = LAST
+) -> str:
+    """Write one object as a part of an answer.
+
+    Args:
+        one: `Object`; its mask is not looked at.
+        codes: 16 integers, 0 to 127, of its mask; `None` writes none.
+        scale: what shares are multiplied by; see `tasks.locations`.
+
+    Returns:
+        `"<loc…>×4 label"`, with `<seg…>` × 16 before the label.
+
+    Raises:
+        ValueError: the label holds what separates labels.
+
+    Example:
+
+    >>> write_object(Object((0, 0, 0.5, 1)))
+    '<loc0000><loc0000><loc0512><loc1023>'
+    """
     locations = to_locations(one.box, scale).tolist()
     text = "".join(f"<loc{number:04d}>" for number in locations)
-    if codec is not None:
-        if one.mask is None:
-            raise ValueError(
-                "An object has no mask to encode. Expected: `mask`, or no "
-                f"`codec`, which writes boxes alone. Received: {one}."
-            )
-        codes = codec.encode_mask(one.mask > 0)
-        text += "".join(f"<seg{number:03d}>" for number in codes)
+    text += "".join(f"<seg{number:03d}>" for number in codes or ())
     return f"{text} {check_label(one.label)}" if one.label else text
+
+
+def _codes(one, codec):
+    if codec is None:
+        return None
+    if one.mask is None:
+        raise ValueError(
+            "An object has no mask to encode. Expected: `mask`, or no "
+            f"`codec`, which writes boxes alone. Received: {one}."
+        )
+    return codec.encode_mask(one.mask > 0)
 
 
 @dataclasses.dataclass(frozen=True)

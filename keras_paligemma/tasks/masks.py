@@ -125,6 +125,20 @@ def from_segmentation(
     )
 
 
+def check_segmentation(segmentation: Sequence | Mapping, size: tuple[int, int]):
+    """Refuse what `from_segmentation` would, without drawing polygons.
+
+    Args and errors are those of `from_segmentation`.
+    """
+    if isinstance(segmentation, Mapping):
+        from_rle(segmentation, size)
+        return
+    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str):
+        from_segmentation(segmentation, size)
+    for number, polygon in enumerate(segmentation):
+        _flat(number, polygon)
+
+
 def from_polygons(
     polygons: Iterable[Sequence[float]], size: tuple[int, int]
 ) -> np.ndarray:
@@ -154,7 +168,7 @@ def from_polygons(
         raise ValueError(
             "There is no mask. Expected: one polygon or more. Received: none."
         )
-    codec = _pycocotools()
+    codec = import_pycocotools()
     runs = codec.merge(codec.frPyObjects(flat, *size))
     return codec.decode(runs).astype(bool)
 
@@ -244,7 +258,8 @@ def to_rle(mask: np.ndarray) -> dict:
     >>> to_rle(np.ones((2, 2), bool))
     {'size': [2, 2], 'counts': '04'}
     """
-    runs = _pycocotools().encode(np.asfortranarray(check_mask(mask), "uint8"))
+    pixels = np.asfortranarray(check_mask(mask), "uint8")
+    runs = import_pycocotools().encode(pixels)
     return {"size": list(runs["size"]), "counts": runs["counts"].decode()}
 
 
@@ -298,7 +313,8 @@ def _flat(number, polygon):
     return flat
 
 
-def _pycocotools():
+def import_pycocotools():
+    """Give `pycocotools.mask`, or say how to install it."""
     try:
         from pycocotools import mask
     except ImportError as error:

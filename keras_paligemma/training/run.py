@@ -28,10 +28,15 @@ class Settings(Checked):
 
     Args:
         preset: str, as `from_preset` takes it.
-        data: str, path of a JSONL file: a line has image, prefix and suffix.
+        data: str, path of a JSONL file: a line has image, prefix and suffix; or
+            of any other data set that `data.open_source` knows.
         output: str, folder of the run: checkpoints, log, and the result.
         image_folder: str, where pictures are; the file's folder if none.
-        validation: str, path of another JSONL file.
+        validation: str, path of another; or of the same folder, whose split
+            "val" is taken.
+        task: str, detect or segment, what to learn of a data set of objects.
+        codec: str, path of vae-oid.npz, which published models know the codes
+            of; the codec of the nano preset if none.
         allow_empty: bool, take empty answers, as of pictures where there is
             nothing to detect.
         epochs: int, times through the data.
@@ -71,6 +76,8 @@ class Settings(Checked):
     output: str = text()
     image_folder: str | None = text(None, optional=True)
     validation: str | None = text(None, optional=True)
+    task: str = choice(("detect", "segment"), "detect")
+    codec: str | None = text(None, optional=True)
     allow_empty: bool = flag(False)
     epochs: int = whole(MOST, 1)
     batch_size: int = whole(MOST, 8)
@@ -171,8 +178,8 @@ def finetune(settings, dry_run=False, source=None):
     Args:
         settings: `Settings`.
         dry_run: bool, print the plan and stop.
-        source: examples in place of the JSONL file that `settings.data` names,
-            such as `evaluation.TrainingSource`; `None` reads that file. Its
+        source: examples in place of the data set that `settings.data` names,
+            such as `evaluation.TrainingSource`; `None` reads that. Its
             `pictures`, if it has that, is how many a prompt has.
 
     Returns:
@@ -181,16 +188,15 @@ def finetune(settings, dry_run=False, source=None):
     import keras
 
     from keras_paligemma.data import Batches
-    from keras_paligemma.data import JSONLSource
     from keras_paligemma.training.checkpoint import fit
 
     keras.utils.set_random_seed(settings.seed)
-    options = (settings.image_folder, settings.allow_empty)
     if source is None:
-        source = JSONLSource(settings.data, *options)
+        source = open_data(settings, settings.data)
     validation = None
     if settings.validation is not None:
-        validation = JSONLSource(settings.validation, *options)
+        split = "val" if settings.validation == settings.data else "train"
+        validation = open_data(settings, settings.validation, split)
         if not len(validation):
             raise ValueError(
                 "There is nothing to validate with. Received: "
@@ -256,6 +262,22 @@ def finetune(settings, dry_run=False, source=None):
         for message in list(batches.problems.values())[:5]:
             print(f"  {message}")
     return history
+
+
+def open_data(settings, path, split="train"):
+    """Open the examples at a path as the settings say."""
+    from keras_paligemma.data import open_source
+    from keras_paligemma.tasks.mask_codec import MaskCodec
+
+    codec = None if settings.codec is None else MaskCodec.load(settings.codec)
+    return open_source(
+        path,
+        settings.image_folder,
+        split,
+        settings.task,
+        codec,
+        settings.allow_empty,
+    )
 
 
 # What a run may go on with in another way.

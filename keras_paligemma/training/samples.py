@@ -6,9 +6,9 @@ from pathlib import Path
 import keras
 
 from keras_paligemma.preprocessing.images import read_image
-from keras_paligemma.tasks.boxes import draw_boxes
-from keras_paligemma.tasks.boxes import parse_boxes
+from keras_paligemma.tasks.answers import read_objects
 from keras_paligemma.tasks.contact_sheet import contact_sheet
+from keras_paligemma.tasks.drawing import draw_objects
 
 
 class SamplePredictions(keras.callbacks.Callback):
@@ -72,7 +72,7 @@ class SamplePredictions(keras.callbacks.Callback):
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             pictures = [
-                draw_boxes(_seen(image), parse_boxes(answer))
+                draw_objects(_seen(image), read_objects(answer))
                 for image, answer in zip(inputs["images"], answers, strict=True)
             ]
             # Boxes are drawn; their tokens would hide the words.

@@ -9,7 +9,8 @@ from PIL import Image
 from keras_paligemma.data import Batches
 from keras_paligemma.data import COCOSource
 from keras_paligemma.data import ExampleError
-from keras_paligemma.tasks.boxes import parse_boxes
+from keras_paligemma.tasks.answers import read_objects
+from keras_paligemma.tasks.mask_codec import MaskCodec
 
 SIZE = (40, 80)
 
@@ -75,7 +76,7 @@ def test_boxes(write, tmp_path):
             "<loc0512><loc0000><loc1023><loc1023> dog",
         },
     ]
-    boxes = parse_boxes(source[1]["responses"])
+    boxes = read_objects(source[1]["responses"])
     assert [box.label for box in boxes] == ["cat", "dog", "dog"]
     assert source.where(1) == f"{tmp_path / 'instances.json'}, image 3"
 
@@ -324,9 +325,18 @@ def test_bad_masks(write, segmentation, codes, message):
         source[0]
 
 
-def test_masks_need_an_encoder(write):
-    with pytest.raises(ValueError, match="`encode_mask`.*16 integers"):
-        COCOSource(write(*BOXES), "", "segment")
+def test_masks_become_codes_of_the_embedded_codec(write):
+    polygon = [[20, 10, 40, 10, 20, 30]]
+    mark = annotation(1, 7, 4, [20, 10, 20, 20], segmentation=polygon)
+    source = COCOSource(write(mark), "", "segment")
+    codec = MaskCodec.embedded()
+    (found,) = read_objects(source[0]["responses"], codec)
+    (wanted,) = source.objects(0)
+    first, second = found.mask_in(SIZE), wanted.mask_in(SIZE)
+    assert (first & second).sum() / (first | second).sum() > 0.8
+    own = codec.encode_mask(wanted.mask)
+    asked = COCOSource(write(mark), "", "segment", encode_mask=lambda _: own)
+    assert asked[0] == source[0]
     with pytest.raises(ValueError, match="`task` must be"):
         COCOSource(write(*BOXES), "", "caption")
 

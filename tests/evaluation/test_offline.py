@@ -20,7 +20,8 @@ from keras_paligemma.evaluation import benchmarks
 from keras_paligemma.evaluation import evaluate
 from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
-from keras_paligemma.tasks.boxes import encode_box
+from keras_paligemma.tasks.answers import write_object
+from keras_paligemma.tasks.objects import Object
 from presets.nano import scenes
 from tests.helpers.oracle import Oracle
 from tests.presets_nano.test_scenes import CLASSES
@@ -97,7 +98,7 @@ def object_():
         runs = codec.encode(np.asfortranarray(mask))
         runs = {"size": runs["size"], "counts": runs["counts"].decode()}
         fields = {"sentence": f"part {number}", "boxes": box, "masks": runs}
-        yield picture_of(pixels), fields, encode_box(box) + "<seg000>" * 16
+        yield picture_of(pixels), fields, write_object(Object(box), [0] * 16)
 
 
 def question():
@@ -141,8 +142,9 @@ def words():
                 [[left, top], [right, top], [right, low], [left, low]]
             )
             texts.append(word)
-            box = encode_box((top, left, low, right), (64, 160))
-            answers.append(f"{box} {word}")
+            edges = (left, top, right, low)
+            box = Object.from_xyxy(edges, (64, 160), label=word)
+            answers.append(write_object(box))
         fields = {"polygons": polygons, "texts": texts, "sizes": [64, 160]}
         yield picture, fields, " ; ".join(answers)
 

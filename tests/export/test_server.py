@@ -1,6 +1,7 @@
 """The example server over HTTP, as a process of its own."""
 
 import base64
+import io
 import json
 import urllib.error
 import urllib.request
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from examples.serve import server
 from keras_paligemma import PaliGemmaCausalLM
-from keras_paligemma.tasks.boxes import parse_boxes
+from keras_paligemma.tasks.answers import read_objects
+from keras_paligemma.tasks.mask_codec import MaskCodec
 from tests.helpers.encoded_pictures import bomb
 from tests.helpers.encoded_pictures import pictures
 from tests.helpers.tiny_models import PRESETS
@@ -61,9 +65,37 @@ def test_answers(address):
     bell = (ROOT / "examples" / "pictures" / "scene_1.png").read_bytes()
     status, found = ask(address, bell, prompt="detect bell")
     assert status == 200
-    wanted = [box._asdict() for box in parse_boxes(found["text"])]
-    assert found["boxes"] == wanted
-    assert [box["label"] for box in wanted] == ["bell"]
+    (box,) = found["boxes"]
+    (wanted,) = read_objects(found["text"])
+    assert tuple(box[edge] for edge in ("y1", "x1", "y2", "x2")) == wanted.box
+    assert box["label"] == wanted.label == "bell"
+    nano = PaliGemmaCausalLM.from_preset(PRESETS / "pali_gemma2_nano_112")
+    (scored,) = nano.detect(bell, "bell")
+    assert box["score"] == pytest.approx(scored.score, rel=1e-3)
+
+
+def test_boxes_masks_and_scores_of_tokens():
+    """As the package reads them; words in bytes and separators too."""
+    codec = MaskCodec.embedded()
+    place = ["<loc0010>", "<loc0020>", "<loc0300>", "<loc0400>"]
+    masks = [f"<seg{7 * i:03d}>" for i in range(16)]
+    tokens = [*place, *masks, "▁black", "▁cat", "▁;", *place, "▁"]
+    tokens += ["<0xE7>", "<0x8C>", "<0xAB>", "▁;", *place[::-1], "▁x"]
+    values = [-0.01 * i for i in range(len(tokens))]
+    found = server.boxes(tokens, values, codec)
+    texts = server.spell(tokens)
+    assert "".join(texts).split(" ;")[1].endswith("> 猫")
+    wanted = read_objects(texts, codec, None, None, values)
+    assert len(wanted) == 2
+    for box, one in zip(found, wanted, strict=True):
+        edges = [box[edge] for edge in ("y1", "x1", "y2", "x2")]
+        assert (tuple(edges), box["label"]) == (one.box, one.label)
+        assert box["score"] == pytest.approx(one.score)
+        assert ("mask" in box) == (one.mask is not None)
+    head, data = found[0]["mask"].split(",")
+    alpha = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))[..., 3]
+    np.testing.assert_array_equal(alpha > 0, wanted[0].mask > 0)
+    assert "mask" not in server.boxes(tokens, values)[0]
 
 
 def test_concurrent_answers_are_generates(address):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from keras_paligemma.tasks import locations
-from keras_paligemma.tasks.boxes import encode_box
+from keras_paligemma.tasks.answers import write_object
 from keras_paligemma.tasks.locations import from_locations
 from keras_paligemma.tasks.locations import to_locations
+from keras_paligemma.tasks.objects import Object
 
 
 def random_boxes(count):
@@ -57,7 +58,7 @@ def test_rounds_as_boxes_are_written():
     boxes = np.vstack([random_boxes(500), np.arange(4) * 0.5 / 1023])
     for box, tokens in zip(boxes, to_locations(boxes), strict=True):
         text = "".join(f"<loc{number:04d}>" for number in tokens)
-        assert text == encode_box(box)
+        assert text == write_object(Object(box))
 
 
 @pytest.mark.parametrize("box", [[0, 0, 1, 1.01], [-0.1, 0, 1, 1], [np.nan]])

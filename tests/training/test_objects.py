@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from keras_paligemma.training import EvaluateObjects
+from tests.training import killed_run
 
 LEFT, RIGHT = (0.1, 0.1, 0.9, 0.4), (0.1, 0.6, 0.9, 0.9)
 OBJECTS = [[(LEFT, "cat"), (RIGHT, "dog")], [(RIGHT, "cat")], []]
@@ -65,3 +66,18 @@ def test_every_and_another_detector():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         EvaluateObjects(*arguments)
+
+
+def test_the_models_own_detect_in_a_fit(monkeypatch):
+    """Answers are scripted; the model, its scores and the fit are real."""
+    model, batches = killed_run.set_up()
+    box = "<loc0102><loc0102><loc0921><loc0409>"
+    monkeypatch.setattr(
+        type(model),
+        "generate",
+        lambda self, inputs: [f"{box} cat" for _ in inputs["prompts"]],
+    )
+    pictures = [np.zeros((9, 9, 3), "uint8")] * 2
+    seen = EvaluateObjects(pictures, [[(LEFT, "cat")]] * 2)
+    history = model.fit(batches, epochs=1, verbose=0, callbacks=[seen])
+    assert history.history["val_map"] == pytest.approx([1])

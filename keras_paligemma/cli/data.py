@@ -1,0 +1,67 @@
+"""`keras-paligemma data convert`: data sets of objects between formats."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+data = typer.Typer(help="Data sets of objects.", no_args_is_help=True)
+
+# Of what is wrong, lines that are shown.
+_SHOWN = 10
+
+
+@data.callback()
+def group() -> None:
+    """Data sets of objects."""
+
+
+@data.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="COCO JSON, YOLO's data.yaml or classes.txt, JSONL, or a "
+            "folder of one of these or of Pascal VOC's XML"
+        ),
+    ],
+    target: Annotated[
+        Path, typer.Argument(help="New file, or new or empty folder")
+    ],
+    to: Annotated[str, typer.Option(help="coco | yolo | voc | jsonl")],
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="detect writes boxes, segment masks, to YOLO and JSONL; "
+            "default: masks where all objects have one"
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures, if not found")
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Of a source that has several")
+    ] = "train",
+    codec: Annotated[
+        Path | None,
+        typer.Option(
+            help="vae-oid.npz, for masks in JSONL of published models; "
+            "default: the codec of the nano preset"
+        ),
+    ] = None,
+) -> None:
+    """Write a data set in another format, and say what that cannot hold."""
+    from keras_paligemma.data import convert as convert_objects
+    from keras_paligemma.tasks.mask_codec import MaskCodec
+
+    loaded = None if codec is None else MaskCodec.load(codec)
+    made = convert_objects(source, target, to, images, split, task, loaded)
+    typer.echo(
+        f"{made.path}: {made.pictures:,} pictures, {made.objects:,} objects"
+    )
+    for what, number in made.lost.items():
+        typer.echo(f"lost: {what}: {number:,}")
+    for line in made.skipped[:_SHOWN]:
+        typer.echo(f"skipped: {line}")
+    if len(made.skipped) > _SHOWN:
+        typer.echo(f"skipped: {len(made.skipped) - _SHOWN:,} more")

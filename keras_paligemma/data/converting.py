@@ -1,0 +1,226 @@
+"""Data sets of objects from one format to another, and what is lost."""
+
+import dataclasses
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from keras_paligemma.atomic import refuse_in_use
+from keras_paligemma.atomic import whole_folder
+from keras_paligemma.data import coco_file
+from keras_paligemma.data import object_lines
+from keras_paligemma.data import voc
+from keras_paligemma.data import yolo
+from keras_paligemma.data.object_set import ObjectSet
+from keras_paligemma.data.object_set import check_size
+from keras_paligemma.data.object_set import in_pixels
+from keras_paligemma.data.object_set import object_of
+from keras_paligemma.data.object_set import plain_name
+from keras_paligemma.data.object_source import clip_boxes
+from keras_paligemma.data.opening import open_objects
+from keras_paligemma.preprocessing.images import picture_path
+from keras_paligemma.tasks.mask_codec import MaskCodec
+from keras_paligemma.tasks.masks import check_segmentation
+
+# Of formats that are folders: the file without which they are none, and the
+# folder of their pictures.
+_FOLDERS = {
+    "yolo": ("data.yaml", "images"),
+    "voc": (voc.LABEL_MAP, "JPEGImages"),
+}
+FORMATS = ("coco", "jsonl", *_FOLDERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What became of a data set.
+
+    Args:
+        path: path of the file or folder that was written.
+        pictures: int, pictures that it has.
+        objects: int, objects that were handed to it.
+        skipped: str of each picture or object that was left out since
+            something is wrong with it, with its place.
+        lost: dict of what the format cannot hold, in words, to how often.
+    """
+
+    path: Path
+    pictures: int
+    objects: int
+    skipped: Sequence[str] = ()
+    lost: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    to: str,
+    image_folder: str | os.PathLike | None = None,
+    split: str = "train",
+    task: str | None = None,
+    codec: MaskCodec | None = None,
+) -> Conversion:
+    """Write a data set of objects in another format.
+
+    COCO and JSONL are a file that names the pictures where they are; YOLO and
+    VOC a folder that gets the pictures too, as links where the file system
+    has them, so that no byte is copied.
+
+    Args:
+        source: str or path, as `open_source` takes it.
+        target: str or path of a new file, or of a new or empty folder.
+        to: "coco", "yolo", "voc" or "jsonl".
+        image_folder: str or path of the source's pictures; found if `None`.
+        split: str, which part of the source to convert.
+        task: "detect" writes boxes, "segment" masks, where a format has
+            either: YOLO and JSONL. `None` writes masks where all have one.
+        codec: `MaskCodec` of JSONL's masks; the embedded one if `None`.
+
+    Returns:
+        `Conversion`, which says what was left out and what is lost.
+
+    Raises:
+        ValueError: the source is of no known format, there is no such format,
+            or the target is there.
+        ImportError: a package is missing that the format needs.
+
+    Example:
+
+    ```python
+    convert("instances.json", "yolo_folder", "yolo", task="segment").lost
+    # {"marks of crowds": 3}
+    ```
+    """
+    if to not in FORMATS or task not in (None, "detect", "segment"):
+        raise ValueError(
+            f"There is no such format. Expected: one of {FORMATS}, task "
+            f"'detect', 'segment' or None. Received: {to!r}, task={task!r}."
+        )
+    target = Path(target)
+    refuse_in_use(target)
+    if to not in _FOLDERS and (target.is_dir() or not target.suffix):
+        raise ValueError(
+            f"{to} is one file. Expected: a path such as objects.json or "
+            f"train.jsonl. Received: {os.fspath(target)!r}."
+        )
+    objects = open_objects(source, image_folder, split, codec)
+    lost = Counter(objects.skipped)
+    objects, skipped, clipped = usable(objects)
+    lost["boxes clipped"] += clipped
+    every = [one for picture in objects.pictures for one in picture.annotations]
+    if task is None:
+        has_masks = every and all(one.has_mask() for one in every)
+        task = "segment" if has_masks else "detect"
+    if to in _FOLDERS:
+        lost += _write_folder(objects, target, to, task)
+    else:
+        lost += _write_file(objects, target, to, task, codec)
+    counts = len(objects.pictures), len(every)
+    return Conversion(target, *counts, tuple(skipped), dict(+lost))
+
+
+def usable(objects: ObjectSet) -> tuple[ObjectSet, list[str], int]:
+    """Give a set in pixels, without what is wrong in it.
+
+    Args:
+        objects: `ObjectSet`.
+
+    Returns:
+        `ObjectSet` whose annotations have boxes within their pictures and,
+        where there are any, masks that can be read; what was left out, a str
+        each, with its place; and how many boxes were clipped by a pixel, or 1
+        % of the side.
+    """
+    pictures, skipped, clipped = [], [], 0
+    for row, picture in enumerate(objects.pictures):
+        try:
+            if picture.problem:
+                raise ValueError(picture.problem)
+            path = picture_path(picture.name, objects.image_folder)
+            picture = in_pixels(picture, objects.image_folder)
+            check_size(path, picture.size)
+        except ValueError as error:
+            skipped.append(f"{objects.where(row)}: {error}")
+            continue
+        boxes = [one.box or (np.nan,) * 4 for one in picture.annotations]
+        boxes, _, cut = clip_boxes(
+            np.array(boxes, "float64").reshape(-1, 4),
+            np.array([picture.size] * len(boxes), "float64").reshape(-1, 2),
+            np.ones(len(boxes)),
+            1,
+        )
+        clipped += int(cut.sum())
+        kept = []
+        for one, box, is_cut in zip(
+            picture.annotations, boxes.tolist(), cut, strict=True
+        ):
+            if is_cut:
+                one = dataclasses.replace(one, box=tuple(box))
+            try:
+                object_of(one, picture.size, with_mask=False)
+                if one.has_mask():
+                    check_segmentation(one.segmentation, picture.size)
+            except ValueError as error:
+                skipped.append(f"{objects.where(row)}: {one.place}: {error}")
+            else:
+                kept.append(one)
+        pictures.append(dataclasses.replace(picture, annotations=tuple(kept)))
+    return dataclasses.replace(objects, pictures=pictures), skipped, clipped
+
+
+def _write_file(objects, target, to, task, codec):
+    """Write a file under another name, and rename it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.draft")
+    folder = os.fspath(target.parent)
+    if to == "coco":
+        lost = coco_file.write(objects, draft, folder)
+    else:
+        lost = object_lines.write(objects, draft, folder, task, codec)
+    os.replace(draft, target)
+    return lost
+
+
+def _write_folder(objects, target, to, task):
+    entry, images = _FOLDERS[to]
+    _refuse_twins(objects)
+    with whole_folder(target, entry) as draft:
+        if to == "yolo":
+            lost = yolo.write(objects, draft, task == "segment")
+        else:
+            lost = voc.write(objects, draft)
+        for picture in objects.pictures:
+            path = picture_path(picture.name, objects.image_folder)
+            place = draft / images / plain_name(picture)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lost["pictures that are missing"] += not _link(path, place)
+    return lost
+
+
+def _link(path, place):
+    """Whether a file could be linked, or copied, to its place."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        os.link(path, place)
+    except OSError:  # Another file system, or one without links.
+        shutil.copy(path, place)
+    return True
+
+
+def _refuse_twins(objects):
+    """Refuse pictures whose labels would be one file."""
+    stems = {}
+    for picture in objects.pictures:
+        stem = Path(plain_name(picture)).with_suffix("")
+        if stem in stems:
+            raise ValueError(
+                "Two pictures would have one file of labels. Received: "
+                f"{stems[stem]!r} and {picture.name!r}. Rename one of them."
+            )
+        stems[stem] = picture.name

@@ -1,0 +1,156 @@
+"""Objects in JSONL of the package: answers to `detect` and `segment`."""
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from keras_paligemma.data.examples import ExampleError
+from keras_paligemma.data.examples import frames_of
+from keras_paligemma.data.jsonl import JSONLSource
+from keras_paligemma.data.object_set import Annotation
+from keras_paligemma.data.object_set import ObjectSet
+from keras_paligemma.data.object_set import Picture
+from keras_paligemma.data.object_set import has_fields
+from keras_paligemma.data.object_set import relative_name
+from keras_paligemma.data.object_set import size_of_file
+from keras_paligemma.data.object_source import ObjectSource
+from keras_paligemma.tasks.answers import read_objects
+from keras_paligemma.tasks.mask_codec import MaskCodec
+from keras_paligemma.tasks.masks import to_rle
+
+_PROMPT = re.compile(r"\s*(?:detect|segment)\s+(.+)", re.DOTALL)
+
+
+def read(
+    path: Path,
+    image_folder: str | None = None,
+    codec: MaskCodec | None = None,
+) -> ObjectSet:
+    """Read the objects of a JSONL file's answers.
+
+    Sizes are read from the pictures, since masks are resized to them. Several
+    lines of one picture are one picture.
+
+    Args:
+        path: path of the JSONL file.
+        image_folder: str, what pictures are relative to; the file's folder if
+            `None`.
+        codec: `MaskCodec` that masks were written by; the embedded one if
+            `None`.
+
+    Returns:
+        `ObjectSet`; `skipped` counts lines that ask for something else, are
+        damaged or name a picture that cannot be read, and parts of answers
+        that are no object.
+
+    Raises:
+        ValueError: there is no such file.
+        ImportError: pycocotools is missing.
+    """
+    source = JSONLSource(path, image_folder, allow_empty=True)
+    codec = codec or MaskCodec.embedded()
+    skipped, found, sizes = Counter(), {}, {}
+    classes = {}
+    for index in range(len(source)):
+        try:
+            example = source[index]
+        except ExampleError:
+            skipped["damaged lines"] += 1
+            continue
+        asked = _PROMPT.fullmatch(example["prompts"])
+        image = example["images"]
+        if asked is None or len(frames_of(image)) > 1:
+            skipped["lines that do not ask for objects"] += 1
+            continue
+        if image not in sizes:
+            try:
+                sizes[image] = size_of_file(image)
+            except ValueError:
+                skipped["lines of missing pictures"] += 1
+                continue
+        labels = [one.strip() for one in asked[1].split(";") if one.strip()]
+        classes |= dict.fromkeys(labels)
+        answer = example["responses"]
+        answer = answer[0] if isinstance(answer, list) else answer
+        objects = read_objects(answer, codec, labels)
+        skipped["parts of answers that are no object"] += len(objects.skipped)
+        place = f"line {source.lines[index] + 1}"
+        _, annotations = found.setdefault(image, (place, []))
+        annotations += [
+            _annotation(one, sizes[image], place) for one in objects
+        ]
+    pictures = [
+        Picture(
+            _name(image, source.image_folder), annotations, sizes[image], place
+        )
+        for image, (place, annotations) in found.items()
+    ]
+    return ObjectSet(
+        path, source.image_folder, tuple(classes), pictures, +skipped
+    )
+
+
+def write(
+    objects: ObjectSet,
+    path: Path,
+    image_folder: str,
+    task: str = "detect",
+    codec: MaskCodec | None = None,
+) -> Counter:
+    """Write a set of objects as JSONL that `fit` and `--data` take.
+
+    Args:
+        objects: `ObjectSet` of pictures in pixels, without problems.
+        path: path of the file to write.
+        image_folder: str, what names of pictures are to be relative to.
+        task: "detect", or "segment", which needs a mask of every object.
+        codec: `MaskCodec` for masks; the embedded one if `None`.
+
+    Returns:
+        Counter of what the format cannot hold.
+
+    Raises:
+        ValueError: a class has a name that prompts cannot hold.
+    """
+    lost = Counter()
+    source = ObjectSource(
+        objects, task, encode_mask=codec and codec.encode_mask
+    )
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(len(source)):
+            example = source[index]
+            picture = source.picture(index)
+            name = relative_name(picture, objects, image_folder)
+            line = {"image": name, "prefix": example["prompts"]}
+            line["suffix"] = example["responses"]
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            lost["fields of other formats"] += has_fields(picture.extra)
+            for one in picture.annotations:
+                lost["edges rounded to 1/1023 of the side"] += 1
+                kind = "masks as 16 codes" if task == "segment" else "masks"
+                lost[kind] += one.has_mask()
+                lost["scores"] += one.score is not None
+                lost["marks of crowds"] += one.is_crowd
+                lost["fields of other formats"] += has_fields(one.extra)
+    lost.update(source.left_out)
+    lost["boxes clipped"] += source.clipped
+    used = {
+        one.label for picture in objects.pictures for one in picture.annotations
+    }
+    lost["classes without an object"] += len(set(objects.classes) - used)
+    return +lost
+
+
+def _name(image, folder):
+    """The name of a picture relative to a folder; a URI as it is."""
+    if image.startswith("data:") or "://" in image[:16]:
+        return image
+    return os.path.relpath(image, folder)
+
+
+def _annotation(one, size, place):
+    x1, y1, x2, y2 = one.xyxy(size)
+    mask = None if one.mask is None else to_rle(one.mask_in(size))
+    return Annotation(one.label, (y1, x1, y2, x2), mask, place=place)

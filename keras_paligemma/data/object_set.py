@@ -1,0 +1,324 @@
+"""Pictures and the objects on them, as data sets of every format hold them."""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
+from pathlib import PurePosixPath
+from typing import Any
+
+from PIL import Image
+from PIL.ExifTags import Base
+
+from keras_paligemma.preprocessing.images import openable
+from keras_paligemma.preprocessing.images import picture_path
+from keras_paligemma.tasks.masks import from_rle
+from keras_paligemma.tasks.masks import from_segmentation
+from keras_paligemma.tasks.masks import to_polygons
+from keras_paligemma.tasks.objects import Object
+
+_TURNED = (5, 6, 7, 8)
+
+# Of files that are pictures.
+_SUFFIXES = {
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".heic", ".mpo"),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Annotation:
+    """An object as a file describes it, before anything is computed of it.
+
+    Coordinates are in the unit of its `Picture`.
+
+    Args:
+        label: str, the name of its class.
+        box: (y1, x1, y2, x2); `None` where the file has no box that could be
+            read, which `problem` tells.
+        segmentation: polygons or run lengths as COCO holds them, a list or a
+            dict; `None` where there is no mask.
+        is_crowd: bool, whether it stands for a group of objects.
+        score: float or `None`.
+        place: str, where it is in the file of its picture: "annotation 7".
+        extra: dict of what its format alone holds, ready for JSON.
+        problem: str, why it cannot be used; "" if it can.
+    """
+
+    label: str
+    box: tuple[float, float, float, float] | None
+    segmentation: Sequence | Mapping | None = None
+    is_crowd: bool = False
+    score: float | None = None
+    place: str = ""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    problem: str = ""
+
+    def has_mask(self) -> bool:
+        """Tell whether there are polygons or run lengths."""
+        mask = self.segmentation
+        return bool(mask.get("counts") if isinstance(mask, Mapping) else mask)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture as a file describes it, with its objects.
+
+    Args:
+        name: str, path relative to the folder of pictures, or a URI.
+        annotations: the objects, in the order of the file.
+        size: (height, width) in pixels, the unit of the annotations. `None`
+            where the file tells no size: annotations are shares of the
+            picture's sides then, and polygons flat lists of such shares.
+        place: str, where it is in its data set: "image 7", "labels/a.txt".
+        extra: dict of what its format alone holds, ready for JSON.
+        problem: str, why it cannot be used; "" if it can.
+    """
+
+    name: str
+    annotations: Sequence[Annotation] = ()
+    size: tuple[float, float] | None = None
+    place: str = ""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectSet:
+    """A data set of objects on pictures, of any format.
+
+    Args:
+        path: path of the file or folder that it was read from.
+        image_folder: str, what names of pictures are relative to.
+        classes: names of all classes, in the order of the data set; also of
+            those that no object has.
+        pictures: `Picture`s.
+        skipped: dict of what is no part of the set, in words, to how many.
+        extra: dict of what its format alone holds, ready for JSON.
+    """
+
+    path: Path
+    image_folder: str
+    classes: Sequence[str]
+    pictures: Sequence[Picture]
+    skipped: Mapping[str, int] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def where(self, row: int) -> str:
+        """Name the place of a picture in words."""
+        return f"{os.fspath(self.path)}, {self.pictures[row].place}"
+
+
+def in_pixels(picture: Picture, folder: str) -> Picture:
+    """Give a picture whose annotations are in pixels.
+
+    Args:
+        picture: `Picture`; one that has a size is given back as it is.
+        folder: str, of pictures: the size of others is read from the file.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if picture.size is not None:
+        return picture
+    height, width = size_of_file(picture_path(picture.name, folder))
+    scaled = []
+    for one in picture.annotations:
+        box, polygons = one.box, one.segmentation
+        if box is not None:
+            y1, x1, y2, x2 = box
+            box = (y1 * height, x1 * width, y2 * height, x2 * width)
+        if polygons is not None:
+            sides = (width, height)
+            polygons = [
+                [edge * sides[i % 2] for i, edge in enumerate(polygon)]
+                for polygon in polygons
+            ]
+        scaled.append(dataclasses.replace(one, box=box, segmentation=polygons))
+    return dataclasses.replace(
+        picture, annotations=scaled, size=(height, width)
+    )
+
+
+def size_of_file(path: str | os.PathLike) -> tuple[int, int]:
+    """Read (height, width) of a picture, turned as its EXIF says.
+
+    Args:
+        path: str or path, or a URI as `picture_path` gives it.
+
+    Raises:
+        ValueError: the picture is missing or damaged.
+    """
+    size, is_turned = opened_size(path)
+    return size[::-1] if is_turned else size
+
+
+def opened_size(path: str | os.PathLike) -> tuple[tuple[int, int], bool]:
+    """Read (height, width) as stored, and whether EXIF turns the picture."""
+    try:
+        with Image.open(openable(path)) as opened:
+            width, height = opened.size
+            is_turned = opened.getexif().get(Base.Orientation) in _TURNED
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"The picture cannot be read. Received: {str(path):.300} "
+            f"({reason})."
+        ) from error
+    return (height, width), is_turned
+
+
+def check_size(path: str, size: tuple[float, float]):
+    """Refuse a file that boxes do not fit: turned, or another picture.
+
+    A resized copy, of the same shape, is none: boxes are shares of the sides.
+
+    Args:
+        path: str, of a picture; one that cannot be read is not refused here.
+        size: (height, width) that the annotations are of, pixels.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    try:
+        stored, is_turned = opened_size(path)
+    except ValueError:
+        return  # Said when the picture is read.
+    found = stored[::-1] if is_turned else stored
+    if abs(found[0] * size[1] - found[1] * size[0]) > sum(size):
+        raise ValueError(
+            "The picture is not of the size that its boxes were drawn on. "
+            f"Expected: (height, width) {size}, or the same shape. Received: "
+            f"{found}{', turned as its EXIF says' if is_turned else ''}, "
+            f"{path:.300}."
+        )
+
+
+def object_of(
+    annotation: Annotation,
+    size: tuple[float, float],
+    box: Sequence[float] | None = None,
+    with_mask: bool = True,
+) -> Object:
+    """Make an object of an annotation in pixels.
+
+    Args:
+        annotation: `Annotation`.
+        size: (height, width) of the picture, pixels.
+        box: (y1, x1, y2, x2) in place of the annotation's own, such as one
+            that was clipped.
+        with_mask: bool, whether the object needs a mask.
+
+    Returns:
+        `Object` with the label and score of the annotation.
+
+    Raises:
+        ValueError: the annotation has a problem, its box is outside of the
+            picture, or its mask is missing, damaged, or empty within the box.
+        ImportError: pycocotools is missing.
+    """
+    if annotation.problem:
+        raise ValueError(annotation.problem)
+    y1, x1, y2, x2 = map(float, annotation.box if box is None else box)
+    fields = {"label": annotation.label, "score": annotation.score}
+    try:
+        found = Object.from_xyxy((x1, y1, x2, y2), size, **fields)
+    except ValueError as error:
+        raise ValueError(
+            f"The box does not fit its picture of (height, width) {size}. "
+            f"Received: (y1, x1, y2, x2) = {(y1, x1, y2, x2)}. What sticks out "
+            "by a pixel or 1 % is clipped in training; for more, pass "
+            "`outside='clip'` or `outside='drop'`."
+        ) from error
+    if not with_mask:
+        return found
+    if not annotation.has_mask():
+        raise ValueError(
+            "There is no mask. Expected: polygons or run lengths. Received: "
+            f"{annotation.segmentation!r}."
+        )
+    return found.with_mask(from_segmentation(annotation.segmentation, size))
+
+
+def bounds_of(
+    polygons: Sequence[Sequence[float]],
+) -> tuple[float, float, float, float]:
+    """Give the box of flat polygons x1, y1, x2, y2, …, as (y1, x1, y2, x2)."""
+    x = [edge for polygon in polygons for edge in polygon[::2]]
+    y = [edge for polygon in polygons for edge in polygon[1::2]]
+    return min(y), min(x), max(y), max(x)
+
+
+def relative_name(picture: Picture, objects: ObjectSet, folder: str) -> str:
+    """Give the name of a picture relative to another folder, with slashes.
+
+    Args:
+        picture: `Picture` of the set.
+        objects: `ObjectSet`.
+        folder: str, what the name is to be relative to.
+
+    Returns:
+        str; a URI as it is.
+    """
+    path = picture_path(picture.name, objects.image_folder)
+    if path.startswith("data:") or "://" in path[:16]:
+        return path
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def has_fields(extra: Mapping, known: Sequence[str] = ()) -> bool:
+    """Tell whether an entry has fields that another format cannot hold.
+
+    Args:
+        extra: dict of `Annotation` or `Picture`.
+        known: names that the format does hold.
+
+    Returns:
+        bool; numbers of entries, and areas, follow from the rest.
+    """
+    return bool(extra.keys() - {"id", "area", *known})
+
+
+def plain_name(picture: Picture) -> str:
+    """Give a name below a folder for a copy of a picture.
+
+    Args:
+        picture: `Picture`; of one that lies outside of its folder, the last
+            part of its name.
+    """
+    path = PurePosixPath(picture.name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or "://" in picture.name[:16]:
+        return path.name
+    # YOLO finds labels by the last folder of this name.
+    parents = [one for one in path.parts[:-1] if one != "images"]
+    return str(PurePosixPath(*parents, path.name))
+
+
+def polygons_of(
+    annotation: Annotation, size: tuple[int, int]
+) -> list[list[float]]:
+    """Give the mask of an annotation in pixels as flat polygons.
+
+    Args:
+        annotation: `Annotation` with a mask; run lengths are traced, exactly.
+        size: (height, width) of the picture, pixels.
+
+    Raises:
+        ValueError: the run lengths are damaged, or empty.
+    """
+    if not isinstance(annotation.segmentation, Mapping):
+        return [list(polygon) for polygon in annotation.segmentation]
+    polygons = to_polygons(from_rle(annotation.segmentation, size))
+    if not polygons:
+        raise ValueError("The mask is empty. Expected: one pixel or more.")
+    return polygons
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """List the pictures below a folder, sorted."""
+    found = folder.rglob("*")
+    return sorted(one for one in found if one.suffix.lower() in _SUFFIXES)

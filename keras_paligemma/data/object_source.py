@@ -1,0 +1,315 @@
+"""Objects on pictures as `detect` and `segment` examples."""
+
+import collections
+import os
+import warnings
+from collections.abc import Callable
+from collections.abc import Sequence
+
+import numpy as np
+
+from keras_paligemma.data.examples import ExampleError
+from keras_paligemma.data.examples import located
+from keras_paligemma.data.object_set import ObjectSet
+from keras_paligemma.data.object_set import Picture
+from keras_paligemma.data.object_set import check_size
+from keras_paligemma.data.object_set import in_pixels
+from keras_paligemma.data.object_set import object_of
+from keras_paligemma.preprocessing.images import picture_path
+from keras_paligemma.tasks import prompts
+from keras_paligemma.tasks.answers import write_object
+from keras_paligemma.tasks.mask_codec import BOOK
+from keras_paligemma.tasks.mask_codec import CODES
+from keras_paligemma.tasks.mask_codec import MaskCodec
+from keras_paligemma.tasks.masks import import_pycocotools
+from keras_paligemma.tasks.objects import Object
+from keras_paligemma.tasks.prompts import SEPARATOR
+
+_ASK = {"detect": prompts.detect, "segment": prompts.segment}
+
+
+class ObjectSource:
+    """Examples of a data set of objects: a picture, its classes, its objects.
+
+    | task | prompt | answer |
+    |---|---|---|
+    | detect | `detect cat ; dog` | `<loc…>×4 cat ; <loc…>×4 dog` |
+    | segment | `segment cat` | `<loc…>×4<seg…>×16 cat` |
+
+    Answers follow the classes in the order of the prompt, within a class the
+    annotations in the order of the file. Pictures are not read here.
+
+    A box that sticks out of its picture by a pixel, or by 1 % of the side, is
+    clipped: exporters round that way. A mask that is marked as a crowd is an
+    object like others: CVAT and Datumaro mark all masks of a brush so, and
+    COCO groups.
+
+    Args:
+        data: `ObjectSet`, such as `open_objects` gives.
+        task: "detect" or "segment".
+        classes: names to ask for in every prompt, in this order; `None` asks
+            for those that the picture has, in the order of the data set.
+        keep_empty: bool, whether pictures with none of the classes are
+            examples too, with an empty answer. Needs `classes`.
+        encode_mask: function for "segment": of a bool array (height, width),
+            the mask within its box, at the picture's resolution; it returns
+            the 16 codes, integers from 0 to 127. `None` takes the codec that
+            comes with the nano preset; published models know the codes of
+            another one: `MaskCodec.load("vae-oid.npz").encode_mask`.
+        keep_crowds: bool, whether crowds that have a mask are objects; crowds
+            without one never are.
+        outside: what becomes of a box that sticks out further: "error" when
+            its picture is asked for, "clip" cuts it to the picture, "drop"
+            leaves it out.
+
+    Raises:
+        ValueError: there is no such class, or arguments do not fit together.
+        ExampleError: on `source[index]`, with picture and annotation: a box
+            is outside of its picture or a mask cannot be read, where the
+            error's `remainder` has the other objects; or the picture is of
+            another shape than the file says.
+
+    Attributes:
+        clipped: int, boxes that were cut to their pictures.
+        left_out: dict of what to how many: crowds, objects of other classes,
+            boxes that were dropped, pictures without an object. A warning
+            tells of crowds that have no mask.
+    """
+
+    def __init__(
+        self,
+        data: ObjectSet,
+        task: str = "detect",
+        classes: Sequence[str] | None = None,
+        keep_empty: bool = False,
+        encode_mask: Callable[[np.ndarray], Sequence[int]] | None = None,
+        keep_crowds: bool = True,
+        outside: str = "error",
+    ):
+        if task not in _ASK:
+            raise ValueError(
+                f"`task` must be 'detect' or 'segment'. Received: {task!r}."
+            )
+        if outside not in ("error", "clip", "drop"):
+            raise ValueError(
+                "`outside` must be 'error', 'clip' or 'drop'. Received: "
+                f"{outside!r}."
+            )
+        if keep_empty and classes is None:
+            raise ValueError(
+                "`keep_empty=True` has nothing to ask for. Expected: "
+                "`classes`, the names for every prompt. Received: None."
+            )
+        unknown = sorted(set(classes or ()) - set(data.classes))
+        if unknown:
+            raise ValueError(
+                f"{data.path} has no class {unknown}. Expected: some of "
+                f"{sorted(data.classes)}."
+            )
+        if task == "segment":
+            import_pycocotools()
+            encode_mask = encode_mask or MaskCodec.embedded().encode_mask
+        self.data = data
+        self.task = task
+        self.encode_mask = encode_mask
+        self.classes = list(data.classes if classes is None else classes)
+        self._asks_all = classes is not None
+        self.clipped = 0
+        self.left_out = collections.Counter(data.skipped)
+        self._index(keep_crowds, outside)
+        self._rows = np.arange(len(data.pictures))
+        if not keep_empty:
+            self._rows = np.flatnonzero(self._ends > self._starts)
+        without = len(data.pictures) - len(self._rows)
+        self.left_out["pictures without an object"] += without
+        # Counts of none say nothing.
+        self.left_out = dict(+self.left_out)
+
+    def _objects(self, keep_crowds):
+        """List the annotations that are objects, each with the row of its
+        picture and its number there; count the others."""
+        places, objects = [], []
+        for row, picture in enumerate(self.data.pictures):
+            for number, one in enumerate(picture.annotations):
+                if one.label not in self.classes and not one.problem:
+                    self.left_out["objects of other classes"] += 1
+                elif one.is_crowd and not keep_crowds:
+                    self.left_out["crowds"] += 1
+                elif one.is_crowd and not one.has_mask():
+                    self.left_out["crowds without a mask"] += 1
+                else:
+                    places.append((row, number))
+                    objects.append(one)
+        crowds = self.left_out["crowds without a mask"]
+        if crowds:
+            every = sum(len(one.annotations) for one in self.data.pictures)
+            warnings.warn(
+                f"{self.data.path}: crowds (iscrowd) without a mask are left "
+                f"out, {crowds} of {every} annotations. Set their iscrowd to "
+                "0 if their boxes are objects.",
+                stacklevel=4,
+            )
+        return np.array(places, "int64").reshape(-1, 2).T, objects
+
+    def _index(self, keep_crowds, outside):
+        """Order objects by picture and class, and clip their boxes."""
+        (rows, numbers), objects = self._objects(keep_crowds)
+        place = {name: number for number, name in enumerate(self.classes)}
+        classes = np.array(
+            [place.get(one.label, len(place)) for one in objects], "int64"
+        )
+        pictures = self.data.pictures
+        sizes = [one.size or (1, 1) for one in pictures]
+        # One pixel of a picture whose size its file does not tell is unknown.
+        pixels = [float(one.size is not None) for one in pictures]
+        boxes = [one.box or (np.nan,) * 4 for one in objects]
+        boxes, overhang, cut = clip_boxes(
+            np.array(boxes, "float64").reshape(-1, 4),
+            np.array(sizes, "float64").reshape(-1, 2)[rows],
+            np.array(pixels)[rows],
+            np.inf if outside == "clip" else 1,
+        )
+        self.clipped = int(cut.sum())
+        # By picture, class and place in the file: `lexsort` is stable.
+        order = np.lexsort((classes, rows))
+        if outside == "drop":
+            outer = overhang > 1
+            self.left_out["boxes outside of their pictures"] += int(outer.sum())
+            order = order[~outer[order]]
+        self._numbers = numbers[order]
+        self._classes, self._boxes = classes[order], boxes[order]
+        bounds = np.arange(len(pictures) + 1)
+        bounds = np.searchsorted(rows[order], bounds)
+        self._starts, self._ends = bounds[:-1], bounds[1:]
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __repr__(self):
+        left_out = "".join(
+            f", {number} {what} left out"
+            for what, number in self.left_out.items()
+        )
+        return (
+            f"{type(self).__name__}({os.fspath(self.data.path)!r}: "
+            f"{len(self)} examples, {self.clipped} boxes clipped{left_out})"
+        )
+
+    def where(self, index: int) -> str:
+        """Name the place of an example: data set and picture."""
+        return self.data.where(self._rows[index])
+
+    def picture(self, index: int) -> Picture:
+        """Give the picture of an example as its file describes it."""
+        return self.data.pictures[self._rows[index]]
+
+    def objects(self, index: int) -> list[Object]:
+        """Give the objects of an example, as `EvaluateObjects` takes them.
+
+        Args:
+            index: int, of the example.
+
+        Returns:
+            List of `Object`, with masks where the task is "segment".
+
+        Raises:
+            ExampleError: one of them cannot be read.
+        """
+        with located(self.where(index)):
+            _, found, problems = self._read(index)
+            if problems:
+                raise ValueError(problems[0])
+            return [one for _, one in found.values()]
+
+    def __getitem__(self, index):
+        with located(self.where(index)):
+            path, found, problems = self._read(index)
+            answers = {}
+            for i, (place, one) in found.items():
+                try:
+                    answers[i] = write_object(one, self._codes(one))
+                except ValueError as error:
+                    problems.append(f"{place}: {error}")
+            example = self._example(path, answers)
+            if not problems:
+                return example
+            others = ""
+            if problems[1:]:
+                others = f" ({len(problems)} of its objects are wrong.)"
+            raise ExampleError(
+                f"{self.where(index)}: {problems[0]}{others}",
+                remainder=example if answers else None,
+            )
+
+    def _read(self, index):
+        """Path of a picture, its objects and places, and what is wrong."""
+        row = self._rows[index]
+        picture = self.data.pictures[row]
+        if picture.problem:
+            raise ValueError(picture.problem)
+        path = picture_path(picture.name, self.data.image_folder)
+        unit = picture.size or (1, 1)
+        sized = in_pixels(picture, self.data.image_folder)
+        check_size(path, sized.size)
+        scale = np.tile(np.divide(sized.size, unit), 2)
+        found, problems = {}, []
+        for i in range(self._starts[row], self._ends[row]):
+            one = sized.annotations[self._numbers[i]]
+            box = self._boxes[i] * scale
+            try:
+                with_mask = self.task == "segment"
+                found[i] = one.place, object_of(one, sized.size, box, with_mask)
+            except ValueError as error:
+                problems.append(f"{one.place}: {error}")
+        return path, found, problems
+
+    def _example(self, path, answers):
+        """An example of answers by the number of their object."""
+        asked = self.classes
+        if not self._asks_all:
+            present = {int(self._classes[i]) for i in answers}
+            asked = [self.classes[number] for number in sorted(present)]
+        return {
+            "images": path,
+            "prompts": _ASK[self.task](asked) if asked else self.task,
+            "responses": SEPARATOR.join(answers.values()),
+        }
+
+    def _codes(self, one):
+        """The codes of an object's mask; none where boxes are asked for."""
+        if self.task == "detect":
+            return None
+        codes = [int(code) for code in self.encode_mask(one.mask)]
+        if len(codes) != CODES or not all(0 <= code < BOOK for code in codes):
+            raise ValueError(
+                f"`encode_mask` returned no mask codes. Expected: {CODES} "
+                f"integers from 0 to {BOOK - 1}. Received: {codes}."
+            )
+        return codes
+
+
+def clip_boxes(boxes, sizes, pixels, limit):
+    """Clip boxes that stick out of their pictures, up to a limit.
+
+    Args:
+        boxes: float array (N, 4) of (y1, x1, y2, x2).
+        sizes: float array (N, 2) of (height, width), of the same unit.
+        pixels: float array (N,), what one pixel is in this unit; 0 if unknown.
+        limit: how far they may stick out, as a multiple of what is forgiven.
+
+    Returns:
+        The boxes; how far each stuck out, such a multiple, infinite where
+        nothing of it is inside; and a bool array of which were clipped.
+    """
+    sides = np.concatenate([sizes, sizes], axis=1)
+    inside = np.clip(boxes, 0, sides)
+    # A pixel, and 1 % of the side where that is more.
+    forgiven = np.maximum(pixels[:, None], 0.01 * sides)
+    overhang = np.abs(boxes - inside) / forgiven
+    overhang = overhang.max(axis=1, initial=0)
+    # Rounding of the sums alone does not count.
+    overhang[overhang < 1e-6] = 0
+    emptied = (inside[:, :2] >= inside[:, 2:]).any(axis=1)
+    overhang[emptied & (overhang > 0)] = np.inf
+    cut = (overhang > 0) & (overhang <= limit) & np.isfinite(overhang)
+    return np.where(cut[:, None], inside, boxes), overhang, cut

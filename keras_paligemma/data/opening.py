@@ -1,0 +1,222 @@
+"""Data sets on disk, recognised by what they hold."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from keras_paligemma.data import coco_file
+from keras_paligemma.data import object_lines
+from keras_paligemma.data import voc
+from keras_paligemma.data import yolo
+from keras_paligemma.data.conversations import ConversationSource
+from keras_paligemma.data.jsonl import JSONLSource
+from keras_paligemma.data.jsonl import starts_array
+from keras_paligemma.data.object_set import ObjectSet
+from keras_paligemma.data.object_source import ObjectSource
+from keras_paligemma.preprocessing.images import picture_path
+from keras_paligemma.tasks.mask_codec import MaskCodec
+
+_KNOWN = (
+    "a JSONL file, a COCO JSON file, YOLO's data.yaml or classes.txt, a "
+    "folder of Pascal VOC's XML files, or a folder that holds one of these"
+)
+
+# How Roboflow calls the pictures that validate.
+_SPLIT_FOLDERS = {"val": ("val", "valid"), "validation": ("valid", "val")}
+
+
+def open_source(
+    path: str | os.PathLike,
+    image_folder: str | os.PathLike | None = None,
+    split: str = "train",
+    task: str = "detect",
+    codec: MaskCodec | None = None,
+    allow_empty: bool = False,
+    **options,
+) -> Any:
+    """Open a data set of any format as examples to train on.
+
+    | what | recognised by |
+    |---|---|
+    | JSONL, conversations | `*.jsonl`, or a JSON array |
+    | COCO, of Roboflow, CVAT and Label Studio too | `*.json`, an object |
+    | YOLO, boxes or polygons | `data.yaml`, `classes.txt` |
+    | Pascal VOC | `*.xml`, in `Annotations` or beside the pictures |
+
+    Args:
+        path: str or path of the file, or of the folder that holds it, or a
+            folder of it for each split.
+        image_folder: str or path of the pictures; found beside the file if
+            `None`.
+        split: str, which part to open where a folder holds several.
+        task: "detect" or "segment", for data sets of objects. Masks are not
+            looked at unless it is "segment".
+        codec: `MaskCodec` of the masks' codes; the one of the nano preset if
+            `None`. Published models know that of `vae-oid.npz`.
+        allow_empty: bool, whether answers of JSONL may be empty.
+        **options: as `ObjectSource` takes them, for data sets of objects.
+
+    Returns:
+        `JSONLSource`, `ConversationSource` or `ObjectSource`.
+
+    Raises:
+        ValueError: it is none of these, or several.
+
+    Example:
+
+    ```python
+    source = open_source("roboflow_export", split="train", task="segment")
+    ```
+    """
+    kind, found = recognise(path, split)
+    if kind == "jsonl":
+        return JSONLSource(found, image_folder, allow_empty)
+    if kind == "conversations":
+        return ConversationSource(found, image_folder, allow_empty=allow_empty)
+    objects = _READERS[kind](found, _text(image_folder), split, codec)
+    encode_mask = None if codec is None else codec.encode_mask
+    return ObjectSource(objects, task, encode_mask=encode_mask, **options)
+
+
+def open_objects(
+    path: str | os.PathLike,
+    image_folder: str | os.PathLike | None = None,
+    split: str = "train",
+    codec: MaskCodec | None = None,
+) -> ObjectSet:
+    """Open a data set of objects of any format as it was annotated.
+
+    Args and errors are those of `open_source`; of JSONL the answers to
+    `detect` and `segment` are read.
+
+    Returns:
+        `ObjectSet`.
+    """
+    kind, found = recognise(path, split)
+    if kind not in _READERS:
+        raise ValueError(
+            f"These are no objects on pictures. Received: {found}, of "
+            f"{kind}. Expected: {_KNOWN}."
+        )
+    return _READERS[kind](found, _text(image_folder), split, codec)
+
+
+def recognise(path: str | os.PathLike, split: str) -> tuple[str, Path]:
+    """Tell the format of a file or folder, and the path to read it by.
+
+    Args:
+        path: str or path.
+        split: str, which part to take where a folder holds several.
+
+    Returns:
+        "jsonl", "conversations", "coco", "yolo" or "voc", and a path.
+
+    Raises:
+        ValueError: it is none of these, or several.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _kind_of_file(path), path
+    if not path.is_dir():
+        raise ValueError(
+            f"The data does not exist. Expected: {_KNOWN}. Received: "
+            f"{os.fspath(path)!r}."
+        )
+    found = _in_folder(path, split)
+    folders = _SPLIT_FOLDERS.get(split, (split,))
+    if not found:
+        parts = [path / name for name in folders if (path / name).is_dir()]
+        found = [one for part in parts for one in _in_folder(part, split)]
+    if len(found) != 1:
+        received = [f"{kind}: {file}" for kind, file in found] or "none"
+        raise ValueError(
+            f"{path} holds no data set that could be told. Expected: "
+            f"{_KNOWN}, one of them for the split {split!r}. Received: "
+            f"{received}. Name the file, or the split."
+        )
+    return found[0]
+
+
+def _kind_of_file(file):
+    if file.suffix in (".yaml", ".yml") or file.name == "classes.txt":
+        return "yolo"
+    if file.suffix == ".json" and not starts_array(file):
+        return "coco"
+    if file.suffix not in (".json", ".jsonl"):
+        raise ValueError(
+            f"The data is of no known format. Expected: {_KNOWN}. Received: "
+            f"{os.fspath(file)!r}."
+        )
+    if starts_array(file):
+        return "conversations"
+    source = JSONLSource(file)
+    record = None
+    if len(source):
+        try:
+            record = source.record(0)
+        except ValueError:
+            return "jsonl"  # Said with its line when it is asked for.
+    turns = {"conversations", "messages"}
+    is_turns = isinstance(record, dict) and turns & record.keys()
+    return "conversations" if is_turns else "jsonl"
+
+
+def _in_folder(folder, split):
+    """What data sets there are in a folder itself: kinds and paths."""
+    found = []
+    if any((folder / name).is_file() for name in ("data.yaml", "classes.txt")):
+        found.append(("yolo", folder))
+    if _has(folder, "*.xml") or _has(folder / "Annotations", "*.xml"):
+        found.append(("voc", folder))
+    files = _of_split(folder.glob("*.jsonl"), split)
+    found += [(_kind_of_file(file), file) for file in files]
+    files = [*folder.glob("*.json"), *(folder / "annotations").glob("*.json")]
+    return found + [("coco", file) for file in _of_split(files, split)]
+
+
+def _has(folder, pattern):
+    return next(folder.rglob(pattern), None) is not None
+
+
+def _of_split(files, split):
+    """Of several files those whose names have the split in them."""
+    files = sorted(files)
+    return [f for f in files if split in f.stem] if len(files) > 1 else files
+
+
+def _read_coco(file, image_folder, split, codec):
+    """Read COCO's file; its pictures are where the first one is found."""
+    objects = coco_file.read(file, image_folder or os.fspath(file.parent))
+    if image_folder is not None or not objects.pictures:
+        return objects
+    home = file.parent.parent if file.parent.name == "annotations" else None
+    folders = [file.parent, file.parent / "images"]
+    if home is not None:
+        own = file.stem.removeprefix("instances_")
+        folders += [home / "images", home / own, home / "images" / own, home]
+    first = objects.pictures[0].name
+    for folder in folders:
+        if os.path.isfile(picture_path(first, os.fspath(folder))):
+            return dataclasses.replace(objects, image_folder=os.fspath(folder))
+    return objects
+
+
+def _read_voc(folder, image_folder, split, codec):
+    listed = folder / "ImageSets" / "Main" / f"{split}.txt"
+    return voc.read(folder, image_folder, split if listed.is_file() else None)
+
+
+_READERS: dict[str, Callable[..., ObjectSet]] = {
+    "coco": _read_coco,
+    "yolo": lambda path, images, split, codec: yolo.read(path, images, split),
+    "voc": _read_voc,
+    "jsonl": lambda path, images, split, codec: object_lines.read(
+        path, images, codec
+    ),
+}
+
+
+def _text(path: str | os.PathLike | None) -> str | None:
+    return None if path is None else os.fspath(path)

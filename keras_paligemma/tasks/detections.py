@@ -1,0 +1,124 @@
+"""Objects from and to `supervision.Detections`, which holds one picture's."""
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_paligemma.tasks.objects import Object
+
+_NAME = "class_name"
+
+
+def from_detections(
+    detections: Any,
+    size: tuple[int, int],
+    classes: Sequence[str] | Mapping[int, str] | None = None,
+) -> list[Object]:
+    """Read detections of supervision, or whatever has its attributes.
+
+    Args:
+        detections: `supervision.Detections`: `xyxy` in pixels; and `mask`,
+            `confidence`, `class_id` and `data["class_name"]` or `None`.
+        size: (height, width) of the picture, pixels.
+        classes: names by `class_id`, where there is no "class_name".
+
+    Returns:
+        List of `Object`, in the same order.
+
+    Raises:
+        ValueError: a box is outside of the picture, or a mask empty within
+            its box, or of another size than the picture.
+
+    Example:
+
+    >>> import types
+    >>> found = types.SimpleNamespace(
+    ...     xyxy=np.array([[0, 0, 50, 40]]), mask=None, class_id=np.array([1]),
+    ...     confidence=np.array([0.5]), data={},
+    ... )
+    >>> from_detections(found, (40, 100), ["cat", "dog"])
+    [Object(box=(0.0, 0.0, 1.0, 0.5), label='dog', score=0.5)]
+    """
+    boxes = np.asarray(detections.xyxy, "float64").tolist()
+    names = (getattr(detections, "data", None) or {}).get(_NAME)
+    ids = detections.class_id
+    if names is None and ids is not None:
+        names = [
+            str(id) if classes is None else classes[id] for id in ids.tolist()
+        ]
+    scores = detections.confidence
+    objects = []
+    for i, box in enumerate(boxes):
+        one = Object.from_xyxy(
+            box,
+            size,
+            label="" if names is None else str(names[i]),
+            score=None if scores is None else float(scores[i]),
+        )
+        if detections.mask is not None:
+            mask = np.asarray(detections.mask[i], bool)
+            if mask.shape != tuple(size):
+                raise ValueError(
+                    "The masks are of another size than the picture. "
+                    f"Expected: {tuple(size)}. Received: {mask.shape}."
+                )
+            one = one.with_mask(mask)
+        objects.append(one)
+    return objects
+
+
+def to_detections(
+    objects: Iterable[Object],
+    size: tuple[int, int],
+    classes: Sequence[str] | None = None,
+) -> Any:
+    """Give objects to supervision, for its annotators, trackers and sinks.
+
+    Masks and scores are handed on where all objects have one: supervision
+    holds them for all objects, or for none.
+
+    Args:
+        objects: `Object`s of one picture.
+        size: (height, width) of the picture, pixels.
+        classes: names whose places are the `class_id`s; the labels of the
+            objects, by name, if `None`.
+
+    Returns:
+        `supervision.Detections` with `data["class_name"]`.
+
+    Raises:
+        ImportError: supervision is missing.
+        ValueError: a label is not among the classes.
+    """
+    try:
+        import supervision
+    except ImportError as error:
+        raise ImportError(
+            "Detections need supervision. Install it with `pip install "
+            "supervision`."
+        ) from error
+    objects = list(objects)
+    labels = [one.label for one in objects]
+    classes = sorted(set(labels)) if classes is None else list(classes)
+    unknown = sorted(set(labels) - set(classes))
+    if unknown:
+        raise ValueError(
+            f"Labels are not among the classes. Expected: {classes}. "
+            f"Received: {unknown}."
+        )
+    if not objects:
+        return supervision.Detections.empty()
+    scores = [one.score for one in objects]
+    masks = None
+    if all(one.mask is not None for one in objects):
+        masks = np.stack([one.mask_in(size) for one in objects])
+    return supervision.Detections(
+        xyxy=np.array([one.xyxy(size) for one in objects], "float32"),
+        mask=masks,
+        confidence=None if None in scores else np.array(scores, "float32"),
+        class_id=np.array([classes.index(label) for label in labels]),
+        data={_NAME: np.array(labels)},
+    )

@@ -1,0 +1,200 @@
+"""One call a task: what is asked, and what becomes of the answers."""
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_paligemma.models import asking
+from keras_paligemma.models.asking import answers_with_log_probabilities
+from keras_paligemma.models.asking import texts_of
+from keras_paligemma.tasks.mask_codec import MaskCodec
+from tests.helpers.text_models import build_tiny_model
+
+WHOLE = "<loc0000><loc0000><loc1023><loc1023>"
+HALF = "<loc0000><loc0000><loc1023><loc0512>"
+MASK = "".join(f"<seg{7 * i:03d}>" for i in range(16))
+PICTURE = np.full((20, 30, 3), 200, "uint8")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_tiny_model()
+
+
+@pytest.fixture
+def says(model, monkeypatch):
+    """Function that sets what the model answers to prompts, call by call."""
+    asked = []
+
+    def says(*calls):
+        calls = iter(calls)
+
+        def generate(inputs, **options):
+            asked.append(inputs | options)
+            answers = next(calls)
+            one = isinstance(inputs["prompts"], str)
+            return answers if one else list(answers)
+
+        monkeypatch.setattr(
+            type(model),
+            "generate",
+            lambda self, inputs, **options: generate(inputs, **options),
+        )
+        return asked
+
+    return says
+
+
+def test_text(model, says):
+    asked = says("a", ["b", "c"], "d", ["e", "f"], ["g", "h"], ["i"])
+    assert model.caption(PICTURE, "fr", max_new_tokens=3) == "a"
+    assert asked[-1]["prompts"] == "caption fr"
+    assert asked[-1]["max_new_tokens"] == 3
+    assert model.ocr([PICTURE, PICTURE]) == ["b", "c"]
+    assert asked[-1]["prompts"] == ["ocr", "ocr"]
+    assert model.ask(PICTURE, "why?") == "d"
+    assert asked[-1]["prompts"] == "answer en why?"
+    assert model.ask(PICTURE, ["why?", "how?"]) == ["e", "f"]
+    assert len(asked[-1]["images"]) == 2
+    assert model.ask(np.stack([PICTURE] * 2), "why?") == ["g", "h"]
+    assert asked[-1]["prompts"] == ["answer en why?"] * 2
+    assert model.ask([PICTURE], ["why?"]) == ["i"]
+    with pytest.raises(ValueError, match="no such language.*'xx'"):
+        model.caption(PICTURE, "xx")
+
+
+def test_objects_have_scores_of_a_pass_without_a_cache(model, says):
+    """Against logits of the whole sequence, token by token."""
+    answers = [f"{WHOLE} cat ; {HALF} dog", f"{HALF} owl"]
+    says(answers, answers, [""])
+    found = model.detect([PICTURE, PICTURE], ["cat", "dog"], batch_size=1)
+    assert [[one.label for one in some] for some in found] == [
+        ["cat", "dog"],
+        [],
+    ]
+    assert found[1].skipped[0].reason == "a label that was not asked for"
+    inputs = {"images": [PICTURE] * 2, "prompts": ["detect cat ; dog"] * 2}
+    tokens, values = answers_with_log_probabilities(model, inputs, {})[0]
+    assert "".join(tokens) == answers[0] and len(values) == len(tokens)
+    ids = model.preprocessor.tokenizer.tokenize(answers[0])
+    arrays = model.preprocessor.generate_preprocess(
+        {
+            "images": PICTURE,
+            "prompts": "detect cat ; dog",
+            "responses": answers[0],
+        },
+        max_new_tokens=len(ids) + 1,
+    )
+    arrays = {name: value[None] for name, value in arrays.items()}
+    logits = keras.ops.convert_to_numpy(model(arrays))[0]
+    start = int(arrays["response_mask"][0].argmax())
+    for i, id in enumerate(ids):
+        row = logits[start + i - 1].astype("float64")
+        wanted = row[id] - np.log(np.exp(row - row.max()).sum()) - row.max()
+        assert values[i] == pytest.approx(wanted, abs=1e-4)
+    scores = np.exp(values[:4].mean() + values[4])
+    assert tokens[4] == " cat"
+    assert found[0][0].score == pytest.approx(scores, rel=1e-3)
+    assert found[0][0].box == (0, 0, 1, 1)
+    assert len(model.detect(PICTURE, "cat")) == 0
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Function that sets answers of one token for each `<…>` and word."""
+    asked = []
+
+    def answers(*calls):
+        calls = iter(calls)
+
+        def give(model, inputs, options):
+            asked.append(inputs)
+            return [
+                (list(tokens), np.log([probability] * len(tokens)))
+                for tokens, probability in next(calls)
+            ]
+
+        monkeypatch.setattr(asking, "answers_with_log_probabilities", give)
+        return asked
+
+    return answers
+
+
+def test_one_label_a_prompt(model, answers):
+    cat, dog, none = ((f"{HALF} cat",), 0.5), ((f"{WHOLE} dog",), 0.25), ("", 1)
+    asked = answers([cat, none, none, dog])
+    one, two = model.detect([PICTURE] * 2, ["cat", "dog"], one_by_one=True)
+    assert asked[0]["prompts"] == ["detect cat", "detect dog"] * 2
+    assert [x.label for x in one] == ["cat"] and one.answer == f"{HALF} cat"
+    assert [x.label for x in two] == ["dog"]
+    asked = answers([cat, dog])
+    found = model.detect([PICTURE] * 2, [["cat"], ["dog", "owl"]])
+    assert asked[-1]["prompts"] == ["detect cat", "detect dog ; owl"]
+    assert [len(some) for some in found] == [1, 1]
+    with pytest.raises(ValueError, match="one a picture, 1. Received: 2"):
+        model.detect(PICTURE, [["cat"], ["dog"]])
+    with pytest.raises(ValueError, match="nothing to look for"):
+        model.detect(PICTURE, [])
+
+
+def test_an_object_without_a_label_has_the_one_that_was_asked_for(
+    model, answers
+):
+    answers([((WHOLE,), 0.5)])
+    (found,) = model.detect(PICTURE, "the left cat")
+    assert (found.label, found.score) == ("the left cat", 0.5)
+    assert found.box == (0, 0, 1, 1)
+
+
+def test_samples_are_merged(model, answers, monkeypatch):
+    with pytest.raises(ValueError, match="sampler that draws.*GreedySampler"):
+        model.detect(PICTURE, "cat", samples=2)
+    monkeypatch.setattr(model, "sampler", keras.Layer())
+    calls = [
+        [((f"{WHOLE} cat",), 0.25)],
+        [((f"{WHOLE} cat",), 0.5)],
+        [((f"{HALF} cat",), 0.75)],
+    ]
+    answers(*calls)
+    found = model.detect(PICTURE, "cat", samples=3, overlap=0.6)
+    assert [one.score for one in found] == pytest.approx([0.5625, 0.25])
+    answers(*calls)
+    found = model.detect(PICTURE, "cat", samples=3)
+    assert [one.score for one in found] == pytest.approx([0.5625])
+
+
+def test_masks(model, answers):
+    text = f"{HALF}{MASK} cat"
+    asked = answers([((text,), 0.5)], [((text,), 0.5)])
+    (found,) = model.segment(PICTURE, "cat")
+    assert asked[0]["prompts"] == ["segment cat"]
+    codes = [[7 * i for i in range(16)]]
+    wanted = MaskCodec.embedded().decode(codes)[0]
+    np.testing.assert_array_equal(found.mask, wanted)
+    assert found.mask_in((20, 30)).shape == (20, 30)
+    (found,) = model.segment([PICTURE], ["cat"], MaskCodec.embedded())[0]
+    np.testing.assert_array_equal(found.mask, wanted)
+
+
+def test_a_notebook_shows_the_picture(model, answers):
+    answers([((f"{HALF} cat",), 0.5)])
+    png = model.detect(PICTURE, "cat")._repr_png_()
+    assert png.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "text", [f"{WHOLE} cat", "", "猫 é\n🙂 x", "a\ufffd cat\ufffd"]
+)
+def test_texts_of_tokens(model, text):
+    tokenizer = model.preprocessor.tokenizer
+    ids = tokenizer.tokenize(text)
+    pieces = texts_of(tokenizer, ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == text
+    assert pieces[:1] == [] or pieces[0]
+
+
+def test_a_picture_of_pillow_is_one(model, says):
+    asked = says("a")
+    assert model.caption(Image.new("RGB", (4, 4))) == "a"
+    assert asked[-1]["prompts"] == "caption en"
