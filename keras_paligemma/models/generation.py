@@ -1,274 +1,406 @@
-"""Prefill the cache once, then decode one token a row and step."""
+"""The methods of `PaliGemmaCausalLM` that answer."""
 
-import contextlib
+import dataclasses
+from dataclasses import dataclass
 
-import keras_hub
+import keras
 import numpy as np
 from keras import ops
 
-from keras_paligemma.layers.attention import token_positions
-from keras_paligemma.models.inputs import full_masks
-from keras_paligemma.preprocessing.inputs import to_ids
-from keras_paligemma.preprocessing.inputs import to_length
-from keras_paligemma.preprocessing.layout import LONGEST_RESPONSE
+from keras_paligemma.compat import rows_to_devices
+from keras_paligemma.compat import to_host
+from keras_paligemma.data.batches import in_batches
+from keras_paligemma.generation.answer import Alternative
+from keras_paligemma.generation.answer import Answer
+from keras_paligemma.generation.loop import Plan
+from keras_paligemma.generation.loop import answer
+from keras_paligemma.generation.loop import row_defaults
+from keras_paligemma.generation.options import Options
+from keras_paligemma.generation.programs import Programs
+from keras_paligemma.generation.requests import bucket
+from keras_paligemma.generation.requests import check_begun
+from keras_paligemma.generation.requests import ends_of
+from keras_paligemma.generation.requests import filled_up
+from keras_paligemma.generation.requests import plan_of
+from keras_paligemma.generation.requests import split_prompt
+from keras_paligemma.generation.requests import stop_array
+from keras_paligemma.generation.requests import stops_of
+from keras_paligemma.models.inputs import prompt_batch
+from keras_paligemma.models.inputs import typed
+from keras_paligemma.preprocessing.inputs import check_dictionary
+from keras_paligemma.preprocessing.inputs import prompt_text
+from keras_paligemma.preprocessing.inputs import to_strings
+from keras_paligemma.turns import write_back
 
 
-def prefill(backbone, inputs, responses):
-    """Run the prompts once, and give what goes on from there.
+def generate(
+    self,
+    inputs,
+    max_new_tokens=None,
+    stop_token_ids="auto",
+    strip_prompt=True,
+    *,
+    details=False,
+    batch_size=None,
+    max_length=None,
+    **options,
+):
+    """Answer prompts about pictures.
 
-    Prompts are aligned to the right, so every row writes the cache at the
-    same index; rotary positions and masks stay each row's own.
-
-    Args:
-        backbone: `PaliGemmaBackbone`.
-        inputs: dict as `generate_tokens` takes it.
-        responses: int, the longest response, in tokens.
-
-    Returns:
-        hidden_BTD: tensor, of image tokens and prompt.
-        cache: nest of arrays whose first axis is the batch.
-        following: function of a token (B, 1), the cache and the number of
-            that token in the response, from 1; gives the logits (B, V) of the
-            next one, hidden states (B, D) and the cache.
-    """
-    embeddings_BTD = backbone.embed(inputs)
-    tokens = embeddings_BTD.shape[1]
-    prompt_ids = inputs["token_ids"]
-    prompt = {
-        "padding_mask": inputs["padding_mask"],
-        "response_mask": ops.zeros_like(inputs["padding_mask"]),
-    }
-    valid_BT, response_BT = full_masks(prompt, tokens - prompt_ids.shape[1])
-    decoder = backbone.text_decoder
-    # The last response token is never fed back.
-    layers = decoder.make_cache(
-        ops.shape(prompt_ids)[0], tokens + responses - 1
-    )
-    positions_BT = token_positions(valid_BT)
-    hidden_BTD, layers = decoder(
-        embeddings_BTD,
-        decoder.mask_of(valid_BT, response_BT, 0),
-        positions_BT,
-        cache=layers,
-        index=0,
-    )
-    # The sampler's cache repeats with its beams, so all that has a row goes in.
-    cache = {"layers": layers, "valid": valid_BT, "positions": positions_BT}
-
-    def following(token_B1, cache, step):
-        later_R = ops.arange(1, responses, dtype="int32")
-        seen_R = ops.cast(later_R <= step, "bool")
-        seen_BR = ops.logical_and(
-            ops.ones_like(cache["valid"][:, :1]), seen_R[None]
-        )
-        mask_BS = ops.concatenate([cache["valid"], seen_BR], axis=1)
-        last_B1 = cache["positions"][:, -1:]
-        positions_BS = ops.concatenate(
-            [cache["positions"], last_B1 + later_R[None]], axis=1
-        )
-        hidden_B1D, layers = decoder(
-            backbone.token_embedding(token_B1),
-            mask_BS[:, None],
-            last_B1 + ops.cast(step, last_B1.dtype),
-            cache=cache["layers"],
-            index=tokens - 1 + step,
-            positions_BS=positions_BS,
-        )
-        hidden_BD = hidden_B1D[:, 0]
-        return backbone.logits(hidden_BD), hidden_BD, cache | {"layers": layers}
-
-    return hidden_BTD, cache, following
-
-
-def generate_tokens(backbone, sampler, inputs, stop_token_ids, model):
-    """Continue a batch of prompts by a sampler of KerasHub.
+    Threads take turns, so that an answer is computed with one adapter and one
+    step's weights; beside a `fit` of another thread it comes between two
+    steps. Batches are filled up to powers of two and answers to a bucket of
+    lengths: another number of prompts below it, another length, other stops,
+    temperatures and seeds compile nothing again.
 
     Args:
-        backbone: `PaliGemmaBackbone`.
-        sampler: `keras_hub.samplers.Sampler`.
-        inputs: dict of `images` (or `image_embeddings`, or neither),
-            `token_ids` and `padding_mask` (B, P) of the prompts, and
-            `response_ids` and `response_mask` (B, R): what the answers begin
-            with, and True where they do.
-        stop_token_ids: tuple of ints or `None`; decoding ends when every row
-            has produced one of them.
-        model: Keras model whose variables the sampler's loop carries.
+        inputs: dict of `images` and `prompts`: one picture and one string, or
+            lists of them; `responses` may hold what the answers begin with. It
+            is not changed. Without a preprocessor: arrays, as
+            `preprocessor.generate_preprocess` makes them.
+        max_new_tokens: int, the longest answer, a begun one included; the
+            preprocessor's `response_length` if `None`.
+        stop_token_ids: int or ints that end an answer; "auto" is the
+            tokenizer's end token; `None` never stops early, nor do no ids. In
+            what an answer begins with they end nothing.
+        strip_prompt: bool; `False` gives prompt, newline and answer, as
+            KerasHub does.
+        details: bool, give an `Answer` in place of each string, with its
+            tokens and their log-probabilities.
+        batch_size: int, examples that are answered at a time, for lists that
+            do not fit at once: the last batch is filled up. `None` takes all
+            at once.
+        max_length: `None`; KerasHub's argument, refused with the way out.
+        **options: how tokens are chosen, in place of the sampler of
+            `compile`: the fields of `keras_paligemma.generation.options.
+            Options`, `temperature`, `top_k`, `top_p`, `min_p`, `seed`,
+            `num_samples`, `best_of`, `beams` and others.
 
     Returns:
-        Int tensor (B, R): the responses.
-    """
-    prompt_ids = inputs["token_ids"]
-    responses = inputs["response_ids"].shape[1]
-    hidden_BTD, cache, step = prefill(backbone, inputs, responses)
-    # Slot 0 holds the last prompt token, slot j is cached at tokens - 1 + j.
-    ids = ops.concatenate([prompt_ids[:, -1:], inputs["response_ids"]], axis=1)
-    begun = ops.cast(inputs["response_mask"], "bool")
-    begun = ops.concatenate([ops.ones_like(begun[:, :1]), begun], axis=1)
-
-    def following(ids, cache, index):
-        """Give logits for slot `index` from the token before it."""
-        token_B1 = ops.take(ids, ops.reshape(index - 1, (1,)), axis=1)
-        return step(token_B1, cache, index - 1)
-
-    index = 1
-    if type(sampler).__call__ is keras_hub.samplers.Sampler.__call__:
-        # The prefill has computed the first token's logits already.
-        logits_BV = backbone.logits(hidden_BTD[:, -1])
-        first_B = sampler.get_next_token(
-            sampler.compute_probabilities(logits_BV)
-        )
-        first_B = ops.where(
-            begun[:, 1], ids[:, 1], ops.cast(first_B, ids.dtype)
-        )
-        ids = ops.concatenate(
-            [ids[:, :1], first_B[:, None], ids[:, 2:]], axis=1
-        )
-        index = 2
-    ids = sampler(
-        next=following,
-        prompt=ids,
-        cache=cache,
-        index=index,
-        mask=begun,
-        stop_token_ids=stop_token_ids,
-        hidden_states=hidden_BTD,
-        model=model,
-    )
-    return ids[:, 1:]
-
-
-def split_prompt(arrays, max_new_tokens=None):
-    """Split text arrays where the prompts end: at one index for all rows.
-
-    Args:
-        arrays: dict of NumPy arrays `token_ids`, `padding_mask`,
-            `response_mask` (B, P + R) and what else the backbone takes.
-        max_new_tokens: int, length that the response part is cut or filled up
-            to; `None` leaves it as it is.
-
-    Returns:
-        Dict as `generate_tokens` takes it.
+        A string for one prompt, a list of strings for a list of prompts (with
+        `num_samples`, lists of strings in their place); without a preprocessor
+        an int32 array (B, max_new_tokens), 0 after the stop token. With
+        `details`, an `Answer` in the place of each.
 
     Raises:
-        ValueError: prompts that end at different indices, or no room for an
-            answer.
+        ValueError: inputs or options that mean nothing.
+
+    Example:
+
+    ```python
+    model.generate({"images": [cat, dog], "prompts": ["cap en", "ocr"]})
+    ```
     """
-    ids, valid = arrays["token_ids"], arrays["padding_mask"]
-    response = arrays["response_mask"]
-    prompt = valid & ~response
-    ends = {int(row.nonzero()[0][-1]) + 1 if row.any() else 0 for row in prompt}
-    if len(ends) != 1 or 0 in ends:
+    self._check_compiled("generate")
+    if max_length is not None:
         raise ValueError(
-            "Prompts must end at one index in every row: align them to the "
-            f"right. Received: prompts ending at {sorted(ends)}. "
-            "PaliGemmaCausalLMPreprocessor lays them out so."
+            "`generate` has no `max_length`, which in KerasHub counts "
+            "prompt and answer together. Expected: `max_new_tokens`, the "
+            f"tokens of the answer. Received: max_length={max_length!r}."
         )
-    end = ends.pop()
-    length = ids.shape[1] - end
-    if max_new_tokens is not None:
-        length = to_length(
-            max_new_tokens, "max_new_tokens", most=LONGEST_RESPONSE
+    check_dictionary(inputs)
+    parts = [(inputs, None)]
+    if batch_size is not None:
+        parts = in_batches(inputs, batch_size) or parts
+    options = Options.of(options)
+    options.check(self.backbone.vocabulary_size)
+    stops = stops_of(
+        stop_token_ids, self.preprocessor, self.backbone.vocabulary_size
+    )
+    if self.preprocessor is not None and not strip_prompt:
+        _check_has_prompts(inputs)
+    options = options.seeded()
+    rows, first = [], 0
+    for part, count in parts:
+        asked = prepare(
+            self, part, count, first, max_new_tokens, stops, options
         )
-    if not length:
-        raise ValueError(
-            "The arrays have no room for a response. Received: "
-            f"{end} tokens, all of them prompt. Expected: "
-            "max_new_tokens, or arrays with a response part."
+        rows += answers_of(self, asked, run(self, asked))
+        first = len(rows)
+    if not strip_prompt and self.preprocessor is not None:
+        rows = _with_prompts(rows, inputs["prompts"])
+    if options.best_of:
+        rows = [[max(row, key=lambda one: one.log_probability)] for row in rows]
+    if not details and self.preprocessor is None:
+        found = _as_array(rows, asked.length)
+    else:
+        found = [[one if details else one.text for one in row] for row in rows]
+    if options.num_samples is None:
+        found = (
+            found[:, 0]
+            if isinstance(found, np.ndarray)
+            else [row[0] for row in found]
         )
-    if response[:, end + length :].any():
-        raise ValueError(
-            "A begun answer leaves no room to go on. Expected: at most "
-            f"{length} tokens. Received: more. Raise `max_new_tokens`."
-        )
-
-    def resized(array):
-        more = max(end + length - array.shape[1], 0)
-        return np.pad(array, ((0, 0), (0, more)))[:, end : end + length]
-
-    return {
-        **arrays,
-        "token_ids": ids[:, :end],
-        "padding_mask": valid[:, :end],
-        "response_ids": resized(ids),
-        "response_mask": resized(response),
-    }
+    return found[0] if asked.single else found
 
 
-def drop_after_stop(ids, begun, stop_token_ids):
-    """Set what a row produced after its first stop token to padding, 0.
+def generate_step(self, inputs, stop_token_ids=None):
+    """Answer with the likeliest tokens, as a function that can be compiled.
 
     Args:
-        ids: int array (B, R), responses.
-        begun: bool array (B, R), True on what they were given to begin with.
-            A stop token there ends nothing: the answer goes on behind it.
+        inputs: dict of tensors, as `split_prompt` makes them.
         stop_token_ids: tuple of ints or `None`.
+
+    Returns:
+        Dict of `token_ids` int32 and `log_probabilities` float32, both (B, R),
+        0 behind the stop.
     """
-    if stop_token_ids is None:
-        return ids
-    stopped = np.cumsum(np.isin(ids, stop_token_ids) & ~begun, axis=1)
-    before = np.pad(stopped, ((0, 0), (1, 0)))[:, :-1]
-    return np.where(before == 0, ids, 0).astype("int32")
+    rows = row_defaults(inputs) | inputs
+    shared = {"stop_ids": stop_array(stop_token_ids), "sampler": []}
+    state = answer(self.backbone, Plan(), rows, shared)
+    return {
+        "token_ids": state.ids_BR,
+        "log_probabilities": state.log_probabilities_BR,
+    }
 
 
-def stops_of(stop_token_ids, preprocessor, vocabulary_size):
-    """Give the ids that end an answer as a tuple, or `None` for none.
+def make_generate_function(self):
+    """Give the compiled functions of answering, made on the first call.
+
+    Returns:
+        `keras_paligemma.generation.programs.Programs`.
+    """
+    if self.generate_function is None:
+        self.generate_function = Programs(self)
+    return self.generate_function
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A batch of prompts as the loop takes it.
 
     Args:
-        stop_token_ids: int, ints, `None`, or "auto": the tokenizer's end
-            token. None of them is as `None`.
-        preprocessor: `PaliGemmaCausalLMPreprocessor` or `None`.
-        vocabulary_size: int.
+        plan: `Plan`.
+        rows: dict of arrays (rows of the bucket, …), see `loop.answer`.
+        shared: dict of arrays.
+        begun: bool array (B, length), what answers were given to begin with.
+        stops: tuple of ints or `None`.
+        length: int, the longest answer that was asked for.
+        single: bool, the prompt came without a batch.
     """
-    if stop_token_ids is None:
-        return None
-    if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
-        if preprocessor is not None:
-            return (preprocessor.tokenizer.end_token_id,)
-        raise ValueError(
-            "Without a preprocessor nobody knows what ends an answer. "
-            "Received: stop_token_ids='auto'. Expected: a list of token ids, "
-            "or None."
-        )
-    if isinstance(stop_token_ids, (set, frozenset)):
-        stop_token_ids = sorted(stop_token_ids)
-    ids = to_ids(stop_token_ids, "stop_token_ids", vocabulary_size)
-    return tuple(ids.ravel().tolist()) or None
+
+    plan: Plan
+    rows: dict
+    shared: dict
+    begun: np.ndarray
+    stops: tuple[int, ...] | None
+    length: int
+    single: bool
 
 
-def check_begun(arrays, preprocessor):
-    """Refuse begun answers that have ended: text has no place for the rest.
+def prepare(model, inputs, count, first, max_new_tokens, stops, options):
+    """Read what a user asks into arrays of a bucket.
 
     Args:
-        arrays: dict as `generate_tokens` takes it.
-        preprocessor: `PaliGemmaCausalLMPreprocessor`.
+        model: `PaliGemmaCausalLM`.
+        inputs: dict as `generate` takes it.
+        count: int, how many of the examples someone waits for: the batch keeps
+            its size. `None` for all, filled up to their bucket.
+        first: int, the number of the first example among all.
+        max_new_tokens: int or `None`.
+        stops: tuple of ints or `None`.
+        options: `Options`.
+
+    Returns:
+        `Asked`.
     """
-    end = preprocessor.tokenizer.end_token_id
-    ended = arrays["response_mask"] & (arrays["response_ids"] == end)
-    if ended.any():
-        row, place = (int(i[0]) for i in ended.nonzero())
-        raise ValueError(
-            "A begun answer has ended. Expected: `response_mask` True on "
-            f"tokens before the end token, {end}. Received: it is token "
-            f"{place} of row {row}. Leave it out, and what follows it."
+    preprocessor, backbone = model.preprocessor, model.backbone
+    arrays = inputs
+    if preprocessor is not None:
+        arrays = preprocessor.generate_preprocess(
+            inputs, max_new_tokens=max_new_tokens
         )
+    arrays, single = prompt_batch(
+        arrays, backbone.image_size, backbone.text_config
+    )
+    arrays = split_prompt(arrays, max_new_tokens)
+    if preprocessor is not None:
+        check_begun(arrays, preprocessor)
+    size, prompt = arrays["token_ids"].shape
+    length = arrays["response_ids"].shape[1]
+    if count is None:
+        count, size = size, bucket(size)
+        options.check_rows(count)
+    # What a preprocessor lays out has one length already.
+    response = bucket(length, 16)
+    if preprocessor is None:
+        prompt = bucket(prompt, 16)
+    elif length <= preprocessor.response_length:
+        response = preprocessor.response_length
+    begun = arrays["response_mask"][:count]
+    rows = filled_up(arrays, size, prompt, response)
+    rows |= {
+        "wanted": np.arange(size) < count,
+        "max_new_tokens": np.full(size, length, "int32"),
+        "start_node": np.zeros(size, "int32"),
+    }
+    plan = plan_of(options, model.sampler)
+    vocabulary_size = backbone.vocabulary_size
+    if plan.samples:
+        rows |= filled_up(
+            options.rows(first, count, plan.copies, vocabulary_size), size, 0, 0
+        )
+    shared = {"stop_ids": stop_array(stops)}
+    if len(options.banned_token_ids):
+        allowed = np.ones(vocabulary_size, bool)
+        allowed[np.asarray(options.banned_token_ids, "int32")] = False
+        shared["allowed"] = allowed
+    return Asked(plan, rows, shared, begun, stops, length, single)
 
 
-def sampler_of(sampler):
-    """Give a sampler of KerasHub by its name, or as it is.
+def run(model, asked):
+    """Answer a batch, in turn with other threads.
+
+    Returns:
+        Dict of arrays (rows, …), `copies` neighbours a prompt: `ids`,
+        `log_probabilities`, and of alternatives.
+    """
+    with model.turns:
+        write_back(model)
+        rows, here = rows_to_devices(asked.rows)
+        rows = typed(rows, model.backbone.vocabulary_size)
+        shared = asked.shared | {"sampler": _variables(asked.plan)}
+        state = model.make_generate_function()(
+            _answered, asked.plan, *tensors((rows, shared))
+        )
+        _keep(asked.plan, state)
+    return read_state(asked, state, here)
+
+
+def read_state(asked, state, here):
+    """Give the arrays of a state, of the rows that this process asked."""
+    found = {
+        "ids": state.ids_BR,
+        "log_probabilities": state.log_probabilities_BR,
+    }
+    if state.alternatives:
+        found["alternative_ids"] = state.alternatives[0]
+        found["alternative_log_probabilities"] = state.alternatives[1]
+    copies = asked.plan.copies
+    here = slice(
+        here.start and here.start * copies, here.stop and here.stop * copies
+    )
+    return {name: to_host(one)[here] for name, one in found.items()}
+
+
+def _answered(model, plan, rows, shared):
+    """What is compiled; a function of the module, so that it is known again.
+
+    The cache is no output: it would be kept until the answer is read.
+    """
+    state = answer(model.backbone, plan, rows, shared)
+    return state._replace(cache=())
+
+
+def tensors(nest):
+    """Give a nest of arrays as tensors, of its own dtypes whatever floatx."""
+    return keras.tree.map_structure(
+        lambda one: ops.convert_to_tensor(
+            one, dtype=keras.backend.standardize_dtype(one.dtype)
+        ),
+        nest,
+    )
+
+
+def _variables(plan):
+    """Give the values of a sampler's variables; generators of seeds."""
+    if plan.sampler is None:
+        return []
+    return [ops.convert_to_tensor(one.value) for one in plan.sampler.variables]
+
+
+def _keep(plan, state):
+    """Give a sampler's variables the values that they had at the end."""
+    if plan.sampler is not None:
+        for one, value in zip(
+            plan.sampler.variables, state.sampler, strict=True
+        ):
+            one.assign(value)
+
+
+def answers_of(model, asked, found):
+    """Read arrays into answers: a list of `copies` of them for each prompt.
 
     Args:
-        sampler: str or `keras_hub.samplers.Sampler`.
+        model: `PaliGemmaCausalLM`.
+        asked: `Asked`.
+        found: dict of `run`.
 
-    Raises:
-        ValueError: neither.
+    Returns:
+        List of lists of `Answer`.
     """
-    found = None
-    with contextlib.suppress(ValueError, TypeError):
-        found = keras_hub.samplers.get(sampler)
-    if not isinstance(found, keras_hub.samplers.Sampler):
-        raise ValueError(
-            "Unknown sampler. Expected: 'greedy', 'beam', 'random', 'top_k', "
-            "'top_p' or a `keras_hub.samplers.Sampler`. Received: "
-            f"{sampler!r}."
+    copies, length = asked.plan.copies, asked.length
+    begun = np.repeat(asked.begun, copies, axis=0)
+    found = {name: one[: len(begun), :length] for name, one in found.items()}
+    ids = found["ids"]
+    counts, stopped = ends_of(ids, begun, asked.stops)
+    texts = [""] * len(ids)
+    if model.preprocessor is not None:
+        texts = model.preprocessor.generate_postprocess({"token_ids": ids})
+    answers = [
+        Answer(
+            text,
+            tuple(ids[row, :count].tolist()),
+            tuple(found["log_probabilities"][row, :count].tolist()),
+            "stop_token" if stopped[row] else "length",
+            _alternatives(model, found, row, count),
         )
-    return found
+        for row, (text, count) in enumerate(zip(texts, counts, strict=True))
+    ]
+    return [
+        answers[first : first + copies]
+        for first in range(0, len(answers), copies)
+    ]
+
+
+def _alternatives(model, found, row, count):
+    """Give the likeliest tokens of each place of a row."""
+    if "alternative_ids" not in found:
+        return ()
+
+    def text(token):
+        if model.preprocessor is None:
+            return ""
+        return model.preprocessor.tokenizer.id_to_token(token)
+
+    return tuple(
+        tuple(
+            Alternative(token, text(token), value)
+            for token, value in zip(ids.tolist(), values.tolist(), strict=True)
+        )
+        for ids, values in zip(
+            found["alternative_ids"][row, :count],
+            found["alternative_log_probabilities"][row, :count],
+            strict=True,
+        )
+    )
+
+
+def _as_array(rows, length):
+    """Give answers as int32 (prompts, copies, length), 0 behind their ends."""
+    array = np.zeros((len(rows), len(rows[0]), length), "int32")
+    for row, answers in enumerate(rows):
+        for copy, one in enumerate(answers):
+            array[row, copy, : len(one.token_ids)] = one.token_ids
+    return array
+
+
+def _check_has_prompts(inputs):
+    if inputs.get("prompts") is None:
+        raise ValueError(
+            "Arrays have no prompt to repeat. Expected: 'prompts' as "
+            "text, or strip_prompt=True. Received: "
+            f"{list(inputs)}, strip_prompt=False."
+        )
+
+
+def _with_prompts(rows, prompts):
+    """Put its prompt and a newline in front of each answer."""
+    prompts, _ = to_strings(prompts, "prompts")
+    return [
+        [
+            dataclasses.replace(one, text=f"{prompt_text(prompt)}\n{one.text}")
+            for one in row
+        ]
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]

@@ -20,6 +20,7 @@ from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
+from keras_paligemma.generation.state import State
 from tests.helpers.text_models import build_tiny_model
 from tests.helpers.tiny_models import IMAGE_SIZE
 from tests.helpers.tiny_models import PRESETS
@@ -356,12 +357,13 @@ def test_texts_in_batches(examples):
     model = build_tiny_model()
     asked = []
 
-    def generate_step(inputs, stop_token_ids=None):
-        asked.append(len(inputs["token_ids"]))
-        return inputs["token_ids"][:, -2:-1] % 1024
+    def function(program, plan, rows, shared):
+        asked.append(len(rows["token_ids"]))
+        shown = rows["token_ids"][:, -2:-1] % 1024
+        zeros = rows["token_ids"][:, :1] * 0.0
+        return State(shown, zeros, None, None, None, (), [])
 
-    model.generate_step = generate_step
-    model.run_eagerly = True
+    model.generate_function = function
     inputs = {key: examples[key] for key in ("images", "prompts")}
     wanted = model.generate(inputs)
     assert len(set(wanted)) > 1
