@@ -294,7 +294,8 @@ def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):
 
     def step(index, cache, state):
         token_B1 = state[0][:, index - 1, None]
-        logits_BV, cache = decode(backbone, token_B1, cache, index, longest)
+        hidden_BD, cache = decode(backbone, token_B1, cache, index, longest)
+        logits_BV = backbone.logits(hidden_BD)
         return index + 1, cache, choose(index, logits_BV, state)
 
     zeros_BR = tf.zeros_like(given_BR)

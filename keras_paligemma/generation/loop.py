@@ -69,30 +69,9 @@ def answer(backbone, plan, rows, shared):
 
 def begin(backbone, plan, rows, shared):
     """Prefill and choose the first token: the first `State`."""
-    given_BR = rows["response_ids"]
-    hidden_BTD, cache = prefill(backbone, rows, given_BR.shape[1])
-    logits_BV = backbone.logits(hidden_BTD[:, -1])
-    cache, logits_BV = repeated((cache, logits_BV), plan.copies)
+    hidden_BD, state = first_hidden(backbone, plan, rows, shared, plan.copies)
     rows = _rows_of_copies(rows, plan.copies)
-    ids_BR = ops.zeros_like(rows["response_ids"])
-    zeros_BR = ops.cast(ids_BR, "float32")
-    alternatives = ()
-    if plan.alternatives:
-        shape = (1, 1, plan.alternatives)
-        alternatives = tuple(
-            ops.tile(one[..., None], shape) for one in (ids_BR, zeros_BR)
-        )
-    state = State(
-        ids_BR,
-        zeros_BR,
-        ops.logical_not(rows["wanted"]),
-        rows["start_node"],
-        ops.zeros((), "int32"),
-        cache,
-        list(shared["sampler"]),
-        alternatives,
-    )
-    return _chosen(plan, rows, shared, logits_BV, state)
+    return _chosen(plan, rows, shared, backbone.logits(hidden_BD), state)
 
 
 def advance(backbone, plan, rows, shared, state, until=None):
@@ -105,25 +84,63 @@ def advance(backbone, plan, rows, shared, state, until=None):
     rows = _rows_of_copies(rows, plan.copies)
     limit = responses if until is None else ops.minimum(until, responses)
 
-    def going(*state):
-        state = State(*state)
-        return ops.logical_and(
-            state.position < limit,
-            ops.logical_not(ops.all(state.finished_B)),
-        )
-
     def step(*state):
-        state = State(*state)
-        token_B1 = ops.take(
-            state.ids_BR, ops.reshape(state.position - 1, (1,)), axis=1
-        )
-        logits_BV, cache = decode(
-            backbone, token_B1, state.cache, state.position, responses
-        )
-        state = state._replace(cache=cache)
+        hidden_BD, state = next_hidden(backbone, State(*state))
+        logits_BV = backbone.logits(hidden_BD)
         return tuple(_chosen(plan, rows, shared, logits_BV, state))
 
-    return State(*ops.while_loop(going, step, tuple(state)))
+    def is_going(*state):
+        return going(State(*state), limit)
+
+    return State(*ops.while_loop(is_going, step, tuple(state)))
+
+
+def first_hidden(backbone, plan, rows, shared, copies):
+    """Prefill: hidden states (B, D) for the first token, and an empty state.
+
+    Args:
+        copies: int, how often each row is repeated behind the prefill.
+    """
+    responses = rows["response_ids"].shape[1]
+    hidden_BTD, cache = prefill(backbone, rows, responses)
+    cache, hidden_BD = repeated((cache, hidden_BTD[:, -1]), copies)
+    ids_BR = ops.zeros_like(repeated(rows["response_ids"], copies))
+    zeros_BR = ops.cast(ids_BR, "float32")
+    alternatives = ()
+    if plan.alternatives:
+        shape = (1, 1, plan.alternatives)
+        alternatives = tuple(
+            ops.tile(one[..., None], shape) for one in (ids_BR, zeros_BR)
+        )
+    state = State(
+        ids_BR,
+        zeros_BR,
+        ops.logical_not(repeated(rows["wanted"], copies)),
+        repeated(rows["start_node"], copies),
+        ops.zeros((), "int32"),
+        cache,
+        list(shared["sampler"]),
+        alternatives,
+    )
+    return hidden_BD, state
+
+
+def next_hidden(backbone, state):
+    """Feed the last token back: hidden states (B, D), and the state."""
+    token_B1 = ops.take(
+        state.ids_BR, ops.reshape(state.position - 1, (1,)), axis=1
+    )
+    hidden_BD, cache = decode(
+        backbone, token_B1, state.cache, state.position, state.ids_BR.shape[1]
+    )
+    return hidden_BD, state._replace(cache=cache)
+
+
+def going(state, limit):
+    """Say whether a row wants another token: bool ()."""
+    return ops.logical_and(
+        state.position < limit, ops.logical_not(ops.all(state.finished_B))
+    )
 
 
 def repeated(tree, copies):
@@ -170,18 +187,12 @@ def _chosen(plan, rows, shared, logits_BV, state):
         token_B = sampled(choice_BV, rows, place)
     else:
         token_B = likeliest(choice_BV)
-    begun_B = _column(rows["response_mask"], place)
-    token_B = ops.where(begun_B, _column(rows["response_ids"], place), token_B)
+    begun_B = column(rows["response_mask"], place)
+    token_B = ops.where(begun_B, column(rows["response_ids"], place), token_B)
     token_B = ops.where(state.finished_B, 0, token_B)
     quiet_B = ops.logical_or(begun_B, state.finished_B)
     each_B = ops.take_along_axis(log_BV, token_B[:, None], axis=1)[:, 0]
     each_B = ops.where(quiet_B, 0.0, each_B)
-    here_R = ops.arange(state.ids_BR.shape[1], dtype="int32") == place
-
-    def put(array_BR, value_B):
-        here = ops.reshape(here_R, (1, -1) + (1,) * (value_B.ndim - 1))
-        return ops.where(here, value_B[:, None], array_BR)
-
     node_B = state.node_B
     if "next_nodes" in shared:
         node_B = ops.where(quiet_B, node_B, follow(shared, node_B, token_B))
@@ -198,8 +209,8 @@ def _chosen(plan, rows, shared, logits_BV, state):
     )
     ended_B = ops.logical_or(stopped_B, place + 1 >= rows["max_new_tokens"])
     return State(
-        put(state.ids_BR, token_B),
-        put(state.log_probabilities_BR, each_B),
+        put(state.ids_BR, token_B, place),
+        put(state.log_probabilities_BR, each_B, place),
         ops.logical_or(state.finished_B, ended_B),
         node_B,
         place + 1,
@@ -214,7 +225,15 @@ def is_stop(token_B, shared):
     return ops.any(token_B[:, None] == shared["stop_ids"][None], axis=1)
 
 
-def _column(array_BR, place):
+def put(array_BR, value_B, place):
+    """Write a value a row at one place of (B, R, …)."""
+    here_R = ops.arange(array_BR.shape[1], dtype="int32") == place
+    here = ops.reshape(here_R, (1, -1) + (1,) * (len(value_B.shape) - 1))
+    return ops.where(here, value_B[:, None], array_BR)
+
+
+def column(array_BR, place):
+    """Read the values (B,) of one place."""
     return ops.take(array_BR, ops.reshape(place, (1,)), axis=1)[:, 0]
 
 

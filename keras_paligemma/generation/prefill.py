@@ -56,7 +56,8 @@ def decode(backbone, token_B1, cache, step, responses):
         responses: int R, as `prefill` was given it.
 
     Returns:
-        float32 logits (B, V) of the next token, and the cache.
+        hidden_BD: tensor, which the head makes logits of the next token of.
+        cache: as it is then.
     """
     later_R = ops.arange(1, responses, dtype="int32")
     seen_R = ops.cast(later_R <= step, "bool")
@@ -76,4 +77,4 @@ def decode(backbone, token_B1, cache, step, responses):
         index=cache["valid"].shape[1] - 1 + step,
         positions_BS=positions_BS,
     )
-    return backbone.logits(hidden_B1D[:, 0]), cache | {"layers": layers}
+    return hidden_B1D[:, 0], cache | {"layers": layers}

@@ -12,6 +12,8 @@ from keras_paligemma.compat import to_host
 from keras_paligemma.data.batches import in_batches
 from keras_paligemma.generation.answer import Alternative
 from keras_paligemma.generation.answer import Answer
+from keras_paligemma.generation.beams import LEAST_SCORE
+from keras_paligemma.generation.beams import search
 from keras_paligemma.generation.loop import Plan
 from keras_paligemma.generation.loop import answer
 from keras_paligemma.generation.loop import row_defaults
@@ -245,6 +247,8 @@ def prepare(model, inputs, count, first, max_new_tokens, stops, options):
         allowed = np.ones(vocabulary_size, bool)
         allowed[np.asarray(options.banned_token_ids, "int32")] = False
         shared["allowed"] = allowed
+    if plan.beams:
+        shared["length_penalty"] = np.array(options.length_penalty, "float32")
     return Asked(plan, rows, shared, begun, stops, length, single)
 
 
@@ -252,33 +256,21 @@ def run(model, asked):
     """Answer a batch, in turn with other threads.
 
     Returns:
-        Dict of arrays (rows, …), `copies` neighbours a prompt: `ids`,
-        `log_probabilities`, and of alternatives.
+        Dict of arrays (rows, …), copies or beams of a prompt side by side:
+        `ids`, `log_probabilities`, `scores` of beams, and of alternatives.
     """
     with model.turns:
         write_back(model)
         rows, here = rows_to_devices(asked.rows)
         rows = typed(rows, model.backbone.vocabulary_size)
         shared = asked.shared | {"sampler": _variables(asked.plan)}
-        state = model.make_generate_function()(
+        found = model.make_generate_function()(
             _answered, asked.plan, *tensors((rows, shared))
         )
-        _keep(asked.plan, state)
-    return read_state(asked, state, here)
-
-
-def read_state(asked, state, here):
-    """Give the arrays of a state, of the rows that this process asked."""
-    found = {
-        "ids": state.ids_BR,
-        "log_probabilities": state.log_probabilities_BR,
-    }
-    if state.alternatives:
-        found["alternative_ids"] = state.alternatives[0]
-        found["alternative_log_probabilities"] = state.alternatives[1]
-    copies = asked.plan.copies
+        _keep(asked.plan, found.pop("sampler"))
+    width = asked.plan.beams or asked.plan.copies
     here = slice(
-        here.start and here.start * copies, here.stop and here.stop * copies
+        here.start and here.start * width, here.stop and here.stop * width
     )
     return {name: to_host(one)[here] for name, one in found.items()}
 
@@ -288,8 +280,32 @@ def _answered(model, plan, rows, shared):
 
     The cache is no output: it would be kept until the answer is read.
     """
-    state = answer(model.backbone, plan, rows, shared)
-    return state._replace(cache=())
+    if not plan.beams:
+        return _arrays(answer(model.backbone, plan, rows, shared))
+    beams = search(model.backbone, plan, rows, shared)
+    return _arrays(beams.live) | {
+        "ids": _in_a_row(beams.ids_BNR),
+        "log_probabilities": _in_a_row(beams.log_probabilities_BNR),
+        "scores": _in_a_row(beams.scores_BN),
+    }
+
+
+def _arrays(state):
+    """Give what of a state is read."""
+    found = {
+        "ids": state.ids_BR,
+        "log_probabilities": state.log_probabilities_BR,
+        "sampler": state.sampler,
+    }
+    if state.alternatives:
+        found["alternative_ids"] = state.alternatives[0]
+        found["alternative_log_probabilities"] = state.alternatives[1]
+    return found
+
+
+def _in_a_row(array):
+    """Give (B, N, …) as (B × N, …)."""
+    return ops.reshape(array, (-1, *array.shape[2:]))
 
 
 def tensors(nest):
@@ -309,12 +325,10 @@ def _variables(plan):
     return [ops.convert_to_tensor(one.value) for one in plan.sampler.variables]
 
 
-def _keep(plan, state):
+def _keep(plan, values):
     """Give a sampler's variables the values that they had at the end."""
     if plan.sampler is not None:
-        for one, value in zip(
-            plan.sampler.variables, state.sampler, strict=True
-        ):
+        for one, value in zip(plan.sampler.variables, values, strict=True):
             one.assign(value)
 
 
@@ -329,28 +343,35 @@ def answers_of(model, asked, found):
     Returns:
         List of lists of `Answer`.
     """
-    copies, length = asked.plan.copies, asked.length
-    begun = np.repeat(asked.begun, copies, axis=0)
-    found = {name: one[: len(begun), :length] for name, one in found.items()}
-    ids = found["ids"]
+    width = asked.plan.beams or asked.plan.copies
+    begun = np.repeat(asked.begun, width, axis=0)
+    rows = len(begun)
+    ids = found["ids"][:rows, : asked.length]
     counts, stopped = ends_of(ids, begun, asked.stops)
-    texts = [""] * len(ids)
+    texts = [""] * rows
     if model.preprocessor is not None:
         texts = model.preprocessor.generate_postprocess({"token_ids": ids})
     answers = [
         Answer(
-            text,
-            tuple(ids[row, :count].tolist()),
-            tuple(found["log_probabilities"][row, :count].tolist()),
+            texts[row],
+            tuple(ids[row, : counts[row]].tolist()),
+            tuple(found["log_probabilities"][row, : counts[row]].tolist()),
             "stop_token" if stopped[row] else "length",
-            _alternatives(model, found, row, count),
+            _alternatives(model, found, row, counts[row]),
+            score=float(found["scores"][row]) if "scores" in found else None,
         )
-        for row, (text, count) in enumerate(zip(texts, counts, strict=True))
+        for row in range(rows)
     ]
-    return [
-        answers[first : first + copies]
-        for first in range(0, len(answers), copies)
-    ]
+    groups = [answers[first : first + width] for first in range(0, rows, width)]
+    if asked.plan.beams:
+        return [[_with_beams(group)] for group in groups]
+    return groups
+
+
+def _with_beams(beams):
+    """Give the best beam, which holds all that are answers."""
+    beams = [one for one in beams if one.score > LEAST_SCORE] or beams[:1]
+    return dataclasses.replace(beams[0], beams=tuple(beams))
 
 
 def _alternatives(model, found, row, count):

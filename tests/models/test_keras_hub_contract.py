@@ -20,7 +20,6 @@ from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
-from keras_paligemma.generation.state import State
 from tests.helpers.text_models import build_tiny_model
 from tests.helpers.tiny_models import IMAGE_SIZE
 from tests.helpers.tiny_models import PRESETS
@@ -360,8 +359,8 @@ def test_texts_in_batches(examples):
     def function(program, plan, rows, shared):
         asked.append(len(rows["token_ids"]))
         shown = rows["token_ids"][:, -2:-1] % 1024
-        zeros = rows["token_ids"][:, :1] * 0.0
-        return State(shown, zeros, None, None, None, (), [])
+        none = np.zeros(shown.shape, "float32")
+        return {"ids": shown, "log_probabilities": none, "sampler": []}
 
     model.generate_function = function
     inputs = {key: examples[key] for key in ("images", "prompts")}
