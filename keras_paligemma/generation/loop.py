@@ -19,8 +19,8 @@ from keras_paligemma.generation.state import State
 # Before any logit that a model gives, and a number still: a row that nothing
 # is allowed takes some token, and no NaN.
 FORBIDDEN = -1.0e30
-# Of the prefill alone, or with a value for each copy already.
-UNREPEATED = ("images", "image_embeddings", "token_ids", "padding_mask", "seed")
+# What the prefill alone reads of a row.
+OF_PREFILL = ("images", "image_embeddings", "token_ids", "padding_mask")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ def repeated(tree, copies):
 def _rows_of_copies(rows, copies):
     """Give each copy what its row was given, and a seed of its own."""
     seeds_BC = rows.get("seed")
-    rows = {name: one for name, one in rows.items() if name not in UNREPEATED}
+    before = (*OF_PREFILL, "seed")
+    rows = {name: one for name, one in rows.items() if name not in before}
     rows = repeated(rows, copies)
     if seeds_BC is not None:
         rows["seed"] = ops.reshape(seeds_BC, (-1,))
@@ -201,8 +202,8 @@ def _chosen(plan, rows, shared, logits_BV, state):
         values_BK, ids_BK = ops.top_k(log_BV, plan.alternatives)
         ids_BK = ops.cast(ids_BK, "int32")
         alternatives = (
-            put(alternatives[0], ids_BK),
-            put(alternatives[1], values_BK),
+            put(alternatives[0], ids_BK, place),
+            put(alternatives[1], values_BK, place),
         )
     stopped_B = ops.logical_and(
         is_stop(token_B, shared), ops.logical_not(begun_B)

@@ -91,9 +91,9 @@ class Options:
     @property
     def hooks(self):
         """The logits hooks as a tuple."""
-        if callable(self.logits_hook):
-            return (self.logits_hook,)
-        return tuple(self.logits_hook)
+        if isinstance(self.logits_hook, (list, tuple)):
+            return tuple(self.logits_hook)
+        return (self.logits_hook,)
 
     def check(self, vocabulary_size):
         """Refuse values that mean nothing.
@@ -143,6 +143,12 @@ class Options:
                 f"top_p or min_p beside beams. Received: {several}, "
                 f"temperature={self.temperature!r}, top_k={self.top_k!r}, "
                 f"top_p={self.top_p!r}, min_p={self.min_p!r}."
+            )
+        if self.beams is not None and self.stop_strings:
+            raise ValueError(
+                "Beams are not read before they have ended. Received: "
+                f"beams={self.beams} and stop_strings={self.stop_strings!r}. "
+                "Expected: one of them."
             )
         if self.beams is None and self.length_penalty:
             raise ValueError(

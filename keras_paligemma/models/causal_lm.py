@@ -385,6 +385,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         return super().preprocess_samples(x, y, sample_weight)
 
     generate = generation.generate
+    stream = generation.stream
     generate_step = generation.generate_step
     make_generate_function = generation.make_generate_function
 

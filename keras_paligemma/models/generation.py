@@ -1,38 +1,26 @@
 """The methods of `PaliGemmaCausalLM` that answer."""
 
 import dataclasses
-from dataclasses import dataclass
 
-import keras
 import numpy as np
-from keras import ops
 
-from keras_paligemma.compat import rows_to_devices
-from keras_paligemma.compat import to_host
 from keras_paligemma.data.batches import in_batches
-from keras_paligemma.generation.answer import Alternative
-from keras_paligemma.generation.answer import Answer
-from keras_paligemma.generation.beams import LEAST_SCORE
-from keras_paligemma.generation.beams import search
 from keras_paligemma.generation.loop import Plan
 from keras_paligemma.generation.loop import answer
 from keras_paligemma.generation.loop import row_defaults
-from keras_paligemma.generation.options import Options
 from keras_paligemma.generation.programs import Programs
-from keras_paligemma.generation.requests import bucket
-from keras_paligemma.generation.requests import check_begun
-from keras_paligemma.generation.requests import ends_of
-from keras_paligemma.generation.requests import filled_up
-from keras_paligemma.generation.requests import plan_of
-from keras_paligemma.generation.requests import split_prompt
 from keras_paligemma.generation.requests import stop_array
 from keras_paligemma.generation.requests import stops_of
-from keras_paligemma.models.inputs import prompt_batch
-from keras_paligemma.models.inputs import typed
+from keras_paligemma.models.answering import answers_of
+from keras_paligemma.models.answering import checked
+from keras_paligemma.models.answering import chunks
+from keras_paligemma.models.answering import prepare
+from keras_paligemma.models.answering import run
+from keras_paligemma.models.answering import texts_so_far
 from keras_paligemma.preprocessing.inputs import check_dictionary
 from keras_paligemma.preprocessing.inputs import prompt_text
+from keras_paligemma.preprocessing.inputs import to_length
 from keras_paligemma.preprocessing.inputs import to_strings
-from keras_paligemma.turns import write_back
 
 
 def generate(
@@ -101,11 +89,8 @@ def generate(
             f"tokens of the answer. Received: max_length={max_length!r}."
         )
     check_dictionary(inputs)
-    parts = [(inputs, None)]
-    if batch_size is not None:
-        parts = in_batches(inputs, batch_size) or parts
-    options = Options.of(options)
-    options.check(self.backbone.vocabulary_size)
+    parts = batch_size is not None and in_batches(inputs, batch_size)
+    options = checked(self, options)
     stops = stops_of(
         stop_token_ids, self.preprocessor, self.backbone.vocabulary_size
     )
@@ -113,7 +98,9 @@ def generate(
         _check_has_prompts(inputs)
     options = options.seeded()
     rows, first = [], 0
-    for part, count in parts:
+    if parts:
+        options.check_rows(sum(count for _, count in parts))
+    for part, count in parts or [(inputs, None)]:
         asked = prepare(
             self, part, count, first, max_new_tokens, stops, options
         )
@@ -134,6 +121,87 @@ def generate(
             else [row[0] for row in found]
         )
     return found[0] if asked.single else found
+
+
+def stream(
+    self,
+    inputs,
+    max_new_tokens=None,
+    stop_token_ids="auto",
+    *,
+    chunk=4,
+    **options,
+):
+    """Answer prompts, and give their text as it comes.
+
+    The loop of `generate` in chunks: its cache stays where it is, so the whole
+    takes little longer. Each chunk is one turn: a step of another thread's
+    `fit` may come between two of them.
+
+    Args:
+        inputs: as `generate` takes them, all at once.
+        max_new_tokens: as there.
+        stop_token_ids: as there.
+        chunk: int, tokens a piece.
+        **options: as there, but for beams, `num_samples` and `best_of`, which
+            have no first piece.
+
+    Yields:
+        The next piece of text, a string that may end within a word; for a list
+        of prompts a list of them, "" where a row has nothing new. Together
+        they are what `generate` gives.
+
+    Raises:
+        ValueError: a model without a preprocessor, or options that mean
+            nothing, before the first piece is asked for.
+
+    Example:
+
+    ```python
+    for piece in model.stream({"images": cat, "prompts": "caption en"}):
+        print(piece, end="", flush=True)
+    ```
+    """
+    self._check_compiled("stream")
+    check_dictionary(inputs)
+    chunk = to_length(chunk, "chunk")
+    if self.preprocessor is None:
+        raise ValueError(
+            "Without a preprocessor there is no text to stream. Received: a "
+            "model of arrays. Expected: `model.preprocessor`, or `generate`."
+        )
+    asked = prepare(
+        self,
+        inputs,
+        None,
+        0,
+        max_new_tokens,
+        stops_of(
+            stop_token_ids, self.preprocessor, self.backbone.vocabulary_size
+        ),
+        checked(self, options).seeded(),
+    )
+    if asked.plan.beams or asked.plan.copies > 1:
+        raise ValueError(
+            "Only one answer a prompt has a first piece. Received: beams, "
+            "num_samples or best_of. Expected: `generate`, or a model that is "
+            "compiled with another sampler than 'beam'."
+        )
+    return _pieces(self, asked, chunk)
+
+
+def _pieces(model, asked, chunk):
+    """Give what is new in the texts after each chunk."""
+    given = [""] * len(asked.begun)
+    for found in chunks(model, asked, chunk):
+        texts = texts_so_far(model, asked, found)
+        pieces = [
+            text[len(before) :]
+            for text, before in zip(texts, given, strict=True)
+        ]
+        given = texts
+        if any(pieces):
+            yield pieces[0] if asked.single else pieces
 
 
 def generate_step(self, inputs, stop_token_ids=None):
@@ -165,236 +233,6 @@ def make_generate_function(self):
     if self.generate_function is None:
         self.generate_function = Programs(self)
     return self.generate_function
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A batch of prompts as the loop takes it.
-
-    Args:
-        plan: `Plan`.
-        rows: dict of arrays (rows of the bucket, …), see `loop.answer`.
-        shared: dict of arrays.
-        begun: bool array (B, length), what answers were given to begin with.
-        stops: tuple of ints or `None`.
-        length: int, the longest answer that was asked for.
-        single: bool, the prompt came without a batch.
-    """
-
-    plan: Plan
-    rows: dict
-    shared: dict
-    begun: np.ndarray
-    stops: tuple[int, ...] | None
-    length: int
-    single: bool
-
-
-def prepare(model, inputs, count, first, max_new_tokens, stops, options):
-    """Read what a user asks into arrays of a bucket.
-
-    Args:
-        model: `PaliGemmaCausalLM`.
-        inputs: dict as `generate` takes it.
-        count: int, how many of the examples someone waits for: the batch keeps
-            its size. `None` for all, filled up to their bucket.
-        first: int, the number of the first example among all.
-        max_new_tokens: int or `None`.
-        stops: tuple of ints or `None`.
-        options: `Options`.
-
-    Returns:
-        `Asked`.
-    """
-    preprocessor, backbone = model.preprocessor, model.backbone
-    arrays = inputs
-    if preprocessor is not None:
-        arrays = preprocessor.generate_preprocess(
-            inputs, max_new_tokens=max_new_tokens
-        )
-    arrays, single = prompt_batch(
-        arrays, backbone.image_size, backbone.text_config
-    )
-    arrays = split_prompt(arrays, max_new_tokens)
-    if preprocessor is not None:
-        check_begun(arrays, preprocessor)
-    size, prompt = arrays["token_ids"].shape
-    length = arrays["response_ids"].shape[1]
-    if count is None:
-        count, size = size, bucket(size)
-        options.check_rows(count)
-    # What a preprocessor lays out has one length already.
-    response = bucket(length, 16)
-    if preprocessor is None:
-        prompt = bucket(prompt, 16)
-    elif length <= preprocessor.response_length:
-        response = preprocessor.response_length
-    begun = arrays["response_mask"][:count]
-    rows = filled_up(arrays, size, prompt, response)
-    rows |= {
-        "wanted": np.arange(size) < count,
-        "max_new_tokens": np.full(size, length, "int32"),
-        "start_node": np.zeros(size, "int32"),
-    }
-    plan = plan_of(options, model.sampler)
-    vocabulary_size = backbone.vocabulary_size
-    if plan.samples:
-        rows |= filled_up(
-            options.rows(first, count, plan.copies, vocabulary_size), size, 0, 0
-        )
-    shared = {"stop_ids": stop_array(stops)}
-    if len(options.banned_token_ids):
-        allowed = np.ones(vocabulary_size, bool)
-        allowed[np.asarray(options.banned_token_ids, "int32")] = False
-        shared["allowed"] = allowed
-    if plan.beams:
-        shared["length_penalty"] = np.array(options.length_penalty, "float32")
-    return Asked(plan, rows, shared, begun, stops, length, single)
-
-
-def run(model, asked):
-    """Answer a batch, in turn with other threads.
-
-    Returns:
-        Dict of arrays (rows, …), copies or beams of a prompt side by side:
-        `ids`, `log_probabilities`, `scores` of beams, and of alternatives.
-    """
-    with model.turns:
-        write_back(model)
-        rows, here = rows_to_devices(asked.rows)
-        rows = typed(rows, model.backbone.vocabulary_size)
-        shared = asked.shared | {"sampler": _variables(asked.plan)}
-        found = model.make_generate_function()(
-            _answered, asked.plan, *tensors((rows, shared))
-        )
-        _keep(asked.plan, found.pop("sampler"))
-    width = asked.plan.beams or asked.plan.copies
-    here = slice(
-        here.start and here.start * width, here.stop and here.stop * width
-    )
-    return {name: to_host(one)[here] for name, one in found.items()}
-
-
-def _answered(model, plan, rows, shared):
-    """What is compiled; a function of the module, so that it is known again.
-
-    The cache is no output: it would be kept until the answer is read.
-    """
-    if not plan.beams:
-        return _arrays(answer(model.backbone, plan, rows, shared))
-    beams = search(model.backbone, plan, rows, shared)
-    return _arrays(beams.live) | {
-        "ids": _in_a_row(beams.ids_BNR),
-        "log_probabilities": _in_a_row(beams.log_probabilities_BNR),
-        "scores": _in_a_row(beams.scores_BN),
-    }
-
-
-def _arrays(state):
-    """Give what of a state is read."""
-    found = {
-        "ids": state.ids_BR,
-        "log_probabilities": state.log_probabilities_BR,
-        "sampler": state.sampler,
-    }
-    if state.alternatives:
-        found["alternative_ids"] = state.alternatives[0]
-        found["alternative_log_probabilities"] = state.alternatives[1]
-    return found
-
-
-def _in_a_row(array):
-    """Give (B, N, …) as (B × N, …)."""
-    return ops.reshape(array, (-1, *array.shape[2:]))
-
-
-def tensors(nest):
-    """Give a nest of arrays as tensors, of its own dtypes whatever floatx."""
-    return keras.tree.map_structure(
-        lambda one: ops.convert_to_tensor(
-            one, dtype=keras.backend.standardize_dtype(one.dtype)
-        ),
-        nest,
-    )
-
-
-def _variables(plan):
-    """Give the values of a sampler's variables; generators of seeds."""
-    if plan.sampler is None:
-        return []
-    return [ops.convert_to_tensor(one.value) for one in plan.sampler.variables]
-
-
-def _keep(plan, values):
-    """Give a sampler's variables the values that they had at the end."""
-    if plan.sampler is not None:
-        for one, value in zip(plan.sampler.variables, values, strict=True):
-            one.assign(value)
-
-
-def answers_of(model, asked, found):
-    """Read arrays into answers: a list of `copies` of them for each prompt.
-
-    Args:
-        model: `PaliGemmaCausalLM`.
-        asked: `Asked`.
-        found: dict of `run`.
-
-    Returns:
-        List of lists of `Answer`.
-    """
-    width = asked.plan.beams or asked.plan.copies
-    begun = np.repeat(asked.begun, width, axis=0)
-    rows = len(begun)
-    ids = found["ids"][:rows, : asked.length]
-    counts, stopped = ends_of(ids, begun, asked.stops)
-    texts = [""] * rows
-    if model.preprocessor is not None:
-        texts = model.preprocessor.generate_postprocess({"token_ids": ids})
-    answers = [
-        Answer(
-            texts[row],
-            tuple(ids[row, : counts[row]].tolist()),
-            tuple(found["log_probabilities"][row, : counts[row]].tolist()),
-            "stop_token" if stopped[row] else "length",
-            _alternatives(model, found, row, counts[row]),
-            score=float(found["scores"][row]) if "scores" in found else None,
-        )
-        for row in range(rows)
-    ]
-    groups = [answers[first : first + width] for first in range(0, rows, width)]
-    if asked.plan.beams:
-        return [[_with_beams(group)] for group in groups]
-    return groups
-
-
-def _with_beams(beams):
-    """Give the best beam, which holds all that are answers."""
-    beams = [one for one in beams if one.score > LEAST_SCORE] or beams[:1]
-    return dataclasses.replace(beams[0], beams=tuple(beams))
-
-
-def _alternatives(model, found, row, count):
-    """Give the likeliest tokens of each place of a row."""
-    if "alternative_ids" not in found:
-        return ()
-
-    def text(token):
-        if model.preprocessor is None:
-            return ""
-        return model.preprocessor.tokenizer.id_to_token(token)
-
-    return tuple(
-        tuple(
-            Alternative(token, text(token), value)
-            for token, value in zip(ids.tolist(), values.tolist(), strict=True)
-        )
-        for ids, values in zip(
-            found["alternative_ids"][row, :count],
-            found["alternative_log_probabilities"][row, :count],
-            strict=True,
-        )
-    )
 
 
 def _as_array(rows, length):

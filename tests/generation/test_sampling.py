@@ -184,7 +184,7 @@ def test_samplers_that_cannot_choose(model, sampler, message):
 
 
 def test_samplers_of_keras_hub_draw_on(golden_backbone, inputs):
-    """Their generator goes on from call to call, and temperature 0 is greedy."""
+    """Their generator goes on from call to call; temperature 0 is greedy."""
     model = PaliGemmaCausalLM(golden_backbone())
     greedy = model.generate(inputs, stop_token_ids=None)
     sampler = keras_hub.samplers.RandomSampler(temperature=2.0, seed=1)
