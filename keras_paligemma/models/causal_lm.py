@@ -18,6 +18,7 @@ from keras_paligemma.models import exports
 from keras_paligemma.models import files
 from keras_paligemma.models import generation
 from keras_paligemma.models import loader
+from keras_paligemma.models import scoring
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.models.inputs import check_targets
 from keras_paligemma.models.inputs import typed
@@ -386,6 +387,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
 
     generate = generation.generate
     stream = generation.stream
+    score = scoring.score
+    encode = scoring.encode
+    embed = scoring.embed
     generate_step = generation.generate_step
     make_generate_function = generation.make_generate_function
 
