@@ -6,11 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
-from keras_paligemma.compat import to_host
-from keras_paligemma.models.inputs import prompt_batch
-from keras_paligemma.models.inputs import typed
 from keras_paligemma.tasks import prompts
 from keras_paligemma.tasks.answers import Score
 from keras_paligemma.tasks.answers import read_objects
@@ -107,8 +103,9 @@ def detect(
             of lists, one a picture.
         one_by_one: bool, ask for each label by a prompt of its own, as models
             want it that learned from such prompts alone; else for all at once.
-        samples: int, answers to each prompt, whose objects are merged. For
-            more than one compile the model with a sampler that draws.
+        samples: int, answers to each prompt, whose objects are merged. More
+            than one are drawn, so give a `temperature` or compile the model
+            with a sampler that draws. The answers of `beams=` are merged too.
         overlap: float, intersections over union above it are one object, of
             which the surest stays. `None` merges objects of several samples
             at 0.5, and takes those of one as they are.
@@ -185,12 +182,15 @@ def _find(
     options,
 ):
     """Ask for objects, and read and merge what the answers hold."""
-    if samples < 1 or (samples > 1 and _is_greedy(model)):
+    if samples < 1 or (samples > 1 and not _draws(model, options)):
         raise ValueError(
             "Several samples need a sampler that draws. Expected: samples=1, "
-            "or a model that was compiled with sampler='top_p' or the like. "
-            f"Received: samples={samples}, {type(model.sampler).__name__}."
+            "temperature=0.7 or the like, or a model that was compiled with "
+            f"sampler='top_p'. Received: samples={samples}, "
+            f"{type(model.sampler).__name__}."
         )
+    if samples > 1:
+        options = options | {"num_samples": samples}
     several = _is_several(images)
     pictures = list(images) if several else [images]
     asked = [
@@ -203,11 +203,15 @@ def _find(
         "prompts": [prompt_of(some) for _, some in asked],
     }
     found = [[] for _ in pictures]
-    for _ in range(samples):
-        answers = answers_with_log_probabilities(model, inputs, options)
-        for (row, some), answer in zip(asked, answers, strict=True):
-            found[row].append(_read(answer, some, codec, score))
-    if overlap is None and samples > 1:
+    answers = model.generate(inputs, details=True, **options)
+    for (row, some), answer in zip(asked, answers, strict=True):
+        candidates = answer if samples > 1 else answer.beams or [answer]
+        found[row] += [
+            _read(model.preprocessor.tokenizer, one, some, codec, score)
+            for one in candidates
+        ]
+    is_merged = samples > 1 or options.get("beams")
+    if overlap is None and is_merged:
         overlap = 0.5
     merged = [
         _merged(parts, picture, overlap)
@@ -216,11 +220,16 @@ def _find(
     return merged if several else merged[0]
 
 
-def _read(answer, labels, codec, score):
+def _read(tokenizer, answer, labels, codec, score):
     """The objects of one answer; one that has no label has the asked one."""
-    tokens, log_probabilities = answer
+    ids = answer.token_ids[: -1 if answer.finish == "stop_token" else None]
     objects = read_objects(
-        tokens, codec, [*labels, ""], None, log_probabilities, score
+        texts_of(tokenizer, ids),
+        codec,
+        [*labels, ""],
+        None,
+        np.array(answer.log_probabilities[: len(ids)]),
+        score,
     )
     if len(labels) > 1:
         return objects
@@ -270,66 +279,11 @@ def _labels_of(labels, count):
     return [list(some) for some in labels]
 
 
-def _is_greedy(model):
-    return type(model.sampler).__name__ in ("GreedySampler", "BeamSampler")
-
-
-def answers_with_log_probabilities(
-    model: keras.Model, inputs: dict, options: dict
-) -> list[tuple[list[str], np.ndarray]]:
-    """Answer prompts, and tell how sure the model was of each token.
-
-    The answers are read once more by the model, without a cache, since
-    `generate` gives text alone.
-
-    Args:
-        model: `PaliGemmaCausalLM` with a preprocessor.
-        inputs: dict of lists `images` and `prompts`.
-        options: dict of keyword arguments of `generate`.
-
-    Returns:
-        Of each prompt the tokens of the answer as text, without the one that
-        ends it, and their log-probabilities.
-    """
-    texts = model.generate(inputs, **options)
-    preprocessor, size = model.preprocessor, options.get("batch_size")
-    rows = preprocessor.tokenizer.tokenize(texts)
-    longest = max(map(len, rows), default=0) + 1
-    step = size or len(rows)
-    found = []
-    for first in range(0, len(rows), step):
-        part = slice(first, first + step)
-        some = {name: values[part] for name, values in inputs.items()}
-        arrays = preprocessor.generate_preprocess(
-            some | {"responses": texts[part]}, max_new_tokens=longest
-        )
-        values = _log_probabilities(model, arrays)
-        for row, each in zip(rows[part], values, strict=True):
-            pieces = texts_of(preprocessor.tokenizer, row)
-            found.append((pieces, each[: len(row)]))
-    return found
-
-
-def _log_probabilities(model, arrays):
-    """Log-probabilities of the response tokens (B, R)."""
-    backbone = model.backbone
-    config = backbone.text_config
-    arrays, _ = prompt_batch(arrays, backbone.image_size, config)
-    written = np.flatnonzero(arrays["response_mask"].any(0))
-    if not written.size:
-        return np.zeros((len(arrays["token_ids"]), 0))
-    # Responses begin at one index in every row.
-    start, end = written[0], arrays["token_ids"].shape[1]
-    targets_BR = arrays["token_ids"][:, start:end]
-    with model.turns:
-        hidden_BLD = backbone(typed(arrays, config.vocabulary_size))
-        hidden_BRD = hidden_BLD[:, start - end - 1 : -1]
-        logits_BRV = backbone.logits(hidden_BRD)
-        values_BRV = ops.log_softmax(ops.cast(logits_BRV, "float32"))
-        values_BR1 = ops.take_along_axis(
-            values_BRV, ops.expand_dims(targets_BR, -1), axis=-1
-        )
-        return np.minimum(to_host(values_BR1)[..., 0], 0)
+def _draws(model, options):
+    """Whether answers to one prompt may differ."""
+    if any(options.get(name) for name in ("temperature", "top_k", "top_p")):
+        return True
+    return type(model.sampler).__name__ not in ("GreedySampler", "BeamSampler")
 
 
 def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -6,6 +6,7 @@ from keras_paligemma.data.batches import as_dataset
 from keras_paligemma.data.batches import in_parts
 from keras_paligemma.data.batches import split
 from keras_paligemma.data.batches import steps_of
+from keras_paligemma.models.inputs import check_compiled
 from keras_paligemma.tuning.optimizers import check_moments
 from keras_paligemma.turns import batches_in_turn
 
@@ -118,20 +119,6 @@ def test_on_batch(model, x, y=None, sample_weight=None, **kwargs):
 def _training_batch(model, x, y, sample_weight):
     batch = model.preprocess_samples(x, y, sample_weight)
     return in_parts(*keras.utils.unpack_x_y_sample_weight(batch))
-
-
-def check_compiled(model, method):
-    """Refuse a model without optimizer, loss and sampler.
-
-    Args:
-        model: `PaliGemmaCausalLM`.
-        method: str, what was called.
-    """
-    if not model.compiled:
-        raise ValueError(
-            f"You must call `compile()` before `{method}()`. Received: a "
-            "model that was made with `compile=False`."
-        )
 
 
 def _dataset(model, x, y, sample_weight, batch_size, shuffle=False):

@@ -202,3 +202,17 @@ def check_targets(inputs, y):
             f"columns for {tokens} tokens. Expected: token_ids[:, "
             "-response_length:], as PaliGemmaCausalLMPreprocessor gives them."
         )
+
+
+def check_compiled(model, method):
+    """Refuse a model without optimizer, loss and sampler.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        method: str, what was called.
+    """
+    if not model.compiled:
+        raise ValueError(
+            f"You must call `compile()` before `{method}()`. Received: a "
+            "model that was made with `compile=False`."
+        )

@@ -1,12 +1,12 @@
 """One call a task: what is asked, and what becomes of the answers."""
 
-import keras
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from keras_paligemma.models import asking
-from keras_paligemma.models.asking import answers_with_log_probabilities
+from keras_paligemma.generation.answer import Answer
 from keras_paligemma.models.asking import texts_of
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from tests.helpers.text_models import build_tiny_model
@@ -64,65 +64,58 @@ def test_text(model, says):
         model.caption(PICTURE, "xx")
 
 
-def test_objects_have_scores_of_a_pass_without_a_cache(model, says):
-    """Against logits of the whole sequence, token by token."""
-    answers = [f"{WHOLE} cat ; {HALF} dog", f"{HALF} owl"]
-    says(answers, answers, [""])
+@pytest.fixture
+def answers(model, monkeypatch):
+    """Function that sets the answers: texts, each token as likely."""
+    asked = []
+    tokenizer = model.preprocessor.tokenizer
+
+    def answer(text, probability):
+        ids = tuple(tokenizer.tokenize(text)) + (tokenizer.end_token_id,)
+        each = (float(np.log(probability)),) * len(ids)
+        return Answer(text, ids, each, "stop_token")
+
+    def answers(*calls):
+        calls = iter(calls)
+
+        def generate(self, inputs, *, details, **options):
+            assert details
+            asked.append(inputs | options)
+            found = [answer(*one) for one in next(calls)]
+            if "num_samples" in options:
+                return [found]
+            if "beams" in options:
+                return [dataclasses.replace(found[0], beams=tuple(found))]
+            return found
+
+        monkeypatch.setattr(type(model), "generate", generate)
+        return asked
+
+    return answers
+
+
+def test_scores_are_of_the_tokens_that_were_generated(model):
+    """A whole call: whatever the tiny model says, and its own numbers."""
+    prompt = {"images": [PICTURE], "prompts": ["detect cat"]}
+    [answer] = model.generate(prompt, details=True, max_new_tokens=6)
+    found = model.detect([PICTURE], ["cat"], max_new_tokens=6)[0]
+    assert found.answer == answer.text
+    tokens = texts_of(model.preprocessor.tokenizer, answer.token_ids)
+    assert len(tokens) == len(answer.log_probabilities)
+
+
+def test_what_was_not_asked_for_is_skipped(model, answers):
+    answers([(f"{WHOLE} cat ; {HALF} dog", 0.5), (f"{HALF} owl", 0.5)])
     found = model.detect([PICTURE, PICTURE], ["cat", "dog"], batch_size=1)
     assert [[one.label for one in some] for some in found] == [
         ["cat", "dog"],
         [],
     ]
     assert found[1].skipped[0].reason == "a label that was not asked for"
-    inputs = {"images": [PICTURE] * 2, "prompts": ["detect cat ; dog"] * 2}
-    tokens, values = answers_with_log_probabilities(model, inputs, {})[0]
-    assert "".join(tokens) == answers[0] and len(values) == len(tokens)
-    ids = model.preprocessor.tokenizer.tokenize(answers[0])
-    arrays = model.preprocessor.generate_preprocess(
-        {
-            "images": PICTURE,
-            "prompts": "detect cat ; dog",
-            "responses": answers[0],
-        },
-        max_new_tokens=len(ids) + 1,
-    )
-    arrays = {name: value[None] for name, value in arrays.items()}
-    logits = keras.ops.convert_to_numpy(model(arrays))[0]
-    start = int(arrays["response_mask"][0].argmax())
-    for i, id in enumerate(ids):
-        row = logits[start + i - 1].astype("float64")
-        wanted = row[id] - np.log(np.exp(row - row.max()).sum()) - row.max()
-        assert values[i] == pytest.approx(wanted, abs=1e-4)
-    scores = np.exp(values[:4].mean() + values[4])
-    assert tokens[4] == " cat"
-    assert found[0][0].score == pytest.approx(scores, rel=1e-3)
-    assert found[0][0].box == (0, 0, 1, 1)
-    assert len(model.detect(PICTURE, "cat")) == 0
-
-
-@pytest.fixture
-def answers(monkeypatch):
-    """Function that sets answers of one token for each `<…>` and word."""
-    asked = []
-
-    def answers(*calls):
-        calls = iter(calls)
-
-        def give(model, inputs, options):
-            asked.append(inputs)
-            return [
-                (list(tokens), np.log([probability] * len(tokens)))
-                for tokens, probability in next(calls)
-            ]
-
-        monkeypatch.setattr(asking, "answers_with_log_probabilities", give)
-        return asked
-
-    return answers
 
 
 def test_one_label_a_prompt(model, answers):
-    cat, dog, none = ((f"{HALF} cat",), 0.5), ((f"{WHOLE} dog",), 0.25), ("", 1)
+    cat, dog, none = (f"{HALF} cat", 0.5), (f"{WHOLE} dog", 0.25), ("", 1)
     asked = answers([cat, none, none, dog])
     one, two = model.detect([PICTURE] * 2, ["cat", "dog"], one_by_one=True)
     assert asked[0]["prompts"] == ["detect cat", "detect dog"] * 2
@@ -141,32 +134,31 @@ def test_one_label_a_prompt(model, answers):
 def test_an_object_without_a_label_has_the_one_that_was_asked_for(
     model, answers
 ):
-    answers([((WHOLE,), 0.5)])
+    answers([(WHOLE, 0.5)])
     (found,) = model.detect(PICTURE, "the left cat")
     assert (found.label, found.score) == ("the left cat", 0.5)
     assert found.box == (0, 0, 1, 1)
 
 
-def test_samples_are_merged(model, answers, monkeypatch):
+def test_samples_and_beams_are_merged(model, answers):
     with pytest.raises(ValueError, match="sampler that draws.*GreedySampler"):
         model.detect(PICTURE, "cat", samples=2)
-    monkeypatch.setattr(model, "sampler", keras.Layer())
-    calls = [
-        [((f"{WHOLE} cat",), 0.25)],
-        [((f"{WHOLE} cat",), 0.5)],
-        [((f"{HALF} cat",), 0.75)],
-    ]
-    answers(*calls)
-    found = model.detect(PICTURE, "cat", samples=3, overlap=0.6)
-    assert [one.score for one in found] == pytest.approx([0.5625, 0.25])
-    answers(*calls)
-    found = model.detect(PICTURE, "cat", samples=3)
-    assert [one.score for one in found] == pytest.approx([0.5625])
+    call = [(f"{WHOLE} cat", 0.25), (f"{WHOLE} cat", 0.5), (f"{HALF} cat", 0.9)]
+    asked = answers(call, call, call)
+    drawn = {"samples": 3, "temperature": 0.7}
+    two = model.detect(PICTURE, "cat", overlap=0.6, **drawn)
+    assert asked[0]["num_samples"] == 3 and asked[0]["temperature"] == 0.7
+    assert len(two) == 2 and two[0].score > two[1].score
+    assert two[0].box == (0, 0, 1, 512 / 1023) and two[1].box == (0, 0, 1, 1)
+    (one,) = model.detect(PICTURE, "cat", **drawn)
+    assert one == two[0]
+    (one,) = model.detect(PICTURE, "cat", beams=3)
+    assert one == two[0]
 
 
 def test_masks(model, answers):
     text = f"{HALF}{MASK} cat"
-    asked = answers([((text,), 0.5)], [((text,), 0.5)])
+    asked = answers([(text, 0.5)], [(text, 0.5)])
     (found,) = model.segment(PICTURE, "cat")
     assert asked[0]["prompts"] == ["segment cat"]
     codes = [[7 * i for i in range(16)]]
@@ -178,7 +170,7 @@ def test_masks(model, answers):
 
 
 def test_a_notebook_shows_the_picture(model, answers):
-    answers([((f"{HALF} cat",), 0.5)])
+    answers([(f"{HALF} cat", 0.5)])
     png = model.detect(PICTURE, "cat")._repr_png_()
     assert png.startswith(b"\x89PNG")
 
