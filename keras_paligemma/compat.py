@@ -6,6 +6,7 @@ Each says why. Whoever updates Keras looks here first.
 import contextlib
 import contextvars
 import sys
+from contextlib import AbstractContextManager
 
 import keras
 import numpy as np
@@ -20,7 +21,7 @@ from keras.src.trainers.data_adapters.generator_data_adapter import (
 
 
 @contextlib.contextmanager
-def without_values():
+def without_values() -> AbstractContextManager[None]:
     """Build layers whose variables have shapes and dtypes but no values.
 
     A 28b backbone is built in seconds and no memory. `fill` gives variables

@@ -94,7 +94,7 @@ class COCOSource:
         encode_mask: Callable[[np.ndarray], Sequence[int]] | None = None,
         keep_crowds: bool = True,
         outside: str = "error",
-    ):
+    ) -> None:
         if task not in ("detect", "segment"):
             raise ValueError(
                 f"`task` must be 'detect' or 'segment'. Received: {task!r}."

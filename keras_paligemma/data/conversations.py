@@ -74,7 +74,7 @@ class ConversationSource:
         turns: str | None = None,
         images: str | None = None,
         allow_empty: bool = False,
-    ):
+    ) -> None:
         if isinstance(data, (str, os.PathLike)):
             path = Path(data)
             image_folder = image_folder or path.parent

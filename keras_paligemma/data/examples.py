@@ -44,7 +44,7 @@ class ExampleError(ValueError):
             on with it.
     """
 
-    def __init__(self, message: str, remainder: dict | None = None):
+    def __init__(self, message: str, remainder: dict | None = None) -> None:
         super().__init__(message)
         self.remainder = remainder
 

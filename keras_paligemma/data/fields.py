@@ -56,7 +56,7 @@ class FieldSource:
         prompts: str | Callable = "caption en",
         responses: str | Callable = "caption",
         allow_empty: bool = False,
-    ):
+    ) -> None:
         check_numbered(dataset)
         self.dataset = dataset
         self.images = images

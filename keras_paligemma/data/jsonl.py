@@ -4,6 +4,7 @@ import codecs
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class JSONLSource:
         path: str | os.PathLike,
         image_folder: str | os.PathLike | None = None,
         allow_empty: bool = False,
-    ):
+    ) -> None:
         self.path = Path(path)
         if starts_array(self.path):
             raise ValueError(
@@ -82,7 +83,7 @@ class JSONLSource:
         with located(self.where(index)):
             return self._example(self.record(index))
 
-    def record(self, index: int):
+    def record(self, index: int) -> Any:
         """Return what a line holds, whatever that is.
 
         Raises:

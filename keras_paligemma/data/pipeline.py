@@ -92,7 +92,7 @@ class Batches:
         skip_errors: bool = False,
         drop_remainder: bool = True,
         shard: tuple[int, int] = (0, 1),
-    ):
+    ) -> None:
         _check_integer("batch_size", batch_size, 1)
         _check_integer("seed", seed, 0)
         _check_integer("workers", workers, 0)
@@ -178,7 +178,7 @@ class Batches:
         """
         return {"batches": self._first + int(consumed), **self._identity}
 
-    def set_state(self, state: dict):
+    def set_state(self, state: dict) -> None:
         """Let iterators made from now on begin at a state.
 
         Args:

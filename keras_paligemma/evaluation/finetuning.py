@@ -135,7 +135,7 @@ class TrainingSource:
     ```
     """
 
-    def __init__(self, samples: Samples):
+    def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
     def __len__(self):

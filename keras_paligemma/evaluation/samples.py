@@ -47,7 +47,7 @@ class Samples:
 
     def __init__(
         self, benchmark: Benchmark, records: Sequence[Mapping], place: str
-    ):
+    ) -> None:
         if not len(records):
             raise ValueError(
                 f"{place} has no samples for {benchmark.name}, split "

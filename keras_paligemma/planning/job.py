@@ -1,6 +1,7 @@
 """What is planned: a preset, a batch, lengths, adapters, low bits."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.compat import without_values
@@ -47,10 +48,12 @@ class Job:
             )
 
     @property
-    def text_length(self):
+    def text_length(self) -> int:
         return self.prompt_length + self.response_length
 
-    def model(self, remat="block", form="scanned"):
+    def model(
+        self, remat: str | None = "block", form: str = "scanned"
+    ) -> tuple[PaliGemmaBackbone, Adam]:
         """Build backbone and optimizer without values.
 
         Returns:
@@ -68,7 +71,9 @@ class Job:
             optimizer.build(backbone.trainable_variables)
         return backbone, optimizer
 
-    def code(self, layout, remat, last_lines):
+    def code(
+        self, layout: Layout, remat: str | None, last_lines: Sequence[str]
+    ) -> str:
         """Write Python that loads the model as planned and runs it.
 
         Args:

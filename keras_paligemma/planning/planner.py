@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+from typing import Any
 
 from keras_paligemma.layers.remat import REMATS
 from keras_paligemma.planning import machines
@@ -78,11 +79,11 @@ class Plan:
     advice: str | None
 
     @property
-    def fits(self):
+    def fits(self) -> bool:
         """Whether any candidate fits."""
         return self.best is not None
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Return plain values, as `plan --json` prints them."""
         return {"fits": self.fits} | dataclasses.asdict(self)
 
@@ -145,14 +146,14 @@ class Plan:
 
 
 def make_plan(
-    job,
-    machine,
-    layout=None,
-    remat="any",
-    compiler=None,
-    smallest=True,
-    generate=False,
-):
+    job: Job,
+    machine: str,
+    layout: str | None = None,
+    remat: str = "any",
+    compiler: bool | None = None,
+    smallest: bool = True,
+    generate: bool = False,
+) -> Plan:
     """Find the fastest layout that fits, by the machine's own compiler.
 
     Candidates are tried in the order of their bounds of time, so that the

@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from typing import Any
+from typing import Self
 
 import keras
 import keras_hub
@@ -17,6 +19,8 @@ from keras_paligemma.preprocessing import parts
 from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.inputs import to_strings
+from keras_paligemma.types import Config
+from keras_paligemma.types import PathLike
 
 LOCATION_PIECES = [f"<loc{i:04d}>" for i in range(1024)]
 SEGMENT_PIECES = [f"<seg{i:03d}>" for i in range(128)]
@@ -116,8 +120,8 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         add_bos: bool = False,
         add_eos: bool = False,
         add_location_and_segment_pieces: bool = True,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         # Before `super().__init__`, which calls `set_proto`.
         self.add_location_and_segment_pieces = add_location_and_segment_pieces
         super().__init__(
@@ -125,7 +129,12 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         )
 
     @classmethod
-    def from_preset(cls, preset, config_file="tokenizer.json", **kwargs):
+    def from_preset(
+        cls,
+        preset: PathLike,
+        config_file: str | None = "tokenizer.json",
+        **kwargs: Any,
+    ) -> Self:
         """Reads the tokenizer of a preset; reads and fetches no weights.
 
         Args:
@@ -149,7 +158,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         return tokenizer
 
     @classmethod
-    def from_file(cls, path, **kwargs):
+    def from_file(cls, path: PathLike, **kwargs: Any) -> Self:
         """Reads the SentencePiece model that lies beside a checkpoint.
 
         Args:
@@ -174,7 +183,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             )
         return cls(read_tokenizer(path), **kwargs)
 
-    def save_to_preset(self, preset_dir):
+    def save_to_preset(self, preset_dir: PathLike) -> None:
         """Writes configuration and vocabulary to a folder.
 
         Args:
@@ -188,7 +197,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         super().save_to_preset(preset_dir)
 
     @classproperty
-    def presets(cls):
+    def presets(cls) -> dict[str, Any]:
         """Describes the presets, as `PaliGemmaBackbone.presets` does."""
         return presets.describe_all()
 
@@ -212,7 +221,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         # which starts TensorFlow's runtime. Nothing here runs in a graph.
         pass
 
-    def set_proto(self, proto):
+    def set_proto(self, proto: Any) -> None:
         """Reads a SentencePiece model; see the arguments of the class."""
         if isinstance(proto, os.PathLike):
             proto = os.fspath(proto)
@@ -271,7 +280,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             )
         return range(first, first + len(pieces))
 
-    def tokenize(self, inputs) -> list[int] | list[list[int]]:
+    def tokenize(self, inputs: Any) -> list[int] | list[list[int]]:
         """Splits text into token ids.
 
         Args:
@@ -284,7 +293,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         ids = super().tokenize(strings)
         return ids if batched else ids[0]
 
-    def detokenize(self, inputs) -> str | list[str]:
+    def detokenize(self, inputs: Any) -> str | list[str]:
         """Joins token ids to text; pad, eos and bos leave none.
 
         Args:
@@ -306,7 +315,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         texts = super().detokenize(rows)
         return texts if batched else texts[0]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         config["add_location_and_segment_pieces"] = (
             self.add_location_and_segment_pieces

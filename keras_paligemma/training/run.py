@@ -6,8 +6,13 @@ import json
 import math
 import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
 
 from keras_paligemma import presets
+
+if TYPE_CHECKING:
+    import keras
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +184,9 @@ def _check(name, value, kind):
         )
 
 
-def finetune(settings, dry_run=False, source=None):
+def finetune(
+    settings: Settings, dry_run: bool = False, source: Any = None
+) -> "keras.callbacks.History | None":
     """Train as the settings say; go on where a killed run in `output` was.
 
     The result is `output`/adapter, as PEFT reads it, or, where the weights
