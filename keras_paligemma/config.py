@@ -15,6 +15,7 @@ from dataclasses import field
 from dataclasses import fields
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from typing import Self
 
 RESIZES = ("bilinear", "bilinear_antialias", "bicubic")
@@ -33,7 +34,7 @@ def shown(value: object) -> str:
     return _short.repr(value)
 
 
-def read_json(path: str | Path, limit: int = JSON_LIMIT) -> object:
+def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
     """Reads a JSON file of at most `limit` bytes.
 
     Raises:
@@ -59,7 +60,7 @@ def read_json(path: str | Path, limit: int = JSON_LIMIT) -> object:
 # What a field may be: a description for errors, and a function that tells.
 
 
-def _field(expected, fits, default, optional=False):
+def _field(expected, fits, default, optional=False) -> Any:
     if optional:
         expected += " or None"
 
@@ -73,7 +74,9 @@ def _field(expected, fits, default, optional=False):
 def _whole(most, default=MISSING, least=1, optional=False):
     def fits(value):
         whole = isinstance(value, numbers.Integral)
-        return whole and type(value) is not bool and least <= value <= most
+        whole = whole and type(value) is not bool
+        # `numbers` declares no order to type checkers.
+        return whole and least <= value <= most  # pyright: ignore[reportOperatorIssue]
 
     expected = f"an integer of {least} to {most}"
     return _field(expected, fits, default, optional)
@@ -82,8 +85,9 @@ def _whole(most, default=MISSING, least=1, optional=False):
 def _number(least, most, default=MISSING, optional=False):
     def fits(value):
         real = isinstance(value, numbers.Real)
+        real = real and type(value) is not bool
         # No comparison holds for NaN.
-        return real and type(value) is not bool and least <= value <= most
+        return real and least <= value <= most  # pyright: ignore[reportOperatorIssue]
 
     expected = f"a number of {least} to {most}"
     return _field(expected, fits, default, optional)
@@ -143,10 +147,11 @@ def _by_target(default=None):
     return _field(expected, fits, default, optional=True)
 
 
-def _part(cls, default=MISSING):
+def _part(cls, default=MISSING) -> Any:
     return field(default=default, metadata={"part": cls})
 
 
+@dataclass(frozen=True)
 class Checked:
     """A dataclass whose fields say what they may be, with `_whole` and others.
 
@@ -160,7 +165,10 @@ class Checked:
 
     @classmethod
     def problems(
-        cls, values: object, names: dict | None = None, prefix: str = ""
+        cls,
+        values: object,
+        names: dict[str, Any] | None = None,
+        prefix: str = "",
     ) -> list[str]:
         """Lists what is missing, unknown, or of a wrong type or range.
 
@@ -198,7 +206,7 @@ class Checked:
         return sorted(listed)
 
     @classmethod
-    def from_dict(cls, values: dict, source: object = None) -> Self:
+    def from_dict(cls, values: dict[str, Any], source: object = None) -> Self:
         """Makes a configuration of what a file or a caller says.
 
         Args:
@@ -222,7 +230,7 @@ class Checked:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Gives plain values and dictionaries, as a JSON file has them."""
         return dataclasses.asdict(self)
 
@@ -364,8 +372,8 @@ class LoraConfig(Checked):
     rslora: bool = _flag(False)
     dora: bool = _flag(False)
     bias: bool = _flag(False)
-    ranks: dict | None = _by_target()
-    alphas: dict | None = _by_target()
+    ranks: dict[str, Any] | None = _by_target()
+    alphas: dict[str, Any] | None = _by_target()
 
     def __post_init__(self):
         super().__post_init__()

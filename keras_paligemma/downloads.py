@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from keras_paligemma import checksums
 
@@ -73,7 +74,7 @@ def headers(handle: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     return _ask(handle, 2)
 
 
-def _ask(handle, what, *args):
+def _ask(handle, what, *args) -> Any:
     """Have a hub's client do one thing; its errors say what to mend."""
     hub, _, path = handle.partition("://")
     if hub not in _CLIENTS:
@@ -136,7 +137,7 @@ def _hugging_face_sizes(path):
     found = HfApi().model_info(model, revision=revision, files_metadata=True)
     return {
         one.rfilename: one.size
-        for one in found.siblings
+        for one in found.siblings or ()
         if any(fnmatch.fnmatch(one.rfilename, each) for each in patterns)
     }
 

@@ -86,8 +86,8 @@ class COCOSource:
 
     def __init__(
         self,
-        path: str | os.PathLike,
-        image_folder: str | os.PathLike,
+        path: str | os.PathLike[str],
+        image_folder: str | os.PathLike[str],
         task: str = "detect",
         classes: Sequence[str] | None = None,
         keep_empty: bool = False,
@@ -175,7 +175,7 @@ class COCOSource:
         )
         self.clipped = int(cut.sum())
         # By picture, class and place in the file: `lexsort` is stable.
-        order = np.lexsort((classes, rows))
+        order = np.lexsort((np.asarray(classes), rows))
         if outside == "drop":
             outer = overhang > 1
             self.left_out["boxes outside of their pictures"] += int(outer.sum())

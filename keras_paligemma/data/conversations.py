@@ -70,7 +70,7 @@ class ConversationSource:
     def __init__(
         self,
         data: Any,
-        image_folder: str | os.PathLike | None = None,
+        image_folder: str | os.PathLike[str] | None = None,
         turns: str | None = None,
         images: str | None = None,
         allow_empty: bool = False,

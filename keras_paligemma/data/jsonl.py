@@ -55,8 +55,8 @@ class JSONLSource:
 
     def __init__(
         self,
-        path: str | os.PathLike,
-        image_folder: str | os.PathLike | None = None,
+        path: str | os.PathLike[str],
+        image_folder: str | os.PathLike[str] | None = None,
         allow_empty: bool = False,
     ) -> None:
         self.path = Path(path)
@@ -208,7 +208,7 @@ def _lines(path):
         Two int64 arrays: bytes from the start of the file; numbers of lines,
         counted from 0.
     """
-    parts, maybe_blank, size = [np.zeros(1, "int64")], [[True]], 0
+    parts, maybe_blank, size = [np.zeros(1, "int64")], [np.array([True])], 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             data = np.frombuffer(chunk, "uint8")

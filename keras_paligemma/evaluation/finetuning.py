@@ -17,7 +17,7 @@ _COMMON = {"batch_size": 256, "label_smoothing": 0.0, "lora_rank": 0}
 _RESOLUTION = "448"
 
 
-def settings_of(benchmark: Benchmark, image_size: int) -> dict:
+def settings_of(benchmark: Benchmark, image_size: int) -> dict[str, Any]:
     """Give the settings of the original's transfer.
 
     Prompt and answer each get the text length, which the original gives both
@@ -48,7 +48,9 @@ def settings_of(benchmark: Benchmark, image_size: int) -> dict:
     return (_COMMON if benchmark.finetune else {}) | lengths | record
 
 
-def for_run(name: str, given: Mapping) -> tuple[dict, "TrainingSource | None"]:
+def for_run(
+    name: str, given: Mapping[str, Any]
+) -> tuple[dict[str, Any], "TrainingSource | None"]:
     """Give what `finetune --benchmark` adds to the command line.
 
     Args:

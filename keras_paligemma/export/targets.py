@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from typing import Any
 from typing import NamedTuple
 
 from keras_paligemma.atomic import refuse_in_use
@@ -22,11 +23,11 @@ class Target(NamedTuple):
     module, what must be installed, and the file that completes a folder."""
 
     backend: str
-    packages: tuple
+    packages: tuple[Any, ...]
     module: str
     function: str
     entry: str
-    dtypes: tuple = ("float32",)
+    dtypes: tuple[Any, ...] = ("float32",)
 
 
 ONNX = ("torch", "onnx", "onnxscript")

@@ -287,19 +287,19 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
                 positions_BL = token_positions(valid_BL)
         return mask, positions_BL
 
-    def logits(self, hidden_states: Tensor, capped: bool = True) -> Tensor:
+    def logits(self, hidden_states: Tensor, capped: Any = True) -> Tensor:
         """Apply the tied head with the final soft cap.
 
         Args:
             hidden_states: tensor (..., D), from a call.
-            capped: bool, apply the cap, where the model has one.
+            capped: Any, apply the cap, where the model has one.
 
         Returns:
             float32 tensor (..., V).
         """
         return self.head(capped)(hidden_states)
 
-    def head(self, capped: bool = True) -> Callable[[Tensor], Tensor]:
+    def head(self, capped: Any = True) -> Callable[[Tensor], Tensor]:
         """Give the tied head for `StreamedCrossEntropy.stream`."""
         return self.text_decoder.head(capped)
 
@@ -489,7 +489,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         )
 
     def save_to_preset(
-        self, preset_dir: PathLike, max_shard_size: int | float = 10
+        self, preset_dir: PathLike, max_shard_size: float = 10
     ) -> None:
         """Write configuration and weights to a directory.
 

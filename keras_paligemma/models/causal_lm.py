@@ -493,7 +493,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self.predict_function = self.generate_function = None
 
     @classproperty
-    def presets(cls) -> dict[str, Any]:
+    def presets(cls) -> Any:
         """Describe the presets, as `PaliGemmaBackbone.presets` does."""
         return cls.backbone_cls.presets
 

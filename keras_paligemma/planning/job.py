@@ -1,7 +1,7 @@
 """What is planned: a preset, a batch, lengths, adapters, low bits."""
 
 import dataclasses
-from collections.abc import Sequence
+from typing import Any
 
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.compat import without_values
@@ -30,7 +30,7 @@ class Job:
     prompt_length: int = 64
     response_length: int = 64
     lora_rank: int = 8
-    lora_targets: tuple | None = None
+    lora_targets: tuple[Any, ...] | None = None
     quantize: str | None = None
     dtype: str = "bfloat16"
 
@@ -72,7 +72,7 @@ class Job:
         return backbone, optimizer
 
     def code(
-        self, layout: Layout, remat: str | None, last_lines: Sequence[str]
+        self, layout: Layout, remat: str | None, last_lines: list[str]
     ) -> str:
         """Write Python that loads the model as planned and runs it.
 

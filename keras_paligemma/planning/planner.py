@@ -41,8 +41,8 @@ class Verdict:
     fits: bool
     source: str
     hbm_gib: float
-    split_gib: dict
-    bounds_s: dict
+    split_gib: dict[str, Any]
+    bounds_s: dict[str, Any]
     flops: float | None = None
 
 
@@ -71,9 +71,9 @@ class Plan:
     slice: str
     hbm_limit_gib: float
     source: str
-    tried: tuple
+    tried: tuple[Any, ...]
     best: Verdict | None
-    details_gib: dict
+    details_gib: dict[str, Any]
     smallest: str | None
     code: str | None
     advice: str | None
@@ -97,7 +97,7 @@ class Plan:
             "",
             *self._table(),
         ]
-        if self.fits:
+        if self.best is not None:
             lines += [
                 "",
                 f"fits: {self.best.hbm_gib} GiB a chip, of which",
@@ -113,7 +113,7 @@ class Plan:
                 for name, size in self.details_gib.items()
             ]
         else:
-            lines += ["", "does not fit. " + self.advice]
+            lines += ["", f"does not fit. {self.advice}"]
         if self.smallest:
             lines.append(f"smallest that fits: {self.smallest}")
         if self.fits:

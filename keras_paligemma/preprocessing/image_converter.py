@@ -1,5 +1,6 @@
 """Pictures to what the vision encoder reads."""
 
+from collections.abc import Sequence
 from typing import Any
 from typing import Self
 
@@ -67,7 +68,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
 
     def __init__(
         self,
-        image_size: int | tuple[int, int],
+        image_size: int | Sequence[int],
         resize: str = "bilinear",
         **kwargs: Any,
     ) -> None:

@@ -145,7 +145,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     def from_preset(
         cls,
         preset: PathLike,
-        config_file: str | None = CONFIG_FILE,
+        config_file: str = CONFIG_FILE,
         **kwargs: Any,
     ) -> Self:
         """Reads the preprocessor of a preset; reads and fetches no weights.
@@ -178,9 +178,9 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     def saved_in(
         cls,
         folder: PathLike,
-        config_file: str | None = CONFIG_FILE,
+        config_file: str = CONFIG_FILE,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Self | None:
         """Reads what `save_to_preset` of a preprocessor wrote.
 
         Args:
@@ -459,7 +459,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return self.prompt_length + self.response_length
 
     @sequence_length.setter
-    def sequence_length(self, value: int | None) -> int:
+    def sequence_length(self, value: int | None) -> None:
         self.prompt_length, self.response_length = part_lengths(value)
 
     def get_config(self) -> Config:

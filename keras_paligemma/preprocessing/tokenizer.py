@@ -8,7 +8,7 @@ from typing import Self
 import keras
 import keras_hub
 import numpy as np
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
@@ -51,7 +51,7 @@ def append_location_and_segment_pieces(proto: bytes) -> bytes:
     Source: big_vision `pp/ops_text.py`, `tokensets=("loc", "seg")`. They are
     user-defined pieces of score 0, as in `paligemma_tokenizer.model`.
     """
-    model = sentencepiece_model_pb2.ModelProto.FromString(proto)
+    model = ModelProto.FromString(proto)
     wanted = LOCATION_PIECES + SEGMENT_PIECES
     wanted_set = set(wanted)
     ids, found = [], []
@@ -116,7 +116,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     def __init__(
         self,
-        proto: str | os.PathLike | bytes | None = None,
+        proto: str | os.PathLike[str] | bytes | None = None,
         add_bos: bool = False,
         add_eos: bool = False,
         add_location_and_segment_pieces: bool = True,
@@ -132,7 +132,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     def from_preset(
         cls,
         preset: PathLike,
-        config_file: str | None = "tokenizer.json",
+        config_file: str = "tokenizer.json",
         **kwargs: Any,
     ) -> Self:
         """Reads the tokenizer of a preset; reads and fetches no weights.
@@ -248,7 +248,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
                 super().set_proto(extended)
 
     def _check_special_ids(self):
-        model = sentencepiece_model_pb2.ModelProto.FromString(self.proto)
+        model = ModelProto.FromString(self.proto)
         spec = model.trainer_spec
         names = [spec.pad_piece, spec.eos_piece, spec.bos_piece, spec.unk_piece]
         received = [piece.piece for piece in model.pieces[:4]]

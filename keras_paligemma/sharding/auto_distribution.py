@@ -13,11 +13,10 @@ from keras_paligemma.planning.planner import GIB
 from keras_paligemma.planning.training import Training
 from keras_paligemma.sharding.layouts import Sharded
 from keras_paligemma.sharding.layouts import distribute
-from keras_paligemma.types import PathLike
 
 
 def auto(
-    preset: PathLike,
+    preset: str,
     devices: Sequence[Any] | None = None,
     memory_gib: float | None = None,
     remat: str | None = "block",
@@ -78,7 +77,7 @@ def auto(
         candidate.layout: sum(training.memory(candidate).values())
         for candidate in candidates
     }
-    least = min(needs, key=needs.get)
+    least = min(needs, key=lambda layout: needs[layout])
     raise ValueError(
         f"{preset!r} does not fit on {len(devices)} devices of "
         f"{memory_gib} GiB: {least}, which needs the least, needs about "

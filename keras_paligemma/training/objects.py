@@ -42,11 +42,11 @@ class EvaluateObjects(keras.callbacks.Callback):
     def __init__(
         self,
         images: Sequence[Any],
-        objects: Sequence[Sequence],
+        objects: Sequence[Sequence[Any]],
         labels: Sequence[str] | None = None,
         every: int = 1,
         batch_size: int = 8,
-        detect: Callable | None = None,
+        detect: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
         if len(images) != len(objects) or not len(images):

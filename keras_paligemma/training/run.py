@@ -115,7 +115,7 @@ def read_settings(path=None, defaults=None, **given):
     Raises:
         ValueError: an unknown name, or one that is needed and missing.
     """
-    values = (defaults or {}) | read_file(path)
+    values: dict[str, Any] = (defaults or {}) | read_file(path)
     values |= {key: value for key, value in given.items() if value is not None}
     # TOML has no word for nothing.
     values = {k: None if v == "none" else v for k, v in values.items()}
@@ -159,7 +159,7 @@ LIMITS = {
 }
 
 
-def _check(name, value, kind):
+def _check(name: str, value: Any, kind: str) -> None:
     """Refuse a setting of another type, or out of its range."""
     if value is None and "None" in kind:
         return

@@ -82,7 +82,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
         targets_BR: Tensor,
         weights_BR: Tensor,
         training: bool = True,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Apply a head chunk by chunk, and average.
 
         Args:
