@@ -96,7 +96,7 @@ def _number(least, most, default=MISSING, optional=False):
 def _scale(default=MISSING, optional=False):
     def fits(value):
         real = isinstance(value, numbers.Real) and type(value) is not bool
-        return real and 1e-30 <= abs(value) <= 1e30
+        return real and 1e-30 <= abs(value) <= 1e30  # pyright: ignore[reportOperatorIssue]
 
     expected = "a number other than 0 whose size a float32 holds"
     return _field(expected, fits, default, optional)

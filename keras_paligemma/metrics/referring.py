@@ -56,7 +56,7 @@ def refcoco(
     rows |= {f"boxacc/{one}": [] for one in thresholds}
     for row, (found, right) in enumerate(zip(parsed, boxes, strict=True)):
         box = np.zeros(4) if found is None else np.array(found[:4])
-        overlap = box_iou(box / LAST_LOCATION, right)
+        overlap = box_iou((box / LAST_LOCATION).tolist(), right)
         for one in thresholds:
             rows[f"boxacc/{one}"].append(one <= overlap)
         share = None

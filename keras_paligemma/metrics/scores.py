@@ -148,7 +148,7 @@ def by_kind(
     name: str,
     values: np.ndarray,
     kinds: Sequence[Any] | np.ndarray,
-    names: Mapping[str, Any],
+    names: Mapping[Any, str],
 ) -> dict[str, np.ndarray]:
     """Split a column by the kind of its rows.
 

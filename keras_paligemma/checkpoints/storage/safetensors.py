@@ -161,7 +161,7 @@ def find(folder):
     return paths
 
 
-def write_safetensors(folder, arrays, max_shard_size=SHARD_SIZE):
+def write_safetensors(folder, arrays, max_shard_size: float = SHARD_SIZE):
     """Write the weights of a checkpoint, holding one shard in memory.
 
     One shard is `model.safetensors`; several are numbered and have an index,
