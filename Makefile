@@ -20,6 +20,7 @@ test: lint docs dist backends notebooks
 lint: .venv/for-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) -m pyright --pythonpath $(RUN)
 
 docs: .venv/for-docs
 	$(RUN) tools/docs/build.py

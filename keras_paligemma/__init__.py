@@ -1,30 +1,16 @@
 """PaliGemma 2 for Keras 3.
 
 Names are loaded on first use: importing the package costs no KerasHub and no
-TensorFlow, and a command that needs no model never pays for one.
+TensorFlow, and a command that needs no model never pays for one. Where each
+name lives is said once, in `__init__.pyi`, which type checkers read too.
 """
 
 import sys
 
-from keras_paligemma.lazy import attach
+import lazy_loader
 
-_HOME = {
-    "Adam": "tuning.optimizers",
-    "PaliGemmaBackbone": "models.backbone",
-    "PaliGemmaCausalLM": "models.causal_lm",
-    "PaliGemmaCausalLMPreprocessor": "preprocessing.preprocessor",
-    "PaliGemmaImageConverter": "preprocessing.image_converter",
-    "PaliGemmaTokenizer": "preprocessing.tokenizer",
-    "StreamedCrossEntropy": "tuning.losses",
-    "TextDecoderConfig": "config",
-    "VisionEncoderConfig": "config",
-    "transfer_recipe": "tuning.optimizers",
-    "without_values": "compat",
-}
-
-__all__ = list(_HOME)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = "0.1.0"
-__getattr__, __dir__ = attach(__name__, _HOME)
 
 if "keras_hub" in sys.modules:
     # Then nothing is saved by being lazy, and `from_preset` of KerasHub's base

@@ -6,6 +6,7 @@ Each says why. Whoever updates Keras looks here first.
 import contextlib
 import contextvars
 import sys
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -21,7 +22,7 @@ from keras.src.trainers.data_adapters.generator_data_adapter import (
 
 
 @contextlib.contextmanager
-def without_values():
+def without_values() -> Iterator[None]:
     """Build layers whose variables have shapes and dtypes but no values.
 
     A 28b backbone is built in seconds and no memory. `fill` gives variables
@@ -241,7 +242,7 @@ class classproperty(property):
     """A property of the class itself, as KerasHub's `presets` are."""
 
     def __get__(self, instance, owner):
-        return self.fget(owner)
+        return self.fget(owner)  # pyright: ignore[reportOptionalCall]
 
 
 def add_preset_loader(format, loader):
@@ -274,7 +275,9 @@ def add_preset_loader(format, loader):
         keras_hub.models.Task,
         keras_hub.tokenizers.Tokenizer,
     ):
-        sys.modules[base.__module__].get_preset_loader = get_preset_loader
+        vars(sys.modules[base.__module__])[get_preset_loader.__name__] = (
+            get_preset_loader
+        )
 
 
 _target = contextvars.ContextVar("target", default=None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dataclasses import fields
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from typing import Self
 
 from keras_paligemma.checked import Checked
@@ -30,7 +31,7 @@ DTYPES += ("mixed_bfloat16", "mixed_float16")
 JSON_LIMIT = 10_000_000
 
 
-def read_json(path: str | Path, limit: int = JSON_LIMIT) -> object:
+def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
     """Reads a JSON file of at most `limit` bytes.
 
     Raises:

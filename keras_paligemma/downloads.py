@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from keras_paligemma import checksums
 from keras_paligemma.config import JSON_LIMIT
@@ -77,7 +78,7 @@ def headers(handle: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     return _ask(handle, _headers)
 
 
-def _ask(handle, function, *args):
+def _ask(handle, function, *args) -> Any:
     """Do one thing on a hub; its client's errors say what to mend."""
     hub, _, path = handle.partition("://")
     if hub not in _CLIENTS:

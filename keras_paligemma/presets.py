@@ -84,7 +84,7 @@ def describe_all() -> dict[str, dict]:
 
 def published(source: str | Path) -> str | None:
     """Give the name of the published model that a name or a handle means."""
-    name = str(_handles().get(source, source))
+    name = str(_handles().get(str(source), source))
     return name if name in _described() else None
 
 

@@ -451,7 +451,7 @@ def _set_dtype(checkpoint, tensors, source):
         sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensors.shapes[key])
     if not sizes:
         return
-    stored = max(sizes, key=sizes.get)
+    stored = max(sizes, key=lambda dtype: sizes[dtype])
     dtype = COMPUTED.get(stored, stored)
     config = checkpoint.config
     backbone = replace(config.backbone, dtype=dtype)

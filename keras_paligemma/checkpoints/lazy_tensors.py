@@ -3,6 +3,8 @@
 So a checkpoint is converted with one array in memory, and without a model.
 """
 
+from typing import Any
+
 from keras_paligemma.checkpoints import engine
 
 
@@ -54,7 +56,8 @@ class Last:
     def __init__(self, tensors):
         self.shapes, self.dtypes = tensors.shapes, tensors.dtypes
         self._tensors = tensors
-        self._key = self._array = None
+        self._key: str | None = None
+        self._array: Any = None
 
     def read(self, key):
         if key != self._key:

@@ -6,21 +6,7 @@ and `responses` (a string, or a list of strings of which one is drawn each
 epoch). `Batches` makes batches of a source. Names are loaded on first use.
 """
 
-from keras_paligemma.lazy import attach
+import lazy_loader
 
-_HOME = {
-    "Batches": "pipeline",
-    "COCOSource": "coco",
-    "ConversationSource": "conversations",
-    "ExampleError": "examples",
-    "FieldSource": "fields",
-    "JSONLSource": "jsonl",
-    "ObjectSource": "object_source",
-    "check": "examples",
-    "convert": "converting",
-    "open_objects": "opening",
-    "open_source": "opening",
-}
-
-__all__ = list(_HOME)
-__getattr__, __dir__ = attach(__name__, _HOME)
+# Where each name lives is said in the stub beside this file.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from keras_paligemma.data import coco_file
 from keras_paligemma.data.object_source import ObjectSource
@@ -38,10 +39,10 @@ class COCOSource(ObjectSource):
 
     def __init__(
         self,
-        path: str | os.PathLike,
-        image_folder: str | os.PathLike,
+        path: str | os.PathLike[str],
+        image_folder: str | os.PathLike[str],
         task: str = "detect",
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         data = coco_file.read(Path(path), os.fspath(image_folder))
         super().__init__(data, task, **options)

@@ -70,11 +70,11 @@ class ConversationSource:
     def __init__(
         self,
         data: Any,
-        image_folder: str | os.PathLike | None = None,
+        image_folder: str | os.PathLike[str] | None = None,
         turns: str | None = None,
         images: str | None = None,
         allow_empty: bool = False,
-    ):
+    ) -> None:
         if isinstance(data, (str, os.PathLike)):
             path = Path(data)
             image_folder = image_folder or path.parent

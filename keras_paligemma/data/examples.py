@@ -44,7 +44,9 @@ class ExampleError(ValueError):
             on with it.
     """
 
-    def __init__(self, message: str, remainder: dict | None = None):
+    def __init__(
+        self, message: str, remainder: dict[str, Any] | None = None
+    ) -> None:
         super().__init__(message)
         self.remainder = remainder
 
@@ -93,7 +95,7 @@ def where(source: Any, index: int) -> str:
     return f"example {index}" if name is None else name(index)
 
 
-def answers_of(example: dict) -> list[str]:
+def answers_of(example: dict[str, Any]) -> list[str]:
     """List the answers of an example, one or several.
 
     Args:
@@ -167,7 +169,7 @@ def _check_objects(answer):
             )
 
 
-def frames_of(images: Any) -> list:
+def frames_of(images: Any) -> list[Any]:
     """List the frames of an example; one picture is a list of one.
 
     Args:
@@ -196,7 +198,9 @@ def frames_of(images: Any) -> list:
     return list(images)
 
 
-def check(source: Any, preprocessor: Callable | None = None) -> list[str]:
+def check(
+    source: Any, preprocessor: Callable[..., Any] | None = None
+) -> list[str]:
     """Read every example and say at once all that is wrong.
 
     Nothing is trained on meanwhile; pictures are decoded, one at a time. What

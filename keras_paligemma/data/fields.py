@@ -52,11 +52,11 @@ class FieldSource:
     def __init__(
         self,
         dataset: Any,
-        images: str | Callable = "image",
-        prompts: str | Callable = "caption en",
-        responses: str | Callable = "caption",
+        images: str | Callable[..., Any] = "image",
+        prompts: str | Callable[..., Any] = "caption en",
+        responses: str | Callable[..., Any] = "caption",
         allow_empty: bool = False,
-    ):
+    ) -> None:
         check_numbered(dataset)
         self.dataset = dataset
         self.images = images

@@ -4,6 +4,7 @@ import codecs
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,10 +55,10 @@ class JSONLSource:
 
     def __init__(
         self,
-        path: str | os.PathLike,
-        image_folder: str | os.PathLike | None = None,
+        path: str | os.PathLike[str],
+        image_folder: str | os.PathLike[str] | None = None,
         allow_empty: bool = False,
-    ):
+    ) -> None:
         self.path = Path(path)
         if starts_array(self.path):
             raise ValueError(
@@ -82,7 +83,7 @@ class JSONLSource:
         with located(self.where(index)):
             return self._example(self.record(index))
 
-    def record(self, index: int):
+    def record(self, index: int) -> Any:
         """Return what a line holds, whatever that is.
 
         Raises:
@@ -207,7 +208,7 @@ def _lines(path):
         Two int64 arrays: bytes from the start of the file; numbers of lines,
         counted from 0.
     """
-    parts, maybe_blank, size = [np.zeros(1, "int64")], [[True]], 0
+    parts, maybe_blank, size = [np.zeros(1, "int64")], [np.array([True])], 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             data = np.frombuffer(chunk, "uint8")

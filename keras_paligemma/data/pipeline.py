@@ -82,7 +82,7 @@ class Batches:
     def __init__(
         self,
         source: Any,
-        preprocessor: Callable,
+        preprocessor: Callable[..., Any],
         batch_size: int,
         *,
         shuffle: bool = True,
@@ -92,7 +92,7 @@ class Batches:
         skip_errors: bool = False,
         drop_remainder: bool = True,
         shard: tuple[int, int] = (0, 1),
-    ):
+    ) -> None:
         _check_integer("batch_size", batch_size, 1)
         _check_integer("seed", seed, 0)
         _check_integer("workers", workers, 0)
@@ -164,7 +164,7 @@ class Batches:
         """Begin where `set_state` said, or with the first batch."""
         return BatchIterator(self, self._first)
 
-    def get_state(self, consumed: int = 0) -> dict:
+    def get_state(self, consumed: int = 0) -> dict[str, Any]:
         """Tell the state of an iterator of this object.
 
         It needs no iterator: whoever trains may have read further ahead.
@@ -178,7 +178,7 @@ class Batches:
         """
         return {"batches": self._first + int(consumed), **self._identity}
 
-    def set_state(self, state: dict):
+    def set_state(self, state: dict[str, Any]) -> None:
         """Let iterators made from now on begin at a state.
 
         Args:
@@ -199,7 +199,7 @@ class Batches:
             )
         return state["batches"]
 
-    def _read_ahead(self, first):
+    def _read_ahead(self, first) -> Any:
         """Iterate over what the reader makes, from a batch on."""
         grain = grain_or_error()
         from absl import flags  # Grain needs it, so it is there.
@@ -258,7 +258,7 @@ class BatchIterator:
     def __init__(self, batches: Batches, position: int):
         self._batches = batches
         self._position = position
-        self._ahead = None
+        self._ahead: Any = None
 
     def __iter__(self):
         return self
@@ -278,12 +278,12 @@ class BatchIterator:
         self._position += 1
         return batch
 
-    def get_state(self) -> dict:
+    def get_state(self) -> dict[str, Any]:
         """Tell the state after the batches that were handed out."""
         batches = self._batches
         return batches.get_state(self._position - batches._first)
 
-    def set_state(self, state: dict):
+    def set_state(self, state: dict[str, Any]):
         """Go on at a state, forwards or backwards."""
         position = self._batches._position(state)
         if position != self._position:

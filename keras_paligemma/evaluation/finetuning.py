@@ -23,7 +23,7 @@ _COMMON = {"batch_size": 256, "label_smoothing": 0.0, "lora_rank": 0}
 _RESOLUTION = "448"
 
 
-def settings_of(benchmark: Benchmark, image_size: int) -> dict:
+def settings_of(benchmark: Benchmark, image_size: int) -> dict[str, Any]:
     """Give the settings of the original's transfer.
 
     Prompt and answer each get the text length, which the original gives both
@@ -53,8 +53,8 @@ def settings_of(benchmark: Benchmark, image_size: int) -> dict:
 
 
 def for_run(
-    name: str, given: Mapping, masks: str | None = None
-) -> tuple[dict, "TrainingSource | None"]:
+    name: str, given: Mapping[str, Any], masks: str | None = None
+) -> tuple[dict[str, Any], "TrainingSource | None"]:
     """Give what `finetune --benchmark` adds to the command line.
 
     Args:
@@ -148,7 +148,9 @@ class TrainingSource:
     ```
     """
 
-    def __init__(self, samples: Samples, codec: MaskCodec | None = None):
+    def __init__(
+        self, samples: Samples, codec: MaskCodec | None = None
+    ) -> None:
         self.samples = samples
         self.codec = codec
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from keras_paligemma.evaluation.samples import check_unique
 
 
-def read_predictions(path: str | os.PathLike) -> dict[str, str]:
+def read_predictions(path: str | os.PathLike[str]) -> dict[str, str]:
     """Read a file of predictions.
 
     Args:

@@ -7,6 +7,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 COLUMNS = ("224-3B", "224-10B", "224-28B", "448-3B", "448-10B", "448-28B")
 _FILE = Path(__file__).parent / "benchmarks.toml"
@@ -65,12 +66,12 @@ class Benchmark:
     metric: str
     split: str
     text_length: int
-    fields: Mapping
+    fields: Mapping[str, Any]
     data: str
     card: Mapping[str, Mapping[str, float]]
     value: str = "acc"
     scale: float = 100
-    arguments: Mapping = dataclasses.field(default_factory=dict)
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     response: str | None = None
     lower_answers: bool = False
     train_split: str | None = None
@@ -86,9 +87,9 @@ class Benchmark:
     languages: tuple[str, ...] = ()
     average_over: str | None = None
     answer_form: str | None = None
-    answer_words: Mapping = dataclasses.field(default_factory=dict)
+    answer_words: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     judges: tuple[str, ...] = ()
-    finetune: Mapping = dataclasses.field(default_factory=dict)
+    finetune: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def pictures_of_a_prompt(self) -> int:

@@ -29,7 +29,7 @@ class Sample:
     id: str
     images: Any
     prompt: str
-    truth: Mapping
+    truth: Mapping[str, Any]
 
 
 class Samples:
@@ -46,8 +46,11 @@ class Samples:
     """
 
     def __init__(
-        self, benchmark: Benchmark, records: Sequence[Mapping], place: str
-    ):
+        self,
+        benchmark: Benchmark,
+        records: Sequence[Mapping[str, Any]],
+        place: str,
+    ) -> None:
         if not len(records):
             raise ValueError(
                 f"{place} has no samples for {benchmark.name}, split "
@@ -79,7 +82,7 @@ class Samples:
                 self._truth(record),
             )
 
-    def truth(self, index: int) -> dict:
+    def truth(self, index: int) -> dict[str, Any]:
         """Give what is right of a sample, without its pictures."""
         with located(self.where(index)):
             return self._truth(dict(self.records[index]))
@@ -171,7 +174,7 @@ def _images(record, benchmark):
     return images
 
 
-def _fill(template: str, record: Mapping) -> str:
+def _fill(template: str, record: Mapping[str, Any]) -> str:
     """Put the text of fields in the place of their names."""
     parts = []
     for literal, field, _, _ in string.Formatter().parse(template):

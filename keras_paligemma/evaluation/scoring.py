@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +35,8 @@ def score(
     benchmark: Benchmark,
     predictions: Mapping[str, str],
     samples: Samples,
-    decode: Callable | None = None,
-    judges: Mapping[str, Callable] | None = None,
+    decode: Callable[..., Any] | None = None,
+    judges: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Scores:
     """Compute a benchmark's metric.
 
@@ -79,8 +80,10 @@ def score(
 
 
 def truth_columns(
-    benchmark: Benchmark, samples: Samples, decode: Callable | None = None
-) -> tuple[dict, list | None]:
+    benchmark: Benchmark,
+    samples: Samples,
+    decode: Callable[..., Any] | None = None,
+) -> tuple[dict[str, Any], list[Any] | None]:
     """Collect what predictions are compared with; refuse what lacks of it.
 
     Args:

@@ -4,6 +4,8 @@ Files are uint8 tensors of their bytes with zeros behind, so that reading a
 header never leaves a file that ends early.
 """
 
+from typing import Any
+
 import tensorflow as tf
 
 JPEG, PNG, GIF, WEBP, UNKNOWN = range(5)
@@ -148,7 +150,7 @@ def _orientation(data, start):
         )
 
     table = start + number(start + 4, 4)
-    count = number(table, 2)
+    count: Any = number(table, 2)
 
     def found(at):
         # A SHORT: two bytes at the head of the value, in either order.
@@ -180,7 +182,7 @@ def _bytes(data, at, count):
 
 
 def _riff_size(data, at):
-    size = integer(data, at + 4, 4)
+    size: Any = integer(data, at + 4, 4)
     return 8 + size + size % 2
 
 

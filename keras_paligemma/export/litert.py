@@ -1,5 +1,7 @@
 """A model's forward pass for LiteRT, which was TensorFlow Lite."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_paligemma.export.forward import response_logits
@@ -35,7 +37,7 @@ def write(model, folder):
         }
         return {"logits": response_logits(model, inputs)}
 
-    held = tf.Module()
+    held: Any = tf.Module()
     held.weights = [variable.value for variable in model.backbone.variables]
     traced = [forward.get_concrete_function()]
     for name, optimizations in (

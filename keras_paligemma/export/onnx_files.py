@@ -3,6 +3,7 @@
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from keras_paligemma.export.forward import INPUTS
 from keras_paligemma.export.forward import response_logits
@@ -38,7 +39,7 @@ def write(model, folder):
         for shape, dtype in shapes_and_dtypes(model).values()
     )
     with torch.no_grad():
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             Forward().eval(),
             arrays,
             dynamo=True,
@@ -73,7 +74,8 @@ def convert_to_openvino(path, folder):
     """Convert a file of `write`, in the precision that it has."""
     # Whoever imports OpenVINO would report it to its makers; without this
     # package it does not.
-    sys.modules.setdefault("openvino_telemetry", None)
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("openvino_telemetry", None)
     import openvino
 
     model = openvino.Core().read_model(path)

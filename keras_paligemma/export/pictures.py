@@ -1,5 +1,7 @@
 """Encoded pictures to pixels, in a graph, as `preprocessing` makes them."""
 
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
@@ -132,7 +134,7 @@ def _still(content, data):
     transparency, the frame has the same colours.
     """
     start = headers.webp_frame(data)
-    size = headers.integer(data, start + 4, 4)
+    size: Any = headers.integer(data, start + 4, 4)
     frame = tf.strings.substr(content, start, 8 + size)
     digits = tf.bitwise.right_shift(
         12 + size + size % 2, tf.constant([0, 8, 16, 24], tf.int64)

@@ -1,6 +1,7 @@
 """What a SavedModel answers: the functions of its three signatures."""
 
 import inspect
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -120,7 +121,7 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
             "response_ids": tf.zeros((rows, longest), tf.int32),
             "response_mask": tf.zeros((rows, longest), tf.bool),
         }
-        good = errors == ""
+        good: Any = errors == ""
         ids, log_probabilities = answer(
             inputs, max_new_tokens, temperature, adapter, ~good
         )

@@ -4,12 +4,18 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
 from typing import NamedTuple
 
 from keras_paligemma.atomic import refuse_in_use
 from keras_paligemma.atomic import whole_folder
 from keras_paligemma.export import backend_process
 from keras_paligemma.export import savedmodel
+from keras_paligemma.types import PathLike
+
+if TYPE_CHECKING:
+    from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
 
 
 class Target(NamedTuple):
@@ -17,11 +23,11 @@ class Target(NamedTuple):
     module, what must be installed, and the file that completes a folder."""
 
     backend: str
-    packages: tuple
+    packages: tuple[Any, ...]
     module: str
     function: str
     entry: str
-    dtypes: tuple = ("float32",)
+    dtypes: tuple[Any, ...] = ("float32",)
 
 
 ONNX = ("torch", "onnx", "onnxscript")
@@ -56,7 +62,9 @@ TARGETS = {
 }
 
 
-def export(model, filepath, format="savedmodel"):
+def export(
+    model: "PaliGemmaCausalLM", filepath: PathLike, format: str = "savedmodel"
+) -> None:
     """Write a model as files that run without this package.
 
     "savedmodel" takes pictures and prompts and gives text; see

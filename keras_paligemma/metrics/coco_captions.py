@@ -58,9 +58,9 @@ def captions(
 
     def combine(means, count):
         own = {name: means[name] for name in columns}
-        return own | _bleu_of(means, count)
+        return own | dict(_bleu_of(means, count))
 
-    return Scores(columns | bleu_scores.columns, combine)
+    return Scores(columns | dict(bleu_scores.columns), combine)
 
 
 def cider(

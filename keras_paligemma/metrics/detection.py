@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +20,8 @@ _STATS = (
 
 
 def mean_average_precision(
-    predictions: Sequence[Sequence[tuple]],
-    right: Sequence[Sequence[tuple]],
+    predictions: Sequence[Sequence[tuple[Any, ...]]],
+    right: Sequence[Sequence[tuple[Any, ...]]],
     sizes: Sequence[tuple[int, int]] | None = None,
 ) -> dict[str, float]:
     """Compute COCO's box metrics by pycocotools.
@@ -113,8 +114,8 @@ def mean_average_precision(
 
 
 def box_f1(
-    predictions: Sequence[Sequence[tuple]],
-    right: Sequence[Sequence[tuple]],
+    predictions: Sequence[Sequence[tuple[Any, ...]]],
+    right: Sequence[Sequence[tuple[Any, ...]]],
     threshold: float = 0.5,
 ) -> Scores:
     """Count boxes that are met, each once and of the same label.
@@ -151,7 +152,9 @@ def box_f1(
 
 
 def match_boxes(
-    predictions: Sequence[tuple], right: Sequence[tuple], threshold: float
+    predictions: Sequence[tuple[Any, ...]],
+    right: Sequence[tuple[Any, ...]],
+    threshold: float,
 ) -> list[float]:
     """Pair boxes of one picture greedily; gives the overlaps of the pairs."""
     left, shares = [_parts(box) for box in right], []

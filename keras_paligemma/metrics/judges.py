@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
@@ -28,8 +29,8 @@ JUDGES = {
 def judged(
     name: str,
     predictions: Sequence[str],
-    references: Sequence | None = None,
-    judge: Callable | None = None,
+    references: Sequence[Any] | None = None,
+    judge: Callable[..., Any] | None = None,
 ) -> Scores:
     """Score texts by a judge that the caller brings.
 

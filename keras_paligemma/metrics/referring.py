@@ -56,7 +56,7 @@ def refcoco(
     rows |= {f"boxacc/{threshold}": [] for threshold in thresholds}
     for row, (found, right) in enumerate(zip(parsed, boxes, strict=True)):
         box = np.zeros(4) if found is None else np.array(found[:4])
-        overlap = box_iou(box / LAST, right)
+        overlap = box_iou((box / LAST).tolist(), right)
         for threshold in thresholds:
             rows[f"boxacc/{threshold}"].append(threshold <= overlap)
         share = None

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ class Scores:
     """
 
     columns: Mapping[str, np.ndarray]
-    combine: Callable[[dict, int], dict] | None = None
+    combine: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
     quality: np.ndarray | None = None
 
     def __len__(self):
@@ -144,7 +145,10 @@ def column(values: Sequence[float]) -> np.ndarray:
 
 
 def by_kind(
-    name: str, values: np.ndarray, kinds: Sequence, names: Mapping
+    name: str,
+    values: np.ndarray,
+    kinds: Sequence[Any] | np.ndarray,
+    names: Mapping[Any, str],
 ) -> dict[str, np.ndarray]:
     """Split a column by the kind of its rows.
 
@@ -170,7 +174,9 @@ def by_kind(
     }
 
 
-def check_rows(predictions: Sequence[str], **others: Sequence) -> None:
+def check_rows(
+    predictions: Sequence[str], **others: Sequence[Any] | None
+) -> None:
     """Refuse columns that do not belong together, or are empty.
 
     Raises:

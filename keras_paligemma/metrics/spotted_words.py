@@ -1,6 +1,7 @@
 """Words found in pictures: precision, recall and F1 on polygons."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from keras_paligemma.metrics.detection import quotients
 from keras_paligemma.metrics.needs import needed
@@ -15,7 +16,7 @@ UNREADABLE = ("###", "#")
 
 def text_detection(
     predictions: Sequence[str],
-    polygons: Sequence[Sequence],
+    polygons: Sequence[Sequence[Any]],
     texts: Sequence[Sequence[str]],
     sizes: Sequence[tuple[float, float]],
     match_text: bool = True,

@@ -1,6 +1,8 @@
 """Metrics of this room as Keras metrics, fed batch by batch."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -33,7 +35,12 @@ class Streamed(keras.metrics.Metric):
     ```
     """
 
-    def __init__(self, function: Callable[..., Scores], name=None, **kwargs):
+    def __init__(
+        self,
+        function: Callable[..., Scores],
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(name=name or function.__name__)
         if function.__name__ in ("cider", "captions"):
             raise ValueError(
@@ -45,7 +52,9 @@ class Streamed(keras.metrics.Metric):
         self.arguments = kwargs
         self.reset_state()
 
-    def update_state(self, predictions, *columns, **named):
+    def update_state(
+        self, predictions: Sequence[str], *columns: Any, **named: Any
+    ) -> None:
         """Add rows; takes what the function takes, without its options."""
         scores = self.function(predictions, *columns, **named, **self.arguments)
         for name, values in scores.columns.items():
@@ -57,7 +66,7 @@ class Streamed(keras.metrics.Metric):
             self._sums[name] = (total, count + len(counted))
         self._combine = scores.combine or self._combine
 
-    def result(self):
+    def result(self) -> dict[str, float]:
         """Give the values of all rows so far; an empty dict of none."""
         means = {
             name: np.asarray(total / count if count else np.nan)
@@ -69,6 +78,6 @@ class Streamed(keras.metrics.Metric):
         combined = self._combine(means, rows) if self._combine else means
         return {name: float(value) for name, value in combined.items()}
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         """Forget all rows."""
         self._sums, self._combine = {}, None

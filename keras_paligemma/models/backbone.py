@@ -1,6 +1,10 @@
 """PaliGemmaBackbone: vision encoder and text decoder, one sequence."""
 
 import collections
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import Self
 
 import keras
 import keras_hub
@@ -31,6 +35,9 @@ from keras_paligemma.tuning import trainable
 from keras_paligemma.tuning.adapters import Adapters
 from keras_paligemma.turns import Turns
 from keras_paligemma.turns import alone
+from keras_paligemma.types import Config
+from keras_paligemma.types import PathLike
+from keras_paligemma.types import Tensor
 
 
 def _decoder_size(field):
@@ -114,17 +121,17 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
 
     def __init__(
         self,
-        image_size=224,
-        vision_encoder=None,
-        text_decoder=None,
-        form="auto",
-        remat=None,
-        quantization=None,
-        lora=None,
-        dropout=0.0,
-        dtype=None,
-        **kwargs,
-    ):
+        image_size: int = 224,
+        vision_encoder: VisionEncoderConfig | dict[str, Any] | None = None,
+        text_decoder: TextDecoderConfig | dict[str, Any] | None = None,
+        form: str = "auto",
+        remat: str | None = None,
+        quantization: str | None = None,
+        lora: dict[str, Any] | None = None,
+        dropout: float = 0.0,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
         # The policy is set first: the towers below take theirs from it.
         init_model(self, dtype or keras.config.dtype_policy(), **kwargs)
         if not 0 <= dropout < 1:
@@ -169,15 +176,15 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             self.enable_lora(**lora)
         self.built = True
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: Any = None) -> None:
         self.built = True
 
-    def __call__(self, inputs, **kwargs):
+    def __call__(self, inputs: Any, **kwargs: Any) -> Tensor:
         # Before Keras casts what the policy is not about.
         inputs = typed(inputs, self.text_config.vocabulary_size)
         return super().__call__(inputs, **kwargs)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Any, training: bool | None = None) -> Tensor:
         text = PromptAndResponse.among(inputs)
         if text is not None:
             inputs = {**inputs, **text.whole()}
@@ -186,7 +193,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         mask, positions_BL = self.mask_and_positions(inputs, num_image_tokens)
         return self.text_decoder(x_BLD, mask, positions_BL)
 
-    def compute_output_shape(self, inputs_shape):
+    def compute_output_shape(self, inputs_shape: Any) -> tuple[int | None, ...]:
         names = ("token_ids", "prompt_ids", "response_ids")
         texts = [inputs_shape[name] for name in names if name in inputs_shape]
         batch, lengths = texts[0][0], [tokens for _, tokens in texts]
@@ -200,7 +207,9 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         tokens = None if None in lengths else sum(lengths)
         return (batch, tokens, self.text_config.hidden_dim)
 
-    def compute_output_spec(self, inputs, training=None):
+    def compute_output_spec(
+        self, inputs: Any, training: bool | None = None
+    ) -> keras.KerasTensor:
         # Keras itself sees no shapes in a dict of NumPy arrays.
         shapes = {
             name: tuple(value.shape)
@@ -220,23 +229,23 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     head_dim = _decoder_size("head_dim")
 
     @property
-    def image_sequence_length(self):
+    def image_sequence_length(self) -> int:
         """Tokens of one picture."""
         return self.vision_config.num_image_tokens(self.image_size)
 
     @property
-    def vit_encoder(self):
+    def vit_encoder(self) -> keras.layers.Layer:
         """The vision encoder, by KerasHub's name."""
         return self.vision_encoder
 
     @property
-    def transformer_layers(self):
+    def transformer_layers(self) -> Any:
         """The decoder's blocks, a sequence; scanned ones are no layers."""
         # No list: Keras's saving would walk through it, and write each block
         # apart.
         return collections.UserList(self.text_decoder.blocks.each_block())
 
-    def embed(self, inputs):
+    def embed(self, inputs: Any) -> Tensor:
         """Embed pictures and tokens as one sequence (B, L, D).
 
         Text embeddings are scaled by the square root of the width, image
@@ -251,7 +260,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         image_BID = ops.cast(image_BID, text_BTD.dtype)
         return ops.concatenate([image_BID, text_BTD], axis=1)
 
-    def encode_images(self, images):
+    def encode_images(self, images: Tensor) -> Tensor:
         """Turn pictures into image tokens: the vision tower alone.
 
         Args:
@@ -264,7 +273,9 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         check_images(images, self.image_size)
         return self.vision_encoder(images)
 
-    def mask_and_positions(self, inputs, num_image_tokens):
+    def mask_and_positions(
+        self, inputs: Any, num_image_tokens: int
+    ) -> tuple[Any, Tensor]:
         """Give the attention mask and rotary positions (B, L).
 
         Args:
@@ -287,23 +298,23 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
                 positions_BL = token_positions(valid_BL)
         return mask, positions_BL
 
-    def logits(self, hidden_states, capped=True):
+    def logits(self, hidden_states: Tensor, capped: Any = True) -> Tensor:
         """Apply the tied head with the final soft cap.
 
         Args:
             hidden_states: tensor (..., D), from a call.
-            capped: bool, apply the cap, where the model has one.
+            capped: Any, apply the cap, where the model has one.
 
         Returns:
             float32 tensor (..., V).
         """
         return self.head(capped)(hidden_states)
 
-    def head(self, capped=True):
+    def head(self, capped: Any = True) -> Callable[[Tensor], Tensor]:
         """Give the tied head for `StreamedCrossEntropy.stream`."""
         return self.text_decoder.head(capped)
 
-    def weights_by_name(self):
+    def weights_by_name(self) -> dict[str, Any]:
         """Map a stable name to each weight, in both forms of repetition.
 
         Names are what files and tables of checkpoints know: they do not hold
@@ -326,26 +337,26 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         return weights
 
     @property
-    def lora(self):
+    def lora(self) -> Any:
         """What the adapter in use is, as a dict, or `None`."""
         lora = self.adapters.config()
         return lora and lora.to_dict()
 
     def enable_lora(
         self,
-        rank,
-        target_layer_names=None,
-        alpha=None,
-        dropout=0.0,
-        rslora=False,
-        name="default",
+        rank: int | None,
+        target_layer_names: Sequence[str] | None = None,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        name: str = "default",
         *,
-        targets=None,
-        dora=False,
-        bias=False,
-        ranks=None,
-        alphas=None,
-    ):
+        targets: Any = None,
+        dora: bool = False,
+        bias: Any = False,
+        ranks: dict[str, int] | None = None,
+        alphas: dict[str, float] | None = None,
+    ) -> None:
         """Freeze everything and train low-rank adapters of products.
 
         A second one, under another name, shares the room of the first; see
@@ -388,7 +399,12 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         )
         self.adapters.add(name, lora)
 
-    def load_adapter(self, folder, name="default", allow_nonfinite=False):
+    def load_adapter(
+        self,
+        folder: PathLike,
+        name: str = "default",
+        allow_nonfinite: bool = False,
+    ) -> None:
         """Add the low-rank adapter that PEFT or `save_adapter` wrote.
 
         Ranks of layers, DoRA, biases and `modules_to_save` are part of it.
@@ -408,7 +424,9 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         """
         adapter_files.load(self, folder, name, allow_nonfinite)
 
-    def save_adapter(self, folder, name=None, base=None):
+    def save_adapter(
+        self, folder: PathLike, name: str | None = None, base: str | None = None
+    ) -> None:
         """Write an adapter as PEFT loads it onto transformers' model.
 
         Args:
@@ -418,7 +436,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         """
         adapter_files.save(self, folder, name, base)
 
-    def save_lora_weights(self, filepath):
+    def save_lora_weights(self, filepath: PathLike) -> None:
         """Write the adapter in use to one file, for `load_lora_weights`.
 
         `save_adapter` writes what PEFT and transformers load.
@@ -431,7 +449,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         """
         lora_weights.save(self, filepath)
 
-    def load_lora_weights(self, filepath):
+    def load_lora_weights(self, filepath: PathLike) -> None:
         """Read an adapter of `save_lora_weights` into the one in use.
 
         Args:
@@ -445,7 +463,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         lora_weights.load(self, filepath)
 
     @alone
-    def freeze(self, *patterns):
+    def freeze(self, *patterns: str | Sequence[str]) -> None:
         """Stop training the weights whose names match.
 
         Args:
@@ -455,21 +473,27 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         trainable.set_trainable(self, patterns, False)
 
     @alone
-    def unfreeze(self, *patterns):
+    def unfreeze(self, *patterns: str | Sequence[str]) -> None:
         """Train the weights whose names match; see `freeze`."""
         trainable.set_trainable(self, patterns, True)
 
-    def trainable_table(self):
+    def trainable_table(self) -> Any:
         """Tell what is trained and how many parameters: a str to print."""
         return trainable.table(self)
 
     @classproperty
-    def presets(cls):
+    def presets(cls) -> dict[str, Any]:
         """Describe the presets: a dict of name to what is known of each."""
         return presets.describe_all()
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, dtype=None, **kwargs):
+    def from_preset(
+        cls,
+        preset: PathLike,
+        load_weights: bool = True,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> Self:
         """Load a backbone from a preset; see `PaliGemmaCausalLM`."""
         fields = files.split_fields(kwargs)
         checkpoint = formats.resolve(preset, load_weights, fields)
@@ -477,7 +501,9 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             cls, checkpoint, load_weights, dtype, **kwargs
         )
 
-    def save_to_preset(self, preset_dir, max_shard_size=10):
+    def save_to_preset(
+        self, preset_dir: PathLike, max_shard_size: float = 10
+    ) -> None:
         """Write configuration and weights to a directory.
 
         Args:
@@ -487,7 +513,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         """
         exports.save_backbone(self, preset_dir, max_shard_size)
 
-    def architecture(self):
+    def architecture(self) -> Any:
         """Give the `BackboneConfig` that a preset's file holds."""
         return BackboneConfig(
             image_size=self.image_size,
@@ -498,11 +524,17 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             quantization=self.quantization,
         )
 
-    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+    def quantize(
+        self,
+        mode: Any = None,
+        config: Any = None,
+        filters: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Refuse, and say how: weights are quantised as they are read."""
         raise ValueError(files.QUANTIZE)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return super().get_config() | {
             **self.architecture().to_dict(),
             "lora": self.adapters.capacity and self.adapters.capacity.to_dict(),

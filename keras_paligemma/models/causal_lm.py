@@ -1,5 +1,9 @@
 """PaliGemmaCausalLM: fit, generate and presets around a backbone."""
 
+from collections.abc import Sequence
+from typing import Any
+from typing import Self
+
 import keras
 import keras_hub
 import numpy as np
@@ -29,6 +33,8 @@ from keras_paligemma.tuning.losses import StreamedCrossEntropy
 from keras_paligemma.tuning.losses import token_losses
 from keras_paligemma.tuning.optimizers import Adam
 from keras_paligemma.turns import alone
+from keras_paligemma.types import Config
+from keras_paligemma.types import PathLike
 
 loader.register()
 
@@ -67,8 +73,12 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     preprocessor_cls = PaliGemmaCausalLMPreprocessor
 
     def __init__(
-        self, preprocessor=None, backbone=None, compile=True, **kwargs
-    ):
+        self,
+        preprocessor: PaliGemmaCausalLMPreprocessor | None = None,
+        backbone: PaliGemmaBackbone | None = None,
+        compile: bool = True,
+        **kwargs: Any,
+    ) -> None:
         if isinstance(preprocessor, PaliGemmaBackbone):
             preprocessor, backbone = backbone, preprocessor
         if not isinstance(backbone, PaliGemmaBackbone):
@@ -94,14 +104,14 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     @alone
     def compile(
         self,
-        optimizer="auto",
-        loss="auto",
+        optimizer: Any = "auto",
+        loss: Any = "auto",
         *,
-        metrics=None,
-        weighted_metrics="auto",
-        sampler="greedy",
-        **kwargs,
-    ):
+        metrics: Any = None,
+        weighted_metrics: Any = "auto",
+        sampler: Any = "greedy",
+        **kwargs: Any,
+    ) -> None:
         """Choose optimizer, loss, metrics and sampler.
 
         Args:
@@ -157,7 +167,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         )
         self.reset_metrics()
 
-    def get_compile_config(self):
+    def get_compile_config(self) -> Config | None:
         """Tell a `.keras` file how the model was compiled."""
         config = super().get_compile_config()
         if self.own_loss is not None:
@@ -167,7 +177,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             "optimizer_built": self.optimizer.built,
         }
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: Config) -> None:
         """Compile as a `.keras` file says."""
         config = dict(config)
         optimizer_built = config.pop("optimizer_built")
@@ -178,14 +188,14 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             self.optimizer.build(self.trainable_variables)
 
     @property
-    def metrics(self):
+    def metrics(self) -> list[keras.metrics.Metric]:
         own = [self.loss_tracker, self.accuracy_tracker]
         metrics = [one for one in super().metrics if one not in own]
         if self.own_loss is None:
             return metrics
         return own + [one for one in metrics if one.name != "loss"]
 
-    def get_metrics_result(self):
+    def get_metrics_result(self) -> dict[str, Any]:
         logs = super().get_metrics_result()
         if self.accuracy_tracker.name in logs:
             # What callbacks of KerasHub's users watch.
@@ -195,12 +205,12 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             )
         return logs
 
-    def __call__(self, inputs, **kwargs):
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         # As the backbone does: Keras casts on the way in.
         inputs = typed(inputs, self.backbone.text_config.vocabulary_size)
         return super().__call__(inputs, **kwargs)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
         hidden_BLD = self.backbone(inputs, training=training)
         text = PromptAndResponse.among(inputs)
         if text is not None:
@@ -208,7 +218,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         tokens = inputs["token_ids"].shape[1]
         return self.backbone.logits(hidden_BLD[:, -tokens:])
 
-    def compute_output_spec(self, inputs, training=None):
+    def compute_output_spec(
+        self, inputs: Any, training: bool | None = None
+    ) -> Any:
         text = PromptAndResponse.among(inputs)
         if text is not None:
             shape = (*text.response_ids.shape, self.backbone.hidden_dim)
@@ -217,13 +229,18 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         # Whatever the policy.
         return keras.KerasTensor(self.compute_output_shape(shapes), "float32")
 
-    def compute_output_shape(self, inputs_shape):
+    def compute_output_shape(self, inputs_shape: Any) -> Any:
         vocabulary_size = self.backbone.vocabulary_size
         return (*inputs_shape["token_ids"], vocabulary_size)
 
     def compute_loss(
-        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
-    ):
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
         """Apply the head to the states that a call returned, and average.
 
         Metrics that see logits are updated here too: `compute_metrics` comes
@@ -252,7 +269,9 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self.accuracy_tracker.update_state(accuracy, sample_weight=total)
         return loss
 
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+    def compute_metrics(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
+    ) -> dict[str, Any]:
         return self.get_metrics_result()
 
     fit = fitting.fit
@@ -261,17 +280,19 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     train_on_batch = fitting.train_on_batch
     test_on_batch = fitting.test_on_batch
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> Any:
         self.trained_adapter = trainable.check_trainable(
             self.backbone, self.trained_adapter
         )
         return super().make_train_function(force)
 
-    def quantize(self, mode=None, **kwargs):
+    def quantize(self, mode: Any = None, **kwargs: Any) -> None:
         """Refuse, and say how: weights are quantised as they are read."""
         self.backbone.quantize(mode)
 
-    def preprocess_samples(self, x, y=None, sample_weight=None):
+    def preprocess_samples(
+        self, x: Any, y: Any = None, sample_weight: Any = None
+    ) -> Any:
         if not isinstance(x, dict):
             raise ValueError(
                 "An example is a dictionary. Expected: 'images', 'prompts' "
@@ -304,17 +325,22 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     make_generate_function = generation.make_generate_function
 
     @property
-    def turns(self):
+    def turns(self) -> Any:
         """The lock around the variables: threads take turns at a model."""
         return self.backbone.turns
 
     @property
-    def adapters(self):
+    def adapters(self) -> Any:
         """The named adapters: select, merge, unmerge; see `Adapters`."""
         return self.backbone.adapters
 
     @alone
-    def enable_lora(self, rank, target_layer_names=None, **kwargs):
+    def enable_lora(
+        self,
+        rank: int | None,
+        target_layer_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Train adapters alone, as the backbone does, and print the table.
 
         Compile again afterwards: the optimizer must see the new variables.
@@ -324,24 +350,29 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         print(self.backbone.trainable_table())
 
     @alone
-    def load_adapter(self, folder, name="default", allow_nonfinite=False):
+    def load_adapter(
+        self,
+        folder: PathLike,
+        name: str = "default",
+        allow_nonfinite: bool = False,
+    ) -> None:
         """Add the adapter of a folder; see `PaliGemmaBackbone`."""
         self.backbone.load_adapter(folder, name, allow_nonfinite)
         self._structure_changed()
 
-    def save_adapter(self, folder, **kwargs):
+    def save_adapter(self, folder: PathLike, **kwargs: Any) -> None:
         """Write an adapter to a folder; see `PaliGemmaBackbone`."""
         with self.turns:
             self.backbone.save_adapter(folder, **kwargs)
 
     @alone
-    def freeze(self, *patterns):
+    def freeze(self, *patterns: str | Sequence[str]) -> None:
         """Stop training weights by patterns; see `PaliGemmaBackbone`."""
         self.backbone.freeze(*patterns)
         self._structure_changed()
 
     @alone
-    def unfreeze(self, *patterns):
+    def unfreeze(self, *patterns: str | Sequence[str]) -> None:
         """Train weights by patterns; see `PaliGemmaBackbone`."""
         self.backbone.unfreeze(*patterns)
         self._structure_changed()
@@ -351,12 +382,18 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self.predict_function = self.generate_function = None
 
     @classproperty
-    def presets(cls):
+    def presets(cls) -> Any:
         """Describe the presets, as `PaliGemmaBackbone.presets` does."""
         return cls.backbone_cls.presets
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, dtype=None, **kwargs):
+    def from_preset(
+        cls,
+        preset: PathLike,
+        load_weights: bool = True,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> Self:
         """Load a model from a checkpoint, whoever made it.
 
         Args:

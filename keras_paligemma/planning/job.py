@@ -1,6 +1,7 @@
 """What is planned: a preset, a batch, lengths, adapters, low bits."""
 
 import dataclasses
+from typing import Any
 
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.compat import without_values
@@ -31,7 +32,7 @@ class Job:
     response_length: int = 64
     pictures: int = 1
     lora_rank: int = 8
-    lora_targets: tuple | None = None
+    lora_targets: tuple[Any, ...] | None = None
     quantize: str | None = None
     dtype: str = "bfloat16"
 
@@ -50,19 +51,21 @@ class Job:
             )
 
     @property
-    def text_length(self):
+    def text_length(self) -> int:
         return self.prompt_length + self.response_length
 
-    def image_tokens(self, backbone):
+    def image_tokens(self, backbone: PaliGemmaBackbone) -> int:
         """Count the image tokens of one prompt."""
         return self.pictures * backbone.image_sequence_length
 
-    def images_shape(self, image_size):
+    def images_shape(self, image_size: int) -> tuple[int, ...]:
         """Give the shape of a batch's pictures, as the backbone takes them."""
         frames = () if self.pictures == 1 else (self.pictures,)
         return (self.batch_size, *frames, image_size, image_size, 3)
 
-    def model(self, remat="block", form="scanned"):
+    def model(
+        self, remat: str | None = "block", form: str = "scanned"
+    ) -> tuple[PaliGemmaBackbone, Adam]:
         """Build backbone and optimizer without values.
 
         Returns:
@@ -80,7 +83,9 @@ class Job:
             optimizer.build(backbone.trainable_variables)
         return backbone, optimizer
 
-    def code(self, layout, remat, last_lines):
+    def code(
+        self, layout: Layout, remat: str | None, last_lines: list[str]
+    ) -> str:
         """Write Python that loads the model as planned and runs it.
 
         Args:

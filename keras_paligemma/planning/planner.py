@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+from typing import Any
 
 from keras_paligemma.layers.remat import REMATS
 from keras_paligemma.planning import machines
@@ -40,8 +41,8 @@ class Verdict:
     fits: bool
     source: str
     hbm_gib: float
-    split_gib: dict
-    bounds_s: dict
+    split_gib: dict[str, Any]
+    bounds_s: dict[str, Any]
     flops: float | None = None
 
 
@@ -70,19 +71,19 @@ class Plan:
     slice: str
     hbm_limit_gib: float
     source: str
-    tried: tuple
+    tried: tuple[Any, ...]
     best: Verdict | None
-    details_gib: dict
+    details_gib: dict[str, Any]
     smallest: str | None
     code: str | None
     advice: str | None
 
     @property
-    def fits(self):
+    def fits(self) -> bool:
         """Whether any candidate fits."""
         return self.best is not None
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Return plain values, as `plan --json` prints them."""
         return {"fits": self.fits} | dataclasses.asdict(self)
 
@@ -96,7 +97,7 @@ class Plan:
             "",
             *self._table(),
         ]
-        if self.fits:
+        if self.best is not None:
             lines += [
                 "",
                 f"fits: {self.best.hbm_gib} GiB a chip, of which",
@@ -112,7 +113,7 @@ class Plan:
                 for name, size in self.details_gib.items()
             ]
         else:
-            lines += ["", "does not fit. " + self.advice]
+            lines += ["", f"does not fit. {self.advice}"]
         if self.smallest:
             lines.append(f"smallest that fits: {self.smallest}")
         if self.fits:
@@ -145,14 +146,14 @@ class Plan:
 
 
 def make_plan(
-    job,
-    machine,
-    layout=None,
-    remat="any",
-    compiler=None,
-    smallest=True,
-    generate=False,
-):
+    job: Job,
+    machine: str,
+    layout: str | None = None,
+    remat: str = "any",
+    compiler: bool | None = None,
+    smallest: bool = True,
+    generate: bool = False,
+) -> Plan:
     """Find the fastest layout that fits, by the machine's own compiler.
 
     Candidates are tried in the order of their bounds of time, so that the

@@ -1,5 +1,9 @@
 """Pictures to what the vision encoder reads."""
 
+from collections.abc import Sequence
+from typing import Any
+from typing import Self
+
 import keras
 import keras_hub
 import numpy as np
@@ -13,6 +17,8 @@ from keras_paligemma.preprocessing.images import to_bytes
 from keras_paligemma.preprocessing.images import to_rgb
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.resize import RULES
+from keras_paligemma.types import Config
+from keras_paligemma.types import PathLike
 
 # Arguments of the base class that follow from what PaliGemma expects.
 NOT_FREE = {
@@ -62,10 +68,10 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
 
     def __init__(
         self,
-        image_size: int | tuple[int, int],
+        image_size: int | Sequence[int],
         resize: str = "bilinear",
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         refused = sorted(NOT_FREE & kwargs.keys())
         if refused:
             raise ValueError(
@@ -100,7 +106,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
         self.resize = resize
 
     @classmethod
-    def from_preset(cls, preset, **kwargs):
+    def from_preset(cls, preset: PathLike, **kwargs: Any) -> Self:
         """Reads the converter of a preset; reads and fetches no weights.
 
         Args:
@@ -131,7 +137,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
         }
         return cls(**known | kwargs)
 
-    def save_to_preset(self, preset_dir):
+    def save_to_preset(self, preset_dir: PathLike) -> None:
         """Writes the configuration to a folder.
 
         Args:
@@ -145,16 +151,16 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
         super().save_to_preset(preset_dir)
 
     @classproperty
-    def presets(cls):
+    def presets(cls) -> dict[str, Any]:
         """Describes the presets, as `PaliGemmaBackbone.presets` does."""
         return presets.describe_all()
 
-    def __call__(self, inputs):
+    def __call__(self, inputs: Any) -> Any:
         # Keras refuses lists that mix tensors with paths or Pillow images,
         # and has nothing to trace or build here.
         return self.call(inputs)
 
-    def call(self, inputs) -> np.ndarray:
+    def call(self, inputs: Any) -> np.ndarray:
         """Converts a picture, a batch, or a batch of lists of frames.
 
         Args:
@@ -211,7 +217,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
             return image
         return RULES[self.resize](image, self.image_size)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         for key in NOT_FREE & config.keys():
             del config[key]

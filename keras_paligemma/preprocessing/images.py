@@ -4,6 +4,7 @@ import base64
 import io
 import os
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import unquote
 from urllib.parse import unquote_to_bytes
 
@@ -59,7 +60,7 @@ def read_image(image, name: str = "image") -> np.ndarray:
     return to_rgb(to_bytes(pixels, name), name)
 
 
-def picture_path(name: str | os.PathLike, folder: str = "") -> str:
+def picture_path(name: str | os.PathLike[str], folder: str = "") -> str:
     """Finds the file that a data set calls by a name.
 
     Args:
@@ -90,7 +91,9 @@ def picture_path(name: str | os.PathLike, folder: str = "") -> str:
     return path
 
 
-def openable(image: str | os.PathLike | bytes | io.IOBase):
+def openable(
+    image: str | os.PathLike[str] | bytes | io.IOBase,
+) -> Any:
     """Turns what holds an encoded picture into what `PIL.Image.open` takes.
 
     Args:

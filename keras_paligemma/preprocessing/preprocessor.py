@@ -1,6 +1,8 @@
 """The one place that knows how text is laid out in a sequence."""
 
 import os
+from typing import Any
+from typing import Self
 
 import keras
 import keras_hub
@@ -25,6 +27,8 @@ from keras_paligemma.preprocessing.layout import pack
 from keras_paligemma.preprocessing.layout import part_lengths
 from keras_paligemma.preprocessing.texts import tokenize_texts
 from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
+from keras_paligemma.types import Config
+from keras_paligemma.types import PathLike
 
 CONFIG_FILE = "preprocessor.json"
 
@@ -106,8 +110,8 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         response_length: int | None = None,
         on_long_prompt: str = "error",
         on_long_response: str = "warn",
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         prompt_length, response_length = part_lengths(
             sequence_length, prompt_length, response_length
         )
@@ -138,7 +142,12 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         self.built = True
 
     @classmethod
-    def from_preset(cls, preset, config_file=CONFIG_FILE, **kwargs):
+    def from_preset(
+        cls,
+        preset: PathLike,
+        config_file: str = CONFIG_FILE,
+        **kwargs: Any,
+    ) -> Self:
         """Reads the preprocessor of a preset; reads and fetches no weights.
 
         Args:
@@ -166,7 +175,12 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         )
 
     @classmethod
-    def saved_in(cls, folder, config_file=CONFIG_FILE, **kwargs):
+    def saved_in(
+        cls,
+        folder: PathLike,
+        config_file: str = CONFIG_FILE,
+        **kwargs: Any,
+    ) -> Self | None:
         """Reads what `save_to_preset` of a preprocessor wrote.
 
         Args:
@@ -191,7 +205,13 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return preprocessor
 
     @classmethod
-    def from_files(cls, config, tokenizer, added_tokens=None, **kwargs):
+    def from_files(
+        cls,
+        config: Any,
+        tokenizer: Any,
+        added_tokens: Any = None,
+        **kwargs: Any,
+    ) -> Self:
         """Reads the preprocessor of what `formats.resolve` found.
 
         Args:
@@ -218,7 +238,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             tokenizer = PaliGemmaTokenizer(proto)
         return cls(tokenizer, converter, **fields)
 
-    def save_to_preset(self, preset_dir):
+    def save_to_preset(self, preset_dir: PathLike) -> None:
         """Writes configuration and vocabulary to a folder.
 
         Args:
@@ -233,15 +253,21 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         super().save_to_preset(preset_dir)
 
     @classproperty
-    def presets(cls):
+    def presets(cls) -> dict[str, Any]:
         """Describes the presets, as `PaliGemmaBackbone.presets` does."""
         return presets.describe_all()
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: Any = None) -> None:
         """Does nothing; the base class would make a packer."""
         self.built = True
 
-    def __call__(self, x, y=None, sample_weight=None, sequence_length=None):
+    def __call__(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        sequence_length: int | None = None,
+    ) -> Any:
         # Keras refuses dictionaries that mix tensors with strings, and has
         # nothing to trace or build here.
         if isinstance(x, tuple):  # An element of a dataset.
@@ -250,7 +276,13 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             return call_in_python(self, x, sample_weight, sequence_length)
         return self.call(x, y, sample_weight, sequence_length)
 
-    def call(self, x: dict, y=None, sample_weight=None, sequence_length=None):
+    def call(
+        self,
+        x: dict,
+        y: Any = None,
+        sample_weight: Any = None,
+        sequence_length: int | None = None,
+    ) -> Any:
         """Makes a training example, or a batch of them.
 
         Args:
@@ -437,10 +469,10 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return self.prompt_length + self.response_length
 
     @sequence_length.setter
-    def sequence_length(self, value):
+    def sequence_length(self, value: int | None) -> None:
         self.prompt_length, self.response_length = part_lengths(value)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         # The base's arguments; here they follow from the others.
         for key in ("sequence_length", "add_start_token", "add_end_token"):

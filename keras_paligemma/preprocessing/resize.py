@@ -82,7 +82,7 @@ def resample(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     for axis in (0, 1):
         index, weights = _triangles(image.shape[axis], size[axis])
         shape = (-1, 1, 1) if axis == 0 else (-1, 1)
-        image = sum(
+        image = sum(  # pyright: ignore[reportAssignmentType] never empty
             image.take(taps, axis) * weight.reshape(shape)
             for taps, weight in zip(index, weights, strict=True)
         )

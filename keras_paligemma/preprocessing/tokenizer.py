@@ -2,11 +2,13 @@
 
 import os
 import warnings
+from typing import Any
+from typing import Self
 
 import keras
 import keras_hub
 import numpy as np
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
@@ -17,6 +19,8 @@ from keras_paligemma.preprocessing import parts
 from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.inputs import to_strings
+from keras_paligemma.types import Config
+from keras_paligemma.types import PathLike
 
 LOCATION_PIECES = [f"<loc{i:04d}>" for i in range(1024)]
 SEGMENT_PIECES = [f"<seg{i:03d}>" for i in range(128)]
@@ -47,7 +51,7 @@ def append_location_and_segment_pieces(proto: bytes) -> bytes:
     Source: big_vision `pp/ops_text.py`, `tokensets=("loc", "seg")`. They are
     user-defined pieces of score 0, as in `paligemma_tokenizer.model`.
     """
-    model = sentencepiece_model_pb2.ModelProto.FromString(proto)
+    model = ModelProto.FromString(proto)
     wanted = LOCATION_PIECES + SEGMENT_PIECES
     wanted_set = set(wanted)
     ids, found = [], []
@@ -112,12 +116,12 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     def __init__(
         self,
-        proto: str | os.PathLike | bytes | None = None,
+        proto: str | os.PathLike[str] | bytes | None = None,
         add_bos: bool = False,
         add_eos: bool = False,
         add_location_and_segment_pieces: bool = True,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         # Before `super().__init__`, which calls `set_proto`.
         self.add_location_and_segment_pieces = add_location_and_segment_pieces
         super().__init__(
@@ -125,7 +129,12 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         )
 
     @classmethod
-    def from_preset(cls, preset, config_file="tokenizer.json", **kwargs):
+    def from_preset(
+        cls,
+        preset: PathLike,
+        config_file: str = "tokenizer.json",
+        **kwargs: Any,
+    ) -> Self:
         """Reads the tokenizer of a preset; reads and fetches no weights.
 
         Args:
@@ -149,7 +158,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         return tokenizer
 
     @classmethod
-    def from_file(cls, path, **kwargs):
+    def from_file(cls, path: PathLike, **kwargs: Any) -> Self:
         """Reads the SentencePiece model that lies beside a checkpoint.
 
         Args:
@@ -174,7 +183,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             )
         return cls(read_tokenizer(path), **kwargs)
 
-    def save_to_preset(self, preset_dir):
+    def save_to_preset(self, preset_dir: PathLike) -> None:
         """Writes configuration and vocabulary to a folder.
 
         Args:
@@ -188,7 +197,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         super().save_to_preset(preset_dir)
 
     @classproperty
-    def presets(cls):
+    def presets(cls) -> dict[str, Any]:
         """Describes the presets, as `PaliGemmaBackbone.presets` does."""
         return presets.describe_all()
 
@@ -212,7 +221,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         # which starts TensorFlow's runtime. Nothing here runs in a graph.
         pass
 
-    def set_proto(self, proto):
+    def set_proto(self, proto: Any) -> None:
         """Reads a SentencePiece model; see the arguments of the class."""
         if isinstance(proto, os.PathLike):
             proto = os.fspath(proto)
@@ -239,7 +248,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
                 super().set_proto(extended)
 
     def _check_special_ids(self):
-        model = sentencepiece_model_pb2.ModelProto.FromString(self.proto)
+        model = ModelProto.FromString(self.proto)
         spec = model.trainer_spec
         names = [spec.pad_piece, spec.eos_piece, spec.bos_piece, spec.unk_piece]
         received = [piece.piece for piece in model.pieces[:4]]
@@ -271,7 +280,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             )
         return range(first, first + len(pieces))
 
-    def tokenize(self, inputs) -> list[int] | list[list[int]]:
+    def tokenize(self, inputs: Any) -> list[int] | list[list[int]]:
         """Splits text into token ids.
 
         Args:
@@ -284,7 +293,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         ids = super().tokenize(strings)
         return ids if batched else ids[0]
 
-    def detokenize(self, inputs) -> str | list[str]:
+    def detokenize(self, inputs: Any) -> str | list[str]:
         """Joins token ids to text; pad, eos and bos leave none.
 
         Args:
@@ -306,7 +315,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         texts = super().detokenize(rows)
         return texts if batched else texts[0]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         config["add_location_and_segment_pieces"] = (
             self.add_location_and_segment_pieces

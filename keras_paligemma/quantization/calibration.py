@@ -68,7 +68,8 @@ def batches_of(examples, preprocessor):
             f"at least. Expected: {EXPECTED}. Received: {examples!r:.200}."
         )
     batches = []
-    for start in range(0, *lengths, BATCH):
+    (length,) = lengths
+    for start in range(0, length, BATCH):
         part = slice(start, start + BATCH)
         batches.append(
             preprocessor(

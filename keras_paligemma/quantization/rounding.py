@@ -3,6 +3,8 @@
 On the host, in NumPy, since a checkpoint's arrays are rounded as they are read.
 """
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
@@ -123,11 +125,12 @@ def round_for(layout, array, order, factor):
     )
 
 
-def _best_scale(kernel, group):
+def _best_scale(kernel: np.ndarray, group: np.ndarray) -> np.ndarray:
     """Choose a scale for each group of rows and column."""
     first = np.flatnonzero(np.diff(group, prepend=-1))
     peak = np.maximum.reduceat(np.abs(kernel), first) / np.float32(LARGEST)
-    best = least = None
+    best: Any = None
+    least: Any = None
     for share in SHARES:
         scale = _bfloat16_above(share * peak)
         values, steps = round_to(kernel, (), LARGEST, scale[group])

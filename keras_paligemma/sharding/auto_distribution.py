@@ -1,6 +1,8 @@
 """Choose a distribution for the devices that are there."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from keras import distribution
 
@@ -9,10 +11,17 @@ from keras_paligemma.planning.job import Job
 from keras_paligemma.planning.planner import ESTIMATE_SHARE
 from keras_paligemma.planning.planner import GIB
 from keras_paligemma.planning.training import Training
+from keras_paligemma.sharding.layouts import Sharded
 from keras_paligemma.sharding.layouts import distribute
 
 
-def auto(preset, devices=None, memory_gib=None, remat="block", **job):
+def auto(
+    preset: str,
+    devices: Sequence[Any] | None = None,
+    memory_gib: float | None = None,
+    remat: str | None = "block",
+    **job: Any,
+) -> distribution.DataParallel | Sharded:
     """Choose where weights lie: copied if they fit, else shared by few chips.
 
     By arithmetic: of the layouts that fit, the one whose bounds of time are
@@ -30,7 +39,7 @@ def auto(preset, devices=None, memory_gib=None, remat="block", **job):
             `planning.Job`.
 
     Returns:
-        `keras.distribution.DataParallel` or `layouts.Sharded`.
+        `distribution.DataParallel` or `layouts.Sharded`.
 
     Raises:
         ValueError: nothing fits, or the memory is not known.
@@ -68,7 +77,7 @@ def auto(preset, devices=None, memory_gib=None, remat="block", **job):
         candidate.layout: sum(training.memory(candidate).values())
         for candidate in candidates
     }
-    least = min(needs, key=needs.get)
+    least = min(needs, key=lambda layout: needs[layout])
     raise ValueError(
         f"{preset!r} does not fit on {len(devices)} devices of "
         f"{memory_gib} GiB: {least}, which needs the least, needs about "

@@ -13,6 +13,8 @@ groups. Four strategies say what a group is for:
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import ml_dtypes  # noqa: F401, NumPy learns bfloat16 by it.
 import numpy as np
@@ -122,32 +124,32 @@ class Layout:
         return f"{self.strategy} {self.groups}x{self.group}"
 
     @property
-    def chips(self):
+    def chips(self) -> int:
         return self.groups * self.group
 
     @property
-    def replicas(self):
+    def replicas(self) -> int:
         """How many parts the batch is split into."""
         return self.groups if self.splits_work else self.chips
 
     @property
-    def splits_work(self):
+    def splits_work(self) -> bool:
         """Whether the chips of a group share the work on each example."""
         return self.strategy in ("tensor", "both")
 
     @property
-    def tensor_chips(self):
+    def tensor_chips(self) -> int:
         """How many chips share the work on one example."""
         return self.group if self.splits_work else 1
 
     @property
-    def storage_chips(self):
+    def storage_chips(self) -> int:
         """How many chips share a weight's storage and gather it to use it."""
         return {"weights": self.group, "both": self.groups}.get(
             self.strategy, 1
         )
 
-    def axes(self, name, shape):
+    def axes(self, name: str, shape: Sequence[int]) -> tuple[str | None, ...]:
         """Say which mesh axis splits each axis of a variable.
 
         Args:
@@ -239,7 +241,9 @@ class Sharded(distribution.ModelParallel):
         devices: list of devices, as many as the mesh has; all if `None`.
     """
 
-    def __init__(self, layout, devices=None):
+    def __init__(
+        self, layout: Layout, devices: Sequence[Any] | None = None
+    ) -> None:
         devices = distribution.list_devices() if devices is None else devices
         if layout.chips != len(devices):
             raise ValueError(
@@ -261,15 +265,15 @@ class Sharded(distribution.ModelParallel):
         )
 
     @property
-    def layout_map(self):
+    def layout_map(self) -> distribution.LayoutMap:
         """The user's own rules for variables that the table lacks."""
         return self._layout_map
 
     @property
-    def num_model_replicas(self):
+    def num_model_replicas(self) -> int:
         return self.layout.replicas
 
-    def get_variable_layout(self, variable):
+    def get_variable_layout(self, variable: Any) -> Any:
         given = getattr(variable, "_layout", None)
         given = given or self._layout_map[variable.path]
         if given is not None:
@@ -277,7 +281,7 @@ class Sharded(distribution.ModelParallel):
         axes = self.layout.axes(stable_name(variable.path), variable.shape)
         return distribution.TensorLayout(axes, self.device_mesh)
 
-    def get_data_layout(self, data_shape):
+    def get_data_layout(self, data_shape: Sequence[int]) -> Any:
         # Processes that share a replica bring the same examples.
         size = data_shape[0] * min(self.num_processes, self.layout.replicas)
         check_batch(size, self.layout.replicas, self.layout)
@@ -312,7 +316,12 @@ def check_batch(batch_size, replicas, layout):
         )
 
 
-def distribute(strategy="weights", shape=None, devices=None, small=SMALL):
+def distribute(
+    strategy: str = "weights",
+    shape: tuple[int, int] | None = None,
+    devices: Sequence[Any] | None = None,
+    small: int = SMALL,
+) -> Sharded:
     """Make a distribution for `keras.distribution.set_distribution`.
 
     Args:
@@ -347,7 +356,7 @@ def distribute(strategy="weights", shape=None, devices=None, small=SMALL):
     return distribution.DataParallel(mesh, auto_shard_dataset=False)
 
 
-def data_shard():
+def data_shard() -> tuple[int, int]:
     """Say which part of the data this process reads, as `Batches` take it.
 
     Hosts whose chips are a group of tensor parallelism together bring the

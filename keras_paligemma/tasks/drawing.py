@@ -209,7 +209,7 @@ def _draw_labels(pen, objects, boxes, colours):
     )
     text_height = max(TEXT_HEIGHT, TEXT_SHARE * math.sqrt(width * height))
     while True:
-        font = ImageFont.load_default(text_height)
+        font: Any = ImageFont.load_default(text_height)
         pad = max(2, round(text_height / 6))
         texts = [_fit(*words[i], font, width - 2 * pad) for i in shown]
         row = sum(font.getmetrics()) + pad

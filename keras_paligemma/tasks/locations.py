@@ -1,6 +1,7 @@
 """Boxes as the numbers of `<loc>` tokens, many at a time."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 # There are 1024 tokens. The published models were trained on round(x · 1023),
 # which gives every token one bin around its own place, and half a bin to the
@@ -43,7 +44,7 @@ def to_locations(boxes: np.ndarray, scale: int = LAST) -> np.ndarray:
     return np.minimum(bins, LAST)
 
 
-def from_locations(locations: np.ndarray, scale: int = LAST) -> np.ndarray:
+def from_locations(locations: ArrayLike, scale: int = LAST) -> np.ndarray:
     """Read tokens as edges.
 
     Args:

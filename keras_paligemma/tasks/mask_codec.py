@@ -53,7 +53,7 @@ def layout(
     `evaluators/proj/paligemma/transfers/segmentation.py`.
     """
     width = widths[-1]
-    shapes = {_BOOK: (BOOK, features)}
+    shapes: dict[str, tuple[int, ...]] = {_BOOK: (BOOK, features)}
     for name, source, target in zip(_DOWN, (1, *widths), widths, strict=False):
         shapes[f"{name}.weight"] = (target, source, 4, 4)
     for block in _BLOCKS:

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -41,7 +42,8 @@ def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
         )
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     edges = (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1)
-    return tuple(int(edge) for edge in edges)
+    x1, y1, x2, y2 = (int(edge) for edge in edges)
+    return x1, y1, x2, y2
 
 
 def paste(
@@ -87,7 +89,7 @@ def paste(
         values = 2 * part.astype("f4") - 1 if part.dtype == bool else part
         picture = Image.fromarray(np.asarray(values, "float32"))
         part = np.asarray(
-            picture.resize(shape[::-1], Image.Resampling.BILINEAR)
+            picture.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
         )
     mask[y1:y2, x1:x2] = part > 0
     return mask
@@ -259,7 +261,7 @@ def to_rle(mask: np.ndarray) -> dict:
     {'size': [2, 2], 'counts': '04'}
     """
     pixels = np.asfortranarray(check_mask(mask), "uint8")
-    runs = import_pycocotools().encode(pixels)
+    runs: Any = import_pycocotools().encode(pixels)
     return {"size": list(runs["size"]), "counts": runs["counts"].decode()}
 
 

@@ -3,16 +3,7 @@
 Names are loaded on first use.
 """
 
-from keras_paligemma.lazy import attach
+import lazy_loader
 
-_HOME = {
-    "EvaluateObjects": "objects",
-    "RunCheckpoint": "checkpoint",
-    "SamplePredictions": "samples",
-    "Settings": "run",
-    "finetune": "run",
-    "fit": "checkpoint",
-}
-
-__all__ = list(_HOME)
-__getattr__, __dir__ = attach(__name__, _HOME)
+# Where each name lives is said in the stub beside this file.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

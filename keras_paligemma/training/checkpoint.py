@@ -1,11 +1,19 @@
 """A run that can be killed at any step and goes on as if it had not been."""
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_paligemma.training.checkpoint_files import CheckpointFiles
+from keras_paligemma.types import PathLike
+
+if TYPE_CHECKING:
+    from keras_paligemma.data.pipeline import Batches
+    from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
 
 
 class RunCheckpoint(keras.callbacks.Callback):
@@ -33,7 +41,13 @@ class RunCheckpoint(keras.callbacks.Callback):
         OSError: while training: a checkpoint cannot be written.
     """
 
-    def __init__(self, directory, batches, every=1000, keep=2):
+    def __init__(
+        self,
+        directory: PathLike,
+        batches: "Batches",
+        every: int = 1000,
+        keep: int = 2,
+    ) -> None:
         super().__init__()
         if every < 1 or keep < 1:
             raise ValueError(
@@ -47,7 +61,7 @@ class RunCheckpoint(keras.callbacks.Callback):
         self._metrics = None
         self._waits = self._files.latest() is not None
 
-    def restore(self, model):
+    def restore(self, model: "PaliGemmaCausalLM") -> None:
         """Give a model what the newest whole checkpoint holds, if any.
 
         Args:
@@ -57,14 +71,14 @@ class RunCheckpoint(keras.callbacks.Callback):
         if self._waits:
             self._restore()
 
-    def read_again(self):
+    def read_again(self) -> None:
         """Let the next `fit` begin with what the last step wrote.
 
         Keras ends a `fit` with the means of weights, where there are any.
         """
         self._waits = True
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self.model.steps_per_execution != 1:
             raise ValueError(
                 "A run that goes on at any step is told of each. Received: "
@@ -76,7 +90,9 @@ class RunCheckpoint(keras.callbacks.Callback):
         else:
             self.batches.set_state(self._place(self.step))
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         # Keras has just set them to zero.
         if self._metrics is not None:
             for variable, value in zip(
@@ -85,7 +101,9 @@ class RunCheckpoint(keras.callbacks.Callback):
                 variable.assign(value)
             self._metrics = None
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         loss = float((logs or {}).get("loss", 0.0))
         if not math.isfinite(loss):
             raise ValueError(
@@ -163,16 +181,16 @@ class RunCheckpoint(keras.callbacks.Callback):
 
 
 def fit(
-    model,
-    batches,
-    directory,
-    epochs=1,
+    model: "PaliGemmaCausalLM",
+    batches: "Batches",
+    directory: PathLike,
+    epochs: int = 1,
     *,
-    every=1000,
-    keep=2,
-    callbacks=(),
-    **kwargs,
-):
+    every: int = 1000,
+    keep: int = 2,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    **kwargs: Any,
+) -> keras.callbacks.History:
     """Train, or go on where a run in this directory was killed.
 
     The losses of every step, the weights and the optimizer are those of a run

@@ -182,7 +182,7 @@ class CheckpointFiles:
 def _checksums(nest):
     """Give a checksum of each array."""
     return [
-        zlib.crc32(np.ascontiguousarray(array).reshape(-1).view("uint8"))
+        zlib.crc32(np.ascontiguousarray(array).reshape(-1).view("uint8").data)
         for array in keras.tree.flatten(nest)
     ]
 

@@ -42,12 +42,12 @@ class EvaluateObjects(keras.callbacks.Callback):
     def __init__(
         self,
         images: Sequence[Any],
-        objects: Sequence[Sequence],
+        objects: Sequence[Sequence[Any]],
         labels: Sequence[str] | None = None,
         every: int = 1,
         batch_size: int = 8,
-        detect: Callable | None = None,
-    ):
+        detect: Callable[..., Any] | None = None,
+    ) -> None:
         super().__init__()
         if len(images) != len(objects) or not len(images):
             raise ValueError(
@@ -71,7 +71,9 @@ class EvaluateObjects(keras.callbacks.Callback):
         self.detect = detect or _own
         self.values = {}
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         if (epoch + 1) % self.every:
             return
         found = []

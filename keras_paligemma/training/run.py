@@ -5,6 +5,8 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
 
 from keras_paligemma import presets
 from keras_paligemma.checked import Checked
@@ -18,6 +20,9 @@ from keras_paligemma.config import QUANTIZATIONS
 
 MOST = 2**31 - 1
 BELOW_ONE = 0.999_999
+
+if TYPE_CHECKING:
+    import keras
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +147,7 @@ def read_settings(path=None, defaults=None, **given):
     Raises:
         ValueError: an unknown name, or one that is needed and missing.
     """
-    values = (defaults or {}) | read_file(path)
+    values: dict[str, Any] = (defaults or {}) | read_file(path)
     values |= {key: value for key, value in given.items() if value is not None}
     # TOML has no word for nothing.
     values = {k: None if v == "none" else v for k, v in values.items()}
@@ -168,7 +173,9 @@ def read_settings(path=None, defaults=None, **given):
     return Settings(**values)
 
 
-def finetune(settings, dry_run=False, source=None):
+def finetune(
+    settings: Settings, dry_run: bool = False, source: Any = None
+) -> "keras.callbacks.History | None":
     """Train as the settings say; go on where a killed run in `output` was.
 
     The result is `output`/adapter, as PEFT reads it, or, where the weights

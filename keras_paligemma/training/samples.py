@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import keras
 
@@ -9,6 +10,7 @@ from keras_paligemma.preprocessing.images import read_image
 from keras_paligemma.tasks.answers import read_objects
 from keras_paligemma.tasks.contact_sheet import contact_sheet
 from keras_paligemma.tasks.drawing import draw_objects
+from keras_paligemma.types import PathLike
 
 
 class SamplePredictions(keras.callbacks.Callback):
@@ -29,7 +31,13 @@ class SamplePredictions(keras.callbacks.Callback):
         answers: dict of epoch to the list of answers.
     """
 
-    def __init__(self, examples, directory=None, every=1, max_new_tokens=None):
+    def __init__(
+        self,
+        examples: dict[str, Any],
+        directory: PathLike | None = None,
+        every: int = 1,
+        max_new_tokens: int | None = None,
+    ) -> None:
         super().__init__()
         lengths = {
             key: len(one)
@@ -55,7 +63,9 @@ class SamplePredictions(keras.callbacks.Callback):
         self.max_new_tokens = max_new_tokens
         self.answers = {}
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         if (epoch + 1) % self.every:
             return
         inputs = {key: self.examples[key] for key in ("images", "prompts")}

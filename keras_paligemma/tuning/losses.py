@@ -1,10 +1,15 @@
 """Cross-entropy over a large vocabulary without its logits in memory."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_paligemma.compat import platform
 from keras_paligemma.layers.remat import rematerialize
+from keras_paligemma.types import Config
+from keras_paligemma.types import Tensor
 
 MEANS = ("example", "token")
 # What a batch of unknown size is taken for: Keras's default.
@@ -44,13 +49,13 @@ class StreamedCrossEntropy(keras.losses.Loss):
 
     def __init__(
         self,
-        label_smoothing=0.0,
-        mean="example",
-        final_soft_cap=True,
-        chunk_tokens=None,
-        name="streamed_cross_entropy",
-        **kwargs,
-    ):
+        label_smoothing: float = 0.0,
+        mean: str = "example",
+        final_soft_cap: float | None = True,
+        chunk_tokens: int | None = None,
+        name: str = "streamed_cross_entropy",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(name=name, **kwargs)
         if mean not in MEANS:
             raise ValueError(
@@ -66,11 +71,18 @@ class StreamedCrossEntropy(keras.losses.Loss):
         self.final_soft_cap = final_soft_cap
         self.chunk_tokens = chunk_tokens
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Give the loss of each token from its logits (B, R, V)."""
         return token_losses(y_pred, y_true, self.label_smoothing)[0]
 
-    def stream(self, hidden_BRD, head, targets_BR, weights_BR, training=True):
+    def stream(
+        self,
+        hidden_BRD: Tensor,
+        head: Callable[[Tensor], Tensor],
+        targets_BR: Tensor,
+        weights_BR: Tensor,
+        training: bool = True,
+    ) -> tuple[Tensor, ...]:
         """Apply a head chunk by chunk, and average.
 
         Args:
@@ -168,7 +180,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
             for part in parts
         ]
 
-    def counts(self, weights_BR):
+    def counts(self, weights_BR: Tensor) -> Tensor:
         """Return the weights for averaging loss and accuracy over batches."""
         weights_BR = ops.cast(weights_BR, "float32")
         count_B = ops.sum(ops.cast(weights_BR > 0, "float32"), axis=-1)
@@ -178,7 +190,9 @@ class StreamedCrossEntropy(keras.losses.Loss):
             count_B = ops.cast(count_B > 0, "float32")
         return ops.sum(count_B), ops.sum(weights_BR)
 
-    def average(self, loss_BR, right_BR, weights_BR):
+    def average(
+        self, loss_BR: Tensor, right_BR: Tensor, weights_BR: Tensor
+    ) -> Any:
         """Average what `token_losses` gives; returns what `stream` does."""
         weights_BR = ops.cast(weights_BR, "float32")
         loss_BR, right_BR = loss_BR * weights_BR, right_BR * weights_BR
@@ -189,7 +203,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
         loss = summed / ops.maximum(count, 1.0)
         return loss, ops.sum(right_BR) / ops.maximum(total, 1e-6), loss_B
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return super().get_config() | {
             "label_smoothing": self.label_smoothing,
             "mean": self.mean,

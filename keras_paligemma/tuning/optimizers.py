@@ -1,6 +1,8 @@
 """Adam for weights of every dtype, and the original's recipe around it."""
 
 import fnmatch
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -8,6 +10,8 @@ from keras import ops
 from keras_paligemma.compat import platform
 from keras_paligemma.layers.remat import after
 from keras_paligemma.layers.stack import stable_name
+from keras_paligemma.types import Config
+from keras_paligemma.types import Tensor
 
 # What the original's weight decay reaches: of the text decoder nothing, as its
 # kernels have other names there.
@@ -38,18 +42,18 @@ class Adam(keras.optimizers.Adam):
 
     def __init__(
         self,
-        learning_rate=2e-5,
-        multipliers=None,
-        decayed=None,
-        epsilon=1e-8,
-        name="adam",
-        **kwargs,
-    ):
+        learning_rate: Any = 2e-5,
+        multipliers: Any = None,
+        decayed: Any = None,
+        epsilon: float = 1e-8,
+        name: str = "adam",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(learning_rate, epsilon=epsilon, name=name, **kwargs)
         self.multipliers = dict(multipliers or {})
         self.decayed = decayed and tuple(decayed)
 
-    def build(self, variables):
+    def build(self, variables: Sequence[keras.Variable]) -> None:
         names = [stable_name(variable.path) for variable in variables]
         for pattern in self.multipliers:
             if not fnmatch.filter(names, pattern):
@@ -73,12 +77,16 @@ class Adam(keras.optimizers.Adam):
                 return factor
         return 1.0
 
-    def add_variable(self, *args, dtype=None, **kwargs):
+    def add_variable(self, *args: Any, dtype: Any = None, **kwargs: Any) -> Any:
         half = dtype in ("bfloat16", "float16")
         dtype = "float32" if half else dtype
         return super().add_variable(*args, dtype=dtype, **kwargs)
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(
+        self,
+        grads: Sequence[Tensor],
+        trainable_variables: Sequence[keras.Variable] | None = None,
+    ) -> Any:
         if self.gradient_accumulation_steps:
             # They are added up in float32, and JAX wants one dtype of both.
             grads = [
@@ -87,7 +95,9 @@ class Adam(keras.optimizers.Adam):
             ]
         return super().apply(grads, trainable_variables)
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(
+        self, var_list: Sequence[keras.Variable]
+    ) -> None:
         super().finalize_variable_values(var_list)
         if self.use_ema:
             # The means themselves: JAX cannot donate one array twice, as
@@ -95,7 +105,9 @@ class Adam(keras.optimizers.Adam):
             for variable in var_list:
                 variable.assign(ops.copy(variable))
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(
+        self, gradient: Tensor, variable: keras.Variable, learning_rate: Tensor
+    ) -> None:
         step = ops.cast(self.iterations + 1, "float32")
         if platform() == "tpu":
             # Made floats within the step that reads it: a TPU would have all
@@ -127,7 +139,7 @@ class Adam(keras.optimizers.Adam):
                 change = ops.cast(variable, "float32") * share
                 self.assign_sub(variable, ops.cast(change, variable.dtype))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return super().get_config() | {
             "multipliers": self.multipliers,
             "decayed": self.decayed,
@@ -135,13 +147,13 @@ class Adam(keras.optimizers.Adam):
 
 
 def transfer_recipe(
-    steps,
-    learning_rate=1e-5,
-    weight_decay=0.0,
-    warmup=0.05,
-    clip=1.0,
-    **kwargs,
-):
+    steps: int,
+    learning_rate: float = 1e-5,
+    weight_decay: float | None = 0.0,
+    warmup: Any = 0.05,
+    clip: float | None = 1.0,
+    **kwargs: Any,
+) -> Adam:
     """Give the optimizer that the original's transfers are trained with.
 
     Adam, gradients clipped together, a linear warm-up and a cosine to zero.

@@ -1,14 +1,15 @@
 """Lets mkdocstrings see what the source alone does not tell it.
 
-Public names are loaded on first use: a package names them in a dictionary,
-`_HOME`, of name to the module that defines it. Griffe reads source and would
-find none, so each becomes an alias of the package, and `__all__` their list.
-Pages then name public names alone, wherever their code lies.
+Public names are loaded on first use: a stub beside a package's `__init__.py`
+imports each from the module that defines it. Here each becomes an alias of the
+package, and `__all__` their list. Pages then name public names alone, wherever
+their code lies.
 """
 
 import ast
 import contextlib
 import re
+from pathlib import Path
 
 import griffe
 
@@ -20,10 +21,15 @@ class PublicNames(griffe.Extension):
     """Adds names that are assigned, and shows sessions as code."""
 
     def on_module(self, *, mod, **kwargs):
-        home = mod.members.get("_HOME")
-        if home is None or home.is_alias:
+        stub = Path(mod.filepath).with_suffix(".pyi")
+        if not stub.exists():
             return
-        places = ast.literal_eval(str(home.value))
+        places = {
+            alias.name: node.module
+            for node in ast.parse(stub.read_text("utf-8")).body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
         found = {name: mod[f"{home}.{name}"] for name, home in places.items()}
         # A name may be that of its module, which it hides here as in Python.
         for name, target in found.items():

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 from keras_paligemma.checked import shown
 from keras_paligemma.checkpoints.hugging_face.config import IMAGE
@@ -40,7 +40,7 @@ def tokenizer_files(proto, vocabulary_size):
         ValueError: listing what transformers' class of Gemma lacks.
     """
     try:
-        model = sentencepiece_model_pb2.ModelProto.FromString(proto)
+        model = ModelProto.FromString(proto)
     except DecodeError as error:
         raise ValueError(
             f"The tokenizer is no SentencePiece model: {error}. Expected: the "
@@ -108,7 +108,7 @@ def _to_sentencepiece(content):
     for rank, pair in enumerate(bpe["merges"]):
         parts = pair.split(" ") if isinstance(pair, str) else pair
         ranks.setdefault("".join(parts), rank)
-    model = sentencepiece_model_pb2.ModelProto()
+    model = ModelProto()
     for id in range(size):
         piece = pieces[id]
         kind = NORMAL
@@ -231,7 +231,7 @@ def with_added_tokens(proto, tokens, size):
     """
     if not tokens:
         return proto
-    model = sentencepiece_model_pb2.ModelProto.FromString(proto)
+    model = ModelProto.FromString(proto)
     pieces = {piece.piece for piece in model.pieces}
     for id in range(len(model.pieces), size):
         token, kind = tokens.get(id, IMAGE), USER_DEFINED

@@ -342,7 +342,7 @@ def write(folder, config, arrays, tokenizer=None, max_shard_size=2_000_000_000):
             them with `rows(config.backbone)`; asked for one at a time.
         tokenizer: bytes of the SentencePiece model, or `None`: the folder
             then has a model alone.
-        max_shard_size: int, bytes of weights in a file.
+        max_shard_size: float, bytes of weights in a file.
 
     Raises:
         ValueError: the folder is in use, the model or the tokenizer has what

@@ -56,10 +56,13 @@ def in_order(paths):
     """Sort pieces as they follow one another; refuse a set that is not one."""
     paths = sorted(paths, key=lambda path: path.name)
     names = [path.name for path in paths]
-    matches = [PIECE.fullmatch(name) for name in names]
-    if len(paths) == 1 and matches[0] is None:
+    matches = [match for name in names if (match := PIECE.fullmatch(name))]
+    if len(paths) == 1 and not matches:
         return paths
-    if None in matches or len({(one[1], one[3]) for one in matches}) != 1:
+    if (
+        len(matches) < len(names)
+        or len({(one[1], one[3]) for one in matches}) != 1
+    ):
         raise ValueError(
             f"{names} are not the pieces of one file. Expected one .npz, or "
             "X.npz.part* all named alike; move the others away."

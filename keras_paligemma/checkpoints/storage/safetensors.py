@@ -161,7 +161,7 @@ def find(folder):
     return paths
 
 
-def write_safetensors(folder, arrays, max_shard_size=SHARD_SIZE):
+def write_safetensors(folder, arrays, max_shard_size: float = SHARD_SIZE):
     """Write the weights of a checkpoint, holding one shard in memory.
 
     One shard is `model.safetensors`; several are numbered and have an index,
@@ -171,7 +171,7 @@ def write_safetensors(folder, arrays, max_shard_size=SHARD_SIZE):
         folder: str or path of a folder without weights, such as a draft of
             `atomic.whole_folder`.
         arrays: iterable of pairs of key and NumPy array.
-        max_shard_size: int, bytes of tensors in a file; a larger tensor gets
+        max_shard_size: float, bytes of tensors in a file; a larger tensor gets
             a file of its own.
 
     Returns:

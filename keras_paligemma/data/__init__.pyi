@@ -1,0 +1,11 @@
+from .coco import COCOSource as COCOSource
+from .conversations import ConversationSource as ConversationSource
+from .converting import convert as convert
+from .examples import ExampleError as ExampleError
+from .examples import check as check
+from .fields import FieldSource as FieldSource
+from .jsonl import JSONLSource as JSONLSource
+from .object_source import ObjectSource as ObjectSource
+from .opening import open_objects as open_objects
+from .opening import open_source as open_source
+from .pipeline import Batches as Batches

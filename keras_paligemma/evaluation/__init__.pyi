@@ -1,0 +1,13 @@
+from .finetuning import TrainingSource as TrainingSource
+from .finetuning import settings_of as settings_of
+from .finetuning import training_samples as training_samples
+from .predictions import read_predictions as read_predictions
+from .registry import Benchmark as Benchmark
+from .registry import benchmarks as benchmarks
+from .registry import find_benchmark as find_benchmark
+from .run import Evaluation as Evaluation
+from .run import evaluate as evaluate
+from .samples import Sample as Sample
+from .samples import Samples as Samples
+from .scoring import score as score
+from .sources import open_samples as open_samples

@@ -1,0 +1,1 @@
+from .targets import export as export
