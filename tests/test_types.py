@@ -88,7 +88,8 @@ def test_public_names_resolve_in_a_type_checker(tmp_path):
         names.append(f"{dotted}.{name}")
         lines += [f"from {dotted} import {name}", f"reveal_type({name})"]
     (tmp_path / "names.py").write_text("\n".join(lines))
-    config = {"extraPaths": [str(ROOT)], "useLibraryCodeForTypes": False}
+    # As an editor does, Keras's classes are read from its sources.
+    config = {"extraPaths": [str(ROOT)]}
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
     result = subprocess.run(
         [sys.executable, "-m", "pyright", "--outputjson"]
