@@ -165,7 +165,8 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
 
     node_B = chosen(live.node_B)
     if "next_nodes" in shared:
-        node_B = ops.where(fixed_B, node_B, follow(shared, node_B, token_B))
+        following_B = follow(shared, node_B, token_B)
+        node_B = ops.where(live.finished_B, node_B, following_B)
     ended_B = _has_ended(rows, shared, scores_BN, sums_BN, place + 1)
     live = State(
         put(chosen(live.ids_BR), token_B, place),

@@ -196,7 +196,8 @@ def _chosen(plan, rows, shared, logits_BV, state):
     each_B = ops.where(quiet_B, 0.0, each_B)
     node_B = state.node_B
     if "next_nodes" in shared:
-        node_B = ops.where(quiet_B, node_B, follow(shared, node_B, token_B))
+        following_B = follow(shared, node_B, token_B)
+        node_B = ops.where(state.finished_B, node_B, following_B)
     alternatives = state.alternatives
     if alternatives:
         values_BK, ids_BK = ops.top_k(log_BV, plan.alternatives)

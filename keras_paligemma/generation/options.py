@@ -43,6 +43,9 @@ class Options:
             the sum, as in the original.
         alternatives: int, the likeliest tokens that are told at each place.
         choices: strs; the answer is one of them.
+        legal_objects: bool; answers to "detect" and "segment" are objects with
+            labels of their prompt, or none; other prompts are free. An answer
+            that `max_new_tokens` cuts may end within an object.
         logits_hook: function of float32 logits (B, V) and `State` that gives
             such logits, or a sequence of them, the first one first. It is
             compiled with the loop, so hand over the same function each time.
@@ -61,6 +64,7 @@ class Options:
     length_penalty: float = 0.0
     alternatives: int = 0
     choices: Sequence[str] | None = None
+    legal_objects: bool = False
     logits_hook: Callable | Sequence[Callable] = ()
 
     @classmethod
@@ -166,6 +170,11 @@ class Options:
             raise ValueError(
                 f"`{name}` is a list of strings that are not empty. Received: "
                 f"{given!r}."
+            )
+        if name == "choices" and self.legal_objects:
+            raise ValueError(
+                "Choices and objects exclude each other. Expected: choices or "
+                f"legal_objects=True. Received: both, choices={given!r}."
             )
         if name == "choices" and not given:
             raise ValueError("`choices` is empty. Expected: strings.")

@@ -11,6 +11,9 @@ from keras_paligemma.compat import rows_to_devices
 from keras_paligemma.compat import to_host
 from keras_paligemma.generation.answer import Alternative
 from keras_paligemma.generation.answer import Answer
+from keras_paligemma.generation.automata import Automaton
+from keras_paligemma.generation.automata import objects_of
+from keras_paligemma.generation.automata import one_of
 from keras_paligemma.generation.beams import LEAST_SCORE
 from keras_paligemma.generation.beams import search
 from keras_paligemma.generation.loop import OF_PREFILL
@@ -30,6 +33,8 @@ from keras_paligemma.generation.texts import cut
 from keras_paligemma.generation.texts import settled
 from keras_paligemma.models.inputs import prompt_batch
 from keras_paligemma.models.inputs import typed
+from keras_paligemma.preprocessing.inputs import prompt_text
+from keras_paligemma.preprocessing.inputs import to_strings
 from keras_paligemma.turns import write_back
 
 
@@ -62,12 +67,13 @@ def checked(model, options):
     """Make `Options` of keyword arguments, that this model can follow."""
     options = Options.of(options)
     options.check(model.backbone.vocabulary_size)
-    if model.preprocessor is None and (options.stop_strings or options.choices):
+    reads = options.stop_strings or options.choices or options.legal_objects
+    if model.preprocessor is None and reads:
         raise ValueError(
             "Without a preprocessor the model knows no text. Received: "
             f"stop_strings={options.stop_strings!r}, choices="
-            f"{options.choices!r}. Expected: `stop_token_ids`, or "
-            "`model.preprocessor`."
+            f"{options.choices!r}, legal_objects={options.legal_objects}. "
+            "Expected: `stop_token_ids`, or `model.preprocessor`."
         )
     return options
 
@@ -129,6 +135,10 @@ def prepare(model, inputs, count, first, max_new_tokens, stops, options):
         allowed = np.ones(vocabulary_size, bool)
         allowed[np.asarray(options.banned_token_ids, "int32")] = False
         shared["allowed"] = allowed
+    if options.choices or options.legal_objects:
+        starts, arrays = _constraint(model, inputs, count, stops, options)
+        shared |= arrays
+        rows["start_node"][:count] = starts
     if plan.beams:
         shared["length_penalty"] = np.array(options.length_penalty, "float32")
     return Asked(
@@ -141,6 +151,32 @@ def prepare(model, inputs, count, first, max_new_tokens, stops, options):
         single,
         tuple(options.stop_strings),
     )
+
+
+def _constraint(model, inputs, count, stops, options):
+    """Build the automaton of a batch: where its rows begin, and arrays."""
+    if stops is None:
+        raise ValueError(
+            "A constraint ends by a stop token. Received: no stop_token_ids. "
+            "Expected: 'auto', or ids."
+        )
+    tokenizer = model.preprocessor.tokenizer
+    automaton = Automaton(model.backbone.vocabulary_size)
+    if options.choices:
+        starts = one_of(automaton, options.choices, tokenizer, stops)
+        return starts, automaton.arrays()
+    if inputs.get("prompts") is None:
+        raise ValueError(
+            "Labels are read from prompts. Received: arrays, with "
+            "legal_objects=True. Expected: 'prompts'."
+        )
+    prompts, _ = to_strings(inputs["prompts"], "prompts")
+    starts = {
+        prompt: objects_of(automaton, prompt, tokenizer, stops)
+        for prompt in dict.fromkeys(map(prompt_text, prompts))
+    }
+    rows = [starts[prompt_text(prompt)] for prompt in prompts[:count]]
+    return rows, automaton.arrays()
 
 
 def run(model, asked):

@@ -1,0 +1,98 @@
+"""Answers that cannot be but what is allowed."""
+
+import re
+
+import numpy as np
+import pytest
+
+from keras_paligemma.generation.automata import Automaton
+from keras_paligemma.generation.automata import objects_of
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    """A random model: nothing that it says is right by itself."""
+    return tiny_model()
+
+
+OBJECT = r"(<loc\d{4}>){4}((<seg\d{3}>){16})? (traffic light|cat)"
+
+
+def test_answers_are_choices(model, examples):
+    asked = {key: examples[key] for key in ("images", "prompts")}
+    choices = ["yes", "no", "yes please", "an owl"]
+    found = model.generate(asked, choices=choices)
+    assert set(found) <= set(choices)
+    # The likeliest of them, token by token: with beams the likeliest of all.
+    best = model.generate(asked, choices=choices, beams=4)
+    repeated = {
+        key: [one for one in value for _ in choices]
+        for key, value in asked.items()
+    }
+    scores = model.score(repeated | {"responses": choices * 4})
+    assert best == [choices[i] for i in scores.reshape(4, 4).argmax(axis=1)]
+
+
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 3.0, "seed": 0}])
+def test_answers_are_legal_objects(model, examples, drawn):
+    prompts = [
+        "detect cat ; traffic light",
+        "segment cat",
+        "caption en",
+        "detect cat",
+    ]
+    asked = {"images": examples["images"], "prompts": prompts}
+    found = model.generate(asked, 60, legal_objects=True, details=True, **drawn)
+    free = model.generate(asked, 60, details=True, **drawn)
+    for row in (0, 1, 3):
+        text = found[row].text
+        assert text != free[row].text
+        if found[row].finish == "length":  # Cut within an object.
+            text = text.rpartition(" ; ")[0]
+        assert re.fullmatch(rf"({OBJECT}( ; {OBJECT})*)?", text)
+        assert ("<seg" in text) == (row == 1 and text != "")
+    assert found[2] == free[2]
+
+
+def walk(automaton, node, tokens):
+    arrays = automaton.arrays()
+    for token in tokens:
+        node = arrays["next_nodes"][node, arrays["token_classes"][token]]
+        if node < 0:
+            return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("answer", "legal"),
+    [
+        ("", True),
+        ("<loc0001><loc0002><loc0003><loc0004> cat", True),
+        ("<loc0001><loc0002><loc0003><loc0004> traffic light", True),
+        (" ; ".join(["<loc0001><loc0002><loc0003><loc0004> cat"] * 3), True),
+        ("<loc0001><loc0002><loc0003> cat", False),
+        ("<loc0001><loc0002><loc0003><loc0004> dog", False),
+        ("<loc0001><loc0002><loc0003><loc0004> cat ;", False),
+        ("cat", False),
+    ],
+)
+def test_what_is_legal(model, answer, legal):
+    tokenizer = model.preprocessor.tokenizer
+    automaton = Automaton(2048)
+    prompt = "detect traffic light ; cat"
+    start = objects_of(automaton, prompt, tokenizer, (1,))
+    tokens = [*tokenizer.tokenize(answer), 1]
+    assert walk(automaton, start, tokens) == legal
+    assert walk(automaton, automaton.add_free_node(), np.arange(50))
+
+
+def test_constraints_that_cannot_be(model, examples):
+    asked = {key: examples[key] for key in ("images", "prompts")}
+    for options, message in (
+        ({"choices": []}, "`choices` is empty"),
+        ({"choices": "yes"}, "`choices`.*Received: 'yes'"),
+        ({"choices": ["a"], "legal_objects": True}, "exclude each other"),
+        ({"choices": ["a"], "stop_token_ids": None}, "ends by a stop token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(asked, **options)
