@@ -30,37 +30,40 @@ dist: .venv/for-test
 	$(RUN) -m hatchling build
 	$(RUN) -m twine check --strict dist/*
 
-# The first run covers everything but the graphs that TensorFlow alone writes;
-# the others what a backend can change. Tests are many small models, so two
-# processes of one thread each are fastest, and most of their time is compiling:
-# without LLVM's optimizations it is half as long, and what one process compiled
-# the others read from a cache, as the next run does. Demo, notebooks and
-# benchmarks run with the optimizations.
+# The first run covers everything but the servers and graphs that TensorFlow
+# alone writes; the others what a backend can change. Tests are many small models,
+# so two processes of one thread each are fastest, and most of their time is
+# compiling: without LLVM's optimizations and XLA's own code for fusions it is half
+# as long, and what one process compiled the others read from a cache, as the next
+# run does. Each process takes neighbouring tests, which share fixtures and compiled
+# functions. Demo, notebooks and benchmarks run with the optimizations.
 backends: export XLA_FLAGS ?= --xla_backend_optimization_level=0 \
-	--xla_llvm_disable_expensive_passes=true
+	--xla_llvm_disable_expensive_passes=true \
+	--xla_cpu_use_fusion_emitters=false
 backends: export JAX_COMPILATION_CACHE_DIR ?= \
 	$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/keras_paligemma/compiled
 backends: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 backends: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 BY_BACKEND := tests/layers tests/models tests/quantization tests/tuning \
 	tests/preprocessing/test_inputs.py \
 	tests/preprocessing/test_preprocessor.py \
 	tests/checkpoints/test_formats.py tests/data/test_fit.py \
 	tests/data/test_batches.py tests/test_turns.py
-GRAPHS := tests/export/test_checkpoint.py tests/export/test_dtypes.py \
-	tests/export/test_pictures.py
+SERVED := tests/export/test_browser.py tests/export/test_checkpoint.py \
+	tests/export/test_dtypes.py tests/export/test_pictures.py \
+	tests/export/test_server.py
 
 backends: .venv/for-test
-	KERAS_BACKEND=jax $(PYTEST) $(GRAPHS:%=--ignore=%)
-	KERAS_BACKEND=torch $(PYTEST) $(BY_BACKEND)
-	KERAS_BACKEND=tensorflow $(PYTEST) $(BY_BACKEND) $(GRAPHS) \
-		tests/export/test_savedmodel.py tests/training/test_checkpoint.py
+	KERAS_BACKEND=jax $(PYTEST) $(SERVED:%=--ignore=%)
+	KERAS_BACKEND=torch $(PYTEST) $(BY_BACKEND) -m "not any_backend"
+	KERAS_BACKEND=tensorflow $(PYTEST) $(BY_BACKEND) $(SERVED) \
+		tests/training/test_checkpoint.py -m "not any_backend"
 	KERAS_BACKEND=tensorflow TF_ENABLE_ONEDNN_OPTS=0 $(PYTEST) \
 		tests/tuning/test_losses.py -k gradients
 
 notebooks: .venv/for-test
-	KERAS_BACKEND=jax $(RUN) -m pytest --nbmake -W default notebooks
+	KERAS_BACKEND=jax $(RUN) -m pytest -n 2 --nbmake -W default notebooks
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

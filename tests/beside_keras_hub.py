@@ -41,7 +41,8 @@ import keras  # noqa: E402
 from keras_paligemma import PaliGemmaBackbone  # noqa: E402
 from keras_paligemma import PaliGemmaCausalLM  # noqa: E402
 
-backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT)
+one = {"num_layers": 1}
+backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION | one, TEXT | one)
 model = PaliGemmaCausalLM(backbone)
 assert isinstance(model, keras_hub.models.CausalLM)
 inputs = {

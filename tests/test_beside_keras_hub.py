@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_built_after_a_model_of_keras_hub(order, tmp_path):
     """KerasHub's first model puts `Functional` among our base classes."""

@@ -208,6 +208,7 @@ def flat(text):
     return " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_the_nano_preset_sees_and_learns(tmp_path, capsys):
     demo.main(["--output", str(tmp_path)])
     text = capsys.readouterr().out

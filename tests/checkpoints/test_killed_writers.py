@@ -41,6 +41,7 @@ def outcomes(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_killed_at_every_step(outcomes, case):
     to, before = case.split()

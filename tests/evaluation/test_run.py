@@ -105,6 +105,7 @@ def test_hosts_go_on_at_the_batch_that_all_lack(tmp_path):
     assert resume(path, ids, 3) == 3
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     make_data(tmp_path / "data", rows=400)
     result = subprocess.run(
@@ -119,6 +120,7 @@ def test_killed_at_random_moments(tmp_path):
     assert "20 kills at" in result.stdout
 
 
+@pytest.mark.slow
 def test_eight_devices_write_the_same_file(tmp_path):
     make_data(tmp_path / "data", rows=24)
     result = subprocess.run(

@@ -13,11 +13,15 @@ from tests.helpers.encoded_pictures import encode
 from tests.helpers.encoded_pictures import picture
 
 pytest.importorskip("tensorflow_text")
-pytestmark = pytest.mark.skipif(
-    bool(browser.missing()),
-    reason=f"{browser.missing()} not found: apt-get install chromium "
-    "chromium-driver",
-)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(browser.missing()),
+        reason=f"{browser.missing()} not found: apt-get install chromium "
+        "chromium-driver",
+    ),
+]
 
 BELL = Path(__file__).parents[2] / "examples" / "pictures" / "scene_1.png"
 # What the page says, once it waits for nothing; not what it said before.

@@ -12,6 +12,7 @@ from tests.helpers.tiny_models import PRESETS
 from tests.helpers.tiny_models import run
 
 pytest.importorskip("tensorflow_text")
+pytestmark = pytest.mark.slow
 
 NANO = PRESETS / "pali_gemma2_nano_112"
 # How far log-likelihoods may be off, as a share of the largest. A process of

@@ -20,6 +20,7 @@ from tests.helpers.tiny_models import error
 from tests.helpers.tiny_models import run
 
 pytest.importorskip("tensorflow_text")
+pytestmark = pytest.mark.slow
 
 NANO = PRESETS / "pali_gemma2_nano_112"
 SCENES = Path(__file__).parents[2] / "examples" / "pictures"

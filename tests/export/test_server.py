@@ -21,6 +21,7 @@ from tests.helpers.encoded_pictures import pictures
 from tests.helpers.tiny_models import PRESETS
 
 pytest.importorskip("tensorflow_text")
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SCENE = (ROOT / "examples" / "pictures" / "scene_0.png").read_bytes()

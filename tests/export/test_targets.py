@@ -23,10 +23,13 @@ from tests.helpers.tiny_models import VISION
 from tests.helpers.tiny_models import error
 from tests.helpers.tiny_models import run
 
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "jax",
-    reason="a format chooses its backend, whichever exports",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        keras.backend.backend() != "jax",
+        reason="a format chooses its backend, whichever exports",
+    ),
+]
 
 NANO = PRESETS / "pali_gemma2_nano_112"
 PICTURES = [ROOT / "examples" / "pictures" / f"scene_{n}.png" for n in range(3)]

@@ -189,6 +189,7 @@ def test_prefill_traced_for_a_tpu_has_the_kernel():
     assert found.count("pallas_call") == 1
 
 
+@pytest.mark.tpu
 @pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
 def test_the_compiler_takes_the_kernel(tmp_path):
     nano = Path(__file__).parents[2] / "presets" / "pali_gemma2_nano_112"

@@ -29,6 +29,7 @@ def official_size(name):
     return f"{size}_{name.rsplit('_', 1)[1]}"
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_count_and_shapes(name, form):
@@ -74,6 +75,7 @@ def test_unknown_preset_names_the_nearest():
         PaliGemmaBackbone.from_preset("paligemma2_pt_3b_224")
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
 @pytest.mark.parametrize(
     "name", ["pali_gemma2_pt_28b_448", "pali_gemma_3b_224"]

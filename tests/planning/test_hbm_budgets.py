@@ -11,6 +11,8 @@ from tests.planning import hbm_budgets
 MEND = "To take it as the budget: python -m tests.planning.hbm_budgets"
 
 
+@pytest.mark.slow
+@pytest.mark.tpu
 @pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="JAX's step is compiled"
 )

@@ -237,6 +237,8 @@ def test_a_compiler_that_stops(installed, error, message, monkeypatch):
             compiler.compile(job, layout, "block", "v5e:1x1")
 
 
+@pytest.mark.slow
+@pytest.mark.tpu
 @pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
 def test_the_compiler_signs():
     job = Job("pali_gemma2_pt_3b_224", lora_targets=("query", "value"))
@@ -246,6 +248,8 @@ def test_the_compiler_signs():
     assert found.best.split_gib["code"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.tpu
 @pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
 def test_the_compiler_signs_generating():
     job = Job("pali_gemma2_pt_3b_224", batch_size=1)

@@ -76,6 +76,7 @@ def test_both_forms_and_what_they_save_are_the_same(calibrated, tmp_path):
     assert_same_weights(read.backbone, one.backbone)
 
 
+@pytest.mark.any_backend
 def test_other_formats_and_text_alone(random_preset, tmp_path):
     floats = PaliGemmaCausalLM.from_preset(random_preset)
     x, y, weights = floats.preprocessor(draw(0, 3))
@@ -96,6 +97,7 @@ def test_other_formats_and_text_alone(random_preset, tmp_path):
     assert changed and not any("vision_encoder" in name for name in changed)
 
 
+@pytest.mark.any_backend
 def test_adapters_count(random_preset, tmp_path):
     """Kernels are rounded for what blocks with their adapters are given."""
     floats = PaliGemmaCausalLM.from_preset(random_preset)

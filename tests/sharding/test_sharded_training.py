@@ -37,10 +37,12 @@ def check(*processes):
             process.communicate()
 
 
+@pytest.mark.slow
 def test_every_layout_trains_as_one_device():
     check(start("sharded_training"))
 
 
+@pytest.mark.slow
 def test_int8_and_two_hosts_do_as_one_device(tmp_path):
     # On eight devices of one process first; its files tell what is wanted.
     check(start("sharded_runs", tmp_path))

@@ -43,11 +43,12 @@ def losses(folder):
     }
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_exactly(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    run(whole)
+    killed_run.main(whole)
     # In the first epoch between checkpoints, and in the second one.
     run(killed, kill_at=4)
     run(killed, kill_at=8)

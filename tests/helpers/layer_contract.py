@@ -1,0 +1,30 @@
+"""What every layer of arguments that are JSON promises."""
+
+import keras
+import numpy as np
+from keras import ops
+
+
+def assert_layer_contract(layer, inputs, output_dtype="bfloat16", **call):
+    """A layer is made again of its configuration, and keeps to its policy.
+
+    Args:
+        layer: Keras layer of dtype bfloat16, not built yet.
+        inputs: tuple of arrays that the layer is called with.
+        output_dtype: str, what the output is of.
+        **call: further arguments of the call.
+    """
+    layer.build()
+    again = type(layer).from_config(layer.get_config())
+    again.build()
+    names = [one.path.partition("/")[2] for one in layer.variables]
+    assert names == [one.path.partition("/")[2] for one in again.variables]
+    again.set_weights(layer.get_weights())
+    found, wanted = layer(*inputs, **call), again(*inputs, **call)
+    np.testing.assert_array_equal(
+        *(ops.convert_to_numpy(ops.cast(x, "float32")) for x in (found, wanted))
+    )
+    assert np.isfinite(ops.convert_to_numpy(ops.cast(found, "float32"))).all()
+    assert keras.backend.standardize_dtype(found.dtype) == output_dtype
+    # Integers are of a quantised kernel, floats of the policy.
+    assert {one.dtype for one in layer.weights} <= {"bfloat16", "int8"}
