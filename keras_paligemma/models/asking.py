@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
+from keras_paligemma.generation.answer import Answer
 from keras_paligemma.tasks import prompts
 from keras_paligemma.tasks.answers import Score
 from keras_paligemma.tasks.answers import read_objects
@@ -90,7 +90,6 @@ def detect(
     labels: str | Sequence[str] | Sequence[Sequence[str]],
     *,
     one_by_one: bool = False,
-    samples: int = 1,
     overlap: float | None = None,
     score: Score = box_and_label,
     **options,
@@ -103,15 +102,14 @@ def detect(
             of lists, one a picture.
         one_by_one: bool, ask for each label by a prompt of its own, as models
             want it that learned from such prompts alone; else for all at once.
-        samples: int, answers to each prompt, whose objects are merged. More
-            than one are drawn, so give a `temperature` or compile the model
-            with a sampler that draws. The answers of `beams=` are merged too.
-        overlap: float, intersections over union above it are one object, of
-            which the surest stays. `None` merges objects of several samples
-            at 0.5, and takes those of one as they are.
+        overlap: float; the objects of all samples or beams that the options
+            ask for are taken together, and of those whose intersection over
+            union is above it the surest stays. `None` takes one answer: of
+            samples the likeliest, of beams the best.
         score: function of the log-probabilities of an object's locations and
             label; see `tasks.scores`.
-        **options: as `generate` takes them: `max_new_tokens`, `batch_size`.
+        **options: as `generate` takes them: `max_new_tokens`, `batch_size`,
+            `num_samples`, `temperature`, `beams`.
 
     Returns:
         `Objects` of the picture, each with its score; for a list of pictures
@@ -119,18 +117,19 @@ def detect(
         were not asked for, is in `skipped`.
 
     Raises:
-        ValueError: a label is empty, or holds what separates labels; or
-            samples would all be the same.
+        ValueError: a label is empty, or holds what separates labels.
 
     Example:
 
     ```python
     model.detect("farm.jpg", ["cow", "horse"])[0].xyxy((480, 640))
+    drawn = {"num_samples": 8, "temperature": 1.0}
+    model.detect("farm.jpg", "cow", overlap=0.5, **drawn)
     ```
     """
     return _find(
         *(model, images, labels, prompts.detect, None),
-        *(one_by_one, samples, overlap, score, options),
+        *(one_by_one, overlap, score, options),
     )
 
 
@@ -141,7 +140,6 @@ def segment(
     codec: MaskCodec | None = None,
     *,
     one_by_one: bool = False,
-    samples: int = 1,
     overlap: float | None = None,
     score: Score = box_and_label,
     **options,
@@ -165,32 +163,14 @@ def segment(
     return _find(
         *(model, images, labels, prompts.segment),
         *(codec or MaskCodec.embedded(),),
-        *(one_by_one, samples, overlap, score, options),
+        *(one_by_one, overlap, score, options),
     )
 
 
 def _find(
-    model,
-    images,
-    labels,
-    prompt_of,
-    codec,
-    one_by_one,
-    samples,
-    overlap,
-    score,
-    options,
+    model, images, labels, prompt_of, codec, one_by_one, overlap, score, options
 ):
     """Ask for objects, and read and merge what the answers hold."""
-    if samples < 1 or (samples > 1 and not _draws(model, options)):
-        raise ValueError(
-            "Several samples need a sampler that draws. Expected: samples=1, "
-            "temperature=0.7 or the like, or a model that was compiled with "
-            f"sampler='top_p'. Received: samples={samples}, "
-            f"{type(model.sampler).__name__}."
-        )
-    if samples > 1:
-        options = options | {"num_samples": samples}
     several = _is_several(images)
     pictures = list(images) if several else [images]
     asked = [
@@ -204,15 +184,12 @@ def _find(
     }
     found = [[] for _ in pictures]
     answers = model.generate(inputs, details=True, **options)
+    tokenizer = model.preprocessor.tokenizer
     for (row, some), answer in zip(asked, answers, strict=True):
-        candidates = answer if samples > 1 else answer.beams or [answer]
         found[row] += [
-            _read(model.preprocessor.tokenizer, one, some, codec, score)
-            for one in candidates
+            _read(one, tokenizer, some, codec, score)
+            for one in _candidates(answer, overlap is not None)
         ]
-    is_merged = samples > 1 or options.get("beams")
-    if overlap is None and is_merged:
-        overlap = 0.5
     merged = [
         _merged(parts, picture, overlap)
         for parts, picture in zip(found, pictures, strict=True)
@@ -220,15 +197,23 @@ def _find(
     return merged if several else merged[0]
 
 
-def _read(tokenizer, answer, labels, codec, score):
+def _candidates(answer, every):
+    """All answers to a prompt, of samples or beams, or the likeliest one."""
+    if isinstance(answer, Answer):
+        return (every and answer.beams) or [answer]
+    return answer if every else [max(answer, key=lambda x: x.log_probability)]
+
+
+def _read(answer, tokenizer, labels, codec, score):
     """The objects of one answer; one that has no label has the asked one."""
-    ids = answer.token_ids[: -1 if answer.finish == "stop_token" else None]
+    # What ended the answer is no part of its last label.
+    count = len(answer.token_ids) - (answer.finish == "stop_token")
     objects = read_objects(
-        texts_of(tokenizer, ids),
+        texts_of(tokenizer, answer.token_ids[:count]),
         codec,
         [*labels, ""],
         None,
-        np.array(answer.log_probabilities[: len(ids)]),
+        answer.log_probabilities[:count],
         score,
     )
     if len(labels) > 1:
@@ -277,13 +262,6 @@ def _labels_of(labels, count):
             f"{count}. Received: {len(labels)}."
         )
     return [list(some) for some in labels]
-
-
-def _draws(model, options):
-    """Whether answers to one prompt may differ."""
-    if any(options.get(name) for name in ("temperature", "top_k", "top_p")):
-        return True
-    return type(model.sampler).__name__ not in ("GreedySampler", "BeamSampler")
 
 
 def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -1,6 +1,6 @@
 """One call a task: what is asked, and what becomes of the answers."""
 
-import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from PIL import Image
 
 from keras_paligemma.generation.answer import Answer
 from keras_paligemma.models.asking import texts_of
+from keras_paligemma.tasks import scores
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from tests.helpers.text_models import build_tiny_model
 
@@ -66,27 +67,27 @@ def test_text(model, says):
 
 @pytest.fixture
 def answers(model, monkeypatch):
-    """Function that sets the answers: texts, each token as likely."""
+    """Function that sets answers, and how probable each of their tokens is."""
     asked = []
-    tokenizer = model.preprocessor.tokenizer
 
     def answer(text, probability):
-        ids = tuple(tokenizer.tokenize(text)) + (tokenizer.end_token_id,)
-        each = (float(np.log(probability)),) * len(ids)
-        return Answer(text, ids, each, "stop_token")
+        ids = model.preprocessor.tokenizer.tokenize(text)
+        values = [math.log(probability)] * len(ids)
+        # The token that ends it would make any score small.
+        return Answer(text, (*ids, 1), (*values, -50.0), "stop_token")
 
-    def answers(*calls):
-        calls = iter(calls)
+    def answers(*rows):
+        made = [
+            [answer(*one) for one in row]
+            if isinstance(row, list)
+            else answer(*row)
+            for row in rows
+        ]
 
-        def generate(self, inputs, *, details, **options):
-            assert details
+        def generate(self, inputs, details, **options):
+            assert details and len(inputs["prompts"]) == len(made)
             asked.append(inputs | options)
-            found = [answer(*one) for one in next(calls)]
-            if "num_samples" in options:
-                return [found]
-            if "beams" in options:
-                return [dataclasses.replace(found[0], beams=tuple(found))]
-            return found
+            return made
 
         monkeypatch.setattr(type(model), "generate", generate)
         return asked
@@ -94,34 +95,32 @@ def answers(model, monkeypatch):
     return answers
 
 
-def test_scores_are_of_the_tokens_that_were_generated(model):
-    """A whole call: whatever the tiny model says, and its own numbers."""
-    prompt = {"images": [PICTURE], "prompts": ["detect cat"]}
-    [answer] = model.generate(prompt, details=True, max_new_tokens=6)
-    found = model.detect([PICTURE], ["cat"], max_new_tokens=6)[0]
-    assert found.answer == answer.text
-    tokens = texts_of(model.preprocessor.tokenizer, answer.token_ids)
-    assert len(tokens) == len(answer.log_probabilities)
-
-
-def test_what_was_not_asked_for_is_skipped(model, answers):
-    answers([(f"{WHOLE} cat ; {HALF} dog", 0.5), (f"{HALF} owl", 0.5)])
+def test_scores_of_what_was_asked_for(model, answers):
+    asked = answers((f"{WHOLE} cat ; {HALF} dog", 0.5), (f"{HALF} owl", 0.5))
     found = model.detect([PICTURE, PICTURE], ["cat", "dog"], batch_size=1)
+    assert asked[0]["batch_size"] == 1
+    assert asked[0]["prompts"] == ["detect cat ; dog"] * 2
     assert [[one.label for one in some] for some in found] == [
         ["cat", "dog"],
         [],
     ]
     assert found[1].skipped[0].reason == "a label that was not asked for"
+    assert [one.score for one in found[0]] == pytest.approx([0.25, 0.25])
+    answers((f"{WHOLE} cat", 0.5))
+    (one,) = model.detect(PICTURE, "cat", score=scores.joint_probability)
+    assert one.score == pytest.approx(0.5**5)
+    answers(("", 1))
+    assert len(model.detect(PICTURE, "cat")) == 0
 
 
 def test_one_label_a_prompt(model, answers):
     cat, dog, none = (f"{HALF} cat", 0.5), (f"{WHOLE} dog", 0.25), ("", 1)
-    asked = answers([cat, none, none, dog])
+    asked = answers(cat, none, none, dog)
     one, two = model.detect([PICTURE] * 2, ["cat", "dog"], one_by_one=True)
     assert asked[0]["prompts"] == ["detect cat", "detect dog"] * 2
     assert [x.label for x in one] == ["cat"] and one.answer == f"{HALF} cat"
     assert [x.label for x in two] == ["dog"]
-    asked = answers([cat, dog])
+    asked = answers(cat, dog)
     found = model.detect([PICTURE] * 2, [["cat"], ["dog", "owl"]])
     assert asked[-1]["prompts"] == ["detect cat", "detect dog ; owl"]
     assert [len(some) for some in found] == [1, 1]
@@ -134,31 +133,36 @@ def test_one_label_a_prompt(model, answers):
 def test_an_object_without_a_label_has_the_one_that_was_asked_for(
     model, answers
 ):
-    answers([(WHOLE, 0.5)])
+    answers((WHOLE, 0.5))
     (found,) = model.detect(PICTURE, "the left cat")
-    assert (found.label, found.score) == ("the left cat", 0.5)
-    assert found.box == (0, 0, 1, 1)
+    assert found.label == "the left cat" and found.box == (0, 0, 1, 1)
+    assert found.score == pytest.approx(0.5)
 
 
-def test_samples_and_beams_are_merged(model, answers):
-    with pytest.raises(ValueError, match="sampler that draws.*GreedySampler"):
-        model.detect(PICTURE, "cat", samples=2)
-    call = [(f"{WHOLE} cat", 0.25), (f"{WHOLE} cat", 0.5), (f"{HALF} cat", 0.9)]
-    asked = answers(call, call, call)
-    drawn = {"samples": 3, "temperature": 0.7}
-    two = model.detect(PICTURE, "cat", overlap=0.6, **drawn)
-    assert asked[0]["num_samples"] == 3 and asked[0]["temperature"] == 0.7
-    assert len(two) == 2 and two[0].score > two[1].score
-    assert two[0].box == (0, 0, 1, 512 / 1023) and two[1].box == (0, 0, 1, 1)
-    (one,) = model.detect(PICTURE, "cat", **drawn)
-    assert one == two[0]
-    (one,) = model.detect(PICTURE, "cat", beams=3)
-    assert one == two[0]
+def test_samples_are_merged_on_request(model, answers):
+    texts = [(f"{WHOLE} cat", 0.25), (f"{WHOLE} cat", 0.5)]
+    answers([*texts, (f"{HALF} cat", 0.75)])
+    (found,) = model.detect(PICTURE, "cat", num_samples=3)
+    assert found.score == pytest.approx(0.75**2)
+    found = model.detect(PICTURE, "cat", num_samples=3, overlap=0.6)
+    assert [one.score for one in found] == pytest.approx([0.75**2, 0.25])
+    (found,) = model.detect(PICTURE, "cat", num_samples=3, overlap=0.4)
+    assert found.score == pytest.approx(0.75**2)
+
+
+def test_beams_and_samples_of_the_model_itself(model):
+    """Random weights say nothing; the options reach `generate`."""
+    some = {"max_new_tokens": 3, "overlap": 0.5}
+    beams = model.detect(PICTURE, "cat", beams=2, **some)
+    drawn = model.detect(
+        PICTURE, "cat", num_samples=2, temperature=1.0, seed=0, **some
+    )
+    assert beams.skipped and drawn.skipped
+    assert model.detect(PICTURE, "cat", max_new_tokens=3).answer
 
 
 def test_masks(model, answers):
-    text = f"{HALF}{MASK} cat"
-    asked = answers([(text, 0.5)], [(text, 0.5)])
+    asked = answers((f"{HALF}{MASK} cat", 0.5))
     (found,) = model.segment(PICTURE, "cat")
     assert asked[0]["prompts"] == ["segment cat"]
     codes = [[7 * i for i in range(16)]]
@@ -170,7 +174,7 @@ def test_masks(model, answers):
 
 
 def test_a_notebook_shows_the_picture(model, answers):
-    answers([(f"{HALF} cat", 0.5)])
+    answers((f"{HALF} cat", 0.5))
     png = model.detect(PICTURE, "cat")._repr_png_()
     assert png.startswith(b"\x89PNG")
 
