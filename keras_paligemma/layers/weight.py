@@ -86,6 +86,7 @@ class Weight:
 
     @property
     def trainable(self):
+        """Whether a training step changes it."""
         return self.variables[0].trainable
 
     def set_trainable(self, value):

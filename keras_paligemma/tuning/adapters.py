@@ -217,11 +217,12 @@ class Adapters:
 
     def base_weights(self):
         """Map names to weights as the backbone does, but to the base's own."""
-        weights = self.backbone.weights_by_name()
-        return weights | {
-            name: Weight((value,), weights[name].form and "scanned")
-            for name, value in self._base.items()
+        base = {
+            # On the host each is one array, whatever the form of the blocks.
+            name: Weight((array,), "scanned" if BLOCKS in name else None)
+            for name, array in self._base.items()
         }
+        return self.backbone.weights_by_name() | base
 
     def scales(self, name):
         """Map names of weights to an adapter's scales; 0 of `None`."""
