@@ -66,7 +66,7 @@ def whole_folder(folder, entry, replaced=()):
 
 
 def current(folder, entry):
-    """Give the folder to read: the complete set, if its writer was killed.
+    """Return the folder to read: the complete set, if its writer was killed.
 
     Args:
         folder: path.

@@ -13,7 +13,7 @@ _short.maxstring = _short.maxother = _short.maxlong = 80
 
 
 def shown(value: object) -> str:
-    """Shows what was received, cut where it is long: it may be anything."""
+    """Show what was received, cut where it is long: it may be anything."""
     return _short.repr(value)
 
 
@@ -124,10 +124,10 @@ class Checked:
     def problems(
         cls, values: object, names: dict | None = None, prefix: str = ""
     ) -> list[str]:
-        """Lists what is missing, unknown, or of a wrong type or range.
+        """List what is missing, unknown, or of a wrong type or range.
 
         Args:
-            values: Dictionary by field; anything else counts as an empty one.
+            values: dict by field; anything else counts as an empty one.
             names: What the source calls its fields, where that differs.
             prefix: Put before the names of the others, such as `"backbone."`.
 
@@ -161,10 +161,10 @@ class Checked:
 
     @classmethod
     def from_dict(cls, values: dict, source: object = None) -> Self:
-        """Makes a configuration of what a file or a caller says.
+        """Make a configuration of what a file or a caller says.
 
         Args:
-            values: Dictionary by field, of dictionaries for parts. Fields with
+            values: dict by field, of dictionaries for parts. Fields with
                 a default may be missing.
             source: Named in errors, such as a path.
 
@@ -185,7 +185,7 @@ class Checked:
             raise ValueError(f"{source}: {error}") from error
 
     def to_dict(self) -> dict:
-        """Gives plain values and dictionaries, as a JSON file has them."""
+        """Return plain values and dictionaries, as a JSON file has them."""
         return dataclasses.asdict(self)
 
 

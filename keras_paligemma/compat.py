@@ -45,7 +45,7 @@ def without_values() -> Iterator[None]:
 
 
 def initialize_seeds(layer):
-    """Give random states of a layer made in `without_values` their values.
+    """Assign the random states of a layer that `without_values` made.
 
     No file holds them, so `fill` never meets them.
     """
@@ -55,7 +55,7 @@ def initialize_seeds(layer):
 
 
 def fill(variable, value):
-    """Give a variable that was made without a value its first one.
+    """Assign the first value of a variable that was made without one.
 
     `Variable.assign` wants a value to replace. Handing the value over as the
     initializer goes through the same door as any new variable, and no random
@@ -98,7 +98,7 @@ def _place_by_jax(value, dtype):
 
 
 def _sharded(variable, array):
-    """Give an array as its variable is laid out: Keras takes it as it is."""
+    """Return an array as its variable is laid out: Keras takes it as it is."""
     import jax  # No other backend has layouts.
 
     layout = keras.distribution.distribution().get_variable_layout(variable)
@@ -123,7 +123,7 @@ def _sharded(variable, array):
 
 
 def to_host(value):
-    """Give the whole array of a variable or tensor to this process.
+    """Return the whole array of a variable or tensor, on this process.
 
     Shards that lie with other processes are gathered, so every process must
     ask, in the same order.
@@ -139,7 +139,7 @@ def to_host(value):
 
 
 def process():
-    """Give number and count of this process among those of a run."""
+    """Return number and count of this process among those of a run."""
     if keras.backend.backend() != "jax":
         return 0, 1
     import jax
@@ -156,7 +156,7 @@ def wait_for_all(place):
 
 
 def least(value):
-    """Give the least of an integer that each process has."""
+    """Return the least of an integer that each process has."""
     if process()[1] == 1:
         return value
     from jax.experimental import multihost_utils
@@ -301,7 +301,7 @@ def compiling_for(platform):
 
 
 def platform():
-    """Give the platform that JAX's programs are compiled for, else ""."""
+    """Return the platform that JAX's programs are compiled for, else ""."""
     if keras.backend.backend() != "jax":
         return ""
     import jax

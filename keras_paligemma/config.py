@@ -32,7 +32,7 @@ JSON_LIMIT = 10_000_000
 
 
 def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
-    """Reads a JSON file of at most `limit` bytes.
+    """Read a JSON file of at most `limit` bytes.
 
     Raises:
         ValueError: the file is missing, too large or no JSON.
@@ -59,13 +59,13 @@ class VisionEncoderConfig(Checked):
     """Sizes of the vision tower; the defaults are SigLIP So400m/14.
 
     Args:
-        patch_size: Integer, side of a patch in pixels.
-        num_layers: Integer, encoder blocks.
-        hidden_dim: Integer, width D of an image token; a multiple of
+        patch_size: int, side of a patch in pixels.
+        num_layers: int, encoder blocks.
+        hidden_dim: int, width D of an image token; a multiple of
             `num_heads`.
-        num_heads: Integer.
-        intermediate_dim: Integer F.
-        layer_norm_epsilon: Float.
+        num_heads: int.
+        intermediate_dim: int F.
+        layer_norm_epsilon: float.
 
     Source: https://arxiv.org/abs/2305.13035.
     """
@@ -106,22 +106,22 @@ class TextDecoderConfig(Checked):
     """Sizes of the decoder; the defaults are Gemma 2 2B, of PaliGemma 2 3b.
 
     Args:
-        vocabulary_size: Integer V.
-        num_layers: Integer.
-        hidden_dim: Integer D.
-        intermediate_dim: Integer F, the real width of gate and of up.
-        num_query_heads: Integer N.
-        num_key_value_heads: Integer K, a divisor of N.
-        head_dim: Integer H, even.
-        query_pre_attention_scalar: Float; queries are multiplied by its
+        vocabulary_size: int V.
+        num_layers: int.
+        hidden_dim: int D.
+        intermediate_dim: int F, the real width of gate and of up.
+        num_query_heads: int N.
+        num_key_value_heads: int K, a divisor of N.
+        head_dim: int H, even.
+        query_pre_attention_scalar: float; queries are multiplied by its
             inverse square root (256 for 3b and 10b, 144 for 28b).
-        attention_logit_soft_cap: Float or `None`.
-        final_logit_soft_cap: Float or `None`.
-        use_post_norms: Boolean; `False` gives Gemma, of PaliGemma 1.
-        sliding_window_size: Integer or `None`: every other block, the first
+        attention_logit_soft_cap: float or `None`.
+        final_logit_soft_cap: float or `None`.
+        use_post_norms: bool; `False` gives Gemma, of PaliGemma 1.
+        sliding_window_size: int or `None`: every other block, the first
             one included, sees only tokens nearer than this many positions.
-        rope_base: Float, wavelength ratio of the rotary embedding.
-        rms_norm_epsilon: Float.
+        rope_base: float, wavelength ratio of the rotary embedding.
+        rms_norm_epsilon: float.
 
     Source: https://arxiv.org/abs/2408.00118.
     """
@@ -156,7 +156,7 @@ class TextDecoderConfig(Checked):
             )
 
     def query_scale(self) -> float:
-        """Gives the number that queries are multiplied with."""
+        """Return the number that queries are multiplied with."""
         return self.query_pre_attention_scalar**-0.5
 
 
@@ -165,7 +165,7 @@ class BackboneConfig(Checked):
     """A backbone: its picture size, its two towers, and how they are stored.
 
     Args:
-        image_size: Integer, side of a picture in pixels, a multiple of the
+        image_size: int, side of a picture in pixels, a multiple of the
             patch.
         dtype: Name of a dtype policy, or `None` where nothing says.
         vision_encoder: `VisionEncoderConfig`.
@@ -199,7 +199,7 @@ class BackboneConfig(Checked):
         return self.vision_encoder.num_image_tokens(self.image_size)
 
     def with_fields(self, **values) -> Self:
-        """Gives the same configuration with other values in its towers.
+        """Return the same configuration with other values in its towers.
 
         Args:
             **values: By field, of those that one tower alone has.
@@ -223,7 +223,7 @@ class BackboneConfig(Checked):
 
 
 def _tower_of():
-    """Maps the fields that one tower alone has to its name."""
+    """Map the fields that one tower alone has to its name."""
     towers = {
         "vision_encoder": {one.name for one in fields(VisionEncoderConfig)},
         "text_decoder": {one.name for one in fields(TextDecoderConfig)},
@@ -243,8 +243,8 @@ class PreprocessorConfig(Checked):
 
     Args:
         resize: A rule of `preprocessing.resize`.
-        prompt_length: Integer, tokens.
-        response_length: Integer, tokens.
+        prompt_length: int, tokens.
+        response_length: int, tokens.
         on_long_prompt: `"error"` or `"truncate"`.
         on_long_response: `"warn"`, `"keep_eos"` or `"error"`.
     """
@@ -261,7 +261,7 @@ class ModelConfig(Checked):
     """A model: all that `config.json` of a preset of ours says.
 
     Args:
-        name: String or `None`.
+        name: str or `None`.
         backbone: `BackboneConfig`.
         preprocessor: `PreprocessorConfig`, or `None` for arrays alone.
     """

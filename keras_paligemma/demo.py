@@ -99,7 +99,7 @@ def read_examples(path: Path) -> dict[str, list]:
 
 
 def nouns(caption: str) -> list[str]:
-    """Give the words after indefinite articles, each once.
+    """Return the words after indefinite articles, each once.
 
     >>> nouns("a cat, an owl and a cat")
     ['cat', 'owl']

@@ -118,7 +118,7 @@ def _fetch(hub, path, weights):
 
 
 def _filesystem(hub):
-    """Give what reads a hub without a download."""
+    """Return what reads a hub without a download."""
     import fsspec
 
     return fsspec.filesystem(hub)
@@ -188,7 +188,7 @@ def _bucket(path, weights):
 
 
 def cache() -> Path:
-    """Give the folder of what was downloaded and has no cache of its own."""
+    """Return the folder of what was downloaded and has no cache of its own."""
     default = Path.home() / ".cache" / "keras_paligemma"
     return Path(os.environ.get("KERAS_PALIGEMMA_CACHE", default))
 

@@ -52,18 +52,18 @@ class LoraConfig(Checked):
     """A low-rank adapter: the arguments of `enable_lora`, all filled in.
 
     Args:
-        rank: Integer, the largest of its layers.
-        alpha: Float, the adapter is scaled by alpha / rank; the rank if `None`.
+        rank: int, the largest of its layers.
+        alpha: float, the adapter is scaled by alpha / rank; the rank if `None`.
         targets: Names of projections, of `TARGETS`, or of `GROUPS`; those of
             the decoder's attention if `None`.
-        dropout: Float, share of an adapter's inputs dropped in training.
-        rslora: Boolean, scale by alpha / √rank, so that large ranks learn as
+        dropout: float, share of an adapter's inputs dropped in training.
+        rslora: bool, scale by alpha / √rank, so that large ranks learn as
             fast as small ones.
-        dora: Boolean, a learned gain for each output of a projection.
-        bias: Boolean, a learned bias for each output of a projection.
-        ranks: Dictionary of target to the rank of each layer, 0 where it has
+        dora: bool, a learned gain for each output of a projection.
+        bias: bool, a learned bias for each output of a projection.
+        ranks: dict of target to the rank of each layer, 0 where it has
             none; `rank` for targets that are not there.
-        alphas: Dictionary of target to the alpha of each layer, likewise.
+        alphas: dict of target to the alpha of each layer, likewise.
 
     Example:
 
@@ -146,7 +146,7 @@ class LoraConfig(Checked):
         )
 
     def ranks_of(self, target: str, num_layers: int) -> tuple[int, ...]:
-        """Gives the rank of each of a target's layers, 0 where it has none.
+        """Return the rank of each of a target's layers, 0 where it has none.
 
         Raises:
             ValueError: `ranks` or `alphas` are those of another depth.
@@ -162,14 +162,14 @@ class LoraConfig(Checked):
         return ranks
 
     def scales(self, target: str, num_layers: int) -> np.ndarray:
-        """Gives the numbers that each layer's adapter is multiplied with."""
+        """Return the numbers that each layer's adapter is multiplied with."""
         ranks = np.array(self.ranks_of(target, num_layers))
         divisor = np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
         alphas = self.alphas.get(target, (self.alpha,) * num_layers)
         return np.where(ranks, np.array(alphas) / divisor, 0)
 
     def to_dict(self) -> dict:
-        """Gives plain numbers, strings and lists, as a JSON file has them.
+        """Return plain numbers, strings and lists, as a JSON file has them.
 
         What only some adapters have is left out of the others'.
         """

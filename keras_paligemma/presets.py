@@ -60,17 +60,17 @@ def describe(name: str) -> dict:
 
 @functools.cache
 def config(name: str) -> ModelConfig:
-    """Give the configuration of a preset; see `describe`."""
+    """Return the configuration of a preset; see `describe`."""
     fields = describe(name)
     parts = {key: fields[key] for key in ("name", "backbone", "preprocessor")}
     return ModelConfig.from_dict(parts, name)
 
 
 def describe_all() -> dict[str, dict]:
-    """Describes all presets, with the `metadata` that KerasHub's have.
+    """Describe all presets, with the `metadata` that KerasHub's have.
 
     Returns:
-        Dictionary of a name to what `describe` gives, and `metadata` of
+        dict of a name to what `describe` gives, and `metadata` of
         `description` and `params`: exact, `None` of an embedded model.
     """
     described = {name: describe(name) for name in names()}
@@ -83,7 +83,7 @@ def describe_all() -> dict[str, dict]:
 
 
 def published(source: str | Path) -> str | None:
-    """Give the name of the published model that a name or a handle means."""
+    """Return the name of the published model that a name or a handle means."""
     name = str(_handles().get(str(source), source))
     return name if name in _described() else None
 
@@ -258,7 +258,7 @@ def _missing(found: object, wanted: dict, prefix: str = "") -> list[str]:
 
 @functools.cache
 def _handles() -> dict[str, str]:
-    """Maps the handles of the published models to their presets."""
+    """Map the handles of the published models to their presets."""
     return {
         handle: path.stem
         for path in _HERE.glob("*.json")

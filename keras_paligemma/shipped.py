@@ -6,7 +6,7 @@ PACKAGE = Path(__file__).parent
 
 
 def folder(name):
-    """Give such a folder: a wheel has it inside, a checkout beside the package.
+    """Return such a folder: in a wheel inside of the package, else beside it.
 
     Args:
         name: "presets" or "examples".

@@ -110,7 +110,7 @@ class Row:
         return value
 
     def checkpoint_shape(self, shape):
-        """Give the shape of the array that holds a weight of this shape."""
+        """Return the shape of the array that holds a weight of this shape."""
         shape = self._split_shape(tuple(shape))
         if self.extra:
             shape = (shape[0] + self.extra, *shape[1:])
@@ -147,7 +147,7 @@ class Arrays:
 
 
 def shapes(weights, rows):
-    """Give the keys and shapes of the checkpoint that holds these weights.
+    """Return the keys and shapes of the checkpoint that holds these weights.
 
     Args:
         weights: dict of name to `layers.weight.Weight`, or to anything with
@@ -260,7 +260,7 @@ def _assign_layers(weight, row, arrays):
 
 
 def write(weights, rows):
-    """Give the arrays of a checkpoint, one at a time.
+    """Return the arrays of a checkpoint, one at a time.
 
     Args:
         weights: dict of name to `Weight` or `LazyTensor`.

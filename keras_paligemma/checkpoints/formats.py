@@ -86,7 +86,7 @@ class Checkpoint:
     assumed: dict = dataclasses.field(default_factory=dict)
 
     def rows_for(self, weights):
-        """Give the rows; names that are ours map to themselves."""
+        """Return the rows; names that are ours map to themselves."""
         if self.rows is not None:
             return self.rows
         return [engine.Row(name, name) for name in weights]
@@ -337,7 +337,7 @@ def _keras_hub(folder, fields, load_weights, headers):
 
 
 def _opener(open_files, files, headers, *options):
-    """Give a function that opens files, or gives what stands for them."""
+    """Return a function that opens files, or gives what stands for them."""
     if headers is not None:
         return functools.partial(contextlib.nullcontext, headers)
     return functools.partial(open_files, files, *options)

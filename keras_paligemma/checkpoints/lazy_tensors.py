@@ -33,7 +33,7 @@ class LazyTensor:
         return map(self.read_layer, range(self.num_layers))
 
     def read_layer(self, number):
-        """Give the array of one layer; outside of the blocks of number 0."""
+        """Return the array of one layer; outside of the blocks of number 0."""
         if self.row.stacked:
             array = self.tensors.read_layer(self.row.key, number)
         else:
@@ -66,14 +66,14 @@ class Last:
         return self._array
 
     def read_layer(self, key, layer):
-        """Give one layer of a stacked array, without the others if it can."""
+        """Return one layer of a stacked array, without the others if it can."""
         if key != self._key and hasattr(self._tensors, "read_rows"):
             return self._tensors.read_rows(key, layer, layer + 1)[0]
         return self.read(key)[layer]
 
 
 def lazy_tensors(weights, rows, tensors, on_read=None):
-    """Give weights of a checkpoint that are read when they are asked for.
+    """Return weights of a checkpoint that are read when they are asked for.
 
     Args:
         weights: dict of name to anything with a shape (layer axis first).

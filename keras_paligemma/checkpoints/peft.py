@@ -214,7 +214,7 @@ def _entries(shapes, table, weights, folder):
 
 
 def _oldest(name):
-    """Give a name as `rows` has it, whichever version wrote it."""
+    """Return a name as `rows` has it, whichever version wrote it."""
     if name in hugging_face.HEADS:
         return hugging_face.HEADS[0]
     parts = (hugging_face.VISION, hugging_face.PROJECTOR, hugging_face.TEXT)
@@ -226,7 +226,7 @@ def _oldest(name):
 
 
 def newest(name):
-    """Give a name of `rows` as transformers has it now."""
+    """Return a name of `rows` as transformers has it now."""
     for old, new in _NEWEST.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -234,7 +234,7 @@ def newest(name):
 
 
 def _sizes(name, weights):
-    """Give the layers and one layer's shape of a weight, or of its kernel."""
+    """Return the layers and one layer's shape of a weight, or of its kernel."""
     place, last = name.rsplit("/", 1)
     if last in PIECES.values():
         name = f"{place}/kernel"
@@ -243,7 +243,7 @@ def _sizes(name, weights):
 
 
 def _shape(entry, lora, weights, rank=None):
-    """Give the shape of one layer of an entry; a piece's, for a rank."""
+    """Return the shape of one layer of an entry; a piece's, for a rank."""
     _, shape = _sizes(entry.row.name, weights)
     if entry.target is None:
         return shape
@@ -259,7 +259,7 @@ def _shape(entry, lora, weights, rank=None):
 
 
 def _lora(config, entries, weights):
-    """Give the `LoraConfig`; those of layers where they differ.
+    """Return the `LoraConfig`; those of layers where they differ.
 
     Ranks are the configuration's, by which PEFT scales: arrays of another rank
     do not fit.
@@ -349,7 +349,7 @@ def _check_fits(config, lora, entries, weights, found):
 
 
 def _tie(config, whole, weights):
-    """Give the head a table of its own only where it differs.
+    """Keep a table of the head's own only where it differs.
 
     PEFT copies modules that it saves, and by default unties them so: with the
     embedding saved, the head keeps the table of the base. What is saved of a

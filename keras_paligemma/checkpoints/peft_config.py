@@ -209,7 +209,7 @@ def _check_initialisation(name, path):
 
 
 def rank_and_alpha(config, module):
-    """Give what a module has: the first pattern that fits its name, or r.
+    """Return what a module has: the first pattern that fits its name, or r.
 
     Args:
         config: dict, of `read`.

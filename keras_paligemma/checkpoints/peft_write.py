@@ -24,7 +24,7 @@ _BESIDE = {"bias": "kernel", "beta": "gamma"}
 
 
 def arrays(lora, pieces, whole, architecture):
-    """Give an adapter's tensors, one at a time; see `read`.
+    """Return an adapter's tensors, one at a time; see `read`.
 
     Yields:
         Pairs of key and array, of each layer the rank that it has.
@@ -59,7 +59,7 @@ def arrays(lora, pieces, whole, architecture):
 
 
 def describe(lora, whole, layers, architecture, base=None):
-    """Give the configuration that PEFT reads with these tensors.
+    """Return the configuration that PEFT reads with these tensors.
 
     Args:
         lora: `LoraConfig`.

@@ -115,6 +115,6 @@ def _write_preset(folder, config, arrays, proto, piece_size):
 
 
 def _cast(array, dtype):
-    """Give an array of floats in another dtype, bfloat16 included."""
+    """Return an array of floats in another dtype, bfloat16 included."""
     wanted = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     return array.astype(wanted, copy=False)

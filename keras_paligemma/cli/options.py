@@ -45,7 +45,7 @@ Masks = Annotated[
 
 
 def with_settings(cls: type) -> Callable:
-    """Give a command an option for each field of a dataclass.
+    """Add an option to a command for each field of a dataclass.
 
     So a setting's name, type, default and meaning are spelt in the dataclass
     and its docstring alone.
@@ -112,7 +112,7 @@ def _meanings(cls):
 
 
 def _shown(field):
-    """Give the default as help shows it, or nothing where there is none."""
+    """Return the default as help shows it, or nothing where there is none."""
     value = field.default
     if not isinstance(value, (int, float, str, tuple)) or value is False:
         return False

@@ -88,7 +88,7 @@ def plan(
 
 
 def _settings_of(benchmark):
-    """Give what a benchmark's record says of a job."""
+    """Return what a benchmark's record says of a job."""
     from keras_paligemma.evaluation import find_benchmark
     from keras_paligemma.evaluation import settings_of
 

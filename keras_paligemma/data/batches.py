@@ -59,7 +59,7 @@ class Examples(keras.utils.PyDataset):
         return self.rows(self.order[start : start + self.batch_size])
 
     def rows(self, chosen):
-        """Give the examples of these numbers as `(x, y, sample_weight)`."""
+        """Return the examples of these numbers as `(x, y, sample_weight)`."""
         x = {
             key: column[chosen]
             if isinstance(column, np.ndarray)

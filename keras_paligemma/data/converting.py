@@ -125,7 +125,7 @@ def convert(
 
 
 def usable(objects: ObjectSet) -> tuple[ObjectSet, list[str], int]:
-    """Give a set in pixels, without what is wrong in it.
+    """Return a set in pixels, without what is wrong in it.
 
     Args:
         objects: `ObjectSet`.

@@ -114,7 +114,7 @@ class ObjectSet:
 
 
 def in_pixels(picture: Picture, folder: str) -> Picture:
-    """Give a picture whose annotations are in pixels.
+    """Return a picture whose annotations are in pixels.
 
     Args:
         picture: `Picture`; one that has a size is given back as it is.
@@ -247,14 +247,14 @@ def object_of(
 def bounds_of(
     polygons: Sequence[Sequence[float]],
 ) -> tuple[float, float, float, float]:
-    """Give the box of flat polygons x1, y1, x2, y2, …, as (y1, x1, y2, x2)."""
+    """Return the box (y1, x1, y2, x2) of flat polygons x1, y1, x2, y2, …."""
     x = [edge for polygon in polygons for edge in polygon[::2]]
     y = [edge for polygon in polygons for edge in polygon[1::2]]
     return min(y), min(x), max(y), max(x)
 
 
 def relative_name(picture: Picture, objects: ObjectSet, folder: str) -> str:
-    """Give the name of a picture relative to another folder, with slashes.
+    """Return the name of a picture relative to another folder, with slashes.
 
     Args:
         picture: `Picture` of the set.
@@ -284,7 +284,7 @@ def has_fields(extra: Mapping, known: Sequence[str] = ()) -> bool:
 
 
 def plain_name(picture: Picture) -> str:
-    """Give a name below a folder for a copy of a picture.
+    """Return a name below a folder for a copy of a picture.
 
     Args:
         picture: `Picture`; of one that lies outside of its folder, the last
@@ -301,7 +301,7 @@ def plain_name(picture: Picture) -> str:
 def polygons_of(
     annotation: Annotation, size: tuple[int, int]
 ) -> list[list[float]]:
-    """Give the mask of an annotation in pixels as flat polygons.
+    """Return the mask of an annotation in pixels as flat polygons.
 
     Args:
         annotation: `Annotation` with a mask; run lengths are traced, exactly.

@@ -200,11 +200,11 @@ class ObjectSource:
         return self.data.where(self._rows[index])
 
     def picture(self, index: int) -> Picture:
-        """Give the picture of an example as its file describes it."""
+        """Return the picture of an example as its file describes it."""
         return self.data.pictures[self._rows[index]]
 
     def objects(self, index: int) -> list[Object]:
-        """Give the objects of an example, as `EvaluateObjects` takes them.
+        """Return the objects of an example, as `EvaluateObjects` takes them.
 
         Args:
             index: int, of the example.

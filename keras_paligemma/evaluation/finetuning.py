@@ -24,7 +24,7 @@ _RESOLUTION = "448"
 
 
 def settings_of(benchmark: Benchmark, image_size: int) -> dict[str, Any]:
-    """Give the settings of the original's transfer.
+    """Return the settings of the original's transfer.
 
     Prompt and answer each get the text length, which the original gives both
     together, so nothing that it could read is cut.
@@ -55,7 +55,7 @@ def settings_of(benchmark: Benchmark, image_size: int) -> dict[str, Any]:
 def for_run(
     name: str, given: Mapping[str, Any], masks: str | None = None
 ) -> tuple[dict[str, Any], "TrainingSource | None"]:
-    """Give what `finetune --benchmark` adds to the command line.
+    """Return what `finetune --benchmark` adds to the command line.
 
     Args:
         name: str, of a benchmark.

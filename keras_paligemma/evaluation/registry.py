@@ -97,7 +97,7 @@ class Benchmark:
         return self.frames or self.pictures
 
     def card_numbers(self, column: str | None) -> dict[str, float]:
-        """Give the card's numbers for a model.
+        """Return the card's numbers for a model.
 
         Args:
             column: str, one of `COLUMNS`, or `None`.

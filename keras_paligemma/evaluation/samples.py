@@ -83,12 +83,12 @@ class Samples:
             )
 
     def truth(self, index: int) -> dict[str, Any]:
-        """Give what is right of a sample, without its pictures."""
+        """Return what is right of a sample, without its pictures."""
         with located(self.where(index)):
             return self._truth(dict(self.records[index]))
 
     def first(self, limit: int) -> "Samples":
-        """Give the first samples alone, at most so many."""
+        """Return the first samples alone, at most so many."""
         if isinstance(self.records, list):
             records = self.records[:limit]
         else:
@@ -123,7 +123,7 @@ class Samples:
         return truth
 
     def _answers(self, answers):
-        """Give one right answer or several as text, in the form asked for."""
+        """Return one right answer or several as text, in the form asked for."""
         if isinstance(answers, (list, tuple)):
             return [self._answers(answer) for answer in answers]
         text = str(int(answers)) if isinstance(answers, bool) else str(answers)
@@ -151,7 +151,7 @@ def _listed(images):
 
 
 def _images(record, benchmark):
-    """Give a sample's picture, its pictures, or frames of its video."""
+    """Return a sample's picture, its pictures, or frames of its video."""
     images = record.get("images")
     if images is None:
         raise ValueError("The sample has no picture. Expected: 'images'.")

@@ -28,7 +28,7 @@ def shapes_and_dtypes(model):
 
 
 def response_logits(model, inputs):
-    """Give the logits of each token of a response, from those before it.
+    """Return the logits of each token of a response, from those before it.
 
     Args:
         model: `PaliGemmaCausalLM` with a preprocessor.

@@ -15,7 +15,7 @@ ROOM = 64
 
 
 def open_bytes(content):
-    """Give the bytes of a string tensor, and zeros behind: uint8."""
+    """Return the bytes of a string tensor, and zeros behind: uint8."""
     return tf.pad(tf.io.decode_raw(content, tf.uint8), [[0, ROOM]])
 
 

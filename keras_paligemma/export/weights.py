@@ -58,7 +58,7 @@ class Weights:
         ]
 
     def values(self, base):
-        """Give all values by their keys in the files of a SavedModel.
+        """Return all values by their keys in the files of a SavedModel.
 
         Args:
             base: iterable of pairs of a variable of the model and its value.

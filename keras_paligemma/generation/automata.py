@@ -61,7 +61,7 @@ class Automaton:
         return node
 
     def arrays(self):
-        """Give `token_classes` and `next_nodes`, as `constraints` reads them.
+        """Return `token_classes` and `next_nodes`, as `constraints` reads them.
 
         Both sizes of `next_nodes` are powers of two, which other constraints
         share, so that few of them compile a program.
@@ -129,5 +129,5 @@ def objects_of(automaton, prompt, tokenizer, stops):
 
 
 def _numbered(tokenizer, pattern, count):
-    """Give the ids of the tokens of a kind."""
+    """Return the ids of the tokens of a kind."""
     return tuple(tokenizer.token_to_id(pattern.format(i)) for i in range(count))

@@ -181,7 +181,7 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
 
 
 def by_beam(array, width):
-    """Give (B × N, …) as (B, N, …)."""
+    """Return (B × N, …) as (B, N, …)."""
     return ops.reshape(array, (-1, width, *array.shape[1:]))
 
 

@@ -75,7 +75,7 @@ def sampled(logits_BV, options, place):
 
 
 def _least_kept(hot_BV, top_k_B, top_p_B):
-    """Give the least logit that top-k and top-p keep; equal ones stay too."""
+    """Return the least logit that top-k and top-p keep; equal ones stay too."""
     sorted_BV = -ops.sort(-hot_BV, axis=-1)
     rank_V = ops.arange(hot_BV.shape[-1], dtype="int32")
     among_BV = rank_V[None] < top_k_B[:, None]

@@ -9,7 +9,7 @@ def legal(shared, node_B):
 
 
 def follow(shared, node, token_B):
-    """Give the node behind a token, or behind each of the vocabulary.
+    """Return the node behind a token, or behind each of the vocabulary.
 
     Args:
         shared: dict of `token_classes` int32 (V,), which class of tokens each

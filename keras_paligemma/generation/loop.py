@@ -164,7 +164,7 @@ def _rows_of_copies(rows, copies):
 
 
 def restricted(plan, shared, logits_BV, state):
-    """Give logits after hooks, the constraint and what is banned."""
+    """Return logits after hooks, the constraint and what is banned."""
     for hook in plan.hooks:
         logits_BV = hook(logits_BV, state)
     allowed_V = shared.get("allowed")
@@ -240,7 +240,7 @@ def column(array_BR, place):
 
 
 def row_defaults(inputs):
-    """Give what `answer` reads of each row, for the likeliest tokens.
+    """Return what `answer` reads of each row, for the likeliest tokens.
 
     Args:
         inputs: dict of `token_ids`, `response_ids` and what else `prefill`

@@ -8,7 +8,7 @@ from keras import ops
 
 
 def gumbel(seed_B, place, count):
-    """Give noise that draws from a softmax when it is added to logits.
+    """Return noise that draws from a softmax when it is added to logits.
 
     Args:
         seed_B: int32 tensor (B,), a seed each row.

@@ -180,13 +180,13 @@ class Options:
             raise ValueError("`choices` is empty. Expected: strings.")
 
     def seeded(self):
-        """Give the same options with a seed, drawn if there is none."""
+        """Return the same options with a seed, drawn if there is none."""
         if self.seed is not None:
             return self
         return dataclasses.replace(self, seed=np.random.randint(2**31))
 
     def rows(self, first, rows, copies, vocabulary_size):
-        """Give what each row is drawn by, as arrays.
+        """Return what each row is drawn by, as arrays.
 
         Args:
             first: int, the number of the first prompt among all.

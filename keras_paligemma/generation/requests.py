@@ -70,7 +70,7 @@ def split_prompt(arrays, max_new_tokens=None):
 
 
 def stops_of(stop_token_ids, preprocessor, vocabulary_size):
-    """Give the ids that end an answer as a tuple, or `None` for none.
+    """Return the ids that end an answer as a tuple, or `None` for none.
 
     Args:
         stop_token_ids: int, ints, `None`, or "auto": the tokenizer's end
@@ -113,7 +113,7 @@ def check_begun(arrays, preprocessor):
 
 
 def check_sampler(sampler, vocabulary_size):
-    """Give a sampler of KerasHub by its name, or as it is.
+    """Return a sampler of KerasHub by its name, or as it is.
 
     Args:
         sampler: str or `keras_hub.samplers.Sampler`.
@@ -158,7 +158,7 @@ def check_sampler(sampler, vocabulary_size):
 
 
 def plan_of(options, sampler):
-    """Give the `Plan` that options and the compiled sampler ask for.
+    """Return the `Plan` that options and the compiled sampler ask for.
 
     Args:
         options: `Options`.
@@ -184,7 +184,7 @@ def plan_of(options, sampler):
 
 
 def bucket(count, least=1):
-    """Give the power of two that so many fit into.
+    """Return the power of two that so many fit into.
 
     Programs are compiled for these sizes, so that another number of prompts or
     tokens finds one that is there.
@@ -222,7 +222,7 @@ def filled_up(arrays, rows, prompt, response):
 
 
 def stop_array(stop_token_ids):
-    """Give stops as data: int32, filled up to a bucket with -1.
+    """Return stops as data: int32, filled up to a bucket with -1.
 
     Args:
         stop_token_ids: tuple of ints, or `None`.

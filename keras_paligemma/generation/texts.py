@@ -2,7 +2,7 @@
 
 
 def cut(text, stop_strings):
-    """Give a text up to the first of the strings that end it.
+    """Return a text up to the first of the strings that end it.
 
     Example:
         >>> cut("a cat. A dog", (". ", "dog"))
@@ -13,7 +13,7 @@ def cut(text, stop_strings):
 
 
 def settled(text, stop_strings):
-    """Give the part of a text that later tokens leave as it is.
+    """Return the part of a text that later tokens leave as it is.
 
     A character of several bytes may lack some, and a stop string may have
     begun.

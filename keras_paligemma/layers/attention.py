@@ -233,7 +233,7 @@ def _scatter(cached, new_BTKH, layer, index):
 
 
 def read_cache(cache):
-    """Give the keys and values (B, S, K, H) of one layer."""
+    """Return the keys and values (B, S, K, H) of one layer."""
     keys, values, layer = cache
     if layer is None:
         return keys, values

@@ -78,7 +78,7 @@ def _attention(cap, masked):
         return [tensor.astype("float32") for tensor in tensors]
 
     def capped(logits):
-        """Give the logits and, of a cap, their share of it."""
+        """Return the logits and, of a cap, their share of it."""
         if cap is None:
             return logits, None
         share = jnp.tanh(logits / cap)
@@ -117,7 +117,7 @@ def _attention(cap, masked):
         )
 
     def heads_first(x_BTNH, key_heads):
-        """Give (B K, G T, H): what is one key-value head's lies together."""
+        """Return (B K, G T, H): what is one key-value head's lies together."""
         B, T, N, H = x_BTNH.shape
         x_BTKGH = x_BTNH.reshape(B, T, key_heads, N // key_heads, H)
         return jnp.moveaxis(x_BTKGH, 1, 3).reshape(B * key_heads, -1, H)

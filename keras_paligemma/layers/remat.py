@@ -117,7 +117,7 @@ def recompute(function):
 
 
 def after(x, *tensors):
-    """Give tensors as something that is known only after `x`.
+    """Return tensors as something that is known only after `x`.
 
     Nothing else keeps a compiler from computing what follows from them at
     once, for all layers, or from keeping it for the backward pass, where it

@@ -109,7 +109,7 @@ def attend_fused(
 
 
 def _axes(active, batch_size):
-    """Give a distribution's mesh and its axes for rows and for heads."""
+    """Return a distribution's mesh and its axes for rows and for heads."""
     layout = active.get_data_layout((batch_size, 1)).backend_layout
     rows = layout.spec[0]
     used = rows if isinstance(rows, tuple) else (rows,)
@@ -168,6 +168,6 @@ def _attend(
 
 
 def _block(length):
-    """Give the largest multiple of the lanes that divides `length`."""
+    """Return the largest multiple of the lanes that divides `length`."""
     parts = range(LARGEST_BLOCK, 0, -LANES)
     return next(part for part in parts if length % part == 0)

@@ -149,7 +149,7 @@ class LayerStack(keras.layers.Layer):
             self._tracker.lock()
 
     def draw_seed(self, training):
-        """Give a seed for `dropout_scope`; `None` drops nothing."""
+        """Return a seed for `dropout_scope`; `None` drops nothing."""
         if not training or self.seed_generator is None:
             return None
         return self.seed_generator.next()
@@ -300,7 +300,7 @@ def _twice(block):
 
 
 def stable_name(path):
-    """Give the name that a weight has in both forms, from its path.
+    """Return the name that a weight has in both forms, from its path.
 
     Args:
         path: str, `keras.Variable.path`.

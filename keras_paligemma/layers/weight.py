@@ -90,12 +90,12 @@ class Weight:
         return self.variables[0].trainable
 
     def set_trainable(self, value):
-        """Freezes the variables, or trains them."""
+        """Freeze the variables, or trains them."""
         for variable in self.variables:
             variable.trainable = value
 
     def layers(self):
-        """Yields the tensor of each layer, sliced or made a float just then."""
+        """Yield the tensor of each layer, sliced or made a float just then."""
         for number in range(self.num_layers):
             tensor, *scale = (
                 self._slice(variables, number) for variables in self._stored
@@ -107,7 +107,7 @@ class Weight:
             yield tensor
 
     def read(self):
-        """Returns the NumPy array, layer axis first in the blocks.
+        """Return the NumPy array, layer axis first in the blocks.
 
         Every process of a run must ask, in the same order: see
         `compat.to_host`.
@@ -118,13 +118,13 @@ class Weight:
         return arrays[0] if self.form is None else np.stack(arrays)
 
     def read_layers(self):
-        """Returns an iterator of the NumPy array of each layer."""
+        """Return an iterator of the NumPy array of each layer."""
         if self.form == "scanned" and self.is_one_array:
             return iter(self.read())
         return map(to_host, self.layers())
 
     def assign(self, value):
-        """Gives the weight another value, or its first one.
+        """Assign another value, or the first one.
 
         Args:
             value: array of `shape`; floats are rounded to integers and scales
@@ -137,7 +137,7 @@ class Weight:
             self.assign_layers([value] if self.form is None else value)
 
     def assign_layers(self, arrays):
-        """Gives each layer another value, from an iterable of one array each.
+        """Assign each layer another value, from an iterable of one array each.
 
         One array is asked for at a time. Scanned layers are stacked on the
         host, as they are stored.
@@ -148,7 +148,7 @@ class Weight:
             write(number, *self._encode(array))
 
     def layer_writer(self):
-        """Returns a function that stores layers, each once, in any order.
+        """Return a function that stores layers, each once, in any order.
 
         Its arguments are the layer's number and its arrays as they are
         stored: the values, or integers and scale. Scanned layers wait on the
@@ -177,7 +177,7 @@ class Weight:
         return write
 
     def update(self, function, *others):
-        """Replaces each layer by what a function makes of it, on the device.
+        """Replace each layer by what a function makes of it, on the device.
 
         Args:
             function: of the layer's tensor, and the same layer's of `others`.
@@ -221,7 +221,7 @@ class Weight:
 
 
 def dequantized(weights):
-    """Returns a model's weights as a checkpoint of floats knows them.
+    """Return a model's weights as a checkpoint of floats knows them.
 
     Args:
         weights: dict of name to `Weight`, as they are stored.

@@ -66,7 +66,7 @@ def anls(target: str, prediction: str, threshold: float = 0.5) -> float:
         threshold: float; where at least this share differs, nothing counts.
 
     Returns:
-        Float, 1 for equal strings; 0 from the threshold on. An empty target
+        float, 1 for equal strings; 0 from the threshold on. An empty target
         is met by an empty prediction alone.
 
     Example:

@@ -203,7 +203,7 @@ def _divided(means, count):
 
 
 def _parts(one):
-    """Give box, label and what is behind them, of a tuple or an object."""
+    """Return box, label and what is behind them, of a tuple or an object."""
     return (one.box, one.label, one.score) if hasattr(one, "box") else one
 
 

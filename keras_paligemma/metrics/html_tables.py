@@ -58,7 +58,7 @@ def teds(prediction: str, table: str, structure_only: bool = False) -> float:
         structure_only: bool, whether the text of cells is left out.
 
     Returns:
-        Float, 1 for equal tables; 0 where either is none.
+        float, 1 for equal tables; 0 where either is none.
 
     Source: https://arxiv.org/abs/1911.10683, section 5.
     """

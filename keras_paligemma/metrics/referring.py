@@ -75,7 +75,7 @@ def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
         first, second: (y1, x1, y2, x2).
 
     Returns:
-        Float, 0 to 1; nan where neither has an area.
+        float, 0 to 1; nan where neither has an area.
 
     Example:
 
@@ -94,7 +94,7 @@ def _area(y1, x1, y2, x2):
 
 
 def _parse(text):
-    """Give 4 locations and 16 codes, or `None`."""
+    """Return 4 locations and 16 codes, or `None`."""
     found = _ANSWER.match(text)
     if found is None:
         return None
@@ -122,7 +122,7 @@ def _decode(parsed, decode):
 
 
 def to_mask(mask: Any) -> np.ndarray:
-    """Give a bool array of a mask, an array or COCO's run lengths."""
+    """Return a bool array of a mask, an array or COCO's run lengths."""
     return from_rle(mask) if isinstance(mask, dict) else np.asarray(mask) > 0
 
 

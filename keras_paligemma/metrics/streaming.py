@@ -67,7 +67,7 @@ class Streamed(keras.metrics.Metric):
         self._combine = scores.combine or self._combine
 
     def result(self) -> dict[str, float]:
-        """Give the values of all rows so far; an empty dict of none."""
+        """Return the values of all rows so far; an empty dict of none."""
         means = {
             name: np.asarray(total / count if count else np.nan)
             for name, (total, count) in self._sums.items()

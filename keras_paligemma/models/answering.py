@@ -203,7 +203,7 @@ def run(model, asked):
 
 
 def _to_host(asked, found, here):
-    """Give arrays of the rows that this process asked."""
+    """Return arrays of the rows that this process asked."""
     width = asked.plan.beams or asked.plan.copies
     here = slice(
         here.start and here.start * width, here.stop and here.stop * width
@@ -288,7 +288,7 @@ def _has_stop_string(model, asked, found, count):
 
 
 def texts_so_far(model, asked, found):
-    """Give the texts that later tokens do not change any more."""
+    """Return the texts that later tokens do not change any more."""
     rows = len(asked.begun)
     texts = model.preprocessor.generate_postprocess(
         {"token_ids": found["ids"][:rows, : asked.length]}
@@ -317,7 +317,7 @@ def _answered(model, plan, rows, shared):
 
 
 def _arrays(state):
-    """Give what of a state is read."""
+    """Return what of a state is read."""
     found = {
         "ids": state.ids_BR,
         "log_probabilities": state.log_probabilities_BR,
@@ -330,12 +330,12 @@ def _arrays(state):
 
 
 def _in_a_row(array):
-    """Give (B, N, …) as (B × N, …)."""
+    """Return (B, N, …) as (B × N, …)."""
     return ops.reshape(array, (-1, *array.shape[2:]))
 
 
 def tensors(nest):
-    """Give a nest of arrays as tensors, of its own dtypes whatever floatx."""
+    """Return a nest of arrays as tensors, of its own dtypes whatever floatx."""
     return keras.tree.map_structure(
         lambda one: ops.convert_to_tensor(
             one, dtype=keras.backend.standardize_dtype(one.dtype)
@@ -345,14 +345,14 @@ def tensors(nest):
 
 
 def _variables(plan):
-    """Give the values of a sampler's variables; generators of seeds."""
+    """Return the values of a sampler's variables; generators of seeds."""
     if plan.sampler is None:
         return []
     return [ops.convert_to_tensor(one.value) for one in plan.sampler.variables]
 
 
 def _keep(plan, values):
-    """Give a sampler's variables the values that they had at the end."""
+    """Assign a sampler's variables the values that they had at the end."""
     if plan.sampler is not None:
         for one, value in zip(plan.sampler.variables, values, strict=True):
             one.assign(value)
@@ -412,13 +412,13 @@ def _tokens_until(model, ids, stop_strings):
 
 
 def _with_beams(beams):
-    """Give the best beam, which holds all that are answers."""
+    """Return the best beam, which holds all that are answers."""
     beams = [one for one in beams if one.score > LEAST_SCORE] or beams[:1]
     return dataclasses.replace(beams[0], beams=tuple(beams))
 
 
 def _alternatives(model, found, row, count):
-    """Give the likeliest tokens of each place of a row."""
+    """Return the likeliest tokens of each place of a row."""
     if "alternative_ids" not in found:
         return ()
 

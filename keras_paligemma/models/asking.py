@@ -265,7 +265,7 @@ def _labels_of(labels, count):
 
 
 def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Give the text of each token, which joined are the text of all.
+    """Return the text of each token, which joined are the text of all.
 
     Args:
         tokenizer: `PaliGemmaTokenizer`.

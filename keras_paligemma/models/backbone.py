@@ -276,7 +276,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     def mask_and_positions(
         self, inputs: Any, num_image_tokens: int
     ) -> tuple[Any, Tensor]:
-        """Give the attention mask and rotary positions (B, L).
+        """Return the attention mask and rotary positions (B, L).
 
         Args:
             inputs: dict as a call takes it, with whole texts; the parts
@@ -311,7 +311,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         return self.head(capped)(hidden_states)
 
     def head(self, capped: Any = True) -> Callable[[Tensor], Tensor]:
-        """Give the tied head for `StreamedCrossEntropy.stream`."""
+        """Return the tied head for `StreamedCrossEntropy.stream`."""
         return self.text_decoder.head(capped)
 
     def weights_by_name(self) -> dict[str, Any]:
@@ -514,7 +514,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         exports.save_backbone(self, preset_dir, max_shard_size)
 
     def architecture(self) -> Any:
-        """Give the `BackboneConfig` that a preset's file holds."""
+        """Return the `BackboneConfig` that a preset's file holds."""
         return BackboneConfig(
             image_size=self.image_size,
             dtype=self.dtype_policy.name,

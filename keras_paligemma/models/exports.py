@@ -87,7 +87,7 @@ def save_backbone(backbone, preset_dir, max_shard_size=10):
 
 
 def _piece_size(max_shard_size):
-    """Give the bytes of a file, of GiB or of `None` for one file."""
+    """Return the bytes of a file, of GiB or of `None` for one file."""
     if max_shard_size is None:
         return sys.maxsize
     if not max_shard_size > 0:

@@ -102,7 +102,7 @@ def load_backbone(
 
 
 def _global_policy():
-    """Give the dtype policy that the user set, or `None` for the default."""
+    """Return the dtype policy that the user set, or `None` for the default."""
     policy = keras.config.dtype_policy()
     if policy.name == "float32":
         # Made of floatx when it was first asked for, perhaps before that was

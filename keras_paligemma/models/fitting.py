@@ -91,7 +91,7 @@ def evaluate(
 
 
 def predict(model, x=None, batch_size=None, callbacks=None, **kwargs):
-    """Give the logits of all text tokens; takes what `fit` takes as `x`.
+    """Return the logits of all text tokens; takes what `fit` takes as `x`.
 
     They are what training sees, the given responses included: to answer,
     call `generate`. In memory (examples, tokens, V), in float32.

@@ -192,7 +192,7 @@ def stream(
 
 
 def _pieces(model, asked, chunk):
-    """Give what is new in the texts after each chunk."""
+    """Return what is new in the texts after each chunk."""
     given = [""] * len(asked.begun)
     for found in chunks(model, asked, chunk):
         texts = texts_so_far(model, asked, found)
@@ -226,7 +226,7 @@ def generate_step(self, inputs, stop_token_ids=None):
 
 
 def make_generate_function(self):
-    """Give the compiled functions of answering, made on the first call.
+    """Return the compiled functions of answering, made on the first call.
 
     Returns:
         `keras_paligemma.generation.programs.Programs`.
@@ -237,7 +237,7 @@ def make_generate_function(self):
 
 
 def _as_array(rows, length):
-    """Give answers as int32 (prompts, copies, length), 0 behind their ends."""
+    """Return answers as int32 (prompts, copies, length), 0 after their ends."""
     array = np.zeros((len(rows), len(rows[0]), length), "int32")
     for row, answers in enumerate(rows):
         for copy, one in enumerate(answers):

@@ -66,7 +66,7 @@ def check_images(images, image_size):
 
 
 def typed(inputs, vocabulary_size):
-    """Give ids as int32 and masks as bool, whatever the dtype policy.
+    """Return ids as int32 and masks as bool, whatever the dtype policy.
 
     Keras casts what is a float to the policy's dtype, and bfloat16 has no
     number between 256 and 258. On JAX, with a floatx of bfloat16, Keras 3.15
@@ -156,7 +156,7 @@ def prompt_batch(inputs, image_size, text_config):
 
 
 def _mask(mask, name, ids):
-    """Give a mask of token ids as bool."""
+    """Return a mask of token ids as bool."""
     mask = to_numpy(mask)
     is_mask = mask.dtype == bool or (
         is_numeric(mask) and ((mask == 0) | (mask == 1)).all()
@@ -171,7 +171,7 @@ def _mask(mask, name, ids):
 
 
 def _floats(array, name, rows):
-    """Give pictures or their embeddings as float32."""
+    """Return pictures or their embeddings as float32."""
     if not is_numeric(array) or array.shape[0] != rows:
         raise ValueError(
             f"`{name}` does not match the prompts. Expected: floats of "

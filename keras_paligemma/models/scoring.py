@@ -112,7 +112,7 @@ def encode(self, images, *, batch_size=None):
 
 
 def embed(self, inputs, *, batch_size=None):
-    """Give what the model makes of pictures and prompts, for retrieval.
+    """Return what the model makes of pictures and prompts, for retrieval.
 
     Args:
         inputs: as `generate` takes them.

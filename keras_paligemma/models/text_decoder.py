@@ -263,7 +263,7 @@ class TextDecoder(keras.layers.Layer):
         return self.blocks.make_cache(shape, self.compute_dtype)
 
     def mask_of(self, valid_BT, response_BT, response_length=None):
-        """Give the mask that this decoder's attention takes here.
+        """Return the mask that this decoder's attention takes here.
 
         Args:
             valid_BT: bool tensor, True on valid tokens.
@@ -306,7 +306,7 @@ class TextDecoder(keras.layers.Layer):
         return self.final_norm(x_BTD), cache
 
     def arguments_of_blocks(self, mask_BTS, positions_BT, positions_BS=None):
-        """Give what every block gets beside the tokens; see a call's."""
+        """Return what every block gets beside the tokens; see a call's."""
         angles = rotary_angles(
             positions_BT, self.config.head_dim, self.config.rope_base
         )
@@ -320,6 +320,6 @@ class TextDecoder(keras.layers.Layer):
         return mask_BTS, angles, ops.logical_and(mask_BTS, near_BTS)
 
     def head(self, capped=True):
-        """Give the tied head, with the final soft cap or not."""
+        """Return the tied head, with the final soft cap or not."""
         cap = self.config.final_logit_soft_cap if capped else None
         return Head(self.token_embedding, cap)

@@ -105,7 +105,7 @@ class VisionEncoder(keras.layers.Layer):
             return self.project(x_BID, images_BhwC)
 
     def embed(self, images_BhwC):
-        """Give what the first block gets: patches, each with its position."""
+        """Return what the first block gets: patches, each with its position."""
         size, patch = self.image_size, self.config.patch_size
         rows = size // patch
         images = ops.cast(images_BhwC, self.compute_dtype)

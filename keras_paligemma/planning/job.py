@@ -59,7 +59,7 @@ class Job:
         return self.pictures * backbone.image_sequence_length
 
     def images_shape(self, image_size: int) -> tuple[int, ...]:
-        """Give the shape of a batch's pictures, as the backbone takes them."""
+        """Return the shape of a batch's pictures for the backbone."""
         frames = () if self.pictures == 1 else (self.pictures,)
         return (self.batch_size, *frames, image_size, image_size, 3)
 

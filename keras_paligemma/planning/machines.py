@@ -52,7 +52,7 @@ _CHIPS = {
 
 
 def find(name):
-    """Give the machine of a name.
+    """Return the machine of a name.
 
     Args:
         name: str: "v5e-8", or a GPU such as "a100-40", "l4x4" for four.

@@ -4,15 +4,15 @@ import sys
 
 
 def is_symbolic(x) -> bool:
-    """Tells whether a dictionary holds tensors of a TensorFlow graph.
+    """Tell whether a dictionary holds tensors of a TensorFlow graph.
 
     TensorFlow is not imported for the answer: without it there is no graph.
 
     Args:
-        x: Dictionary of anything.
+        x: dict of anything.
 
     Returns:
-        Boolean.
+        bool.
 
     Example:
 
@@ -27,14 +27,14 @@ def is_symbolic(x) -> bool:
 
 
 def call_in_python(preprocessor, x, sample_weight=None, sequence_length=None):
-    """Calls a preprocessor by `tf.numpy_function`, with static shapes.
+    """Call a preprocessor by `tf.numpy_function`, with static shapes.
 
     It runs in the Python process that trains, one call at a time: such a
     graph can neither be saved nor sent elsewhere.
 
     Args:
         preprocessor: `PaliGemmaCausalLMPreprocessor`.
-        x: Dictionary of symbolic tensors: one example or a batch.
+        x: dict of symbolic tensors: one example or a batch.
         sample_weight: `None`, or a symbolic tensor of one weight an example.
         sequence_length: `None` or integer, as a call takes it.
 

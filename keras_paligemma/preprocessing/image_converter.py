@@ -43,8 +43,8 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
     EXIF, `read_image` says.
 
     Args:
-        image_size: Integer or `(height, width)`, in pixels.
-        resize: String, what a checkpoint was trained with, pixel for pixel:
+        image_size: int or `(height, width)`, in pixels.
+        resize: str, what a checkpoint was trained with, pixel for pixel:
             `"bilinear"`, the default of big_vision's `resize`, without
             antialias; `"bilinear_antialias"`, what its PaliGemma
             configurations pass; `"bicubic"`, what transformers does.
@@ -107,7 +107,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
 
     @classmethod
     def from_preset(cls, preset: PathLike, **kwargs: Any) -> Self:
-        """Reads the converter of a preset; reads and fetches no weights.
+        """Read the converter of a preset; reads and fetches no weights.
 
         Args:
             preset: As `PaliGemmaCausalLM.from_preset` takes it, or a folder
@@ -138,7 +138,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
         return cls(**known | kwargs)
 
     def save_to_preset(self, preset_dir: PathLike) -> None:
-        """Writes the configuration to a folder.
+        """Write the configuration to a folder.
 
         Args:
             preset_dir: Path; `from_preset` reads it.
@@ -161,7 +161,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
         return self.call(inputs)
 
     def call(self, inputs: Any) -> np.ndarray:
-        """Converts a picture, a batch, or a batch of lists of frames.
+        """Convert a picture, a batch, or a batch of lists of frames.
 
         Args:
             inputs: One picture; or an array (B, height, width, channels) or

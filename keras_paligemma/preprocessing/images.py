@@ -19,7 +19,7 @@ _LONGEST_NAME = 300
 
 
 def read_image(image, name: str = "image") -> np.ndarray:
-    """Reads a picture of any kind as 8-bit RGB.
+    """Read a picture of any kind as 8-bit RGB.
 
     Files are decoded, turned as their EXIF says, and given three channels.
     Transparency is dropped, not blended, as in the original: what the file
@@ -34,7 +34,7 @@ def read_image(image, name: str = "image") -> np.ndarray:
             data sets store pictures; `PIL.Image.Image`; or an array or tensor
             of shape (height, width), or (height, width, channels) with 1, 3
             or 4 channels. Integers and floats are 0…255, uint16 is 0…65535.
-        name: String, what an error calls the picture.
+        name: str, what an error calls the picture.
 
     Returns:
         uint8 array of shape (height, width, 3).
@@ -61,16 +61,16 @@ def read_image(image, name: str = "image") -> np.ndarray:
 
 
 def picture_path(name: str | os.PathLike[str], folder: str = "") -> str:
-    """Finds the file that a data set calls by a name.
+    """Find the file that a data set calls by a name.
 
     Args:
         name: Path, of Windows too: where there is no file of a name with
             backslashes, they separate folders. Or a `file://` URI, or a
             `data:` URI, which holds the file itself.
-        folder: String, what paths are relative to.
+        folder: str, what paths are relative to.
 
     Returns:
-        String: a path, or a URI that is no `file://` as it is.
+        str: a path, or a URI that is no `file://` as it is.
 
     Example:
 
@@ -94,7 +94,7 @@ def picture_path(name: str | os.PathLike[str], folder: str = "") -> str:
 def openable(
     image: str | os.PathLike[str] | bytes | io.IOBase,
 ) -> Any:
-    """Turns what holds an encoded picture into what `PIL.Image.open` takes.
+    """Turn what holds an encoded picture into what `PIL.Image.open` takes.
 
     Args:
         image: As `read_image` takes it: a path or URI, bytes, or a file.
@@ -123,11 +123,11 @@ def openable(
 
 
 def to_bytes(array: np.ndarray, name: str) -> np.ndarray:
-    """Brings the values of an array to uint8, 0…255.
+    """Bring the values of an array to uint8, 0…255.
 
     Args:
         array: NumPy array of numbers; see `read_image`.
-        name: String, what an error calls it.
+        name: str, what an error calls it.
 
     Returns:
         uint8 array of the same shape. Fractions are rounded.
@@ -170,12 +170,12 @@ def to_bytes(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def to_rgb(array: np.ndarray, name: str) -> np.ndarray:
-    """Gives (…, height, width[, 1 | 3 | 4]) three channels.
+    """Make (…, height, width[, 1 | 3 | 4]) three channels.
 
     Args:
         array: uint8 array of one picture, or of a stack of them with their
             channels.
-        name: String, what an error calls it.
+        name: str, what an error calls it.
 
     Returns:
         uint8 array of shape (…, height, width, 3).

@@ -19,7 +19,7 @@ TEXT_ALONE = (
 
 
 def to_numpy(x) -> np.ndarray:
-    """Converts an array, or a tensor of any framework, to NumPy.
+    """Convert an array, or a tensor of any framework, to NumPy.
 
     Preprocessing runs in NumPy whatever the backend, so that a JAX or Torch
     training loop runs no TensorFlow.
@@ -59,12 +59,12 @@ def to_numpy(x) -> np.ndarray:
 
 
 def to_strings(x, name: str) -> tuple[list[str], bool]:
-    """Converts text to Python strings, and says whether it is one example.
+    """Convert text to Python strings, and says whether it is one example.
 
     Args:
         x: A string, UTF-8 bytes, or a list, tuple, array or eager tensor of
             them.
-        name: String, what an error calls `x`.
+        name: str, what an error calls `x`.
 
     Returns:
         `(strings, batched)`: a list of strings, and `False` where `x` was one
@@ -113,13 +113,13 @@ def _to_string(x, name, index):
 
 
 def prompt_text(prompt: str) -> str:
-    """Gives a prompt without what the layout adds: the text that is read.
+    """Return a prompt without what the layout adds: the text that is read.
 
     Args:
-        prompt: String.
+        prompt: str.
 
     Returns:
-        String without `<image>` and `<bos>` in front, the blanks around them,
+        str without `<image>` and `<bos>` in front, the blanks around them,
         and one newline at the end.
 
     Example:
@@ -131,7 +131,7 @@ def prompt_text(prompt: str) -> str:
 
 
 def plain_prompts(prompts: list[str]) -> list[str]:
-    """Gives prompts as text alone; see `prompt_text`.
+    """Return prompts as text alone; see `prompt_text`.
 
     Args:
         prompts: List of strings.
@@ -163,11 +163,11 @@ def plain_prompts(prompts: list[str]) -> list[str]:
 def check_no_special_tokens(
     strings: list[str], name: str, starts: list[int] | None = None
 ) -> None:
-    """Refuses `<image>`, `<bos>` and `<eos>` in text.
+    """Refuse `<image>`, `<bos>` and `<eos>` in text.
 
     Args:
         strings: List of strings.
-        name: String, what an error calls them.
+        name: str, what an error calls them.
         starts: List of integers, the character of each string from which it
             is looked at, or `None` for 0.
 
@@ -191,7 +191,7 @@ def check_no_special_tokens(
 
 
 def check_dictionary(x) -> None:
-    """Refuses inputs that are no dictionary, and says how to make one of them.
+    """Refuse inputs that are no dictionary, and says how to make one of them.
 
     Args:
         x: What was given as the inputs of a preprocessor or a model.
@@ -220,16 +220,16 @@ def check_dictionary(x) -> None:
 
 
 def to_length(x, name: str, least: int = 1, most: int | None = None) -> int:
-    """Converts a number of tokens to a Python integer.
+    """Convert a number of tokens to a Python integer.
 
     Args:
-        x: Integer of Python or NumPy.
-        name: String, what an error calls it.
-        least: Integer.
-        most: Integer or `None`.
+        x: int of Python or NumPy.
+        name: str, what an error calls it.
+        least: int.
+        most: int or `None`.
 
     Returns:
-        Integer.
+        int.
 
     Raises:
         ValueError: `x` is no integer, or out of this range.
@@ -254,12 +254,12 @@ def to_length(x, name: str, least: int = 1, most: int | None = None) -> int:
 
 
 def to_ids(x, name: str, vocabulary_size: int) -> np.ndarray:
-    """Converts token ids to int32; floats that are whole are ids, too.
+    """Convert token ids to int32; floats that are whole are ids, too.
 
     Args:
         x: Array, tensor, integer or nested list of integers.
-        name: String, what an error calls them.
-        vocabulary_size: Integer.
+        name: str, what an error calls them.
+        vocabulary_size: int.
 
     Returns:
         int32 array of the shape of `x`.
@@ -302,5 +302,5 @@ def to_ids(x, name: str, vocabulary_size: int) -> np.ndarray:
 
 
 def is_numeric(array: np.ndarray) -> bool:
-    """Tells whether an array is of integers or floats, bfloat16 included."""
+    """Tell whether an array is of integers or floats, bfloat16 included."""
     return array.dtype.name.startswith(("int", "uint", "float", "bfloat"))

@@ -15,12 +15,12 @@ def part_lengths(
     prompt_length: int | None = None,
     response_length: int | None = None,
 ) -> tuple[int, int]:
-    """Completes the lengths of prompt and response.
+    """Complete the lengths of prompt and response.
 
     Args:
-        sequence_length: Integer, tokens of both parts, or `None`.
-        prompt_length: Integer, or `None` for what the others leave.
-        response_length: Integer, or `None` likewise; of none given, half of
+        sequence_length: int, tokens of both parts, or `None`.
+        prompt_length: int, or `None` for what the others leave.
+        response_length: int, or `None` likewise; of none given, half of
             the sequence, rounded down.
 
     Returns:
@@ -65,13 +65,13 @@ def fit_prompts(
     length: int,
     on_long: str,
 ) -> list[list[int]]:
-    """Puts start and separator around prompts, and holds them to a length.
+    """Put start and separator around prompts, and holds them to a length.
 
     Args:
         texts: List of lists of ids.
         start: List of ids that go first.
         separator: List of ids that go last.
-        length: Integer, most tokens of a row.
+        length: int, most tokens of a row.
         on_long: `"error"`, or `"truncate"`, which drops the end of the text.
 
     Returns:
@@ -100,11 +100,11 @@ def fit_prompts(
 def fit_responses(
     rows: list[list[int]], length: int, on_long: str
 ) -> list[list[int]]:
-    """Holds responses to a length, and says so where one loses its end.
+    """Hold responses to a length, and says so where one loses its end.
 
     Args:
         rows: List of lists of ids, each with its eos.
-        length: Integer, most tokens of a row.
+        length: int, most tokens of a row.
         on_long: `"warn"` cuts, `"keep_eos"` cuts before the eos, `"error"`.
 
     Returns:
@@ -151,17 +151,17 @@ def pack(
     response_length: int,
     pad: int,
 ) -> dict[str, np.ndarray]:
-    """Lays prompts out to the right and responses to the left of one line.
+    """Lay prompts out to the right and responses to the left of one line.
 
     Args:
         prompts: List of lists of at most `prompt_length` ids.
         responses: List of lists of at most `response_length` ids.
-        prompt_length: Integer, tokens of the prompt part.
-        response_length: Integer, tokens of the response part.
-        pad: Integer, the id of empty places.
+        prompt_length: int, tokens of the prompt part.
+        response_length: int, tokens of the response part.
+        pad: int, the id of empty places.
 
     Returns:
-        Dictionary of arrays (rows, prompt + response): `token_ids` int32,
+        dict of arrays (rows, prompt + response): `token_ids` int32,
         `padding_mask` and `response_mask` bool, `True` on tokens.
 
     Example:

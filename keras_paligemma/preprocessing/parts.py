@@ -16,12 +16,12 @@ FILES = ("tokenizer.json", "image_converter.json", "preprocessor.json")
 
 
 def read(cls, preset, file: str) -> dict | None:
-    """Reads the configuration that a part wrote into a folder.
+    """Read the configuration that a part wrote into a folder.
 
     Args:
         cls: Class of the part.
         preset: Whatever `from_preset` takes.
-        file: String, name of the part's file.
+        file: str, name of the part's file.
 
     Returns:
         The configuration for `cls.from_config`; `None` where `preset` is no
@@ -41,7 +41,7 @@ def read(cls, preset, file: str) -> dict | None:
 
 
 def has_preprocessor(folder) -> bool:
-    """Tells whether a folder holds a preset with a preprocessor of its own."""
+    """Tell whether a folder holds a preset with a preprocessor of its own."""
     config = atomic.current(Path(folder), presets.CONFIG) / presets.CONFIG
     if not config.is_file():
         return False
@@ -50,7 +50,7 @@ def has_preprocessor(folder) -> bool:
 
 
 def refuse_other_files(folder):
-    """Raises where a part's files would replace others, or contradict them.
+    """Raise where a part's files would replace others, or contradict them.
 
     A preset with a preprocessor answers what the part would answer too. A
     backbone's preset does not, so a preprocessor may be saved beside it,

@@ -56,14 +56,14 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     Args:
         tokenizer: `PaliGemmaTokenizer`.
         image_converter: `PaliGemmaImageConverter`, or `None` for text alone.
-        sequence_length: Integer, tokens of both parts, for those who know
+        sequence_length: int, tokens of both parts, for those who know
             KerasHub's preprocessor: a part that is not given gets what the
             other leaves; of none given, the response gets half, rounded down.
         add_start_token: `True`: the model knows no prompt without bos.
         add_end_token: `True`: the model ends each response with eos.
-        prompt_length: Integer, tokens of the prompt part, bos and separator
+        prompt_length: int, tokens of the prompt part, bos and separator
             included; 64 if neither this nor `sequence_length` is given.
-        response_length: Integer, tokens of the response part, eos included;
+        response_length: int, tokens of the response part, eos included;
             likewise.
         on_long_prompt: `"error"`, or `"truncate"`, which drops the end of the
             text and keeps bos and separator.
@@ -148,12 +148,12 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         config_file: str = CONFIG_FILE,
         **kwargs: Any,
     ) -> Self:
-        """Reads the preprocessor of a preset; reads and fetches no weights.
+        """Read the preprocessor of a preset; reads and fetches no weights.
 
         Args:
             preset: As `PaliGemmaCausalLM.from_preset` takes it, or a folder
                 that `save_to_preset` of a preprocessor wrote.
-            config_file: String, name of the file in such a folder.
+            config_file: str, name of the file in such a folder.
             **kwargs: In place of what the preset says: arguments of the
                 class, and `tokenizer`, a path or handle, where none is there.
 
@@ -181,11 +181,11 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         config_file: str = CONFIG_FILE,
         **kwargs: Any,
     ) -> Self | None:
-        """Reads what `save_to_preset` of a preprocessor wrote.
+        """Read what `save_to_preset` of a preprocessor wrote.
 
         Args:
             folder: Whatever `from_preset` takes.
-            config_file: String, name of its file.
+            config_file: str, name of its file.
             **kwargs: As `from_preset` takes them.
 
         Returns:
@@ -212,12 +212,12 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         added_tokens: Any = None,
         **kwargs: Any,
     ) -> Self:
-        """Reads the preprocessor of what `formats.resolve` found.
+        """Read the preprocessor of what `formats.resolve` found.
 
         Args:
             config: `ModelConfig`.
             tokenizer: Path of a SentencePiece model or a `tokenizer.json`.
-            added_tokens: Dictionary of id to string, tokens that this model
+            added_tokens: dict of id to string, tokens that this model
                 does not have.
             **kwargs: As `from_preset` takes them.
 
@@ -239,7 +239,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return cls(tokenizer, converter, **fields)
 
     def save_to_preset(self, preset_dir: PathLike) -> None:
-        """Writes configuration and vocabulary to a folder.
+        """Write configuration and vocabulary to a folder.
 
         Args:
             preset_dir: Path; `from_preset` reads it. Beside the preset of a
@@ -258,7 +258,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return presets.describe_all()
 
     def build(self, input_shape: Any = None) -> None:
-        """Does nothing; the base class would make a packer."""
+        """Do nothing; the base class would make a packer."""
         self.built = True
 
     def __call__(
@@ -283,17 +283,17 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         sample_weight: Any = None,
         sequence_length: int | None = None,
     ) -> Any:
-        """Makes a training example, or a batch of them.
+        """Make a training example, or a batch of them.
 
         Args:
-            x: Dictionary with `"images"`, `"prompts"` and `"responses"`: one
+            x: dict with `"images"`, `"prompts"` and `"responses"`: one
                 picture and two strings, or lists of them. Arrays that are
                 preprocessed already (`"token_ids"`) pass through. As a
                 function of a dataset's `map` a call takes tensors of a graph,
                 and runs in Python by `tf.numpy_function`.
             y: `None`; targets come from the responses.
             sample_weight: `None`, or one weight an example.
-            sequence_length: Integer, tokens of both parts in this call: the
+            sequence_length: int, tokens of both parts in this call: the
                 response gets what the prompt leaves. `None` for that of the
                 layer.
 
@@ -342,7 +342,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """Counts the tokens that prompts leave of a sequence's.
 
         Args:
-            sequence_length: Integer, or `None` for that of the layer.
+            sequence_length: int, or `None` for that of the layer.
         """
         if sequence_length is None:
             return self.response_length
@@ -358,19 +358,19 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         *,
         max_new_tokens: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """Makes the input of generation: the response part is to be filled.
+        """Make the input of generation: the response part is to be filled.
 
         Args:
-            x: Dictionary with `"images"`, `"prompts"` and, where the answers
+            x: dict with `"images"`, `"prompts"` and, where the answers
                 have begun, `"responses"`. Preprocessed arrays pass through.
-            sequence_length: Integer, tokens of prompt part and response part
+            sequence_length: int, tokens of prompt part and response part
                 together, as `call` takes it.
-            max_new_tokens: Integer, length of the response part, the begun
+            max_new_tokens: int, length of the response part, the begun
                 answer included; `response_length` where it is `None`. Only
                 one of the two can be given.
 
         Returns:
-            Dictionary as `call` makes it; both masks are `False` where there
+            dict as `call` makes it; both masks are `False` where there
             is no token yet.
         """
         if _is_preprocessed(x):
@@ -398,10 +398,10 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return self._arrays(x, prompts, responses, length, batched)
 
     def generate_postprocess(self, x: dict) -> str | list[str]:
-        """Makes strings of generated ids.
+        """Make strings of generated ids.
 
         Args:
-            x: Dictionary with `"token_ids"`: integers (B, response) of the
+            x: dict with `"token_ids"`: integers (B, response) of the
                 response part; what follows the first eos is dropped.
 
         Returns:
@@ -487,7 +487,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
 
 def _changed(config, kwargs):
-    """Puts arguments in place of what a configuration says."""
+    """Put arguments in place of what a configuration says."""
     if kwargs.get("sequence_length") is not None:
         lengths = ("prompt_length", "response_length")
         config = {k: v for k, v in config.items() if k not in lengths}

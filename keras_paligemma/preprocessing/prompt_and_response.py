@@ -18,10 +18,10 @@ class PromptAndResponse:
     `response_mask`, which hold both parts side by side.
 
     Args:
-        prompt_ids: Integers (B, P), aligned to the right.
-        prompt_mask: Booleans (B, P), `True` on tokens.
-        response_ids: Integers (B, R), aligned to the left.
-        response_mask: Booleans (B, R), `True` on tokens.
+        prompt_ids: ints (B, P), aligned to the right.
+        prompt_mask: bools (B, P), `True` on tokens.
+        response_ids: ints (B, R), aligned to the left.
+        response_mask: bools (B, R), `True` on tokens.
     """
 
     prompt_ids: object
@@ -31,14 +31,14 @@ class PromptAndResponse:
 
     @classmethod
     def cut(cls, arrays: dict, response_length: int) -> "PromptAndResponse":
-        """Cuts arrays of whole texts where the responses begin.
+        """Cut arrays of whole texts where the responses begin.
 
         Args:
-            arrays: Dictionary of `token_ids`, `padding_mask` and
+            arrays: dict of `token_ids`, `padding_mask` and
                 `response_mask` (B, P + R), of NumPy or of any backend. Without
                 a response mask all valid tokens of the last R columns are
                 response.
-            response_length: Integer R, at least 1.
+            response_length: int R, at least 1.
 
         Example:
 
@@ -59,10 +59,10 @@ class PromptAndResponse:
 
     @classmethod
     def among(cls, inputs: dict) -> "PromptAndResponse | None":
-        """Finds the parts among a model's inputs.
+        """Find the parts among a model's inputs.
 
         Args:
-            inputs: Dictionary.
+            inputs: dict.
 
         Returns:
             `PromptAndResponse`; `None` where the inputs hold whole texts.
@@ -77,11 +77,11 @@ class PromptAndResponse:
         return self.response_ids.shape[1]
 
     def arrays(self) -> dict:
-        """Returns the four arrays by name."""
+        """Return the four arrays by name."""
         return {name: getattr(self, name) for name in PART_NAMES}
 
     def whole(self) -> dict:
-        """Returns `token_ids`, `padding_mask` and `response_mask` as tensors.
+        """Return `token_ids`, `padding_mask` and `response_mask` as tensors.
 
         The inverse of `cut`.
         """
@@ -97,7 +97,7 @@ class PromptAndResponse:
         }
 
     def predicting(self, hidden_BLD):
-        """Returns the states (B, R, D), of all, that predict the response."""
+        """Return the states (B, R, D), of all, that predict the response."""
         return hidden_BLD[:, -self.response_length - 1 : -1]
 
 
@@ -107,11 +107,11 @@ PART_NAMES = tuple(
 
 
 def ends_at_one_index(arrays: dict, response_length: int) -> bool:
-    """Tells whether all prompts end where the last columns begin.
+    """Tell whether all prompts end where the last columns begin.
 
     Args:
-        arrays: Dictionary of NumPy arrays, as `PromptAndResponse.cut` takes it.
-        response_length: Integer, the number of these columns.
+        arrays: dict of NumPy arrays, as `PromptAndResponse.cut` takes it.
+        response_length: int, the number of these columns.
     """
     if "response_mask" not in arrays:
         return True
@@ -125,7 +125,7 @@ def ends_at_one_index(arrays: dict, response_length: int) -> bool:
 def realign(
     arrays: dict, targets: np.ndarray, weights: np.ndarray | None
 ) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Lays texts out anew whose prompts end at different indices.
+    """Lay texts out anew whose prompts end at different indices.
 
     The original and KerasHub pack prompt and response to the left. Positions
     count valid tokens, so the model's function is the same in any layout; its
@@ -133,13 +133,13 @@ def realign(
     the shapes are the same for each batch.
 
     Args:
-        arrays: Dictionary of `token_ids`, `padding_mask`, `response_mask`
+        arrays: dict of `token_ids`, `padding_mask`, `response_mask`
             (B, T), NumPy arrays.
-        targets: Integers (B, R), the ids of the last R columns.
-        weights: Floats (B, R), or `None` for 1 everywhere.
+        targets: ints (B, R), the ids of the last R columns.
+        weights: floats (B, R), or `None` for 1 everywhere.
 
     Returns:
-        Dictionary as `pack` makes it, with T tokens of prompt and T of
+        dict as `pack` makes it, with T tokens of prompt and T of
         response; its targets and weights (B, T), 0 where there are none.
 
     Raises:

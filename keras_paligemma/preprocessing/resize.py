@@ -12,7 +12,7 @@ _ONE = np.float32(1)
 
 
 def bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes by the four pixels around each point, without antialias.
+    """Resize by the four pixels around each point, without antialias.
 
     Shrinking skips the pixels between, so fine print breaks up.
 
@@ -44,7 +44,7 @@ def bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def bilinear_antialias(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes by a triangle as wide as the pixels that one pixel replaces.
+    """Resize by a triangle as wide as the pixels that one pixel replaces.
 
     Args:
         image: uint8 array (height, width, channels).
@@ -65,7 +65,7 @@ def bilinear_antialias(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resample(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes as `bilinear_antialias` does, before it truncates.
+    """Resize as `bilinear_antialias` does, before it truncates.
 
     Args:
         image: uint8 array (height, width, channels).
@@ -90,7 +90,7 @@ def resample(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def bicubic(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes by Pillow's bicubic filter, which has antialias, in 8 bits.
+    """Resize by Pillow's bicubic filter, which has antialias, in 8 bits.
 
     Args:
         image: uint8 array (height, width, 3).

@@ -9,13 +9,13 @@ from keras_paligemma.preprocessing.layout import fit_prompts
 def tokenize_texts(
     x: dict, tokenizer, prompt_length: int, on_long_prompt: str
 ) -> tuple[list[list[int]], list[list[int]], bool]:
-    """Tokenizes the prompts of examples, and their responses if there are any.
+    """Tokenize the prompts of examples, and their responses if there are any.
 
     Args:
-        x: Dictionary with `"prompts"` and, perhaps, `"responses"`: one string
+        x: dict with `"prompts"` and, perhaps, `"responses"`: one string
             each, or lists of them.
         tokenizer: `PaliGemmaTokenizer`.
-        prompt_length: Integer, most tokens of a prompt, bos and separator
+        prompt_length: int, most tokens of a prompt, bos and separator
             included.
         on_long_prompt: As `fit_prompts` takes it.
 
@@ -61,7 +61,7 @@ def tokenize_texts(
 
 
 def _plain_rows(tokenizer, strings):
-    """Returns token rows without bos and eos, whatever the tokenizer adds."""
+    """Return token rows without bos and eos, whatever the tokenizer adds."""
     rows = tokenizer.tokenize(strings)
     start, end = tokenizer.start_token_id, tokenizer.end_token_id
     rows = [row[1:] if row[:1] == [start] else row for row in rows]

@@ -27,7 +27,7 @@ SEGMENT_PIECES = [f"<seg{i:03d}>" for i in range(128)]
 
 
 def append_location_and_segment_pieces(proto: bytes) -> bytes:
-    """Appends `<loc0000>`…`<loc1023>` and `<seg000>`…`<seg127>` to a model.
+    """Append `<loc0000>`…`<loc1023>` and `<seg000>`…`<seg127>` to a model.
 
     This makes PaliGemma's tokenizer from Gemma's, which ends where the pieces
     begin.
@@ -89,9 +89,9 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     Args:
         proto: Path or bytes of a SentencePiece model whose pad, eos, bos and
             unknown ids are 0, 1, 2, 3. `None` where assets are loaded later.
-        add_bos: Boolean, whether `tokenize` puts the bos id first.
-        add_eos: Boolean, whether `tokenize` puts the eos id last.
-        add_location_and_segment_pieces: Boolean, whether a model without
+        add_bos: bool, whether `tokenize` puts the bos id first.
+        add_eos: bool, whether `tokenize` puts the eos id last.
+        add_location_and_segment_pieces: bool, whether a model without
             these pieces gets them.
 
     Raises:
@@ -135,12 +135,12 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         config_file: str = "tokenizer.json",
         **kwargs: Any,
     ) -> Self:
-        """Reads the tokenizer of a preset; reads and fetches no weights.
+        """Read the tokenizer of a preset; reads and fetches no weights.
 
         Args:
             preset: As `PaliGemmaCausalLM.from_preset` takes it, or a folder
                 that `save_to_preset` of a tokenizer or preprocessor wrote.
-            config_file: String, name of the file in such a folder.
+            config_file: str, name of the file in such a folder.
             **kwargs: Arguments of the class, in place of what is there.
 
         Returns:
@@ -159,7 +159,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     @classmethod
     def from_file(cls, path: PathLike, **kwargs: Any) -> Self:
-        """Reads the SentencePiece model that lies beside a checkpoint.
+        """Read the SentencePiece model that lies beside a checkpoint.
 
         Args:
             path: Path, or `None`: the checkpoint has none.
@@ -184,7 +184,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         return cls(read_tokenizer(path), **kwargs)
 
     def save_to_preset(self, preset_dir: PathLike) -> None:
-        """Writes configuration and vocabulary to a folder.
+        """Write configuration and vocabulary to a folder.
 
         Args:
             preset_dir: Path; `from_preset` reads it.
@@ -222,7 +222,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         pass
 
     def set_proto(self, proto: Any) -> None:
-        """Reads a SentencePiece model; see the arguments of the class."""
+        """Read a SentencePiece model; see the arguments of the class."""
         if isinstance(proto, os.PathLike):
             proto = os.fspath(proto)
         is_path = isinstance(proto, str) and len(proto) < 2048  # else base64
@@ -281,10 +281,10 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         return range(first, first + len(pieces))
 
     def tokenize(self, inputs: Any) -> list[int] | list[list[int]]:
-        """Splits text into token ids.
+        """Split text into token ids.
 
         Args:
-            inputs: String, or list of strings.
+            inputs: str, or list of strings.
 
         Returns:
             List of ids, or list of lists of ids.
@@ -294,14 +294,14 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         return ids if batched else ids[0]
 
     def detokenize(self, inputs: Any) -> str | list[str]:
-        """Joins token ids to text; pad, eos and bos leave none.
+        """Join token ids to text; pad, eos and bos leave none.
 
         Args:
             inputs: List or array of ids, or a list of lists, or an array of
                 shape `(batch, length)`.
 
         Returns:
-            String, or list of strings.
+            str, or list of strings.
 
         Raises:
             ValueError: an id is no integer, or outside of the vocabulary.

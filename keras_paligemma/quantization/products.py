@@ -191,7 +191,7 @@ class _Weight:
         return self.layout.dequantize(self.stored, self.scale, dtype)
 
     def _of_outputs(self, dtype):
-        """Give scales of "int8" the shape of what a product gives."""
+        """Reshape scales of "int8" to what a product gives."""
         summed, _ = _axes(self.layout)
         return ops.cast(ops.squeeze(self.scale, summed), dtype)
 
@@ -203,7 +203,7 @@ class _Weight:
         return dataclasses.replace(self, stored=stored, scale=scale)
 
     def part(self, index=0, count=1):
-        """Give a part of one layer, whole on each chip; all of it of one.
+        """Return a part of one layer, whole on each chip; all of it of one.
 
         Parts lie along the first axis that is kept. Where chips share it, a
         part is a run of what each of them has, and no more is gathered.
@@ -260,13 +260,13 @@ class _Weight:
 
 
 def _value(weight):
-    """Give a tensor: TensorFlow takes a Keras variable for one."""
+    """Return a tensor: TensorFlow takes a Keras variable for one."""
     weight = weight.value if isinstance(weight, keras.Variable) else weight
     return ops.convert_to_tensor(weight)
 
 
 def _layer(x, *number):
-    """Give one layer where `x` is a stack, and `x` where it is none."""
+    """Return one layer where `x` is a stack, and `x` where it is none."""
     return _part(x, 0, 0, 1, 1, *number)
 
 

@@ -39,7 +39,7 @@ def round_to(array, axes, largest, scale=None):
 
 
 def _scale_of(array, axes, largest):
-    """Give the bfloat16 scales at which the peaks are the largest integer."""
+    """Return the bfloat16 scales at which the peaks are the largest integer."""
     peak = np.maximum(
         array.max(axes, keepdims=True), -array.min(axes, keepdims=True)
     )

@@ -101,7 +101,7 @@ class QuantizedFormat:
         return tuple(shape)
 
     def _with(self, size):
-        """Give the shape with another size of the axis of groups."""
+        """Return the shape with another size of the axis of groups."""
         shape = list(self.shape)
         shape[self.axes[-1]] = size
         return tuple(shape)

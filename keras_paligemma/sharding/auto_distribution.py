@@ -116,7 +116,7 @@ def _nearest(training, machine):
 
 
 def _memory(name):
-    """Give the GiB of a device, from itself or from its kind."""
+    """Return the GiB of a device, from itself or from its kind."""
     import jax
 
     platform, _, number = name.partition(":")

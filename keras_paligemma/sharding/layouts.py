@@ -190,7 +190,7 @@ class Layout:
 
 
 def axes_of(name):
-    """Give the letters of a variable's axes, or `None` if it is unknown."""
+    """Return the letters of a variable's axes, or `None` if it is unknown."""
     if name in TABLE:
         return TABLE[name]
     # Seeds of dropout and sampling: two integers.

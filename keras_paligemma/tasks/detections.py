@@ -75,7 +75,7 @@ def to_detections(
     size: tuple[int, int],
     classes: Sequence[str] | None = None,
 ) -> Any:
-    """Give objects to supervision, for its annotators, trackers and sinks.
+    """Convert objects to `supervision.Detections`, for its annotators.
 
     Masks and scores are handed on where all objects have one: supervision
     holds them for all objects, or for none.

@@ -316,7 +316,7 @@ def _in_parts(function, x):
 
 
 def _fitting(weights):
-    """Give the layout of the same widths; refuse weights that do not fit it."""
+    """Return the layout of the same widths; refuse weights of another."""
     try:
         widths = tuple(weights[f"{name}.bias"].shape[0] for name in _DOWN)
         wanted = layout(widths, weights[_BOOK].shape[1])

@@ -316,7 +316,7 @@ def _flat(number, polygon):
 
 
 def import_pycocotools():
-    """Give `pycocotools.mask`, or say how to install it."""
+    """Return `pycocotools.mask`, or say how to install it."""
     try:
         from pycocotools import mask
     except ImportError as error:

@@ -129,7 +129,7 @@ class Object:
         return box.with_mask(mask)
 
     def with_mask(self, mask: np.ndarray) -> "Object":
-        """Give the object its part of a mask in the picture.
+        """Attach its part of a mask in the picture to an object.
 
         A data set's boxes may be wider than their masks, or cut something
         off; the model's masks fill the box that is said before them.
@@ -164,7 +164,7 @@ class Object:
     def xyxy(
         self, size: tuple[float, float] = (1, 1)
     ) -> tuple[float, float, float, float]:
-        """Give the corners, (x1, y1, x2, y2), in the unit of `size`.
+        """Return the corners, (x1, y1, x2, y2), in the unit of `size`.
 
         Args:
             size: (height, width) of the picture, such as in pixels.
@@ -176,7 +176,7 @@ class Object:
     def xywh(
         self, size: tuple[float, float] = (1, 1)
     ) -> tuple[float, float, float, float]:
-        """Give corner and sides, (x, y, width, height), as COCO has them.
+        """Return corner and sides, (x, y, width, height), as COCO has them.
 
         Args:
             size: (height, width) of the picture, such as in pixels.
@@ -185,7 +185,7 @@ class Object:
         return x1, y1, x2 - x1, y2 - y1
 
     def pixels(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """Give the box in whole pixels, (y1, x1, y2, x2), ends exclusive.
+        """Return the box in whole pixels, (y1, x1, y2, x2), ends exclusive.
 
         Edges are rounded, so that a box of whole pixels comes back as it was.
         (The original's RefCOCO metric cuts off fractions instead.)
@@ -197,7 +197,7 @@ class Object:
         return round(y1), round(x1), round(y2), round(x2)
 
     def mask_in(self, size: tuple[int, int]) -> np.ndarray:
-        """Give the mask in a picture.
+        """Return the mask in a picture.
 
         Args:
             size: (height, width) of the picture, pixels.

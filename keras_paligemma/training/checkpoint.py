@@ -62,7 +62,7 @@ class RunCheckpoint(keras.callbacks.Callback):
         self._waits = self._files.latest() is not None
 
     def restore(self, model: "PaliGemmaCausalLM") -> None:
-        """Give a model what the newest whole checkpoint holds, if any.
+        """Load what the newest whole checkpoint holds into a model.
 
         Args:
             model: `PaliGemmaCausalLM`, compiled.
@@ -259,7 +259,7 @@ def fit(
 
 
 def _values(state):
-    """Give the arrays of variables: JAX's own, on their shards, or NumPy's."""
+    """Return arrays of variables: JAX's own, on their shards, or NumPy's."""
     if keras.backend.backend() == "jax":
         return keras.tree.map_structure(lambda one: one.value, state)
     return keras.tree.map_structure(

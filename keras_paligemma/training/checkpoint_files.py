@@ -36,7 +36,7 @@ class CheckpointFiles:
         self._manager = self._open()
 
     def latest(self):
-        """Give the latest step, or `None`; it may be damaged."""
+        """Return the latest step, or `None`; it may be damaged."""
         return self._manager.latest_step()
 
     def write(self, step, description, arrays):
@@ -180,7 +180,7 @@ class CheckpointFiles:
 
 
 def _checksums(nest):
-    """Give a checksum of each array."""
+    """Return a checksum of each array."""
     return [
         zlib.crc32(np.ascontiguousarray(array).reshape(-1).view("uint8").data)
         for array in keras.tree.flatten(nest)

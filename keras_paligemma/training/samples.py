@@ -92,6 +92,6 @@ class SamplePredictions(keras.callbacks.Callback):
 
 
 def _seen(image):
-    """Give a picture as the model sees it; of frames, the first."""
+    """Return a picture as the model sees it; of frames, the first."""
     frames = isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4
     return read_image(image[0] if frames else image)

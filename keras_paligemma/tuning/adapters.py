@@ -152,7 +152,7 @@ class Adapters:
         self._assign_scales(active)
 
     def _load(self, name):
-        """Give the variables an adapter's values, or leave all as it was."""
+        """Assign an adapter's values to the variables, or change nothing."""
         if name != self.loaded:
             before = self._host_values[self.loaded] = self._read()
             try:
@@ -184,16 +184,16 @@ class Adapters:
 
     @alone
     def assign(self, values):
-        """Give the adapter in use other values, as `values` returns them."""
+        """Assign values to the adapter in use, as `values` returns them."""
         self._refuse_merged()
         self._assign(values)
 
     def pieces(self, name):
-        """Give an adapter's arrays as the variables hold them, with zeros."""
+        """Return an adapter's arrays as the variables hold them, with zeros."""
         return self._read() if name == self.loaded else self._host_values[name]
 
     def values(self, name):
-        """Give an adapter's arrays, layer axis first, cut to its rank."""
+        """Return an adapter's arrays, layer axis first, cut to its rank."""
         lora, pieces = self.configs[name], self.pieces(name)
         cut = {}
         for target in lora.targets:
@@ -209,7 +209,7 @@ class Adapters:
         return cut
 
     def whole(self, name):
-        """Give the arrays of the weights that an adapter brings whole."""
+        """Return the arrays of the weights that an adapter brings whole."""
         if name != self.active:
             return dict(self._whole[name])
         weights = self.backbone.weights_by_name()
@@ -324,7 +324,7 @@ class Adapters:
         )
 
     def num_layers(self, target):
-        """Give the number of a target's layers; the projector is one."""
+        """Return the number of a target's layers; the projector is one."""
         place = TARGETS[target]
         if BLOCKS not in place:
             return 1

@@ -72,7 +72,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
         self.chunk_tokens = chunk_tokens
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
-        """Give the loss of each token from its logits (B, R, V)."""
+        """Return the loss of each token from its logits (B, R, V)."""
         return token_losses(y_pred, y_true, self.label_smoothing)[0]
 
     def stream(
@@ -219,7 +219,7 @@ def _replicas():
 
 
 def token_losses(logits, targets, label_smoothing=0.0):
-    """Give cross-entropy and whether the best guess is right, a token each.
+    """Return cross-entropy and whether the best guess is right, a token each.
 
     Args:
         logits: float tensor (..., V).
@@ -242,7 +242,7 @@ def token_losses(logits, targets, label_smoothing=0.0):
 
 
 def token_gradients(logits, targets, label_smoothing=0.0):
-    """Give the gradient of `token_losses` by the logits, a token each.
+    """Return the gradient of `token_losses` by the logits, a token each.
 
     Args:
         logits: float32 tensor (..., V).

@@ -74,7 +74,7 @@ def _change(weights, lora, name, function):
 
 
 def with_adapter(kernel, pieces):
-    """Give the kernel that computes what kernel and adapter do.
+    """Return the kernel that computes what kernel and adapter do.
 
     Args:
         kernel: tensor of one layer.
@@ -96,7 +96,7 @@ def _without_adapter(kernel, pieces):
 
 
 def _product(kernel, pieces):
-    """Give scale · A · B in the kernel's shape."""
+    """Return scale · A · B in the kernel's shape."""
     a, b = pieces["adapter_a"], pieces["adapter_b"]
     rank = a.shape[-1]
     product = ops.matmul(ops.reshape(a, (-1, rank)), ops.reshape(b, (rank, -1)))

@@ -154,7 +154,7 @@ def transfer_recipe(
     clip: float | None = 1.0,
     **kwargs: Any,
 ) -> Adam:
-    """Give the optimizer that the original's transfers are trained with.
+    """Return the optimizer that the original's transfers are trained with.
 
     Adam, gradients clipped together, a linear warm-up and a cosine to zero.
     The published settings of each benchmark are pairs of learning rate and

@@ -305,7 +305,7 @@ def _resize(processor, image_size, problems):
 
 
 def weight_dtype(backbone):
-    """Give the NumPy dtype of the weights under a backbone's dtype policy."""
+    """Return the NumPy dtype of the weights under a backbone's dtype policy."""
     name = backbone.dtype or "float32"
     return DTYPES.get("float32" if name.startswith("mixed_") else name)
 

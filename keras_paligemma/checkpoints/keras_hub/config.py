@@ -252,7 +252,7 @@ def _gives_minus_one_to_one(fields):
 
 
 def _ends(fields):
-    """Give what becomes of the pixels 0 and 255, by channel."""
+    """Return what becomes of the pixels 0 and 255, by channel."""
     scale, offset = _channels(fields, "scale"), _channels(fields, "offset")
     if "variance" in fields and "mean" in fields:
         # Names of older versions, which KerasHub reads as well.
@@ -263,13 +263,13 @@ def _ends(fields):
 
 
 def _channels(fields, name):
-    """Give a number, or one a channel, as three floats; `None` as NaN."""
+    """Return a number, or one a channel, as three floats; `None` as NaN."""
     array = np.array(fields.get(name), "float64")
     return np.broadcast_to(array, (3,))
 
 
 def _fields(content, part, path):
-    """Give the arguments of a serialized object of KerasHub."""
+    """Return the arguments of a serialized object of KerasHub."""
     name = CLASSES[part]
     content = content if isinstance(content, dict) else {}
     registered = content.get("registered_name")
@@ -289,7 +289,7 @@ def _refuse(problems, what):
 
 
 def files(config, tokenizer=None):
-    """Give all files of a preset folder but the weights and `metadata.json`.
+    """Return all files of a preset folder but the weights and `metadata.json`.
 
     Args:
         config: `ModelConfig`.
@@ -409,7 +409,7 @@ def _preprocessing(preprocessor, image_size):
 
 
 def _serialized(part, fields):
-    """Give an object as Keras serializes it; `part` names its file."""
+    """Return an object as Keras serializes it; `part` names its file."""
     module = f"keras_hub.src.models.pali_gemma.pali_gemma_{part}"
     name = CLASSES[part]
     return {
@@ -421,5 +421,5 @@ def _serialized(part, fields):
 
 
 def to_json(content):
-    """Give the bytes of a JSON file, as KerasHub writes it."""
+    """Return the bytes of a JSON file, as KerasHub writes it."""
     return (json.dumps(content, indent=4) + "\n").encode()

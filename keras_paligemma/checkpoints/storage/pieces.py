@@ -190,7 +190,7 @@ class Writer(io.RawIOBase):
         return done
 
     def publish(self):
-        """Give the drafts their names."""
+        """Rename the drafts."""
         for file in self._files:
             os.fsync(file.fileno())
             file.close()
