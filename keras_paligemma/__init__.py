@@ -10,6 +10,7 @@ from keras_paligemma.lazy import attach
 
 _HOME = {
     "Adam": "tuning.optimizers",
+    "Answer": "generation.answer",
     "PaliGemmaBackbone": "models.backbone",
     "PaliGemmaCausalLM": "models.causal_lm",
     "PaliGemmaCausalLMPreprocessor": "preprocessing.preprocessor",
@@ -18,6 +19,7 @@ _HOME = {
     "StreamedCrossEntropy": "tuning.losses",
     "TextDecoderConfig": "config",
     "VisionEncoderConfig": "config",
+    "keep_compilations": "generation.programs",
     "transfer_recipe": "tuning.optimizers",
     "without_values": "compat",
 }
