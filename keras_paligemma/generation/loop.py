@@ -179,7 +179,7 @@ def restricted(plan, shared, logits_BV, state):
 def _chosen(plan, rows, shared, logits_BV, state):
     """Decide the place that logits are for."""
     place = state.position
-    log_BV = ops.log_softmax(logits_BV, axis=-1)
+    total_B1 = ops.logsumexp(logits_BV, axis=-1, keepdims=True)
     choice_BV = restricted(plan, shared, logits_BV, state)
     variables = state.sampler
     if plan.sampler is not None:
@@ -192,19 +192,18 @@ def _chosen(plan, rows, shared, logits_BV, state):
     token_B = ops.where(begun_B, column(rows["response_ids"], place), token_B)
     token_B = ops.where(state.finished_B, 0, token_B)
     quiet_B = ops.logical_or(begun_B, state.finished_B)
-    each_B = ops.take_along_axis(log_BV, token_B[:, None], axis=1)[:, 0]
-    each_B = ops.where(quiet_B, 0.0, each_B)
+    each_B1 = ops.take_along_axis(logits_BV, token_B[:, None], axis=1)
+    each_B = ops.where(quiet_B, 0.0, (each_B1 - total_B1)[:, 0])
     node_B = state.node_B
     if "next_nodes" in shared:
         following_B = follow(shared, node_B, token_B)
         node_B = ops.where(state.finished_B, node_B, following_B)
     alternatives = state.alternatives
     if alternatives:
-        values_BK, ids_BK = ops.top_k(log_BV, plan.alternatives)
-        ids_BK = ops.cast(ids_BK, "int32")
+        values_BK, ids_BK = ops.top_k(logits_BV, plan.alternatives)
         alternatives = (
-            put(alternatives[0], ids_BK, place),
-            put(alternatives[1], values_BK, place),
+            put(alternatives[0], ops.cast(ids_BK, "int32"), place),
+            put(alternatives[1], values_BK - total_B1, place),
         )
     stopped_B = ops.logical_and(
         is_stop(token_B, shared), ops.logical_not(begun_B)

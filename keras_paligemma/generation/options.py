@@ -32,8 +32,9 @@ class Options:
         seed: int; the same seed gives the same draws, whatever the batch size,
             and row for row on all backends. `None` draws one with NumPy's
             global generator, which `keras.utils.set_random_seed` sets.
-        num_samples: int n; a list of n answers for each prompt.
-        best_of: int n; of n answers the likeliest.
+        num_samples: int n; a list of n answers for each prompt, drawn at
+            temperature 1 where nothing else is said.
+        best_of: int n; of n such answers the likeliest.
         banned_token_ids: ints, never chosen. Log-probabilities do not know of
             it.
         stop_strings: str or strs that end an answer, which keeps none of it.
@@ -66,6 +67,10 @@ class Options:
     choices: Sequence[str] | None = None
     legal_objects: bool = False
     logits_hook: Callable | Sequence[Callable] = ()
+
+    def __post_init__(self):
+        if isinstance(self.stop_strings, str):
+            object.__setattr__(self, "stop_strings", (self.stop_strings,))
 
     @classmethod
     def of(cls, options):
@@ -126,8 +131,6 @@ class Options:
                 _check_count(name, getattr(self, name))
         to_length(self.alternatives, "alternatives", 0, vocabulary_size)
         to_ids(self.banned_token_ids, "banned_token_ids", vocabulary_size)
-        if isinstance(self.stop_strings, str):
-            object.__setattr__(self, "stop_strings", (self.stop_strings,))
         for name in ("stop_strings", "choices"):
             self._check_strings(name)
         if not all(map(callable, self.hooks)):
@@ -148,11 +151,12 @@ class Options:
                 f"temperature={self.temperature!r}, top_k={self.top_k!r}, "
                 f"top_p={self.top_p!r}, min_p={self.min_p!r}."
             )
-        if self.beams is not None and self.stop_strings:
+        if self.beams is not None and (self.stop_strings or self.alternatives):
             raise ValueError(
-                "Beams are not read before they have ended. Received: "
-                f"beams={self.beams} and stop_strings={self.stop_strings!r}. "
-                "Expected: one of them."
+                "Beams are looked at when they have ended. Received: "
+                f"beams={self.beams}, stop_strings={self.stop_strings!r} and "
+                f"alternatives={self.alternatives}. Expected: beams alone, or "
+                "one of them without beams."
             )
         if self.beams is None and self.length_penalty:
             raise ValueError(

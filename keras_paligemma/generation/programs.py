@@ -1,6 +1,38 @@
 """Functions of a model's variables, compiled once for each plan and shape."""
 
+import os
+
 import keras
+
+
+def keep_compilations(folder):
+    """Keep what is compiled in a folder, for the next process.
+
+    Args:
+        folder: path; it is made if it is not there, and several processes may
+            share it.
+
+    Raises:
+        ValueError: a backend other than JAX, which has no such cache.
+
+    Example:
+
+    ```python
+    keras_paligemma.keep_compilations("~/.cache/keras_paligemma/compiled")
+    ```
+
+    Source: https://docs.jax.dev/en/latest/persistent_compilation_cache.html.
+    """
+    if keras.backend.backend() != "jax":
+        raise ValueError(
+            "Only JAX keeps what it compiled. Received: the backend "
+            f"{keras.backend.backend()!r}. Expected: 'jax'."
+        )
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 class Programs:

@@ -165,21 +165,27 @@ def plan_of(options, sampler):
         sampler: `keras_hub.samplers.Sampler`; it chooses where no option does.
     """
     samplers = keras_hub.samplers
-    beams, chooser = options.beams or 0, None
-    if not options.draws and not beams:
-        if isinstance(sampler, samplers.BeamSampler):
+    beams, chooser, draws = options.beams or 0, None, options.draws
+    if not draws and not beams:
+        greedy = type(sampler) is samplers.GreedySampler
+        if options.copies > 1 and (
+            greedy or isinstance(sampler, samplers.BeamSampler)
+        ):
+            draws = True  # Several answers that are all one are no use.
+        elif isinstance(sampler, samplers.BeamSampler):
             beams = sampler.num_beams
-        elif type(sampler) is not samplers.GreedySampler:
+        elif not greedy:
             # At temperature 0 it would divide by it.
             chooser = sampler if sampler.temperature else None
-    draws = options.draws and np.any(np.asarray(options.temperature) != 0)
+    if options.temperature is not None:
+        draws = bool(np.any(np.asarray(options.temperature) != 0))
     return Plan(
-        samples=bool(draws),
+        samples=draws,
         sampler=chooser,
         copies=options.copies,
         beams=beams,
         hooks=options.hooks,
-        alternatives=options.alternatives,
+        alternatives=0 if beams else options.alternatives,
     )
 
 

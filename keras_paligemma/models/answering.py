@@ -223,46 +223,48 @@ def chunks(model, asked, size):
         Dict of arrays as `run` gives it, and bool `finished` (rows,): the
         first after one token.
     """
-    programs = model.make_generate_function()
-    state, until = None, 1
-    while True:
-        with model.turns:
-            write_back(model)
-            rows, here = rows_to_devices(asked.rows)
-            rows = typed(rows, model.backbone.vocabulary_size)
-            shared = asked.shared | {"sampler": _variables(asked.plan)}
-            rows, shared = tensors((rows, shared))
-            if state is None:
-                state = programs(begun_state, asked.plan, rows, shared)
-            else:
-                later = {
-                    name: one
-                    for name, one in rows.items()
-                    if name not in OF_PREFILL
-                }
-                (until_tensor,) = tensors([np.array(until, "int32")])
-                state = programs(
-                    later_state,
-                    asked.plan,
-                    later,
-                    shared,
-                    state,
-                    until_tensor,
-                    donated=2,
-                )
+    state, found, until = None, None, 1
+    try:
+        while found is None or _goes_on(found, asked, until - size):
+            with model.turns:
+                write_back(model)
+                state, here = _next_state(model, asked, state, until)
+                found = _arrays(state) | {"finished": state.finished_B}
+                del found["sampler"]
+                found = _to_host(asked, found, here)
+            stopped = _has_stop_string(model, asked, found, until)
+            if stopped.any():
+                found["finished"] = found["finished"] | stopped
+                (finished,) = tensors([found["finished"]])
+                state = state._replace(finished_B=finished)
+            yield found
+            until += size
+    finally:
+        # Not before: a later chunk overwrites the state.
+        if state is not None:
             _keep(asked.plan, state.sampler)
-            found = _arrays(state) | {"finished": state.finished_B}
-            found.pop("sampler")
-            found = _to_host(asked, found, here)
-        stopped = _has_stop_string(model, asked, found, until)
-        if stopped.any():
-            finished = tensors([found["finished"] | stopped])[0]
-            state = state._replace(finished_B=finished)
-            found["finished"] = found["finished"] | stopped
-        yield found
-        if found["finished"].all() or until >= asked.length:
-            return
-        until += size
+
+
+def _goes_on(found, asked, decided):
+    """Say whether a row wants more tokens than so many."""
+    return not found["finished"].all() and decided < asked.length
+
+
+def _next_state(model, asked, state, until):
+    """Run the first chunk, or the next: the state, and this process's rows."""
+    programs = model.make_generate_function()
+    rows, here = rows_to_devices(asked.rows)
+    rows = typed(rows, model.backbone.vocabulary_size)
+    if state is None:
+        shared = asked.shared | {"sampler": _variables(asked.plan)}
+        arguments = tensors((rows, shared))
+        return programs(begun_state, asked.plan, *arguments), here
+    rows = {name: one for name, one in rows.items() if name not in OF_PREFILL}
+    rows, shared, limit = tensors((rows, asked.shared, np.int32(until)))
+    state = programs(
+        later_state, asked.plan, rows, shared, state, limit, donated=2
+    )
+    return state, here
 
 
 def begun_state(model, plan, rows, shared):

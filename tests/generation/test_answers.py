@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma import keep_compilations
 from tests.helpers.tiny_models import golden_prompts
 from tests.helpers.tiny_models import run
 
@@ -98,3 +99,25 @@ def test_a_bucket_is_compiled_once(golden_backbone, inputs):
     for seed, heat in ((1, 0.5), (2, 1.5)):
         model.generate(inputs, stop_token_ids=None, temperature=heat, seed=seed)
     assert programs.compilations() == 2 * compiles
+
+
+def test_compilations_are_kept_in_a_folder(tmp_path):
+    if keras.backend.backend() != "jax":
+        with pytest.raises(ValueError, match="Only JAX.*Expected: 'jax'"):
+            keep_compilations(tmp_path)
+        return
+    import jax
+
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        keep_compilations(tmp_path)
+        found = {name: getattr(jax.config, name) for name in names}
+        assert list(found.values()) == [str(tmp_path), 0, -1]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

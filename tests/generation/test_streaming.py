@@ -80,5 +80,22 @@ def test_streams_that_cannot_be(nano, asked):
         nano.stream(asked, chunk=0)
     with pytest.raises(ValueError, match="one answer a prompt.*beams"):
         nano.stream(asked, beams=2)
-    with pytest.raises(ValueError, match="one of them"):
+    with pytest.raises(ValueError, match="one of them without beams"):
         nano.generate(asked, beams=2, stop_strings=["."])
+
+
+def test_streams_of_a_sampler_with_a_generator(tiny_model, examples):
+    import keras_hub
+
+    model = tiny_model()
+    asked = {key: examples[key] for key in ("images", "prompts")}
+    samplers = [
+        keras_hub.samplers.RandomSampler(temperature=3.0, seed=4)
+        for _ in range(2)
+    ]
+    model.compile(sampler=samplers[0])
+    wanted = [model.generate(asked) for _ in range(2)]
+    model.compile(sampler=samplers[1])
+    for answers in wanted:
+        pieces = list(model.stream(asked, chunk=3))
+        assert ["".join(row) for row in zip(*pieces, strict=True)] == answers

@@ -201,6 +201,7 @@ def test_pictures_and_texts_that_are_none(asked, changes, message):
     [
         ({"max_length": 9}, "`max_new_tokens`, the tokens.*max_length=9"),
         ({"max_new_tokens": 0}, "`max_new_tokens`.*1 to 8192. Received: 0"),
+        ({"max_new_tokens": -1}, "`max_new_tokens`.*Received: -1"),
         ({"max_new_tokens": 1.5}, "an integer.*Received: 1.5"),
         ({"max_new_tokens": 10**9}, "Received: 1000000000"),
         ({"max_new_tokens": "caption en"}, "Received: 'caption en'"),
