@@ -74,6 +74,22 @@ def test_qlora(tmp_path, capsys):
     PaliGemmaCausalLM.from_preset(tmp_path / "preset")
 
 
+def test_distil_answers(tmp_path):
+    """The student learns what was answered, not what the file says."""
+    rows = [json.loads(line) for line in LINES.read_text().splitlines()]
+    asked = [row | {"suffix": "never read"} for row in rows[:3]]
+    data = tmp_path / "asked.jsonl"
+    for row in asked:
+        row["image"] = str(LINES.parent / row["image"])
+    data.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    run("distil_answers", data, tmp_path, "--epochs", 1, "--batch-size", 3)
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    taught = [json.loads(line) for line in lines]
+    assert [row["prefix"] for row in taught] == [row["prefix"] for row in asked]
+    assert all(row["suffix"] not in ("", "never read") for row in taught)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_multi_host_starts(tmp_path):
     """As the only host; two of them are in `tests/sharding`."""
     with socket.socket() as free:
