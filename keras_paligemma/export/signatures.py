@@ -10,7 +10,8 @@ from keras_paligemma.export.pictures import read_pictures
 from keras_paligemma.export.prompts import read_prompts
 from keras_paligemma.export.weights import BARE
 from keras_paligemma.export.weights import Weights
-from keras_paligemma.models.generation import prefill
+from keras_paligemma.generation.prefill import decode
+from keras_paligemma.generation.prefill import prefill
 
 
 class Answering(tf.Module):
@@ -253,7 +254,7 @@ def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):
 
     Args:
         backbone: `PaliGemmaBackbone`.
-        inputs: dict as `models.generation.generate_tokens` takes it.
+        inputs: dict as `generation.prefill.prefill` takes it.
         stop: int, the id that ends an answer.
         max_new_tokens: int32 tensor.
         temperature: float32 tensor; 0 takes the likeliest token.
@@ -267,7 +268,7 @@ def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):
     given_BR = inputs["response_ids"]
     begun_BR = inputs["response_mask"]
     longest = given_BR.shape[1]
-    hidden_BTD, cache, following = prefill(backbone, inputs, longest)
+    hidden_BTD, cache = prefill(backbone, inputs, longest)
 
     def choose(index, logits_BV, state):
         ids_BR, each_BR, done_B = state
@@ -296,7 +297,8 @@ def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):
 
     def step(index, cache, state):
         token_B1 = state[0][:, index - 1, None]
-        logits_BV, _, cache = following(token_B1, cache, index)
+        hidden_BD, cache = decode(backbone, token_B1, cache, index, longest)
+        logits_BV = backbone.logits(hidden_BD)
         return index + 1, cache, choose(index, logits_BV, state)
 
     zeros_BR = tf.zeros_like(given_BR)

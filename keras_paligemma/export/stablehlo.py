@@ -1,16 +1,13 @@
 """A model as StableHLO, which `jax.export` writes and reads."""
 
 import keras
-import keras_hub
 import numpy as np
-from keras import ops
 
 from keras_paligemma.checkpoints.storage.safetensors import write_safetensors
 from keras_paligemma.compat import compiling_for
 from keras_paligemma.compat import to_host
 from keras_paligemma.export.forward import response_logits
 from keras_paligemma.export.forward import shapes_and_dtypes
-from keras_paligemma.models.generation import generate_tokens
 
 ENTRY = "generate.stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -81,8 +78,4 @@ def greedy_ids(model, inputs):
         "response_ids": inputs["token_ids"][:, prompt:],
         "response_mask": inputs["response_mask"][:, prompt:],
     }
-    sampler = keras_hub.samplers.get("greedy")
-    ids_BR = generate_tokens(model.backbone, sampler, inputs, (stop,), model)
-    stopped_BR = ops.cast(ids_BR == stop, "int32")
-    before_BR = ops.cumsum(stopped_BR, axis=1) - stopped_BR
-    return ops.where(before_BR == 0, ids_BR, 0)
+    return model.generate_step(inputs, (stop,))["token_ids"]

@@ -5,12 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
-from keras import ops
 
-from keras_paligemma.compat import to_host
-from keras_paligemma.models.inputs import prompt_batch
-from keras_paligemma.models.inputs import typed
+from keras_paligemma.generation.answer import Answer
 from keras_paligemma.tasks import prompts
 from keras_paligemma.tasks.answers import Score
 from keras_paligemma.tasks.answers import read_objects
@@ -94,7 +90,6 @@ def detect(
     labels: str | Sequence[str] | Sequence[Sequence[str]],
     *,
     one_by_one: bool = False,
-    samples: int = 1,
     overlap: float | None = None,
     score: Score = box_and_label,
     **options,
@@ -107,14 +102,14 @@ def detect(
             of lists, one a picture.
         one_by_one: bool, ask for each label by a prompt of its own, as models
             want it that learned from such prompts alone; else for all at once.
-        samples: int, answers to each prompt, whose objects are merged. For
-            more than one compile the model with a sampler that draws.
-        overlap: float, intersections over union above it are one object, of
-            which the surest stays. `None` merges objects of several samples
-            at 0.5, and takes those of one as they are.
+        overlap: float; the objects of all samples or beams that the options
+            ask for are taken together, and of those whose intersection over
+            union is above it the surest stays. `None` takes one answer: of
+            samples the likeliest, of beams the best.
         score: function of the log-probabilities of an object's locations and
             label; see `tasks.scores`.
-        **options: as `generate` takes them: `max_new_tokens`, `batch_size`.
+        **options: as `generate` takes them: `max_new_tokens`, `batch_size`,
+            `num_samples`, `temperature`, `beams`.
 
     Returns:
         `Objects` of the picture, each with its score; for a list of pictures
@@ -122,18 +117,19 @@ def detect(
         were not asked for, is in `skipped`.
 
     Raises:
-        ValueError: a label is empty, or holds what separates labels; or
-            samples would all be the same.
+        ValueError: a label is empty, or holds what separates labels.
 
     Example:
 
     ```python
     model.detect("farm.jpg", ["cow", "horse"])[0].xyxy((480, 640))
+    drawn = {"num_samples": 8, "temperature": 1.0}
+    model.detect("farm.jpg", "cow", overlap=0.5, **drawn)
     ```
     """
     return _find(
         *(model, images, labels, prompts.detect, None),
-        *(one_by_one, samples, overlap, score, options),
+        *(one_by_one, overlap, score, options),
     )
 
 
@@ -144,7 +140,6 @@ def segment(
     codec: MaskCodec | None = None,
     *,
     one_by_one: bool = False,
-    samples: int = 1,
     overlap: float | None = None,
     score: Score = box_and_label,
     **options,
@@ -168,29 +163,14 @@ def segment(
     return _find(
         *(model, images, labels, prompts.segment),
         *(codec or MaskCodec.embedded(),),
-        *(one_by_one, samples, overlap, score, options),
+        *(one_by_one, overlap, score, options),
     )
 
 
 def _find(
-    model,
-    images,
-    labels,
-    prompt_of,
-    codec,
-    one_by_one,
-    samples,
-    overlap,
-    score,
-    options,
+    model, images, labels, prompt_of, codec, one_by_one, overlap, score, options
 ):
     """Ask for objects, and read and merge what the answers hold."""
-    if samples < 1 or (samples > 1 and _is_greedy(model)):
-        raise ValueError(
-            "Several samples need a sampler that draws. Expected: samples=1, "
-            "or a model that was compiled with sampler='top_p' or the like. "
-            f"Received: samples={samples}, {type(model.sampler).__name__}."
-        )
     several = _is_several(images)
     pictures = list(images) if several else [images]
     asked = [
@@ -203,12 +183,13 @@ def _find(
         "prompts": [prompt_of(some) for _, some in asked],
     }
     found = [[] for _ in pictures]
-    for _ in range(samples):
-        answers = answers_with_log_probabilities(model, inputs, options)
-        for (row, some), answer in zip(asked, answers, strict=True):
-            found[row].append(_read(answer, some, codec, score))
-    if overlap is None and samples > 1:
-        overlap = 0.5
+    answers = model.generate(inputs, details=True, **options)
+    tokenizer = model.preprocessor.tokenizer
+    for (row, some), answer in zip(asked, answers, strict=True):
+        found[row] += [
+            _read(one, tokenizer, some, codec, score)
+            for one in _candidates(answer, overlap is not None)
+        ]
     merged = [
         _merged(parts, picture, overlap)
         for parts, picture in zip(found, pictures, strict=True)
@@ -216,11 +197,24 @@ def _find(
     return merged if several else merged[0]
 
 
-def _read(answer, labels, codec, score):
+def _candidates(answer, every):
+    """All answers to a prompt, of samples or beams, or the likeliest one."""
+    if isinstance(answer, Answer):
+        return (every and answer.beams) or [answer]
+    return answer if every else [max(answer, key=lambda x: x.log_probability)]
+
+
+def _read(answer, tokenizer, labels, codec, score):
     """The objects of one answer; one that has no label has the asked one."""
-    tokens, log_probabilities = answer
+    # What ended the answer is no part of its last label.
+    count = len(answer.token_ids) - (answer.finish == "stop_token")
     objects = read_objects(
-        tokens, codec, [*labels, ""], None, log_probabilities, score
+        texts_of(tokenizer, answer.token_ids[:count]),
+        codec,
+        [*labels, ""],
+        None,
+        answer.log_probabilities[:count],
+        score,
     )
     if len(labels) > 1:
         return objects
@@ -268,68 +262,6 @@ def _labels_of(labels, count):
             f"{count}. Received: {len(labels)}."
         )
     return [list(some) for some in labels]
-
-
-def _is_greedy(model):
-    return type(model.sampler).__name__ in ("GreedySampler", "BeamSampler")
-
-
-def answers_with_log_probabilities(
-    model: keras.Model, inputs: dict, options: dict
-) -> list[tuple[list[str], np.ndarray]]:
-    """Answer prompts, and tell how sure the model was of each token.
-
-    The answers are read once more by the model, without a cache, since
-    `generate` gives text alone.
-
-    Args:
-        model: `PaliGemmaCausalLM` with a preprocessor.
-        inputs: dict of lists `images` and `prompts`.
-        options: dict of keyword arguments of `generate`.
-
-    Returns:
-        Of each prompt the tokens of the answer as text, without the one that
-        ends it, and their log-probabilities.
-    """
-    texts = model.generate(inputs, **options)
-    preprocessor, size = model.preprocessor, options.get("batch_size")
-    rows = preprocessor.tokenizer.tokenize(texts)
-    longest = max(map(len, rows), default=0) + 1
-    step = size or len(rows)
-    found = []
-    for first in range(0, len(rows), step):
-        part = slice(first, first + step)
-        some = {name: values[part] for name, values in inputs.items()}
-        arrays = preprocessor.generate_preprocess(
-            some | {"responses": texts[part]}, max_new_tokens=longest
-        )
-        values = _log_probabilities(model, arrays)
-        for row, each in zip(rows[part], values, strict=True):
-            pieces = texts_of(preprocessor.tokenizer, row)
-            found.append((pieces, each[: len(row)]))
-    return found
-
-
-def _log_probabilities(model, arrays):
-    """Log-probabilities of the response tokens (B, R)."""
-    backbone = model.backbone
-    config = backbone.text_config
-    arrays, _ = prompt_batch(arrays, backbone.image_size, config)
-    written = np.flatnonzero(arrays["response_mask"].any(0))
-    if not written.size:
-        return np.zeros((len(arrays["token_ids"]), 0))
-    # Responses begin at one index in every row.
-    start, end = written[0], arrays["token_ids"].shape[1]
-    targets_BR = arrays["token_ids"][:, start:end]
-    with model.turns:
-        hidden_BLD = backbone(typed(arrays, config.vocabulary_size))
-        hidden_BRD = hidden_BLD[:, start - end - 1 : -1]
-        logits_BRV = backbone.logits(hidden_BRD)
-        values_BRV = ops.log_softmax(ops.cast(logits_BRV, "float32"))
-        values_BR1 = ops.take_along_axis(
-            values_BRV, ops.expand_dims(targets_BR, -1), axis=-1
-        )
-        return np.minimum(to_host(values_BR1)[..., 0], 0)
 
 
 def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -10,30 +10,20 @@ from keras import ops
 from keras_paligemma.compat import classproperty
 from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
-from keras_paligemma.compat import rows_to_devices
-from keras_paligemma.compat import to_host
 from keras_paligemma.data.batches import as_dataset
-from keras_paligemma.data.batches import in_batches
 from keras_paligemma.data.batches import split
 from keras_paligemma.data.batches import steps_of
+from keras_paligemma.generation.requests import check_sampler
 from keras_paligemma.models import asking
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
+from keras_paligemma.models import generation
 from keras_paligemma.models import loader
+from keras_paligemma.models import scoring
 from keras_paligemma.models.backbone import PaliGemmaBackbone
-from keras_paligemma.models.generation import check_begun
-from keras_paligemma.models.generation import drop_after_stop
-from keras_paligemma.models.generation import generate_tokens
-from keras_paligemma.models.generation import sampler_of
-from keras_paligemma.models.generation import split_prompt
-from keras_paligemma.models.generation import stops_of
 from keras_paligemma.models.inputs import check_targets
-from keras_paligemma.models.inputs import prompt_batch
 from keras_paligemma.models.inputs import typed
-from keras_paligemma.preprocessing.inputs import check_dictionary
-from keras_paligemma.preprocessing.inputs import prompt_text
 from keras_paligemma.preprocessing.inputs import to_ids
-from keras_paligemma.preprocessing.inputs import to_strings
 from keras_paligemma.preprocessing.preprocessor import (
     PaliGemmaCausalLMPreprocessor,
 )
@@ -45,7 +35,6 @@ from keras_paligemma.tuning.optimizers import Adam
 from keras_paligemma.tuning.optimizers import check_moments
 from keras_paligemma.turns import alone
 from keras_paligemma.turns import batches_in_turn
-from keras_paligemma.turns import write_back
 
 loader.register()
 
@@ -132,7 +121,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             sampler: name or `keras_hub.samplers.Sampler` for `generate`.
             **kwargs: as `keras.Model.compile` takes them.
         """
-        sampler = sampler_of(sampler)
+        sampler = check_sampler(sampler, self.backbone.vocabulary_size)
         if optimizer == "auto":
             optimizer = Adam(2e-5)
         loss = StreamedCrossEntropy() if loss == "auto" else loss
@@ -397,113 +386,13 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             )
         return super().preprocess_samples(x, y, sample_weight)
 
-    def generate_step(self, inputs, stop_token_ids=None):
-        return generate_tokens(
-            self.backbone, self.sampler, inputs, stop_token_ids, self
-        )
-
-    def generate(
-        self,
-        inputs,
-        max_new_tokens=None,
-        stop_token_ids="auto",
-        strip_prompt=True,
-        *,
-        batch_size=None,
-        max_length=None,
-    ):
-        """Answer prompts about pictures.
-
-        Threads take turns, so that an answer is computed with one adapter and
-        one step's weights; beside a `fit` of another thread it comes between
-        two steps.
-
-        Args:
-            inputs: dict of `images` and `prompts`: one picture and one string,
-                or lists of them; `responses` may hold what the answers begin
-                with. It is not changed. Without a preprocessor: arrays, as
-                `preprocessor.generate_preprocess` makes them.
-            max_new_tokens: int, the longest answer, a begun one included; the
-                preprocessor's `response_length` if `None`.
-            stop_token_ids: int or ints that end an answer; "auto" is the
-                tokenizer's end token; `None` never stops early, nor do no ids.
-                In what an answer begins with they end nothing.
-            strip_prompt: bool; `False` gives prompt, newline and answer, as
-                KerasHub does.
-            batch_size: int, examples that are answered at a time, for lists
-                that do not fit at once: the last batch is filled up, so that
-                one function is compiled. `None` takes all at once.
-            max_length: `None`; KerasHub's argument, refused with the way out.
-
-        Returns:
-            A string for one prompt, a list of strings for a list of prompts;
-            without a preprocessor an int32 array (B, max_new_tokens), 0 after
-            the stop token.
-
-        Example:
-
-        ```python
-        model.generate({"images": [cat, dog], "prompts": ["cap en", "ocr"]})
-        ```
-        """
-        self._check_compiled("generate")
-        if max_length is not None:
-            raise ValueError(
-                "`generate` has no `max_length`, which in KerasHub counts "
-                "prompt and answer together. Expected: `max_new_tokens`, the "
-                f"tokens of the answer. Received: max_length={max_length!r}."
-            )
-        check_dictionary(inputs)
-        if batch_size is not None:
-            parts = in_batches(inputs, batch_size)
-            if parts is not None:
-                options = max_new_tokens, stop_token_ids, strip_prompt
-                answers = [
-                    self.generate(part, *options)[:count]
-                    for part, count in parts
-                ]
-                if self.preprocessor is None:
-                    return np.concatenate(answers)
-                return [text for texts in answers for text in texts]
-        text_config = self.backbone.text_config
-        stop_token_ids = stops_of(
-            stop_token_ids, self.preprocessor, text_config.vocabulary_size
-        )
-        arrays = inputs
-        if self.preprocessor is not None:
-            if not strip_prompt and inputs.get("prompts") is None:
-                raise ValueError(
-                    "Arrays have no prompt to repeat. Expected: 'prompts' as "
-                    "text, or strip_prompt=True. Received: "
-                    f"{list(inputs)}, strip_prompt=False."
-                )
-            arrays = self.preprocessor.generate_preprocess(
-                inputs, max_new_tokens=max_new_tokens
-            )
-        arrays, single = prompt_batch(
-            arrays, self.backbone.image_size, text_config
-        )
-        arrays = split_prompt(arrays, max_new_tokens)
-        if self.preprocessor is not None:
-            check_begun(arrays, self.preprocessor)
-        begun = arrays["response_mask"]
-        with self.turns:
-            write_back(self)
-            arrays, rows = rows_to_devices(arrays)
-            arrays = typed(arrays, text_config.vocabulary_size)
-            function = self.make_generate_function()
-            ids = to_host(function(arrays, stop_token_ids))[rows]
-        ids = drop_after_stop(ids, begun, stop_token_ids)
-        if self.preprocessor is None:
-            return ids[0] if single else ids
-        texts = self.preprocessor.generate_postprocess({"token_ids": ids})
-        if not strip_prompt:
-            prompts, _ = to_strings(inputs["prompts"], "prompts")
-            texts = [
-                f"{prompt_text(prompt)}\n{text}"
-                for prompt, text in zip(prompts, texts, strict=True)
-            ]
-        return texts[0] if single else texts
+    generate = generation.generate
+    stream = generation.stream
+    score = scoring.score
+    encode = scoring.encode
+    embed = scoring.embed
+    generate_step = generation.generate_step
+    make_generate_function = generation.make_generate_function
 
     @property
     def turns(self):

@@ -1,274 +1,265 @@
-"""Prefill the cache once, then decode one token a row and step."""
+"""The methods of `PaliGemmaCausalLM` that answer."""
 
-import contextlib
+import dataclasses
 
-import keras_hub
 import numpy as np
-from keras import ops
 
-from keras_paligemma.layers.attention import token_positions
-from keras_paligemma.models.inputs import full_masks
-from keras_paligemma.preprocessing.inputs import to_ids
+from keras_paligemma.data.batches import in_batches
+from keras_paligemma.generation.loop import Plan
+from keras_paligemma.generation.loop import answer
+from keras_paligemma.generation.loop import row_defaults
+from keras_paligemma.generation.programs import Programs
+from keras_paligemma.generation.requests import stop_array
+from keras_paligemma.generation.requests import stops_of
+from keras_paligemma.models.answering import answers_of
+from keras_paligemma.models.answering import checked
+from keras_paligemma.models.answering import chunks
+from keras_paligemma.models.answering import prepare
+from keras_paligemma.models.answering import run
+from keras_paligemma.models.answering import texts_so_far
+from keras_paligemma.preprocessing.inputs import check_dictionary
+from keras_paligemma.preprocessing.inputs import prompt_text
 from keras_paligemma.preprocessing.inputs import to_length
-from keras_paligemma.preprocessing.layout import LONGEST_RESPONSE
+from keras_paligemma.preprocessing.inputs import to_strings
 
 
-def prefill(backbone, inputs, responses):
-    """Run the prompts once, and give what goes on from there.
+def generate(
+    self,
+    inputs,
+    max_new_tokens=None,
+    stop_token_ids="auto",
+    strip_prompt=True,
+    *,
+    details=False,
+    batch_size=None,
+    max_length=None,
+    **options,
+):
+    """Answer prompts about pictures.
 
-    Prompts are aligned to the right, so every row writes the cache at the
-    same index; rotary positions and masks stay each row's own.
-
-    Args:
-        backbone: `PaliGemmaBackbone`.
-        inputs: dict as `generate_tokens` takes it.
-        responses: int, the longest response, in tokens.
-
-    Returns:
-        hidden_BTD: tensor, of image tokens and prompt.
-        cache: nest of arrays whose first axis is the batch.
-        following: function of a token (B, 1), the cache and the number of
-            that token in the response, from 1; gives the logits (B, V) of the
-            next one, hidden states (B, D) and the cache.
-    """
-    embeddings_BTD = backbone.embed(inputs)
-    tokens = embeddings_BTD.shape[1]
-    prompt_ids = inputs["token_ids"]
-    prompt = {
-        "padding_mask": inputs["padding_mask"],
-        "response_mask": ops.zeros_like(inputs["padding_mask"]),
-    }
-    valid_BT, response_BT = full_masks(prompt, tokens - prompt_ids.shape[1])
-    decoder = backbone.text_decoder
-    # The last response token is never fed back.
-    layers = decoder.make_cache(
-        ops.shape(prompt_ids)[0], tokens + responses - 1
-    )
-    positions_BT = token_positions(valid_BT)
-    hidden_BTD, layers = decoder(
-        embeddings_BTD,
-        decoder.mask_of(valid_BT, response_BT, 0),
-        positions_BT,
-        cache=layers,
-        index=0,
-    )
-    # The sampler's cache repeats with its beams, so all that has a row goes in.
-    cache = {"layers": layers, "valid": valid_BT, "positions": positions_BT}
-
-    def following(token_B1, cache, step):
-        later_R = ops.arange(1, responses, dtype="int32")
-        seen_R = ops.cast(later_R <= step, "bool")
-        seen_BR = ops.logical_and(
-            ops.ones_like(cache["valid"][:, :1]), seen_R[None]
-        )
-        mask_BS = ops.concatenate([cache["valid"], seen_BR], axis=1)
-        last_B1 = cache["positions"][:, -1:]
-        positions_BS = ops.concatenate(
-            [cache["positions"], last_B1 + later_R[None]], axis=1
-        )
-        hidden_B1D, layers = decoder(
-            backbone.token_embedding(token_B1),
-            mask_BS[:, None],
-            last_B1 + ops.cast(step, last_B1.dtype),
-            cache=cache["layers"],
-            index=tokens - 1 + step,
-            positions_BS=positions_BS,
-        )
-        hidden_BD = hidden_B1D[:, 0]
-        return backbone.logits(hidden_BD), hidden_BD, cache | {"layers": layers}
-
-    return hidden_BTD, cache, following
-
-
-def generate_tokens(backbone, sampler, inputs, stop_token_ids, model):
-    """Continue a batch of prompts by a sampler of KerasHub.
+    Threads take turns, so that an answer is computed with one adapter and one
+    step's weights; beside a `fit` of another thread it comes between two
+    steps. Batches are filled up to powers of two and answers to a bucket of
+    lengths: another number of prompts below it, another length, other stops,
+    temperatures and seeds compile nothing again.
 
     Args:
-        backbone: `PaliGemmaBackbone`.
-        sampler: `keras_hub.samplers.Sampler`.
-        inputs: dict of `images` (or `image_embeddings`, or neither),
-            `token_ids` and `padding_mask` (B, P) of the prompts, and
-            `response_ids` and `response_mask` (B, R): what the answers begin
-            with, and True where they do.
-        stop_token_ids: tuple of ints or `None`; decoding ends when every row
-            has produced one of them.
-        model: Keras model whose variables the sampler's loop carries.
+        inputs: dict of `images` and `prompts`: one picture and one string, or
+            lists of them; `responses` may hold what the answers begin with. It
+            is not changed. Without a preprocessor: arrays, as
+            `preprocessor.generate_preprocess` makes them.
+        max_new_tokens: int, the longest answer, a begun one included; the
+            preprocessor's `response_length` if `None`.
+        stop_token_ids: int or ints that end an answer; "auto" is the
+            tokenizer's end token; `None` never stops early, nor do no ids. In
+            what an answer begins with they end nothing.
+        strip_prompt: bool; `False` gives prompt, newline and answer, as
+            KerasHub does.
+        details: bool, give an `Answer` in place of each string, with its
+            tokens and their log-probabilities.
+        batch_size: int, examples that are answered at a time, for lists that
+            do not fit at once: the last batch is filled up. `None` takes all
+            at once.
+        max_length: `None`; KerasHub's argument, refused with the way out.
+        **options: how tokens are chosen, in place of the sampler of
+            `compile`: the fields of `keras_paligemma.generation.options.
+            Options`, `temperature`, `top_k`, `top_p`, `min_p`, `seed`,
+            `num_samples`, `best_of`, `beams` and others.
 
     Returns:
-        Int tensor (B, R): the responses.
-    """
-    prompt_ids = inputs["token_ids"]
-    responses = inputs["response_ids"].shape[1]
-    hidden_BTD, cache, step = prefill(backbone, inputs, responses)
-    # Slot 0 holds the last prompt token, slot j is cached at tokens - 1 + j.
-    ids = ops.concatenate([prompt_ids[:, -1:], inputs["response_ids"]], axis=1)
-    begun = ops.cast(inputs["response_mask"], "bool")
-    begun = ops.concatenate([ops.ones_like(begun[:, :1]), begun], axis=1)
-
-    def following(ids, cache, index):
-        """Give logits for slot `index` from the token before it."""
-        token_B1 = ops.take(ids, ops.reshape(index - 1, (1,)), axis=1)
-        return step(token_B1, cache, index - 1)
-
-    index = 1
-    if type(sampler).__call__ is keras_hub.samplers.Sampler.__call__:
-        # The prefill has computed the first token's logits already.
-        logits_BV = backbone.logits(hidden_BTD[:, -1])
-        first_B = sampler.get_next_token(
-            sampler.compute_probabilities(logits_BV)
-        )
-        first_B = ops.where(
-            begun[:, 1], ids[:, 1], ops.cast(first_B, ids.dtype)
-        )
-        ids = ops.concatenate(
-            [ids[:, :1], first_B[:, None], ids[:, 2:]], axis=1
-        )
-        index = 2
-    ids = sampler(
-        next=following,
-        prompt=ids,
-        cache=cache,
-        index=index,
-        mask=begun,
-        stop_token_ids=stop_token_ids,
-        hidden_states=hidden_BTD,
-        model=model,
-    )
-    return ids[:, 1:]
-
-
-def split_prompt(arrays, max_new_tokens=None):
-    """Split text arrays where the prompts end: at one index for all rows.
-
-    Args:
-        arrays: dict of NumPy arrays `token_ids`, `padding_mask`,
-            `response_mask` (B, P + R) and what else the backbone takes.
-        max_new_tokens: int, length that the response part is cut or filled up
-            to; `None` leaves it as it is.
-
-    Returns:
-        Dict as `generate_tokens` takes it.
+        A string for one prompt, a list of strings for a list of prompts (with
+        `num_samples`, lists of strings in their place); without a preprocessor
+        an int32 array (B, max_new_tokens), 0 after the stop token. With
+        `details`, an `Answer` in the place of each.
 
     Raises:
-        ValueError: prompts that end at different indices, or no room for an
-            answer.
+        ValueError: inputs or options that mean nothing.
+
+    Example:
+
+    ```python
+    model.generate({"images": [cat, dog], "prompts": ["cap en", "ocr"]})
+    ```
     """
-    ids, valid = arrays["token_ids"], arrays["padding_mask"]
-    response = arrays["response_mask"]
-    prompt = valid & ~response
-    ends = {int(row.nonzero()[0][-1]) + 1 if row.any() else 0 for row in prompt}
-    if len(ends) != 1 or 0 in ends:
+    self._check_compiled("generate")
+    if max_length is not None:
         raise ValueError(
-            "Prompts must end at one index in every row: align them to the "
-            f"right. Received: prompts ending at {sorted(ends)}. "
-            "PaliGemmaCausalLMPreprocessor lays them out so."
+            "`generate` has no `max_length`, which in KerasHub counts "
+            "prompt and answer together. Expected: `max_new_tokens`, the "
+            f"tokens of the answer. Received: max_length={max_length!r}."
         )
-    end = ends.pop()
-    length = ids.shape[1] - end
-    if max_new_tokens is not None:
-        length = to_length(
-            max_new_tokens, "max_new_tokens", most=LONGEST_RESPONSE
+    check_dictionary(inputs)
+    parts = batch_size is not None and in_batches(inputs, batch_size)
+    options = checked(self, options)
+    stops = stops_of(
+        stop_token_ids, self.preprocessor, self.backbone.vocabulary_size
+    )
+    if self.preprocessor is not None and not strip_prompt:
+        _check_has_prompts(inputs)
+    options = options.seeded()
+    rows, first = [], 0
+    if parts:
+        options.check_rows(sum(count for _, count in parts))
+    for part, count in parts or [(inputs, None)]:
+        asked = prepare(
+            self, part, count, first, max_new_tokens, stops, options
         )
-    if not length:
-        raise ValueError(
-            "The arrays have no room for a response. Received: "
-            f"{end} tokens, all of them prompt. Expected: "
-            "max_new_tokens, or arrays with a response part."
+        rows += answers_of(self, asked, run(self, asked))
+        first = len(rows)
+    if not strip_prompt and self.preprocessor is not None:
+        rows = _with_prompts(rows, inputs["prompts"])
+    if options.best_of:
+        rows = [[max(row, key=lambda one: one.log_probability)] for row in rows]
+    if not details and self.preprocessor is None:
+        found = _as_array(rows, asked.length)
+    else:
+        found = [[one if details else one.text for one in row] for row in rows]
+    if options.num_samples is None:
+        found = (
+            found[:, 0]
+            if isinstance(found, np.ndarray)
+            else [row[0] for row in found]
         )
-    if response[:, end + length :].any():
-        raise ValueError(
-            "A begun answer leaves no room to go on. Expected: at most "
-            f"{length} tokens. Received: more. Raise `max_new_tokens`."
-        )
-
-    def resized(array):
-        more = max(end + length - array.shape[1], 0)
-        return np.pad(array, ((0, 0), (0, more)))[:, end : end + length]
-
-    return {
-        **arrays,
-        "token_ids": ids[:, :end],
-        "padding_mask": valid[:, :end],
-        "response_ids": resized(ids),
-        "response_mask": resized(response),
-    }
+    return found[0] if asked.single else found
 
 
-def drop_after_stop(ids, begun, stop_token_ids):
-    """Set what a row produced after its first stop token to padding, 0.
+def stream(
+    self,
+    inputs,
+    max_new_tokens=None,
+    stop_token_ids="auto",
+    *,
+    chunk=4,
+    **options,
+):
+    """Answer prompts, and give their text as it comes.
+
+    The loop of `generate` in chunks: its cache stays where it is, so the whole
+    takes little longer. Each chunk is one turn: a step of another thread's
+    `fit` may come between two of them.
 
     Args:
-        ids: int array (B, R), responses.
-        begun: bool array (B, R), True on what they were given to begin with.
-            A stop token there ends nothing: the answer goes on behind it.
+        inputs: as `generate` takes them, all at once.
+        max_new_tokens: as there.
+        stop_token_ids: as there.
+        chunk: int, tokens a piece.
+        **options: as there, but for beams, `num_samples` and `best_of`, which
+            have no first piece.
+
+    Yields:
+        The next piece of text, a string that may end within a word; for a list
+        of prompts a list of them, "" where a row has nothing new. Together
+        they are what `generate` gives.
+
+    Raises:
+        ValueError: a model without a preprocessor, or options that mean
+            nothing, before the first piece is asked for.
+
+    Example:
+
+    ```python
+    for piece in model.stream({"images": cat, "prompts": "caption en"}):
+        print(piece, end="", flush=True)
+    ```
+    """
+    self._check_compiled("stream")
+    check_dictionary(inputs)
+    chunk = to_length(chunk, "chunk")
+    if self.preprocessor is None:
+        raise ValueError(
+            "Without a preprocessor there is no text to stream. Received: a "
+            "model of arrays. Expected: `model.preprocessor`, or `generate`."
+        )
+    asked = prepare(
+        self,
+        inputs,
+        None,
+        0,
+        max_new_tokens,
+        stops_of(
+            stop_token_ids, self.preprocessor, self.backbone.vocabulary_size
+        ),
+        checked(self, options).seeded(),
+    )
+    if asked.plan.beams or asked.plan.copies > 1:
+        raise ValueError(
+            "Only one answer a prompt has a first piece. Received: beams, "
+            "num_samples or best_of. Expected: `generate`, or a model that is "
+            "compiled with another sampler than 'beam'."
+        )
+    return _pieces(self, asked, chunk)
+
+
+def _pieces(model, asked, chunk):
+    """Give what is new in the texts after each chunk."""
+    given = [""] * len(asked.begun)
+    for found in chunks(model, asked, chunk):
+        texts = texts_so_far(model, asked, found)
+        pieces = [
+            text[len(before) :]
+            for text, before in zip(texts, given, strict=True)
+        ]
+        given = texts
+        if any(pieces):
+            yield pieces[0] if asked.single else pieces
+
+
+def generate_step(self, inputs, stop_token_ids=None):
+    """Answer with the likeliest tokens, as a function that can be compiled.
+
+    Args:
+        inputs: dict of tensors, as `split_prompt` makes them.
         stop_token_ids: tuple of ints or `None`.
+
+    Returns:
+        Dict of `token_ids` int32 and `log_probabilities` float32, both (B, R),
+        0 behind the stop.
     """
-    if stop_token_ids is None:
-        return ids
-    stopped = np.cumsum(np.isin(ids, stop_token_ids) & ~begun, axis=1)
-    before = np.pad(stopped, ((0, 0), (1, 0)))[:, :-1]
-    return np.where(before == 0, ids, 0).astype("int32")
+    rows = row_defaults(inputs) | inputs
+    shared = {"stop_ids": stop_array(stop_token_ids), "sampler": []}
+    state = answer(self.backbone, Plan(), rows, shared)
+    return {
+        "token_ids": state.ids_BR,
+        "log_probabilities": state.log_probabilities_BR,
+    }
 
 
-def stops_of(stop_token_ids, preprocessor, vocabulary_size):
-    """Give the ids that end an answer as a tuple, or `None` for none.
+def make_generate_function(self):
+    """Give the compiled functions of answering, made on the first call.
 
-    Args:
-        stop_token_ids: int, ints, `None`, or "auto": the tokenizer's end
-            token. None of them is as `None`.
-        preprocessor: `PaliGemmaCausalLMPreprocessor` or `None`.
-        vocabulary_size: int.
+    Returns:
+        `keras_paligemma.generation.programs.Programs`.
     """
-    if stop_token_ids is None:
-        return None
-    if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
-        if preprocessor is not None:
-            return (preprocessor.tokenizer.end_token_id,)
+    if self.generate_function is None:
+        self.generate_function = Programs(self)
+    return self.generate_function
+
+
+def _as_array(rows, length):
+    """Give answers as int32 (prompts, copies, length), 0 behind their ends."""
+    array = np.zeros((len(rows), len(rows[0]), length), "int32")
+    for row, answers in enumerate(rows):
+        for copy, one in enumerate(answers):
+            array[row, copy, : len(one.token_ids)] = one.token_ids
+    return array
+
+
+def _check_has_prompts(inputs):
+    if inputs.get("prompts") is None:
         raise ValueError(
-            "Without a preprocessor nobody knows what ends an answer. "
-            "Received: stop_token_ids='auto'. Expected: a list of token ids, "
-            "or None."
-        )
-    if isinstance(stop_token_ids, (set, frozenset)):
-        stop_token_ids = sorted(stop_token_ids)
-    ids = to_ids(stop_token_ids, "stop_token_ids", vocabulary_size)
-    return tuple(ids.ravel().tolist()) or None
-
-
-def check_begun(arrays, preprocessor):
-    """Refuse begun answers that have ended: text has no place for the rest.
-
-    Args:
-        arrays: dict as `generate_tokens` takes it.
-        preprocessor: `PaliGemmaCausalLMPreprocessor`.
-    """
-    end = preprocessor.tokenizer.end_token_id
-    ended = arrays["response_mask"] & (arrays["response_ids"] == end)
-    if ended.any():
-        row, place = (int(i[0]) for i in ended.nonzero())
-        raise ValueError(
-            "A begun answer has ended. Expected: `response_mask` True on "
-            f"tokens before the end token, {end}. Received: it is token "
-            f"{place} of row {row}. Leave it out, and what follows it."
+            "Arrays have no prompt to repeat. Expected: 'prompts' as "
+            "text, or strip_prompt=True. Received: "
+            f"{list(inputs)}, strip_prompt=False."
         )
 
 
-def sampler_of(sampler):
-    """Give a sampler of KerasHub by its name, or as it is.
-
-    Args:
-        sampler: str or `keras_hub.samplers.Sampler`.
-
-    Raises:
-        ValueError: neither.
-    """
-    found = None
-    with contextlib.suppress(ValueError, TypeError):
-        found = keras_hub.samplers.get(sampler)
-    if not isinstance(found, keras_hub.samplers.Sampler):
-        raise ValueError(
-            "Unknown sampler. Expected: 'greedy', 'beam', 'random', 'top_k', "
-            "'top_p' or a `keras_hub.samplers.Sampler`. Received: "
-            f"{sampler!r}."
-        )
-    return found
+def _with_prompts(rows, prompts):
+    """Put its prompt and a newline in front of each answer."""
+    prompts, _ = to_strings(prompts, "prompts")
+    return [
+        [
+            dataclasses.replace(one, text=f"{prompt_text(prompt)}\n{one.text}")
+            for one in row
+        ]
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]

@@ -439,12 +439,22 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         if not batched:
             arrays = {key: value[0] for key, value in arrays.items()}
         images = x.get("images")
-        if images is None and self.image_converter is None:
+        embeddings = x.get("image_embeddings")
+        if images is None and embeddings is not None:
+            embeddings = to_numpy(embeddings)
+            # Those of one picture serve all prompts.
+            if batched and embeddings.ndim == 2:
+                shape = (len(prompts), *embeddings.shape)
+                embeddings = np.broadcast_to(embeddings, shape)
+            return {"image_embeddings": embeddings, **arrays}
+        # A key that is forgotten is no text alone.
+        if images is None and (self.image_converter is None or "images" in x):
             return arrays
         if images is None or self.image_converter is None:
             raise ValueError(
                 "Images and the image converter go together. Expected: both, "
-                f"or neither for text alone. Received: keys {sorted(x)}, "
+                "or neither for text alone, or 'images': None. Received: keys "
+                f"{sorted(x)}, "
                 f"image_converter={self.image_converter}."
             )
         images = self.image_converter(images)

@@ -12,12 +12,12 @@ from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.compat import compiling_for
+from keras_paligemma.generation.requests import split_prompt
 from keras_paligemma.layers.attention import attend
 from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.splash import PrefixMask
 from keras_paligemma.layers.splash import attend_fused
 from keras_paligemma.layers.splash import should_use_splash
-from keras_paligemma.models.generation import split_prompt
 from keras_paligemma.planning.compiled import Compiler
 from keras_paligemma.planning.compiled import has_compiler
 from keras_paligemma.planning.job import Job

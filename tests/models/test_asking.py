@@ -1,13 +1,14 @@
 """One call a task: what is asked, and what becomes of the answers."""
 
-import keras
+import math
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from keras_paligemma.models import asking
-from keras_paligemma.models.asking import answers_with_log_probabilities
+from keras_paligemma.generation.answer import Answer
 from keras_paligemma.models.asking import texts_of
+from keras_paligemma.tasks import scores
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from tests.helpers.text_models import build_tiny_model
 
@@ -64,71 +65,62 @@ def test_text(model, says):
         model.caption(PICTURE, "xx")
 
 
-def test_objects_have_scores_of_a_pass_without_a_cache(model, says):
-    """Against logits of the whole sequence, token by token."""
-    answers = [f"{WHOLE} cat ; {HALF} dog", f"{HALF} owl"]
-    says(answers, answers, [""])
-    found = model.detect([PICTURE, PICTURE], ["cat", "dog"], batch_size=1)
-    assert [[one.label for one in some] for some in found] == [
-        ["cat", "dog"],
-        [],
-    ]
-    assert found[1].skipped[0].reason == "a label that was not asked for"
-    inputs = {"images": [PICTURE] * 2, "prompts": ["detect cat ; dog"] * 2}
-    tokens, values = answers_with_log_probabilities(model, inputs, {})[0]
-    assert "".join(tokens) == answers[0] and len(values) == len(tokens)
-    ids = model.preprocessor.tokenizer.tokenize(answers[0])
-    arrays = model.preprocessor.generate_preprocess(
-        {
-            "images": PICTURE,
-            "prompts": "detect cat ; dog",
-            "responses": answers[0],
-        },
-        max_new_tokens=len(ids) + 1,
-    )
-    arrays = {name: value[None] for name, value in arrays.items()}
-    logits = keras.ops.convert_to_numpy(model(arrays))[0]
-    start = int(arrays["response_mask"][0].argmax())
-    for i, id in enumerate(ids):
-        row = logits[start + i - 1].astype("float64")
-        wanted = row[id] - np.log(np.exp(row - row.max()).sum()) - row.max()
-        assert values[i] == pytest.approx(wanted, abs=1e-4)
-    scores = np.exp(values[:4].mean() + values[4])
-    assert tokens[4] == " cat"
-    assert found[0][0].score == pytest.approx(scores, rel=1e-3)
-    assert found[0][0].box == (0, 0, 1, 1)
-    assert len(model.detect(PICTURE, "cat")) == 0
-
-
 @pytest.fixture
-def answers(monkeypatch):
-    """Function that sets answers of one token for each `<…>` and word."""
+def answers(model, monkeypatch):
+    """Function that sets answers, and how probable each of their tokens is."""
     asked = []
 
-    def answers(*calls):
-        calls = iter(calls)
+    def answer(text, probability):
+        ids = model.preprocessor.tokenizer.tokenize(text)
+        values = [math.log(probability)] * len(ids)
+        # The token that ends it would make any score small.
+        return Answer(text, (*ids, 1), (*values, -50.0), "stop_token")
 
-        def give(model, inputs, options):
-            asked.append(inputs)
-            return [
-                (list(tokens), np.log([probability] * len(tokens)))
-                for tokens, probability in next(calls)
-            ]
+    def answers(*rows):
+        made = [
+            [answer(*one) for one in row]
+            if isinstance(row, list)
+            else answer(*row)
+            for row in rows
+        ]
 
-        monkeypatch.setattr(asking, "answers_with_log_probabilities", give)
+        def generate(self, inputs, details, **options):
+            assert details and len(inputs["prompts"]) == len(made)
+            asked.append(inputs | options)
+            return made
+
+        monkeypatch.setattr(type(model), "generate", generate)
         return asked
 
     return answers
 
 
+def test_scores_of_what_was_asked_for(model, answers):
+    asked = answers((f"{WHOLE} cat ; {HALF} dog", 0.5), (f"{HALF} owl", 0.5))
+    found = model.detect([PICTURE, PICTURE], ["cat", "dog"], batch_size=1)
+    assert asked[0]["batch_size"] == 1
+    assert asked[0]["prompts"] == ["detect cat ; dog"] * 2
+    assert [[one.label for one in some] for some in found] == [
+        ["cat", "dog"],
+        [],
+    ]
+    assert found[1].skipped[0].reason == "a label that was not asked for"
+    assert [one.score for one in found[0]] == pytest.approx([0.25, 0.25])
+    answers((f"{WHOLE} cat", 0.5))
+    (one,) = model.detect(PICTURE, "cat", score=scores.joint_probability)
+    assert one.score == pytest.approx(0.5**5)
+    answers(("", 1))
+    assert len(model.detect(PICTURE, "cat")) == 0
+
+
 def test_one_label_a_prompt(model, answers):
-    cat, dog, none = ((f"{HALF} cat",), 0.5), ((f"{WHOLE} dog",), 0.25), ("", 1)
-    asked = answers([cat, none, none, dog])
+    cat, dog, none = (f"{HALF} cat", 0.5), (f"{WHOLE} dog", 0.25), ("", 1)
+    asked = answers(cat, none, none, dog)
     one, two = model.detect([PICTURE] * 2, ["cat", "dog"], one_by_one=True)
     assert asked[0]["prompts"] == ["detect cat", "detect dog"] * 2
     assert [x.label for x in one] == ["cat"] and one.answer == f"{HALF} cat"
     assert [x.label for x in two] == ["dog"]
-    asked = answers([cat, dog])
+    asked = answers(cat, dog)
     found = model.detect([PICTURE] * 2, [["cat"], ["dog", "owl"]])
     assert asked[-1]["prompts"] == ["detect cat", "detect dog ; owl"]
     assert [len(some) for some in found] == [1, 1]
@@ -141,32 +133,36 @@ def test_one_label_a_prompt(model, answers):
 def test_an_object_without_a_label_has_the_one_that_was_asked_for(
     model, answers
 ):
-    answers([((WHOLE,), 0.5)])
+    answers((WHOLE, 0.5))
     (found,) = model.detect(PICTURE, "the left cat")
-    assert (found.label, found.score) == ("the left cat", 0.5)
-    assert found.box == (0, 0, 1, 1)
+    assert found.label == "the left cat" and found.box == (0, 0, 1, 1)
+    assert found.score == pytest.approx(0.5)
 
 
-def test_samples_are_merged(model, answers, monkeypatch):
-    with pytest.raises(ValueError, match="sampler that draws.*GreedySampler"):
-        model.detect(PICTURE, "cat", samples=2)
-    monkeypatch.setattr(model, "sampler", keras.Layer())
-    calls = [
-        [((f"{WHOLE} cat",), 0.25)],
-        [((f"{WHOLE} cat",), 0.5)],
-        [((f"{HALF} cat",), 0.75)],
-    ]
-    answers(*calls)
-    found = model.detect(PICTURE, "cat", samples=3, overlap=0.6)
-    assert [one.score for one in found] == pytest.approx([0.5625, 0.25])
-    answers(*calls)
-    found = model.detect(PICTURE, "cat", samples=3)
-    assert [one.score for one in found] == pytest.approx([0.5625])
+def test_samples_are_merged_on_request(model, answers):
+    texts = [(f"{WHOLE} cat", 0.25), (f"{WHOLE} cat", 0.5)]
+    answers([*texts, (f"{HALF} cat", 0.75)])
+    (found,) = model.detect(PICTURE, "cat", num_samples=3)
+    assert found.score == pytest.approx(0.75**2)
+    found = model.detect(PICTURE, "cat", num_samples=3, overlap=0.6)
+    assert [one.score for one in found] == pytest.approx([0.75**2, 0.25])
+    (found,) = model.detect(PICTURE, "cat", num_samples=3, overlap=0.4)
+    assert found.score == pytest.approx(0.75**2)
+
+
+def test_beams_and_samples_of_the_model_itself(model):
+    """Random weights say nothing; the options reach `generate`."""
+    some = {"max_new_tokens": 3, "overlap": 0.5}
+    beams = model.detect(PICTURE, "cat", beams=2, **some)
+    drawn = model.detect(
+        PICTURE, "cat", num_samples=2, temperature=1.0, seed=0, **some
+    )
+    assert beams.skipped and drawn.skipped
+    assert model.detect(PICTURE, "cat", max_new_tokens=3).answer
 
 
 def test_masks(model, answers):
-    text = f"{HALF}{MASK} cat"
-    asked = answers([((text,), 0.5)], [((text,), 0.5)])
+    asked = answers((f"{HALF}{MASK} cat", 0.5))
     (found,) = model.segment(PICTURE, "cat")
     assert asked[0]["prompts"] == ["segment cat"]
     codes = [[7 * i for i in range(16)]]
@@ -178,7 +174,7 @@ def test_masks(model, answers):
 
 
 def test_a_notebook_shows_the_picture(model, answers):
-    answers([((f"{HALF} cat",), 0.5)])
+    answers((f"{HALF} cat", 0.5))
     png = model.detect(PICTURE, "cat")._repr_png_()
     assert png.startswith(b"\x89PNG")
 

@@ -356,12 +356,13 @@ def test_texts_in_batches(examples):
     model = build_tiny_model()
     asked = []
 
-    def generate_step(inputs, stop_token_ids=None):
-        asked.append(len(inputs["token_ids"]))
-        return inputs["token_ids"][:, -2:-1] % 1024
+    def function(program, plan, rows, shared):
+        asked.append(len(rows["token_ids"]))
+        shown = rows["token_ids"][:, -2:-1] % 1024
+        none = np.zeros(shown.shape, "float32")
+        return {"ids": shown, "log_probabilities": none, "sampler": []}
 
-    model.generate_step = generate_step
-    model.run_eagerly = True
+    model.generate_function = function
     inputs = {key: examples[key] for key in ("images", "prompts")}
     wanted = model.generate(inputs)
     assert len(set(wanted)) > 1

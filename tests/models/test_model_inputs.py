@@ -7,10 +7,10 @@ import pytest
 from keras import ops
 
 from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma.generation.requests import ends_of
+from keras_paligemma.generation.requests import split_prompt
+from keras_paligemma.generation.requests import stops_of
 from keras_paligemma.models import files
-from keras_paligemma.models.generation import drop_after_stop
-from keras_paligemma.models.generation import split_prompt
-from keras_paligemma.models.generation import stops_of
 from keras_paligemma.models.inputs import prompt_batch
 from tests.helpers.tiny_models import IMAGE_SIZE
 from tests.helpers.tiny_models import golden_prompts
@@ -19,7 +19,7 @@ from tests.helpers.tiny_models import golden_prompts
 class Never(keras_hub.samplers.GreedySampler):
     """A sampler that is never asked: errors come before anything is run."""
 
-    def __call__(self, *args, **kwargs):
+    def get_next_token(self, probabilities):
         raise AssertionError("The model was run.")
 
 
@@ -151,8 +151,10 @@ def test_stop_tokens_that_are_none(stop, received):
 def test_stop_tokens_in_begun_answers_end_nothing():
     ids = np.array([[5, 1, 7, 1, 8], [1, 1, 6, 6, 6]])
     begun = np.array([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
-    wanted = [[5, 1, 7, 1, 0], [1, 0, 0, 0, 0]]
-    assert drop_after_stop(ids, begun, (1,)).tolist() == wanted
+    counts, stopped = ends_of(ids, begun, (1,))
+    assert counts.tolist() == [4, 1] and stopped.all()
+    counts, stopped = ends_of(ids, begun, None)
+    assert counts.tolist() == [5, 5] and not stopped.any()
 
 
 def test_a_begun_answer_goes_on_behind_a_stop_token(golden_backbone, expected):

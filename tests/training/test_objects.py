@@ -68,16 +68,11 @@ def test_bad_arguments_are_refused(arguments, message):
         EvaluateObjects(*arguments)
 
 
-def test_the_models_own_detect_in_a_fit(monkeypatch):
-    """Answers are scripted; the model, its scores and the fit are real."""
+def test_the_models_own_detect_in_a_fit():
     model, batches = killed_run.set_up()
-    box = "<loc0102><loc0102><loc0921><loc0409>"
-    monkeypatch.setattr(
-        type(model),
-        "generate",
-        lambda self, inputs: [f"{box} cat" for _ in inputs["prompts"]],
-    )
     pictures = [np.zeros((9, 9, 3), "uint8")] * 2
     seen = EvaluateObjects(pictures, [[(LEFT, "cat")]] * 2)
     history = model.fit(batches, epochs=1, verbose=0, callbacks=[seen])
-    assert history.history["val_map"] == pytest.approx([1])
+    # Random weights find nothing, without falling over it.
+    assert history.history["val_map"] == [0]
+    assert seen.labels == ["cat"]

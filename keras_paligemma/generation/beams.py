@@ -1,0 +1,239 @@
+"""Beam search, the original's: ended answers wait beside those that go on."""
+
+from typing import Any
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from keras_paligemma.generation.choosing import likeliest
+from keras_paligemma.generation.constraints import follow
+from keras_paligemma.generation.loop import FORBIDDEN
+from keras_paligemma.generation.loop import column
+from keras_paligemma.generation.loop import first_hidden
+from keras_paligemma.generation.loop import going
+from keras_paligemma.generation.loop import next_hidden
+from keras_paligemma.generation.loop import put
+from keras_paligemma.generation.loop import repeated
+from keras_paligemma.generation.loop import restricted
+from keras_paligemma.generation.state import State
+from keras_paligemma.layers.attention import soft_cap
+
+# Of an answer that there is not; and what every answer's score is above, even
+# divided by its length.
+NONE_YET = 2 * FORBIDDEN
+LEAST_SCORE = -1.0e20
+
+
+class Beams(NamedTuple):
+    """The search after some tokens; N beams a row, the best first.
+
+    Fields:
+        ids_BNR: int32 (B, N, R), answers that have ended, with their stop.
+        log_probabilities_BNR: float32 (B, N, R), of their tokens.
+        scores_BN: float32 (B, N), what they are compared by: sums over tokens,
+            of the first one without the cap of logits, as in the original,
+            divided by how many there are to the power of the penalty.
+        live: `generation.state.State` of B × N rows, beams that go on.
+        sums_BN: float32 (B, N), sums of their log-probabilities.
+    """
+
+    ids_BNR: Any
+    log_probabilities_BNR: Any
+    scores_BN: Any
+    live: Any
+    sums_BN: Any
+
+
+def search(backbone, plan, rows, shared):
+    """Search for the likeliest answers of a batch.
+
+    At each place every beam could stop, and what it would then be competes
+    with the answers that have ended; the N likeliest ways to go on, none of
+    them by a stop, are the next beams. A row ends when none of its beams can
+    become the best answer any more, or at its longest answer: those that go on
+    then are no answers, but where nothing could stop.
+
+    Args:
+        backbone, plan, rows, shared: as `loop.answer` takes them; `shared` has
+            `length_penalty`, float32.
+
+    Returns:
+        `Beams`, the last ones.
+
+    Source: big_vision `trainers/proj/paligemma/predict_fns.py`, `_beam_decode`.
+    """
+    width = plan.beams
+    hidden_BD, live = first_hidden(backbone, plan, rows, shared, width)
+    # All beams are one beam at first.
+    first_N = ops.arange(width, dtype="int32") == 0
+    zeros_BN = by_beam(live.log_probabilities_BR[:, 0], width)
+    beams = Beams(
+        by_beam(live.ids_BR, width),
+        by_beam(live.log_probabilities_BR, width),
+        zeros_BN + NONE_YET,
+        live,
+        zeros_BN + ops.where(first_N, 0.0, FORBIDDEN),
+    )
+    beams = _chosen(backbone, plan, rows, shared, hidden_BD, beams)
+
+    def is_going(*beams):
+        live = Beams(*beams).live
+        return going(live, live.ids_BR.shape[1])
+
+    def step(*beams):
+        beams = Beams(*beams)
+        hidden_BD, live = next_hidden(backbone, beams.live)
+        beams = beams._replace(live=live)
+        return tuple(_chosen(backbone, plan, rows, shared, hidden_BD, beams))
+
+    beams = Beams(*ops.while_loop(is_going, step, tuple(beams)))
+    return _with_live(rows, shared, beams)
+
+
+def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
+    """Decide the next place of all beams."""
+    width, live, place = plan.beams, beams.live, beams.live.position
+    given_BR, begun_BR = rows["response_ids"], rows["response_mask"]
+    done_BN = by_beam(live.finished_B, width)
+    none_BN = ops.zeros_like(done_BN)
+    begun_BN = ops.logical_or(column(begun_BR, place)[:, None], none_BN)
+    # Of these rows no beam changes its place.
+    fixed_BN = ops.logical_or(begun_BN, done_BN)
+    raw_BV = backbone.logits(hidden_BD, capped=False)
+    logits_BV = soft_cap(raw_BV, backbone.text_config.final_logit_soft_cap)
+    log_BV = ops.log_softmax(logits_BV, axis=-1)
+    # The original searches with logits that are capped, but for those of the
+    # first token, and so its answers are found.
+    begun_B = repeated(ops.sum(ops.cast(begun_BR, "int32"), axis=1), width)
+    searched_BV = ops.where((begun_B == place)[:, None], raw_BV, logits_BV)
+    choice_BV = restricted(plan, shared, searched_BV, live)
+    barred_BV = choice_BV - ops.logsumexp(searched_BV, axis=-1, keepdims=True)
+    is_stop_V = ops.any(
+        ops.arange(log_BV.shape[1], dtype="int32")[:, None]
+        == shared["stop_ids"][None],
+        axis=1,
+    )
+    # Each beam could stop here, by the likeliest of the stops.
+    stops_BV = ops.where(is_stop_V[None], barred_BV, NONE_YET)
+    stop_B = likeliest(stops_BV)
+    stop_BN = by_beam(ops.max(stops_BV, axis=-1), width)
+    score_BN = _scores(rows, shared, beams.sums_BN + stop_BN, place + 1)
+    score_BN = ops.where(fixed_BN, NONE_YET, score_BN)
+    stopped = (
+        by_beam(put(live.ids_BR, stop_B, place), width),
+        by_beam(
+            put(live.log_probabilities_BR, _of(log_BV, stop_B), place), width
+        ),
+    )
+    ended = (beams.ids_BNR, beams.log_probabilities_BNR)
+    ids_BNR, log_probabilities_BNR, scores_BN = _best(
+        *(
+            ops.concatenate([old, new], axis=1)
+            for old, new in zip(ended, stopped, strict=True)
+        ),
+        ops.concatenate([beams.scores_BN, score_BN], axis=1),
+        width,
+    )
+    # Or it goes on.
+    going_BV = ops.where(is_stop_V[None], FORBIDDEN, barred_BV)
+    total_BNV = beams.sums_BN[..., None] + by_beam(going_BV, width)
+    vocabulary_size = log_BV.shape[1]
+    sums_BN, flat_BN = ops.top_k(
+        ops.reshape(total_BNV, (-1, width * vocabulary_size)), width
+    )
+    flat_BN = ops.cast(flat_BN, "int32")
+    parent_BN = flat_BN // vocabulary_size
+    token_BN = flat_BN % vocabulary_size
+    # What was given is certain, and the same for all.
+    same_BN = ops.arange(width, dtype="int32")[None] + 0 * parent_BN
+    parent_BN = ops.where(fixed_BN, same_BN, parent_BN)
+    token_BN = ops.where(begun_BN, column(given_BR, place)[:, None], token_BN)
+    token_BN = ops.where(done_BN, 0, token_BN)
+    sums_BN = ops.where(fixed_BN, beams.sums_BN, sums_BN)
+    rows_B1 = ops.arange(ops.shape(parent_BN)[0], dtype="int32")[:, None]
+    parent_B = ops.reshape(rows_B1 * width + parent_BN, (-1,))
+    token_B = ops.reshape(token_BN, (-1,))
+    fixed_B = ops.reshape(fixed_BN, (-1,))
+    each_B = _of(ops.take(log_BV, parent_B, axis=0), token_B)
+    each_B = ops.where(fixed_B, 0.0, each_B)
+
+    def chosen(nest):
+        return keras.tree.map_structure(
+            lambda one: ops.take(one, parent_B, axis=0), nest
+        )
+
+    node_B = chosen(live.node_B)
+    if "next_nodes" in shared:
+        node_B = ops.where(fixed_B, node_B, follow(shared, node_B, token_B))
+    ended_B = _has_ended(rows, shared, scores_BN, sums_BN, place + 1)
+    live = State(
+        put(chosen(live.ids_BR), token_B, place),
+        put(chosen(live.log_probabilities_BR), each_B, place),
+        ops.logical_or(live.finished_B, repeated(ended_B, width)),
+        node_B,
+        place + 1,
+        chosen(live.cache),
+        live.sampler,
+    )
+    return Beams(ids_BNR, log_probabilities_BNR, scores_BN, live, sums_BN)
+
+
+def by_beam(array, width):
+    """Give (B × N, …) as (B, N, …)."""
+    return ops.reshape(array, (-1, width, *array.shape[1:]))
+
+
+def _of(values_BV, token_B):
+    """Read the values (B,) of tokens."""
+    return ops.take_along_axis(values_BV, token_B[:, None], axis=1)[:, 0]
+
+
+def _scores(rows, shared, sums_BN, tokens):
+    """Compare answers of so many tokens, the given ones not counted."""
+    begun_BR = ops.cast(rows["response_mask"], "int32")
+    count_B = ops.maximum(tokens - ops.sum(begun_BR, axis=1), 1)
+    count_B1 = ops.cast(count_B, "float32")[:, None]
+    return sums_BN / ops.power(count_B1, shared["length_penalty"])
+
+
+def _has_ended(rows, shared, scores_BN, sums_BN, tokens):
+    """Say which rows have found their best answer: bool (B,).
+
+    A sum never grows, and the longest answer divides it most.
+    """
+    longest_B = rows["max_new_tokens"]
+    within_reach_BN = _scores(rows, shared, sums_BN, longest_B)
+    live_B = ops.max(within_reach_BN, axis=1)
+    return ops.logical_or(
+        live_B < ops.max(scores_BN, axis=1), tokens >= longest_B
+    )
+
+
+def _best(ids_BMR, log_probabilities_BMR, scores_BM, width):
+    """Take the answers of the largest scores, the largest first."""
+    scores_BN, index_BN = ops.top_k(scores_BM, width)
+    index_BN1 = ops.cast(index_BN, "int32")[..., None]
+    return (
+        ops.take_along_axis(ids_BMR, index_BN1, axis=1),
+        ops.take_along_axis(log_probabilities_BMR, index_BN1, axis=1),
+        scores_BN,
+    )
+
+
+def _with_live(rows, shared, beams):
+    """Put beams that go on where too few have ended, behind those."""
+    live, width = beams.live, beams.scores_BN.shape[1]
+    live_BN = _scores(rows, shared, beams.sums_BN, live.position)
+    none_BN = beams.scores_BN < LEAST_SCORE
+    return beams._replace(
+        ids_BNR=ops.where(
+            none_BN[..., None], by_beam(live.ids_BR, width), beams.ids_BNR
+        ),
+        log_probabilities_BNR=ops.where(
+            none_BN[..., None],
+            by_beam(live.log_probabilities_BR, width),
+            beams.log_probabilities_BNR,
+        ),
+        scores_BN=ops.where(none_BN, live_BN, beams.scores_BN),
+    )

@@ -1,0 +1,88 @@
+"""Choose a token of each row from logits."""
+
+import keras
+from keras import ops
+
+from keras_paligemma.generation.noise import gumbel
+
+# As good as minus infinity, and a number still.
+OUT = -1.0e30
+
+
+def likeliest(logits_BV):
+    """Take the likeliest token of each row: int32 (B,)."""
+    return ops.cast(ops.argmax(logits_BV, axis=-1), "int32")
+
+
+def by_sampler(sampler, logits_BV, variables):
+    """Let a sampler of KerasHub choose.
+
+    Args:
+        sampler: `keras_hub.samplers.Sampler`.
+        logits_BV: float32 tensor.
+        variables: list of tensors, values of the sampler's variables: a loop
+            carries them, since nothing in it may be assigned.
+
+    Returns:
+        int32 tokens (B,), and the values afterwards.
+    """
+    mapping = list(zip(sampler.variables, variables, strict=True))
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        token_B = sampler.get_next_token(
+            sampler.compute_probabilities(logits_BV)
+        )
+    after = [scope.get_current_value(one) for one in sampler.variables]
+    return ops.cast(token_B, "int32"), after
+
+
+def sampled(logits_BV, options, place):
+    """Draw a token of each row by its own options.
+
+    Temperature first, then top-k, top-p of what that left, and min-p. Adding
+    Gumbel noise and taking the largest draws from the softmax; a row's noise
+    depends on its seed and the place alone, so neither its neighbours nor the
+    backend matter.
+
+    Args:
+        logits_BV: float32 tensor.
+        options: dict of `temperature`, `top_k`, `top_p`, `min_p` and `seed`,
+            (B,), as `row_options` makes them.
+        place: int32 tensor, which place of the answers is drawn.
+
+    Returns:
+        int32 tensor (B,).
+    """
+    warm_B = options["temperature"] > 0
+    heat_B = ops.where(warm_B, options["temperature"], 1.0)
+    hot_BV = logits_BV / heat_B[:, None]
+    vocabulary_size = logits_BV.shape[-1]
+    cuts_B = ops.logical_or(
+        options["top_k"] < vocabulary_size, options["top_p"] < 1
+    )
+    # Sorting a vocabulary takes longer than all else here.
+    least_B = ops.cond(
+        ops.any(cuts_B),
+        lambda: _least_kept(hot_BV, options["top_k"], options["top_p"]),
+        lambda: ops.full_like(hot_BV[:, 0], OUT),
+    )
+    # Of the likeliest, min-p is a share of the probability.
+    share_B = ops.log(ops.maximum(options["min_p"], 1e-30))
+    least_B = ops.maximum(least_B, ops.max(hot_BV, axis=-1) + share_B)
+    kept_BV = hot_BV >= least_B[:, None]
+    noise_BV = gumbel(options["seed"], place, vocabulary_size)
+    drawn_BV = ops.where(kept_BV, hot_BV + noise_BV, OUT)
+    return ops.where(warm_B, likeliest(drawn_BV), likeliest(logits_BV))
+
+
+def _least_kept(hot_BV, top_k_B, top_p_B):
+    """Give the least logit that top-k and top-p keep; equal ones stay too."""
+    sorted_BV = -ops.sort(-hot_BV, axis=-1)
+    rank_V = ops.arange(hot_BV.shape[-1], dtype="int32")
+    among_BV = rank_V[None] < top_k_B[:, None]
+    sorted_BV = ops.where(among_BV, sorted_BV, OUT)
+    share_BV = ops.softmax(sorted_BV, axis=-1)
+    before_BV = ops.cumsum(share_BV, axis=-1) - share_BV
+    kept_BV = ops.logical_and(among_BV, before_BV < top_p_B[:, None])
+    # The likeliest is always kept, whatever the rounding.
+    last_B = ops.maximum(ops.sum(ops.cast(kept_BV, "int32"), axis=-1) - 1, 0)
+    return ops.take_along_axis(sorted_BV, last_B[:, None], axis=-1)[:, 0]

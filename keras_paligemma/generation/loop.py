@@ -1,0 +1,258 @@
+"""The loop of answering: prefill, then a token a row until all have ended."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_paligemma.generation.choosing import by_sampler
+from keras_paligemma.generation.choosing import likeliest
+from keras_paligemma.generation.choosing import sampled
+from keras_paligemma.generation.constraints import follow
+from keras_paligemma.generation.constraints import legal
+from keras_paligemma.generation.prefill import decode
+from keras_paligemma.generation.prefill import prefill
+from keras_paligemma.generation.state import State
+
+# Before any logit that a model gives, and a number still: a row that nothing
+# is allowed takes some token, and no NaN.
+FORBIDDEN = -1.0e30
+# What the prefill alone reads of a row.
+OF_PREFILL = ("images", "image_embeddings", "token_ids", "padding_mask")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a program of answering is compiled for; all else is data.
+
+    Args:
+        samples: bool, draw tokens by the options of each row; else the
+            likeliest are taken.
+        sampler: `keras_hub.samplers.Sampler` that chooses, or `None`.
+        copies: int, answers a prompt, after one prefill.
+        beams: int, width of a beam search; 0 for none.
+        hooks: tuple of functions of float32 logits (B, V) and `State` that
+            give logits; the first comes first.
+        alternatives: int K, tokens a place that are told beside the chosen.
+    """
+
+    samples: bool = False
+    sampler: Any = None
+    copies: int = 1
+    beams: int = 0
+    hooks: tuple[Callable, ...] = ()
+    alternatives: int = 0
+
+
+def answer(backbone, plan, rows, shared):
+    """Answer a batch: one prefill, and a loop that ends with the last row.
+
+    Args:
+        backbone: `PaliGemmaBackbone`.
+        plan: `Plan`.
+        rows: dict of arrays with the batch first: what `prefill` takes;
+            `response_ids` and `response_mask` (B, R), what answers begin with
+            and True where they do; and of `row_defaults`.
+        shared: dict of arrays without a batch: `stop_ids`, int32, what ends an
+            answer, -1 for nothing; `sampler`, list of the values of its
+            variables; if given, `allowed`, bool (V,), and what
+            `constraints.follow` reads.
+
+    Returns:
+        `State`, the last one.
+    """
+    state = begin(backbone, plan, rows, shared)
+    return advance(backbone, plan, rows, shared, state)
+
+
+def begin(backbone, plan, rows, shared):
+    """Prefill and choose the first token: the first `State`."""
+    hidden_BD, state = first_hidden(backbone, plan, rows, shared, plan.copies)
+    rows = _rows_of_copies(rows, plan.copies)
+    return _chosen(plan, rows, shared, backbone.logits(hidden_BD), state)
+
+
+def advance(backbone, plan, rows, shared, state, until=None):
+    """Go on from a state: to the end, or until so many places are decided.
+
+    Args:
+        until: int32 tensor, or `None` for all.
+    """
+    responses = state.ids_BR.shape[1]
+    rows = _rows_of_copies(rows, plan.copies)
+    limit = responses if until is None else ops.minimum(until, responses)
+
+    def step(*state):
+        hidden_BD, state = next_hidden(backbone, State(*state))
+        logits_BV = backbone.logits(hidden_BD)
+        return tuple(_chosen(plan, rows, shared, logits_BV, state))
+
+    def is_going(*state):
+        return going(State(*state), limit)
+
+    return State(*ops.while_loop(is_going, step, tuple(state)))
+
+
+def first_hidden(backbone, plan, rows, shared, copies):
+    """Prefill: hidden states (B, D) for the first token, and an empty state.
+
+    Args:
+        copies: int, how often each row is repeated behind the prefill.
+    """
+    responses = rows["response_ids"].shape[1]
+    hidden_BTD, cache = prefill(backbone, rows, responses)
+    cache, hidden_BD = repeated((cache, hidden_BTD[:, -1]), copies)
+    ids_BR = ops.zeros_like(repeated(rows["response_ids"], copies))
+    zeros_BR = ops.cast(ids_BR, "float32")
+    alternatives = ()
+    if plan.alternatives:
+        shape = (1, 1, plan.alternatives)
+        alternatives = tuple(
+            ops.tile(one[..., None], shape) for one in (ids_BR, zeros_BR)
+        )
+    state = State(
+        ids_BR,
+        zeros_BR,
+        ops.logical_not(repeated(rows["wanted"], copies)),
+        repeated(rows["start_node"], copies),
+        ops.zeros((), "int32"),
+        cache,
+        list(shared["sampler"]),
+        alternatives,
+    )
+    return hidden_BD, state
+
+
+def next_hidden(backbone, state):
+    """Feed the last token back: hidden states (B, D), and the state."""
+    token_B1 = ops.take(
+        state.ids_BR, ops.reshape(state.position - 1, (1,)), axis=1
+    )
+    hidden_BD, cache = decode(
+        backbone, token_B1, state.cache, state.position, state.ids_BR.shape[1]
+    )
+    return hidden_BD, state._replace(cache=cache)
+
+
+def going(state, limit):
+    """Say whether a row wants another token: bool ()."""
+    return ops.logical_and(
+        state.position < limit, ops.logical_not(ops.all(state.finished_B))
+    )
+
+
+def repeated(tree, copies):
+    """Repeat each row of a nest of arrays: copies of a row are neighbours."""
+    if copies == 1:
+        return tree
+    return keras.tree.map_structure(
+        lambda one: ops.repeat(one, copies, axis=0), tree
+    )
+
+
+def _rows_of_copies(rows, copies):
+    """Give each copy what its row was given, and a seed of its own."""
+    seeds_BC = rows.get("seed")
+    before = (*OF_PREFILL, "seed")
+    rows = {name: one for name, one in rows.items() if name not in before}
+    rows = repeated(rows, copies)
+    if seeds_BC is not None:
+        rows["seed"] = ops.reshape(seeds_BC, (-1,))
+    return rows
+
+
+def restricted(plan, shared, logits_BV, state):
+    """Give logits after hooks, the constraint and what is banned."""
+    for hook in plan.hooks:
+        logits_BV = hook(logits_BV, state)
+    allowed_V = shared.get("allowed")
+    if allowed_V is not None:
+        logits_BV = ops.where(allowed_V[None], logits_BV, FORBIDDEN)
+    if "next_nodes" in shared:
+        allowed_BV = legal(shared, state.node_B)
+        logits_BV = ops.where(allowed_BV, logits_BV, FORBIDDEN)
+    return logits_BV
+
+
+def _chosen(plan, rows, shared, logits_BV, state):
+    """Decide the place that logits are for."""
+    place = state.position
+    log_BV = ops.log_softmax(logits_BV, axis=-1)
+    choice_BV = restricted(plan, shared, logits_BV, state)
+    variables = state.sampler
+    if plan.sampler is not None:
+        token_B, variables = by_sampler(plan.sampler, choice_BV, variables)
+    elif plan.samples:
+        token_B = sampled(choice_BV, rows, place)
+    else:
+        token_B = likeliest(choice_BV)
+    begun_B = column(rows["response_mask"], place)
+    token_B = ops.where(begun_B, column(rows["response_ids"], place), token_B)
+    token_B = ops.where(state.finished_B, 0, token_B)
+    quiet_B = ops.logical_or(begun_B, state.finished_B)
+    each_B = ops.take_along_axis(log_BV, token_B[:, None], axis=1)[:, 0]
+    each_B = ops.where(quiet_B, 0.0, each_B)
+    node_B = state.node_B
+    if "next_nodes" in shared:
+        node_B = ops.where(quiet_B, node_B, follow(shared, node_B, token_B))
+    alternatives = state.alternatives
+    if alternatives:
+        values_BK, ids_BK = ops.top_k(log_BV, plan.alternatives)
+        ids_BK = ops.cast(ids_BK, "int32")
+        alternatives = (
+            put(alternatives[0], ids_BK, place),
+            put(alternatives[1], values_BK, place),
+        )
+    stopped_B = ops.logical_and(
+        is_stop(token_B, shared), ops.logical_not(begun_B)
+    )
+    ended_B = ops.logical_or(stopped_B, place + 1 >= rows["max_new_tokens"])
+    return State(
+        put(state.ids_BR, token_B, place),
+        put(state.log_probabilities_BR, each_B, place),
+        ops.logical_or(state.finished_B, ended_B),
+        node_B,
+        place + 1,
+        state.cache,
+        variables,
+        alternatives,
+    )
+
+
+def is_stop(token_B, shared):
+    """Tell which tokens end an answer."""
+    return ops.any(token_B[:, None] == shared["stop_ids"][None], axis=1)
+
+
+def put(array_BR, value_B, place):
+    """Write a value a row at one place of (B, R, …)."""
+    here_R = ops.arange(array_BR.shape[1], dtype="int32") == place
+    here = ops.reshape(here_R, (1, -1) + (1,) * (len(value_B.shape) - 1))
+    return ops.where(here, value_B[:, None], array_BR)
+
+
+def column(array_BR, place):
+    """Read the values (B,) of one place."""
+    return ops.take(array_BR, ops.reshape(place, (1,)), axis=1)[:, 0]
+
+
+def row_defaults(inputs):
+    """Give what `answer` reads of each row, for the likeliest tokens.
+
+    Args:
+        inputs: dict of `token_ids`, `response_ids` and what else `prefill`
+            takes, with the batch first.
+
+    Returns:
+        Dict of tensors (B,): bool `wanted`, rows that someone waits for, int32
+        `max_new_tokens` and `start_node`.
+    """
+    zeros_B = ops.zeros_like(inputs["token_ids"][:, 0])
+    responses = inputs["response_ids"].shape[1]
+    return {
+        "wanted": zeros_B == 0,
+        "max_new_tokens": zeros_B + responses,
+        "start_node": zeros_B,
+    }

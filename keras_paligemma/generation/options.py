@@ -1,0 +1,250 @@
+"""How `generate` chooses tokens: its options, checked when they are given."""
+
+import dataclasses
+import difflib
+import numbers
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from keras_paligemma.preprocessing.inputs import to_ids
+from keras_paligemma.preprocessing.inputs import to_length
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keyword arguments of `generate` that choose tokens.
+
+    Temperature, top-k, top-p, min-p and seed may be lists, a value a prompt.
+    Any of the first four makes an answer a draw; without them the sampler that
+    the model was compiled with chooses.
+
+    Args:
+        temperature: float that logits are divided by; 0 takes the likeliest
+            token, and 1 is as the model says.
+        top_k: int, draw among so many likeliest tokens.
+        top_p: float in (0, 1], draw among the likeliest tokens that together
+            have this probability.
+        min_p: float in [0, 1], draw among tokens of at least this share of the
+            likeliest one's probability.
+        seed: int; the same seed gives the same draws, whatever the batch size,
+            and row for row on all backends. `None` draws one with NumPy's
+            global generator, which `keras.utils.set_random_seed` sets.
+        num_samples: int n; a list of n answers for each prompt.
+        best_of: int n; of n answers the likeliest.
+        banned_token_ids: ints, never chosen. Log-probabilities do not know of
+            it.
+        stop_strings: str or strs that end an answer, which keeps none of it.
+        beams: int, width of a beam search.
+        length_penalty: float; beams of other lengths are compared by the sum
+            of log-probabilities divided by tokens ** `length_penalty`. 0 is
+            the sum, as in the original.
+        alternatives: int, the likeliest tokens that are told at each place.
+        choices: strs; the answer is one of them.
+        logits_hook: function of float32 logits (B, V) and `State` that gives
+            such logits, or a sequence of them, the first one first. It is
+            compiled with the loop, so hand over the same function each time.
+    """
+
+    temperature: float | Sequence[float] | None = None
+    top_k: int | Sequence[int] | None = None
+    top_p: float | Sequence[float] | None = None
+    min_p: float | Sequence[float] | None = None
+    seed: int | Sequence[int] | None = None
+    num_samples: int | None = None
+    best_of: int | None = None
+    banned_token_ids: Sequence[int] = ()
+    stop_strings: Sequence[str] = ()
+    beams: int | None = None
+    length_penalty: float = 0.0
+    alternatives: int = 0
+    choices: Sequence[str] | None = None
+    logits_hook: Callable | Sequence[Callable] = ()
+
+    @classmethod
+    def of(cls, options):
+        """Make options of keyword arguments; unknown ones are told."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"`generate` has no option {name!r}.{hint} Expected: one "
+                    f"of {known}. Received: {name}={options[name]!r}."
+                )
+        return cls(**options)
+
+    @property
+    def draws(self):
+        """Whether tokens are drawn, or the likeliest asked for by name."""
+        drawing = (self.temperature, self.top_k, self.top_p, self.min_p)
+        return any(one is not None for one in drawing)
+
+    @property
+    def copies(self):
+        """How many answers a prompt are made."""
+        return self.num_samples or self.best_of or 1
+
+    @property
+    def hooks(self):
+        """The logits hooks as a tuple."""
+        if isinstance(self.logits_hook, (list, tuple)):
+            return tuple(self.logits_hook)
+        return (self.logits_hook,)
+
+    def check(self, vocabulary_size):
+        """Refuse values that mean nothing.
+
+        Args:
+            vocabulary_size: int.
+
+        Raises:
+            ValueError: with the option's name.
+        """
+        _check("temperature", self.temperature, 0, np.inf, "0 or more")
+        _check(
+            "top_k",
+            self.top_k,
+            1,
+            vocabulary_size,
+            f"an integer, 1 to {vocabulary_size}, the vocabulary's size",
+            whole=True,
+        )
+        _check("top_p", self.top_p, 0, 1, "more than 0, at most 1", above=True)
+        _check("min_p", self.min_p, 0, 1, "0 to 1")
+        _check("seed", self.seed, 0, 2**31 - 1, "0 to 2³¹ - 1", whole=True)
+        _check("length_penalty", self.length_penalty, 0, np.inf, "0 or more")
+        for name in ("num_samples", "best_of", "beams"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        to_length(self.alternatives, "alternatives", 0, vocabulary_size)
+        to_ids(self.banned_token_ids, "banned_token_ids", vocabulary_size)
+        if isinstance(self.stop_strings, str):
+            object.__setattr__(self, "stop_strings", (self.stop_strings,))
+        for name in ("stop_strings", "choices"):
+            self._check_strings(name)
+        if not all(map(callable, self.hooks)):
+            raise ValueError(
+                "A logits hook is a function of logits and state. Received: "
+                f"logits_hook={self.logits_hook!r}."
+            )
+        several = [
+            name
+            for name in ("num_samples", "best_of", "beams")
+            if getattr(self, name) is not None
+        ]
+        if len(several) > 1 or (self.beams is not None and self.draws):
+            raise ValueError(
+                "These options exclude each other. Expected: one of "
+                "num_samples, best_of and beams, and no temperature, top_k, "
+                f"top_p or min_p beside beams. Received: {several}, "
+                f"temperature={self.temperature!r}, top_k={self.top_k!r}, "
+                f"top_p={self.top_p!r}, min_p={self.min_p!r}."
+            )
+        if self.beams is not None and self.stop_strings:
+            raise ValueError(
+                "Beams are not read before they have ended. Received: "
+                f"beams={self.beams} and stop_strings={self.stop_strings!r}. "
+                "Expected: one of them."
+            )
+        if self.beams is None and self.length_penalty:
+            raise ValueError(
+                "A length penalty compares beams. Received: length_penalty="
+                f"{self.length_penalty!r} without beams. Expected: beams=4, "
+                "say."
+            )
+
+    def _check_strings(self, name):
+        given = getattr(self, name)
+        if given is None:
+            return
+        is_list = isinstance(given, (list, tuple))
+        if not is_list or not all(isinstance(s, str) and s for s in given):
+            raise ValueError(
+                f"`{name}` is a list of strings that are not empty. Received: "
+                f"{given!r}."
+            )
+        if name == "choices" and not given:
+            raise ValueError("`choices` is empty. Expected: strings.")
+
+    def seeded(self):
+        """Give the same options with a seed, drawn if there is none."""
+        if self.seed is not None:
+            return self
+        return dataclasses.replace(self, seed=np.random.randint(2**31))
+
+    def rows(self, first, rows, copies, vocabulary_size):
+        """Give what each row is drawn by, as arrays.
+
+        Args:
+            first: int, the number of the first prompt among all.
+            rows: int, how many prompts there are.
+            copies: int, answers a prompt.
+            vocabulary_size: int.
+
+        Returns:
+            Dict of arrays (rows,): float32 `temperature`, `top_p`, `min_p`,
+            int32 `top_k`; and int32 `seed` (rows, copies).
+        """
+
+        def each(value, default, dtype):
+            if value is None:
+                value = default
+            value = np.asarray(value)
+            if value.ndim:
+                value = value[first : first + rows]
+            return np.broadcast_to(value.astype(dtype), (rows,))
+
+        # Neighbours have seeds of their own: a prompt that is asked twice is
+        # drawn twice.
+        numbers_ = np.arange(first, first + rows, dtype="int64")
+        seeds = np.asarray(self.seed, "int64")
+        if seeds.ndim:
+            seeds = seeds[first : first + rows]
+        else:
+            seeds = seeds * 1_000_003 + numbers_
+        seeds = seeds[:, None] * 1_000_033 + np.arange(copies)
+        return {
+            "temperature": each(self.temperature, 1.0, "float32"),
+            "top_k": each(self.top_k, vocabulary_size, "int32"),
+            "top_p": each(self.top_p, 1.0, "float32"),
+            "min_p": each(self.min_p, 0.0, "float32"),
+            "seed": (seeds & 0xFFFFFFFF).astype("uint32").view("int32"),
+        }
+
+    def check_rows(self, count):
+        """Refuse lists that are not as long as the prompts."""
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+            value = getattr(self, name)
+            if np.ndim(value) and len(value) != count:
+                raise ValueError(
+                    f"`{name}` does not match the prompts. Expected: a number, "
+                    f"or {count}, one a prompt. Received: {len(value)}."
+                )
+
+
+def _check(name, value, least, most, expected, whole=False, above=False):
+    """Refuse numbers outside of a range."""
+    if value is None:
+        return
+    for one in np.ravel(np.asarray(value, object)):
+        kind = numbers.Integral if whole else numbers.Real
+        good = isinstance(one, kind) and not isinstance(one, (bool, np.bool_))
+        good = good and np.isfinite(float(one)) and least <= one <= most
+        if not good or (above and one <= least):
+            raise ValueError(
+                f"`{name}` is out of range. Expected: {expected}. Received: "
+                f"{one!r}."
+            )
+
+
+def _check_count(name, value):
+    """Refuse what is no number of answers."""
+    good = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not good or value < 1:
+        raise ValueError(
+            f"`{name}` is a positive integer. Received: {value!r}."
+        )

@@ -1,0 +1,80 @@
+"""Run the prompts once into a cache, then one token a row and step."""
+
+from keras import ops
+
+from keras_paligemma.layers.attention import token_positions
+
+
+def prefill(backbone, inputs, responses):
+    """Run the prompts once.
+
+    Prompts are aligned to the right, so every row writes the cache at the
+    same index; rotary positions and masks stay each row's own.
+
+    Args:
+        backbone: `PaliGemmaBackbone`.
+        inputs: dict of `images` (or `image_embeddings`, or neither),
+            `token_ids` and `padding_mask` (B, P) of the prompts.
+        responses: int R, the longest response, in tokens.
+
+    Returns:
+        hidden_BTD: tensor, of image tokens and prompt.
+        cache: nest of arrays whose first axis is the batch.
+    """
+    embeddings_BTD = backbone.embed(inputs)
+    padding_BP = ops.cast(inputs["padding_mask"], "bool")
+    images = embeddings_BTD.shape[1] - padding_BP.shape[1]
+    # Image tokens are always valid, and nothing here is response.
+    images_BI = ops.ones((ops.shape(padding_BP)[0], images), "bool")
+    valid_BT = ops.concatenate([images_BI, padding_BP], axis=1)
+    decoder = backbone.text_decoder
+    # The last response token is never fed back.
+    layers = decoder.make_cache(
+        ops.shape(padding_BP)[0], valid_BT.shape[1] + responses - 1
+    )
+    positions_BT = token_positions(valid_BT)
+    hidden_BTD, layers = decoder(
+        embeddings_BTD,
+        decoder.mask_of(valid_BT, ops.zeros_like(valid_BT), 0),
+        positions_BT,
+        cache=layers,
+        index=0,
+    )
+    # Rows are repeated and chosen as a whole, so all that has one goes in.
+    cache = {"layers": layers, "valid": valid_BT, "positions": positions_BT}
+    return hidden_BTD, cache
+
+
+def decode(backbone, token_B1, cache, step, responses):
+    """Run one token a row against the cache.
+
+    Args:
+        backbone: `PaliGemmaBackbone`.
+        token_B1: int tensor (B, 1).
+        cache: of `prefill` or of this function.
+        step: int tensor, the number of that token in the response, from 1.
+        responses: int R, as `prefill` was given it.
+
+    Returns:
+        hidden_BD: tensor, which the head makes logits of the next token of.
+        cache: as it is then.
+    """
+    later_R = ops.arange(1, responses, dtype="int32")
+    seen_R = ops.cast(later_R <= step, "bool")
+    seen_BR = ops.logical_and(
+        ops.ones_like(cache["valid"][:, :1]), seen_R[None]
+    )
+    mask_BS = ops.concatenate([cache["valid"], seen_BR], axis=1)
+    last_B1 = cache["positions"][:, -1:]
+    positions_BS = ops.concatenate(
+        [cache["positions"], last_B1 + later_R[None]], axis=1
+    )
+    hidden_B1D, layers = backbone.text_decoder(
+        backbone.token_embedding(token_B1),
+        mask_BS[:, None],
+        last_B1 + ops.cast(step, last_B1.dtype),
+        cache=cache["layers"],
+        index=cache["valid"].shape[1] - 1 + step,
+        positions_BS=positions_BS,
+    )
+    return hidden_B1D[:, 0], cache | {"layers": layers}

@@ -1,0 +1,90 @@
+"""Functions of a model's variables, compiled once for each plan and shape."""
+
+import keras
+
+
+class Programs:
+    """The compiled functions of one model.
+
+    Variables are arguments of what JAX compiles, so that other values, of
+    another adapter or a later step, compile nothing.
+
+    Args:
+        model: `keras.Model`; its `run_eagerly` and `jit_compile` count.
+    """
+
+    def __init__(self, model):
+        self._model = model
+        self._compiled = {}
+
+    def __call__(self, function, plan, *arguments, donated=None):
+        """Run a function, compiled.
+
+        Args:
+            function: function of the model, `plan` and tensors.
+            plan: hashable, what the program is compiled for.
+            *arguments: nests of tensors.
+            donated: int, which of them the program may overwrite.
+        """
+        key = function, plan
+        if key not in self._compiled:
+            compiled = _COMPILERS.get(keras.backend.backend(), _plain)
+            if self._model.run_eagerly and compiled is not _of_torch:
+                compiled = _plain
+            self._compiled[key] = compiled(self._model, function, plan, donated)
+        return self._compiled[key][0](*arguments)
+
+    def compilations(self):
+        """Count what was compiled; 0 where nothing is, as on Torch."""
+        return sum(count() for _, count in self._compiled.values())
+
+
+def _plain(model, function, plan, donated):
+    return (lambda *arguments: function(model, plan, *arguments)), lambda: 0
+
+
+def _of_torch(model, function, plan, donated):
+    import torch
+
+    def run(*arguments):
+        with torch.no_grad():
+            return function(model, plan, *arguments)
+
+    return run, lambda: 0
+
+
+def _of_jax(model, function, plan, donated):
+    import jax
+
+    def of_values(values, *arguments):
+        mapping = list(zip(variables(), values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping):
+            return function(model, plan, *arguments)
+
+    def variables():
+        return model.trainable_variables + model.non_trainable_variables
+
+    numbers = () if donated is None else (donated + 1,)
+    compiled = jax.jit(of_values, donate_argnums=numbers)
+
+    def run(*arguments):
+        return compiled([one.value for one in variables()], *arguments)
+
+    return run, compiled._cache_size
+
+
+def _of_tensorflow(model, function, plan, donated):
+    import tensorflow as tf
+
+    compiled = tf.function(
+        lambda *arguments: function(model, plan, *arguments),
+        jit_compile=model.jit_compile,
+    )
+    return compiled, compiled.experimental_get_tracing_count
+
+
+_COMPILERS = {
+    "jax": _of_jax,
+    "tensorflow": _of_tensorflow,
+    "torch": _of_torch,
+}

@@ -1,0 +1,249 @@
+"""What `generate` is asked: arrays of prompts, stops and samplers, checked."""
+
+import contextlib
+
+import keras_hub
+import numpy as np
+
+from keras_paligemma.generation.loop import Plan
+from keras_paligemma.generation.options import Options
+from keras_paligemma.preprocessing.inputs import to_ids
+from keras_paligemma.preprocessing.inputs import to_length
+from keras_paligemma.preprocessing.layout import LONGEST_RESPONSE
+
+
+def split_prompt(arrays, max_new_tokens=None):
+    """Split text arrays where the prompts end: at one index for all rows.
+
+    Args:
+        arrays: dict of NumPy arrays `token_ids`, `padding_mask`,
+            `response_mask` (B, P + R) and what else the backbone takes.
+        max_new_tokens: int, length that the response part is cut or filled up
+            to; `None` leaves it as it is.
+
+    Returns:
+        Dict as `generate_tokens` takes it.
+
+    Raises:
+        ValueError: prompts that end at different indices, or no room for an
+            answer.
+    """
+    ids, valid = arrays["token_ids"], arrays["padding_mask"]
+    response = arrays["response_mask"]
+    prompt = valid & ~response
+    ends = {int(row.nonzero()[0][-1]) + 1 if row.any() else 0 for row in prompt}
+    if len(ends) != 1 or 0 in ends:
+        raise ValueError(
+            "Prompts must end at one index in every row: align them to the "
+            f"right. Received: prompts ending at {sorted(ends)}. "
+            "PaliGemmaCausalLMPreprocessor lays them out so."
+        )
+    end = ends.pop()
+    length = ids.shape[1] - end
+    if max_new_tokens is not None:
+        length = to_length(
+            max_new_tokens, "max_new_tokens", most=LONGEST_RESPONSE
+        )
+    if not length:
+        raise ValueError(
+            "The arrays have no room for a response. Received: "
+            f"{end} tokens, all of them prompt. Expected: "
+            "max_new_tokens, or arrays with a response part."
+        )
+    if response[:, end + length :].any():
+        raise ValueError(
+            "A begun answer leaves no room to go on. Expected: at most "
+            f"{length} tokens. Received: more. Raise `max_new_tokens`."
+        )
+
+    def resized(array):
+        more = max(end + length - array.shape[1], 0)
+        return np.pad(array, ((0, 0), (0, more)))[:, end : end + length]
+
+    return {
+        **arrays,
+        "token_ids": ids[:, :end],
+        "padding_mask": valid[:, :end],
+        "response_ids": resized(ids),
+        "response_mask": resized(response),
+    }
+
+
+def stops_of(stop_token_ids, preprocessor, vocabulary_size):
+    """Give the ids that end an answer as a tuple, or `None` for none.
+
+    Args:
+        stop_token_ids: int, ints, `None`, or "auto": the tokenizer's end
+            token. None of them is as `None`.
+        preprocessor: `PaliGemmaCausalLMPreprocessor` or `None`.
+        vocabulary_size: int.
+    """
+    if stop_token_ids is None:
+        return None
+    if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+        if preprocessor is not None:
+            return (preprocessor.tokenizer.end_token_id,)
+        raise ValueError(
+            "Without a preprocessor nobody knows what ends an answer. "
+            "Received: stop_token_ids='auto'. Expected: a list of token ids, "
+            "or None."
+        )
+    if isinstance(stop_token_ids, (set, frozenset)):
+        stop_token_ids = sorted(stop_token_ids)
+    ids = to_ids(stop_token_ids, "stop_token_ids", vocabulary_size)
+    return tuple(ids.ravel().tolist()) or None
+
+
+def check_begun(arrays, preprocessor):
+    """Refuse begun answers that have ended: text has no place for the rest.
+
+    Args:
+        arrays: dict as `generate_tokens` takes it.
+        preprocessor: `PaliGemmaCausalLMPreprocessor`.
+    """
+    end = preprocessor.tokenizer.end_token_id
+    ended = arrays["response_mask"] & (arrays["response_ids"] == end)
+    if ended.any():
+        row, place = (int(i[0]) for i in ended.nonzero())
+        raise ValueError(
+            "A begun answer has ended. Expected: `response_mask` True on "
+            f"tokens before the end token, {end}. Received: it is token "
+            f"{place} of row {row}. Leave it out, and what follows it."
+        )
+
+
+def check_sampler(sampler, vocabulary_size):
+    """Give a sampler of KerasHub by its name, or as it is.
+
+    Args:
+        sampler: str or `keras_hub.samplers.Sampler`.
+        vocabulary_size: int.
+
+    Raises:
+        ValueError: neither, or one that cannot choose in our loop: a sampler
+            with a loop of its own, other than beams, which are ours.
+    """
+    samplers = keras_hub.samplers
+    found = None
+    with contextlib.suppress(ValueError, TypeError):
+        found = samplers.get(sampler)
+    if not isinstance(found, samplers.Sampler):
+        raise ValueError(
+            "Unknown sampler. Expected: 'greedy', 'beam', 'random', 'top_k', "
+            "'top_p' or a `keras_hub.samplers.Sampler`. Received: "
+            f"{sampler!r}."
+        )
+    beams = isinstance(found, samplers.BeamSampler)
+    if beams and found.return_all_beams:
+        raise ValueError(
+            "Answers are strings, which have no room for all beams. Received: "
+            "BeamSampler(return_all_beams=True). Expected: "
+            f"`generate(…, beams={found.num_beams}, details=True)`, whose "
+            "answers have `beams`."
+        )
+    if not beams and type(found).__call__ is not samplers.Sampler.__call__:
+        raise ValueError(
+            f"`{type(found).__name__}` brings a loop of its own, which does "
+            "not know this model's. Expected: 'greedy', 'beam', 'random', "
+            "'top_k', 'top_p', or a sampler with a `get_next_token`. "
+            f"Received: {sampler!r}."
+        )
+    options = {"temperature": found.temperature}
+    if isinstance(found, samplers.TopKSampler):
+        options["top_k"] = found.k
+    if isinstance(found, samplers.TopPSampler):
+        options |= {"top_p": found.p, "top_k": found.k}
+    Options(**options).check(vocabulary_size)
+    return found
+
+
+def plan_of(options, sampler):
+    """Give the `Plan` that options and the compiled sampler ask for.
+
+    Args:
+        options: `Options`.
+        sampler: `keras_hub.samplers.Sampler`; it chooses where no option does.
+    """
+    samplers = keras_hub.samplers
+    beams, chooser = options.beams or 0, None
+    if not options.draws and not beams:
+        if isinstance(sampler, samplers.BeamSampler):
+            beams = sampler.num_beams
+        elif type(sampler) is not samplers.GreedySampler:
+            # At temperature 0 it would divide by it.
+            chooser = sampler if sampler.temperature else None
+    draws = options.draws and np.any(np.asarray(options.temperature) != 0)
+    return Plan(
+        samples=bool(draws),
+        sampler=chooser,
+        copies=options.copies,
+        beams=beams,
+        hooks=options.hooks,
+        alternatives=options.alternatives,
+    )
+
+
+def bucket(count, least=1):
+    """Give the power of two that so many fit into.
+
+    Programs are compiled for these sizes, so that another number of prompts or
+    tokens finds one that is there.
+
+    Example:
+        >>> bucket(5), bucket(8), bucket(3, least=16)
+        (8, 8, 16)
+    """
+    return max(least, 1 << (count - 1).bit_length())
+
+
+def filled_up(arrays, rows, prompt, response):
+    """Fill a batch up to the sizes of its bucket.
+
+    Args:
+        arrays: dict of arrays of `split_prompt`.
+        rows: int, at least as many as there are; the last one is repeated.
+        prompt: int, likewise, of prompt tokens; padding comes in front.
+        response: int, likewise, of response tokens.
+    """
+
+    def padded(name, array):
+        width = array.shape[1] if array.ndim > 1 else 0
+        before = after = 0
+        if name in ("token_ids", "padding_mask"):
+            before = prompt - width
+        if name in ("response_ids", "response_mask"):
+            after = response - width
+        if before or after:
+            array = np.pad(array, ((0, 0), (before, after)))
+        more = rows - len(array)
+        return np.concatenate([array, np.repeat(array[-1:], more, 0)])
+
+    return {name: padded(name, array) for name, array in arrays.items()}
+
+
+def stop_array(stop_token_ids):
+    """Give stops as data: int32, filled up to a bucket with -1.
+
+    Args:
+        stop_token_ids: tuple of ints, or `None`.
+    """
+    ids = list(stop_token_ids or ())
+    return np.array(ids + [-1] * (bucket(len(ids), 8) - len(ids)), "int32")
+
+
+def ends_of(ids, begun, stop_token_ids):
+    """Count each row's tokens, and say whether a stop token ended it.
+
+    Args:
+        ids: int array (B, R).
+        begun: bool array (B, R), True on what answers were given to begin
+            with. A stop token there ends nothing.
+        stop_token_ids: tuple of ints or `None`.
+
+    Returns:
+        int array (B,), the stop token included, and bool array (B,).
+    """
+    stops = np.isin(ids, stop_token_ids or ()) & ~begun
+    stopped = stops.any(axis=1)
+    counts = np.where(stopped, stops.argmax(axis=1) + 1, ids.shape[1])
+    return counts, stopped

@@ -1,0 +1,404 @@
+"""A batch of prompts, asked of a model: arrays in, answers out."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_paligemma.compat import rows_to_devices
+from keras_paligemma.compat import to_host
+from keras_paligemma.generation.answer import Alternative
+from keras_paligemma.generation.answer import Answer
+from keras_paligemma.generation.beams import LEAST_SCORE
+from keras_paligemma.generation.beams import search
+from keras_paligemma.generation.loop import OF_PREFILL
+from keras_paligemma.generation.loop import Plan
+from keras_paligemma.generation.loop import advance
+from keras_paligemma.generation.loop import answer
+from keras_paligemma.generation.loop import begin
+from keras_paligemma.generation.options import Options
+from keras_paligemma.generation.requests import bucket
+from keras_paligemma.generation.requests import check_begun
+from keras_paligemma.generation.requests import ends_of
+from keras_paligemma.generation.requests import filled_up
+from keras_paligemma.generation.requests import plan_of
+from keras_paligemma.generation.requests import split_prompt
+from keras_paligemma.generation.requests import stop_array
+from keras_paligemma.generation.texts import cut
+from keras_paligemma.generation.texts import settled
+from keras_paligemma.models.inputs import prompt_batch
+from keras_paligemma.models.inputs import typed
+from keras_paligemma.turns import write_back
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A batch of prompts as the loop takes it.
+
+    Args:
+        plan: `Plan`.
+        rows: dict of arrays (rows of the bucket, …), see `loop.answer`.
+        shared: dict of arrays.
+        begun: bool array (B, length), what answers were given to begin with.
+        stops: tuple of ints or `None`.
+        length: int, the longest answer that was asked for.
+        single: bool, the prompt came without a batch.
+        stop_strings: tuple of strs that end an answer.
+    """
+
+    plan: Plan
+    rows: dict
+    shared: dict
+    begun: np.ndarray
+    stops: tuple[int, ...] | None
+    length: int
+    single: bool
+    stop_strings: tuple[str, ...] = ()
+
+
+def checked(model, options):
+    """Make `Options` of keyword arguments, that this model can follow."""
+    options = Options.of(options)
+    options.check(model.backbone.vocabulary_size)
+    if model.preprocessor is None and (options.stop_strings or options.choices):
+        raise ValueError(
+            "Without a preprocessor the model knows no text. Received: "
+            f"stop_strings={options.stop_strings!r}, choices="
+            f"{options.choices!r}. Expected: `stop_token_ids`, or "
+            "`model.preprocessor`."
+        )
+    return options
+
+
+def prepare(model, inputs, count, first, max_new_tokens, stops, options):
+    """Read what a user asks into arrays of a bucket.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        inputs: dict as `generate` takes it.
+        count: int, how many of the examples someone waits for: the batch keeps
+            its size. `None` for all, filled up to their bucket.
+        first: int, the number of the first example among all.
+        max_new_tokens: int or `None`.
+        stops: tuple of ints or `None`.
+        options: `Options`.
+
+    Returns:
+        `Asked`.
+    """
+    preprocessor, backbone = model.preprocessor, model.backbone
+    arrays = inputs
+    if preprocessor is not None:
+        arrays = preprocessor.generate_preprocess(
+            inputs, max_new_tokens=max_new_tokens
+        )
+    arrays, single = prompt_batch(
+        arrays, backbone.image_size, backbone.text_config
+    )
+    arrays = split_prompt(arrays, max_new_tokens)
+    if preprocessor is not None:
+        check_begun(arrays, preprocessor)
+    size, prompt = arrays["token_ids"].shape
+    length = arrays["response_ids"].shape[1]
+    if count is None:
+        count, size = size, bucket(size)
+        options.check_rows(count)
+    # What a preprocessor lays out has one length already.
+    response = bucket(length, 16)
+    if preprocessor is None:
+        prompt = bucket(prompt, 16)
+    elif length <= preprocessor.response_length:
+        response = preprocessor.response_length
+    begun = arrays["response_mask"][:count]
+    rows = filled_up(arrays, size, prompt, response)
+    rows |= {
+        "wanted": np.arange(size) < count,
+        "max_new_tokens": np.full(size, length, "int32"),
+        "start_node": np.zeros(size, "int32"),
+    }
+    plan = plan_of(options, model.sampler)
+    vocabulary_size = backbone.vocabulary_size
+    if plan.samples:
+        rows |= filled_up(
+            options.rows(first, count, plan.copies, vocabulary_size), size, 0, 0
+        )
+    shared = {"stop_ids": stop_array(stops)}
+    if len(options.banned_token_ids):
+        allowed = np.ones(vocabulary_size, bool)
+        allowed[np.asarray(options.banned_token_ids, "int32")] = False
+        shared["allowed"] = allowed
+    if plan.beams:
+        shared["length_penalty"] = np.array(options.length_penalty, "float32")
+    return Asked(
+        plan,
+        rows,
+        shared,
+        begun,
+        stops,
+        length,
+        single,
+        tuple(options.stop_strings),
+    )
+
+
+def run(model, asked):
+    """Answer a batch, in turn with other threads.
+
+    Returns:
+        Dict of arrays (rows, …), copies or beams of a prompt side by side:
+        `ids`, `log_probabilities`, `scores` of beams, and of alternatives.
+    """
+    if asked.stop_strings:
+        # Text is read between chunks.
+        *_, found = chunks(model, asked, 8)
+        return found
+    with model.turns:
+        write_back(model)
+        rows, here = rows_to_devices(asked.rows)
+        rows = typed(rows, model.backbone.vocabulary_size)
+        shared = asked.shared | {"sampler": _variables(asked.plan)}
+        found = model.make_generate_function()(
+            _answered, asked.plan, *tensors((rows, shared))
+        )
+        _keep(asked.plan, found.pop("sampler"))
+    return _to_host(asked, found, here)
+
+
+def _to_host(asked, found, here):
+    """Give arrays of the rows that this process asked."""
+    width = asked.plan.beams or asked.plan.copies
+    here = slice(
+        here.start and here.start * width, here.stop and here.stop * width
+    )
+    return {name: to_host(one)[here] for name, one in found.items()}
+
+
+def chunks(model, asked, size):
+    """Answer a batch, some tokens at a time.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        asked: `Asked`, without beams.
+        size: int, tokens a chunk.
+
+    Yields:
+        Dict of arrays as `run` gives it, and bool `finished` (rows,): the
+        first after one token.
+    """
+    programs = model.make_generate_function()
+    state, until = None, 1
+    while True:
+        with model.turns:
+            write_back(model)
+            rows, here = rows_to_devices(asked.rows)
+            rows = typed(rows, model.backbone.vocabulary_size)
+            shared = asked.shared | {"sampler": _variables(asked.plan)}
+            rows, shared = tensors((rows, shared))
+            if state is None:
+                state = programs(begun_state, asked.plan, rows, shared)
+            else:
+                later = {
+                    name: one
+                    for name, one in rows.items()
+                    if name not in OF_PREFILL
+                }
+                (until_tensor,) = tensors([np.array(until, "int32")])
+                state = programs(
+                    later_state,
+                    asked.plan,
+                    later,
+                    shared,
+                    state,
+                    until_tensor,
+                    donated=2,
+                )
+            _keep(asked.plan, state.sampler)
+            found = _arrays(state) | {"finished": state.finished_B}
+            found.pop("sampler")
+            found = _to_host(asked, found, here)
+        stopped = _has_stop_string(model, asked, found, until)
+        if stopped.any():
+            finished = tensors([found["finished"] | stopped])[0]
+            state = state._replace(finished_B=finished)
+            found["finished"] = found["finished"] | stopped
+        yield found
+        if found["finished"].all() or until >= asked.length:
+            return
+        until += size
+
+
+def begun_state(model, plan, rows, shared):
+    """Prefill and the first token, as a program."""
+    return begin(model.backbone, plan, rows, shared)
+
+
+def later_state(model, plan, rows, shared, state, until):
+    """The tokens after it, as a program that overwrites the state."""
+    return advance(model.backbone, plan, rows, shared, state, until)
+
+
+def _has_stop_string(model, asked, found, count):
+    """Say which rows hold a stop string in their first `count` tokens."""
+    stopped = np.zeros(len(found["ids"]), bool)
+    if asked.stop_strings:
+        texts = model.preprocessor.generate_postprocess(
+            {"token_ids": found["ids"][:, :count]}
+        )
+        for row, text in enumerate(texts):
+            stopped[row] = cut(text, asked.stop_strings) != text
+    return stopped
+
+
+def texts_so_far(model, asked, found):
+    """Give the texts that later tokens do not change any more."""
+    rows = len(asked.begun)
+    texts = model.preprocessor.generate_postprocess(
+        {"token_ids": found["ids"][:rows, : asked.length]}
+    )
+    return [
+        cut(text, asked.stop_strings)
+        if finished
+        else settled(text, asked.stop_strings)
+        for text, finished in zip(texts, found["finished"][:rows], strict=True)
+    ]
+
+
+def _answered(model, plan, rows, shared):
+    """What is compiled; a function of the module, so that it is known again.
+
+    The cache is no output: it would be kept until the answer is read.
+    """
+    if not plan.beams:
+        return _arrays(answer(model.backbone, plan, rows, shared))
+    beams = search(model.backbone, plan, rows, shared)
+    return _arrays(beams.live) | {
+        "ids": _in_a_row(beams.ids_BNR),
+        "log_probabilities": _in_a_row(beams.log_probabilities_BNR),
+        "scores": _in_a_row(beams.scores_BN),
+    }
+
+
+def _arrays(state):
+    """Give what of a state is read."""
+    found = {
+        "ids": state.ids_BR,
+        "log_probabilities": state.log_probabilities_BR,
+        "sampler": state.sampler,
+    }
+    if state.alternatives:
+        found["alternative_ids"] = state.alternatives[0]
+        found["alternative_log_probabilities"] = state.alternatives[1]
+    return found
+
+
+def _in_a_row(array):
+    """Give (B, N, …) as (B × N, …)."""
+    return ops.reshape(array, (-1, *array.shape[2:]))
+
+
+def tensors(nest):
+    """Give a nest of arrays as tensors, of its own dtypes whatever floatx."""
+    return keras.tree.map_structure(
+        lambda one: ops.convert_to_tensor(
+            one, dtype=keras.backend.standardize_dtype(one.dtype)
+        ),
+        nest,
+    )
+
+
+def _variables(plan):
+    """Give the values of a sampler's variables; generators of seeds."""
+    if plan.sampler is None:
+        return []
+    return [ops.convert_to_tensor(one.value) for one in plan.sampler.variables]
+
+
+def _keep(plan, values):
+    """Give a sampler's variables the values that they had at the end."""
+    if plan.sampler is not None:
+        for one, value in zip(plan.sampler.variables, values, strict=True):
+            one.assign(value)
+
+
+def answers_of(model, asked, found):
+    """Read arrays into answers: a list of `copies` of them for each prompt.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        asked: `Asked`.
+        found: dict of `run`.
+
+    Returns:
+        List of lists of `Answer`.
+    """
+    width = asked.plan.beams or asked.plan.copies
+    begun = np.repeat(asked.begun, width, axis=0)
+    rows = len(begun)
+    ids = found["ids"][:rows, : asked.length]
+    counts, stopped = ends_of(ids, begun, asked.stops)
+    texts = [""] * rows
+    if model.preprocessor is not None:
+        texts = model.preprocessor.generate_postprocess({"token_ids": ids})
+    finishes = ["stop_token" if one else "length" for one in stopped]
+    for row, text in enumerate(texts):
+        texts[row] = cut(text, asked.stop_strings)
+        if texts[row] != text:
+            finishes[row] = "stop_string"
+            counts[row] = _tokens_until(model, ids[row], asked.stop_strings)
+    answers = [
+        Answer(
+            texts[row],
+            tuple(ids[row, : counts[row]].tolist()),
+            tuple(found["log_probabilities"][row, : counts[row]].tolist()),
+            finishes[row],
+            _alternatives(model, found, row, counts[row]),
+            score=float(found["scores"][row]) if "scores" in found else None,
+        )
+        for row in range(rows)
+    ]
+    groups = [answers[first : first + width] for first in range(0, rows, width)]
+    if asked.plan.beams:
+        return [[_with_beams(group)] for group in groups]
+    return groups
+
+
+def _tokens_until(model, ids, stop_strings):
+    """Count the tokens up to the first that completes a stop string."""
+    for count in range(1, len(ids) + 1):
+        text = model.preprocessor.generate_postprocess(
+            {"token_ids": ids[:count]}
+        )
+        if cut(text, stop_strings) != text:
+            break
+    return count
+
+
+def _with_beams(beams):
+    """Give the best beam, which holds all that are answers."""
+    beams = [one for one in beams if one.score > LEAST_SCORE] or beams[:1]
+    return dataclasses.replace(beams[0], beams=tuple(beams))
+
+
+def _alternatives(model, found, row, count):
+    """Give the likeliest tokens of each place of a row."""
+    if "alternative_ids" not in found:
+        return ()
+
+    def text(token):
+        if model.preprocessor is None:
+            return ""
+        return model.preprocessor.tokenizer.id_to_token(token)
+
+    return tuple(
+        tuple(
+            Alternative(token, text(token), value)
+            for token, value in zip(ids.tolist(), values.tolist(), strict=True)
+        )
+        for ids, values in zip(
+            found["alternative_ids"][row, :count],
+            found["alternative_log_probabilities"][row, :count],
+            strict=True,
+        )
+    )

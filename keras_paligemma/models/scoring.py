@@ -1,0 +1,231 @@
+"""The methods of `PaliGemmaCausalLM` that look and do not answer."""
+
+import numpy as np
+from keras import ops
+
+from keras_paligemma.compat import rows_to_devices
+from keras_paligemma.compat import to_host
+from keras_paligemma.data.batches import in_batches
+from keras_paligemma.generation.answer import Answer
+from keras_paligemma.generation.requests import bucket
+from keras_paligemma.models.answering import tensors
+from keras_paligemma.models.inputs import full_masks
+from keras_paligemma.models.inputs import typed
+from keras_paligemma.turns import write_back
+
+
+def score(self, inputs, *, details=False, batch_size=None):
+    """Tell how likely given responses are: log-likelihoods.
+
+    They are preprocessed and run as `fit` does it, the end token included, and
+    with the final cap, as `generate` sees logits. So of an answer of
+    `generate` that has ended they are its log-probabilities.
+
+    Args:
+        inputs: dict of `images`, `prompts` and `responses`: one of each, or
+            lists.
+        details: bool, give an `Answer` each: the tokens of the response and
+            their log-probabilities.
+        batch_size: int, examples at a time; `None` takes all at once.
+
+    Returns:
+        float32 array (B,), natural logarithms; a float for one example. With
+        `details` an `Answer` in the place of each.
+
+    Raises:
+        ValueError: a model without a preprocessor, or inputs that `fit`
+            refuses.
+
+    Example:
+
+    ```python
+    scores = model.score({
+        "images": [cat, cat],
+        "prompts": ["answer en what is it?"] * 2,
+        "responses": ["cat", "dog"],
+    })
+    ```
+    """
+    _check_has_preprocessor(self, "score")
+    answers, single = [], False
+    for part, count in _parts(inputs, batch_size):
+        x, y, weights = self.preprocessor(part)
+        single = y.ndim == 1
+        rows = _batched(x | {"targets": y, "weights": weights}, single)
+        each_BR = _run(self, scored, rows)[:count]
+        for row, each_R in enumerate(each_BR):
+            real_R = rows["weights"][row] > 0
+            ids = rows["targets"][row][real_R]
+            [text] = self.preprocessor.generate_postprocess(
+                {"token_ids": ids[None]}
+            )
+            answers.append(
+                Answer(
+                    text,
+                    tuple(ids.tolist()),
+                    tuple(each_R[real_R].tolist()),
+                    "stop_token",
+                )
+            )
+    if details:
+        return answers[0] if single else answers
+    sums = np.array([one.log_probability for one in answers], "float32")
+    return float(sums[0]) if single else sums
+
+
+def encode(self, images, *, batch_size=None):
+    """Turn pictures into image tokens once, to ask about them often.
+
+    Args:
+        images: a picture or a list of them, as `generate` takes them.
+        batch_size: int, pictures at a time; `None` takes all at once.
+
+    Returns:
+        float32 array (B, I, D), or (I, D) of one picture, read-only.
+        `generate` takes it as `image_embeddings` in place of `images`; those
+        of one picture serve all prompts of a list.
+
+    Example:
+
+    ```python
+    seen = model.encode(picture)
+    model.generate({"image_embeddings": seen, "prompts": ["ocr", "cap en"]})
+    ```
+    """
+    _check_has_preprocessor(self, "encode")
+    found = []
+    single = not isinstance(images, (list, tuple)) and np.ndim(images) <= 3
+    images = [images] if single else images
+    size = batch_size or len(images)
+    for first in range(0, len(images), size):
+        pixels = self.preprocessor.image_converter(
+            list(images[first : first + size])
+        )
+        found.append(_run(self, encoded, {"images": pixels}))
+    found = np.concatenate(found)
+    found.flags.writeable = False
+    return found[0] if single else found
+
+
+def embed(self, inputs, *, batch_size=None):
+    """Give what the model makes of pictures and prompts, for retrieval.
+
+    Args:
+        inputs: as `generate` takes them.
+        batch_size: int, examples at a time; `None` takes all at once.
+
+    Returns:
+        Dict of float32 `hidden_states` (B, L, D), after the last norm, of
+        image tokens and prompt, `image_embeddings` (B, I, D) and bool
+        `padding_mask` (B, L), False on padding. Of one example without B.
+
+    Example:
+
+    ```python
+    found = model.embed({"images": [cat], "prompts": ["caption en"]})
+    vector = found["hidden_states"][:, -1]  # Of the prompt's last token.
+    ```
+    """
+    _check_has_preprocessor(self, "embed")
+    found, single = [], False
+    for part, count in _parts(inputs, batch_size):
+        arrays = self.preprocessor.generate_preprocess(part)
+        single = arrays["token_ids"].ndim == 1
+        rows = _batched(arrays, single)
+        prompt = self.preprocessor.prompt_length
+        for name in ("token_ids", "padding_mask", "response_mask"):
+            rows[name] = rows[name][:, :prompt]
+        one = _run(self, embedded, rows)
+        found.append({name: array[:count] for name, array in one.items()})
+    found = {
+        name: np.concatenate([one[name] for one in found]) for name in found[0]
+    }
+    return {name: one[0] for name, one in found.items()} if single else found
+
+
+def scored(model, plan, rows):
+    """Log-probabilities (B, R) of targets, as a program; 0 where no weight is.
+
+    The head is applied to one place at a time: logits of all would be (B, R,
+    V).
+    """
+    targets_BR, weights_BR = rows["targets"], rows["weights"]
+    responses = targets_BR.shape[1]
+    inputs = {
+        name: one
+        for name, one in rows.items()
+        if name not in ("targets", "weights")
+    }
+    hidden_BLD = model.backbone(inputs, response_length=responses)
+    hidden_RBD = ops.swapaxes(hidden_BLD[:, -responses - 1 : -1], 0, 1)
+
+    def place(hidden_and_targets):
+        hidden_BD, target_B = hidden_and_targets
+        log_BV = ops.log_softmax(model.backbone.logits(hidden_BD), axis=-1)
+        return ops.take_along_axis(log_BV, target_B[:, None], axis=1)[:, 0]
+
+    each_RB = ops.map(place, (hidden_RBD, ops.swapaxes(targets_BR, 0, 1)))
+    return ops.where(weights_BR > 0, ops.swapaxes(each_RB, 0, 1), 0.0)
+
+
+def encoded(model, plan, rows):
+    """Image tokens in float32, as a program."""
+    return ops.cast(model.backbone.encode_images(rows["images"]), "float32")
+
+
+def embedded(model, plan, rows):
+    """Hidden states of a prompt, as a program."""
+    backbone = model.backbone
+    rows = dict(rows)
+    if rows.get("images") is not None:
+        rows["image_embeddings"] = backbone.encode_images(rows.pop("images"))
+    hidden_BLD = backbone(rows)
+    images = hidden_BLD.shape[1] - rows["token_ids"].shape[1]
+    valid_BL, _ = full_masks(rows, images)
+    found = {
+        "hidden_states": ops.cast(hidden_BLD, "float32"),
+        "padding_mask": valid_BL,
+    }
+    if "image_embeddings" in rows:
+        found["image_embeddings"] = ops.cast(
+            rows["image_embeddings"], "float32"
+        )
+    return found
+
+
+def _parts(inputs, batch_size):
+    parts = batch_size is not None and in_batches(inputs, batch_size)
+    return parts or [(inputs, None)]
+
+
+def _batched(arrays, single):
+    if single:
+        return {name: array[None] for name, array in arrays.items()}
+    return dict(arrays)
+
+
+def _run(model, function, rows):
+    """Run a program for rows, filled up to their bucket, in turn."""
+    [count] = {len(one) for one in rows.values()}
+    more = bucket(count) - count
+    rows = {
+        name: np.concatenate([one, np.repeat(one[-1:], more, 0)])
+        for name, one in rows.items()
+    }
+    with model.turns:
+        write_back(model)
+        rows, here = rows_to_devices(rows)
+        rows = typed(rows, model.backbone.vocabulary_size)
+        found = model.make_generate_function()(function, None, *tensors([rows]))
+    if not isinstance(found, dict):
+        return to_host(found)[here][:count]
+    return {name: to_host(one)[here][:count] for name, one in found.items()}
+
+
+def _check_has_preprocessor(model, method):
+    if model.preprocessor is None:
+        raise ValueError(
+            f"`{method}` reads text and pictures. Received: a model without a "
+            "preprocessor. Expected: `model.preprocessor`, or calls of the "
+            "backbone with arrays."
+        )

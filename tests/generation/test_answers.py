@@ -1,0 +1,100 @@
+"""Answers as objects, and how often they are compiled."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_paligemma import PaliGemmaCausalLM
+from tests.helpers.tiny_models import golden_prompts
+from tests.helpers.tiny_models import run
+
+
+@pytest.fixture(scope="module")
+def model(golden_backbone):
+    return PaliGemmaCausalLM(golden_backbone())
+
+
+@pytest.fixture(scope="module")
+def inputs(expected):
+    return golden_prompts(expected)
+
+
+def test_log_probabilities_are_those_of_a_pass_without_a_cache(
+    tiny_model, examples
+):
+    model = tiny_model()
+    asked = {key: examples[key] for key in ("images", "prompts")}
+    answers = model.generate(asked, stop_token_ids=None, details=True)
+    x = model.preprocessor.generate_preprocess(asked)
+    tokens = np.array([one.token_ids for one in answers])
+    response = np.broadcast_to(np.arange(20) >= 12, (4, 20))
+    complete = x | {
+        "token_ids": np.concatenate([x["token_ids"][:, :12], tokens], axis=1),
+        "padding_mask": x["padding_mask"] | response,
+        "response_mask": response,
+    }
+    logits = model.backbone.logits(run(model.backbone, complete)[:, -9:-1])
+    log_BRV = ops.convert_to_numpy(ops.log_softmax(logits, axis=-1))
+    wanted = np.take_along_axis(log_BRV, tokens[..., None], 2)[..., 0]
+    found = np.array([one.log_probabilities for one in answers])
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    for one, row in zip(answers, wanted, strict=True):
+        assert one.finish == "length"
+        assert one.log_probability == pytest.approx(row.sum(), abs=1e-4)
+        assert one.mean_log_probability == pytest.approx(row.mean(), abs=1e-5)
+    texts = model.generate(asked, stop_token_ids=None)
+    assert [one.text for one in answers] == texts
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        answers[0].text = ""
+
+
+def test_log_probabilities_are_the_originals(model, inputs, expected):
+    """But for the first, whose logits the original does not cap."""
+    answers = model.generate(inputs, stop_token_ids=None, details=True)
+    found = [one.log_probabilities[1:] for one in answers[:3]]
+    wanted = expected["f32/decode/logp"][:3, 1:]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_a_row_that_has_ended_takes_nothing_more(model, inputs, expected):
+    eos = int(expected["f32/decode_eos/eos_token"])
+    row = int(expected["f32/decode_eos/row"])
+    one = {key: value[row] for key, value in inputs.items()}
+    wanted = expected["f32/decode_eos/single/tokens"][0]
+    answer = model.generate(one, stop_token_ids=eos, details=True)
+    assert answer.finish == "stop_token"
+    assert list(answer.token_ids) == wanted[wanted != 0].tolist()
+    assert len(answer.log_probabilities) == len(answer.token_ids)
+
+
+def test_a_bucket_is_compiled_once(golden_backbone, inputs):
+    model = PaliGemmaCausalLM(golden_backbone())
+    wanted = model.generate(inputs, stop_token_ids=None)
+    programs = model.make_generate_function()
+    before = programs.compilations()
+    compiles = keras.backend.backend() != "torch"
+    assert before == compiles
+    three = {key: value[:3] for key, value in inputs.items()}
+    np.testing.assert_array_equal(
+        model.generate(three, stop_token_ids=None), wanted[:3]
+    )
+    longer = {
+        key: value if key == "images" else np.pad(value, ((0, 0), (4, 0)))
+        for key, value in inputs.items()
+    }
+    np.testing.assert_array_equal(
+        model.generate(longer, stop_token_ids=[7, 9])[0, :5], wanted[0, :5]
+    )
+    for length in (5, 16):
+        found = model.generate(inputs, length, stop_token_ids=None)
+        np.testing.assert_array_equal(
+            found[:, : min(length, 8)], wanted[:, :length]
+        )
+        assert found.shape == (4, length)
+    assert programs.compilations() == before
+    for seed, heat in ((1, 0.5), (2, 1.5)):
+        model.generate(inputs, stop_token_ids=None, temperature=heat, seed=seed)
+    assert programs.compilations() == 2 * compiles

@@ -1,0 +1,47 @@
+"""Beams: the original's answers, and what the search promises."""
+
+import numpy as np
+import pytest
+
+from keras_paligemma import PaliGemmaCausalLM
+from tests.helpers.tiny_models import golden_prompts
+
+
+@pytest.fixture(scope="module")
+def model(golden_backbone):
+    return PaliGemmaCausalLM(golden_backbone())
+
+
+@pytest.mark.parametrize("beams", [1, 2, 3, 4])
+def test_beams_are_the_originals(model, expected, beams):
+    wanted = expected[f"f32/beam/{beams}/tokens"]
+    eos = int(expected["f32/decode_eos/eos_token"])
+    inputs = golden_prompts(expected, response=11)
+    found = model.generate(inputs, 11, stop_token_ids=eos, beams=beams)
+    np.testing.assert_array_equal(found[:3, :8], wanted[:3])
+    # Row 3's response had begun with three tokens.
+    np.testing.assert_array_equal(found[3, 3:], wanted[3])
+
+
+def test_all_beams_have_scores(model, expected):
+    inputs = golden_prompts(expected)
+    options = {"stop_token_ids": 160, "details": True, "beams": 3}
+    answers = model.generate(inputs, **options)
+    for one in answers:
+        scores = [beam.score for beam in one.beams]
+        assert scores == sorted(scores, reverse=True)
+        assert one.token_ids == one.beams[0].token_ids
+        assert len({beam.token_ids for beam in one.beams}) == len(one.beams)
+    # A penalty makes long answers the better ones.
+    longer = model.generate(inputs, **options, length_penalty=3.0)
+    lengths = [[len(one.token_ids) for one in all] for all in (answers, longer)]
+    assert sum(lengths[0]) < sum(lengths[1])
+
+
+def test_beams_that_never_stop_are_whole(model, expected):
+    inputs = golden_prompts(expected)
+    answers = model.generate(inputs, stop_token_ids=None, beams=2, details=True)
+    greedy = model.generate(inputs, stop_token_ids=None, details=True)
+    for one, other in zip(answers, greedy, strict=True):
+        assert one.finish == "length" and len(one.token_ids) == 8
+        assert one.log_probability >= other.log_probability - 1e-3

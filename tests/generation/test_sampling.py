@@ -1,0 +1,199 @@
+"""How tokens are chosen: draws by options, refusals when they are given."""
+
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma.generation.choosing import sampled
+from keras_paligemma.generation.noise import gumbel
+from keras_paligemma.generation.options import Options
+from tests.helpers.tiny_models import golden_prompts
+
+
+@pytest.fixture(scope="module")
+def model(golden_backbone):
+    return PaliGemmaCausalLM(golden_backbone())
+
+
+@pytest.fixture(scope="module")
+def inputs(expected):
+    return golden_prompts(expected)
+
+
+def draw(logits, count=4000, **options):
+    """Draw from one row of logits many times."""
+    size = len(logits)
+    rows = Options(**options).seeded().rows(0, count, 1, size)
+    rows["seed"] = rows["seed"][:, 0]
+    logits_BV = np.broadcast_to(np.array(logits, "float32"), (count, size))
+    return ops.convert_to_numpy(
+        sampled(
+            ops.convert_to_tensor(logits_BV),
+            {key: ops.convert_to_tensor(one) for key, one in rows.items()},
+            ops.convert_to_tensor(3, "int32"),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"temperature": 1.0}, [0.4, 0.3, 0.2, 0.1]),
+        ({"temperature": 0.5}, [16, 9, 4, 1]),
+        ({"top_k": 2}, [4, 3, 0, 0]),
+        ({"top_p": 0.5}, [4, 3, 0, 0]),
+        ({"top_p": 0.71}, [4, 3, 2, 0]),
+        ({"top_k": 3, "top_p": 0.75}, [4, 3, 0, 0]),
+        ({"min_p": 0.4}, [4, 3, 2, 0]),
+        ({"temperature": 0}, [1, 0, 0, 0]),
+    ],
+)
+def test_draws_are_of_the_distribution(options, kept):
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    found = np.bincount(draw(logits, seed=5, **options), minlength=4) / 4000
+    wanted = np.array(kept) / np.sum(kept)
+    assert (found[wanted == 0] == 0).all()
+    # Five standard deviations of 4000 draws.
+    assert np.abs(found - wanted).max() < 5 * 0.5 / np.sqrt(4000)
+
+
+def test_noise_is_gumbels_and_no_neighbour_matters():
+    seeds = np.arange(50, dtype="int32") * 977
+    place = ops.convert_to_tensor(2, "int32")
+    noise = ops.convert_to_numpy(
+        gumbel(ops.convert_to_tensor(seeds), place, 997)
+    )
+    assert noise.mean() == pytest.approx(0.5772, abs=0.03)
+    assert noise.std() == pytest.approx(np.pi / 6**0.5, abs=0.03)
+    # Rows and columns know nothing of one another.
+    near = np.corrcoef(noise[:-1].ravel(), noise[1:].ravel())[0, 1]
+    assert abs(near) < 0.03
+    one = gumbel(ops.convert_to_tensor(seeds[7:8]), place, 997)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(one)[0], noise[7], rtol=1e-5
+    )
+
+
+def test_a_seed_repeats_its_answers_in_any_batch(model, inputs):
+    options = {"stop_token_ids": None, "temperature": 2.0, "top_p": 0.95}
+    wanted = model.generate(inputs, seed=3, **options)
+    np.testing.assert_array_equal(
+        model.generate(inputs, seed=3, batch_size=2, **options), wanted
+    )
+    one = {key: value[0] for key, value in inputs.items()}
+    np.testing.assert_array_equal(
+        model.generate(one, seed=3, **options), wanted[0]
+    )
+    assert (model.generate(inputs, seed=4, **options) != wanted).any()
+    # A seed and a temperature for each prompt.
+    greedy = model.generate(inputs, stop_token_ids=None)
+    mixed = options | {"temperature": [0, 2.0, 0, 2.0]}
+    found = model.generate(inputs, seed=3, **mixed)
+    np.testing.assert_array_equal(found[::2], greedy[::2])
+    np.testing.assert_array_equal(found[1::2], wanted[1::2])
+
+
+def test_several_answers_a_prompt(model, inputs):
+    options = {"stop_token_ids": None, "temperature": 1.5, "seed": 1}
+    found = model.generate(inputs, num_samples=3, details=True, **options)
+    assert [len(row) for row in found] == [3] * 4
+    assert len({one.token_ids for one in found[0]}) == 3
+    best = model.generate(inputs, best_of=3, details=True, **options)
+    for one, row in zip(best, found, strict=True):
+        assert one.log_probability == max(x.log_probability for x in row)
+
+
+def test_banned_tokens_are_the_originals(model, inputs, expected):
+    banned = expected["f32/decode_banned/mask_logits"]
+    found = model.generate(inputs, stop_token_ids=None, banned_token_ids=banned)
+    wanted = expected["f32/decode_banned/tokens"][:3]
+    np.testing.assert_array_equal(found[:3], wanted)
+
+
+def test_hooks_see_logits_and_state(model, inputs):
+    greedy = model.generate(inputs, stop_token_ids=None)
+
+    def second(logits_BV, state):
+        return ops.where(state.position == 1, -logits_BV, logits_BV)
+
+    found = model.generate(inputs, stop_token_ids=None, logits_hook=second)
+    np.testing.assert_array_equal(found[:3, 0], greedy[:3, 0])
+    assert (found[:3, 1] != greedy[:3, 1]).all()
+    twice = model.generate(
+        inputs, stop_token_ids=None, logits_hook=[second, second]
+    )
+    np.testing.assert_array_equal(twice, greedy)
+
+
+def test_alternatives_hold_what_was_chosen(model, inputs):
+    answers = model.generate(
+        inputs, stop_token_ids=None, alternatives=3, details=True
+    )
+    for one in answers[:3]:
+        assert [len(place) for place in one.alternatives] == [3] * 8
+        likeliest = [place[0].token_id for place in one.alternatives]
+        assert likeliest == list(one.token_ids)
+        found = [place[0].log_probability for place in one.alternatives]
+        np.testing.assert_allclose(found, one.log_probabilities, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "`temperature`.*0 or more. Received: -1"),
+        ({"temperature": float("nan")}, "`temperature`.*Received: nan"),
+        ({"top_p": 0}, "`top_p`.*more than 0, at most 1. Received: 0"),
+        ({"top_p": 1.5}, "`top_p`.*Received: 1.5"),
+        ({"top_k": 321}, "`top_k`.*1 to 320.*Received: 321"),
+        ({"top_k": 2.0}, "`top_k`.*Received: 2.0"),
+        ({"min_p": 2}, "`min_p`.*0 to 1. Received: 2"),
+        ({"seed": -1}, "`seed`.*Received: -1"),
+        ({"num_samples": 0}, "`num_samples`.*Received: 0"),
+        ({"beams": True}, "`beams`.*Received: True"),
+        ({"beams": 2, "temperature": 1.0}, "exclude each other"),
+        ({"length_penalty": 1.0}, "without beams"),
+        ({"banned_token_ids": [320]}, "`banned_token_ids`.*Received: 320"),
+        ({"temperature": [1.0]}, "`temperature` does not match.*Received: 1"),
+        ({"logits_hook": 3}, "function of logits and state"),
+        ({"stop_strings": [""]}, "`stop_strings`"),
+        ({"temprature": 1}, "Did you mean 'temperature'"),
+    ],
+)
+def test_options_that_mean_nothing(model, inputs, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(inputs, stop_token_ids=None, **options)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ("contrastive", "ContrastiveSampler.*loop of its own"),
+        (keras_hub.samplers.BeamSampler(return_all_beams=True), "details=True"),
+        (keras_hub.samplers.TopKSampler(k=321), "`top_k`.*Received: 321"),
+        (keras_hub.samplers.TopPSampler(p=2.0), "`top_p`.*Received: 2.0"),
+        (keras_hub.samplers.RandomSampler(temperature=-1.0), "`temperature`"),
+    ],
+)
+def test_samplers_that_cannot_choose(model, sampler, message):
+    before = model.sampler
+    with pytest.raises(ValueError, match=message):
+        model.compile(sampler=sampler)
+    assert model.sampler is before
+
+
+def test_samplers_of_keras_hub_draw_on(golden_backbone, inputs):
+    """Their generator goes on from call to call; temperature 0 is greedy."""
+    model = PaliGemmaCausalLM(golden_backbone())
+    greedy = model.generate(inputs, stop_token_ids=None)
+    sampler = keras_hub.samplers.RandomSampler(temperature=2.0, seed=1)
+    model.compile(sampler=sampler)
+    first, second = (
+        model.generate(inputs, stop_token_ids=None) for _ in range(2)
+    )
+    assert (first != second).any()
+    model.compile(sampler=keras_hub.samplers.RandomSampler(temperature=0.0))
+    np.testing.assert_array_equal(
+        model.generate(inputs, stop_token_ids=None), greedy
+    )

@@ -1,0 +1,97 @@
+"""Scores, embeddings, pictures that are encoded once, text alone."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_paligemma import PaliGemmaCausalLM
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model()
+
+
+def test_scores_are_what_the_loss_is(model, examples):
+    scores = model.score(examples)
+    # One example, since the loss is a mean of means.
+    for row in range(2):
+        one = {key: value[row : row + 1] for key, value in examples.items()}
+        loss = model.evaluate(one, verbose=0, return_dict=True)["loss"]
+        [answer] = model.score(one, details=True)
+        assert answer.token_ids[-1] == 1
+        assert answer.text == examples["responses"][row]
+        assert answer.mean_log_probability == pytest.approx(-loss, rel=0.02)
+        assert scores[row] == pytest.approx(answer.log_probability, rel=1e-4)
+    np.testing.assert_allclose(
+        model.score(examples, batch_size=3), scores, rtol=1e-5
+    )
+    single = {key: value[0] for key, value in examples.items()}
+    assert model.score(single) == pytest.approx(scores[0], rel=1e-5)
+
+
+def test_scores_are_log_probabilities_of_answers(model, examples):
+    """An answer that ends where `score` ends it: with eos as the last token."""
+    asked = {key: examples[key] for key in ("images", "prompts")}
+    wanted = [*model.preprocessor.tokenizer.tokenize("a cat"), 1]
+
+    def forced(logits_BV, state):
+        token = ops.take(np.array(wanted, "int32"), state.position)
+        ids_V = ops.arange(logits_BV.shape[1], dtype="int32")
+        return ops.where(ids_V == token, logits_BV, -1e30)
+
+    answers = model.generate(asked, details=True, logits_hook=forced)
+    assert [list(one.token_ids) for one in answers] == [wanted] * 4
+    texts = [one.text for one in answers]
+    scored = model.score(asked | {"responses": texts}, details=True)
+    for one, two in zip(answers, scored, strict=True):
+        assert one.token_ids == two.token_ids
+        np.testing.assert_allclose(
+            one.log_probabilities, two.log_probabilities, atol=1e-5
+        )
+
+
+def test_a_picture_is_encoded_once(model, examples):
+    picture = examples["images"][0]
+    seen = model.encode(picture)
+    assert seen.shape == (9, 64) and not seen.flags.writeable
+    prompts = examples["prompts"]
+    wanted = model.generate({"images": [picture] * 4, "prompts": prompts})
+    found = model.generate({"image_embeddings": seen, "prompts": prompts})
+    assert found == wanted
+    each = model.encode(examples["images"], batch_size=3)
+    assert each.shape == (4, 9, 64)
+    np.testing.assert_allclose(each[0], seen, atol=1e-5)
+    found = model.generate({"image_embeddings": each, "prompts": prompts})
+    assert found == model.generate(
+        {"images": examples["images"], "prompts": prompts}
+    )
+
+
+def test_text_alone(model, examples):
+    alone = {"images": None, "prompts": examples["prompts"]}
+    found = model.generate(alone)
+    assert [isinstance(one, str) for one in found] == [True] * 4
+    with pytest.raises(ValueError, match="'images': None.*Received: keys"):
+        model.generate({"prompts": examples["prompts"]})
+
+
+def test_embeddings(model, examples):
+    asked = {key: examples[key] for key in ("images", "prompts")}
+    found = model.embed(asked)
+    assert found["hidden_states"].shape == (4, 9 + 12, 64)
+    assert found["padding_mask"].sum(axis=1).min() > 9
+    np.testing.assert_allclose(
+        found["image_embeddings"], model.encode(examples["images"]), atol=1e-5
+    )
+    one = model.embed({key: value[2] for key, value in asked.items()})
+    real = one["padding_mask"]
+    np.testing.assert_allclose(
+        one["hidden_states"][real], found["hidden_states"][2][real], atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("method", ["score", "encode", "embed", "stream"])
+def test_what_reads_text_needs_a_preprocessor(model, method):
+    with pytest.raises(ValueError, match="preprocessor.*Expected"):
+        getattr(PaliGemmaCausalLM(model.backbone), method)({})

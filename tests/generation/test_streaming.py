@@ -1,0 +1,84 @@
+"""Text as it comes, and text that ends an answer."""
+
+import keras
+import pytest
+
+from keras_paligemma.generation.texts import cut
+from keras_paligemma.generation.texts import settled
+
+
+@pytest.fixture(scope="module")
+def nano():
+    from keras_paligemma import PaliGemmaCausalLM
+
+    return PaliGemmaCausalLM.from_preset("pali_gemma2_nano_112")
+
+
+@pytest.fixture
+def asked(examples):
+    prompts = ["caption en", "detect cat", "answer en how many dog?", "ocr"]
+    return {"images": examples["images"], "prompts": prompts}
+
+
+def test_pieces_are_the_answers(nano, asked):
+    wanted = nano.generate(asked, max_new_tokens=12)
+    pieces = list(nano.stream(asked, max_new_tokens=12, chunk=3))
+    assert ["".join(row) for row in zip(*pieces, strict=True)] == wanted
+    assert len(pieces) > 2
+    one = {key: value[0] for key, value in asked.items()}
+    pieces = list(nano.stream(one, max_new_tokens=12, chunk=3))
+    assert all(isinstance(piece, str) for piece in pieces)
+    assert "".join(pieces) == wanted[0]
+
+
+def test_who_does_not_stream_has_one_program(nano, asked):
+    programs = nano.make_generate_function()
+    nano.generate(asked, max_new_tokens=12)
+    before = programs.compilations()
+    list(nano.stream(asked, max_new_tokens=12, chunk=3))
+    compiled = programs.compilations()
+    list(nano.stream(asked, max_new_tokens=7, chunk=2))
+    assert programs.compilations() == compiled
+    assert compiled <= before + 2 * (keras.backend.backend() != "torch")
+
+
+def test_stop_strings_end_answers(nano, asked):
+    wanted = nano.generate(asked, max_new_tokens=12, details=True)
+    stop = wanted[0].text[5:8]
+    found = nano.generate(
+        asked, max_new_tokens=12, stop_strings=stop, details=True
+    )
+    for one, whole in zip(found, wanted, strict=True):
+        assert one.text == cut(whole.text, (stop,))
+        size = len(one.token_ids)
+        assert one.token_ids == whole.token_ids[:size]
+        if one.text == whole.text:
+            assert one.finish == whole.finish
+        else:
+            assert one.finish == "stop_string" and size < len(whole.token_ids)
+    pieces = list(nano.stream(asked, max_new_tokens=12, stop_strings=[stop]))
+    texts = ["".join(row) for row in zip(*pieces, strict=True)]
+    assert texts == [one.text for one in found]
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "wanted"),
+    [
+        ("a cat", (), "a cat"),
+        ("a cat\ufffd", (), "a cat"),
+        ("one.", (".\n",), "one"),
+        ("one.\ntwo", (".\n",), "one"),
+        ("abab", ("abc",), "ab"),
+    ],
+)
+def test_what_is_settled(text, stops, wanted):
+    assert settled(text, stops) == wanted
+
+
+def test_streams_that_cannot_be(nano, asked):
+    with pytest.raises(ValueError, match="`chunk`.*Received: 0"):
+        nano.stream(asked, chunk=0)
+    with pytest.raises(ValueError, match="one answer a prompt.*beams"):
+        nano.stream(asked, beams=2)
+    with pytest.raises(ValueError, match="one of them"):
+        nano.generate(asked, beams=2, stop_strings=["."])
