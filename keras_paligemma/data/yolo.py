@@ -5,7 +5,6 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from keras_paligemma.data.examples import located
 from keras_paligemma.data.object_set import Annotation
 from keras_paligemma.data.object_set import ObjectSet
 from keras_paligemma.data.object_set import Picture
@@ -52,11 +51,7 @@ def read(path: Path, image_folder: str | None = None, split="train"):
     )
     labels = [_labels_of(file) for file in files]
     pictures = [
-        Picture(
-            os.path.relpath(file, home),
-            _read_labels(label, classes),
-            place=os.path.relpath(label, home),
-        )
+        _read_picture(file, label, home, classes)
         for file, label in zip(files, labels, strict=True)
     ]
     known = set(labels)
@@ -203,16 +198,20 @@ def _labels_of(file):
     return beside if beside.is_file() and not moved.is_file() else moved
 
 
-def _read_labels(file, classes):
-    if not file.is_file():
-        return ()
-    with located(os.fspath(file)):
-        lines = file.read_text("utf-8-sig").split("\n")
-    return tuple(
+def _read_picture(file, label, home, classes):
+    lines, problem = [], ""
+    try:
+        if label.is_file():
+            lines = label.read_text("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"The labels cannot be read. Received: {error}."
+    annotations = tuple(
         _annotation(line.split(), f"line {number}", classes)
         for number, line in enumerate(lines, 1)
         if line.strip()
     )
+    name, place = (os.path.relpath(one, home) for one in (file, label))
+    return Picture(name, annotations, place=place, problem=problem)
 
 
 def _annotation(words, place, classes):
