@@ -23,7 +23,9 @@ _EXPECTED = (
 )
 
 
-def read(path: Path, image_folder: str | None = None, split="train"):
+def read(
+    path: Path, image_folder: str | None = None, split: str = "train"
+) -> ObjectSet:
     """Read boxes or polygons in YOLO's text files as a set of objects.
 
     Label files lie beside their pictures, or in a folder `labels` where the
@@ -93,7 +95,7 @@ def write(objects: ObjectSet, folder: Path, masks: bool) -> Counter:
                 continue
             if one.score is not None:
                 values = [*values, one.score]
-            texts = [f"{round(value, _DIGITS):.10g}" for value in values]
+            texts = [f"{value:.{_DIGITS}g}" for value in values]
             lines.append(" ".join([str(numbers[one.label]), *texts]) + "\n")
             lost["marks of crowds"] += one.is_crowd
             lost["fields of other formats"] += has_fields(one.extra)
