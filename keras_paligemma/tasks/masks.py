@@ -130,10 +130,11 @@ def from_segmentation(
 def check_segmentation(segmentation: Sequence | Mapping, size: tuple[int, int]):
     """Refuse what `from_segmentation` would, without drawing polygons.
 
-    Args and errors are those of `from_segmentation`.
+    Args and errors are those of `from_segmentation`; run lengths of no pixel
+    are refused, too.
     """
     if isinstance(segmentation, Mapping):
-        from_rle(segmentation, size)
+        bounds(from_rle(segmentation, size))
         return
     if not isinstance(segmentation, Sequence) or isinstance(segmentation, str):
         from_segmentation(segmentation, size)
