@@ -33,8 +33,9 @@ dist: .venv/for-test
 # alone writes; the others what a backend can change. Tests are many small models,
 # so two processes of one thread each are fastest, and most of their time is
 # compiling: without LLVM's optimizations it is half as long, and what one process
-# compiled the others read from a cache, as the next run does. Each process takes neighbouring tests, which share fixtures and compiled
-# functions. Demo, notebooks and benchmarks run with the optimizations.
+# compiled the others read from a cache, as the next run does. Each process takes
+# neighbouring tests, which share fixtures and compiled functions. Demo, notebooks
+# and benchmarks run with the optimizations.
 backends: export XLA_FLAGS ?= --xla_backend_optimization_level=0 \
 	--xla_llvm_disable_expensive_passes=true
 backends: export JAX_COMPILATION_CACHE_DIR ?= \
