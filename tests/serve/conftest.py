@@ -1,7 +1,6 @@
 """An application around a tiny model, and around one that computes nothing."""
 
 import pytest
-
 from starlette.testclient import TestClient
 
 from keras_paligemma.serve.app import make_app
