@@ -18,6 +18,7 @@ from keras_paligemma.cli import export
 from keras_paligemma.cli import finetune
 from keras_paligemma.cli import inspect
 from keras_paligemma.cli import plan
+from keras_paligemma.cli import serve
 from keras_paligemma.cli.environment import command_environment
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.command()(export.export)
 app.command()(evaluate.evaluate)
 app.command()(benchmarks.benchmarks)
 app.add_typer(data.data, name="data")
+app.command()(serve.serve)
 
 
 def main():
