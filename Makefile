@@ -44,7 +44,8 @@ backends: export JAX_COMPILATION_CACHE_DIR ?= \
 backends: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 backends: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
-BY_BACKEND := tests/layers tests/models tests/quantization tests/tuning \
+BY_BACKEND := tests/layers tests/generation tests/models tests/quantization \
+	tests/tuning \
 	tests/preprocessing/test_inputs.py \
 	tests/preprocessing/test_preprocessor.py \
 	tests/checkpoints/test_formats.py tests/data/test_fit.py \
@@ -78,5 +79,6 @@ notebooks: .venv/for-test
 
 .venv/for-test: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt \
-		-e ".[jax,export,targets,torch,train,plan,eval,metrics,hf,notebooks,dev]"
+		-e ".[jax,torch,export,targets,train,data,plan,eval,metrics,hf,serve]" \
+		-e ".[notebooks,dev]"
 	touch $@
