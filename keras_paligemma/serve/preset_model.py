@@ -78,7 +78,7 @@ class PresetModel:
     def warm_up(self, largest):
         """Compile all sizes of batches: likeliest and drawn, at once and by
         pieces."""
-        size = self.model.backbone.image_size
+        size = self.model.preprocessor.image_converter.image_size
         inputs = self.model.preprocessor.generate_preprocess(
             {"images": np.zeros((*size, 3), "uint8"), "prompts": "caption en"}
         )

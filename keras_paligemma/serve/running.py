@@ -1,5 +1,6 @@
 """The process of a server."""
 
+import logging
 import socket
 
 import uvicorn
@@ -16,6 +17,8 @@ def run(app, host, port, limits):
         port: int; 0 takes a free one, which is printed.
         limits: `Limits`.
     """
+    # Commands are quiet; whoever runs a server reads what failed.
+    logging.disable(logging.NOTSET)
     config = uvicorn.Config(
         app,
         host=host,

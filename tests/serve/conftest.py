@@ -17,8 +17,7 @@ def model():
 @pytest.fixture(scope="package")
 def client(model):
     served = PresetModel(model)
-    served.warm_up = lambda largest: None
-    app = make_app(served, "tiny", largest=4, milliseconds=20)
+    app = make_app(served, "tiny", largest=1, milliseconds=20)
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 
