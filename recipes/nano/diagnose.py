@@ -10,6 +10,7 @@ import argparse
 
 import numpy as np
 
+from keras_paligemma.layers.attention import rotate
 from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
 from recipes.nano import evaluate
 from recipes.nano import scenes
@@ -156,11 +157,11 @@ def attention_on_objects(model, examples):
     )
     which = patches(examples)
     arguments = decoder.arguments_of_blocks(mask, positions)
-    angles = arguments["angles"] if isinstance(arguments, dict) else arguments[1]
+    angles = (
+        arguments["angles"] if isinstance(arguments, dict) else arguments[1]
+    )
     found = {"patches": share_of((which >= 0) * 1.0, which, named)}
     config = decoder.config
-    from keras_paligemma.layers.attention import rotate
-
     for number, block in enumerate(decoder.blocks.each_block()):
         attention = block.attention
         normed = block.pre_attention_norm(x_BLD)
@@ -175,7 +176,9 @@ def attention_on_objects(model, examples):
             if attention.logit_soft_cap:
                 cap = attention.logit_soft_cap
                 logits = cap * np.tanh(logits / cap)
-            weights = np.exp(logits[:, :count] - logits[:, :count].max(1)[:, None])
+            weights = np.exp(
+                logits[:, :count] - logits[:, :count].max(1)[:, None]
+            )
             found[f"layer {number} head {head}"] = share_of(
                 weights, which, named
             )

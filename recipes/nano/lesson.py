@@ -296,9 +296,7 @@ class SoftLocationLoss(keras.losses.Loss):
         distance = bins - ops.cast(place, "float32")[..., None]
         share = ops.exp(-0.5 * ops.square(distance / LOCATION_SPREAD))
         total = ops.maximum(ops.sum(share, axis=-1, keepdims=True), 1e-6)
-        soft = -ops.sum(
-            share / total * log[..., self.first : last], axis=-1
-        )
+        soft = -ops.sum(share / total * log[..., self.first : last], axis=-1)
         is_location = ops.logical_and(place >= 0, targets < last)
         return ops.where(is_location, soft, hard)
 

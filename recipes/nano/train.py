@@ -105,13 +105,13 @@ ALL = {
 }
 STAGES = (
     Stage("encoder", 120, (1.5e-3, 1e-4), 48, 1, 64, 6, 1, 0.0, FIND),
-    Stage("decoder", 24, (1.2e-3, 8e-4), 16, 2, 16, 6, 2, 0.0, FIND),
-    Stage("decoder", 60, (8e-4, 2e-4), 12, 4, 32, 24, 1, 0.35, ALL),
-    Stage("both", 20, (3e-4, 1e-5), 12, 4, 64, 24, 1, 0.35, ALL),
+    Stage("decoder", 18, (1.2e-3, 8e-4), 16, 2, 16, 6, 2, 0.0, FIND),
+    Stage("both", 20, (6e-4, 1e-4), 16, 3, 24, 24, 1, 0.35, ALL),
+    Stage("both", 3, (1e-4, 1e-5), 16, 3, 64, 24, 1, 0.35, ALL),
 )
 
 # The dense targets first: answers follow once objects are found.
-LOSS_WEIGHTS = {"tokens": 1.0, "places": 3.0, "names": 1.0, "boxes": 1.0}
+LOSS_WEIGHTS = {"tokens": 1.0, "places": 3.0, "names": 1.0, "boxes": 3.0}
 
 
 def build():
@@ -171,7 +171,10 @@ def compile_for(trained, stage, model):
     table = ops.convert_to_numpy(model.backbone.token_embedding.table)
     rows = table[location : location + scenes.LOCATIONS]
     cross_entropy = keras.losses.SparseCategoricalCrossentropy(True)
-    losses = {"names": cross_entropy, "boxes": lesson.RowLoss(rows / rows.std())}
+    losses = {
+        "names": cross_entropy,
+        "boxes": lesson.RowLoss(rows / rows.std()),
+    }
     if stage.trains != "encoder":
         losses["tokens"] = lesson.SoftLocationLoss(location)
         losses["places"] = cross_entropy

@@ -1,6 +1,5 @@
 """Tests of what the nano preset is asked and of a step's arrays."""
 
-
 import keras
 import numpy as np
 import pytest
