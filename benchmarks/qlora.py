@@ -23,7 +23,7 @@ from recipes.nano import scenes
 from recipes.nano.evaluate import evaluate
 from recipes.nano.fetch import HELD_OUT_STYLES
 
-MEASURES = ("caption_single", "caption", "detect_iou")
+MEASURES = ("caption_single exact", "caption exact", "detect iou")
 
 
 class Scenes(keras.utils.PyDataset):
@@ -61,7 +61,7 @@ def train(base, sprites, classes, arguments):
     """Fine-tune one model, and score it before and after."""
     keras.utils.set_random_seed(0)
     model = PaliGemmaCausalLM.from_preset(
-        "pali_gemma2_nano_112", response_length=16, **base
+        "pali_gemma2_nano_112", response_length=24, **base
     )
 
     def scores():

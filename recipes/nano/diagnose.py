@@ -13,12 +13,13 @@ import numpy as np
 from keras_paligemma.layers.attention import rotate
 from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
 from recipes.nano import evaluate
+from recipes.nano import lesson
 from recipes.nano import scenes
 from recipes.nano.fetch import CLASSES
 from recipes.nano.fetch import DEFAULT_CACHE
 from recipes.nano.fetch import TRAINED_STYLES
 
-SIDE = 8
+# Of the variance of a token's values: the probe's penalty.
 RIDGE = 1e-2
 
 
@@ -59,7 +60,7 @@ def which_object(examples, responses):
         asked = example["prompt"].removeprefix("detect ")
         found = evaluate.read_boxes(response, asked, len(example["image"]))
         box = found[0] if found else (0, 0, 0, 0)
-        here = {n: scenes.overlap(b, box) for n, b in example["objects"]}
+        here = {n: scenes.overlap(b, box) for n, b, *_ in example["objects"]}
         overlaps.append(here.pop(asked))
         right.append(overlaps[-1] >= 0.5)
         other.append(max(here.values(), default=0) >= 0.5)
@@ -72,14 +73,10 @@ def which_object(examples, responses):
 
 
 def patches(examples):
-    """Say of each patch's middle which object is there: (B, I), -1 for none."""
-    middles = (np.arange(SIDE) + 0.5) * len(examples[0]["image"]) / SIDE
-    y, x = (g.ravel() for g in np.meshgrid(middles, middles, indexing="ij"))
-    which = np.full((len(examples), SIDE**2), -1)
-    for row, example in enumerate(examples):
-        for number, (_, (y1, x1, y2, x2)) in enumerate(example["objects"]):
-            which[row, (y1 <= y) & (y < y2) & (x1 <= x) & (x < x2)] = number
-    return which
+    """Say which object is at each patch's middle: (B, I), -1 for none."""
+    return np.stack(
+        [lesson.object_of_patches(example["objects"]) for example in examples]
+    )
 
 
 def pictures(examples):
@@ -106,7 +103,7 @@ def probe(backbone, fitted, tested):
         features, names, boxes = [], [], []
         for row, example in enumerate(examples):
             for place in np.flatnonzero(which[row] >= 0):
-                name, box = example["objects"][which[row, place]]
+                name, box, *_ = example["objects"][which[row, place]]
                 features.append(np.append(tokens[row, place], 1))
                 names.append(list(CLASSES).index(name))
                 boxes.append(box)
@@ -149,7 +146,7 @@ def attention_on_objects(model, examples):
     last = count + np.argmax(np.asarray(inputs["response_mask"]), axis=1) - 1
     named = np.array(
         [
-            [name for name, _ in example["objects"]].index(
+            [name for name, *_ in example["objects"]].index(
                 example["prompt"].removeprefix("detect ")
             )
             for example in examples

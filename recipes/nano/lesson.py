@@ -3,9 +3,10 @@
 The published preset's decoder did not look at the object that it was asked for
 (`recipes.nano.diagnose`): location tokens are learnt from four numbers a box,
 and a box of another object is nearly as good a guess. So beside the answer's
-tokens each image token inside of the decoder is asked whether the answer
-mentions its object, and at which place: 64 targets an example that depend on
-the prompt alone. The heads that say so are dropped after the training.
+tokens each image token inside of the decoder is asked which label of the prompt
+its object is, if any: up to 64 targets an example that say what to look for. Of
+captions, which have no labels, it is asked for its object's place in the row.
+The heads that say so are dropped after the training.
 """
 
 import keras
@@ -20,8 +21,8 @@ from recipes.nano.fetch import TRAINED_STYLES
 SIZE, PATCH = 112, 14
 SIDE = SIZE // PATCH
 
-# Places of the answer that an object can have; 0 is for none.
-PLACES = 1 + questions.MAX_BOXES
+# Labels, or places in a row, that an object can have; 0 is for none.
+PLACES = 1 + max(questions.MAX_LABELS, questions.MAX_BOXES)
 
 # The block of the decoder after which image tokens know their place.
 PLACES_AFTER = 1

@@ -26,8 +26,8 @@ class Question(NamedTuple):
         prompt: str.
         response: str.
         mentioned: list of lists of ints. The objects, by their numbers in the
-            scene, that the answer speaks of first, second and so on; a count
-            speaks of all at once.
+            scene, of each label of the prompt; of a caption, which has no
+            labels, one after another.
     """
 
     prompt: str
@@ -112,7 +112,8 @@ def _numbers(objects, name):
 
 def _boxes(rng, objects, asked, size, verb, codes):
     """Answer with boxes in the order of the labels, then left to right."""
-    numbers = [i for name in asked for i in _numbers(objects, name)]
+    mentioned = [_numbers(objects, name) for name in asked]
+    numbers = [i for several in mentioned for i in several]
     if len(numbers) > MAX_BOXES:
         return None
     found = []
@@ -121,7 +122,7 @@ def _boxes(rng, objects, asked, size, verb, codes):
         outline = codes[style, name] if codes else ""
         found.append(f"{scenes.location_tokens(box, size)}{outline} {name}")
     prompt = f"{verb} {' ; '.join(asked)}"
-    return Question(prompt, " ; ".join(found), [[i] for i in numbers])
+    return Question(prompt, " ; ".join(found), mentioned)
 
 
 TASKS = {
