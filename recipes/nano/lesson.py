@@ -43,6 +43,9 @@ BACKGROUND_WEIGHT = 0.3
 # is nine bins off and nearly right, and the loss should say so.
 LOCATION_SPREAD = 6.0
 
+# The targets of the encoder.
+OF_PATCHES = ("names", "boxes")
+
 # Patches of one object that a decoder sees at least, if it does not see all.
 PATCHES_KEPT = 5
 
@@ -95,9 +98,12 @@ class Lessons(keras.utils.PyDataset):
             )
         which = [object_of_patches(objects) for _, objects in pictures]
         kept = [some_patches(rng, one, self.stage.patches) for one in which]
-        return batch(
+        x, y, w = batch(
             pictures, asked, np.stack(which), np.stack(kept), self.preprocessor
         )
+        if self.stage.trains == "encoder":
+            y, w = ({name: d[name] for name in OF_PATCHES} for d in (y, w))
+        return x, y, w
 
 
 def batch(pictures, asked, which, kept, preprocessor):

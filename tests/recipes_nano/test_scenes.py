@@ -4,6 +4,7 @@ import json
 import re
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import sentencepiece as spm
 from PIL import Image
 from PIL import ImageDraw
 
+from recipes.nano import card
 from recipes.nano import evaluate
 from recipes.nano import fetch
 from recipes.nano import scenes
@@ -385,3 +387,18 @@ def test_boxes_of_other_classes_do_not_count():
     text = "<loc0000><loc0000><loc1023><loc1023> cat ; <loc0000> dog"
     assert evaluate.read_boxes(text, "cat", 112) == [[0, 0, 112, 112]]
     assert evaluate.read_boxes(text, "dog", 112) == []
+
+
+def test_the_card_and_its_sheet(sprites, monkeypatch):
+    monkeypatch.setattr(card, "CLASSES", dict.fromkeys(CLASSES))
+    monkeypatch.setattr(card, "TRAINED_STYLES", STYLES)
+    answers = iter(["a gem", "1 of them"])
+
+    def generate(inputs, max_new_tokens):
+        return [next(answers, "") for _ in inputs["prompts"]]
+
+    monkeypatch.setattr(card, "SHOWN", {"caption": 1, "count": 1})
+    picture = card.sheet(SimpleNamespace(generate=generate), sprites)
+    assert picture.size == (2 * 456 + 8, 508)
+    scores = {"trained": {"several iou": 0.5}, "held-out": {"several iou": 0.2}}
+    assert card.table(scores) == "| several labels: mean IoU | 0.500 | 0.200 |"
