@@ -1,8 +1,9 @@
-"""Writes the nano preset's card and sheet: `python -m recipes.nano.card`.
+"""Publishes the nano preset: `python -m recipes.nano.card --trained FOLDER`.
 
-The card, `README.md` in the preset's folder, has the scores of
-`recipes.nano.evaluate`; the sheet, `docs/nano_preset.png`, shows the first
-scenes of a seed, right answers and wrong ones as they come.
+Weights go from the last folder of `recipes.nano.train` to `presets/`. The card,
+`README.md` in the preset's folder, has the scores of `recipes.nano.evaluate`;
+the sheet, `docs/nano_preset.png`, shows the first scenes of a seed, right
+answers and wrong ones as they come.
 """
 
 import argparse
@@ -93,9 +94,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--trained", help="a folder of weights to publish")
     options = parser.parse_args()
     sprites = scenes.load_sprites(options.cache)
-    model = PaliGemmaCausalLM.from_preset(FOLDER)
+    model = PaliGemmaCausalLM.from_preset(options.trained or FOLDER)
+    if options.trained:
+        model.save_to_preset(FOLDER)
     sheet(model, sprites).quantize(64).save(SHEET, optimize=True)
     results = evaluate.evaluate(
         model.generate,
