@@ -106,8 +106,8 @@ ALL = {
 STAGES = (
     Stage("encoder", 120, (1.5e-3, 1e-4), 48, 1, 64, 6, 1, 0.0, FIND),
     Stage("decoder", 18, (1.2e-3, 8e-4), 16, 2, 16, 6, 2, 0.0, FIND),
-    Stage("both", 60, (6e-4, 1e-4), 16, 3, 24, 24, 1, 0.35, ALL),
-    Stage("both", 10, (1e-4, 1e-5), 16, 3, 64, 24, 1, 0.35, ALL),
+    Stage("both", 28, (6e-4, 3.6e-4), 16, 3, 24, 24, 1, 0.35, ALL),
+    Stage("both", 40, (4e-4, 1e-5), 16, 3, 64, 24, 1, 0.35, ALL),
 )
 
 # The dense targets first: answers follow once objects are found.
