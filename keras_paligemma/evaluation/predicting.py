@@ -1,4 +1,4 @@
-"""Answers to all samples, batch by batch, on all devices and hosts."""
+"""Predictions of all samples, batch by batch, on all devices and hosts."""
 
 import contextlib
 import os
@@ -15,11 +15,11 @@ PREDICTIONS = "predictions.jsonl"
 def predict(
     model, benchmark, samples, output, batch_size, shard=(0, 1), progress=True
 ) -> None:
-    """Answer all samples that have no prediction in `output` yet.
+    """Predict all samples that have no prediction in `output` yet.
 
     Args:
         model, benchmark, samples, output, batch_size, shard, progress: as
-            `evaluate` takes them, of this host.
+            `evaluate` takes them, on this host.
     """
     index, parts = shard
     own = _rows_of(len(samples), batch_size, index, parts)
@@ -31,7 +31,7 @@ def predict(
             return
         path = output / f"predictions-{index}-of-{parts}.jsonl"
     done = files.resume(path, ids, batch_size)
-    # All hosts compute together, so they begin at a batch that none has.
+    # Hosts compute each batch together, so all start where the slowest stopped.
     begun = compat.least(steps if done == len(ids) else done // batch_size)
     files.resume(path, ids, batch_size, begun * batch_size)
     bar = _bar(benchmark, steps, progress)
@@ -39,7 +39,7 @@ def predict(
         advance(begun)
         for step in range(begun, steps):
             rows = own[step * batch_size : (step + 1) * batch_size]
-            # The last batch is filled up: one shape is compiled once.
+            # The last batch is padded, so that only one shape is compiled.
             fill = rows or [len(samples) - 1]
             padded = (rows + fill * batch_size)[:batch_size]
             texts = _answers(model, benchmark, samples, padded)
@@ -52,7 +52,7 @@ def predict(
 
 
 def _rows_of(count, batch_size, index, parts):
-    """Numbers of the samples of one part: its piece of each batch of all."""
+    """Return the rows of one part: its slice of each global batch."""
     step = batch_size * parts
     return [
         row
@@ -62,7 +62,7 @@ def _rows_of(count, batch_size, index, parts):
 
 
 def _answers(model, benchmark, samples, rows):
-    """Answer some samples; a picture that fails is named by its id."""
+    """Predict some samples; an error names the sample that caused it."""
     found = [samples[row] for row in rows]
     inputs = {
         "images": [sample.images for sample in found],
@@ -84,7 +84,7 @@ def _answers(model, benchmark, samples, rows):
 
 @contextlib.contextmanager
 def _decoding(model, beams):
-    """Search with beams meanwhile; with one, as the model is compiled."""
+    """Use beam search in this context, unless the benchmark has one beam."""
     if beams == 1:
         yield
         return
@@ -100,13 +100,13 @@ def _decoding(model, beams):
 
 
 def _writes(parts):
-    """Whether this process is the first of those that share its part."""
+    """Return whether this process is the first of those with the same part."""
     index, count = compat.process()
     return index % max(count // parts, 1) == 0
 
 
 def _merge(output, ids, parts):
-    """Put the files of all hosts into one, in the order of the samples."""
+    """Merge the files of all hosts, in the order of the samples."""
     compat.wait_for_all("predictions of all parts")
     if compat.process()[0] == 0:
         found = {}
@@ -124,7 +124,7 @@ def _merge(output, ids, parts):
 
 @contextlib.contextmanager
 def _bar(benchmark, steps, shown):
-    """Show how far the run is and how long it takes, where someone looks on."""
+    """Show a progress bar if standard error is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn
     from rich.progress import MofNCompleteColumn
