@@ -16,6 +16,7 @@ from keras_paligemma.cli import data
 from keras_paligemma.cli import evaluate
 from keras_paligemma.cli import export
 from keras_paligemma.cli import finetune
+from keras_paligemma.cli import generate
 from keras_paligemma.cli import inspect
 from keras_paligemma.cli import plan
 from keras_paligemma.cli import serve
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(inspect.inspect)
 app.command()(convert.convert)
+app.command()(generate.generate)
 app.command()(finetune.finetune)
 app.command()(plan.plan)
 app.command()(export.export)
