@@ -81,4 +81,4 @@ def evaluate(
 
 def _given(**options):
     """Drop options that are `None`, so that the function's defaults apply."""
-    return {name: one for name, one in options.items() if one is not None}
+    return {name: value for name, value in options.items() if value is not None}

@@ -53,7 +53,9 @@ def generate(
         from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
     data_parallel(multi_host)
     options = {"dtype": dtype, "quantize": quantize}
-    options = {name: one for name, one in options.items() if one is not None}
+    options = {
+        name: value for name, value in options.items() if value is not None
+    }
     model = PaliGemmaCausalLM.from_preset(preset, **options)
     if adapter is not None:
         model.load_adapter(adapter)

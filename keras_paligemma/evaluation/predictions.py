@@ -115,8 +115,8 @@ def append(path: Path, rows: Iterable[tuple[str, str]]) -> None:
 
 def _parse(line, place):
     try:
-        one = json.loads(line)
-        id, text = one["id"], one["prediction"]
+        record = json.loads(line)
+        id, text = record["id"], record["prediction"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{place} is no prediction. Expected: "

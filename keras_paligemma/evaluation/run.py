@@ -163,7 +163,7 @@ def evaluate(
     result = Evaluation(
         benchmark,
         len(samples),
-        {name: scale * one for name, one in scores.values().items()},
+        {name: scale * value for name, value in scores.values().items()},
         {
             name: (scale * low, scale * high)
             for name, (low, high) in scores.intervals().items()

@@ -154,8 +154,8 @@ def _averaged(function, texts, columns, arguments, groups):
         part = function(
             [texts[row] for row in here],
             **{
-                name: [one[row] for row in here]
-                for name, one in columns.items()
+                name: [values[row] for row in here]
+                for name, values in columns.items()
             },
             **arguments,
         )

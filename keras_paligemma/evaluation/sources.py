@@ -192,7 +192,11 @@ def _spoken(benchmark, records, folder):
             f"{folder} lacks languages of {benchmark.name}. Expected: "
             f"{list(benchmark.languages)}. Missing: {sorted(missing)}."
         )
-    rows = [n for n, one in enumerate(spoken) if one in benchmark.languages]
+    rows = [
+        n
+        for n, language in enumerate(spoken)
+        if language in benchmark.languages
+    ]
     if isinstance(records, list):
         return [records[row] for row in rows]
     return Picked([records], rows)

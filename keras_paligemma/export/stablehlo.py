@@ -33,8 +33,8 @@ def write(model, folder):
         variable.path: variable for variable in model.backbone.variables
     }
     weights = {
-        path: jax.ShapeDtypeStruct(one.shape, one.dtype)
-        for path, one in variables.items()
+        path: jax.ShapeDtypeStruct(variable.shape, variable.dtype)
+        for path, variable in variables.items()
     }
     (batch,) = export.symbolic_shape("batch")
     inputs = {
@@ -59,7 +59,7 @@ def write(model, folder):
     (folder / ENTRY).write_bytes(exported(greedy_ids))
     write_safetensors(
         folder,
-        ((path, to_host(one)) for path, one in variables.items()),
+        ((path, to_host(variable)) for path, variable in variables.items()),
         max_shard_size=np.inf,
     )
 

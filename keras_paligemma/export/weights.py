@@ -44,16 +44,18 @@ class Weights:
             for variable in weight.variables
         ]
         self._pieces = [
-            one for one in self._adapter_weights if "scale" not in one
+            name for name in self._adapter_weights if "scale" not in name
         ]
-        self.base = [_empty(one.shape, one.dtype) for one in self._base]
+        self.base = [
+            _empty(variable.shape, variable.dtype) for variable in self._base
+        ]
         # The axis of adapters comes first, then that of layers.
         self.adapters = [
             _empty(
-                (len(self._configs), *self._adapter_weights[one].shape),
+                (len(self._configs), *self._adapter_weights[piece].shape),
                 "float32",
             )
-            for one in self._pieces
+            for piece in self._pieces
         ]
 
     def values(self, base):
@@ -117,10 +119,11 @@ class Weights:
         """Return the scales of an adapter by name; 0 is the bare model."""
         if not self._configs:
             return {}
-        each = [self._adapters.scales(one) for one in (None, *self._configs)]
+        each = [self._adapters.scales(name) for name in (None, *self._configs)]
         return {
             name: tf.gather(
-                np.stack([one[name] for one in each]).astype("float32"), number
+                np.stack([scales[name] for scales in each]).astype("float32"),
+                number,
             )
             for name in each[0]
         }

@@ -39,7 +39,7 @@ def science_qa(predictions: Sequence[str], answers: Sequence[str]) -> Scores:
     pairs = zip(letters, right, strict=True)
     return Scores(
         {
-            "acc": column([one == other for one, other in pairs]),
+            "acc": column([first == second for first, second in pairs]),
             "parsefail": column([letter == FAILED for letter in letters]),
         }
     )

@@ -44,8 +44,8 @@ def smiles(predictions: Sequence[str], molecules: Sequence[str]) -> Scores:
     same = zip(found, wanted, strict=True)
     return Scores(
         {
-            "full_match": column([one == other for one, other in same]),
-            "exact": column([one == other for one, other in pairs]),
+            "full_match": column([first == second for first, second in same]),
+            "exact": column([first == second for first, second in pairs]),
             "valid": column([molecule is not None for molecule in found]),
         }
     )

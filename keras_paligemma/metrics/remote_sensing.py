@@ -53,7 +53,7 @@ def rsvqa(
     columns = dict(vqa(predictions, answers, lower).columns)
     any_met = columns["acc_any"]
     split = by_kind("acc", any_met, question_types, {t: t for t in TYPES})
-    parts = {name.replace("/", "_"): one for name, one in split.items()}
+    parts = {name.replace("/", "_"): values for name, values in split.items()}
 
     return Scores(columns | parts, _with_averages, any_met)
 

@@ -62,7 +62,9 @@ class Scores:
                 out=np.array(np.nan),
                 where=len(counted) > 0,
             )
-        return {name: float(one) for name, one in self._combined(means).items()}
+        return {
+            name: float(value) for name, value in self._combined(means).items()
+        }
 
     def counts(self) -> dict[str, int]:
         """Return the number of rows that count in each column."""
@@ -184,7 +186,9 @@ def check_rows(
             prediction is no string.
     """
     lengths = {"predictions": len(predictions)}
-    lengths |= {k: len(one) for k, one in others.items() if one is not None}
+    lengths |= {
+        k: len(values) for k, values in others.items() if values is not None
+    }
     if len(set(lengths.values())) != 1 or not len(predictions):
         raise ValueError(
             "A metric compares one or more rows. Expected: columns of one "

@@ -61,8 +61,8 @@ def text_detection(
                 f"{len(texts[row])} texts. Expected: as many of both."
             )
         words = [
-            (_polygon(shapely, one, row), word)
-            for one, word in zip(polygons[row], texts[row], strict=True)
+            (_polygon(shapely, corners, row), word)
+            for corners, word in zip(polygons[row], texts[row], strict=True)
         ]
         hidden = [shape for shape, word in words if word in UNREADABLE]
         words = [word for word in words if word[1] not in UNREADABLE]

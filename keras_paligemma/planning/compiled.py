@@ -162,7 +162,7 @@ def compile_step(job, layout, remat, topology):
     step = jax.jit(
         model.train_step,
         donate_argnums=0,
-        out_shardings=(None, jax.tree.map(lambda one: one.sharding, state)),
+        out_shardings=(None, jax.tree.map(lambda array: array.sharding, state)),
     )
     return _compile(step, (state, data), distribution)
 
@@ -228,11 +228,11 @@ def _abstract(distribution, variables):
 
     return [
         jax.ShapeDtypeStruct(
-            tuple(one.shape),
-            one.dtype,
-            sharding=distribution.get_variable_layout(one).backend_layout,
+            tuple(variable.shape),
+            variable.dtype,
+            sharding=distribution.get_variable_layout(variable).backend_layout,
         )
-        for one in variables
+        for variable in variables
     ]
 
 

@@ -71,17 +71,17 @@ def find(name):
     if slice_of:
         chips = int(slice_of[1])
         if chips not in V5E:
-            nearest = min(V5E, key=lambda one: (abs(one - chips), one))
+            nearest = min(V5E, key=lambda size: (abs(size - chips), size))
             raise ValueError(
                 f"There is no such slice. Received: {name!r}. Expected: "
                 f"'v5e-{nearest}', the nearest, or one of "
-                f"{[f'v5e-{one}' for one in V5E]}."
+                f"{[f'v5e-{size}' for size in V5E]}."
             )
         return Machine(name, chips, *_CHIPS["v5e"], f"v5e:{V5E[chips]}")
     kind, _, count = name.partition("x")
     if kind in _CHIPS and kind != "v5e" and (not count or count.isdigit()):
         return Machine(name, int(count or 1), *_CHIPS[kind])
-    known = [f"v5e-{one}" for one in V5E] + list(_CHIPS)[1:]
+    known = [f"v5e-{size}" for size in V5E] + list(_CHIPS)[1:]
     near = difflib.get_close_matches(name, known, 1, 0.0)
     raise ValueError(
         f"Unknown machine. Received: {name!r}. Expected: {near[0]!r}, the "

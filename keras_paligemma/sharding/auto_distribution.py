@@ -122,7 +122,7 @@ def _memory(name):
 
     platform, _, number = name.partition(":")
     device = next(
-        one for one in jax.devices(platform) if one.id == int(number or 0)
+        found for found in jax.devices(platform) if found.id == int(number or 0)
     )
     if device.device_kind in machines.MEMORY:
         return machines.MEMORY[device.device_kind]

@@ -400,8 +400,12 @@ def chip_bytes(layout, variables):
     """
     parts = {"model": layout.group, "batch": layout.groups, None: 1}
     total = 0
-    for one in variables:
-        axes = layout.axes(stable_name(one.path), tuple(one.shape))
+    for variable in variables:
+        axes = layout.axes(stable_name(variable.path), tuple(variable.shape))
         split = math.prod(parts[axis] for axis in axes)
-        total += math.prod(one.shape) * np.dtype(one.dtype).itemsize // split
+        total += (
+            math.prod(variable.shape)
+            * np.dtype(variable.dtype).itemsize
+            // split
+        )
     return total

@@ -132,7 +132,9 @@ class RunCheckpoint(keras.callbacks.Callback):
         return {
             "trained": model.trainable_variables,
             "optimizer": model.optimizer.variables,
-            "random": [one for one in frozen if "seed" in one.path],
+            "random": [
+                variable for variable in frozen if "seed" in variable.path
+            ],
         }
 
     def _save(self):
@@ -264,9 +266,9 @@ def fit(
 def _values(state):
     """Return values of variables: sharded JAX arrays, or NumPy arrays."""
     if keras.backend.backend() == "jax":
-        return keras.tree.map_structure(lambda one: one.value, state)
+        return keras.tree.map_structure(lambda variable: variable.value, state)
     return keras.tree.map_structure(
-        lambda one: np.asarray(keras.ops.convert_to_numpy(one)), state
+        lambda variable: np.asarray(keras.ops.convert_to_numpy(variable)), state
     )
 
 
@@ -274,7 +276,9 @@ def _shapes(state):
     # Without names: those of an optimizer's variables depend on how many models
     # the process has built.
     return {
-        group: [[list(one.shape), one.dtype] for one in variables]
+        group: [
+            [list(variable.shape), variable.dtype] for variable in variables
+        ]
         for group, variables in state.items()
     }
 

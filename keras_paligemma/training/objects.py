@@ -65,9 +65,9 @@ class EvaluateObjects(keras.callbacks.Callback):
                 f"every={every!r}, batch_size={batch_size!r}."
             )
         named = {
-            one.label if hasattr(one, "label") else one[1]
+            found.label if hasattr(found, "label") else found[1]
             for some in objects
-            for one in some
+            for found in some
         }
         self.images, self.objects = images, objects
         self.labels = sorted(named) if labels is None else list(labels)

@@ -315,7 +315,7 @@ def _check_output(settings, output):
     path = output / "settings.json"
     # A run that failed before its first checkpoint does not count.
     begun = any(
-        one.name.isdigit() for one in (output / "checkpoints").glob("*")
+        folder.name.isdigit() for folder in (output / "checkpoints").glob("*")
     )
     if not begun or not path.is_file():
         return
@@ -362,7 +362,9 @@ def build(settings):
         *("image_size", "prompt_length", "response_length"),
     )
     chosen = {name: getattr(settings, name) for name in names}
-    chosen = {name: one for name, one in chosen.items() if one is not None}
+    chosen = {
+        name: value for name, value in chosen.items() if value is not None
+    }
     model = PaliGemmaCausalLM.from_preset(settings.preset, **chosen)
     if settings.lora_rank:
         model.enable_lora(

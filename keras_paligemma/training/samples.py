@@ -90,8 +90,10 @@ class SamplePredictions(keras.callbacks.Callback):
                 for image, answer in zip(inputs["images"], answers, strict=True)
             ]
             # Boxes are drawn, so their tokens are left out of the text.
-            words = [re.sub(r"<(loc|seg)\d+>", "", one) for one in answers]
-            sheet = contact_sheet(pictures, [one.strip() for one in words])
+            words = [
+                re.sub(r"<(loc|seg)\d+>", "", answer) for answer in answers
+            ]
+            sheet = contact_sheet(pictures, [word.strip() for word in words])
             sheet.save(self.directory / f"epoch_{epoch + 1:04}.png")
 
 
