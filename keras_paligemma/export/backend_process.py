@@ -48,7 +48,7 @@ def write_in_backend(model, filepath, backend, module, *arguments):
     environment = os.environ | {
         "KERAS_BACKEND": backend,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        # This process occupies the accelerator.
+        # The accelerator is occupied by the process that has the model.
         "CUDA_VISIBLE_DEVICES": "-1",
         "JAX_PLATFORMS": "cpu",
     }

@@ -54,7 +54,7 @@ class Scores:
         means = {}
         for name, column in self.columns.items():
             counted = column[~np.isnan(column)]
-            # Summed one by one, as Python's `sum` in the original.
+            # Summed in order, as the original sums its lists.
             total = float(np.add.accumulate(counted)[-1]) if len(counted) else 0
             means[name] = np.divide(
                 total,

@@ -25,9 +25,9 @@ def auto(
     """Choose a distribution: weights replicated if they fit, else sharded.
 
     Of the layouts that fit by an estimate, the one with the lowest bound of
-    time is chosen. Replicated weights need no communication, so they come
-    first, then the smallest group of chips that shares the weights.
-    `keras-paligemma plan` asks the compiler instead.
+    time is chosen. Replicated weights need not be gathered, so they come first,
+    then the smallest group of chips that shares the weights. `keras-paligemma
+    plan` asks the compiler instead.
 
     Args:
         preset: str, as `from_preset` takes it.
