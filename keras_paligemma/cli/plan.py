@@ -77,9 +77,7 @@ def plan(
         "dtype": dtype,
     }
     settings = {} if benchmark is None else _settings_of(benchmark)
-    settings |= {
-        name: value for name, value in given.items() if value is not None
-    }
+    settings |= {name: one for name, one in given.items() if one is not None}
     job = Job(preset, **settings)
     found = make_plan(
         job,
