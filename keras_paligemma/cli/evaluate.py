@@ -1,4 +1,4 @@
-"""`keras-paligemma evaluate`: a benchmark of the model card."""
+"""`keras-paligemma evaluate`: run a benchmark of the model card."""
 
 from typing import Annotated
 
@@ -14,20 +14,20 @@ from keras_paligemma.cli.options import Quantize
 def evaluate(
     preset: Annotated[str, typer.Option(help="As `from_preset` takes it")],
     benchmark: Annotated[
-        str, typer.Option(help="A name that `benchmarks` lists")
+        str, typer.Option(help="Name, as `benchmarks` lists it")
     ],
     data: Annotated[str, typer.Option(help="Folder of the data")],
     output: Annotated[
-        str | None, typer.Option(help="Folder; evaluation-BENCHMARK if none")
+        str | None, typer.Option(help="Folder; default: evaluation-BENCHMARK")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Only so many of the first samples")
+        int | None, typer.Option(help="Use only the first samples")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Prompts at a time, of this host")
+        int | None, typer.Option(help="Prompts per batch on this host")
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Another than the card's")
+        str | None, typer.Option(help="Split; default: the card's")
     ] = None,
     masks: Masks = None,
     adapter: Annotated[
@@ -43,7 +43,7 @@ def evaluate(
     from keras_paligemma.evaluation.registry import find_benchmark
     from keras_paligemma.evaluation.sources import open_samples
 
-    # Before anything is loaded: a typo takes no minutes.
+    # Before the model is loaded, so that a typo fails at once.
     record = find_benchmark(benchmark)
     samples = open_samples(record, data, split)
     decode = None
@@ -59,7 +59,7 @@ def evaluate(
         preset,
         prompt_length=record.text_length,
         response_length=record.text_length,
-        # As the original cuts it.
+        # As in the original.
         on_long_prompt="truncate",
         **_given(dtype=dtype, quantize=quantize),
     )
@@ -80,5 +80,5 @@ def evaluate(
 
 
 def _given(**options):
-    """Leave out what was not given, so that defaults stay where they are."""
-    return {name: one for name, one in options.items() if one is not None}
+    """Drop options that are `None`, so that the function's defaults apply."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,4 +1,4 @@
-"""`keras-paligemma generate`: answers about a folder of pictures, in a file."""
+"""`keras-paligemma generate`: answer prompts about many pictures."""
 
 from typing import Annotated
 
@@ -16,24 +16,24 @@ def generate(
     data: Annotated[
         str,
         typer.Option(
-            help="Folder of pictures, or a JSONL file: image and, where "
-            "prompts differ, prefix and id a line"
+            help="Folder of pictures, or JSONL file with an image and, "
+            "optionally, a prefix and id per line"
         ),
     ],
     output: Annotated[
-        str, typer.Option(help="JSONL file: id and prediction a line")
+        str, typer.Option(help="JSONL file: id and prediction per line")
     ],
     prompt: Annotated[
-        str | None, typer.Option(help='What to ask, such as "caption en"')
+        str | None, typer.Option(help="Prompt of all pictures without prefix")
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Pictures at a time, of this host")
+        int, typer.Option(help="Pictures per batch on this host")
     ] = 8,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer, in tokens")
     ] = None,
     beams: Annotated[
-        int, typer.Option(help="Width of a beam search; 1 is greedy")
+        int, typer.Option(help="Beams of the search; 1 decodes greedily")
     ] = 1,
     adapter: Annotated[
         str | None, typer.Option(help="Folder of a PEFT adapter")
@@ -42,18 +42,20 @@ def generate(
     quantize: Quantize = None,
     multi_host: MultiHost = False,
 ) -> None:
-    """Answer about many pictures; the same command resumes a killed run."""
+    """Answer prompts about many pictures; the same command resumes a run."""
     from keras_paligemma.evaluation.answer_file import answer_file
     from keras_paligemma.evaluation.answer_file import open_pictures
 
-    # Before anything is loaded: a typo takes no minutes.
+    # Before the model is loaded, so that a typo fails at once.
     pictures = open_pictures(data, prompt)
     with quiet_imports():
         from keras_paligemma import compat
         from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
     data_parallel(multi_host)
     options = {"dtype": dtype, "quantize": quantize}
-    options = {name: one for name, one in options.items() if one is not None}
+    options = {
+        name: value for name, value in options.items() if value is not None
+    }
     model = PaliGemmaCausalLM.from_preset(preset, **options)
     if adapter is not None:
         model.load_adapter(adapter)

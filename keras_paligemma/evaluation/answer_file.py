@@ -1,4 +1,4 @@
-"""Answers to any number of pictures, in a file that survives kills."""
+"""Answers about any number of pictures, in a file; killed runs resume."""
 
 import json
 import os
@@ -18,13 +18,13 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures to ask about, each with its prompt.
+    """Pictures, each with a prompt.
 
     Args:
-        place: str, the folder or file they come from.
-        ids: list of unique strings, which answers are known by.
-        images: list of what `generate` takes as a picture.
-        prompts: list of strings.
+        place: str, folder or file of the pictures.
+        ids: list of str, unique ids of pictures and answers.
+        images: list of pictures, as `generate` takes them.
+        prompts: list of str.
     """
 
     place: str
@@ -39,13 +39,13 @@ class Pictures:
         return Sample(self.ids[row], self.images[row], self.prompts[row], {})
 
     def where(self, row: int) -> str:
-        """Name the place of a picture by its id."""
+        """Return the place of a picture, by its id, for error messages."""
         return f"{self.place}, id {self.ids[row]!r}"
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What `predict` reads of a benchmark."""
+    """The attributes of a benchmark that `predict` uses."""
 
     name: str
     text_length: int | None
@@ -53,18 +53,21 @@ class _Job:
 
 
 def open_pictures(data: PathLike, prompt: str | None = None) -> Pictures:
-    """List the pictures of a folder, or of the lines of a JSONL file.
+    """List the pictures of a folder or JSONL file.
 
     Args:
-        data: path of a folder, whose pictures are taken in the order of their
-            names, those of folders below it too; or of a file with `image`
-            and, where prompts differ, `prefix` a line, as `finetune` reads
-            them. An `id` names the answer; else the picture's path does of a
-            folder, and the line's number of a file.
-        prompt: str, for all that have none of their own.
+        data: path of a folder, whose pictures, including those of subfolders,
+            are sorted by name, and have their relative paths as ids; or of a
+            JSONL file with `image` and, optionally, `prefix` and `id` in each
+            line. The default id is the number of the line.
+        prompt: str, prompt of pictures without `prefix`.
+
+    Returns:
+        `Pictures`.
 
     Raises:
-        ValueError: there are no pictures, a line is none, or has no prompt.
+        ValueError: there are no pictures, a line is not valid, a picture has
+            no prompt, or an id occurs twice.
     """
     path = Path(data)
     if path.is_dir():
@@ -131,24 +134,25 @@ def answer_file(
 ) -> int:
     """Answer all pictures, batch by batch, into a JSONL file.
 
-    Each batch is on the disk before the next begins, and the same call goes on
-    where a killed one stopped, without a row lost or repeated. A picture that
-    cannot be read has the answer "", and is listed in `output`.errors.jsonl.
-    Under a distribution the rows of a batch are split over its devices; of
-    several hosts each writes its part, and the first puts them together.
+    Each batch is on the disk before the next starts, and the same call resumes
+    a killed run, without losing or repeating rows. A picture that cannot be
+    read has the answer "" and is listed in `output`.errors.jsonl. If a
+    `keras.distribution` is active, each batch is split over its devices; with
+    several hosts, each writes its part, and the first merges them.
 
     Args:
         model: `PaliGemmaCausalLM`.
-        pictures: `Pictures`, of `open_pictures`.
-        output: path of the file: `id` and `prediction` a line.
-        batch_size: int, pictures at a time, of this host.
-        max_new_tokens: int, longest answer; the preprocessor's if `None`.
-        beams: int, width of a beam search; 1 answers as the model is compiled.
-        shard: (index, count) of this host's part of each batch.
-        progress: bool, show a bar where someone looks on.
+        pictures: `Pictures`, as `open_pictures` returns it.
+        output: path of a file with `id` and `prediction` in each line.
+        batch_size: int, pictures per batch on this host.
+        max_new_tokens: int, tokens of the longest answer; the preprocessor's
+            `response_length` if `None`.
+        beams: int, number of beams; 1 uses the model's compiled sampler.
+        shard: tuple (index, count), this host's part of each batch.
+        progress: bool, whether to show a bar if standard error is a terminal.
 
     Returns:
-        int, how many pictures of this call could not be read.
+        int, number of pictures that this call could not read.
 
     Raises:
         ValueError: the file holds rows of other pictures.

@@ -1,4 +1,4 @@
-"""Answers to all samples, batch by batch, on all devices and hosts."""
+"""Predictions of all samples, batch by batch, on all devices and hosts."""
 
 import contextlib
 import os
@@ -20,14 +20,17 @@ def predict(
     progress=True,
     on_error=None,
 ) -> None:
-    """Answer all samples that have no prediction in a file yet.
+    """Predict all samples that have no prediction in a file yet.
 
     Args:
         path: `pathlib.Path` of the file.
         model, benchmark, samples, batch_size, shard, progress: as `evaluate`
-            takes them, of this host.
-        on_error: function of a sample's number and the error of its picture
-            or prompt; its prediction is then "". `None` raises the error.
+            takes them, on this host.
+        on_error: function of a sample's index and the error of its picture or
+            prompt, whose prediction becomes ""; `None` raises the error.
+
+    Raises:
+        ExampleError: a sample cannot be read, without `on_error`.
     """
     index, parts = shard
     own = _rows_of(len(samples), batch_size, index, parts)
@@ -39,7 +42,7 @@ def predict(
             return
         path = _part(together, index, parts)
     done = files.resume(path, ids, batch_size)
-    # All hosts compute together, so they begin at a batch that none has.
+    # Hosts compute each batch together, so all start where the slowest stopped.
     begun = compat.least(steps if done == len(ids) else done // batch_size)
     files.resume(path, ids, batch_size, begun * batch_size)
     bar = _bar(benchmark, steps, progress)
@@ -47,7 +50,7 @@ def predict(
         advance(begun)
         for step in range(begun, steps):
             rows = own[step * batch_size : (step + 1) * batch_size]
-            # The last batch is filled up: one shape is compiled once.
+            # The last batch is padded, so that only one shape is compiled.
             fill = rows or [len(samples) - 1]
             padded = (rows + fill * batch_size)[:batch_size]
             texts = _answers(model, benchmark, samples, padded, on_error)
@@ -60,7 +63,7 @@ def predict(
 
 
 def _rows_of(count, batch_size, index, parts):
-    """Numbers of the samples of one part: its piece of each batch of all."""
+    """Return the rows of one part: its slice of each global batch."""
     step = batch_size * parts
     return [
         row
@@ -70,7 +73,7 @@ def _rows_of(count, batch_size, index, parts):
 
 
 def _answers(model, benchmark, samples, rows, on_error):
-    """Answer some samples; a picture that fails is named by its id."""
+    """Predict some samples; an error names the sample that caused it."""
     options = {"max_new_tokens": benchmark.text_length}
     beams = {} if benchmark.beams == 1 else {"beams": benchmark.beams}
     try:
@@ -94,7 +97,7 @@ def _answers(model, benchmark, samples, rows, on_error):
     good = [row for row in rows if row not in errors]
     if not good:
         return [""] * len(rows)
-    # Of the same size: the program is there already.
+    # Padded to the same size, for which the program is compiled already.
     padded = (good + good[:1] * len(rows))[: len(rows)]
     texts = model.generate(
         _inputs([found[row] for row in padded]), **options, **beams
@@ -104,7 +107,7 @@ def _answers(model, benchmark, samples, rows, on_error):
 
 
 def _readable(model, samples, row, options):
-    """Read a sample as `generate` does: the sample, or what is wrong."""
+    """Return a sample if `generate` can read it, else its error."""
     try:
         with located(samples.where(row)):
             sample = samples[row]
@@ -122,7 +125,7 @@ def _inputs(found):
 
 
 def _writes(parts):
-    """Whether this process is the first of those that share its part."""
+    """Return whether this process is the first of those with the same part."""
     index, count = compat.process()
     return index % max(count // parts, 1) == 0
 
@@ -132,7 +135,7 @@ def _part(path, index, parts):
 
 
 def _merge(path, ids, parts):
-    """Put the files of all hosts into one, in the order of the samples."""
+    """Merge the files of all hosts, in the order of the samples."""
     compat.wait_for_all("predictions of all parts")
     if compat.process()[0] == 0:
         found = {}
@@ -150,7 +153,7 @@ def _merge(path, ids, parts):
 
 @contextlib.contextmanager
 def _bar(benchmark, steps, shown):
-    """Show how far the run is and how long it takes, where someone looks on."""
+    """Show a progress bar if standard error is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn
     from rich.progress import MofNCompleteColumn
