@@ -8,6 +8,8 @@ import difflib
 import functools
 import json
 from pathlib import Path
+from typing import Literal
+from typing import overload
 
 from keras_paligemma import atomic
 from keras_paligemma import downloads
@@ -86,6 +88,20 @@ def published(source: str | Path) -> str | None:
     """Return the name of the published model that a name or a handle means."""
     name = str(_handles().get(str(source), source))
     return name if name in _described() else None
+
+
+@overload
+def locate(
+    source: str | Path,
+    load_weights: Literal[True] = True,
+    tokenizer: bool = False,
+) -> Path: ...
+
+
+@overload
+def locate(
+    source: str | Path, load_weights: bool, tokenizer: bool = False
+) -> Path | None: ...
 
 
 def locate(
@@ -210,7 +226,7 @@ def read_folder(folder: Path, load_weights: bool = True) -> ModelConfig:
     if (folder / f"{WEIGHTS}.index.json").is_file():
         needed = [file for file in needed if file != WEIGHTS]
     missing = [file for file in needed if not (folder / file).is_file()]
-    if missing:
+    if missing or config is None:
         raise ValueError(
             f"{folder} lacks {', '.join(missing)}. Expected: a folder that "
             "`save_to_preset` wrote. Save again, or copy all of it."
