@@ -143,14 +143,15 @@ def usable(objects: ObjectSet) -> tuple[ObjectSet, list[str], int]:
                 raise ValueError(picture.problem)
             path = picture_path(picture.name, objects.image_folder)
             picture = in_pixels(picture, objects.image_folder)
-            check_size(path, picture.size)
+            size = picture.known_size()
+            check_size(path, size)
         except ValueError as error:
             skipped.append(f"{objects.where(row)}: {error}")
             continue
         boxes = [one.box or (np.nan,) * 4 for one in picture.annotations]
         boxes, _, cut = clip_boxes(
             np.array(boxes, "float64").reshape(-1, 4),
-            np.array([picture.size] * len(boxes), "float64").reshape(-1, 2),
+            np.array([size] * len(boxes), "float64").reshape(-1, 2),
             np.ones(len(boxes)),
             1,
         )
@@ -162,9 +163,9 @@ def usable(objects: ObjectSet) -> tuple[ObjectSet, list[str], int]:
             if is_cut:
                 one = dataclasses.replace(one, box=tuple(box))
             try:
-                object_of(one, picture.size, with_mask=False)
+                object_of(one, size, with_mask=False)
                 if one.has_mask():
-                    check_segmentation(one.segmentation, picture.size)
+                    check_segmentation(one.segmentation, size)
             except ValueError as error:
                 skipped.append(f"{objects.where(row)}: {one.place}: {error}")
             else:

@@ -84,6 +84,19 @@ class Picture:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     problem: str = ""
 
+    def known_size(self) -> tuple[float, float]:
+        """Return the size of a picture whose annotations are in pixels.
+
+        Raises:
+            ValueError: they are not, see `in_pixels`.
+        """
+        if self.size is None:
+            raise ValueError(
+                f"The annotations of {self.name!r} are shares of its sides. "
+                "Expected: pixels, as `in_pixels` gives them."
+            )
+        return self.size
+
 
 @dataclasses.dataclass(frozen=True)
 class ObjectSet:
@@ -153,8 +166,8 @@ def size_of_file(path: str | os.PathLike) -> tuple[int, int]:
     Raises:
         ValueError: the picture is missing or damaged.
     """
-    size, is_turned = opened_size(path)
-    return size[::-1] if is_turned else size
+    (height, width), is_turned = opened_size(path)
+    return (width, height) if is_turned else (height, width)
 
 
 def opened_size(path: str | os.PathLike) -> tuple[tuple[int, int], bool]:
@@ -223,7 +236,12 @@ def object_of(
     """
     if annotation.problem:
         raise ValueError(annotation.problem)
-    y1, x1, y2, x2 = map(float, annotation.box if box is None else box)
+    box = annotation.box if box is None else box
+    if box is None:
+        raise ValueError(
+            "There is no box. Expected: (y1, x1, y2, x2). Received: None."
+        )
+    y1, x1, y2, x2 = map(float, box)
     fields = {"label": annotation.label, "score": annotation.score}
     try:
         found = Object.from_xyxy((x1, y1, x2, y2), size, **fields)
@@ -299,7 +317,7 @@ def plain_name(picture: Picture) -> str:
 
 
 def polygons_of(
-    annotation: Annotation, size: tuple[int, int]
+    annotation: Annotation, size: tuple[float, float]
 ) -> list[list[float]]:
     """Return the mask of an annotation in pixels as flat polygons.
 
@@ -311,7 +329,7 @@ def polygons_of(
         ValueError: the run lengths are damaged, or empty.
     """
     if not isinstance(annotation.segmentation, Mapping):
-        return [list(polygon) for polygon in annotation.segmentation]
+        return [list(polygon) for polygon in annotation.segmentation or ()]
     polygons = to_polygons(from_rle(annotation.segmentation, size))
     if not polygons:
         raise ValueError("The mask is empty. Expected: one pixel or more.")

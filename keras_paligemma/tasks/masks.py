@@ -96,7 +96,7 @@ def paste(
 
 
 def from_segmentation(
-    segmentation: Sequence | Mapping, size: tuple[int, int]
+    segmentation: Sequence | Mapping | None, size: tuple[float, float]
 ) -> np.ndarray:
     """Read what COCO's `segmentation` holds: polygons or run lengths.
 
@@ -127,22 +127,26 @@ def from_segmentation(
     )
 
 
-def check_segmentation(segmentation: Sequence | Mapping, size: tuple[int, int]):
+def check_segmentation(
+    segmentation: Sequence | Mapping | None, size: tuple[float, float]
+):
     """Refuse what `from_segmentation` would, without drawing polygons.
 
     Args and errors are those of `from_segmentation`.
     """
     if isinstance(segmentation, Mapping):
         from_rle(segmentation, size)
-        return
-    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str):
+    elif isinstance(segmentation, Sequence) and not isinstance(
+        segmentation, str
+    ):
+        for number, polygon in enumerate(segmentation):
+            _flat(number, polygon)
+    else:
         from_segmentation(segmentation, size)
-    for number, polygon in enumerate(segmentation):
-        _flat(number, polygon)
 
 
 def from_polygons(
-    polygons: Iterable[Sequence[float]], size: tuple[int, int]
+    polygons: Iterable[Sequence[float]], size: tuple[float, float]
 ) -> np.ndarray:
     """Fill polygons: what is in one of them is in the mask.
 
@@ -171,7 +175,7 @@ def from_polygons(
             "There is no mask. Expected: one polygon or more. Received: none."
         )
     codec = import_pycocotools()
-    runs = codec.merge(codec.frPyObjects(flat, *size))
+    runs = codec.merge(codec.frPyObjects(flat, *map(int, size)))
     return codec.decode(runs).astype(bool)
 
 
@@ -197,7 +201,9 @@ def to_polygons(mask: np.ndarray) -> list[list[float]]:
     return _polygons(check_mask(mask), 0)
 
 
-def from_rle(runs: Mapping, size: tuple[int, int] | None = None) -> np.ndarray:
+def from_rle(
+    runs: Mapping, size: tuple[float, float] | None = None
+) -> np.ndarray:
     """Read COCO's run lengths, packed or as a list of numbers.
 
     Not by pycocotools, which of damaged run lengths gives what was in memory

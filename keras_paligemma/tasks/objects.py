@@ -226,9 +226,11 @@ class Object:
         if not isinstance(other, Object):
             return NotImplemented
         fields = ("box", "label", "score")
-        return all(
-            getattr(self, name) == getattr(other, name) for name in fields
-        ) and np.array_equal(self.mask, other.mask)
+        if any(getattr(self, name) != getattr(other, name) for name in fields):
+            return False
+        if self.mask is None or other.mask is None:
+            return self.mask is other.mask
+        return np.array_equal(self.mask, other.mask)
 
     def __hash__(self):
         return hash((self.box, self.label, self.score))
