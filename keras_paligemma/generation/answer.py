@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 from typing import Literal
+from typing import TypeAlias
+
+Finish: TypeAlias = Literal["stop_token", "stop_string", "length"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Answer:
     text: str
     token_ids: tuple[int, ...]
     log_probabilities: tuple[float, ...]
-    finish: Literal["stop_token", "stop_string", "length"]
+    finish: Finish
     alternatives: tuple[tuple[Alternative, ...], ...] = ()
     beams: tuple["Answer", ...] = ()
     score: float | None = None

@@ -102,7 +102,8 @@ def _of_jax(model, function, plan, donated):
     def run(*arguments):
         return compiled([one.value for one in variables()], *arguments)
 
-    return run, compiled._cache_size
+    # JAX counts, and declares none of it.
+    return run, compiled._cache_size  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _of_tensorflow(model, function, plan, donated):

@@ -6,6 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_paligemma.preprocessing.layout import pack
+from keras_paligemma.types import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +25,10 @@ class PromptAndResponse:
         response_mask: bools (B, R), `True` on tokens.
     """
 
-    prompt_ids: object
-    prompt_mask: object
-    response_ids: object
-    response_mask: object
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
 
     @classmethod
     def cut(cls, arrays: dict, response_length: int) -> "PromptAndResponse":

@@ -158,7 +158,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         return tokenizer
 
     @classmethod
-    def from_file(cls, path: PathLike, **kwargs: Any) -> Self:
+    def from_file(cls, path: PathLike | None, **kwargs: Any) -> Self:
         """Read the SentencePiece model that lies beside a checkpoint.
 
         Args:
