@@ -43,7 +43,8 @@ class NoTensorFlow(importlib.abc.MetaPathFinder):
         if name in HIDDEN and backend != "tensorflow":
             # Who only looks whether it is installed, as JAX's compilation
             # cache does, is told no; an error would turn that cache off.
-            sys.modules[name] = None
+            # `None` is Python's word for it, which typeshed does not declare.
+            sys.modules[name] = None  # pyright: ignore[reportArgumentType]
             raise ModuleNotFoundError(
                 f"{name} is hidden: the backend is {backend}.", name=name
             )

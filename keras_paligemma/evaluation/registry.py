@@ -106,7 +106,9 @@ class Benchmark:
             Dict of a value to a number, of those that the card has. The
             additional benchmarks name a size and no resolution.
         """
-        names = (column, column and column.partition("-")[2])
+        if column is None:
+            return {}
+        names = (column, column.partition("-")[2])
         found = {}
         for value, numbers in self.card.items():
             for name in names:

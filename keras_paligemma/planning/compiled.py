@@ -85,7 +85,8 @@ class Compiler:
         # A process that has stopped is found by its silence.
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(asked), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
+        # A pipe, which `Popen` alone does not tell a type checker.
+        line = self.process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
         if not line:
             self.process.wait()
             self.told.seek(0)

@@ -115,7 +115,7 @@ def _nearest(training, machine):
     return ""
 
 
-def _memory(name):
+def _memory(name) -> float:
     """Return the GiB of a device, from itself or from its kind."""
     import jax
 
