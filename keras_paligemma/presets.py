@@ -7,6 +7,7 @@ holds one in this package's own format. No model class is known here.
 import difflib
 import functools
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 from typing import overload
@@ -160,7 +161,7 @@ def _fetch(preset: dict, weights: bool) -> Path:
     )
 
 
-def replaced(folder: str | Path):
+def replaced(folder: str | Path) -> AbstractContextManager[Path]:
     """Write a preset's files at once, in place of an older preset's.
 
     Args:

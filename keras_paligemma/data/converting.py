@@ -26,6 +26,7 @@ from keras_paligemma.data.opening import open_objects
 from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.tasks.masks import check_segmentation
+from keras_paligemma.types import PathLike
 
 # Of formats that are folders: the file without which they are none, and the
 # folder of their pictures.
@@ -57,10 +58,10 @@ class Conversion:
 
 
 def convert(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
+    source: PathLike,
+    target: PathLike,
     to: str,
-    image_folder: str | os.PathLike | None = None,
+    image_folder: PathLike | None = None,
     split: str = "train",
     task: str | None = None,
     codec: MaskCodec | None = None,

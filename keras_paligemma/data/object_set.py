@@ -18,6 +18,7 @@ from keras_paligemma.tasks.masks import from_rle
 from keras_paligemma.tasks.masks import from_segmentation
 from keras_paligemma.tasks.masks import to_polygons
 from keras_paligemma.tasks.objects import Object
+from keras_paligemma.types import PathLike
 
 _TURNED = (5, 6, 7, 8)
 
@@ -157,7 +158,7 @@ def in_pixels(picture: Picture, folder: str) -> Picture:
     )
 
 
-def size_of_file(path: str | os.PathLike) -> tuple[int, int]:
+def size_of_file(path: PathLike) -> tuple[int, int]:
     """Read (height, width) of a picture, turned as its EXIF says.
 
     Args:
@@ -170,7 +171,7 @@ def size_of_file(path: str | os.PathLike) -> tuple[int, int]:
     return (width, height) if is_turned else (height, width)
 
 
-def opened_size(path: str | os.PathLike) -> tuple[tuple[int, int], bool]:
+def opened_size(path: PathLike) -> tuple[tuple[int, int], bool]:
     """Read (height, width) as stored, and whether EXIF turns the picture."""
     try:
         with Image.open(openable(path)) as opened:

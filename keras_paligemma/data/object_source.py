@@ -85,7 +85,7 @@ class ObjectSource:
         encode_mask: Callable[[np.ndarray], Sequence[int]] | None = None,
         keep_crowds: bool = True,
         outside: str = "error",
-    ):
+    ) -> None:
         if task not in _ASK:
             raise ValueError(
                 f"`task` must be 'detect' or 'segment'. Received: {task!r}."

@@ -57,11 +57,11 @@ class Answer:
     score: float | None = None
 
     @property
-    def log_probability(self):
+    def log_probability(self) -> float:
         """The sum: the logarithm of the whole answer's probability."""
         return sum(self.log_probabilities)
 
     @property
-    def mean_log_probability(self):
+    def mean_log_probability(self) -> float:
         """The mean a token, which answers of other lengths compare by."""
         return self.log_probability / max(len(self.log_probabilities), 1)

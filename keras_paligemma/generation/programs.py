@@ -4,8 +4,10 @@ import os
 
 import keras
 
+from keras_paligemma.types import PathLike
 
-def keep_compilations(folder):
+
+def keep_compilations(folder: PathLike) -> None:
     """Keep what is compiled in a folder, for the next process.
 
     Args:

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ def from_segmentation(
 
 def check_segmentation(
     segmentation: Sequence | Mapping | None, size: tuple[float, float]
-):
+) -> None:
     """Refuse what `from_segmentation` would, without drawing polygons.
 
     Args and errors are those of `from_segmentation`.
@@ -321,7 +322,7 @@ def _flat(number, polygon):
     return flat
 
 
-def import_pycocotools():
+def import_pycocotools() -> ModuleType:
     """Return `pycocotools.mask`, or say how to install it."""
     try:
         from pycocotools import mask

@@ -71,7 +71,7 @@ class Object:
 
     @classmethod
     def from_xyxy(
-        cls, edges: Sequence[float], size: tuple[float, float], **fields
+        cls, edges: Sequence[float], size: tuple[float, float], **fields: Any
     ) -> "Object":
         """Make an object of a box in pixels, by its corners.
 
@@ -95,7 +95,7 @@ class Object:
 
     @classmethod
     def from_xywh(
-        cls, edges: Sequence[float], size: tuple[float, float], **fields
+        cls, edges: Sequence[float], size: tuple[float, float], **fields: Any
     ) -> "Object":
         """Make an object of a box in pixels, as COCO has it.
 
@@ -108,7 +108,7 @@ class Object:
         return cls.from_xyxy((x, y, x + width, y + height), size, **fields)
 
     @classmethod
-    def from_mask(cls, mask: np.ndarray, **fields) -> "Object":
+    def from_mask(cls, mask: np.ndarray, **fields: Any) -> "Object":
         """Make an object of its mask in the picture; the box is the mask's.
 
         Args:
