@@ -242,6 +242,7 @@ class classproperty(property):
     """A property of the class itself, as KerasHub's `presets` are."""
 
     def __get__(self, instance, owner):
+        # Declared as `None` for a property that can be set alone.
         return self.fget(owner)  # pyright: ignore[reportOptionalCall]
 
 

@@ -13,7 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "keras_paligemma"
 
-
 # Modules that are public themselves, see docs/stability.md, or whose names
 # the public ones hand out.
 MODULES = [
