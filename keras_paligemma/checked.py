@@ -4,8 +4,10 @@ import dataclasses
 import numbers
 import reprlib
 from dataclasses import MISSING
+from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import fields
+from typing import Any
 from typing import Self
 
 _short = reprlib.Repr()
@@ -17,10 +19,15 @@ def shown(value: object) -> str:
     return _short.repr(value)
 
 
+def _is_number(value):
+    return isinstance(value, numbers.Real) and type(value) is not bool
+
+
 # What a field may be: a description for errors, and a function that tells.
+# Returned as `Any`, since the annotation of the field is its type.
 
 
-def _field(expected, fits, default, optional=False, hash=None):
+def _field(expected, fits, default, optional=False, hash=None) -> Any:
     if optional:
         expected += " or None"
 
@@ -33,8 +40,8 @@ def _field(expected, fits, default, optional=False, hash=None):
 
 def whole(most, default=MISSING, least=1, optional=False):
     def fits(value):
-        whole = isinstance(value, numbers.Integral)
-        return whole and type(value) is not bool and least <= value <= most
+        whole = isinstance(value, numbers.Integral) and _is_number(value)
+        return whole and least <= int(value) <= most
 
     expected = f"an integer of {least} to {most}"
     return _field(expected, fits, default, optional)
@@ -42,9 +49,8 @@ def whole(most, default=MISSING, least=1, optional=False):
 
 def number(least, most, default=MISSING, optional=False):
     def fits(value):
-        real = isinstance(value, numbers.Real)
         # No comparison holds for NaN.
-        return real and type(value) is not bool and least <= value <= most
+        return _is_number(value) and least <= value <= most
 
     expected = f"a number of {least} to {most}"
     return _field(expected, fits, default, optional)
@@ -52,8 +58,7 @@ def number(least, most, default=MISSING, optional=False):
 
 def scale(default=MISSING, optional=False):
     def fits(value):
-        real = isinstance(value, numbers.Real) and type(value) is not bool
-        return real and 1e-30 <= abs(value) <= 1e30
+        return _is_number(value) and 1e-30 <= abs(value) <= 1e30
 
     expected = "a number other than 0 whose size a float32 holds"
     return _field(expected, fits, default, optional)
@@ -93,10 +98,7 @@ def by_target(default=None):
         return isinstance(value, dict) and all(
             isinstance(key, str)
             and isinstance(row, (list, tuple))
-            and all(
-                isinstance(one, numbers.Real) and type(one) is not bool
-                for one in row
-            )
+            and all(_is_number(one) for one in row)
             for key, row in value.items()
         )
 
@@ -105,10 +107,11 @@ def by_target(default=None):
     return _field(expected, fits, default, optional=True, hash=False)
 
 
-def part(cls, default=MISSING):
+def part(cls, default=MISSING) -> Any:
     return field(default=default, metadata={"part": cls})
 
 
+@dataclass(frozen=True)
 class Checked:
     """A dataclass whose fields say what they may be, with `whole` and others.
 
@@ -122,7 +125,10 @@ class Checked:
 
     @classmethod
     def problems(
-        cls, values: object, names: dict | None = None, prefix: str = ""
+        cls,
+        values: object,
+        names: dict[str, Any] | None = None,
+        prefix: str = "",
     ) -> list[str]:
         """List what is missing, unknown, or of a wrong type or range.
 
@@ -160,7 +166,7 @@ class Checked:
         return sorted(listed)
 
     @classmethod
-    def from_dict(cls, values: dict, source: object = None) -> Self:
+    def from_dict(cls, values: dict[str, Any], source: object = None) -> Self:
         """Make a configuration of what a file or a caller says.
 
         Args:
@@ -184,7 +190,7 @@ class Checked:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain values and dictionaries, as a JSON file has them."""
         return dataclasses.asdict(self)
 

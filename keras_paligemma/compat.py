@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,11 +15,10 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.models.functional import Functional
 from keras.src.ops.function import Function
+from keras.src.trainers.data_adapters import generator_data_adapter
 
 # The base of an iterable that `fit` takes as it is, and begins anew each epoch.
-from keras.src.trainers.data_adapters.generator_data_adapter import (
-    GeneratorDataAdapter as GeneratorDataAdapter,
-)
+GeneratorDataAdapter: Any = generator_data_adapter.GeneratorDataAdapter
 
 
 @contextlib.contextmanager
@@ -242,6 +242,7 @@ class classproperty(property):
     """A property of the class itself, as KerasHub's `presets` are."""
 
     def __get__(self, instance, owner):
+        # Declared as `None` for a property that can be set alone.
         return self.fget(owner)  # pyright: ignore[reportOptionalCall]
 
 

@@ -198,7 +198,7 @@ class BackboneConfig(Checked):
         """Counts the tokens of one picture."""
         return self.vision_encoder.num_image_tokens(self.image_size)
 
-    def with_fields(self, **values) -> Self:
+    def with_fields(self, **values: Any) -> Self:
         """Return the same configuration with other values in its towers.
 
         Args:

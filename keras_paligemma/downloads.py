@@ -160,11 +160,13 @@ def _hugging_face(path, weights):
     owner, model, *file = path.split("/")
     model, _, revision = model.partition("@")
     file = "/".join(file)
-    patterns = [f"{file}*"] if file else list(PATTERNS)
+    patterns: list[str] = list(PATTERNS if weights else SMALL)
+    if file and weights:
+        patterns = [f"{file}*"]
     folder = snapshot_download(
         f"{owner}/{model}",
         revision=revision or None,
-        allow_patterns=patterns if weights else list(SMALL),
+        allow_patterns=patterns,
     )
     return Path(folder) / file
 

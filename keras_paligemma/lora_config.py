@@ -1,8 +1,11 @@
 """What a low-rank adapter is, without its values."""
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 
@@ -78,13 +81,13 @@ class LoraConfig(Checked):
 
     rank: int = whole(65_536)
     alpha: float | None = scale(None, optional=True)
-    targets: tuple[str, ...] | None = texts(None, True)
+    targets: Sequence[str] = texts(None, True)
     dropout: float = number(0, 0.999_999, 0.0)
     rslora: bool = flag(False)
     dora: bool = flag(False)
     bias: bool = flag(False)
-    ranks: dict | None = by_target()
-    alphas: dict | None = by_target()
+    ranks: Mapping[str, Sequence[int]] = by_target()
+    alphas: Mapping[str, Sequence[float]] = by_target()
 
     def __post_init__(self):
         super().__post_init__()
@@ -120,7 +123,7 @@ class LoraConfig(Checked):
             )
         for target, ranks in self.ranks.items():
             if not all(
-                isinstance(rank, Integral) and 0 <= rank <= self.rank
+                isinstance(rank, Integral) and 0 <= int(rank) <= self.rank
                 for rank in ranks
             ):
                 raise ValueError(
@@ -145,7 +148,7 @@ class LoraConfig(Checked):
             *(["adapter_gain"] if self.dora else []),
         )
 
-    def ranks_of(self, target: str, num_layers: int) -> tuple[int, ...]:
+    def ranks_of(self, target: str, num_layers: int) -> Sequence[int]:
         """Return the rank of each of a target's layers, 0 where it has none.
 
         Raises:
@@ -168,12 +171,12 @@ class LoraConfig(Checked):
         alphas = self.alphas.get(target, (self.alpha,) * num_layers)
         return np.where(ranks, np.array(alphas) / divisor, 0)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings and lists, as a JSON file has them.
 
         What only some adapters have is left out of the others'.
         """
-        values = asdict(self) | {"targets": list(self.targets)}
+        values: dict[str, Any] = asdict(self) | {"targets": list(self.targets)}
         for name in ("ranks", "alphas"):
             tuples = values[name].items()
             values[name] = {target: list(row) for target, row in tuples}

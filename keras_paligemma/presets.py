@@ -7,7 +7,10 @@ holds one in this package's own format. No model class is known here.
 import difflib
 import functools
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Literal
+from typing import overload
 
 from keras_paligemma import atomic
 from keras_paligemma import downloads
@@ -88,6 +91,20 @@ def published(source: str | Path) -> str | None:
     return name if name in _described() else None
 
 
+@overload
+def locate(
+    source: str | Path,
+    load_weights: Literal[True] = True,
+    tokenizer: bool = False,
+) -> Path: ...
+
+
+@overload
+def locate(
+    source: str | Path, load_weights: bool, tokenizer: bool = False
+) -> Path | None: ...
+
+
 def locate(
     source: str | Path, load_weights: bool = True, tokenizer: bool = False
 ) -> Path | None:
@@ -144,7 +161,7 @@ def _fetch(preset: dict, weights: bool) -> Path:
     )
 
 
-def replaced(folder: str | Path):
+def replaced(folder: str | Path) -> AbstractContextManager[Path]:
     """Write a preset's files at once, in place of an older preset's.
 
     Args:
@@ -210,7 +227,7 @@ def read_folder(folder: Path, load_weights: bool = True) -> ModelConfig:
     if (folder / f"{WEIGHTS}.index.json").is_file():
         needed = [file for file in needed if file != WEIGHTS]
     missing = [file for file in needed if not (folder / file).is_file()]
-    if missing:
+    if missing or config is None:
         raise ValueError(
             f"{folder} lacks {', '.join(missing)}. Expected: a folder that "
             "`save_to_preset` wrote. Save again, or copy all of it."

@@ -43,7 +43,8 @@ class NoTensorFlow(importlib.abc.MetaPathFinder):
         if name in HIDDEN and backend != "tensorflow":
             # With this, `find_spec` reports it as not installed. An error
             # there would turn off JAX's compilation cache.
-            sys.modules[name] = None
+            # `None` is Python's word for it, which typeshed does not declare.
+            sys.modules[name] = None  # pyright: ignore[reportArgumentType]
             raise ModuleNotFoundError(
                 f"{name} is hidden: the backend is {backend}.", name=name
             )

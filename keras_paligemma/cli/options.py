@@ -100,7 +100,10 @@ def with_settings(cls: type) -> Callable:
             given = {k: v for k, v in given.items() if v is not None}
             return command(given, **values)
 
-        run.__signature__ = signature.replace(parameters=[*others, *options])
+        # What `inspect` reads; no function declares it.
+        run.__signature__ = signature.replace(  # pyright: ignore[reportAttributeAccessIssue]
+            parameters=[*others, *options]
+        )
         run.__annotations__ = {
             option.name: option.annotation for option in [*others, *options]
         }
@@ -111,7 +114,8 @@ def with_settings(cls: type) -> Callable:
 
 def _meanings(cls):
     """Return each field's help, from "name: type, help." in the docstring."""
-    text = inspect.getdoc(cls).partition("Args:\n")[2].partition("\n\n")[0]
+    text = inspect.getdoc(cls) or ""
+    text = text.partition("Args:\n")[2].partition("\n\n")[0]
     found = re.findall(
         r"^    (\w+): \w+, (.*(?:\n     .*)*)", text, re.MULTILINE
     )

@@ -4,6 +4,7 @@ import os
 import sys
 from json import dumps
 from typing import Annotated
+from typing import Any
 
 import typer
 
@@ -66,7 +67,7 @@ def plan(
 
     if generate and full:
         raise ValueError("Received: --generate and --full. Expected: one.")
-    given = {
+    given: dict[str, Any] = {
         "batch_size": batch_size,
         "prompt_length": prompt_length,
         "response_length": response_length,
@@ -76,7 +77,9 @@ def plan(
         "quantize": quantize,
         "dtype": dtype,
     }
-    settings = {} if benchmark is None else _settings_of(benchmark)
+    settings: dict[str, Any] = (
+        {} if benchmark is None else _settings_of(benchmark)
+    )
     settings |= {name: one for name, one in given.items() if one is not None}
     job = Job(preset, **settings)
     found = make_plan(

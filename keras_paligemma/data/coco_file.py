@@ -190,7 +190,7 @@ def write(objects: ObjectSet, path: Path, image_folder: str) -> Counter:
     images = [
         dict(one.extra)
         | {"id": id, "file_name": relative_name(one, objects, image_folder)}
-        | dict(zip(("height", "width"), one.size, strict=True))
+        | dict(zip(("height", "width"), one.known_size(), strict=True))
         for id, one in zip(image_ids, objects.pictures, strict=True)
     ]
     annotations = [

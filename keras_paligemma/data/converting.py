@@ -26,6 +26,7 @@ from keras_paligemma.data.opening import open_objects
 from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.tasks.masks import check_segmentation
+from keras_paligemma.types import PathLike
 
 # Of formats that are folders: the file without which they are none, and the
 # folder of their pictures.
@@ -57,10 +58,10 @@ class Conversion:
 
 
 def convert(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
+    source: PathLike,
+    target: PathLike,
     to: str,
-    image_folder: str | os.PathLike | None = None,
+    image_folder: PathLike | None = None,
     split: str = "train",
     task: str | None = None,
     codec: MaskCodec | None = None,
@@ -143,14 +144,15 @@ def usable(objects: ObjectSet) -> tuple[ObjectSet, list[str], int]:
                 raise ValueError(picture.problem)
             path = picture_path(picture.name, objects.image_folder)
             picture = in_pixels(picture, objects.image_folder)
-            check_size(path, picture.size)
+            size = picture.known_size()
+            check_size(path, size)
         except ValueError as error:
             skipped.append(f"{objects.where(row)}: {error}")
             continue
         boxes = [one.box or (np.nan,) * 4 for one in picture.annotations]
         boxes, _, cut = clip_boxes(
             np.array(boxes, "float64").reshape(-1, 4),
-            np.array([picture.size] * len(boxes), "float64").reshape(-1, 2),
+            np.array([size] * len(boxes), "float64").reshape(-1, 2),
             np.ones(len(boxes)),
             1,
         )
@@ -162,9 +164,9 @@ def usable(objects: ObjectSet) -> tuple[ObjectSet, list[str], int]:
             if is_cut:
                 one = dataclasses.replace(one, box=tuple(box))
             try:
-                object_of(one, picture.size, with_mask=False)
+                object_of(one, size, with_mask=False)
                 if one.has_mask():
-                    check_segmentation(one.segmentation, picture.size)
+                    check_segmentation(one.segmentation, size)
             except ValueError as error:
                 skipped.append(f"{objects.where(row)}: {one.place}: {error}")
             else:

@@ -251,7 +251,9 @@ def _check_example(example, preprocessor):
     plain_prompts(to_strings(example["prompts"], "prompts")[0])
     check_no_special_tokens(to_strings(answers, "responses")[0], "responses")
     images = [read_image(image) for image in frames_of(example["images"])]
-    for answer in answers if preprocessor is not None else ():
+    if preprocessor is None:
+        return len(images)
+    for answer in answers:
         preprocessor(
             {
                 "images": images if len(images) > 1 else images[0],

@@ -1,6 +1,6 @@
 """The mask codec that a model's RefCOCO answers are written in."""
 
-import os
+from pathlib import Path
 
 from keras_paligemma.presets import locate
 from keras_paligemma.tasks.mask_codec import MaskCodec
@@ -10,9 +10,7 @@ SIZES = {2304: "3B", 3584: "10B", 4608: "28B"}
 _PUBLISHED = "gs://big_vision/paligemma/vae-oid.npz"
 
 
-def mask_codec(
-    hidden_dim: int, source: str | os.PathLike | None = None
-) -> MaskCodec:
+def mask_codec(hidden_dim: int, source: str | Path | None = None) -> MaskCodec:
     """Return the mask codec of a model.
 
     Args:

@@ -116,7 +116,7 @@ def at_path(example: Mapping, path: str) -> Any:
     return [at_path(item, rest) for item in value]
 
 
-def _plain(value):
+def _plain(value) -> Any:
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

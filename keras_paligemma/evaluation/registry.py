@@ -107,7 +107,9 @@ class Benchmark:
             the card's additional benchmarks a column is a size, without the
             resolution.
         """
-        names = (column, column and column.partition("-")[2])
+        if column is None:
+            return {}
+        names = (column, column.partition("-")[2])
         found = {}
         for value, numbers in self.card.items():
             for name in names:

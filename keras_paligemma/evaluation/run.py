@@ -92,7 +92,7 @@ def evaluate(
     shard: tuple[int, int] = (0, 1),
     worst: int = 12,
     progress: bool = True,
-) -> Evaluation:
+) -> Evaluation | None:
     """Run a benchmark of the model card.
 
     Predictions are appended to `output`/predictions.jsonl batch by batch, in

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 from typing import Literal
+from typing import TypeAlias
+
+Finish: TypeAlias = Literal["stop_token", "stop_string", "length"]
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,17 @@ class Answer:
     text: str
     token_ids: tuple[int, ...]
     log_probabilities: tuple[float, ...]
-    finish: Literal["stop_token", "stop_string", "length"]
+    finish: Finish
     alternatives: tuple[tuple[Alternative, ...], ...] = ()
     beams: tuple["Answer", ...] = ()
     score: float | None = None
 
     @property
-    def log_probability(self):
+    def log_probability(self) -> float:
         """The sum: the logarithm of the whole answer's probability."""
         return sum(self.log_probabilities)
 
     @property
-    def mean_log_probability(self):
+    def mean_log_probability(self) -> float:
         """The mean a token, which answers of other lengths compare by."""
         return self.log_probability / max(len(self.log_probabilities), 1)

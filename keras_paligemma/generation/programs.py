@@ -4,8 +4,10 @@ import os
 
 import keras
 
+from keras_paligemma.types import PathLike
 
-def keep_compilations(folder):
+
+def keep_compilations(folder: PathLike) -> None:
     """Keep what is compiled in a folder, for the next process.
 
     Args:
@@ -102,7 +104,8 @@ def _of_jax(model, function, plan, donated):
     def run(*arguments):
         return compiled([one.value for one in variables()], *arguments)
 
-    return run, compiled._cache_size
+    # JAX counts, and declares none of it.
+    return run, compiled._cache_size  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _of_tensorflow(model, function, plan, donated):

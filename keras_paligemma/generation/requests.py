@@ -68,7 +68,7 @@ def check_sampler(sampler, vocabulary_size):
     found = None
     with contextlib.suppress(ValueError, TypeError):
         found = samplers.get(sampler)
-    if not isinstance(found, samplers.Sampler):
+    if found is None or not isinstance(found, samplers.Sampler):
         raise ValueError(
             "Unknown sampler. Expected: 'greedy', 'beam', 'random', 'top_k', "
             "'top_p' or a `keras_hub.samplers.Sampler`. Received: "
@@ -178,7 +178,11 @@ def stop_array(stop_token_ids):
     return np.array(ids + [-1] * (bucket(len(ids), 8) - len(ids)), "int32")
 
 
-def ends_of(ids, begun, stop_token_ids):
+def ends_of(
+    ids: np.ndarray,
+    begun: np.ndarray,
+    stop_token_ids: tuple[int, ...] | None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Count each row's tokens, and say whether a stop token ended it.
 
     Args:
@@ -191,6 +195,6 @@ def ends_of(ids, begun, stop_token_ids):
         int array (B,), the stop token included, and bool array (B,).
     """
     stops = np.isin(ids, stop_token_ids or ()) & ~begun
-    stopped = stops.any(axis=1)
+    stopped = np.asarray(stops.any(axis=1))
     counts = np.where(stopped, stops.argmax(axis=1) + 1, ids.shape[1])
     return counts, stopped

@@ -8,6 +8,8 @@ G = N / K query heads a key-value head, H head dim, D width, F MLP width,
 V vocabulary.
 """
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -16,6 +18,7 @@ from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.remat import recompute
 from keras_paligemma.layers.splash import PrefixMask
 from keras_paligemma.layers.splash import attend_fused
+from keras_paligemma.types import Tensor
 
 # Finite, so that a row that may see nothing gives numbers and not NaN.
 MASKED = -2.0e38
@@ -300,7 +303,14 @@ class GroupedQueryAttention(keras.layers.Layer):
             layer.build()
         self.built = True
 
-    def call(self, x_BTD, mask_BTS=None, angles=None, cache=None, index=None):
+    def call(
+        self,
+        x_BTD: Tensor,
+        mask_BTS: Tensor = None,
+        angles: Tensor = None,
+        cache: tuple | None = None,
+        index: Tensor = None,
+    ) -> Any:
         query_BTNH = self.query(x_BTD)
         key_BSKH = self.key(x_BTD)
         value_BSKH = self.value(x_BTD)

@@ -1,5 +1,7 @@
 """The blocks of both towers: each an ordinary Keras layer."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -7,6 +9,7 @@ from keras_paligemma.layers.attention import GroupedQueryAttention
 from keras_paligemma.layers.dropout import drop
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.remat import recompute
+from keras_paligemma.types import Tensor
 
 
 class RMSNorm(keras.layers.Layer):
@@ -222,14 +225,14 @@ class DecoderBlock(keras.layers.Layer):
 
     def call(
         self,
-        x_BTD,
-        mask_BTS,
-        angles,
-        near_mask_BTS=None,
-        number=None,
-        cache=None,
-        index=None,
-    ):
+        x_BTD: Tensor,
+        mask_BTS: Tensor,
+        angles: Tensor,
+        near_mask_BTS: Tensor = None,
+        number: Tensor = None,
+        cache: tuple | None = None,
+        index: Tensor = None,
+    ) -> Any:
         if near_mask_BTS is not None:
             mask_BTS = ops.where(number % 2 == 0, near_mask_BTS, mask_BTS)
         y_BTD = self.pre_attention_norm(x_BTD)

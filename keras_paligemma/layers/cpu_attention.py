@@ -108,7 +108,7 @@ def _attention(cap, masked):
         change_SM = product(value_SH, upstream_MH, 1, 1)
         mean_M = jnp.sum(weights_SM * change_SM, axis=0)
         gradient_SM = weights_SM * (change_SM - mean_M)
-        if cap is not None:
+        if share_SM is not None:
             gradient_SM = gradient_SM * (1 - share_SM * share_SM)
         return (
             product(gradient_SM, key_SH, 0, 0),

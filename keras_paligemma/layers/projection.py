@@ -1,6 +1,7 @@
 """The one matrix-multiply layer of the package."""
 
 import math
+from collections.abc import Callable
 
 import keras
 from keras import ops
@@ -10,6 +11,7 @@ from keras_paligemma.layers.dropout import drop
 from keras_paligemma.quantization.products import quantized_product
 from keras_paligemma.quantization.storage import QuantizedFormat
 from keras_paligemma.quantization.storage import add_quantized_weight
+from keras_paligemma.types import Tensor
 
 
 class Projection(keras.layers.Layer):
@@ -74,7 +76,7 @@ class Projection(keras.layers.Layer):
         self.adapter_bias = None
         self.adapter_gain = None
         # A function that is shown each input: calibration looks on.
-        self.observer = None
+        self.observer: Callable[[Tensor], None] | None = None
 
     def build(self, input_shape=None):
         if self.quantized_format is not None:

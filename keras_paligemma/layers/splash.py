@@ -164,7 +164,9 @@ def _attend(
         heads_first(value_BTKH),
         splash.SegmentIds(segments_BT, segments_BT),
     )
-    return jnp.swapaxes(mixed_BNTH, 1, 2)[:, :tokens]
+    # JAX declares what the kernel returns with residuals too.
+    mixed_BTNH = jnp.swapaxes(mixed_BNTH, 1, 2)  # pyright: ignore[reportArgumentType]
+    return mixed_BTNH[:, :tokens]
 
 
 def _block(length):

@@ -266,7 +266,7 @@ class LayerStack(keras.layers.Layer):
 
             return ops.scan(step, x, xs)[0]
 
-        def step(carry, number_and_slices):
+        def cached_step(carry, number_and_slices):
             x, keys, values = carry
             number, *slices = number_and_slices
             x, (keys, values, _) = block(
@@ -279,7 +279,7 @@ class LayerStack(keras.layers.Layer):
             )
             return (x, keys, values), None
 
-        (x, *cache), _ = ops.scan(step, (x, *cache), [numbers, *stacks])
+        (x, *cache), _ = ops.scan(cached_step, (x, *cache), [numbers, *stacks])
         return x, tuple(cache)
 
 
@@ -291,9 +291,9 @@ def _twice(block):
         def single(slices, number, x):
             return block(slices, number, x, *args)
 
-        single = rematerialize(single, "block")
+        run = rematerialize(single, "block")
         for place in range(2):
-            x = single([pair[place] for pair in slices], numbers[place], x)
+            x = run([pair[place] for pair in slices], numbers[place], x)
         return x
 
     return pair

@@ -53,7 +53,7 @@ class Weight:
     @property
     def layer_shape(self):
         """Shape of one layer."""
-        if self.scales:
+        if self.quantized_format is not None:
             return self.quantized_format.shape
         shape = tuple(self.variables[0].shape)
         return shape[1:] if self.form == "scanned" else shape
@@ -96,14 +96,13 @@ class Weight:
 
     def layers(self):
         """Yield the tensor of each layer, sliced or made a float just then."""
+        layout = self.quantized_format
         for number in range(self.num_layers):
             tensor, *scale = (
                 self._slice(variables, number) for variables in self._stored
             )
-            if scale:
-                tensor = self.quantized_format.dequantize(
-                    tensor, *scale, "float32"
-                )
+            if layout is not None:
+                tensor = layout.dequantize(tensor, *scale, "float32")
             yield tensor
 
     def read(self):
@@ -208,7 +207,7 @@ class Weight:
         return value[number] if scanned else value
 
     def _encode(self, array):
-        if self.scales:
+        if self.quantized_format is not None:
             return self.quantized_format.quantize(array)
         return (array,)
 

@@ -11,6 +11,7 @@ from keras_paligemma.compat import rows_to_devices
 from keras_paligemma.compat import to_host
 from keras_paligemma.generation.answer import Alternative
 from keras_paligemma.generation.answer import Answer
+from keras_paligemma.generation.answer import Finish
 from keras_paligemma.generation.automata import Automaton
 from keras_paligemma.generation.automata import objects_of
 from keras_paligemma.generation.automata import one_of
@@ -379,7 +380,9 @@ def answers_of(model, asked, found):
     texts = [""] * rows
     if model.preprocessor is not None:
         texts = model.preprocessor.generate_postprocess({"token_ids": ids})
-    finishes = ["stop_token" if one else "length" for one in stopped]
+    finishes: list[Finish] = [
+        "stop_token" if one else "length" for one in stopped
+    ]
     for row, text in enumerate(texts):
         texts[row] = cut(text, asked.stop_strings)
         if texts[row] != text:

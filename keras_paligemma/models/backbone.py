@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 from typing import Self
@@ -344,18 +345,18 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
 
     def enable_lora(
         self,
-        rank: int | None,
+        rank: int,
         target_layer_names: Sequence[str] | None = None,
         alpha: float | None = None,
         dropout: float = 0.0,
         rslora: bool = False,
         name: str = "default",
         *,
-        targets: Any = None,
+        targets: Sequence[str] | None = None,
         dora: bool = False,
-        bias: Any = False,
-        ranks: dict[str, int] | None = None,
-        alphas: dict[str, float] | None = None,
+        bias: bool = False,
+        ranks: Mapping[str, Sequence[int]] | None = None,
+        alphas: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         """Freeze everything and train low-rank adapters of products.
 
@@ -395,7 +396,15 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         if isinstance(targets, str):
             targets = (targets,)
         lora = LoraConfig(
-            rank, alpha, targets, dropout, rslora, dora, bias, ranks, alphas
+            rank,
+            alpha,
+            () if targets is None else targets,
+            dropout,
+            rslora,
+            dora,
+            bias,
+            {} if ranks is None else ranks,
+            {} if alphas is None else alphas,
         )
         self.adapters.add(name, lora)
 

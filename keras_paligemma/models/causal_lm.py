@@ -337,7 +337,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     @alone
     def enable_lora(
         self,
-        rank: int | None,
+        rank: int,
         target_layer_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:

@@ -80,7 +80,7 @@ def save_to_preset(model, preset_dir, max_shard_size=10):
     export(preset_dir, "keras", *parts, piece_size=size)
 
 
-def save_backbone(backbone, preset_dir, max_shard_size=10):
+def save_backbone(backbone, preset_dir, max_shard_size: float | None = 10):
     """Write a backbone alone; see `save_to_preset`."""
     size = _piece_size(max_shard_size)
     export(preset_dir, "keras", backbone, piece_size=size)
@@ -124,8 +124,13 @@ def export_to_big_vision(model, path, dtype=None, piece_size=None):
         dtype: "float32" or "bfloat16"; that of the weights if `None`.
         piece_size: int, bytes of a piece; one file if `None`.
     """
-    options = {"dtype": dtype, "piece_size": piece_size}
-    export(path, "big_vision", model.backbone, **options)
+    export(
+        path,
+        "big_vision",
+        model.backbone,
+        dtype=dtype,
+        piece_size=piece_size,
+    )
 
 
 def export_to_serve(model, filepath, format="savedmodel"):

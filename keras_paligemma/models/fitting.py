@@ -65,7 +65,9 @@ def fit(
             validation_data = (validation_data,)
         x_y_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
         kwargs.setdefault("validation_steps", steps_of(x_y_weight[0]))
-        kwargs["validation_data"] = _dataset(model, *x_y_weight, batch_size)
+        kwargs["validation_data"] = _dataset(
+            model, *x_y_weight, batch_size=batch_size
+        )
     # `Batches` have an order of their own, which Keras must not mix; data
     # sets of `tf.data` it cannot.
     shuffle = shuffle and steps is None

@@ -53,7 +53,7 @@ def inspect(source, fields=None):
     if sizes:
         facts["files"] = len(sizes)
         facts["bytes"] = f"{sum(sizes.values()):,}"
-    if not has_headers:
+    if checkpoint is None or not has_headers:
         facts |= {name: f"{size:,} bytes" for name, size in sizes.items()}
         return Inspection(facts, None)
     with checkpoint.open() as tensors:

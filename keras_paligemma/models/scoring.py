@@ -1,5 +1,7 @@
 """The methods of `PaliGemmaCausalLM` that look and do not answer."""
 
+from typing import Any
+
 import numpy as np
 from keras import ops
 
@@ -12,6 +14,7 @@ from keras_paligemma.generation.requests import bucket
 from keras_paligemma.models.answering import tensors
 from keras_paligemma.models.inputs import full_masks
 from keras_paligemma.models.inputs import typed
+from keras_paligemma.preprocessing.prompt_and_response import PART_NAMES
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 from keras_paligemma.turns import write_back
 
@@ -131,7 +134,7 @@ def embed(self, inputs, *, batch_size=None):
     ```
     """
     _check_has_preprocessor(self, "embed")
-    found, single = [], False
+    parts, single = [], False
     for part, count in _parts(inputs, batch_size):
         arrays = self.preprocessor.generate_preprocess(part)
         single = arrays["token_ids"].ndim == 1
@@ -140,9 +143,9 @@ def embed(self, inputs, *, batch_size=None):
         for name in ("token_ids", "padding_mask", "response_mask"):
             rows[name] = rows[name][:, :prompt]
         one = _run(self, embedded, rows)
-        found.append({name: array[:count] for name, array in one.items()})
+        parts.append({name: array[:count] for name, array in one.items()})
     found = {
-        name: np.concatenate([one[name] for one in found]) for name in found[0]
+        name: np.concatenate([one[name] for one in parts]) for name in parts[0]
     }
     return {name: one[0] for name, one in found.items()} if single else found
 
@@ -153,7 +156,7 @@ def scored(model, plan, rows):
     The head is applied to one place at a time: logits of all would be (B, R,
     V).
     """
-    text = PromptAndResponse.among(rows)
+    text = PromptAndResponse(**{name: rows[name] for name in PART_NAMES})
     hidden_BRD = text.predicting(model.backbone(rows))
     hidden_RBD = ops.swapaxes(hidden_BRD, 0, 1)
 
@@ -203,7 +206,7 @@ def _batched(arrays, single):
     return dict(arrays)
 
 
-def _run(model, function, rows):
+def _run(model, function, rows) -> Any:
     """Run a program for rows, filled up to their bucket, in turn."""
     [count] = {len(one) for one in rows.values()}
     more = bucket(count) - count

@@ -86,7 +86,7 @@ class TokenEmbedding(keras.layers.Layer):
         return ops.cast(x_BTD, self.compute_dtype)
 
     def add_head(self):
-        """Make a table for the head alone, for adapters that bring one."""
+        """Make and return a table for the head, for adapters that bring one."""
         self._tracker.unlock()
         self.adapter_head = self.add_weight(
             shape=self.table.shape,
@@ -97,6 +97,7 @@ class TokenEmbedding(keras.layers.Layer):
             name="adapter_head",
         )
         self._tracker.lock()
+        return self.adapter_head
 
     @property
     def head_table(self):

@@ -90,7 +90,8 @@ class Compiler:
         # A stopped process is detected below, by the missing answer.
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(asked), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
+        # A pipe, which `Popen` alone does not tell a type checker.
+        line = self.process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
         if not line:
             self.process.wait()
             self.told.seek(0)

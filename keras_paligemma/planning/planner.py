@@ -184,11 +184,11 @@ def make_plan(
         >>> make_plan(job, "v5e-8", compiler=False).best.layout
         'data 8x1'
     """
-    machine = machines.find(machine)
-    usable = machine.topology is not None and has_compiler()
-    compiler = Compiler() if usable and compiler is not False else None
+    hardware = machines.find(machine)
+    usable = hardware.topology is not None and has_compiler()
+    process = Compiler() if usable and compiler is not False else None
     workload = Generation(job) if generate else Training(job)
-    known = workload.candidates(machine)
+    known = workload.candidates(hardware)
     chosen = [
         candidate
         for candidate in known
@@ -196,22 +196,22 @@ def make_plan(
         and (generate or remat in ("any", candidate.remat or "none"))
     ]
     if not chosen:
-        raise _no_candidate(job, machine, layout, remat, known)
+        raise _no_candidate(job, hardware, layout, remat, known)
     details, found = {}, None
-    with compiler or contextlib.nullcontext():
-        judge = _Judge(workload, compiler)
-        best, tried = judge.first_that_fits(machine, chosen)
-        if best is not None and compiler:
-            details = workload.details(compiler, best, machine)
+    with process or contextlib.nullcontext():
+        judge = _Judge(workload, process)
+        best, tried = judge.first_that_fits(hardware, chosen)
+        if best is not None and process:
+            details = workload.details(process, best, hardware)
         if smallest:
-            found = judge.smallest(machine)
+            found = judge.smallest(hardware)
     verdict = tried[-1] if best is not None else None
     return Plan(
         title=workload.title(),
         job=job,
-        slice=machine.name,
-        hbm_limit_gib=machine.memory,
-        source="compiler" if compiler else "estimate",
+        slice=hardware.name,
+        hbm_limit_gib=hardware.memory,
+        source="compiler" if process else "estimate",
         tried=tuple(tried),
         best=verdict,
         details_gib=_in_gib(details),

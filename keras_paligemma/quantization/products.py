@@ -15,6 +15,7 @@ from keras_paligemma.layers.shard_spec import as_stored
 from keras_paligemma.layers.shard_spec import gather
 from keras_paligemma.layers.shard_spec import shard_spec_of
 from keras_paligemma.quantization.storage import QuantizedFormat
+from keras_paligemma.types import Tensor
 
 # Bytes that become floats at a time, and what a part's size is a multiple of,
 # where it can be: lanes, else rows, of a TPU's tiles.
@@ -43,7 +44,7 @@ def stacked_weights_scope(stacks, number):
         _LENT.reset(token)
 
 
-def quantized_product(layout, stored, scale, x):
+def quantized_product(layout, stored, scale, x) -> Tensor:
     """Multiply with a frozen weight that is a float only for that time.
 
     The backward pass makes it a float anew: kept for it, the kernels of all

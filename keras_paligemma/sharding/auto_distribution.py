@@ -116,7 +116,7 @@ def _nearest(training, machine):
     return ""
 
 
-def _memory(name):
+def _memory(name) -> float:
     """Return a device's memory in GiB, by its kind or from the device."""
     import jax
 

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 LAST = 1023
 
 
-def to_locations(boxes: np.ndarray, scale: int = LAST) -> np.ndarray:
+def to_locations(boxes: ArrayLike, scale: int = LAST) -> np.ndarray:
     """Round edges to the tokens that stand for them.
 
     Args:
