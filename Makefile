@@ -33,19 +33,19 @@ dist: .venv/for-test
 # The first run covers everything but the servers and graphs that TensorFlow
 # alone writes; the others what a backend can change. Tests are many small models,
 # so two processes of one thread each are fastest, and most of their time is
-# compiling: without LLVM's optimizations and XLA's own code for fusions it is half
-# as long, and what one process compiled the others read from a cache, as the next
-# run does. Each process takes neighbouring tests, which share fixtures and compiled
-# functions. Demo, notebooks and benchmarks run with the optimizations.
+# compiling: without LLVM's optimizations it is half as long, and what one process
+# compiled the others read from a cache, as the next run does. Each process takes
+# neighbouring tests, which share fixtures and compiled functions. Demo, notebooks
+# and benchmarks run with the optimizations.
 backends: export XLA_FLAGS ?= --xla_backend_optimization_level=0 \
-	--xla_llvm_disable_expensive_passes=true \
-	--xla_cpu_use_fusion_emitters=false
+	--xla_llvm_disable_expensive_passes=true
 backends: export JAX_COMPILATION_CACHE_DIR ?= \
 	$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/keras_paligemma/compiled
 backends: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 backends: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
-BY_BACKEND := tests/layers tests/models tests/quantization tests/tuning \
+BY_BACKEND := tests/layers tests/generation tests/models tests/quantization \
+	tests/tuning \
 	tests/preprocessing/test_inputs.py \
 	tests/preprocessing/test_preprocessor.py \
 	tests/checkpoints/test_formats.py tests/data/test_fit.py \
@@ -79,5 +79,6 @@ notebooks: .venv/for-test
 
 .venv/for-test: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt \
-		-e ".[jax,export,targets,torch,train,plan,eval,metrics,hf,notebooks,dev]"
+		-e ".[jax,torch,export,targets,train,data,plan,eval,metrics,hf,serve]" \
+		-e ".[notebooks,dev]"
 	touch $@

@@ -16,8 +16,10 @@ from keras_paligemma.cli import data
 from keras_paligemma.cli import evaluate
 from keras_paligemma.cli import export
 from keras_paligemma.cli import finetune
+from keras_paligemma.cli import generate
 from keras_paligemma.cli import inspect
 from keras_paligemma.cli import plan
+from keras_paligemma.cli import serve
 from keras_paligemma.cli.environment import command_environment
 
 app = typer.Typer(
@@ -28,12 +30,14 @@ app = typer.Typer(
 )
 app.command()(inspect.inspect)
 app.command()(convert.convert)
+app.command()(generate.generate)
 app.command()(finetune.finetune)
 app.command()(plan.plan)
 app.command()(export.export)
 app.command()(evaluate.evaluate)
 app.command()(benchmarks.benchmarks)
 app.add_typer(data.data, name="data")
+app.command()(serve.serve)
 
 
 def main():

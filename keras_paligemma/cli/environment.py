@@ -73,3 +73,20 @@ def quiet_imports():
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def data_parallel(multi_host: bool = False):
+    """Split the rows of batches over all devices, where JAX has several.
+
+    Args:
+        multi_host: bool, join the other hosts of the run first.
+    """
+    import keras
+
+    if multi_host:
+        keras.distribution.initialize()
+    if keras.backend.backend() == "jax":
+        devices = keras.distribution.list_devices()
+        if len(devices) > 1 and keras.distribution.distribution() is None:
+            every = keras.distribution.DataParallel(devices=devices)
+            keras.distribution.set_distribution(every)

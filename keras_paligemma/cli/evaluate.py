@@ -4,8 +4,10 @@ from typing import Annotated
 
 import typer
 
+from keras_paligemma.cli.environment import data_parallel
 from keras_paligemma.cli.options import Dtype
 from keras_paligemma.cli.options import Masks
+from keras_paligemma.cli.options import MultiHost
 from keras_paligemma.cli.options import Quantize
 
 
@@ -33,15 +35,7 @@ def evaluate(
     ] = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
-    multi_host: Annotated[
-        bool,
-        typer.Option(
-            "--multi-host",
-            help="This host is one of several, all of which run this command "
-            "and see --output. They find each other by Keras's variables "
-            "KERAS_DISTRIBUTION_…, those of a TPU by themselves",
-        ),
-    ] = False,
+    multi_host: MultiHost = False,
 ) -> None:
     """Run a benchmark of the model card; the same command resumes a run."""
     from keras_paligemma.checkpoints import formats
@@ -56,19 +50,11 @@ def evaluate(
     if record.metric == "refcoco":
         text = formats.resolve(preset, False).config.backbone.text_decoder
         decode = mask_codec(text.hidden_dim, masks).decode
-    import keras
-
     from keras_paligemma import PaliGemmaCausalLM
     from keras_paligemma import compat
     from keras_paligemma.evaluation.run import evaluate as run
 
-    if multi_host:
-        keras.distribution.initialize()
-    if keras.backend.backend() == "jax":
-        devices = keras.distribution.list_devices()
-        if len(devices) > 1 and keras.distribution.distribution() is None:
-            every = keras.distribution.DataParallel(devices=devices)
-            keras.distribution.set_distribution(every)
+    data_parallel(multi_host)
     model = PaliGemmaCausalLM.from_preset(
         preset,
         prompt_length=record.text_length,

@@ -43,6 +43,16 @@ Masks = Annotated[
     ),
 ]
 
+MultiHost = Annotated[
+    bool,
+    typer.Option(
+        "--multi-host",
+        help="This host is one of several, all of which run this command and "
+        "see --output. They find each other by Keras's variables "
+        "KERAS_DISTRIBUTION_…, those of a TPU by themselves",
+    ),
+]
+
 
 def with_settings(cls: type) -> Callable:
     """Add an option to a command for each field of a dataclass.

@@ -10,12 +10,11 @@ from keras_paligemma.compat import GeneratorDataAdapter
 from keras_paligemma.data.pipeline import Batches
 from keras_paligemma.preprocessing.graph import is_symbolic
 from keras_paligemma.preprocessing.inputs import to_numpy
+from keras_paligemma.preprocessing.prompt_and_response import WHOLE_NAMES
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 from keras_paligemma.preprocessing.prompt_and_response import ends_at_one_index
 from keras_paligemma.preprocessing.prompt_and_response import realign
 
-# The arrays that hold prompt and response side by side.
-WHOLE = ("token_ids", "padding_mask", "response_mask")
 # Batches that Grain reads ahead.
 READ_AHEAD = 8
 
@@ -275,8 +274,8 @@ def in_parts(x, y=None, sample_weight=None):
     """
     if y is None or "token_ids" not in x:
         return x, y, sample_weight
-    whole = {name: x[name] for name in WHOLE if x.get(name) is not None}
-    others = {name: x[name] for name in x if name not in WHOLE}
+    whole = {name: x[name] for name in WHOLE_NAMES if x.get(name) is not None}
+    others = {name: x[name] for name in x if name not in WHOLE_NAMES}
     if not is_symbolic(whole):
         whole = {name: to_numpy(array) for name, array in whole.items()}
         if not ends_at_one_index(whole, y.shape[1]):

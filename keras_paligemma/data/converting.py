@@ -180,11 +180,14 @@ def _write_file(objects, target, to, task, codec):
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.draft")
     folder = os.fspath(target.parent)
-    if to == "coco":
-        lost = coco_file.write(objects, draft, folder)
-    else:
-        lost = object_lines.write(objects, draft, folder, task, codec)
-    os.replace(draft, target)
+    try:
+        if to == "coco":
+            lost = coco_file.write(objects, draft, folder)
+        else:
+            lost = object_lines.write(objects, draft, folder, task, codec)
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
     return lost
 
 

@@ -109,10 +109,12 @@ def write(
         codec: `MaskCodec` for masks; the embedded one if `None`.
 
     Returns:
-        Counter of what the format cannot hold.
+        Counter of what the format cannot hold, such as objects whose label
+        has a ";", or that have no mask where masks are written.
 
     Raises:
-        ValueError: a class has a name that prompts cannot hold.
+        ValueError: there is no such task.
+        ImportError: pycocotools is missing, for masks.
     """
     lost = Counter()
     source = ObjectSource(
@@ -120,8 +122,14 @@ def write(
     )
     with path.open("w", encoding="utf-8") as file:
         for index in range(len(source)):
-            example = source[index]
             picture = source.picture(index)
+            try:
+                example = source[index]
+            except ExampleError as error:
+                lost["pictures with objects that cannot be written"] += 1
+                if error.remainder is None:
+                    continue
+                example = error.remainder
             name = relative_name(picture, objects, image_folder)
             line = {"image": name, "prefix": example["prompts"]}
             line["suffix"] = example["responses"]

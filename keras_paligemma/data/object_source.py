@@ -159,7 +159,10 @@ class ObjectSource:
             [place.get(one.label, len(place)) for one in objects], "int64"
         )
         pictures = self.data.pictures
-        sizes = [one.size or (1, 1) for one in pictures]
+        sizes = [
+            (np.nan, np.nan) if one.problem else one.size or (1, 1)
+            for one in pictures
+        ]
         # One pixel of a picture whose size its file does not tell is unknown.
         pixels = [float(one.size is not None) for one in pictures]
         boxes = [one.box or (np.nan,) * 4 for one in objects]

@@ -72,6 +72,12 @@ def open_source(
     ```
     """
     kind, found = recognise(path, split)
+    if kind in ("jsonl", "conversations") and options:
+        raise ValueError(
+            f"{found} holds prompts and answers, and has no "
+            f"{', '.join(sorted(options))}. Expected: no such options, or a "
+            "data set of objects."
+        )
     if kind == "jsonl":
         return JSONLSource(found, image_folder, allow_empty)
     if kind == "conversations":
@@ -184,7 +190,12 @@ def _has(folder, pattern):
 def _of_split(files, split):
     """Of several files those whose names have the split in them."""
     files = sorted(files)
-    return [f for f in files if split in f.stem] if len(files) > 1 else files
+    if len(files) < 2:
+        return files
+    found = [file for file in files if split in file.stem]
+    # Beside them COCO has captions and keypoints of the same pictures.
+    instances = [one for one in found if one.stem.startswith("instances")]
+    return instances or found
 
 
 def _read_coco(file, image_folder, split, codec):

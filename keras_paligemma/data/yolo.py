@@ -5,7 +5,6 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from keras_paligemma.data.examples import located
 from keras_paligemma.data.object_set import Annotation
 from keras_paligemma.data.object_set import ObjectSet
 from keras_paligemma.data.object_set import Picture
@@ -24,7 +23,9 @@ _EXPECTED = (
 )
 
 
-def read(path: Path, image_folder: str | None = None, split="train"):
+def read(
+    path: Path, image_folder: str | None = None, split: str = "train"
+) -> ObjectSet:
     """Read boxes or polygons in YOLO's text files as a set of objects.
 
     Label files lie beside their pictures, or in a folder `labels` where the
@@ -52,11 +53,7 @@ def read(path: Path, image_folder: str | None = None, split="train"):
     )
     labels = [_labels_of(file) for file in files]
     pictures = [
-        Picture(
-            os.path.relpath(file, home),
-            _read_labels(label, classes),
-            place=os.path.relpath(label, home),
-        )
+        _read_picture(file, label, home, classes)
         for file, label in zip(files, labels, strict=True)
     ]
     known = set(labels)
@@ -98,7 +95,7 @@ def write(objects: ObjectSet, folder: Path, masks: bool) -> Counter:
                 continue
             if one.score is not None:
                 values = [*values, one.score]
-            texts = [f"{round(value, _DIGITS):.10g}" for value in values]
+            texts = [f"{value:.{_DIGITS}g}" for value in values]
             lines.append(" ".join([str(numbers[one.label]), *texts]) + "\n")
             lost["marks of crowds"] += one.is_crowd
             lost["fields of other formats"] += has_fields(one.extra)
@@ -203,16 +200,20 @@ def _labels_of(file):
     return beside if beside.is_file() and not moved.is_file() else moved
 
 
-def _read_labels(file, classes):
-    if not file.is_file():
-        return ()
-    with located(os.fspath(file)):
-        lines = file.read_text("utf-8-sig").split("\n")
-    return tuple(
+def _read_picture(file, label, home, classes):
+    lines, problem = [], ""
+    try:
+        if label.is_file():
+            lines = label.read_text("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"The labels cannot be read. Received: {error}."
+    annotations = tuple(
         _annotation(line.split(), f"line {number}", classes)
         for number, line in enumerate(lines, 1)
         if line.strip()
     )
+    name, place = (os.path.relpath(one, home) for one in (file, label))
+    return Picture(name, annotations, place=place, problem=problem)
 
 
 def _annotation(words, place, classes):

@@ -14,7 +14,6 @@ from typing import Any
 from keras_paligemma import compat
 from keras_paligemma.evaluation.codecs import SIZES
 from keras_paligemma.evaluation.codecs import mask_codec
-from keras_paligemma.evaluation.predicting import PREDICTIONS
 from keras_paligemma.evaluation.predicting import predict
 from keras_paligemma.evaluation.predictions import read_predictions
 from keras_paligemma.evaluation.registry import Benchmark
@@ -25,6 +24,7 @@ from keras_paligemma.evaluation.scoring import truth_columns
 from keras_paligemma.evaluation.sources import open_samples
 from keras_paligemma.metrics.judges import JUDGES
 
+PREDICTIONS = "predictions.jsonl"
 # Values of a weight that the fingerprint of a model takes in.
 _SMALL = 2**20
 
@@ -152,10 +152,11 @@ def evaluate(
     on_card = split in (None, benchmark.split)
     benchmark = benchmark if on_card else replace(benchmark, split=split)
     _keep_settings(output, benchmark, samples, model)
-    predict(model, benchmark, samples, output, batch_size, shard, progress)
+    path = output / PREDICTIONS
+    predict(model, benchmark, samples, path, batch_size, shard, progress)
     if compat.process()[0]:
         return None
-    predictions = read_predictions(output / PREDICTIONS)
+    predictions = read_predictions(path)
     scores = score(benchmark, predictions, samples, decode, judges)
     column = card_column(model)
     scale = benchmark.scale

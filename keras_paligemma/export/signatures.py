@@ -13,6 +13,8 @@ from keras_paligemma.export.weights import BARE
 from keras_paligemma.export.weights import Weights
 from keras_paligemma.generation.prefill import decode
 from keras_paligemma.generation.prefill import prefill
+from keras_paligemma.preprocessing.prompt_and_response import WHOLE_NAMES
+from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 
 
 class Answering(tf.Module):
@@ -116,8 +118,8 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
         rows = tf.shape(ids)[0]
         inputs = {
             "images": pixels,
-            "token_ids": ids,
-            "padding_mask": padding,
+            "prompt_ids": ids,
+            "prompt_mask": padding,
             "response_ids": tf.zeros((rows, longest), tf.int32),
             "response_mask": tf.zeros((rows, longest), tf.bool),
         }
@@ -154,6 +156,11 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
             tf.ensure_shape(text, [None, prompt + longest]) for text in texts
         )
 
+    def in_parts(*texts):
+        return PromptAndResponse.cut(
+            dict(zip(WHOLE_NAMES, texts, strict=True)), longest
+        )
+
     def generate(
         images,
         token_ids,
@@ -166,13 +173,8 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
         _, token_ids, padding_mask, response_mask = filled_up(
             token_ids, padding_mask, response_mask
         )
-        inputs = {
-            "images": images,
-            "token_ids": token_ids[:, :prompt],
-            "padding_mask": padding_mask[:, :prompt],
-            "response_ids": token_ids[:, prompt:],
-            "response_mask": response_mask[:, prompt:],
-        }
+        text = in_parts(token_ids, padding_mask, response_mask)
+        inputs = {"images": images, **text.arrays()}
         check = tf.debugging.assert_equal(
             option_error(max_new_tokens, temperature, adapter), ""
         )
@@ -187,20 +189,15 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
         missing, token_ids, padding_mask, response_mask = filled_up(
             token_ids, padding_mask, response_mask
         )
-        inputs = {
-            "images": images,
-            "token_ids": token_ids,
-            "padding_mask": padding_mask,
-            "response_mask": response_mask,
-        }
+        text = in_parts(token_ids, padding_mask, response_mask)
         check = tf.debugging.assert_equal(weights.error(adapter), "")
         with tf.control_dependencies([check]), weights.selected(adapter):
-            hidden_BLD = backbone(inputs)
-            logits_BRV = backbone.logits(hidden_BLD[:, -longest - 1 : -1])
+            hidden_BLD = backbone({"images": images, **text.arrays()})
+            logits_BRV = backbone.logits(text.predicting(hidden_BLD))
         each_BR = -tf.nn.sparse_softmax_cross_entropy_with_logits(
-            token_ids[:, prompt:], logits_BRV
+            text.response_ids, logits_BRV
         )
-        each_BR = tf.where(response_mask[:, prompt:], each_BR, 0.0)
+        each_BR = tf.where(text.response_mask, each_BR, 0.0)
         # Of the columns that were given.
         pictures = hidden_BLD.shape[1] - prompt - longest
         given = [hidden_BLD[:, :pictures], hidden_BLD[:, pictures + missing :]]

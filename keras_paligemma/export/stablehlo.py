@@ -8,6 +8,7 @@ from keras_paligemma.compat import compiling_for
 from keras_paligemma.compat import to_host
 from keras_paligemma.export.forward import response_logits
 from keras_paligemma.export.forward import shapes_and_dtypes
+from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 
 ENTRY = "generate.stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -71,13 +72,10 @@ def greedy_ids(model, inputs):
         inputs: dict as `forward.response_logits` takes it; what its responses
             begin with is kept.
     """
-    prompt = model.preprocessor.prompt_length
+    longest = model.preprocessor.response_length
     stop = model.preprocessor.tokenizer.end_token_id
     inputs = {
         "images": inputs["images"],
-        "token_ids": inputs["token_ids"][:, :prompt],
-        "padding_mask": inputs["padding_mask"][:, :prompt],
-        "response_ids": inputs["token_ids"][:, prompt:],
-        "response_mask": inputs["response_mask"][:, prompt:],
+        **PromptAndResponse.cut(inputs, longest).arrays(),
     }
     return model.generate_step(inputs, (stop,))["token_ids"]

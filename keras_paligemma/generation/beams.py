@@ -114,28 +114,15 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
         == shared["stop_ids"][None],
         axis=1,
     )
-    # Each beam could stop here, by the likeliest of the stops.
-    stops_BV = ops.where(is_stop_V[None], barred_BV, NONE_YET)
-    stop_B = likeliest(stops_BV)
-    stop_BN = by_beam(ops.max(stops_BV, axis=-1), width)
-    score_BN = _scores(rows, shared, beams.sums_BN + stop_BN, place + 1)
-    score_BN = ops.where(fixed_BN, NONE_YET, score_BN)
-    stopped = (
-        by_beam(put(live.ids_BR, stop_B, place), width),
-        by_beam(
-            put(live.log_probabilities_BR, _of(log_BV, stop_B), place), width
-        ),
+    ids_BNR, log_probabilities_BNR, scores_BN = _with_stops(
+        rows,
+        shared,
+        beams,
+        ops.where(is_stop_V[None], barred_BV, NONE_YET),
+        log_BV,
+        fixed_BN,
     )
-    ended = (beams.ids_BNR, beams.log_probabilities_BNR)
-    ids_BNR, log_probabilities_BNR, scores_BN = _best(
-        *(
-            ops.concatenate([old, new], axis=1)
-            for old, new in zip(ended, stopped, strict=True)
-        ),
-        ops.concatenate([beams.scores_BN, score_BN], axis=1),
-        width,
-    )
-    # Or it goes on.
+    # Or each beam goes on.
     going_BV = ops.where(is_stop_V[None], FORBIDDEN, barred_BV)
     total_BNV = beams.sums_BN[..., None] + by_beam(going_BV, width)
     vocabulary_size = log_BV.shape[1]
@@ -178,6 +165,36 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
         live.sampler,
     )
     return Beams(ids_BNR, log_probabilities_BNR, scores_BN, live, sums_BN)
+
+
+def _with_stops(rows, shared, beams, stops_BV, log_BV, fixed_BN):
+    """Let each beam stop here, by its likeliest stop, and keep the best.
+
+    Args:
+        stops_BV: float32 tensor, what a stop by each token counts.
+        log_BV: float32 tensor, what the model gives it.
+        fixed_BN: bool tensor, beams that may not.
+
+    Returns:
+        Ids, log-probabilities and scores of the answers that have ended.
+    """
+    width, live, place = fixed_BN.shape[1], beams.live, beams.live.position
+    stop_B = likeliest(stops_BV)
+    stop_BN = by_beam(ops.max(stops_BV, axis=-1), width)
+    score_BN = _scores(rows, shared, beams.sums_BN + stop_BN, place + 1)
+    score_BN = ops.where(fixed_BN, NONE_YET, score_BN)
+    ids_BR = put(live.ids_BR, stop_B, place)
+    each_BR = put(live.log_probabilities_BR, _of(log_BV, stop_B), place)
+
+    def beside(old, new):
+        return ops.concatenate([old, new], axis=1)
+
+    return _best(
+        beside(beams.ids_BNR, by_beam(ids_BR, width)),
+        beside(beams.log_probabilities_BNR, by_beam(each_BR, width)),
+        beside(beams.scores_BN, score_BN),
+        width,
+    )
 
 
 def by_beam(array, width):

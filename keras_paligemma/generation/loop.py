@@ -20,7 +20,7 @@ from keras_paligemma.generation.state import State
 # is allowed takes some token, and no NaN.
 FORBIDDEN = -1.0e30
 # What the prefill alone reads of a row.
-OF_PREFILL = ("images", "image_embeddings", "token_ids", "padding_mask")
+OF_PREFILL = ("images", "image_embeddings", "prompt_ids", "prompt_mask")
 
 
 @dataclass(frozen=True)
@@ -242,14 +242,14 @@ def row_defaults(inputs):
     """Return what `answer` reads of each row, for the likeliest tokens.
 
     Args:
-        inputs: dict of `token_ids`, `response_ids` and what else `prefill`
+        inputs: dict of `prompt_ids`, `response_ids` and what else `prefill`
             takes, with the batch first.
 
     Returns:
         Dict of tensors (B,): bool `wanted`, rows that someone waits for, int32
         `max_new_tokens` and `start_node`.
     """
-    zeros_B = ops.zeros_like(inputs["token_ids"][:, 0])
+    zeros_B = ops.zeros_like(inputs["prompt_ids"][:, 0])
     responses = inputs["response_ids"].shape[1]
     return {
         "wanted": zeros_B == 0,

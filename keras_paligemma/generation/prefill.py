@@ -14,15 +14,17 @@ def prefill(backbone, inputs, responses):
     Args:
         backbone: `PaliGemmaBackbone`.
         inputs: dict of `images` (or `image_embeddings`, or neither),
-            `token_ids` and `padding_mask` (B, P) of the prompts.
+            `prompt_ids` and `prompt_mask` (B, P).
         responses: int R, the longest response, in tokens.
 
     Returns:
         hidden_BTD: tensor, of image tokens and prompt.
         cache: nest of arrays whose first axis is the batch.
     """
-    embeddings_BTD = backbone.embed(inputs)
-    padding_BP = ops.cast(inputs["padding_mask"], "bool")
+    embeddings_BTD = backbone.embed(
+        {**inputs, "token_ids": inputs["prompt_ids"]}
+    )
+    padding_BP = ops.cast(inputs["prompt_mask"], "bool")
     images = embeddings_BTD.shape[1] - padding_BP.shape[1]
     # Image tokens are always valid, and nothing here is response.
     images_BI = ops.ones((ops.shape(padding_BP)[0], images), "bool")

@@ -8,65 +8,6 @@ import numpy as np
 from keras_paligemma.generation.loop import Plan
 from keras_paligemma.generation.options import Options
 from keras_paligemma.preprocessing.inputs import to_ids
-from keras_paligemma.preprocessing.inputs import to_length
-from keras_paligemma.preprocessing.layout import LONGEST_RESPONSE
-
-
-def split_prompt(arrays, max_new_tokens=None):
-    """Split text arrays where the prompts end: at one index for all rows.
-
-    Args:
-        arrays: dict of NumPy arrays `token_ids`, `padding_mask`,
-            `response_mask` (B, P + R) and what else the backbone takes.
-        max_new_tokens: int, length that the response part is cut or filled up
-            to; `None` leaves it as it is.
-
-    Returns:
-        Dict as `generate_tokens` takes it.
-
-    Raises:
-        ValueError: prompts that end at different indices, or no room for an
-            answer.
-    """
-    ids, valid = arrays["token_ids"], arrays["padding_mask"]
-    response = arrays["response_mask"]
-    prompt = valid & ~response
-    ends = {int(row.nonzero()[0][-1]) + 1 if row.any() else 0 for row in prompt}
-    if len(ends) != 1 or 0 in ends:
-        raise ValueError(
-            "Prompts must end at one index in every row: align them to the "
-            f"right. Received: prompts ending at {sorted(ends)}. "
-            "PaliGemmaCausalLMPreprocessor lays them out so."
-        )
-    end = ends.pop()
-    length = ids.shape[1] - end
-    if max_new_tokens is not None:
-        length = to_length(
-            max_new_tokens, "max_new_tokens", most=LONGEST_RESPONSE
-        )
-    if not length:
-        raise ValueError(
-            "The arrays have no room for a response. Received: "
-            f"{end} tokens, all of them prompt. Expected: "
-            "max_new_tokens, or arrays with a response part."
-        )
-    if response[:, end + length :].any():
-        raise ValueError(
-            "A begun answer leaves no room to go on. Expected: at most "
-            f"{length} tokens. Received: more. Raise `max_new_tokens`."
-        )
-
-    def resized(array):
-        more = max(end + length - array.shape[1], 0)
-        return np.pad(array, ((0, 0), (0, more)))[:, end : end + length]
-
-    return {
-        **arrays,
-        "token_ids": ids[:, :end],
-        "padding_mask": valid[:, :end],
-        "response_ids": resized(ids),
-        "response_mask": resized(response),
-    }
 
 
 def stops_of(stop_token_ids, preprocessor, vocabulary_size):
@@ -98,7 +39,7 @@ def check_begun(arrays, preprocessor):
     """Refuse begun answers that have ended: text has no place for the rest.
 
     Args:
-        arrays: dict as `generate_tokens` takes it.
+        arrays: dict of `split_prompt`.
         preprocessor: `PaliGemmaCausalLMPreprocessor`.
     """
     end = preprocessor.tokenizer.end_token_id
@@ -215,7 +156,7 @@ def filled_up(arrays, rows, prompt, response):
     def padded(name, array):
         width = array.shape[1] if array.ndim > 1 else 0
         before = after = 0
-        if name in ("token_ids", "padding_mask"):
+        if name in ("prompt_ids", "prompt_mask"):
             before = prompt - width
         if name in ("response_ids", "response_mask"):
             after = response - width

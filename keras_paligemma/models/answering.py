@@ -28,7 +28,6 @@ from keras_paligemma.generation.requests import check_begun
 from keras_paligemma.generation.requests import ends_of
 from keras_paligemma.generation.requests import filled_up
 from keras_paligemma.generation.requests import plan_of
-from keras_paligemma.generation.requests import split_prompt
 from keras_paligemma.generation.requests import stop_array
 from keras_paligemma.generation.texts import cut
 from keras_paligemma.generation.texts import settled
@@ -36,6 +35,7 @@ from keras_paligemma.models.inputs import prompt_batch
 from keras_paligemma.models.inputs import typed
 from keras_paligemma.preprocessing.inputs import prompt_text
 from keras_paligemma.preprocessing.inputs import to_strings
+from keras_paligemma.preprocessing.prompt_and_response import split_prompt
 from keras_paligemma.turns import write_back
 
 
@@ -107,7 +107,7 @@ def prepare(model, inputs, count, first, max_new_tokens, stops, options):
     arrays = split_prompt(arrays, max_new_tokens)
     if preprocessor is not None:
         check_begun(arrays, preprocessor)
-    size, prompt = arrays["token_ids"].shape
+    size, prompt = arrays["prompt_ids"].shape
     length = arrays["response_ids"].shape[1]
     if count is None:
         count, size = size, bucket(size)

@@ -188,8 +188,8 @@ def compile_generation(job, layout, responses, topology):
         name: jax.ShapeDtypeStruct(shape, dtype)
         for name, shape, dtype in (
             ("images", job.images_shape(size), "float32"),
-            ("token_ids", prompts, "int32"),
-            ("padding_mask", prompts, "bool"),
+            ("prompt_ids", prompts, "int32"),
+            ("prompt_mask", prompts, "bool"),
             ("response_ids", answers, "int32"),
             ("response_mask", answers, "bool"),
         )

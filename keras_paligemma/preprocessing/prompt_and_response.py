@@ -1,12 +1,18 @@
 """The two parts of a text, apart, side by side, and laid out anew."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from keras import ops
 
+from keras_paligemma.preprocessing.inputs import to_length
+from keras_paligemma.preprocessing.layout import LONGEST_RESPONSE
 from keras_paligemma.preprocessing.layout import pack
 from keras_paligemma.types import Tensor
+
+# The arrays that hold prompt and response side by side.
+WHOLE_NAMES = ("token_ids", "padding_mask", "response_mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +111,64 @@ class PromptAndResponse:
 PART_NAMES = tuple(
     field.name for field in dataclasses.fields(PromptAndResponse)
 )
+
+
+def split_prompt(
+    arrays: dict[str, Any], max_new_tokens: int | None = None
+) -> dict[str, Any]:
+    """Cut texts where the prompts end: at one index for all rows.
+
+    Args:
+        arrays: dict of NumPy arrays `token_ids`, `padding_mask`,
+            `response_mask` (B, P + R) and what else the backbone takes.
+        max_new_tokens: int, length that the response part is cut or filled up
+            to; `None` leaves it as it is.
+
+    Returns:
+        dict: the arrays of `PromptAndResponse` in place of the three, and what
+        else there was.
+
+    Raises:
+        ValueError: prompts that end at different indices, or no room for an
+            answer.
+    """
+    ids, valid = arrays["token_ids"], arrays["padding_mask"]
+    response = arrays["response_mask"]
+    prompt = valid & ~response
+    ends = {int(row.nonzero()[0][-1]) + 1 if row.any() else 0 for row in prompt}
+    if len(ends) != 1 or 0 in ends:
+        raise ValueError(
+            "Prompts must end at one index in every row: align them to the "
+            f"right. Received: prompts ending at {sorted(ends)}. "
+            "PaliGemmaCausalLMPreprocessor lays them out so."
+        )
+    end = ends.pop()
+    length = ids.shape[1] - end
+    if max_new_tokens is not None:
+        length = to_length(
+            max_new_tokens, "max_new_tokens", most=LONGEST_RESPONSE
+        )
+    if not length:
+        raise ValueError(
+            "The arrays have no room for a response. Received: "
+            f"{end} tokens, all of them prompt. Expected: "
+            "max_new_tokens, or arrays with a response part."
+        )
+    if response[:, end + length :].any():
+        raise ValueError(
+            "A begun answer leaves no room to go on. Expected: at most "
+            f"{length} tokens. Received: more. Raise `max_new_tokens`."
+        )
+
+    def resized(array):
+        more = max(end + length - array.shape[1], 0)
+        return np.pad(array, ((0, 0), (0, more)))[:, end : end + length]
+
+    text = PromptAndResponse(
+        ids[:, :end], valid[:, :end], resized(ids), resized(response)
+    )
+    others = {name: arrays[name] for name in arrays if name not in WHOLE_NAMES}
+    return others | text.arrays()
 
 
 def ends_at_one_index(arrays: dict, response_length: int) -> bool:

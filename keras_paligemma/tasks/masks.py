@@ -133,10 +133,11 @@ def check_segmentation(
 ) -> None:
     """Refuse what `from_segmentation` would, without drawing polygons.
 
-    Args and errors are those of `from_segmentation`.
+    Args and errors are those of `from_segmentation`; run lengths of no pixel
+    are refused, too.
     """
     if isinstance(segmentation, Mapping):
-        from_rle(segmentation, size)
+        bounds(from_rle(segmentation, size))
     elif isinstance(segmentation, Sequence) and not isinstance(
         segmentation, str
     ):

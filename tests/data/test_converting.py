@@ -298,6 +298,12 @@ def test_splits_and_names_of_yolo(yolo, tmp_path):
     head.write_text("train: [\n")
     with pytest.raises(ValueError, match="data.yaml is no YAML"):
         open_source(head)
+    label = yolo / "train" / "labels" / "a.txt"
+    head.write_text("train: train/images\nnames: [cat]\n")
+    label.write_bytes(b"\xff")
+    made = convert(yolo, yolo / "a.json", "coco")
+    assert "a.txt: The labels cannot be read" in made.skipped[0]
+    made.path.unlink()
     # Label Studio's and CVAT's: a list of names, no YAML.
     head.unlink()
     (yolo / "train" / "classes.txt").write_text("owl\ncat\n")
@@ -330,6 +336,7 @@ def test_turned_pictures_of_yolo(yolo):
         ({"bbox": None}, "annotation 5: The box does not fit COCO's format"),
         ({"segmentation": [[1, 2]]}, "annotation 5: Polygon 0 is none"),
         ({"segmentation": {"size": [1, 1], "counts": [1]}}, "another size"),
+        ({"segmentation": {"size": SIZE, "counts": [3200]}}, "empty mask"),
     ],
 )
 def test_bad_objects_of_coco_are_skipped(coco, tmp_path, change, message):
@@ -391,6 +398,33 @@ def test_folders_are_recognised(coco, tmp_path):
     assert open_source(file)[0]["responses"] == "!"
     with pytest.raises(ValueError, match="no objects on pictures"):
         open_objects(file)
+
+
+def test_objects_that_lines_cannot_hold(coco, tmp_path):
+    data = json.loads(coco.read_text())
+    del data["annotations"][0]["segmentation"]
+    data["categories"][1]["name"] = "dog; big"
+    coco.write_text(json.dumps(data))
+    made = convert(coco, tmp_path / "a.jsonl", "jsonl", task="segment")
+    assert made.lost["pictures with objects that cannot be written"] == 1
+    (line,) = made.path.read_text().splitlines()
+    assert json.loads(line)["prefix"] == "segment cat"
+    assert {one.name for one in tmp_path.iterdir()} == {"coco", "a.jsonl"}
+    with pytest.raises(ValueError, match="has no classes"):
+        open_source(made.path, classes=["cat"])
+
+
+def test_several_files_of_coco(coco):
+    folder = coco.parent / "annotations"
+    folder.mkdir()
+    for name in ("instances_train2017", "captions_train2017", "instances_val"):
+        (folder / f"{name}.json").write_text(coco.read_text())
+    coco.unlink()
+    source, other = (
+        open_source(folder.parent, split=split) for split in ("train", "val")
+    )
+    assert source.data.path.stem == "instances_train2017"
+    assert other.data.path.stem == "instances_val"
 
 
 def test_lines_that_are_no_objects_are_counted(tmp_path):

@@ -13,13 +13,13 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.compat import compiling_for
 from keras_paligemma.data.batches import in_parts
-from keras_paligemma.generation.requests import split_prompt
 from keras_paligemma.layers.attention import attend
 from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.splash import should_use_splash
 from keras_paligemma.planning.compiled import Compiler
 from keras_paligemma.planning.compiled import has_compiler
 from keras_paligemma.planning.job import Job
+from keras_paligemma.preprocessing.prompt_and_response import split_prompt
 from keras_paligemma.sharding.layouts import Layout
 from tests.helpers.attention import PREFIX
 from tests.helpers.attention import RESPONSE

@@ -8,10 +8,10 @@ from keras import ops
 
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.generation.requests import ends_of
-from keras_paligemma.generation.requests import split_prompt
 from keras_paligemma.generation.requests import stops_of
 from keras_paligemma.models import files
 from keras_paligemma.models.inputs import prompt_batch
+from keras_paligemma.preprocessing.prompt_and_response import split_prompt
 from tests.helpers.tiny_models import IMAGE_SIZE
 from tests.helpers.tiny_models import golden_prompts
 
@@ -301,7 +301,7 @@ def test_the_response_part_is_as_long_as_asked(expected):
         split = split_prompt(inputs, length)
         assert split["response_ids"].shape == (4, length)
         assert split["response_mask"].sum() == 3
-        assert split["token_ids"].shape == (4, 10)
+        assert split["prompt_ids"].shape == (4, 10)
     with pytest.raises(ValueError, match="no room to go on.*at most 2 tok"):
         split_prompt(inputs, 2)
 

@@ -1,0 +1,147 @@
+"""The application: endpoints around one model."""
+
+import asyncio
+import contextlib
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse
+from starlette.responses import JSONResponse
+from starlette.responses import Response
+from starlette.routing import Route
+
+import keras_paligemma
+from keras_paligemma import shipped
+from keras_paligemma.serve import openai
+from keras_paligemma.serve import own
+from keras_paligemma.serve import pages
+from keras_paligemma.serve.asking import Service
+from keras_paligemma.serve.batching import Batches
+from keras_paligemma.serve.limits import Guard
+from keras_paligemma.serve.limits import refusal
+from keras_paligemma.serve.metrics import Metrics
+from keras_paligemma.serve.requests import Limits
+from keras_paligemma.serve.requests import Refused
+from keras_paligemma.tasks.mask_codec import MaskCodec
+
+
+def make_app(
+    model,
+    name,
+    *,
+    largest=8,
+    milliseconds=2.0,
+    room=256,
+    limits=None,
+    codec=None,
+    token=None,
+    hosts=None,
+    fetches=False,
+):
+    """Make the ASGI application of a model.
+
+    Args:
+        model: `PresetModel` or `SavedModel`.
+        name: str, what clients call the model.
+        largest: int, requests a batch; a power of two. 1 batches nothing.
+        milliseconds: float that a request waits for others.
+        room: int, requests that wait; more are refused with 429.
+        limits: `Limits`.
+        codec: `MaskCodec` that decodes masks; the nano preset's if `None`.
+        token: str that requests must bear.
+        hosts: strs, names of the server; any if `None`.
+        fetches: bool, fetch pictures of http(s) addresses.
+
+    Returns:
+        `Guard` around a `starlette.applications.Starlette`.
+
+    Raises:
+        ValueError: sizes that mean nothing.
+    """
+    if largest < 1 or largest & (largest - 1):
+        raise ValueError(
+            "A batch holds a power of two of requests. Expected: 1, 2, 4, 8, "
+            f"…. Received: {largest}."
+        )
+    if room < 1 or milliseconds < 0:
+        raise ValueError(
+            "Expected: room for one request or more, and 0 ms or more. "
+            f"Received: {room} and {milliseconds} ms."
+        )
+    limits = limits or Limits()
+    metrics = Metrics()
+    batches = Batches(model, largest, milliseconds, room, metrics)
+    service = Service(
+        name, model, batches, limits, codec or MaskCodec.embedded(), fetches
+    )
+    posts = {
+        "/v1/chat/completions": (openai.chat, openai.FIELDS),
+        "/answer": (own.answer, own.ANSWER),
+        "/detect": (own.detect, own.OBJECTS),
+        "/segment": (own.segment, own.OBJECTS),
+    }
+    described = pages.openapi(
+        {path: fields for path, (_, fields) in posts.items()},
+        keras_paligemma.__version__,
+    )
+
+    async def health(request):
+        return JSONResponse({"status": "ok"})
+
+    async def readiness(request):
+        if batches.ready.is_set() and not batches.stopping:
+            return JSONResponse({"status": "ready"})
+        raise Refused(503, "Warming up or stopping.")
+
+    async def counts(request):
+        return Response(
+            generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST
+        )
+
+    async def page(request):
+        return FileResponse(shipped.folder("examples") / "serve" / "page.html")
+
+    async def description(request):
+        return JSONResponse(described)
+
+    async def description_page(request):
+        return Response(pages.PAGE, media_type="text/html; charset=utf-8")
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        batches.start()
+        yield
+        await asyncio.to_thread(batches.stop)
+        service.readers.shutdown()
+
+    gets = {
+        "/": page,
+        "/docs": description_page,
+        "/openapi.json": description,
+        "/healthz": health,
+        "/readyz": readiness,
+        "/metrics": counts,
+        "/v1/models": openai.models(service),
+    }
+    routes = [Route(path, one) for path, one in gets.items()]
+    routes += [
+        Route(path, make(service), methods=["POST"])
+        for path, (make, _) in posts.items()
+    ]
+
+    def refused(request, error):
+        return refusal(request.url.path, error)
+
+    def missing(request, error):
+        known = ", ".join([*posts, *gets])
+        message = f"{error.detail}. Expected: one of {known}."
+        return refused(request, Refused(error.status_code, message))
+
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={Refused: refused, HTTPException: missing},
+    )
+    return Guard(app, limits, metrics, {*gets, *posts}, token, hosts)

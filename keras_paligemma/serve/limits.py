@@ -1,0 +1,198 @@
+"""What keeps a server up: sizes, times, origins and tokens of requests."""
+
+import asyncio
+import hmac
+import logging
+import time
+from urllib.parse import urlsplit
+
+from starlette.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from keras_paligemma.serve.requests import Refused
+
+log = logging.getLogger("keras_paligemma.serve")
+
+OPEN = ("/healthz", "/readyz")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def protocol(seconds):
+    """Make uvicorn's protocol, that lets go of who sends no request.
+
+    Args:
+        seconds: float, from the connection to the end of the first headers.
+    """
+
+    class Protocol(H11Protocol):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.loop.call_later(seconds, self._let_go)
+
+        def _let_go(self):
+            if self.cycle is None and not self.transport.is_closing():
+                self.transport.close()
+
+    return Protocol
+
+
+class Guard:
+    """ASGI middleware: refuses what is no request of ours, and counts.
+
+    Args:
+        app: ASGI application.
+        limits: `Limits`.
+        metrics: `Metrics`.
+        paths: strs, those that have a label of their own in the metrics.
+        token: str that requests must bear, or `None`.
+        hosts: strs, names that the server is called by; `None` takes any. A
+            page whose name is made to point at this machine has another one.
+    """
+
+    def __init__(self, app, limits, metrics, paths, token=None, hosts=None):
+        self.app = app
+        self.limits = limits
+        self.metrics = metrics
+        self.paths = paths
+        self.token = token
+        self.hosts = hosts
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        path = scope["path"] if scope["path"] in self.paths else "other"
+        started = time.monotonic()
+        status: list[int | None] = [None]
+
+        async def sending(message):
+            if message["type"] == "http.response.start":
+                status[0] = message["status"]
+            # Who does not take its answer holds nobody up.
+            async with asyncio.timeout(self.limits.seconds):
+                await send(message)
+
+        try:
+            headers = {
+                name.decode("latin-1"): value.decode("latin-1")
+                for name, value in scope["headers"]
+            }
+            self._check(scope, headers)
+            body = await self._body(scope, headers, receive)
+            await self.app(scope, _Replay(body, receive), sending)
+        except Refused as error:
+            # What is left unread would be taken for the next request.
+            reply = refusal(scope["path"], error)
+            reply.headers["Connection"] = "close"
+            await reply(scope, receive, sending)
+        except Disconnected:
+            status[0] = 499
+        except TimeoutError:
+            status[0] = status[0] or 408
+        except Exception:  # noqa: BLE001  keeps serving
+            log.exception("a request failed")
+            if status[0] is None:
+                error = Refused(500, "The server failed to answer.")
+                await refusal(scope["path"], error)(scope, receive, sending)
+        finally:
+            self.metrics.requests.labels(path, str(status[0])).inc()
+            self.metrics.latency.labels(path).observe(
+                time.monotonic() - started
+            )
+
+    def _check(self, scope, headers):
+        if scope["http_version"] not in ("1.0", "1.1", "2"):
+            raise Refused(505, "Expected: HTTP/1.1.")
+        host = headers.get("host", "")
+        name = urlsplit(f"//{host}").hostname if _is_host(host) else None
+        if self.hosts is not None and name not in self.hosts:
+            raise Refused(421, f"Unknown host {host[:60]!r}.")
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("//")[2] != host:
+            raise Refused(403, "Pages of other sites may not ask.")
+        if self.token and scope["path"] not in (*OPEN, "/"):
+            given = headers.get("authorization", "")
+            wanted = f"Bearer {self.token}"
+            if not hmac.compare_digest(given.encode(), wanted.encode()):
+                raise Refused(
+                    401,
+                    "Expected: Authorization: Bearer, and the token.",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        if scope["method"] == "POST":
+            kind = headers.get("content-type", "").partition(";")[0]
+            if kind.strip().lower() != "application/json":
+                raise Refused(415, "Expected: Content-Type: application/json.")
+        length = headers.get("content-length", "0")
+        if not (length.isascii() and length.isdigit()) or len(length) > 20:
+            raise Refused(400, f"Not a length: {length[:40]!r}.")
+        if int(length) > self.limits.body:
+            raise Refused(413, f"Expected: at most {self.limits.body} bytes.")
+
+    async def _body(self, scope, headers, receive):
+        """Read a body, however it comes, within its limits."""
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Disconnected
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size > self.limits.body:
+                        raise Refused(
+                            413, f"Expected: at most {self.limits.body} bytes."
+                        )
+                    parts.append(part)
+                    more = message.get("more_body", False)
+        except TimeoutError as error:
+            raise Refused(408, "The body came too slowly.") from error
+        return b"".join(parts)
+
+
+class Disconnected(Exception):
+    """The client has gone before its request was there."""
+
+
+class _Replay:
+    """`receive` that gives a body that was read, and then what comes."""
+
+    def __init__(self, body, receive):
+        self.body = body
+        self.receive = receive
+
+    async def __call__(self):
+        if self.body is None:
+            return await self.receive()
+        body, self.body = self.body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+def _is_host(host):
+    try:
+        return bool(urlsplit(f"//{host}").hostname)
+    except ValueError:
+        return False
+
+
+def refusal(path, error):
+    """Give a `Refused` in the form of the API that was asked."""
+    content = {"error": str(error)}
+    if path.startswith("/v1/"):
+        content = {"error": openai_error(error)}
+    return JSONResponse(content, error.status, headers=error.headers)
+
+
+def openai_error(error):
+    """Give the inside of an error as OpenAI's clients read it."""
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    kind = kinds.get(error.status, "invalid_request_error")
+    if error.status >= 500:
+        kind = "server_error"
+    return {
+        "message": str(error),
+        "type": kind,
+        "param": error.field,
+        "code": None,
+    }

@@ -1,0 +1,278 @@
+"""Chat completions as OpenAI's clients ask for them.
+
+PaliGemma answers one prompt about one picture: a conversation is one message of
+the user with one `image_url` and one text. Other conversations are refused, not
+shortened. Without a temperature the likeliest tokens are taken, as the models
+were evaluated. `max_tokens` beyond the model's longest answer means that one.
+"""
+
+import json
+import time
+import urllib.request
+import uuid
+from typing import NoReturn
+
+from starlette.responses import JSONResponse
+from starlette.responses import StreamingResponse
+
+from keras_paligemma.serve.asking import answers_of
+from keras_paligemma.serve.asking import events_of
+from keras_paligemma.serve.limits import openai_error
+from keras_paligemma.serve.requests import Choice
+from keras_paligemma.serve.requests import Field
+from keras_paligemma.serve.requests import Refused
+from keras_paligemma.serve.requests import read_base64
+from keras_paligemma.serve.requests import read_fields
+from keras_paligemma.serve.requests import read_json
+from keras_paligemma.serve.requests import read_prompt
+from keras_paligemma.serve.requests import read_stop
+
+FIELDS = {
+    "model": Field("string", "The model's name, or an adapter's", default=...),
+    "messages": Field("any", "One of the user: image_url, text", default=...),
+    "max_tokens": Field("integer", "Longest answer", 1, 2**31),
+    "max_completion_tokens": Field("integer", "The same", 1, 2**31),
+    "temperature": Field("number", "0: likeliest tokens", 0, 2, 0.0),
+    "top_p": Field("number", "Draw among so much probability", 1e-6, 1, 1.0),
+    "n": Field("integer", "Answers", 1, 128, 1),
+    "seed": Field("integer", "The same draws again", -(2**63), 2**63),
+    "stop": Field("strings", "Strings that end the answer"),
+    "stream": Field("boolean", "Server-sent events", default=False),
+    "stream_options": Field("any", "include_usage"),
+    "logprobs": Field("boolean", "Tell log-probabilities", default=False),
+    "top_logprobs": Field("integer", "Likeliest tokens a place", 0, 20, 0),
+    "frequency_penalty": Field("number", "None", 0, 0, 0),
+    "presence_penalty": Field("number", "None", 0, 0, 0),
+}
+# Of OpenAI's own house: they change no answer.
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier")
+
+
+def models(service):
+    """Make the endpoint that lists the model and its adapters."""
+
+    async def endpoint(request):
+        names = [service.name, *(service.model.adapters or ())]
+        data = [
+            {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "keras_paligemma",
+            }
+            for name in names
+        ]
+        return JSONResponse({"object": "list", "data": data})
+
+    return endpoint
+
+
+def chat(service):
+    """Make the endpoint of chat completions."""
+
+    async def endpoint(request):
+        body = read_json(await request.body())
+        fields = read_fields(body, FIELDS, IGNORED)
+        address, prompt = _message(fields["messages"])
+        read_prompt(prompt, service.limits, "messages")
+        choice = _choice(service, fields)
+        if fields["n"] > service.limits.copies:
+            raise Refused(400, f"`n` is at most {service.limits.copies}.", "n")
+        waiting = await service.ask(
+            lambda: _picture(service, address),
+            prompt,
+            choice,
+            fields["n"],
+            fields["stream"],
+        )
+        reply = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": fields["model"],
+        }
+        if fields["stream"]:
+            return StreamingResponse(
+                _stream(reply, waiting, fields),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-store"},
+            )
+        answers = await answers_of(waiting, request.receive)
+        reply |= {
+            "object": "chat.completion",
+            "choices": [
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": one.text},
+                    "finish_reason": one.finish,
+                    "logprobs": _logprobs(one) if fields["logprobs"] else None,
+                }
+                for index, one in enumerate(answers)
+            ],
+            "usage": _usage(answers),
+        }
+        return JSONResponse(reply)
+
+    return endpoint
+
+
+def _choice(service, fields):
+    adapters = service.model.adapters or ()
+    name = fields["model"]
+    if name != service.name and name not in adapters:
+        raise Refused(
+            404,
+            f"No model {name[:60]!r}. Expected: one of "
+            f"{[service.name, *adapters]}.",
+            "model",
+        )
+    if fields["top_logprobs"] and not fields["logprobs"]:
+        raise Refused(
+            400, "`top_logprobs` needs logprobs=true.", "top_logprobs"
+        )
+    most = service.model.most_alternatives
+    if fields["top_logprobs"] > most:
+        raise Refused(400, f"`top_logprobs` is at most {most}.", "top_logprobs")
+    if fields["logprobs"] and not most:
+        raise Refused(400, "A SavedModel tells no tokens.", "logprobs")
+    seed = fields["seed"]
+    return Choice(
+        fields["max_completion_tokens"] or fields["max_tokens"],
+        fields["temperature"],
+        fields["top_p"],
+        None,
+        None if seed is None else seed % 2**31,
+        read_stop(fields["stop"]),
+        None if name == service.name else name,
+        fields["top_logprobs"],
+    )
+
+
+def _message(messages):
+    """Give address and text of the one message that PaliGemma can answer."""
+
+    def refuse(reason) -> NoReturn:
+        raise Refused(
+            400,
+            f"{reason} Expected: one message of the user with one `image_url` "
+            "and one text: the model answers a prompt about a picture.",
+            "messages",
+        )
+
+    if not isinstance(messages, list) or len(messages) != 1:
+        refuse("This is no prompt.")
+    message = messages[0]
+    if not isinstance(message, dict) or message.get("role") != "user":
+        refuse("The message is not of the user.")
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        refuse("The message has no picture.")
+    texts, addresses = [], []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image_url":
+            url = part.get("image_url")
+            url = url.get("url") if isinstance(url, dict) else url
+            if not isinstance(url, str):
+                refuse("`image_url` has no `url`.")
+            addresses.append(url)
+        else:
+            refuse("A part is neither a text nor an `image_url`.")
+    if len(texts) != 1 or len(addresses) != 1:
+        refuse(f"Received: {len(addresses)} pictures, {len(texts)} texts.")
+    return addresses[0], texts[0]
+
+
+def _picture(service, address):
+    """Give the bytes behind an address; in a thread of its own."""
+    if address[:5].lower() == "data:":
+        return read_base64(address, "messages")
+    if not address.startswith(("http://", "https://")):
+        raise Refused(400, "Expected: a data: URI.", "messages")
+    if not service.fetches:
+        raise Refused(
+            400,
+            "This server fetches no pictures. Expected: a data: URI.",
+            "messages",
+        )
+    try:
+        with urllib.request.urlopen(address, timeout=10) as file:
+            data = file.read(service.limits.body + 1)
+    except (OSError, ValueError) as error:
+        raise Refused(
+            400, "The picture could not be fetched.", "messages"
+        ) from error
+    if len(data) > service.limits.body:
+        raise Refused(413, "The picture is too large.", "messages")
+    return data
+
+
+def _usage(answers):
+    prompt = max(one.prompt_tokens for one in answers)
+    completion = sum(len(one.token_ids) for one in answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def _logprobs(answer):
+    def entry(token, value):
+        return {
+            "token": token,
+            "logprob": value,
+            "bytes": list(token.encode()),
+        }
+
+    places = answer.alternatives or [[]] * len(answer.tokens)
+    return {
+        "content": [
+            entry(token, value)
+            | {"top_logprobs": [entry(*one) for one in place]}
+            for token, value, place in zip(
+                answer.tokens, answer.log_probabilities, places, strict=True
+            )
+        ],
+        "refusal": None,
+    }
+
+
+async def _stream(reply, waiting, fields):
+    """Give the events of a stream; log-probabilities come with the last."""
+    reply = reply | {"object": "chat.completion.chunk"}
+    options = fields["stream_options"] or {}
+    answers = []
+
+    def chunk(index, delta, **more):
+        one = {"index": index, "delta": delta, "finish_reason": None}
+        return _event(reply | {"choices": [one | more]})
+
+    for index in range(len(waiting)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    try:
+        async for index, event in events_of(waiting):
+            if isinstance(event, str):
+                yield chunk(index, {"content": event})
+                continue
+            answers.append(event)
+            more = {"finish_reason": event.finish}
+            if fields["logprobs"]:
+                more["logprobs"] = _logprobs(event)
+            yield chunk(index, {}, **more)
+    except Refused as error:
+        yield _event({"error": openai_error(error)})
+    # The status is sent: the error is an event.
+    except Exception:  # noqa: BLE001
+        failed = Refused(500, "The server failed to answer.")
+        yield _event({"error": openai_error(failed)})
+    else:
+        if isinstance(options, dict) and options.get("include_usage"):
+            usage = {"choices": [], "usage": _usage(answers)}
+            yield _event(reply | usage)
+    yield "data: [DONE]\n\n"
+
+
+def _event(content):
+    return f"data: {json.dumps(content)}\n\n"

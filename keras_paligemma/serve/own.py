@@ -1,0 +1,164 @@
+"""Our own endpoints: answers, and objects with scores."""
+
+import base64
+import io
+import json
+
+import numpy as np
+from PIL import Image
+from starlette.responses import JSONResponse
+from starlette.responses import StreamingResponse
+
+from keras_paligemma.serve.asking import answers_of
+from keras_paligemma.serve.asking import events_of
+from keras_paligemma.serve.requests import Choice
+from keras_paligemma.serve.requests import Field
+from keras_paligemma.serve.requests import Refused
+from keras_paligemma.serve.requests import read_base64
+from keras_paligemma.serve.requests import read_fields
+from keras_paligemma.serve.requests import read_json
+from keras_paligemma.serve.requests import read_prompt
+from keras_paligemma.serve.requests import read_stop
+from keras_paligemma.tasks import prompts
+from keras_paligemma.tasks.answers import read_objects
+
+COMMON = {
+    "image": Field("string", "Picture in base64, or a data: URI", default=...),
+    "max_new_tokens": Field("integer", "Longest answer", 1, 2**31 - 1),
+    "temperature": Field("number", "0: likeliest tokens", 0, 100, 0.0),
+    "top_p": Field("number", "Draw among so much probability", 1e-6, 1, 1.0),
+    "top_k": Field("integer", "Draw among so many tokens", 1, 2**31 - 1),
+    "seed": Field("integer", "The same draws again", 0, 2**31 - 1),
+    "stop": Field("strings", "Strings that end the answer"),
+    "adapter": Field("string", "Name of an adapter"),
+}
+ANSWER = COMMON | {
+    "prompt": Field("string", "Such as: caption en", default=...),
+    "stream": Field("boolean", "Server-sent events", default=False),
+}
+OBJECTS = COMMON | {
+    "labels": Field("strings", "What to look for", default=...),
+}
+
+
+def answer(service):
+    """Make the endpoint that answers a prompt."""
+
+    async def endpoint(request):
+        fields = read_fields(read_json(await request.body()), ANSWER)
+        waiting = await _ask(
+            service, fields, fields["prompt"], fields["stream"]
+        )
+        if fields["stream"]:
+            return StreamingResponse(
+                _stream(service, waiting), media_type="text/event-stream"
+            )
+        [found] = await answers_of(waiting, request.receive)
+        return JSONResponse(_content(service, found))
+
+    return endpoint
+
+
+def objects(service, prompt_of):
+    """Make the endpoint that looks for objects.
+
+    Args:
+        service: `Service`.
+        prompt_of: function of labels, `prompts.detect` or `prompts.segment`.
+    """
+
+    async def endpoint(request):
+        fields = read_fields(read_json(await request.body()), OBJECTS)
+        try:
+            prompt = prompt_of(fields["labels"])
+        except ValueError as error:
+            raise Refused(400, str(error)[:300], "labels") from error
+        waiting = await _ask(service, fields, prompt)
+        [found] = await answers_of(waiting, request.receive)
+        return JSONResponse(_content(service, found, fields["labels"]))
+
+    return endpoint
+
+
+def detect(service):
+    """Make the endpoint that gives boxes."""
+    return objects(service, prompts.detect)
+
+
+def segment(service):
+    """Make the endpoint that gives boxes and masks."""
+    return objects(service, prompts.segment)
+
+
+async def _ask(service, fields, prompt, streams=False):
+    read_prompt(prompt, service.limits)
+    longest = service.model.longest
+    if (fields["max_new_tokens"] or 1) > longest:
+        raise Refused(
+            400, f"`max_new_tokens` is at most {longest}.", "max_new_tokens"
+        )
+    choice = Choice(
+        fields["max_new_tokens"],
+        fields["temperature"],
+        fields["top_p"],
+        fields["top_k"],
+        fields["seed"],
+        read_stop(fields["stop"]),
+        fields["adapter"],
+    )
+    return await service.ask(
+        lambda: read_base64(fields["image"]), prompt, choice, streams=streams
+    )
+
+
+async def _stream(service, waiting):
+    try:
+        async for _, event in events_of(waiting):
+            if isinstance(event, str):
+                content = {"piece": event}
+            else:
+                content = _content(service, event)
+            yield f"data: {json.dumps(content)}\n\n"
+    except Refused as error:
+        yield f"data: {json.dumps({'error': str(error)})}\n\n"
+    # The status is sent: the error is an event.
+    except Exception:  # noqa: BLE001
+        yield 'data: {"error": "The server failed to answer."}\n\n'
+
+
+def _content(service, found, labels=None):
+    """Give an answer as JSON; `boxes` is what the page draws."""
+    spelt = "".join(found.tokens) == found.text and found.tokens
+    objects_ = read_objects(
+        found.tokens if spelt else found.text,
+        codec=service.codec,
+        labels=labels,
+        log_probabilities=found.log_probabilities if spelt else None,
+    )
+    return {
+        "text": found.text,
+        "log_probabilities": found.log_probabilities,
+        "finish": found.finish,
+        "boxes": [_object(one) for one in objects_],
+        "skipped": [
+            {"text": one.text, "reason": one.reason} for one in objects_.skipped
+        ],
+    }
+
+
+def _object(one):
+    """Give an object: edges as shares; its mask a PNG that fills the box."""
+    names = ("y1", "x1", "y2", "x2")
+    content = {
+        "label": one.label,
+        "score": one.score,
+        **dict(zip(names, one.box, strict=True)),
+    }
+    if one.mask is not None:
+        file = io.BytesIO()
+        alpha = (np.asarray(one.mask) * 255).round().astype("uint8")
+        pixels = np.stack([np.full_like(alpha, 255), alpha], axis=-1)
+        Image.fromarray(pixels).save(file, "PNG")
+        data = base64.b64encode(file.getvalue()).decode()
+        content["mask"] = f"data:image/png;base64,{data}"
+    return content

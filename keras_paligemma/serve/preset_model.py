@@ -1,0 +1,234 @@
+"""A model of `from_preset` that answers batches of requests."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from keras_paligemma.generation.options import Options
+from keras_paligemma.generation.texts import cut
+from keras_paligemma.generation.texts import settled
+from keras_paligemma.models.answering import answers_of
+from keras_paligemma.models.answering import chunks
+from keras_paligemma.models.answering import prepare
+from keras_paligemma.models.answering import run
+from keras_paligemma.serve.requests import Answered
+from keras_paligemma.serve.requests import Choice
+from keras_paligemma.serve.requests import Refused
+from keras_paligemma.serve.requests import Request
+from keras_paligemma.serve.requests import decode_picture
+
+# Tokens a piece of a stream.
+CHUNK = 4
+
+
+class PresetModel:
+    """A `PaliGemmaCausalLM` as `Batches` calls it.
+
+    Lengths, temperatures, top-p, top-k, seeds, stops and whether it streams
+    are data of a row, so such requests share a batch. An adapter is a state of
+    the whole model and the number of alternatives a shape, so those do not.
+
+    Args:
+        model: `PaliGemmaCausalLM` with a preprocessor.
+    """
+
+    most_alternatives = 5
+
+    def __init__(self, model):
+        self.model = model
+        self.longest = model.preprocessor.response_length
+        self.adapters = tuple(model.adapters.known)
+
+    def read(self, picture, prompt, choice, limits, field="image"):
+        """Decode and tokenize; runs outside of the model's thread.
+
+        Args:
+            picture: bytes of an encoded picture.
+            prompt: str.
+            choice: `Choice`.
+            limits: `Limits`.
+            field: str, where the picture came from.
+
+        Returns:
+            Dict of arrays of one row.
+
+        Raises:
+            Refused: with what is wrong.
+        """
+        if choice.adapter is not None and choice.adapter not in self.adapters:
+            raise Refused(
+                400,
+                f"No adapter {choice.adapter[:60]!r}. Expected: one of "
+                f"{[*self.adapters]}.",
+                "adapter",
+            )
+        pixels = decode_picture(picture, limits, field)
+        try:
+            return self.model.preprocessor.generate_preprocess(
+                {"images": pixels, "prompts": prompt}
+            )
+        except ValueError as error:
+            raise Refused(400, str(error)[:300], "prompt") from error
+
+    def key(self, request):
+        """Give what the requests of a batch have in common."""
+        return request.choice.adapter, request.choice.alternatives > 0
+
+    def warm_up(self, largest):
+        """Compile all sizes of batches: likeliest and drawn, at once and by
+        pieces."""
+        size = self.model.preprocessor.image_converter.image_size
+        inputs = self.model.preprocessor.generate_preprocess(
+            {"images": np.zeros((*size, 3), "uint8"), "prompts": "caption en"}
+        )
+        rows = 1
+        while rows <= largest:
+            for temperature in (0.0, 1.0):
+                for streams in (False, True):
+                    choice = Choice(CHUNK, temperature)
+                    request = Request(inputs, choice, streams)
+                    self.answer([request] * rows, lambda row, text: None)
+            rows *= 2
+
+    def answer(self, requests, tell):
+        """Answer a batch whose requests have one `key`.
+
+        Args:
+            requests: list of `Request`.
+            tell: function of row and str, told the pieces of rows that stream.
+
+        Returns:
+            List of `Answered`.
+        """
+        choices = [one.choice for one in requests]
+        adapter = choices[0].adapter
+        using = contextlib.nullcontext()
+        if adapter is not None:
+            using = self.model.adapters.using(adapter)
+        asked = self._asked(requests)
+        with using:
+            # Nobody else needs text between tokens.
+            if any(one.streams or one.choice.stop for one in requests):
+                found = self._in_pieces(requests, asked, tell)
+            else:
+                found = run(self.model, asked)
+        answers = answers_of(self.model, asked, found)
+        return [
+            self._answered(request, answer)
+            for request, [answer] in zip(requests, answers, strict=True)
+        ]
+
+    def _asked(self, requests):
+        choices = [one.choice for one in requests]
+        inputs = {
+            name: np.stack([one.inputs[name] for one in requests])
+            for name in requests[0].inputs
+        }
+        alternatives = any(one.alternatives for one in choices)
+        options: dict[str, Any] = {
+            "alternatives": self.most_alternatives if alternatives else 0
+        }
+        if any(one.temperature for one in choices):
+            vocabulary_size = self.model.backbone.vocabulary_size
+            any_seed = np.random.default_rng().integers(
+                2**31, size=len(choices)
+            )
+            options |= {
+                "temperature": [one.temperature for one in choices],
+                "top_p": [one.top_p for one in choices],
+                "top_k": [
+                    min(one.top_k or vocabulary_size, vocabulary_size)
+                    for one in choices
+                ],
+                "seed": [
+                    int(drawn) if one.seed is None else one.seed
+                    for one, drawn in zip(choices, any_seed, strict=True)
+                ],
+            }
+        stop = self.model.preprocessor.tokenizer.end_token_id
+        chosen = Options(**options)
+        chosen.check(self.model.backbone.vocabulary_size)
+        asked = prepare(
+            self.model, inputs, None, 0, None, (stop,), chosen.seeded()
+        )
+        lengths = asked.rows["max_new_tokens"].copy()
+        lengths[: len(choices)] = [self._length(one) for one in choices]
+        lengths[len(choices) :] = 1
+        return dataclasses.replace(
+            asked, rows=asked.rows | {"max_new_tokens": lengths}
+        )
+
+    def _length(self, choice):
+        return min(choice.max_new_tokens or self.longest, self.longest)
+
+    def _in_pieces(self, requests, asked, tell):
+        """Answer in chunks, and tell what is new in the rows that stream."""
+        given = [""] * len(requests)
+        for found in chunks(self.model, asked, CHUNK):
+            texts = self.model.preprocessor.generate_postprocess(
+                {"token_ids": found["ids"][: len(requests)]}
+            )
+            done = True
+            for row, request in enumerate(requests):
+                stop = request.choice.stop
+                text = cut(texts[row], stop)
+                ended = found["finished"][row] or text != texts[row]
+                done = done and ended
+                if not ended:
+                    text = settled(text, stop)
+                if request.streams and text != given[row]:
+                    tell(row, text[len(given[row]) :])
+                    given[row] = text
+            if done:
+                break
+        return found
+
+    def _answered(self, request, answer):
+        tokenizer = self.model.preprocessor.tokenizer
+        length = self._length(request.choice)
+        ids = answer.token_ids[:length]
+        text = cut(answer.text, request.choice.stop)
+        finish = "stop" if tokenizer.end_token_id in ids else "length"
+        if text != answer.text:
+            finish = "stop"
+            for count in range(1, len(ids) + 1):
+                begun = self.model.preprocessor.generate_postprocess(
+                    {"token_ids": np.array(ids[:count])}
+                )
+                if cut(begun, request.choice.stop) != begun:
+                    break
+            ids = ids[:count]
+        pad = tokenizer.pad_token_id
+        return Answered(
+            text,
+            tuple(_spelt(tokenizer, ids)),
+            ids,
+            answer.log_probabilities[: len(ids)],
+            finish,
+            tuple(
+                tuple(
+                    (_piece(tokenizer, one.token_id), one.log_probability)
+                    for one in place[: request.choice.alternatives]
+                )
+                for place in answer.alternatives[: len(ids)]
+            ),
+            int((request.inputs["token_ids"] != pad).sum()),
+        )
+
+
+def _piece(tokenizer, token):
+    """Give a token as it stands in a text."""
+    return tokenizer.id_to_token(token).replace("\u2581", " ")
+
+
+def _spelt(tokenizer, ids):
+    """Give tokens as texts that joined are the answer, and its end "".
+
+    Bytes of a character that has several come as they are named: "<0xE2>".
+    """
+    end = tokenizer.end_token_id
+    for place, token in enumerate(ids):
+        text = "" if token == end else _piece(tokenizer, token)
+        yield text.removeprefix(" ") if place == 0 else text

@@ -1,0 +1,131 @@
+"""A SavedModel folder that answers batches of requests, by TensorFlow alone."""
+
+from pathlib import Path
+
+from keras_paligemma.serve.requests import Answered
+from keras_paligemma.serve.requests import Choice
+from keras_paligemma.serve.requests import Refused
+from keras_paligemma.serve.requests import Request
+from keras_paligemma.serve.requests import check_picture
+
+# A GIF of one pixel: nothing has to be made to warm up.
+PIXEL = bytes.fromhex(
+    "47494638396101000100800000000000ffffff21f90401000000002c000000000100"
+    "010000020144003b"
+)
+
+
+def is_saved_model(source):
+    """Tell a SavedModel's folder from what `from_preset` takes."""
+    return (Path(source) / "saved_model.pb").is_file()
+
+
+class SavedModel:
+    """What `model.export` wrote, as `Batches` calls it.
+
+    Its options are inputs of a whole batch, so requests that differ in one are
+    answered apart. Its graph decodes pictures and tells no tokens as text.
+
+    Args:
+        folder: str or path.
+    """
+
+    most_alternatives = 0
+    adapters = None
+
+    def __init__(self, folder):
+        import tensorflow as tf
+        import tensorflow_text  # noqa: F401  registers operations
+        from tensorflow.core.protobuf import saved_model_pb2
+
+        self.tf = tf
+        self.loaded = tf.saved_model.load(str(folder))
+        self.function = self.loaded.signatures["serving_default"]
+        content = (Path(folder) / "saved_model.pb").read_bytes()
+        graph = saved_model_pb2.SavedModel.FromString(content).meta_graphs[0]
+        defaults = graph.signature_def["serving_default"].defaults
+        self.defaults = {
+            name: tf.constant(tf.make_ndarray(value))
+            for name, value in defaults.items()
+        }
+        self.longest = int(self.defaults["max_new_tokens"])
+
+    def read(self, picture, prompt, choice, limits, field="image"):
+        """Check what the graph cannot; see `PresetModel.read`."""
+        for name, default in (
+            ("top_p", 1.0),
+            ("top_k", None),
+            ("seed", None),
+            ("stop", ()),
+        ):
+            if getattr(choice, name) != default:
+                raise Refused(
+                    400, f"A SavedModel has no option `{name}`.", name
+                )
+        if choice.adapter is not None and "adapter" not in self.defaults:
+            raise Refused(400, "This model has no adapters.", "adapter")
+        check_picture(picture, limits, field)
+        return picture, prompt
+
+    def key(self, request):
+        """Give what the requests of a batch have in common."""
+        choice = request.choice
+        return choice.max_new_tokens, choice.temperature, choice.adapter
+
+    def warm_up(self, largest):
+        """Run all sizes of batches once."""
+        rows = 1
+        while rows <= largest:
+            request = Request((PIXEL, "caption en"), Choice())
+            self.answer([request] * rows, None)
+            rows *= 2
+
+    def answer(self, requests, tell):
+        """Answer a batch whose requests have one `key`.
+
+        A stream is one piece.
+        """
+        tf, choice = self.tf, requests[0].choice
+        given = {"temperature": choice.temperature, "adapter": choice.adapter}
+        if choice.max_new_tokens is not None:
+            given["max_new_tokens"] = min(choice.max_new_tokens, self.longest)
+        options = self.defaults | {
+            name: tf.constant(value, self.defaults[name].dtype)
+            for name, value in given.items()
+            if value is not None
+        }
+        # The graph takes any number; few numbers keep its buffers.
+        rows = 1 << (len(requests) - 1).bit_length()
+        inputs = [one.inputs for one in requests]
+        inputs += [inputs[-1]] * (rows - len(inputs))
+        pictures, prompts = zip(*inputs, strict=True)
+        outputs = self.function(
+            images=tf.constant(pictures),
+            prompts=tf.constant(prompts),
+            **options,
+        )
+        outputs = {name: one.numpy() for name, one in outputs.items()}
+        answers = []
+        for row, request in enumerate(requests):
+            error = outputs["error"][row].decode()
+            if error:
+                answers.append(Refused(400, error))
+                continue
+            answer = _answered(outputs, row)
+            if request.streams:
+                tell(row, answer.text)
+            answers.append(answer)
+        return answers
+
+
+def _answered(outputs, row):
+    ids = outputs["token_ids"][row]
+    count = int((ids != 0).sum())
+    return Answered(
+        outputs["text"][row].decode(),
+        (),
+        tuple(ids[:count].tolist()),
+        tuple(outputs["log_probabilities"][row][:count].tolist()),
+        # 1 is the end of all of PaliGemma's tokenizers.
+        "stop" if count and ids[count - 1] == 1 else "length",
+    )

@@ -1,0 +1,46 @@
+"""A model that answers with the prompt: what is tested is all around it."""
+
+import threading
+
+from keras_paligemma.serve.requests import Answered
+from keras_paligemma.serve.requests import decode_picture
+
+
+class PlainModel:
+    """Answers as `Batches` asks, when it is let go.
+
+    Args:
+        held: bool, waits for `go` before each batch.
+    """
+
+    longest = 8
+    most_alternatives = 0
+    adapters = ()
+
+    def __init__(self, held=False):
+        self.go = threading.Event()
+        self.begun = threading.Event()
+        self.sizes = []
+        if not held:
+            self.go.set()
+
+    def read(self, picture, prompt, choice, limits, field="image"):
+        decode_picture(picture, limits, field)
+        return prompt
+
+    def key(self, request):
+        return request.choice.adapter
+
+    def warm_up(self, largest):
+        pass
+
+    def answer(self, requests, tell):
+        self.begun.set()
+        self.go.wait()
+        self.sizes.append(len(requests))
+        if any(one.inputs == "fail" for one in requests):
+            raise RuntimeError("a secret")
+        return [
+            Answered(one.inputs, (), (7, 1), (-0.5, 0.0), "stop")
+            for one in requests
+        ]

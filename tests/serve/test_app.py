@@ -1,0 +1,237 @@
+"""All around the model: queue, limits, refusals, and the process."""
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from starlette.testclient import TestClient
+
+from keras_paligemma.serve.app import make_app
+from keras_paligemma.serve.requests import Answered
+from keras_paligemma.serve.requests import Limits
+from tests.helpers.encoded_pictures import bomb
+from tests.helpers.encoded_pictures import encode
+from tests.helpers.encoded_pictures import picture
+from tests.serve.plain_model import PlainModel
+
+IMAGE = base64.b64encode(encode(picture(), "PNG")).decode()
+
+
+def ask(client, prompt="caption en", path="/answer", **fields):
+    return client.post(path, json={"image": IMAGE, "prompt": prompt, **fields})
+
+
+def test_answer_and_pages(plain):
+    reply = ask(plain)
+    assert reply.status_code == 200
+    assert reply.json()["text"] == "caption en"
+    assert "Drop a picture" in plain.get("/").text
+    assert plain.get("/healthz").json() == {"status": "ok"}
+    assert plain.get("/readyz").status_code == 200
+    api = plain.get("/openapi.json").json()
+    assert api["paths"]["/detect"]["post"]["requestBody"]
+    assert "openapi.json" in plain.get("/docs").text
+    counts = plain.get("/metrics").text
+    name = "keras_paligemma_requests_total"
+    assert f'{name}{{path="/answer",status="200"}} 1.0' in counts
+    assert "keras_paligemma_tokens_total 2.0" in counts
+
+
+def test_own_stream(client):
+    whole = ask(client).json()
+    events = [
+        json.loads(line.removeprefix("data: "))
+        for line in ask(client, stream=True).text.splitlines()
+        if line
+    ]
+    pieces = [one["piece"] for one in events[:-1]]
+    assert "".join(pieces) == whole["text"] == events[-1]["text"]
+
+
+def test_objects_have_scores_and_masks():
+    box = [f"<loc{n:04}>" for n in (0, 0, 1023, 1023)]
+    codes = [f"<seg{n:03}>" for n in range(16)]
+
+    class Sees(PlainModel):
+        def answer(self, requests, tell):
+            assert requests[0].inputs == "segment cat"
+            tokens = (*box, *codes, " cat", "")
+            values = (-0.5,) * len(tokens)
+            text = "".join(tokens)
+            return [Answered(text, tokens, (7,) * len(tokens), values, "stop")]
+
+    with TestClient(make_app(Sees(), "sees")) as client:
+        reply = client.post(
+            "/segment", json={"image": IMAGE, "labels": ["cat"]}
+        )
+    [one] = reply.json()["boxes"]
+    assert one["label"] == "cat"
+    assert (one["y1"], one["x2"]) == (0, 1)
+    assert one["score"] == pytest.approx(0.3679, abs=1e-3)
+    assert one["mask"].startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize(
+    "content, headers, status",
+    [
+        (b"{", {}, 400),
+        (b"[" * 100_000, {}, 400),
+        (b"[]", {}, 400),
+        (b'{"image": 1, "prompt": "a"}', {}, 400),
+        (b'{"image": "a", "prompt": "a", "temperature": NaN}', {}, 400),
+        (b'{"image": "AAAA", "prompt": "a"}', {}, 400),
+        (b'{"image": "AAAA", "prompt": "\\ud800"}', {}, 400),
+        (b'{"image": "AAAA", "prompt": "a", "other": 1}', {}, 400),
+        (b"{}", {"Content-Type": "text/plain"}, 415),
+        (b"{}", {"Content-Type": ""}, 415),
+        (b"{}", {"Origin": "https://evil.example"}, 403),
+        (b" " * 70_000, {}, 413),
+    ],
+)
+def test_bad_requests(content, headers, status):
+    app = make_app(PlainModel(), "plain", limits=Limits(body=65_536))
+    # The length of the deepest JSON is under no limit of this one.
+    if content.startswith(b"[["):
+        content = content[:60_000]
+    headers = {"Content-Type": "application/json"} | headers
+    with TestClient(app) as client:
+        reply = client.post("/answer", content=content, headers=headers)
+        assert reply.status_code == status
+        assert reply.json()["error"]
+        assert ask(client).status_code == 200
+
+
+def test_bombs_and_failures(plain):
+    content = bytearray(bomb())
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    data = base64.b64encode(content).decode()
+    assert ask(plain, image=data).status_code == 413
+    failed = ask(plain, "fail")
+    assert failed.status_code == 500
+    assert "secret" not in failed.text
+    assert plain.get("/nothing").status_code == 404
+    assert plain.get("/answer").status_code == 405
+    assert ask(plain).status_code == 200
+
+
+def test_token_and_hosts():
+    app = make_app(PlainModel(), "plain", token="open", hosts=["here"])
+    with TestClient(app, base_url="http://here") as client:
+        assert ask(client).status_code == 401
+        assert client.get("/healthz").status_code == 200
+        client.headers["Authorization"] = "Bearer open"
+        assert ask(client).status_code == 200
+        client.headers["Host"] = "evil.example"
+        assert ask(client).status_code == 421
+
+
+def test_batches_and_a_full_queue():
+    model = PlainModel(held=True)
+    app = make_app(model, "plain", largest=4, room=4, milliseconds=0)
+    with TestClient(app) as client, ThreadPoolExecutor(5) as threads:
+        first = threads.submit(ask, client, "first")
+        model.begun.wait()
+        waits = [threads.submit(ask, client, f"{n}") for n in range(4)]
+        while "queue 4.0" not in client.get("/metrics").text:
+            time.sleep(0.01)
+        full = ask(client)
+        assert full.status_code == 429
+        assert full.headers["Retry-After"] == "1"
+        model.go.set()
+        assert first.result().json()["text"] == "first"
+        texts = [one.result().json()["text"] for one in waits]
+        assert texts == ["0", "1", "2", "3"]
+    assert model.sizes == [1, 4]
+
+
+SERVER = """
+import sys, time
+from keras_paligemma.serve.app import make_app
+from keras_paligemma.serve.requests import Limits
+from keras_paligemma.serve.running import run
+from tests.serve.plain_model import PlainModel
+
+class Slow(PlainModel):
+    def answer(self, requests, tell):
+        time.sleep(0.2)
+        return super().answer(requests, tell)
+
+limits = Limits(seconds=2)
+run(make_app(Slow(), "slow", largest=2, limits=limits), "127.0.0.1", 0, limits)
+"""
+
+
+@pytest.fixture
+def process():
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as server:
+        try:
+            port = int(server.stdout.readline().rpartition(":")[2])
+            yield server, port
+        finally:
+            server.kill()
+
+
+def send(port, data):
+    """Send bytes, and give all that comes back."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.sendall(data)
+        parts = []
+        while part := sock.recv(65536):
+            parts.append(part)
+        return b"".join(parts)
+
+
+def post(body=b"{}", **headers):
+    lines = {
+        "Host": "localhost",
+        "Content-Type": "application/json",
+        "Connection": "close",
+        "Content-Length": str(len(body)),
+    } | headers
+    head = "".join(f"{key}: {value}\r\n" for key, value in lines.items())
+    return f"POST /answer HTTP/1.1\r\n{head}\r\n".encode() + body
+
+
+def test_sockets_and_sigterm(process):
+    server, port = process
+    good = json.dumps({"image": IMAGE, "prompt": "caption en"}).encode()
+    assert send(port, post(good)).startswith(b"HTTP/1.1 200")
+    for data, status in (
+        (b"GET / HTTP/9\r\n\r\n", b"400"),
+        (b"\x00\xff nonsense\r\n\r\n", b"400"),
+        (post(**{"Content-Length": "9" * 5000}), b"400"),
+        (post(**{"Content-Length": "100000000"}), b"413"),
+        (post(**{"Content-Length": "-1"}), b"400"),
+        # The body never comes.
+        (post(**{"Content-Length": "50"}), b"408"),
+    ):
+        assert send(port, data).startswith(b"HTTP/1.1 " + status), data[:60]
+    assert send(port, b"GET / HT") == b""  # Let go.
+    replies = []
+    threads = [
+        threading.Thread(target=lambda: replies.append(send(port, post(good))))
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    server.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join()
+    assert [one[:12] for one in replies] == [b"HTTP/1.1 200"] * 6
+    assert server.wait(20) in (0, -signal.SIGTERM)

@@ -1,0 +1,162 @@
+"""OpenAI's own client, against a tiny model."""
+
+import base64
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.helpers.encoded_pictures import encode
+from tests.helpers.encoded_pictures import picture
+
+openai = pytest.importorskip("openai")
+
+PNG = encode(picture(), "PNG")
+URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
+
+
+@pytest.fixture
+def api(client):
+    # The client of Starlette is one of httpx; openai wants its own kind.
+    def handle(request):
+        reply = client.request(
+            request.method,
+            request.url.path,
+            content=request.content,
+            headers={"Content-Type": "application/json"},
+        )
+        return httpx.Response(
+            reply.status_code,
+            content=reply.content,
+            headers={"Content-Type": reply.headers["content-type"]},
+        )
+
+    transport = httpx.Client(transport=httpx.MockTransport(handle))
+    with openai.OpenAI(
+        api_key="none",
+        base_url="http://testserver/v1",
+        http_client=transport,
+        max_retries=0,
+    ) as api:
+        yield api
+
+
+def messages(prompt="caption en", url=URI):
+    parts = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": prompt},
+    ]
+    return [{"role": "user", "content": parts}]
+
+
+def ask(api, prompt="caption en", **options):
+    return api.chat.completions.create(
+        model="tiny", messages=messages(prompt), **options
+    )
+
+
+def test_answers_are_those_of_generate(api, model):
+    expected = model.generate(
+        {"images": PNG, "prompts": "caption en"}, details=True
+    )
+    reply = ask(api, logprobs=True, top_logprobs=2)
+    [choice] = reply.choices
+    assert choice.message.content == expected.text
+    assert [one.logprob for one in choice.logprobs.content] == pytest.approx(
+        expected.log_probabilities, rel=1e-4
+    )
+    for one in choice.logprobs.content:
+        assert len(one.top_logprobs) == 2
+        assert one.logprob <= one.top_logprobs[0].logprob + 1e-5
+    assert reply.usage.completion_tokens == len(expected.token_ids)
+    assert reply.model == "tiny"
+
+
+def test_a_stream_is_the_whole_answer(api):
+    whole = ask(api).choices[0]
+    events = list(ask(api, stream=True, stream_options={"include_usage": True}))
+    pieces = [one.choices[0] for one in events if one.choices]
+    text = "".join(one.delta.content or "" for one in pieces)
+    assert text == whole.message.content
+    assert pieces[-1].finish_reason == whole.finish_reason
+    assert events[-1].usage.completion_tokens > 0
+
+
+def test_length_seed_copies_and_stop(api):
+    short = ask(api, max_tokens=2)
+    assert short.usage.completion_tokens == 2
+    assert short.choices[0].finish_reason == "length"
+    drawn = [
+        [
+            one.message.content
+            for one in ask(
+                api, n=3, seed=seed, temperature=1.5, top_p=0.99
+            ).choices
+        ]
+        for seed in (4, 4, 5)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) > 1
+    text = ask(api).choices[0].message.content
+    stop = text[len(text) // 2 :][:2]
+    stopped = ask(api, stop=stop).choices[0]
+    assert stopped.message.content == text[: text.index(stop)]
+    assert stopped.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        ({"messages": messages(url="https://example.com/a.png")}, "messages"),
+        ({"messages": messages(url="data:image/png;base64,AAAA")}, "image"),
+        ({"messages": [{"role": "user", "content": "no picture"}]}, "messages"),
+        ({"messages": messages() * 2}, "messages"),
+        ({"messages": messages("many words " * 20)}, "prompt"),
+        ({"messages": messages("a" * 5000)}, "messages"),
+        ({"temperature": 9.0}, "temperature"),
+        ({"n": 100}, "n"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"frequency_penalty": 1.0}, "frequency_penalty"),
+    ],
+)
+def test_errors_are_openais(api, changes, field):
+    with pytest.raises(openai.BadRequestError) as caught:
+        api.chat.completions.create(
+            **{"model": "tiny", "messages": messages()} | changes
+        )
+    assert caught.value.param == field
+    assert caught.value.type == "invalid_request_error"
+
+
+def test_models(api):
+    assert [one.id for one in api.models.list()] == ["tiny"]
+    with pytest.raises(openai.NotFoundError):
+        api.chat.completions.create(model="other", messages=messages())
+
+
+def test_requests_of_all_kinds_share_a_batch(model):
+    from keras_paligemma.serve.preset_model import PresetModel
+    from keras_paligemma.serve.requests import Choice
+    from keras_paligemma.serve.requests import Limits
+    from keras_paligemma.serve.requests import Request
+
+    served = PresetModel(model)
+    choices = [
+        Choice(),
+        Choice(max_new_tokens=3),
+        Choice(temperature=1.0, seed=1, top_k=50),
+        Choice(temperature=1.0, seed=2),
+    ]
+    requests = [
+        Request(served.read(PNG, "caption en", one, Limits()), one)
+        for one in choices
+    ]
+    assert len({served.key(one) for one in requests}) == 1
+    together = served.answer(requests, None)
+    alone = [served.answer([one], None)[0] for one in requests]
+    assert [one.text for one in together] == [one.text for one in alone]
+    assert len(together[1].token_ids) == 3
+    np.testing.assert_allclose(
+        together[0].log_probabilities, alone[0].log_probabilities, rtol=1e-4
+    )
