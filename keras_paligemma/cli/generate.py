@@ -1,6 +1,7 @@
 """`keras-paligemma generate`: answer prompts about many pictures."""
 
 from typing import Annotated
+from typing import Any
 
 import typer
 
@@ -52,7 +53,7 @@ def generate(
         from keras_paligemma import compat
         from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
     data_parallel(multi_host)
-    options = {"dtype": dtype, "quantize": quantize}
+    options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
     options = {
         name: value for name, value in options.items() if value is not None
     }

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from typing import Annotated
+from typing import Any
 
 import typer
 
@@ -78,16 +79,17 @@ def serve(
         with quiet_imports():
             from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
             from keras_paligemma.serve.preset_model import PresetModel
-        options = {"dtype": dtype, "quantize": quantize}
+        options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
         options = {key: value for key, value in options.items() if value}
         loaded = PaliGemmaCausalLM.from_preset(source, **options)
         for folder in adapter or []:
             loaded.load_adapter(folder, folder.resolve().name)
         model = PresetModel(loaded)
+    masks = None
     if codec is not None:
         from keras_paligemma.tasks.mask_codec import MaskCodec
 
-        codec = MaskCodec.load(codec)
+        masks = MaskCodec.load(codec)
     hosts = allow_host
     if hosts is None and host in LOOPBACK:
         hosts = LOOPBACK
@@ -101,7 +103,7 @@ def serve(
         milliseconds=wait_ms,
         room=queue,
         limits=limits,
-        codec=codec,
+        codec=masks,
         token=os.environ.get("KERAS_PALIGEMMA_TOKEN"),
         hosts=hosts,
         fetches=fetch_images,

@@ -89,7 +89,7 @@ def open_pictures(data: PathLike, prompt: str | None = None) -> Pictures:
             f"{path} has no pictures. Expected: a folder of "
             f"{', '.join(SUFFIXES)}, or a JSONL file with `image` a line."
         )
-    prompts = [record.get("prefix", prompt) for record in records]
+    prompts: list[Any] = [record.get("prefix", prompt) for record in records]
     if None in prompts:
         raise ValueError(
             f"{path}: what to ask about {records[prompts.index(None)]['id']!r} "

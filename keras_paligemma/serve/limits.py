@@ -61,7 +61,8 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"] if scope["path"] in self.paths else "other"
-        started, status = time.monotonic(), [None]
+        started = time.monotonic()
+        status: list[int | None] = [None]
 
         async def sending(message):
             if message["type"] == "http.response.start":

@@ -10,6 +10,7 @@ import json
 import time
 import urllib.request
 import uuid
+from typing import NoReturn
 
 from starlette.responses import JSONResponse
 from starlette.responses import StreamingResponse
@@ -149,7 +150,7 @@ def _choice(service, fields):
 def _message(messages):
     """Give address and text of the one message that PaliGemma can answer."""
 
-    def refuse(reason):
+    def refuse(reason) -> NoReturn:
         raise Refused(
             400,
             f"{reason} Expected: one message of the user with one `image_url` "
@@ -225,7 +226,7 @@ def _logprobs(answer):
             "bytes": list(token.encode()),
         }
 
-    places = answer.alternatives or ((),) * len(answer.tokens)
+    places = answer.alternatives or [[]] * len(answer.tokens)
     return {
         "content": [
             entry(token, value)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -126,7 +127,7 @@ class PresetModel:
             for name in requests[0].inputs
         }
         alternatives = any(one.alternatives for one in choices)
-        options = {
+        options: dict[str, Any] = {
             "alternatives": self.most_alternatives if alternatives else 0
         }
         if any(one.temperature for one in choices):
@@ -147,10 +148,10 @@ class PresetModel:
                 ],
             }
         stop = self.model.preprocessor.tokenizer.end_token_id
-        options = Options(**options)
-        options.check(self.model.backbone.vocabulary_size)
+        chosen = Options(**options)
+        chosen.check(self.model.backbone.vocabulary_size)
         asked = prepare(
-            self.model, inputs, None, 0, None, (stop,), options.seeded()
+            self.model, inputs, None, 0, None, (stop,), chosen.seeded()
         )
         lengths = asked.rows["max_new_tokens"].copy()
         lengths[: len(choices)] = [self._length(one) for one in choices]

@@ -31,7 +31,6 @@ class SavedModel:
     """
 
     most_alternatives = 0
-    longest = None
     adapters = None
 
     def __init__(self, folder):
