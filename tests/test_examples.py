@@ -35,6 +35,19 @@ def test_caption_a_folder_and_go_on(tmp_path):
     assert len(output.read_text().splitlines()) == 6
 
 
+def test_a_ray_worker_captions_a_batch():
+    """Without a cluster, whose start would cost more than all scripts here."""
+    worker = runpy.run_path(str(EXAMPLES / "ray_captions.py"))["Captions"]
+    names = ("scene_1.png", "scene_2.png")
+    batch = {
+        "path": [*names],
+        "bytes": [(PICTURES / n).read_bytes() for n in names],
+    }
+    found = worker("pali_gemma2_nano_112", "caption en", 4)(batch)
+    assert found["image"] == [*names]
+    assert found["suffix"] == ["a bell", "a guitar and a snail"]
+
+
 def write_coco(path):
     """Write the boxes of the scenes as a COCO file."""
     scenes = json.loads((PICTURES / "scenes.json").read_text())
