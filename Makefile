@@ -80,6 +80,6 @@ notebooks: .venv/for-test
 
 .venv/for-test: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt \
-		-e ".[jax,torch,export,targets,train,data,plan,eval,metrics,hf,serve]" \
+		-e ".[jax,torch,export,targets,train,data,plan,eval,metrics,hf,serve,ray]" \
 		-e ".[notebooks,dev]"
 	touch $@
