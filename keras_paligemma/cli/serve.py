@@ -73,7 +73,7 @@ def serve(
         # Which needs TensorFlow, whatever computes elsewhere.
         os.environ["KERAS_BACKEND"] = "tensorflow"
         with quiet_imports():
-            model = saved_model.SavedModel(source)
+            model = saved_model.SavedModel(source, batch)
     else:
         with quiet_imports():
             from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
@@ -81,9 +81,12 @@ def serve(
         options = {"dtype": dtype, "quantize": quantize}
         options = {key: value for key, value in options.items() if value}
         loaded = PaliGemmaCausalLM.from_preset(source, **options)
+        used = loaded.adapters.active
         for folder in adapter or []:
             loaded.load_adapter(folder, folder.resolve().name)
-        model = PresetModel(loaded)
+        # Clients name those; who names none asks what the source is.
+        loaded.adapters.select(used)
+        model = PresetModel(loaded, batch)
     if codec is not None:
         from keras_paligemma.tasks.mask_codec import MaskCodec
 
@@ -97,7 +100,6 @@ def serve(
     app = make_app(
         model,
         name or Path(source).name,
-        largest=batch,
         milliseconds=wait_ms,
         room=queue,
         limits=limits,
