@@ -74,7 +74,7 @@ def serve(
         # A SavedModel needs TensorFlow, whatever the configured backend.
         os.environ["KERAS_BACKEND"] = "tensorflow"
         with quiet_imports():
-            model = saved_model.SavedModel(source)
+            model = saved_model.SavedModel(source, batch)
     else:
         with quiet_imports():
             from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
@@ -82,9 +82,12 @@ def serve(
         options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
         options = {key: value for key, value in options.items() if value}
         loaded = PaliGemmaCausalLM.from_preset(source, **options)
+        used = loaded.adapters.active
         for folder in adapter or []:
             loaded.load_adapter(folder, folder.resolve().name)
-        model = PresetModel(loaded)
+        # Clients name adapters; who names none asks what the source is.
+        loaded.adapters.select(used)
+        model = PresetModel(loaded, batch)
     masks = None
     if codec is not None:
         from keras_paligemma.tasks.mask_codec import MaskCodec
@@ -99,7 +102,6 @@ def serve(
     app = make_app(
         model,
         name or Path(source).name,
-        largest=batch,
         milliseconds=wait_ms,
         room=queue,
         limits=limits,

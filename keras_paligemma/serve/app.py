@@ -31,7 +31,6 @@ def make_app(
     model,
     name,
     *,
-    largest=8,
     milliseconds=2.0,
     room=256,
     limits=None,
@@ -45,7 +44,6 @@ def make_app(
     Args:
         model: `PresetModel` or `SavedModel`.
         name: str, what clients call the model.
-        largest: int, requests a batch; a power of two. 1 batches nothing.
         milliseconds: float that a request waits for others.
         room: int, requests that wait; more are refused with 429.
         limits: `Limits`.
@@ -60,11 +58,6 @@ def make_app(
     Raises:
         ValueError: sizes that mean nothing.
     """
-    if largest < 1 or largest & (largest - 1):
-        raise ValueError(
-            "A batch holds a power of two of requests. Expected: 1, 2, 4, 8, "
-            f"…. Received: {largest}."
-        )
     if room < 1 or milliseconds < 0:
         raise ValueError(
             "Expected: room for one request or more, and 0 ms or more. "
@@ -72,7 +65,7 @@ def make_app(
         )
     limits = limits or Limits()
     metrics = Metrics()
-    batches = Batches(model, largest, milliseconds, room, metrics)
+    batches = Batches(model, milliseconds, room, metrics)
     service = Service(
         name, model, batches, limits, codec or MaskCodec.embedded(), fetches
     )
@@ -91,9 +84,9 @@ def make_app(
         return JSONResponse({"status": "ok"})
 
     async def readiness(request):
-        if batches.ready.is_set() and not batches.stopping:
+        if batches.ready.is_set() and not batches.closed:
             return JSONResponse({"status": "ready"})
-        raise Refused(503, "Warming up or stopping.")
+        raise Refused(503, batches.closed or "The model warms up.")
 
     async def counts(request):
         return Response(
@@ -144,4 +137,5 @@ def make_app(
         lifespan=lifespan,
         exception_handlers={Refused: refused, HTTPException: missing},
     )
+    app.state.failed = batches.failed
     return Guard(app, limits, metrics, {*gets, *posts}, token, hosts)

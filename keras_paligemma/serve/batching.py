@@ -54,22 +54,25 @@ class Batches:
     with it. It is answered when it is full, or when the oldest has waited long
     enough. While it is computed the next one fills up by itself.
 
+    A model whose first programs cannot be compiled answers nobody: `closed`
+    says so, and what waits is refused.
+
     Args:
         model: `PresetModel` or `SavedModel`.
-        largest: int, requests a batch, a power of two.
         milliseconds: float that a request waits for others.
         room: int, requests that wait; more are refused.
         metrics: `Metrics`.
     """
 
-    def __init__(self, model, largest, milliseconds, room, metrics):
+    def __init__(self, model, milliseconds, room, metrics):
         self.model = model
-        self.largest = largest
         self.seconds = milliseconds / 1000
         self.room = room
         self.metrics = metrics
         self.ready = threading.Event()
-        self.stopping = False
+        self.failed = threading.Event()
+        # Why no more requests are taken, or `None`.
+        self.closed = None
         self._queue = deque()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="model")
@@ -82,7 +85,7 @@ class Batches:
     def stop(self):
         """Answer what waits, and end the thread."""
         with self._changed:
-            self.stopping = True
+            self.closed = self.closed or "The server stops."
             self._changed.notify_all()
         self._thread.join()
 
@@ -96,13 +99,13 @@ class Batches:
             List of `Waiting`.
 
         Raises:
-            Refused: the queue is full, or the server stops.
+            Refused: the queue is full, or closed.
         """
         loop = asyncio.get_running_loop()
         waiting = [Waiting(request, loop) for request in requests]
         with self._changed:
-            if self.stopping:
-                raise Refused(503, "The server stops.")
+            if self.closed:
+                raise Refused(503, self.closed)
             if len(self._queue) + len(waiting) > self.room:
                 raise Refused(
                     429,
@@ -115,22 +118,48 @@ class Batches:
 
     def _run(self):
         try:
-            self.model.warm_up(self.largest)
-        except Exception:  # noqa: BLE001  what fails will fail when it is asked
-            log.exception("warming up failed")
+            first, later = self.model.warm_ups()
+            for requests in first:
+                if not self.closed:
+                    self.model.answer(requests, _nobody)
+        except Exception:  # noqa: BLE001  whatever a compiler raises
+            log.exception("the model could not be warmed up")
+            self._fail("The model could not be warmed up.")
+            return
         self.ready.set()
-        while batch := self._next():
-            self.metrics.batch_size.observe(len(batch))
-            try:
-                answers = self.model.answer(
-                    [one.request for one in batch],
-                    lambda row, text, batch=batch: batch[row].tell(text),
-                )
-            except Exception as error:  # noqa: BLE001  keeps serving
-                log.exception("a batch failed")
-                answers = [error] * len(batch)
-            for one, answer in zip(batch, answers, strict=True):
-                self._finish(one, answer)
+        later = deque(later)
+        while (batch := self._next(idles=not later)) != []:
+            if batch is None:
+                self._compile(later.popleft())
+            else:
+                self._answer(batch)
+
+    def _fail(self, reason):
+        self.failed.set()
+        with self._changed:
+            self.closed = reason
+            waiting, self._queue = self._queue, deque()
+        for one in waiting:
+            self._finish(one, Refused(503, reason))
+
+    def _compile(self, requests):
+        try:
+            self.model.answer(requests, _nobody)
+        except Exception:  # noqa: BLE001  who asks for it is told
+            log.exception("a batch of %d cannot be answered", len(requests))
+
+    def _answer(self, batch):
+        self.metrics.batch_size.observe(len(batch))
+        try:
+            answers = self.model.answer(
+                [one.request for one in batch],
+                lambda row, text: batch[row].tell(text),
+            )
+        except Exception as error:  # noqa: BLE001  keeps serving
+            log.exception("a batch failed")
+            answers = [error] * len(batch)
+        for one, answer in zip(batch, answers, strict=True):
+            self._finish(one, answer)
 
     def _finish(self, waiting, answer):
         if not isinstance(answer, Exception):
@@ -140,20 +169,30 @@ class Batches:
         except RuntimeError:
             log.warning("nobody waits for an answer: its loop is closed")
 
-    def _next(self):
-        """Wait for a batch; `[]` at the end."""
+    def _next(self, idles):
+        """Wait for a batch.
+
+        Args:
+            idles: bool, there is nothing to do until one comes.
+
+        Returns:
+            List of `Waiting`; `[]` at the end; `None` in place of idling.
+        """
         with self._changed:
             while True:
                 while self._queue and self._queue[0].left:
                     self._queue.popleft()
-                if not self._queue and self.stopping:
+                if not self._queue and self.closed:
                     return []
+                if not self._queue and not idles:
+                    return None
                 if not self._queue:
                     self._changed.wait()
                     continue
                 batch = self._together()
                 rest = self._queue[0].since + self.seconds - time.monotonic()
-                if len(batch) == self.largest or rest <= 0 or self.stopping:
+                full = len(batch) == self.model.largest
+                if full or rest <= 0 or self.closed:
                     taken = set(map(id, batch))
                     self._queue = deque(
                         one for one in self._queue if id(one) not in taken
@@ -168,6 +207,10 @@ class Batches:
         for one in self._queue:
             if not one.left and self.model.key(one.request) == key:
                 batch.append(one)
-            if len(batch) == self.largest:
+            if len(batch) == self.model.largest:
                 break
         return batch
+
+
+def _nobody(row, text):
+    """Take the pieces of an answer that only compiles."""

@@ -1,6 +1,7 @@
 """What keeps a server up: sizes, times, origins and tokens of requests."""
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import time
@@ -14,6 +15,8 @@ from keras_paligemma.serve.requests import Refused
 log = logging.getLogger("keras_paligemma.serve")
 
 OPEN = ("/healthz", "/readyz")
+# Seconds that a body is thrown away, and that it may pause meanwhile.
+LINGERS, QUIET = 30, 1
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -21,16 +24,33 @@ def protocol(seconds):
     """Make uvicorn's protocol, that lets go of who sends no request.
 
     Args:
-        seconds: float, from the connection to the end of the first headers.
+        seconds: float, from the connection, or from the reply before, to the
+            end of a request's headers.
     """
 
     class Protocol(H11Protocol):
+        waits = None
+
         def connection_made(self, transport):
             super().connection_made(transport)
-            self.loop.call_later(seconds, self._let_go)
+            self._wait()
 
-        def _let_go(self):
-            if self.cycle is None and not self.transport.is_closing():
+        def on_response_complete(self):
+            # Which goes on with a request that is here already.
+            self._wait()
+            super().on_response_complete()
+
+        def connection_lost(self, exc):
+            super().connection_lost(exc)
+            self.waits.cancel()
+
+        def _wait(self):
+            if self.waits is not None:
+                self.waits.cancel()
+            self.waits = self.loop.call_later(seconds, self._let_go, self.cycle)
+
+        def _let_go(self, last):
+            if self.cycle is last and not self.transport.is_closing():
                 self.transport.close()
 
     return Protocol
@@ -80,10 +100,7 @@ class Guard:
             body = await self._body(scope, headers, receive)
             await self.app(scope, _Replay(body, receive), sending)
         except Refused as error:
-            # What is left unread would be taken for the next request.
-            reply = refusal(scope["path"], error)
-            reply.headers["Connection"] = "close"
-            await reply(scope, receive, sending)
+            await _refuse(error, scope, receive, sending)
         except Disconnected:
             status[0] = 499
         except TimeoutError:
@@ -122,6 +139,8 @@ class Guard:
             kind = headers.get("content-type", "").partition(";")[0]
             if kind.strip().lower() != "application/json":
                 raise Refused(415, "Expected: Content-Type: application/json.")
+            if headers.get("content-encoding", "identity") != "identity":
+                raise Refused(415, "Expected: a body that is not compressed.")
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()) or len(length) > 20:
             raise Refused(400, f"Not a length: {length[:40]!r}.")
@@ -149,6 +168,31 @@ class Guard:
         except TimeoutError as error:
             raise Refused(408, "The body came too slowly.") from error
         return b"".join(parts)
+
+
+async def _refuse(error, scope, receive, send):
+    """Refuse a request whose body is not read, and end its connection.
+
+    Who is still sending reads no reply, and loses it when the connection ends:
+    so it ends when the body has, or when nothing more comes.
+    """
+    reply = refusal(scope["path"], error)
+    # What is left unread would be taken for the next request.
+    reply.headers["Connection"] = "close"
+
+    async def begin(message):
+        if message["type"] == "http.response.body":
+            message = message | {"more_body": True}
+        await send(message)
+
+    await reply(scope, receive, begin)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGERS):
+            more = True
+            while more:
+                async with asyncio.timeout(QUIET):
+                    more = (await receive()).get("more_body", False)
+    await send({"type": "http.response.body", "body": b""})
 
 
 class Disconnected(Exception):

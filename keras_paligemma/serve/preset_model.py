@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from keras_paligemma.generation.options import Options
+from keras_paligemma.generation.requests import bucket
 from keras_paligemma.generation.texts import cut
 from keras_paligemma.generation.texts import settled
 from keras_paligemma.models.answering import answers_of
@@ -18,6 +19,8 @@ from keras_paligemma.serve.requests import Choice
 from keras_paligemma.serve.requests import Refused
 from keras_paligemma.serve.requests import Request
 from keras_paligemma.serve.requests import decode_picture
+from keras_paligemma.serve.requests import power_of_two
+from keras_paligemma.serve.requests import sizes
 
 # Tokens a piece of a stream.
 CHUNK = 4
@@ -30,16 +33,23 @@ class PresetModel:
     are data of a row, so such requests share a batch. An adapter is a state of
     the whole model and the number of alternatives a shape, so those do not.
 
+    Batches of likeliest answers, taken whole, have 1, 2, 4, … rows. Those that
+    draw or come in pieces have 1 row or `largest`: each size is a program.
+
     Args:
-        model: `PaliGemmaCausalLM` with a preprocessor.
+        model: `PaliGemmaCausalLM` with a preprocessor. The adapter that is in
+            use now answers whoever names none.
+        largest: int, most requests a batch; a power of two.
     """
 
     most_alternatives = 5
 
-    def __init__(self, model):
+    def __init__(self, model, largest=8):
         self.model = model
+        self.largest = power_of_two(largest)
+        self.adapter = model.adapters.active
         self.longest = model.preprocessor.response_length
-        self.adapters = tuple(model.adapters.known)
+        self.adapters = tuple(model.adapters.configs)
 
     def read(self, picture, prompt, choice, limits, field="image"):
         """Decode and tokenize; runs outside of the model's thread.
@@ -74,23 +84,31 @@ class PresetModel:
 
     def key(self, request):
         """Give what the requests of a batch have in common."""
-        return request.choice.adapter, request.choice.alternatives > 0
+        adapter = request.choice.adapter or self.adapter
+        return adapter, request.choice.alternatives > 0
 
-    def warm_up(self, largest):
-        """Compile all sizes of batches: likeliest and drawn, at once and by
-        pieces."""
+    def warm_ups(self):
+        """Give what to answer once, so that its program is compiled.
+
+        Returns:
+            Two lists of batches of requests: those without which the server is
+            not ready, and those for when it has nothing to do.
+        """
         size = self.model.preprocessor.image_converter.image_size
         inputs = self.model.preprocessor.generate_preprocess(
             {"images": np.zeros((*size, 3), "uint8"), "prompts": "caption en"}
         )
-        rows = 1
-        while rows <= largest:
-            for temperature in (0.0, 1.0):
-                for streams in (False, True):
-                    choice = Choice(CHUNK, temperature)
-                    request = Request(inputs, choice, streams)
-                    self.answer([request] * rows, lambda row, text: None)
-            rows *= 2
+
+        def batch(rows, temperature, streams):
+            choice = Choice(CHUNK, temperature)
+            return [Request(inputs, choice, streams)] * rows
+
+        later = [
+            batch(rows, temperature, streams)
+            for temperature, streams in ((0.0, True), (1.0, False), (1.0, True))
+            for rows in sorted({1, self.largest})
+        ]
+        return [batch(rows, 0.0, False) for rows in sizes(self.largest)], later
 
     def answer(self, requests, tell):
         """Answer a batch whose requests have one `key`.
@@ -102,15 +120,15 @@ class PresetModel:
         Returns:
             List of `Answered`.
         """
-        choices = [one.choice for one in requests]
-        adapter = choices[0].adapter
-        using = contextlib.nullcontext()
-        if adapter is not None:
-            using = self.model.adapters.using(adapter)
-        asked = self._asked(requests)
-        with using:
-            # Nobody else needs text between tokens.
-            if any(one.streams or one.choice.stop for one in requests):
+        # Nobody else needs text between tokens.
+        pieces = any(one.streams or one.choice.stop for one in requests)
+        draws = any(one.choice.temperature for one in requests)
+        rows = bucket(len(requests))
+        if (pieces or draws) and rows > 1:
+            rows = self.largest
+        asked = self._asked(requests, rows)
+        with self._using(requests[0].choice.adapter or self.adapter):
+            if pieces:
                 found = self._in_pieces(requests, asked, tell)
             else:
                 found = run(self.model, asked)
@@ -120,10 +138,17 @@ class PresetModel:
             for request, [answer] in zip(requests, answers, strict=True)
         ]
 
-    def _asked(self, requests):
+    def _using(self, adapter):
+        # One that is merged into the kernels cannot be left.
+        if self.model.adapters.merged is not None:
+            return contextlib.nullcontext()
+        return self.model.adapters.using(adapter)
+
+    def _asked(self, requests, rows):
         choices = [one.choice for one in requests]
+        filled = [*requests, *[requests[-1]] * (rows - len(requests))]
         inputs = {
-            name: np.stack([one.inputs[name] for one in requests])
+            name: np.stack([one.inputs[name] for one in filled])
             for name in requests[0].inputs
         }
         alternatives = any(one.alternatives for one in choices)
@@ -151,7 +176,13 @@ class PresetModel:
         chosen = Options(**options)
         chosen.check(self.model.backbone.vocabulary_size)
         asked = prepare(
-            self.model, inputs, None, 0, None, (stop,), chosen.seeded()
+            self.model,
+            inputs,
+            len(requests),
+            0,
+            None,
+            (stop,),
+            chosen.seeded(),
         )
         lengths = asked.rows["max_new_tokens"].copy()
         lengths[: len(choices)] = [self._length(one) for one in choices]

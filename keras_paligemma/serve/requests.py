@@ -324,6 +324,21 @@ def decode_picture(data, limits, field="image") -> np.ndarray:
         raise Refused(400, str(error)[:300], field) from error
 
 
+def power_of_two(largest):
+    """Give the most requests of a batch, or refuse what cannot be."""
+    if largest < 1 or largest & (largest - 1):
+        raise ValueError(
+            "A batch holds a power of two of requests. Expected: 1, 2, 4, 8, "
+            f"…. Received: {largest}."
+        )
+    return largest
+
+
+def sizes(largest):
+    """Give the sizes of batches: 1, 2, 4, … `largest`."""
+    return [1 << power for power in range(largest.bit_length())]
+
+
 def with_seed(choice, number):
     """Give the choice of the copy of a number: a seed of its own."""
     if choice.seed is None:

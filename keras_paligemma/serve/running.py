@@ -16,7 +16,15 @@ def run(app, host, port, limits):
         host: str.
         port: int; 0 takes a free one, which is printed.
         limits: `Limits`.
+
+    Raises:
+        SystemExit: the model could not be warmed up; the log says why.
     """
+    failed = app.app.state.failed
+
+    async def end_what_failed():
+        server.should_exit = server.should_exit or failed.is_set()
+
     # Commands are quiet; whoever runs a server reads what failed.
     logging.disable(logging.NOTSET)
     config = uvicorn.Config(
@@ -31,11 +39,18 @@ def run(app, host, port, limits):
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        callback_notify=end_what_failed,
+        timeout_notify=1,
     )
+    server = uvicorn.Server(config)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        # Who reads the address may connect: he waits until it is served.
+        listening.listen(2048)
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
-        uvicorn.Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])
+    if failed.is_set():
+        raise SystemExit(1)

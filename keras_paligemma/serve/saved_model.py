@@ -7,6 +7,8 @@ from keras_paligemma.serve.requests import Choice
 from keras_paligemma.serve.requests import Refused
 from keras_paligemma.serve.requests import Request
 from keras_paligemma.serve.requests import check_picture
+from keras_paligemma.serve.requests import power_of_two
+from keras_paligemma.serve.requests import sizes
 
 # A GIF of one pixel: nothing has to be made to warm up.
 PIXEL = bytes.fromhex(
@@ -28,17 +30,19 @@ class SavedModel:
 
     Args:
         folder: str or path.
+        largest: int, most requests a batch; a power of two.
     """
 
     most_alternatives = 0
     adapters = None
 
-    def __init__(self, folder):
+    def __init__(self, folder, largest=8):
         import tensorflow as tf
         import tensorflow_text  # noqa: F401  registers operations
         from tensorflow.core.protobuf import saved_model_pb2
 
         self.tf = tf
+        self.largest = power_of_two(largest)
         self.loaded = tf.saved_model.load(str(folder))
         self.function = self.loaded.signatures["serving_default"]
         content = (Path(folder) / "saved_model.pb").read_bytes()
@@ -72,13 +76,10 @@ class SavedModel:
         choice = request.choice
         return choice.max_new_tokens, choice.temperature, choice.adapter
 
-    def warm_up(self, largest):
-        """Run all sizes of batches once."""
-        rows = 1
-        while rows <= largest:
-            request = Request((PIXEL, "caption en"), Choice())
-            self.answer([request] * rows, None)
-            rows *= 2
+    def warm_ups(self):
+        """Give batches of all sizes; see `PresetModel.warm_ups`."""
+        request = Request((PIXEL, "caption en"), Choice())
+        return [[request] * rows for rows in sizes(self.largest)], []
 
     def answer(self, requests, tell):
         """Answer a batch whose requests have one `key`.

@@ -16,8 +16,8 @@ def model():
 
 @pytest.fixture(scope="package")
 def client(model):
-    served = PresetModel(model)
-    app = make_app(served, "tiny", largest=1, milliseconds=20)
+    served = PresetModel(model, largest=1)
+    app = make_app(served, "tiny")
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 

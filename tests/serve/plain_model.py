@@ -11,13 +11,15 @@ class PlainModel:
 
     Args:
         held: bool, waits for `go` before each batch.
+        largest: int, most requests a batch.
     """
 
     longest = 8
     most_alternatives = 0
     adapters = ()
 
-    def __init__(self, held=False):
+    def __init__(self, held=False, largest=8):
+        self.largest = largest
         self.go = threading.Event()
         self.begun = threading.Event()
         self.sizes = []
@@ -31,8 +33,8 @@ class PlainModel:
     def key(self, request):
         return request.choice.adapter
 
-    def warm_up(self, largest):
-        pass
+    def warm_ups(self):
+        return [], []
 
     def answer(self, requests, tell):
         self.begun.set()

@@ -2,12 +2,6 @@
 
 import base64
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -135,8 +129,8 @@ def test_token_and_hosts():
 
 
 def test_batches_and_a_full_queue():
-    model = PlainModel(held=True)
-    app = make_app(model, "plain", largest=4, room=4, milliseconds=0)
+    model = PlainModel(held=True, largest=4)
+    app = make_app(model, "plain", room=4, milliseconds=0)
     with TestClient(app) as client, ThreadPoolExecutor(5) as threads:
         first = threads.submit(ask, client, "first")
         model.begun.wait()
@@ -151,87 +145,3 @@ def test_batches_and_a_full_queue():
         texts = [one.result().json()["text"] for one in waits]
         assert texts == ["0", "1", "2", "3"]
     assert model.sizes == [1, 4]
-
-
-SERVER = """
-import sys, time
-from keras_paligemma.serve.app import make_app
-from keras_paligemma.serve.requests import Limits
-from keras_paligemma.serve.running import run
-from tests.serve.plain_model import PlainModel
-
-class Slow(PlainModel):
-    def answer(self, requests, tell):
-        time.sleep(0.2)
-        return super().answer(requests, tell)
-
-limits = Limits(seconds=2)
-run(make_app(Slow(), "slow", largest=2, limits=limits), "127.0.0.1", 0, limits)
-"""
-
-
-@pytest.fixture
-def process():
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as server:
-        try:
-            port = int(server.stdout.readline().rpartition(":")[2])
-            yield server, port
-        finally:
-            server.kill()
-
-
-def send(port, data):
-    """Send bytes, and give all that comes back."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
-        sock.sendall(data)
-        parts = []
-        while part := sock.recv(65536):
-            parts.append(part)
-        return b"".join(parts)
-
-
-def post(body=b"{}", **headers):
-    lines = {
-        "Host": "localhost",
-        "Content-Type": "application/json",
-        "Connection": "close",
-        "Content-Length": str(len(body)),
-    } | headers
-    head = "".join(f"{key}: {value}\r\n" for key, value in lines.items())
-    return f"POST /answer HTTP/1.1\r\n{head}\r\n".encode() + body
-
-
-def test_sockets_and_sigterm(process):
-    server, port = process
-    good = json.dumps({"image": IMAGE, "prompt": "caption en"}).encode()
-    assert send(port, post(good)).startswith(b"HTTP/1.1 200")
-    for data, status in (
-        (b"GET / HTTP/9\r\n\r\n", b"400"),
-        (b"\x00\xff nonsense\r\n\r\n", b"400"),
-        (post(**{"Content-Length": "9" * 5000}), b"400"),
-        (post(**{"Content-Length": "100000000"}), b"413"),
-        (post(**{"Content-Length": "-1"}), b"400"),
-        # The body never comes.
-        (post(**{"Content-Length": "50"}), b"408"),
-    ):
-        assert send(port, data).startswith(b"HTTP/1.1 " + status), data[:60]
-    assert send(port, b"GET / HT") == b""  # Let go.
-    replies = []
-    threads = [
-        threading.Thread(target=lambda: replies.append(send(port, post(good))))
-        for _ in range(6)
-    ]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.3)
-    server.send_signal(signal.SIGTERM)
-    for thread in threads:
-        thread.join()
-    assert [one[:12] for one in replies] == [b"HTTP/1.1 200"] * 6
-    assert server.wait(20) in (0, -signal.SIGTERM)

@@ -1,0 +1,188 @@
+"""The process of a server: what comes over sockets, and how it ends."""
+
+import base64
+import contextlib
+import gzip
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.helpers.encoded_pictures import encode
+from tests.helpers.encoded_pictures import picture
+
+# Answers to "hold" come when the standard input is closed.
+SERVER = """
+import sys
+from keras_paligemma.serve.app import make_app
+from keras_paligemma.serve.requests import Limits
+from keras_paligemma.serve.running import run
+from tests.serve.plain_model import PlainModel
+
+class Model(PlainModel):
+    def answer(self, requests, tell):
+        if requests[0].inputs == "hold":
+            sys.stdin.read()
+        return super().answer(requests, tell)
+
+    def warm_ups(self):
+        return [["no request"]] * ("fails" in sys.argv), []
+
+limits = Limits(seconds=1, body=1_000_000)
+run(make_app(Model(largest=1), "plain", limits=limits), "127.0.0.1", 0, limits)
+"""
+IMAGE = base64.b64encode(encode(picture(), "PNG")).decode()
+
+
+@contextlib.contextmanager
+def process(*arguments):
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        try:
+            yield server, int(server.stdout.readline().rpartition(":")[2])
+        finally:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def port():
+    with process() as (_, port):
+        yield port
+
+
+def send(port, *parts):
+    """Send bytes, and give all that comes back until the end."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as link:
+        for part in parts:
+            link.sendall(part)
+        return b"".join(iter(lambda: link.recv(65536), b""))
+
+
+def post(body=b"{}", path="/answer", **changes):
+    """Spell a request, whose headers may be wrong."""
+    headers = {
+        "Host": "localhost",
+        "Content-Type": "application/json",
+        "Connection": "close",
+        "Content-Length": str(len(body)),
+    } | {name.replace("_", "-"): value for name, value in changes.items()}
+    lines = [f"{name}: {value}\r\n" for name, value in headers.items() if value]
+    return f"POST {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode() + body
+
+
+def body(prompt="caption en", **fields):
+    return json.dumps({"image": IMAGE, "prompt": prompt, **fields}).encode()
+
+
+def chunked(*chunks):
+    content = b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in chunks)
+    headers = {"Content_Length": None, "Transfer_Encoding": "chunked"}
+    return post(**headers, body=content + b"0\r\n\r\n")
+
+
+MIB = b" " * 2**20
+GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+BAD = {
+    "a length of 5,000 digits": (post(Content_Length="9" * 5000), 400),
+    "a length below zero": (post(Content_Length="-1"), 400),
+    "100 MB that come": (post(MIB * 95), 413),
+    "100 MB that do not come": (post(Content_Length="100000000"), 413),
+    "100 MB in chunks": (chunked(*[MIB] * 95), 413),
+    "chunks of no length": (
+        post(b"zz\r\n", Content_Length=None, Transfer_Encoding="chunked"),
+        400,
+    ),
+    "a body that does not come": (post(Content_Length="50"), 408),
+    "a compressed body": (
+        post(gzip.compress(body()), Content_Encoding="gzip"),
+        415,
+    ),
+    "deep JSON": (post(b"[" * 500_000), 400),
+    "HTTP/9": (b"GET / HTTP/9\r\n\r\n", 400),
+    "HTTP/9.9": (b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n", 505),
+    "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
+    "no HTTP": (b"\x00\xff nonsense\r\n\r\n", 400),
+    "what is good": (post(body()), 200),
+    "what is good, in chunks": (chunked(body()[:9], body()[9:]), 200),
+}
+
+
+def test_each_request_gets_its_status(port):
+    with ThreadPoolExecutor(4) as threads:
+        replies = threads.map(lambda one: send(port, one[0]), BAD.values())
+        found = dict(zip(BAD, replies, strict=True))
+    statuses = {name: int(reply.split()[1]) for name, reply in found.items()}
+    assert statuses == {name: status for name, (_, status) in BAD.items()}
+    assert not [one for one in found.values() if b"Traceback" in one]
+
+
+def test_who_sends_nothing_is_let_go(port):
+    with ThreadPoolExecutor(4) as threads:
+        silent = threads.submit(send, port)
+        slow = threads.submit(send, port, b"GET / HT")
+        # The second request of a connection is as slow.
+        second = threads.submit(send, port, GET + b"\r\n", b"GET / HT")
+    assert silent.result() == slow.result() == b""
+    assert second.result().count(b"HTTP/1.1") == 1
+
+
+def test_who_hangs_up_stops_nothing(port):
+    for data in (post(body()), post(body())[:99], post(body(stream=True))):
+        with socket.create_connection(("127.0.0.1", port)) as link:
+            link.sendall(data)
+    assert b" 200 " in send(port, post(body()))[:20]
+
+
+def metric(port, name):
+    reply = send(port, b"GET /metrics HTTP/1.0\r\n\r\n").decode()
+    return float(re.search(f"^keras_paligemma_{name} (.*)$", reply, re.M)[1])
+
+
+def refuses(port):
+    try:
+        send(port, GET + b"Connection: close\r\n\r\n")
+    except OSError:
+        return True
+    return False
+
+
+def test_what_was_accepted_is_answered_after_sigterm():
+    def ask(prompt):
+        return send(port, post(body(prompt, stream=prompt > "d")))
+
+    prompts = ["hold", *"abcdef"]
+    with process() as (server, port), ThreadPoolExecutor(7) as threads:
+        replies = [threads.submit(ask, prompts[0])]
+        while metric(port, "batch_size_count") < 1:
+            time.sleep(0.02)
+        replies += [threads.submit(ask, prompt) for prompt in prompts[1:]]
+        while metric(port, "queue") < 6:
+            time.sleep(0.02)
+        server.send_signal(signal.SIGTERM)
+        while not refuses(port):
+            time.sleep(0.02)
+        server.stdin.close()
+        texts = [one.result().decode() for one in replies]
+        assert server.wait(30) in (0, -signal.SIGTERM)
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert text.startswith("HTTP/1.1 200")
+        assert f'"text":"{prompt}"' in text.replace(": ", ":")
+
+
+def test_a_server_whose_model_fails_ends():
+    with process("fails") as (server, _):
+        _, log = server.communicate(timeout=30)
+    assert server.returncode == 1
+    assert "could not be warmed up" in log
+    assert "AttributeError" in log
