@@ -1,4 +1,4 @@
-"""Dataclasses whose fields say what their values may be."""
+"""Dataclasses that validate their fields."""
 
 import dataclasses
 import numbers
@@ -15,7 +15,7 @@ _short.maxstring = _short.maxother = _short.maxlong = 80
 
 
 def shown(value: object) -> str:
-    """Show what was received, cut where it is long: it may be anything."""
+    """Return the `repr` of any value for an error, shortened if long."""
     return _short.repr(value)
 
 
@@ -23,8 +23,8 @@ def _is_number(value):
     return isinstance(value, numbers.Real) and type(value) is not bool
 
 
-# What a field may be: a description for errors, and a function that tells.
-# Returned as `Any`, since the annotation of the field is its type.
+# A field's validation: a description for errors, and a predicate. Returned as
+# `Any`, since the annotation of the field is its type.
 
 
 def _field(expected, fits, default, optional=False, hash=None) -> Any:
@@ -92,7 +92,7 @@ def texts(default=MISSING, optional=False):
 
 
 def by_target(default=None):
-    """A dictionary of a target's name to one number for each layer."""
+    """Return a field for a dict of target name to one number a layer."""
 
     def fits(value):
         return isinstance(value, dict) and all(
@@ -113,10 +113,10 @@ def part(cls, default=MISSING) -> Any:
 
 @dataclass(frozen=True)
 class Checked:
-    """A dataclass whose fields say what they may be, with `whole` and others.
+    """Base of dataclasses whose fields are validated, by `whole` and others.
 
-    They are looked at whenever an instance is made, so whoever is given one
-    need not look again.
+    Fields are validated whenever an instance is created, so that code that
+    takes an instance need not validate again.
     """
 
     def __post_init__(self):
@@ -130,15 +130,15 @@ class Checked:
         names: dict[str, Any] | None = None,
         prefix: str = "",
     ) -> list[str]:
-        """List what is missing, unknown, or of a wrong type or range.
+        """List fields that are missing, unknown, or of a wrong type or range.
 
         Args:
-            values: dict by field; anything else counts as an empty one.
-            names: What the source calls its fields, where that differs.
-            prefix: Put before the names of the others, such as `"backbone."`.
+            values: dict by field; any other type counts as an empty dict.
+            names: dict of field to its name in the source, where they differ.
+            prefix: str, put before other names, such as `"backbone."`.
 
         Returns:
-            Sorted list of phrases, empty if `from_dict` takes the values.
+            Sorted list of phrases, empty if the values are valid.
         """
         values = values if isinstance(values, dict) else {}
         known = {one.name: one for one in fields(cls)}
@@ -167,16 +167,19 @@ class Checked:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: object = None) -> Self:
-        """Make a configuration of what a file or a caller says.
+        """Create a configuration from the dict of a file or a caller.
 
         Args:
-            values: dict by field, of dictionaries for parts. Fields with
+            values: dict by field, with dicts for nested parts. Fields with
                 a default may be missing.
-            source: Named in errors, such as a path.
+            source: name for errors, such as a path.
+
+        Returns:
+            An instance of the class.
 
         Raises:
-            ValueError: listing all that is missing, unknown, of a wrong type
-                or out of range; or fields that do not go together.
+            ValueError: fields are missing, unknown, of a wrong type or out of
+                range, all of them listed; or fields contradict each other.
         """
         source = source or cls.__name__
         _refuse(cls.problems(values), source)
@@ -191,7 +194,7 @@ class Checked:
             raise ValueError(f"{source}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values and dictionaries, as a JSON file has them."""
+        """Return a dict of plain values and dicts, for JSON."""
         return dataclasses.asdict(self)
 
 

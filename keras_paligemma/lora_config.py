@@ -1,4 +1,4 @@
-"""What a low-rank adapter is, without its values."""
+"""The configuration of a low-rank adapter."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from keras_paligemma.checked import scale
 from keras_paligemma.checked import texts
 from keras_paligemma.checked import whole
 
-# What can have an adapter: its name, and the place of its weights.
+# Targets of adapters, with the path of their weights.
 TARGETS = {
     "query": "text_decoder/blocks/attention/query",
     "key": "text_decoder/blocks/attention/key",
@@ -36,7 +36,7 @@ TARGETS = {
 }
 _ATTENTION = ("query", "key", "value", "output")
 _MLP = ("gate", "up", "down")
-# A part of the model stands for its projections.
+# Names of parts of the model, with their projections.
 GROUPS = {
     "decoder": (*_ATTENTION, *_MLP),
     "decoder.attention": _ATTENTION,
@@ -45,28 +45,31 @@ GROUPS = {
     "vision.attention": tuple(f"vision.{name}" for name in _ATTENTION),
     "vision.mlp": ("vision.up", "vision.down"),
     "all": tuple(TARGETS),
-    # PEFT's name of them.
+    # PEFT's name for "all".
     "all-linear": tuple(TARGETS),
 }
 
 
 @dataclass(frozen=True)
 class LoraConfig(Checked):
-    """A low-rank adapter: the arguments of `enable_lora`, all filled in.
+    """A low-rank adapter: the arguments of `enable_lora` with defaults set.
 
     Args:
-        rank: int, the largest of its layers.
-        alpha: float, the adapter is scaled by alpha / rank; the rank if `None`.
-        targets: Names of projections, of `TARGETS`, or of `GROUPS`; those of
-            the decoder's attention if `None`.
-        dropout: float, share of an adapter's inputs dropped in training.
+        rank: int, the largest rank of all layers.
+        alpha: float; the adapter is scaled by alpha / rank. `None` for `rank`.
+        targets: names of projections, keys of `TARGETS` or of `GROUPS`;
+            `None` for the decoder's attention.
+        dropout: float, dropout rate of the adapter's inputs in training.
         rslora: bool, scale by alpha / √rank, so that large ranks learn as
             fast as small ones.
         dora: bool, a learned gain for each output of a projection.
         bias: bool, a learned bias for each output of a projection.
-        ranks: dict of target to the rank of each layer, 0 where it has
-            none; `rank` for targets that are not there.
+        ranks: dict of target to the rank of each layer, 0 for layers without
+            an adapter; other targets have `rank`.
         alphas: dict of target to the alpha of each layer, likewise.
+
+    Raises:
+        ValueError: invalid fields, unknown targets, or both `dora` and `bias`.
 
     Example:
 
@@ -74,8 +77,8 @@ class LoraConfig(Checked):
     >>> lora.targets, lora.alpha
     (('gate', 'up', 'down'), 4)
 
-    Source: https://arxiv.org/abs/2106.09685; of the other scale,
-        https://arxiv.org/abs/2312.03732; of the gain,
+    Source: LoRA, https://arxiv.org/abs/2106.09685; rsLoRA,
+        https://arxiv.org/abs/2312.03732; DoRA,
         https://arxiv.org/abs/2402.09353.
     """
 
@@ -140,7 +143,7 @@ class LoraConfig(Checked):
 
     @property
     def pieces(self) -> tuple[str, ...]:
-        """The names of what each projection has beside its kernel."""
+        """Names of the adapter's weights in each projection."""
         return (
             "adapter_a",
             "adapter_b",
@@ -149,10 +152,14 @@ class LoraConfig(Checked):
         )
 
     def ranks_of(self, target: str, num_layers: int) -> Sequence[int]:
-        """Return the rank of each of a target's layers, 0 where it has none.
+        """Return the rank of each layer of a target, 0 without an adapter.
+
+        Args:
+            target: str, a key of `TARGETS`.
+            num_layers: int, number of the target's layers.
 
         Raises:
-            ValueError: `ranks` or `alphas` are those of another depth.
+            ValueError: `ranks` or `alphas` have another number of layers.
         """
         default = self.rank if target in self.targets else 0
         ranks = self.ranks.get(target, (default,) * num_layers)
@@ -165,16 +172,16 @@ class LoraConfig(Checked):
         return ranks
 
     def scales(self, target: str, num_layers: int) -> np.ndarray:
-        """Return the numbers that each layer's adapter is multiplied with."""
+        """Return the scale of each layer's adapter, an array (num_layers,)."""
         ranks = np.array(self.ranks_of(target, num_layers))
         divisor = np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
         alphas = self.alphas.get(target, (self.alpha,) * num_layers)
         return np.where(ranks, np.array(alphas) / divisor, 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, strings and lists, as a JSON file has them.
+        """Return a dict of plain values for JSON.
 
-        What only some adapters have is left out of the others'.
+        Rare fields (`dora`, `bias`, `ranks`, `alphas`) are omitted if unset.
         """
         values: dict[str, Any] = asdict(self) | {"targets": list(self.targets)}
         for name in ("ranks", "alphas"):
