@@ -1,4 +1,4 @@
-"""The application: endpoints around one model."""
+"""The ASGI application: endpoints around one model."""
 
 import asyncio
 import contextlib
@@ -40,25 +40,25 @@ def make_app(
     hosts=None,
     fetches=False,
 ):
-    """Make the ASGI application of a model.
+    """Create the ASGI application that serves a model.
 
     Args:
         model: `PresetModel` or `SavedModel`.
-        name: str, what clients call the model.
-        largest: int, requests a batch; a power of two. 1 batches nothing.
-        milliseconds: float that a request waits for others.
-        room: int, requests that wait; more are refused with 429.
+        name: str, the model's name for clients.
+        largest: int, requests per batch, a power of two; 1 disables batching.
+        milliseconds: float, how long a request waits for a batch to fill.
+        room: int, size of the queue; requests beyond it get a 429.
         limits: `Limits`.
         codec: `MaskCodec` that decodes masks; the nano preset's if `None`.
-        token: str that requests must bear.
+        token: str, the bearer token that requests must carry, or `None`.
         hosts: strs, names of the server; any if `None`.
-        fetches: bool, fetch pictures of http(s) addresses.
+        fetches: bool, whether to fetch pictures from http(s) URLs.
 
     Returns:
         `Guard` around a `starlette.applications.Starlette`.
 
     Raises:
-        ValueError: sizes that mean nothing.
+        ValueError: if sizes are invalid.
     """
     if largest < 1 or largest & (largest - 1):
         raise ValueError(
