@@ -1,4 +1,4 @@
-"""What `generate(details=True)` gives."""
+"""The value that `generate(details=True)` returns."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,11 +9,11 @@ Finish: TypeAlias = Literal["stop_token", "stop_string", "length"]
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token that could have stood at a place.
+    """A candidate token at a position.
 
     Args:
         token_id: int.
-        text: str, the token's own.
+        text: str, of this token alone.
         log_probability: float, natural logarithm.
     """
 
@@ -24,21 +24,21 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and how sure the model was of it.
+    """An answer with its tokens and their log-probabilities.
 
     Args:
-        text: str, without what ended it; of a model without a preprocessor "".
+        text: str, without what ended it; "" for a model without preprocessor.
         token_ids: ints, what the answer was given to begin with and the stop
             token included.
-        log_probabilities: floats, of each token the natural logarithm of the
-            probability that the model gave it after those before it, at
-            temperature 1, whatever was banned; 0 on tokens that were given.
-        finish: "stop_token", "stop_string", or "length": `max_new_tokens` was
-            reached.
+        log_probabilities: floats, for each token the natural logarithm of its
+            probability given the tokens before it, at temperature 1 and
+            regardless of banned tokens; 0 on tokens that were given.
+        finish: "stop_token", "stop_string", or "length" if `max_new_tokens`
+            was reached.
         alternatives: a tuple of `Alternative` for each token, the likeliest
-            first, where they were asked for.
+            first, if they were requested.
         beams: tuple of the answers of a beam search, the best first.
-        score: float that beams are compared by; else the sum.
+        score: float that beams are ranked by; otherwise the sum.
 
     Example:
         >>> answer = Answer("cat", (7, 1), (-0.5, -0.25), "stop_token")

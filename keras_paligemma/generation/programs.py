@@ -1,4 +1,4 @@
-"""Functions of a model's variables, compiled once for each plan and shape."""
+"""Compiled functions of a model, one for each plan and shape."""
 
 import os
 
@@ -11,11 +11,10 @@ def keep_compilations(folder: PathLike) -> None:
     """Keep what is compiled in a folder, for the next process.
 
     Args:
-        folder: path; it is made if it is not there, and several processes may
-            share it.
+        folder: path; created if missing. Several processes may share it.
 
     Raises:
-        ValueError: a backend other than JAX, which has no such cache.
+        ValueError: if the backend is not JAX; others have no such cache.
 
     Example:
 
@@ -40,11 +39,11 @@ def keep_compilations(folder: PathLike) -> None:
 class Programs:
     """The compiled functions of one model.
 
-    Variables are arguments of what JAX compiles, so that other values, of
-    another adapter or a later step, compile nothing.
+    On JAX, variables are arguments of the compiled function, so that the
+    values of another adapter or a later step need no compilation.
 
     Args:
-        model: `keras.Model`; its `run_eagerly` and `jit_compile` count.
+        model: `keras.Model`; its `run_eagerly` and `jit_compile` apply.
     """
 
     def __init__(self, model):
@@ -52,13 +51,13 @@ class Programs:
         self._compiled = {}
 
     def __call__(self, function, plan, *arguments, donated=None):
-        """Run a function, compiled.
+        """Run a function, compiled on first use.
 
         Args:
-            function: function of the model, `plan` and tensors.
+            function: function of the model, `plan` and nests of tensors.
             plan: hashable, what the program is compiled for.
             *arguments: nests of tensors.
-            donated: int, which of them the program may overwrite.
+            donated: int, index of the argument that may be overwritten.
         """
         key = function, plan
         if key not in self._compiled:
@@ -69,7 +68,7 @@ class Programs:
         return self._compiled[key][0](*arguments)
 
     def compilations(self):
-        """Count what was compiled; 0 where nothing is, as on Torch."""
+        """Number of compilations; 0 where nothing is compiled, as on Torch."""
         return sum(count() for _, count in self._compiled.values())
 
 

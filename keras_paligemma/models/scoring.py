@@ -1,4 +1,4 @@
-"""The methods of `PaliGemmaCausalLM` that look and do not answer."""
+"""The methods of `PaliGemmaCausalLM` that score and embed."""
 
 from typing import Any
 
@@ -20,26 +20,26 @@ from keras_paligemma.turns import write_back
 
 
 def score(self, inputs, *, details=False, batch_size=None):
-    """Tell how likely given responses are: log-likelihoods.
+    """Return the log-likelihood of given responses.
 
-    They are preprocessed and run as `fit` does it, the end token included, and
-    with the final cap, as `generate` sees logits. So of an answer of
-    `generate` that has ended they are its log-probabilities.
+    They are preprocessed as in `fit`, with the end token, and scored on the
+    logits that `generate` uses, with the final soft cap. An answer of
+    `generate` that ended has the same log-probability here.
 
     Args:
         inputs: dict of `images`, `prompts` and `responses`: one of each, or
             lists.
-        details: bool, give an `Answer` each: the tokens of the response and
-            their log-probabilities.
-        batch_size: int, examples at a time; `None` takes all at once.
+        details: bool, whether to return an `Answer` for each, with the tokens
+            of the response and their log-probabilities.
+        batch_size: int, examples per batch; `None` uses one batch.
 
     Returns:
         float32 array (B,), natural logarithms; a float for one example. With
-        `details` an `Answer` in the place of each.
+        `details`, an `Answer` instead of each.
 
     Raises:
-        ValueError: a model without a preprocessor, or inputs that `fit`
-            refuses.
+        ValueError: if the model has no preprocessor, or `fit` would refuse the
+            inputs.
 
     Example:
 
@@ -81,16 +81,16 @@ def score(self, inputs, *, details=False, batch_size=None):
 
 
 def encode(self, images, *, batch_size=None):
-    """Turn pictures into image tokens once, to ask about them often.
+    """Encode images as image tokens once, to ask about them often.
 
     Args:
-        images: a picture or a list of them, as `generate` takes them.
-        batch_size: int, pictures at a time; `None` takes all at once.
+        images: an image or a list of images, as `generate` takes them.
+        batch_size: int, images per batch; `None` uses one batch.
 
     Returns:
-        float32 array (B, I, D), or (I, D) of one picture, read-only.
-        `generate` takes it as `image_embeddings` in place of `images`; those
-        of one picture serve all prompts of a list.
+        float32 array (B, I, D), or (I, D) for one image, read-only. `generate`
+        takes it as `image_embeddings` instead of `images`; those of one image
+        are used for all prompts of a list.
 
     Example:
 
@@ -115,16 +115,16 @@ def encode(self, images, *, batch_size=None):
 
 
 def embed(self, inputs, *, batch_size=None):
-    """Return what the model makes of pictures and prompts, for retrieval.
+    """Return the hidden states of images and prompts, for retrieval.
 
     Args:
         inputs: as `generate` takes them.
-        batch_size: int, examples at a time; `None` takes all at once.
+        batch_size: int, examples per batch; `None` uses one batch.
 
     Returns:
-        Dict of float32 `hidden_states` (B, L, D), after the last norm, of
-        image tokens and prompt, `image_embeddings` (B, I, D) and bool
-        `padding_mask` (B, L), False on padding. Of one example without B.
+        Dict of float32 `hidden_states` (B, L, D) of image tokens and prompt,
+        after the final norm; `image_embeddings` (B, I, D); and bool
+        `padding_mask` (B, L), False on padding. Without B for one example.
 
     Example:
 
@@ -151,9 +151,9 @@ def embed(self, inputs, *, batch_size=None):
 
 
 def scored(model, plan, rows):
-    """Log-probabilities (B, R) of responses, as a program; 0 on padding.
+    """Return the log-probabilities (B, R) of responses; 0 on padding.
 
-    The head is applied to one place at a time: logits of all would be (B, R,
+    The head is applied to one position at a time: all logits would be (B, R,
     V).
     """
     text = PromptAndResponse(**{name: rows[name] for name in PART_NAMES})
@@ -171,12 +171,12 @@ def scored(model, plan, rows):
 
 
 def encoded(model, plan, rows):
-    """Image tokens in float32, as a program."""
+    """Return the image tokens in float32."""
     return ops.cast(model.backbone.encode_images(rows["images"]), "float32")
 
 
 def embedded(model, plan, rows):
-    """Hidden states of a prompt, as a program."""
+    """Return the hidden states of a prompt."""
     backbone = model.backbone
     rows = dict(rows)
     if rows.get("images") is not None:
