@@ -42,7 +42,8 @@ def protocol(seconds):
 
         def connection_lost(self, exc):
             super().connection_lost(exc)
-            self.waits.cancel()
+            if self.waits is not None:
+                self.waits.cancel()
 
         def _wait(self):
             if self.waits is not None:
