@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
 from numbers import Integral
+from typing import TYPE_CHECKING
 from typing import Any
-
-import numpy as np
 
 from keras_paligemma.checked import Checked
 from keras_paligemma.checked import by_target
@@ -16,6 +15,9 @@ from keras_paligemma.checked import number
 from keras_paligemma.checked import scale
 from keras_paligemma.checked import texts
 from keras_paligemma.checked import whole
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Targets of adapters, with the path of their weights.
 TARGETS = {
@@ -171,8 +173,11 @@ class LoraConfig(Checked):
                 )
         return ranks
 
-    def scales(self, target: str, num_layers: int) -> np.ndarray:
+    def scales(self, target: str, num_layers: int) -> "np.ndarray":
         """Return the scale of each layer's adapter, an array (num_layers,)."""
+        # Here: the command line reads this file for its help.
+        import numpy as np
+
         ranks = np.array(self.ranks_of(target, num_layers))
         divisor = np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
         alphas = self.alphas.get(target, (self.alpha,) * num_layers)
