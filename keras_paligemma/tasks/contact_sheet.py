@@ -17,7 +17,7 @@ def contact_sheet(
 
     Args:
         pictures: of any size; those larger than a cell are reduced.
-        captions: one per picture.
+        captions: one per picture; one that is too wide ends with "…".
 
     Returns:
         `PIL.Image.Image` in RGB.
@@ -41,5 +41,14 @@ def contact_sheet(
         small = picture.copy()
         small.thumbnail((CELL, CELL))
         sheet.paste(small, (x, y))
-        pen.text((x, y + CELL + 4), caption, "black", font)
+        pen.text((x, y + CELL + 4), _cut(caption, font), "black", font)
     return sheet
+
+
+def _cut(caption, font):
+    """Shorten a caption to the width of a cell."""
+    if font.getlength(caption) <= CELL:
+        return caption
+    while font.getlength(f"{caption}…") > CELL:
+        caption = caption[:-1]
+    return f"{caption}…"

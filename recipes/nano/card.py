@@ -2,7 +2,7 @@
 
 Weights go from the last folder of `recipes.nano.train` to `presets/`. The card,
 `README.md` in the preset's folder, has the scores of `recipes.nano.evaluate`;
-the sheet, `docs/nano_preset.png`, shows the first scenes of a seed, right
+the sheet, `docs/pictures/nano_preset.png`, shows the first scenes of a seed, right
 answers and wrong ones as they come.
 """
 
@@ -23,7 +23,7 @@ from recipes.nano.fetch import TRAINED_STYLES
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "presets/pali_gemma2_nano_112"
-SHEET = ROOT / "docs/nano_preset.png"
+SHEET = ROOT / "docs/pictures/nano_preset.png"
 
 # Scenes of the sheet, of each measure.
 SHOWN = {"caption": 3, "several": 6, "count": 3}
