@@ -2,8 +2,8 @@
 
 Weights go from the last folder of `recipes.nano.train` to `presets/`. The card,
 `README.md` in the preset's folder, has the scores of `recipes.nano.evaluate`;
-the sheet, `docs/pictures/nano_preset.png`, shows the first scenes of a seed, right
-answers and wrong ones as they come.
+the sheet, `docs/pictures/nano_preset.png`, shows the first scenes of a seed,
+right answers and wrong ones as they come.
 """
 
 import argparse
