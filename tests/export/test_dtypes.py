@@ -92,7 +92,12 @@ def test_texts_are_generates(answers, models, name):
     bare = answers[f"{name} bare"]["text"].tolist()
     assert bare[rows] == model.generate(BATCH)[rows]
     model.adapters.select("style")
-    assert texts != bare
+    # Texts may agree; how likely they are does not.
+    each = [
+        answers[f"{name} {kind}"]["log_probabilities"]
+        for kind in ("text", "bare")
+    ]
+    assert np.abs(each[0] - each[1]).max() > 1e-2
 
 
 @pytest.mark.skipif("bfloat16" not in MODELS, reason="once is enough")
