@@ -146,14 +146,14 @@ class MaskCodec:
 
         Args:
             squares: array (masks, 64, 64), from 0 outside the object to 1
-            inside.
+                inside.
 
         Returns:
             int array (masks, 16), 0 to 127, the 4 × 4 cells row by row.
 
         Raises:
             ValueError: if the masks have another shape, or values outside 0 to
-            1.
+                1.
         """
         squares = np.asarray(squares, "float32")
         if squares.ndim != 3 or squares.shape[1:] != (SIDE, SIDE):
@@ -199,7 +199,7 @@ class MaskCodec:
 
         Raises:
             ValueError: if there are not 16 codes per mask, or a code is
-            invalid.
+                invalid.
         """
         codes = np.asarray(codes, "int64")
         if codes.size == 0:
