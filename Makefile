@@ -78,8 +78,8 @@ notebooks: .venv/for-test
 	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
 	touch $@
 
+EXTRAS := jax,torch,export,targets,train,data,plan,eval,metrics,hf,serve,ray
 .venv/for-test: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt \
-		-e ".[jax,torch,export,targets,train,data,plan,eval,metrics,hf,serve,ray]" \
-		-e ".[notebooks,dev]"
+		-e ".[$(EXTRAS),notebooks,dev]"
 	touch $@
