@@ -38,7 +38,8 @@ dist: .venv/for-test
 # neighbouring tests, which share fixtures and compiled functions. Demo, notebooks
 # and benchmarks run with the optimizations.
 backends: export XLA_FLAGS ?= --xla_backend_optimization_level=0 \
-	--xla_llvm_disable_expensive_passes=true
+	--xla_llvm_disable_expensive_passes=true \
+	--xla_cpu_use_fusion_emitters=false
 backends: export JAX_COMPILATION_CACHE_DIR ?= \
 	$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/keras_paligemma/compiled
 backends: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
@@ -79,6 +80,6 @@ notebooks: .venv/for-test
 
 .venv/for-test: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt \
-		-e ".[jax,torch,export,targets,train,data,plan,eval,metrics,hf,serve]" \
+		-e ".[jax,torch,export,targets,train,data,plan,eval,metrics,hf,serve,ray]" \
 		-e ".[notebooks,dev]"
 	touch $@

@@ -1,7 +1,7 @@
 """What examples do for int4: `python -m benchmarks.calibration`.
 
 The nano preset, rounded to the nearest and for scenes of the styles that it was
-trained on (needs the sprites of `python -m presets.nano.fetch`). Printed: the
+trained on (needs the sprites of `python -m recipes.nano.fetch`). Printed: the
 error of each kernel and of its products, as shares of their norms, and how far
 logits move, on other scenes of these styles and of one that it never saw.
 With `--wide`, one product of 3b's widths instead: that it runs, and how long.
@@ -31,9 +31,9 @@ from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.quantization.rounding import order_and_factor
 from keras_paligemma.quantization.rounding import round_for
 from keras_paligemma.quantization.storage import QuantizedFormat
-from presets.nano import scenes
-from presets.nano.fetch import HELD_OUT_STYLES
-from presets.nano.fetch import TRAINED_STYLES
+from recipes.nano import scenes
+from recipes.nano.fetch import HELD_OUT_STYLES
+from recipes.nano.fetch import TRAINED_STYLES
 
 NANO = "pali_gemma2_nano_112"
 

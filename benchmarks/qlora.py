@@ -1,7 +1,7 @@
 """What low bits cost a fine-tune: `python -m benchmarks.qlora`.
 
 The nano preset learns the style that it was never trained on (needs the sprites
-of `python -m presets.nano.fetch`): adapters over float32, int8 and int4, the
+of `python -m recipes.nano.fetch`): adapters over float32, int8 and int4, the
 same scenes, steps and seed. Measured on scenes that none of them saw: the share
 of exactly right captions of one object and of one to three, and the mean IoU of
 boxes. The bars are 97 % (int8) and 93 % (int4) of LoRA's own. The last row is
@@ -19,11 +19,11 @@ import numpy as np
 from benchmarks.calibration import draw
 from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
-from presets.nano import scenes
-from presets.nano.evaluate import evaluate
-from presets.nano.fetch import HELD_OUT_STYLES
+from recipes.nano import scenes
+from recipes.nano.evaluate import evaluate
+from recipes.nano.fetch import HELD_OUT_STYLES
 
-MEASURES = ("caption_single", "caption", "detect_iou")
+MEASURES = ("caption_single exact", "caption exact", "detect iou")
 
 
 class Scenes(keras.utils.PyDataset):
@@ -61,7 +61,7 @@ def train(base, sprites, classes, arguments):
     """Fine-tune one model, and score it before and after."""
     keras.utils.set_random_seed(0)
     model = PaliGemmaCausalLM.from_preset(
-        "pali_gemma2_nano_112", response_length=16, **base
+        "pali_gemma2_nano_112", response_length=24, **base
     )
 
     def scores():

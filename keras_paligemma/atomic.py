@@ -1,4 +1,4 @@
-"""Folders that are found whole or not at all, whenever their writer dies."""
+"""Atomic writes of folders: all files or none, even if the writer is killed."""
 
 import contextlib
 import os
@@ -13,28 +13,28 @@ DRAFT = ".draft-"
 def whole_folder(folder, entry, replaced=()):
     """Write files so that they appear in a folder all at once.
 
-    A folder that is not there is written beside and renamed. Into one that is
-    there the files are written as a draft, which one rename makes a complete
-    set, `.ENTRY.new`; then they get their places, the entry last, and the set
-    goes. The folder itself is never moved and no file of another name touched,
-    so that it may be a mount, a current directory, or hold notes of a user.
+    A new folder is written next to its final path and renamed. In an existing
+    folder the files are written to a draft folder, which is renamed to
+    `.ENTRY.new` when complete; then each file is linked to its final path, the
+    entry last, and `.ENTRY.new` is removed. The folder itself is never moved
+    and files of other names are not touched, so that it may be a mount or the
+    current directory, or hold a user's notes.
 
-    Killed at any time, `current` finds the old files, whole, or the new ones,
-    whole. A reader that knows nothing of it finds them too, or for the moment
-    of the last steps no entry. A killed writer may leave a hidden folder
-    `.draft-*`, which nobody reads; what is left of a complete set is put in
-    place by the next writer. Two writers of one folder are not kept apart.
+    If the writer is killed at any time, `current` finds either all old or all
+    new files. A reader that does not call `current` finds the same or, during
+    the last steps, no entry. A killed writer may leave a hidden folder
+    `.draft-*`, which is never read; the next writer completes the installation
+    of a left `.ENTRY.new`. There is no lock against a second writer.
 
     Args:
         folder: path.
-        entry: str, the file without which readers take the folder for
-            nothing.
-        replaced: patterns of names that an earlier write may have left: these
-            files go when the new ones are complete.
+        entry: str, name of the file that readers need to recognise the folder.
+        replaced: glob patterns of files of an earlier write, deleted when the
+            new files are complete.
 
     Yields:
-        `pathlib.Path` of the draft, an empty folder to write into. Should the
-        block raise, nothing is left of it.
+        `pathlib.Path` of the draft, an empty folder to write into. It is
+        deleted if the block raises.
 
     Example:
 
@@ -66,18 +66,21 @@ def whole_folder(folder, entry, replaced=()):
 
 
 def current(folder, entry):
-    """Return the folder to read: the complete set, if its writer was killed.
+    """Return the folder to read, after a write that may have been killed.
 
     Args:
         folder: path.
-        entry: str, as it was written.
+        entry: str, as passed to `whole_folder`.
+
+    Returns:
+        `pathlib.Path`: `folder`, or the complete files of a killed writer.
     """
     complete = _complete(Path(folder), entry)
     return complete if complete.is_dir() else Path(folder)
 
 
 def refuse_in_use(folder):
-    """Raise a `ValueError` unless a folder is empty or not there."""
+    """Raise a `ValueError` unless a folder is empty or does not exist."""
     folder = Path(folder).expanduser()
     if not folder.exists():
         return
@@ -94,7 +97,7 @@ def refuse_in_use(folder):
 
 
 def sync(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -107,14 +110,14 @@ def _complete(folder, entry):
 
 
 def _install(folder, entry, replaced):
-    """Give the files of a complete set their places, if there is one.
+    """Link the files of a complete set to their final paths, if there is one.
 
-    They are linked, not moved: the set stays complete until all are there.
+    They are linked, not moved, so that the set stays complete until the end.
     """
     complete = _complete(folder, entry)
     if not complete.is_dir():
         return
-    # First: else it would name files of two writes.
+    # First: otherwise the entry would refer to files of two writes.
     (folder / entry).unlink(missing_ok=True)
     for pattern in replaced:
         for old in folder.glob(pattern):

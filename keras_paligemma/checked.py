@@ -1,11 +1,13 @@
-"""Dataclasses whose fields say what their values may be."""
+"""Dataclasses that validate their fields."""
 
 import dataclasses
 import numbers
 import reprlib
 from dataclasses import MISSING
+from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import fields
+from typing import Any
 from typing import Self
 
 _short = reprlib.Repr()
@@ -13,14 +15,19 @@ _short.maxstring = _short.maxother = _short.maxlong = 80
 
 
 def shown(value: object) -> str:
-    """Show what was received, cut where it is long: it may be anything."""
+    """Return the `repr` of any value for an error, shortened if long."""
     return _short.repr(value)
 
 
-# What a field may be: a description for errors, and a function that tells.
+def _is_number(value):
+    return isinstance(value, numbers.Real) and type(value) is not bool
 
 
-def _field(expected, fits, default, optional=False, hash=None):
+# A field's validation: a description for errors, and a predicate. Returned as
+# `Any`, since the annotation of the field is its type.
+
+
+def _field(expected, fits, default, optional=False, hash=None) -> Any:
     if optional:
         expected += " or None"
 
@@ -33,8 +40,8 @@ def _field(expected, fits, default, optional=False, hash=None):
 
 def whole(most, default=MISSING, least=1, optional=False):
     def fits(value):
-        whole = isinstance(value, numbers.Integral)
-        return whole and type(value) is not bool and least <= value <= most
+        whole = isinstance(value, numbers.Integral) and _is_number(value)
+        return whole and least <= int(value) <= most
 
     expected = f"an integer of {least} to {most}"
     return _field(expected, fits, default, optional)
@@ -42,9 +49,8 @@ def whole(most, default=MISSING, least=1, optional=False):
 
 def number(least, most, default=MISSING, optional=False):
     def fits(value):
-        real = isinstance(value, numbers.Real)
         # No comparison holds for NaN.
-        return real and type(value) is not bool and least <= value <= most
+        return _is_number(value) and least <= value <= most
 
     expected = f"a number of {least} to {most}"
     return _field(expected, fits, default, optional)
@@ -52,8 +58,7 @@ def number(least, most, default=MISSING, optional=False):
 
 def scale(default=MISSING, optional=False):
     def fits(value):
-        real = isinstance(value, numbers.Real) and type(value) is not bool
-        return real and 1e-30 <= abs(value) <= 1e30
+        return _is_number(value) and 1e-30 <= abs(value) <= 1e30
 
     expected = "a number other than 0 whose size a float32 holds"
     return _field(expected, fits, default, optional)
@@ -87,16 +92,13 @@ def texts(default=MISSING, optional=False):
 
 
 def by_target(default=None):
-    """A dictionary of a target's name to one number for each layer."""
+    """Return a field for a dict of target name to one number a layer."""
 
     def fits(value):
         return isinstance(value, dict) and all(
             isinstance(key, str)
             and isinstance(row, (list, tuple))
-            and all(
-                isinstance(one, numbers.Real) and type(one) is not bool
-                for one in row
-            )
+            and all(_is_number(one) for one in row)
             for key, row in value.items()
         )
 
@@ -105,15 +107,16 @@ def by_target(default=None):
     return _field(expected, fits, default, optional=True, hash=False)
 
 
-def part(cls, default=MISSING):
+def part(cls, default=MISSING) -> Any:
     return field(default=default, metadata={"part": cls})
 
 
+@dataclass(frozen=True)
 class Checked:
-    """A dataclass whose fields say what they may be, with `whole` and others.
+    """Base of dataclasses whose fields are validated, by `whole` and others.
 
-    They are looked at whenever an instance is made, so whoever is given one
-    need not look again.
+    Fields are validated whenever an instance is created, so that code that
+    takes an instance need not validate again.
     """
 
     def __post_init__(self):
@@ -122,17 +125,20 @@ class Checked:
 
     @classmethod
     def problems(
-        cls, values: object, names: dict | None = None, prefix: str = ""
+        cls,
+        values: object,
+        names: dict[str, Any] | None = None,
+        prefix: str = "",
     ) -> list[str]:
-        """List what is missing, unknown, or of a wrong type or range.
+        """List fields that are missing, unknown, or of a wrong type or range.
 
         Args:
-            values: dict by field; anything else counts as an empty one.
-            names: What the source calls its fields, where that differs.
-            prefix: Put before the names of the others, such as `"backbone."`.
+            values: dict by field; any other type counts as an empty dict.
+            names: dict of field to its name in the source, where they differ.
+            prefix: str, put before other names, such as `"backbone."`.
 
         Returns:
-            Sorted list of phrases, empty if `from_dict` takes the values.
+            Sorted list of phrases, empty if the values are valid.
         """
         values = values if isinstance(values, dict) else {}
         known = {one.name: one for one in fields(cls)}
@@ -160,17 +166,20 @@ class Checked:
         return sorted(listed)
 
     @classmethod
-    def from_dict(cls, values: dict, source: object = None) -> Self:
-        """Make a configuration of what a file or a caller says.
+    def from_dict(cls, values: dict[str, Any], source: object = None) -> Self:
+        """Create a configuration from the dict of a file or a caller.
 
         Args:
-            values: dict by field, of dictionaries for parts. Fields with
+            values: dict by field, with dicts for nested parts. Fields with
                 a default may be missing.
-            source: Named in errors, such as a path.
+            source: name for errors, such as a path.
+
+        Returns:
+            An instance of the class.
 
         Raises:
-            ValueError: listing all that is missing, unknown, of a wrong type
-                or out of range; or fields that do not go together.
+            ValueError: fields are missing, unknown, of a wrong type or out of
+                range, all of them listed; or fields contradict each other.
         """
         source = source or cls.__name__
         _refuse(cls.problems(values), source)
@@ -184,8 +193,8 @@ class Checked:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
-    def to_dict(self) -> dict:
-        """Return plain values and dictionaries, as a JSON file has them."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dict of plain values and dicts, for JSON."""
         return dataclasses.asdict(self)
 
 

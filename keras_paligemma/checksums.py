@@ -1,4 +1,4 @@
-"""Published files that are known to the byte: a damaged one is found out."""
+"""Checksums of published files, to detect damaged copies."""
 
 import hashlib
 from pathlib import Path
@@ -21,17 +21,17 @@ KNOWN = {
 
 
 def check_published(content: bytes, source: object) -> None:
-    """Refuse bytes of a published file's size that are not that file.
+    """Raise `ValueError` if a file has a published file's size only.
 
     A SentencePiece model has no checksum of its own: with a flipped bit it
-    still loads, and gives other ids. Files of other sizes are not judged.
+    still loads, and returns other ids. Files of other sizes are not checked.
 
     Args:
-        content: The whole file.
-        source: Where it is from, for the error.
+        content: bytes of the whole file.
+        source: path or name, for the error.
 
     Raises:
-        ValueError: size of a published file, and another hash.
+        ValueError: the size of a published file with another hash.
     """
     name, wanted = KNOWN.get(len(content), (None, None))
     if name is None:
@@ -46,7 +46,7 @@ def check_published(content: bytes, source: object) -> None:
 
 
 def read_checked(path: str | Path) -> bytes:
-    """Read a file; refuse a damaged copy of a known one, by its path."""
+    """Read a file, with `check_published`."""
     content = Path(path).read_bytes()
     check_published(content, path)
     return content

@@ -1,12 +1,13 @@
-"""The few private names of Keras that the package cannot do without.
+"""The few private names of Keras that the package needs, each with the reason.
 
-Each says why. Whoever updates Keras looks here first.
+Check this file first when Keras is updated.
 """
 
 import contextlib
 import contextvars
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,22 +15,22 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.models.functional import Functional
 from keras.src.ops.function import Function
+from keras.src.trainers.data_adapters import generator_data_adapter
 
-# The base of an iterable that `fit` takes as it is, and begins anew each epoch.
-from keras.src.trainers.data_adapters.generator_data_adapter import (
-    GeneratorDataAdapter as GeneratorDataAdapter,
-)
+# Base class of iterables that `fit` restarts each epoch.
+GeneratorDataAdapter: Any = generator_data_adapter.GeneratorDataAdapter
 
 
 @contextlib.contextmanager
 def without_values() -> Iterator[None]:
     """Build layers whose variables have shapes and dtypes but no values.
 
-    A 28b backbone is built in seconds and no memory. `fill` gives variables
-    their values, from a file and without a random draw before it.
+    A 28b backbone is built in seconds, without memory for its weights. `fill`
+    then assigns values, for example from a file, without a random
+    initialisation before.
 
-    `keras.StatelessScope(initialize_variables=False)` makes such variables
-    but remembers them in a global list; the next plain scope to close would
+    `keras.StatelessScope(initialize_variables=False)` creates such variables
+    but adds them to a global list; the next plain scope that closes would
     initialise them all, so the list is cleared.
 
     Example:
@@ -45,9 +46,9 @@ def without_values() -> Iterator[None]:
 
 
 def initialize_seeds(layer):
-    """Assign the random states of a layer that `without_values` made.
+    """Initialise the random states of a layer built in `without_values`.
 
-    No file holds them, so `fill` never meets them.
+    No file stores them, so `fill` does not assign them.
     """
     for variable in layer.variables:
         if variable.path.endswith("seed_generator_state"):
@@ -55,19 +56,18 @@ def initialize_seeds(layer):
 
 
 def fill(variable, value):
-    """Assign the first value of a variable that was made without one.
+    """Assign the first value of a variable created without one.
 
-    `Variable.assign` wants a value to replace. Handing the value over as the
-    initializer goes through the same door as any new variable, and no random
-    value is ever drawn. Where a distribution is active, that door would put
-    the whole array on the first device; each shard is cut out on the host and
-    cast there instead, one at a time, so that no second whole array exists.
-    A variable that has one already is assigned to, and in a stateless scope
-    the value is the scope's.
+    `Variable.assign` needs an existing value, so the value is passed as the
+    initializer, and no random value is drawn. Under a distribution an
+    initializer would place the whole array on the first device: there each
+    shard is sliced and cast on the host, one at a time, without a second
+    whole array. A variable that has a value is assigned as usual, and in a
+    stateless scope the scope takes the value.
 
-    JAX is given the array as it lies, a transposed view too, and copies and
-    casts it by itself: `jnp.asarray`, Keras's way, lets NumPy copy such views
-    first, which for bfloat16 is several times slower and a second copy.
+    JAX receives the array itself, even a transposed view, and copies and casts
+    it: `jnp.asarray`, as Keras uses it, makes NumPy copy such views first,
+    which for bfloat16 is several times slower and a second copy.
     """
     if in_stateless_scope() or variable._value is not None:
         variable.assign(value)
@@ -84,27 +84,27 @@ def fill(variable, value):
 
 
 def _place_by_jax(value, dtype):
-    """Copy an array to the default device; the smaller dtype travels."""
+    """Copy an array to the default device, in the smaller of both dtypes."""
     import jax
 
     dtype = jax.numpy.dtype(dtype)
     if dtype.itemsize < value.dtype.itemsize:
         value = value.astype(dtype, copy=False)
-    # A copy in any case: JAX cannot donate the memory of a NumPy array, and a
-    # training step would hold the weights twice. Done before the next array is
-    # read, or several wait in memory.
+    # Always a copy: JAX cannot donate the memory of a NumPy array, and a
+    # training step would hold the weights twice. Blocks, so that only one
+    # array at a time is in host memory.
     array = jax.device_put(value, may_alias=False).astype(dtype)
     return jax.block_until_ready(array)
 
 
 def _sharded(variable, array):
-    """Return an array as its variable is laid out: Keras takes it as it is."""
+    """Return an array sharded as its variable's layout says."""
     import jax  # No other backend has layouts.
 
     layout = keras.distribution.distribution().get_variable_layout(variable)
     sharding = layout.backend_layout
-    # Each is placed before the next is cast. jax.make_array_from_callback
-    # would cast all of them first.
+    # Each shard is placed before the next is cast;
+    # `jax.make_array_from_callback` would cast all of them first.
     shards = [
         jax.block_until_ready(
             jax.device_put(
@@ -123,10 +123,10 @@ def _sharded(variable, array):
 
 
 def to_host(value):
-    """Return the whole array of a variable or tensor, on this process.
+    """Return the whole value of a variable or tensor as a NumPy array.
 
-    Shards that lie with other processes are gathered, so every process must
-    ask, in the same order.
+    Shards of other processes are gathered, so every process must call it, in
+    the same order.
     """
     if isinstance(value, keras.Variable):
         value = value.value
@@ -139,7 +139,7 @@ def to_host(value):
 
 
 def process():
-    """Return number and count of this process among those of a run."""
+    """Return the index of this process and the number of processes."""
     if keras.backend.backend() != "jax":
         return 0, 1
     import jax
@@ -148,7 +148,7 @@ def process():
 
 
 def wait_for_all(place):
-    """Wait until all processes are at a place, such as behind a file."""
+    """Wait until all processes reach the barrier named `place`."""
     if process()[1] > 1:
         from jax.experimental import multihost_utils
 
@@ -156,7 +156,7 @@ def wait_for_all(place):
 
 
 def least(value):
-    """Return the least of an integer that each process has."""
+    """Return the minimum of an integer over all processes."""
     if process()[1] == 1:
         return value
     from jax.experimental import multihost_utils
@@ -167,16 +167,16 @@ def least(value):
 def rows_to_devices(arrays):
     """Split the rows of a batch over the devices of the distribution.
 
-    Each process gives its own rows. Without a distribution, and where the
-    rows do not divide by the devices, the arrays stay as they are, and every
-    device computes all of them.
+    Each process passes its own rows. Without a distribution, or if the number
+    of rows is not divisible by that of devices, the arrays are returned
+    unchanged, and every device computes all rows.
 
     Args:
         arrays: dict of arrays with the batch as the first axis.
 
     Returns:
-        The arrays, and the slice of the rows that this process gave in what is
-        computed of them.
+        The dict of placed arrays, and the slice of this process's rows in the
+        results.
     """
     distribution = keras.distribution.distribution()
     if distribution is None or keras.backend.backend() != "jax":
@@ -187,7 +187,7 @@ def rows_to_devices(arrays):
     for name, array in arrays.items():
         array = np.asarray(array)
         try:
-            # Layouts refuse a batch that does not divide, as JAX does.
+            # Raises if the batch is not divisible.
             layout = distribution.get_data_layout(array.shape).backend_layout
             whole = jax.make_array_from_process_local_data(layout, array)
             layout.shard_shape(whole.shape)
@@ -203,13 +203,12 @@ def rows_to_devices(arrays):
 
 
 def never_functional(cls):
-    """Keep a subclass of KerasHub's models an ordinary model.
+    """Decorate a subclass of KerasHub's models to stay a subclassed model.
 
-    The first functional model of KerasHub in a process puts Keras's
-    `Functional` among the bases of KerasHub's `Backbone` and `Task`, and so
-    among those of every class below them. A class with this decorator goes on
-    with what `keras.Model` has, whichever model was built first; it starts
-    itself by `init_model`.
+    The first functional model of KerasHub in a process inserts Keras's
+    `Functional` into the bases of KerasHub's `Backbone` and `Task`, and so of
+    all their subclasses. A decorated class keeps the methods of `keras.Model`
+    whichever model was built first; its `__init__` calls `init_model`.
     """
     for name in {*vars(Functional), *vars(Function)}:
         owners = [one for one in cls.__mro__ if name in vars(one)]
@@ -218,14 +217,14 @@ def never_functional(cls):
             continue
         if owners[0] in keras.Model.__mro__:
             setattr(cls, name, vars(owners[0])[name])
-    # What `summary` asks of an instance of `Functional`: a list of layers.
+    # `summary` reads these of an instance of `Functional`.
     cls._operations = property(lambda self: self.layers)
     cls._nodes_by_depth = property(lambda self: {})
     return cls
 
 
 def init_model(model, dtype, **kwargs):
-    """Do what KerasHub's classes do at a start, but for `Functional`'s part.
+    """Initialise a model as KerasHub's classes do, without `Functional`.
 
     Args:
         model: instance of a `never_functional` class, in its `__init__`.
@@ -242,19 +241,20 @@ class classproperty(property):
     """A property of the class itself, as KerasHub's `presets` are."""
 
     def __get__(self, instance, owner):
+        # Declared as `None` for a property that can be set alone.
         return self.fget(owner)  # pyright: ignore[reportOptionalCall]
 
 
 def add_preset_loader(format, loader):
-    """Let `from_preset` of KerasHub's base classes read another format.
+    """Add a preset format to `from_preset` of KerasHub's base classes.
 
-    KerasHub chooses a loader by the keys of `config.json` and has no list to
-    add to, so the function that chooses is wrapped where each class calls it.
+    KerasHub chooses a loader by the keys of `config.json` and has no registry
+    of loaders, so its choosing function is wrapped in each calling module.
 
     Args:
-        format: str, what `config.json` says under "format".
-        loader: class with the methods of KerasHub's `PresetLoader`, made of
-            the preset and its config.
+        format: str, the value of "format" in `config.json`.
+        loader: class with the methods of KerasHub's `PresetLoader`, called
+            with the preset and its config.
     """
     import keras_hub
     from keras_hub.src.utils import preset_utils
@@ -285,13 +285,13 @@ _target = contextvars.ContextVar("target", default=None)
 
 @contextlib.contextmanager
 def compiling_for(platform):
-    """Tell code that asks `platform` that it is compiled for another one.
+    """Set the result of `platform` for ahead-of-time compilation.
 
-    JAX compiles for machines that are not there; its default backend does
-    not tell.
+    JAX can compile for machines that are not attached, which its default
+    backend does not reflect.
 
     Args:
-        platform: "tpu", "gpu" or "cpu".
+        platform: str, "tpu", "gpu" or "cpu".
     """
     token = _target.set(platform)
     try:
@@ -301,7 +301,7 @@ def compiling_for(platform):
 
 
 def platform():
-    """Return the platform that JAX's programs are compiled for, else ""."""
+    """Return the platform that JAX compiles for; "" on other backends."""
     if keras.backend.backend() != "jax":
         return ""
     import jax

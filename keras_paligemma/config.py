@@ -1,8 +1,7 @@
-"""What a model is, in plain values: read, checked and written in one place.
+"""Configurations of a model: read, validated and written in one place.
 
-Configurations come from anywhere: presets, hubs, folders of other libraries,
-callers. Each field says what its value may be, and all of them are looked at
-before anything is built.
+They come from presets, hubs, folders of other libraries and callers, so each
+field declares its valid values, and all are checked before anything is built.
 """
 
 import json
@@ -35,7 +34,7 @@ def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
     """Read a JSON file of at most `limit` bytes.
 
     Raises:
-        ValueError: the file is missing, too large or no JSON.
+        ValueError: the file is missing, too large or not JSON.
     """
     path = Path(path)
     try:
@@ -87,10 +86,13 @@ class VisionEncoderConfig(Checked):
             )
 
     def num_image_tokens(self, image_size: int) -> int:
-        """Counts the tokens of one square picture of `image_size` pixels.
+        """Return the number of tokens of a picture.
+
+        Args:
+            image_size: int, side of the square picture in pixels.
 
         Raises:
-            ValueError: the size is no multiple of the patch's.
+            ValueError: the size is not a multiple of the patch size.
         """
         if image_size % self.patch_size:
             raise ValueError(
@@ -109,7 +111,7 @@ class TextDecoderConfig(Checked):
         vocabulary_size: int V.
         num_layers: int.
         hidden_dim: int D.
-        intermediate_dim: int F, the real width of gate and of up.
+        intermediate_dim: int F, the width of `gate` and of `up`.
         num_query_heads: int N.
         num_key_value_heads: int K, a divisor of N.
         head_dim: int H, even.
@@ -117,7 +119,7 @@ class TextDecoderConfig(Checked):
             inverse square root (256 for 3b and 10b, 144 for 28b).
         attention_logit_soft_cap: float or `None`.
         final_logit_soft_cap: float or `None`.
-        use_post_norms: bool; `False` gives Gemma, of PaliGemma 1.
+        use_post_norms: bool; `False` for Gemma 1, as in PaliGemma 1.
         sliding_window_size: int or `None`: every other block, the first
             one included, sees only tokens nearer than this many positions.
         rope_base: float, wavelength ratio of the rotary embedding.
@@ -156,18 +158,18 @@ class TextDecoderConfig(Checked):
             )
 
     def query_scale(self) -> float:
-        """Return the number that queries are multiplied with."""
+        """Return the factor that queries are multiplied by."""
         return self.query_pre_attention_scalar**-0.5
 
 
 @dataclass(frozen=True)
 class BackboneConfig(Checked):
-    """A backbone: its picture size, its two towers, and how they are stored.
+    """A backbone: its image size, its two towers, and how they are stored.
 
     Args:
         image_size: int, side of a picture in pixels, a multiple of the
-            patch.
-        dtype: Name of a dtype policy, or `None` where nothing says.
+            patch size.
+        dtype: str, name of a dtype policy, or `None` if not specified.
         vision_encoder: `VisionEncoderConfig`.
         text_decoder: `TextDecoderConfig`.
         lora: `LoraConfig` or `None`.
@@ -195,17 +197,18 @@ class BackboneConfig(Checked):
         self.num_image_tokens()
 
     def num_image_tokens(self) -> int:
-        """Counts the tokens of one picture."""
+        """Return the number of tokens of one picture."""
         return self.vision_encoder.num_image_tokens(self.image_size)
 
-    def with_fields(self, **values) -> Self:
-        """Return the same configuration with other values in its towers.
+    def with_fields(self, **values: Any) -> Self:
+        """Return a copy with other values of fields of the towers.
 
         Args:
-            **values: By field, of those that one tower alone has.
+            **values: values by field; only fields that exist in one of the
+                towers, not in both.
 
         Raises:
-            ValueError: another name, or a value that the field cannot have.
+            ValueError: unknown field or invalid value.
         """
         changed = {}
         for key, value in values.items():
@@ -223,7 +226,7 @@ class BackboneConfig(Checked):
 
 
 def _tower_of():
-    """Map the fields that one tower alone has to its name."""
+    """Return a dict of the fields that only one tower has to its name."""
     towers = {
         "vision_encoder": {one.name for one in fields(VisionEncoderConfig)},
         "text_decoder": {one.name for one in fields(TextDecoderConfig)},
@@ -239,14 +242,14 @@ TOWER_OF = _tower_of()
 
 @dataclass(frozen=True)
 class PreprocessorConfig(Checked):
-    """How pictures and text become the arrays that a backbone takes.
+    """How pictures and text are turned into the inputs of a backbone.
 
     Args:
-        resize: A rule of `preprocessing.resize`.
+        resize: str, a rule of `preprocessing.resize`.
         prompt_length: int, tokens.
         response_length: int, tokens.
-        on_long_prompt: `"error"` or `"truncate"`.
-        on_long_response: `"warn"`, `"keep_eos"` or `"error"`.
+        on_long_prompt: str, `"error"` or `"truncate"`.
+        on_long_response: str, `"warn"`, `"keep_eos"` or `"error"`.
     """
 
     resize: str = choice(RESIZES)
@@ -258,12 +261,13 @@ class PreprocessorConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Checked):
-    """A model: all that `config.json` of a preset of ours says.
+    """A model: the contents of `config.json` in a preset of this package.
 
     Args:
         name: str or `None`.
         backbone: `BackboneConfig`.
-        preprocessor: `PreprocessorConfig`, or `None` for arrays alone.
+        preprocessor: `PreprocessorConfig`, or `None` for a model that takes
+            preprocessed arrays only.
     """
 
     name: str | None = text(None, True)

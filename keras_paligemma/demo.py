@@ -30,7 +30,7 @@ from keras_paligemma.tasks.objects import Object
 NANO = "pali_gemma2_nano_112"
 EXAMPLES = shipped.folder("examples")
 
-# Of all batches: another size would be compiled anew.
+# The same for all batches: another size would be compiled again.
 BATCH_SIZE = 8
 
 # Enough for the examples to be learnt; `examples/finetune/README.md` has more.
@@ -40,14 +40,14 @@ EPOCHS = 60
 
 
 class Sight(NamedTuple):
-    """What a model says of one picture.
+    """A model's answers about one picture.
 
     Args:
         path: path of the picture.
         caption: str.
-        objects: list of `Object`, of everything that the caption names.
-        question: str, a prompt that asks for a number; "" if the caption
-            names nothing that could be counted.
+        objects: list of `Object`, for every noun of the caption.
+        question: str, a prompt that asks for a count; "" if the caption has
+            no noun.
         count: str, the answer.
     """
 
@@ -70,7 +70,7 @@ def read_pictures(folder: Path) -> list[Path]:
 
 
 def read_truth(folder: Path) -> dict[str, str]:
-    """Map file names to right captions, where `scenes.json` has them."""
+    """Return file names with their true captions, from `scenes.json` if any."""
     path = folder / "scenes.json"
     scenes = json.loads(path.read_text()) if path.is_file() else {}
     return {
@@ -84,11 +84,10 @@ def read_examples(path: Path) -> dict[str, list]:
     """Read JSON lines that have an image, a prefix and a suffix.
 
     Args:
-        path: path; the images are beside it.
+        path: path; image paths are relative to its folder.
 
     Returns:
-        Dict of lists `images` (paths), `prompts`, `responses`, as `fit` takes
-        it.
+        dict of lists `images` (paths), `prompts`, `responses`, for `fit`.
     """
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return {
@@ -108,12 +107,12 @@ def nouns(caption: str) -> list[str]:
 
 
 def ask(model, questions: list[tuple], title: str) -> list[str]:
-    """Let a model answer, and show how far it is.
+    """Generate answers, with a progress bar.
 
     Args:
         model: `PaliGemmaCausalLM`.
         questions: list of (picture, prompt).
-        title: str, what the progress bar says.
+        title: str, title of the progress bar.
 
     Returns:
         List of answers, one a question.
@@ -129,7 +128,7 @@ def ask(model, questions: list[tuple], title: str) -> list[str]:
 
 
 def look(model, paths: list[Path]) -> list[Sight]:
-    """Caption pictures; then find all, and count the first, that it names.
+    """Caption pictures, detect each noun named, and count the first one.
 
     Args:
         model: `PaliGemmaCausalLM`.
@@ -159,11 +158,11 @@ def look(model, paths: list[Path]) -> list[Sight]:
 
 
 def draw(sights: list[Sight], folder: Path) -> list[Path]:
-    """Write each picture with its boxes, and a sheet of them all.
+    """Write each picture with its boxes, and a contact sheet of all.
 
     Args:
-        sights: of `look`.
-        folder: path, made if it is not there.
+        sights: list of `Sight`, the result of `look`.
+        folder: path, created if missing.
 
     Returns:
         List of the paths of the files, the sheet last.
@@ -183,7 +182,7 @@ def finetune(model, examples: dict[str, list], epochs: int) -> list[float]:
 
     Args:
         model: `PaliGemmaCausalLM` without adapters.
-        examples: dict of `read_examples`.
+        examples: dict, the result of `read_examples`.
         epochs: int.
 
     Returns:
@@ -191,7 +190,7 @@ def finetune(model, examples: dict[str, list], epochs: int) -> list[float]:
     """
     import keras
 
-    # The same adapters each time: of a few draws one learns badly.
+    # A fixed seed: about one in a few random adapters learns badly.
     keras.utils.set_random_seed(0)
     model.enable_lora(LORA_RANK, alpha=LORA_ALPHA)
     model.compile(keras.optimizers.Adam(LEARNING_RATE))
@@ -212,7 +211,7 @@ def finetune(model, examples: dict[str, list], epochs: int) -> list[float]:
 
 
 def judged(answer: str, wanted: str | None) -> Text:
-    """Colour an answer; a wrong one is followed by the right one."""
+    """Return an answer coloured by correctness, with the right one if wrong."""
     if wanted is None:
         return Text(answer)
     if answer == wanted:
@@ -221,7 +220,7 @@ def judged(answer: str, wanted: str | None) -> Text:
 
 
 def sights_table(sights: list[Sight], truth: dict[str, str]) -> Table:
-    """Show what a model says of pictures, and where the truth is known."""
+    """Return a table of the answers, compared with the truth where known."""
     table = Table("picture", "caption en", "boxes in %: y, x", "count")
     for path, caption, objects, question, count in sights:
         places = [
@@ -240,7 +239,7 @@ def sights_table(sights: list[Sight], truth: dict[str, str]) -> Table:
 
 
 def ask_all(model, examples: dict[str, list], title: str) -> list[str]:
-    """Let a model answer the prompts of examples."""
+    """Generate the answers to the prompts of examples."""
     questions = zip(examples["images"], examples["prompts"], strict=True)
     return ask(model, list(questions), title)
 
@@ -248,7 +247,7 @@ def ask_all(model, examples: dict[str, list], title: str) -> list[str]:
 def finetune_table(
     title: str, examples: dict[str, list], before: list[str], after: list[str]
 ) -> Table:
-    """Show the answers to examples before and after the fine-tuning."""
+    """Return a table of answers before and after the fine-tuning."""
     columns = ("picture", "prompt", "wanted", "before", "after")
     table = Table(*columns, title=title)
     for image, prompt, wanted, *answers in zip(
@@ -265,7 +264,7 @@ def finetune_table(
 
 
 def show_sights(console, model, paths, truth, output) -> list[Sight]:
-    """Print and draw what a model says of pictures."""
+    """Print and draw a model's answers about pictures."""
     console.rule("1. Look at pictures")
     sights = look(model, paths)
     console.print(sights_table(sights, truth))
@@ -275,7 +274,7 @@ def show_sights(console, model, paths, truth, output) -> list[Sight]:
 
 
 def show_learning(console, model, seen, unseen) -> None:
-    """Fine-tune a model on the examples in `seen`; print what came of it."""
+    """Fine-tune a model on the examples in `seen`; print the results."""
     console.rule("2. Learn from a handful of examples")
     parts = {
         "What it was trained on": seen,
@@ -295,7 +294,7 @@ def show_learning(console, model, seen, unseen) -> None:
 
 
 def show_memory(console, model, sights, truth) -> None:
-    """Print how many captions were right before learning, and are now."""
+    """Print how many captions were right before and after fine-tuning."""
     known = [sight for sight in sights if sight.path.name in truth]
     questions = [(sight.path, "caption en") for sight in known]
     wanted = [truth[sight.path.name] for sight in known]
@@ -328,8 +327,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
-    # Keras reads its backend once, when it is imported; what TensorFlow says
-    # when it starts is not about this package.
+    # Before Keras is imported, which reads its backend then. TensorFlow's
+    # start-up messages are not about this package.
     os.environ.setdefault("KERAS_BACKEND", "jax")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     console = Console()

@@ -1,4 +1,4 @@
-"""Files of a model from a hub or a bucket, into a cache on this machine."""
+"""Download a model's files from a hub or a bucket into a local cache."""
 
 import base64
 import contextlib
@@ -12,11 +12,11 @@ from typing import Any
 from keras_paligemma import checksums
 from keras_paligemma.config import JSON_LIMIT
 
-# What a model's folder may hold, whatever its format; hubs keep more.
+# The files of a model in any format; hubs hold other files too.
 SMALL = ("*.json", "*.model", "*.spm")
 PATTERNS = (*SMALL, "*.safetensors", "*.npz*", "*.h5")
-# Kaggle's client lists nothing. What KerasHub puts beside weights, of which
-# the first is always there.
+# Kaggle's client cannot list files. KerasHub writes these beside weights; the
+# first always exists.
 KERAS_HUB_SMALL = (
     "config.json",
     "preprocessor.json",
@@ -24,62 +24,64 @@ KERAS_HUB_SMALL = (
     "assets/tokenizer/vocabulary.spm",
 )
 CHUNK = 1 << 24
-# Bytes that are read ahead of a header.
+# Bytes of a read when headers are fetched.
 BLOCK = 1 << 20
 
 
 def download(handle: str, weights: bool = True) -> Path:
-    """Fetch a model's files; what is there already is not fetched again.
+    """Download a model's files, except those already in the cache.
 
-    The hubs' own clients do their part: progress, resuming, the check of sizes
-    and hashes, logins and the place of the cache. Files of a bucket go to
-    `$KERAS_PALIGEMMA_CACHE`, `~/.cache/keras_paligemma` unless set.
+    The hubs' own clients handle progress, resuming, verification of sizes and
+    hashes, logins and the location of the cache. Files of a bucket go to
+    `$KERAS_PALIGEMMA_CACHE`, by default `~/.cache/keras_paligemma`.
 
     Args:
-        handle: `hf://owner/model`, with `@revision` or `/file` after it if
-            need be; `kaggle://owner/model/framework/variation/version`; or
+        handle: str: `hf://owner/model`, optionally followed by `@revision` or
+            `/file`; `kaggle://owner/model/framework/variation/version`; or
             `gs://bucket/path` of a file, of the stem of its pieces, or of a
             folder.
-        weights: Whether those are wanted, or only the small files beside
-            them: configurations and tokenizer.
+        weights: bool; `False` downloads only the small files beside the
+            weights: configurations and tokenizer.
 
     Returns:
-        The folder, or the file, where the handle names one.
+        `pathlib.Path` of the folder, or of the file if the handle names one.
 
     Raises:
-        ImportError, OSError, ValueError: no client of the hub; it did not give
-            the files; no such hub.
+        ImportError: the hub's client is not installed.
+        OSError: the download failed.
+        ValueError: unknown hub.
     """
     return _ask(handle, _fetch, weights)
 
 
 def sizes(handle: str) -> dict[str, int]:
-    """Tell which files `download` would fetch, and fetch none.
+    """Return the files that `download` would fetch, without a download.
 
     Args:
-        handle: As `download` takes it.
+        handle: str, as in `download`.
 
     Returns:
-        Bytes by the name on the hub; empty of Kaggle's, which lists nothing.
+        dict of the name on the hub to the size in bytes; empty for Kaggle,
+        whose client cannot list files.
     """
     return _ask(handle, _sizes)
 
 
 def headers(handle: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Read the headers of a handle's safetensors, and none of the values.
+    """Read the headers of a handle's safetensors files, not their values.
 
     Args:
-        handle: As `download` takes it.
+        handle: str, as in `download`.
 
     Returns:
-        Dtype, as the format names it, and shape by key; empty of Kaggle's,
-        which gives no parts of files, and where there are none.
+        dict of key to dtype, as the format names it, and shape; empty without
+        such files, and for Kaggle, which cannot read parts of files.
     """
     return _ask(handle, _headers)
 
 
 def _ask(handle, function, *args) -> Any:
-    """Do one thing on a hub; its client's errors say what to mend."""
+    """Call a function for a hub, and explain its client's errors."""
     hub, _, path = handle.partition("://")
     if hub not in _CLIENTS:
         raise ValueError(
@@ -92,7 +94,7 @@ def _ask(handle, function, *args) -> Any:
         return function(hub, path, *args)
     except ImportError as error:
         raise ImportError(f"{handle} needs: pip install '{client}'") from error
-    except Exception as error:  # Every client refuses with its own classes.
+    except Exception as error:  # Each client has its own error classes.
         raise OSError(
             f"{page(handle)}\ncould not be downloaded: {error}\nCheck the "
             "name, the connection, and that you accepted the licence on that "
@@ -102,7 +104,7 @@ def _ask(handle, function, *args) -> Any:
 
 
 def page(handle: str) -> str:
-    """Say where to accept the licence of a handle's model."""
+    """Return a line with the page where a model's licence is accepted."""
     hub, _, path = handle.partition("://")
     parts = path.split("/")
     sites = {
@@ -118,7 +120,7 @@ def _fetch(hub, path, weights):
 
 
 def _filesystem(hub):
-    """Return what reads a hub without a download."""
+    """Return the `fsspec` filesystem of a hub."""
     import fsspec
 
     return fsspec.filesystem(hub)
@@ -154,17 +156,19 @@ def _headers(hub, path):
 
 
 def _hugging_face(path, weights):
-    """Fetch by the hub's client, whose cache other libraries share."""
+    """Download with the hub's client, whose cache other libraries share."""
     from huggingface_hub import snapshot_download
 
     owner, model, *file = path.split("/")
     model, _, revision = model.partition("@")
     file = "/".join(file)
-    patterns = [f"{file}*"] if file else list(PATTERNS)
+    patterns: list[str] = list(PATTERNS if weights else SMALL)
+    if file and weights:
+        patterns = [f"{file}*"]
     folder = snapshot_download(
         f"{owner}/{model}",
         revision=revision or None,
-        allow_patterns=patterns if weights else list(SMALL),
+        allow_patterns=patterns,
     )
     return Path(folder) / file
 
@@ -177,7 +181,7 @@ def _kaggle(path, weights):
     first, *others = KERAS_HUB_SMALL
     folder = Path(model_download(path, path=first)).parent
     for name in others:
-        # A backbone alone has none of them.
+        # The preset of a backbone has none of them.
         with contextlib.suppress(Exception):
             model_download(path, path=name)
     return folder
@@ -188,26 +192,26 @@ def _bucket(path, weights):
 
 
 def cache() -> Path:
-    """Return the folder of what was downloaded and has no cache of its own."""
+    """Return the cache folder for downloads without a client's own cache."""
     default = Path.home() / ".cache" / "keras_paligemma"
     return Path(os.environ.get("KERAS_PALIGEMMA_CACHE", default))
 
 
 def fetch_files(filesystem, path, folder, weights=True):
-    """Copy a file, its pieces or a folder; go on where a copy was cut off.
+    """Copy a file, its pieces or a folder, resuming an interrupted copy.
 
     Args:
         filesystem: `fsspec` filesystem.
-        path: str, in it.
-        folder: `pathlib.Path`, where a copy of the tree is made.
-        weights: bool, whether more than the small files is wanted.
+        path: str, path in the filesystem.
+        folder: `pathlib.Path`, root of the copied tree.
+        weights: bool; `False` copies the small files only.
 
     Returns:
         `pathlib.Path` of the copy.
 
     Raises:
-        FileNotFoundError, OSError: nothing there; a copy whose size or hash
-            is not the original's (it is removed).
+        FileNotFoundError: no such path.
+        OSError: the copy's size or hash differs (the copy is removed).
     """
     path = path.rstrip("/")
     found = _listed(filesystem, path)
@@ -228,7 +232,7 @@ def fetch_files(filesystem, path, folder, weights=True):
 
 
 def _listed(filesystem, path):
-    """List a file, its pieces, or those of a folder that models are made of."""
+    """List a file, its pieces, or the model files of a folder."""
     path = path.rstrip("/")
     found = filesystem.find(path) or sorted(filesystem.glob(path + ".part*"))
     if not found:
@@ -248,8 +252,8 @@ def _fetch_file(filesystem, path, target):
     from tqdm import tqdm
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The size is in the draft's name, so that a file that changed since is
-    # not continued with the bytes of another.
+    # The size is in the draft's name, so that a copy is not resumed from
+    # another version of the file.
     draft = target.with_name(f"{target.name}.{info['size']}.incomplete")
     with (
         filesystem.open(path, "rb") as source,
@@ -274,7 +278,7 @@ def _fetch_file(filesystem, path, target):
 
 
 def _difference(draft, info):
-    """Compare a copy with the size and the hash that the bucket knows."""
+    """Return how a copy differs from the bucket's size and hash, or `None`."""
     size = draft.stat().st_size
     if size != info["size"]:
         return f"expected {info['size']} bytes, received {size}"
@@ -291,7 +295,7 @@ def _difference(draft, info):
     return None
 
 
-# What each needs, and what downloads with it.
+# The package to install for each hub, and its download function.
 _CLIENTS = {
     "hf": ("keras_paligemma[hf]", _hugging_face),
     "kaggle": ("kagglehub", _kaggle),

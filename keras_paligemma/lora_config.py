@@ -1,10 +1,12 @@
-"""What a low-rank adapter is, without its values."""
+"""The configuration of a low-rank adapter."""
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
 from numbers import Integral
-
-import numpy as np
+from typing import TYPE_CHECKING
+from typing import Any
 
 from keras_paligemma.checked import Checked
 from keras_paligemma.checked import by_target
@@ -14,7 +16,10 @@ from keras_paligemma.checked import scale
 from keras_paligemma.checked import texts
 from keras_paligemma.checked import whole
 
-# What can have an adapter: its name, and the place of its weights.
+if TYPE_CHECKING:
+    import numpy as np
+
+# Targets of adapters, with the path of their weights.
 TARGETS = {
     "query": "text_decoder/blocks/attention/query",
     "key": "text_decoder/blocks/attention/key",
@@ -33,7 +38,7 @@ TARGETS = {
 }
 _ATTENTION = ("query", "key", "value", "output")
 _MLP = ("gate", "up", "down")
-# A part of the model stands for its projections.
+# Names of parts of the model, with their projections.
 GROUPS = {
     "decoder": (*_ATTENTION, *_MLP),
     "decoder.attention": _ATTENTION,
@@ -42,28 +47,31 @@ GROUPS = {
     "vision.attention": tuple(f"vision.{name}" for name in _ATTENTION),
     "vision.mlp": ("vision.up", "vision.down"),
     "all": tuple(TARGETS),
-    # PEFT's name of them.
+    # PEFT's name for "all".
     "all-linear": tuple(TARGETS),
 }
 
 
 @dataclass(frozen=True)
 class LoraConfig(Checked):
-    """A low-rank adapter: the arguments of `enable_lora`, all filled in.
+    """A low-rank adapter: the arguments of `enable_lora` with defaults set.
 
     Args:
-        rank: int, the largest of its layers.
-        alpha: float, the adapter is scaled by alpha / rank; the rank if `None`.
-        targets: Names of projections, of `TARGETS`, or of `GROUPS`; those of
-            the decoder's attention if `None`.
-        dropout: float, share of an adapter's inputs dropped in training.
+        rank: int, the largest rank of all layers.
+        alpha: float; the adapter is scaled by alpha / rank. `None` for `rank`.
+        targets: names of projections, keys of `TARGETS` or of `GROUPS`;
+            `None` for the decoder's attention.
+        dropout: float, dropout rate of the adapter's inputs in training.
         rslora: bool, scale by alpha / √rank, so that large ranks learn as
             fast as small ones.
         dora: bool, a learned gain for each output of a projection.
         bias: bool, a learned bias for each output of a projection.
-        ranks: dict of target to the rank of each layer, 0 where it has
-            none; `rank` for targets that are not there.
+        ranks: dict of target to the rank of each layer, 0 for layers without
+            an adapter; other targets have `rank`.
         alphas: dict of target to the alpha of each layer, likewise.
+
+    Raises:
+        ValueError: invalid fields, unknown targets, or both `dora` and `bias`.
 
     Example:
 
@@ -71,20 +79,20 @@ class LoraConfig(Checked):
     >>> lora.targets, lora.alpha
     (('gate', 'up', 'down'), 4)
 
-    Source: https://arxiv.org/abs/2106.09685; of the other scale,
-        https://arxiv.org/abs/2312.03732; of the gain,
+    Source: LoRA, https://arxiv.org/abs/2106.09685; rsLoRA,
+        https://arxiv.org/abs/2312.03732; DoRA,
         https://arxiv.org/abs/2402.09353.
     """
 
     rank: int = whole(65_536)
     alpha: float | None = scale(None, optional=True)
-    targets: tuple[str, ...] | None = texts(None, True)
+    targets: Sequence[str] = texts(None, True)
     dropout: float = number(0, 0.999_999, 0.0)
     rslora: bool = flag(False)
     dora: bool = flag(False)
     bias: bool = flag(False)
-    ranks: dict | None = by_target()
-    alphas: dict | None = by_target()
+    ranks: Mapping[str, Sequence[int]] = by_target()
+    alphas: Mapping[str, Sequence[float]] = by_target()
 
     def __post_init__(self):
         super().__post_init__()
@@ -120,7 +128,7 @@ class LoraConfig(Checked):
             )
         for target, ranks in self.ranks.items():
             if not all(
-                isinstance(rank, Integral) and 0 <= rank <= self.rank
+                isinstance(rank, Integral) and 0 <= int(rank) <= self.rank
                 for rank in ranks
             ):
                 raise ValueError(
@@ -137,7 +145,7 @@ class LoraConfig(Checked):
 
     @property
     def pieces(self) -> tuple[str, ...]:
-        """The names of what each projection has beside its kernel."""
+        """Names of the adapter's weights in each projection."""
         return (
             "adapter_a",
             "adapter_b",
@@ -145,11 +153,15 @@ class LoraConfig(Checked):
             *(["adapter_gain"] if self.dora else []),
         )
 
-    def ranks_of(self, target: str, num_layers: int) -> tuple[int, ...]:
-        """Return the rank of each of a target's layers, 0 where it has none.
+    def ranks_of(self, target: str, num_layers: int) -> Sequence[int]:
+        """Return the rank of each layer of a target, 0 without an adapter.
+
+        Args:
+            target: str, a key of `TARGETS`.
+            num_layers: int, number of the target's layers.
 
         Raises:
-            ValueError: `ranks` or `alphas` are those of another depth.
+            ValueError: `ranks` or `alphas` have another number of layers.
         """
         default = self.rank if target in self.targets else 0
         ranks = self.ranks.get(target, (default,) * num_layers)
@@ -161,19 +173,22 @@ class LoraConfig(Checked):
                 )
         return ranks
 
-    def scales(self, target: str, num_layers: int) -> np.ndarray:
-        """Return the numbers that each layer's adapter is multiplied with."""
+    def scales(self, target: str, num_layers: int) -> "np.ndarray":
+        """Return the scale of each layer's adapter, an array (num_layers,)."""
+        # Here: the command line reads this file for its help.
+        import numpy as np
+
         ranks = np.array(self.ranks_of(target, num_layers))
         divisor = np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
         alphas = self.alphas.get(target, (self.alpha,) * num_layers)
         return np.where(ranks, np.array(alphas) / divisor, 0)
 
-    def to_dict(self) -> dict:
-        """Return plain numbers, strings and lists, as a JSON file has them.
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dict of plain values for JSON.
 
-        What only some adapters have is left out of the others'.
+        Rare fields (`dora`, `bias`, `ranks`, `alphas`) are omitted if unset.
         """
-        values = asdict(self) | {"targets": list(self.targets)}
+        values: dict[str, Any] = asdict(self) | {"targets": list(self.targets)}
         for name in ("ranks", "alphas"):
             tuples = values[name].items()
             values[name] = {target: list(row) for target, row in tuples}

@@ -1,13 +1,16 @@
-"""Presets: a name, a folder or a hub's handle to a config and its files.
+"""Presets: from a name, folder or hub handle to a config and its files.
 
 A preset is data: `presets/<name>.json` describes a published model, a folder
-holds one in this package's own format. No model class is known here.
+holds one in this package's own format. No model class is imported here.
 """
 
 import difflib
 import functools
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Literal
+from typing import overload
 
 from keras_paligemma import atomic
 from keras_paligemma import downloads
@@ -20,7 +23,7 @@ HEADER = {"format": "keras_paligemma", "format_version": 1}
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.model"
-# What a folder of ours may have been written with.
+# All files that `save_to_preset` may have written.
 WRITTEN = (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", TOKENIZER)
 WRITTEN += ("model-*-of-*.safetensors",)
 
@@ -38,14 +41,17 @@ def _described() -> set[str]:
 
 
 def describe(name: str) -> dict:
-    """Read what is known of a preset: sizes, licence, origin of its weights.
+    """Return the description of a preset: sizes, licence, origin of weights.
 
     Args:
-        name: One of `names()`; a `ValueError` suggests the nearest ones.
+        name: str, one of `names()`.
 
     Returns:
-        `name`, `backbone`, `preprocessor`; of a published model also
-        `description`, `license`, `parameters` (exact), `handles`.
+        dict with `name`, `backbone`, `preprocessor`; for a published model
+        also `description`, `license`, `parameters` (exact), `handles`.
+
+    Raises:
+        ValueError: unknown name, with suggestions.
 
     Example:
 
@@ -67,11 +73,11 @@ def config(name: str) -> ModelConfig:
 
 
 def describe_all() -> dict[str, dict]:
-    """Describe all presets, with the `metadata` that KerasHub's have.
+    """Return the descriptions of all presets, with KerasHub's `metadata`.
 
     Returns:
-        dict of a name to what `describe` gives, and `metadata` of
-        `description` and `params`: exact, `None` of an embedded model.
+        dict of name to the dict of `describe`, with `metadata` added: a dict
+        of `description` and `params` (exact; `None` for an embedded model).
     """
     described = {name: describe(name) for name in names()}
     for preset in described.values():
@@ -83,31 +89,44 @@ def describe_all() -> dict[str, dict]:
 
 
 def published(source: str | Path) -> str | None:
-    """Return the name of the published model that a name or a handle means."""
+    """Return the published model's name for a name or handle, else `None`."""
     name = str(_handles().get(str(source), source))
     return name if name in _described() else None
+
+
+@overload
+def locate(
+    source: str | Path,
+    load_weights: Literal[True] = True,
+    tokenizer: bool = False,
+) -> Path: ...
+
+
+@overload
+def locate(
+    source: str | Path, load_weights: bool, tokenizer: bool = False
+) -> Path | None: ...
 
 
 def locate(
     source: str | Path, load_weights: bool = True, tokenizer: bool = False
 ) -> Path | None:
-    """Find a model's folder or file; fetch it where it is on a hub.
+    """Find a model's folder or file; download it if it is on a hub.
 
     Args:
-        source: Preset name; folder or file; handle, `hf://…`, `kaggle://…`,
-            `gs://…`.
-        load_weights: Whether weights are wanted: they are only fetched then.
-            For a published model Hugging Face is asked first, then Kaggle; a
-            handle says which.
-        tokenizer: Whether that of a published model is wanted, if its weights
-            are not: all else of it is known.
+        source: preset name; path of a folder or file; or handle, `hf://…`,
+            `kaggle://…`, `gs://…`.
+        load_weights: bool, download weights too. A published model's name is
+            looked up on Hugging Face first, then on Kaggle.
+        tokenizer: bool, download the tokenizer of a published model even
+            without its weights; its config comes with this package.
 
     Returns:
-        The path; `None` where nothing of a published model is wanted.
+        `pathlib.Path`; `None` if nothing of a published model is needed.
 
     Raises:
         ValueError: unknown source.
-        OSError: no hub gave the files.
+        OSError: the download failed.
     """
     name = published(source)
     if name and not load_weights and not tokenizer:
@@ -123,12 +142,12 @@ def locate(
         if path.exists() or any(path.parent.glob(f"{path.name}.part*")):
             return path
     except (OSError, ValueError):
-        pass  # Nothing can have such a name.
+        pass  # Not a valid path.
     raise ValueError(_unknown(source))
 
 
 def _fetch(preset: dict, weights: bool) -> Path:
-    """Fetch a published model from the first hub that gives it."""
+    """Download a published model from the first hub that works."""
     refusals = []
     for key in ("huggingface_transformers", "kaggle_keras"):
         try:
@@ -144,19 +163,19 @@ def _fetch(preset: dict, weights: bool) -> Path:
     )
 
 
-def replaced(folder: str | Path):
-    """Write a preset's files at once, in place of an older preset's.
+def replaced(folder: str | Path) -> AbstractContextManager[Path]:
+    """Replace a preset's files, all at once.
 
     Args:
-        folder: New, empty, or one of this package, in which files of other
-            names stay as they are.
+        folder: path, new, empty, or a preset of this package; files of other
+            names are kept.
 
     Returns:
-        Context manager that gives the folder to write into; see
+        Context manager that yields the folder to write into; see
         `atomic.whole_folder`.
 
     Raises:
-        ValueError: the folder is that of another format.
+        ValueError: the folder holds another format.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -182,7 +201,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def write_config(folder: str | Path, config: ModelConfig) -> Path:
-    """Write `config.json` for `read_folder`; the folder is made if need be."""
+    """Write `config.json` for `read_folder`; create the folder if missing."""
     path = Path(folder) / CONFIG
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(HEADER | config.to_dict(), indent=2) + "\n"
@@ -194,11 +213,11 @@ def read_folder(folder: Path, load_weights: bool = True) -> ModelConfig:
     """Read the config of a folder that `save_to_preset` wrote.
 
     Args:
-        folder: Path.
-        load_weights: Whether weights and tokenizer must be there.
+        folder: `pathlib.Path`.
+        load_weights: bool, whether weights and tokenizer must exist.
 
     Raises:
-        ValueError: missing file, bad config.
+        ValueError: missing file or invalid config.
     """
     needed = [CONFIG, WEIGHTS, TOKENIZER] if load_weights else [CONFIG]
     config = None
@@ -210,7 +229,7 @@ def read_folder(folder: Path, load_weights: bool = True) -> ModelConfig:
     if (folder / f"{WEIGHTS}.index.json").is_file():
         needed = [file for file in needed if file != WEIGHTS]
     missing = [file for file in needed if not (folder / file).is_file()]
-    if missing:
+    if missing or config is None:
         raise ValueError(
             f"{folder} lacks {', '.join(missing)}. Expected: a folder that "
             "`save_to_preset` wrote. Save again, or copy all of it."
@@ -228,7 +247,7 @@ def _read_config(path: Path) -> ModelConfig:
     ]
     if not problems:
         fields = {key: fields[key] for key in fields.keys() - HEADER}
-        # Files of ours say all that the published presets say.
+        # Our files have all fields of the published presets.
         example = describe("pali_gemma2_pt_3b_224")
         wanted = {
             "name": "",
@@ -247,7 +266,7 @@ def _read_config(path: Path) -> ModelConfig:
 
 
 def _missing(found: object, wanted: dict, prefix: str = "") -> list[str]:
-    """List the fields that a dictionary, or one within it, lacks."""
+    """List the fields that are missing in a nested dict."""
     found = found if isinstance(found, dict) else {}
     problems = [f"{prefix}{key} is missing" for key in wanted.keys() - found]
     for key in wanted.keys() & found:
@@ -258,7 +277,7 @@ def _missing(found: object, wanted: dict, prefix: str = "") -> list[str]:
 
 @functools.cache
 def _handles() -> dict[str, str]:
-    """Map the handles of the published models to their presets."""
+    """Return a dict of the published models' handles to preset names."""
     return {
         handle: path.stem
         for path in _HERE.glob("*.json")

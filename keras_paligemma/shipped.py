@@ -6,7 +6,7 @@ PACKAGE = Path(__file__).parent
 
 
 def folder(name):
-    """Return such a folder: in a wheel inside of the package, else beside it.
+    """Return a data folder: inside the installed package, else beside it.
 
     Args:
         name: "presets" or "examples".

@@ -1,4 +1,4 @@
-"""Threads that take turns at one model."""
+"""Locks for threads that share one model."""
 
 import collections
 import contextlib
@@ -9,11 +9,11 @@ import keras
 
 
 class Turns:
-    """A lock around a model's variables, taken in the order of asking.
+    """A fair, reentrant lock for a model's variables.
 
-    A thread may take it again while it holds it. `fit` holds it from its first
-    batch to its last and gives way between batches; a plain lock would come
-    back to the same thread at once, however long others have waited.
+    `fit` holds it from its first batch to its last and gives way between
+    batches; a plain lock would return to the same thread at once, however long
+    others have waited.
 
     Example:
         >>> turns = Turns()
@@ -36,11 +36,11 @@ class Turns:
         self._leave(1)
 
     def wanted(self):
-        """Tell whether another thread waits."""
+        """Return whether another thread waits."""
         return bool(self._waiting)
 
     def give_way(self, name):
-        """Let the threads that wait go first, and then go on.
+        """Release the lock to the waiting threads, then take it again.
 
         Args:
             name: str, the method that pauses, for the error of `check_idle`.
@@ -50,17 +50,17 @@ class Turns:
         self._leave(depth)
         try:
             self._take(depth)
-        except BaseException:  # An interrupt does not lose the turn.
+        except BaseException:  # The lock must be held after an interrupt too.
             self._take(depth)
             raise
         finally:
             self._paused = None
 
     def check_idle(self, name):
-        """Raise a `ValueError` if a method of another thread is half done.
+        """Raise a `ValueError` if a method of another thread is paused.
 
         Args:
-            name: str, what is about to change the model for good.
+            name: str, the method that is about to change the model.
         """
         if self._paused is not None:
             raise ValueError(
@@ -97,7 +97,7 @@ class Turns:
 
 
 def alone(method):
-    """Let a method change a model only while no other thread is at it.
+    """Decorate a method to run only while no other thread uses the model.
 
     Args:
         method: method of an object whose `turns` is a `Turns`.
@@ -113,10 +113,10 @@ def alone(method):
 
 
 class GiveWay(keras.callbacks.Callback):
-    """Let other threads at the model before a batch.
+    """Callback that gives way to waiting threads before each batch.
 
-    Before, not after it: callbacks that see the end of a batch make JAX wait
-    for each step's loss.
+    Not after it: callbacks at the end of a batch make JAX wait for the loss of
+    each step.
 
     Args:
         turns: `Turns`, which this thread holds.
@@ -139,7 +139,7 @@ class GiveWay(keras.callbacks.Callback):
 
 @contextlib.contextmanager
 def batches_in_turn(model, name, callbacks):
-    """Hold a model's turn, and give way before each batch.
+    """Hold a model's lock, and give way before each batch.
 
     Args:
         model: `PaliGemmaCausalLM`.
@@ -147,14 +147,14 @@ def batches_in_turn(model, name, callbacks):
         callbacks: as Keras takes them.
 
     Yields:
-        The callbacks to give to Keras.
+        The callbacks to pass to Keras.
 
     Raises:
-        ValueError: such a method runs in another thread.
+        ValueError: such a method is paused in another thread.
     """
     with model.turns as turns:
         turns.check_idle(name)
-        # Those of `fit` come whole to its validation.
+        # `fit` passes its own `CallbackList` to its validation.
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = keras.tree.flatten(callbacks or [])
             callbacks = [*callbacks, GiveWay(turns, name)]
@@ -166,6 +166,6 @@ def batches_in_turn(model, name, callbacks):
 
 
 def write_back(model):
-    """Give a model's variables the values that JAX's trainer holds."""
+    """Assign the values that JAX's trainer holds to a model's variables."""
     if keras.backend.backend() == "jax":
         model.jax_state_sync()

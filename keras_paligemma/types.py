@@ -1,4 +1,4 @@
-"""Names for types that many signatures share."""
+"""Type aliases that many signatures share."""
 
 import os
 from typing import Any
@@ -6,10 +6,10 @@ from typing import TypeAlias
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
-# A tensor of any backend, or what Keras makes one of. The backends have no
-# common type, and naming theirs would import them; the letters at the end of a
-# name (`x_BTD`) say rank and axes.
+# A tensor of any backend, or a value that Keras converts to one. The backends
+# have no common type, and naming theirs would import them; the letters at the
+# end of a name (`x_BTD`) are the axes.
 Tensor: TypeAlias = Any
 
-# What `get_config` gives and a class's `from_config` takes.
+# The result of `get_config` and the argument of `from_config`.
 Config: TypeAlias = dict[str, Any]

@@ -1,7 +1,7 @@
 """Trains the small codec of masks: `python -m recipes.mask_codec`.
 
 A VQ-VAE like the published one, a third as wide, learns the silhouettes of the
-nano preset's sprites. Needs the sprites of `python -m presets.nano.fetch`, and
+nano preset's sprites. Needs the sprites of `python -m recipes.nano.fetch`, and
 PyTorch. Writes the weights beside the nano preset, and true masks for the test
 of the codec's ceiling; prints the mean IoU of each style, the last of which it
 was never trained on.
@@ -19,11 +19,11 @@ from keras_paligemma.tasks import masks
 from keras_paligemma.tasks.mask_codec import BOOK
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.tasks.mask_codec import square
-from presets.nano import scenes
-from presets.nano.fetch import ALPHA_THRESHOLD
-from presets.nano.fetch import DEFAULT_CACHE
-from presets.nano.fetch import HELD_OUT_STYLES
-from presets.nano.fetch import TRAINED_STYLES
+from recipes.nano import scenes
+from recipes.nano.fetch import ALPHA_THRESHOLD
+from recipes.nano.fetch import DEFAULT_CACHE
+from recipes.nano.fetch import HELD_OUT_STYLES
+from recipes.nano.fetch import TRAINED_STYLES
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "presets/pali_gemma2_nano_112/mask_codec.npz"

@@ -61,11 +61,13 @@ def run(code, **environment):
 COMMANDS = (
     "inspect",
     "convert",
+    "generate",
     "finetune",
     "plan",
     "export",
     "evaluate",
     "benchmarks",
+    "serve",
     "data",
 )
 

@@ -27,7 +27,7 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 SHELL = ("bash", "sh")
-DATA = ("", "json", "text", "toml")
+DATA = ("", "dockerfile", "ini", "json", "proto", "text", "toml", "yaml")
 COMMAND = "keras-paligemma "
 
 # How many blocks are not run, by their reason: a change here is to be seen.
@@ -39,8 +39,12 @@ NOT_RUN = {
     "needs several hosts; tests run examples/multi_host.py": 2,
     "needs the chips of a slice": 2,
     "needs the data of TextVQA": 1,
+    "tests/serve runs it": 1,
+    "tests/serve/test_openai.py runs the like": 1,
     "tests/export runs it, in processes of TensorFlow": 1,
+    "needs podman": 1,
     "vae-oid.npz is a download": 1,
+    "trains for an hour": 1,
 }
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma.data import convert
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PICTURES = EXAMPLES / "pictures"
@@ -34,7 +35,21 @@ def test_caption_a_folder_and_go_on(tmp_path):
     assert len(output.read_text().splitlines()) == 6
 
 
-def test_fine_tune_on_coco(tmp_path, capsys):
+def test_a_ray_worker_captions_a_batch():
+    """Without a cluster, whose start would cost more than all scripts here."""
+    worker = runpy.run_path(str(EXAMPLES / "ray_captions.py"))["Captions"]
+    names = ("scene_1.png", "scene_2.png")
+    batch = {
+        "path": [*names],
+        "bytes": [(PICTURES / n).read_bytes() for n in names],
+    }
+    found = worker("pali_gemma2_nano_112", "caption en", 4)(batch)
+    assert found["image"] == [*names]
+    assert found["suffix"] == ["a bell", "a guitar and a snail"]
+
+
+def write_coco(path):
+    """Write the boxes of the scenes as a COCO file."""
     scenes = json.loads((PICTURES / "scenes.json").read_text())
     names = sorted({o["label"] for s in scenes.values() for o in s["objects"]})
     annotations = [
@@ -56,8 +71,12 @@ def test_fine_tune_on_coco(tmp_path, capsys):
         "categories": [{"id": i, "name": one} for i, one in enumerate(names)],
         "annotations": annotations,
     }
-    path = tmp_path / "instances.json"
     path.write_text(json.dumps(coco))
+
+
+def test_fine_tune_on_coco(tmp_path, capsys):
+    path = tmp_path / "instances.json"
+    write_coco(path)
     options = ("--epochs", 2, "--batch-size", 4, "--learning-rate", 1e-3)
     options += ("--response-length", 40)
     run("finetune_coco", path, PICTURES, tmp_path / "run", *options)
@@ -65,6 +84,18 @@ def test_fine_tune_on_coco(tmp_path, capsys):
     assert (tmp_path / "run" / "samples" / "epoch_0002.png").exists()
     model = PaliGemmaCausalLM.from_preset("pali_gemma2_nano_112")
     model.load_adapter(tmp_path / "run" / "adapter")
+
+
+def test_fine_tune_on_yolo(tmp_path, capsys):
+    write_coco(tmp_path / "instances.json")
+    yolo = tmp_path / "yolo"
+    convert(tmp_path / "instances.json", yolo, "yolo", PICTURES)
+    options = ("--epochs", 1, "--batch-size", 4, "--response-length", 40)
+    run("finetune_yolo", yolo, tmp_path / "run", *options)
+    printed = capsys.readouterr().out
+    assert "5 examples" in printed
+    assert "epoch 1: mean average precision 0." in printed
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
 
 
 def test_qlora(tmp_path, capsys):

@@ -42,6 +42,17 @@ def test_it_carries_data_and_no_recipe(installed):
     }
 
 
+def test_it_carries_types(installed):
+    package = Path(keras_paligemma.__file__).parent
+    stubs = {path.relative_to(package) for path in package.rglob("*.pyi")}
+    shipped = {
+        path.relative_to(installed / "keras_paligemma")
+        for path in installed.rglob("*.pyi")
+    }
+    assert stubs and shipped == stubs
+    assert (installed / "keras_paligemma" / "py.typed").exists()
+
+
 def test_it_finds_its_data(installed, tmp_path):
     code = (
         "from keras_paligemma import demo, presets;"

@@ -107,6 +107,11 @@ class Checkpoint:
             allow_nonfinite: bool; `False` has a tensor with NaN or infinite
                 values refused with a `ValueError` when it is read.
         """
+        if self.open_files is None:
+            raise ValueError(
+                "This checkpoint is a configuration alone. Expected: one that "
+                "was found with `load_weights=True`."
+            )
         with self.open_files() as tensors:
             if not allow_nonfinite:
                 source = (
@@ -235,7 +240,7 @@ def _set_preprocessor(checkpoint, resize):
     """
     preprocessor = PreprocessorConfig(resize)
     if checkpoint.variant is not None:
-        known = presets.config(checkpoint.variant).preprocessor
+        known = presets.config(checkpoint.variant).preprocessor or preprocessor
         preprocessor = replace(known, resize=resize)
     checkpoint.config = replace(checkpoint.config, preprocessor=preprocessor)
     return preprocessor

@@ -1,8 +1,8 @@
 """The command line: `keras-paligemma inspect | convert | finetune | …`.
 
-A command is a module with a function of its name, added to `app` below. It
-imports typer alone before it runs, so that help and completion are there at
-once and no command pays for another.
+Each command is a function in a module of its name, added to `app` below. Until
+it runs, only typer is imported, so help and completion are fast and no command
+loads what another needs.
 """
 
 from typing import Annotated
@@ -16,6 +16,7 @@ from keras_paligemma.cli import data
 from keras_paligemma.cli import evaluate
 from keras_paligemma.cli import export
 from keras_paligemma.cli import finetune
+from keras_paligemma.cli import generate
 from keras_paligemma.cli import inspect
 from keras_paligemma.cli import plan
 from keras_paligemma.cli import serve
@@ -25,10 +26,11 @@ app = typer.Typer(
     help="PaliGemma 2 for Keras 3.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # Importing rich takes as long as all the rest.
+    rich_markup_mode=None,  # Importing rich would double the start time.
 )
 app.command()(inspect.inspect)
 app.command()(convert.convert)
+app.command()(generate.generate)
 app.command()(finetune.finetune)
 app.command()(plan.plan)
 app.command()(export.export)
@@ -39,7 +41,7 @@ app.command()(serve.serve)
 
 
 def main():
-    """Run the command line; what a user can mend is told without a trace."""
+    """Run the command line; print errors that users can fix, no traceback."""
     with command_environment():
         try:
             app()

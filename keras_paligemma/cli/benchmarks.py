@@ -1,4 +1,4 @@
-"""`keras-paligemma benchmarks`: list them, or show one."""
+"""`keras-paligemma benchmarks`: list all benchmarks, or show one."""
 
 from typing import Annotated
 
@@ -7,7 +7,7 @@ import typer
 
 def benchmarks(
     action: Annotated[
-        str | None, typer.Argument(help="show, to print one; none lists all")
+        str | None, typer.Argument(help="show, to print one; default: list all")
     ] = None,
     name: Annotated[str | None, typer.Argument()] = None,
 ) -> None:
@@ -37,7 +37,7 @@ def benchmarks(
 
 
 def described(benchmark) -> dict[str, str]:
-    """Describe a benchmark, as a dict of a name to a line of text."""
+    """Return a description of a benchmark: a dict of names to text."""
     facts = {
         "name": benchmark.name,
         "card": benchmark.title,

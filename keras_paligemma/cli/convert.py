@@ -1,4 +1,4 @@
-"""`keras-paligemma convert`: a checkpoint in another format."""
+"""`keras-paligemma convert`: convert a checkpoint to another format."""
 
 import contextlib
 import sys
@@ -16,31 +16,31 @@ from keras_paligemma.cli.options import read_fields
 
 def convert(
     source: Source,
-    target: Annotated[Path, typer.Argument(help="Folder, or file X.npz")],
+    target: Annotated[Path, typer.Argument(help="Folder, or .npz file")],
     to: Annotated[
         str,
         typer.Option(help="keras | transformers | big_vision | keras_hub"),
     ],
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32 | bfloat16 | float16; the source's if none"),
+        typer.Option(help="float32 | bfloat16 | float16; default: source's"),
     ] = None,
     piece_size: Annotated[
-        int | None, typer.Option(help="Bytes of a piece of a .npz")
+        int | None, typer.Option(help="Bytes per piece of a .npz file")
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="SentencePiece model, if none is beside the source"),
+        typer.Option(help="SentencePiece model, if the source has none"),
     ] = None,
     allow_nonfinite: Annotated[
         bool,
-        typer.Option("--allow-nonfinite", help="Take NaN and infinite weights"),
+        typer.Option("--allow-nonfinite", help="Accept NaN and infinity"),
     ] = False,
     set: Set = None,
 ) -> None:
-    """Write a checkpoint in another format.
+    """Convert a checkpoint to another format.
 
-    The model is never in memory as a whole.
+    The whole model is never in memory at once.
     """
     fields = read_fields(set)
     use_any_backend()
@@ -74,14 +74,15 @@ def convert(
 
 @contextlib.contextmanager
 def progress(weights, target):
-    """Show how much of the weights is written, where someone looks on.
+    """Show a progress bar of the written weights if output is a terminal.
 
     Args:
         weights: dict of all weights.
-        target: path, which the bar names.
+        target: path, whose name the bar shows.
 
     Yields:
-        Function of an array that was read, which moves the bar by its bytes.
+        Function to call with each array that was read; it advances the bar by
+        the array's bytes.
     """
     from rich.console import Console
     from rich.progress import BarColumn

@@ -1,4 +1,4 @@
-"""`keras-paligemma data convert`: data sets of objects between formats."""
+"""`keras-paligemma data convert`: convert detection and mask data sets."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 data = typer.Typer(help="Data sets of objects.", no_args_is_help=True)
 
-# Of what is wrong, lines that are shown.
+# Number of messages about skipped objects to show.
 _SHOWN = 10
 
 
@@ -26,21 +26,21 @@ def convert(
         ),
     ],
     target: Annotated[
-        Path, typer.Argument(help="New file, or new or empty folder")
+        Path, typer.Argument(help="New file, or a new or empty folder")
     ],
     to: Annotated[str, typer.Option(help="coco | yolo | voc | jsonl")],
     task: Annotated[
         str | None,
         typer.Option(
-            help="detect writes boxes, segment masks, to YOLO and JSONL; "
-            "default: masks where all objects have one"
+            help="To YOLO and JSONL, detect writes boxes, segment writes "
+            "masks; default: masks if all objects have one"
         ),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of the pictures, if not found")
     ] = None,
     split: Annotated[
-        str, typer.Option(help="Of a source that has several")
+        str, typer.Option(help="Split, if the source has several")
     ] = "train",
     codec: Annotated[
         Path | None,
@@ -50,7 +50,7 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Write a data set in another format, and say what that cannot hold."""
+    """Convert a data set to another format, and report what is lost."""
     from keras_paligemma.data import convert as convert_objects
     from keras_paligemma.tasks.mask_codec import MaskCodec
 

@@ -1,4 +1,4 @@
-"""The process of a command: TensorFlow where it is needed, and no log lines."""
+"""The environment of a command: which backend, and no log messages."""
 
 import contextlib
 import importlib.abc
@@ -10,10 +10,10 @@ import sys
 
 @contextlib.contextmanager
 def command_environment():
-    """Keep libraries quiet, and TensorFlow out where it is not the backend.
+    """Silence log messages, and hide TensorFlow if it is not the backend.
 
-    What concerns the user comes as an error or a warning of Python; log lines
-    come from Orbax, absl and TensorFlow.
+    Users are informed by Python's errors and warnings; log messages are those
+    of Orbax, absl and TensorFlow.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.disable(logging.ERROR)
@@ -33,7 +33,7 @@ HIDDEN = ("tensorflow", "tensorflow_text")
 
 
 class NoTensorFlow(importlib.abc.MetaPathFinder):
-    """Hide TensorFlow from KerasHub, which imports it where it is installed.
+    """Hide TensorFlow from KerasHub, which imports it if it is installed.
 
     KerasHub works without it, and importing it takes seconds.
     """
@@ -41,9 +41,10 @@ class NoTensorFlow(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         backend = os.environ.get("KERAS_BACKEND", "tensorflow")
         if name in HIDDEN and backend != "tensorflow":
-            # Who only looks whether it is installed, as JAX's compilation
-            # cache does, is told no; an error would turn that cache off.
-            sys.modules[name] = None
+            # With this, `find_spec` reports it as not installed. An error
+            # there would turn off JAX's compilation cache.
+            # `None` is Python's word for it, which typeshed does not declare.
+            sys.modules[name] = None  # pyright: ignore[reportArgumentType]
             raise ModuleNotFoundError(
                 f"{name} is hidden: the backend is {backend}.", name=name
             )
@@ -51,7 +52,7 @@ class NoTensorFlow(importlib.abc.MetaPathFinder):
 
 
 def use_any_backend():
-    """Choose a backend for a command whose answer does not depend on it."""
+    """Choose a backend for a command whose result does not depend on it."""
     for backend, module in (("jax", "jax"), ("torch", "torch")):
         if importlib.util.find_spec(module) is not None:
             os.environ.setdefault("KERAS_BACKEND", backend)
@@ -59,9 +60,9 @@ def use_any_backend():
 
 @contextlib.contextmanager
 def quiet_imports():
-    """Drop what C++ libraries print when they are imported.
+    """Discard what C++ libraries print to standard error on import.
 
-    TensorFlow's lines about processors and drivers heed no setting.
+    TensorFlow's messages about processors and drivers cannot be turned off.
     """
     sys.stderr.flush()
     kept = os.dup(2)
@@ -72,3 +73,20 @@ def quiet_imports():
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def data_parallel(multi_host: bool = False):
+    """Use data parallelism if JAX has several devices.
+
+    Args:
+        multi_host: bool, whether to join the other hosts of the run first.
+    """
+    import keras
+
+    if multi_host:
+        keras.distribution.initialize()
+    if keras.backend.backend() == "jax":
+        devices = keras.distribution.list_devices()
+        if len(devices) > 1 and keras.distribution.distribution() is None:
+            every = keras.distribution.DataParallel(devices=devices)
+            keras.distribution.set_distribution(every)

@@ -1,31 +1,33 @@
-"""`keras-paligemma evaluate`: a benchmark of the model card."""
+"""`keras-paligemma evaluate`: run a benchmark of the model card."""
 
 from typing import Annotated
 
 import typer
 
+from keras_paligemma.cli.environment import data_parallel
 from keras_paligemma.cli.options import Dtype
 from keras_paligemma.cli.options import Masks
+from keras_paligemma.cli.options import MultiHost
 from keras_paligemma.cli.options import Quantize
 
 
 def evaluate(
     preset: Annotated[str, typer.Option(help="As `from_preset` takes it")],
     benchmark: Annotated[
-        str, typer.Option(help="A name that `benchmarks` lists")
+        str, typer.Option(help="Name, as `benchmarks` lists it")
     ],
     data: Annotated[str, typer.Option(help="Folder of the data")],
     output: Annotated[
-        str | None, typer.Option(help="Folder; evaluation-BENCHMARK if none")
+        str | None, typer.Option(help="Folder; default: evaluation-BENCHMARK")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Only so many of the first samples")
+        int | None, typer.Option(help="Use only the first samples")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Prompts at a time, of this host")
+        int | None, typer.Option(help="Prompts per batch on this host")
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Another than the card's")
+        str | None, typer.Option(help="Split; default: the card's")
     ] = None,
     masks: Masks = None,
     adapter: Annotated[
@@ -33,15 +35,7 @@ def evaluate(
     ] = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
-    multi_host: Annotated[
-        bool,
-        typer.Option(
-            "--multi-host",
-            help="This host is one of several, all of which run this command "
-            "and see --output. They find each other by Keras's variables "
-            "KERAS_DISTRIBUTION_…, those of a TPU by themselves",
-        ),
-    ] = False,
+    multi_host: MultiHost = False,
 ) -> None:
     """Run a benchmark of the model card; the same command resumes a run."""
     from keras_paligemma.checkpoints import formats
@@ -49,31 +43,23 @@ def evaluate(
     from keras_paligemma.evaluation.registry import find_benchmark
     from keras_paligemma.evaluation.sources import open_samples
 
-    # Before anything is loaded: a typo takes no minutes.
+    # Before the model is loaded, so that a typo fails at once.
     record = find_benchmark(benchmark)
     samples = open_samples(record, data, split)
     decode = None
     if record.metric == "refcoco":
         text = formats.resolve(preset, False).config.backbone.text_decoder
         decode = mask_codec(text.hidden_dim, masks).decode
-    import keras
-
     from keras_paligemma import PaliGemmaCausalLM
     from keras_paligemma import compat
     from keras_paligemma.evaluation.run import evaluate as run
 
-    if multi_host:
-        keras.distribution.initialize()
-    if keras.backend.backend() == "jax":
-        devices = keras.distribution.list_devices()
-        if len(devices) > 1 and keras.distribution.distribution() is None:
-            every = keras.distribution.DataParallel(devices=devices)
-            keras.distribution.set_distribution(every)
+    data_parallel(multi_host)
     model = PaliGemmaCausalLM.from_preset(
         preset,
         prompt_length=record.text_length,
         response_length=record.text_length,
-        # As the original cuts it.
+        # As in the original.
         on_long_prompt="truncate",
         **_given(dtype=dtype, quantize=quantize),
     )
@@ -94,5 +80,5 @@ def evaluate(
 
 
 def _given(**options):
-    """Leave out what was not given, so that defaults stay where they are."""
-    return {name: one for name, one in options.items() if one is not None}
+    """Drop options that are `None`, so that the function's defaults apply."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,4 +1,4 @@
-"""`keras-paligemma export`: a checkpoint as files that others serve."""
+"""`keras-paligemma export`: export a checkpoint for other programs."""
 
 import os
 from pathlib import Path
@@ -19,26 +19,26 @@ def export(
         typer.Option(help="savedmodel | stablehlo | onnx | openvino | litert"),
     ] = "savedmodel",
     dtype: Annotated[
-        str | None, typer.Option(help="The source's if none")
+        str | None, typer.Option(help="Default: the source's")
     ] = None,
     quantize: Quantize = None,
     adapter: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Folder of a LoRA adapter, whose name is the adapter's; may "
-            "come again, the largest first. The last one is in use"
+            help="Folder of a LoRA adapter, which is named after it. May be "
+            "repeated, largest rank first; the last is the default"
         ),
     ] = None,
     prompt_length: Annotated[
-        int | None, typer.Option(help="Most tokens of a prompt")
+        int | None, typer.Option(help="Tokens of the longest prompt")
     ] = None,
     response_length: Annotated[
-        int | None, typer.Option(help="Most tokens of an answer")
+        int | None, typer.Option(help="Tokens of the longest answer")
     ] = None,
 ) -> None:
-    """Write a checkpoint as files that others serve.
+    """Export a checkpoint for other programs.
 
-    A SavedModel takes files of pictures and strings, and answers in strings.
+    A SavedModel takes encoded pictures and text, and returns text.
     """
     from keras_paligemma.export import targets
 

@@ -1,4 +1,4 @@
-"""`keras-paligemma finetune`: train on a data set, or a benchmark's."""
+"""`keras-paligemma finetune`: train on a data set or benchmark."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +20,8 @@ def finetune(
     benchmark: Annotated[
         str | None,
         typer.Option(
-            help="Settings and, where --data is a folder, examples of this "
-            "benchmark; see `benchmarks`"
+            help="Use this benchmark's settings and, if --data is a folder, "
+            "its examples; see `benchmarks`"
         ),
     ] = None,
     masks: Masks = None,
@@ -29,10 +29,10 @@ def finetune(
         bool, typer.Option("--dry-run", help="Print the plan and stop")
     ] = False,
 ) -> None:
-    """Train on a data set; the same command goes on after a kill.
+    """Train on a data set; the same command resumes a killed run.
 
-    What is given here goes before the file of settings, that before the
-    benchmark's record.
+    Options override the file of settings, which overrides the benchmark's
+    settings.
     """
     defaults, source = {}, None
     if benchmark is not None:

@@ -1,4 +1,4 @@
-"""`keras-paligemma inspect`: what a checkpoint is, from its headers."""
+"""`keras-paligemma inspect`: describe a checkpoint, from its headers."""
 
 import typer
 
@@ -10,10 +10,10 @@ from keras_paligemma.cli.options import read_fields
 
 
 def inspect(source: Source, set: Set = None) -> None:
-    """Tell what a checkpoint is and lacks, from its headers.
+    """Describe a checkpoint and list problems, from its headers.
 
-    On a hub it stays there: of Hugging Face's safetensors the headers are
-    read, of all else configuration and sizes.
+    A checkpoint on a hub is not downloaded: of Hugging Face's safetensors only
+    the headers are read, of others only configuration and sizes.
     """
     fields = read_fields(set)
     use_any_backend()

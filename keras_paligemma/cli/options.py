@@ -1,4 +1,4 @@
-"""Options that several commands have, and those that a dataclass describes."""
+"""Options of several commands, and options made from a dataclass."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="A field that the files do not tell: "
+        help="A configuration field that the files lack: "
         "query_pre_attention_scalar=256. May be repeated.",
     ),
 ]
@@ -32,31 +32,41 @@ LoraTargets = Annotated[
 ]
 Quantize = Annotated[str | None, typer.Option(help="int8 | int4")]
 Dtype = Annotated[
-    str | None, typer.Option(help="Dtype policy; the source's if none")
+    str | None, typer.Option(help="Dtype policy; default: the source's")
 ]
 
 Masks = Annotated[
     str | None,
     typer.Option(
-        help="Codec of RefCOCO's masks, path or handle of vae-oid.npz; the "
-        "embedded one if none, which models of published sizes do not speak"
+        help="Codec of RefCOCO's masks, path or handle of vae-oid.npz, which "
+        "models of published sizes need; default: the embedded one"
+    ),
+]
+
+MultiHost = Annotated[
+    bool,
+    typer.Option(
+        "--multi-host",
+        help="Run on several hosts: each runs this command and can access "
+        "--output. They connect by Keras's variables KERAS_DISTRIBUTION_…; "
+        "hosts of a TPU need none",
     ),
 ]
 
 
 def with_settings(cls: type) -> Callable:
-    """Add an option to a command for each field of a dataclass.
+    """Return a decorator that adds an option for each field of a dataclass.
 
-    So a setting's name, type, default and meaning are spelt in the dataclass
-    and its docstring alone.
+    A setting's name, type, default and help are defined only in the dataclass
+    and its docstring.
 
     Args:
         cls: dataclass of strings, numbers, flags and tuples of strings, whose
             docstring lists its fields under "Args:".
 
     Returns:
-        Decorator of a function of `given`, a dict of the fields that the user
-        gave, and of other options.
+        Decorator of a command whose first argument is `given`, a dict of the
+        fields that the user gave, followed by other options.
     """
     fields = dataclasses.fields(cls)
     meanings = _meanings(cls)
@@ -90,7 +100,10 @@ def with_settings(cls: type) -> Callable:
             given = {k: v for k, v in given.items() if v is not None}
             return command(given, **values)
 
-        run.__signature__ = signature.replace(parameters=[*others, *options])
+        # What `inspect` reads; no function declares it.
+        run.__signature__ = signature.replace(  # pyright: ignore[reportAttributeAccessIssue]
+            parameters=[*others, *options]
+        )
         run.__annotations__ = {
             option.name: option.annotation for option in [*others, *options]
         }
@@ -100,8 +113,9 @@ def with_settings(cls: type) -> Callable:
 
 
 def _meanings(cls):
-    """Read what each field is for from the docstring: "name: type, words."."""
-    text = inspect.getdoc(cls).partition("Args:\n")[2].partition("\n\n")[0]
+    """Return each field's help, from "name: type, help." in the docstring."""
+    text = inspect.getdoc(cls) or ""
+    text = text.partition("Args:\n")[2].partition("\n\n")[0]
     found = re.findall(
         r"^    (\w+): \w+, (.*(?:\n     .*)*)", text, re.MULTILINE
     )
@@ -112,7 +126,7 @@ def _meanings(cls):
 
 
 def _shown(field):
-    """Return the default as help shows it, or nothing where there is none."""
+    """Return the default as help shows it, or `False` for none."""
     value = field.default
     if not isinstance(value, (int, float, str, tuple)) or value is False:
         return False
@@ -120,7 +134,13 @@ def _shown(field):
 
 
 def read_fields(pairs: list[str] | None) -> dict:
-    """Turn ["final_logit_soft_cap=none"] into a dict, values read as TOML.
+    """Parse pairs such as "final_logit_soft_cap=none".
+
+    Args:
+        pairs: list of str, NAME=VALUE, or `None`.
+
+    Returns:
+        Dict of names to values, which are parsed as TOML; "none" is `None`.
 
     Raises:
         ValueError: a pair is not NAME=VALUE.
@@ -129,7 +149,7 @@ def read_fields(pairs: list[str] | None) -> dict:
     for pair in pairs or ():
         name, _, value = pair.partition("=")
         try:
-            # TOML has no word for nothing.
+            # TOML has no null.
             nothing = value.strip().lower() == "none"
             fields |= {name: None} if nothing else tomllib.loads(pair)
         except tomllib.TOMLDecodeError as error:

@@ -1,9 +1,10 @@
-"""`keras-paligemma plan`: does it fit, before a slice is rented?"""
+"""`keras-paligemma plan`: plan a job before chips are rented."""
 
 import os
 import sys
 from json import dumps
 from typing import Annotated
+from typing import Any
 
 import typer
 
@@ -18,12 +19,12 @@ def plan(
         str, typer.Option(help="v5e-1, v5e-4, v5e-8, …; a100-40, l4x4, …")
     ] = "v5e-8",
     batch_size: Annotated[
-        int | None, typer.Option(help="Examples on all chips together")
+        int | None, typer.Option(help="Examples per step, over all chips")
     ] = None,
     prompt_length: Annotated[int | None, typer.Option(help="Tokens")] = None,
     response_length: Annotated[int | None, typer.Option(help="Tokens")] = None,
     pictures: Annotated[
-        int | None, typer.Option(help="Pictures or frames of one prompt")
+        int | None, typer.Option(help="Pictures or frames per prompt")
     ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Of adapters")] = None,
     lora_targets: LoraTargets = None,
@@ -34,28 +35,31 @@ def plan(
     benchmark: Annotated[
         str | None,
         typer.Option(
-            help="Batch, lengths and pictures of this one; see `benchmarks`"
+            help="Use this benchmark's batch, lengths and pictures; see "
+            "`benchmarks`"
         ),
     ] = None,
     dtype: Dtype = None,
     layout: Annotated[
-        str | None, typer.Option(help='This one alone, such as "weights 1x8"')
+        str | None,
+        typer.Option(help='Only layout to try, such as "weights 1x8"'),
     ] = None,
     remat: Annotated[
         str | None,
-        typer.Option(help="This one alone: none | dots | block | pair"),
+        typer.Option(help="Only remat to try: none | dots | block | pair"),
     ] = None,
     generate: Annotated[
-        bool, typer.Option("--generate", help="Plan answering, not training")
+        bool, typer.Option("--generate", help="Plan generation, not training")
     ] = False,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Arithmetic, no compiler")
+        bool, typer.Option("--estimate", help="Do not use the compiler")
     ] = False,
     json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Tell before renting chips whether a fine-tune fits, and how.
+    """Find whether and how a job fits on chips, before they are rented.
 
-    What is not given is the benchmark's, or `planning.Job`'s default.
+    Options that are not given default to the benchmark's settings, or those of
+    `planning.Job`.
     """
     use_jax()
     from keras_paligemma.planning import Job
@@ -63,7 +67,7 @@ def plan(
 
     if generate and full:
         raise ValueError("Received: --generate and --full. Expected: one.")
-    given = {
+    given: dict[str, Any] = {
         "batch_size": batch_size,
         "prompt_length": prompt_length,
         "response_length": response_length,
@@ -73,7 +77,9 @@ def plan(
         "quantize": quantize,
         "dtype": dtype,
     }
-    settings = {} if benchmark is None else _settings_of(benchmark)
+    settings: dict[str, Any] = (
+        {} if benchmark is None else _settings_of(benchmark)
+    )
     settings |= {name: one for name, one in given.items() if one is not None}
     job = Job(preset, **settings)
     found = make_plan(
@@ -88,12 +94,12 @@ def plan(
 
 
 def _settings_of(benchmark):
-    """Return what a benchmark's record says of a job."""
+    """Return the fields of a `Job` that a benchmark sets."""
     from keras_paligemma.evaluation import find_benchmark
     from keras_paligemma.evaluation import settings_of
 
     record = find_benchmark(benchmark)
-    # Of both resolutions, whose batches are the same.
+    # Either resolution: these settings are the same for both.
     found = settings_of(record, 448)
     names = ("batch_size", "prompt_length", "response_length", "lora_rank")
     settings = {name: found[name] for name in names if name in found}
@@ -101,10 +107,10 @@ def _settings_of(benchmark):
 
 
 def use_jax():
-    """Go on with JAX, whose step is planned, and without a device of its own.
+    """Use JAX, whose step is planned, on the CPU.
 
-    Keras chooses its backend when it is imported; if that was another one,
-    the command starts again.
+    Keras chooses its backend on import; if that is another one, the command is
+    started again.
     """
     if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = "jax"

@@ -1,8 +1,9 @@
-"""`keras-paligemma serve`: a model that answers over HTTP."""
+"""`keras-paligemma serve`: serve a model over HTTP."""
 
 import os
 from pathlib import Path
 from typing import Annotated
+from typing import Any
 
 import typer
 
@@ -14,49 +15,49 @@ from keras_paligemma.cli.options import Source
 def serve(
     source: Source,
     host: Annotated[
-        str, typer.Option(help="Address; others than this machine by 0.0.0.0")
+        str, typer.Option(help="Address; 0.0.0.0 to accept other machines")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
+    port: Annotated[int, typer.Option(help="Port; 0 for any free one")] = 8000,
     batch: Annotated[
-        int, typer.Option(help="Most requests a batch, a power of two")
+        int, typer.Option(help="Largest batch of requests, a power of two")
     ] = 8,
     wait_ms: Annotated[
         float, typer.Option(help="Milliseconds that a request waits for others")
     ] = 2.0,
     queue: Annotated[
-        int, typer.Option(help="Requests that may wait; then 429")
+        int, typer.Option(help="Waiting requests before status 429")
     ] = 256,
     name: Annotated[
-        str | None, typer.Option(help="Model's name; the source's if none")
+        str | None, typer.Option(help="Model's name; default: the source's")
     ] = None,
     dtype: Annotated[str | None, typer.Option()] = None,
     quantize: Quantize = None,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder of a LoRA adapter; may come again"),
+        typer.Option(help="Folder of a LoRA adapter; may be repeated"),
     ] = None,
     codec: Annotated[
         Path | None,
-        typer.Option(help="Decoder of masks, such as vae-oid.npz"),
+        typer.Option(help="Mask codec, such as vae-oid.npz"),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(help="A name by which clients call this server"),
+        typer.Option(help="Host name that clients use for this server"),
     ] = None,
     fetch_images: Annotated[
-        bool, typer.Option(help="Fetch pictures of http(s) addresses")
+        bool, typer.Option(help="Fetch pictures from http(s) URLs")
     ] = False,
     max_body: Annotated[int, typer.Option(help="Bytes")] = 20 * 2**20,
     max_pixels: Annotated[int, typer.Option()] = 40_000_000,
     max_prompt: Annotated[int, typer.Option(help="Characters")] = 4096,
     max_seconds: Annotated[
-        float, typer.Option(help="For a client to send, and to take")
+        float, typer.Option(help="Limit for a client to send, and to receive")
     ] = 30.0,
     max_connections: Annotated[int, typer.Option()] = 1024,
 ) -> None:
-    """Serve a checkpoint, or a SavedModel's folder.
+    """Serve a checkpoint, or the folder of a SavedModel.
 
-    Clients must bear the token in KERAS_PALIGEMMA_TOKEN, if it is set.
+    If KERAS_PALIGEMMA_TOKEN is set, clients must send it as a bearer token.
     """
     try:
         from keras_paligemma.serve import saved_model
@@ -70,7 +71,7 @@ def serve(
             '"keras_paligemma[serve]".'
         ) from error
     if saved_model.is_saved_model(source):
-        # Which needs TensorFlow, whatever computes elsewhere.
+        # A SavedModel needs TensorFlow, whatever the configured backend.
         os.environ["KERAS_BACKEND"] = "tensorflow"
         with quiet_imports():
             model = saved_model.SavedModel(source, batch)
@@ -78,19 +79,20 @@ def serve(
         with quiet_imports():
             from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
             from keras_paligemma.serve.preset_model import PresetModel
-        options = {"dtype": dtype, "quantize": quantize}
+        options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
         options = {key: value for key, value in options.items() if value}
         loaded = PaliGemmaCausalLM.from_preset(source, **options)
         used = loaded.adapters.active
         for folder in adapter or []:
             loaded.load_adapter(folder, folder.resolve().name)
-        # Clients name those; who names none asks what the source is.
+        # Clients name adapters; who names none asks what the source is.
         loaded.adapters.select(used)
         model = PresetModel(loaded, batch)
+    masks = None
     if codec is not None:
         from keras_paligemma.tasks.mask_codec import MaskCodec
 
-        codec = MaskCodec.load(codec)
+        masks = MaskCodec.load(codec)
     hosts = allow_host
     if hosts is None and host in LOOPBACK:
         hosts = LOOPBACK
@@ -103,7 +105,7 @@ def serve(
         milliseconds=wait_ms,
         room=queue,
         limits=limits,
-        codec=codec,
+        codec=masks,
         token=os.environ.get("KERAS_PALIGEMMA_TOKEN"),
         hosts=hosts,
         fetches=fetch_images,

@@ -1,4 +1,4 @@
-"""Raw examples to preprocessed batches, as `fit` asks for them."""
+"""Convert raw examples to the preprocessed batches that `fit` takes."""
 
 import sys
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 from keras_paligemma.preprocessing.prompt_and_response import ends_at_one_index
 from keras_paligemma.preprocessing.prompt_and_response import realign
 
-# Batches that Grain reads ahead.
+# Number of batches that Grain reads ahead.
 READ_AHEAD = 8
 
 
@@ -25,9 +25,9 @@ class Examples(keras.utils.PyDataset):
     Args:
         x: dict of lists or arrays, raw or preprocessed.
         y: array of targets, or `None`.
-        sample_weight: array of one row an example, or `None`.
+        sample_weight: array with one row per example, or `None`.
         batch_size: int.
-        shuffle: bool, another order each epoch.
+        shuffle: bool, whether to shuffle each epoch.
     """
 
     def __init__(self, x, y, sample_weight, batch_size, shuffle=False):
@@ -58,7 +58,7 @@ class Examples(keras.utils.PyDataset):
         return self.rows(self.order[start : start + self.batch_size])
 
     def rows(self, chosen):
-        """Return the examples of these numbers as `(x, y, sample_weight)`."""
+        """Return the examples at these indices as `(x, y, sample_weight)`."""
         x = {
             key: column[chosen]
             if isinstance(column, np.ndarray)
@@ -74,7 +74,7 @@ class Examples(keras.utils.PyDataset):
 
 
 class PreprocessedBatches(keras.utils.PyDataset):
-    """Preprocess the batches of another dataset as they are asked for."""
+    """Preprocess the batches of another dataset on access."""
 
     def __init__(self, dataset, preprocess):
         super().__init__(
@@ -100,19 +100,19 @@ class PreprocessedBatches(keras.utils.PyDataset):
 
 
 class Numbered(keras.utils.PyDataset):
-    """Give Keras the batches of a `Batches` by number.
+    """Access to the batches of a `Batches` by number, for Keras.
 
-    Keras would take a Grain data set too, but reads its first batches to see
-    their shapes, begins it anew each epoch, in the same order, and knows no
-    length. Numbers make all of that harmless: a batch is a function of its
-    number, and `fit` with `steps_per_epoch` goes on counting over epochs.
+    Keras also takes a Grain data set, but reads its first batches for their
+    shapes, restarts it each epoch, in the same order, and knows no length.
+    Here a batch is a function of its number, so reading one twice is harmless,
+    and `fit` with `steps_per_epoch` continues across epochs.
     """
 
     def __init__(self, batches: Batches):
         super().__init__()
         self.batches = batches
         self.iterator = iter(batches)
-        # Keras reads shapes off the first batches, then begins with them.
+        # Keras reads the first batches for their shapes, and then again.
         self.first = {}
 
     @property
@@ -120,7 +120,7 @@ class Numbered(keras.utils.PyDataset):
         return self.batches.total
 
     def __getitem__(self, index):
-        # Asked anew each time: a callback may set the state as `fit` begins.
+        # Read each time: a callback may set the state when `fit` begins.
         state = self.batches.get_state(index)
         number = state["batches"]
         if number in self.first:
@@ -135,10 +135,10 @@ class Numbered(keras.utils.PyDataset):
 
 
 class Iterated(GeneratorDataAdapter):
-    """Preprocess the batches of what can only be iterated over, in Python.
+    """Preprocess the batches of an iterable in Python.
 
-    No TensorFlow graph is traced, whatever gives the batches: a `tf.data`
-    dataset, Grain's datasets, Torch's `DataLoader`. Each epoch iterates anew.
+    No TensorFlow graph is traced, whether the iterable is a `tf.data` dataset,
+    a Grain dataset or Torch's `DataLoader`. Each epoch iterates anew.
 
     Args:
         dataset: iterable of raw or preprocessed batches: dicts, or tuples of
@@ -147,8 +147,8 @@ class Iterated(GeneratorDataAdapter):
     """
 
     def __init__(self, dataset, preprocess):
-        # A generator has one pass: the batches that the base class looks at
-        # first are given back.
+        # A generator has one pass: the base class looks at the first batches
+        # and then returns them.
         super().__init__(_preprocessed(_iterator(dataset), preprocess))
         if not isinstance(dataset, Iterator):
             self.generator = lambda: _preprocessed(
@@ -181,7 +181,7 @@ def _iterator(dataset):
 
 
 def _length(dataset):
-    """Count the batches of an epoch; `None` if unknown or without end."""
+    """Return the batches per epoch; `None` if unknown or infinite."""
     if hasattr(dataset, "cardinality"):
         length = int(dataset.cardinality())
         return length if length >= 0 else None
@@ -189,26 +189,26 @@ def _length(dataset):
         length = len(dataset)
     except TypeError:
         return None
-    # How Grain says that it repeats without end.
+    # Grain's length of a data set that repeats infinitely.
     return length if length < sys.maxsize else None
 
 
 def steps_of(x) -> int | None:
-    """Steps of an epoch where Keras cannot know: `Batches` have no end."""
+    """Return the steps per epoch of `Batches`, which have no end."""
     return len(x) if isinstance(x, Batches) else None
 
 
 def split(x, y, sample_weight, fraction):
-    """Split the last examples off for validation, as Keras does.
+    """Split off the last examples for validation, as Keras does.
 
     Args:
         x: dict of lists or arrays.
         y: array or `None`.
         sample_weight: array or `None`.
-        fraction: float, the share of the examples that validate.
+        fraction: float, fraction of the examples to validate on.
 
     Returns:
-        Two tuples `(x, y, sample_weight)`: to train and to validate.
+        Two tuples `(x, y, sample_weight)`: for training and validation.
     """
     if not isinstance(x, dict):
         raise ValueError(
@@ -228,16 +228,16 @@ def split(x, y, sample_weight, fraction):
 
 
 def in_batches(x, batch_size):
-    """Slice what `generate` takes into batches of one size.
+    """Split the inputs of `generate` into batches of one size.
 
     Args:
         x: dict of lists or arrays.
         batch_size: int.
 
     Returns:
-        List of pairs: a dict of `batch_size` examples, the last ones repeated
-        where there are too few, and how many are no repetition. `None` if `x`
-        is one example, or one batch has all.
+        List of pairs: a dict of `batch_size` examples, padded by repeating the
+        last one, and the number of examples that are not padding. `None` if
+        `x` is one example, or fits into one batch.
     """
     if isinstance(batch_size, bool) or not (
         isinstance(batch_size, int) and batch_size > 0
@@ -262,7 +262,7 @@ def in_batches(x, batch_size):
 
 
 def in_parts(x, y=None, sample_weight=None):
-    """Put prompt and response, apart, in the place of a batch's whole texts.
+    """Replace the whole texts of a batch by prompt and response in two parts.
 
     Args:
         x: dict of preprocessed arrays, of NumPy or of a TensorFlow graph.
@@ -299,17 +299,17 @@ def as_dataset(
     shuffle=False,
     apart=True,
 ):
-    """Make what `fit` was given a data set of preprocessed batches.
+    """Return what `fit` was given as a data set of preprocessed batches.
 
     Args:
         x: as `PaliGemmaCausalLM.fit` takes it.
-        y: `None`, where targets come from the responses; the targets of a
-            dict of preprocessed arrays.
-        sample_weight: `None`, or one weight an example of a dict.
+        y: `None`, if targets come from the responses; the targets of a dict
+            of preprocessed arrays.
+        sample_weight: `None`, or one weight per example of a dict.
         batch_size: int, 32 if `None`; only for a dict.
         preprocess: function of `(x, y, sample_weight)`.
-        shuffle: bool, draw the examples of a dict in another order each epoch.
-        apart: bool, give prompts and responses apart, see `in_parts`.
+        shuffle: bool, whether to shuffle the examples of a dict each epoch.
+        apart: bool, whether to split prompts and responses, see `in_parts`.
 
     Returns:
         What `keras.Model.fit` takes.
@@ -340,7 +340,7 @@ def as_dataset(
     if isinstance(x, keras.utils.PyDataset):
         return PreprocessedBatches(x, prepared)
     if "token_ids" in str(getattr(x, "element_spec", "")):
-        # A `tf.data` pipeline of preprocessed batches stays one.
+        # A `tf.data` pipeline of preprocessed batches is kept as one.
         return x.map(in_parts) if apart else x
     if hasattr(x, "__iter__") and not hasattr(x, "shape"):
         return Iterated(x, prepared)

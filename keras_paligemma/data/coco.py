@@ -11,9 +11,8 @@ from keras_paligemma.data.object_source import ObjectSource
 class COCOSource(ObjectSource):
     """Examples of a COCO file: a picture, its classes, their boxes or masks.
 
-    The JSON is read whole, as it has no lines; pictures are not. Prompts,
-    answers, and what becomes of crowds and of boxes that stick out are those
-    of `ObjectSource`.
+    The JSON is read as a whole; pictures are not read here. Prompts, answers,
+    crowds and boxes outside their picture are handled as in `ObjectSource`.
 
     Args:
         path: str or path of the JSON file.
@@ -23,8 +22,8 @@ class COCOSource(ObjectSource):
             `encode_mask`, `keep_crowds`, `outside`.
 
     Raises:
-        ValueError: the file is no COCO file, annotations name pictures or
-            categories that are not there, or arguments do not fit together.
+        ValueError: if the file is not a COCO file, annotations name missing
+            pictures or categories, or arguments do not fit together.
         ExampleError: on `source[index]`, see `ObjectSource`.
 
     Example:

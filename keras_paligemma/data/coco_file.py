@@ -1,4 +1,4 @@
-"""COCO's JSON: read, and checked before anything is made of it; written."""
+"""Read, validate and write COCO's JSON."""
 
 import collections
 import json
@@ -16,14 +16,14 @@ from keras_paligemma.data.object_set import relative_name
 from keras_paligemma.tasks.masks import from_rle
 from keras_paligemma.tasks.outlines import area_of
 
-# What has a field of its own in `Annotation` and `Picture`, or follows from
-# where an entry is.
+# Keys stored in fields of `Annotation` and `Picture`, or implied by the
+# position of an entry.
 _OWN_FIELDS = {
     *("image_id", "category_id", "bbox", "segmentation", "iscrowd", "score"),
     *("file_name", "height", "width"),
 }
 
-# What the index is made of; the rest is asked for with its picture.
+# Keys that the index needs; others are read with their picture.
 _NEEDED = {
     "images": {"id"},
     "categories": {"id", "name"},
@@ -32,17 +32,17 @@ _NEEDED = {
 
 
 def read_coco(path: Path) -> dict:
-    """Read a COCO file whose entries have what an index of them needs.
+    """Read a COCO file and check the keys that an index needs.
 
     Args:
         path: path of the JSON file.
 
     Returns:
-        dict of lists `images`, `categories` and `annotations`. Each id is
-        there once, and annotations name ids that are there.
+        dict of lists `images`, `categories` and `annotations`. Ids are
+        unique, and annotations refer to existing ids.
 
     Raises:
-        ValueError: the file is no COCO file; with the entry that is wrong.
+        ValueError: if the file is not a COCO file; names the wrong entry.
     """
     data = _read(path)
     try:
@@ -78,7 +78,7 @@ def _read(path):
 
 
 def _check_entries(path, data):
-    """Name the entry, counted from 0, that lacks what the index needs."""
+    """Raise for an entry, counted from 0, that lacks a required key."""
     for kind, fields in _NEEDED.items():
         if not isinstance(data[kind], list):
             raise ValueError(
@@ -101,7 +101,7 @@ def _check_entries(path, data):
 
 
 def _refuse_twins(path, data):
-    """Refuse an id that two have: annotations would go to one of them."""
+    """Refuse duplicate ids: annotations would belong to only one of them."""
     for kind in ("images", "categories"):
         counts = collections.Counter(one["id"] for one in data[kind])
         twins = [id for id, count in counts.items() if count > 1]
@@ -113,7 +113,7 @@ def _refuse_twins(path, data):
 
 
 def _check_references(path, data):
-    """Refuse annotations of pictures or categories that are not there."""
+    """Refuse annotations of missing pictures or categories."""
     for field, kind in (("image_id", "images"), ("category_id", "categories")):
         known = {one["id"] for one in data[kind]}
         for one in data["annotations"]:
@@ -138,10 +138,10 @@ def read(path: Path, image_folder: str) -> ObjectSet:
         image_folder: str that `file_name` is relative to.
 
     Returns:
-        `ObjectSet`; entries keep the fields that COCO alone has, ids too.
+        `ObjectSet`; entries keep the keys that only COCO has, including ids.
 
     Raises:
-        ValueError: the file is no COCO file; with the entry that is wrong.
+        ValueError: if the file is not a COCO file; names the wrong entry.
     """
     data = read_coco(path)
     names = {one["id"]: one["name"] for one in data["categories"]}
@@ -168,10 +168,10 @@ def write(objects: ObjectSet, path: Path, image_folder: str) -> Counter:
     Args:
         objects: `ObjectSet` of pictures in pixels, without problems.
         path: path of the JSON file to write.
-        image_folder: str that `file_name` is to be relative to.
+        image_folder: str that `file_name` becomes relative to.
 
     Returns:
-        Counter of what the format cannot hold: nothing.
+        Empty Counter: the format loses nothing.
     """
     categories = objects.extra.get("categories", ())
     if [one["name"] for one in categories] != list(objects.classes):
@@ -190,7 +190,7 @@ def write(objects: ObjectSet, path: Path, image_folder: str) -> Counter:
     images = [
         dict(one.extra)
         | {"id": id, "file_name": relative_name(one, objects, image_folder)}
-        | dict(zip(("height", "width"), one.size, strict=True))
+        | dict(zip(("height", "width"), one.known_size(), strict=True))
         for id, one in zip(image_ids, objects.pictures, strict=True)
     ]
     annotations = [
@@ -251,7 +251,7 @@ def _picture(one, annotations):
 
 
 def _entry(one):
-    """An annotation in COCO's fields, without what numbers it."""
+    """Return an annotation's COCO keys, without ids."""
     y1, x1, y2, x2 = one.box
     entry = dict(one.extra)
     entry |= {
@@ -273,7 +273,7 @@ def _area(one):
 
 
 def _ids(extras):
-    """The ids that entries had; new numbers where not all have their own."""
+    """Return the entries' ids, or new ones unless all have their own."""
     found = [one.get("id") for one in extras]
     if None in found or len(set(found)) < len(found):
         return list(range(1, len(extras) + 1))
@@ -281,7 +281,7 @@ def _ids(extras):
 
 
 def edges_of(box):
-    """(y1, x1, y2, x2) of [x, y, width, height]; `None` where it is none."""
+    """Return (y1, x1, y2, x2) of [x, y, width, height], or `None`."""
     if isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)):
         x, y, width, height = box
         return (y, x, y + height, x + width)

@@ -21,38 +21,40 @@ _ROLES = {
     "model": "answer",
 }
 _IMAGE = "<image>"
-# What other loaders replace before a model reads it.
+# Placeholders that other loaders replace before the model reads the text.
 _PLACEHOLDER = re.compile(r"<(?:bbox|ref-object|video|audio)>")
 
 
 class ConversationSource:
-    """Examples of conversations of one question and one answer.
+    """Examples of conversations with one question and one answer.
 
-    | | pictures | turns | a turn |
+    | | pictures | turns | one turn |
     |---|---|---|---|
     | LLaVA | `image` | `conversations` | `{"from": "human", "value": …}` |
     | ms-swift | `images` | `messages` | `{"role": "user", "content": …}` |
 
     `<image>` at either end of a question is dropped, since the model reads
     pictures before the prompt. PaliGemma is trained on single turns, so a
-    conversation of several is an error that counts them; so is a system
-    prompt. Of JSONL only the places of lines are kept; an array is read whole.
+    conversation of several raises an error with their number; so does a system
+    prompt. Of JSONL only line offsets are kept in memory; an array is read
+    whole.
 
     Args:
-        data: str or path of a JSONL file or of a JSON array; or a data set of
-            a length and of `[index]`, such as a list of dictionaries.
+        data: str or path of a JSONL file or of a JSON array; or a data set
+            with a length and `[index]`, such as a list of dictionaries.
         image_folder: str or path that pictures are relative to; the file's
             own folder if `None`.
-        turns: str, the field of the turns; `conversations` or `messages`,
-            whichever is there, if `None`.
+        turns: str, the field of the turns; `None` uses `conversations` or
+            `messages`, whichever exists.
         images: str, the field of the picture or pictures; `image` or
             `images` if `None`.
         allow_empty: bool, whether an answer may be empty.
 
     Raises:
-        ValueError: there is no such file, or it is no JSON.
-        ExampleError: on `source[index]`, with its place: a field is missing,
-            there are several turns, or not as many `<image>` as pictures.
+        ValueError: if the file does not exist or is not JSON.
+        ExampleError: on `source[index]`, with its place, if a field is missing,
+            there are several turns, or the numbers of `<image>` and pictures
+            differ.
 
     Example:
 
@@ -95,7 +97,7 @@ class ConversationSource:
         return len(self._records)
 
     def where(self, index: int) -> str:
-        """Name file and line, or data set and number counted from 0."""
+        """Return file and line, or data set and index from 0."""
         return self._records.where(index)
 
     def __getitem__(self, index):
@@ -126,7 +128,7 @@ class ConversationSource:
 
 
 class _Records:
-    """The records of a list or data set, by number, with their places."""
+    """The records of a list or data set, by index, with their places."""
 
     def __init__(self, rows, name):
         self.rows, self.name = rows, name
@@ -151,7 +153,7 @@ def _read_array(path):
 
 
 def _field(record, name, usual):
-    """The value of a field: of the name that was given, or of a usual one."""
+    """Return a field's value, by the given name or a usual one."""
     names = usual if name is None else (name,)
     for one in names:
         if isinstance(record, dict) and record.get(one) is not None:
@@ -164,7 +166,7 @@ def _field(record, name, usual):
 
 
 def _single_turn(turns):
-    """The question and the answer of a conversation that has one of each."""
+    """Return question and answer of a single-turn conversation."""
     if hasattr(turns, "tolist"):  # As pandas reads parquet.
         turns = turns.tolist()
     if not isinstance(turns, list) or not all(
@@ -205,7 +207,7 @@ def _single_turn(turns):
 
 
 def _without_tags(question, pictures):
-    """Drop `<image>` from the ends of a question, one a picture or none."""
+    """Drop `<image>` at the ends of a question: one per picture, or none."""
     text, tags = question, question.count(_IMAGE)
     if tags not in (0, pictures):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Data sets of objects from one format to another, and what is lost."""
+"""Convert data sets of objects between formats, and report losses."""
 
 import dataclasses
 import os
@@ -26,8 +26,9 @@ from keras_paligemma.data.opening import open_objects
 from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.tasks.masks import check_segmentation
+from keras_paligemma.types import PathLike
 
-# Of formats that are folders: the file without which they are none, and the
+# For formats that are folders: the file they are recognised by, and the
 # folder of their pictures.
 _FOLDERS = {
     "yolo": ("data.yaml", "images"),
@@ -38,15 +39,16 @@ FORMATS = ("coco", "jsonl", *_FOLDERS)
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What became of a data set.
+    """The result of a conversion.
 
     Args:
         path: path of the file or folder that was written.
-        pictures: int, pictures that it has.
-        objects: int, objects that were handed to it.
-        skipped: str of each picture or object that was left out since
-            something is wrong with it, with its place.
-        lost: dict of what the format cannot hold, in words, to how often.
+        pictures: int, number of pictures written.
+        objects: int, number of objects passed to the format.
+        skipped: str per invalid picture or object that was left out, with its
+            place and the reason.
+        lost: dict from a description of what the format cannot hold to its
+            count.
     """
 
     path: Path
@@ -57,37 +59,38 @@ class Conversion:
 
 
 def convert(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
+    source: PathLike,
+    target: PathLike,
     to: str,
-    image_folder: str | os.PathLike | None = None,
+    image_folder: PathLike | None = None,
     split: str = "train",
     task: str | None = None,
     codec: MaskCodec | None = None,
 ) -> Conversion:
     """Write a data set of objects in another format.
 
-    COCO and JSONL are a file that names the pictures where they are; YOLO and
-    VOC a folder that gets the pictures too, as links where the file system
-    has them, so that no byte is copied.
+    COCO and JSONL are one file that refers to the pictures where they are;
+    YOLO and VOC are folders that also get the pictures, as hard links where
+    the file system supports them.
 
     Args:
         source: str or path, as `open_source` takes it.
         target: str or path of a new file, or of a new or empty folder.
         to: "coco", "yolo", "voc" or "jsonl".
         image_folder: str or path of the source's pictures; found if `None`.
-        split: str, which part of the source to convert.
-        task: "detect" writes boxes, "segment" masks, where a format has
-            either: YOLO and JSONL. `None` writes masks where all have one.
+        split: str, which split of the source to convert.
+        task: "detect" writes boxes, "segment" masks, for formats that hold
+            only one of them: YOLO and JSONL. `None` writes masks if all
+            objects have one.
         codec: `MaskCodec` of JSONL's masks; the embedded one if `None`.
 
     Returns:
-        `Conversion`, which says what was left out and what is lost.
+        `Conversion`, which lists what was left out and what is lost.
 
     Raises:
-        ValueError: the source is of no known format, there is no such format,
-            or the target is there.
-        ImportError: a package is missing that the format needs.
+        ValueError: if the source's format is not recognised, `to` is unknown,
+            or the target exists.
+        ImportError: if a package that the format needs is not installed.
 
     Example:
 
@@ -125,16 +128,16 @@ def convert(
 
 
 def usable(objects: ObjectSet) -> tuple[ObjectSet, list[str], int]:
-    """Return a set in pixels, without what is wrong in it.
+    """Return a set in pixels without invalid entries.
 
     Args:
         objects: `ObjectSet`.
 
     Returns:
         `ObjectSet` whose annotations have boxes within their pictures and,
-        where there are any, masks that can be read; what was left out, a str
-        each, with its place; and how many boxes were clipped by a pixel, or 1
-        % of the side.
+        where there are any, readable masks; list of str of what was left out,
+        with its place; and the number of boxes that were clipped by up to one
+        pixel or 1 % of the side.
     """
     pictures, skipped, clipped = [], [], 0
     for row, picture in enumerate(objects.pictures):
@@ -143,14 +146,15 @@ def usable(objects: ObjectSet) -> tuple[ObjectSet, list[str], int]:
                 raise ValueError(picture.problem)
             path = picture_path(picture.name, objects.image_folder)
             picture = in_pixels(picture, objects.image_folder)
-            check_size(path, picture.size)
+            size = picture.known_size()
+            check_size(path, size)
         except ValueError as error:
             skipped.append(f"{objects.where(row)}: {error}")
             continue
         boxes = [one.box or (np.nan,) * 4 for one in picture.annotations]
         boxes, _, cut = clip_boxes(
             np.array(boxes, "float64").reshape(-1, 4),
-            np.array([picture.size] * len(boxes), "float64").reshape(-1, 2),
+            np.array([size] * len(boxes), "float64").reshape(-1, 2),
             np.ones(len(boxes)),
             1,
         )
@@ -162,9 +166,9 @@ def usable(objects: ObjectSet) -> tuple[ObjectSet, list[str], int]:
             if is_cut:
                 one = dataclasses.replace(one, box=tuple(box))
             try:
-                object_of(one, picture.size, with_mask=False)
+                object_of(one, size, with_mask=False)
                 if one.has_mask():
-                    check_segmentation(one.segmentation, picture.size)
+                    check_segmentation(one.segmentation, size)
             except ValueError as error:
                 skipped.append(f"{objects.where(row)}: {one.place}: {error}")
             else:
@@ -174,7 +178,7 @@ def usable(objects: ObjectSet) -> tuple[ObjectSet, list[str], int]:
 
 
 def _write_file(objects, target, to, task, codec):
-    """Write a file under another name, and rename it."""
+    """Write a file under a temporary name, then rename it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.draft")
     folder = os.fspath(target.parent)
@@ -206,7 +210,7 @@ def _write_folder(objects, target, to, task):
 
 
 def _link(path, place):
-    """Whether a file could be linked, or copied, to its place."""
+    """Link or copy a picture; return whether that was possible."""
     if not os.path.isfile(path):
         return False
     try:
@@ -217,7 +221,7 @@ def _link(path, place):
 
 
 def _refuse_twins(objects):
-    """Refuse pictures whose labels would be one file."""
+    """Refuse pictures whose label files would have the same name."""
     stems = {}
     for picture in objects.pictures:
         stem = Path(plain_name(picture)).with_suffix("")

@@ -1,4 +1,4 @@
-"""One example: where it lies, what is wrong with it, how it is read."""
+"""Validate and read single examples, and locate their errors."""
 
 import contextlib
 import re
@@ -12,16 +12,16 @@ from keras_paligemma.preprocessing.inputs import check_no_special_tokens
 from keras_paligemma.preprocessing.inputs import plain_prompts
 from keras_paligemma.preprocessing.inputs import to_strings
 
-# What looks like a token of a place or of a mask and is none.
+# Looks like a location or mask token, but is not one.
 _NO_TOKEN = re.compile(
     r"<loc(?!(?:0\d{3}|10[01]\d|102[0-3])>)-?\d+>"
     r"|<seg(?!(?:0\d{2}|1[01]\d|12[0-7])>)-?\d+>"
 )
-# A box, and not a part of a longer row of places.
+# A box that is not part of a longer row of locations.
 _BOX = re.compile(r"(?<!<loc\d{4}>)" + r"<loc(\d{4})>" * 4 + r"(?!<loc)")
-# Tokens in a row, with or without blanks between them.
+# Tokens in a row, with or without spaces between them.
 _ROW = re.compile(r"<(?:loc|seg)\d+>(?:\s*<(?:loc|seg)\d+>)*")
-# What a row is where objects are asked for: a box, or a box and its mask.
+# A valid row in an answer about objects: a box, or a box and its mask.
 _OBJECT = re.compile(r"(?:<loc\d{4}>){4}(?:(?:<seg\d{3}>){16})?")
 _ASKS_FOR_OBJECTS = re.compile(
     r"(?:<image>|<bos>|\s)*(?:detect|segment)\b", re.IGNORECASE
@@ -35,13 +35,12 @@ SAME_FRAMES = (
 
 
 class ExampleError(ValueError):
-    """An example that cannot be used; the message begins with its place.
+    """An invalid example; the message begins with its place.
 
     Args:
         message: str.
-        remainder: dict, the example without the objects that are wrong, where
-            the rest of it can be used; `Batches` with `skip_errors=True` goes
-            on with it.
+        remainder: dict, the example without its invalid objects, if the rest
+            can be used; `Batches` with `skip_errors=True` uses it.
     """
 
     def __init__(
@@ -53,15 +52,15 @@ class ExampleError(ValueError):
 
 @contextlib.contextmanager
 def located(place: str):
-    """Put the place of an example before the message of what it raises.
+    """Prefix the messages of exceptions with the place of an example.
 
     Args:
         place: str, such as `"train.jsonl, line 3"`.
 
     Raises:
-        ExampleError: for whatever was raised inside. An `ExampleError` tells
-            its place already and passes; so does a `MemoryError`, which is
-            not the example's fault.
+        ExampleError: for any exception raised inside. An `ExampleError`
+            already has a place and passes unchanged, as does a `MemoryError`,
+            which is not caused by the example.
 
     Example:
 
@@ -82,7 +81,7 @@ def located(place: str):
 
 
 def where(source: Any, index: int) -> str:
-    """Name the place of an example in words.
+    """Return the place of an example in words.
 
     Args:
         source: a source; `source.where(index)` is used if it has one.
@@ -96,7 +95,7 @@ def where(source: Any, index: int) -> str:
 
 
 def answers_of(example: dict[str, Any]) -> list[str]:
-    """List the answers of an example, one or several.
+    """Return the answers of an example, one or several.
 
     Args:
         example: dict with `responses`.
@@ -105,11 +104,11 @@ def answers_of(example: dict[str, Any]) -> list[str]:
         List of at least one string.
 
     Raises:
-        ValueError: there is none; one names a place outside of pictures,
-            which would be trained on as letters; has a box upside down; or,
-            where the prompt is `detect …` or `segment …`, has more or fewer
-            tokens than a box and a mask have, or blanks between them. Answers
-            to other prompts may be of any tokens, such as points.
+        ValueError: if there is none; one has an invalid location, which would
+            be tokenized as letters, or a box with reversed edges; or, for the
+            prompts `detect …` and `segment …`, its rows of tokens are neither
+            a box nor a box and a mask, or contain spaces. Answers to other
+            prompts may contain any tokens, such as points.
 
     Example:
 
@@ -138,7 +137,7 @@ def answers_of(example: dict[str, Any]) -> list[str]:
 
 
 def _check_places(answer):
-    """Refuse places outside of pictures, and boxes upside down."""
+    """Refuse invalid locations and boxes with reversed edges."""
     wrong = _NO_TOKEN.search(answer)
     if wrong:
         raise ValueError(
@@ -170,7 +169,7 @@ def _check_objects(answer):
 
 
 def frames_of(images: Any) -> list[Any]:
-    """List the frames of an example; one picture is a list of one.
+    """Return the frames of an example; one picture is a list of one.
 
     Args:
         images: what the example holds: a picture, or a list or array of
@@ -180,7 +179,7 @@ def frames_of(images: Any) -> list[Any]:
         List of pictures.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if there is none.
 
     Example:
 
@@ -201,20 +200,20 @@ def frames_of(images: Any) -> list[Any]:
 def check(
     source: Any, preprocessor: Callable[..., Any] | None = None
 ) -> list[str]:
-    """Read every example and say at once all that is wrong.
+    """Read every example and report all errors at once.
 
-    Nothing is trained on meanwhile; pictures are decoded, one at a time. What
-    training would only warn about is told, too, such as `<image>` in front of
-    a prompt.
+    Pictures are decoded one at a time, and nothing is trained. What is only a
+    warning in training is reported too, such as `<image>` in front of a
+    prompt.
 
     Args:
         source: any source.
         preprocessor: `PaliGemmaCausalLMPreprocessor` or `None`; with one,
-            prompts and answers that are too long are told as well.
+            prompts and answers that are too long are reported as well.
 
     Returns:
-        List of strings, one a bad example, each with its place. An example
-        whose number of frames differs from the first good one's is bad too.
+        List of strings, one per invalid example, with its place. An example
+        whose number of frames differs from the first valid one's is invalid.
 
     Example:
 
@@ -229,7 +228,7 @@ def check(
         place = where(source, index)
         try:
             with located(place), warnings.catch_warnings():
-                # What only warns in training, such as an answer that is cut.
+                # Only a warning in training, such as an answer that is cut.
                 warnings.simplefilter("error")
                 # The preprocessor adds what is dropped: nothing is lost.
                 warnings.filterwarnings("ignore", re.escape(DROPPED))
@@ -246,12 +245,14 @@ def check(
 
 
 def _check_example(example, preprocessor):
-    """Read all of an example; return the number of its frames."""
+    """Read all of an example; return its number of frames."""
     answers = answers_of(example)
     plain_prompts(to_strings(example["prompts"], "prompts")[0])
     check_no_special_tokens(to_strings(answers, "responses")[0], "responses")
     images = [read_image(image) for image in frames_of(example["images"])]
-    for answer in answers if preprocessor is not None else ():
+    if preprocessor is None:
+        return len(images)
+    for answer in answers:
         preprocessor(
             {
                 "images": images if len(images) > 1 else images[0],

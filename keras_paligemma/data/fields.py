@@ -1,4 +1,4 @@
-"""Data sets of other libraries, by the names of their fields."""
+"""Data sets of other libraries, read by field names."""
 
 import string
 from collections.abc import Callable
@@ -9,31 +9,30 @@ from keras_paligemma.data.examples import located
 
 
 class FieldSource:
-    """Examples of any data set of a length and of `[index]`.
+    """Examples of any data set with a length and `[index]`.
 
-    Of Hugging Face (`datasets.load_dataset(…, split="train")`, which lies on
-    disk, so that it may be larger than memory), of TensorFlow Datasets
-    (`tfds.data_source(…, split="train")`, which needs no TensorFlow), of
-    Grain, of Torch, or a list of dictionaries.
+    Such as those of Hugging Face (`datasets.load_dataset(…, split="train")`,
+    memory-mapped, so it may exceed memory), TensorFlow Datasets
+    (`tfds.data_source(…, split="train")`, without TensorFlow), Grain or Torch,
+    or a list of dictionaries.
 
     Args:
         dataset: the data set; its examples are dictionaries.
         images: str, the field of the picture, or of a list of frames.
-        prompts: str, the prompt itself, where `{field}` stands for a field's
-            text: "caption en", "answer en {question}".
+        prompts: str, the prompt itself, where `{field}` is replaced by the
+            field's text: "caption en", "answer en {question}".
         responses: str, the field of the answer, or of a list of answers of
             which `Batches` draws one each epoch.
 
-            Each of the three may be a function of the example instead, which
-            returns the picture, the prompt, the answer or answers.
+            Each of the three may also be a function from the example to the
+            picture, the prompt, and the answer or answers.
         allow_empty: bool, whether an answer may be empty, as for pictures
             where there is nothing to detect.
 
     Raises:
-        ValueError: the data set cannot be asked for an example by number. A
-            stream could neither be shuffled as a whole nor be resumed where
-            it stood.
-        ExampleError: on `source[index]`: a field is missing, or not text.
+        ValueError: if the data set has no random access. A stream could
+            neither be shuffled globally nor resumed at a position.
+        ExampleError: on `source[index]`, if a field is missing, or not text.
 
     Example:
 
@@ -68,7 +67,7 @@ class FieldSource:
         return len(self.dataset)
 
     def where(self, index: int) -> str:
-        """Name the place of an example, counted from 0 as the data set does."""
+        """Return the place of an example, its index from 0."""
         return f"{type(self.dataset).__name__}[{index}]"
 
     def __getitem__(self, index):
@@ -98,13 +97,13 @@ class FieldSource:
 
 
 def check_numbered(dataset: Any):
-    """Refuse what cannot be asked for an example by number.
+    """Refuse a data set without random access to examples.
 
     Args:
-        dataset: what should have a length and `[index]`.
+        dataset: object that should have a length and `[index]`.
 
     Raises:
-        ValueError: it is a dictionary, a stream, or a table of columns.
+        ValueError: if it is a dictionary, a stream, or a table of columns.
     """
     for attribute, method in (
         ("iloc", "to_dict('records')"),  # pandas
@@ -146,7 +145,7 @@ def _get(example, field):
 
 
 def _fill(template, example):
-    """Put the text of fields in the place of their names."""
+    """Replace the names of fields by their text."""
     parts = []
     for literal, field, _, _ in string.Formatter().parse(template):
         parts.append(literal)

@@ -1,4 +1,4 @@
-"""Lines of JSON with a picture, a prompt and an answer."""
+"""JSONL: one picture, prompt and answer per line."""
 
 import codecs
 import json
@@ -18,27 +18,27 @@ _CHUNK = 2**24
 
 
 class JSONLSource:
-    """Examples of a JSONL file, each read when it is asked for.
+    """Examples of a JSONL file, each read on access.
 
-    The format of the original, Vertex AI and Roboflow: a line holds `image`,
-    `prefix` and `suffix`. Of the file only the places of its lines are kept,
-    16 bytes each, so it may be larger than memory. Blank lines are passed
-    over; everything else that is no example is an error once it is asked for.
+    The format of the original, Vertex AI and Roboflow: a line has `image`,
+    `prefix` and `suffix`. Only the offsets of lines are kept in memory, 16
+    bytes each, so the file may exceed memory. Blank lines are skipped; any
+    other invalid line raises an error on access.
 
     Args:
         path: str or path of the file.
         image_folder: str or path that pictures are relative to; the file's
-            own folder if `None`. Names may be paths of Windows and URIs, see
+            own folder if `None`. Names may be Windows paths and URIs, see
             `preprocessing.images.picture_path`.
         allow_empty: bool, whether an answer may be empty, as for pictures
             where there is nothing to detect.
 
     Raises:
-        ValueError: there is no such file; or it is UTF-16, a JSON array, or
-            JSON of several lines.
-        ExampleError: on `source[index]`, with file and line: it is not JSON,
-            lacks a field, or holds another type. A picture is read later,
-            by the preprocessor.
+        ValueError: if the file does not exist, or is UTF-16, a JSON array, or
+            JSON over several lines.
+        ExampleError: on `source[index]`, with file and line, if a line is not
+            JSON, lacks a field, or has one of another type. Pictures are read
+            later, by the preprocessor.
 
     Example:
 
@@ -76,7 +76,7 @@ class JSONLSource:
         return len(self.starts)
 
     def where(self, index: int) -> str:
-        """Name file and line of an example, counted from 1."""
+        """Return file and line of an example, counted from 1."""
         return f"{self.path}, line {self.lines[index] + 1}"
 
     def __getitem__(self, index):
@@ -84,12 +84,12 @@ class JSONLSource:
             return self._example(self.record(index))
 
     def record(self, index: int) -> Any:
-        """Return what a line holds, whatever that is.
+        """Return the parsed JSON of a line, of any type.
 
         Raises:
-            ValueError: it is not JSON.
+            ValueError: if it is not JSON.
         """
-        # Opened anew each time: threads and processes share no position.
+        # Opened each time, so that threads and processes share no position.
         with open(self.path, "rb") as file:
             file.seek(self.starts[index])
             line = file.readline()
@@ -128,7 +128,7 @@ class JSONLSource:
 
 
 def _strings(record, field, allow_empty=False):
-    """Read a field as a list of one or more strings."""
+    """Return a field as a list of one or more strings."""
     value = record[field]
     strings = value if isinstance(value, list) else [value]
     if not strings or not all(isinstance(one, str) for one in strings):
@@ -146,7 +146,7 @@ def _strings(record, field, allow_empty=False):
 
 
 def starts_array(path: Path) -> bool:
-    """Tell whether a file of JSON is one array.
+    """Return whether a JSON file is one array.
 
     Args:
         path: path of the file.
@@ -155,7 +155,7 @@ def starts_array(path: Path) -> bool:
         bool; `False` is JSONL, or no JSON at all.
 
     Raises:
-        ValueError: there is no such file, or it is not UTF-8.
+        ValueError: if the file does not exist or is not UTF-8.
     """
     if not path.is_file():
         raise ValueError(
@@ -164,7 +164,7 @@ def starts_array(path: Path) -> bool:
         )
     with open(path, "rb") as file:
         head = file.read(4)
-        # Without a mark, every second byte of JSON's first letters is zero.
+        # Without a byte order mark, every second byte is zero in UTF-16.
         if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (
             b"\0" in head
         ):
@@ -181,7 +181,7 @@ def starts_array(path: Path) -> bool:
 
 
 def _check_lines(path, starts):
-    """Say in one sentence that an object takes several lines."""
+    """Raise one clear error if an object spans several lines."""
     if len(starts) < 2:
         return
     with open(path, "rb") as file:
@@ -192,7 +192,7 @@ def _check_lines(path, starts):
     try:
         json.loads(first)
     except json.JSONDecodeError as error:
-        # Whole as far as it goes, and the next line is no object.
+        # Cut off at the end of the line, and the next line is no object.
         if error.pos >= len(first) and not second.startswith(b"{"):
             raise ValueError(
                 f"{path} is JSON of several lines an object. Expected: JSONL, "
@@ -202,11 +202,10 @@ def _check_lines(path, starts):
 
 
 def _lines(path):
-    """Where the lines of a file begin, and which they are, without blank ones.
+    """Return offsets and numbers of a file's lines, without blank ones.
 
     Returns:
-        Two int64 arrays: bytes from the start of the file; numbers of lines,
-        counted from 0.
+        Two int64 arrays: offsets in bytes; line numbers, counted from 0.
     """
     parts, maybe_blank, size = [np.zeros(1, "int64")], [np.array([True])], 0
     with open(path, "rb") as file:
@@ -214,7 +213,7 @@ def _lines(path):
             data = np.frombuffer(chunk, "uint8")
             ends = np.flatnonzero(data == ord("\n"))
             parts.append(ends + (size + 1))
-            # By the first byte; of a line past the chunk, "\n" by clipping.
+            # By its first byte; clipping makes a line past the chunk "\n".
             maybe_blank.append(data.take(ends + 1, mode="clip") <= ord(" "))
             size += len(chunk)
         starts = np.concatenate(parts)

@@ -18,6 +18,7 @@ from keras_paligemma.tasks.masks import from_rle
 from keras_paligemma.tasks.masks import from_segmentation
 from keras_paligemma.tasks.masks import to_polygons
 from keras_paligemma.tasks.objects import Object
+from keras_paligemma.types import PathLike
 
 _TURNED = (5, 6, 7, 8)
 
@@ -84,6 +85,19 @@ class Picture:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     problem: str = ""
 
+    def known_size(self) -> tuple[float, float]:
+        """Return the size of a picture whose annotations are in pixels.
+
+        Raises:
+            ValueError: they are not, see `in_pixels`.
+        """
+        if self.size is None:
+            raise ValueError(
+                f"The annotations of {self.name!r} are shares of its sides. "
+                "Expected: pixels, as `in_pixels` gives them."
+            )
+        return self.size
+
 
 @dataclasses.dataclass(frozen=True)
 class ObjectSet:
@@ -144,7 +158,7 @@ def in_pixels(picture: Picture, folder: str) -> Picture:
     )
 
 
-def size_of_file(path: str | os.PathLike) -> tuple[int, int]:
+def size_of_file(path: PathLike) -> tuple[int, int]:
     """Read (height, width) of a picture, turned as its EXIF says.
 
     Args:
@@ -153,11 +167,11 @@ def size_of_file(path: str | os.PathLike) -> tuple[int, int]:
     Raises:
         ValueError: the picture is missing or damaged.
     """
-    size, is_turned = opened_size(path)
-    return size[::-1] if is_turned else size
+    (height, width), is_turned = opened_size(path)
+    return (width, height) if is_turned else (height, width)
 
 
-def opened_size(path: str | os.PathLike) -> tuple[tuple[int, int], bool]:
+def opened_size(path: PathLike) -> tuple[tuple[int, int], bool]:
     """Read (height, width) as stored, and whether EXIF turns the picture."""
     try:
         with Image.open(openable(path)) as opened:
@@ -223,7 +237,12 @@ def object_of(
     """
     if annotation.problem:
         raise ValueError(annotation.problem)
-    y1, x1, y2, x2 = map(float, annotation.box if box is None else box)
+    box = annotation.box if box is None else box
+    if box is None:
+        raise ValueError(
+            "There is no box. Expected: (y1, x1, y2, x2). Received: None."
+        )
+    y1, x1, y2, x2 = map(float, box)
     fields = {"label": annotation.label, "score": annotation.score}
     try:
         found = Object.from_xyxy((x1, y1, x2, y2), size, **fields)
@@ -299,7 +318,7 @@ def plain_name(picture: Picture) -> str:
 
 
 def polygons_of(
-    annotation: Annotation, size: tuple[int, int]
+    annotation: Annotation, size: tuple[float, float]
 ) -> list[list[float]]:
     """Return the mask of an annotation in pixels as flat polygons.
 
@@ -311,7 +330,7 @@ def polygons_of(
         ValueError: the run lengths are damaged, or empty.
     """
     if not isinstance(annotation.segmentation, Mapping):
-        return [list(polygon) for polygon in annotation.segmentation]
+        return [list(polygon) for polygon in annotation.segmentation or ()]
     polygons = to_polygons(from_rle(annotation.segmentation, size))
     if not polygons:
         raise ValueError("The mask is empty. Expected: one pixel or more.")

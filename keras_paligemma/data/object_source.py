@@ -85,7 +85,7 @@ class ObjectSource:
         encode_mask: Callable[[np.ndarray], Sequence[int]] | None = None,
         keep_crowds: bool = True,
         outside: str = "error",
-    ):
+    ) -> None:
         if task not in _ASK:
             raise ValueError(
                 f"`task` must be 'detect' or 'segment'. Received: {task!r}."
@@ -246,22 +246,23 @@ class ObjectSource:
 
     def _read(self, index):
         """Path of a picture, its objects and places, and what is wrong."""
-        row = self._rows[index]
+        row = int(self._rows[index])
         picture = self.data.pictures[row]
         if picture.problem:
             raise ValueError(picture.problem)
         path = picture_path(picture.name, self.data.image_folder)
         unit = picture.size or (1, 1)
         sized = in_pixels(picture, self.data.image_folder)
-        check_size(path, sized.size)
-        scale = np.tile(np.divide(sized.size, unit), 2)
+        size = sized.known_size()
+        check_size(path, size)
+        scale = np.tile(np.divide(size, unit), 2)
         found, problems = {}, []
         for i in range(self._starts[row], self._ends[row]):
             one = sized.annotations[self._numbers[i]]
             box = self._boxes[i] * scale
             try:
                 with_mask = self.task == "segment"
-                found[i] = one.place, object_of(one, sized.size, box, with_mask)
+                found[i] = one.place, object_of(one, size, box, with_mask)
             except ValueError as error:
                 problems.append(f"{one.place}: {error}")
         return path, found, problems
@@ -280,7 +281,7 @@ class ObjectSource:
 
     def _codes(self, one):
         """The codes of an object's mask; none where boxes are asked for."""
-        if self.task == "detect":
+        if self.task == "detect" or self.encode_mask is None:
             return None
         codes = [int(code) for code in self.encode_mask(one.mask)]
         if len(codes) != CODES or not all(0 <= code < BOOK for code in codes):

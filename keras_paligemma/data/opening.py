@@ -17,6 +17,7 @@ from keras_paligemma.data.object_set import ObjectSet
 from keras_paligemma.data.object_source import ObjectSource
 from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.tasks.mask_codec import MaskCodec
+from keras_paligemma.types import PathLike
 
 _KNOWN = (
     "a JSONL file, a COCO JSON file, YOLO's data.yaml or classes.txt, a "
@@ -28,13 +29,13 @@ _SPLIT_FOLDERS = {"val": ("val", "valid"), "validation": ("valid", "val")}
 
 
 def open_source(
-    path: str | os.PathLike,
-    image_folder: str | os.PathLike | None = None,
+    path: PathLike,
+    image_folder: PathLike | None = None,
     split: str = "train",
     task: str = "detect",
     codec: MaskCodec | None = None,
     allow_empty: bool = False,
-    **options,
+    **options: Any,
 ) -> Any:
     """Open a data set of any format as examples to train on.
 
@@ -87,8 +88,8 @@ def open_source(
 
 
 def open_objects(
-    path: str | os.PathLike,
-    image_folder: str | os.PathLike | None = None,
+    path: PathLike,
+    image_folder: PathLike | None = None,
     split: str = "train",
     codec: MaskCodec | None = None,
 ) -> ObjectSet:
@@ -109,7 +110,7 @@ def open_objects(
     return _READERS[kind](found, _text(image_folder), split, codec)
 
 
-def recognise(path: str | os.PathLike, split: str) -> tuple[str, Path]:
+def recognise(path: PathLike, split: str) -> tuple[str, Path]:
     """Tell the format of a file or folder, and the path to read it by.
 
     Args:
@@ -229,5 +230,5 @@ _READERS: dict[str, Callable[..., ObjectSet]] = {
 }
 
 
-def _text(path: str | os.PathLike | None) -> str | None:
+def _text(path: PathLike | None) -> str | None:
     return None if path is None else os.fspath(path)

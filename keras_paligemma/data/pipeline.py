@@ -299,19 +299,23 @@ class BatchIterator:
 
 def _start_worker(worker, workers):
     """Keep a worker process from outliving its run, and off accelerators."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(
+        target=_end_with,
+        args=[multiprocessing.parent_process()],
+        daemon=True,
+    ).start()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
-def _end_with_parent():
+def _end_with(parent):
     """End this process when the one that started it has died.
 
     Grain ends its workers from there, which a killed process does not do.
     """
-    multiprocessing.parent_process().join()
+    parent.join()
     os._exit(1)
 
 

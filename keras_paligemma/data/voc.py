@@ -66,7 +66,7 @@ def read(
         )
     if image_folder is None:
         images = path / "JPEGImages"
-        image_folder = images if images.is_dir() else folder
+        image_folder = os.fspath(images if images.is_dir() else folder)
     there = {
         os.path.relpath(one, image_folder).replace(os.sep, "/")
         for one in picture_files(Path(image_folder))
@@ -103,7 +103,7 @@ def write(objects: ObjectSet, folder: Path) -> Counter:
         _put(root, "folder", "JPEGImages")
         _put(root, "filename", name)
         size = ElementTree.SubElement(root, "size")
-        height, width = picture.size
+        height, width = picture.known_size()
         for tag, value in (("width", width), ("height", height), ("depth", 3)):
             _put(size, tag, value)
         _put(root, "segmented", 0)
@@ -140,15 +140,17 @@ def _read_file(file, folder, there):
         problem = f"The file is no XML. Received: {error}."
         return Picture("", (), place=place, problem=problem)
     edges = [root.findtext(f"size/{side}") for side in ("height", "width")]
-    size, problem = tuple(map(_number, edges)), ""
-    if None in size or min(size) <= 0:
-        size = None
+    height, width = map(_number, edges)
+    size, problem = None, ""
+    if height is None or width is None or min(height, width) <= 0:
         problem = (
             "The picture lacks its size. Expected: <size> with <height> and "
             f"<width> in pixels. Received: {edges}."
         )
-    elif all(side.is_integer() for side in size):
-        size = tuple(map(int, size))
+    elif height.is_integer() and width.is_integer():
+        size = int(height), int(width)
+    else:
+        size = height, width
     annotations = tuple(
         _annotation(one, f"object {number}")
         for number, one in enumerate(root.iter("object"), 1)
@@ -170,17 +172,20 @@ def _name(root, place, there):
 def _annotation(one, place):
     label = (one.findtext("name") or "").strip()
     texts = [one.findtext(f"bndbox/{edge}") for edge in _EDGES]
-    box, problem = tuple(map(_number, texts)), ""
+    y1, x1, y2, x2 = map(_number, texts)
+    box = None
+    if y1 is not None and x1 is not None and y2 is not None and x2 is not None:
+        box = y1, x1, y2, x2
+    problem = ""
     if not label:
         problem = "The object has no name. Expected: <name>. Received: none."
-    elif None in box:
+    elif box is None:
         problem = f"The box is none. {_EXPECTED} Received: {texts}."
     extra = {
         field: int(text) if text.strip().isdigit() else text.strip()
         for field in _FIELDS
         if (text := one.findtext(field)) is not None
     }
-    box = None if None in box else box
     return Annotation(label, box, place=place, extra=extra, problem=problem)
 
 

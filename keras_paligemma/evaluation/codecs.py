@@ -1,31 +1,29 @@
-"""Which codec of masks a model's answers to RefCOCO are written in."""
+"""The mask codec that a model's RefCOCO answers are written in."""
 
-import os
+from pathlib import Path
 
 from keras_paligemma.presets import locate
 from keras_paligemma.tasks.mask_codec import MaskCodec
 
-# Widths of the text decoders that the card has numbers of.
+# Text decoder width to the model size that the card reports.
 SIZES = {2304: "3B", 3584: "10B", 4608: "28B"}
 _PUBLISHED = "gs://big_vision/paligemma/vae-oid.npz"
 
 
-def mask_codec(
-    hidden_dim: int, source: str | os.PathLike | None = None
-) -> MaskCodec:
-    """Read the codec of masks of a model.
+def mask_codec(hidden_dim: int, source: str | Path | None = None) -> MaskCodec:
+    """Return the mask codec of a model.
 
     Args:
         hidden_dim: int, width of the model's text decoder.
-        source: path or handle of a codec's file; `None` takes the embedded
-            one, which the nano preset has learned.
+        source: str or path, path or handle of a codec file; `None` takes the
+            embedded codec, which the nano preset was trained with.
 
     Returns:
         `MaskCodec`.
 
     Raises:
         ValueError: the model is of a published size, whose codes the embedded
-            codec would read as other masks, and no `source` is given.
+            codec would decode wrongly, and no `source` is given.
 
     Example:
 

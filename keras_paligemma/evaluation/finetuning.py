@@ -1,4 +1,4 @@
-"""A benchmark as what a fine-tune takes: settings, and examples."""
+"""Settings and training examples for fine-tuning on a benchmark."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ from keras_paligemma.tasks.answers import write_objects
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.tasks.objects import Object
 
-# Of the original's transfers, where a record says nothing else.
+# The original's transfer settings, unless a record overrides them.
 _COMMON = {"batch_size": 256, "label_smoothing": 0.0, "lora_rank": 0}
 _RESOLUTION = "448"
 
@@ -26,12 +26,13 @@ _RESOLUTION = "448"
 def settings_of(benchmark: Benchmark, image_size: int) -> dict[str, Any]:
     """Return the settings of the original's transfer.
 
-    Prompt and answer each get the text length, which the original gives both
-    together, so nothing that it could read is cut.
+    The original's text length covers prompt and response together. Here each
+    of the two gets it, so no text that fits the original is truncated.
 
     Args:
         benchmark: `Benchmark`.
-        image_size: int; from 448 pixels on the record's settings for 448.
+        image_size: int, pixels; at 448 and above, the record's settings for
+            448 apply.
 
     Returns:
         Dict of fields of `training.Settings`.
@@ -55,22 +56,22 @@ def settings_of(benchmark: Benchmark, image_size: int) -> dict[str, Any]:
 def for_run(
     name: str, given: Mapping[str, Any], masks: str | None = None
 ) -> tuple[dict[str, Any], "TrainingSource | None"]:
-    """Return what `finetune --benchmark` adds to the command line.
+    """Return the defaults and examples of `finetune --benchmark`.
 
     Args:
-        name: str, of a benchmark.
-        given: dict of the settings that the user gave: `preset`, `data`, and
-            others, which go before the record's.
-        masks: str, path or handle of the codec that RefCOCO's answers are
-            written in; see `codecs.mask_codec`.
+        name: str, name of a benchmark.
+        given: dict of the user's settings: `preset`, `data`, and others, which
+            override the record's.
+        masks: str, path or handle of the mask codec for RefCOCO's answers; see
+            `codecs.mask_codec`.
 
     Returns:
-        Dict of settings to stand behind those; and the examples of the
-        training split, or `None` where `data` is no folder, but a JSONL file.
+        Tuple of a dict of default settings, and the `TrainingSource` of the
+        training split, or `None` if `data` is a JSONL file.
 
     Raises:
-        ValueError: there is no such benchmark, no preset, or no training
-            split in the data.
+        ValueError: the benchmark is unknown, `given` lacks the preset or the
+            data, or the data has no training split.
     """
     from keras_paligemma.checkpoints import formats
 
@@ -85,7 +86,7 @@ def for_run(
     size = given.get("image_size") or config.image_size
     settings = settings_of(benchmark, size)
     if given.get("lora_rank"):
-        # Adapters leave all weights frozen anyway.
+        # With adapters, all other weights are frozen anyway.
         settings.pop("freeze", None)
     if Path(data).is_file():
         return settings, None
@@ -97,11 +98,11 @@ def for_run(
 
 
 def training_samples(benchmark: Benchmark, source: Any) -> Samples:
-    """Open what a fine-tune for a benchmark learns from.
+    """Open the training split of a benchmark.
 
-    Of ChartQA both kinds are, in proportion to their sizes, as in the original.
-    Of RefCOCO, + and g each is by itself: pictures that one of them learns from
-    are tested in another.
+    ChartQA's two kinds are mixed in proportion to their sizes, as in the
+    original. RefCOCO, RefCOCO+ and RefCOCOg are not mixed: training pictures
+    of one are test pictures of another.
 
     Args:
         benchmark: `Benchmark`.
@@ -111,8 +112,8 @@ def training_samples(benchmark: Benchmark, source: Any) -> Samples:
         `Samples` of the training split.
 
     Raises:
-        ValueError: the benchmark has none, or its answers are not text that
-            the data holds.
+        ValueError: the benchmark has no training split, or the data does not
+            contain the target text.
     """
     if benchmark.response is None and benchmark.metric != "refcoco":
         raise ValueError(
@@ -134,11 +135,11 @@ def training_samples(benchmark: Benchmark, source: Any) -> Samples:
 
 
 class TrainingSource:
-    """Samples as examples: pictures, prompts, and the answers to learn.
+    """Samples as training examples: images, prompts and responses.
 
     Args:
-        samples: `Samples`, such as `training_samples` gives.
-        codec: `MaskCodec`, in whose codes RefCOCO's answers are written.
+        samples: `Samples`, such as `training_samples` returns.
+        codec: `MaskCodec`, which encodes the masks in RefCOCO's responses.
 
     Example:
 
@@ -159,11 +160,11 @@ class TrainingSource:
 
     @property
     def pictures(self) -> int:
-        """Count the pictures, or the frames of a video, of one prompt."""
+        """Return the number of pictures, or video frames, of one prompt."""
         return self.samples.benchmark.pictures_of_a_prompt
 
     def where(self, index: int) -> str:
-        """Name the place of an example by its id."""
+        """Return the place of an example, by its id, for error messages."""
         return self.samples.where(index)
 
     def __getitem__(self, index):
@@ -183,7 +184,7 @@ class TrainingSource:
                 return write_objects([found], self.codec)
         answers = sample.truth[benchmark.response]
         several = isinstance(answers, list)
-        # One that many gave counts as often, as the original draws it.
+        # Repeated answers stay, so they are drawn as often as in the original.
         texts = [
             answer for answer in (answers if several else [answers]) if answer
         ]

@@ -1,6 +1,7 @@
-"""Official archives, unpacked, as records with our names of fields.
+"""Readers of unpacked official archives.
 
-A reader is a function of the folder, the split and the subset.
+A reader takes folder, split and subset, and returns a list of records with
+the benchmark's field names.
 """
 
 import hashlib
@@ -10,15 +11,15 @@ from pathlib import Path
 
 from keras_paligemma.metrics.needs import needed
 
-# As many of VQAv2's validation questions are the original's "minival".
+# Size of the original's "minival", a part of VQAv2's validation split.
 _MINIVAL = 10_240
 
 
 def read_json(folder: Path, *names: str):
-    """Read the first of the files that is there.
+    """Read the first of the files that exists.
 
     Raises:
-        ValueError: none is there, or it is not JSON.
+        ValueError: none exists, or the file is not JSON.
     """
     for name in names:
         path = folder / name
@@ -36,8 +37,8 @@ def read_json(folder: Path, *names: str):
 def vqav2(folder, split, subset=None):
     """VQAv2: `v2_OpenEnded_mscoco_val2014_questions.json` and so on.
 
-    The original's minival is the last 10,240 questions in the order of its
-    TensorFlow Datasets file, which sorts by a hash: the same ones are taken.
+    The original's minival is the last 10,240 questions of TensorFlow Datasets,
+    which orders them by a hash. The same order is computed here.
     """
     part = {"minival": "val", "validation": "val"}.get(split, split)
     prefix = "v2_OpenEnded_mscoco_"
@@ -121,8 +122,8 @@ def chartqa(folder, split, subset=None):
 def science_qa(folder, split, subset=None):
     """ScienceQA: `problems.json`, `pid_splits.json`, `test/ID/image.png`.
 
-    As in the original, questions without a picture are left out, and one
-    without a hint has "N/A" for it.
+    As in the original, questions without a picture are skipped, and a missing
+    hint is "N/A".
     """
     problems = read_json(folder, "problems.json")
     records = []
@@ -146,7 +147,7 @@ def science_qa(folder, split, subset=None):
 
 
 def nlvr2(folder, split, subset=None):
-    """NLVR2: `data/test1.json`, a sample a line, and `test1/`."""
+    """NLVR2: `data/test1.json`, one sample per line, and `test1/`."""
     part = {"test": "test1"}.get(split, split)
     path = folder / "data" / f"{part}.json"
     if not path.is_file():
@@ -157,7 +158,7 @@ def nlvr2(folder, split, subset=None):
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
-        # Sentences of one pair differ by the last number.
+        # Sentences about the same pair differ in the last number.
         pair = entry["identifier"].rpartition("-")[0]
         places = [folder / part, folder / "images" / part]
         place = next((some for some in places if some.is_dir()), places[0])
@@ -175,14 +176,14 @@ def nlvr2(folder, split, subset=None):
 
 
 def tallyqa(folder, split, subset=None):
-    """TallyQA: `test.json`, and pictures of Visual Genome and COCO."""
+    """TallyQA: `test.json`, and the pictures of Visual Genome and COCO."""
     return [
         {
             "id": entry["question_id"],
             "images": str(folder / entry["image"]),
             "question": entry["question"],
             "answers": str(entry["answer"]),
-            # Visual Genome's part of the training split has no such label.
+            # Missing for Visual Genome's part of the training split.
             "simple": int(entry.get("issimple", -1)),
         }
         for entry in read_json(folder, f"{split}.json")
@@ -192,8 +193,9 @@ def tallyqa(folder, split, subset=None):
 def coco_captions(folder, split, subset=None):
     """COCO's captions: Karpathy's `dataset_coco.json`, `val2014/`.
 
-    Without that file COCO's own split, `annotations/captions_val2014.json`,
-    whose values are not comparable with the card's.
+    Without that file, COCO's own split is read from
+    `annotations/captions_val2014.json`; its values are not comparable with the
+    card's.
     """
     if not (folder / "dataset_coco.json").is_file():
         name = f"captions_{split}2014.json"
@@ -222,7 +224,7 @@ def coco_captions(folder, split, subset=None):
 
 
 def xm3600(folder, split, subset=None):
-    """XM3600: `captions.jsonl`, a picture a line, and `images/`."""
+    """XM3600: `captions.jsonl`, one picture per line, and `images/`."""
     path = folder / "captions.jsonl"
     if not path.is_file():
         raise ValueError(
@@ -250,8 +252,8 @@ def xm3600(folder, split, subset=None):
 def refcoco(folder, split, subset):
     """RefCOCO, + and g: `refcoco/refs(unc).p`, `refcoco/instances.json`.
 
-    A sample is one expression for one object. The file of expressions is a
-    pickle: only lists, dictionaries, numbers and text are read from it.
+    A sample is one referring expression of one object. The expressions are a
+    pickle, from which only lists, dicts, numbers and text are read.
     """
     codec = needed("pycocotools.mask", "Masks of RefCOCO")
     name, _, who = subset.rstrip(")").partition("(")
@@ -291,7 +293,7 @@ def refcoco(folder, split, subset):
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads plain values; a pickle of anything else could run code."""
+    """Unpickle plain values only: any other pickle could run code."""
 
     def find_class(self, module, name):
         raise ValueError(

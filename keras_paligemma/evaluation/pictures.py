@@ -1,4 +1,4 @@
-"""Frames of a video, and the mark that WidgetCap's pictures have."""
+"""Frames of a video, and the red box of WidgetCap's pictures."""
 
 import os
 from collections.abc import Sequence
@@ -12,24 +12,24 @@ from keras_paligemma.preprocessing.images import read_image
 
 
 def pick_frames(video: Any, count: int, stride: int) -> list:
-    """Take frames of a video: the first, and every so many behind it.
+    """Sample frames of a video at a fixed stride, starting with the first.
 
-    Of a video that is too short the frames that it has are repeated from its
-    beginning, as the original does.
+    The frames of a video that is too short are repeated from the beginning, as
+    in the original.
 
     Args:
-        video: list of frames, array (frames, height, width, 3), path of a
-            folder of pictures, whose order is that of their names, or of an
+        video: list of frames; array (frames, height, width, 3); path of a
+            folder of pictures, which are sorted by name; or path of an
             animated picture (GIF, WebP, APNG).
-        count: int.
-        stride: int.
+        count: int, number of frames.
+        stride: int, frames from one to the next.
 
     Returns:
         List of `count` pictures.
 
     Raises:
-        ValueError: there is no frame, or the file is a film, which another
-            program has to cut into pictures.
+        ValueError: there are no frames, or the file is not a picture, such as
+            an MP4 film, whose frames have to be extracted first.
 
     Example:
 
@@ -66,15 +66,15 @@ def _frames(video):
 
 
 def draw_red_box(image: Any, box: Sequence[float]) -> Image.Image:
-    """Mark a part of a picture, as WidgetCap's prompts do.
+    """Mark a region of a picture with a red box, as WidgetCap's task has it.
 
     Args:
         image: as `read_image` takes it.
-        box: (y1, x1, y2, x2) as shares of the picture.
+        box: floats (y1, x1, y2, x2), relative to the picture's size.
 
     Returns:
-        `PIL.Image.Image`, with a line that is a pixel wide once the picture
-        is 224 pixels.
+        `PIL.Image.Image`; the line is one pixel wide after resizing to 224
+        pixels.
     """
     picture = Image.fromarray(read_image(image))
     width, height = picture.size

@@ -1,4 +1,4 @@
-"""Answers to all samples, batch by batch, on all devices and hosts."""
+"""Predictions of all samples, batch by batch, on all devices and hosts."""
 
 import contextlib
 import os
@@ -9,50 +9,61 @@ from keras_paligemma.data.examples import ExampleError
 from keras_paligemma.data.examples import located
 from keras_paligemma.evaluation import predictions as files
 
-PREDICTIONS = "predictions.jsonl"
-
 
 def predict(
-    model, benchmark, samples, output, batch_size, shard=(0, 1), progress=True
+    model,
+    benchmark,
+    samples,
+    path,
+    batch_size,
+    shard=(0, 1),
+    progress=True,
+    on_error=None,
 ) -> None:
-    """Answer all samples that have no prediction in `output` yet.
+    """Predict all samples that have no prediction in a file yet.
 
     Args:
-        model, benchmark, samples, output, batch_size, shard, progress: as
-            `evaluate` takes them, of this host.
+        path: `pathlib.Path` of the file.
+        model, benchmark, samples, batch_size, shard, progress: as `evaluate`
+            takes them, on this host.
+        on_error: function of a sample's index and the error of its picture or
+            prompt, whose prediction becomes ""; `None` raises the error.
+
+    Raises:
+        ExampleError: a sample cannot be read, without `on_error`.
     """
     index, parts = shard
     own = _rows_of(len(samples), batch_size, index, parts)
     ids = [samples.ids[row] for row in own]
     steps = -(-len(samples) // (batch_size * parts))
-    path = output / PREDICTIONS
+    together = path
     if parts > 1:
         if path.is_file():
             return
-        path = output / f"predictions-{index}-of-{parts}.jsonl"
+        path = _part(together, index, parts)
     done = files.resume(path, ids, batch_size)
-    # All hosts compute together, so they begin at a batch that none has.
+    # Hosts compute each batch together, so all start where the slowest stopped.
     begun = compat.least(steps if done == len(ids) else done // batch_size)
     files.resume(path, ids, batch_size, begun * batch_size)
     bar = _bar(benchmark, steps, progress)
-    with _decoding(model, benchmark.beams), bar as advance:
+    with bar as advance:
         advance(begun)
         for step in range(begun, steps):
             rows = own[step * batch_size : (step + 1) * batch_size]
-            # The last batch is filled up: one shape is compiled once.
+            # The last batch is padded, so that only one shape is compiled.
             fill = rows or [len(samples) - 1]
             padded = (rows + fill * batch_size)[:batch_size]
-            texts = _answers(model, benchmark, samples, padded)
+            texts = _answers(model, benchmark, samples, padded, on_error)
             pairs = zip((samples.ids[row] for row in rows), texts, strict=False)
             if _writes(parts):
                 files.append(path, pairs)
             advance(1)
     if parts > 1:
-        _merge(output, samples.ids, parts)
+        _merge(together, samples.ids, parts)
 
 
 def _rows_of(count, batch_size, index, parts):
-    """Numbers of the samples of one part: its piece of each batch of all."""
+    """Return the rows of one part: its slice of each global batch."""
     step = batch_size * parts
     return [
         row
@@ -61,70 +72,88 @@ def _rows_of(count, batch_size, index, parts):
     ]
 
 
-def _answers(model, benchmark, samples, rows):
-    """Answer some samples; a picture that fails is named by its id."""
-    found = [samples[row] for row in rows]
-    inputs = {
+def _answers(model, benchmark, samples, rows, on_error):
+    """Predict some samples; an error names the sample that caused it."""
+    options = {"max_new_tokens": benchmark.text_length}
+    beams = {} if benchmark.beams == 1 else {"beams": benchmark.beams}
+    try:
+        found = [samples[row] for row in rows]
+        return model.generate(_inputs(found), **options, **beams)
+    except ValueError as error:
+        found = {row: _readable(model, samples, row, options) for row in rows}
+        errors = {
+            row: read
+            for row, read in found.items()
+            if isinstance(read, ExampleError)
+        }
+        if not errors:
+            raise ExampleError(
+                f"{samples.where(rows[0])} and those behind it: {error}"
+            ) from error
+        if on_error is None:
+            raise next(iter(errors.values())) from error
+    for row, error in errors.items():
+        on_error(row, error)
+    good = [row for row in rows if row not in errors]
+    if not good:
+        return [""] * len(rows)
+    # Padded to the same size, for which the program is compiled already.
+    padded = (good + good[:1] * len(rows))[: len(rows)]
+    texts = model.generate(
+        _inputs([found[row] for row in padded]), **options, **beams
+    )
+    by_row = dict(zip(padded, texts, strict=True))
+    return [by_row.get(row, "") for row in rows]
+
+
+def _readable(model, samples, row, options):
+    """Return a sample if `generate` can read it, else its error."""
+    try:
+        with located(samples.where(row)):
+            sample = samples[row]
+            model.preprocessor.generate_preprocess(_inputs([sample]), **options)
+    except ExampleError as error:
+        return error
+    return sample
+
+
+def _inputs(found):
+    return {
         "images": [sample.images for sample in found],
         "prompts": [sample.prompt for sample in found],
     }
-    try:
-        return model.generate(inputs, max_new_tokens=benchmark.text_length)
-    except ValueError as error:
-        for row, sample in zip(rows, found, strict=True):
-            with located(samples.where(row)):
-                model.preprocessor.generate_preprocess(
-                    {"images": sample.images, "prompts": sample.prompt},
-                    max_new_tokens=benchmark.text_length,
-                )
-        raise ExampleError(
-            f"{samples.where(rows[0])} and those behind it: {error}"
-        ) from error
-
-
-@contextlib.contextmanager
-def _decoding(model, beams):
-    """Search with beams meanwhile; with one, as the model is compiled."""
-    if beams == 1:
-        yield
-        return
-    import keras_hub
-
-    before = model.sampler, model.generate_function
-    model.sampler = keras_hub.samplers.BeamSampler(beams)
-    model.generate_function = None
-    try:
-        yield
-    finally:
-        model.sampler, model.generate_function = before
 
 
 def _writes(parts):
-    """Whether this process is the first of those that share its part."""
+    """Return whether this process is the first of those with the same part."""
     index, count = compat.process()
     return index % max(count // parts, 1) == 0
 
 
-def _merge(output, ids, parts):
-    """Put the files of all hosts into one, in the order of the samples."""
+def _part(path, index, parts):
+    return path.with_name(f"{path.stem}-{index}-of-{parts}{path.suffix}")
+
+
+def _merge(path, ids, parts):
+    """Merge the files of all hosts, in the order of the samples."""
     compat.wait_for_all("predictions of all parts")
     if compat.process()[0] == 0:
         found = {}
         for index in range(parts):
-            part = output / f"predictions-{index}-of-{parts}.jsonl"
+            part = _part(path, index, parts)
             if part.is_file():
                 found |= files.read_predictions(part)
         files.check_predictions(found, ids)
-        draft = output / f".{PREDICTIONS}"
+        draft = path.with_name(f".{path.name}")
         draft.unlink(missing_ok=True)
         files.append(draft, ((id, found[id]) for id in ids))
-        os.replace(draft, output / PREDICTIONS)
+        os.replace(draft, path)
     compat.wait_for_all("predictions in one file")
 
 
 @contextlib.contextmanager
 def _bar(benchmark, steps, shown):
-    """Show how far the run is and how long it takes, where someone looks on."""
+    """Show a progress bar if standard error is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn
     from rich.progress import MofNCompleteColumn

@@ -1,4 +1,4 @@
-"""Predictions in a file that a killed run can go on with."""
+"""The file of predictions, from which a killed run resumes."""
 
 import json
 import os
@@ -14,13 +14,13 @@ def read_predictions(path: str | os.PathLike[str]) -> dict[str, str]:
     """Read a file of predictions.
 
     Args:
-        path: of a JSONL file, {"id": …, "prediction": …} a line.
+        path: path of a JSONL file with one {"id": …, "prediction": …} per line.
 
     Returns:
         Dict of ids to predictions, in the order of the file.
 
     Raises:
-        ValueError: a line is no prediction, or an id occurs twice.
+        ValueError: a line is not a prediction, or an id occurs twice.
     """
     pairs = []
     with open(path, "rb") as file:
@@ -33,7 +33,7 @@ def read_predictions(path: str | os.PathLike[str]) -> dict[str, str]:
 def check_predictions(
     predictions: Mapping[str, str], ids: Sequence[str]
 ) -> None:
-    """Refuse predictions that are not those of the samples.
+    """Check that there is exactly one prediction for each sample.
 
     Raises:
         ValueError: ids without a prediction, or predictions of unknown ids.
@@ -51,20 +51,20 @@ def check_predictions(
 def resume(
     path: Path, ids: Sequence[str], whole: int, most: int | None = None
 ) -> int:
-    """Cut a file to the rows that a run goes on behind.
+    """Truncate a file to the whole batches that a run resumes after.
 
-    A kill may leave a line without its end, or a part of a batch. Both are cut
-    off, so that batches are the same as those of a run that was never killed.
+    A killed run may leave an incomplete line or batch. Both are cut off, so
+    that the batches are those of a run that was never killed.
 
     Args:
-        path: of the file, which may be missing.
-        ids: of the run's samples, in order.
-        whole: int, rows of a batch; how many rows are kept divides by it, or
-            all are there.
-        most: int, at most so many rows are kept.
+        path: path of the file, which may be missing.
+        ids: list of str, ids of the run's samples, in order.
+        whole: int, rows per batch; unless all rows are there, a multiple of it
+            is kept.
+        most: int, largest number of rows to keep; `None` for all.
 
     Returns:
-        Int, how many rows are there.
+        int, number of rows kept.
 
     Raises:
         ValueError: the file holds rows of another run.
@@ -72,7 +72,7 @@ def resume(
     if not path.is_file():
         return 0
     data = path.read_bytes()
-    # What follows the last line's end was being written.
+    # Anything after the last newline is an incomplete line.
     *lines, _ = data.split(b"\n")
     found = [
         _parse(line, f"{path}, line {number}")[0]
@@ -100,12 +100,12 @@ def resume(
 
 
 def append(path: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """Write rows behind the others, and wait until they are on the disk."""
+    """Append rows, and wait until they are on the disk."""
     lines = [
         json.dumps({"id": id, "prediction": text}, ensure_ascii=False) + "\n"
         for id, text in rows
     ]
-    # Half of a character that a model wrote is no UTF-8.
+    # A model can write half of a character, which is not valid UTF-8.
     data = "".join(lines).encode("utf-8", "backslashreplace")
     with open(path, "ab") as file:
         file.write(data)
@@ -115,8 +115,8 @@ def append(path: Path, rows: Iterable[tuple[str, str]]) -> None:
 
 def _parse(line, place):
     try:
-        one = json.loads(line)
-        id, text = one["id"], one["prediction"]
+        record = json.loads(line)
+        id, text = record["id"], record["prediction"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{place} is no prediction. Expected: "

@@ -1,4 +1,4 @@
-"""Records of data sets, whose fields get our names as they are read."""
+"""Records of data sets, with fields renamed as they are read."""
 
 import bisect
 import itertools
@@ -13,13 +13,13 @@ _PATH = re.compile(r"([^.\[\]]+)(?:\[([^\[\]]+)\])?")
 
 
 class Mapped(Sequence):
-    """Records of a published data set, whose fields get our names.
+    """Records of a published data set, with our field names.
 
     Args:
-        dataset: of Hugging Face, TensorFlow Datasets, or a list: an object of
-            a length and of `[index]`, which gives dictionaries.
-        fields: dict of our names to paths; of pictures a list of paths where
-            a prompt has several.
+        dataset: data set of Hugging Face or TensorFlow Datasets, or a list: an
+            object with a length whose `[index]` is a dict.
+        fields: dict of our names to paths, see `at_path`; a list of paths for
+            several pictures per prompt.
     """
 
     def __init__(self, dataset: Any, fields: Mapping):
@@ -42,12 +42,13 @@ class Mapped(Sequence):
 
 
 class Picked(Sequence):
-    """Some records of several sequences, read when they are asked for.
+    """Selected records of several sequences, read on access.
 
     Args:
-        parts: sequences of records.
-        rows: numbers in all of them together; `None` takes all.
-        shared: dicts of fields that all records of a part have, one a part.
+        parts: list of sequences of records.
+        rows: sequence of int, indices into the concatenated parts; `None`
+            takes all.
+        shared: list of dicts, one per part, of fields to add to its records.
     """
 
     def __init__(self, parts, rows=None, shared=None):
@@ -69,21 +70,22 @@ class Picked(Sequence):
 def at_path(example: Mapping, path: str) -> Any:
     """Follow a path into an example.
 
-    A name that has a slash or a full stop in itself, as TFDS's "image/id",
-    goes before its parts. Of a list of structures, or a structure of lists,
-    the parts are listed. "choices[answer]" takes the entry of a list that
-    another field numbers.
+    "a.b" and "a/b" are field b of field a, unless a field has that whole name,
+    such as TFDS's "image/id". In a list of structures, the path is followed in
+    each of them. "choices[answer]" is the entry of the list `choices` whose
+    index is the field `answer`.
 
     Args:
-        example: dict.
+        example: dict, one record.
         path: str.
 
     Returns:
-        Python values in place of bytes and NumPy's scalars and lists; arrays
-        of more dimensions, which are pictures, as they are.
+        The value, with bytes decoded as UTF-8 where possible, and NumPy
+        scalars and 1-D arrays as Python values. Arrays of more dimensions,
+        which are pictures, are returned unchanged.
 
     Raises:
-        ValueError: there is no such field, with those that there are.
+        ValueError: there is no such field; the message lists those there are.
 
     Example:
 
@@ -114,12 +116,12 @@ def at_path(example: Mapping, path: str) -> Any:
     return [at_path(item, rest) for item in value]
 
 
-def _plain(value):
+def _plain(value) -> Any:
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:
-            return value  # An encoded picture.
+            return value  # Not text: an encoded picture.
     if isinstance(value, Mapping) and {"bytes", "path"} >= value.keys():
         return value.get("bytes") or value.get("path")
     if isinstance(value, np.ndarray) and value.ndim <= 1:

@@ -1,4 +1,4 @@
-"""The benchmarks as data: one record a row of the model card."""
+"""The benchmarks as data: one record per row of the model card."""
 
 import dataclasses
 import difflib
@@ -15,47 +15,47 @@ _FILE = Path(__file__).parent / "benchmarks.toml"
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """What it takes to run one row of the model card.
+    """Everything needed to run one row of the model card.
 
     Args:
-        name: str, as the command line takes it.
-        task: str, the task that rows share.
-        title: str, the row of the card.
-        kind: str, the kind of task, such as "question" or "chart".
-        prompt: str, in which `{field}` stands for a field of the sample.
-        metric: str, a function of `keras_paligemma.metrics`.
-        value: str, which of the metric's values the card reports.
-        split: str, which part of the data; `{language}` where each language
-            has one.
-        text_length: int, tokens of the longest prompt, and of the longest
-            answer, as the original pads them.
-        fields: dict of what we call a field to its path in a published data
-            set.
+        name: str, name on the command line.
+        task: str, task, which several rows may share.
+        title: str, the row's title on the card.
+        kind: str, kind of task, such as "question" or "chart".
+        prompt: str, template in which `{field}` is a field of the sample.
+        metric: str, name of a function of `keras_paligemma.metrics`.
+        value: str, the metric's value that the card reports.
+        split: str, split of the data; contains `{language}` if each language
+            has its own.
+        text_length: int, tokens; longest prompt and longest response, as the
+            original pads them.
+        fields: dict of our field names to paths in a published data set.
         data: str, where to get the data.
-        card: dict of a value to a dict of a column to the card's number; nan
+        card: dict of values to dicts of columns to the card's numbers; nan
             where the card has none.
-        scale: number that makes ours comparable with the card's.
-        arguments: dict, for the metric.
-        response: str, the field that a fine-tune learns to answer, or `None`
-            where that takes more than the data.
-        lower_answers: bool, whether a fine-tune learns them in lower case.
-        train_split: str or `None`.
-        layout: str, the reader of the official archive, or `None`.
-        subset: str, the part of the archive that is scored, or `None`.
-        tfds: str, the original's name of the data set, or `None`.
-        tfds_split: str, where the original calls the split otherwise.
-        hugging_face: str, a data set of the hub, or `None`.
-        pictures: int, pictures of one prompt.
-        frames: int, frames of a video, or `None`.
-        stride: int, from one frame to the next.
-        beams: int; 1 decodes greedily.
-        languages: tuple of str, the languages that count, or none.
-        average_over: str, a field: the metric is computed for each of its
-            values, and the mean of these reported.
-        answer_form: str, what right answers are put into, or `None`.
-        answer_words: dict of a right answer to the word for it.
-        judges: tuple of values that need a judge, see `metrics.judged`.
-        finetune: dict, settings of the transfer; under "448" what differs.
+        scale: float, factor from the metric's value to the card's unit.
+        arguments: dict, keyword arguments of the metric.
+        response: str, field that holds the target text of a fine-tune; `None`
+            if the data does not contain it.
+        lower_answers: bool, whether that text is lowered.
+        train_split: str, split for training, or `None`.
+        layout: str, reader of the official archive, or `None`.
+        subset: str, part of the archive that is scored, or `None`.
+        tfds: str, the original's name in TensorFlow Datasets, or `None`.
+        tfds_split: str, the split's name there, if it differs.
+        hugging_face: str, name of a data set on the hub, or `None`.
+        pictures: int, pictures per prompt.
+        frames: int, frames per video, or `None`.
+        stride: int, frames from one that is used to the next.
+        beams: int, number of beams; 1 decodes greedily.
+        languages: tuple of str, languages that are scored; empty for all.
+        average_over: str, a field; the metric is computed for each of its
+            values, and their mean is reported.
+        answer_form: str, template of reference answers, or `None`.
+        answer_words: dict of reference answers to words that replace them.
+        judges: tuple of str, values that need a judge, see `metrics.judged`.
+        finetune: dict, settings of the transfer; "448" holds what differs at
+            448 pixels.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Benchmark:
 
     @property
     def pictures_of_a_prompt(self) -> int:
-        """Count the pictures, or the frames of a video, of one prompt."""
+        """Return the number of pictures, or video frames, of one prompt."""
         return self.frames or self.pictures
 
     def card_numbers(self, column: str | None) -> dict[str, float]:
@@ -103,10 +103,13 @@ class Benchmark:
             column: str, one of `COLUMNS`, or `None`.
 
         Returns:
-            Dict of a value to a number, of those that the card has. The
-            additional benchmarks name a size and no resolution.
+            Dict of values to numbers, without those that the card lacks. For
+            the card's additional benchmarks a column is a size, without the
+            resolution.
         """
-        names = (column, column and column.partition("-")[2])
+        if column is None:
+            return {}
+        names = (column, column.partition("-")[2])
         found = {}
         for value, numbers in self.card.items():
             for name in names:
@@ -148,11 +151,14 @@ def find_benchmark(name: str | Benchmark) -> Benchmark:
     """Find a record by its name.
 
     Args:
-        name: str, where "-" and capitals do not matter; or a `Benchmark`,
-            which is given back.
+        name: str, in which "-", "_" and spaces are the same, as are upper and
+            lower case; or a `Benchmark`, which is returned unchanged.
+
+    Returns:
+        `Benchmark`.
 
     Raises:
-        ValueError: there is none, with the nearest names.
+        ValueError: the name is unknown; the message lists similar names.
 
     Example:
 

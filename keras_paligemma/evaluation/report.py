@@ -1,4 +1,4 @@
-"""The report of a run: numbers beside the card's, the worst answers seen."""
+"""The report of a run: values beside the card's, and the worst answers."""
 
 import base64
 import html
@@ -48,7 +48,7 @@ def write_report(result, samples, predictions, worst) -> None:
         result: `Evaluation`.
         samples: `Samples`.
         predictions: dict of ids to texts.
-        worst: numbers of the samples to show.
+        worst: list of int, indices of the samples to show.
     """
     benchmark = result.benchmark
     facts = {
@@ -104,7 +104,7 @@ def write_report(result, samples, predictions, worst) -> None:
 
 
 def _figure(sample, text):
-    """One answer: its pictures, with boxes where it has some, and words."""
+    """Return the HTML of one prediction, with its boxes in the picture."""
     several = isinstance(sample.images, (list, tuple))
     pictures = sample.images if several else [sample.images]
     objects = read_objects(text)
@@ -133,7 +133,7 @@ def _figure(sample, text):
 
 
 def _embedded(picture):
-    """Put a small picture into the page, which then is one file."""
+    """Return a thumbnail as a data URI, so that the page is one file."""
     picture = picture.convert("RGB")
     picture.thumbnail((_SIDE, _SIDE))
     file = io.BytesIO()
@@ -148,6 +148,6 @@ def _number(value):
 
 def _replace(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}")
-    # Half of a character that a model wrote is no UTF-8.
+    # A model can write half of a character, which is not valid UTF-8.
     draft.write_bytes(text.encode("utf-8", "backslashreplace"))
     os.replace(draft, path)

@@ -1,4 +1,4 @@
-"""A benchmark run: predict, survive a kill, score, report."""
+"""Run a benchmark: predict, resume if killed, score, report."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,6 @@ from typing import Any
 from keras_paligemma import compat
 from keras_paligemma.evaluation.codecs import SIZES
 from keras_paligemma.evaluation.codecs import mask_codec
-from keras_paligemma.evaluation.predicting import PREDICTIONS
 from keras_paligemma.evaluation.predicting import predict
 from keras_paligemma.evaluation.predictions import read_predictions
 from keras_paligemma.evaluation.registry import Benchmark
@@ -25,23 +24,24 @@ from keras_paligemma.evaluation.scoring import truth_columns
 from keras_paligemma.evaluation.sources import open_samples
 from keras_paligemma.metrics.judges import JUDGES
 
-# Values of a weight that the fingerprint of a model takes in.
+PREDICTIONS = "predictions.jsonl"
+# Largest weight, in values, that a model's fingerprint includes.
 _SMALL = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a run found.
+    """The result of a run.
 
     Args:
         benchmark: `Benchmark`.
-        samples: int, how many.
-        values: dict of a value to ours, on the card's scale.
-        intervals: dict of a value to (low, high), 95 % of a bootstrap.
-        card: dict of a value to the card's number, of those that it has.
-        column: str, the card's column, or `None` of a model that is not in it.
-        limited: bool, whether only the first samples were taken.
-        output: `pathlib.Path` of the folder with predictions and report.
+        samples: int, number of samples.
+        values: dict of names to floats, on the card's scale.
+        intervals: dict of names to (low, high), 95 % bootstrap intervals.
+        card: dict of names to the card's numbers, where it has them.
+        column: str, the model's column of the card, or `None`.
+        limited: bool, whether only the first samples were used.
+        output: `pathlib.Path`, folder of predictions and report.
     """
 
     benchmark: Benchmark
@@ -55,7 +55,7 @@ class Evaluation:
 
     @property
     def unjudged(self) -> list[str]:
-        """Name the card's values for which there was no judge."""
+        """Return the names of the card's values that no judge has scored."""
         return [n for n in self.benchmark.judges if n not in self.values]
 
     def __str__(self):
@@ -92,42 +92,42 @@ def evaluate(
     shard: tuple[int, int] = (0, 1),
     worst: int = 12,
     progress: bool = True,
-) -> Evaluation:
+) -> Evaluation | None:
     """Run a benchmark of the model card.
 
-    Predictions go to `output`/predictions.jsonl batch by batch, in the order
-    of the samples, and are on the disk before the next batch begins. The same
-    call goes on where a killed one stopped. At the end `output`/results.json
-    and `output`/report.html are written.
+    Predictions are appended to `output`/predictions.jsonl batch by batch, in
+    the order of the samples, and are on the disk before the next batch starts.
+    The same call resumes a killed run. At the end, `output`/results.json and
+    `output`/report.html are written.
 
-    Where a distribution of `keras.distribution` is active, a batch's rows are
-    split over its devices. Several hosts write a file each, into a folder that
-    all see; the first puts them together.
+    If a `keras.distribution` is active, each batch is split over its devices.
+    With several hosts, each writes a file of its own into `output`, which all
+    must share; the first host merges them.
 
     Args:
         model: `PaliGemmaCausalLM`, fine-tuned for the benchmark: the card's
             numbers are of such models.
-        benchmark: name of `benchmarks()`, or a `Benchmark`.
+        benchmark: str, name in `benchmarks()`, or a `Benchmark`.
         source: folder or data set, as `open_samples` takes it.
-        output: folder of this run.
-        batch_size: int, prompts at a time, of this host.
-        limit: int, only so many of the first samples.
-        split: str, another than the benchmark's.
-        decode: function of mask codes to masks, for RefCOCO; `None` that of
-            the embedded codec, where the model is not of a published size.
-        judges: dict of a value to its judge, see `metrics.judged`.
-        shard: (index, count) of this host's part of each batch, such as
-            `distribution.data_shard()` gives.
-        worst: int, answers that the report shows.
-        progress: bool, show a bar where someone looks on.
+        output: path, folder of this run.
+        batch_size: int, prompts per batch on this host.
+        limit: int, use only the first `limit` samples.
+        split: str, split to use instead of the benchmark's.
+        decode: function of mask codes to masks, for RefCOCO; `None` takes the
+            embedded codec's, unless the model is of a published size.
+        judges: dict of value names to judges, see `metrics.judged`.
+        shard: tuple (index, count), this host's part of each batch, such as
+            `sharding.data_shard()` returns.
+        worst: int, number of answers in the report.
+        progress: bool, whether to show a bar if standard error is a terminal.
 
     Returns:
-        `Evaluation`; on hosts other than the first `None`.
+        `Evaluation`; `None` on all hosts but the first.
 
     Raises:
-        ValueError: what is wrong with data or output, with ids, before
-            anything is predicted; an `ExampleError` of a picture that cannot
-            be read, when its batch comes.
+        ValueError: data or output are not usable, before anything is
+            predicted; the message lists ids.
+        ExampleError: a picture cannot be read, when its batch is predicted.
 
     Example:
 
@@ -152,17 +152,18 @@ def evaluate(
     on_card = split in (None, benchmark.split)
     benchmark = benchmark if on_card else replace(benchmark, split=split)
     _keep_settings(output, benchmark, samples, model)
-    predict(model, benchmark, samples, output, batch_size, shard, progress)
+    path = output / PREDICTIONS
+    predict(model, benchmark, samples, path, batch_size, shard, progress)
     if compat.process()[0]:
         return None
-    predictions = read_predictions(output / PREDICTIONS)
+    predictions = read_predictions(path)
     scores = score(benchmark, predictions, samples, decode, judges)
     column = card_column(model)
     scale = benchmark.scale
     result = Evaluation(
         benchmark,
         len(samples),
-        {name: scale * one for name, one in scores.values().items()},
+        {name: scale * value for name, value in scores.values().items()},
         {
             name: (scale * low, scale * high)
             for name, (low, high) in scores.intervals().items()
@@ -177,7 +178,7 @@ def evaluate(
 
 
 def card_column(model: Any) -> str | None:
-    """Name the card's column of a model, "448-3B", or `None` of another."""
+    """Return the card's column of a model, such as "448-3B", or `None`."""
     backbone = model.backbone
     size = SIZES.get(backbone.text_config.hidden_dim)
     if size is None or backbone.image_size not in (224, 448):
@@ -186,7 +187,7 @@ def card_column(model: Any) -> str | None:
 
 
 def _check_data(benchmark, samples, decode):
-    """Say all that is wrong with the data before an hour of predictions."""
+    """Raise for missing pictures or answers before anything is predicted."""
     missing = samples.missing_pictures()
     if missing:
         raise ValueError(
@@ -198,10 +199,10 @@ def _check_data(benchmark, samples, decode):
 
 
 def fingerprint(model: Any) -> str:
-    """Tell two models apart by their small weights: norms, biases, adapters.
+    """Hash a model's small weights: norms, biases, adapters.
 
-    No training leaves all of these as they were, and of a 28b model they are
-    megabytes. Every process must ask, since shards are gathered.
+    Any training changes some of them, and even those of a 28b model are only
+    megabytes. Every process must call this, since shards are gathered.
 
     Args:
         model: `PaliGemmaCausalLM`.
@@ -218,7 +219,7 @@ def fingerprint(model: Any) -> str:
 
 
 def _keep_settings(output, benchmark, samples, model):
-    """Write what the run is, or refuse a folder that holds another one."""
+    """Write the run's settings; raise if the folder holds another run."""
     listed = hashlib.sha256("\n".join(samples.ids).encode()).hexdigest()
     here = {
         "benchmark": benchmark.name,

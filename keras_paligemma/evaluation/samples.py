@@ -1,4 +1,4 @@
-"""Samples of a benchmark: pictures, a prompt, and what is right."""
+"""Samples of a benchmark: pictures, a prompt, and the ground truth."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ from keras_paligemma.data.examples import located
 from keras_paligemma.evaluation.records import Picked
 from keras_paligemma.evaluation.registry import Benchmark
 
-# What lists of choices in a prompt are joined by, as the original does.
+# The original's separator of a list of choices in a prompt.
 _BETWEEN_CHOICES = " \t "
 
 
@@ -23,7 +23,7 @@ class Sample:
         id: str, unique in its split.
         images: a picture, or a list of pictures or frames.
         prompt: str.
-        truth: dict of the fields that a metric or a fine-tune asks for.
+        truth: dict of the fields that metrics and fine-tunes use.
     """
 
     id: str
@@ -33,16 +33,16 @@ class Sample:
 
 
 class Samples:
-    """Samples of a benchmark, each made when it is asked for.
+    """Samples of a benchmark, each created on access.
 
     Args:
         benchmark: `Benchmark`.
-        records: sequence of dictionaries with the benchmark's fields: `id`,
-            `images`, those of the prompt, and those that are right.
-        place: str, what an error calls the data.
+        records: sequence of dicts with the benchmark's fields: `id`, `images`,
+            those of the prompt, and the ground truth.
+        place: str, name of the data in error messages.
 
     Raises:
-        ValueError: there are none, or ids that two have.
+        ValueError: there are no samples, or an id occurs twice.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Samples:
         return len(self.records)
 
     def where(self, index: int) -> str:
-        """Name the place of a sample by its id."""
+        """Return the place of a sample, by its id, for error messages."""
         return f"{self.place}, id {self.ids[index]!r}"
 
     def __getitem__(self, index: int) -> Sample:
@@ -83,12 +83,12 @@ class Samples:
             )
 
     def truth(self, index: int) -> dict[str, Any]:
-        """Return what is right of a sample, without its pictures."""
+        """Return a sample's ground truth, without reading its pictures."""
         with located(self.where(index)):
             return self._truth(dict(self.records[index]))
 
     def first(self, limit: int) -> "Samples":
-        """Return the first samples alone, at most so many."""
+        """Return the first `limit` samples, or all if there are fewer."""
         if isinstance(self.records, list):
             records = self.records[:limit]
         else:
@@ -96,9 +96,9 @@ class Samples:
         return Samples(self.benchmark, records, self.place)
 
     def missing_pictures(self) -> list[str]:
-        """List the ids whose pictures are paths to nothing.
+        """Return the ids of samples whose picture files do not exist.
 
-        Records of data sets that decode their pictures are not looked at.
+        Published data sets, which bring their pictures, are not checked.
         """
         if not isinstance(self.records, list):
             return []
@@ -123,7 +123,7 @@ class Samples:
         return truth
 
     def _answers(self, answers):
-        """Return one right answer or several as text, in the form asked for."""
+        """Return one or more reference answers as text in the answer form."""
         if isinstance(answers, (list, tuple)):
             return [self._answers(answer) for answer in answers]
         text = str(int(answers)) if isinstance(answers, bool) else str(answers)
@@ -133,7 +133,7 @@ class Samples:
 
 
 def check_unique(ids: Sequence[str], what: str) -> None:
-    """Refuse ids that occur twice, and name them."""
+    """Raise a `ValueError` that lists the ids that occur twice."""
     seen, twins = set(), []
     for id in ids:
         if id in seen:
@@ -155,7 +155,7 @@ def _images(record, benchmark):
     images = record.get("images")
     if images is None:
         raise ValueError("The sample has no picture. Expected: 'images'.")
-    # Here, since reading pictures brings Keras.
+    # Imported here, since reading pictures imports Keras.
     from keras_paligemma.evaluation.pictures import draw_red_box
     from keras_paligemma.evaluation.pictures import pick_frames
 
@@ -175,7 +175,7 @@ def _images(record, benchmark):
 
 
 def _fill(template: str, record: Mapping[str, Any]) -> str:
-    """Put the text of fields in the place of their names."""
+    """Fill a prompt template with the text of a record's fields."""
     parts = []
     for literal, field, _, _ in string.Formatter().parse(template):
         parts.append(literal)

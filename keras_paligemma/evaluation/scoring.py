@@ -1,4 +1,4 @@
-"""Predictions and samples to the metric of a benchmark."""
+"""Compute a benchmark's metric from predictions and samples."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.samples import Samples
 from keras_paligemma.metrics.scores import Scores
 
-# Columns that each metric compares with; those in brackets may be missing.
+# Ground truth columns of each metric; those in brackets may be missing.
 COLUMNS = {
     "captions": ("references",),
     "cider": ("references",),
@@ -43,16 +43,16 @@ def score(
     Args:
         benchmark: `Benchmark`.
         predictions: dict of ids to texts.
-        samples: `Samples`, whose order the rows get.
-        decode: function of mask codes to masks, which RefCOCO's metric needs.
-        judges: dict of a value to its judge, see `metrics.judged`.
+        samples: `Samples`, whose order is that of the rows.
+        decode: function of mask codes to masks, required by RefCOCO's metric.
+        judges: dict of value names to judges, see `metrics.judged`.
 
     Returns:
         `Scores`, whose values are not yet multiplied by `benchmark.scale`.
 
     Raises:
-        ValueError: predictions and samples do not match, or right answers are
-            missing, with the ids.
+        ValueError: predictions and samples do not match, or reference answers
+            are missing; the message lists ids.
 
     Example:
 
@@ -84,17 +84,17 @@ def truth_columns(
     samples: Samples,
     decode: Callable[..., Any] | None = None,
 ) -> tuple[dict[str, Any], list[Any] | None]:
-    """Collect what predictions are compared with; refuse what lacks of it.
+    """Collect the ground truth that a metric compares with.
 
     Args:
         benchmark, samples, decode: as `score` takes them.
 
     Returns:
-        Dict of the metric's columns; and of each row the group that it
-        belongs to, where a mean over groups is reported, else `None`.
+        Tuple of a dict of the metric's columns, and a list of each row's
+        group, or `None` if no mean over groups is reported.
 
     Raises:
-        ValueError: right answers are missing, with the ids; or the metric
+        ValueError: reference answers are missing, with the ids; or the metric
             needs `decode`.
     """
     if benchmark.metric == "refcoco" and decode is None:
@@ -145,7 +145,7 @@ def _groups(benchmark, samples, rows):
 
 
 def _averaged(function, texts, columns, arguments, groups):
-    """Compute a metric for each group, and the mean of their values."""
+    """Compute a metric for each group, and the mean over groups."""
     rows = {}
     for row, group in enumerate(groups):
         rows.setdefault(group, []).append(row)
@@ -154,8 +154,8 @@ def _averaged(function, texts, columns, arguments, groups):
         part = function(
             [texts[row] for row in here],
             **{
-                name: [one[row] for row in here]
-                for name, one in columns.items()
+                name: [values[row] for row in here]
+                for name, values in columns.items()
             },
             **arguments,
         )
@@ -187,7 +187,7 @@ def _averaged(function, texts, columns, arguments, groups):
 
 
 def _mean(values):
-    """Average over groups; a draw may have no row of a small one."""
+    """Average over groups; a bootstrap draw may lack a small group."""
     values = np.stack(values)
     there = ~np.isnan(values)
     total = np.where(there, values, 0.0).sum(axis=0)
@@ -198,7 +198,7 @@ def _mean(values):
 
 
 def _joined(scores, other):
-    """Put the columns of two metrics of the same rows together."""
+    """Join the columns of two metrics of the same rows."""
 
     def combine(means, count):
         own = {name: means[name] for name in scores.columns}

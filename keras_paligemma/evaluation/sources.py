@@ -13,7 +13,7 @@ from keras_paligemma.evaluation.records import Picked
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.samples import Samples
 
-# Our own layout, for any benchmark.
+# The file of our own layout, which any benchmark can be stored in.
 OWN = "samples.jsonl"
 
 
@@ -24,21 +24,22 @@ def open_samples(
 
     Args:
         benchmark: `Benchmark`.
-        source: a folder, that holds
-            - `samples.jsonl`: a line a sample with `id`, `images` (a path
+        source: a folder that holds one of
+            - `samples.jsonl`: one sample per line with `id`, `images` (a path
               relative to the folder, or a list) and the benchmark's fields;
-            - the official archive, unpacked, where there is a reader for it;
-            - what `datasets.Dataset.save_to_disk` wrote;
-            - TensorFlow Datasets' data of the original's name;
-            or a data set in memory, whose fields are the published ones; or
-            `Samples`, which are given back.
-        split: str; the benchmark's if `None`.
+            - the unpacked official archive, if there is a reader for it;
+            - the output of `datasets.Dataset.save_to_disk`;
+            - TensorFlow Datasets' data under the original's name;
+            or a data set in memory with the published fields; or `Samples`,
+            which are returned unchanged.
+        split: str, name of a split; the benchmark's if `None`.
 
     Returns:
         `Samples`.
 
     Raises:
-        ValueError: nothing of these is there, with where to get the data.
+        ValueError: the source is none of these; the message says where to get
+            the data.
 
     Example:
 
@@ -87,7 +88,7 @@ def _records(benchmark, folder, split):
 
 
 def _own(folder):
-    """Read our own layout; pictures are relative to the folder."""
+    """Read our own layout; paths of pictures are relative to the folder."""
     records = []
     with open(folder / OWN, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -115,7 +116,7 @@ def _own(folder):
 
 
 def _hugging_face(benchmark, folder):
-    """Open what Hugging Face's library saved."""
+    """Open a data set saved by Hugging Face's `datasets`."""
     import datasets
 
     found = datasets.load_from_disk(folder)
@@ -128,9 +129,9 @@ def _hugging_face(benchmark, folder):
 
 
 def _undecoded(benchmark, found):
-    """Leave pictures of Hugging Face's data sets encoded until they are used.
+    """Keep pictures of Hugging Face's data sets encoded until they are used.
 
-    Else each look at an id or an answer would decode one.
+    Otherwise reading an id or an answer would decode a picture.
     """
     if not hasattr(found, "cast_column"):
         return found
@@ -142,7 +143,7 @@ def _undecoded(benchmark, found):
 
 
 def _tfds(benchmark, folder, split):
-    """Open TensorFlow Datasets' files, of each language where there are any.
+    """Open TensorFlow Datasets' files, of all languages if split by language.
 
     Pictures stay encoded, so that reading ids and answers is cheap.
     """
@@ -169,7 +170,7 @@ def _tfds(benchmark, folder, split):
 
 
 def _pictures(benchmark):
-    """Name the fields of a data set that are pictures."""
+    """Return the paths of a data set's picture fields."""
     paths = benchmark.fields["images"]
     return (
         []
@@ -181,7 +182,7 @@ def _pictures(benchmark):
 
 
 def _spoken(benchmark, records, folder):
-    """Keep the samples of the benchmark's languages; refuse where one lacks."""
+    """Keep the benchmark's languages; raise if one is missing."""
     if "language" not in records[0]:
         return records
     spoken = [record["language"] for record in records]
@@ -191,7 +192,11 @@ def _spoken(benchmark, records, folder):
             f"{folder} lacks languages of {benchmark.name}. Expected: "
             f"{list(benchmark.languages)}. Missing: {sorted(missing)}."
         )
-    rows = [n for n, one in enumerate(spoken) if one in benchmark.languages]
+    rows = [
+        n
+        for n, language in enumerate(spoken)
+        if language in benchmark.languages
+    ]
     if isinstance(records, list):
         return [records[row] for row in rows]
     return Picked([records], rows)

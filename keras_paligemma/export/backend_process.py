@@ -1,7 +1,7 @@
-"""A model handed to a process of its own, which has another backend.
+"""Hand a model to a process that runs another backend.
 
-It travels as a preset beside the target: the bare model, and beside it the
-arrays of each of its named adapters, which need no kernel to be understood.
+The model is written as a preset beside the target: the bare model, and the
+arrays of each named adapter, which can be read without the kernels.
 """
 
 import contextlib
@@ -21,25 +21,25 @@ from keras_paligemma.checkpoints.storage import safetensors
 
 ADAPTERS = "adapters.json"
 ADAPTER = "adapter_{}.arrays"
-# The arguments of `Adapters.add`.
+# Arguments of `Adapters.add`.
 PIECES, WHOLE = "pieces", "whole"
-# Bytes of a file of weights, which writing holds in memory.
+# Bytes of a weights file, which is in memory while it is written.
 PIECE = 100_000_000
 
 
 def write_in_backend(model, filepath, backend, module, *arguments):
-    """Write a model by a process of another backend.
+    """Export a model in a process of another backend.
 
     Args:
         model: `PaliGemmaCausalLM`.
         filepath: str or path of the target.
-        backend: str, Keras's name of it.
-        module: str, whose `main` is called with a folder for `read`, the
+        backend: str, Keras's name of the backend.
+        module: str, module to run; its `main` gets a folder for `read`, the
             target and `arguments`.
         *arguments: str.
 
     Raises:
-        RuntimeError: that process stopped; with what it said.
+        RuntimeError: the process failed; the message has its error output.
     """
     target = Path(filepath).expanduser().resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,11 +48,11 @@ def write_in_backend(model, filepath, backend, module, *arguments):
     environment = os.environ | {
         "KERAS_BACKEND": backend,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        # The accelerator belongs to the process that has the model.
+        # The accelerator is occupied by the process that has the model.
         "CUDA_VISIBLE_DEVICES": "-1",
         "JAX_PLATFORMS": "cpu",
     }
-    # Beside the target: the usual place may be a memory.
+    # Beside the target: the default temporary folder may be in memory.
     with tempfile.TemporaryDirectory(
         prefix=f".{target.name}.preset-", dir=target.parent
     ) as preset:
@@ -71,8 +71,8 @@ def write_in_backend(model, filepath, backend, module, *arguments):
 
 
 def _hand_over(model, folder):
-    """Write a model for `read`."""
-    from keras_paligemma.models import exports  # Keras has a backend by now.
+    """Write a model where `read` finds it."""
+    from keras_paligemma.models import exports  # It imports Keras.
 
     adapters = model.adapters
     names = [] if adapters.merged is not None else list(adapters.configs)
@@ -107,24 +107,24 @@ def read(folder, load_weights=True):
 
     Args:
         folder: str or path.
-        load_weights: bool; `False` leaves all but adapters without values.
+        load_weights: bool; if `False`, only adapters get values.
 
     Returns:
-        `PaliGemmaCausalLM`, with all adapters, the one in use selected.
+        `PaliGemmaCausalLM` with all adapters, the active one selected.
     """
     from keras_paligemma.compat import without_values
     from keras_paligemma.lora_config import LoraConfig
     from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
 
     folder = Path(folder)
-    # Whatever floatx this process has been configured with.
+    # The model's own dtype, independent of this process's floatx.
     dtype = formats.resolve(str(folder), False).config.backbone.dtype
     with contextlib.nullcontext() if load_weights else without_values():
         model = PaliGemmaCausalLM.from_preset(
             str(folder), load_weights, dtype, compile=False
         )
     told = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
-    # In their order: the first makes the room.
+    # In the original order: the first adapter sets the capacity.
     for number, (name, lora) in enumerate(told["adapters"].items()):
         arrays = {PIECES: {}, WHOLE: {}}
         for key, array in load_file(folder / ADAPTER.format(number)).items():
@@ -137,13 +137,13 @@ def read(folder, load_weights=True):
 
 
 def read_in_parts(folder):
-    """Read what `write_in_backend` handed over, few weights at a time.
+    """Read the model that `write_in_backend` handed over, tensor by tensor.
 
     Args:
         folder: str or path.
 
     Returns:
-        `PaliGemmaCausalLM`, whose weights have no values but for adapters; and
+        Tuple of a `PaliGemmaCausalLM` of which only adapters have values, and
         an iterator of pairs of a variable and its array.
     """
     model = read(folder, load_weights=False)
@@ -163,9 +163,9 @@ def read_in_parts(folder):
 
 
 def _read(path, name, layer=None):
-    """Read a tensor, or one layer of it, and let go of the file again.
+    """Read a tensor, or one layer of it, and close the file.
 
-    What was read of a file that is mapped counts as memory until then.
+    Pages of a memory-mapped file count as memory until it is closed.
     """
     with safetensors.open_safetensors([path], True) as tensors:
         if layer is None:

@@ -1,4 +1,4 @@
-"""The values of a SavedModel, written a part at a time."""
+"""Write the values of a SavedModel's variables in parts."""
 
 from pathlib import Path
 
@@ -9,16 +9,19 @@ PART = 50_000_000
 
 
 def write(prefix, values, part=PART):
-    """Put values in place of those that a SavedModel was saved with.
+    """Replace the values of a SavedModel's variables.
 
-    `tf.saved_model.save` has all of them in memory at once. Here it saves
-    variables of no size, and each part of their values is a shard.
+    `tf.saved_model.save` holds all values in memory at once. So the model is
+    saved with empty variables, and their values are written here as shards.
 
     Args:
-        prefix: path of the SavedModel's variables, without the end.
-        values: iterable of pairs of key and array or tensor, each key of the
-            checkpoint that is there.
-        part: int, bytes that are held in memory before they are written.
+        prefix: str, path of the SavedModel's variables, without extension.
+        values: iterable of pairs of key and array or tensor, one for each key
+            of the existing checkpoint.
+        part: int, bytes held in memory before a shard is written.
+
+    Raises:
+        ValueError: a key of the existing checkpoint has no value.
     """
     saved = tf.train.load_checkpoint(prefix)
     graph = saved.get_tensor(OBJECT_GRAPH)
@@ -45,7 +48,7 @@ def write(prefix, values, part=PART):
         size += value.dtype.size * value.shape.num_elements()
         del value
         if size >= part:
-            # Else it would be in memory while the next one is read.
+            # Here, so that it is not in memory while the next value is read.
             flush()
     if held:
         flush()

@@ -1,4 +1,4 @@
-"""The pass that every target can hold: pixels and tokens in, logits out."""
+"""The forward pass that all formats export: pixels and tokens to logits."""
 
 import numpy as np
 
@@ -8,13 +8,13 @@ INPUTS = ("images", "token_ids", "padding_mask", "response_mask")
 
 
 def shapes_and_dtypes(model):
-    """Tell of each input the shape behind the batch, and the dtype.
+    """Return the shape without the batch, and the dtype, of each input.
 
     Args:
-        model: `PaliGemmaCausalLM` with a preprocessor, whose lengths these are.
+        model: `PaliGemmaCausalLM` with a preprocessor, which sets the lengths.
 
     Returns:
-        Dict of pairs, by the names of `INPUTS` and in their order.
+        Dict of the names of `INPUTS`, in their order, to (shape, dtype).
     """
     preprocessor = model.preprocessor
     size = preprocessor.image_converter.image_size
@@ -28,12 +28,12 @@ def shapes_and_dtypes(model):
 
 
 def response_logits(model, inputs):
-    """Return the logits of each token of a response, from those before it.
+    """Return the logits that predict each token of the response.
 
     Args:
         model: `PaliGemmaCausalLM` with a preprocessor.
-        inputs: dict of tensors by the names of `INPUTS`, (B, …), as the
-            preprocessor lays them out.
+        inputs: dict of the names of `INPUTS` to tensors (B, …), as the
+            preprocessor returns them.
 
     Returns:
         float32 tensor (B, R, V).

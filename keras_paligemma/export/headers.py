@@ -1,7 +1,7 @@
-"""What a file says of its picture before it is decoded, in a graph.
+"""Read format, size and orientation from image headers, in a graph.
 
-Files are uint8 tensors of their bytes with zeros behind, so that reading a
-header never leaves a file that ends early.
+Files are uint8 tensors of their bytes, padded with zeros, so that reading the
+header of a truncated file stays within the tensor.
 """
 
 from typing import Any
@@ -9,18 +9,18 @@ from typing import Any
 import tensorflow as tf
 
 JPEG, PNG, GIF, WEBP, UNKNOWN = range(5)
-# A file of more chunks is read as if it ended there.
+# Chunks beyond these are not searched.
 MOST_CHUNKS = 1000
 ROOM = 64
 
 
 def open_bytes(content):
-    """Return the bytes of a string tensor, and zeros behind: uint8."""
+    """Return the bytes of a string tensor, padded with zeros, as uint8."""
     return tf.pad(tf.io.decode_raw(content, tf.uint8), [[0, ROOM]])
 
 
 def kind_of(data):
-    """Tell the format by its first bytes: an int32 of the five above."""
+    """Return the format by its first bytes: int32, one of the five above."""
     kinds = [
         (JPEG, starts(data, 0, b"\xff\xd8\xff")),
         (PNG, starts(data, 0, b"\x89PNG\r\n\x1a\n")),
@@ -39,10 +39,10 @@ def size_of(kind, content, data):
     Args:
         kind: int32 tensor, not `UNKNOWN`.
         content: string tensor, the file.
-        data: its bytes.
+        data: uint8 tensor, as `open_bytes` returns it.
 
     Returns:
-        int64 tensors, height and width; 0 where there is no header.
+        int64 tensors, height and width; 0 if there is no header.
     """
 
     def jpeg():
@@ -78,16 +78,16 @@ def size_of(kind, content, data):
 
 
 def webp_frame(data):
-    """Find the chunk of a WebP's first frame; 0 where there is none.
+    """Return the offset of a WebP's first frame chunk; 0 if there is none.
 
-    Of an animation it lies inside of the first ANMF.
+    In an animation, that chunk is inside the first ANMF chunk.
     """
 
     def found(at):
         return starts(data, at, b"VP8 ") | starts(data, at, b"VP8L")
 
     def following(at):
-        # Behind the head of a chunk that holds others, or behind all of one.
+        # ANMF contains chunks: skip its head only. Skip others as a whole.
         inside = tf.constant(24, tf.int64)
         moves = starts(data, at, b"ANMF")
         return at + tf.where(moves, inside, _riff_size(data, at))
@@ -96,7 +96,7 @@ def webp_frame(data):
 
 
 def orientation_of(kind, data):
-    """Read the orientation of EXIF, 1 to 8; 1 where the file has none."""
+    """Return the EXIF orientation, 1 to 8; 1 if the file has none."""
 
     def jpeg():
         def found(at):
@@ -105,7 +105,7 @@ def orientation_of(kind, data):
             )
 
         def following(at):
-            # The scan begins: what follows are no segments.
+            # No segments follow the start of scan.
             ended = ~starts(data, at, b"\xff") | starts(data, at, b"\xff\xda")
             step = 2 + tf.maximum(integer(data, at + 2, 2, big=True), 2)
             return tf.where(ended, tf.size(data, tf.int64), at + step)
@@ -138,7 +138,7 @@ def orientation_of(kind, data):
 
 
 def _orientation(data, start):
-    """Read the orientation from a block of TIFF; 1 where it is none."""
+    """Return the orientation in a TIFF block; 1 if it is not valid."""
     little = starts(data, start, b"II*\0")
     valid = little | starts(data, start, b"MM\0*")
 
@@ -153,7 +153,7 @@ def _orientation(data, start):
     count: Any = number(table, 2)
 
     def found(at):
-        # A SHORT: two bytes at the head of the value, in either order.
+        # Of type SHORT: the first two bytes of the value field.
         return (number(at, 2) == 0x0112) & (number(at + 2, 2) == 3)
 
     at = _walk(data, table + 2, found, lambda at: at + 12, count)
@@ -163,12 +163,12 @@ def _orientation(data, start):
 
 
 def starts(data, at, expected):
-    """Say whether bytes stand at a place: a bool tensor."""
+    """Return whether the expected bytes are at an offset: a bool tensor."""
     return tf.reduce_all(_bytes(data, at, len(expected)) == list(expected))
 
 
 def integer(data, at, count, big=False):
-    """Read an unsigned integer of some bytes: an int64 tensor."""
+    """Return an unsigned integer of `count` bytes: an int64 tensor."""
     powers = [256**power for power in range(count)]
     weights = tf.constant(powers[::-1] if big else powers, tf.int64)
     digits = tf.cast(_bytes(data, at, count), tf.int64)
@@ -187,7 +187,7 @@ def _riff_size(data, at):
 
 
 def _walk(data, start, found, following, count=MOST_CHUNKS):
-    """Go from chunk to chunk until one is found: its place, or 0."""
+    """Search the chunks for one; return its offset, or 0."""
     end = tf.size(data, tf.int64) - ROOM
     count = tf.minimum(tf.cast(count, tf.int64), MOST_CHUNKS)
 

@@ -1,4 +1,4 @@
-"""A model's forward pass for LiteRT, which was TensorFlow Lite."""
+"""A model's forward pass for LiteRT, formerly TensorFlow Lite."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ ENTRY = "model.tflite"
 
 
 def write(model, folder):
-    """Write `model.tflite`, and `model_int8.tflite` of a third of its size.
+    """Write `model.tflite`, and `model_int8.tflite`, a third of its size.
 
-    In the second, weights are int8 with a scale each channel, and so are what
-    they are multiplied with, by a scale that is found as it runs.
+    The second has dynamic-range quantisation: int8 weights with a scale per
+    channel, and activations that are quantised at run time.
 
     Args:
         model: `PaliGemmaCausalLM` of the TensorFlow backend, with a

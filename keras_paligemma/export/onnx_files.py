@@ -1,4 +1,4 @@
-"""A model's forward pass as ONNX, and as OpenVINO's own files from there."""
+"""A model's forward pass as ONNX, and from there as OpenVINO's files."""
 
 import sys
 import tempfile
@@ -11,12 +11,12 @@ from keras_paligemma.export.forward import shapes_and_dtypes
 
 ENTRY = "model.onnx"
 OPENVINO_ENTRY = "model.xml"
-# A file of ONNX is a message of protobuf, which ends at 2 GiB.
+# An ONNX file is a protobuf message, which is limited to 2 GiB.
 MOST_BYTES = 1_900_000_000
 
 
 def write(model, folder):
-    """Write the forward pass as `model.onnx`; above 2 GB with `.data` beside.
+    """Write `model.onnx`; weights above 1.9 GB go into `model.onnx.data`.
 
     Args:
         model: `PaliGemmaCausalLM` of the Torch backend, with a preprocessor.
@@ -33,7 +33,7 @@ def write(model, folder):
             named = dict(zip(INPUTS, inputs, strict=True))
             return response_logits(model, named)
 
-    # Two rows: of one, the batch would be taken for a constant.
+    # Two rows: with one, the exporter would make the batch size a constant.
     arrays = tuple(
         torch.zeros((2, *shape), dtype=getattr(torch, dtype.name))
         for shape, dtype in shapes_and_dtypes(model).values()
@@ -48,7 +48,7 @@ def write(model, folder):
             dynamic_shapes=(tuple({0: "batch"} for _ in arrays),),
             verbose=False,
         )
-    # Each node tells of the lines that made it: a tenth of a small file.
+    # Stack traces of the nodes are a tenth of a small file.
     for node in program.model.graph:
         node.metadata_props.clear()
     weights = sum(
@@ -59,7 +59,7 @@ def write(model, folder):
 
 
 def write_openvino(model, folder):
-    """Write the forward pass as `model.xml` and `model.bin`, by way of ONNX.
+    """Write the forward pass as `model.xml` and `model.bin`, through ONNX.
 
     Args:
         model: as `write` takes it.
@@ -71,15 +71,14 @@ def write_openvino(model, folder):
 
 
 def convert_to_openvino(path, folder):
-    """Convert a file of `write`, in the precision that it has."""
-    # Whoever imports OpenVINO would report it to its makers; without this
-    # package it does not.
+    """Convert a file of `write` to OpenVINO, without compressing to float16."""
+    # Importing OpenVINO sends telemetry, unless this package is missing.
     modules: dict[str, Any] = sys.modules
     modules.setdefault("openvino_telemetry", None)
     import openvino
 
     model = openvino.Core().read_model(path)
-    # The reader also names an input by the node that reads it.
+    # The reader gives inputs a second name, of the node that uses them.
     for port, name in zip(model.inputs, INPUTS, strict=True):
         port.get_tensor().set_names({name})
     openvino.save_model(model, folder / OPENVINO_ENTRY, compress_to_fp16=False)

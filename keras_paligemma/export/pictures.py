@@ -1,4 +1,4 @@
-"""Encoded pictures to pixels, in a graph, as `preprocessing` makes them."""
+"""Decode and resize pictures in a graph, exactly as `preprocessing` does."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_paligemma.export import headers
 
-# From there on Pillow warns that a file may be a bomb.
+# Above this, Pillow warns of a decompression bomb.
 MOST_PIXELS = 89_478_485
 AT_A_TIME = 4
 BITS = 22
@@ -18,11 +18,11 @@ UNREADABLE = (
 
 
 def read_pictures(contents, size, rule):
-    """Decode, turn and resize pictures; one that fails spoils no other.
+    """Decode, rotate and resize pictures; a bad one does not affect others.
 
-    A kernel that meets a damaged file ends the whole graph, but for the
-    pipelines of `tf.data`, which can drop what failed: each file is one
-    element there, and the rows that are missing afterwards are the bad ones.
+    A decoder that fails stops the whole graph, except in a `tf.data` pipeline,
+    which can ignore errors. So each file is an element of a pipeline, and the
+    rows that are missing afterwards are the bad files.
 
     Args:
         contents: string tensor (N,), encoded files.
@@ -30,10 +30,10 @@ def read_pictures(contents, size, rule):
         rule: str, one of `preprocessing.resize.RULES`.
 
     Returns:
-        float32 tensor (N, *size, 3) in [-1, 1], zeros where a picture is bad,
-        and string tensor (N,): what is wrong, "" where nothing is.
+        float32 tensor (N, *size, 3) in [-1, 1], zeros for bad files, and
+        string tensor (N,) of error messages, "" for good files.
 
-    Source: `preprocessing.images.read_image`, whose pixels these are.
+    Source: `preprocessing.images.read_image`, whose pixels these equal.
     """
     resize = RULES[rule]
 
@@ -44,7 +44,7 @@ def read_pictures(contents, size, rule):
     count = tf.size(contents, tf.int64)
     numbered = tf.data.Dataset.from_tensor_slices((tf.range(count), contents))
     good = numbered.map(read, num_parallel_calls=AT_A_TIME).ignore_errors()
-    # A row of its own, since of nothing there is no batch.
+    # An extra row, since no batch can be made of no rows.
     blank = tf.zeros((*size, 3), tf.uint8)
     last = tf.data.Dataset.from_tensors((count, blank, ""))
     rows = good.concatenate(last).batch(count + 1).get_single_element()
@@ -53,7 +53,8 @@ def read_pictures(contents, size, rule):
     pixels = tf.scatter_nd(index[:, None], pixels, shape)[:-1]
     unreadable = tf.fill([count + 1], UNREADABLE)
     errors = tf.tensor_scatter_nd_update(unreadable, index[:, None], errors)
-    # A table: graphs are rewritten, and a quotient becomes a product.
+    # A lookup table: graph optimisation would turn the division into an
+    # inexact multiplication.
     values = np.arange(256, dtype="float32") / np.float32(127.5) - np.float32(1)
     pixels = tf.gather(tf.constant(values), tf.cast(pixels, tf.int32))
     good = errors[:-1] == ""
@@ -62,14 +63,14 @@ def read_pictures(contents, size, rule):
 
 
 def _read(content, resize):
-    """Read one file; give uint8 pixels and what is wrong with it."""
+    """Read one file; return uint8 pixels and an error message."""
     data = headers.open_bytes(content)
     kind = headers.kind_of(data)
 
     def known():
         height, width = headers.size_of(kind, content, data)
         text = tf.strings.join([tf.as_string(width), tf.as_string(height)], "×")
-        # Apart: their product can be more than 64 bits hold.
+        # Each on its own first: the product can overflow 64 bits.
         limit = tf.constant(MOST_PIXELS, tf.int64)
         fits = (height < limit) & (width < limit) & (height * width <= limit)
 
@@ -105,8 +106,8 @@ def _decoded(kind, content, data):
         return tf.io.decode_jpeg(content, 3, dct_method="INTEGER_ACCURATE")
 
     def png():
-        # Grey of 16 bits is rounded to 8, colours lose their low byte: so
-        # Pillow reads them.
+        # As in Pillow, 16-bit grey is rounded to 8 bits, and 16-bit colours
+        # lose their low byte.
         is_grey_16 = (data[24] == 16) & (data[25] == 0)
 
         def grey_16():
@@ -130,8 +131,8 @@ def _decoded(kind, content, data):
 def _still(content, data):
     """Wrap the first frame of a WebP as a file of its own.
 
-    The kernel stops the process at some animations. Without the chunk of
-    transparency, the frame has the same colours.
+    TensorFlow's decoder crashes on some animations. The transparency chunk is
+    left out, which does not change the colours.
     """
     start = headers.webp_frame(data)
     size: Any = headers.integer(data, start + 4, 4)
@@ -146,7 +147,7 @@ def _still(content, data):
 
 
 def _turned(image, kind, data):
-    """Turn a picture upright as its EXIF says."""
+    """Rotate or flip a picture by its EXIF orientation."""
     number = headers.orientation_of(kind, data)
     image = tf.cond(
         number >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image
@@ -173,10 +174,10 @@ def _bilinear_antialias(image, size):
 
 
 def _bicubic(image, size):
-    """Pillow's filter, in its integers, and rounded between the two axes.
+    """Resize by Pillow's filter, in integers, rounded between the two axes.
 
-    Rows come first, but for tall pictures, of which Pillow 13 makes the
-    columns shorter first; the rule was found by its pixels.
+    Widths are resized first, except in tall pictures, whose height Pillow 13
+    reduces first; this rule was derived from its pixels.
     """
     height, width = tf.shape(image)[0], tf.shape(image)[1]
     shorter = height - size[0]
@@ -190,7 +191,7 @@ def _bicubic(image, size):
 
 
 def _convolved(image, axis, size):
-    """Resize one axis by Pillow's bicubic filter of 8-bit pictures."""
+    """Resize one axis by Pillow's bicubic filter for 8-bit pictures."""
     source = tf.shape(image)[axis]
     scale = tf.cast(source, tf.float64) / size
     stretch = tf.maximum(scale, 1.0)
@@ -207,7 +208,7 @@ def _convolved(image, axis, size):
     weights = tf.where(first + taps < last, weights, 0.0)
     weights /= tf.reduce_sum(weights, 0)
     weights *= 1 << BITS
-    # Rounded half away from zero, as a cast in C of ±0.5 more.
+    # Rounded half away from zero, as in Pillow's C code.
     weights = tf.cast(weights + tf.sign(weights) * 0.5, tf.int32)
     index = tf.minimum(first + taps, source - 1)
     shape = (-1, 1, 1) if axis == 0 else (-1, 1)

@@ -1,4 +1,4 @@
-"""Prompts to rows of tokens, in a graph, as the preprocessor lays them out."""
+"""Tokenise prompts in a graph, exactly as the preprocessor does."""
 
 import tensorflow as tf
 
@@ -18,15 +18,15 @@ def read_prompts(tokenizer, prompts, start, separator, length, on_long):
     Args:
         tokenizer: `tensorflow_text.SentencepieceTokenizer`.
         prompts: string tensor (N,).
-        start: int, the id that goes first.
-        separator: list of ints that go last.
+        start: int, id of the start token.
+        separator: list of ints, ids at the end of the prompt.
         length: int, tokens of the prompt part, P.
         on_long: "error" or "truncate", as the preprocessor takes it.
 
     Returns:
-        int32 tensor (N, P) of ids, 0 where there is none; bool tensor (N, P),
-        True on tokens; string tensor (N,): what is wrong, "" where nothing is.
-        A row that is wrong has the tokens of an empty prompt.
+        int32 tensor (N, P) of ids, 0 for padding; bool tensor (N, P), True on
+        tokens; and string tensor (N,) of error messages, "" if there is none.
+        A row with an error has the tokens of an empty prompt.
 
     Source: `preprocessing.inputs.plain_prompts`, without its warning, and
     `preprocessing.layout.fit_prompts` and `pack`.
@@ -53,7 +53,7 @@ def read_prompts(tokenizer, prompts, start, separator, length, on_long):
         errors = tf.where(long & (errors == ""), told, errors)
     count = tf.minimum(rows.row_lengths(), room)
     count = tf.cast(tf.where(errors == "", count, 0), tf.int32)
-    # Row and column of the text; what lies outside of it is put in below.
+    # Shift each text to the right; start and separator are added below.
     ids = rows.to_tensor(shape=(None, room))
     first = room - count[:, None]
     column = tf.range(room)[None] - first
@@ -69,11 +69,15 @@ def read_prompts(tokenizer, prompts, start, separator, length, on_long):
 
 
 def _special_token_error(typed, texts):
-    """Say which special token stands where in a prompt, "" if none does.
+    """Return an error that locates a special token in a prompt, or "".
 
     Args:
-        typed: string tensor (N,), what was sent.
-        texts: string tensor (N,), its end, without what the layout adds.
+        typed: string tensor (N,), prompts as received.
+        texts: string tensor (N,), the same without leading special tokens,
+            which the layout adds.
+
+    Returns:
+        string tensor (N,).
     """
     pattern = f"(?s)^.*?(({SPECIAL_TOKEN}).*)$"
     rest = tf.strings.regex_replace(texts, pattern, r"\1")

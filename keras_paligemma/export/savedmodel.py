@@ -1,4 +1,4 @@
-"""A model as a SavedModel of TensorFlow: pictures and prompts in, text out."""
+"""A model as a TensorFlow SavedModel: pictures and prompts to text."""
 
 import importlib.util
 import sys
@@ -12,32 +12,36 @@ FORMATS = ("savedmodel", "tf_saved_model")
 
 
 def export(model, filepath, format="savedmodel"):
-    """Write a model as a folder that TensorFlow serves.
+    """Write a model as a SavedModel, which TensorFlow serves without Python.
 
-    Its signatures read no Python: "serving_default" takes `images`, the bytes
-    of JPEG, PNG, WebP or GIF, and `prompts`, and gives `text`, `token_ids`,
-    `log_probabilities` and `error`, one of each a row; "generate" takes the
-    preprocessor's arrays and gives ids; "score" takes them with a response,
-    and gives the logarithms of its probabilities and the hidden states.
-    `max_new_tokens` and `temperature` have defaults, the preprocessor's
-    `response_length` and 0. Whoever loads it imports `tensorflow_text` first.
+    It has three signatures. "serving_default" takes `images`, the bytes of
+    JPEG, PNG, WebP or GIF files, and `prompts`, and returns `text`,
+    `token_ids`, `tokens`, `log_probabilities` and `error` for each row.
+    "generate" takes the preprocessor's arrays and returns `token_ids` and
+    `log_probabilities`. "score" takes them with a response, and returns the
+    log-probabilities of its tokens and the hidden states. `max_new_tokens`
+    and `temperature` default to the preprocessor's `response_length` and 0.
+    Import `tensorflow_text` before loading it.
 
-    A model with named adapters also takes `adapter`: a name, "" for the bare
-    model; the one in use if it is not given. One that is merged takes none.
+    A model with named adapters also takes `adapter`: a name, or "" for the
+    bare model; the active adapter is the default. A model with a merged
+    adapter takes none.
 
-    Weights are stored once, as they are: floats or few bits, all adapters
-    beside them. On a backend other than TensorFlow the model is written as a
-    preset beside the target, and a process of TensorFlow exports that.
+    Weights are stored once, in floats or low bits, with all adapters. On a
+    backend other than TensorFlow, the model is written as a preset beside the
+    target, and a TensorFlow process exports that.
 
     Args:
         model: `PaliGemmaCausalLM` with a preprocessor.
-        filepath: str or path of a folder that is new or empty.
+        filepath: str or path, a folder that is new or empty.
         format: "savedmodel".
 
     Raises:
-        ValueError: another format, no preprocessor, a folder in use.
-        ImportError: TensorFlow or tensorflow-text are not installed.
-        RuntimeError: the process of TensorFlow stopped; with what it said.
+        ValueError: an unknown format, no preprocessor, an adapter that
+            replaces whole weights, or a folder in use.
+        ImportError: TensorFlow or tensorflow-text is not installed.
+        RuntimeError: the TensorFlow process failed; the message has its error
+            output.
 
     Example:
 
@@ -73,7 +77,7 @@ def export(model, filepath, format="savedmodel"):
 
 
 def check_preprocessor(model):
-    """Refuse a model that cannot read pictures and prompts."""
+    """Check that a model has a preprocessor for pictures and prompts."""
     if model.preprocessor is None or model.preprocessor.image_converter is None:
         raise ValueError(
             "Pictures and prompts are read by the preprocessor. Received: a "
@@ -83,7 +87,7 @@ def check_preprocessor(model):
 
 
 def check_adapters(adapters):
-    """Refuse what a request could not switch."""
+    """Check that requests can switch between a model's adapters."""
     names = [name for name in adapters.configs if adapters.whole(name)]
     if names and adapters.merged is None:
         raise ValueError(
@@ -95,7 +99,7 @@ def check_adapters(adapters):
 
 
 def check_target(filepath, format="savedmodel"):
-    """Refuse what cannot be exported, before a model is read."""
+    """Check format, packages and folder before a model is loaded."""
     if format not in FORMATS:
         raise ValueError(
             f"Unknown format. Received: {format!r}. Expected: {FORMATS[0]!r}."
@@ -113,8 +117,8 @@ def write(model, values, folder):
     """Write a model of the TensorFlow backend; see `export`.
 
     Args:
-        model: `PaliGemmaCausalLM`, whose weights need no values.
-        values: iterable of pairs of a variable of the backbone and its value.
+        model: `PaliGemmaCausalLM`; its weights may lack values.
+        values: iterable of pairs of a backbone variable and its value.
         folder: path of the target.
     """
     import tensorflow as tf
@@ -131,7 +135,7 @@ def write(model, values, folder):
 
 
 def main(preset, folder):
-    """Read a model and export it: the process that has TensorFlow."""
+    """Read a model and export it; runs in the TensorFlow process."""
     write(*backend_process.read_in_parts(preset), folder)
 
 

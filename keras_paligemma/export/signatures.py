@@ -1,4 +1,4 @@
-"""What a SavedModel answers: the functions of its three signatures."""
+"""The functions of a SavedModel's three signatures."""
 
 import inspect
 from typing import Any
@@ -18,11 +18,11 @@ from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 
 
 class Answering(tf.Module):
-    """A model as functions of TensorFlow alone, and what they read.
+    """A model as TensorFlow functions, and the variables that they read.
 
     Args:
-        model: `PaliGemmaCausalLM` with a preprocessor, of the TensorFlow
-            backend. The preprocessor's lengths are those of the functions.
+        model: `PaliGemmaCausalLM` of the TensorFlow backend with a
+            preprocessor, whose lengths the functions have.
     """
 
     def __init__(self, model):
@@ -30,7 +30,7 @@ class Answering(tf.Module):
         preprocessor = model.preprocessor
         tokenizer = preprocessor.tokenizer
         backbone = model.backbone
-        # Keras's own objects stay out: a graph needs no more than variables.
+        # No Keras objects are attributes: only variables are to be saved.
         held = Weights(backbone)
         self.weights, self.adapters = held.base, held.adapters
         self.values = held.values
@@ -45,7 +45,7 @@ class Answering(tf.Module):
 
 
 def _signatures(backbone, tokenizer, preprocessor, weights, separator):
-    """Make the functions by the names that servers call them."""
+    """Return a dict of signature names to functions."""
     size = preprocessor.image_converter.image_size
     rule = preprocessor.image_converter.resize
     prompt = preprocessor.prompt_length
@@ -79,7 +79,7 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
         ),
     ]
 
-    # Traced once for the two signatures that call it.
+    # Traced once, for both signatures that call it.
     @tf.function
     def answer(inputs, max_new_tokens, temperature, adapter, done_B):
         with weights.selected(adapter):
@@ -132,14 +132,14 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
             "text": tf.where(good, tokenizer.detokenize(kept), ""),
             "log_probabilities": log_probabilities,
             "token_ids": ids,
-            # As SentencePiece spells them: a client that scores words needs
-            # no tokenizer.
+            # In SentencePiece's spelling, so that a client that scores words
+            # needs no tokenizer.
             "tokens": tokenizer.id_to_string(ids),
             "error": errors,
         }
 
     def filled_up(*texts):
-        """Pad from the left to the longest prompt; padding is never seen."""
+        """Pad on the left to the longest prompt; padding is masked."""
         width = tf.shape(texts[0])[1]
         check = tf.debugging.Assert(
             (width > longest) & (width <= prompt + longest),
@@ -198,7 +198,7 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
             text.response_ids, logits_BRV
         )
         each_BR = tf.where(text.response_mask, each_BR, 0.0)
-        # Of the columns that were given.
+        # Without the columns that were added by padding.
         pictures = hidden_BLD.shape[1] - prompt - longest
         given = [hidden_BLD[:, :pictures], hidden_BLD[:, pictures + missing :]]
         return {
@@ -216,16 +216,16 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
 
 
 def _signature(function, specs, defaults):
-    """Make a function of a server's inputs, some of which have defaults.
+    """Return a `tf.function` for a signature with default arguments.
 
     Args:
-        function: function of tensors by the names of `specs`.
+        function: function whose arguments have the names of `specs`.
         specs: list of `tf.TensorSpec`.
-        defaults: dict of name to tensor.
+        defaults: dict of argument names to tensors.
     """
 
     def called(*inputs):
-        # Loaded, a function takes tensors of any shape; this refuses them.
+        # A loaded function takes tensors of any shape, so shapes are checked.
         return function(
             **{
                 spec.name: tf.ensure_shape(tensor, spec.shape, spec.name)
@@ -233,7 +233,7 @@ def _signature(function, specs, defaults):
             }
         )
 
-    # TensorFlow reads names and defaults there.
+    # TensorFlow reads argument names and defaults from here.
     called.__signature__ = inspect.Signature(
         [
             inspect.Parameter(
@@ -248,20 +248,20 @@ def _signature(function, specs, defaults):
 
 
 def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):
-    """Prefill once, then one token a row and step, until all rows are done.
+    """Prefill, then decode one token per row and step until all rows end.
 
     Args:
         backbone: `PaliGemmaBackbone`.
         inputs: dict as `generation.prefill.prefill` takes it.
-        stop: int, the id that ends an answer.
+        stop: int, id of the end token.
         max_new_tokens: int32 tensor.
-        temperature: float32 tensor; 0 takes the likeliest token.
-        done_B: bool tensor, True on rows that nobody waits for.
+        temperature: float32 tensor; 0 decodes greedily.
+        done_B: bool tensor, True on rows that need no answer.
 
     Returns:
-        int32 ids (B, max_new_tokens), 0 after the stop; and of each token the
-        logarithm of its probability at temperature 1, 0 where a token was
-        given or there is none.
+        int32 ids (B, max_new_tokens), 0 after the end token; and the
+        log-probability of each token at temperature 1, 0 for tokens that were
+        given and after the end.
     """
     given_BR = inputs["response_ids"]
     begun_BR = inputs["response_mask"]
@@ -308,7 +308,7 @@ def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):
 
 
 def _option_error(max_new_tokens, temperature, longest):
-    """Say what is wrong with a request's options: a string tensor."""
+    """Return an error for options out of range, or "": a string tensor."""
     count = tf.strings.join(
         [
             f"`max_new_tokens` is out of range. Expected: 1 to {longest}, what "
@@ -331,7 +331,7 @@ def _option_error(max_new_tokens, temperature, longest):
 
 
 def _first(*errors):
-    """Take of several errors the first that is one."""
+    """Return the first error of each row that is not empty."""
     *before, error = errors
     for other in reversed(before):
         error = tf.where(other == "", error, other)

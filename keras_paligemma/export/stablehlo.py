@@ -1,4 +1,4 @@
-"""A model as StableHLO, which `jax.export` writes and reads."""
+"""A model as StableHLO, written and read by `jax.export`."""
 
 import keras
 import numpy as np
@@ -15,12 +15,12 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def write(model, folder):
-    """Write two functions and the weights that both take.
+    """Write two functions, and the weights that both take as an argument.
 
-    `forward.stablehlo` gives logits (B, R, V), `generate.stablehlo` token ids
-    (B, R), the likeliest, 0 after the stop. Each is called with a dict of the
-    weights, as `model.safetensors` has them, and a dict of the preprocessor's
-    arrays, in batches of any size. One file serves all of `PLATFORMS`.
+    `forward.stablehlo` returns logits (B, R, V), `generate.stablehlo` token ids
+    (B, R) of greedy decoding, 0 after the end token. Both take a dict of the
+    weights in `model.safetensors` and a dict of the preprocessor's arrays, for
+    any batch size. Each file runs on all of `PLATFORMS`.
 
     Args:
         model: `PaliGemmaCausalLM` of the JAX backend, with a preprocessor.
@@ -33,8 +33,8 @@ def write(model, folder):
         variable.path: variable for variable in model.backbone.variables
     }
     weights = {
-        path: jax.ShapeDtypeStruct(one.shape, one.dtype)
-        for path, one in variables.items()
+        path: jax.ShapeDtypeStruct(variable.shape, variable.dtype)
+        for path, variable in variables.items()
     }
     (batch,) = export.symbolic_shape("batch")
     inputs = {
@@ -48,7 +48,7 @@ def write(model, folder):
             with keras.StatelessScope(state_mapping=values):
                 return function(model, inputs)
 
-        # What each platform would choose for itself is no common program.
+        # Code specific to one platform could not run on the others.
         with compiling_for("cpu"):
             made = export.export(jax.jit(stateless), platforms=PLATFORMS)(
                 weights, inputs
@@ -59,18 +59,21 @@ def write(model, folder):
     (folder / ENTRY).write_bytes(exported(greedy_ids))
     write_safetensors(
         folder,
-        ((path, to_host(one)) for path, one in variables.items()),
+        ((path, to_host(variable)) for path, variable in variables.items()),
         max_shard_size=np.inf,
     )
 
 
 def greedy_ids(model, inputs):
-    """Answer with the likeliest tokens: int32 (B, R), 0 after the stop.
+    """Decode greedily.
 
     Args:
         model: `PaliGemmaCausalLM` with a preprocessor.
-        inputs: dict as `forward.response_logits` takes it; what its responses
-            begin with is kept.
+        inputs: dict as `forward.response_logits` takes it; tokens at the
+            beginning of its responses are kept.
+
+    Returns:
+        int32 tensor (B, R) of token ids, 0 after the end token.
     """
     longest = model.preprocessor.response_length
     stop = model.preprocessor.tokenizer.end_token_id

@@ -1,4 +1,4 @@
-"""What a model can be exported to, and which backend writes it."""
+"""The export formats, and the backend that writes each."""
 
 import importlib
 import importlib.util
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 class Target(NamedTuple):
-    """One format: the backend that writes it, by which function of which
-    module, what must be installed, and the file that completes a folder."""
+    """One format: backend, required packages, the module and function that
+    write it, the last file of a complete folder, and supported dtypes."""
 
     backend: str
     packages: tuple[Any, ...]
@@ -67,23 +67,24 @@ def export(
 ) -> None:
     """Write a model as files that run without this package.
 
-    "savedmodel" takes pictures and prompts and gives text; see
-    `export.savedmodel`. The others take the preprocessor's arrays, of any
-    number of rows: "stablehlo" gives logits and answers, and "onnx",
-    "openvino" and "litert" give logits. Each is written by the backend that
-    can: from another, the model is written as a preset beside the target, and
-    a process of that backend exports this.
+    "savedmodel" takes pictures and prompts and returns text; see
+    `export.savedmodel`. The others take the preprocessor's arrays, with any
+    batch size: "stablehlo" returns logits and generated ids, "onnx",
+    "openvino" and "litert" return logits. Each format is written by one
+    backend. On another backend, the model is written as a preset beside the
+    target, and a process of the right backend exports that.
 
     Args:
         model: `PaliGemmaCausalLM` with a preprocessor.
-        filepath: str or path of a folder that is new or empty.
+        filepath: str or path, a folder that is new or empty.
         format: "savedmodel", "stablehlo", "onnx", "openvino" or "litert".
 
     Raises:
-        ValueError: another format, a dtype that it lacks, no preprocessor, a
-            folder in use.
+        ValueError: an unknown format, a dtype that the format lacks, no
+            preprocessor, or a folder in use.
         ImportError: a package that writes the format is not installed.
-        RuntimeError: the other process stopped; with what it said.
+        RuntimeError: the other process failed; the message has its error
+            output.
 
     Example:
 
@@ -111,7 +112,7 @@ def export(
 
 
 def check_target(filepath, format):
-    """Refuse what cannot be exported, before a model is read."""
+    """Check format, packages and folder before a model is loaded."""
     if format in savedmodel.FORMATS:
         savedmodel.check_target(filepath, format)
         return
@@ -130,7 +131,7 @@ def check_target(filepath, format):
 
 
 def _check_dtype(backbone, format):
-    """Refuse what a format computes wrongly, or not at all."""
+    """Check that a format supports the model's dtype and quantisation."""
     dtypes = TARGETS[format].dtypes
     for dtype in (backbone.compute_dtype, backbone.quantization):
         if dtype is not None and dtype not in dtypes:
@@ -142,7 +143,7 @@ def _check_dtype(backbone, format):
 
 
 def write(model, folder, format):
-    """Write a model of the backend that writes this format; see `export`."""
+    """Write a model, on the backend that the format needs; see `export`."""
     target = TARGETS[format]
     module = importlib.import_module(f"keras_paligemma.export.{target.module}")
     with whole_folder(folder, target.entry) as draft:
@@ -150,7 +151,7 @@ def write(model, folder, format):
 
 
 def main(preset, folder, format):
-    """Read a model and export it: the process that has the backend."""
+    """Read a model and export it; runs in the process of the backend."""
     write(backend_process.read(preset), Path(folder), format)
 
 

@@ -1,4 +1,4 @@
-"""A model's weights in a graph, empty ones; and the switch of adapters."""
+"""Stand-ins for a model's weights in a graph, with a choice of adapters."""
 
 import contextlib
 
@@ -7,20 +7,19 @@ import numpy as np
 import tensorflow as tf
 
 BARE = ""
-# A variable in the files of a SavedModel, whose root has two lists of them.
+# Key of a variable in a SavedModel's files: list of the root, index.
 KEY = "{}/{}/.ATTRIBUTES/VARIABLE_VALUE"
 
 
 class Weights:
-    """What a graph reads in place of the variables of a model.
+    """Variables that a graph reads in place of a model's.
 
-    Variables of TensorFlow of no size stand for the model's, which may have no
-    values either: those go to the files one by one, see `export.checkpoint`.
+    They are empty TensorFlow variables, and the model's own may lack values
+    too: values are written to the files one by one, see `export.checkpoint`.
 
-    The named adapters lie side by side. A request takes the values of its own
-    and assigns nothing, so that requests that compute at the same time can
-    have different ones. One that is merged is in the kernels, and leaves
-    nothing to switch.
+    The named adapters are stacked. A request gathers the values of its adapter
+    and assigns nothing, so concurrent requests can use different adapters. A
+    merged adapter is part of the kernels and cannot be switched.
 
     Args:
         backbone: `PaliGemmaBackbone` of the TensorFlow backend.
@@ -45,23 +44,28 @@ class Weights:
             for variable in weight.variables
         ]
         self._pieces = [
-            one for one in self._adapter_weights if "scale" not in one
+            name for name in self._adapter_weights if "scale" not in name
         ]
-        self.base = [_empty(one.shape, one.dtype) for one in self._base]
-        # The axis of adapters first, then that of layers.
+        self.base = [
+            _empty(variable.shape, variable.dtype) for variable in self._base
+        ]
+        # The axis of adapters comes first, then that of layers.
         self.adapters = [
             _empty(
-                (len(self._configs), *self._adapter_weights[one].shape),
+                (len(self._configs), *self._adapter_weights[piece].shape),
                 "float32",
             )
-            for one in self._pieces
+            for piece in self._pieces
         ]
 
     def values(self, base):
-        """Return all values by their keys in the files of a SavedModel.
+        """Iterate over all values with their keys in a SavedModel's files.
 
         Args:
             base: iterable of pairs of a variable of the model and its value.
+
+        Yields:
+            Pairs of key and value.
         """
         number = {id(one): place for place, one in enumerate(self._base)}
         for variable, value in base:
@@ -74,7 +78,7 @@ class Weights:
             yield KEY.format("adapters", place), value
 
     def error(self, name):
-        """Say what is wrong with a name: a string tensor, "" if nothing is."""
+        """Return an error for an unknown adapter, or "": a string tensor."""
         told = (
             f"`adapter` is unknown. Expected: {', '.join(self.names[1:])}, or "
             "nothing for the bare model. Received: "
@@ -84,10 +88,11 @@ class Weights:
 
     @contextlib.contextmanager
     def selected(self, name):
-        """Have the backbone compute with these, and with an adapter.
+        """Let the backbone use these variables and an adapter in this context.
 
         Args:
-            name: string tensor, "" for the bare model, as is an unknown one.
+            name: string tensor, name of an adapter; "" or an unknown name for
+                the bare model.
         """
         values = [
             (variable, tf.ensure_shape(one, variable.shape))
@@ -111,20 +116,21 @@ class Weights:
             yield
 
     def _scales(self, number):
-        """Map names to the scales of an adapter; number 0 is the bare model."""
+        """Return the scales of an adapter by name; 0 is the bare model."""
         if not self._configs:
             return {}
-        each = [self._adapters.scales(one) for one in (None, *self._configs)]
+        each = [self._adapters.scales(name) for name in (None, *self._configs)]
         return {
             name: tf.gather(
-                np.stack([one[name] for one in each]).astype("float32"), number
+                np.stack([scales[name] for scales in each]).astype("float32"),
+                number,
             )
             for name in each[0]
         }
 
 
 def _empty(shape, dtype):
-    """Make a variable of a rank that has no values yet; a scalar has one."""
+    """Return an empty variable of a rank; a scalar has one value."""
     return tf.Variable(
         tf.zeros([0] * len(shape), dtype), shape=[None] * len(shape)
     )

@@ -1,1 +1,1 @@
-"""From logits to answers: one loop, how it chooses, and what it gives."""
+"""Decoding: one loop, the choice of tokens, and the answers it returns."""

@@ -1,16 +1,19 @@
-"""What `generate(details=True)` gives."""
+"""The value that `generate(details=True)` returns."""
 
 from dataclasses import dataclass
 from typing import Literal
+from typing import TypeAlias
+
+Finish: TypeAlias = Literal["stop_token", "stop_string", "length"]
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token that could have stood at a place.
+    """A candidate token at a position.
 
     Args:
         token_id: int.
-        text: str, the token's own.
+        text: str, of this token alone.
         log_probability: float, natural logarithm.
     """
 
@@ -21,21 +24,21 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and how sure the model was of it.
+    """An answer with its tokens and their log-probabilities.
 
     Args:
-        text: str, without what ended it; of a model without a preprocessor "".
+        text: str, without what ended it; "" for a model without preprocessor.
         token_ids: ints, what the answer was given to begin with and the stop
             token included.
-        log_probabilities: floats, of each token the natural logarithm of the
-            probability that the model gave it after those before it, at
-            temperature 1, whatever was banned; 0 on tokens that were given.
-        finish: "stop_token", "stop_string", or "length": `max_new_tokens` was
-            reached.
+        log_probabilities: floats, for each token the natural logarithm of its
+            probability given the tokens before it, at temperature 1 and
+            regardless of banned tokens; 0 on tokens that were given.
+        finish: "stop_token", "stop_string", or "length" if `max_new_tokens`
+            was reached.
         alternatives: a tuple of `Alternative` for each token, the likeliest
-            first, where they were asked for.
+            first, if they were requested.
         beams: tuple of the answers of a beam search, the best first.
-        score: float that beams are compared by; else the sum.
+        score: float that beams are ranked by; otherwise the sum.
 
     Example:
         >>> answer = Answer("cat", (7, 1), (-0.5, -0.25), "stop_token")
@@ -48,17 +51,17 @@ class Answer:
     text: str
     token_ids: tuple[int, ...]
     log_probabilities: tuple[float, ...]
-    finish: Literal["stop_token", "stop_string", "length"]
+    finish: Finish
     alternatives: tuple[tuple[Alternative, ...], ...] = ()
     beams: tuple["Answer", ...] = ()
     score: float | None = None
 
     @property
-    def log_probability(self):
+    def log_probability(self) -> float:
         """The sum: the logarithm of the whole answer's probability."""
         return sum(self.log_probabilities)
 
     @property
-    def mean_log_probability(self):
+    def mean_log_probability(self) -> float:
         """The mean a token, which answers of other lengths compare by."""
         return self.log_probability / max(len(self.log_probabilities), 1)

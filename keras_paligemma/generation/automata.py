@@ -1,4 +1,4 @@
-"""Constraints as automata over tokens: built from text, handed over as data."""
+"""Constraints as automata over tokens, built from text, stored as arrays."""
 
 import re
 
@@ -8,10 +8,10 @@ from keras_paligemma.generation.requests import bucket
 
 
 class Automaton:
-    """Which token may follow which, for a batch whose rows begin anywhere.
+    """A token automaton for a batch; each row has its own start node.
 
-    A node is a dict of a set of tokens to the node that they lead to. Sets
-    that are not equal share no token.
+    A node is a dict from sets of tokens to the node they lead to. Two
+    different sets are disjoint.
 
     Args:
         vocabulary_size: int.
@@ -31,22 +31,22 @@ class Automaton:
         self._free = []
 
     def add_node(self):
-        """Make a node that nothing leaves, and give its number."""
+        """Add a node without outgoing edges and return its number."""
         self._nodes.append({})
         return len(self._nodes) - 1
 
     def add_free_node(self):
-        """Make a node that every token leads back to."""
+        """Add a node that every token leads back to."""
         self._free.append(self.add_node())
         return self._free[-1]
 
     def add_path(self, node, path, end=None):
-        """Let sets of tokens follow one another, and give the last node.
+        """Add a path of token sets and return its last node.
 
         Args:
-            node: int, where the path begins. What it shares with others from
-                there is one.
-            path: list of tuples of ints.
+            node: int, where the path begins. An existing path is shared as
+                far as it is equal.
+            path: list of tuples of int.
             end: int, the last node; a new one if `None`.
         """
         for place, tokens in enumerate(path):
@@ -54,7 +54,7 @@ class Automaton:
             if is_last and end is not None:
                 self._nodes[node][tokens] = end
             elif tokens not in self._nodes[node]:
-                # Before the dict is written: it makes a node.
+                # Before the dict is written: this adds a node.
                 following = self.add_node()
                 self._nodes[node][tokens] = following
             node = self._nodes[node][tokens]
@@ -63,8 +63,8 @@ class Automaton:
     def arrays(self):
         """Return `token_classes` and `next_nodes`, as `constraints` reads them.
 
-        Both sizes of `next_nodes` are powers of two, which other constraints
-        share, so that few of them compile a program.
+        Both dimensions of `next_nodes` are padded to powers of two, so that
+        constraints of similar size share a compiled program.
         """
         classes = {
             tokens: number
@@ -86,7 +86,7 @@ class Automaton:
 
 
 def one_of(automaton, choices, tokenizer, stops):
-    """Let an answer be one of some texts: the node where it begins."""
+    """Restrict an answer to one of some texts; return its start node."""
     start = automaton.add_node()
     for text in choices:
         tokens = tokenizer.tokenize(text)
@@ -95,14 +95,14 @@ def one_of(automaton, choices, tokenizer, stops):
 
 
 def objects_of(automaton, prompt, tokenizer, stops):
-    """Let an answer be what its prompt asks for: the node where it begins.
+    """Restrict an answer to the objects of its prompt; return its start node.
 
     Args:
         automaton: `Automaton`.
-        prompt: str. After "detect" four locations and one of its labels make
-            an object, after "segment" sixteen codes of a mask stand between
-            them; " ; " separates objects, of which there may be none. Other
-            prompts restrict nothing.
+        prompt: str. After "detect", an object is four locations and one of
+            the prompt's labels; after "segment", sixteen mask codes stand
+            between them. " ; " separates objects, of which there may be none.
+            Other prompts have no restriction.
         tokenizer: `PaliGemmaTokenizer`.
         stops: tuple of ints that end an answer.
     """
@@ -117,10 +117,10 @@ def objects_of(automaton, prompt, tokenizer, stops):
     automaton.add_path(start, [stops])
     labelled = automaton.add_path(start, place)
     for label in found[2].split(";"):
-        # As it is read within an answer, which may differ from by itself.
+        # Tokenized within an answer, which may differ from the label alone.
         text = f"<loc0000> {label.strip()} ; <loc0000>"
         _, *between, _ = ((one,) for one in tokenizer.tokenize(text))
-        # Behind the separator the next object begins: its first location.
+        # After the separator the next object begins with its first location.
         second = automaton.add_path(start, [locations])
         automaton.add_path(labelled, [*between, locations], end=second)
         _, *alone = tokenizer.tokenize(f"<loc0000> {label.strip()}")
@@ -129,5 +129,5 @@ def objects_of(automaton, prompt, tokenizer, stops):
 
 
 def _numbered(tokenizer, pattern, count):
-    """Return the ids of the tokens of a kind."""
+    """Return the ids of a numbered kind of token, such as locations."""
     return tuple(tokenizer.token_to_id(pattern.format(i)) for i in range(count))

@@ -1,4 +1,4 @@
-"""Beam search, the original's: ended answers wait beside those that go on."""
+"""Beam search as in the original: finished answers beside live beams."""
 
 from typing import Any
 from typing import NamedTuple
@@ -19,22 +19,22 @@ from keras_paligemma.generation.loop import restricted
 from keras_paligemma.generation.state import State
 from keras_paligemma.layers.attention import soft_cap
 
-# Of an answer that there is not; and what every answer's score is above, even
-# divided by its length.
+# The score of a missing answer; and a bound below every real score, even
+# after division by its length.
 NONE_YET = 2 * FORBIDDEN
 LEAST_SCORE = -1.0e20
 
 
 class Beams(NamedTuple):
-    """The search after some tokens; N beams a row, the best first.
+    """The state of a beam search; N beams per row, the best first.
 
     Fields:
-        ids_BNR: int32 (B, N, R), answers that have ended, with their stop.
+        ids_BNR: int32 (B, N, R), finished answers, including their stop.
         log_probabilities_BNR: float32 (B, N, R), of their tokens.
-        scores_BN: float32 (B, N), what they are compared by: sums over tokens,
-            of the first one without the cap of logits, as in the original,
-            divided by how many there are to the power of the penalty.
-        live: `generation.state.State` of B × N rows, beams that go on.
+        scores_BN: float32 (B, N), by which they are ranked: sums over tokens,
+            of the first token without the soft cap of logits, as in the
+            original, divided by length ** penalty.
+        live: `generation.state.State` of B × N rows, beams still decoded.
         sums_BN: float32 (B, N), sums of their log-probabilities.
     """
 
@@ -48,24 +48,24 @@ class Beams(NamedTuple):
 def search(backbone, plan, rows, shared):
     """Search for the likeliest answers of a batch.
 
-    At each place every beam could stop, and what it would then be competes
-    with the answers that have ended; the N likeliest ways to go on, none of
-    them by a stop, are the next beams. A row ends when none of its beams can
-    become the best answer any more, or at its longest answer: those that go on
-    then are no answers, but where nothing could stop.
+    At each position every beam may stop, and then competes with the finished
+    answers; the N likeliest continuations without a stop are the next beams.
+    A row ends when no live beam can become the best answer any more, or at its
+    maximum length. Beams still live then are not answers, unless no stop was
+    possible.
 
     Args:
         backbone, plan, rows, shared: as `loop.answer` takes them; `shared` has
             `length_penalty`, float32.
 
     Returns:
-        `Beams`, the last ones.
+        The last `Beams`.
 
     Source: big_vision `trainers/proj/paligemma/predict_fns.py`, `_beam_decode`.
     """
     width = plan.beams
     hidden_BD, live = first_hidden(backbone, plan, rows, shared, width)
-    # All beams are one beam at first.
+    # At first all beams are equal: only the first one counts.
     first_N = ops.arange(width, dtype="int32") == 0
     zeros_BN = by_beam(live.log_probabilities_BR[:, 0], width)
     beams = Beams(
@@ -92,19 +92,19 @@ def search(backbone, plan, rows, shared):
 
 
 def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
-    """Decide the next place of all beams."""
+    """Decide the next position of all beams."""
     width, live, place = plan.beams, beams.live, beams.live.position
     given_BR, begun_BR = rows["response_ids"], rows["response_mask"]
     done_BN = by_beam(live.finished_B, width)
     none_BN = ops.zeros_like(done_BN)
     begun_BN = ops.logical_or(column(begun_BR, place)[:, None], none_BN)
-    # Of these rows no beam changes its place.
+    # Rows whose beams keep their order.
     fixed_BN = ops.logical_or(begun_BN, done_BN)
     raw_BV = backbone.logits(hidden_BD, capped=False)
     logits_BV = soft_cap(raw_BV, backbone.text_config.final_logit_soft_cap)
     log_BV = ops.log_softmax(logits_BV, axis=-1)
-    # The original searches with logits that are capped, but for those of the
-    # first token, and so its answers are found.
+    # The original searches with soft-capped logits, except for the first
+    # token; this finds its answers.
     begun_B = repeated(ops.sum(ops.cast(begun_BR, "int32"), axis=1), width)
     searched_BV = ops.where((begun_B == place)[:, None], raw_BV, logits_BV)
     choice_BV = restricted(plan, shared, searched_BV, live)
@@ -122,7 +122,7 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
         log_BV,
         fixed_BN,
     )
-    # Or each beam goes on.
+    # Or each beam continues.
     going_BV = ops.where(is_stop_V[None], FORBIDDEN, barred_BV)
     total_BNV = beams.sums_BN[..., None] + by_beam(going_BV, width)
     vocabulary_size = log_BV.shape[1]
@@ -132,7 +132,7 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
     flat_BN = ops.cast(flat_BN, "int32")
     parent_BN = flat_BN // vocabulary_size
     token_BN = flat_BN % vocabulary_size
-    # What was given is certain, and the same for all.
+    # Given tokens have probability 1, and are equal in all beams.
     same_BN = ops.arange(width, dtype="int32")[None] + 0 * parent_BN
     parent_BN = ops.where(fixed_BN, same_BN, parent_BN)
     token_BN = ops.where(begun_BN, column(given_BR, place)[:, None], token_BN)
@@ -168,15 +168,15 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
 
 
 def _with_stops(rows, shared, beams, stops_BV, log_BV, fixed_BN):
-    """Let each beam stop here, by its likeliest stop, and keep the best.
+    """Stop each beam here, by its likeliest stop, and keep the best answers.
 
     Args:
-        stops_BV: float32 tensor, what a stop by each token counts.
-        log_BV: float32 tensor, what the model gives it.
-        fixed_BN: bool tensor, beams that may not.
+        stops_BV: float32 tensor, log-probability of each stop for ranking.
+        log_BV: float32 tensor, the model's log-probability of each token.
+        fixed_BN: bool tensor, beams that may not stop.
 
     Returns:
-        Ids, log-probabilities and scores of the answers that have ended.
+        Ids, log-probabilities and scores of the finished answers.
     """
     width, live, place = fixed_BN.shape[1], beams.live, beams.live.position
     stop_B = likeliest(stops_BV)
@@ -203,12 +203,12 @@ def by_beam(array, width):
 
 
 def _of(values_BV, token_B):
-    """Read the values (B,) of tokens."""
+    """Return each row's value (B,) at its token."""
     return ops.take_along_axis(values_BV, token_B[:, None], axis=1)[:, 0]
 
 
 def _scores(rows, shared, sums_BN, tokens):
-    """Compare answers of so many tokens, the given ones not counted."""
+    """Return scores of answers of `tokens` tokens, given ones not counted."""
     begun_BR = ops.cast(rows["response_mask"], "int32")
     count_B = ops.maximum(tokens - ops.sum(begun_BR, axis=1), 1)
     count_B1 = ops.cast(count_B, "float32")[:, None]
@@ -216,9 +216,9 @@ def _scores(rows, shared, sums_BN, tokens):
 
 
 def _has_ended(rows, shared, scores_BN, sums_BN, tokens):
-    """Say which rows have found their best answer: bool (B,).
+    """Return which rows have found their best answer, bool (B,).
 
-    A sum never grows, and the longest answer divides it most.
+    Sums never grow, and the longest answer is divided by most.
     """
     longest_B = rows["max_new_tokens"]
     within_reach_BN = _scores(rows, shared, sums_BN, longest_B)
@@ -229,7 +229,7 @@ def _has_ended(rows, shared, scores_BN, sums_BN, tokens):
 
 
 def _best(ids_BMR, log_probabilities_BMR, scores_BM, width):
-    """Take the answers of the largest scores, the largest first."""
+    """Return the N answers of the highest scores, the highest first."""
     scores_BN, index_BN = ops.top_k(scores_BM, width)
     index_BN1 = ops.cast(index_BN, "int32")[..., None]
     return (
@@ -240,7 +240,7 @@ def _best(ids_BMR, log_probabilities_BMR, scores_BM, width):
 
 
 def _with_live(rows, shared, beams):
-    """Put beams that go on where too few have ended, behind those."""
+    """Append live beams where fewer than N have finished."""
     live, width = beams.live, beams.scores_BN.shape[1]
     live_BN = _scores(rows, shared, beams.sums_BN, live.position)
     none_BN = beams.scores_BN < LEAST_SCORE

@@ -5,26 +5,26 @@ from keras import ops
 
 from keras_paligemma.generation.noise import gumbel
 
-# As good as minus infinity, and a number still.
+# As good as minus infinity, but finite.
 OUT = -1.0e30
 
 
 def likeliest(logits_BV):
-    """Take the likeliest token of each row: int32 (B,)."""
+    """Return the likeliest token of each row, int32 (B,)."""
     return ops.cast(ops.argmax(logits_BV, axis=-1), "int32")
 
 
 def by_sampler(sampler, logits_BV, variables):
-    """Let a sampler of KerasHub choose.
+    """Sample with a sampler of KerasHub.
 
     Args:
         sampler: `keras_hub.samplers.Sampler`.
         logits_BV: float32 tensor.
-        variables: list of tensors, values of the sampler's variables: a loop
-            carries them, since nothing in it may be assigned.
+        variables: list of tensors, values of the sampler's variables; a loop
+            carries them, since it cannot assign variables.
 
     Returns:
-        int32 tokens (B,), and the values afterwards.
+        int32 tokens (B,), and the new values.
     """
     mapping = list(zip(sampler.variables, variables, strict=True))
     with keras.StatelessScope(state_mapping=mapping) as scope:
@@ -36,18 +36,18 @@ def by_sampler(sampler, logits_BV, variables):
 
 
 def sampled(logits_BV, options, place):
-    """Draw a token of each row by its own options.
+    """Sample a token of each row by its own options.
 
-    Temperature first, then top-k, top-p of what that left, and min-p. Adding
-    Gumbel noise and taking the largest draws from the softmax; a row's noise
-    depends on its seed and the place alone, so neither its neighbours nor the
-    backend matter.
+    In order: temperature, top-k, top-p of the remaining tokens, min-p. Adding
+    Gumbel noise and taking the argmax samples from the softmax; a row's noise
+    depends only on its seed and the position, not on the other rows or the
+    backend.
 
     Args:
         logits_BV: float32 tensor.
         options: dict of `temperature`, `top_k`, `top_p`, `min_p` and `seed`,
             (B,), as `row_options` makes them.
-        place: int32 tensor, which place of the answers is drawn.
+        place: int32 tensor, the position in the answers.
 
     Returns:
         int32 tensor (B,).
@@ -59,13 +59,13 @@ def sampled(logits_BV, options, place):
     cuts_B = ops.logical_or(
         options["top_k"] < vocabulary_size, options["top_p"] < 1
     )
-    # Sorting a vocabulary takes longer than all else here.
+    # Sorting the vocabulary takes longer than all else here.
     least_B = ops.cond(
         ops.any(cuts_B),
         lambda: _least_kept(hot_BV, options["top_k"], options["top_p"]),
         lambda: ops.full_like(hot_BV[:, 0], OUT),
     )
-    # Of the likeliest, min-p is a share of the probability.
+    # min-p is relative to the probability of the likeliest token.
     share_B = ops.log(ops.maximum(options["min_p"], 1e-30))
     least_B = ops.maximum(least_B, ops.max(hot_BV, axis=-1) + share_B)
     kept_BV = hot_BV >= least_B[:, None]
@@ -75,7 +75,7 @@ def sampled(logits_BV, options, place):
 
 
 def _least_kept(hot_BV, top_k_B, top_p_B):
-    """Return the least logit that top-k and top-p keep; equal ones stay too."""
+    """Return the least logit that top-k and top-p keep; ties are kept."""
     sorted_BV = -ops.sort(-hot_BV, axis=-1)
     rank_V = ops.arange(hot_BV.shape[-1], dtype="int32")
     among_BV = rank_V[None] < top_k_B[:, None]
@@ -83,6 +83,6 @@ def _least_kept(hot_BV, top_k_B, top_p_B):
     share_BV = ops.softmax(sorted_BV, axis=-1)
     before_BV = ops.cumsum(share_BV, axis=-1) - share_BV
     kept_BV = ops.logical_and(among_BV, before_BV < top_p_B[:, None])
-    # The likeliest is always kept, whatever the rounding.
+    # The likeliest token is always kept, whatever the rounding.
     last_B = ops.maximum(ops.sum(ops.cast(kept_BV, "int32"), axis=-1) - 1, 0)
     return ops.take_along_axis(sorted_BV, last_B[:, None], axis=-1)[:, 0]

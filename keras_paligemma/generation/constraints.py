@@ -1,20 +1,20 @@
-"""What answers may be: an automaton over tokens, as arrays."""
+"""Constraints of answers: an automaton over tokens, as arrays."""
 
 from keras import ops
 
 
 def legal(shared, node_B):
-    """Say which tokens may follow: bool (B, V)."""
+    """Return which tokens may follow, bool (B, V)."""
     return follow(shared, node_B[:, None], None) >= 0
 
 
 def follow(shared, node, token_B):
-    """Return the node behind a token, or behind each of the vocabulary.
+    """Return the node after a token, or after each of the vocabulary.
 
     Args:
-        shared: dict of `token_classes` int32 (V,), which class of tokens each
-            token is of, and `next_nodes` int32 (nodes, classes), where a
-            class leads from a node, or -1.
+        shared: dict of `token_classes` int32 (V,), the class of each token,
+            and `next_nodes` int32 (nodes, classes), the node that a class
+            leads to, or -1.
         node: int32 tensor (B,), or (B, 1) for the whole vocabulary.
         token_B: int32 tensor (B,), or `None` for the whole vocabulary.
 

@@ -1,4 +1,4 @@
-"""The loop of answering: prefill, then a token a row until all have ended."""
+"""The decoding loop: prefill, then one token per row until all have ended."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,26 +16,26 @@ from keras_paligemma.generation.prefill import decode
 from keras_paligemma.generation.prefill import prefill
 from keras_paligemma.generation.state import State
 
-# Before any logit that a model gives, and a number still: a row that nothing
-# is allowed takes some token, and no NaN.
+# Below any logit of a model, but finite: a row without a legal token takes
+# an arbitrary token instead of NaN.
 FORBIDDEN = -1.0e30
-# What the prefill alone reads of a row.
+# The entries of a row that only the prefill reads.
 OF_PREFILL = ("images", "image_embeddings", "prompt_ids", "prompt_mask")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a program of answering is compiled for; all else is data.
+    """What a decoding program is compiled for; everything else is data.
 
     Args:
-        samples: bool, draw tokens by the options of each row; else the
-            likeliest are taken.
-        sampler: `keras_hub.samplers.Sampler` that chooses, or `None`.
-        copies: int, answers a prompt, after one prefill.
+        samples: bool, whether to sample by the options of each row;
+            otherwise decoding is greedy.
+        sampler: `keras_hub.samplers.Sampler` to use instead, or `None`.
+        copies: int, answers per prompt, after one prefill.
         beams: int, width of a beam search; 0 for none.
-        hooks: tuple of functions of float32 logits (B, V) and `State` that
-            give logits; the first comes first.
-        alternatives: int K, tokens a place that are told beside the chosen.
+        hooks: tuple of functions from float32 logits (B, V) and `State` to
+            logits, applied in order.
+        alternatives: int K, likeliest tokens recorded at each position.
     """
 
     samples: bool = False
@@ -47,7 +47,7 @@ class Plan:
 
 
 def answer(backbone, plan, rows, shared):
-    """Answer a batch: one prefill, and a loop that ends with the last row.
+    """Answer a batch: one prefill, and a loop until the last row has ended.
 
     Args:
         backbone: `PaliGemmaBackbone`.
@@ -61,24 +61,24 @@ def answer(backbone, plan, rows, shared):
             `constraints.follow` reads.
 
     Returns:
-        `State`, the last one.
+        The last `State`.
     """
     state = begin(backbone, plan, rows, shared)
     return advance(backbone, plan, rows, shared, state)
 
 
 def begin(backbone, plan, rows, shared):
-    """Prefill and choose the first token: the first `State`."""
+    """Prefill and choose the first token; return the first `State`."""
     hidden_BD, state = first_hidden(backbone, plan, rows, shared, plan.copies)
     rows = _rows_of_copies(rows, plan.copies)
     return _chosen(plan, rows, shared, backbone.logits(hidden_BD), state)
 
 
 def advance(backbone, plan, rows, shared, state, until=None):
-    """Go on from a state: to the end, or until so many places are decided.
+    """Continue from a state to the end, or to a position.
 
     Args:
-        until: int32 tensor, or `None` for all.
+        until: int32 tensor, number of decided positions; `None` for all.
     """
     responses = state.ids_BR.shape[1]
     rows = _rows_of_copies(rows, plan.copies)
@@ -96,10 +96,10 @@ def advance(backbone, plan, rows, shared, state, until=None):
 
 
 def first_hidden(backbone, plan, rows, shared, copies):
-    """Prefill: hidden states (B, D) for the first token, and an empty state.
+    """Prefill; return hidden states (B, D) and a state without tokens.
 
     Args:
-        copies: int, how often each row is repeated behind the prefill.
+        copies: int, how often each row is repeated after the prefill.
     """
     responses = rows["response_ids"].shape[1]
     hidden_BTD, cache = prefill(backbone, rows, responses)
@@ -126,7 +126,7 @@ def first_hidden(backbone, plan, rows, shared, copies):
 
 
 def next_hidden(backbone, state):
-    """Feed the last token back: hidden states (B, D), and the state."""
+    """Feed the last token back; return hidden states (B, D) and the state."""
     token_B1 = ops.take(
         state.ids_BR, ops.reshape(state.position - 1, (1,)), axis=1
     )
@@ -137,14 +137,14 @@ def next_hidden(backbone, state):
 
 
 def going(state, limit):
-    """Say whether a row wants another token: bool ()."""
+    """Return whether any row needs another token, bool ()."""
     return ops.logical_and(
         state.position < limit, ops.logical_not(ops.all(state.finished_B))
     )
 
 
 def repeated(tree, copies):
-    """Repeat each row of a nest of arrays: copies of a row are neighbours."""
+    """Repeat each row of a nest of arrays; copies of a row are adjacent."""
     if copies == 1:
         return tree
     return keras.tree.map_structure(
@@ -153,7 +153,7 @@ def repeated(tree, copies):
 
 
 def _rows_of_copies(rows, copies):
-    """Give each copy what its row was given, and a seed of its own."""
+    """Repeat the rows for their copies, each with its own seed."""
     seeds_BC = rows.get("seed")
     before = (*OF_PREFILL, "seed")
     rows = {name: one for name, one in rows.items() if name not in before}
@@ -164,7 +164,7 @@ def _rows_of_copies(rows, copies):
 
 
 def restricted(plan, shared, logits_BV, state):
-    """Return logits after hooks, the constraint and what is banned."""
+    """Return logits after hooks, the constraint and banned tokens."""
     for hook in plan.hooks:
         logits_BV = hook(logits_BV, state)
     allowed_V = shared.get("allowed")
@@ -177,7 +177,7 @@ def restricted(plan, shared, logits_BV, state):
 
 
 def _chosen(plan, rows, shared, logits_BV, state):
-    """Decide the place that logits are for."""
+    """Choose the token of the next position from its logits."""
     place = state.position
     total_B1 = ops.logsumexp(logits_BV, axis=-1, keepdims=True)
     choice_BV = restricted(plan, shared, logits_BV, state)
@@ -222,31 +222,31 @@ def _chosen(plan, rows, shared, logits_BV, state):
 
 
 def is_stop(token_B, shared):
-    """Tell which tokens end an answer."""
+    """Return which tokens end an answer."""
     return ops.any(token_B[:, None] == shared["stop_ids"][None], axis=1)
 
 
 def put(array_BR, value_B, place):
-    """Write a value a row at one place of (B, R, …)."""
+    """Write one value per row at a position of (B, R, …)."""
     here_R = ops.arange(array_BR.shape[1], dtype="int32") == place
     here = ops.reshape(here_R, (1, -1) + (1,) * (len(value_B.shape) - 1))
     return ops.where(here, value_B[:, None], array_BR)
 
 
 def column(array_BR, place):
-    """Read the values (B,) of one place."""
+    """Return the values (B,) at a position."""
     return ops.take(array_BR, ops.reshape(place, (1,)), axis=1)[:, 0]
 
 
 def row_defaults(inputs):
-    """Return what `answer` reads of each row, for the likeliest tokens.
+    """Return the row entries that `answer` reads, for greedy decoding.
 
     Args:
         inputs: dict of `prompt_ids`, `response_ids` and what else `prefill`
             takes, with the batch first.
 
     Returns:
-        Dict of tensors (B,): bool `wanted`, rows that someone waits for, int32
+        Dict of tensors (B,): bool `wanted`, rows whose answer is used, int32
         `max_new_tokens` and `start_node`.
     """
     zeros_B = ops.zeros_like(inputs["prompt_ids"][:, 0])

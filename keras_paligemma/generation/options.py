@@ -1,4 +1,4 @@
-"""How `generate` chooses tokens: its options, checked when they are given."""
+"""The options by which `generate` chooses tokens, and their validation."""
 
 import dataclasses
 import difflib
@@ -15,41 +15,41 @@ from keras_paligemma.preprocessing.inputs import to_length
 
 @dataclass(frozen=True)
 class Options:
-    """The keyword arguments of `generate` that choose tokens.
+    """The keyword arguments of `generate` that control decoding.
 
-    Temperature, top-k, top-p, min-p and seed may be lists, a value a prompt.
-    Any of the first four makes an answer a draw; without them the sampler that
-    the model was compiled with chooses.
+    Temperature, top-k, top-p, min-p and seed may be lists, one value per
+    prompt. Any of the first four turns on sampling; without them the sampler
+    that the model was compiled with is used.
 
     Args:
-        temperature: float that logits are divided by; 0 takes the likeliest
-            token, and 1 is as the model says.
-        top_k: int, draw among so many likeliest tokens.
-        top_p: float in (0, 1], draw among the likeliest tokens that together
+        temperature: float that logits are divided by; 0 is greedy decoding.
+        top_k: int, sample from this many likeliest tokens.
+        top_p: float in (0, 1], sample from the likeliest tokens that together
             have this probability.
-        min_p: float in [0, 1], draw among tokens of at least this share of the
-            likeliest one's probability.
-        seed: int; the same seed gives the same draws, whatever the batch size,
-            and row for row on all backends. `None` draws one with NumPy's
-            global generator, which `keras.utils.set_random_seed` sets.
-        num_samples: int n; a list of n answers for each prompt, drawn at
-            temperature 1 where nothing else is said.
-        best_of: int n; of n such answers the likeliest.
+        min_p: float in [0, 1], sample from tokens of at least this fraction
+            of the likeliest token's probability.
+        seed: int; the same seed gives the same samples, whatever the batch
+            size, and row for row on all backends. `None` draws one from
+            NumPy's global generator, which `keras.utils.set_random_seed` seeds.
+        num_samples: int n; returns n answers per prompt, sampled at
+            temperature 1 unless set otherwise.
+        best_of: int n; samples n answers and returns the likeliest.
         banned_token_ids: ints, never chosen. Log-probabilities do not know of
             it.
-        stop_strings: str or strs that end an answer, which keeps none of it.
+        stop_strings: str or strs that end an answer and are cut from it.
         beams: int, width of a beam search.
-        length_penalty: float; beams of other lengths are compared by the sum
-            of log-probabilities divided by tokens ** `length_penalty`. 0 is
-            the sum, as in the original.
-        alternatives: int, the likeliest tokens that are told at each place.
+        length_penalty: float; beams are ranked by the sum of log-probabilities
+            divided by tokens ** `length_penalty`. 0 ranks by the sum, as in
+            the original.
+        alternatives: int, number of likeliest tokens to return per position.
         choices: strs; the answer is one of them.
-        legal_objects: bool; answers to "detect" and "segment" are objects with
-            labels of their prompt, or none; other prompts are free. An answer
-            that `max_new_tokens` cuts may end within an object.
-        logits_hook: function of float32 logits (B, V) and `State` that gives
-            such logits, or a sequence of them, the first one first. It is
-            compiled with the loop, so hand over the same function each time.
+        legal_objects: bool; answers to "detect" and "segment" are restricted
+            to objects with labels of their prompt, or none; other prompts are
+            unrestricted. `max_new_tokens` may still cut an answer within an
+            object.
+        logits_hook: function from float32 logits (B, V) and `State` to
+            logits, or a sequence of them, applied in order. It is compiled
+            with the loop, so pass the same function each time.
     """
 
     temperature: float | Sequence[float] | None = None
@@ -74,7 +74,7 @@ class Options:
 
     @classmethod
     def of(cls, options):
-        """Make options of keyword arguments; unknown ones are told."""
+        """Create options from keyword arguments; unknown ones raise."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in known:
@@ -88,13 +88,13 @@ class Options:
 
     @property
     def draws(self):
-        """Whether tokens are drawn, or the likeliest asked for by name."""
+        """Whether a sampling option is set."""
         drawing = (self.temperature, self.top_k, self.top_p, self.min_p)
         return any(one is not None for one in drawing)
 
     @property
     def copies(self):
-        """How many answers a prompt are made."""
+        """Number of answers generated per prompt."""
         return self.num_samples or self.best_of or 1
 
     @property
@@ -105,13 +105,13 @@ class Options:
         return (self.logits_hook,)
 
     def check(self, vocabulary_size):
-        """Refuse values that mean nothing.
+        """Raise on invalid values.
 
         Args:
             vocabulary_size: int.
 
         Raises:
-            ValueError: with the option's name.
+            ValueError: names the option.
         """
         _check("temperature", self.temperature, 0, np.inf, "0 or more")
         _check(
@@ -184,18 +184,18 @@ class Options:
             raise ValueError("`choices` is empty. Expected: strings.")
 
     def seeded(self):
-        """Return the same options with a seed, drawn if there is none."""
+        """Return the same options with a seed, drawn if `None`."""
         if self.seed is not None:
             return self
         return dataclasses.replace(self, seed=np.random.randint(2**31))
 
     def rows(self, first, rows, copies, vocabulary_size):
-        """Return what each row is drawn by, as arrays.
+        """Return the options of each row as arrays.
 
         Args:
-            first: int, the number of the first prompt among all.
-            rows: int, how many prompts there are.
-            copies: int, answers a prompt.
+            first: int, index of the first prompt in the whole input.
+            rows: int, number of prompts.
+            copies: int, answers per prompt.
             vocabulary_size: int.
 
         Returns:
@@ -211,8 +211,8 @@ class Options:
                 value = value[first : first + rows]
             return np.broadcast_to(value.astype(dtype), (rows,))
 
-        # Neighbours have seeds of their own: a prompt that is asked twice is
-        # drawn twice.
+        # Seeds differ by prompt index: a prompt that occurs twice is sampled
+        # twice.
         numbers_ = np.arange(first, first + rows, dtype="int64")
         seeds = np.asarray(self.seed, "int64")
         if seeds.ndim:
@@ -229,7 +229,7 @@ class Options:
         }
 
     def check_rows(self, count):
-        """Refuse lists that are not as long as the prompts."""
+        """Raise on lists that are not as long as the prompts."""
         for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
             value = getattr(self, name)
             if np.ndim(value) and len(value) != count:
@@ -240,7 +240,7 @@ class Options:
 
 
 def _check(name, value, least, most, expected, whole=False, above=False):
-    """Refuse numbers outside of a range."""
+    """Raise on numbers outside a range."""
     if value is None:
         return
     for one in np.ravel(np.asarray(value, object)):
@@ -255,7 +255,7 @@ def _check(name, value, least, most, expected, whole=False, above=False):
 
 
 def _check_count(name, value):
-    """Refuse what is no number of answers."""
+    """Raise on an invalid number of answers."""
     good = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not good or value < 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Run the prompts once into a cache, then one token a row and step."""
+"""Run the prompts once into a cache, then decode one token per row."""
 
 from keras import ops
 
@@ -6,7 +6,7 @@ from keras_paligemma.layers.attention import token_positions
 
 
 def prefill(backbone, inputs, responses):
-    """Run the prompts once.
+    """Run the prompts once and fill the cache.
 
     Prompts are aligned to the right, so every row writes the cache at the
     same index; rotary positions and masks stay each row's own.
@@ -18,7 +18,7 @@ def prefill(backbone, inputs, responses):
         responses: int R, the longest response, in tokens.
 
     Returns:
-        hidden_BTD: tensor, of image tokens and prompt.
+        hidden_BTD: tensor, hidden states of image tokens and prompt.
         cache: nest of arrays whose first axis is the batch.
     """
     embeddings_BTD = backbone.embed(
@@ -26,7 +26,7 @@ def prefill(backbone, inputs, responses):
     )
     padding_BP = ops.cast(inputs["prompt_mask"], "bool")
     images = embeddings_BTD.shape[1] - padding_BP.shape[1]
-    # Image tokens are always valid, and nothing here is response.
+    # Image tokens are always valid, and no token here is response.
     images_BI = ops.ones((ops.shape(padding_BP)[0], images), "bool")
     valid_BT = ops.concatenate([images_BI, padding_BP], axis=1)
     decoder = backbone.text_decoder
@@ -42,24 +42,24 @@ def prefill(backbone, inputs, responses):
         cache=layers,
         index=0,
     )
-    # Rows are repeated and chosen as a whole, so all that has one goes in.
+    # Rows are repeated and selected as a whole, so it holds all per-row state.
     cache = {"layers": layers, "valid": valid_BT, "positions": positions_BT}
     return hidden_BTD, cache
 
 
 def decode(backbone, token_B1, cache, step, responses):
-    """Run one token a row against the cache.
+    """Decode one token per row with the cache.
 
     Args:
         backbone: `PaliGemmaBackbone`.
         token_B1: int tensor (B, 1).
-        cache: of `prefill` or of this function.
-        step: int tensor, the number of that token in the response, from 1.
-        responses: int R, as `prefill` was given it.
+        cache: from `prefill` or this function.
+        step: int tensor, index of that token in the response, from 1.
+        responses: int R, as passed to `prefill`.
 
     Returns:
-        hidden_BD: tensor, which the head makes logits of the next token of.
-        cache: as it is then.
+        hidden_BD: tensor, from which the head predicts the next token.
+        cache: the updated cache.
     """
     later_R = ops.arange(1, responses, dtype="int32")
     seen_R = ops.cast(later_R <= step, "bool")

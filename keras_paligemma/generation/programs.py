@@ -1,19 +1,20 @@
-"""Functions of a model's variables, compiled once for each plan and shape."""
+"""Compiled functions of a model, one for each plan and shape."""
 
 import os
 
 import keras
 
+from keras_paligemma.types import PathLike
 
-def keep_compilations(folder):
+
+def keep_compilations(folder: PathLike) -> None:
     """Keep what is compiled in a folder, for the next process.
 
     Args:
-        folder: path; it is made if it is not there, and several processes may
-            share it.
+        folder: path; created if missing. Several processes may share it.
 
     Raises:
-        ValueError: a backend other than JAX, which has no such cache.
+        ValueError: if the backend is not JAX; others have no such cache.
 
     Example:
 
@@ -38,11 +39,11 @@ def keep_compilations(folder):
 class Programs:
     """The compiled functions of one model.
 
-    Variables are arguments of what JAX compiles, so that other values, of
-    another adapter or a later step, compile nothing.
+    On JAX, variables are arguments of the compiled function, so that the
+    values of another adapter or a later step need no compilation.
 
     Args:
-        model: `keras.Model`; its `run_eagerly` and `jit_compile` count.
+        model: `keras.Model`; its `run_eagerly` and `jit_compile` apply.
     """
 
     def __init__(self, model):
@@ -50,13 +51,13 @@ class Programs:
         self._compiled = {}
 
     def __call__(self, function, plan, *arguments, donated=None):
-        """Run a function, compiled.
+        """Run a function, compiled on first use.
 
         Args:
-            function: function of the model, `plan` and tensors.
+            function: function of the model, `plan` and nests of tensors.
             plan: hashable, what the program is compiled for.
             *arguments: nests of tensors.
-            donated: int, which of them the program may overwrite.
+            donated: int, index of the argument that may be overwritten.
         """
         key = function, plan
         if key not in self._compiled:
@@ -67,7 +68,7 @@ class Programs:
         return self._compiled[key][0](*arguments)
 
     def compilations(self):
-        """Count what was compiled; 0 where nothing is, as on Torch."""
+        """Number of compilations; 0 where nothing is compiled, as on Torch."""
         return sum(count() for _, count in self._compiled.values())
 
 
@@ -102,7 +103,8 @@ def _of_jax(model, function, plan, donated):
     def run(*arguments):
         return compiled([one.value for one in variables()], *arguments)
 
-    return run, compiled._cache_size
+    # JAX counts, and declares none of it.
+    return run, compiled._cache_size  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _of_tensorflow(model, function, plan, donated):

@@ -1,4 +1,4 @@
-"""What `generate` is asked: arrays of prompts, stops and samplers, checked."""
+"""Validate what `generate` is given: prompts, stops and samplers."""
 
 import contextlib
 
@@ -15,7 +15,7 @@ def stops_of(stop_token_ids, preprocessor, vocabulary_size):
 
     Args:
         stop_token_ids: int, ints, `None`, or "auto": the tokenizer's end
-            token. None of them is as `None`.
+            token. An empty list is the same as `None`.
         preprocessor: `PaliGemmaCausalLMPreprocessor` or `None`.
         vocabulary_size: int.
     """
@@ -36,7 +36,9 @@ def stops_of(stop_token_ids, preprocessor, vocabulary_size):
 
 
 def check_begun(arrays, preprocessor):
-    """Refuse begun answers that have ended: text has no place for the rest.
+    """Refuse given starts of answers that already contain a stop.
+
+    Text cannot represent the tokens after it.
 
     Args:
         arrays: dict of `split_prompt`.
@@ -54,21 +56,21 @@ def check_begun(arrays, preprocessor):
 
 
 def check_sampler(sampler, vocabulary_size):
-    """Return a sampler of KerasHub by its name, or as it is.
+    """Return a valid sampler of KerasHub, from its name or as it is.
 
     Args:
         sampler: str or `keras_hub.samplers.Sampler`.
         vocabulary_size: int.
 
     Raises:
-        ValueError: neither, or one that cannot choose in our loop: a sampler
-            with a loop of its own, other than beams, which are ours.
+        ValueError: if it is neither, or a sampler with its own loop other
+            than beam search, which is implemented here.
     """
     samplers = keras_hub.samplers
     found = None
     with contextlib.suppress(ValueError, TypeError):
         found = samplers.get(sampler)
-    if not isinstance(found, samplers.Sampler):
+    if found is None or not isinstance(found, samplers.Sampler):
         raise ValueError(
             "Unknown sampler. Expected: 'greedy', 'beam', 'random', 'top_k', "
             "'top_p' or a `keras_hub.samplers.Sampler`. Received: "
@@ -99,10 +101,10 @@ def check_sampler(sampler, vocabulary_size):
 
 
 def plan_of(options, sampler):
-    """Return the `Plan` that options and the compiled sampler ask for.
+    """Return the `Plan` for options and the compiled sampler.
 
     Args:
-        options: `Options`.
+        sampler: `keras_hub.samplers.Sampler`, used if no option overrides it.
         sampler: `keras_hub.samplers.Sampler`; it chooses where no option does.
     """
     samplers = keras_hub.samplers
@@ -116,7 +118,7 @@ def plan_of(options, sampler):
         elif isinstance(sampler, samplers.BeamSampler):
             beams = sampler.num_beams
         elif not greedy:
-            # At temperature 0 it would divide by it.
+            # At temperature 0 the sampler would divide by zero.
             chooser = sampler if sampler.temperature else None
     if options.temperature is not None:
         draws = bool(np.any(np.asarray(options.temperature) != 0))
@@ -131,10 +133,10 @@ def plan_of(options, sampler):
 
 
 def bucket(count, least=1):
-    """Return the power of two that so many fit into.
+    """Return the power of two that a count is padded to.
 
-    Programs are compiled for these sizes, so that another number of prompts or
-    tokens finds one that is there.
+    Programs are compiled for these sizes, so that similar numbers of prompts
+    or tokens share a program.
 
     Example:
         >>> bucket(5), bucket(8), bucket(3, least=16)
@@ -144,13 +146,13 @@ def bucket(count, least=1):
 
 
 def filled_up(arrays, rows, prompt, response):
-    """Fill a batch up to the sizes of its bucket.
+    """Pad a batch to the sizes of its bucket.
 
     Args:
         arrays: dict of arrays of `split_prompt`.
-        rows: int, at least as many as there are; the last one is repeated.
-        prompt: int, likewise, of prompt tokens; padding comes in front.
-        response: int, likewise, of response tokens.
+        rows: int, at least the number of rows; the last one is repeated.
+        prompt: int, prompt tokens to pad to, on the left.
+        response: int, response tokens to pad to.
     """
 
     def padded(name, array):
@@ -169,7 +171,7 @@ def filled_up(arrays, rows, prompt, response):
 
 
 def stop_array(stop_token_ids):
-    """Return stops as data: int32, filled up to a bucket with -1.
+    """Return stops as an int32 array, padded to a bucket with -1.
 
     Args:
         stop_token_ids: tuple of ints, or `None`.
@@ -178,19 +180,23 @@ def stop_array(stop_token_ids):
     return np.array(ids + [-1] * (bucket(len(ids), 8) - len(ids)), "int32")
 
 
-def ends_of(ids, begun, stop_token_ids):
+def ends_of(
+    ids: np.ndarray,
+    begun: np.ndarray,
+    stop_token_ids: tuple[int, ...] | None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Count each row's tokens, and say whether a stop token ended it.
 
     Args:
         ids: int array (B, R).
-        begun: bool array (B, R), True on what answers were given to begin
-            with. A stop token there ends nothing.
+        begun: bool array (B, R), True on the given start of an answer. A stop
+            token there does not end it.
         stop_token_ids: tuple of ints or `None`.
 
     Returns:
         int array (B,), the stop token included, and bool array (B,).
     """
     stops = np.isin(ids, stop_token_ids or ()) & ~begun
-    stopped = stops.any(axis=1)
+    stopped = np.asarray(stops.any(axis=1))
     counts = np.where(stopped, stops.argmax(axis=1) + 1, ids.shape[1])
     return counts, stopped

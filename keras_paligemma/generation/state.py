@@ -1,27 +1,27 @@
-"""What the loop of answering carries from token to token."""
+"""The state that the decoding loop carries from token to token."""
 
 from typing import Any
 from typing import NamedTuple
 
 
 class State(NamedTuple):
-    """Answers that are being written; B rows, R places, all of one step.
+    """The answers so far; B rows, R positions, all at the same position.
 
-    A named tuple, since JAX, TensorFlow and Torch all carry one through a
-    loop, and nobody can change it. A logits hook reads it.
+    A named tuple, since JAX, TensorFlow and Torch can all carry one through a
+    loop, and it is immutable. Logits hooks read it.
 
     Fields:
-        ids_BR: int32 (B, R), the tokens so far; 0 where there is none yet, and
-            behind a row's end.
-        log_probabilities_BR: float32 (B, R), natural logarithm of what the
-            model itself gave each token: at temperature 1, whatever was
-            banned. 0 on tokens that an answer was given to begin with.
-        finished_B: bool (B,), rows that get no more tokens.
-        node_B: int32 (B,), where each row is in its constraint; see
+        ids_BR: int32 (B, R), the tokens so far; 0 at later positions and after
+            a row's end.
+        log_probabilities_BR: float32 (B, R), natural logarithm of the model's
+            probability of each token, at temperature 1 and regardless of
+            banned tokens. 0 on given tokens.
+        finished_B: bool (B,), rows that need no more tokens.
+        node_B: int32 (B,), each row's node in its constraint; see
             `generation.constraints`.
-        position: int32 (), how many of the R places are decided.
+        position: int32 (), how many of the R positions are decided.
         cache: nest of arrays with B first: keys and values of all tokens but
-            the last, and what of the prompt is valid, and where.
+            the last, and validity and rotary positions of the prompt.
         sampler: list of tensors, the variables of a sampler of KerasHub.
         alternatives: empty, or a pair of int32 ids and float32
             log-probabilities, both (B, R, K): the K likeliest at each place.

@@ -1,8 +1,8 @@
-"""Texts that are still being written."""
+"""Texts that are still being generated."""
 
 
 def cut(text, stop_strings):
-    """Return a text up to the first of the strings that end it.
+    """Return a text up to the first of its stop strings.
 
     Example:
         >>> cut("a cat. A dog", (". ", "dog"))
@@ -13,9 +13,9 @@ def cut(text, stop_strings):
 
 
 def settled(text, stop_strings):
-    """Return the part of a text that later tokens leave as it is.
+    """Return the part of a text that later tokens cannot change.
 
-    A character of several bytes may lack some, and a stop string may have
+    A multi-byte character may be incomplete, and a stop string may have
     begun.
 
     Example:

@@ -8,6 +8,8 @@ G = N / K query heads a key-value head, H head dim, D width, F MLP width,
 V vocabulary.
 """
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -16,13 +18,14 @@ from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.remat import recompute
 from keras_paligemma.layers.splash import PrefixMask
 from keras_paligemma.layers.splash import attend_fused
+from keras_paligemma.types import Tensor
 
-# Finite, so that a row that may see nothing gives numbers and not NaN.
+# Finite, so that a fully masked row gives numbers and not NaN.
 MASKED = -2.0e38
 
 
 def attention_mask(padding_mask_BL, response_mask_BL):
-    """Say which token sees which: the one mask rule of PaliGemma.
+    """Return which token attends to which: the one mask rule of PaliGemma.
 
     Image and prompt tokens see each other in both directions; each response
     token sees them and the response up to itself. A token's block is the
@@ -125,23 +128,23 @@ def rotate(x_BTNH, angles):
 
 
 def soft_cap(x, cap):
-    """Squash `x` smoothly into (-cap, cap); `None` leaves it as it is."""
+    """Return `cap * tanh(x / cap)`, or `x` if `cap` is `None`."""
     return x if cap is None else cap * ops.tanh(x / cap)
 
 
 def attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None):
-    """Mix values by the softmax of capped query-key products.
+    """Compute grouped-query attention with a soft cap on the logits.
 
     Query head n reads key-value head n // (N / K): no key is repeated in
-    memory. Products, cap and softmax are in float32 whatever the inputs. A
-    backward pass computes the weights again (`recompute`), and JAX on a CPU
-    goes head by head (`cpu_attention`).
+    memory. Products, cap and softmax are in float32 whatever the inputs. The
+    backward pass recomputes the weights (`recompute`), and JAX on a CPU
+    processes one head at a time (`cpu_attention`).
 
     Args:
         query_BTNH: tensor, already scaled.
         key_BSKH: tensor.
         value_BSKH: tensor.
-        mask_BTS: bool tensor, True where t sees s; `None` lets all see all.
+        mask_BTS: bool tensor, True where t sees s; `None` for no mask.
         cap: float, soft cap of the logits, or `None`.
 
     Returns:
@@ -172,8 +175,8 @@ def _mix(query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap):
     )
     logits_BKGTS = soft_cap(logits_BKGTS, cap)
     if mask_BTS is not None:
-        # Added, which rounds to MASKED: a choice would hold a constant of the
-        # size of all logits, 324 MiB of 3b at 448 px and 8 rows.
+        # Added, which rounds to MASKED: `ops.where` would hold a constant of
+        # the size of the logits, 324 MiB for 3b at 448 px and 8 rows.
         unseen_BTS = ops.cast(ops.logical_not(mask_BTS), "float32") * MASKED
         logits_BKGTS = logits_BKGTS + unseen_BTS[:, None, None]
     weights_BKGTS = ops.softmax(logits_BKGTS, axis=-1)
@@ -188,9 +191,9 @@ def _mix(query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap):
 def write_cache(cache, key_BTKH, value_BTKH, index):
     """Write new keys and values into a cache, in place under compilation.
 
-    A cache is `(keys, values, layer)`. Unrolled stacks give each block arrays
-    (B, S, K, H) and `layer=None`. Stacked ones share (B, layers, S, K, H), and
-    `layer` says which slice is meant, so nothing is ever restacked.
+    A cache is `(keys, values, layer)`. In unrolled stacks each block has
+    arrays (B, S, K, H) and `layer=None`. Scanned blocks share arrays
+    (B, layers, S, K, H) with `layer` as the index, so nothing is restacked.
 
     Args:
         cache: the tuple above.
@@ -216,13 +219,13 @@ def write_cache(cache, key_BTKH, value_BTKH, index):
 
 
 def _scatter(cached, new_BTKH, layer, index):
-    """Write into a cache by an operation of TensorFlow itself.
+    """Write into a cache by TensorFlow's own scatter.
 
-    Where no graph is compiled, a slice's update calls XLA each time: that is
-    slow, and a server of TensorFlow's may be built without it.
+    Without XLA compilation, `slice_update` calls XLA each time: that is slow,
+    and TensorFlow Serving may be built without it.
     """
     B, T = ops.shape(new_BTKH)[:2]
-    # Said, since a floatx of 16 bits makes plain integers int16.
+    # Explicit, since a 16-bit floatx makes plain integers int16.
     rows_B = ops.arange(B, dtype="int32")
     columns_T = index + ops.arange(T, dtype="int32")
     places = [rows_B[:, None], columns_T[None]]
@@ -243,15 +246,15 @@ def read_cache(cache):
 class GroupedQueryAttention(keras.layers.Layer):
     """Attention with rotary positions, soft cap and shared key-value heads.
 
-    Gemma 2's attention and, with one query head a key-value head and no
-    rotary angles, SigLIP's: one layer serves both towers.
+    Used by both towers: Gemma 2, and SigLIP with as many key-value heads as
+    query heads and no rotary angles.
 
     Args:
         hidden_dim: int, width D of the tokens.
         num_query_heads: int N.
         num_key_value_heads: int K, a divisor of N.
         head_dim: int H.
-        query_scale: float that queries are multiplied with.
+        query_scale: float, multiplies the queries.
         logit_soft_cap: float or `None`.
         use_bias: bool, biases on all four projections (SigLIP has them).
         quantization: storage of the kernels, see `Projection`.
@@ -300,7 +303,14 @@ class GroupedQueryAttention(keras.layers.Layer):
             layer.build()
         self.built = True
 
-    def call(self, x_BTD, mask_BTS=None, angles=None, cache=None, index=None):
+    def call(
+        self,
+        x_BTD: Tensor,
+        mask_BTS: Tensor = None,
+        angles: Tensor = None,
+        cache: tuple | None = None,
+        index: Tensor = None,
+    ) -> Any:
         query_BTNH = self.query(x_BTD)
         key_BSKH = self.key(x_BTD)
         value_BSKH = self.value(x_BTD)
@@ -311,8 +321,8 @@ class GroupedQueryAttention(keras.layers.Layer):
         fused = isinstance(mask_BTS, PrefixMask)
         if cache is not None:
             cache = write_cache(cache, key_BSKH, value_BSKH, index)
-            # A prefill's mask covers its own tokens only: they need not read
-            # back what they just wrote, nor the empty end of the cache.
+            # A prefill's mask covers its own tokens only, so that the cache,
+            # with its empty end, need not be read back.
             if not (fused or mask_BTS.shape[-1] == key_BSKH.shape[1]):
                 key_BSKH, value_BSKH = read_cache(cache)
         mixed_BTNH = (attend_fused if fused else attend)(

@@ -1,5 +1,7 @@
 """The blocks of both towers: each an ordinary Keras layer."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -7,10 +9,11 @@ from keras_paligemma.layers.attention import GroupedQueryAttention
 from keras_paligemma.layers.dropout import drop
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.remat import recompute
+from keras_paligemma.types import Tensor
 
 
 class RMSNorm(keras.layers.Layer):
-    """Divide by the root mean square, times (1 + scale), in float32.
+    """Normalize by the root mean square, times (1 + scale), in float32.
 
     The scale is stored around zero, as the published weights are: storing
     1 + scale in bfloat16 would cost up to 0.39 %.
@@ -45,10 +48,10 @@ class RMSNorm(keras.layers.Layer):
 
 
 class LayerNorm(keras.layers.LayerNormalization):
-    """Keras's own, of whose arguments alone a backward pass keeps anything.
+    """LayerNormalization, rematerialised: only its inputs are saved.
 
-    XLA:CPU would keep the mean and the scale of every one, as large as what
-    they are for.
+    XLA:CPU would save mean and scale for the backward pass too, each as large
+    as the input.
     """
 
     def call(self, x_BTD):
@@ -70,7 +73,7 @@ class GatedMLP(keras.layers.Layer):
 
     Args:
         hidden_dim: int D.
-        intermediate_dim: int F, the real width of gate and of up.
+        intermediate_dim: int F, the width of `gate` and of `up`.
         quantization: storage of the kernels, see `Projection`.
     """
 
@@ -140,20 +143,20 @@ class DecoderBlock(keras.layers.Layer):
         head_dim: int H.
         query_scale: float.
         logit_soft_cap: float or `None`, cap of the attention logits.
-        use_post_norms: bool, norms behind attention and MLP (Gemma 2).
-        epsilon: float of the norms.
-        dropout: float, share of what attention and MLP add that is dropped in
-            training; asks for a seed, see `layers.dropout`.
+        use_post_norms: bool, norms after attention and MLP (Gemma 2).
+        epsilon: float, added to the variance in the norms.
+        dropout: float, dropout rate of the outputs of attention and MLP in
+            training; needs a seed, see `layers.dropout`.
         quantization: storage of the kernels, see `Projection`.
 
     Call arguments:
         x_BTD: tensor.
         mask_BTS: bool tensor.
-        angles: of `rotary_angles`.
+        angles: tuple, the result of `rotary_angles`.
         near_mask_BTS: bool tensor or `None`, the mask of every other block.
-        number: int, which block this is; only `near_mask_BTS` asks for it.
+        number: int, index of this block; used with `near_mask_BTS` only.
         cache: `None`, or a cache as `write_cache` describes it.
-        index: where the cache is written.
+        index: int, first cache position to write.
 
     Returns:
         Tensor like `x_BTD`; with a cache, the tensor and the cache.
@@ -174,7 +177,7 @@ class DecoderBlock(keras.layers.Layer):
         quantization=None,
         **kwargs,
     ):
-        # Hands the rotary angles on in float32, see the attention.
+        # Keeps the rotary angles in float32, as the attention does.
         super().__init__(autocast=False, **kwargs)
         policy = self.dtype_policy
 
@@ -222,14 +225,14 @@ class DecoderBlock(keras.layers.Layer):
 
     def call(
         self,
-        x_BTD,
-        mask_BTS,
-        angles,
-        near_mask_BTS=None,
-        number=None,
-        cache=None,
-        index=None,
-    ):
+        x_BTD: Tensor,
+        mask_BTS: Tensor,
+        angles: Tensor,
+        near_mask_BTS: Tensor = None,
+        number: Tensor = None,
+        cache: tuple | None = None,
+        index: Tensor = None,
+    ) -> Any:
         if near_mask_BTS is not None:
             mask_BTS = ops.where(number % 2 == 0, near_mask_BTS, mask_BTS)
         y_BTD = self.pre_attention_norm(x_BTD)
@@ -256,7 +259,7 @@ class EncoderBlock(keras.layers.Layer):
         hidden_dim: int D.
         intermediate_dim: int F.
         num_heads: int, a divisor of D.
-        epsilon: float of the norms.
+        epsilon: float, added to the variance in the norms.
         quantization: storage of the kernels, see `Projection`.
     """
 

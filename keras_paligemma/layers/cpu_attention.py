@@ -1,8 +1,8 @@
-"""Attention on CPUs: head by head, so that logits stay in the cache.
+"""Attention on CPUs: one head at a time, so that logits stay in the CPU cache.
 
-XLA has no fused attention for CPUs. The logits of all heads at once, 134 MB of
-the vision tower at 448 px and two rows, are written to memory and read again
-by each operation, forward and backward. Those of one head are 4 MB. Measured on
+XLA has no fused attention for CPUs. The logits of all heads (134 MB for the
+vision tower at 448 px and two rows) are written to memory and read again by
+each operation, forward and backward. Those of one head are 4 MB. Measured on
 two cores; with many, several heads at a time might be faster.
 """
 
@@ -12,22 +12,22 @@ import keras
 
 from keras_paligemma.compat import platform
 
-# Logits of a head: the vision tower has twice as many at 224 px. Below it, as
-# in decoding, starting the operations of a head costs more than they do.
+# Logits per head; the vision tower has twice as many at 224 px. With fewer, as
+# in decoding, the overhead of the loop exceeds the gain.
 FEWEST_LOGITS = 2**15
 
 
 def should_use_cpu_attention(query_shape, key_shape):
-    """Say whether attention is to go head by head: the one switch.
+    """Return whether attention should run one head at a time.
 
     Args:
         query_shape: tuple (batch, tokens, query heads, head dim).
         key_shape: tuple (batch, tokens, key-value heads, head dim).
 
     Returns:
-        bool: `True` on the JAX backend for a CPU, if a head has many logits.
-        Not under a distribution, whose devices share rows and heads, nor in a
-        program for batches of any size.
+        bool: `True` on the JAX backend on a CPU, if a head has many logits.
+        `False` under a distribution, whose devices share rows and heads, and
+        for a dynamic batch size.
     """
     if keras.backend.backend() != "jax" or platform() != "cpu":
         return False
@@ -41,19 +41,19 @@ def should_use_cpu_attention(query_shape, key_shape):
 def attend_on_cpu(
     query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None, masked=-2.0e38
 ):
-    """Do what `attend` does, for one row and key-value head after another.
+    """Compute `attend` for one row and key-value head at a time.
 
-    The backward pass keeps the arguments and, of each token, the largest logit
-    and the sum of exponentials: it computes the weights again, transposed, so
-    that two of its three products with them read rows.
+    The backward pass saves the arguments and, for each token, the largest
+    logit and the sum of exponentials. It recomputes the weights, transposed,
+    so that two of its three products with them read rows.
 
     Args:
         query_BTNH: tensor, already scaled.
         key_BSKH: tensor.
         value_BSKH: tensor.
-        mask_BTS: bool tensor, True where t sees s; `None` lets all see all.
+        mask_BTS: bool tensor, True where t sees s; `None` for no mask.
         cap: float, soft cap of the logits, or `None`.
-        masked: float, added to the logits of what is not seen.
+        masked: float, added to masked logits.
 
     Returns:
         Tensor (batch, tokens, query heads, head_dim), dtype of the values.
@@ -66,7 +66,7 @@ def attend_on_cpu(
 
 @functools.cache
 def _attention(cap, masked):
-    """Make the function: once, so that calls outside of a program find it."""
+    """Build the function once, so that eager calls reuse its compilation."""
     import jax
     import jax.numpy as jnp
 
@@ -78,7 +78,7 @@ def _attention(cap, masked):
         return [tensor.astype("float32") for tensor in tensors]
 
     def capped(logits):
-        """Return the logits and, of a cap, their share of it."""
+        """Return the capped logits, and their ratio to the cap if any."""
         if cap is None:
             return logits, None
         share = jnp.tanh(logits / cap)
@@ -108,7 +108,7 @@ def _attention(cap, masked):
         change_SM = product(value_SH, upstream_MH, 1, 1)
         mean_M = jnp.sum(weights_SM * change_SM, axis=0)
         gradient_SM = weights_SM * (change_SM - mean_M)
-        if cap is not None:
+        if share_SM is not None:
             gradient_SM = gradient_SM * (1 - share_SM * share_SM)
         return (
             product(gradient_SM, key_SH, 0, 0),
@@ -117,7 +117,7 @@ def _attention(cap, masked):
         )
 
     def heads_first(x_BTNH, key_heads):
-        """Return (B K, G T, H): what is one key-value head's lies together."""
+        """Return (B K, G T, H): the queries of a key-value head together."""
         B, T, N, H = x_BTNH.shape
         x_BTKGH = x_BTNH.reshape(B, T, key_heads, N // key_heads, H)
         return jnp.moveaxis(x_BTKGH, 1, 3).reshape(B * key_heads, -1, H)
@@ -130,8 +130,9 @@ def _attention(cap, masked):
     def each_head(function, mask_BTS, key_heads, groups, replaced, *others_XM):
         """Apply a function to every row and key-value head in turn.
 
-        Its results take the place of `replaced`, which it is given first:
-        arrays of zeros would be made for all layers before the first one.
+        `replaced` are the function's first arguments, and its results
+        overwrite them: XLA would allocate arrays of zeros for all layers
+        before the first one.
         """
 
         def one(number, replaced):
@@ -146,7 +147,7 @@ def _attention(cap, masked):
                 for one, new in zip(replaced, found, strict=True)
             ]
 
-        # Of a loop of a known length, remat "dots" would keep all logits.
+        # With a static loop length, remat "dots" would save all logits.
         count = jnp.asarray(replaced[0].shape[0])
         return jax.lax.fori_loop(0, count, one, list(replaced))
 
@@ -185,7 +186,7 @@ def _attention(cap, masked):
             heads_last(gradient, one.shape, K)
             for gradient, one in zip(gradients, inputs, strict=True)
         ]
-        # A mask has none.
+        # The mask has no gradient.
         return (*gradients, None)
 
     attention = jax.custom_vjp(lambda *inputs: forward(*inputs)[0])

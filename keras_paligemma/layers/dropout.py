@@ -1,8 +1,8 @@
-"""Dropout whose seed comes from outside of the layer that drops.
+"""Dropout whose seed comes from outside of the layer.
 
-A block that is scanned cannot hold a random state: a state that changes inside
-of the loop is lost, and every layer would drop the same. So the stack draws
-one seed a call, and what drops inside of a block mixes its place into it.
+A scanned block cannot hold random state: its changes inside of the loop are
+lost, and every layer would use the same dropout mask. So the stack draws one
+seed a call, and each dropout inside of a block derives its own from it.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ _SEED = contextvars.ContextVar("dropout_seed", default=None)
 
 @contextlib.contextmanager
 def dropout_scope(seed, number):
-    """Let `drop` work inside of a block.
+    """Enable `drop` inside of a block.
 
     Args:
-        seed: int tensor of two, of a `keras.random.SeedGenerator`; `None`
-            drops nothing.
-        number: int or scalar tensor, which block it is.
+        seed: int tensor (2,), drawn from a `keras.random.SeedGenerator`;
+            `None` disables dropout.
+        number: int or scalar tensor, index of the block.
     """
     if seed is not None:
         number = ops.cast(number, seed.dtype)
@@ -37,12 +37,16 @@ def dropout_scope(seed, number):
 
 
 def drop(x, rate, place):
-    """Zero a share of `x` and scale up the rest, where `dropout_scope` is on.
+    """Apply dropout inside of a `dropout_scope`; return `x` elsewhere.
 
     Args:
         x: tensor.
-        rate: float.
-        place: str, who asks; the parts of a block drop independently.
+        rate: float, share that is set to zero.
+        place: str, path of the caller; different places of a block drop
+            independently.
+
+    Returns:
+        Tensor like `x`.
     """
     seed = _SEED.get()
     if seed is None or not rate:
@@ -54,11 +58,11 @@ def drop(x, rate, place):
 
 
 class _Given(keras.random.SeedGenerator):
-    """A seed that is known already, in the form that Keras takes."""
+    """A seed generator that returns a given seed."""
 
     def __init__(self, value):
         self.value = value
-        # Not `None`, at which Keras on Torch takes a seed of its own.
+        # Not `None`, for which Keras on Torch uses its default generator.
         self._initial_seed = 0
 
     def next(self, ordered=True):

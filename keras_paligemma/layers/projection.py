@@ -1,6 +1,7 @@
 """The one matrix-multiply layer of the package."""
 
 import math
+from collections.abc import Callable
 
 import keras
 from keras import ops
@@ -10,26 +11,27 @@ from keras_paligemma.layers.dropout import drop
 from keras_paligemma.quantization.products import quantized_product
 from keras_paligemma.quantization.storage import QuantizedFormat
 from keras_paligemma.quantization.storage import add_quantized_weight
+from keras_paligemma.types import Tensor
 
 
 class Projection(keras.layers.Layer):
     """Multiply the last axes of a tensor with a kernel, and its adapter.
 
-    Every learned product of both towers is one of these, so what can be done
-    to a product (an adapter, a storage format) is written once. An adapter is
-    low-rank in compute too: `x·A·B` is added, no merged kernel is ever formed
-    and no gradient of the frozen kernel either. It may add a bias, and it may
-    scale each output (the gain of DoRA). All of it is multiplied with one
-    number: 0 turns an adapter off, and gradients with it.
+    Every learned product of both towers is a `Projection`, so adapters and
+    storage formats are written once. An adapter is low-rank in compute too:
+    `x·A·B` is added, without a merged kernel and without a gradient of the
+    frozen kernel. It may add a bias, and it may scale each output (the gain
+    of DoRA). All of these are multiplied by one scale: 0 turns the adapter
+    and its gradients off.
 
     Args:
         input_axes: tuple of ints, shape of the axes that are summed over.
         output_axes: tuple of ints, shape of the axes that replace them.
         use_bias: bool.
-        kernel_initializer: Keras initializer, or `None` for a normal whose
-            variance is one over the number of inputs.
-        quantization: "int8", "int4" or `None`: how the kernel is stored. Of
-            few bits it is frozen, and made a float where it is used.
+        kernel_initializer: Keras initializer, or `None` for a normal one with
+            variance 1 / (number of inputs).
+        quantization: "int8", "int4" or `None`: how the kernel is stored. A
+            quantised kernel is frozen, and dequantised in each product.
 
     Call arguments:
         x: tensor (..., *input_axes).
@@ -73,8 +75,8 @@ class Projection(keras.layers.Layer):
         self.adapter_scale = None
         self.adapter_bias = None
         self.adapter_gain = None
-        # A function that is shown each input: calibration looks on.
-        self.observer = None
+        # Called with each input, for calibration.
+        self.observer: Callable[[Tensor], None] | None = None
 
     def build(self, input_shape=None):
         if self.quantized_format is not None:
@@ -95,17 +97,17 @@ class Projection(keras.layers.Layer):
         self.built = True
 
     def add_adapter(self, rank, scale, dropout=0.0, bias=False, gain=False):
-        """Add the product of two thin matrices, which is zero at first.
+        """Add the product of two low-rank matrices, initially zero.
 
         Args:
             rank: int, the width between the two.
-            scale: float that the adapter is multiplied with. It is a variable,
-                so that adapters are switched without a new compilation.
-            dropout: float, share of the adapter's inputs that are dropped in
-                training; asks for a seed, see `layers.dropout`.
-            bias: bool, add a bias to the product, zero at first.
-            gain: bool, multiply kernel and product with 1 + a number for each
-                output, zero at first.
+            scale: float, multiplies the adapter. It is stored in a variable,
+                so that switching adapters needs no recompilation.
+            dropout: float, dropout rate of the adapter's inputs in training;
+                needs a seed, see `layers.dropout`.
+            bias: bool, add a bias to the product, initially zero.
+            gain: bool, multiply kernel and product by 1 + gain, one gain an
+                output, initially zero.
         """
         self._tracker.unlock()
         self._add_piece(
@@ -128,8 +130,8 @@ class Projection(keras.layers.Layer):
         self.adapter_dropout = dropout
 
     def _add_piece(self, name, shape, initializer="zeros", trainable=True):
-        # float32 whatever the kernel's dtype: in bfloat16 the small updates of
-        # an adapter would round away.
+        # float32 whatever the kernel's dtype: bfloat16 would lose the small
+        # updates of an adapter to rounding.
         weight = self.add_weight(
             shape=shape,
             initializer=initializer,
@@ -146,14 +148,14 @@ class Projection(keras.layers.Layer):
         if self.adapter_scale is not None:
             y = y + self._adapt(x)
         if self.adapter_gain is not None:
-            # Not y · (1 + gain): near 1, bfloat16 rounds gains away.
+            # Not y · (1 + gain): bfloat16 would round 1 + gain to 1.
             y = y + y * self._scaled(self.adapter_gain, y.dtype)
         if self.bias is not None:
             y = y + self.bias
         return y
 
     def _adapt(self, x):
-        """Run the adapter: through the thin middle, never a merged kernel."""
+        """Return the adapter's output, without forming a merged kernel."""
         x = drop(x, self.adapter_dropout, self.path)
         low = contract(x, self.adapter_a, self.input_axes)
         low = low * ops.cast(self.adapter_scale, low.dtype)
@@ -176,9 +178,9 @@ class Projection(keras.layers.Layer):
 def contract(x, kernel, input_axes):
     """Sum over the last axes of `x` and the first axes of `kernel`.
 
-    As a product of two matrices, which CPUs and GPUs run in either direction
-    as the kernel lies; the gradient of a product over axes of heads would have
-    it copied in another order. TPUs lay it out by the axes.
+    CPUs and GPUs run it as a product of two matrices, forward and backward,
+    without a copy of the kernel; the gradient of a product over the axes of
+    heads would transpose it. TPUs choose the layout by the axes.
     """
     kernel = ops.cast(kernel, x.dtype)
     summed = len(input_axes)
@@ -194,5 +196,5 @@ def contract(x, kernel, input_axes):
 
 
 def normal(fan_in):
-    """Initializer of variance 1 / fan_in, whatever the shape of a kernel."""
+    """Return a normal initializer with variance 1 / `fan_in`."""
     return keras.initializers.RandomNormal(stddev=fan_in**-0.5)

@@ -1,4 +1,4 @@
-"""What the backward pass keeps of a block, and what it computes again."""
+"""Rematerialisation: what is saved for the backward pass of a block."""
 
 import contextlib
 
@@ -14,22 +14,22 @@ def rematerialize(function, kind, variables=()):
     """Wrap a function so that its backward pass recomputes some of it.
 
     Args:
-        function: of tensors.
-        kind: `None` keeps everything; "block" keeps the arguments alone, at
-            the price of a second forward pass; "dots" (JAX alone) keeps the
-            results of matrix products with a weight too and recomputes what
-            is cheap. "pair" is "block", and an even number of stacked blocks
-            goes two at a time, so that half as much is kept, for half a
-            forward pass more.
-        variables: trained variables that the function reads by itself. A loop
-            of TensorFlow has no gradient of one that is read again within it:
-            they are read now, and lent to the function.
+        function: function of tensors.
+        kind: `None` saves everything; "block" saves the arguments only, at
+            the cost of a second forward pass; "dots" (JAX only) also saves
+            the results of matrix products with a weight and recomputes what
+            is cheap. "pair" is "block", with an even number of scanned blocks
+            processed two at a time: half as much is saved, for half a forward
+            pass more.
+        variables: trained variables that the function reads by itself. A
+            TensorFlow loop has no gradient of a variable that is read again
+            within it: they are read here and passed to the function.
 
     Returns:
         Function of the same arguments.
 
     Raises:
-        ValueError: unknown kind, or one that the backend has not.
+        ValueError: unknown kind, or not available on this backend.
     """
     check_remat(kind)
     if kind is None:
@@ -47,10 +47,10 @@ def rematerialize(function, kind, variables=()):
 
 
 def _of_floats(function, variables):
-    """Recompute with the floats as arguments, and the rest closed over.
+    """Rematerialise with float arguments only; the others are closed over.
 
-    TensorFlow adds up the gradients of what several blocks were given, of a
-    mask too, and has no sum of bools.
+    TensorFlow sums the gradients of arguments that several blocks share, those
+    of a bool mask too, for which it has no sum.
     """
     values = [ops.convert_to_tensor(variable) for variable in variables]
 
@@ -82,19 +82,20 @@ def _of_floats(function, variables):
 
 
 def recompute(function):
-    """Let a function's backward pass keep its arguments alone, cheaply.
+    """Save only a function's arguments for its backward pass.
 
-    For what costs little to compute and much to keep: the weights of attention
-    and what a gelu computes between. A block that keeps its activations keeps
-    four arrays (B, T, F) of a gated MLP without it, two with it. JAX alone;
-    other backends get the function as it is, and TPUs too: there blocks are
-    recomputed whole, and attention is one kernel.
+    For results that are cheap to compute and large to save: the weights of
+    attention, and the intermediate values of a gelu. A gated MLP saves four
+    arrays (B, T, F) without it, two with it. JAX on CPUs and GPUs only. Other
+    backends get the function unchanged; so do TPUs, where whole blocks are
+    rematerialised and attention is one kernel.
 
-    XLA:CPU takes `jax.checkpoint` for the forward pass done again and merges
-    the two, so here the first argument waits for the gradient, see `after`.
+    XLA:CPU merges the two forward passes of `jax.checkpoint` into one, so here
+    the first argument depends on the gradient, see `after`.
 
     Args:
-        function: of tensors, to one tensor. Only floats get a gradient.
+        function: function of tensors that returns one tensor. Only floats get
+            a gradient.
 
     Returns:
         Function of the same arguments.
@@ -117,19 +118,20 @@ def recompute(function):
 
 
 def after(x, *tensors):
-    """Return tensors as something that is known only after `x`.
+    """Make tensors depend on `x` without a change of their values.
 
-    Nothing else keeps a compiler from computing what follows from them at
-    once, for all layers, or from keeping it for the backward pass, where it
-    finds the same expression. XLA:CPU drops optimization barriers before it
-    looks for such; a number of `x` would cost several devices a message.
+    Otherwise a compiler may compute what follows from them early, for all
+    layers at once, or merge it with an equal expression of the forward pass
+    and save that. XLA:CPU removes optimization barriers before it merges
+    expressions; elsewhere a barrier is better, since reading an element of `x`
+    would cost communication between devices.
 
     Args:
         x: tensor.
-        *tensors: of signed numbers.
+        *tensors: tensors of signed numbers.
 
     Returns:
-        List of these tensors, of the same values; Torch's as they are.
+        List of the tensors with the same values; unchanged on Torch.
     """
     backend = keras.backend.backend()
     if backend == "torch":
@@ -138,7 +140,7 @@ def after(x, *tensors):
         import jax
 
         return list(jax.lax.optimization_barrier((x, *tensors))[1:])
-    # Never true, of NaN neither; no compiler knows that.
+    # Never true, not for NaN either, which no compiler can prove.
     first, last = (
         ops.cast(ops.absolute(ops.reshape(tensor, (-1,))[0]), "float32")
         for tensor in (x, tensors[-1])
@@ -148,7 +150,7 @@ def after(x, *tensors):
 
 
 def check_remat(kind):
-    """Refuse a kind that does not exist here."""
+    """Raise `ValueError` if the backend has no such kind of remat."""
     if kind not in REMATS:
         raise ValueError(
             f"Unknown remat. Received: {kind!r}. Expected one of {REMATS}."

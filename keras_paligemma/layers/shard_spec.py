@@ -1,4 +1,4 @@
-"""How the weights of a stack lie on chips, and reach those that need them."""
+"""How the weights of a stack are sharded, and how they are gathered."""
 
 import math
 from typing import Any
@@ -10,27 +10,27 @@ from keras_paligemma.compat import platform
 
 
 class ShardSpec(NamedTuple):
-    """How chips share a tensor: the mesh, and its axes for each axis."""
+    """The sharding of a tensor: the mesh, and mesh axes for each axis."""
 
     mesh: Any
     axes: tuple
 
     def parts(self, axis):
-        """Count the parts of one axis; 1 where it is whole on each chip."""
+        """Return the number of shards of one axis; 1 if it is replicated."""
         names = self.axes[axis] if -len(self.axes) <= axis else None
         names = (names,) if isinstance(names, str) else names or ()
         return math.prod(self.mesh.shape[name] for name in names)
 
 
 def shard_spec_of(variable):
-    """Say how chips share a variable that all of them need as a whole.
+    """Return the sharding of a variable that every device needs whole.
 
     Args:
-        variable: `keras.Variable`, or a tensor, which nobody shares.
+        variable: `keras.Variable`, or a tensor, which is not sharded.
 
     Returns:
-        `ShardSpec`; `None` where the variable is whole on each chip, or where
-        chips work on the same examples and each needs its own part alone.
+        `ShardSpec`; `None` if the variable is replicated, or under model
+        parallelism, where each device needs its own shard only.
     """
     active = keras.distribution.distribution()
     if active is None or not isinstance(variable, keras.Variable):
@@ -45,20 +45,20 @@ def shard_spec_of(variable):
 
 
 def gather(function, x, shares, *numbers):
-    """Apply a function to what each chip has of a tensor, and gather that.
+    """Apply a function to each device's shard of a tensor, then all-gather.
 
-    The compiler gathers a tensor before a part is cut out of it, in each step
-    of a loop again, or sends activations in place of weights.
+    By itself the compiler gathers the whole tensor before a part is sliced out
+    of it, in each step of a loop, or sends activations in place of weights.
 
     Args:
-        function: of a tensor and numbers, to a tensor; it may drop axes in
-            front, and keeps the order of the others.
+        function: function of a tensor and `numbers` that returns a tensor; it
+            may drop leading axes, and keeps the order of the others.
         x: tensor.
-        shares: `ShardSpec` of it, or `None`: the function is applied to it.
+        shares: `ShardSpec` of `x`; `None` if `x` is replicated.
         *numbers: int scalars.
 
     Returns:
-        Tensor, whole on each chip.
+        Tensor, replicated on all devices.
     """
     if shares is None:
         return function(x, *numbers)
@@ -81,18 +81,18 @@ def gather(function, x, shares, *numbers):
             *[none] * len(numbers),
         ),
         out_specs=none,
-        # What is gathered does not say that it is the same everywhere.
+        # JAX cannot infer that an all-gather's result is replicated.
         check_vma=False,
     )(x, *map(jax.numpy.asarray, numbers))
 
 
 def as_stored(weight):
-    """Keep one layer's kernel of heads laid out as the stack of all layers is.
+    """Constrain one layer's kernel to the memory layout of the whole stack.
 
-    Its product wants the heads first. A TPU would lay out the whole stack so,
-    as a copy that lives as long as the step: 0.8 GiB of a 28b on four chips.
-    Where few numbers lie last, as an adapter's rank, it does better by itself:
-    they would be filled up to 128.
+    The product over heads prefers another layout. A TPU would copy the whole
+    stack into it for the length of a step: 0.8 GiB for 28b on four chips. With
+    a short last axis, as an adapter's rank, the compiler's choice is better,
+    since that axis would be padded to 128.
     """
     if len(weight.shape) < 3 or weight.shape[-1] < 64 or platform() != "tpu":
         return weight

@@ -1,7 +1,7 @@
 """Fused attention on TPUs: no tensor of all logits, forward or backward.
 
 JAX's splash attention takes a mask that is known when a program is compiled.
-The layout of the tokens is, so its kernel skips what no token sees.
+The layout of the tokens is, so its kernel skips blocks that no token sees.
 """
 
 import functools
@@ -11,18 +11,18 @@ import keras
 
 from keras_paligemma.compat import platform
 
-# Lanes of a TPU's vector unit: what blocks and heads are a multiple of.
+# Lanes of a TPU's vector unit: block sizes and head_dim are multiples of it.
 LANES = 128
-# Logits of a block and its gradients must fit into a core's own memory.
+# The logits of a block and their gradients must fit into VMEM.
 LARGEST_BLOCK = 512
 
 
 class PrefixMask(NamedTuple):
-    """Which token sees which, where the response's place is static.
+    """The prefix mask in two parts, with a static start of the response.
 
-    Stands for the mask of `attention_mask` in training and prefill. The two
-    shapes say where the response begins: valid tokens of the prefix see the
-    prefix, those of the response see it and the response up to themselves.
+    Replaces the mask of `attention_mask` in training and prefill. Valid prefix
+    tokens see the prefix; valid response tokens see the prefix and the
+    response up to themselves.
 
     Args:
         prefix_BP: bool tensor, True on valid image and prompt tokens.
@@ -35,7 +35,7 @@ class PrefixMask(NamedTuple):
 
 
 def should_use_splash(batch_size, num_key_value_heads, head_dim):
-    """Say whether attention is to be fused here: the one switch.
+    """Return whether to use fused attention.
 
     Args:
         batch_size: int, rows on all devices together; `None` if unknown.
@@ -43,9 +43,9 @@ def should_use_splash(batch_size, num_key_value_heads, head_dim):
         head_dim: int H.
 
     Returns:
-        bool: `True` on the JAX backend for a TPU, if H is a multiple of 128
-        and the devices of an active distribution can share rows and heads
-        evenly. Elsewhere the plain form does it.
+        bool: `True` on the JAX backend on a TPU, if H is a multiple of 128
+        and rows and heads divide evenly among the devices of an active
+        distribution.
     """
     if keras.backend.backend() != "jax" or platform() != "tpu":
         return False
@@ -63,11 +63,11 @@ def should_use_splash(batch_size, num_key_value_heads, head_dim):
 def attend_fused(
     query_BTNH, key_BTKH, value_BTKH, mask, cap=None, interpret=False
 ):
-    """Do what `attend` does for a `PrefixMask`, in a kernel for TPUs.
+    """Compute `attend` for a `PrefixMask` in a TPU kernel.
 
-    A Pallas kernel cannot be partitioned by the compiler: under a distribution
-    each device is handed its rows, and its heads where these are split.
-    Padding is a segment of its own: it sees other padding alone.
+    The compiler cannot partition a Pallas kernel: under a distribution,
+    `shard_map` passes each device its rows, and its heads if they are sharded.
+    Padding is a separate segment: it sees other padding only.
 
     Args:
         query_BTNH: tensor, already scaled; T = P + R.
@@ -75,12 +75,13 @@ def attend_fused(
         value_BTKH: tensor.
         mask: `PrefixMask`.
         cap: float, soft cap of the logits, or `None`.
-        interpret: bool, run the kernel by an interpreter, on any device.
+        interpret: bool, interpret the kernel, which works on any device.
 
     Returns:
         Tensor (batch, tokens, query heads, head_dim), dtype of the values.
 
-    Source: https://arxiv.org/abs/2205.14135, in JAX's form.
+    Source: FlashAttention, https://arxiv.org/abs/2205.14135, as implemented in
+        JAX's splash attention.
     """
     import jax
     import jax.numpy as jnp
@@ -103,7 +104,7 @@ def attend_fused(
         mesh=mesh,
         in_specs=(part, part, part, jax.sharding.PartitionSpec(rows)),
         out_specs=part,
-        # A kernel does not say along which axes its results vary.
+        # A kernel does not declare along which axes its results vary.
         check_vma=False,
     )(*tensors)
 
@@ -126,7 +127,7 @@ def _attend(
     cap,
     interpret,
 ):
-    """Attend on one device: the kernel takes heads first, and one row."""
+    """Attend on one device; the kernel takes one row, heads first."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -135,7 +136,7 @@ def _attend(
     tokens, num_heads = query_BTNH.shape[1:3]
     length = -(-tokens // LANES) * LANES
     more = length - tokens
-    # What fills up sees itself alone, in a third segment.
+    # Tokens that round the length up are a third segment.
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, more)), constant_values=2)
 
     def heads_first(x_BTNH):
@@ -164,7 +165,9 @@ def _attend(
         heads_first(value_BTKH),
         splash.SegmentIds(segments_BT, segments_BT),
     )
-    return jnp.swapaxes(mixed_BNTH, 1, 2)[:, :tokens]
+    # JAX declares what the kernel returns with residuals too.
+    mixed_BTNH = jnp.swapaxes(mixed_BNTH, 1, 2)  # pyright: ignore[reportArgumentType]
+    return mixed_BTNH[:, :tokens]
 
 
 def _block(length):

@@ -20,28 +20,28 @@ FORMS = ("auto", "unrolled", "scanned")
 class LayerStack(keras.layers.Layer):
     """Repeat a block, in one of two forms with the same weights and results.
 
-    *Unrolled* holds N blocks in a list: the plain form, and the reference for
-    the other. *Scanned* holds one block's weights with a leading layer axis
-    and runs them under `keras.ops.scan`: compile time does not grow with
-    depth, and with `remat` only one block's activations live at a time. TPUs
-    fuse the layer's slice into the product, so scanned costs nothing there;
-    CPUs copy each slice, so unrolled is twice as fast there.
+    *Unrolled* holds N blocks in a list, and is the reference for the other.
+    *Scanned* holds one block's weights with a leading layer axis and runs
+    `keras.ops.scan` over it: compile time does not grow with depth, and with
+    `remat` only one block's activations are in memory at a time. TPUs fuse the
+    slice of a layer into the product, so scanning costs nothing there; CPUs
+    copy each slice, so unrolled is twice as fast there.
 
-    Both forms know their weights by the same names ("attention/query/kernel"),
-    save the same arrays (layer axis first) and load each other's files.
+    Both forms use the same weight names ("attention/query/kernel"), save the
+    same arrays (layer axis first) and load each other's files.
 
     Args:
         make_block: function of no arguments that returns a new block.
         num_layers: int N.
         form: "unrolled", "scanned" or "auto": scanned on TPU, else unrolled.
-        remat: what the backward pass computes again, see `layers.remat`.
-        numbered: bool, hand each block its number as `number`.
+        remat: what the backward pass recomputes, see `layers.remat`.
+        numbered: bool, pass each block its index as `number`.
 
     Call arguments:
-        x: tensor that goes through all blocks.
-        *args: handed to every block as they are.
-        cache: `None`, or what `make_cache` returned and a call gave back.
-        index: where the cache is written.
+        x: tensor, input of the first block.
+        *args: passed to every block unchanged.
+        cache: `None`, or the cache of `make_cache` or of the previous call.
+        index: int, first cache position to write.
 
     Returns:
         The last block's output; with a cache, the output and the cache.
@@ -56,7 +56,7 @@ class LayerStack(keras.layers.Layer):
         numbered=False,
         **kwargs,
     ):
-        # The blocks cast what they want cast.
+        # The blocks cast their own inputs.
         super().__init__(autocast=False, **kwargs)
         if form not in FORMS:
             raise ValueError(
@@ -68,23 +68,23 @@ class LayerStack(keras.layers.Layer):
         self.num_layers = num_layers
         self.scanned = form == "scanned" or (form == "auto" and _on_tpu())
         self.remat = remat
-        # Of an odd number of blocks all stay single, as with "block".
+        # With an odd number of blocks "pair" is the same as "block".
         self.in_pairs = self.scanned and remat == "pair" and num_layers % 2 == 0
         self.numbered = numbered
         self.seed_generator = None
 
     def build(self, input_shape=None):
         if self.scanned:
-            # The template's own variables never get values: it lends its
-            # code, and each scan step lends it a slice of the stack. Behind a
-            # function, Keras neither tracks nor saves it.
+            # The template's own variables have no values: each scan step
+            # substitutes slices of the stack for them. A function hides the
+            # template from Keras's tracking and saving.
             template = self.make_block()
             self._template = lambda: template
             self._stacks = {}
             self.apply_to_blocks(lambda block: block.build())
         else:
-            # Tracked, but out of sight of Keras's saving, which would write
-            # every block apart; `save_own_variables` writes the shared names.
+            # Tracked, but hidden from Keras's saving, which would write every
+            # block separately; `save_own_variables` writes the shared names.
             for number in range(self.num_layers):
                 with keras.name_scope(str(number)):
                     block = self.make_block()
@@ -93,7 +93,7 @@ class LayerStack(keras.layers.Layer):
         self.built = True
 
     def each_block(self):
-        """List the blocks of the unrolled form, first to last."""
+        """Return the list of blocks of the unrolled form, first to last."""
         if self.scanned:
             raise ValueError(
                 "Stacked blocks share one layer: there is no list of them. "
@@ -102,12 +102,11 @@ class LayerStack(keras.layers.Layer):
         return list(self._layers)
 
     def apply_to_blocks(self, function):
-        """Do something to the structure of every block: add an adapter, say.
+        """Change the structure of every block, for example add an adapter.
 
         Args:
-            function: called with each of the N blocks; in the stacked form
-                with the one that stands for all, whose new variables then get
-                stacked ones.
+            function: called with each of the N blocks; in the scanned form
+                with the template, whose new variables are then stacked.
         """
         if not self.scanned:
             for block in self._layers:
@@ -122,9 +121,9 @@ class LayerStack(keras.layers.Layer):
         self._tracker.lock()
 
     def _stack_of(self, name, variable):
-        """Make the variable of all layers that `variable` stands for."""
+        """Create the stack of all layers for a variable of the template."""
         *parts, last = name.split("/")
-        # Under its full path: layouts and optimizers know weights by it.
+        # Full path, by which layouts and optimizers find weights.
         with contextlib.ExitStack() as scopes:
             scopes.enter_context(self._open_name_scope())
             for part in parts:
@@ -142,20 +141,20 @@ class LayerStack(keras.layers.Layer):
         return stack
 
     def enable_dropout(self):
-        """Draw a seed a training step for what drops inside of the blocks."""
+        """Draw one seed a training step for the dropout of the blocks."""
         if self.seed_generator is None:
             self._tracker.unlock()
             self.seed_generator = keras.random.SeedGenerator()
             self._tracker.lock()
 
     def draw_seed(self, training):
-        """Return a seed for `dropout_scope`; `None` drops nothing."""
+        """Return a seed for `dropout_scope`; `None` if nothing is dropped."""
         if not training or self.seed_generator is None:
             return None
         return self.seed_generator.next()
 
     def weights_by_name(self):
-        """Map each name to its `Weight`, in the same order in both forms."""
+        """Return a dict of name to `Weight`, in one order in both forms."""
         if self.scanned:
             return {
                 name: Weight((stack,), "scanned")
@@ -183,8 +182,8 @@ class LayerStack(keras.layers.Layer):
             dtype: str.
 
         Returns:
-            A nest of arrays for the `cache` argument of a call. The batch is
-            their first axis, where samplers that keep beams expect it.
+            Nested arrays for the `cache` argument of a call. The batch is
+            their first axis, where beam samplers expect it.
         """
         if self.scanned:
             shape = (shape_BSKH[0], self.num_layers, *shape_BSKH[1:])
@@ -205,7 +204,7 @@ class LayerStack(keras.layers.Layer):
     def _unroll(self, x, args, cache, index, seed):
         if cache is None:
             for number, block in enumerate(self._layers):
-                # The closure binds its block: remat calls it again later.
+                # Defaults bind the block: remat calls the function later.
                 def run(x, *args, block=block, number=number):
                     with dropout_scope(seed, number):
                         return block(x, *args, **self._number(number))
@@ -227,13 +226,13 @@ class LayerStack(keras.layers.Layer):
     def _scan(self, x, args, cache, index, seed):
         template = self._template()
         named = _named(template)
-        # Read here, inside the trainer's scope of current values: the block's
-        # own scope below replaces that one.
+        # Read here, inside the trainer's `StatelessScope`, which the one of
+        # the block below replaces.
         values = {
             name: ops.convert_to_tensor(self._stacks[name].value)
             for name in named
         }
-        # Weights of few bits are lent whole, the others in slices.
+        # Quantised weights are passed as whole stacks, the others in slices.
         lent = {
             id(variable): (self._stacks[name], values.pop(name))
             for name, variable in named.items()
@@ -266,7 +265,7 @@ class LayerStack(keras.layers.Layer):
 
             return ops.scan(step, x, xs)[0]
 
-        def step(carry, number_and_slices):
+        def cached_step(carry, number_and_slices):
             x, keys, values = carry
             number, *slices = number_and_slices
             x, (keys, values, _) = block(
@@ -279,21 +278,21 @@ class LayerStack(keras.layers.Layer):
             )
             return (x, keys, values), None
 
-        (x, *cache), _ = ops.scan(step, (x, *cache), [numbers, *stacks])
+        (x, *cache), _ = ops.scan(cached_step, (x, *cache), [numbers, *stacks])
         return x, tuple(cache)
 
 
 def _twice(block):
-    """Run a block twice, each time with its half of what it is given."""
+    """Return a function that runs two consecutive blocks."""
 
     def pair(slices, numbers, x, *args):
-        # In a closure: TensorFlow would add up gradients of a mask.
+        # `args` in a closure: TensorFlow would sum gradients of a mask.
         def single(slices, number, x):
             return block(slices, number, x, *args)
 
-        single = rematerialize(single, "block")
+        run = rematerialize(single, "block")
         for place in range(2):
-            x = single([pair[place] for pair in slices], numbers[place], x)
+            x = run([pair[place] for pair in slices], numbers[place], x)
         return x
 
     return pair
@@ -306,8 +305,8 @@ def stable_name(path):
         path: str, `keras.Variable.path`.
 
     Returns:
-        str, as `PaliGemmaBackbone.weights_by_name` knows it; a path outside
-        of both towers as it is.
+        str, a key of `PaliGemmaBackbone.weights_by_name`; a path outside of
+        both towers is returned unchanged.
 
     Example:
         >>> stable_name("backbone/text_decoder/blocks/3/block/mlp/up/kernel")
@@ -319,7 +318,7 @@ def stable_name(path):
 
 
 def _named(block):
-    """Map a block's variables by their path below the block."""
+    """Return a block's variables by their path relative to the block."""
     return {
         f"/{variable.path}".split(f"/{block.name}/", 1)[1]: variable
         for variable in block.variables
@@ -327,13 +326,13 @@ def _named(block):
 
 
 def _each_layer(initializer):
-    """Initialise each layer's slice by itself, as unrolled blocks would be."""
+    """Return an initializer that draws each layer's slice separately."""
 
     def initialize_layer(shape, dtype):
         if not isinstance(initializer, keras.initializers.Initializer):
             return initializer(shape, dtype=dtype)
-        # Keras's initializers draw the same each time; a new one of the same
-        # configuration, where no seed is given, does not.
+        # A Keras initializer returns the same values each time; a new one of
+        # the same configuration draws others, unless it has a seed.
         new = type(initializer).from_config(initializer.get_config())
         return new(shape, dtype=dtype)
 
@@ -346,7 +345,7 @@ def _each_layer(initializer):
 
 
 def _on_tpu():
-    """Say whether the default device is a TPU (JAX knows them alone)."""
+    """Return whether the default device is a TPU, on JAX only."""
     if keras.backend.backend() != "jax":
         return False
     return keras.distribution.list_devices()[0].startswith("tpu")

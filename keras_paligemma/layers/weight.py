@@ -15,19 +15,20 @@ from keras_paligemma.compat import to_host
 class Weight:
     """A weight of a layer, or one weight of all blocks of a stack.
 
-    Unrolled blocks have a variable each, scanned ones share one with a layer
-    axis, and a quantised weight is integers and scales. What loads, writes,
-    freezes or adapts weights sees none of that: a shape and values, with the
-    layer axis first in the blocks. Nothing is copied until it is read.
+    Unrolled blocks have a variable each, scanned blocks share one with a layer
+    axis, and a quantised weight is stored as integers and scales. This class
+    hides the difference from code that loads, saves, freezes or adapts
+    weights: there is one shape, with the layer axis first for weights of
+    blocks. Nothing is copied until it is read.
 
     Args:
         variables: tuple of Keras variables: one a layer of unrolled blocks,
             else a single one. A weight that is only read may have NumPy
             arrays in their place.
-        form: "scanned" or "unrolled", of the blocks; `None` outside of them,
-            where a weight has one layer and no layer axis.
-        scales: tuple of the variables of the scales, of integers that are
-            read and assigned as floats; empty for values as they are stored.
+        form: "scanned" or "unrolled", the form of the blocks; `None` outside
+            of them, for one layer without a layer axis.
+        scales: tuple of the scales' variables, if integers are to be read and
+            assigned as floats; empty for values as they are stored.
 
     Example:
         >>> kernels = [keras.Variable(np.ones((2, 3))) for _ in range(4)]
@@ -45,7 +46,7 @@ class Weight:
 
     @property
     def num_layers(self):
-        """Layers that share the name; one outside of the blocks."""
+        """Number of layers that share the name; 1 outside of the blocks."""
         if self.form == "scanned":
             return self.variables[0].shape[0]
         return len(self.variables)
@@ -53,7 +54,7 @@ class Weight:
     @property
     def layer_shape(self):
         """Shape of one layer."""
-        if self.scales:
+        if self.quantized_format is not None:
             return self.quantized_format.shape
         shape = tuple(self.variables[0].shape)
         return shape[1:] if self.form == "scanned" else shape
@@ -90,27 +91,26 @@ class Weight:
         return self.variables[0].trainable
 
     def set_trainable(self, value):
-        """Freeze the variables, or trains them."""
+        """Make the variables trainable, or freeze them."""
         for variable in self.variables:
             variable.trainable = value
 
     def layers(self):
-        """Yield the tensor of each layer, sliced or made a float just then."""
+        """Yield each layer's tensor, sliced and dequantised on demand."""
+        layout = self.quantized_format
         for number in range(self.num_layers):
             tensor, *scale = (
                 self._slice(variables, number) for variables in self._stored
             )
-            if scale:
-                tensor = self.quantized_format.dequantize(
-                    tensor, *scale, "float32"
-                )
+            if layout is not None:
+                tensor = layout.dequantize(tensor, *scale, "float32")
             yield tensor
 
     def read(self):
-        """Return the NumPy array, layer axis first in the blocks.
+        """Return the values as a NumPy array of `shape`.
 
-        Every process of a run must ask, in the same order: see
-        `compat.to_host`.
+        Every process of a distributed run must call it, in the same order:
+        see `compat.to_host`.
         """
         if self.is_one_array:
             return to_host(self.variables[0])
@@ -124,11 +124,14 @@ class Weight:
         return map(to_host, self.layers())
 
     def assign(self, value):
-        """Assign another value, or the first one.
+        """Assign a value.
 
         Args:
-            value: array of `shape`; floats are rounded to integers and scales
-                where the weight has these.
+            value: array of `shape`; floats are quantised if the weight has
+                `scales`.
+
+        Raises:
+            ValueError: another shape.
         """
         self._check_shape(value, self.shape)
         if self.is_one_array:
@@ -137,9 +140,9 @@ class Weight:
             self.assign_layers([value] if self.form is None else value)
 
     def assign_layers(self, arrays):
-        """Assign each layer another value, from an iterable of one array each.
+        """Assign each layer a value, from an iterable of one array a layer.
 
-        One array is asked for at a time. Scanned layers are stacked on the
+        Arrays are consumed one at a time. Scanned layers are stacked on the
         host, as they are stored.
         """
         write = self.layer_writer()
@@ -150,9 +153,9 @@ class Weight:
     def layer_writer(self):
         """Return a function that stores layers, each once, in any order.
 
-        Its arguments are the layer's number and its arrays as they are
-        stored: the values, or integers and scale. Scanned layers wait on the
-        host for the last of them, since their variables are assigned whole.
+        Its arguments are the layer's index and its arrays as they are stored:
+        the values, or integers and scale. Scanned layers are collected on the
+        host until the last one, since their variables are assigned whole.
         """
         stored = self._stored
         if self.form != "scanned":
@@ -171,21 +174,22 @@ class Weight:
             missing.discard(number)
             if not missing:
                 for (variable,) in stored:
-                    # Let go of each once it is placed.
+                    # Free each stack once it is assigned.
                     fill(variable, stacks.pop(0))
 
         return write
 
     def update(self, function, *others):
-        """Replace each layer by what a function makes of it, on the device.
+        """Apply a function to each layer, on the device.
 
         Args:
-            function: of the layer's tensor, and the same layer's of `others`.
+            function: takes a layer's tensor, and that of each of `others`;
+                returns the new tensor.
             *others: weights of the same form.
         """
         weights = (self, *others)
         if self.form == "scanned":
-            # A layer at a time: the stack is never whole in float32.
+            # One layer at a time: no float32 copy of the whole stack.
             stacks = [weight.variables[0].value for weight in weights]
             changed = ops.map(lambda layer: function(*layer), stacks)
             self.variables[0].assign(changed)
@@ -196,7 +200,7 @@ class Weight:
 
     @property
     def _stored(self):
-        """The variables of what is stored: values, or integers and scales."""
+        """The stored variables: values, or integers and scales."""
         return (
             (self.variables, self.scales) if self.scales else (self.variables,)
         )
@@ -208,7 +212,7 @@ class Weight:
         return value[number] if scanned else value
 
     def _encode(self, array):
-        if self.scales:
+        if self.quantized_format is not None:
             return self.quantized_format.quantize(array)
         return (array,)
 
@@ -221,14 +225,14 @@ class Weight:
 
 
 def dequantized(weights):
-    """Return a model's weights as a checkpoint of floats knows them.
+    """Return a model's weights with the names of a float checkpoint.
 
     Args:
         weights: dict of name to `Weight`, as they are stored.
 
     Returns:
-        The same dict without scales. Integers are weights that are read as
-        floats, and that round what they are assigned.
+        The same dict without the entries of scales. Quantised weights are
+        dequantised when read and quantised when assigned.
     """
     floats = {}
     for name, weight in weights.items():

@@ -1,10 +1,10 @@
-"""What answers are worth, as the model card's evaluators compute it.
+"""The metrics of the model card, as its evaluators compute them.
 
-A metric is a function of predictions and of columns of right answers, one a
-row, and returns `Scores`. Names are loaded on first use.
+A metric takes predictions and columns of reference answers, one per row, and
+returns `Scores`. Names are loaded on first use.
 """
 
 import lazy_loader
 
-# Where each name lives is said in the stub beside this file.
+# The stub beside this file maps each name to its module.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

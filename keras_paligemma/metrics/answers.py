@@ -7,7 +7,7 @@ from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
 from keras_paligemma.metrics.scores import column
 
-# Answers that agree with one of several people as much as is asked for.
+# Number of equal reference answers from which a prediction counts in full.
 _ENOUGH = 3.0
 
 
@@ -16,17 +16,18 @@ def vqa(
     answers: Sequence[str | Sequence[str]],
     lower: bool = False,
 ) -> Scores:
-    """Score short answers, each against one right answer or several.
+    """Score short answers against one or more reference answers.
 
     Args:
-        predictions: strings.
-        answers: of each row one string, which must be met exactly; or several,
-            of which n are equal to the prediction.
-        lower: bool, whether upper and lower case are the same.
+        predictions: list of str.
+        answers: list of one str per row, which must match exactly; or of a
+            list of str per row.
+        lower: bool, whether to ignore case.
 
     Returns:
-        `Scores` of "acc", 1 for equality with a single answer and min(1, n/3)
-        of several; "acc_any", 1 where any is met; and "anls".
+        `Scores` of "acc", which is 1 for a match with a single answer, and
+        min(1, n/3) for matches with n of several; "acc_any", 1 for a match
+        with any; and "anls".
 
     Raises:
         ValueError: columns of different lengths, or a row without answers.
@@ -58,16 +59,16 @@ def vqa(
 
 
 def anls(target: str, prediction: str, threshold: float = 0.5) -> float:
-    """Compare two strings by what of the longer one need not be edited.
+    """Return the normalised Levenshtein similarity of two strings (ANLS).
 
     Args:
-        target: str.
+        target: str, the reference answer.
         prediction: str.
-        threshold: float; where at least this share differs, nothing counts.
+        threshold: float, normalised edit distance from which the score is 0.
 
     Returns:
-        float, 1 for equal strings; 0 from the threshold on. An empty target
-        is met by an empty prediction alone.
+        float, 1 for equal strings. An empty target matches only an empty
+        prediction.
 
     Example:
 
@@ -87,12 +88,20 @@ def yes_or_no(predictions: Sequence[str], answers: Sequence[str]) -> Scores:
     """Score answers of yes or no, such as POPE's.
 
     Args:
-        predictions: strings; their case does not matter.
-        answers: strings in lower case.
+        predictions: list of str; case is ignored.
+        answers: list of str in lower case.
 
     Returns:
-        `Scores` of "acc", and "valid_percent", the share of predictions that
-        are one of the two words (a share in spite of the original's name).
+        `Scores` of "acc" and "valid_percent", the fraction of predictions that
+        are "yes" or "no" (0 to 1, despite the original's name).
+
+    Raises:
+        ValueError: columns of different lengths.
+
+    Example:
+
+    >>> yes_or_no(["Yes", "maybe"], ["yes", "no"]).values()
+    {'acc': 0.5, 'valid_percent': 0.5}
 
     Source: big_vision `evaluators/proj/paligemma/transfers/pope.py`.
     """

@@ -16,18 +16,21 @@ def relaxed_accuracy(
     kinds: Sequence[str] | None = None,
     lower: bool = True,
 ) -> Scores:
-    """Score answers about charts, numbers with 5 % of tolerance.
+    """Score answers about charts, with a tolerance of 5 % for numbers.
 
     Args:
-        predictions: strings.
-        answers: strings.
-        kinds: of each row "augmented" or "human", or `None`.
-        lower: bool, whether upper and lower case are the same.
+        predictions: list of str.
+        answers: list of str.
+        kinds: list of "augmented" or "human", one per row, or `None`.
+        lower: bool, whether to ignore case.
 
     Returns:
         `Scores` of "acc" (equal strings) and "relaxed_acc"; with both kinds
         also "relaxed_acc/augmented", "relaxed_acc/human" and their mean,
         "relaxed_acc/mean".
+
+    Raises:
+        ValueError: columns of different lengths.
 
     Example:
 
@@ -62,15 +65,18 @@ def _with_mean(means, count):
 def relaxed_match(
     target: str, prediction: str, tolerance: float = 0.05
 ) -> bool:
-    """Tell whether two answers are equal, or two numbers nearly so.
+    """Return whether two strings are equal, or two numbers nearly equal.
 
-    "10%" is 0.1. A target of 0 has no relative error and what has a comma is
-    no number, so both must be met as strings; nan is met by nothing.
+    "10%" is 0.1. A target of 0, which has no relative error, and numbers with
+    a comma are compared as strings; nan matches nothing.
 
     Args:
-        target: str.
+        target: str, the reference answer.
         prediction: str.
         tolerance: float, relative to the target.
+
+    Returns:
+        bool.
 
     Example:
 
@@ -86,7 +92,7 @@ def relaxed_match(
 
 
 def _number(text):
-    """Read a number, or a share with its per cent sign; `None` for others."""
+    """Parse a number or a percentage; return `None` for other text."""
     try:
         if text.endswith("%"):
             return float(text.rstrip("%")) / 100.0

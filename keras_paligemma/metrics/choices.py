@@ -1,4 +1,4 @@
-"""ScienceQA: the letter of a choice in a sentence."""
+"""ScienceQA: the letter of the choice that a sentence names."""
 
 import re
 from collections.abc import Sequence
@@ -15,12 +15,16 @@ def science_qa(predictions: Sequence[str], answers: Sequence[str]) -> Scores:
     """Score sentences that begin with "The answer is B."
 
     Args:
-        predictions: strings.
-        answers: strings of the same form.
+        predictions: list of str.
+        answers: list of str of the same form.
 
     Returns:
-        `Scores` of "acc" and "parsefail", the share of predictions that name
-        no letter. (Two that name none would be equal, as in the original.)
+        `Scores` of "acc" and "parsefail", the fraction of predictions without
+        a letter. (If the answer has none either, they match, as in the
+        original.)
+
+    Raises:
+        ValueError: columns of different lengths.
 
     Example:
 
@@ -35,17 +39,20 @@ def science_qa(predictions: Sequence[str], answers: Sequence[str]) -> Scores:
     pairs = zip(letters, right, strict=True)
     return Scores(
         {
-            "acc": column([one == other for one, other in pairs]),
+            "acc": column([first == second for first, second in pairs]),
             "parsefail": column([letter == FAILED for letter in letters]),
         }
     )
 
 
 def choice(text: str) -> str:
-    """Find the letter that an answer begins with, in lower case.
+    """Return the letter in "The answer is B.", in lower case.
+
+    Args:
+        text: str that begins with that sentence.
 
     Returns:
-        A letter, or `FAILED`.
+        str, a letter, or `FAILED`.
 
     Example:
 

@@ -14,13 +14,13 @@ from keras_paligemma.metrics.scores import check_rows
 from keras_paligemma.metrics.scores import column
 
 _ORDERS = 4
-# CIDEr-D's Gaussian penalty of a difference in length, in words.
+# Standard deviation of CIDEr-D's Gaussian length penalty, in words.
 _SIGMA = 6.0
 # ROUGE-L weighs recall more than precision.
 _BETA = 1.2
-# COCO's BLEU adds these, so that no match is 0 and no word no division by 0.
+# COCO's BLEU adds these to denominators and numerators, against 0 / 0.
 _SMALL, _TINY = 1e-9, 1e-15
-# n-grams that are compared at once.
+# n-grams compared at a time, which bounds the memory.
 _PART = 2**20
 
 
@@ -29,13 +29,13 @@ def captions(
     references: Sequence[Sequence[str]],
     tokenize: bool = True,
 ) -> Scores:
-    """Compute all three metrics.
+    """Compute CIDEr, BLEU and ROUGE-L of captions.
 
     Args:
-        predictions: strings.
-        references: of each row one or more captions by people.
-        tokenize: bool; `False` where the strings are tokenised already, with
-            spaces between, such as by Java's PTB tokenizer or XM3600's file.
+        predictions: list of str.
+        references: list of one or more reference captions per row.
+        tokenize: bool; `False` if the strings are tokenised already and
+            separated by spaces, such as by Java's PTB tokenizer.
 
     Returns:
         `Scores` of "cider", "bleu-1" to "bleu-4" and "rouge"; rows are sorted
@@ -68,16 +68,19 @@ def cider(
     references: Sequence[Sequence[str]],
     tokenize: bool = True,
 ) -> Scores:
-    """Compute CIDEr-D: n-grams that agree, by how rare they are.
+    """Compute CIDEr-D: matching n-grams, weighted by tf-idf.
 
-    How rare an n-gram is, the references of all rows tell: of a part of the
-    rows the value is another one.
+    Document frequencies come from the references of all rows, so the value of
+    a subset of rows is not comparable.
 
     Args:
         predictions, references, tokenize: as `captions` takes them.
 
     Returns:
         `Scores` of "cider", 0 to 10; reports multiply it by 100.
+
+    Raises:
+        ValueError: columns of different lengths, or a row without references.
 
     Source: https://arxiv.org/abs/1411.5726, in the form of its section 6.
     """
@@ -90,15 +93,19 @@ def bleu(
     references: Sequence[Sequence[str]],
     tokenize: bool = True,
 ) -> Scores:
-    """Compute BLEU of the corpus: n-grams that agree, over all rows.
+    """Compute corpus BLEU: n-gram precision over all rows.
 
     Args:
         predictions, references, tokenize: as `captions` takes them.
 
     Returns:
-        `Scores` of "bleu-1" to "bleu-4"; rows are sorted by 4-grams that agree.
+        `Scores` of "bleu-1" to "bleu-4"; rows are sorted by 4-gram precision.
 
-    Source: https://aclanthology.org/P02-1040, with the nearest length.
+    Raises:
+        ValueError: columns of different lengths, or a row without references.
+
+    Source: https://aclanthology.org/P02-1040, with the closest reference
+    length.
     """
     return _bleu(*_tokens(predictions, references, tokenize))
 
@@ -118,6 +125,9 @@ def rouge(
     Returns:
         `Scores` of "rouge".
 
+    Raises:
+        ValueError: columns of different lengths, or a row without references.
+
     Source: https://aclanthology.org/W04-1013.
     """
     rows, right = _tokens(predictions, references, tokenize)
@@ -125,10 +135,10 @@ def rouge(
 
 
 def _tokens(predictions, references, tokenize):
-    """Turn all captions into arrays of the numbers of their words.
+    """Convert captions to integer arrays of word ids.
 
-    A million lists of strings would be a gigabyte. A caption that many rows
-    share is cut once.
+    A million lists of strings would take a gigabyte. A caption that many rows
+    share is tokenised once.
     """
     check_rows(predictions, references=references)
     known, numbers = {}, {}
@@ -187,15 +197,18 @@ def _cider(rows, right):
 
 
 def _agreement(keys, weights, wanted, other_weights, texts, count):
-    """Add up, for each reference, what its row's prediction has of it.
+    """Return the clipped tf-idf product of each reference and its prediction.
 
     Args:
         keys: sorted int64 array, row and n-gram of the predictions.
-        weights: float64 array of them.
+        weights: float64 array, the weights of `keys`.
         wanted: int64 array, row and n-gram of the references.
-        other_weights: float64 array of them.
-        texts: int64 array, the number of each one's reference.
-        count: int, references.
+        other_weights: float64 array, the weights of `wanted`.
+        texts: int64 array, index of the reference of each of `wanted`.
+        count: int, number of references.
+
+    Returns:
+        float64 array (count,).
     """
     total = np.zeros(count)
     if not len(keys):
@@ -275,7 +288,7 @@ def _rouge(rows, right):
 
 
 def _longest_common(first, second):
-    """Length of the longest common subsequence, by bits of an integer.
+    """Return the length of the longest common subsequence, bit-parallel.
 
     Source: https://doi.org/10.1007/978-3-540-27836-8_103, Hyyrö's form.
     """

@@ -24,14 +24,17 @@ def tallyqa(
     """Score counts, as digits or as words up to twenty.
 
     Args:
-        predictions: strings.
-        answers: strings.
-        simple: of each row 1 for a simple question, 0 for a complex one and
-            anything else for neither; or `None`.
+        predictions: list of str.
+        answers: list of str.
+        simple: list of int, one per row: 1 for a simple question, 0 for a
+            complex one, anything else for neither; or `None`.
 
     Returns:
-        `Scores` of "acc"; with `simple` also of "acc/simple" and
-        "acc/complex"; and of "acc/count_N" for each right count N.
+        `Scores` of "acc"; of "acc/count_N" for each reference count N; and
+        with `simple` also of "acc/simple" and "acc/complex".
+
+    Raises:
+        ValueError: columns of different lengths.
 
     Example:
 
@@ -53,7 +56,13 @@ def tallyqa(
 
 
 def numeral(text: str) -> str:
-    """Write a number word, "none" to "twenty", in digits.
+    """Convert a number word, "none" to "twenty", to digits.
+
+    Args:
+        text: str; case is ignored.
+
+    Returns:
+        str, digits; other text is returned unchanged.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Long descriptions: how long they are."""
+"""The length of long descriptions."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
 from keras_paligemma.metrics.scores import column
 
-# An end of a sentence, what closes it, and a space or the end of the text.
+# The end of a sentence: mark, closing quotes or brackets, then a space or end.
 _END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
 
 
@@ -15,11 +15,14 @@ def description_lengths(predictions: Sequence[str]) -> Scores:
     """Measure descriptions, as the model card does for DOCCI.
 
     Args:
-        predictions: strings.
+        predictions: list of str.
 
     Returns:
         `Scores` of "avg_char" and "avg_sent", the mean numbers of characters
         and of sentences (which the card's footnote calls characters too).
+
+    Raises:
+        ValueError: there are no predictions.
 
     Example:
 
@@ -38,7 +41,13 @@ def description_lengths(predictions: Sequence[str]) -> Scores:
 
 
 def sentences(text: str) -> int:
-    """Count the sentences of a text; one without an end is one too.
+    """Count the sentences of a text, an unfinished last one included.
+
+    Args:
+        text: str.
+
+    Returns:
+        int.
 
     Example:
 

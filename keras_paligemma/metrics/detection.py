@@ -12,7 +12,7 @@ from keras_paligemma.metrics.referring import box_iou
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import column
 
-# What `COCOeval.stats` lists.
+# Names of the values in `COCOeval.stats`, in order.
 _STATS = (
     *("map", "map_50", "map_75", "map_small", "map_medium", "map_large"),
     *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
@@ -24,24 +24,24 @@ def mean_average_precision(
     right: Sequence[Sequence[tuple[Any, ...]]],
     sizes: Sequence[tuple[int, int]] | None = None,
 ) -> dict[str, float]:
-    """Compute COCO's box metrics by pycocotools.
+    """Compute COCO's box metrics with pycocotools.
 
     Args:
-        predictions: of each picture a list of (box, label, score), or of
-            objects with these attributes: a box is (y1, x1, y2, x2) as shares
-            of the picture.
-        right: of each picture a list of (box, label), of (box, label,
-            is_crowd), or of objects.
-        sizes: of each picture (height, width) in pixels, by which objects are
-            small, medium or large; `None` takes 1,000 pixels a side.
+        predictions: list per picture of (box, label, score), or of objects
+            with these attributes. A box is (y1, x1, y2, x2), relative to the
+            picture's size.
+        right: list per picture of ground truth (box, label), (box, label,
+            is_crowd), or objects.
+        sizes: list of (height, width) in pixels, which decide whether an
+            object is small, medium or large; `None` takes 1,000 by 1,000.
 
     Returns:
         Dict of "map" (averaged over IoU .5 to .95), "map_50", "map_75",
-        "map_small" and so on; -1 where there is no such object, as COCO says.
-        No mean over pictures, so there is no interval of it here.
+        "map_small" and so on; -1 if there is no such object, as in COCO.
+        These are not means over pictures, so they have no interval.
 
     Raises:
-        ValueError: lists of different lengths; a score that is no number.
+        ValueError: lists of different lengths, or a score that is no number.
 
     Example:
 
@@ -56,7 +56,7 @@ def mean_average_precision(
     coco_format = needed("pycocotools.coco", "Mean average precision", "eval")
     evaluation = needed("pycocotools.cocoeval", "Mean average precision")
     sizes = sizes or [(1000, 1000)] * len(right)
-    # In order of their first appearance; ids are COCO's, from 1.
+    # COCO's category ids, from 1, in order of first appearance.
     labels = {}
     right = [
         [_parts(box)[:2] if hasattr(box, "box") else box for box in some]
@@ -102,8 +102,8 @@ def mean_average_precision(
             "annotations": truths,
         }
         data.createIndex()
-        # Of a category that is not there, so that it counts for nothing:
-        # pycocotools cannot read an empty list.
+        # pycocotools cannot read an empty list, so a box of an unknown
+        # category is added, which is not evaluated.
         found.append([1, *[0] * 6])
         results = data.loadRes(np.array(found, "float64"))
         result = evaluation.COCOeval(data, results, "bbox")
@@ -118,18 +118,21 @@ def box_f1(
     right: Sequence[Sequence[tuple[Any, ...]]],
     threshold: float = 0.5,
 ) -> Scores:
-    """Count boxes that are met, each once and of the same label.
+    """Compute precision, recall and F1 of boxes with labels.
 
     Args:
-        predictions: of each picture a list of (box, label, …), or of objects,
-            the surest first: each takes the best of the right boxes that are
-            left.
-        right: of each picture likewise.
-        threshold: float, least intersection over union.
+        predictions: list per picture of (box, label, …), or of objects, most
+            confident first: each is matched with the best ground truth box
+            of its label that is still unmatched.
+        right: list per picture of ground truth, likewise.
+        threshold: float, smallest intersection over union of a match.
 
     Returns:
-        `Scores` of "precision", "recall", "f1" and "iou", the mean over the
-        pairs that met; nan where there is nothing to divide by.
+        `Scores` of "precision", "recall", "f1" and "iou", the mean over
+        matches; nan where the denominator is 0.
+
+    Raises:
+        ValueError: lists of different lengths.
 
     Example:
 
@@ -156,7 +159,7 @@ def match_boxes(
     right: Sequence[tuple[Any, ...]],
     threshold: float,
 ) -> list[float]:
-    """Pair boxes of one picture greedily; gives the overlaps of the pairs."""
+    """Match boxes of one picture greedily; return the IoU of each match."""
     left, shares = [_parts(box) for box in right], []
     for box, label, *_ in map(_parts, predictions):
         overlaps = [
@@ -171,11 +174,12 @@ def match_boxes(
 
 
 def quotients(met, predicted, right, overlaps=None):
-    """Make scores of counts: precision, recall and F1 over all rows.
+    """Return precision, recall and F1 over all rows, from counts per row.
 
     Args:
-        met, predicted, right: float64 arrays (rows,), numbers of boxes.
-        overlaps: likewise, the sum over those that met, or `None`.
+        met, predicted, right: float64 arrays (rows,), numbers of matches,
+            predictions and ground truth boxes.
+        overlaps: float64 array (rows,), sum of the matches' IoU, or `None`.
 
     Returns:
         `Scores`; the quality of a row is its own F1.
@@ -203,7 +207,7 @@ def _divided(means, count):
 
 
 def _parts(one):
-    """Return box, label and what is behind them, of a tuple or an object."""
+    """Return box, label and score of an object; a tuple unchanged."""
     return (one.box, one.label, one.score) if hasattr(one, "box") else one
 
 

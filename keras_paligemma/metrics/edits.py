@@ -6,15 +6,15 @@ from collections.abc import Sequence
 def edit_distance(first: Sequence, second: Sequence) -> int:
     """Count insertions, deletions and replacements between two sequences.
 
-    By RapidFuzz where it is installed (`keras_paligemma[metrics]`), which
-    gives the same integers a hundred times faster.
+    Uses RapidFuzz if it is installed (`keras_paligemma[metrics]`), which is a
+    hundred times faster.
 
     Args:
-        first: a string, or a list of hashable symbols.
-        second: likewise.
+        first: str, or list of hashable symbols.
+        second: str or list, likewise.
 
     Returns:
-        Int, the Levenshtein distance.
+        int, the Levenshtein distance.
 
     Example:
 
@@ -29,7 +29,7 @@ def edit_distance(first: Sequence, second: Sequence) -> int:
 
 
 def plain_edit_distance(first: Sequence, second: Sequence) -> int:
-    """Compute the same without a library, one row of the table at a time."""
+    """Return the edit distance by dynamic programming, in pure Python."""
     row = list(range(len(second) + 1))
     for i, one in enumerate(first, 1):
         diagonal, row[0] = row[0], i

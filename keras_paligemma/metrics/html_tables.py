@@ -1,4 +1,4 @@
-"""Tables as HTML: TEDS by edits of trees, GriTS by common grids."""
+"""Tables as HTML: TEDS, an edit distance of trees, and GriTS, of grids."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,16 @@ def tables(predictions: Sequence[str], html: Sequence[str]) -> Scores:
     """Score tables by all four metrics of the model card.
 
     Args:
-        predictions: strings of HTML.
-        html: the right tables.
+        predictions: list of str, HTML.
+        html: list of str, reference tables.
 
     Returns:
-        `Scores` of "teds", "s_teds" (structure alone), "grits_top" (spans of
+        `Scores` of "teds", "s_teds" (structure only), "grits_top" (spans of
         cells) and "grits_con" (their text), 0 to 1, each the mean over tables;
         rows are sorted by "teds".
+
+    Raises:
+        ValueError: columns of different lengths, or a library is missing.
 
     Example:
 
@@ -44,21 +47,24 @@ def tables(predictions: Sequence[str], html: Sequence[str]) -> Scores:
 
 
 def teds(prediction: str, table: str, structure_only: bool = False) -> float:
-    """Compare two tables by the edits that turn one tree into the other.
+    """Return the tree-edit-distance similarity of two tables (TEDS).
 
-    Computed by apted on trees whose leaves are cells, and divided by the
-    number of elements below the larger table, those inside of cells included,
-    as PubTabNet's own evaluator does. (The package table-recognition-metric
-    divides by the nodes of the tree, the table itself included, which gives
-    larger values.)
+    The distance, computed by apted on trees whose leaves are cells, is divided
+    by the number of elements below the larger table, including those inside
+    cells, as in PubTabNet's own evaluator. (The package
+    table-recognition-metric divides by the number of tree nodes, including the
+    table itself, which gives larger values.)
 
     Args:
-        prediction: str, HTML; a bare "<table>" is put into a page.
-        table: str, the right one.
-        structure_only: bool, whether the text of cells is left out.
+        prediction: str, HTML; a bare "<table>" is wrapped in a page.
+        table: str, HTML of the reference table.
+        structure_only: bool, whether to ignore the text of cells.
 
     Returns:
-        float, 1 for equal tables; 0 where either is none.
+        float, 1 for equal tables; 0 if either is not a table.
+
+    Raises:
+        ValueError: apted or lxml is not installed.
 
     Source: https://arxiv.org/abs/1911.10683, section 5.
     """
@@ -74,7 +80,7 @@ def teds(prediction: str, table: str, structure_only: bool = False) -> float:
 
 def _costs(apted):
     class Costs(apted.Config):
-        """What it costs to turn one node into another."""
+        """The cost of renaming one node to another."""
 
         def rename(self, node1, node2):
             if node1["kind"] != node2["kind"]:
@@ -91,7 +97,7 @@ def _costs(apted):
 
 
 def _table(text):
-    """Parse the table of a page; `None` where there is none."""
+    """Parse the first table of a page; return `None` if it has none."""
     lxml = needed("lxml.html", "TEDS")
     if "<body" not in text:
         text = f"<html><body>{text}</body></html>"
@@ -102,7 +108,7 @@ def _table(text):
 
 
 def _tree(element, structure_only):
-    """Make a node of an element: tag and spans; of a cell also its symbols."""
+    """Convert an element to a tree node: tag, spans, and a cell's symbols."""
     if element.tag != "td":
         return {
             "kind": (element.tag,),
@@ -117,7 +123,7 @@ def _tree(element, structure_only):
 
 
 def _symbols(element):
-    """List the tags and characters of a cell."""
+    """Return the tags and characters of a cell, in order."""
     symbols = [f"<{element.tag}>", *(element.text or "")]
     for child in element:
         symbols += _symbols(child)
@@ -131,5 +137,5 @@ def _symbols(element):
 def _grids(grits, text):
     try:
         return grits.html_to_grids(text)
-    except ValueError:  # No HTML, such as an answer that was cut.
+    except ValueError:  # Not HTML, such as a truncated answer.
         return None

@@ -1,4 +1,4 @@
-"""Metrics that another model or people decide: an interface, no stand-in."""
+"""Metrics that need another model or human judges: the interface only."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
 from keras_paligemma.metrics.scores import column
 
-# What each is, and what a user brings for it.
+# What each measures, and what the user has to provide for it.
 JUDGES = {
     "radgraph_f1": (
         "the F1 of clinical entities and relations that RadGraph finds in both "
@@ -32,20 +32,21 @@ def judged(
     references: Sequence[Any] | None = None,
     judge: Callable[..., Any] | None = None,
 ) -> Scores:
-    """Score texts by a judge that the caller brings.
+    """Score texts by a judge that the caller provides.
 
     Args:
-        name: one of `JUDGES`.
-        predictions: strings.
-        references: what the judge compares with, or `None`.
-        judge: function of predictions and references to one number a row.
+        name: str, one of `JUDGES`.
+        predictions: list of str.
+        references: list, what the judge compares with, or `None`.
+        judge: function of predictions and references that returns one float
+            per row.
 
     Returns:
-        `Scores` of that name.
+        `Scores` with one value, `name`.
 
     Raises:
-        ValueError: there is no judge, with what it would have to be; or it
-            returned another number of values.
+        ValueError: the name is unknown, there is no judge, or it returned a
+            wrong number of values.
 
     Example:
 

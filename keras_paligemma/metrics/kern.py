@@ -1,4 +1,4 @@
-"""Transcribed scores of music: errors of characters, symbols and lines."""
+"""Error rates of transcribed music: characters, symbols and lines."""
 
 from collections.abc import Sequence
 
@@ -16,18 +16,18 @@ def music(predictions: Sequence[str], scores: Sequence[str]) -> Scores:
     """Score transcriptions in Humdrum's kern notation, as GrandStaff does.
 
     Args:
-        predictions: strings: lines of symbols, with tabs between the staves.
-        scores: the right ones.
+        predictions: list of str, lines of symbols with tabs between staves.
+        scores: list of str, the reference transcriptions.
 
     Returns:
-        `Scores` of "cer", "ser" and "ler": edits divided by the length of the
-        right text, in characters, symbols and lines, over all rows. "cer"
-        follows the published evaluator, which splits the marks of tabs and
-        line ends into characters, and the symbols not; "cer_characters" is
-        the character error rate that others compute. Smaller is better.
+        `Scores` of "cer", "ser" and "ler": the edit distance divided by the
+        length of the reference, in characters, symbols and lines, over all
+        rows; lower is better. "cer" follows the published evaluator, which
+        splits the marks of tabs and line ends into characters but not the
+        symbols; "cer_characters" is the usual character error rate.
 
     Raises:
-        ValueError: a right text is empty.
+        ValueError: columns of different lengths, or an empty reference.
 
     Example:
 
@@ -65,7 +65,13 @@ def _rates(means, count):
 
 
 def symbols(text: str) -> list[str]:
-    """Cut a text into symbols, a tab and a line's end being one each.
+    """Split a text into symbols; a tab and a newline are one each.
+
+    Args:
+        text: str.
+
+    Returns:
+        list of str.
 
     Example:
 

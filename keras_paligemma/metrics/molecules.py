@@ -1,4 +1,4 @@
-"""Molecules drawn in pictures: is it the same one?"""
+"""Molecules in pictures: equality of SMILES strings."""
 
 from collections.abc import Sequence
 
@@ -9,19 +9,20 @@ from keras_paligemma.metrics.scores import column
 
 
 def smiles(predictions: Sequence[str], molecules: Sequence[str]) -> Scores:
-    """Score SMILES strings: the same molecule, whatever its spelling.
+    """Score SMILES strings by whether they are the same molecule.
 
     Args:
-        predictions: SMILES strings; what is none is wrong.
-        molecules: the right ones.
+        predictions: list of str; invalid SMILES strings count as wrong.
+        molecules: list of str, the reference SMILES strings.
 
     Returns:
-        `Scores` of "full_match", 1 where RDKit's canonical strings agree,
-        chirality included; "exact", where the strings do; and "valid", where
-        RDKit can read the prediction.
+        `Scores` of "full_match", whether RDKit's canonical strings are equal,
+        including chirality; "exact", whether the strings themselves are; and
+        "valid", whether RDKit can parse the prediction.
 
     Raises:
-        ValueError: a right molecule cannot be read.
+        ValueError: a reference cannot be parsed, columns are of different
+            lengths, or RDKit is not installed.
 
     Example:
 
@@ -43,15 +44,15 @@ def smiles(predictions: Sequence[str], molecules: Sequence[str]) -> Scores:
     same = zip(found, wanted, strict=True)
     return Scores(
         {
-            "full_match": column([one == other for one, other in same]),
-            "exact": column([one == other for one, other in pairs]),
+            "full_match": column([first == second for first, second in same]),
+            "exact": column([first == second for first, second in pairs]),
             "valid": column([molecule is not None for molecule in found]),
         }
     )
 
 
 def canonical(text: str) -> str | None:
-    """Write a molecule in RDKit's one way; `None` for what is none."""
+    """Return RDKit's canonical SMILES string, or `None` if invalid."""
     chem = needed("rdkit.Chem", "A molecule's canonical form")
     logs = needed("rdkit.rdBase", "A molecule's canonical form")
     if not text.strip():

@@ -1,18 +1,22 @@
-"""Libraries that a metric computes with, and how to get them."""
+"""Import of the optional libraries that metrics use."""
 
 import importlib
 
 
 def needed(module: str, what: str, extra: str = "metrics"):
-    """Import a library, or say what it is for and how it is installed.
+    """Import an optional library.
 
     Args:
         module: str, such as "pycocotools.mask".
-        what: str that begins the message, such as "TEDS".
-        extra: str, the package's extra that brings it.
+        what: str, what the library computes, such as "TEDS"; it begins the
+            error message.
+        extra: str, the package's extra that installs the library.
+
+    Returns:
+        The module.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: it is not installed; the message has the command.
     """
     try:
         return importlib.import_module(module)

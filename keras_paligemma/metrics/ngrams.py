@@ -10,18 +10,18 @@ import numpy as np
 def ngram_counts(
     texts: Sequence[Sequence[int]], most: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Count the n-grams of each of many texts, for n of 1 to `most`.
+    """Count the n-grams of each text, for n from 1 to `most`.
 
-    A million captions have some 40 million n-grams: as tuples in dictionaries
-    they would take gigabytes and minutes.
+    A million captions have some 40 million n-grams: as tuples in dicts they
+    would take gigabytes and minutes.
 
     Args:
-        texts: sequences of the numbers of words, from 0.
-        most: int.
+        texts: sequences of int, word ids from 0.
+        most: int, largest n.
 
     Yields:
-        Three int64 arrays, sorted by text and n-gram: the text's number, the
-        n-gram's, and how often the text has it.
+        Three int64 arrays for each n, sorted by text and n-gram: the text's
+        index, the n-gram's id, and its count in the text.
 
     Example:
 
@@ -38,12 +38,12 @@ def ngram_counts(
     grams = words
     for n in range(1, most + 1):
         if n > 1:
-            # An n-gram is one of n - 1 words and the word behind it.
+            # An n-gram is an (n - 1)-gram followed by a word.
             last = words[n - 1 :]
             _, grams = np.unique(
                 grams[: len(last)] * vocabulary + last, return_inverse=True
             )
-        # Those that run into the next text are none.
+        # Skip those that run into the next text.
         start = of_text[: len(grams)]
         inside = start == of_text[n - 1 :]
         size = int(grams.max()) + 1 if len(grams) else 1
@@ -52,10 +52,10 @@ def ngram_counts(
 
 
 def counted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sort integers and count each, as `numpy.unique` does.
+    """Return the sorted distinct integers and their counts.
 
-    By one sort: NumPy's hash table takes ten times as long where most values
-    occur once, as n-grams do.
+    Like `numpy.unique`, but by sorting: NumPy's hash table takes ten times as
+    long if most values occur once, as n-grams do.
 
     Example:
 

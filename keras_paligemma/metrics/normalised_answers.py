@@ -15,14 +15,13 @@ TYPES = {"yes/no": "yesno", "number": "number", "other": "other"}
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
-# The official evaluator's lookbehind is misspelt and matches no text, so that
-# a full stop stays only where a digit follows it.
+# The official evaluator's lookbehind is misspelt and never matches, so a full
+# stop stays only before a digit.
 _FULL_STOP = re.compile(r"\.(?!\d)")
 
 _NUMBERS = "zero one two three four five six seven eight nine ten".split()
 
-# Words that get their apostrophe back: where it is left out altogether, or
-# where one of two is.
+# Contractions whose apostrophe is restored: the only one, or one of two.
 _CONTRACTIONS = (
     "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't "
     "haven't he'd he's how'd how'll how's isn't it'd it'll ma'am mightn't "
@@ -41,10 +40,10 @@ _DOUBLE_CONTRACTIONS = (
 
 
 def _replacements():
-    """Words and what the official evaluator puts in their place.
+    """Return the words that the official evaluator replaces, as a dict.
 
-    Its list has keys with capitals, which lowered words never meet, and one
-    entry the wrong way round; that entry has an effect and is kept.
+    Its list has keys with capitals, which never match lowered words, and one
+    entry the wrong way round, which has an effect and is kept.
     """
     table = {"none": "0"} | {word: str(n) for n, word in enumerate(_NUMBERS)}
     table |= {word.replace("'", ""): word for word in _CONTRACTIONS}
@@ -68,23 +67,24 @@ def vqav2(
     answers: Sequence[Sequence[str]],
     answer_types: Sequence[str] | None = None,
 ) -> Scores:
-    """Score answers against those of ten people, as VQAv2 and TextVQA do.
+    """Score answers against those of ten annotators, for VQAv2 and TextVQA.
 
-    The mean, over the ten ways to leave one person out, of min(1, n/3), where
-    n of the other nine gave this answer. Answers are normalised only where the
-    ten differ, so that text read off a picture is compared as it is.
+    The accuracy is min(1, n/3), where n of nine annotators gave this answer,
+    averaged over the ten ways to leave one annotator out. Answers are
+    normalised only if the ten differ, as in the official evaluator.
 
     Args:
-        predictions: strings.
-        answers: of each row ten strings.
-        answer_types: of each row one of `TYPES`, or `None`.
+        predictions: list of str.
+        answers: list of ten str per row.
+        answer_types: list of one of `TYPES` per row, or `None`.
 
     Returns:
         `Scores` of "acc" and, with types, "acc/yesno", "acc/number" and
         "acc/other".
 
     Raises:
-        ValueError: a row has not ten answers, or an unknown type.
+        ValueError: a row does not have ten answers, an answer type is unknown,
+            or columns are of different lengths.
 
     Example:
 
@@ -125,7 +125,7 @@ def _accuracy(text, ten):
 
 
 def _leaving_one_out(met):
-    """Accuracy where `met` of ten agree; the mean as NumPy adds it up."""
+    """Return the accuracy if `met` of ten answers match."""
     agrees = np.arange(10) < met
     return float(np.mean([min((met - same) / 3, 1.0) for same in agrees]))
 
@@ -141,10 +141,10 @@ def strip_space(text: str) -> str:
 def normalise(text: str) -> str:
     """Normalise an answer as VQA's official evaluator does, faults included.
 
-    Punctuation goes, where it touches a space anywhere in the text, or else
-    becomes a space; one comma between digits makes all of it go. Then full
-    stops, capitals, articles; numbers to ten become digits and contractions
-    get their apostrophe.
+    A punctuation mark is removed if it is next to a space anywhere in the
+    text, and replaced by a space otherwise; a comma between digits removes all
+    marks. Then full stops and articles are removed and letters lowered, number
+    words to ten become digits, and contractions get their apostrophe.
 
     Args:
         text: str, stripped by `strip_space`.

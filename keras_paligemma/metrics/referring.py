@@ -1,4 +1,4 @@
-"""RefCOCO: the mask and the box of what an expression refers to."""
+"""RefCOCO: mask and box of the object that an expression refers to."""
 
 import re
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from keras_paligemma.metrics.scores import column
 from keras_paligemma.tasks.locations import LAST
 from keras_paligemma.tasks.masks import from_rle
 
-# The answer begins with a box and a mask; what follows is not looked at.
+# An answer begins with a box and a mask; the rest is ignored.
 _ANSWER = re.compile(r"<loc(\d{4})>" * 4 + r"<seg(\d{3})>" * 16)
 _CODES = 128
-# Masks that are decoded at once.
+# Masks decoded at a time.
 _BATCH = 64
 
 
@@ -28,24 +28,29 @@ def refcoco(
     decode: Callable[[np.ndarray], np.ndarray],
     thresholds: Sequence[float] = (0.5, 0.75),
 ) -> Scores:
-    """Score one box and mask a row against the right ones.
+    """Score one box and mask per row.
 
-    A predicted mask is resized bilinearly to its box, whose edges are cut to
-    whole pixels, and what is larger than 0 belongs to it. An answer that has
-    no box of some area and 16 codes at its beginning counts 0.
+    A predicted mask is resized bilinearly to its box, whose edges are truncated
+    to whole pixels, and thresholded at 0. An answer that does not begin with a
+    box of positive area and 16 codes scores 0.
 
     Args:
-        predictions: strings, "<loc…>×4<seg…>×16 …".
-        boxes: of each row the right (y1, x1, y2, x2) as shares of the picture.
-        masks: of each row a bool array (height, width) of the picture's size,
-            or COCO's run lengths, {"size": …, "counts": …}.
+        predictions: list of str, "<loc…>×4<seg…>×16 …".
+        boxes: list of the ground truth (y1, x1, y2, x2) per row, relative to
+            the picture's size.
+        masks: list per row of a bool array (height, width) of the picture's
+            size, or COCO's run lengths, {"size": …, "counts": …}.
         decode: function of int codes (n, 16) to float32 masks (n, 64, 64) in
             [-1, 1], such as the decoder of `vae-oid.npz`.
-        thresholds: floats, of the boxes' intersection over union.
+        thresholds: floats, intersection over union of "boxacc".
 
     Returns:
-        `Scores` of "miou", "boxacc/0.5" and so on, and "invalid", the share of
-        answers without a mask (the original gives their number).
+        `Scores` of "miou", "boxacc/0.5" and so on, and "invalid", the fraction
+        of answers without a mask (the original reports their number).
+
+    Raises:
+        ValueError: columns of different lengths, or `decode` returned an array
+            of another shape.
 
     Source: big_vision `evaluators/proj/paligemma/transfers/segmentation.py`.
     """
@@ -69,13 +74,13 @@ def refcoco(
 
 
 def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
-    """Divide the intersection of two boxes by their union.
+    """Return the intersection over union of two boxes.
 
     Args:
-        first, second: (y1, x1, y2, x2).
+        first, second: floats (y1, x1, y2, x2).
 
     Returns:
-        float, 0 to 1; nan where neither has an area.
+        float, 0 to 1; nan if both areas are 0.
 
     Example:
 
@@ -105,7 +110,7 @@ def _parse(text):
 
 
 def _decode(parsed, decode):
-    """Decode the masks that there are, some at a time; a dict by row."""
+    """Decode masks in batches; return a dict of rows to masks."""
     rows = [row for row, found in enumerate(parsed) if found is not None]
     masks = {}
     for first in range(0, len(rows), _BATCH):
@@ -122,12 +127,12 @@ def _decode(parsed, decode):
 
 
 def to_mask(mask: Any) -> np.ndarray:
-    """Return a bool array of a mask, an array or COCO's run lengths."""
+    """Convert a mask, an array or COCO's run lengths, to a bool array."""
     return from_rle(mask) if isinstance(mask, dict) else np.asarray(mask) > 0
 
 
 def _mask_iou(decoded, box, mask):
-    """Paste a mask and compare; `None` where its box is below a pixel."""
+    """Return the IoU of a pasted mask; `None` if its box is below a pixel."""
     height, width = mask.shape
     y1, x1 = int(box[0] * height), int(box[1] * width)
     y2, x2 = int(box[2] * height), int(box[3] * width)

@@ -1,4 +1,4 @@
-"""RSVQA: accuracy by the type of a question, then averaged."""
+"""RSVQA: accuracy by question type, and averages over types."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from keras_paligemma.metrics.scores import by_kind
 from keras_paligemma.metrics.scores import check_rows
 
 TYPES = ("comp", "count", "presence", "rural_urban", "area")
-# The original reports its average without numbers for both data sets under one
-# name; where a data set has all of these types, the second replaces the first.
+# Types in the average without numbers, of either data set. The original reports
+# both under one name; if all types occur, the second replaces the first.
 _NO_NUMBERS = (("comp", "presence", "rural_urban"), ("comp", "presence"))
 
 
@@ -22,18 +22,19 @@ def rsvqa(
     """Score answers about satellite pictures.
 
     Args:
-        predictions: strings.
-        answers: of each row one or more strings in a list.
-        question_types: of each row one of `TYPES`.
-        lower: bool, whether upper and lower case are the same.
+        predictions: list of str.
+        answers: list of one or more str per row.
+        question_types: list of one of `TYPES` per row.
+        lower: bool, whether to ignore case.
 
     Returns:
-        `Scores` of what `vqa` gives; "acc_TYPE", where any answer is met;
-        "acc_avg", the mean over the types that there are; "acc_avg_nonum",
-        that of comparison and presence, which the card reports.
+        `Scores` of the values of `vqa`; "acc_TYPE", whether any answer
+        matches; "acc_avg", the mean over the types that occur; and
+        "acc_avg_nonum", the mean without counts and areas, which the card
+        reports.
 
     Raises:
-        ValueError: an unknown type.
+        ValueError: an unknown type, or columns of different lengths.
 
     Example:
 
@@ -52,7 +53,7 @@ def rsvqa(
     columns = dict(vqa(predictions, answers, lower).columns)
     any_met = columns["acc_any"]
     split = by_kind("acc", any_met, question_types, {t: t for t in TYPES})
-    parts = {name.replace("/", "_"): one for name, one in split.items()}
+    parts = {name.replace("/", "_"): values for name, values in split.items()}
 
     return Scores(columns | parts, _with_averages, any_met)
 

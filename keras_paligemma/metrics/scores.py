@@ -1,4 +1,4 @@
-"""What a metric returns: numbers of each row, their means, an interval."""
+"""The result of a metric: values per row, their means, and intervals."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,28 +8,28 @@ from typing import Any
 
 import numpy as np
 
-# Draws that are weighed at once: 16 of 100,000 rows are 13 MB.
+# Bootstrap draws at a time: 16 of 100,000 rows take 13 MB.
 _DRAWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Numbers of each row of predictions, and what becomes of their means.
+    """Values per row, and how a metric is computed from their means.
 
     Every metric here is a function of means over rows: an accuracy is one
     mean, an error rate a quotient of two, BLEU a product of several. So the
-    same few columns give the metric, its bootstrap interval and the rows that
-    are worst, and those of several hosts can be put one after another.
+    same columns give the metric, its bootstrap interval and the worst rows,
+    and columns of several hosts can be concatenated.
 
     Args:
-        columns: dict of a name to a float64 array (rows,); nan where a row
-            does not count, such as a question of another type.
-        combine: function of a dict of means, arrays of equal shape, and of the
-            number of rows, to the dict of values; `None` where the means are
-            the values. It knows nothing of single rows, so that sums of
-            several parts can be combined too.
-        quality: float64 array (rows,), larger is better, by which rows are
-            sorted; the first column if `None`.
+        columns: dict of names to float64 arrays (rows,); nan in rows that do
+            not count, such as a question of another type.
+        combine: function of a dict of means, arrays of equal shape, and the
+            number of rows, that returns a dict of values; `None` if the means
+            are the values. It never sees single rows, so it also works on
+            running sums.
+        quality: float64 array (rows,) by which rows are sorted, higher is
+            better; the first column if `None`.
 
     Example:
 
@@ -49,12 +49,12 @@ class Scores:
         """Compute the metric's values over all rows.
 
         Returns:
-            Dict of a name to a float; nan where no row counts.
+            Dict of names to floats; nan if no row counts.
         """
         means = {}
         for name, column in self.columns.items():
             counted = column[~np.isnan(column)]
-            # In Python's order, as the original adds up its hosts' lists.
+            # Summed in order, as the original sums its lists.
             total = float(np.add.accumulate(counted)[-1]) if len(counted) else 0
             means[name] = np.divide(
                 total,
@@ -62,10 +62,12 @@ class Scores:
                 out=np.array(np.nan),
                 where=len(counted) > 0,
             )
-        return {name: float(one) for name, one in self._combined(means).items()}
+        return {
+            name: float(value) for name, value in self._combined(means).items()
+        }
 
     def counts(self) -> dict[str, int]:
-        """Tell how many rows count for each column."""
+        """Return the number of rows that count in each column."""
         return {
             name: int((~np.isnan(column)).sum())
             for name, column in self.columns.items()
@@ -74,19 +76,19 @@ class Scores:
     def intervals(
         self, level: float = 0.95, draws: int = 1000, seed: int = 0
     ) -> dict[str, tuple[float, float]]:
-        """Tell how far the values may move with another sample of rows.
+        """Compute percentile bootstrap intervals of the values.
 
         Rows are drawn with replacement, as many as there are, and the values
-        computed of each draw: a percentile bootstrap. What is no mean of rows
-        by itself, such as CIDEr's document frequencies, stays as it is.
+        computed for each draw. Anything that is not a mean over rows, such as
+        CIDEr's document frequencies, stays fixed.
 
         Args:
-            level: float, share of the draws between the two bounds.
-            draws: int.
-            seed: int.
+            level: float, confidence level, 0 to 1.
+            draws: int, number of draws.
+            seed: int, seed of the draws.
 
         Returns:
-            Dict of a name to (low, high).
+            Dict of names to (low, high).
         """
         rows = len(self)
         table = np.stack([*self.columns.values()]).astype("float64")
@@ -121,13 +123,13 @@ class Scores:
         return found
 
     def worst(self, count: int) -> list[int]:
-        """List the rows of the lowest quality, the worst first.
+        """Return the rows of lowest quality, the worst first.
 
         Args:
-            count: int, at most so many.
+            count: int, largest number of rows.
 
         Returns:
-            Numbers of rows; of equals, the earlier row first.
+            List of int, row indices; ties are in row order.
         """
         quality = self.quality
         if quality is None:
@@ -140,7 +142,7 @@ class Scores:
 
 
 def column(values: Sequence[float]) -> np.ndarray:
-    """Make a column of a list of numbers, one a row."""
+    """Convert numbers, one per row, to a float64 column."""
     return np.array(values, "float64")
 
 
@@ -155,11 +157,11 @@ def by_kind(
     Args:
         name: str, such as "acc".
         values: float64 array (rows,).
-        kinds: of each row.
-        names: dict of a kind to what stands behind the name.
+        kinds: sequence, the kind of each row.
+        names: dict of kinds to suffixes of the name.
 
     Returns:
-        Dict of "acc/yesno" and so on, for the kinds that there are.
+        Dict of "acc/yesno" and so on to columns, for the kinds that occur.
 
     Example:
 
@@ -177,14 +179,16 @@ def by_kind(
 def check_rows(
     predictions: Sequence[str], **others: Sequence[Any] | None
 ) -> None:
-    """Refuse columns that do not belong together, or are empty.
+    """Check that all columns have the same length, which is not 0.
 
     Raises:
         ValueError: there is no row, a column is of another length, or a
             prediction is no string.
     """
     lengths = {"predictions": len(predictions)}
-    lengths |= {k: len(one) for k, one in others.items() if one is not None}
+    lengths |= {
+        k: len(values) for k, values in others.items() if values is not None
+    }
     if len(set(lengths.values())) != 1 or not len(predictions):
         raise ValueError(
             "A metric compares one or more rows. Expected: columns of one "

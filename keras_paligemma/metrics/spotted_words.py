@@ -1,4 +1,4 @@
-"""Words found in pictures: precision, recall and F1 on polygons."""
+"""Text spotting: precision, recall and F1 of words in polygons."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from keras_paligemma.metrics.scores import check_rows
 from keras_paligemma.metrics.scores import column
 from keras_paligemma.tasks.answers import read_objects
 
-# ICDAR's and Total-Text's mark of a word that nobody can read.
+# ICDAR's and Total-Text's marks of illegible words.
 UNREADABLE = ("###", "#")
 
 
@@ -24,26 +24,26 @@ def text_detection(
 ) -> Scores:
     """Score answers that list words with their boxes.
 
-    A word is met where a box overlaps its polygon by more than the threshold,
-    intersection over union, and, on request, the text is the same letter for
-    letter. Each word and each box is met once, in the order of the file. Words
-    that nobody can read, "###", count for nothing: neither do boxes of which
-    such a word covers more than half.
+    A box matches a word if the intersection over union of box and polygon
+    exceeds the threshold and, with `match_text`, the texts are equal. Words
+    and boxes are matched at most once, in the order of the words. Illegible
+    words, "###", are ignored, and so are boxes of which such words cover more
+    than half.
 
     Args:
-        predictions: strings, "<loc…>×4 word ; …".
-        polygons: of each picture a list of [(x, y), …] in pixels.
-        texts: of each picture the words of its polygons.
-        sizes: of each picture (height, width) in pixels.
-        match_text: bool; `False` compares places alone.
-        threshold: float.
+        predictions: list of str, "<loc…>×4 word ; …".
+        polygons: list per picture of polygons [(x, y), …] in pixels.
+        texts: list per picture of the polygons' words.
+        sizes: list of (height, width) in pixels.
+        match_text: bool; `False` compares only the places.
+        threshold: float, intersection over union.
 
     Returns:
         `Scores` of "precision", "recall" and "f1" over all pictures.
 
     Raises:
-        ValueError: polygons and texts do not match, or a polygon has fewer
-            than three corners.
+        ValueError: polygons and texts do not match, a polygon has fewer than
+            three corners, or shapely is not installed.
 
     Source: https://arxiv.org/abs/1506.03000, task 4.1, for the matching.
     """
@@ -61,8 +61,8 @@ def text_detection(
                 f"{len(texts[row])} texts. Expected: as many of both."
             )
         words = [
-            (_polygon(shapely, one, row), word)
-            for one, word in zip(polygons[row], texts[row], strict=True)
+            (_polygon(shapely, corners, row), word)
+            for corners, word in zip(polygons[row], texts[row], strict=True)
         ]
         hidden = [shape for shape, word in words if word in UNREADABLE]
         words = [word for word in words if word[1] not in UNREADABLE]
@@ -79,7 +79,7 @@ def _polygon(shapely, corners, row):
             f"Row {row}: a polygon has three or more corners. Received: "
             f"{corners!r:.80}."
         )
-    # Annotators cross their own lines now and then.
+    # Some annotated polygons intersect themselves.
     return shapely.make_valid(shapely.Polygon(corners))
 
 

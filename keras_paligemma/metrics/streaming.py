@@ -1,4 +1,4 @@
-"""Metrics of this room as Keras metrics, fed batch by batch."""
+"""The metrics as Keras metrics, updated batch by batch."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -11,20 +11,23 @@ from keras_paligemma.metrics.scores import Scores
 
 
 class Streamed(keras.metrics.Metric):
-    """Any metric here whose rows do not depend on each other.
+    """A Keras metric of any function here whose rows are independent.
 
-    It keeps the sum and the count of each column, so a data set of any size
-    takes the same memory, and the result is that of all rows at once. CIDEr
-    weighs n-grams by all references and mean average precision sorts all
-    boxes: they need their function and the whole lists.
+    It keeps the sum and count of each column, so memory does not grow with the
+    data, and the result is that of all rows at once. CIDEr, which weights
+    n-grams by all references, and mean average precision, which sorts all
+    boxes, have to be called on the whole lists.
 
-    Texts are compared on the host, so `update_state` is called between steps,
-    such as from a callback, and not within a compiled one.
+    Text is compared on the host, so call `update_state` between steps, such as
+    in a callback, and not in a compiled step.
 
     Args:
-        function: metric of this room, such as `vqav2`.
+        function: metric of `keras_paligemma.metrics`, such as `vqav2`.
         name: str; the function's name if `None`.
-        **kwargs: arguments of the function that are no columns: `lower=True`.
+        **kwargs: options of the function, such as `lower=True`.
+
+    Raises:
+        ValueError: the function is `cider` or `captions`.
 
     Example:
 
@@ -55,19 +58,19 @@ class Streamed(keras.metrics.Metric):
     def update_state(
         self, predictions: Sequence[str], *columns: Any, **named: Any
     ) -> None:
-        """Add rows; takes what the function takes, without its options."""
+        """Add rows, passed as to the function, without its options."""
         scores = self.function(predictions, *columns, **named, **self.arguments)
         for name, values in scores.columns.items():
             total, count = self._sums.get(name, (0.0, 0))
             counted = values[~np.isnan(values)]
-            # One after another, as of all rows at once.
+            # Summed one by one, as in `Scores.values`.
             for gram in counted.tolist():
                 total += gram
             self._sums[name] = (total, count + len(counted))
         self._combine = scores.combine or self._combine
 
     def result(self) -> dict[str, float]:
-        """Return the values of all rows so far; an empty dict of none."""
+        """Return the values over all rows so far; `{}` before any rows."""
         means = {
             name: np.asarray(total / count if count else np.nan)
             for name, (total, count) in self._sums.items()
@@ -79,5 +82,5 @@ class Streamed(keras.metrics.Metric):
         return {name: float(value) for name, value in combined.items()}
 
     def reset_state(self) -> None:
-        """Forget all rows."""
+        """Clear all rows."""
         self._sums, self._combine = {}, None

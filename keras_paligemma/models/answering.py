@@ -1,4 +1,4 @@
-"""A batch of prompts, asked of a model: arrays in, answers out."""
+"""Answer a batch of prompts: from arrays of inputs to `Answer` objects."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from keras_paligemma.compat import rows_to_devices
 from keras_paligemma.compat import to_host
 from keras_paligemma.generation.answer import Alternative
 from keras_paligemma.generation.answer import Answer
+from keras_paligemma.generation.answer import Finish
 from keras_paligemma.generation.automata import Automaton
 from keras_paligemma.generation.automata import objects_of
 from keras_paligemma.generation.automata import one_of
@@ -40,17 +41,17 @@ from keras_paligemma.turns import write_back
 
 @dataclass(frozen=True)
 class Asked:
-    """A batch of prompts as the loop takes it.
+    """A batch of prompts, prepared for the decoding loop.
 
     Args:
         plan: `Plan`.
         rows: dict of arrays (rows of the bucket, …), see `loop.answer`.
         shared: dict of arrays.
-        begun: bool array (B, length), what answers were given to begin with.
-        stops: tuple of ints or `None`.
-        length: int, the longest answer that was asked for.
-        single: bool, the prompt came without a batch.
-        stop_strings: tuple of strs that end an answer.
+        begun: bool array (B, length), True on the given start of an answer.
+        stops: tuple of int or `None`.
+        length: int, the longest answer requested, in tokens.
+        single: bool, whether the prompt came without a batch axis.
+        stop_strings: tuple of str; each ends an answer.
     """
 
     plan: Plan
@@ -64,7 +65,7 @@ class Asked:
 
 
 def checked(model, options):
-    """Make `Options` of keyword arguments, that this model can follow."""
+    """Return validated `Options` for this model from keyword arguments."""
     options = Options.of(options)
     options.check(model.backbone.vocabulary_size)
     reads = options.stop_strings or options.choices or options.legal_objects
@@ -79,17 +80,17 @@ def checked(model, options):
 
 
 def prepare(model, inputs, count, first, max_new_tokens, stops, options):
-    """Read what a user asks into arrays of a bucket.
+    """Convert a user's inputs to arrays padded to a bucket.
 
     Args:
         model: `PaliGemmaCausalLM`.
         inputs: dict as `generate` takes it.
-        count: int, how many of the examples someone waits for: the batch keeps
-            its size. `None` for all, filled up to their bucket.
-        first: int, the number of the first example among all.
-        max_new_tokens: int or `None`.
-        stops: tuple of ints or `None`.
-        options: `Options`.
+            count: int, number of examples whose answers are used; the batch
+                keeps its size. `None` uses all, padded to their bucket.
+            first: int, index of the batch's first example in the whole input.
+            max_new_tokens: int or `None`.
+            stops: tuple of int or `None`.
+            options: `Options`.
 
     Returns:
         `Asked`.
@@ -111,7 +112,7 @@ def prepare(model, inputs, count, first, max_new_tokens, stops, options):
     if count is None:
         count, size = size, bucket(size)
         options.check_rows(count)
-    # What a preprocessor lays out has one length already.
+    # A preprocessor's output already has one length.
     response = bucket(length, 16)
     if preprocessor is None:
         prompt = bucket(prompt, 16)
@@ -154,7 +155,7 @@ def prepare(model, inputs, count, first, max_new_tokens, stops, options):
 
 
 def _constraint(model, inputs, count, stops, options):
-    """Build the automaton of a batch: where its rows begin, and arrays."""
+    """Return the start node of each row, and the automaton's arrays."""
     if stops is None:
         raise ValueError(
             "A constraint ends by a stop token. Received: no stop_token_ids. "
@@ -180,14 +181,14 @@ def _constraint(model, inputs, count, stops, options):
 
 
 def run(model, asked):
-    """Answer a batch, in turn with other threads.
+    """Answer a batch; threads take turns at the model.
 
     Returns:
         Dict of arrays (rows, …), copies or beams of a prompt side by side:
         `ids`, `log_probabilities`, `scores` of beams, and of alternatives.
     """
     if asked.stop_strings:
-        # Text is read between chunks.
+        # Stop strings are checked between chunks.
         *_, found = chunks(model, asked, 8)
         return found
     with model.turns:
@@ -203,7 +204,7 @@ def run(model, asked):
 
 
 def _to_host(asked, found, here):
-    """Return arrays of the rows that this process asked."""
+    """Return the arrays of the rows that belong to this process."""
     width = asked.plan.beams or asked.plan.copies
     here = slice(
         here.start and here.start * width, here.stop and here.stop * width
@@ -212,16 +213,16 @@ def _to_host(asked, found, here):
 
 
 def chunks(model, asked, size):
-    """Answer a batch, some tokens at a time.
+    """Answer a batch in chunks of tokens.
 
     Args:
         model: `PaliGemmaCausalLM`.
         asked: `Asked`, without beams.
-        size: int, tokens a chunk.
+        size: int, tokens per chunk.
 
     Yields:
-        Dict of arrays as `run` gives it, and bool `finished` (rows,): the
-        first after one token.
+        Dict of arrays as `run` returns it, and bool `finished` (rows,). The
+        first one comes after one token.
     """
     state, found, until = None, None, 1
     try:
@@ -240,18 +241,18 @@ def chunks(model, asked, size):
             yield found
             until += size
     finally:
-        # Not before: a later chunk overwrites the state.
+        # Only now: the next chunk overwrites the state.
         if state is not None:
             _keep(asked.plan, state.sampler)
 
 
 def _goes_on(found, asked, decided):
-    """Say whether a row wants more tokens than so many."""
+    """Return whether any row still needs tokens after `decided` of them."""
     return not found["finished"].all() and decided < asked.length
 
 
 def _next_state(model, asked, state, until):
-    """Run the first chunk, or the next: the state, and this process's rows."""
+    """Run the next chunk; return the state and this process's rows."""
     programs = model.make_generate_function()
     rows, here = rows_to_devices(asked.rows)
     rows = typed(rows, model.backbone.vocabulary_size)
@@ -268,17 +269,17 @@ def _next_state(model, asked, state, until):
 
 
 def begun_state(model, plan, rows, shared):
-    """Prefill and the first token, as a program."""
+    """Run the prefill and choose the first token, as one program."""
     return begin(model.backbone, plan, rows, shared)
 
 
 def later_state(model, plan, rows, shared, state, until):
-    """The tokens after it, as a program that overwrites the state."""
+    """Run one chunk, as a program that overwrites the state."""
     return advance(model.backbone, plan, rows, shared, state, until)
 
 
 def _has_stop_string(model, asked, found, count):
-    """Say which rows hold a stop string in their first `count` tokens."""
+    """Return which rows hold a stop string in their first `count` tokens."""
     stopped = np.zeros(len(found["ids"]), bool)
     if asked.stop_strings:
         texts = model.preprocessor.generate_postprocess(
@@ -290,7 +291,7 @@ def _has_stop_string(model, asked, found, count):
 
 
 def texts_so_far(model, asked, found):
-    """Return the texts that later tokens do not change any more."""
+    """Return the part of each text that later tokens do not change."""
     rows = len(asked.begun)
     texts = model.preprocessor.generate_postprocess(
         {"token_ids": found["ids"][:rows, : asked.length]}
@@ -304,9 +305,10 @@ def texts_so_far(model, asked, found):
 
 
 def _answered(model, plan, rows, shared):
-    """What is compiled; a function of the module, so that it is known again.
+    """Answer a batch; at module level, so that its compilation is reused.
 
-    The cache is no output: it would be kept until the answer is read.
+    The cache is not an output: it would stay in memory until the answer is
+    read.
     """
     if not plan.beams:
         return _arrays(answer(model.backbone, plan, rows, shared))
@@ -319,7 +321,7 @@ def _answered(model, plan, rows, shared):
 
 
 def _arrays(state):
-    """Return what of a state is read."""
+    """Return the arrays of a state that the host reads."""
     found = {
         "ids": state.ids_BR,
         "log_probabilities": state.log_probabilities_BR,
@@ -337,7 +339,7 @@ def _in_a_row(array):
 
 
 def tensors(nest):
-    """Return a nest of arrays as tensors, of its own dtypes whatever floatx."""
+    """Convert arrays to tensors of the same dtypes, whatever floatx is."""
     return keras.tree.map_structure(
         lambda one: ops.convert_to_tensor(
             one, dtype=keras.backend.standardize_dtype(one.dtype)
@@ -347,26 +349,26 @@ def tensors(nest):
 
 
 def _variables(plan):
-    """Return the values of a sampler's variables; generators of seeds."""
+    """Return the values of a sampler's variables, such as seeds."""
     if plan.sampler is None:
         return []
     return [ops.convert_to_tensor(one.value) for one in plan.sampler.variables]
 
 
 def _keep(plan, values):
-    """Assign a sampler's variables the values that they had at the end."""
+    """Assign a sampler's variables their values after decoding."""
     if plan.sampler is not None:
         for one, value in zip(plan.sampler.variables, values, strict=True):
             one.assign(value)
 
 
 def answers_of(model, asked, found):
-    """Read arrays into answers: a list of `copies` of them for each prompt.
+    """Convert arrays to answers, a list of `copies` for each prompt.
 
     Args:
         model: `PaliGemmaCausalLM`.
         asked: `Asked`.
-        found: dict of `run`.
+        found: dict that `run` returned.
 
     Returns:
         List of lists of `Answer`.
@@ -379,7 +381,9 @@ def answers_of(model, asked, found):
     texts = [""] * rows
     if model.preprocessor is not None:
         texts = model.preprocessor.generate_postprocess({"token_ids": ids})
-    finishes = ["stop_token" if one else "length" for one in stopped]
+    finishes: list[Finish] = [
+        "stop_token" if one else "length" for one in stopped
+    ]
     for row, text in enumerate(texts):
         texts[row] = cut(text, asked.stop_strings)
         if texts[row] != text:
@@ -414,13 +418,13 @@ def _tokens_until(model, ids, stop_strings):
 
 
 def _with_beams(beams):
-    """Return the best beam, which holds all that are answers."""
+    """Return the best beam; its `beams` are those that are answers."""
     beams = [one for one in beams if one.score > LEAST_SCORE] or beams[:1]
     return dataclasses.replace(beams[0], beams=tuple(beams))
 
 
 def _alternatives(model, found, row, count):
-    """Return the likeliest tokens of each place of a row."""
+    """Return the likeliest tokens at each position of a row."""
     if "alternative_ids" not in found:
         return ()
 

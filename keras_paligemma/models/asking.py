@@ -1,4 +1,4 @@
-"""What people ask a model for, one call each, over `generate`."""
+"""The model's task methods, such as `caption` and `detect`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ def caption(
     """Describe pictures in a sentence.
 
     Args:
-        images: a picture, as `generate` takes it, or a list of them.
+        images: a picture, as `generate` takes it, or a list of pictures.
         lang: str, a language of `tasks.prompts.LANGUAGES`.
         **options: as `generate` takes them: `max_new_tokens`, `batch_size`.
 
     Returns:
-        str; for a list of pictures a list.
+        str; a list of str for a list of pictures.
 
     Raises:
-        ValueError: the models know no such language.
+        ValueError: if `lang` is not a supported language.
 
     Example:
 
@@ -59,17 +59,18 @@ def ask(
     """Answer questions about pictures.
 
     Args:
-        images: a picture, as `generate` takes it, or a list of them.
-        questions: str, or a list: one a picture, or several of one picture.
+        images: a picture, as `generate` takes it, or a list of pictures.
+        questions: str or list of str: one per picture, or several about one
+            picture.
         lang: str, the language of questions and answers.
         **options: as `generate` takes them.
 
     Returns:
-        str; a list where there are several pictures or questions.
+        str; a list of str for several pictures or questions.
 
     Raises:
-        ValueError: a question is empty, there are not as many as pictures, or
-            the models know no such language.
+        ValueError: if a question is empty, the numbers of questions and
+            pictures differ, or `lang` is not a supported language.
 
     Example:
 
@@ -94,30 +95,31 @@ def detect(
     score: Score = box_and_label,
     **options,
 ) -> Objects | list[Objects]:
-    """Find the objects of some kinds in pictures.
+    """Detect objects of the given labels in pictures.
 
     Args:
-        images: a picture, as `generate` takes it, or a list of them.
-        labels: str or list of them, to look for in all pictures; or a list
-            of lists, one a picture.
-        one_by_one: bool, ask for each label by a prompt of its own, as models
-            want it that learned from such prompts alone; else for all at once.
-        overlap: float; the objects of all samples or beams that the options
-            ask for are taken together, and of those whose intersection over
-            union is above it the surest stays. `None` takes one answer: of
-            samples the likeliest, of beams the best.
-        score: function of the log-probabilities of an object's locations and
-            label; see `tasks.scores`.
+        images: a picture, as `generate` takes it, or a list of pictures.
+        labels: str or list of str, searched for in all pictures; or a list
+            of lists, one per picture.
+        one_by_one: bool, whether to ask for each label in a prompt of its
+            own, for models trained on single-label prompts; otherwise one
+            prompt holds all labels.
+        overlap: float, intersection over union. The objects of all samples or
+            beams are merged: of those that overlap by more, the one with the
+            highest score is kept. `None` uses one answer: the likeliest
+            sample, or the best beam.
+        score: function from the log-probabilities of an object's locations
+            and label to its score; see `tasks.scores`.
         **options: as `generate` takes them: `max_new_tokens`, `batch_size`,
             `num_samples`, `temperature`, `beams`.
 
     Returns:
-        `Objects` of the picture, each with its score; for a list of pictures
-        a list. What the answers hold besides, such as objects of labels that
-        were not asked for, is in `skipped`.
+        `Objects` with scores; a list of `Objects` for a list of pictures. All
+        other parts of the answers, such as objects of labels that were not
+        requested, are in `skipped`.
 
     Raises:
-        ValueError: a label is empty, or holds what separates labels.
+        ValueError: if a label is empty or contains a separator of labels.
 
     Example:
 
@@ -144,15 +146,15 @@ def segment(
     score: Score = box_and_label,
     **options,
 ) -> Objects | list[Objects]:
-    """Find the objects of some kinds in pictures, with their masks.
+    """Detect objects in pictures and segment them.
 
     Args:
-        codec: `MaskCodec` whose codes the model learned. `None` takes the one
-            of the nano preset; published models know the codes of
+        codec: `MaskCodec` whose codes the model was trained on. `None` uses
+            that of the nano preset; published models use
             `MaskCodec.load("vae-oid.npz")`.
 
-    The other arguments, what is returned and the errors are those of
-    `detect`. An object whose codes are no mask has its box alone.
+    The other arguments, the return value and the errors are those of
+    `detect`. An object whose codes do not form a mask has only its box.
 
     Example:
 
@@ -170,7 +172,7 @@ def segment(
 def _find(
     model, images, labels, prompt_of, codec, one_by_one, overlap, score, options
 ):
-    """Ask for objects, and read and merge what the answers hold."""
+    """Detect objects: generate, parse and merge the answers."""
     several = _is_several(images)
     pictures = list(images) if several else [images]
     asked = [
@@ -198,15 +200,15 @@ def _find(
 
 
 def _candidates(answer, every):
-    """All answers to a prompt, of samples or beams, or the likeliest one."""
+    """Return all samples or beams of a prompt, or only the likeliest."""
     if isinstance(answer, Answer):
         return (every and answer.beams) or [answer]
     return answer if every else [max(answer, key=lambda x: x.log_probability)]
 
 
 def _read(answer, tokenizer, labels, codec, score):
-    """The objects of one answer; one that has no label has the asked one."""
-    # What ended the answer is no part of its last label.
+    """Return the objects of an answer; a missing label is the requested."""
+    # The token that ended the answer is not part of its last label.
     count = len(answer.token_ids) - (answer.finish == "stop_token")
     objects = read_objects(
         texts_of(tokenizer, answer.token_ids[:count]),
@@ -226,7 +228,7 @@ def _read(answer, tokenizer, labels, codec, score):
 
 
 def _merged(parts, picture, overlap):
-    """The objects of all answers about a picture as those of one."""
+    """Merge the objects of all answers about a picture."""
     items = [one for part in parts for one in part]
     return Objects(
         items if overlap is None else suppress(items, overlap),
@@ -237,7 +239,7 @@ def _merged(parts, picture, overlap):
 
 
 def _generate(model, images, prompt, options):
-    """Answer one prompt about each picture, or one each."""
+    """Answer one prompt about each picture, or one prompt per picture."""
     if _is_several(images):
         images = list(images)
         prompt = [prompt] * len(images) if isinstance(prompt, str) else prompt
@@ -247,12 +249,12 @@ def _generate(model, images, prompt, options):
 
 
 def _is_several(images):
-    """Whether these are pictures, not one."""
+    """Return whether `images` is several pictures."""
     return isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
 
 
 def _labels_of(labels, count):
-    """The labels to look for in each picture."""
+    """Return the labels to search for in each picture."""
     labels = [labels] if isinstance(labels, str) else list(labels)
     if not labels or isinstance(labels[0], str):
         return [labels] * count
@@ -265,21 +267,21 @@ def _labels_of(labels, count):
 
 
 def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return the text of each token, which joined are the text of all.
+    """Return the text of each token; joined, they are the whole text.
 
     Args:
         tokenizer: `PaliGemmaTokenizer`.
         ids: ints.
 
     Returns:
-        List of str. Of a character of several byte tokens the first has the
-        text, the others none.
+        List of str. The first byte token of a multi-byte character holds the
+        character, the others are empty.
     """
     until = tokenizer.detokenize([list(ids[: i + 1]) for i in range(len(ids))])
     pieces, said, waiting = [""] * len(ids), 0, None
     for i, text in enumerate(until):
         waiting = i if waiting is None else waiting
-        # A character that is not complete is shown as this one.
+        # An incomplete character decodes to U+FFFD.
         if text.endswith("\ufffd") and i + 1 < len(until):
             continue
         pieces[waiting], said, waiting = text[said:], len(text), None

@@ -1,7 +1,8 @@
-"""PaliGemmaBackbone: vision encoder and text decoder, one sequence."""
+"""PaliGemmaBackbone: vision encoder and text decoder on one sequence."""
 
 import collections
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 from typing import Self
@@ -47,54 +48,54 @@ def _decoder_size(field):
 @never_functional
 @keras.saving.register_keras_serializable(package="keras_paligemma")
 class PaliGemmaBackbone(keras_hub.models.Backbone):
-    """PaliGemma 2 without its head: pictures and tokens in, hidden states out.
+    """PaliGemma 2 without its head: images and tokens to hidden states.
 
-    The sequence is the image tokens followed by the text. Any prefix followed
-    by a response is legal; where padding lies does not matter, since rotary
-    positions count valid tokens. PaliGemma 1 is the same class with other
-    numbers.
+    The sequence is the image tokens followed by the text: a prefix, then a
+    response. Padding may be anywhere, since rotary positions count only valid
+    tokens. PaliGemma 1 is the same class with another configuration.
 
     Args:
-        image_size: int, side of a picture in pixels, a multiple of the patch.
+        image_size: int, side of an image in pixels, a multiple of the patch.
         vision_encoder: `VisionEncoderConfig` or dict of its fields.
         text_decoder: `TextDecoderConfig` or dict of its fields.
         form: form of repetition of the blocks: "auto", "scanned" or
             "unrolled"; see `layers.stack.LayerStack`.
-        remat: `None`, "block", "dots" or "pair": what the backward computes
-            again, see `layers.remat`.
+        remat: `None`, "block", "dots" or "pair": what the backward pass
+            recomputes, see `layers.remat`.
         quantization: `None`, "int8" or "int4": storage of the kernels of both
-            towers (not of the patches) and of the token embedding, which are
-            then frozen: adapters train on top. See `quantization.storage`.
-        lora: `None` or dict of the arguments of `enable_lora`, which a saved
-            model with adapters has.
-        dropout: float, share of what each part of a decoder block adds that
-            is dropped in training. Like `remat` it is chosen for a run and no
-            preset holds it.
+            towers (not of the patch embedding) and of the token embedding.
+            These are then frozen; adapters train on top. See
+            `quantization.storage`.
+        lora: `None` or dict of the arguments of `enable_lora`, as stored with
+            a model that has adapters.
+        dropout: float, dropout rate of the residual branches of the decoder
+            blocks in training. Like `remat` it belongs to a run; presets do
+            not store it.
         dtype: dtype policy of weights and computation.
 
     Call arguments:
         inputs: dict of
             images: float tensor (B, h, w, 3) in [-1, 1], or (B, frames, h, w,
-                3); or in its place image_embeddings (B, I, D) from
+                3); or instead image_embeddings (B, I, D) from
                 `encode_images`; or neither, for text alone.
             token_ids: int tensor (B, tokens); floats that are whole are cast.
             padding_mask: bool tensor (B, tokens), True on valid tokens.
             response_mask: bool tensor (B, tokens), True on the response;
-                without it nothing is response.
-            attention_mask: optional bool tensor (B, L, L), in place of the
-                mask that follows from the two masks above.
-            positions: optional int tensor (B, L), likewise.
-            In place of the three arrays of text, the four of
-            `PromptAndResponse`: their shapes tell where the response begins,
-            and on a TPU attention then runs in one kernel, see
-            `layers.splash`.
+                without it all tokens are prefix.
+            attention_mask: optional bool tensor (B, L, L), replaces the mask
+                computed from the two masks above.
+            positions: optional int tensor (B, L), replaces the positions
+                computed from them.
+            Instead of the three text arrays, the four of `PromptAndResponse`:
+            their shapes determine where the response begins, so that attention
+            runs as one kernel on a TPU, see `layers.splash`.
 
     Returns:
         Tensor (B, L, D), L = image tokens + text tokens: last hidden states
         after the final norm. `logits` applies the head.
 
     Raises:
-        ValueError: on a wrong rank, size or dtype, or an id outside the
+        ValueError: if a rank, size or dtype is wrong, or an id is outside the
             vocabulary.
 
     Example:
@@ -132,7 +133,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        # The policy is set first: the towers below take theirs from it.
+        # The policy is set first: the towers below inherit it.
         init_model(self, dtype or keras.config.dtype_policy(), **kwargs)
         if not 0 <= dropout < 1:
             raise ValueError(
@@ -180,7 +181,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         self.built = True
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Tensor:
-        # Before Keras casts what the policy is not about.
+        # Before Keras casts ids and masks to the policy's dtype.
         inputs = typed(inputs, self.text_config.vocabulary_size)
         return super().__call__(inputs, **kwargs)
 
@@ -210,7 +211,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     def compute_output_spec(
         self, inputs: Any, training: bool | None = None
     ) -> keras.KerasTensor:
-        # Keras itself sees no shapes in a dict of NumPy arrays.
+        # Keras finds no shapes in a dict of NumPy arrays.
         shapes = {
             name: tuple(value.shape)
             for name, value in inputs.items()
@@ -219,7 +220,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         shape = self.compute_output_shape(shapes)
         return keras.KerasTensor(shape, self.compute_dtype)
 
-    # Sizes under the names that KerasHub's backbones have, read-only.
+    # Sizes under the names of KerasHub's backbones, read-only.
     vocabulary_size = _decoder_size("vocabulary_size")
     num_layers = _decoder_size("num_layers")
     num_query_heads = _decoder_size("num_query_heads")
@@ -230,23 +231,23 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
 
     @property
     def image_sequence_length(self) -> int:
-        """Tokens of one picture."""
+        """Number of tokens per image."""
         return self.vision_config.num_image_tokens(self.image_size)
 
     @property
     def vit_encoder(self) -> keras.layers.Layer:
-        """The vision encoder, by KerasHub's name."""
+        """The vision encoder, under KerasHub's name."""
         return self.vision_encoder
 
     @property
     def transformer_layers(self) -> Any:
-        """The decoder's blocks, a sequence; scanned ones are no layers."""
-        # No list: Keras's saving would walk through it, and write each block
-        # apart.
+        """The decoder's blocks; scanned blocks are not Keras layers."""
+        # Not a list: saving in Keras would traverse it and write each block
+        # separately.
         return collections.UserList(self.text_decoder.blocks.each_block())
 
     def embed(self, inputs: Any) -> Tensor:
-        """Embed pictures and tokens as one sequence (B, L, D).
+        """Embed images and tokens as one sequence (B, L, D).
 
         Text embeddings are scaled by the square root of the width, image
         tokens are not.
@@ -261,7 +262,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         return ops.concatenate([image_BID, text_BTD], axis=1)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Turn pictures into image tokens: the vision tower alone.
+        """Encode images as image tokens, with the vision tower alone.
 
         Args:
             images: float tensor (B, h, w, 3) in [-1, 1], or (B, frames, h, w,
@@ -276,11 +277,11 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     def mask_and_positions(
         self, inputs: Any, num_image_tokens: int
     ) -> tuple[Any, Tensor]:
-        """Return the attention mask and rotary positions (B, L).
+        """Return the attention mask and the rotary positions (B, L).
 
         Args:
-            inputs: dict as a call takes it, with whole texts; the parts
-                beside them tell where the response begins.
+            inputs: dict of a call's inputs, with whole texts; those split into
+                prompt and response determine where the response begins.
             num_image_tokens: int I.
         """
         mask = inputs.get("attention_mask")
@@ -299,11 +300,11 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         return mask, positions_BL
 
     def logits(self, hidden_states: Tensor, capped: Any = True) -> Tensor:
-        """Apply the tied head with the final soft cap.
+        """Apply the tied head and the final soft cap.
 
         Args:
             hidden_states: tensor (..., D), from a call.
-            capped: Any, apply the cap, where the model has one.
+            capped: bool, whether to apply the cap, if the model has one.
 
         Returns:
             float32 tensor (..., V).
@@ -311,14 +312,14 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         return self.head(capped)(hidden_states)
 
     def head(self, capped: Any = True) -> Callable[[Tensor], Tensor]:
-        """Return the tied head for `StreamedCrossEntropy.stream`."""
+        """Return the tied head, as `StreamedCrossEntropy.stream` takes it."""
         return self.text_decoder.head(capped)
 
     def weights_by_name(self) -> dict[str, Any]:
-        """Map a stable name to each weight, in both forms of repetition.
+        """Return the weights by name, equal in both forms of repetition.
 
-        Names are what files and tables of checkpoints know: they do not hold
-        the number of a block, whose weights share one name.
+        Checkpoint files and tables use these names. They do not contain block
+        numbers: the weights of all blocks share one name.
 
         Returns:
             Dict of str to `layers.weight.Weight`.
@@ -338,52 +339,51 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
 
     @property
     def lora(self) -> Any:
-        """What the adapter in use is, as a dict, or `None`."""
+        """Configuration of the active adapter as a dict, or `None`."""
         lora = self.adapters.config()
         return lora and lora.to_dict()
 
     def enable_lora(
         self,
-        rank: int | None,
+        rank: int,
         target_layer_names: Sequence[str] | None = None,
         alpha: float | None = None,
         dropout: float = 0.0,
         rslora: bool = False,
         name: str = "default",
         *,
-        targets: Any = None,
+        targets: Sequence[str] | None = None,
         dora: bool = False,
-        bias: Any = False,
-        ranks: dict[str, int] | None = None,
-        alphas: dict[str, float] | None = None,
+        bias: bool = False,
+        ranks: Mapping[str, Sequence[int]] | None = None,
+        alphas: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """Freeze everything and train low-rank adapters of products.
+        """Freeze all weights and add trainable low-rank adapters.
 
-        A second one, under another name, shares the room of the first; see
-        `adapters` for switching and merging.
+        A second adapter, under another name, uses the space allocated by the
+        first; see `adapters` for switching and merging.
 
         Args:
             rank: int.
-            target_layer_names: str or list of strs: "decoder",
+            target_layer_names: str or list of str: "decoder",
                 "decoder.attention", "decoder.mlp", the same of "vision",
-                "projector", "all", or names of projections, some of
-                `lora_config.TARGETS`; the decoder's attention if `None`.
-            alpha: float, the adapters are scaled by alpha / rank; `rank` if
-                `None`.
-            dropout: float, share of an adapter's inputs dropped in training.
+                "projector", "all", or names of projections from
+                `lora_config.TARGETS`. `None` is the decoder's attention.
+            alpha: float, adapters are scaled by alpha / rank. `None` is `rank`.
+            dropout: float, dropout rate of an adapter's inputs in training.
             rslora: bool, scale by alpha / √rank.
             name: str.
-            targets: another name of `target_layer_names`, which an adapter's
-                configuration has.
-            dora: bool, train a gain of each output too.
-            bias: bool, train a bias of each output too.
-            ranks: dict of target to list of ints, ranks of its layers where
-                they differ, 0 for none; `rank` is the largest.
-            alphas: dict of target to list of floats, likewise.
+            targets: alias of `target_layer_names`, used by adapter
+                configurations.
+            dora: bool, also train a gain for each output.
+            bias: bool, also train a bias for each output.
+            ranks: dict of target to list of int, ranks per layer where they
+                differ, 0 for none; `rank` is the largest.
+            alphas: dict of target to list of float, likewise.
 
         Raises:
-            ValueError: unknown targets, or targets by both names; a name that
-                is taken, or more than the first adapter made room for.
+            ValueError: if targets are unknown or given by both names, the name
+                exists, or the adapter exceeds the space of the first one.
         """
         if targets is not None and target_layer_names is not None:
             raise ValueError(
@@ -395,7 +395,15 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         if isinstance(targets, str):
             targets = (targets,)
         lora = LoraConfig(
-            rank, alpha, targets, dropout, rslora, dora, bias, ranks, alphas
+            rank,
+            alpha,
+            () if targets is None else targets,
+            dropout,
+            rslora,
+            dora,
+            bias,
+            {} if ranks is None else ranks,
+            {} if alphas is None else alphas,
         )
         self.adapters.add(name, lora)
 
@@ -405,85 +413,85 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         name: str = "default",
         allow_nonfinite: bool = False,
     ) -> None:
-        """Add the low-rank adapter that PEFT or `save_adapter` wrote.
+        """Add a low-rank adapter written by PEFT or `save_adapter`.
 
-        Ranks of layers, DoRA, biases and `modules_to_save` are part of it.
-        Weights of the base that it brings whole, by `bias` or
-        `modules_to_save`, stay frozen until `unfreeze` names them. Of DoRA
-        gains are trained in place of magnitudes, which `save_adapter` writes.
+        Ranks per layer, DoRA, biases and `modules_to_save` are supported. Full
+        weights that it replaces, by `bias` or `modules_to_save`, stay frozen
+        until `unfreeze` names them. For DoRA, gains are trained instead of
+        magnitudes; `save_adapter` writes magnitudes.
 
         Args:
             folder: str or path.
-            name: str, under which `adapters.select` finds it.
-            allow_nonfinite: bool, load NaN and infinities too.
+            name: str, as `adapters.select` takes it.
+            allow_nonfinite: bool, whether to accept NaN and infinite weights.
 
         Raises:
-            ValueError: no adapter, one of a kind that is not computed here or
-                that does not fit, NaN, or a name that is taken; the model is
-                as before.
+            ValueError: if there is no adapter, its kind is not supported, it
+                does not fit, holds NaN, or the name exists. The model is then
+                unchanged.
         """
         adapter_files.load(self, folder, name, allow_nonfinite)
 
     def save_adapter(
         self, folder: PathLike, name: str | None = None, base: str | None = None
     ) -> None:
-        """Write an adapter as PEFT loads it onto transformers' model.
+        """Write an adapter in PEFT's format, for the model of transformers.
 
         Args:
             folder: str or path.
-            name: str, which one; `None` the one that is in use.
-            base: str or `None`, name of the model that it belongs to.
+            name: str, the adapter; `None` is the active one.
+            base: str or `None`, name of the base model.
         """
         adapter_files.save(self, folder, name, base)
 
     def save_lora_weights(self, filepath: PathLike) -> None:
-        """Write the adapter in use to one file, for `load_lora_weights`.
+        """Write the active adapter to one file, for `load_lora_weights`.
 
-        `save_adapter` writes what PEFT and transformers load.
+        `save_adapter` writes the format of PEFT and transformers.
 
         Args:
             filepath: str or path, "….lora.h5".
 
         Raises:
-            ValueError: no adapter is in use, or another ending.
+            ValueError: if no adapter is active, or the suffix is another.
         """
         lora_weights.save(self, filepath)
 
     def load_lora_weights(self, filepath: PathLike) -> None:
-        """Read an adapter of `save_lora_weights` into the one in use.
+        """Load a file of `save_lora_weights` into the active adapter.
 
         Args:
             filepath: str or path.
 
         Raises:
-            ValueError: the file holds none of ours, or one of another rank or
-                of other targets than the adapter in use. Without one, the
-                file says which is made.
+            ValueError: if the file holds no such adapter, or one of another
+                rank or other targets than the active one. If none is active,
+                the message says which one to create.
         """
         lora_weights.load(self, filepath)
 
     @alone
     def freeze(self, *patterns: str | Sequence[str]) -> None:
-        """Stop training the weights whose names match.
+        """Freeze the weights whose names match a pattern.
 
         Args:
-            *patterns: strs, such as "vision_encoder/*" or "*/mlp/*": "*" goes
-                across "/". Names are those of `weights_by_name`.
+            *patterns: str, such as "vision_encoder/*" or "*/mlp/*"; "*" also
+                matches "/". Names are those of `weights_by_name`.
         """
         trainable.set_trainable(self, patterns, False)
 
     @alone
     def unfreeze(self, *patterns: str | Sequence[str]) -> None:
-        """Train the weights whose names match; see `freeze`."""
+        """Make the weights whose names match trainable; see `freeze`."""
         trainable.set_trainable(self, patterns, True)
 
     def trainable_table(self) -> Any:
-        """Tell what is trained and how many parameters: a str to print."""
+        """Return a table of the trainable weights and parameters, as str."""
         return trainable.table(self)
 
     @classproperty
     def presets(cls) -> dict[str, Any]:
-        """Describe the presets: a dict of name to what is known of each."""
+        """Return the presets: a dict of name to metadata."""
         return presets.describe_all()
 
     @classmethod
@@ -504,11 +512,11 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     def save_to_preset(
         self, preset_dir: PathLike, max_shard_size: float = 10
     ) -> None:
-        """Write configuration and weights to a directory.
+        """Write configuration and weights to a preset directory.
 
         Args:
             preset_dir: str or path.
-            max_shard_size: float, GiB of a file at most; see
+            max_shard_size: float, largest file in GiB; see
                 `PaliGemmaCausalLM.save_to_preset`.
         """
         exports.save_backbone(self, preset_dir, max_shard_size)
@@ -531,7 +539,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         filters: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Refuse, and say how: weights are quantised as they are read."""
+        """Raise an error: weights are quantised while they are loaded."""
         raise ValueError(files.QUANTIZE)
 
     def get_config(self) -> Config:

@@ -42,22 +42,22 @@ loader.register()
 @never_functional
 @keras.saving.register_keras_serializable(package="keras_paligemma")
 class PaliGemmaCausalLM(keras_hub.models.CausalLM):
-    """PaliGemma 2 that answers prompts about pictures, and learns to.
+    """PaliGemma 2 for generation and fine-tuning.
 
     Args:
-        preprocessor: `PaliGemmaCausalLMPreprocessor`; without one, arrays go
-            in and token ids come out.
-        backbone: `PaliGemmaBackbone`. The two may come in the other order,
-            and the backbone alone: their types tell them apart.
+        preprocessor: `PaliGemmaCausalLMPreprocessor`; without one, inputs are
+            arrays and outputs token ids.
+        backbone: `PaliGemmaBackbone`. The two may be passed in either order,
+            and the backbone alone: they are recognised by type.
         compile: bool, compile with the defaults.
 
     Call arguments:
         inputs: dict as `PaliGemmaBackbone` takes it.
 
     Returns:
-        float32 logits (B, text tokens, V); none for image tokens. Of prompt
-        and response in two parts, as `fit` gives them, the hidden states
-        (B, R, D) that predict the response: the loss applies the head.
+        float32 logits (B, text tokens, V), without those of image tokens. For
+        prompt and response in two parts, as `fit` passes them, the hidden
+        states (B, R, D) that predict the response: the loss applies the head.
 
     Example:
 
@@ -89,7 +89,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         init_model(self, backbone.dtype_policy, **kwargs)
         self.backbone = backbone
         self.preprocessor = preprocessor
-        # Keras's own takes the rows for the weight of a batch.
+        # Keras weights the batch loss by the number of rows, not of tokens.
         # float32, whatever floatx is: bfloat16 cannot count beyond 256.
         self.loss_tracker = keras.metrics.Mean("loss", dtype="float32")
         self.accuracy_tracker = keras.metrics.Mean(
@@ -112,18 +112,17 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         sampler: Any = "greedy",
         **kwargs: Any,
     ) -> None:
-        """Choose optimizer, loss, metrics and sampler.
+        """Configure optimizer, loss, metrics and sampler.
 
         Args:
             optimizer: Keras optimizer or "auto": our `Adam` at 2e-5.
-            loss: "auto", which is `StreamedCrossEntropy()`; one of those with
-                other arguments; or any Keras loss of (B, R) targets and (B, R,
-                V) logits. The first adds a metric, `token_accuracy`, which
-                logs hold under KerasHub's name, `sparse_categorical_accuracy`,
-                too.
-            metrics: Keras metrics, unweighted: they see padding too.
-            weighted_metrics: Keras metrics of the response tokens; "auto" is
-                none beside those that `loss` adds.
+            loss: "auto", which is `StreamedCrossEntropy()`; an instance of it;
+                or any Keras loss of (B, R) targets and (B, R, V) logits.
+                `StreamedCrossEntropy` adds the metric `token_accuracy`, also
+                logged under KerasHub's name, `sparse_categorical_accuracy`.
+            metrics: Keras metrics, unweighted: they include padding.
+            weighted_metrics: Keras metrics of the response tokens; "auto" adds
+                none to those of `loss`.
             sampler: name or `keras_hub.samplers.Sampler` for `generate`.
             **kwargs: as `keras.Model.compile` takes them.
         """
@@ -133,7 +132,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         loss = StreamedCrossEntropy() if loss == "auto" else loss
         if isinstance(weighted_metrics, str) and weighted_metrics == "auto":
             weighted_metrics = None
-        # Logits that metrics ask for anyway need no streaming.
+        # Metrics on logits materialise them anyway: streaming saves nothing.
         is_own = isinstance(loss, StreamedCrossEntropy)
         self.own_loss = loss if is_own else None
         self.streams = is_own and not (metrics or weighted_metrics)
@@ -153,10 +152,10 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self.generate_function = None
 
     def _build_metrics(self):
-        """Make the variables of the metrics.
+        """Build the variables of the metrics.
 
-        Keras does so in the first step, by what `call` returns: states, while
-        metrics see logits; and on TensorFlow inside of a graph.
+        Keras would do so in the first step, on TensorFlow inside a graph, and
+        from the output of `call`: hidden states, while metrics take logits.
         """
         shape = (1, 2, self.backbone.vocabulary_size)
         super().compute_metrics(
@@ -168,7 +167,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self.reset_metrics()
 
     def get_compile_config(self) -> Config | None:
-        """Tell a `.keras` file how the model was compiled."""
+        """Return the compile arguments that a `.keras` file stores."""
         config = super().get_compile_config()
         if self.own_loss is not None:
             config["loss"] = keras.saving.serialize_keras_object(self.own_loss)
@@ -178,7 +177,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         }
 
     def compile_from_config(self, config: Config) -> None:
-        """Compile as a `.keras` file says."""
+        """Compile with the arguments stored in a `.keras` file."""
         config = dict(config)
         optimizer_built = config.pop("optimizer_built")
         sampler = keras_hub.samplers.deserialize(config.pop("sampler"))
@@ -198,7 +197,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     def get_metrics_result(self) -> dict[str, Any]:
         logs = super().get_metrics_result()
         if self.accuracy_tracker.name in logs:
-            # What callbacks of KerasHub's users watch.
+            # The name that callbacks written for KerasHub monitor.
             logs.setdefault(
                 "sparse_categorical_accuracy",
                 logs[self.accuracy_tracker.name],
@@ -206,7 +205,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         return logs
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
-        # As the backbone does: Keras casts on the way in.
+        # As in the backbone: Keras casts the inputs of a call.
         inputs = typed(inputs, self.backbone.text_config.vocabulary_size)
         return super().__call__(inputs, **kwargs)
 
@@ -226,7 +225,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             shape = (*text.response_ids.shape, self.backbone.hidden_dim)
             return keras.KerasTensor(shape, self.compute_dtype)
         shapes = {"token_ids": inputs["token_ids"].shape}
-        # Whatever the policy.
+        # float32 whatever the policy.
         return keras.KerasTensor(self.compute_output_shape(shapes), "float32")
 
     def compute_output_shape(self, inputs_shape: Any) -> Any:
@@ -241,10 +240,10 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Any:
-        """Apply the head to the states that a call returned, and average.
+        """Apply the head to the hidden states of a call and average the loss.
 
-        Metrics that see logits are updated here too: `compute_metrics` comes
-        when the weights of the step are gone, and the head would run twice.
+        Metrics on logits are also updated here: in `compute_metrics` the
+        step's sample weights are gone, and the head would run twice.
         """
         own = self.own_loss
         head = self.backbone.head(own is None or own.final_soft_cap)
@@ -287,7 +286,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         return super().make_train_function(force)
 
     def quantize(self, mode: Any = None, **kwargs: Any) -> None:
-        """Refuse, and say how: weights are quantised as they are read."""
+        """Raise an error: weights are quantised while they are loaded."""
         self.backbone.quantize(mode)
 
     def preprocess_samples(
@@ -326,24 +325,24 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
 
     @property
     def turns(self) -> Any:
-        """The lock around the variables: threads take turns at a model."""
+        """The lock of the variables: threads take turns at a model."""
         return self.backbone.turns
 
     @property
     def adapters(self) -> Any:
-        """The named adapters: select, merge, unmerge; see `Adapters`."""
+        """The named adapters: select, merge and unmerge; see `Adapters`."""
         return self.backbone.adapters
 
     @alone
     def enable_lora(
         self,
-        rank: int | None,
+        rank: int,
         target_layer_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Train adapters alone, as the backbone does, and print the table.
+        """Train adapters alone, see `PaliGemmaBackbone`, and print the table.
 
-        Compile again afterwards: the optimizer must see the new variables.
+        Compile again afterwards, so that the optimizer sees the new variables.
         """
         self.backbone.enable_lora(rank, target_layer_names, **kwargs)
         self._structure_changed()
@@ -356,7 +355,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         name: str = "default",
         allow_nonfinite: bool = False,
     ) -> None:
-        """Add the adapter of a folder; see `PaliGemmaBackbone`."""
+        """Load an adapter from a folder; see `PaliGemmaBackbone`."""
         self.backbone.load_adapter(folder, name, allow_nonfinite)
         self._structure_changed()
 
@@ -367,13 +366,13 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
 
     @alone
     def freeze(self, *patterns: str | Sequence[str]) -> None:
-        """Stop training weights by patterns; see `PaliGemmaBackbone`."""
+        """Freeze weights by name patterns; see `PaliGemmaBackbone`."""
         self.backbone.freeze(*patterns)
         self._structure_changed()
 
     @alone
     def unfreeze(self, *patterns: str | Sequence[str]) -> None:
-        """Train weights by patterns; see `PaliGemmaBackbone`."""
+        """Make weights trainable by patterns; see `PaliGemmaBackbone`."""
         self.backbone.unfreeze(*patterns)
         self._structure_changed()
 
@@ -383,7 +382,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
 
     @classproperty
     def presets(cls) -> Any:
-        """Describe the presets, as `PaliGemmaBackbone.presets` does."""
+        """Return the presets, as `PaliGemmaBackbone.presets` does."""
         return cls.backbone_cls.presets
 
     @classmethod
@@ -394,26 +393,26 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         dtype: Any = None,
         **kwargs: Any,
     ) -> Self:
-        """Load a model from a checkpoint, whoever made it.
+        """Load a model from a checkpoint of any supported format.
 
         Args:
-            preset: str, a name of `PaliGemmaBackbone.presets`; a directory of
+            preset: str, a name from `PaliGemmaBackbone.presets`; a directory of
                 this package, of transformers or of KerasHub; big_vision's
-                "X.npz", whole or in pieces; or a handle of any of them,
+                "X.npz", whole or in pieces; or a handle of any of them:
                 "hf://…", "kaggle://…", "gs://…".
-            load_weights: bool; `False` gives a model of random weights.
+            load_weights: bool; `False` initialises the weights at random.
             dtype: dtype policy; if `None` the global one, where
                 `keras.config.set_dtype_policy` or `set_floatx` set another
                 than float32, else the file's.
-            **kwargs: `image_size` other than the checkpoint's (its positions
-                are resampled as the original does), `tokenizer` where the
-                checkpoint has none beside it, and fields that no file tells
-                or that are to differ: `query_pre_attention_scalar`,
+            **kwargs: `image_size` other than the checkpoint's (positions are
+                resampled as in the original), `tokenizer` if the checkpoint has
+                none, and configuration fields that the files lack or that
+                should differ: `query_pre_attention_scalar`,
                 `attention_logit_soft_cap`, `final_logit_soft_cap`, …
-                `quantize="int8"` or `"int4"` stores kernels and embedding in
-                so few bits, rounded tensor by tensor as they are read, or, of
-                int4, for examples: `calibration=` takes a dict as `fit` does.
-                `allow_nonfinite=True` takes weights that are NaN or infinite.
+                `quantize="int8"` or `"int4"` quantises kernels and embedding
+                tensor by tensor while they are loaded; int4 can be calibrated
+                on examples: `calibration=` takes a dict as `fit` does.
+                `allow_nonfinite=True` accepts NaN and infinite weights.
                 `form`, `remat` and `dropout` go to the backbone, `compile`
                 and `name` to the model, `resize`, `prompt_length`,
                 `response_length` and the like to the preprocessor.
@@ -422,8 +421,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             `PaliGemmaCausalLM`.
 
         Raises:
-            ValueError: unknown name (with the nearest ones), a missing file,
-                a checkpoint that does not fit.
+            ValueError: if the name is unknown (the nearest names are listed), a
+                file is missing, or the checkpoint does not fit.
         """
         return files.load_task(cls, preset, load_weights, dtype, kwargs)
 

@@ -1,4 +1,4 @@
-"""Checkpoints written in another format, weight by weight."""
+"""Convert checkpoints to another format, weight by weight."""
 
 import dataclasses
 
@@ -14,16 +14,16 @@ from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
 
 
 def find(source, fields=None, tokenizer=None):
-    """Find a checkpoint that is to be converted.
+    """Find a checkpoint to convert.
 
     Args:
         source: str, as `from_preset` takes it.
-        fields: dict of what the files do not tell, see `formats.find`.
-        tokenizer: str, path or handle of a SentencePiece model, in place of
-            the one beside the source.
+        fields: dict of configuration that the files lack, see `formats.find`.
+        tokenizer: str, path or handle of a SentencePiece model, instead of the
+            source's own.
 
     Returns:
-        `formats.Checkpoint`, and dict of its weights without values.
+        `formats.Checkpoint`, and a dict of its weights without values.
     """
     checkpoint = formats.resolve(
         source, fields=fields, tokenizer=tokenizer or False
@@ -41,7 +41,7 @@ def write(
     piece_size=None,
     allow_nonfinite=False,
 ):
-    """Write a checkpoint in another format; its model is never in memory.
+    """Write a checkpoint in another format, without holding it in memory.
 
     Args:
         checkpoint: `formats.Checkpoint`; without a tokenizer no preprocessor
@@ -49,11 +49,11 @@ def write(
         weights: dict of its weights without values.
         target: path.
         to: str, one of `formats.FORMATS`.
-        on_read: function that is called with each array that was read, to
-            show progress, or `None`.
+        on_read: function called with each array after it was read, such as
+            for a progress bar, or `None`.
         dtype: str; the source's if `None`.
         piece_size: int, bytes of a piece of a .npz.
-        allow_nonfinite: bool, take NaN and infinite weights.
+        allow_nonfinite: bool, whether to accept NaN and infinite weights.
 
     Returns:
         int, the number of parameters.
@@ -62,7 +62,7 @@ def write(
     if checkpoint.tokenizer is None:
         config = dataclasses.replace(config, preprocessor=None)
     else:
-        # Gemma's gets PaliGemma's pieces.
+        # Gemma's tokenizer is extended by PaliGemma's pieces.
         proto = PaliGemmaTokenizer(read_tokenizer(checkpoint.tokenizer)).proto
         size = config.backbone.text_decoder.vocabulary_size
         proto = with_added_tokens(proto, checkpoint.added_tokens, size)

@@ -1,4 +1,4 @@
-"""Models written in any format."""
+"""Export models to other formats."""
 
 import sys
 from dataclasses import replace
@@ -11,18 +11,18 @@ from keras_paligemma.config import PreprocessorConfig
 
 
 def export(path, to, backbone, preprocessor=None, bare=False, **options):
-    """Write a model in one of `formats.FORMATS`.
+    """Write a model in a format of `formats.FORMATS`.
 
     Args:
         path: str or path; see `checkpoints.writing.write`.
         to: str, the format.
         backbone: `PaliGemmaBackbone`.
         preprocessor: `PaliGemmaCausalLMPreprocessor` or `None`.
-        bare: bool, leave the adapter in use out.
+        bare: bool, whether to leave out the active adapter.
         **options: `name`, `dtype` and `piece_size` of `write`.
 
     Raises:
-        ValueError: the format has no place for something of the model.
+        ValueError: if the format cannot hold a part of the model.
     """
     with backbone.turns:
         lora = None if bare else backbone.adapters.config()
@@ -48,7 +48,7 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
         weights = backbone.weights_by_name()
         if bare:
             weights = backbone.adapters.base_weights()
-        # Merged adapters are in the kernels; the head is the table.
+        # Merged adapters are part of the kernels; the head is the table.
         left_out = HEAD if lora is not None else "/adapter_"
         weights = {
             name: weight
@@ -59,35 +59,35 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
 
 
 def save_to_preset(model, preset_dir, max_shard_size=10):
-    """Write configuration, weights and tokenizer to a directory.
+    """Write configuration, weights and tokenizer to a preset directory.
 
-    A preset that is there is replaced: killed at any time, `from_preset` finds
-    the old one or the new one, whole. Files of other names stay. Of several
-    adapters the one in use is written, and the weights that it brings whole as
-    the base's; `save_adapter` writes each.
+    An existing preset is replaced atomically: if the process is killed,
+    `from_preset` finds either the old or the new one. Other files stay. Of
+    several adapters, the active one is written; full weights that it replaces
+    are written as the base's. `save_adapter` writes any adapter.
 
     Args:
         preset_dir: str or path; `from_preset` loads it, exactly.
-        max_shard_size: float, GiB of a file at most. Files are of 2 GB in any
-            case, since one is whole in memory while it is written; `None`
-            gives one file of any size.
+        max_shard_size: float, largest file in GiB, at most 2 GB in any case,
+            since a file is held in memory while it is written. `None` writes
+            one file of any size.
 
     Raises:
-        ValueError: the directory holds a checkpoint of another format.
+        ValueError: if the directory holds a checkpoint of another format.
     """
     size = _piece_size(max_shard_size)
     parts = model.backbone, model.preprocessor
     export(preset_dir, "keras", *parts, piece_size=size)
 
 
-def save_backbone(backbone, preset_dir, max_shard_size=10):
+def save_backbone(backbone, preset_dir, max_shard_size: float | None = 10):
     """Write a backbone alone; see `save_to_preset`."""
     size = _piece_size(max_shard_size)
     export(preset_dir, "keras", backbone, piece_size=size)
 
 
 def _piece_size(max_shard_size):
-    """Return the bytes of a file, of GiB or of `None` for one file."""
+    """Return the bytes of a file from GiB, or from `None` for one file."""
     if max_shard_size is None:
         return sys.maxsize
     if not max_shard_size > 0:
@@ -99,10 +99,10 @@ def _piece_size(max_shard_size):
 
 
 def export_to_transformers(model, path):
-    """Write a folder that transformers loads, processor included.
+    """Write a folder that transformers loads, including the processor.
 
     Args:
-        path: str or path of a folder that is not there yet.
+        path: str or path of a folder that does not exist yet.
     """
     export(path, "transformers", model.backbone, model.preprocessor)
 
@@ -111,31 +111,38 @@ def export_to_keras_hub(model, path):
     """Write a preset that KerasHub loads.
 
     Args:
-        path: str or path of a folder that is not there yet.
+        path: str or path of a folder that does not exist yet.
     """
     export(path, "keras_hub", model.backbone, model.preprocessor)
 
 
 def export_to_big_vision(model, path, dtype=None, piece_size=None):
-    """Write big_vision's `.npz`, whole or in pieces.
+    """Write a `.npz` of big_vision, whole or in pieces.
 
     Args:
         path: str or path of the file, "….npz".
         dtype: "float32" or "bfloat16"; that of the weights if `None`.
         piece_size: int, bytes of a piece; one file if `None`.
     """
-    options = {"dtype": dtype, "piece_size": piece_size}
-    export(path, "big_vision", model.backbone, **options)
+    export(
+        path,
+        "big_vision",
+        model.backbone,
+        dtype=dtype,
+        piece_size=piece_size,
+    )
 
 
 def export_to_serve(model, filepath, format="savedmodel"):
-    """Write what runs without this package; see `export.targets.export`.
+    """Write a model that runs without this package.
+
+    See `export.targets.export`.
 
     Args:
-        filepath: str or path of a folder that is new or empty.
+        filepath: str or path of a new or empty folder.
         format: "savedmodel", "stablehlo", "onnx", "openvino" or "litert".
     """
-    # Here, since that package stands above the models.
+    # Imported here, since that package is a layer above the models.
     from keras_paligemma.export.targets import export
 
     export(model, filepath, format)

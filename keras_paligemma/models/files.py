@@ -1,4 +1,4 @@
-"""Models from checkpoints of any format."""
+"""Build models from checkpoints of any format."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ QUANTIZE = (
 
 
 def split_fields(kwargs):
-    """Take the fields of the configuration out of a call's keywords."""
+    """Split the configuration's fields off a call's keyword arguments."""
     return {key: kwargs.pop(key) for key in TOWER_OF.keys() & kwargs.keys()}
 
 
@@ -41,22 +41,22 @@ def load_backbone(
     allow_nonfinite=False,
     **kwargs,
 ):
-    """Build a backbone from what was found, and fill it.
+    """Build a backbone from a checkpoint and load its weights.
 
     Args:
         cls: the backbone's class.
         checkpoint: `formats.Checkpoint`.
-        load_weights: bool; `False` draws random weights.
-        dtype: dtype policy, or `None` for the global one, as
-            `keras.config.set_dtype_policy` or `set_floatx` set it, and for the
-            one of the file where that is float32, Keras's default.
-        image_size: int, another picture size than the checkpoint's: its
-            positions are resampled. `None` for its own.
-        quantize: "int8" or "int4": each weight is quantised as it is read.
-            `None` keeps what the file has.
-        calibration: list of preprocessed batches that "int4" is rounded for,
-            see `quantization.calibration`.
-        allow_nonfinite: bool, take weights that are NaN or infinite.
+        load_weights: bool; `False` initialises at random.
+        dtype: dtype policy. `None` is the global policy if the user set one, by
+            `keras.config.set_dtype_policy` or `set_floatx`, otherwise the
+            file's.
+        image_size: int, another image size than the checkpoint's: positions
+            are resampled. `None` is the checkpoint's.
+        quantize: "int8" or "int4": each weight is quantised while it is
+            loaded. `None` keeps the file's storage.
+        calibration: list of preprocessed batches to calibrate "int4" on, see
+            `quantization.calibration`.
+        allow_nonfinite: bool, whether to accept NaN and infinite weights.
         **kwargs: `form`, `remat`, `dropout`, `name`.
 
     Returns:
@@ -80,8 +80,8 @@ def load_backbone(
     fields["quantization"] = stored or quantize
     if not load_weights:
         return cls(**fields)
-    # Each weight arrives once: cast and placed as it is read, with no random
-    # value before it.
+    # Weights are cast and placed as they are read, without a random
+    # initialisation first.
     with without_values():
         backbone = cls(**fields)
     initialize_seeds(backbone)
@@ -105,8 +105,7 @@ def _global_policy():
     """Return the dtype policy that the user set, or `None` for the default."""
     policy = keras.config.dtype_policy()
     if policy.name == "float32":
-        # Made of floatx when it was first asked for, perhaps before that was
-        # set.
+        # Created from floatx at first access, perhaps before floatx was set.
         policy = keras.config.floatx()
     return None if policy == "float32" else policy
 
@@ -124,7 +123,7 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
     calibration = kwargs.pop("calibration", None)
     backbone = {key: kwargs.pop(key) for key in BACKBONE_KEYS if key in kwargs}
     task = {key: kwargs.pop(key) for key in TASK_KEYS if key in kwargs}
-    # The preprocessor first: a lack of its files is found before the weights
+    # The preprocessor first: its missing files are found before the weights
     # are read.
     config = checkpoint.config
     if image_size is not None:
@@ -141,7 +140,7 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
                 config, checkpoint.tokenizer, checkpoint.added_tokens, **kwargs
             )
         else:
-            # Of a backbone's preset: one may lie beside it by itself.
+            # A backbone's preset may have a preprocessor saved beside it.
             preprocessor = cls.preprocessor_cls.saved_in(preset, **kwargs)
         if preprocessor is not None:
             _check_tokenizer(preprocessor.tokenizer, config.backbone)
@@ -166,7 +165,7 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
 
 
 def _check_tokenizer(tokenizer, config):
-    """Refuse a tokenizer that has not one piece for each row of the table."""
+    """Refuse a tokenizer whose size is not the embedding table's."""
     pieces, rows = (
         tokenizer.vocabulary_size(),
         config.text_decoder.vocabulary_size,

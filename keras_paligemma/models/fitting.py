@@ -1,4 +1,4 @@
-"""`fit`, `evaluate` and `predict`: what they take, and how it is prepared."""
+"""`fit`, `evaluate` and `predict`: their inputs and preprocessing."""
 
 import keras
 
@@ -24,32 +24,32 @@ def fit(
 ):
     """Train on dictionaries of images, prompts and responses.
 
-    Raw examples are preprocessed in Python, a batch at a time, whatever
-    holds them; with JAX and Torch no TensorFlow graph is traced.
+    Raw examples are preprocessed in Python, batch by batch, whatever the
+    container; JAX and Torch trace no TensorFlow graph.
 
     Args:
         x: dict of equally long lists (or arrays) `images`, `prompts`,
             `responses`, or of preprocessed arrays;
-            `keras_paligemma.data.Batches`, of which an epoch takes
-            `len`; a `keras.utils.PyDataset`, a `tf.data` or Grain
-            dataset, a Torch `DataLoader` or a generator of batches, raw or
-            preprocessed. A raw batch is a dict of lists or arrays, or a
-            tuple `(dict, None, sample_weight)`.
-        y: `None`; the targets come from the responses. For a dict of
+            `keras_paligemma.data.Batches`, whose `len` is an epoch; a
+            `keras.utils.PyDataset`, a `tf.data` or Grain dataset, a Torch
+            `DataLoader` or a generator of batches, raw or preprocessed. A
+            raw batch is a dict of lists or arrays, or a tuple `(dict,
+            None, sample_weight)`.
+        y: `None`, since targets come from the responses. For a dict of
             preprocessed arrays: the response ids (B, R).
         batch_size: int, 32 if `None`; only for a dict.
-        sample_weight: floats, one an example; only for a dict.
-        validation_data: what `x` takes, or `(x, y, sample_weight)`.
-        validation_split: float, share of the last examples of a dict that
-            validate.
-        shuffle: bool, draw a dict's examples in another order each epoch.
+        sample_weight: floats, one per example; only for a dict.
+        validation_data: as `x`, or `(x, y, sample_weight)`.
+        validation_split: float, fraction of a dict's examples, from its end,
+            to validate on.
+        shuffle: bool, whether to shuffle a dict's examples each epoch.
         **kwargs: as `keras.Model.fit` takes them.
 
     Returns:
         `keras.callbacks.History`.
 
     Raises:
-        ValueError: the model is not compiled, or `x` is none of these.
+        ValueError: if the model is not compiled, or `x` is of another type.
     """
     check_compiled(model, "fit")
     check_moments(model.optimizer, model.trainable_variables)
@@ -65,7 +65,9 @@ def fit(
             validation_data = (validation_data,)
         x_y_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
         kwargs.setdefault("validation_steps", steps_of(x_y_weight[0]))
-        kwargs["validation_data"] = _dataset(model, *x_y_weight, batch_size)
+        kwargs["validation_data"] = _dataset(
+            model, *x_y_weight, batch_size=batch_size
+        )
     # `Batches` have an order of their own, which Keras must not mix; data
     # sets of `tf.data` it cannot.
     shuffle = shuffle and steps is None
@@ -80,7 +82,7 @@ def fit(
 def evaluate(
     model, x=None, y=None, batch_size=None, sample_weight=None, **kwargs
 ):
-    """Measure loss and metrics; takes what `fit` takes."""
+    """Compute loss and metrics; takes the arguments of `fit`."""
     callbacks = kwargs.pop("callbacks", None)
     if not kwargs.get("_use_cached_eval_dataset"):
         check_compiled(model, "evaluate")
@@ -91,10 +93,10 @@ def evaluate(
 
 
 def predict(model, x=None, batch_size=None, callbacks=None, **kwargs):
-    """Return the logits of all text tokens; takes what `fit` takes as `x`.
+    """Return the logits of all text tokens; `x` is as in `fit`.
 
-    They are what training sees, the given responses included: to answer,
-    call `generate`. In memory (examples, tokens, V), in float32.
+    They are those of training, given responses included; call `generate`
+    for answers. The array is float32 (examples, tokens, V), in memory.
     """
     kwargs.setdefault("steps", steps_of(x))
     x = as_dataset(
@@ -105,13 +107,13 @@ def predict(model, x=None, batch_size=None, callbacks=None, **kwargs):
 
 
 def train_on_batch(model, x, y=None, sample_weight=None, **kwargs):
-    """Train one step; takes a batch as `fit` does."""
+    """Train on one batch, given as in `fit`."""
     batch = _training_batch(model, x, y, sample_weight)
     return keras.Model.train_on_batch(model, *batch, **kwargs)
 
 
 def test_on_batch(model, x, y=None, sample_weight=None, **kwargs):
-    """Measure one batch; takes it as `evaluate` does."""
+    """Compute loss and metrics of one batch, given as in `evaluate`."""
     batch = _training_batch(model, x, y, sample_weight)
     return keras.Model.test_on_batch(model, *batch, **kwargs)
 

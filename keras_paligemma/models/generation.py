@@ -1,4 +1,4 @@
-"""The methods of `PaliGemmaCausalLM` that answer."""
+"""The methods of `PaliGemmaCausalLM` that generate answers."""
 
 import dataclasses
 
@@ -38,31 +38,30 @@ def generate(
 ):
     """Answer prompts about pictures.
 
-    Threads take turns, so that an answer is computed with one adapter and one
-    step's weights; beside a `fit` of another thread it comes between two
-    steps. Batches are filled up to powers of two and answers to a bucket of
-    lengths: another number of prompts below it, another length, other stops,
-    temperatures and seeds compile nothing again.
+    Threads take turns, so that an answer is computed with one adapter and the
+    weights of one step; beside `fit` in another thread it runs between two
+    steps. Batches are padded to powers of two and answers to a bucket of
+    lengths. A smaller number of prompts, another length, other stops,
+    temperatures and seeds therefore compile nothing again.
 
     Args:
-        inputs: dict of `images` and `prompts`: one picture and one string, or
-            lists of them; `responses` may hold what the answers begin with. It
-            is not changed. Without a preprocessor: arrays, as
-            `preprocessor.generate_preprocess` makes them.
-        max_new_tokens: int, the longest answer, a begun one included; the
-            preprocessor's `response_length` if `None`.
+        inputs: dict of `images` and `prompts`: one image and one string, or
+            lists of them; `responses` may hold the start of the answers. It is
+            not modified. Without a preprocessor: arrays, as
+            `preprocessor.generate_preprocess` returns them.
+        max_new_tokens: int, the longest answer, including its given start.
+            `None` is the preprocessor's `response_length`.
         stop_token_ids: int or ints that end an answer; "auto" is the
-            tokenizer's end token; `None` never stops early, nor do no ids. In
-            what an answer begins with they end nothing.
-        strip_prompt: bool; `False` gives prompt, newline and answer, as
+            tokenizer's end token; `None` or an empty list never stops early.
+            Ids in the given start of an answer do not end it.
+        strip_prompt: bool; `False` returns prompt, newline and answer, as
             KerasHub does.
-        details: bool, give an `Answer` in place of each string, with its
-            tokens and their log-probabilities.
-        batch_size: int, examples that are answered at a time, for lists that
-            do not fit at once: the last batch is filled up. `None` takes all
-            at once.
-        max_length: `None`; KerasHub's argument, refused with the way out.
-        **options: how tokens are chosen, in place of the sampler of
+        details: bool, whether to return an `Answer` instead of each string,
+            with its tokens and their log-probabilities.
+        batch_size: int, examples per batch, for lists that do not fit into
+            memory at once; the last batch is padded. `None` uses one batch.
+        max_length: `None`; KerasHub's argument, rejected with a hint.
+        **options: how tokens are chosen, instead of by the sampler of
             `compile`: the fields of `keras_paligemma.generation.options.
             Options`, `temperature`, `top_k`, `top_p`, `min_p`, `seed`,
             `num_samples`, `best_of`, `beams` and others.
@@ -74,7 +73,7 @@ def generate(
         `details`, an `Answer` in the place of each.
 
     Raises:
-        ValueError: inputs or options that mean nothing.
+        ValueError: if inputs or options are invalid.
 
     Example:
 
@@ -133,28 +132,28 @@ def stream(
     chunk=4,
     **options,
 ):
-    """Answer prompts, and give their text as it comes.
+    """Answer prompts and yield the text as it is generated.
 
-    The loop of `generate` in chunks: its cache stays where it is, so the whole
-    takes little longer. Each chunk is one turn: a step of another thread's
-    `fit` may come between two of them.
+    This is the loop of `generate` in chunks: its cache stays in place, so the
+    whole takes little longer. Threads take turns at chunks: a step of `fit` in
+    another thread may run between two of them.
 
     Args:
         inputs: as `generate` takes them, all at once.
         max_new_tokens: as there.
         stop_token_ids: as there.
-        chunk: int, tokens a piece.
-        **options: as there, but for beams, `num_samples` and `best_of`, which
-            have no first piece.
+        chunk: int, tokens per piece.
+        **options: as there, without beams, `num_samples` and `best_of`, whose
+            answers are not known piece by piece.
 
     Yields:
         The next piece of text, a string that may end within a word; for a list
-        of prompts a list of them, "" where a row has nothing new. Together
-        they are what `generate` gives.
+        of prompts a list of them, "" for a row without new text. Joined they
+        are the answer of `generate`.
 
     Raises:
-        ValueError: a model without a preprocessor, or options that mean
-            nothing, before the first piece is asked for.
+        ValueError: if the model has no preprocessor or options are invalid,
+            raised before the first piece is requested.
 
     Example:
 
@@ -192,7 +191,7 @@ def stream(
 
 
 def _pieces(model, asked, chunk):
-    """Return what is new in the texts after each chunk."""
+    """Yield the new text after each chunk."""
     given = [""] * len(asked.begun)
     for found in chunks(model, asked, chunk):
         texts = texts_so_far(model, asked, found)
@@ -206,7 +205,7 @@ def _pieces(model, asked, chunk):
 
 
 def generate_step(self, inputs, stop_token_ids=None):
-    """Answer with the likeliest tokens, as a function that can be compiled.
+    """Answer by greedy decoding, as a function that can be compiled.
 
     Args:
         inputs: dict of tensors, as `split_prompt` makes them.
@@ -226,7 +225,7 @@ def generate_step(self, inputs, stop_token_ids=None):
 
 
 def make_generate_function(self):
-    """Return the compiled functions of answering, made on the first call.
+    """Return the compiled functions of `generate`, created on first use.
 
     Returns:
         `keras_paligemma.generation.programs.Programs`.
@@ -255,7 +254,7 @@ def _check_has_prompts(inputs):
 
 
 def _with_prompts(rows, prompts):
-    """Put its prompt and a newline in front of each answer."""
+    """Prepend its prompt and a newline to each answer."""
     prompts, _ = to_strings(prompts, "prompts")
     return [
         [

@@ -1,4 +1,4 @@
-"""What a model is given: checked, and completed by the image tokens."""
+"""Validation of a model's inputs, and the masks of the image tokens."""
 
 import numpy as np
 from keras import ops
@@ -7,7 +7,7 @@ from keras_paligemma.preprocessing.inputs import is_numeric
 from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.inputs import to_numpy
 
-# Of what is no float; a Keras policy is about floats alone.
+# Of integers and bools: a dtype policy is about floats alone.
 DTYPES = {
     "token_ids": "int32",
     "prompt_ids": "int32",
@@ -18,7 +18,7 @@ DTYPES = {
     "response_mask": "bool",
     "attention_mask": "bool",
 }
-# What `generate` reads.
+# The arrays that `generate` takes.
 PROMPT_ARRAYS = (
     "images",
     "image_embeddings",
@@ -29,9 +29,9 @@ PROMPT_ARRAYS = (
 
 
 def full_masks(inputs, num_image_tokens):
-    """Put image tokens, always valid and never response, before the masks.
+    """Prepend image tokens, valid and not response, to the masks.
 
-    Without a response mask nothing is response: all tokens see one another.
+    Without a response mask all tokens are prefix: they attend to each other.
     """
     padding_BT = ops.cast(inputs["padding_mask"], "bool")
     response_BT = inputs.get("response_mask")
@@ -48,7 +48,7 @@ def full_masks(inputs, num_image_tokens):
 
 
 def check_images(images, image_size):
-    """Refuse pictures whose rank, size or dtype the encoder cannot mean."""
+    """Refuse images of a rank, size or dtype that the encoder cannot take."""
     shape = tuple(images.shape)
     expected = (image_size, image_size, 3)
     if len(shape) not in (4, 5) or shape[-3:] != expected:
@@ -68,17 +68,17 @@ def check_images(images, image_size):
 def typed(inputs, vocabulary_size):
     """Return ids as int32 and masks as bool, whatever the dtype policy.
 
-    Keras casts what is a float to the policy's dtype, and bfloat16 has no
-    number between 256 and 258. On JAX, with a floatx of bfloat16, Keras 3.15
-    makes floats of arrays of integers and bools, too.
+    Keras casts floats to the policy's dtype, and bfloat16 cannot represent
+    257. On JAX, with bfloat16 as floatx, Keras 3.15 converts arrays of
+    integers and bools to floats, too.
 
     Args:
         inputs: dict as the backbone takes it.
-        vocabulary_size: int. Ids are looked at while they are numbers: inside
-            of a compiled step an id outside of it would read another row.
+        vocabulary_size: int. Ids are checked while they are concrete: in a
+            compiled step an invalid id would read another row.
 
     Returns:
-        Dict: a copy with tensors in the place of ids and masks.
+        Dict: a copy whose ids and masks are tensors.
     """
     inputs = dict(inputs)
     if isinstance(inputs.get("token_ids"), (np.ndarray, list, tuple)):
@@ -92,7 +92,7 @@ def typed(inputs, vocabulary_size):
 
 
 def prompt_batch(inputs, image_size, text_config):
-    """Read the arrays that `generate` is given, as a batch of NumPy arrays.
+    """Validate the arrays given to `generate`, and convert them to NumPy.
 
     Args:
         inputs: dict of arrays, as `generate` takes it without a preprocessor.
@@ -106,10 +106,10 @@ def prompt_batch(inputs, image_size, text_config):
         single: bool, `inputs` was one row without a batch axis.
 
     Raises:
-        ValueError: names, shapes, dtypes or values that no model reads.
+        ValueError: if names, shapes, dtypes or values are invalid.
     """
     given = {key: value for key, value in inputs.items() if value is not None}
-    # A misspelt name would be a picture that nobody looks at.
+    # A misspelt name would be an image that is silently ignored.
     unknown = given.keys() - set(PROMPT_ARRAYS)
     if unknown or not {"token_ids", "padding_mask"} <= given.keys():
         raise ValueError(
@@ -171,7 +171,7 @@ def _mask(mask, name, ids):
 
 
 def _floats(array, name, rows):
-    """Return pictures or their embeddings as float32."""
+    """Return images or their embeddings as float32."""
     if not is_numeric(array) or array.shape[0] != rows:
         raise ValueError(
             f"`{name}` does not match the prompts. Expected: floats of "
@@ -190,9 +190,9 @@ def _floats(array, name, rows):
 
 
 def check_targets(inputs, y):
-    """Refuse targets that are all tokens, shifted by one, as KerasHub's are.
+    """Refuse KerasHub's targets: all tokens, shifted by one.
 
-    Ours are the response: the last columns of the token ids.
+    Targets here are the response: the last columns of the token ids.
     """
     tokens = inputs["token_ids"].shape[-1]
     if y is not None and y.shape[-1] >= tokens:
@@ -209,7 +209,7 @@ def check_compiled(model, method):
 
     Args:
         model: `PaliGemmaCausalLM`.
-        method: str, what was called.
+        method: str, name of the method that was called.
     """
     if not model.compiled:
         raise ValueError(

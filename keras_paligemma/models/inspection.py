@@ -1,4 +1,4 @@
-"""What a checkpoint is and lacks, from its headers and configuration."""
+"""Inspect a checkpoint by its headers and configuration alone."""
 
 import dataclasses
 import math
@@ -15,12 +15,12 @@ from keras_paligemma.models.backbone import PaliGemmaBackbone
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What was found.
+    """The result of `inspect`.
 
     Args:
-        facts: dict of name to fact, to be shown in this order.
-        problems: tuple of str, a key that does not fit each; `None` where the
-            weights were not looked into.
+        facts: dict of name to fact, in the order of display.
+        problems: tuple of str, one per key that does not fit; `None` if the
+            weights were not checked.
     """
 
     facts: dict
@@ -28,11 +28,11 @@ class Inspection:
 
 
 def inspect(source, fields=None):
-    """Look at a checkpoint without reading its weights.
+    """Inspect a checkpoint without reading its weights.
 
     Args:
-        source: str, as `from_preset` takes it. On a hub it stays there.
-        fields: dict of what the files do not tell, see `formats.find`.
+        source: str, as `from_preset` takes it. On a hub, it is not downloaded.
+        fields: dict of configuration that the files lack, see `formats.find`.
 
     Returns:
         `Inspection`.
@@ -53,7 +53,7 @@ def inspect(source, fields=None):
     if sizes:
         facts["files"] = len(sizes)
         facts["bytes"] = f"{sum(sizes.values()):,}"
-    if not has_headers:
+    if checkpoint is None or not has_headers:
         facts |= {name: f"{size:,} bytes" for name, size in sizes.items()}
         return Inspection(facts, None)
     with checkpoint.open() as tensors:
@@ -70,16 +70,16 @@ def inspect(source, fields=None):
 
 
 def inspect_handle(handle, sizes, fields):
-    """Find what lies on a hub by its small files; nothing else is fetched.
+    """Inspect a checkpoint on a hub; only small files are downloaded.
 
     Args:
         handle: str.
-        sizes: dict of its files' bytes by name.
+        sizes: dict of file name to bytes.
         fields: dict, see `formats.find`.
 
     Returns:
-        `formats.Checkpoint`, or `None` where the sizes of the model lie in
-        the weights alone; and whether the tensors' headers are in it.
+        `formats.Checkpoint`, or `None` if only the weights reveal the model's
+        sizes; and whether it contains the tensors' headers.
     """
     if any(".npz" in name for name in sizes) and not presets.published(handle):
         return None, False
@@ -93,7 +93,7 @@ def inspect_handle(handle, sizes, fields):
 
 
 def describe(checkpoint, weights):
-    """List what a configuration says, as a dict of name to fact."""
+    """Return the facts of a configuration, as a dict of name to fact."""
     backbone = checkpoint.config.backbone
     facts = {
         "format": checkpoint.format or "known by its name",
@@ -109,7 +109,7 @@ def describe(checkpoint, weights):
 
 
 def empty_weights(checkpoint):
-    """Name and shape all weights of a checkpoint's model, without values."""
+    """Return names and shapes of a model's weights, without values."""
     with without_values():
         backbone = PaliGemmaBackbone(**checkpoint.config.backbone.to_dict())
     return backbone.weights_by_name()

@@ -13,10 +13,10 @@ from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
 
 
 class PresetLoader:
-    """What KerasHub asks of a loader, answered by our own `from_preset`.
+    """The loader that KerasHub asks for, on top of our `from_preset`.
 
-    A base class asks for the backbone's class, finds its own subclass that
-    goes with it, and hands that subclass over.
+    A base class asks for the backbone's class, finds the subclass of itself
+    that belongs to it, and passes that to the loader.
 
     Args:
         preset: str, a folder or handle.
@@ -47,8 +47,8 @@ class PresetLoader:
 
 
 def register():
-    """Let KerasHub's base classes find ours by the backbone's class."""
-    # Set from here, since the parts stand below the models.
+    """Register our classes with KerasHub's base classes by backbone."""
+    # Set here, since these classes are in layers below the models.
     for part in (
         PaliGemmaCausalLMPreprocessor,
         PaliGemmaImageConverter,

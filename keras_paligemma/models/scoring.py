@@ -1,4 +1,6 @@
-"""The methods of `PaliGemmaCausalLM` that look and do not answer."""
+"""The methods of `PaliGemmaCausalLM` that score and embed."""
+
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -12,31 +14,32 @@ from keras_paligemma.generation.requests import bucket
 from keras_paligemma.models.answering import tensors
 from keras_paligemma.models.inputs import full_masks
 from keras_paligemma.models.inputs import typed
+from keras_paligemma.preprocessing.prompt_and_response import PART_NAMES
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 from keras_paligemma.turns import write_back
 
 
 def score(self, inputs, *, details=False, batch_size=None):
-    """Tell how likely given responses are: log-likelihoods.
+    """Return the log-likelihood of given responses.
 
-    They are preprocessed and run as `fit` does it, the end token included, and
-    with the final cap, as `generate` sees logits. So of an answer of
-    `generate` that has ended they are its log-probabilities.
+    They are preprocessed as in `fit`, with the end token, and scored on the
+    logits that `generate` uses, with the final soft cap. An answer of
+    `generate` that ended has the same log-probability here.
 
     Args:
         inputs: dict of `images`, `prompts` and `responses`: one of each, or
             lists.
-        details: bool, give an `Answer` each: the tokens of the response and
-            their log-probabilities.
-        batch_size: int, examples at a time; `None` takes all at once.
+        details: bool, whether to return an `Answer` for each, with the tokens
+            of the response and their log-probabilities.
+        batch_size: int, examples per batch; `None` uses one batch.
 
     Returns:
         float32 array (B,), natural logarithms; a float for one example. With
-        `details` an `Answer` in the place of each.
+        `details`, an `Answer` instead of each.
 
     Raises:
-        ValueError: a model without a preprocessor, or inputs that `fit`
-            refuses.
+        ValueError: if the model has no preprocessor, or `fit` would refuse the
+            inputs.
 
     Example:
 
@@ -78,16 +81,16 @@ def score(self, inputs, *, details=False, batch_size=None):
 
 
 def encode(self, images, *, batch_size=None):
-    """Turn pictures into image tokens once, to ask about them often.
+    """Encode images as image tokens once, to ask about them often.
 
     Args:
-        images: a picture or a list of them, as `generate` takes them.
-        batch_size: int, pictures at a time; `None` takes all at once.
+        images: an image or a list of images, as `generate` takes them.
+        batch_size: int, images per batch; `None` uses one batch.
 
     Returns:
-        float32 array (B, I, D), or (I, D) of one picture, read-only.
-        `generate` takes it as `image_embeddings` in place of `images`; those
-        of one picture serve all prompts of a list.
+        float32 array (B, I, D), or (I, D) for one image, read-only. `generate`
+        takes it as `image_embeddings` instead of `images`; those of one image
+        are used for all prompts of a list.
 
     Example:
 
@@ -112,16 +115,16 @@ def encode(self, images, *, batch_size=None):
 
 
 def embed(self, inputs, *, batch_size=None):
-    """Return what the model makes of pictures and prompts, for retrieval.
+    """Return the hidden states of images and prompts, for retrieval.
 
     Args:
         inputs: as `generate` takes them.
-        batch_size: int, examples at a time; `None` takes all at once.
+        batch_size: int, examples per batch; `None` uses one batch.
 
     Returns:
-        Dict of float32 `hidden_states` (B, L, D), after the last norm, of
-        image tokens and prompt, `image_embeddings` (B, I, D) and bool
-        `padding_mask` (B, L), False on padding. Of one example without B.
+        Dict of float32 `hidden_states` (B, L, D) of image tokens and prompt,
+        after the final norm; `image_embeddings` (B, I, D); and bool
+        `padding_mask` (B, L), False on padding. Without B for one example.
 
     Example:
 
@@ -131,7 +134,7 @@ def embed(self, inputs, *, batch_size=None):
     ```
     """
     _check_has_preprocessor(self, "embed")
-    found, single = [], False
+    parts, single = [], False
     for part, count in _parts(inputs, batch_size):
         arrays = self.preprocessor.generate_preprocess(part)
         single = arrays["token_ids"].ndim == 1
@@ -140,20 +143,20 @@ def embed(self, inputs, *, batch_size=None):
         for name in ("token_ids", "padding_mask", "response_mask"):
             rows[name] = rows[name][:, :prompt]
         one = _run(self, embedded, rows)
-        found.append({name: array[:count] for name, array in one.items()})
+        parts.append({name: array[:count] for name, array in one.items()})
     found = {
-        name: np.concatenate([one[name] for one in found]) for name in found[0]
+        name: np.concatenate([one[name] for one in parts]) for name in parts[0]
     }
     return {name: one[0] for name, one in found.items()} if single else found
 
 
 def scored(model, plan, rows):
-    """Log-probabilities (B, R) of responses, as a program; 0 on padding.
+    """Return the log-probabilities (B, R) of responses; 0 on padding.
 
-    The head is applied to one place at a time: logits of all would be (B, R,
+    The head is applied to one position at a time: all logits would be (B, R,
     V).
     """
-    text = PromptAndResponse.among(rows)
+    text = PromptAndResponse(**{name: rows[name] for name in PART_NAMES})
     hidden_BRD = text.predicting(model.backbone(rows))
     hidden_RBD = ops.swapaxes(hidden_BRD, 0, 1)
 
@@ -168,12 +171,12 @@ def scored(model, plan, rows):
 
 
 def encoded(model, plan, rows):
-    """Image tokens in float32, as a program."""
+    """Return the image tokens in float32."""
     return ops.cast(model.backbone.encode_images(rows["images"]), "float32")
 
 
 def embedded(model, plan, rows):
-    """Hidden states of a prompt, as a program."""
+    """Return the hidden states of a prompt."""
     backbone = model.backbone
     rows = dict(rows)
     if rows.get("images") is not None:
@@ -203,7 +206,7 @@ def _batched(arrays, single):
     return dict(arrays)
 
 
-def _run(model, function, rows):
+def _run(model, function, rows) -> Any:
     """Run a program for rows, filled up to their bucket, in turn."""
     [count] = {len(one) for one in rows.values()}
     more = bucket(count) - count

@@ -21,21 +21,21 @@ from keras_paligemma.quantization.storage import add_quantized_weight
 
 
 class TokenEmbedding(keras.layers.Layer):
-    """The vocabulary's table: it embeds tokens, and it is the head.
+    """The embedding table, which is also the head.
 
     Args:
         vocabulary_size: int V.
         hidden_dim: int D.
         quantization: storage of the table, see `Projection`.
-        logit_soft_cap: float or `None`, the cap of a reversed call.
+        logit_soft_cap: float or `None`, the soft cap of a reversed call.
 
     Call arguments:
         inputs: int tensor of ids; reversed, float tensor (..., D).
-        reverse: bool, give logits in place of embeddings.
+        reverse: bool, whether to return logits instead of embeddings.
 
     Returns:
-        Tensor (..., D): rows of the table times √D; reversed, float32 logits
-        (..., V) with the cap.
+        Tensor (..., D): rows of the table times √D; reversed, soft-capped
+        float32 logits (..., V).
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class TokenEmbedding(keras.layers.Layer):
             x_BTD = self.quantized_format.dequantize(
                 x_BTD, scale, self.variable_dtype
             )
-        # The scale is rounded to the table's dtype, as the original does: in
+        # The scale is rounded to the table's dtype, as in the original: in
         # bfloat16 it is 48 for 3b, 59.75 for 10b and 68 for 28b.
         x_BTD = x_BTD * ops.cast(self.hidden_dim**0.5, x_BTD.dtype)
         return ops.cast(x_BTD, self.compute_dtype)
 
     def add_head(self):
-        """Make a table for the head alone, for adapters that bring one."""
+        """Make and return a table for the head, for adapters that bring one."""
         self._tracker.unlock()
         self.adapter_head = self.add_weight(
             shape=self.table.shape,
@@ -97,14 +97,15 @@ class TokenEmbedding(keras.layers.Layer):
             name="adapter_head",
         )
         self._tracker.lock()
+        return self.adapter_head
 
     @property
     def head_table(self):
-        """The table that gives logits: the embedding's, but for adapters."""
+        """The head's table: the embedding's, unless an adapter brings one."""
         return self.table if self.adapter_head is None else self.adapter_head
 
     def logits(self, hidden_states_BTD):
-        """Multiply with the table: float32 logits before the final cap."""
+        """Multiply by the table: float32 logits before the soft cap."""
         if self.quantized_format is not None:
             logits_BTV = quantized_product(
                 self.quantized_format,
@@ -114,13 +115,13 @@ class TokenEmbedding(keras.layers.Layer):
             )
             return ops.cast(logits_BTV, "float32")
         table = ops.cast(self.head_table, hidden_states_BTD.dtype)
-        # Not a product with the transpose, which a loop over tokens would hold
+        # Not a matmul with the transpose, which a loop over tokens would keep
         # as a second table: 1.0 GiB of a 3b on a v5e.
         logits_BTV = ops.tensordot(hidden_states_BTD, table, axes=[[-1], [1]])
         return ops.cast(logits_BTV, "float32")
 
     def gradient_of_logits(self, gradient_BTV, dtype):
-        """Take a gradient of `logits` back to hidden states of a dtype."""
+        """Backpropagate a gradient of `logits` to the hidden states."""
         gradient_BTV = ops.cast(gradient_BTV, dtype)
         if self.quantized_format is None:
             table = ops.cast(self.head_table, dtype)
@@ -147,23 +148,23 @@ class Head:
 
     @property
     def frozen(self):
-        """Whether no gradient is asked for but that of hidden states."""
+        """Whether only the gradient of the hidden states is needed."""
         return not self.embedding.head_table.trainable
 
     @property
     def trained(self):
-        """The variables that a gradient is asked for."""
+        """The variables that need a gradient."""
         return [] if self.frozen else [self.embedding.head_table]
 
     def gradient(self, logits_BTV, gradient_BTV, dtype):
-        """Take a gradient of the logits back to hidden states of a dtype."""
+        """Backpropagate a gradient of the logits to the hidden states."""
         if self.cap is not None:
             gradient_BTV *= 1 - ops.square(logits_BTV / self.cap)
         return self.embedding.gradient_of_logits(gradient_BTV, dtype)
 
 
 class TextDecoder(keras.layers.Layer):
-    """Gemma 2 over embedded tokens, whatever they are tokens of.
+    """Gemma 2 on embedded tokens, of text and images alike.
 
     Args:
         config: `TextDecoderConfig`.
@@ -174,15 +175,15 @@ class TextDecoder(keras.layers.Layer):
 
     Call arguments:
         x_BTD: tensor of embeddings.
-        mask_BTS: bool tensor, True where t sees s; or of `mask_of`.
+        mask_BTS: bool tensor, True where t attends to s; or from `mask_of`.
         positions_BT: int tensor, rotary positions of the tokens.
-        cache: `None`, or of `make_cache`.
-        index: where the cache is written.
-        positions_BS: int tensor, the positions of the cached tokens; only a
-            sliding window over a cache asks for them.
+        cache: `None`, or from `make_cache`.
+        index: position at which the cache is written.
+        positions_BS: int tensor, the positions of the cached tokens; only
+            needed by a sliding window with a cache.
 
     Returns:
-        Last hidden states after the final norm; with a cache, both.
+        Hidden states after the final norm; with a cache, these and the cache.
     """
 
     def __init__(
@@ -249,10 +250,10 @@ class TextDecoder(keras.layers.Layer):
 
         Args:
             batch_size: int.
-            length: int, tokens that the cache can hold, image included.
+            length: int, capacity in tokens, image tokens included.
 
         Returns:
-            A nest of arrays in the compute dtype.
+            Nest of arrays in the compute dtype.
         """
         shape = (
             batch_size,
@@ -263,18 +264,18 @@ class TextDecoder(keras.layers.Layer):
         return self.blocks.make_cache(shape, self.compute_dtype)
 
     def mask_of(self, valid_BT, response_BT, response_length=None):
-        """Return the mask that this decoder's attention takes here.
+        """Return the mask in the form that attention takes here.
 
         Args:
             valid_BT: bool tensor, True on valid tokens.
             response_BT: bool tensor, True on response tokens.
-            response_length: int, how many tokens at the end are the response
-                and nothing else; `None` if `response_BT` alone tells.
+            response_length: int, number of tokens at the end that are the
+                response and nothing else; `None` if only `response_BT` tells.
 
         Returns:
-            `PrefixMask`, if the response's place is known and attention runs
-            in one kernel (see `layers.splash.should_use_splash`; a sliding
-            window has no kernel); else of `attention_mask`.
+            `PrefixMask`, if the response's position is known and attention
+            runs as one kernel (see `layers.splash.should_use_splash`; there
+            is no kernel for a sliding window); else from `attention_mask`.
         """
         config = self.config
         sizes = config.num_key_value_heads, config.head_dim
@@ -306,7 +307,7 @@ class TextDecoder(keras.layers.Layer):
         return self.final_norm(x_BTD), cache
 
     def arguments_of_blocks(self, mask_BTS, positions_BT, positions_BS=None):
-        """Return what every block gets beside the tokens; see a call's."""
+        """Return a block's arguments besides the tokens; see `call`."""
         angles = rotary_angles(
             positions_BT, self.config.head_dim, self.config.rope_base
         )
@@ -320,6 +321,6 @@ class TextDecoder(keras.layers.Layer):
         return mask_BTS, angles, ops.logical_and(mask_BTS, near_BTS)
 
     def head(self, capped=True):
-        """Return the tied head, with the final soft cap or not."""
+        """Return the tied head, with or without the final soft cap."""
         cap = self.config.final_logit_soft_cap if capped else None
         return Head(self.token_embedding, cap)

@@ -1,4 +1,4 @@
-"""SigLIP's vision transformer and the projector into the decoder's width."""
+"""SigLIP's vision transformer and the projector to the decoder's width."""
 
 import keras
 from keras import ops
@@ -11,15 +11,15 @@ from keras_paligemma.layers.stack import LayerStack
 
 
 class VisionEncoder(keras.layers.Layer):
-    """Turn pictures into image tokens of the decoder's width.
+    """Encode images as image tokens of the decoder's width.
 
     Args:
         config: `VisionEncoderConfig`.
-        image_size: int, side of a picture in pixels; a multiple of the patch.
+        image_size: int, side of an image in pixels; a multiple of the patch.
         output_dim: int, width of the decoder.
         form: form of repetition, see `LayerStack`.
         remat: see `LayerStack`.
-        quantization: storage of all kernels but that of the patches, see
+        quantization: storage of all kernels except the patch embedding's, see
             `Projection`.
 
     Call arguments:
@@ -28,7 +28,7 @@ class VisionEncoder(keras.layers.Layer):
 
     Returns:
         Tensor (batch, image tokens, output_dim); the tokens of several frames
-        follow one another without a separator.
+        are concatenated without a separator.
     """
 
     def __init__(
@@ -73,7 +73,8 @@ class VisionEncoder(keras.layers.Layer):
         self.final_norm = LayerNorm(
             epsilon=config.layer_norm_epsilon, dtype=policy, name="final_norm"
         )
-        # Zero, as the original starts it: an untrained tower is silent.
+        # Zeros, as in the original: image tokens of an untrained tower are
+        # zero.
         self.projector = Projection(
             (config.hidden_dim,),
             (output_dim,),
@@ -99,13 +100,13 @@ class VisionEncoder(keras.layers.Layer):
 
     def call(self, images_BhwC, training=None):
         x_BID = self.blocks(self.embed(images_BhwC))
-        # The projector drops as if it were one more block.
+        # The projector's dropout is seeded as if it were one more block.
         seed = self.blocks.draw_seed(training)
         with dropout_scope(seed, self.config.num_layers):
             return self.project(x_BID, images_BhwC)
 
     def embed(self, images_BhwC):
-        """Return what the first block gets: patches, each with its position."""
+        """Return the first block's input: patch and position embeddings."""
         size, patch = self.image_size, self.config.patch_size
         rows = size // patch
         images = ops.cast(images_BhwC, self.compute_dtype)
@@ -115,9 +116,9 @@ class VisionEncoder(keras.layers.Layer):
         return self.patch_embedding(patches) + self.position_embedding
 
     def project(self, x_BID, images_BhwC):
-        """Turn what the last block gives into the image tokens of a call."""
+        """Project the last block's output to image tokens."""
         x_BID = self.projector(self.final_norm(x_BID))
-        # The count of tokens is static even where the batch is not.
+        # The number of tokens is static even if the batch size is not.
         tokens_and_width = self.compute_output_shape(images_BhwC.shape)[1:]
         return ops.reshape(x_BID, (-1, *tokens_and_width))
 

@@ -1,9 +1,9 @@
-"""Whether a job fits on chips that nobody has rented yet, and how.
+"""Plan whether and how a job fits on chips, before they are rented.
 
 Names are loaded on first use.
 """
 
 import lazy_loader
 
-# Where each name lives is said in the stub beside this file.
+# The stub beside this file maps each name to its module.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,7 +1,7 @@
-"""Training and generating by the TPU's own compiler, without a TPU.
+"""Compile training and generation with the TPU's compiler, without a TPU.
 
-Run as a process of its own, since the compiler asks for its environment before
-JAX starts: reads steps as JSON lines, writes what the compiler says of each.
+Runs in a process of its own, since the compiler's environment must be set
+before JAX starts: reads steps as JSON lines and writes the memory of each.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from keras_paligemma.sharding.layouts import Layout
 ENVIRONMENT = {
     "KERAS_BACKEND": "jax",
     "JAX_PLATFORMS": "cpu",
-    # Several processes may use the library, and there is no TPU to ask.
+    # Allow several processes, and do not look for a TPU.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_SKIP_MDS_QUERY": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-# A sixth of the time, and memory within 5 %.
+# Compiles in a sixth of the time; the memory is within 5 %.
 QUICK = {
     "exec_time_optimization_effort": -1.0,
     "memory_fitting_effort": -1.0,
@@ -35,15 +35,15 @@ QUICK = {
 
 
 def has_compiler():
-    """Say whether the TPU's compiler is installed (Linux on x86-64 alone)."""
+    """Return whether the TPU's compiler is installed (Linux x86-64 only)."""
     return importlib.util.find_spec("libtpu") is not None
 
 
 class Compiler:
-    """A process that compiles: `with Compiler() as compiler`."""
+    """A compiler process, used as `with Compiler() as compiler`."""
 
     def __enter__(self):
-        # A file: a pipe that nobody reads would fill up.
+        # A file, since a pipe that is not read would fill up.
         self.told = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "keras_paligemma.planning.compiled"],
@@ -61,19 +61,24 @@ class Compiler:
         self.told.close()
 
     def compile(self, job, layout, remat, topology, responses=None):
-        """Compile one step of training, or what `generate` runs.
+        """Compile a training step, or the program of `generate`.
 
         Args:
             job: `Job`.
             layout: `Layout`.
             remat: one of `layers.remat.REMATS`.
-            topology: str, of `Machine`.
-            responses: int, tokens that are generated; `None` for a step of
-                training.
+            topology: str, topology of a `Machine`.
+            responses: int, tokens to generate; `None` for a training step.
 
         Returns:
-            Dict: `fits`; if so `arguments`, `temporaries`, `code` and
-            `together` in bytes a chip; if not, `together` if it is known.
+            Dict of `fits`; if it does, `arguments`, `temporaries`, `code` and
+            their sum `together`, in bytes per chip; if it does not,
+            `together`, which may be `None`.
+
+        Raises:
+            ImportError: the compiler stopped, and installed versions differ
+                from those that the extra `plan` pins.
+            RuntimeError: the compiler stopped for another reason.
         """
         asked = {
             "job": dataclasses.asdict(job),
@@ -82,10 +87,11 @@ class Compiler:
             "topology": topology,
             "responses": responses,
         }
-        # A process that has stopped is found by its silence.
+        # A stopped process is detected below, by the missing answer.
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(asked), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
+        # A pipe, which `Popen` alone does not tell a type checker.
+        line = self.process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
         if not line:
             self.process.wait()
             self.told.seek(0)
@@ -105,10 +111,10 @@ class Compiler:
 
 
 def other_versions():
-    """Tell where what is installed is not what the extra `plan` pins.
+    """Compare installed versions with those that the extra `plan` pins.
 
     Returns:
-        str, such as "jax 0.12.0, expected 0.10.2"; "" where nothing differs.
+        str, such as "jax 0.12.0, expected 0.10.2"; "" if all are equal.
     """
     found = []
     for line in importlib.metadata.requires("keras_paligemma") or ():
@@ -123,12 +129,12 @@ def other_versions():
 
 
 def compile_step(job, layout, remat, topology):
-    """Compile the step that `fit` runs for a topology; see `Compiler`."""
+    """Compile the step of `fit` for a topology; see `Compiler`."""
     import jax
 
     model, distribution = _model(job, layout, remat, topology)
     optimizer = model.optimizer
-    # As Keras's trainer hands its state to `train_step`.
+    # The state as Keras's trainer passes it to `train_step`.
     state = (
         _abstract(distribution, model.trainable_variables),
         _abstract(distribution, model.non_trainable_variables),
@@ -157,15 +163,16 @@ def compile_step(job, layout, remat, topology):
     step = jax.jit(
         model.train_step,
         donate_argnums=0,
-        out_shardings=(None, jax.tree.map(lambda one: one.sharding, state)),
+        out_shardings=(None, jax.tree.map(lambda array: array.sharding, state)),
     )
     return _compile(step, (state, data), distribution)
 
 
 def compile_generation(job, layout, responses, topology):
-    """Compile what `generate` runs, of so many tokens; see `Compiler`.
+    """Compile the program of `generate` for a topology; see `Compiler`.
 
-    The prefill and the loop are one program. Of one token it is the prefill.
+    Prefill and decoding loop are one program; with `responses=1` it is only
+    the prefill.
     """
     import jax
     import keras
@@ -176,10 +183,10 @@ def compile_generation(job, layout, responses, topology):
     def program(inputs, values):
         mapping = list(zip(variables, values, strict=True))
         with keras.StatelessScope(state_mapping=mapping):
-            # The end token is 1 in every tokenizer of PaliGemma.
+            # The end token is 1 in all PaliGemma tokenizers.
             return model.generate_step(inputs, (1,))
 
-    # `generate` leaves it to the compiler where its inputs lie.
+    # As in `generate`, the compiler chooses the sharding of the inputs.
     prompts = (job.batch_size, job.prompt_length)
     answers = (job.batch_size, responses)
     size = model.backbone.image_size
@@ -198,7 +205,7 @@ def compile_generation(job, layout, responses, topology):
 
 
 def _model(job, layout, remat, topology):
-    """Build a task without values, and its distribution over chips."""
+    """Build a model without values, and its distribution over chips."""
     from jax.experimental import topologies
 
     from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
@@ -217,21 +224,21 @@ def _model(job, layout, remat, topology):
 
 
 def _abstract(distribution, variables):
-    """Describe variables as they lie, without values."""
+    """Return shape, dtype and sharding of variables, without values."""
     import jax
 
     return [
         jax.ShapeDtypeStruct(
-            tuple(one.shape),
-            one.dtype,
-            sharding=distribution.get_variable_layout(one).backend_layout,
+            tuple(variable.shape),
+            variable.dtype,
+            sharding=distribution.get_variable_layout(variable).backend_layout,
         )
-        for one in variables
+        for variable in variables
     ]
 
 
 def _compile(function, arguments, distribution):
-    """Compile for the TPU, and read what the compiler says of memory."""
+    """Compile for the TPU, and return the compiler's memory analysis."""
     import jax
 
     from keras_paligemma.compat import compiling_for
@@ -266,10 +273,10 @@ def _compile(function, arguments, distribution):
 
 
 def main():
-    """Compile what comes in, line by line."""
+    """Compile each step that standard input describes, one per line."""
     from keras_paligemma.planning.job import Job
 
-    # Libraries that print must not come between.
+    # Libraries that print to standard output must not disturb the protocol.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with contextlib.suppress(KeyboardInterrupt):

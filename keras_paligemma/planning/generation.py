@@ -1,4 +1,4 @@
-"""What `generate` runs: its memory and time on a layout."""
+"""Memory and time of `generate` on a layout."""
 
 import math
 
@@ -9,17 +9,17 @@ from keras_paligemma.sharding.layouts import chip_bytes
 
 
 class Generation:
-    """The workload "one batch of answers", for the planner.
+    """The planner's workload of generating one batch of responses.
 
-    Prefill and decoding are one program, compiled as `generate` runs it, for
-    the whole batch and the longest answers.
+    Prefill and decoding are one program, as in `generate`, for the whole batch
+    and the longest responses.
 
     Args:
-        job: `Job`; `batch_size` prompts are answered at a time.
+        job: `Job`; `batch_size` is the number of prompts at a time.
     """
 
     trains = False
-    # The compiler is asked whenever weights and cache fit.
+    # Compile whenever weights and cache fit, whatever the estimate.
     believed_beyond = math.inf
 
     def __init__(self, job):
@@ -27,7 +27,7 @@ class Generation:
         self.backbone, _ = job.model()
 
     def candidates(self, machine):
-        """List what a machine allows, the lowest bound of time first.
+        """Return all candidates of a machine, lowest bound of time first.
 
         Args:
             machine: `machines.Machine`.
@@ -42,7 +42,7 @@ class Generation:
         return sorted(map(Candidate, layouts_of(machine.chips)), key=slowness)
 
     def thriftiest(self, machine):
-        """List the one candidate of the least memory."""
+        """Return a list of the candidate with the least memory."""
         return [
             min(
                 self.candidates(machine),
@@ -51,9 +51,9 @@ class Generation:
         ]
 
     def memory(self, candidate):
-        """Split the memory of a chip, by arithmetic.
+        """Estimate the memory of a chip by purpose.
 
-        Weights and cache are exact, what one block holds is rough.
+        Weights and cache are exact; activations are a rough estimate.
 
         Args:
             candidate: `Candidate`.
@@ -71,7 +71,7 @@ class Generation:
         cache = 2 * text.num_layers * cached * heads * text.head_dim * 2
         wide = 2 * text.hidden_dim + 2 * text.num_query_heads * text.head_dim
         wide += 2 * text.intermediate_dim
-        # Of one block: what goes through it, and its attention's logits.
+        # One block's activations, and the logits of its attention.
         block = 2 * tokens * wide + 4 * text.num_query_heads * tokens**2
         logits = 2 * 4 * text.vocabulary_size
         return {
@@ -81,19 +81,19 @@ class Generation:
         }
 
     def flops(self, remat):
-        """Return `None`: decoding is bound by memory, not by arithmetic."""
+        """Return `None`: decoding is limited by memory, not by arithmetic."""
         return None
 
     def bounds(self, candidate, machine):
-        """Bound the time of a batch of answers from below.
+        """Return lower bounds of the time of a batch.
 
         Args:
             candidate: `Candidate`.
             machine: `machines.Machine`.
 
         Returns:
-            Dict of str to seconds: "prefill", by arithmetic alone, and
-            "decode", by the weights that each token reads or receives.
+            Dict of "prefill", bounded by arithmetic, and "decode", bounded by
+            reading or receiving the weights for each token, to seconds.
         """
         job, layout = self.job, candidate.layout
         kernels = sum(
@@ -113,18 +113,18 @@ class Generation:
         }
 
     def compile(self, compiler, candidate, machine):
-        """Ask the compiler for the memory; see `Compiler.compile`."""
+        """Return the compiler's memory; see `Compiler.compile`."""
         return self._compile(
             compiler, candidate, machine, self.job.response_length
         )
 
     def details(self, compiler, candidate, machine):
-        """Return what the first token alone needs, in bytes a chip."""
+        """Return the memory of the first token alone, in bytes per chip."""
         found = self._compile(compiler, candidate, machine, responses=1)
         return {"first token": found["together"]}
 
     def code(self, candidate):
-        """Write the settings as Python code."""
+        """Return Python code that uses a candidate."""
         return self.job.code(
             candidate.layout,
             None,
@@ -136,12 +136,12 @@ class Generation:
         )
 
     def title(self):
-        """Return the first words of a plan."""
+        """Return the beginning of a plan's title."""
         job = self.job
         return f"{job.preset} answers {job.batch_size} prompts on"
 
     def advice(self):
-        """Say what needs less memory than this job."""
+        """Return advice on how to need less memory."""
         return "Fewer prompts at a time, or low bits, need less."
 
     def _compile(self, compiler, candidate, machine, responses):

@@ -1,4 +1,4 @@
-"""What is planned: a preset, a batch, lengths, adapters, low bits."""
+"""The job to plan: preset, batch, lengths, adapters, quantisation."""
 
 import dataclasses
 from typing import Any
@@ -12,18 +12,22 @@ from keras_paligemma.tuning.optimizers import Adam
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What memory and time of a fine-tune, or of generation, depend on.
+    """Everything that memory and time of training or generation depend on.
 
     Args:
         preset: str, as `from_preset` takes it.
-        batch_size: int, examples a step on all chips together.
+        batch_size: int, global batch size, over all chips.
         prompt_length: int, tokens.
         response_length: int, tokens.
-        pictures: int, pictures or frames of one prompt.
+        pictures: int, pictures or frames per prompt.
         lora_rank: int; 0 trains all weights.
-        lora_targets: see `enable_lora`; the decoder's attention if `None`.
+        lora_targets: tuple of str, see `enable_lora`; the decoder's attention
+            if `None`.
         quantize: "int8", "int4" or `None`.
-        dtype: dtype policy.
+        dtype: str, dtype policy.
+
+    Raises:
+        ValueError: a number below 1, or `quantize` without adapters.
     """
 
     preset: str
@@ -55,21 +59,25 @@ class Job:
         return self.prompt_length + self.response_length
 
     def image_tokens(self, backbone: PaliGemmaBackbone) -> int:
-        """Count the image tokens of one prompt."""
+        """Return the number of image tokens of one prompt."""
         return self.pictures * backbone.image_sequence_length
 
     def images_shape(self, image_size: int) -> tuple[int, ...]:
-        """Return the shape of a batch's pictures for the backbone."""
+        """Return the shape of a batch of pictures, as the backbone takes it."""
         frames = () if self.pictures == 1 else (self.pictures,)
         return (self.batch_size, *frames, image_size, image_size, 3)
 
     def model(
         self, remat: str | None = "block", form: str = "scanned"
     ) -> tuple[PaliGemmaBackbone, Adam]:
-        """Build backbone and optimizer without values.
+        """Build backbone and optimizer, without values.
+
+        Args:
+            remat: one of `layers.remat.REMATS`.
+            form: str, form of the stacks of blocks, "scanned" or "unrolled".
 
         Returns:
-            `PaliGemmaBackbone` and built `Adam`.
+            Tuple of `PaliGemmaBackbone` and built `Adam`.
         """
         config = formats.resolve(self.preset, False).config.backbone.to_dict()
         fields = {**config, "dtype": self.dtype, "remat": remat, "form": form}
@@ -86,12 +94,12 @@ class Job:
     def code(
         self, layout: Layout, remat: str | None, last_lines: list[str]
     ) -> str:
-        """Write Python that loads the model as planned and runs it.
+        """Return Python code that loads the model as planned and runs it.
 
         Args:
             layout: `Layout`.
             remat: one of `layers.remat.REMATS`.
-            last_lines: list of strs, what is done with `model`.
+            last_lines: list of str, lines that use `model`.
 
         Returns:
             str.
@@ -135,8 +143,8 @@ class Candidate:
 
     Args:
         layout: `Layout`.
-        remat: what the backward pass computes again, one of
-            `layers.remat.REMATS`; `None` too where there is no backward pass.
+        remat: what the backward pass recomputes, one of
+            `layers.remat.REMATS`; `None` if there is no backward pass.
     """
 
     layout: Layout
@@ -144,7 +152,7 @@ class Candidate:
 
 
 def layouts_of(chips):
-    """List all layouts of so many chips."""
+    """Return all layouts of a number of chips."""
     layouts = [Layout("data", chips, 1)]
     groups = [size for size in range(2, chips + 1) if chips % size == 0]
     for group in groups:

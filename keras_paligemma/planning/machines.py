@@ -1,4 +1,4 @@
-"""What chips can do: memory, arithmetic, and the ways between them."""
+"""Specifications of chips: memory, arithmetic, and interconnect."""
 
 import dataclasses
 import difflib
@@ -7,16 +7,16 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Some chips of one kind.
+    """A number of chips of one kind.
 
     Args:
-        name: str.
-        chips: int.
-        memory: float, GiB a chip that a program may use.
-        flops: float, products and sums a second and chip in 16 bits.
-        bandwidth: float, bytes a second between a chip and its memory.
-        link: float, bytes a second that a chip receives from others.
-        topology: str or `None`, what the TPU compiler calls it.
+        name: str, such as "v5e-8" or "l4x4".
+        chips: int, number of chips.
+        memory: float, GiB per chip that a program can use.
+        flops: float, 16-bit FLOP/s per chip.
+        bandwidth: float, bytes/s between a chip and its memory.
+        link: float, bytes/s that a chip receives from others.
+        topology: str, name for the TPU compiler, or `None`.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Machine:
     topology: str | None = None
 
 
-# Chips of a v5e slice, and its shape.
+# Number of chips to the shape of a v5e slice.
 V5E = {
     1: "1x1",
     4: "2x2",
@@ -39,8 +39,8 @@ V5E = {
     128: "8x16",
     256: "16x16",
 }
-# GiB, FLOP/s, bytes/s of memory, bytes/s received: the makers' data sheets.
-# 15.75 is what the v5e's compiler allows of 16.
+# GiB, FLOP/s, bytes/s of memory, bytes/s received, from vendors' data sheets.
+# The v5e's compiler allows 15.75 of 16 GiB.
 _CHIPS = {
     "v5e": (15.75, 197e12, 819e9, 200e9),
     "a100-40": (39.5, 312e12, 1555e9, 300e9),
@@ -52,16 +52,16 @@ _CHIPS = {
 
 
 def find(name):
-    """Return the machine of a name.
+    """Return the machine with a name.
 
     Args:
-        name: str: "v5e-8", or a GPU such as "a100-40", "l4x4" for four.
+        name: str, such as "v5e-8" or "a100-40"; "l4x4" is four L4 GPUs.
 
     Returns:
         `Machine`.
 
     Raises:
-        ValueError: no such machine; names the nearest.
+        ValueError: the name is unknown; the message has the nearest.
 
     Example:
         >>> find("v5e-8").topology
@@ -71,17 +71,17 @@ def find(name):
     if slice_of:
         chips = int(slice_of[1])
         if chips not in V5E:
-            nearest = min(V5E, key=lambda one: (abs(one - chips), one))
+            nearest = min(V5E, key=lambda size: (abs(size - chips), size))
             raise ValueError(
                 f"There is no such slice. Received: {name!r}. Expected: "
                 f"'v5e-{nearest}', the nearest, or one of "
-                f"{[f'v5e-{one}' for one in V5E]}."
+                f"{[f'v5e-{size}' for size in V5E]}."
             )
         return Machine(name, chips, *_CHIPS["v5e"], f"v5e:{V5E[chips]}")
     kind, _, count = name.partition("x")
     if kind in _CHIPS and kind != "v5e" and (not count or count.isdigit()):
         return Machine(name, int(count or 1), *_CHIPS[kind])
-    known = [f"v5e-{one}" for one in V5E] + list(_CHIPS)[1:]
+    known = [f"v5e-{size}" for size in V5E] + list(_CHIPS)[1:]
     near = difflib.get_close_matches(name, known, 1, 0.0)
     raise ValueError(
         f"Unknown machine. Received: {name!r}. Expected: {near[0]!r}, the "
@@ -90,14 +90,14 @@ def find(name):
 
 
 def larger(machine):
-    """List the slices from the smallest on, or 1, 2, 4, … of a GPU."""
+    """Return all slices by size, or 1, 2, 4, … up to 64 of a GPU."""
     if machine.topology:
         return [find(f"v5e-{chips}") for chips in V5E]
     kind = machine.name.partition("x")[0]
     return [find(f"{kind}x{2**i}" if i else kind) for i in range(7)]
 
 
-# GiB of a chip by the name that JAX has for its kind.
+# JAX's `device_kind` to GiB per chip.
 MEMORY = {
     "TPU v2": 8,
     "TPU v3": 16,

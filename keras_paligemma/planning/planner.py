@@ -1,4 +1,4 @@
-"""Does a job fit, how is it best laid out, and on how few chips?"""
+"""Find whether a job fits, its best layout, and the smallest machine."""
 
 import contextlib
 import dataclasses
@@ -16,24 +16,24 @@ from keras_paligemma.planning.training import Training
 from keras_paligemma.sharding.layouts import check_batch
 
 GIB = 2**30
-# The share of a chip's memory that an estimate may fill: compilers need room
-# that arithmetic does not see.
+# Fraction of a chip's memory that an estimate may fill; the rest is for what
+# compilers need and the estimate does not include.
 ESTIMATE_SHARE = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether one candidate fits, and what it costs.
+    """Whether one candidate fits, and its memory and time.
 
     Args:
         layout: str, such as "weights 1x8".
-        remat: str, "none" for none; `None` where nothing is trained.
+        remat: str, "none" for none; `None` if nothing is trained.
         fits: bool.
-        source: "compiler" or "estimate".
-        hbm_gib: float, GiB a chip.
-        split_gib: dict of str to float, what these are for.
-        bounds_s: dict of str to float, lower bounds of the time in seconds.
-        flops: float, of one step on all chips, or `None`.
+        source: str, "compiler" or "estimate".
+        hbm_gib: float, GiB per chip.
+        split_gib: dict of purposes to floats, GiB per chip.
+        bounds_s: dict of names to floats, lower bounds of time in seconds.
+        flops: float, FLOP of one step on all chips, or `None`.
     """
 
     layout: str
@@ -48,21 +48,22 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What was tried for a job on a machine, and what to use.
+    """The candidates tried for a job on a machine, and the best of them.
 
     `str(plan)` is the text that the command line prints.
 
     Args:
-        title: str, its first words.
+        title: str, beginning of that text.
         job: `Job`.
         slice: str, name of the machine.
-        hbm_limit_gib: float, GiB a chip.
-        source: "compiler", or "estimate" where arithmetic decided.
-        tried: tuple of `Verdict`, in the order of their bounds of time.
+        hbm_limit_gib: float, GiB per chip.
+        source: str, "compiler" or "estimate".
+        tried: tuple of `Verdict`, lowest bound of time first.
         best: `Verdict`, the first that fits, or `None`.
-        details_gib: dict of str to float, measured of the best alone.
-        smallest: str, the smallest slice on which the job fits, or `None`.
-        code: str, Python that uses the best, or `None`.
+        details_gib: dict of names to floats, further memory of the best, GiB
+            per chip.
+        smallest: str, smallest machine on which the job fits, or `None`.
+        code: str, Python code that uses the best, or `None`.
         advice: str, what would fit, or `None` if the job does.
     """
 
@@ -84,7 +85,7 @@ class Plan:
         return self.best is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as `plan --json` prints them."""
+        """Return a dict of plain values, as `plan --json` prints them."""
         return {"fits": self.fits} | dataclasses.asdict(self)
 
     def __str__(self):
@@ -154,38 +155,40 @@ def make_plan(
     smallest: bool = True,
     generate: bool = False,
 ) -> Plan:
-    """Find the fastest layout that fits, by the machine's own compiler.
+    """Find the fastest layout that fits, with the machine's own compiler.
 
-    Candidates are tried in the order of their bounds of time, so that the
-    first that fits is the one to use. What cannot fit by its weights alone is
-    not compiled. Without libtpu, and for GPUs, arithmetic decides.
+    Candidates are tried in the order of their lower bounds of time, and the
+    first that fits is the best. Those whose weights alone do not fit are not
+    compiled. Without libtpu, and for GPUs, an estimate decides.
 
     Args:
         job: `Job`.
         machine: str, see `machines.find`.
-        layout: str such as "weights 1x8", to ask about that one alone.
-        remat: "none" or one of `layers.remat.REMATS`, likewise; "any" tries
-            all. Only of training.
-        compiler: bool, ask the compiler; if `None`, where there is one.
-        smallest: bool, look for the smallest slice too.
-        generate: bool, plan `generate` in place of a step of `fit`.
+        layout: str such as "weights 1x8", the only layout to try, or `None`.
+        remat: str, the only `remat` to try: "none", "dots", "block" or "pair";
+            "any" tries all. Ignored for generation.
+        compiler: bool, whether to use the compiler; `None` uses it if it is
+            installed. It is never used without libtpu or for GPUs.
+        smallest: bool, whether to find the smallest machine too.
+        generate: bool, plan `generate` instead of a step of `fit`.
 
     Returns:
         `Plan`.
 
     Raises:
-        ValueError: a machine or layout that does not exist.
+        ValueError: a machine, layout or `remat` that does not exist.
+        ImportError: the installed JAX does not match the compiler.
 
     Example:
         >>> job = Job("pali_gemma2_pt_3b_224")
         >>> make_plan(job, "v5e-8", compiler=False).best.layout
         'data 8x1'
     """
-    machine = machines.find(machine)
-    usable = machine.topology is not None and has_compiler()
-    compiler = Compiler() if usable and compiler is not False else None
+    hardware = machines.find(machine)
+    usable = hardware.topology is not None and has_compiler()
+    process = Compiler() if usable and compiler is not False else None
     workload = Generation(job) if generate else Training(job)
-    known = workload.candidates(machine)
+    known = workload.candidates(hardware)
     chosen = [
         candidate
         for candidate in known
@@ -193,22 +196,22 @@ def make_plan(
         and (generate or remat in ("any", candidate.remat or "none"))
     ]
     if not chosen:
-        raise _no_candidate(job, machine, layout, remat, known)
+        raise _no_candidate(job, hardware, layout, remat, known)
     details, found = {}, None
-    with compiler or contextlib.nullcontext():
-        judge = _Judge(workload, compiler)
-        best, tried = judge.first_that_fits(machine, chosen)
-        if best is not None and compiler:
-            details = workload.details(compiler, best, machine)
+    with process or contextlib.nullcontext():
+        judge = _Judge(workload, process)
+        best, tried = judge.first_that_fits(hardware, chosen)
+        if best is not None and process:
+            details = workload.details(process, best, hardware)
         if smallest:
-            found = judge.smallest(machine)
+            found = judge.smallest(hardware)
     verdict = tried[-1] if best is not None else None
     return Plan(
         title=workload.title(),
         job=job,
-        slice=machine.name,
-        hbm_limit_gib=machine.memory,
-        source="compiler" if compiler else "estimate",
+        slice=hardware.name,
+        hbm_limit_gib=hardware.memory,
+        source="compiler" if process else "estimate",
         tried=tuple(tried),
         best=verdict,
         details_gib=_in_gib(details),
@@ -219,7 +222,7 @@ def make_plan(
 
 
 class _Judge:
-    """Says of candidates whether they fit, each once."""
+    """Decides whether candidates fit, and remembers each verdict."""
 
     def __init__(self, workload, compiler):
         self.workload = workload
@@ -250,7 +253,7 @@ class _Judge:
         workload = self.workload
         split = workload.memory(candidate)
         limit = machine.memory * GIB
-        # All but the activations, which are last, is exact.
+        # All but the last, the activations, are exact.
         *exact, _ = split.values()
         together, source = sum(split.values()), "estimate"
         fits = together < ESTIMATE_SHARE * limit
@@ -258,7 +261,7 @@ class _Judge:
         if self.compiler and sum(exact) < limit and not believed:
             found = workload.compile(self.compiler, candidate, machine)
             together, source = found["together"] or together, "compiler"
-            # Some programs compile that would fill more than the chip has.
+            # Some programs compile although they exceed the chip's memory.
             fits = found["fits"] and together <= limit
             if found["fits"]:
                 rest = found["together"] - found["code"] - sum(exact)
@@ -284,7 +287,7 @@ def _in_gib(sizes):
 
 
 def _advice(workload, tried, smallest):
-    """Say what would fit in place of what does not."""
+    """Return advice on what would fit instead."""
     least = min(tried, key=lambda verdict: verdict.hbm_gib)
     remat = f" and remat {least.remat}" if least.remat else ""
     sentences = [
@@ -296,7 +299,7 @@ def _advice(workload, tried, smallest):
 
 
 def _no_candidate(job, machine, layout, remat, known):
-    """Make the error of a wish that no candidate meets: names the nearest."""
+    """Return the error for a layout or `remat` that does not exist."""
     if remat not in ("any", "none", *REMATS):
         return ValueError(
             f"Unknown remat. Received: {remat!r}. Expected: 'none', 'dots', "

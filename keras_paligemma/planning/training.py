@@ -1,4 +1,4 @@
-"""A training step: its memory, arithmetic and time on a layout."""
+"""Memory, arithmetic and time of a training step on a layout."""
 
 import math
 
@@ -11,25 +11,25 @@ from keras_paligemma.tuning.memory import estimate_memory
 
 
 class Training:
-    """The workload "one step of `fit`", for the planner.
+    """The planner's workload of one step of `fit`.
 
     Args:
         job: `Job`.
-        remats: tuple of those of `layers.remat.REMATS` that are candidates.
+        remats: tuple, the candidates among `layers.remat.REMATS`.
     """
 
     trains = True
-    # Activations by arithmetic are rough. Only an estimate beyond this many
-    # times the memory is believed without asking the compiler.
+    # Estimates of activations are rough: only those above this multiple of the
+    # memory are trusted without compiling.
     believed_beyond = 1.6
 
     def __init__(self, job, remats=REMATS):
         self.job = job
-        # A model is built for the remat that it is asked about.
+        # One model per `remat`, which is part of a model's structure.
         self.models = {remat: job.model(remat) for remat in remats}
 
     def candidates(self, machine):
-        """List what a machine allows, the lowest bound of time first.
+        """Return all candidates of a machine, lowest bound of time first.
 
         Args:
             machine: `machines.Machine`.
@@ -61,7 +61,7 @@ class Training:
         )
 
     def thriftiest(self, machine):
-        """List the candidates of the least memory: all chips share weights."""
+        """Return the two candidates of remat "pair" with the least memory."""
         pairs = [
             candidate
             for candidate in self.candidates(machine)
@@ -72,7 +72,7 @@ class Training:
         )[:2]
 
     def memory(self, candidate):
-        """Split the memory of a chip, by arithmetic.
+        """Estimate the memory of a chip by purpose.
 
         Weights and optimizer state are exact; activations are those of
         `estimate_memory`.
@@ -81,8 +81,8 @@ class Training:
             candidate: `Candidate`.
 
         Returns:
-            Dict of str to bytes: "weights", "adapters and optimizer" (or
-            "trained weights and optimizer"), "activations".
+            Dict of "weights", "adapters and optimizer" (or "trained weights
+            and optimizer") and "activations" to bytes.
         """
         job, layout = self.job, candidate.layout
         backbone, optimizer = self.models[candidate.remat]
@@ -101,15 +101,15 @@ class Training:
             job.response_length,
             pictures=job.pictures,
         )
-        # One layer's weights are whole while it runs; twice, since the next
-        # layer's are gathered meanwhile.
+        # The gathered weights of the current layer and of the next one, which
+        # is gathered in the meantime.
         gathered = 0
         if layout.replicas > 1 and layout.strategy != "data":
             gathered = 2 * _largest_layer(backbone)
         kind = "adapters" if job.lora_rank else "trained weights"
         return {
             "weights": chip_bytes(layout, frozen),
-            # Gradients are as large as what is trained.
+            # Twice: gradients are as large as the trained weights.
             f"{kind} and optimizer": chip_bytes(layout, trained) * 2
             + chip_bytes(layout, optimizer.variables),
             "activations": rough["activations"] // layout.tensor_chips
@@ -121,10 +121,11 @@ class Training:
         """Count the multiplications and additions of one step.
 
         Args:
-            remat: what is computed again in the backward pass.
+            remat: what the backward pass recomputes, one of
+                `layers.remat.REMATS`.
 
         Returns:
-            float, of all chips together.
+            float, FLOP on all chips together.
         """
         job = self.job
         backbone, _ = next(iter(self.models.values()))
@@ -152,19 +153,19 @@ class Training:
             full,
         )
         head = 2 * job.response_length * text.hidden_dim * text.vocabulary_size
-        # The loss streams: its products are computed again.
+        # The streamed loss recomputes its products in the backward pass.
         total = vision_flops + text_flops + head * (4 if full else 3)
         return job.batch_size * total
 
     def bounds(self, candidate, machine):
-        """Bound a step's time from below, three times over.
+        """Return three lower bounds of a step's time.
 
         Args:
             candidate: `Candidate`.
             machine: `machines.Machine`.
 
         Returns:
-            Dict of str to seconds: "compute", "memory", "interconnect".
+            Dict of "compute", "memory" and "interconnect" to seconds.
         """
         job, layout, remat = self.job, candidate.layout, candidate.remat
         backbone, optimizer = self.models[remat]
@@ -173,19 +174,19 @@ class Training:
         trained = chip_bytes(Layout("data"), backbone.trainable_variables)
         passes = {"block": 3, "pair": 3.5}.get(remat, 2)
         split = layout.tensor_chips
-        # Weights are gathered in each pass; a block's twice with remat.
+        # Weights are gathered in each pass, and again to recompute a block.
         received = passes * whole / split * (1 - 1 / layout.storage_chips)
         if split > 1:
             text = backbone.text_config
             tokens = job.image_tokens(backbone) + job.text_length
             tokens *= job.batch_size
             tokens /= layout.replicas
-            # Two sums over the group a block and pass, sent and received.
+            # Two all-reduces per block and pass, of 2 bytes per value.
             sums = 2 * passes * text.num_layers * tokens * text.hidden_dim * 2
             received += 2 * sums * (1 - 1 / split)
         if layout.replicas > 1:
             received += 2 * trained / split * (1 - 1 / layout.replicas)
-        # A group that splits no work and has too few examples repeats it.
+        # Replicas without an example of their own do not speed up the step.
         busy = min(layout.replicas, job.batch_size) * split
         return {
             "compute": self.flops(remat) / (busy * machine.flops),
@@ -194,17 +195,17 @@ class Training:
         }
 
     def compile(self, compiler, candidate, machine):
-        """Ask the compiler for the step's memory; see `Compiler.compile`."""
+        """Return the compiler's memory of the step; see `Compiler.compile`."""
         return compiler.compile(
             self.job, candidate.layout, candidate.remat, machine.topology
         )
 
     def details(self, compiler, candidate, machine):
-        """Return what is measured of the chosen candidate alone: nothing."""
+        """Return `{}`: training has no further memory to report."""
         return {}
 
     def code(self, candidate):
-        """Write the settings as Python code."""
+        """Return Python code that uses a candidate."""
         return self.job.code(
             candidate.layout,
             candidate.remat,
@@ -215,11 +216,11 @@ class Training:
         )
 
     def title(self):
-        """Return the first words of a plan."""
+        """Return the beginning of a plan's title."""
         return f"{self.job.preset} on"
 
     def advice(self):
-        """Say what needs less memory than this job."""
+        """Return advice on how to need less memory."""
         lines = []
         if not self.job.lora_rank:
             lines.append(
@@ -252,7 +253,7 @@ def _kernel_values(layer):
 
 
 def _recomputed(stack, remat):
-    """Return how often products, and attention, are computed again."""
+    """Return how often products, and attention, are recomputed."""
     if remat == "pair" and stack.num_layers % 2 == 0:
         return 1.5, 1.5
     known = {"dots": (0, 1), "block": (1, 1), "pair": (1, 1)}
@@ -260,11 +261,11 @@ def _recomputed(stack, remat):
 
 
 def _tower_flops(tokens, kernels, heads, recomputed, full, trained=True):
-    """Count what one example costs a tower: kernels and attention."""
+    """Return a tower's FLOP of one example, for kernels and attention."""
     products, attention = 2 * tokens * kernels, 4 * tokens * tokens * heads
     if not trained:
         return products + attention
-    # Forward; the gradient of the inputs, and of the weights. Both inputs of
-    # attention's products have gradients.
+    # Forward, gradients of the inputs and, if all is trained, of the weights.
+    # Both inputs of attention's products need gradients.
     times = 3 if full else 2
     return products * (times + recomputed[0]) + attention * (3 + recomputed[1])

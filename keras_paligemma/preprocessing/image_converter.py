@@ -81,22 +81,21 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
                 "becomes [-1, 1]: what checkpoints were trained with. See "
                 "docs/migrating_from_keras_hub.md."
             )
-        if not isinstance(image_size, (list, tuple)):
-            image_size = (image_size, image_size)
-        image_size = tuple(image_size)
-        if len(image_size) != 2 or not all(
-            isinstance(s, int) and s > 0 for s in image_size
+        is_pair = isinstance(image_size, (list, tuple))
+        sides = tuple(image_size) if is_pair else (image_size, image_size)
+        if len(sides) != 2 or not all(
+            isinstance(s, int) and s > 0 for s in sides
         ):
             raise ValueError(
                 "`image_size` must be a positive integer or two of them, "
-                f"(height, width). Received: {image_size}."
+                f"(height, width). Received: {sides}."
             )
         if resize not in RULES:
             raise ValueError(
                 f"`resize` must be one of {tuple(RULES)}. Received: {resize!r}."
             )
         super().__init__(
-            image_size=image_size,
+            image_size=sides,
             scale=1 / 127.5,
             offset=-1.0,
             crop_to_aspect_ratio=False,

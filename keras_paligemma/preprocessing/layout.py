@@ -39,13 +39,13 @@ def part_lengths(
         response_length = 64 if response_length is None else response_length
     else:
         sequence_length = to_length(sequence_length, "sequence_length", least=4)
-        if prompt_length is None and response_length is None:
-            response_length = sequence_length // 2
-            response_length = min(response_length, sequence_length - 3)
-        if response_length is None:
-            response_length = sequence_length - prompt_length
         if prompt_length is None:
+            if response_length is None:
+                response_length = sequence_length // 2
+                response_length = min(response_length, sequence_length - 3)
             prompt_length = sequence_length - response_length
+        elif response_length is None:
+            response_length = sequence_length - prompt_length
     prompt_length = to_length(prompt_length, "prompt_length", least=3)
     response_length = to_length(response_length, "response_length")
     if sequence_length not in (None, prompt_length + response_length):

@@ -9,6 +9,7 @@ from keras import ops
 from keras_paligemma.preprocessing.inputs import to_length
 from keras_paligemma.preprocessing.layout import LONGEST_RESPONSE
 from keras_paligemma.preprocessing.layout import pack
+from keras_paligemma.types import Tensor
 
 # The arrays that hold prompt and response side by side.
 WHOLE_NAMES = ("token_ids", "padding_mask", "response_mask")
@@ -30,10 +31,10 @@ class PromptAndResponse:
         response_mask: bools (B, R), `True` on tokens.
     """
 
-    prompt_ids: object
-    prompt_mask: object
-    response_ids: object
-    response_mask: object
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
 
     @classmethod
     def cut(cls, arrays: dict, response_length: int) -> "PromptAndResponse":

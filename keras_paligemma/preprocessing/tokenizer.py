@@ -8,6 +8,8 @@ from typing import Self
 import keras
 import keras_hub
 import numpy as np
+
+# Made at run time of its description, so that a type checker finds no class.
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 from keras_paligemma import presets
@@ -158,7 +160,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         return tokenizer
 
     @classmethod
-    def from_file(cls, path: PathLike, **kwargs: Any) -> Self:
+    def from_file(cls, path: PathLike | None, **kwargs: Any) -> Self:
         """Read the SentencePiece model that lies beside a checkpoint.
 
         Args:

@@ -1,4 +1,4 @@
-"""int4 kernels rounded for the examples that go through them."""
+"""Calibration: int4 kernels rounded for the activations of examples."""
 
 import functools
 import math
@@ -15,14 +15,14 @@ from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.quantization.rounding import order_and_factor
 from keras_paligemma.quantization.rounding import round_for
 
-# Examples that are run at a time.
+# Examples in a batch.
 BATCH = 8
 EXPECTED = ("images", "prompts", "responses")
 TABLE = "text_decoder/token_embedding/table"
 
 
 def check_can_calibrate(stored, quantize, load_weights):
-    """Refuse a calibration of what is not rounded to int4 now."""
+    """Raise `ValueError` unless floats are being quantised to int4."""
     if not load_weights:
         raise ValueError(
             "Random weights are not calibrated. Received: load_weights=False "
@@ -49,7 +49,7 @@ def batches_of(examples, preprocessor):
         List of `(x, y, sample_weight)`.
 
     Raises:
-        ValueError: no dict, another key, no example, no preprocessor.
+        ValueError: not a dict, unknown keys, no examples or no preprocessor.
     """
     if preprocessor is None:
         raise ValueError(
@@ -82,20 +82,21 @@ def batches_of(examples, preprocessor):
 def calibrate(backbone, floats, batches):
     """Round the weights of an int4 backbone again, for examples.
 
-    Block by block, the vision encoder's first: a block of floats is shown what
-    the rounded blocks before it make of the examples, each of its kernels is
-    rounded so that the products with that change least, and what the rounded
-    block gives goes on to the next. The table comes last, as the head.
+    Goes block by block, vision encoder first. The inputs of a block are the
+    outputs of the rounded blocks before it; each of its kernels is rounded
+    to minimise the change of its products with these inputs, and the rounded
+    block's outputs are the inputs of the next. The embedding table comes last,
+    in its role as the output head.
 
-    In memory beside the backbone: what a block gives of all examples, a block
-    in float32, and for a kernel of F inputs about 28·F² bytes, which is 2.4 GB
-    of a 3b and 38 GB of a 28b.
+    Memory beside the backbone: one block's outputs for all examples, one block
+    in float32, and for a kernel of F inputs about 28·F² bytes: 2.4 GB for 3b,
+    38 GB for 28b.
 
     Args:
-        backbone: `PaliGemmaBackbone` of int4, its weights rounded already.
+        backbone: `PaliGemmaBackbone` of int4, already rounded to the nearest.
         floats: dict of name to `checkpoints.lazy_tensors.LazyTensor`.
-        batches: list of `(x, y, sample_weight)` of arrays, as the preprocessor
-            gives them.
+        batches: list of `(x, y, sample_weight)` of arrays, as returned by the
+            preprocessor.
     """
     weights = dequantized(backbone.weights_by_name())
     twin = _one_block(backbone)
@@ -106,7 +107,7 @@ def calibrate(backbone, floats, batches):
 
 
 def _one_block(backbone):
-    """Make a backbone of float32 with one block a tower, without values."""
+    """Build a float32 backbone of one block a tower, without values."""
     config = backbone.get_config()
     for tower in ("vision_encoder", "text_decoder"):
         config[tower] = config[tower] | {"num_layers": 1}
@@ -114,13 +115,13 @@ def _one_block(backbone):
     config |= {"dtype": "float32", "name": "one_block"}
     with without_values():
         twin = type(backbone).from_config(config)
-    # So that Torch keeps nothing for a gradient.
+    # Otherwise Torch saves activations for a gradient.
     twin.trainable = False
     return twin
 
 
 def _through_vision(backbone, twin, floats, weights, batches):
-    """Calibrate the vision encoder; give the image tokens of each batch."""
+    """Calibrate the vision encoder; return each batch's image tokens."""
     encoder, projector = backbone.vision_encoder, twin.vision_encoder.projector
     images = [x["images"] for x, _, _ in batches]
     xs = [_to_float(encoder.embed(image)) for image in images]
@@ -161,7 +162,7 @@ def _through_text(backbone, twin, floats, weights, batches, images):
     )
     moment = 0
     for x, (_, y, sample_weight) in zip(xs, batches, strict=True):
-        # The states that predict the responses: all that the head is given.
+        # The states that predict the responses: all inputs of the head.
         states = _to_float(decoder.final_norm(x))[:, -y.shape[1] - 1 : -1]
         states = states[np.asarray(sample_weight) > 0]
         moment = moment + states.T @ states
@@ -172,16 +173,19 @@ def _through_text(backbone, twin, floats, weights, batches, images):
 
 
 def _through_blocks(stack, block, floats, weights, xs, arguments, valid):
-    """Calibrate the blocks of a tower; give what the last one makes of `xs`.
+    """Calibrate the blocks of a tower.
 
     Args:
         stack: `LayerStack`.
-        block: a block of floats, which is filled as each of the stack's.
+        block: a float block, which takes the weights of each block in turn.
         floats: dict of name to `LazyTensor`.
-        weights: dict of name to `Weight` that is rounded.
+        weights: dict of name to the `Weight` that is rounded.
         xs: list of arrays (B, T, D), one a batch.
-        arguments: list of tuples, what blocks get besides.
+        arguments: list of tuples, the other arguments of the blocks.
         valid: list of bool arrays (B, T), the tokens that count; `None`: all.
+
+    Returns:
+        List of arrays (B, T, D), the outputs of the last rounded block.
     """
     writers = _writers(block, weights)
     for number in range(stack.num_layers):
@@ -196,7 +200,7 @@ def _through_blocks(stack, block, floats, weights, xs, arguments, valid):
 
 
 def _writers(layer, weights):
-    """Map the names of a layer's kernels to their formats and writers."""
+    """Return a dict of kernel name to its format and its writer."""
     names = [stable_name(variable.path) for variable in layer.variables]
     return {
         name: (weights[name].quantized_format, weights[name].layer_writer())
@@ -206,15 +210,14 @@ def _writers(layer, weights):
 
 
 def _calibrate(layer, number, floats, writers, run, valid):
-    """Round the projections of a layer for what they are given.
+    """Round the projections of a layer for their inputs.
 
     Args:
-        layer: Keras layer of floats; it is filled, and holds the rounded
-            kernels afterwards.
-        number: int, which of the weights' layers it is.
+        layer: Keras layer of floats; afterwards it holds the rounded kernels.
+        number: int, index of the layer in `floats` and `writers`.
         floats: dict of stable name to `LazyTensor`.
         writers: see `_writers`.
-        run: function of a batch's number that calls the layer.
+        run: function of a batch's index that calls the layer.
         valid: see `_through_blocks`.
     """
     for variable in layer.variables:
@@ -227,7 +230,7 @@ def _calibrate(layer, number, floats, writers, run, valid):
             layout, write = writers[stable_name(kernel.path)]
             stored, scale = round_for(layout, to_host(kernel), *factored)
             write(number, stored, scale)
-            # The floats that these now stand for.
+            # The rounded kernel, for the inputs of the next block.
             kernel.assign(
                 layout.dequantize(
                     ops.convert_to_tensor(stored),
@@ -238,10 +241,10 @@ def _calibrate(layer, number, floats, writers, run, valid):
 
 
 def _moments(layer, run, valid):
-    """Sum up x·xᵀ of what each projection of a layer is given.
+    """Sum x·xᵀ over the inputs of each projection of a layer.
 
     Returns:
-        List of pairs, an array and the projections that are given the same.
+        List of pairs: an array, and the projections that share these inputs.
     """
     sums, sharing = {}, {}
     last = tokens = None

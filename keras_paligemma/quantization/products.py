@@ -1,4 +1,4 @@
-"""Products with weights of few bits, which are floats only for that time."""
+"""Products with quantised weights, dequantised only within the product."""
 
 import contextlib
 import contextvars
@@ -15,9 +15,10 @@ from keras_paligemma.layers.shard_spec import as_stored
 from keras_paligemma.layers.shard_spec import gather
 from keras_paligemma.layers.shard_spec import shard_spec_of
 from keras_paligemma.quantization.storage import QuantizedFormat
+from keras_paligemma.types import Tensor
 
-# Bytes that become floats at a time, and what a part's size is a multiple of,
-# where it can be: lanes, else rows, of a TPU's tiles.
+# Bytes that are dequantised at a time, and the preferred divisors of a part's
+# size: lanes, else rows, of a TPU's tiles.
 PART = 2**24
 ALIGNED = (128, 32, 16, 8, 1)
 _LENT = contextvars.ContextVar("lent", default=({}, None))
@@ -25,16 +26,16 @@ _LENT = contextvars.ContextVar("lent", default=({}, None))
 
 @contextlib.contextmanager
 def stacked_weights_scope(stacks, number):
-    """Let the products of a block read one layer of stacked weights.
+    """Let the products of a block read one layer of scanned weights.
 
-    What becomes floats in parts is read in a loop. A layer's slice that went
-    into it would be a copy, of all kernels of a layer at a time in a backward
-    pass; a part is cut out of the stack as it is.
+    Large weights are dequantised in parts, in a loop. A layer's slice as an
+    input of that loop would be a copy, in a backward pass of all kernels of a
+    layer at once; so each part is sliced out of the stack directly.
 
     Args:
         stacks: dict of the `id` of a block's variable to the variable of all
             layers and its tensor.
-        number: int scalar tensor, the layer.
+        number: int scalar tensor, index of the layer.
     """
     token = _LENT.set((stacks, number))
     try:
@@ -43,17 +44,17 @@ def stacked_weights_scope(stacks, number):
         _LENT.reset(token)
 
 
-def quantized_product(layout, stored, scale, x):
-    """Multiply with a frozen weight that is a float only for that time.
+def quantized_product(layout, stored, scale, x) -> Tensor:
+    """Multiply by a frozen quantised weight.
 
-    The backward pass makes it a float anew: kept for it, the kernels of all
-    layers would be floats at once.
+    The backward pass dequantises the weight again: otherwise the float kernels
+    of all layers would be saved for it at once.
 
     Args:
         layout: `QuantizedFormat`.
         stored: int8 variable or tensor, see `QuantizedFormat.dequantize`.
-        scale: bfloat16, likewise.
-        x: tensor (..., *axes that are summed over).
+        scale: bfloat16 variable or tensor, likewise.
+        x: tensor (..., *summed axes).
 
     Returns:
         Tensor (..., *other axes), of the dtype of `x`.
@@ -70,31 +71,31 @@ def quantized_product(layout, stored, scale, x):
 
         return values.product(x), gradient
 
-    # Values, since the gradient is asked for when the scope of a trainer's or
-    # a stack's values has ended: a variable then has others.
+    # Tensors, not variables: the gradient is computed after the trainer's or
+    # the stack's `StatelessScope` has ended, where variables differ.
     return product(x, *weight.tensors())
 
 
 def quantized_gradient(layout, stored, scale, gradient):
-    """Take a gradient of `quantized_product` back to its `x`.
+    """Return the gradient with respect to `x` of `quantized_product`.
 
     Args:
         layout: `QuantizedFormat`.
         stored: int8 variable or tensor, see `QuantizedFormat.dequantize`.
-        scale: bfloat16, likewise.
-        gradient: tensor (..., *axes that were not summed over).
+        scale: bfloat16 variable or tensor, likewise.
+        gradient: tensor (..., *other axes), of the product's output.
 
     Returns:
-        Tensor (..., *axes that were summed over).
+        Tensor (..., *summed axes).
     """
     return _Weight.of(layout, stored, scale).gradient(gradient)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """The tensors of a weight, or of a stack and the number of a layer.
+    """The tensors of a weight, or of a stack with the index of a layer.
 
-    `shares` says of both tensors how chips share them, see `layers.shard_spec`.
+    `shares` is the `ShardSpec` of both tensors, or `None` each.
     """
 
     layout: QuantizedFormat
@@ -111,7 +112,7 @@ class _Weight:
             return cls(layout, _value(stored), _value(scale), shares=shares)
         (stored, stack), (scale, scales) = stacks[id(stored)], stacks[id(scale)]
         if layout.mode == "int8":
-            # Goes into its product as it is, and is gathered as it is.
+            # Multiplied without dequantisation, and gathered by the compiler.
             return cls(layout, stack, scales, number)
         shares = shard_spec_of(stored), shard_spec_of(scale)
         return cls(layout, stack, scales, number, shares)
@@ -137,7 +138,7 @@ class _Weight:
                 for index in range(count)
             ]
             return ops.concatenate(parts, axis=axis)
-        # Written where it belongs: parts that are put together are copied.
+        # Written in place: a concatenation would copy the parts.
         sizes = self.stored.shape[-len(self.layout.shape) :]
         shape = [*ops.shape(x)[:axis], *(sizes[number] for number in kept)]
 
@@ -172,8 +173,8 @@ class _Weight:
     def _multiply(self, x):
         summed, _ = _axes(self.layout)
         if self.layout.mode == "int8":
-            # The scale of an output multiplies what was summed up: a TPU then
-            # makes floats of the integers within the product.
+            # Outputs are scaled after the sum: a TPU then converts the
+            # integers within the product.
             y = _contract(x, ops.cast(self.stored, x.dtype), summed)
             return y * self._of_outputs(x.dtype)
         return _contract(x, self._floats(x.dtype), summed)
@@ -191,22 +192,23 @@ class _Weight:
         return self.layout.dequantize(self.stored, self.scale, dtype)
 
     def _of_outputs(self, dtype):
-        """Reshape scales of "int8" to what a product gives."""
+        """Reshape the scales of "int8" to the axes of a product's output."""
         summed, _ = _axes(self.layout)
         return ops.cast(ops.squeeze(self.scale, summed), dtype)
 
     def after(self, x):
-        """Make floats only when `x` is known; see `remat.after`."""
+        """Dequantise only after `x` is computed; see `remat.after`."""
         if self.number is not None:
             return dataclasses.replace(self, number=after(x, self.number)[0])
         stored, scale = after(x, self.stored, self.scale)
         return dataclasses.replace(self, stored=stored, scale=scale)
 
     def part(self, index=0, count=1):
-        """Return a part of one layer, whole on each chip; all of it of one.
+        """Return a part of one layer, replicated on all devices.
 
-        Parts lie along the first axis that is kept. Where chips share it, a
-        part is a run of what each of them has, and no more is gathered.
+        Parts lie along the first axis that is not summed. If that axis is
+        sharded, a part has one run of each device's shard, and only these runs
+        are gathered.
         """
         axis, runs = _axes(self.layout)[1][0], self._runs()
         numbers = [] if self.number is None else [self.number]
@@ -214,11 +216,11 @@ class _Weight:
         def cut(x, shares):
             shared = self._parts_of(shares)
             if shared not in (1, runs):
-                # Scales that chips share along another axis than integers.
+                # Scales that are sharded along another axis than integers.
                 x = gather(_layer, x, shares, *numbers)
                 return _part(x, axis, index, count, runs)
             return gather(
-                # Of a shared axis each chip has its run.
+                # Along a sharded axis each device has one run.
                 lambda x, index, *number: _part(
                     x, axis, index, count, runs // shared, *number
                 ),
@@ -232,19 +234,19 @@ class _Weight:
         return _Weight(self.layout, stored, scale)
 
     def _runs(self):
-        """Count the runs that a part consists of."""
+        """Return the number of runs that a part consists of."""
         return self._parts_of(self.shares[0])
 
     def _parts_of(self, shares):
-        """Count the chips' parts of the axis along which parts lie."""
+        """Return the number of shards of the axis along which parts lie."""
         axis = _axes(self.layout)[1][0] - len(self.layout.shape)
         return 1 if shares is None else shares.parts(axis)
 
     def _parts(self):
-        """Count the parts of a large weight that become floats in turn.
+        """Return the number of equal parts that are dequantised in turn.
 
-        Of the larger kernels of a 28b, or of a table, all of them together
-        would take more than the rest of a step. All are of equal size.
+        A larger kernel of 28b, or an embedding table, would take more memory
+        as floats than the rest of a step.
         """
         is_shared = self.shares[0] is not None
         if self.layout.mode == "int8" and platform() == "tpu" and not is_shared:
@@ -260,32 +262,35 @@ class _Weight:
 
 
 def _value(weight):
-    """Return a tensor: TensorFlow takes a Keras variable for one."""
+    """Return the tensor of a variable, or a tensor unchanged."""
     weight = weight.value if isinstance(weight, keras.Variable) else weight
     return ops.convert_to_tensor(weight)
 
 
 def _layer(x, *number):
-    """Return one layer where `x` is a stack, and `x` where it is none."""
+    """Return one layer if `x` is a stack, else `x`."""
     return _part(x, 0, 0, 1, 1, *number)
 
 
 def _part(x, axis, index, count, runs=1, number=None):
-    """Cut a part of an axis out, of one layer where `x` is a stack.
+    """Slice a part of an axis, of one layer if `x` is a stack.
 
     Args:
         x: tensor.
-        axis: int, of a layer.
-        index: int scalar, which part.
-        count: int, how many parts there are.
-        runs: int, of how many runs of equal length a part consists.
-        number: int scalar, which layer of a stack.
+        axis: int, axis of a layer.
+        index: int scalar, index of the part.
+        count: int, number of parts.
+        runs: int, number of runs of equal length in a part.
+        number: int scalar, index of the layer in a stack.
+
+    Returns:
+        Tensor, `axis` divided by `count`.
     """
     if number is None and count == 1:
         return x
     if number is None and axis == 0 and runs == 1:
-        # An index of whole tiles: rows from anywhere would have a TPU lay out
-        # the table anew.
+        # Indexes whole tiles: a slice from any row would make a TPU copy the
+        # table into another layout.
         x = ops.reshape(x, (count, x.shape[0] // count, *x.shape[1:]))
         return ops.take(x, index, axis=0)
     starts, shape = [0] * len(x.shape), list(ops.shape(x))
@@ -302,13 +307,13 @@ def _part(x, axis, index, count, runs=1, number=None):
 
 
 def _axes(layout):
-    """List the axes that a product sums over, and the others."""
+    """Return the axes that a product sums over, and the other axes."""
     rank = len(layout.shape)
     summed = [rank + axis for axis in layout.axes]
     return summed, [axis for axis in range(rank) if axis not in summed]
 
 
 def _contract(x, kernel, axes):
-    """Sum over the last axes of `x` and these axes of a kernel."""
+    """Sum over the last axes of `x` and the given axes of a kernel."""
     last = range(len(x.shape) - len(axes), len(x.shape))
     return ops.tensordot(x, kernel, axes=[list(last), axes])

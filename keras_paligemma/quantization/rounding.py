@@ -1,4 +1,4 @@
-"""Floats to integers of few bits: to the nearest, or as examples ask for.
+"""Rounding floats to int8 and int4: to the nearest, or for example inputs.
 
 On the host, in NumPy, since a checkpoint's arrays are rounded as they are read.
 """
@@ -8,11 +8,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-# The largest integer of four bits that has its negative.
+# The largest 4-bit integer whose negative is one too.
 LARGEST = 7
-# ShardSpec of a peak's scale that are tried.
+# Fractions of a peak's scale that are tried.
 SHARES = np.linspace(1, 0.6, 9, dtype="float32")
-# Inputs and outputs that are rounded at a time for examples.
+# Inputs and outputs that `round_for` processes at a time.
 ROWS, COLUMNS = 128, 2048
 
 
@@ -23,13 +23,14 @@ def round_to(array, axes, largest, scale=None):
         array: float32 NumPy array.
         axes: tuple of ints, the axes that share a scale.
         largest: int, the largest integer.
-        scale: bfloat16 array, axes of size one; of the peaks if `None`.
+        scale: bfloat16 array, `axes` of size 1; computed from the largest
+            absolute values if `None`.
 
     Returns:
         int8 array like `array`, and the scale.
 
     Raises:
-        ValueError: NaN or infinity.
+        ValueError: the array has NaN or infinity.
     """
     if scale is None:
         scale = _scale_of(array, axes, largest)
@@ -39,7 +40,7 @@ def round_to(array, axes, largest, scale=None):
 
 
 def _scale_of(array, axes, largest):
-    """Return the bfloat16 scales at which the peaks are the largest integer."""
+    """Return bfloat16 scales that map the peaks to the largest integer."""
     peak = np.maximum(
         array.max(axes, keepdims=True), -array.min(axes, keepdims=True)
     )
@@ -52,7 +53,7 @@ def _scale_of(array, axes, largest):
 
 
 def _bfloat16_above(scale):
-    """Round float32 up to bfloat16, the upper half of its bits; never to 0."""
+    """Round positive float32 up to bfloat16, its upper 16 bits; never to 0."""
     scale = np.maximum(scale, np.float32(1e-30))
     bits = (scale.view("uint32") + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)
     return bits.view("float32").astype(ml_dtypes.bfloat16)
@@ -63,18 +64,18 @@ def order_and_factor(moment, damping=0.01):
 
     Args:
         moment: NumPy array (inputs, inputs), the sum of x·xᵀ over examples.
-        damping: float, share of the mean of the diagonal that is added to it:
-            what examples did not show counts a little too.
+        damping: float, fraction of the mean of the diagonal that is added to
+            it, so that inputs absent from the examples still count.
 
     Returns:
-        int array (inputs,), the order in which inputs are rounded, the
-        strongest first; float32 array R (inputs, inputs), upper triangular:
-        in that order, the damped moment is R·Rᵀ.
+        int array (inputs,), the order in which inputs are rounded, by falling
+        second moment; float32 array R (inputs, inputs), upper triangular, so
+        that the damped moment in that order is R·Rᵀ.
     """
     moment = moment.astype("float64")
     diagonal = np.einsum("ii->i", moment)
     order = np.argsort(-diagonal, kind="stable")
-    # Inputs that are always zero have no say: any rounding of them is right.
+    # If all inputs are always zero, any rounding is right.
     diagonal += damping * (diagonal.mean() or 1.0)
     last_first = order[::-1]
     turned = np.linalg.cholesky(moment[np.ix_(last_first, last_first)])
@@ -82,25 +83,25 @@ def order_and_factor(moment, damping=0.01):
 
 
 def round_for(layout, array, order, factor):
-    """Round a weight so that its product changes least on what was seen.
+    """Round a weight to minimise the change of its product with examples.
 
-    Input by input: what rounding one does to the products seen is made up for
-    by those that are not rounded yet. The error of a single value may be
-    larger than half a step. A group's scale is the one of `SHARES` of its
-    peak's that rounds its values best, the largest of them cut.
+    Inputs are rounded one by one, and those not rounded yet compensate for the
+    error so far. The error of a single value may exceed half a step. A group's
+    scale is the fraction in `SHARES` of its peak's scale that rounds its
+    values best; values beyond the largest integer are clipped.
 
     Args:
         layout: `QuantizedFormat` of "int4".
         array: NumPy array of its shape, of any float dtype.
-        order, factor: of `order_and_factor`, of the inputs as the axes that
-            are summed over have them.
+        order, factor: results of `order_and_factor`, with inputs in the order
+            of the summed axes.
 
     Returns:
         As `QuantizedFormat.quantize`.
 
-    Source: GPTQ, https://arxiv.org/abs/2210.17323, written as the nearest
-        plane of a lattice, https://arxiv.org/abs/2507.18553: from the factor of
-        the moment itself, nothing is inverted.
+    Source: GPTQ, https://arxiv.org/abs/2210.17323, as Babai's nearest plane
+        algorithm, https://arxiv.org/abs/2507.18553, which factors the moment
+        itself instead of its inverse.
     """
     summed = tuple(range(len(layout.axes)))
     array = np.moveaxis(array, layout.axes, summed)
@@ -126,7 +127,7 @@ def round_for(layout, array, order, factor):
 
 
 def _best_scale(kernel: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Choose a scale for each group of rows and column."""
+    """Return the best scale for each group of rows, in each column."""
     first = np.flatnonzero(np.diff(group, prepend=-1))
     peak = np.maximum.reduceat(np.abs(kernel), first) / np.float32(LARGEST)
     best: Any = None
@@ -146,13 +147,13 @@ def _best_scale(kernel: np.ndarray, group: np.ndarray) -> np.ndarray:
 def _push_errors(kernel, scales, factor):
     """Round the rows of a kernel in turn.
 
-    With e the errors so far, row j changes the products least as a float that
-    is row j + (Σ_{k<j} R_kj · e_k) / R_jj; it is rounded from there.
+    With errors e so far, the best float for row j is
+    row j + (Σ_{k<j} R_kj · e_k) / R_jj, which is then rounded.
     """
     rounded, errors = np.empty_like(kernel), np.empty_like(kernel)
     for start in range(0, len(kernel), ROWS):
         rows = range(start, min(start + ROWS, len(kernel)))
-        # What the rows before do to all of these, in one product.
+        # The terms of all previous chunks, in one product.
         before = factor[:start, start : rows.stop].T @ errors[:start]
         for row in rows:
             here = slice(start, row)

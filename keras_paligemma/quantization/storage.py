@@ -1,9 +1,9 @@
 """Frozen weights as 8-bit or 4-bit integers with scales.
 
 Weights are quantised on the host, in NumPy, while a checkpoint is read, and
-made floats again inside the layer that uses them. Rounding is symmetric and to
-the nearest, `|w - dequantize(quantize(w))| <= scale / 2`, unless examples ask
-for other integers, see `rounding`.
+dequantised inside the layer that uses them. Rounding is symmetric and to the
+nearest, `|w - dequantize(quantize(w))| <= scale / 2`, unless the weights are
+calibrated on examples, see `rounding`.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from keras_paligemma.quantization.rounding import round_to
 
 MODES = (None, "int8", "int4")
 GROUP = 128
-# Rows of a table that are floats at a time while it is quantised.
+# Rows of a table that are quantised at a time.
 ROWS = 4096
-# Scales lie in rows of so many groups on a TPU.
+# Rows of a TPU's memory tile, to which scales are padded.
 TILE = 8
 
 
@@ -27,15 +27,14 @@ TILE = 8
 class QuantizedFormat:
     """How a float array is stored as integers and scales.
 
-    "int8" has one scale for all that one output sums up. "int4" packs two
-    values into a byte and has one scale for each 128 values along the last
-    axis that is summed over; a shorter axis is one group, and the last group
-    of another length is filled up with zeros. A byte holds values of the same
-    group, so that an axis can be sharded between groups.
+    "int8" has one scale an output. "int4" packs two values into a byte and has
+    one scale for each 128 values along the last summed axis; a shorter axis is
+    one group, and the last group is padded with zeros. Both values of a byte
+    are of the same group, so that an axis can be sharded between groups.
 
-    Scales are bfloat16, rounded up before the integers are chosen: their own
-    rounding then costs nothing but steps that are up to 0.8 % wider, and the
-    product of an integer and its scale is exact in float32.
+    Scales are rounded up to bfloat16 before the integers are chosen: this only
+    makes steps up to 0.8 % wider, and the product of an integer and its scale
+    is exact in float32.
 
     Args:
         mode: "int8" or "int4".
@@ -65,7 +64,7 @@ class QuantizedFormat:
 
     @property
     def group(self):
-        """Values that share a scale of "int4": an even number."""
+        """Number of values that share a scale of "int4", even."""
         size = self.shape[self.axes[-1]]
         return min(GROUP, size + size % 2)
 
@@ -75,11 +74,10 @@ class QuantizedFormat:
 
     @property
     def scales(self):
-        """Scales along the axis of groups, in whole tiles.
+        """Number of scales along the axis of groups.
 
-        More than there are groups, where outputs lie behind that axis. Of
-        another number a TPU puts the layers of a stack there, and lays out all
-        of them anew in each step.
+        Padded to a multiple of 8 if axes of outputs follow; otherwise the TPU
+        lays the stack of all layers out anew in each step.
         """
         if self.axes[-1] == -1 or self.groups < TILE:
             return self.groups
@@ -101,24 +99,24 @@ class QuantizedFormat:
         return tuple(shape)
 
     def _with(self, size):
-        """Return the shape with another size of the axis of groups."""
+        """Return the shape with another size along the axis of groups."""
         shape = list(self.shape)
         shape[self.axes[-1]] = size
         return tuple(shape)
 
     def quantize(self, array, scale=None):
-        """Turn a float array into integers and scales, on the host.
+        """Quantise a float array to integers and scales, on the host.
 
         Args:
             array: NumPy array of `shape`, of any float dtype.
-            scale: bfloat16 array, one a group or, of "int8", an output; of the
-                peaks if `None`.
+            scale: bfloat16 array, one a group ("int4") or output ("int8");
+                computed from the largest absolute values if `None`.
 
         Returns:
             int8 array of `stored_shape`, bfloat16 array of `scale_shape`.
 
         Raises:
-            ValueError: another shape; NaN or infinity.
+            ValueError: another shape, or NaN or infinity in the array.
         """
         if tuple(array.shape) != self.shape:
             raise ValueError(
@@ -152,11 +150,11 @@ class QuantizedFormat:
         return packed.reshape(*lead, -1, *tail), scale
 
     def dequantize(self, stored, scale, dtype):
-        """Turn integers and scales into floats, in `keras.ops`.
+        """Return the floats of integers and scales, in `keras.ops`.
 
         Args:
-            stored: int8 tensor of `stored_shape`, or with more axes before,
-                or of other sizes of axes that are not summed over.
+            stored: int8 tensor of `stored_shape`; it may have more leading
+                axes, and other sizes of axes that are not summed over.
             scale: bfloat16 tensor, likewise.
             dtype: str.
 
@@ -184,25 +182,25 @@ class QuantizedFormat:
 
 
 def _filled(array, axis, size):
-    """Fill an axis up with zeros."""
+    """Pad an axis with zeros to `size`."""
     padding = [(0, 0)] * array.ndim
     padding[axis] = (0, size - array.shape[axis])
     return np.pad(array, padding) if size > array.shape[axis] else array
 
 
 def _split(shape, axis):
-    """Split a shape before and behind an axis counted from the end."""
+    """Return the shape before and after an axis counted from the end."""
     return tuple(shape[:axis]), tuple(shape[len(shape) + axis + 1 :])
 
 
 def add_quantized_weight(layer, layout, initializer, name):
-    """Add the variables of a frozen weight to a layer: `name`, `name`_scale.
+    """Add the variables `NAME` and `NAME_scale` of a frozen weight to a layer.
 
     Args:
         layer: Keras layer that is being built.
         layout: `QuantizedFormat`.
-        initializer: Keras initializer of the float array. It must draw the
-            same each time, as Keras's do unless given a generator.
+        initializer: Keras initializer of the float array. It must return the
+            same values each time, as Keras's do unless given a generator.
         name: str.
 
     Returns:

@@ -1,1 +1,1 @@
-"""A server: requests of many clients, answered by one model in batches."""
+"""A server that answers the requests of many clients in batches."""

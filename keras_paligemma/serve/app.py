@@ -1,4 +1,4 @@
-"""The application: endpoints around one model."""
+"""The ASGI application: endpoints around one model."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ def make_app(
     hosts=None,
     fetches=False,
 ):
-    """Make the ASGI application of a model.
+    """Create the ASGI application that serves a model.
 
     Args:
         model: `PresetModel` or `SavedModel`.
@@ -48,15 +48,15 @@ def make_app(
         room: int, requests that wait; more are refused with 429.
         limits: `Limits`.
         codec: `MaskCodec` that decodes masks; the nano preset's if `None`.
-        token: str that requests must bear.
+        token: str, the bearer token that requests must carry, or `None`.
         hosts: strs, names of the server; any if `None`.
-        fetches: bool, fetch pictures of http(s) addresses.
+        fetches: bool, whether to fetch pictures from http(s) URLs.
 
     Returns:
         `Guard` around a `starlette.applications.Starlette`.
 
     Raises:
-        ValueError: sizes that mean nothing.
+        ValueError: if sizes are invalid.
     """
     if room < 1 or milliseconds < 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""From a client's request to the model's thread and back."""
+"""Pass a client's request to the model's thread, and the answer back."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from keras_paligemma.serve.requests import with_seed
 
 @dataclass(frozen=True)
 class Service:
-    """What all endpoints share.
+    """The state that all endpoints share.
 
     Args:
         name: str, the model's name for clients.
@@ -24,8 +24,8 @@ class Service:
         batches: `Batches`.
         limits: `Limits`.
         codec: `MaskCodec` of the model's masks.
-        fetches: bool, pictures of http(s) addresses are fetched.
-        readers: threads that decode pictures.
+        fetches: bool, whether pictures are fetched from http(s) URLs.
+        readers: thread pool that decodes pictures.
     """
 
     name: str
@@ -39,17 +39,17 @@ class Service:
     )
 
     async def ask(self, picture, prompt, choice, copies=1, streams=False):
-        """Queue a prompt.
+        """Decode a picture and queue a prompt about it.
 
         Args:
-            picture: function that gives bytes; called in a thread of its own.
+            picture: function that returns bytes; called in another thread.
             prompt: str.
             choice: `Choice`.
-            copies: int, answers.
+            copies: int, number of answers.
             streams: bool.
 
         Returns:
-            List of `Waiting`, one a copy.
+            List of `Waiting`, one per copy.
         """
 
         def read():
@@ -66,17 +66,17 @@ class Service:
 
 
 async def answers_of(waiting, receive):
-    """Wait for answers, as long as the client does.
+    """Wait for answers while the client is connected.
 
     Args:
         waiting: list of `Waiting`.
-        receive: ASGI's function, whose body is read.
+        receive: ASGI's `receive`; the body has been read.
 
     Returns:
         List of `Answered`.
 
     Raises:
-        Disconnected: the client has gone; the model is spared what waits.
+        Disconnected: if the client has gone; its requests are cancelled.
     """
     answers = asyncio.gather(*[one.answer() for one in waiting])
     gone = asyncio.ensure_future(_gone(receive))
@@ -100,10 +100,10 @@ async def _gone(receive):
 
 
 async def events_of(waiting):
-    """Give (index, piece or `Answered`) of all copies as they come.
+    """Yield (index, piece or `Answered`) of all copies as they arrive.
 
     Raises:
-        Exception: what failed.
+        Exception: whatever the model raised.
     """
     merged = asyncio.Queue()
 

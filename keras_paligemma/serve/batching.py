@@ -1,4 +1,4 @@
-"""Requests that wait together are answered together."""
+"""Batch the requests that are waiting at the same time."""
 
 import asyncio
 import logging
@@ -20,15 +20,15 @@ log = logging.getLogger("keras_paligemma.serve")
 
 @dataclass(eq=False)
 class Waiting:
-    """A request in the queue, and where its answer goes.
+    """A request in the queue, and the channel for its answer.
 
     Args:
         request: `Request`.
         loop: the event loop of its client.
         since: float, seconds of `time.monotonic`.
-        events: `asyncio.Queue` of strs, pieces of text, and at the end an
+        events: `asyncio.Queue` of str, pieces of text, and at the end an
             `Answered` or an exception.
-        left: whether the client has gone.
+        left: bool, whether the client has gone.
     """
 
     request: Request
@@ -38,11 +38,11 @@ class Waiting:
     left: bool = False
 
     def tell(self, event):
-        """Hand an event to the client, from the model's thread."""
+        """Send an event to the client, from the model's thread."""
         self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     async def answer(self):
-        """Wait for the `Answered`; pieces of text are passed over."""
+        """Wait for the `Answered`; pieces of text are skipped."""
         while True:
             event = await self.events.get()
             if isinstance(event, BaseException):
@@ -52,11 +52,11 @@ class Waiting:
 
 
 class Batches:
-    """A queue, and the thread that a model runs in.
+    """A queue of requests, and the thread that runs the model.
 
-    A batch is the oldest request and those behind it that the model can answer
-    with it. It is answered when it is full, or when the oldest has waited long
-    enough. While it is computed the next one fills up by itself.
+    A batch is the oldest request and the later ones that can share a batch
+    with it. It runs when it is full, or when the oldest has waited long
+    enough. While it is computed the next one fills up.
 
     A model whose first programs cannot be compiled answers nobody: `closed`
     says so, and what waits is refused.
@@ -83,18 +83,18 @@ class Batches:
         metrics.queue.set_function(lambda: len(self._queue))
 
     def start(self):
-        """Start the model's thread, which compiles before it answers."""
+        """Start the model's thread, which warms up before it answers."""
         self._thread.start()
 
     def stop(self):
-        """Answer what waits, and end the thread."""
+        """Answer the queued requests and end the thread."""
         with self._changed:
             self.closed = self.closed or "The server stops."
             self._changed.notify_all()
         self._thread.join()
 
     def put(self, requests):
-        """Queue requests, all of them or none.
+        """Queue all of the requests or none.
 
         Args:
             requests: list of `Request`.
@@ -206,7 +206,7 @@ class Batches:
                 self._changed.wait(rest)
 
     def _together(self):
-        """Give the oldest requests that can share a batch."""
+        """Return the oldest requests that can share a batch."""
         key = self.model.key(self._queue[0].request)
         batch = []
         for one in self._queue:

@@ -1,4 +1,4 @@
-"""What keeps a server up: sizes, times, origins and tokens of requests."""
+"""Limits on requests: sizes, times, origins and tokens."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def protocol(seconds):
-    """Make uvicorn's protocol, that lets go of who sends no request.
+    """Return uvicorn's protocol class that drops connections without request.
 
     Args:
         seconds: float, from the connection, or from the reply before, to the
@@ -42,7 +42,8 @@ def protocol(seconds):
 
         def connection_lost(self, exc):
             super().connection_lost(exc)
-            self.waits.cancel()
+            if self.waits is not None:
+                self.waits.cancel()
 
         def _wait(self):
             if self.waits is not None:
@@ -57,16 +58,16 @@ def protocol(seconds):
 
 
 class Guard:
-    """ASGI middleware: refuses what is no request of ours, and counts.
+    """ASGI middleware that rejects invalid requests and counts them all.
 
     Args:
         app: ASGI application.
         limits: `Limits`.
         metrics: `Metrics`.
-        paths: strs, those that have a label of their own in the metrics.
-        token: str that requests must bear, or `None`.
-        hosts: strs, names that the server is called by; `None` takes any. A
-            page whose name is made to point at this machine has another one.
+        paths: strs, paths with a label of their own in the metrics.
+        token: str, the bearer token that requests must carry, or `None`.
+        hosts: strs, names of the server; `None` takes any. This prevents DNS
+            rebinding: such a page's requests carry another name.
     """
 
     def __init__(self, app, limits, metrics, paths, token=None, hosts=None):
@@ -81,12 +82,13 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"] if scope["path"] in self.paths else "other"
-        started, status = time.monotonic(), [None]
+        started = time.monotonic()
+        status: list[int | None] = [None]
 
         async def sending(message):
             if message["type"] == "http.response.start":
                 status[0] = message["status"]
-            # Who does not take its answer holds nobody up.
+            # A client that does not read its answer must not block others.
             async with asyncio.timeout(self.limits.seconds):
                 await send(message)
 
@@ -147,7 +149,7 @@ class Guard:
             raise Refused(413, f"Expected: at most {self.limits.body} bytes.")
 
     async def _body(self, scope, headers, receive):
-        """Read a body, however it comes, within its limits."""
+        """Read a body, chunked or not, within the limits."""
         parts, size = [], 0
         try:
             async with asyncio.timeout(self.limits.seconds):
@@ -195,11 +197,11 @@ async def _refuse(error, scope, receive, send):
 
 
 class Disconnected(Exception):
-    """The client has gone before its request was there."""
+    """The client disconnected before its request was complete."""
 
 
 class _Replay:
-    """`receive` that gives a body that was read, and then what comes."""
+    """`receive` that returns a body already read, and then later events."""
 
     def __init__(self, body, receive):
         self.body = body
@@ -220,7 +222,7 @@ def _is_host(host):
 
 
 def refusal(path, error):
-    """Give a `Refused` in the form of the API that was asked."""
+    """Return a `Refused` in the format of the requested API."""
     content = {"error": str(error)}
     if path.startswith("/v1/"):
         content = {"error": openai_error(error)}
@@ -228,7 +230,7 @@ def refusal(path, error):
 
 
 def openai_error(error):
-    """Give the inside of an error as OpenAI's clients read it."""
+    """Return the content of an error in OpenAI's format."""
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(error.status, "invalid_request_error")
     if error.status >= 500:

@@ -1,4 +1,4 @@
-"""What Prometheus reads from a server."""
+"""The metrics that Prometheus scrapes."""
 
 from prometheus_client import CollectorRegistry
 from prometheus_client import Counter
@@ -7,7 +7,7 @@ from prometheus_client import Histogram
 
 
 class Metrics:
-    """The counters of one server."""
+    """The counters of a server."""
 
     def __init__(self):
         self.registry = CollectorRegistry()

@@ -1,15 +1,16 @@
-"""Chat completions as OpenAI's clients ask for them.
+"""Chat completions in OpenAI's format.
 
-PaliGemma answers one prompt about one picture: a conversation is one message of
-the user with one `image_url` and one text. Other conversations are refused, not
-shortened. Without a temperature the likeliest tokens are taken, as the models
-were evaluated. `max_tokens` beyond the model's longest answer means that one.
+PaliGemma answers one prompt about one picture: a conversation is one user
+message with one `image_url` and one text. Other conversations are refused, not
+shortened. Without a temperature decoding is greedy, as in the models'
+evaluation. `max_tokens` above the model's longest answer means that one.
 """
 
 import json
 import time
 import urllib.request
 import uuid
+from typing import NoReturn
 
 from starlette.responses import JSONResponse
 from starlette.responses import StreamingResponse
@@ -43,12 +44,12 @@ FIELDS = {
     "frequency_penalty": Field("number", "None", 0, 0, 0),
     "presence_penalty": Field("number", "None", 0, 0, 0),
 }
-# Of OpenAI's own house: they change no answer.
+# Fields for OpenAI's own bookkeeping: they change no answer.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier")
 
 
 def models(service):
-    """Make the endpoint that lists the model and its adapters."""
+    """Return the endpoint that lists the model and its adapters."""
 
     async def endpoint(request):
         names = [service.name, *(service.model.adapters or ())]
@@ -67,7 +68,7 @@ def models(service):
 
 
 def chat(service):
-    """Make the endpoint of chat completions."""
+    """Return the endpoint of chat completions."""
 
     async def endpoint(request):
         body = read_json(await request.body())
@@ -147,9 +148,9 @@ def _choice(service, fields):
 
 
 def _message(messages):
-    """Give address and text of the one message that PaliGemma can answer."""
+    """Return URL and text of the only message that PaliGemma can answer."""
 
-    def refuse(reason):
+    def refuse(reason) -> NoReturn:
         raise Refused(
             400,
             f"{reason} Expected: one message of the user with one `image_url` "
@@ -184,7 +185,7 @@ def _message(messages):
 
 
 def _picture(service, address):
-    """Give the bytes behind an address; in a thread of its own."""
+    """Return the bytes behind a URL; runs in another thread."""
     if address[:5].lower() == "data:":
         return read_base64(address, "messages")
     if not address.startswith(("http://", "https://")):
@@ -225,7 +226,7 @@ def _logprobs(answer):
             "bytes": list(token.encode()),
         }
 
-    places = answer.alternatives or ((),) * len(answer.tokens)
+    places = answer.alternatives or [[]] * len(answer.tokens)
     return {
         "content": [
             entry(token, value)
@@ -239,7 +240,7 @@ def _logprobs(answer):
 
 
 async def _stream(reply, waiting, fields):
-    """Give the events of a stream; log-probabilities come with the last."""
+    """Yield the events of a stream; log-probabilities come with the last."""
     reply = reply | {"object": "chat.completion.chunk"}
     options = fields["stream_options"] or {}
     answers = []
@@ -262,7 +263,7 @@ async def _stream(reply, waiting, fields):
             yield chunk(index, {}, **more)
     except Refused as error:
         yield _event({"error": openai_error(error)})
-    # The status is sent: the error is an event.
+    # The status has been sent already, so the error is an event.
     except Exception:  # noqa: BLE001
         failed = Refused(500, "The server failed to answer.")
         yield _event({"error": openai_error(failed)})

@@ -1,4 +1,4 @@
-"""Our own endpoints: answers, and objects with scores."""
+"""This package's own endpoints: answers, and objects with scores."""
 
 import base64
 import io
@@ -42,7 +42,7 @@ OBJECTS = COMMON | {
 
 
 def answer(service):
-    """Make the endpoint that answers a prompt."""
+    """Return the endpoint that answers a prompt."""
 
     async def endpoint(request):
         fields = read_fields(read_json(await request.body()), ANSWER)
@@ -60,11 +60,12 @@ def answer(service):
 
 
 def objects(service, prompt_of):
-    """Make the endpoint that looks for objects.
+    """Return an endpoint that finds objects.
 
     Args:
         service: `Service`.
-        prompt_of: function of labels, `prompts.detect` or `prompts.segment`.
+        prompt_of: function from labels to the prompt, `prompts.detect` or
+            `prompts.segment`.
     """
 
     async def endpoint(request):
@@ -81,12 +82,12 @@ def objects(service, prompt_of):
 
 
 def detect(service):
-    """Make the endpoint that gives boxes."""
+    """Return the endpoint that finds boxes."""
     return objects(service, prompts.detect)
 
 
 def segment(service):
-    """Make the endpoint that gives boxes and masks."""
+    """Return the endpoint that finds boxes and masks."""
     return objects(service, prompts.segment)
 
 
@@ -121,13 +122,13 @@ async def _stream(service, waiting):
             yield f"data: {json.dumps(content)}\n\n"
     except Refused as error:
         yield f"data: {json.dumps({'error': str(error)})}\n\n"
-    # The status is sent: the error is an event.
+    # The status has been sent already, so the error is an event.
     except Exception:  # noqa: BLE001
         yield 'data: {"error": "The server failed to answer."}\n\n'
 
 
 def _content(service, found, labels=None):
-    """Give an answer as JSON; `boxes` is what the page draws."""
+    """Return an answer as JSON; the page draws `boxes`."""
     spelt = "".join(found.tokens) == found.text and found.tokens
     objects_ = read_objects(
         found.tokens if spelt else found.text,
@@ -147,7 +148,7 @@ def _content(service, found, labels=None):
 
 
 def _object(one):
-    """Give an object: edges as shares; its mask a PNG that fills the box."""
+    """Return an object as JSON: edges as fractions, its mask as a PNG."""
     names = ("y1", "x1", "y2", "x2")
     content = {
         "label": one.label,

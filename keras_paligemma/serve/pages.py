@@ -14,7 +14,7 @@ _TYPES = {
     "any": {},
 }
 
-# Nothing of it comes from other sites.
+# Self-contained: it loads nothing from other sites.
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <title>keras_paligemma</title><h1>keras_paligemma</h1>
 <p><a href="/openapi.json">openapi.json</a></p><div id="paths"></div>
@@ -34,11 +34,11 @@ fetch("/openapi.json").then(reply => reply.json()).then(api => {
 
 
 def openapi(posts, version):
-    """Describe the endpoints by the tables that check their fields.
+    """Return the description of endpoints, from the tables of their fields.
 
     Args:
         posts: dict of path to a dict of name to `Field`.
-        version: str, of the package.
+        version: str, the package's version.
 
     Returns:
         Dict, OpenAPI 3.1.

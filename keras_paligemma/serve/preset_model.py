@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -21,16 +22,17 @@ from keras_paligemma.serve.requests import decode_picture
 from keras_paligemma.serve.requests import power_of_two
 from keras_paligemma.serve.requests import sizes
 
-# Tokens a piece of a stream.
+# Tokens per piece of a stream.
 CHUNK = 4
 
 
 class PresetModel:
-    """A `PaliGemmaCausalLM` as `Batches` calls it.
+    """A `PaliGemmaCausalLM` with the interface that `Batches` calls.
 
-    Lengths, temperatures, top-p, top-k, seeds, stops and whether it streams
-    are data of a row, so such requests share a batch. An adapter is a state of
-    the whole model and the number of alternatives a shape, so those do not.
+    Lengths, temperatures, top-p, top-k, seeds, stops and streaming are data of
+    a row, so requests that differ in them share a batch. An adapter is a state
+    of the whole model, and the number of alternatives a shape, so requests that
+    differ in those do not.
 
     Batches of likeliest answers, taken whole, have 1, 2, 4, … rows. Those that
     draw or come in pieces have 1 row or `largest`: each size is a program.
@@ -51,20 +53,20 @@ class PresetModel:
         self.adapters = tuple(model.adapters.configs)
 
     def read(self, picture, prompt, choice, limits, field="image"):
-        """Decode and tokenize; runs outside of the model's thread.
+        """Decode and tokenize a request; runs outside the model's thread.
 
         Args:
             picture: bytes of an encoded picture.
             prompt: str.
             choice: `Choice`.
             limits: `Limits`.
-            field: str, where the picture came from.
+            field: str, name of the request's field with the picture.
 
         Returns:
             Dict of arrays of one row.
 
         Raises:
-            Refused: with what is wrong.
+            Refused: if the request is invalid.
         """
         if choice.adapter is not None and choice.adapter not in self.adapters:
             raise Refused(
@@ -114,7 +116,7 @@ class PresetModel:
 
         Args:
             requests: list of `Request`.
-            tell: function of row and str, told the pieces of rows that stream.
+            tell: function of row and str, called with the pieces of streams.
 
         Returns:
             List of `Answered`.
@@ -151,7 +153,7 @@ class PresetModel:
             for name in requests[0].inputs
         }
         alternatives = any(one.alternatives for one in choices)
-        options = {
+        options: dict[str, Any] = {
             "alternatives": self.most_alternatives if alternatives else 0
         }
         if any(one.temperature for one in choices):
@@ -172,8 +174,8 @@ class PresetModel:
                 ],
             }
         stop = self.model.preprocessor.tokenizer.end_token_id
-        options = Options(**options)
-        options.check(self.model.backbone.vocabulary_size)
+        chosen = Options(**options)
+        chosen.check(self.model.backbone.vocabulary_size)
         asked = prepare(
             self.model,
             inputs,
@@ -181,7 +183,7 @@ class PresetModel:
             0,
             None,
             (stop,),
-            options.seeded(),
+            chosen.seeded(),
         )
         lengths = asked.rows["max_new_tokens"].copy()
         lengths[: len(choices)] = [self._length(one) for one in choices]
@@ -194,7 +196,7 @@ class PresetModel:
         return min(choice.max_new_tokens or self.longest, self.longest)
 
     def _in_pieces(self, requests, asked, tell):
-        """Answer in chunks, and tell what is new in the rows that stream."""
+        """Answer in chunks, and pass on the new text of rows that stream."""
         given = [""] * len(requests)
         for found in chunks(self.model, asked, CHUNK):
             texts = self.model.preprocessor.generate_postprocess(
@@ -249,14 +251,14 @@ class PresetModel:
 
 
 def _piece(tokenizer, token):
-    """Give a token as it stands in a text."""
+    """Return a token as it stands in a text."""
     return tokenizer.id_to_token(token).replace("\u2581", " ")
 
 
 def _spelt(tokenizer, ids):
-    """Give tokens as texts that joined are the answer, and its end "".
+    """Return tokens as texts, which joined are the answer; its end is "".
 
-    Bytes of a character that has several come as they are named: "<0xE2>".
+    The bytes of a multi-byte character are spelt as "<0xE2>".
     """
     end = tokenizer.end_token_id
     for place, token in enumerate(ids):

@@ -1,4 +1,4 @@
-"""What clients ask, checked before the model sees it, and what they get."""
+"""Requests of clients, validated before the model runs, and their answers."""
 
 import base64
 import binascii
@@ -19,10 +19,10 @@ class Refused(Exception):
     """A request that is answered with an error.
 
     Args:
-        status: int, of HTTP.
+        status: int, HTTP status code.
         message: str, for the client.
-        field: str, the field that is wrong, or `None`.
-        headers: dict, more headers of the reply.
+        field: str, name of the invalid field, or `None`.
+        headers: dict, additional headers of the response.
     """
 
     def __init__(self, status, message, field=None, headers=None):
@@ -34,16 +34,15 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may have at most.
+    """Upper limits of a request.
 
     Args:
         body: int, bytes.
-        pixels: int, of a picture, as its file says before it is decoded.
+        pixels: int, of a picture, from its header, before it is decoded.
         prompt: int, characters.
-        seconds: float, until the body is there, and until the client has taken
-            what it is sent.
+        seconds: float, to receive the body, and to send the response.
         connections: int, open at the same time.
-        copies: int, answers to one prompt.
+        copies: int, answers per prompt.
     """
 
     body: int = 20 * 2**20
@@ -56,17 +55,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class Choice:
-    """How an answer is chosen.
+    """The decoding options of a request.
 
     Args:
         max_new_tokens: int, or `None` for the model's longest answer.
-        temperature: float; 0 takes the likeliest tokens.
+        temperature: float; 0 is greedy decoding.
         top_p: float.
         top_k: int, or `None` for all.
         seed: int, or `None` for any.
         stop: tuple of strs that end the answer.
-        adapter: str or `None`, the one that the model was started with.
-        alternatives: int, the likeliest tokens told at each place.
+        adapter: str, or `None` for the one that the model was started with.
+        alternatives: int, number of likeliest tokens returned per position.
     """
 
     max_new_tokens: int | None = None
@@ -81,12 +80,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Request:
-    """A picture and a prompt as the model's thread takes them.
+    """A picture and a prompt, prepared for the model's thread.
 
     Args:
-        inputs: what `read` of the model made of them.
+        inputs: what the model's `read` returned.
         choice: `Choice`.
-        streams: bool, the text is wanted as it comes.
+        streams: bool, whether text is sent as it is generated.
     """
 
     inputs: Any
@@ -100,9 +99,9 @@ class Answered:
 
     Args:
         text: str.
-        tokens: strs, or () where the model's file does not tell them.
-        token_ids: ints, the one that ended it included.
-        log_probabilities: floats, one a token.
+        tokens: strs, or () if the model's file does not return them.
+        token_ids: ints, including the one that ended it.
+        log_probabilities: floats, one per token.
         finish: "stop" or "length".
         alternatives: for each token a tuple of (str, float).
         prompt_tokens: int.
@@ -123,9 +122,9 @@ class Field:
 
     Args:
         kind: "string", "integer", "number", "boolean", "strings" or "any".
-        about: str, for the page of the API.
+        about: str, its description for the API's page.
         least, most: range of a number.
-        default: what a body without it means; `...` if it must have it.
+        default: the value if the field is missing; `...` if it is required.
     """
 
     kind: str
@@ -135,7 +134,7 @@ class Field:
     default: Any = None
 
     def check(self, name, value):
-        """Give the value, or refuse it with the field's name."""
+        """Return the value, or raise `Refused` with the field's name."""
         kinds = {
             "string": (str,),
             "integer": (int,),
@@ -166,7 +165,7 @@ class Field:
 
 
 def read_json(body):
-    """Parse a body: one JSON object, of numbers and letters that there are.
+    """Parse a body: one JSON object without NaN or infinities.
 
     Args:
         body: bytes.
@@ -175,7 +174,7 @@ def read_json(body):
         Dict.
 
     Raises:
-        Refused: it is something else.
+        Refused: if it is anything else.
     """
 
     def no_number(text):
@@ -201,13 +200,13 @@ def read_fields(body, fields, ignores=()):
     Args:
         body: dict.
         fields: dict of name to `Field`.
-        ignores: names that are let through unread.
+        ignores: names of fields that are accepted and ignored.
 
     Returns:
-        Dict of all names; defaults where the body has none or `null`.
+        Dict of all names; defaults for fields that are missing or `null`.
 
     Raises:
-        Refused: an unknown field, one of a wrong type, or one is missing.
+        Refused: if a field is unknown, missing or of a wrong type.
     """
     for name in body:
         if name not in fields and name not in ignores:
@@ -229,7 +228,7 @@ def read_fields(body, fields, ignores=()):
 
 
 def read_prompt(prompt, limits, field="prompt"):
-    """Refuse prompts that are too long or no text."""
+    """Refuse prompts that are too long or not valid text."""
     if len(prompt) > limits.prompt:
         raise Refused(
             400,
@@ -238,7 +237,7 @@ def read_prompt(prompt, limits, field="prompt"):
             field,
         )
     try:
-        # JSON can spell halves of letters, which no UTF-8 has.
+        # JSON can hold lone surrogates, which UTF-8 cannot encode.
         prompt.encode()
     except UnicodeEncodeError as error:
         raise Refused(
@@ -248,7 +247,7 @@ def read_prompt(prompt, limits, field="prompt"):
 
 
 def read_stop(stop):
-    """Give strings that end an answer as a tuple."""
+    """Return the strings that end an answer as a tuple."""
     stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if len(stop) > 4 or not all(0 < len(one) <= 100 for one in stop):
         raise Refused(
@@ -261,7 +260,7 @@ def read_stop(stop):
 
 
 def read_base64(text, field="image"):
-    """Give the bytes of base64, or of a data: URI as browsers write files."""
+    """Return the bytes of base64, or of a data: URI as browsers write it."""
     if text[:5].lower() == "data:":
         head, _, text = text.partition(",")
         if not head.lower().endswith(";base64"):
@@ -275,19 +274,19 @@ def read_base64(text, field="image"):
 
 
 def check_picture(data, limits, field="image"):
-    """Refuse a file of too many pixels, before it is decoded.
+    """Refuse a file with too many pixels before it is decoded.
 
     Args:
         data: bytes of an encoded picture.
         limits: `Limits`.
-        field: str, where it came from.
+        field: str, name of the request's field.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         width = height = limits.pixels
-    # Pillow has no common base for what broken files raise.
+    # Pillow has no common base class for errors of broken files.
     except Exception as error:  # noqa: BLE001
         raise Refused(
             400,
@@ -304,18 +303,18 @@ def check_picture(data, limits, field="image"):
 
 
 def decode_picture(data, limits, field="image") -> np.ndarray:
-    """Decode a file as all of the package does; see `read_image`.
+    """Decode a picture as in the rest of the package; see `read_image`.
 
     Args:
         data: bytes of an encoded picture.
         limits: `Limits`.
-        field: str, where it came from.
+        field: str, name of the request's field.
 
     Returns:
         uint8 array (height, width, 3).
 
     Raises:
-        Refused: no picture, or too large a one.
+        Refused: if it is not a picture, or too large.
     """
     check_picture(data, limits, field)
     try:
@@ -340,7 +339,7 @@ def sizes(largest):
 
 
 def with_seed(choice, number):
-    """Give the choice of the copy of a number: a seed of its own."""
+    """Return the choice of the copy `number`, with a seed of its own."""
     if choice.seed is None:
         return choice
     return dataclasses.replace(choice, seed=(choice.seed + number) % 2**31)

@@ -9,12 +9,12 @@ from keras_paligemma.serve.limits import protocol
 
 
 def run(app, host, port, limits):
-    """Serve until SIGTERM or SIGINT, and answer what was accepted.
+    """Serve until SIGTERM or SIGINT; finish the accepted requests.
 
     Args:
         app: as `make_app` makes it.
         host: str.
-        port: int; 0 takes a free one, which is printed.
+        port: int; 0 selects a free one, which is printed.
         limits: `Limits`.
 
     Raises:

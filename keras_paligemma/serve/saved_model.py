@@ -1,4 +1,4 @@
-"""A SavedModel folder that answers batches of requests, by TensorFlow alone."""
+"""A SavedModel folder that answers batches, with TensorFlow alone."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from keras_paligemma.serve.requests import check_picture
 from keras_paligemma.serve.requests import power_of_two
 from keras_paligemma.serve.requests import sizes
 
-# A GIF of one pixel: nothing has to be made to warm up.
+# A GIF of one pixel, as input to warm up.
 PIXEL = bytes.fromhex(
     "47494638396101000100800000000000ffffff21f90401000000002c000000000100"
     "010000020144003b"
@@ -18,15 +18,15 @@ PIXEL = bytes.fromhex(
 
 
 def is_saved_model(source):
-    """Tell a SavedModel's folder from what `from_preset` takes."""
+    """Return whether a folder is a SavedModel, not a preset."""
     return (Path(source) / "saved_model.pb").is_file()
 
 
 class SavedModel:
-    """What `model.export` wrote, as `Batches` calls it.
+    """An export of `model.export`, with the interface that `Batches` calls.
 
-    Its options are inputs of a whole batch, so requests that differ in one are
-    answered apart. Its graph decodes pictures and tells no tokens as text.
+    Its options are inputs of a whole batch, so requests that differ in them do
+    not share one. Its graph decodes pictures, and returns no tokens as text.
 
     Args:
         folder: str or path.
@@ -34,7 +34,6 @@ class SavedModel:
     """
 
     most_alternatives = 0
-    longest = None
     adapters = None
 
     def __init__(self, folder, largest=8):
@@ -56,7 +55,7 @@ class SavedModel:
         self.longest = int(self.defaults["max_new_tokens"])
 
     def read(self, picture, prompt, choice, limits, field="image"):
-        """Check what the graph cannot; see `PresetModel.read`."""
+        """Validate what the graph cannot; see `PresetModel.read`."""
         for name, default in (
             ("top_p", 1.0),
             ("top_k", None),
@@ -73,7 +72,7 @@ class SavedModel:
         return picture, prompt
 
     def key(self, request):
-        """Give what the requests of a batch have in common."""
+        """Return the key that the requests of a batch share."""
         choice = request.choice
         return choice.max_new_tokens, choice.temperature, choice.adapter
 
@@ -85,7 +84,7 @@ class SavedModel:
     def answer(self, requests, tell):
         """Answer a batch whose requests have one `key`.
 
-        A stream is one piece.
+        A stream arrives as one piece.
         """
         tf, choice = self.tf, requests[0].choice
         given = {"temperature": choice.temperature, "adapter": choice.adapter}
@@ -96,7 +95,7 @@ class SavedModel:
             for name, value in given.items()
             if value is not None
         }
-        # The graph takes any number; few numbers keep its buffers.
+        # The graph takes any batch size; using few sizes reuses its buffers.
         rows = 1 << (len(requests) - 1).bit_length()
         inputs = [one.inputs for one in requests]
         inputs += [inputs[-1]] * (rows - len(inputs))
@@ -128,6 +127,6 @@ def _answered(outputs, row):
         (),
         tuple(ids[:count].tolist()),
         tuple(outputs["log_probabilities"][row][:count].tolist()),
-        # 1 is the end of all of PaliGemma's tokenizers.
+        # 1 is the end token of all PaliGemma tokenizers.
         "stop" if count and ids[count - 1] == 1 else "length",
     )

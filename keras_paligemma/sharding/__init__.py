@@ -1,9 +1,9 @@
-"""One chip to a pod: on which chips which part of a weight lies.
+"""How weights are sharded over chips, from one to a pod.
 
 Names are loaded on first use.
 """
 
 import lazy_loader
 
-# Where each name lives is said in the stub beside this file.
+# The stub beside this file maps each name to its module.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

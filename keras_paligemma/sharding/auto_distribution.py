@@ -1,4 +1,4 @@
-"""Choose a distribution for the devices that are there."""
+"""Choose a distribution for the available devices."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,27 +22,28 @@ def auto(
     remat: str | None = "block",
     **job: Any,
 ) -> distribution.DataParallel | Sharded:
-    """Choose where weights lie: copied if they fit, else shared by few chips.
+    """Choose a distribution: weights replicated if they fit, else sharded.
 
-    By arithmetic: of the layouts that fit, the one whose bounds of time are
-    the lowest. Copies on all chips cost no messages, so they come first, then
-    the smallest group that shares the weights; `keras-paligemma plan` asks the
-    compiler.
+    Of the layouts that fit by an estimate, the one with the lowest bound of
+    time is chosen. Replicated weights need not be gathered, so they come first,
+    then the smallest group of chips that shares the weights. `keras-paligemma
+    plan` asks the compiler instead.
 
     Args:
         preset: str, as `from_preset` takes it.
-        devices: list of device names such as "tpu:0"; all if `None`.
-        memory_gib: float, GiB a device; known of TPUs and GPUs if `None`.
-        remat: `None`, "dots", "block" or "pair", what the model is built with.
+        devices: list of str, device names such as "tpu:0"; all if `None`.
+        memory_gib: float, GiB per device; looked up for TPUs and GPUs if
+            `None`.
+        remat: `None`, "dots", "block" or "pair", the model's `remat`.
         **job: `batch_size`, `prompt_length`, `response_length`, `lora_rank`
             (0 trains all weights), `lora_targets`, `quantize`, `dtype`: see
             `planning.Job`.
 
     Returns:
-        `distribution.DataParallel` or `layouts.Sharded`.
+        `keras.distribution.DataParallel` or `layouts.Sharded`.
 
     Raises:
-        ValueError: nothing fits, or the memory is not known.
+        ValueError: no layout fits, or the memory is not known.
 
     Example:
 
@@ -56,8 +57,8 @@ def auto(
     if memory_gib is None:
         memory_gib = _memory(devices[0])
     training = Training(Job(preset, **job), (remat,))
-    # A v5e's ratio of arithmetic to links stands for all: only the order of
-    # the layouts depends on it.
+    # A v5e's speeds stand for all devices: only the order of the layouts
+    # depends on their ratios.
     kind = machines.find("v5e-1")
     machine = machines.Machine(
         "here",
@@ -89,13 +90,13 @@ def auto(
 
 
 def _fits(training, candidate, machine):
-    """Say whether an estimate leaves the compiler the room that it needs."""
+    """Return whether an estimate leaves enough memory for the compiler."""
     needed = sum(training.memory(candidate).values())
     return needed <= ESTIMATE_SHARE * machine.memory * GIB
 
 
 def _nearest(training, machine):
-    """Name the batch, or else the number of devices, that would fit."""
+    """Return the batch size, or else the device count, that would fit."""
 
     def fits(training, machine):
         return any(
@@ -115,17 +116,17 @@ def _nearest(training, machine):
     return ""
 
 
-def _memory(name):
-    """Return the GiB of a device, from itself or from its kind."""
+def _memory(name) -> float:
+    """Return a device's memory in GiB, by its kind or from the device."""
     import jax
 
     platform, _, number = name.partition(":")
     device = next(
-        one for one in jax.devices(platform) if one.id == int(number or 0)
+        found for found in jax.devices(platform) if found.id == int(number or 0)
     )
     if device.device_kind in machines.MEMORY:
         return machines.MEMORY[device.device_kind]
-    # Of another host's device nobody here may ask; they are of one kind.
+    # Only local devices report their memory; all are of the same kind.
     here = jax.local_devices(backend=platform)[0]
     limit = (here.memory_stats() or {}).get("bytes_limit")
     if limit:

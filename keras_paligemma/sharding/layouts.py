@@ -1,13 +1,13 @@
-"""Which axis of which weight lies on which chips: a table and one rule.
+"""Which mesh axis splits which axis of a weight: a table and one rule.
 
-A mesh has two axes. Chips along "model" are a group; "batch" counts the
-groups. Four strategies say what a group is for:
+A mesh has two axes. Chips along "model" form a group; "batch" counts the
+groups. Four strategies decide what a group shares:
 
-"data"      nothing is split: every chip holds all weights
-"weights"   a group splits the storage of the weights and gathers a layer's
-            when it is used; each chip has examples of its own (FSDP)
-"tensor"    a group splits the work on each example: heads, MLP and vocabulary
-"both"      tensor within a group; across groups the storage is split too
+"data"      nothing: every chip holds all weights
+"weights"   storage: a group splits the weights and gathers a layer's when it
+            is used; each chip has examples of its own (FSDP)
+"tensor"    work: a group splits each example's heads, MLP and vocabulary
+"both"      tensor within a group; the storage is also split across groups
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes  # noqa: F401, NumPy learns bfloat16 by it.
+import ml_dtypes  # noqa: F401, registers bfloat16 with NumPy.
 import numpy as np
 from keras import distribution
 
@@ -25,8 +25,8 @@ from keras_paligemma.layers.stack import stable_name
 
 STRATEGIES = ("data", "weights", "tensor", "both")
 
-# Axes by the letters of `layers.attention`; M is the decoder's width where it
-# meets the vision encoder's, r an adapter's rank, p q c a patch's pixels.
+# Axes by the letters of `layers.attention`; M is the decoder's width in the
+# projector, r an adapter's rank, and p q c a patch's pixels and channels.
 PROJECTIONS = {
     "text_decoder/blocks/attention/query": "D -> N H",
     "text_decoder/blocks/attention/key": "D -> K H",
@@ -44,8 +44,8 @@ PROJECTIONS = {
     "vision_encoder/blocks/mlp/down": "F -> D",
     "vision_encoder/projector": "D -> M",
 }
-# What a projection owns; the scale of low-bit storage has the kernel's axes,
-# of other sizes.
+# Weights of a projection. The scales of quantised storage have the kernel's
+# axes in other sizes.
 _OWNED = {
     "kernel": "{inputs} {outputs}",
     "kernel_scale": "{inputs} {outputs}",
@@ -81,26 +81,29 @@ TABLE = {
     for owned, axes in _OWNED.items()
 } | {name: axes.split() for name, axes in ARRAYS.items()}
 
-# What tensor parallelism splits: axes whose parts do not need one another.
+# Axes that tensor parallelism splits: their parts are independent.
 SPLIT = ("V", "N", "K", "F")
-# Whose storage is split, the first that divides; an adapter's rank never. Not
-# by size: a kernel in low bits and its scales must be split alike.
+# Axes whose storage is split: the first that divides, never an adapter's rank.
+# Not by size, since a quantised kernel and its scales must be split alike.
 STORED = ("V", "F", "D", "M", "I", "H", "N", "K")
-# Values of a layer below which a weight is copied to every chip: gathering it
-# takes longer than it saves memory.
+# Weights of fewer values per layer are replicated: gathering them would cost
+# more time than the memory that it saves is worth.
 SMALL = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A strategy and the mesh that it is for.
+    """A strategy and the shape of its mesh.
 
     Args:
-        strategy: "data", "weights", "tensor" or "both".
-        groups: int, how many groups share the batch.
-        group: int, chips of a group, which share the weights.
-        small: int, weights of fewer values a layer are not split for their
+        strategy: str, "data", "weights", "tensor" or "both".
+        groups: int, number of groups.
+        group: int, chips per group.
+        small: int, weights of fewer values per layer are not split for
             storage.
+
+    Raises:
+        ValueError: an unknown strategy.
 
     Example:
         >>> layout = Layout("weights", groups=2, group=4)
@@ -129,7 +132,7 @@ class Layout:
 
     @property
     def replicas(self) -> int:
-        """How many parts the batch is split into."""
+        """Number of parts that the batch is split into."""
         return self.groups if self.splits_work else self.chips
 
     @property
@@ -139,30 +142,30 @@ class Layout:
 
     @property
     def tensor_chips(self) -> int:
-        """How many chips share the work on one example."""
+        """Number of chips that share the work on one example."""
         return self.group if self.splits_work else 1
 
     @property
     def storage_chips(self) -> int:
-        """How many chips share a weight's storage and gather it to use it."""
+        """Number of chips that a weight is split over and gathered from."""
         return {"weights": self.group, "both": self.groups}.get(
             self.strategy, 1
         )
 
     def axes(self, name: str, shape: Sequence[int]) -> tuple[str | None, ...]:
-        """Say which mesh axis splits each axis of a variable.
+        """Return the mesh axis that splits each axis of a variable.
 
         Args:
-            name: str, of `stable_name`.
-            shape: tuple of ints; of blocks with the layer axis or without.
+            name: str, as `stable_name` returns it.
+            shape: tuple of ints; for blocks, with or without the layer axis.
 
         Returns:
-            Tuple of "batch", "model" or `None`, one an axis.
+            Tuple of "batch", "model" or `None`, one per axis.
 
         Raises:
-            ValueError: a name that is not in the table.
+            ValueError: the name is not in the table.
         """
-        # Nothing of a number can be split: steps, rates, metrics.
+        # Scalars, such as steps, rates and metrics, cannot be split.
         if not shape:
             return ()
         letters = axes_of(name)
@@ -182,7 +185,7 @@ class Layout:
             split = [i for i, one in enumerate(letters) if one in SPLIT]
             _choose(chosen, sizes, split, self.group, "model")
         if large and "model" not in chosen and self.strategy != "data":
-            # Storage, or heads that do not divide: what is summed over.
+            # Storage, also of weights whose heads do not divide.
             _choose(chosen, sizes, _stored(letters), self.group, "model")
         if large and self.strategy == "both":
             _choose(chosen, sizes, _stored(letters), self.groups, "batch")
@@ -193,10 +196,10 @@ def axes_of(name):
     """Return the letters of a variable's axes, or `None` if it is unknown."""
     if name in TABLE:
         return TABLE[name]
-    # Seeds of dropout and sampling: two integers.
+    # Seeds of dropout and sampling are two integers.
     if name.endswith("seed_generator_state"):
         return ["s"]
-    # Optimizers name their variables after the weight, "_" for "/".
+    # Optimizer variables have the weight's name with "_" for "/".
     found = re.search(_IN_OPTIMIZERS, name)
     return TABLE[_FLAT[_without_number(found[1])]] if found else None
 
@@ -215,13 +218,13 @@ _IN_OPTIMIZERS = "({})_[a-z]".format(
 
 
 def _stored(letters):
-    """Order axes as their storage is split."""
+    """Return the axes whose storage may be split, in order of preference."""
     order = [i for i, one in enumerate(letters) if one in STORED]
     return sorted(order, key=lambda i: STORED.index(letters[i]))
 
 
 def _choose(chosen, sizes, order, parts, axis):
-    """Put a mesh axis on the first free axis that divides into parts."""
+    """Assign a mesh axis to the first free axis that divides into parts."""
     if parts == 1:
         return
     for i in order:
@@ -233,12 +236,15 @@ def _choose(chosen, sizes, order, parts, axis):
 class Sharded(distribution.ModelParallel):
     """A `keras.distribution` that follows a `Layout`.
 
-    A variable that neither the table nor `layout_map` knows is an error: a
-    silent copy on every chip is how a model that should fit does not.
+    A variable that is in neither the table nor `layout_map` is an error:
+    replicating it silently could exceed the memory.
 
     Args:
         layout: `Layout`.
         devices: list of devices, as many as the mesh has; all if `None`.
+
+    Raises:
+        ValueError: the number of devices does not match the layout.
     """
 
     def __init__(
@@ -257,7 +263,7 @@ class Sharded(distribution.ModelParallel):
             (layout.groups, layout.group), ["batch", "model"], devices
         )
         self.layout = layout
-        # Each process brings its part of a batch, as `data.Batches` do.
+        # Each process loads its part of a batch, as `data.Batches` does.
         super().__init__(
             layout_map=distribution.LayoutMap(mesh),
             batch_dim_name="batch",
@@ -282,7 +288,7 @@ class Sharded(distribution.ModelParallel):
         return distribution.TensorLayout(axes, self.device_mesh)
 
     def get_data_layout(self, data_shape: Sequence[int]) -> Any:
-        # Processes that share a replica bring the same examples.
+        # Processes that share a replica load the same examples.
         size = data_shape[0] * min(self.num_processes, self.layout.replicas)
         check_batch(size, self.layout.replicas, self.layout)
         rest = [None] * (len(data_shape) - 1)
@@ -292,7 +298,7 @@ class Sharded(distribution.ModelParallel):
 
 
 class _OverBothAxes(distribution.TensorLayout):
-    """Data that all chips of all groups share: Keras knows one axis alone."""
+    """Data split over both mesh axes, which Keras's layouts cannot express."""
 
     @property
     def backend_layout(self):
@@ -305,7 +311,7 @@ class _OverBothAxes(distribution.TensorLayout):
 
 
 def check_batch(batch_size, replicas, layout):
-    """Refuse a batch that chips cannot share evenly."""
+    """Check that the batch divides evenly over the replicas."""
     if batch_size % replicas:
         below = batch_size // replicas * replicas
         near = f"{below} or {below + replicas}" if below else f"{replicas}"
@@ -322,20 +328,21 @@ def distribute(
     devices: Sequence[Any] | None = None,
     small: int = SMALL,
 ) -> Sharded:
-    """Make a distribution for `keras.distribution.set_distribution`.
+    """Return a distribution for `keras.distribution.set_distribution`.
 
     Args:
-        strategy: "data", "weights", "tensor" or "both", see this module.
-        shape: tuple (groups, chips of a group); all chips are one group if
-            `None`.
-        devices: list of device names such as "tpu:0"; all if `None`.
+        strategy: str, "data", "weights", "tensor" or "both", see this module.
+        shape: tuple (groups, chips per group); one group if `None`, or one
+            chip per group for "data".
+        devices: list of str, device names such as "tpu:0"; all if `None`.
         small: int, see `Layout`.
 
     Returns:
         `keras.distribution.DataParallel` for "data", else `Sharded`.
 
     Raises:
-        ValueError: a mesh that does not match the devices.
+        ValueError: an unknown strategy, or a mesh that does not match the
+            devices.
 
     Example:
 
@@ -357,14 +364,14 @@ def distribute(
 
 
 def data_shard() -> tuple[int, int]:
-    """Say which part of the data this process reads, as `Batches` take it.
+    """Return the part of the data that this process reads.
 
-    Hosts whose chips are a group of tensor parallelism together bring the
-    same examples; all others bring examples of their own. A batch of
-    `Batches` is then the whole batch divided by the count.
+    Hosts whose chips belong to the same tensor-parallel group read the same
+    examples; all others read different ones. The batch size of `Batches` is
+    then the global batch size divided by the count.
 
     Returns:
-        Tuple (index, count).
+        Tuple of int (index, count), the `shard` of `Batches`.
 
     Example:
 
@@ -382,7 +389,7 @@ def data_shard() -> tuple[int, int]:
 
 
 def chip_bytes(layout, variables):
-    """Count the bytes of variables on one chip.
+    """Return the bytes of variables on one chip.
 
     Args:
         layout: `Layout`.
@@ -393,8 +400,12 @@ def chip_bytes(layout, variables):
     """
     parts = {"model": layout.group, "batch": layout.groups, None: 1}
     total = 0
-    for one in variables:
-        axes = layout.axes(stable_name(one.path), tuple(one.shape))
+    for variable in variables:
+        axes = layout.axes(stable_name(variable.path), tuple(variable.shape))
         split = math.prod(parts[axis] for axis in axes)
-        total += math.prod(one.shape) * np.dtype(one.dtype).itemsize // split
+        total += (
+            math.prod(variable.shape)
+            * np.dtype(variable.dtype).itemsize
+            // split
+        )
     return total

@@ -1,1 +1,1 @@
-"""Prompts, and what answers mean: objects, boxes and masks, without Keras."""
+"""Prompts, and parsing of answers: objects, boxes and masks, without Keras."""

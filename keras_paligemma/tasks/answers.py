@@ -1,4 +1,4 @@
-"""Answers to `detect` and `segment`: text to objects, and back."""
+"""Parse and write answers to `detect` and `segment`."""
 
 import bisect
 import dataclasses
@@ -24,10 +24,9 @@ from keras_paligemma.tasks.objects import Skipped
 from keras_paligemma.tasks.prompts import SEPARATOR
 from keras_paligemma.tasks.prompts import check_label
 
-# One part of an answer: locations, codes of a mask, and words up to the next
-# part. Tokens that do not exist, such as <loc1024>, belong to the part too, so
-# that it is not taken for one of other numbers. Some decoders put spaces
-# between tokens.
+# One part of an answer: locations, mask codes, and words up to the next part.
+# Invalid tokens such as <loc1024> match too, so that they are reported instead
+# of read as another number. Some decoders put spaces between tokens.
 _PART = re.compile(
     r"(?P<locations>(?:<loc\w*>\s*)*)"
     r"(?P<codes>(?:<seg\w*>\s*)*)"
@@ -49,37 +48,37 @@ def read_objects(
     score: Score = scores.box_and_label,
     scale: int = LAST,
 ) -> Objects:
-    """Read the objects of an answer to `detect` or `segment`.
+    """Parse the objects of an answer to `detect` or `segment`.
 
-    A model may say anything. What is not exactly an object is none: it is
-    passed over and told in `skipped`, with the reason. No answer is an error.
+    A model may generate anything. A part that is not exactly an object is
+    listed in `skipped`, with the reason; no answer raises an error.
 
-    - A box is four existing locations in a row, not upside down.
-    - A mask is 16 existing codes behind a box. Where codes are wrong, or there
-      is no codec to decode them with, the object has its box alone.
-    - A label is the words behind that; it may be missing, as in RefCOCO's
+    - A box is four valid locations in a row, with ordered edges.
+    - A mask is 16 valid codes after a box. If the codes are invalid, or there
+      is no codec to decode them, the object has only its box.
+    - A label is the words after that; it may be missing, as in RefCOCO's
       answers.
 
     Args:
         answer: str, or the list of its tokens as text, which joined are the
-            answer, without the one that ends it. Of a character of several
-            byte tokens the first is the text, the others are empty.
-        codec: decodes masks: the one that the model learned.
-        labels: those that were asked for; objects of others are skipped.
-            `None` takes any.
-        image: the picture, for notebooks to show.
-        log_probabilities: float a token of `answer`, which is a list then;
-            gives objects their scores.
-        score: function of the log-probabilities of locations and label; see
-            `tasks.scores`, whose best one is the default.
-        scale: what locations are divided by, 1023 or 1024; see
-            `tasks.locations`.
+            answer, without the end token. The first byte token of a
+            multi-byte character holds the character, the others are empty.
+        codec: `MaskCodec` that decodes masks: the one the model was trained
+            with. `None` decodes no masks.
+        labels: requested labels; objects of others are skipped. `None` takes
+            any.
+        image: the picture, displayed by notebooks.
+        log_probabilities: float per token of `answer`, which is then a list;
+            objects get scores.
+        score: function from the log-probabilities of locations and label to
+            a score; see `tasks.scores`, whose best one is the default.
+        scale: divisor of locations, 1023 or 1024; see `tasks.locations`.
 
     Returns:
         `Objects`.
 
     Raises:
-        ValueError: log-probabilities do not go with the tokens.
+        ValueError: if log-probabilities do not match the tokens.
 
     Example:
 
@@ -119,20 +118,20 @@ def read_objects(
 def write_objects(
     objects: Iterable[Object], codec: MaskCodec | None = None, scale: int = LAST
 ) -> str:
-    """Write objects as the answer that a model is trained to give.
+    """Write objects as the answer that a model is trained on.
 
     Args:
         objects: `Object`s, in the order of the answer.
-        codec: encodes masks, which all objects must have then; `None` writes
-            boxes alone.
-        scale: what shares are multiplied by; see `tasks.locations`.
+        codec: `MaskCodec` that encodes masks, which all objects must then
+            have; `None` writes only boxes.
+        scale: factor of fractions to locations; see `tasks.locations`.
 
     Returns:
         `"<loc…>×4 label ; …"`, or with `<seg…>` × 16 before each label.
 
     Raises:
-        ValueError: a mask is missing or empty, or a label holds what
-            separates labels.
+        ValueError: if a mask is missing or empty, or a label contains a
+            separator of labels.
 
     Example:
 
@@ -150,15 +149,15 @@ def write_object(
     """Write one object as a part of an answer.
 
     Args:
-        one: `Object`; its mask is not looked at.
+        one: `Object`; its mask is ignored.
         codes: 16 integers, 0 to 127, of its mask; `None` writes none.
-        scale: what shares are multiplied by; see `tasks.locations`.
+        scale: factor of fractions to locations; see `tasks.locations`.
 
     Returns:
         `"<loc…>×4 label"`, with `<seg…>` × 16 before the label.
 
     Raises:
-        ValueError: the label holds what separates labels.
+        ValueError: if the label contains a separator of labels.
 
     Example:
 
@@ -184,20 +183,20 @@ def _codes(one, codec):
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A part of an answer; numbers are `None` where no such token exists."""
+    """A part of an answer; numbers are `None` for invalid tokens."""
 
     text: str
     locations: tuple[int | None, ...]
     codes: tuple[int | None, ...]
     label: str
-    # Where these are in the answer, the spaces around them left out: those
-    # are of other tokens.
+    # Spans in the answer without surrounding spaces, which belong to other
+    # tokens.
     locations_span: tuple[int, int]
     label_span: tuple[int, int]
 
 
 def _parts(answer):
-    """Cut an answer at its separators, and where locations begin."""
+    """Split an answer at separators, and where locations begin."""
     for match in _PART.finditer(answer):
         text = match[0].rstrip(";").strip()
         if text:
@@ -218,7 +217,7 @@ def _span(match, group):
 
 
 def _numbers(tokens, last):
-    """The numbers of tokens; `None` for those that do not exist."""
+    """Return the numbers of tokens; `None` for invalid ones."""
     found = [_NUMBER.fullmatch(token) for token in _TOKEN.findall(tokens)]
     numbers = [int(one[1] or one[2]) if one else None for one in found]
     return tuple(
@@ -228,7 +227,7 @@ def _numbers(tokens, last):
 
 
 def _refuse(part, labels):
-    """Say why a part is no object; `None` if it is one."""
+    """Return why a part is not an object; `None` if it is one."""
     count = len(part.locations)
     if not count:
         return "a mask without a box" if part.codes else "words without a box"
@@ -245,7 +244,7 @@ def _refuse(part, labels):
 
 
 def _refuse_mask(part, codec):
-    """Say why an object gets no mask, if it has codes of one."""
+    """Return why the codes of an object are no mask; `None` otherwise."""
     if not part.codes:
         return None
     if len(part.codes) != CODES:
@@ -256,7 +255,7 @@ def _refuse_mask(part, codec):
 
 
 def _decode(parts, codec):
-    """The mask of each part; `None` where it has none."""
+    """Return the mask of each part; `None` if it has none."""
     has_mask = [
         bool(one.codes) and not _refuse_mask(one, codec) for one in parts
     ]
@@ -266,7 +265,7 @@ def _decode(parts, codec):
 
 
 def _score(parts, tokens, log_probabilities, score):
-    """The score of each part, of the tokens that its box and label are of."""
+    """Return the score of each part, from the tokens of its box and label."""
     values = np.asarray(log_probabilities, "float64")
     if isinstance(tokens, str) or len(tokens) != len(values):
         raise ValueError(
@@ -283,7 +282,7 @@ def _score(parts, tokens, log_probabilities, score):
     starts = [0, *ends[:-1]]
 
     def of(span):
-        """Values of all tokens that have a character of the span."""
+        """Return the values of all tokens with a character in the span."""
         first = bisect.bisect_right(ends, span[0])
         last = bisect.bisect_left(starts, span[1])
         while first < last < len(tokens) and not tokens[last]:

@@ -1,4 +1,4 @@
-"""Pictures beside each other, to be looked at."""
+"""Pictures side by side, with captions."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from PIL import Image
 from PIL import ImageDraw
 from PIL import ImageFont
 
-# Pictures in a row, their longest side, their text and their distance, pixels.
+# Pictures per row, and in pixels: their longest side, text height, margin.
 COLUMNS, CELL, FONT_SIZE, MARGIN = 3, 448, 22, 8
 
 
@@ -16,8 +16,8 @@ def contact_sheet(
     """Arrange pictures in rows, each above its caption.
 
     Args:
-        pictures: of any size, made smaller where they are larger than a cell.
-        captions: one a picture.
+        pictures: of any size; those larger than a cell are reduced.
+        captions: one per picture; one that is too wide ends with "…".
 
     Returns:
         `PIL.Image.Image` in RGB.
@@ -41,5 +41,14 @@ def contact_sheet(
         small = picture.copy()
         small.thumbnail((CELL, CELL))
         sheet.paste(small, (x, y))
-        pen.text((x, y + CELL + 4), caption, "black", font)
+        pen.text((x, y + CELL + 4), _cut(caption, font), "black", font)
     return sheet
+
+
+def _cut(caption, font):
+    """Shorten a caption to the width of a cell."""
+    if font.getlength(caption) <= CELL:
+        return caption
+    while font.getlength(f"{caption}…") > CELL:
+        caption = caption[:-1]
+    return f"{caption}…"

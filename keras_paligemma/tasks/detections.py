@@ -17,20 +17,20 @@ def from_detections(
     size: tuple[int, int],
     classes: Sequence[str] | Mapping[int, str] | None = None,
 ) -> list[Object]:
-    """Read detections of supervision, or whatever has its attributes.
+    """Convert detections of supervision, or of any type with its attributes.
 
     Args:
         detections: `supervision.Detections`: `xyxy` in pixels; and `mask`,
-            `confidence`, `class_id` and `data["class_name"]` or `None`.
+            `confidence`, `class_id` and `data["class_name"]`, or `None` each.
         size: (height, width) of the picture, pixels.
-        classes: names by `class_id`, where there is no "class_name".
+        classes: names by `class_id`, used if there is no "class_name".
 
     Returns:
         List of `Object`, in the same order.
 
     Raises:
-        ValueError: a box is outside of the picture, or a mask empty within
-            its box, or of another size than the picture.
+        ValueError: if a box is outside the picture, or a mask is empty within
+            its box or not of the picture's size.
 
     Example:
 
@@ -77,21 +77,21 @@ def to_detections(
 ) -> Any:
     """Convert objects to `supervision.Detections`, for its annotators.
 
-    Masks and scores are handed on where all objects have one: supervision
-    holds them for all objects, or for none.
+    Masks and scores are included only if all objects have one, since
+    supervision stores them for all objects or for none.
 
     Args:
         objects: `Object`s of one picture.
         size: (height, width) of the picture, pixels.
-        classes: names whose places are the `class_id`s; the labels of the
-            objects, by name, if `None`.
+        classes: names whose indices are the `class_id`s; `None` uses the
+            sorted labels of the objects.
 
     Returns:
         `supervision.Detections` with `data["class_name"]`.
 
     Raises:
-        ImportError: supervision is missing.
-        ValueError: a label is not among the classes.
+        ImportError: if supervision is not installed.
+        ValueError: if a label is not among the classes.
     """
     try:
         import supervision

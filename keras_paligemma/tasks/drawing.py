@@ -1,4 +1,4 @@
-"""Objects on a picture: masks, boxes, and labels that can all be read."""
+"""Draw objects on a picture: masks, boxes, and labels without overlap."""
 
 import math
 from collections.abc import Iterable
@@ -13,19 +13,19 @@ from PIL import ImageFont
 
 from keras_paligemma.preprocessing.images import read_image
 
-# On smaller pictures labels could not be read: pixels of the longer side.
+# Smaller pictures are enlarged for legible labels: longer side in pixels.
 LEAST_SIDE = 448
 
-# Heights of text, pixels: as a share of the picture's, and the least two.
+# Text height as a fraction of the picture's, and two minimums in pixels.
 TEXT_SHARE, TEXT_HEIGHT, LEAST_TEXT_HEIGHT = 0.025, 16, 11
 
-# Lines, as a share of the picture's size; how much of a mask's colour is seen.
+# Line width as a fraction of the picture's size; opacity of masks.
 LINE_SHARE, MASK_OPACITY = 0.004, 0.45
 
-# Characters that are measured at all: a model may repeat itself.
+# Longer labels are cut before measuring: a model may repeat itself.
 _LONGEST_LABEL = 300
 
-# Told apart by most eyes, on light and dark pictures.
+# Distinct to most eyes, on light and dark pictures.
 COLOURS = (
     (230, 25, 75),
     (60, 180, 75),
@@ -43,23 +43,22 @@ def draw_objects(
 ) -> Image.Image:
     """Draw masks, boxes, labels and scores on a copy of a picture.
 
-    Objects of one label have one colour. Labels never cover one another and
-    never leave the picture: one whose place is taken moves away, with a line
-    to its box. Text shrinks where there is much of it; what still does not
-    fit, of the lowest scores, is left out, and its box remains.
+    Each label has one colour. Labels never overlap and never leave the
+    picture: a label whose place is taken is moved, with a line to its box.
+    Text shrinks if there is much of it; labels that still do not fit, those of
+    the lowest scores, are left out, and their boxes remain.
 
     Args:
-        image: any picture, as `preprocessing.images.read_image` takes it and
-            the model sees it.
+        image: any picture that `preprocessing.images.read_image` takes.
         objects: `tasks.objects.Object`s.
         doubt: float, boxes of lower scores are dashed.
 
     Returns:
         `PIL.Image.Image` in RGB; a picture whose longer side is less than
-        448 pixels is enlarged by a whole factor.
+        448 pixels is enlarged by an integer factor.
 
     Raises:
-        ValueError: the picture cannot be read.
+        ValueError: if the picture cannot be read.
 
     Example:
 
@@ -76,7 +75,7 @@ def draw_objects(
     objects = list(objects)
     colours = _colours(objects)
     boxes = [one.pixels((height, width)) for one in objects]
-    # What is large goes below what is small.
+    # Large objects are drawn first, below small ones.
     order = sorted(range(len(objects)), key=lambda i: -_area(boxes[i]))
     for i in order:
         if objects[i].mask is not None:
@@ -96,7 +95,7 @@ def place_labels(
     boxes: Sequence[tuple[int, int, int, int]],
     size: tuple[int, int],
 ) -> list[tuple[int, int] | None]:
-    """Find places for labels, each as near to its box as those before allow.
+    """Place labels, each as near to its box as the earlier ones allow.
 
     Args:
         labels: (height, width) of each, pixels.
@@ -104,7 +103,7 @@ def place_labels(
         size: (height, width) of the picture, pixels.
 
     Returns:
-        For each label its upper left corner, (y, x); `None` where no place is
+        The upper left corner (y, x) of each label; `None` if no place is
         left.
 
     Example:
@@ -140,7 +139,7 @@ def place_labels(
 
 
 def _is_free(corners, size, taken):
-    """Whether a rectangle at each corner covers none of those taken."""
+    """Return whether a rectangle at each corner is free of those taken."""
     if not len(taken):
         return np.ones(len(corners), bool)
     starts, ends = corners[:, None], corners[:, None] + size
@@ -149,7 +148,7 @@ def _is_free(corners, size, taken):
 
 
 def _colours(objects):
-    """One colour a label, in the order that labels come."""
+    """Return each object's colour, one per label in order of appearance."""
     labels = list(dict.fromkeys(one.label for one in objects))
     return [COLOURS[labels.index(one.label) % len(COLOURS)] for one in objects]
 
@@ -159,12 +158,12 @@ def _area(box):
 
 
 def _draw_mask(canvas, mask, box, colour, line):
-    """Blend a mask's colour in, and outline it."""
+    """Blend in a mask's colour and draw its outline."""
     y1, x1, y2, x2 = box
     if not mask.any():
         return
     mask = np.pad(mask[y1:y2, x1:x2], line)
-    # A pixel nearer to the edge than the line is wide sees beyond it.
+    # The blur lowers values within a line's width of the edge: the outline.
     blurred = Image.fromarray(mask * np.uint8(255)).filter(
         ImageFilter.BoxBlur(line)
     )
@@ -179,7 +178,7 @@ def _draw_mask(canvas, mask, box, colour, line):
 
 
 def _draw_box(pen, box, colour, line, is_doubtful):
-    """Draw a box on a darker one, which shows on any ground."""
+    """Draw a box on a darker, wider one, visible on any background."""
     y1, x1, y2, x2 = box
     edges = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
     dark = tuple(part // 4 for part in colour)
@@ -200,7 +199,7 @@ def _draw_box(pen, box, colour, line, is_doubtful):
 
 
 def _draw_labels(pen, objects, boxes, colours):
-    """Write labels and scores, the surest first, where there is room."""
+    """Draw labels and scores, the highest score first, where there is room."""
     width, height = pen.im.size
     words = [_words(one) for one in objects]
     shown = [i for i, both in enumerate(words) if any(both)]
@@ -240,7 +239,7 @@ def _draw_labels(pen, objects, boxes, colours):
 
 
 def _draw_line(pen, box, patch, colour, line):
-    """Lead from a label that does not touch its box to the box."""
+    """Draw a line from a label that does not touch its box to the box."""
     y1, x1, y2, x2 = box
     top, left, bottom, right = patch
     if top <= y2 and bottom >= y1 and left <= x2 and right >= x1:
@@ -251,7 +250,7 @@ def _draw_line(pen, box, patch, colour, line):
 
 
 def _words(one):
-    """The label, on one line, and the score."""
+    """Return the label, on one line, and the score."""
     label = one.label[:_LONGEST_LABEL].encode("utf-8", "replace").decode()
     return " ".join(
         label.split()
@@ -259,7 +258,7 @@ def _words(one):
 
 
 def _fit(label, score, font, room):
-    """Join label and score; cut a label that is wider than the picture."""
+    """Join label and score; shorten a label wider than the picture."""
     text = f"{label} {score}".strip()
     while label and font.getlength(text) > room:
         label = label[:-1]

@@ -1,4 +1,4 @@
-"""Pictures whose values number the objects, from and to masks."""
+"""Label maps, pictures whose values are object numbers, from and to masks."""
 
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -14,19 +14,19 @@ def from_label_map(
     picture: str | Path | Image.Image | np.ndarray,
     ignore: Iterable[int] = (0, 255),
 ) -> dict[int, np.ndarray]:
-    """Separate a picture whose values number the objects.
+    """Read the masks of a label map.
 
     Args:
-        picture: path, Pillow image or array: grey values or a palette's
-            indices, also of 16 bits; of three channels, red + 256 green +
-            65536 blue, as COCO's panoptic maps are.
-        ignore: values that are no object: the background, and VOC's border.
+        picture: path, Pillow image or array: grey values or palette indices,
+            8 or 16 bits; with three channels, red + 256 green + 65536 blue,
+            as in COCO's panoptic maps.
+        ignore: values that are not objects: background, and VOC's border.
 
     Returns:
-        Dict of value to bool array (height, width), by value.
+        Dict of value to bool array (height, width), sorted by value.
 
     Raises:
-        ValueError: the picture cannot be read, or is no map.
+        ValueError: if the picture cannot be read, or is not a label map.
 
     Example:
 
@@ -41,19 +41,19 @@ def from_label_map(
 
 
 def to_label_map(masks: Mapping[int, np.ndarray]) -> Image.Image:
-    """Write masks that do not overlap as one picture.
+    """Write masks that do not overlap as one label map.
 
     Args:
-        masks: dict of value, 1 to 65535, to bool array; all of one size. A
-            reader must not ignore the values: VOC's ignores 255.
+        masks: dict of value, 1 to 65535, to bool array; all of one size. Avoid
+            values that a reader ignores, such as 255 in VOC.
 
     Returns:
-        `PIL.Image.Image` of 8 bits, or of 16 where a value needs them; what
-        is in no mask is 0.
+        `PIL.Image.Image` of 8 bits, or of 16 if a value needs them; pixels in
+        no mask are 0.
 
     Raises:
-        ValueError: masks overlap, which a map cannot hold, or are of
-            different sizes, or a value does not fit.
+        ValueError: if masks overlap or differ in size, or a value is out of
+            range.
 
     Example:
 
@@ -81,7 +81,7 @@ def to_label_map(masks: Mapping[int, np.ndarray]) -> Image.Image:
 
 
 def _values(picture):
-    """The numbers of a map, (height, width)."""
+    """Return the values of a map, (height, width)."""
     try:
         if isinstance(picture, (str, Path)):
             with Image.open(picture) as opened:

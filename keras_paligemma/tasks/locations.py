@@ -1,30 +1,30 @@
-"""Boxes as the numbers of `<loc>` tokens, many at a time."""
+"""Convert boxes to the numbers of `<loc>` tokens and back, vectorised."""
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-# There are 1024 tokens. The published models were trained on round(x · 1023),
-# which gives every token one bin around its own place, and half a bin to the
-# first and the last. Many readers divide by 1024 instead, which moves each
-# edge up and left by at most a thousandth of the picture.
+# There are 1024 tokens. The published models were trained on round(x · 1023):
+# each token is the centre of its bin, and the first and last bins are half as
+# wide. Many readers divide by 1024 instead, which moves each edge up and left
+# by at most a thousandth of the picture.
 LAST = 1023
 
 
-def to_locations(boxes: np.ndarray, scale: int = LAST) -> np.ndarray:
+def to_locations(boxes: ArrayLike, scale: int = LAST) -> np.ndarray:
     """Round edges to the tokens that stand for them.
 
     Args:
-        boxes: float array (…, 4) of y1, x1, y2, x2 as shares of the picture,
-            0 to 1; or any such coordinates.
+        boxes: float array (…, 4) of y1, x1, y2, x2 as fractions of the
+            picture, 0 to 1; or any array of such coordinates.
         scale: 1023 as the models were trained, or 1024 for models that were
             fine-tuned on round(x · 1024).
 
     Returns:
-        int array (…, 4), 0 to 1023. Half of a bin goes to the even number, as
-        in the original.
+        int array (…, 4), 0 to 1023. Halves are rounded to even, as in the
+        original.
 
     Raises:
-        ValueError: a coordinate is not within 0 to 1, or the scale another.
+        ValueError: if a coordinate is outside 0 to 1, or the scale is invalid.
 
     Example:
 
@@ -45,19 +45,19 @@ def to_locations(boxes: np.ndarray, scale: int = LAST) -> np.ndarray:
 
 
 def from_locations(locations: ArrayLike, scale: int = LAST) -> np.ndarray:
-    """Read tokens as edges.
+    """Convert the numbers of tokens to edges.
 
     Args:
         locations: int array (…, 4), 0 to 1023.
-        scale: what they are divided by; see `to_locations`.
+        scale: divisor; see `to_locations`.
 
     Returns:
-        float64 array (…, 4), shares of the picture. `to_locations` of it
-        gives the same tokens; an edge comes back within half a bin, 1 / 2046,
-        or within one bin at the very end of a scale of 1024.
+        float64 array (…, 4), fractions of the picture. `to_locations` restores
+        the same tokens; an edge is restored within half a bin, 1 / 2046, or
+        within one bin at the end of a scale of 1024.
 
     Raises:
-        ValueError: there is no such token, or the scale is another.
+        ValueError: if a number is not of a token, or the scale is invalid.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Masks as 16 `<seg>` codes, and back: the VQ-VAE of the answers, in NumPy."""
+"""Encode masks as 16 `<seg>` codes and back: the VQ-VAE, in NumPy."""
 
 import dataclasses
 import functools
@@ -14,13 +14,13 @@ from keras_paligemma.checksums import read_checked
 from keras_paligemma.preprocessing.resize import resample
 from keras_paligemma.presets import locate
 
-# A mask, cropped to its box, is seen as a square of so many pixels.
+# Masks are cropped to their box and resized to a square of this many pixels.
 SIDE = 64
 
-# Each of the 4 × 4 parts of the square becomes one of 128 codes.
+# Codes per mask, one for each cell of a 4 × 4 grid; size of the codebook.
 CODES, BOOK = 16, 128
 
-# Masks at a time: the last layers hold some megabytes of each.
+# Masks per batch: the last layers need some megabytes for each.
 _PART = 32
 
 _BOOK = "_vq_vae._embedding"
@@ -32,17 +32,16 @@ _BLOCKS = ("encoder.8", "encoder.9", "decoder.2", "decoder.3")
 def layout(
     widths: tuple[int, int, int, int] = (16, 32, 64, 128), features: int = 512
 ) -> dict[str, tuple[int, ...]]:
-    """List the weights of a codec, as PyTorch lays them out.
+    """Return names and shapes of a codec's weights, in PyTorch's layout.
 
     Args:
-        widths: channels after each of the four halvings of the square.
-        features: length of a row of the codebook.
+        widths: channels after each of the four downsampling layers.
+        features: length of a codebook entry.
 
     Returns:
-        Dict of name to shape: convolutions (out, in, height, width),
-        transposed ones (in, out, height, width). With the defaults that of
-        the published file, whose training leftovers, `_vq_vae._ema_*`, are
-        not needed.
+        Dict of name to shape: convolutions (out, in, height, width), transposed
+        ones (in, out, height, width). The defaults are those of the published
+        file, whose training state, `_vq_vae._ema_*`, is not needed.
 
     Example:
 
@@ -76,18 +75,18 @@ def layout(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaskCodec:
-    """A VQ-VAE of masks: 64 × 64 values to 16 codes, and codes to values.
+    """A VQ-VAE that encodes masks of 64 × 64 values as 16 codes, and decodes.
 
-    A model learns its `<seg>` tokens from one codec, and its answers mean
-    something with this codec alone: published models use `vae-oid.npz`
-    (`load`), the nano preset the embedded one (`embedded`).
+    A model learns the `<seg>` tokens of one codec, and its answers can only be
+    decoded with that one: published models use `vae-oid.npz` (`load`), the
+    nano preset the embedded codec (`embedded`).
 
     Args:
         weights: dict of name to float array, of the shapes of `layout`;
-            others are dropped.
+            others are ignored.
 
     Raises:
-        ValueError: weights are missing or do not fit together.
+        ValueError: if weights are missing or do not fit together.
 
     Example:
 
@@ -109,14 +108,14 @@ class MaskCodec:
 
     @classmethod
     def load(cls, path: str | Path) -> "MaskCodec":
-        """Read a codec's file, such as the published `vae-oid.npz`.
+        """Load a codec from a file, such as the published `vae-oid.npz`.
 
         Args:
             path: of the `.npz` file, which Google publishes at
                 `gs://big_vision/paligemma/vae-oid.npz`.
 
         Raises:
-            ValueError: the file is damaged, or holds another model.
+            ValueError: if the file is damaged, or holds another model.
         """
         content = read_checked(path)
         try:
@@ -135,24 +134,26 @@ class MaskCodec:
     @classmethod
     @functools.cache
     def embedded(cls) -> "MaskCodec":
-        """Load the small codec that comes with the nano preset.
+        """Load the small codec that belongs to the nano preset.
 
-        It was trained on silhouettes of emoji by `recipes/mask_codec.py` and
-        has other codes than the published one.
+        It was trained on silhouettes of emoji by `recipes/mask_codec.py`; its
+        codes differ from those of the published codec.
         """
         return cls.load(locate("pali_gemma2_nano_112") / "mask_codec.npz")
 
     def encode(self, squares: np.ndarray) -> np.ndarray:
-        """Turn masks that fill their boxes into codes.
+        """Encode masks that fill their boxes.
 
         Args:
-            squares: array (masks, 64, 64), 0 outside of the object to 1 in it.
+            squares: array (masks, 64, 64), from 0 outside the object to 1
+            inside.
 
         Returns:
-            int array (masks, 16), 0 to 127, row by row of the 4 × 4 parts.
+            int array (masks, 16), 0 to 127, the 4 × 4 cells row by row.
 
         Raises:
-            ValueError: the masks are of another shape, or not of 0 to 1.
+            ValueError: if the masks have another shape, or values outside 0 to
+            1.
         """
         squares = np.asarray(squares, "float32")
         if squares.ndim != 3 or squares.shape[1:] != (SIDE, SIDE):
@@ -163,7 +164,7 @@ class MaskCodec:
             )
         if not len(squares):
             return np.zeros((0, CODES), "int64")
-        # What was resized is off by some roundings.
+        # Resizing adds rounding errors.
         if not np.all(np.abs(squares - 0.5) <= 0.5 + 1e-4):
             raise ValueError(
                 "Masks are encoded from values of 0 to 1. Received: "
@@ -172,7 +173,7 @@ class MaskCodec:
         return _in_parts(self._encode, squares)
 
     def encode_mask(self, mask: np.ndarray) -> list[int]:
-        """Turn one mask of any size into its codes.
+        """Encode one mask of any size.
 
         Args:
             mask: bool array (height, width), the mask within its box, at the
@@ -182,22 +183,23 @@ class MaskCodec:
             16 integers from 0 to 127.
 
         Raises:
-            ValueError: the mask is no such array, or empty.
+            ValueError: if the mask is not such an array, or empty.
         """
         return self.encode(square(mask)[None])[0].tolist()
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Turn codes into masks that fill their boxes.
+        """Decode codes to masks that fill their boxes.
 
         Args:
             codes: int array (masks, 16), 0 to 127.
 
         Returns:
-            float32 array (masks, 64, 64), about -1 to 1; above 0 is in the
-            object. `masks.paste` puts one onto a picture.
+            float32 array (masks, 64, 64), about -1 to 1; above 0 is inside the
+            object. `masks.paste` resizes one into a picture.
 
         Raises:
-            ValueError: there are not 16 codes a mask, or they do not exist.
+            ValueError: if there are not 16 codes per mask, or a code is
+            invalid.
         """
         codes = np.asarray(codes, "int64")
         if codes.size == 0:
@@ -247,7 +249,7 @@ class MaskCodec:
         return x_BHWC + self._convolve(y_BHWC, f"{block}.net.4")
 
     def _convolve(self, x_BHWC, name, stride=1):
-        """Convolve; the size stays, or is halved."""
+        """Convolve; the size is kept, or halved with a stride of 2."""
         kernel_OCHW = self.weights[f"{name}.weight"]
         side = kernel_OCHW.shape[-1]
         pad = (side - 1) // 2
@@ -259,10 +261,10 @@ class MaskCodec:
         return products + self.weights[f"{name}.bias"]
 
     def _double(self, x_BHWC, name):
-        """Convolve transposed, by 4 × 4 and a stride of 2: double the size.
+        """Apply a transposed 4 × 4 convolution of stride 2: double the size.
 
-        A pixel spreads over 4 × 4 pixels around its place; what reaches over
-        the edge is cut off.
+        Each pixel contributes to 4 × 4 pixels around it; contributions beyond
+        the edge are dropped.
         """
         kernel_COHW = self.weights[f"{name}.weight"]
         batch, height, width, _ = x_BHWC.shape
@@ -277,16 +279,16 @@ class MaskCodec:
 
 
 def square(mask: np.ndarray) -> np.ndarray:
-    """Stretch a mask to the square that a codec sees.
+    """Resize a mask to the square that a codec encodes.
 
     Args:
         mask: bool array (height, width), the mask within its box.
 
     Returns:
-        float32 array (64, 64), the share of each pixel that is in the object.
+        float32 array (64, 64), the fraction of each pixel inside the object.
 
     Raises:
-        ValueError: the mask is no such array, or empty.
+        ValueError: if the mask is not such an array, or empty.
 
     Example:
 
@@ -300,7 +302,7 @@ def square(mask: np.ndarray) -> np.ndarray:
             "of one pixel or more within the object. Received: "
             f"{mask.dtype} {mask.shape}, {np.count_nonzero(mask)} pixels."
         )
-    # In bytes and back, as in the original, whose masks are pictures.
+    # Resized as bytes, as in the original, where masks are pictures.
     pixels = resample((mask * np.uint8(255))[..., None], (SIDE, SIDE))
     return pixels[..., 0] / 255
 
@@ -310,13 +312,13 @@ def _relu(x):
 
 
 def _in_parts(function, x):
-    """Apply a function to some rows at a time."""
+    """Apply a function to batches of rows."""
     parts = [function(x[i : i + _PART]) for i in range(0, len(x), _PART)]
     return np.concatenate(parts)
 
 
 def _fitting(weights):
-    """Return the layout of the same widths; refuse weights of another."""
+    """Return the layout with the weights' widths; refuse others."""
     try:
         widths = tuple(weights[f"{name}.bias"].shape[0] for name in _DOWN)
         wanted = layout(widths, weights[_BOOK].shape[1])

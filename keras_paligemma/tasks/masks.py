@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def paste(
 
 
 def from_segmentation(
-    segmentation: Sequence | Mapping, size: tuple[int, int]
+    segmentation: Sequence | Mapping | None, size: tuple[float, float]
 ) -> np.ndarray:
     """Read what COCO's `segmentation` holds: polygons or run lengths.
 
@@ -127,7 +128,9 @@ def from_segmentation(
     )
 
 
-def check_segmentation(segmentation: Sequence | Mapping, size: tuple[int, int]):
+def check_segmentation(
+    segmentation: Sequence | Mapping | None, size: tuple[float, float]
+) -> None:
     """Refuse what `from_segmentation` would, without drawing polygons.
 
     Args and errors are those of `from_segmentation`; run lengths of no pixel
@@ -135,15 +138,17 @@ def check_segmentation(segmentation: Sequence | Mapping, size: tuple[int, int]):
     """
     if isinstance(segmentation, Mapping):
         bounds(from_rle(segmentation, size))
-        return
-    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str):
+    elif isinstance(segmentation, Sequence) and not isinstance(
+        segmentation, str
+    ):
+        for number, polygon in enumerate(segmentation):
+            _flat(number, polygon)
+    else:
         from_segmentation(segmentation, size)
-    for number, polygon in enumerate(segmentation):
-        _flat(number, polygon)
 
 
 def from_polygons(
-    polygons: Iterable[Sequence[float]], size: tuple[int, int]
+    polygons: Iterable[Sequence[float]], size: tuple[float, float]
 ) -> np.ndarray:
     """Fill polygons: what is in one of them is in the mask.
 
@@ -172,7 +177,7 @@ def from_polygons(
             "There is no mask. Expected: one polygon or more. Received: none."
         )
     codec = import_pycocotools()
-    runs = codec.merge(codec.frPyObjects(flat, *size))
+    runs = codec.merge(codec.frPyObjects(flat, *map(int, size)))
     return codec.decode(runs).astype(bool)
 
 
@@ -198,7 +203,9 @@ def to_polygons(mask: np.ndarray) -> list[list[float]]:
     return _polygons(check_mask(mask), 0)
 
 
-def from_rle(runs: Mapping, size: tuple[int, int] | None = None) -> np.ndarray:
+def from_rle(
+    runs: Mapping, size: tuple[float, float] | None = None
+) -> np.ndarray:
     """Read COCO's run lengths, packed or as a list of numbers.
 
     Not by pycocotools, which of damaged run lengths gives what was in memory
@@ -316,7 +323,7 @@ def _flat(number, polygon):
     return flat
 
 
-def import_pycocotools():
+def import_pycocotools() -> ModuleType:
     """Return `pycocotools.mask`, or say how to install it."""
     try:
         from pycocotools import mask

@@ -71,7 +71,7 @@ class Object:
 
     @classmethod
     def from_xyxy(
-        cls, edges: Sequence[float], size: tuple[float, float], **fields
+        cls, edges: Sequence[float], size: tuple[float, float], **fields: Any
     ) -> "Object":
         """Make an object of a box in pixels, by its corners.
 
@@ -95,7 +95,7 @@ class Object:
 
     @classmethod
     def from_xywh(
-        cls, edges: Sequence[float], size: tuple[float, float], **fields
+        cls, edges: Sequence[float], size: tuple[float, float], **fields: Any
     ) -> "Object":
         """Make an object of a box in pixels, as COCO has it.
 
@@ -108,7 +108,7 @@ class Object:
         return cls.from_xyxy((x, y, x + width, y + height), size, **fields)
 
     @classmethod
-    def from_mask(cls, mask: np.ndarray, **fields) -> "Object":
+    def from_mask(cls, mask: np.ndarray, **fields: Any) -> "Object":
         """Make an object of its mask in the picture; the box is the mask's.
 
         Args:
@@ -226,9 +226,11 @@ class Object:
         if not isinstance(other, Object):
             return NotImplemented
         fields = ("box", "label", "score")
-        return all(
-            getattr(self, name) == getattr(other, name) for name in fields
-        ) and np.array_equal(self.mask, other.mask)
+        if any(getattr(self, name) != getattr(other, name) for name in fields):
+            return False
+        if self.mask is None or other.mask is None:
+            return self.mask is other.mask
+        return np.array_equal(self.mask, other.mask)
 
     def __hash__(self):
         return hash((self.box, self.label, self.score))

@@ -123,14 +123,7 @@ def suppress(
     >>> [one.score for one in suppress(both)]
     [0.9]
     """
-    objects = list(objects)
-    for one in objects:
-        if one.score is None:
-            raise ValueError(
-                "Objects are suppressed by their scores. Expected: a number. "
-                f"Received: {one}."
-            )
-    objects.sort(key=lambda one: -one.score)
+    objects = sorted(objects, key=_falling)
     boxes = np.array([one.box for one in objects]).reshape(-1, 4)
     kept = []
     for i, one in enumerate(objects):
@@ -140,3 +133,13 @@ def suppress(
         if not (box_overlaps(boxes[[i]], boxes[rivals]) > overlap).any():
             kept.append(i)
     return [objects[i] for i in kept]
+
+
+def _falling(one):
+    """Return the key that sorts objects from the surest on."""
+    if one.score is None:
+        raise ValueError(
+            "Objects are suppressed by their scores. Expected: a number. "
+            f"Received: {one}."
+        )
+    return -one.score

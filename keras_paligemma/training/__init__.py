@@ -1,9 +1,9 @@
-"""Runs that can be killed, watched, and started from the command line.
+"""Training runs: resumable, with callbacks, and from the command line.
 
 Names are loaded on first use.
 """
 
 import lazy_loader
 
-# Where each name lives is said in the stub beside this file.
+# The stub beside this file maps each name to its module.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""A run that can be killed at any step and goes on as if it had not been."""
+"""Runs that can be killed at any step and resume with the same results."""
 
 import math
 from collections.abc import Sequence
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 
 
 class RunCheckpoint(keras.callbacks.Callback):
-    """Write what training changes, every so many steps, and restore it.
+    """Write the state of training at intervals, and restore it.
 
-    That is: the trained weights, the optimizer, random seeds, the metrics of
-    the epoch so far, and the number of the next batch. Frozen weights are not
-    written: a run of adapters writes adapters. Orbax writes a checkpoint whole
-    or not at all, and shards where the weights are sharded; one that was half
-    written when the run was killed is never seen. Where the newest one was
-    damaged later, the newest whole one is restored, with a warning.
+    The state is the trained weights, the optimizer, random seeds, the metrics
+    of the current epoch, and the number of the next batch. Frozen weights are
+    not written: a run that trains adapters writes adapters. Orbax writes
+    checkpoints atomically, so one that was interrupted is ignored, and shards
+    them as the weights are. If the newest checkpoint was damaged later, the
+    newest intact one is restored, with a warning.
 
-    `fit` of this module uses it as it is meant to be used.
+    `fit` of this module shows how to use it.
 
     Args:
-        directory: str or path, of this run alone.
+        directory: str or path, a folder for this run alone.
         batches: `keras_paligemma.data.Batches` that the run trains on.
-        every: int, steps from one checkpoint to the next; the last step of an
-            epoch writes one too.
-        keep: int, how many of the latest are kept.
+        every: int, steps between checkpoints; the last step of an epoch writes
+            one too.
+        keep: int, number of the latest checkpoints to keep.
 
     Raises:
-        ValueError: while training begins: the checkpoint is another run's, or
-            none is whole.
-        OSError: while training: a checkpoint cannot be written.
+        ValueError: `every` or `keep` is not positive; or when training starts,
+            the checkpoint is of another run, or none is intact.
+        OSError: during training, a checkpoint cannot be written.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RunCheckpoint(keras.callbacks.Callback):
         self._waits = self._files.latest() is not None
 
     def restore(self, model: "PaliGemmaCausalLM") -> None:
-        """Load what the newest whole checkpoint holds into a model.
+        """Load the newest intact checkpoint, if there is any, into a model.
 
         Args:
             model: `PaliGemmaCausalLM`, compiled.
@@ -72,9 +72,10 @@ class RunCheckpoint(keras.callbacks.Callback):
             self._restore()
 
     def read_again(self) -> None:
-        """Let the next `fit` begin with what the last step wrote.
+        """Restore the last checkpoint when the next `fit` begins.
 
-        Keras ends a `fit` with the means of weights, where there are any.
+        Keras ends each `fit` by replacing weights with their moving averages,
+        if the optimizer has any.
         """
         self._waits = True
 
@@ -93,7 +94,7 @@ class RunCheckpoint(keras.callbacks.Callback):
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        # Keras has just set them to zero.
+        # Keras has just reset the metrics.
         if self._metrics is not None:
             for variable, value in zip(
                 self.model.metrics_variables, self._metrics, strict=True
@@ -118,12 +119,12 @@ class RunCheckpoint(keras.callbacks.Callback):
             self._save()
 
     def _place(self, step):
-        """Describe a step: JSON that Orbax keeps beside the arrays."""
+        """Return the state of the data at a step, as JSON values."""
         whole = self.batches.get_state(0)
         return whole | {"batches": step}
 
     def _state(self):
-        """Collect the variables that a step changes, in groups."""
+        """Return the variables that a step changes, in groups."""
         model = self.model
         if keras.backend.backend() == "jax":
             model.jax_state_sync()
@@ -131,7 +132,9 @@ class RunCheckpoint(keras.callbacks.Callback):
         return {
             "trained": model.trainable_variables,
             "optimizer": model.optimizer.variables,
-            "random": [one for one in frozen if "seed" in one.path],
+            "random": [
+                variable for variable in frozen if "seed" in variable.path
+            ],
         }
 
     def _save(self):
@@ -147,14 +150,14 @@ class RunCheckpoint(keras.callbacks.Callback):
 
     def _restore(self):
         if not self.model.optimizer.built:
-            # TensorFlow's trainer builds it within the first step.
+            # TensorFlow's trainer builds it only in the first step.
             self.model.optimizer.build(self.model.trainable_variables)
         state = self._state()
 
         def wanted(step, place):
             self._check_run(step, place, _shapes(state))
             arrays = {"state": _values(state)}
-            # The metrics of an epoch that is over are of no use.
+            # The metrics of a finished epoch are not needed.
             if step % len(self.batches):
                 metrics = self.model.metrics_variables
                 arrays["epoch_metrics"] = _values(metrics)
@@ -191,29 +194,30 @@ def fit(
     callbacks: Sequence[keras.callbacks.Callback] = (),
     **kwargs: Any,
 ) -> keras.callbacks.History:
-    """Train, or go on where a run in this directory was killed.
+    """Train, or resume a killed run in this directory.
 
-    The losses of every step, the weights and the optimizer are those of a run
-    that was never interrupted, bit for bit on the same devices. The state of
-    other callbacks, such as the patience of early stopping, begins anew, and
-    after what is left of an epoch once more: let `CSVLogger` append.
+    The losses of all steps, the weights and the optimizer are those of an
+    uninterrupted run, bit for bit on the same devices. Other callbacks start
+    anew when a run resumes, such as the patience of early stopping, and again
+    after the rest of an interrupted epoch: let `CSVLogger` append.
 
     Args:
-        model: `PaliGemmaCausalLM`, compiled, set up as at the first start.
+        model: `PaliGemmaCausalLM`, compiled, and set up as when the run was
+            started first.
         batches: `keras_paligemma.data.Batches`.
-        directory: str or path, of this run alone.
-        epochs: int, in all.
-        every: int, steps from one checkpoint to the next.
-        keep: int, how many checkpoints are kept.
-        callbacks: Keras callbacks.
-        **kwargs: as `model.fit` takes them.
+        directory: str or path, a folder for this run alone.
+        epochs: int, total number of epochs.
+        every: int, steps between checkpoints.
+        keep: int, number of checkpoints to keep.
+        callbacks: list of Keras callbacks.
+        **kwargs: further arguments of `model.fit`.
 
     Returns:
-        `keras.callbacks.History` of the epochs that were trained now.
+        `keras.callbacks.History` of the epochs trained in this call.
 
     Raises:
-        ValueError: the directory holds another run, or none that is whole; the
-            loss is not finite.
+        ValueError: the directory holds another run, or no checkpoint in it is
+            intact; or the loss is not finite.
         OSError: a checkpoint cannot be written.
 
     Example:
@@ -227,14 +231,15 @@ def fit(
     epoch, rest = divmod(checkpoint.step, len(batches))
     history = {}
     numbers = []
-    # What is left of an epoch is an epoch of fewer steps to Keras.
+    # To Keras, the rest of an epoch is an epoch of fewer steps.
     parts = []
     if rest and epoch < epochs:
         parts.append((epoch, epoch + 1, len(batches) - rest))
     if epoch + len(parts) < epochs:
         parts.append((epoch + len(parts), epochs, len(batches)))
     if not parts and checkpoint.step:
-        # Nothing is left to do, but the model is to be the trained one.
+        # Training is complete: only replace weights by their averages, as `fit`
+        # would have at its end.
         model.optimizer.finalize_variable_values(model.trainable_variables)
     for first, last, steps in parts:
         if numbers:
@@ -259,19 +264,21 @@ def fit(
 
 
 def _values(state):
-    """Return arrays of variables: JAX's own, on their shards, or NumPy's."""
+    """Return values of variables: sharded JAX arrays, or NumPy arrays."""
     if keras.backend.backend() == "jax":
-        return keras.tree.map_structure(lambda one: one.value, state)
+        return keras.tree.map_structure(lambda variable: variable.value, state)
     return keras.tree.map_structure(
-        lambda one: np.asarray(keras.ops.convert_to_numpy(one)), state
+        lambda variable: np.asarray(keras.ops.convert_to_numpy(variable)), state
     )
 
 
 def _shapes(state):
-    # Without names: those of an optimizer's variables tell how many models
-    # were built before in the process.
+    # Without names: those of an optimizer's variables depend on how many models
+    # the process has built.
     return {
-        group: [[list(one.shape), one.dtype] for one in variables]
+        group: [
+            [list(variable.shape), variable.dtype] for variable in variables
+        ]
         for group, variables in state.items()
     }
 

@@ -1,4 +1,4 @@
-"""Checkpoints in a folder: written whole, read whole, or put aside."""
+"""Checkpoint files: written atomically, verified, and set aside if damaged."""
 
 import itertools
 import json
@@ -15,16 +15,19 @@ from keras_paligemma.compat import process
 
 
 class CheckpointFiles:
-    """A description and named nests of arrays for each step, by Orbax.
+    """A description and named nests of arrays for each step, stored by Orbax.
 
-    Orbax writes a checkpoint whole or not at all, but takes what was damaged
-    later for whole: bits of compressed arrays may change unseen. So checksums
-    of all arrays are written too. A run of several processes, whose shards
-    would have to be gathered for them, has none.
+    Orbax writes checkpoints atomically but does not detect later damage to
+    compressed arrays, so checksums of all arrays are written too. Runs of
+    several processes have none, since shards would have to be gathered.
 
     Args:
         directory: str or path.
-        keep: int, how many of the latest are kept.
+        keep: int, number of the latest checkpoints to keep.
+
+    Raises:
+        ImportError: Orbax is not installed.
+        ValueError: the checkpoints in the directory cannot be listed.
 
     Source: https://orbax.readthedocs.io.
     """
@@ -36,7 +39,7 @@ class CheckpointFiles:
         self._manager = self._open()
 
     def latest(self):
-        """Return the latest step, or `None`; it may be damaged."""
+        """Return the latest step, or `None`; its checkpoint may be damaged."""
         return self._manager.latest_step()
 
     def write(self, step, description, arrays):
@@ -44,12 +47,12 @@ class CheckpointFiles:
 
         Args:
             step: int.
-            description: dict that JSON can hold.
-            arrays: dict of name to a nest of arrays, sharded ones of JAX or
-                NumPy's.
+            description: dict of JSON values.
+            arrays: dict of names to nests of arrays, of JAX (sharded or not)
+                or NumPy.
 
         Raises:
-            OSError: no room, or another fault of the disk.
+            OSError: the disk is full or failed.
         """
         arguments = self._orbax.args
         content = {"description": description, "checksums": None}
@@ -66,7 +69,7 @@ class CheckpointFiles:
             self._manager.save(step, args=arguments.Composite(**items))
         except (OSError, ValueError) as error:
             free = shutil.disk_usage(self.directory).free
-            # From Orbax's threads come 40 kB of traces, which tell no more.
+            # Orbax's tracebacks are 40 kB long and say no more.
             raise OSError(
                 f"The checkpoint of step {step} could not be written to "
                 f"{self.directory}, where {free:,} bytes are free. Received: "
@@ -75,21 +78,21 @@ class CheckpointFiles:
             ) from None
 
     def read_newest(self, wanted):
-        """Read the newest checkpoint that is whole.
+        """Read the newest intact checkpoint.
 
-        Damaged ones that are newer are renamed to `damaged-STEP.0`, with a
-        warning, so that their steps can be written again.
+        Newer checkpoints that are damaged are renamed to `damaged-STEP.0`,
+        with a warning, so that their steps can be written again.
 
         Args:
-            wanted: function of step and description that gives a dict of
-                name to a nest of arrays, which are laid out as those to be
-                read. What it raises is not taken for damage.
+            wanted: function of step and description that returns a dict of
+                names to nests of arrays, with the shapes, dtypes and shardings
+                to read. Its errors are not treated as damage.
 
         Returns:
-            Step, description, and dict of name to a nest of arrays.
+            Tuple of step, description, and dict of names to nests of arrays.
 
         Raises:
-            ValueError: none is whole.
+            ValueError: no checkpoint is intact.
         """
         problems = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -112,13 +115,13 @@ class CheckpointFiles:
         )
 
     def _attempt(self, problems, step, read, *args):
-        """Read, or note what is wrong with a step and give `None`."""
+        """Read a step, or record its problem and return `None`."""
         try:
             return read(step, *args)
-        # Damage shows as errors of any kind, from all that Orbax stands on.
+        # Damage can raise any error, from Orbax or the libraries below it.
         except Exception as error:
             if process()[1] > 1:
-                # The others may have read it, and would go on from there.
+                # Other processes may have read it, and would resume from it.
                 raise ValueError(
                     f"The checkpoint of step {step} in {self.directory} is "
                     f"damaged. Received: {_shortened(error)} Expected: a "
@@ -154,7 +157,7 @@ class CheckpointFiles:
             places = (self.directory / f"damaged-{step}.{n}" for n in numbers)
             free = next(place for place in places if not place.exists())
             (self.directory / str(step)).rename(free)
-        # What a manager has found out of a damaged folder goes with it.
+        # A new manager, without cached metadata of the damaged folder.
         self._manager.close()
         self._manager = self._open()
         warnings.warn(

@@ -1,4 +1,4 @@
-"""Mean average precision while a model learns to detect."""
+"""Mean average precision during training of a detector."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -10,25 +10,29 @@ from keras_paligemma.metrics import mean_average_precision
 
 
 class EvaluateObjects(keras.callbacks.Callback):
-    """Detect in some pictures after each epoch, and compare with what is there.
+    """Compute mean average precision on some pictures after each epoch.
 
-    A loss counts a box that is a pixel off as wrong as one on the other side
-    of the picture; average precision does not. The values are put into the
-    epoch's logs as "val_map", "val_map_50" and "val_map_75", so a callback
-    behind this one, such as `CSVLogger` or `EarlyStopping`, has them.
+    To the loss, a box that is one pixel off is as wrong as one on the other
+    side of the picture; to average precision it is not. The values are added
+    to the epoch's logs as "val_map", "val_map_50" and "val_map_75", for the
+    callbacks after this one, such as `CSVLogger` or `EarlyStopping`.
 
     Args:
-        images: pictures, as `generate` takes them.
-        objects: of each picture a list of (box, label), or of objects with
-            these attributes; a box is (y1, x1, y2, x2) as shares.
-        labels: names to ask for; those of `objects` if `None`.
-        every: int, epochs from one look to the next.
+        images: list of pictures, as `generate` takes them.
+        objects: list per picture of (box, label), or of objects with these
+            attributes; a box is (y1, x1, y2, x2), relative to the picture.
+        labels: list of str, labels to detect; those of `objects` if `None`.
+        every: int, epochs between evaluations.
         batch_size: int, pictures at a time.
-        detect: function of the model, pictures and labels to a list of
-            objects a picture, with scores; the model's own `detect` if `None`.
+        detect: function of model, pictures and labels that returns a list of
+            objects with scores per picture; the model's `detect` if `None`.
 
     Attributes:
-        values: dict of epoch to the dict of `mean_average_precision`.
+        values: dict of epochs to dicts of `mean_average_precision`.
+
+    Raises:
+        ValueError: `images` and `objects` do not match or are empty, or
+            `every` or `batch_size` is below 1.
 
     Example:
 
@@ -61,9 +65,9 @@ class EvaluateObjects(keras.callbacks.Callback):
                 f"every={every!r}, batch_size={batch_size!r}."
             )
         named = {
-            one.label if hasattr(one, "label") else one[1]
+            found.label if hasattr(found, "label") else found[1]
             for some in objects
-            for one in some
+            for found in some
         }
         self.images, self.objects = images, objects
         self.labels = sorted(named) if labels is None else list(labels)

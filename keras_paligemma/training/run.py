@@ -1,4 +1,4 @@
-"""A fine-tune from settings: planned, trained, resumed, saved."""
+"""Fine-tune from settings: plan, train or resume, save."""
 
 import dataclasses
 import difflib
@@ -27,50 +27,51 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Checked):
-    """All that a fine-tune needs to know.
+    """All settings of a fine-tune.
 
-    A TOML file has the same names, the command line the same with dashes.
+    A TOML file has the same names; on the command line, "_" becomes "-".
 
     Args:
         preset: str, as `from_preset` takes it.
-        data: str, path of a JSONL file: a line has image, prefix and suffix; or
-            of any other data set that `data.open_source` knows.
+        data: str, path of a JSONL file with image, prefix and suffix in each
+            line; or of another data set that `data.open_source` can read.
         output: str, folder of the run: checkpoints, log, and the result.
-        image_folder: str, where pictures are; the file's folder if none.
-        validation: str, path of another; or of the same folder, whose split
-            "val" is taken.
-        task: str, detect or segment, what to learn of a data set of objects.
-        codec: str, path of vae-oid.npz, which published models know the codes
-            of; the codec of the nano preset if none.
-        allow_empty: bool, take empty answers, as of pictures where there is
-            nothing to detect.
-        epochs: int, times through the data.
-        batch_size: int, examples a step.
-        learning_rate: float, at the end of the warm-up.
+        image_folder: str, folder of the pictures; the file's folder if none.
+        validation: str, path of a validation set; or the same folder as data,
+            whose split "val" is used.
+        task: str, detect or segment, the task to learn of a data set of
+            objects.
+        codec: str, path of vae-oid.npz, the mask codec of published models;
+            the codec of the nano preset if none.
+        allow_empty: bool, accept empty responses, such as those of pictures
+            without objects.
+        epochs: int, number of passes over the data.
+        batch_size: int, examples per step.
+        learning_rate: float, learning rate after the warm-up.
         weight_decay: float, see `transfer_recipe`.
-        warmup: float, share of the steps.
-        label_smoothing: float, share of a target given to all other tokens.
-        gradient_accumulation: int, batches an update.
-        lora_rank: int, of adapters; 0 trains the weights themselves.
+        warmup: float, fraction of the steps.
+        label_smoothing: float, probability that targets give to other tokens.
+        gradient_accumulation: int, batches per update.
+        lora_rank: int, rank of adapters; 0 trains the weights themselves.
         lora_alpha: float, scale of adapters times their rank; the rank if none.
-        lora_targets: strs, what has adapters: decoder.attention, decoder,
+        lora_targets: strs, layers with adapters: decoder.attention, decoder,
             vision, all, …; see `enable_lora`.
-        lora_dropout: float, share of an adapter's inputs that is dropped.
-        dropout: float, share of what each part of a decoder block adds that
-            is dropped.
-        freeze: strs, patterns of weights that stay as they are where
-            weights are trained, such as "vision_encoder/*".
+        lora_dropout: float, dropout rate of an adapter's inputs.
+        dropout: float, dropout rate of the outputs of attention and MLP in
+            each decoder block.
+        freeze: strs, patterns of weights that are not trained when
+            lora_rank is 0, such as "vision_encoder/*".
         quantize: str, int8 or int4, storage of frozen weights.
         dtype: str, dtype policy; the preset's if none.
-        remat: str, what the backward pass computes again: block, dots, pair
-            or none.
+        remat: str, what the backward pass recomputes: block, dots, pair or
+            none.
         image_size: int, pixels; the preset's if none.
         prompt_length: int, tokens; the preset's if none.
         response_length: int, tokens; the preset's if none.
-        skip_errors: bool, count examples that cannot be used and go on.
+        skip_errors: bool, skip and count examples that cannot be used.
         workers: int, processes that read data.
-        save_every: int, steps from one checkpoint to the next.
-        seed: int, of the order, of dropout and of new weights.
+        save_every: int, steps between checkpoints.
+        seed: int, seed of data order, dropout and new weights.
 
     Raises:
         ValueError: a value of a wrong type or out of its range.
@@ -109,23 +110,26 @@ class Settings(Checked):
     seed: int = whole(2**32 - 1, 0, least=0)
 
 
-# Those that may be one string, and a list in a file.
+# Fields that may be a string, or in a file a list of strings.
 TEXTS = ("lora_targets", "freeze")
 
 
 def read_file(path):
-    """Read a TOML file as a dict; that of no file is empty.
+    """Read a TOML file as a dict.
 
     Args:
-        path: str or path, or `None`.
+        path: str or path; `None` for an empty dict.
+
+    Returns:
+        dict.
 
     Raises:
-        ValueError: it is no TOML file.
+        ValueError: it is not a TOML file.
     """
     if path is None:
         return {}
     try:
-        # Editors on Windows put a byte order mark first.
+        # Some editors on Windows write a byte order mark.
         return tomllib.loads(Path(path).read_text("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -137,19 +141,23 @@ def read_file(path):
 
 
 def read_settings(path=None, defaults=None, **given):
-    """Read settings from a TOML file; what is given by name goes before.
+    """Read settings from a TOML file, which keyword arguments override.
 
     Args:
         path: str or path, or `None`.
-        defaults: dict of fields that stand behind both, or `None`.
+        defaults: dict of fields that both override, or `None`.
         **given: fields of `Settings`; `None` means not given.
 
+    Returns:
+        `Settings`.
+
     Raises:
-        ValueError: an unknown name, or one that is needed and missing.
+        ValueError: an unknown name, a missing required field, or an invalid
+            value.
     """
     values: dict[str, Any] = (defaults or {}) | read_file(path)
     values |= {key: value for key, value in given.items() if value is not None}
-    # TOML has no word for nothing.
+    # TOML has no null, so "none" stands for it.
     values = {k: None if v == "none" else v for k, v in values.items()}
     fields = {field.name: field for field in dataclasses.fields(Settings)}
     for key in values.keys() - fields.keys():
@@ -176,21 +184,26 @@ def read_settings(path=None, defaults=None, **given):
 def finetune(
     settings: Settings, dry_run: bool = False, source: Any = None
 ) -> "keras.callbacks.History | None":
-    """Train as the settings say; go on where a killed run in `output` was.
+    """Train by the settings, or resume a killed run in `output`.
 
-    The result is `output`/adapter, as PEFT reads it, or, where the weights
-    themselves are trained, `output`/preset. `output`/log.csv has a line an
-    epoch.
+    The result is an adapter in PEFT's format, `output`/adapter, or a preset,
+    `output`/preset, if the weights themselves are trained. `output`/log.csv
+    has a line per epoch.
 
     Args:
         settings: `Settings`.
         dry_run: bool, print the plan and stop.
-        source: examples in place of the data set that `settings.data` names,
-            such as `evaluation.TrainingSource`; `None` reads that. Its
-            `pictures`, if it has that, is how many a prompt has.
+        source: examples to use instead of `settings.data`, such as
+            `evaluation.TrainingSource`, or `None`. Its attribute `pictures`,
+            if any, is the number of pictures per prompt.
 
     Returns:
-        `keras.callbacks.History`, or `None` of a dry run.
+        `keras.callbacks.History`, or `None` for a dry run.
+
+    Raises:
+        ValueError: settings that contradict each other or the data, or an
+            `output` of another run.
+        OSError: a checkpoint cannot be written.
     """
     import keras
 
@@ -272,7 +285,7 @@ def finetune(
 
 
 def open_data(settings, path, split="train"):
-    """Open the examples at a path as the settings say."""
+    """Open the examples at a path with the options of the settings."""
     from keras_paligemma.data import open_source
     from keras_paligemma.tasks.mask_codec import MaskCodec
 
@@ -287,12 +300,12 @@ def open_data(settings, path, split="train"):
     )
 
 
-# What a run may go on with in another way.
+# Settings that may change when a run resumes.
 FREE = {"output", "epochs", "validation", "workers", "save_every", "remat"}
 
 
 def _check_output(settings, output):
-    """Refuse a folder that is a file, or holds a run of other settings."""
+    """Check that the output is a folder without a run of other settings."""
     for place in (output, *output.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(
@@ -300,13 +313,13 @@ def _check_output(settings, output):
                 f", where {place} is a file. Name another output."
             )
     path = output / "settings.json"
-    # Steps; one that failed before its first checkpoint holds nothing back.
+    # A run that failed before its first checkpoint does not count.
     begun = any(
-        one.name.isdigit() for one in (output / "checkpoints").glob("*")
+        folder.name.isdigit() for folder in (output / "checkpoints").glob("*")
     )
     if not begun or not path.is_file():
         return
-    # A run of an earlier version lacks the settings that came later.
+    # Settings of an earlier version lack fields that were added later.
     defaults = Settings(settings.preset, settings.data, settings.output)
     there = json.loads(_as_json(defaults)) | presets.read_json(path)
     here = json.loads(_as_json(settings))
@@ -334,7 +347,7 @@ def _as_json(settings):
 
 
 def build(settings):
-    """Load the model and choose what is trained."""
+    """Load the model, and add adapters or freeze weights."""
     from keras_paligemma import PaliGemmaCausalLM
     from keras_paligemma.tuning import trainable
 
@@ -349,7 +362,9 @@ def build(settings):
         *("image_size", "prompt_length", "response_length"),
     )
     chosen = {name: getattr(settings, name) for name in names}
-    chosen = {name: one for name, one in chosen.items() if one is not None}
+    chosen = {
+        name: value for name, value in chosen.items() if value is not None
+    }
     model = PaliGemmaCausalLM.from_preset(settings.preset, **chosen)
     if settings.lora_rank:
         model.enable_lora(
@@ -390,7 +405,7 @@ def compile_model(model, settings, steps):
 
 
 def plan(model, settings, examples, steps_an_epoch, pictures=1):
-    """Tell steps and memory before training begins: a str to print."""
+    """Return a summary of steps and memory, a str to print before training."""
     from keras_paligemma.tuning.memory import estimate_memory
 
     preprocessor = model.preprocessor

@@ -1,4 +1,4 @@
-"""What a model answers while it learns: text, and pictures with boxes."""
+"""Sample predictions during training: text, and pictures with boxes."""
 
 import re
 from pathlib import Path
@@ -14,21 +14,25 @@ from keras_paligemma.types import PathLike
 
 
 class SamplePredictions(keras.callbacks.Callback):
-    """Answer a few prompts after each epoch, print and draw the answers.
+    """Generate, print and draw answers to a few prompts after each epoch.
 
-    A loss does not tell that a model repeats itself, or that its boxes are
-    shifted; a look does.
+    They show faults that the loss does not, such as repetition or shifted
+    boxes.
 
     Args:
-        examples: dict of lists `images` and `prompts`, and `responses` where
-            the right answers are known.
-        directory: str or path for one picture an epoch, "epoch_0003.png", of
-            all examples with their boxes and words; `None` draws none.
-        every: int, epochs from one look to the next.
+        examples: dict of lists `images` and `prompts`, and `responses` if the
+            reference answers are known.
+        directory: str or path, folder for one picture per epoch, such as
+            "epoch_0003.png", of all examples with boxes and words; `None`
+            draws none.
+        every: int, epochs between samples.
         max_new_tokens: int, as `generate` takes it.
 
     Attributes:
-        answers: dict of epoch to the list of answers.
+        answers: dict of epochs to lists of str.
+
+    Raises:
+        ValueError: lists of different lengths, or `every` below 1.
     """
 
     def __init__(
@@ -85,13 +89,15 @@ class SamplePredictions(keras.callbacks.Callback):
                 draw_objects(_seen(image), read_objects(answer))
                 for image, answer in zip(inputs["images"], answers, strict=True)
             ]
-            # Boxes are drawn; their tokens would hide the words.
-            words = [re.sub(r"<(loc|seg)\d+>", "", one) for one in answers]
-            sheet = contact_sheet(pictures, [one.strip() for one in words])
+            # Boxes are drawn, so their tokens are left out of the text.
+            words = [
+                re.sub(r"<(loc|seg)\d+>", "", answer) for answer in answers
+            ]
+            sheet = contact_sheet(pictures, [word.strip() for word in words])
             sheet.save(self.directory / f"epoch_{epoch + 1:04}.png")
 
 
 def _seen(image):
-    """Return a picture as the model sees it; of frames, the first."""
+    """Return a picture as uint8 RGB; for frames, the first one."""
     frames = isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4
     return read_image(image[0] if frames else image)

@@ -14,6 +14,7 @@ from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.projection import normal
 from keras_paligemma.layers.weight import Weight
 from keras_paligemma.lora_config import TARGETS
+from keras_paligemma.lora_config import LoraConfig
 from keras_paligemma.tuning import merging
 from keras_paligemma.turns import alone
 
@@ -47,7 +48,7 @@ class Adapters:
     def __init__(self, backbone):
         self.backbone = backbone
         self.turns = backbone.turns
-        self.capacity = None
+        self.capacity: LoraConfig | None = None
         self.configs = {}
         self.loaded = None
         self.active = None
@@ -227,7 +228,7 @@ class Adapters:
     def scales(self, name):
         """Map names of weights to an adapter's scales; 0 of `None`."""
         scales = {}
-        for target in self.capacity.targets:
+        for target in self._room.targets:
             layers = self.num_layers(target)
             value = np.zeros(layers)
             if name is not None:
@@ -242,7 +243,7 @@ class Adapters:
         weights = self.backbone.weights_by_name()
         return {
             name: weights[name]
-            for target in self.capacity.targets
+            for target in self._room.targets
             for piece in pieces
             for name in [f"{TARGETS[target]}/{piece}"]
         }
@@ -258,7 +259,7 @@ class Adapters:
         """
         if self.active is None or self.merged is not None:
             return None
-        lora, capacity = self.configs[self.loaded], self.capacity
+        lora, capacity = self.configs[self.loaded], self._room
         if (lora.rank, lora.targets) != (capacity.rank, capacity.targets):
             ranks = {
                 target: lora.ranks_of(target, self.num_layers(target))
@@ -318,10 +319,20 @@ class Adapters:
 
     def _fits(self, lora):
         return (
-            lora.rank <= self.capacity.rank
-            and {*lora.targets} <= {*self.capacity.targets}
-            and {*lora.pieces} <= {*self.capacity.pieces}
+            lora.rank <= self._room.rank
+            and {*lora.targets} <= {*self._room.targets}
+            and {*lora.pieces} <= {*self._room.pieces}
         )
+
+    @property
+    def _room(self):
+        """The `capacity`, of a backbone that has adapters."""
+        if self.capacity is None:
+            raise ValueError(
+                "There is no adapter. Expected: one; call `enable_lora` or "
+                "`load_adapter`."
+            )
+        return self.capacity
 
     def num_layers(self, target):
         """Return the number of a target's layers; the projector is one."""
@@ -366,18 +377,18 @@ class Adapters:
         if embedding.adapter_head is not None:
             return
         self._switch(self.loaded, None)
-        embedding.add_head()
-        embedding.adapter_head.assign(embedding.table)
+        head = embedding.add_head()
+        head.assign(embedding.table)
         for whole in self._whole.values():
             if TABLE in whole:
                 whole.setdefault(HEAD, whole[TABLE])
 
     def _read(self):
-        weights = self.weights(*self.capacity.pieces)
+        weights = self.weights(*self._room.pieces)
         return {name: weight.read() for name, weight in weights.items()}
 
     def _assign(self, pieces):
-        weights = self.weights(*self.capacity.pieces)
+        weights = self.weights(*self._room.pieces)
         for name, weight in weights.items():
             whole = np.zeros(weight.shape, "float32")
             if name in pieces:

@@ -146,7 +146,12 @@ class StreamedCrossEntropy(keras.losses.Loss):
         return loss_BR, right_BR
 
     def _in_chunks(
-        self, function, hidden_BRD, targets_BR, remat="block", variables=()
+        self,
+        function,
+        hidden_BRD,
+        targets_BR,
+        remat: str | None = "block",
+        variables=(),
     ):
         """Apply a function of hidden states and targets to some tokens a time.
 

@@ -353,3 +353,10 @@ def test_damage_gives_no_model_and_leaves_the_files(
     assert not filled
     files = [one for one in tmp_path.rglob("*") if one.is_file()]
     assert before == {one: one.read_bytes() for one in files}
+
+
+def test_a_configuration_alone_is_not_opened():
+    checkpoint = formats.resolve("pali_gemma2_pt_3b_224", load_weights=False)
+    with pytest.raises(ValueError, match="load_weights=True"):
+        with checkpoint.open():
+            pass

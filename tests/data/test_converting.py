@@ -13,6 +13,9 @@ from keras_paligemma.data import ExampleError
 from keras_paligemma.data import convert
 from keras_paligemma.data import open_objects
 from keras_paligemma.data import open_source
+from keras_paligemma.data.object_set import Annotation
+from keras_paligemma.data.object_set import Picture
+from keras_paligemma.data.object_set import object_of
 from keras_paligemma.tasks.masks import from_segmentation
 from keras_paligemma.tasks.masks import to_rle
 from keras_paligemma.training import Settings
@@ -473,3 +476,11 @@ def test_from_the_command_line(yolo, tmp_path):
     assert sum(line.startswith("skipped: ") for line in lines) == 6
     settings = Settings("", str(target), "", task="detect")
     assert open_data(settings, target)[0] == open_source(target)[0]
+
+
+def test_shares_of_the_sides_have_no_size_in_pixels():
+    assert Picture("a.png", size=(4, 6.5)).known_size() == (4, 6.5)
+    with pytest.raises(ValueError, match="'a.png' are shares of its sides"):
+        Picture("a.png").known_size()
+    with pytest.raises(ValueError, match="There is no box"):
+        object_of(Annotation("cat", None), (4, 6))

@@ -22,11 +22,11 @@ from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
 from keras_paligemma.tasks.answers import write_object
 from keras_paligemma.tasks.objects import Object
-from presets.nano import scenes
+from recipes.nano import scenes
 from tests.helpers.oracle import Oracle
-from tests.presets_nano.test_scenes import CLASSES
-from tests.presets_nano.test_scenes import STYLES
-from tests.presets_nano.test_scenes import make_sprites
+from tests.recipes_nano.test_scenes import CLASSES
+from tests.recipes_nano.test_scenes import STYLES
+from tests.recipes_nano.test_scenes import make_sprites
 
 ROWS = 6
 
@@ -55,7 +55,7 @@ def caption():
     """Sprites: what is seen, from left to right."""
     for number in range(ROWS):
         image, objects = scene(number)
-        words = " and ".join(f"a small {name}" for name, _ in objects)
+        words = " and ".join(f"a small {name}" for name, *_ in objects)
         text = f"here is {words}"
         yield picture_of(image), {"references": [text]}, text
 

@@ -35,7 +35,7 @@ def main(requests, answers):
 def ask(function, inputs):
     inputs = {key: tf.constant(value) for key, value in inputs.items()}
     return {
-        key: np.array([one.decode() for one in value.numpy()])
+        key: np.char.decode(value.numpy().astype("S"), "utf-8")
         if value.dtype == tf.string
         else value.numpy()
         for key, value in function(**inputs).items()

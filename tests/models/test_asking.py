@@ -151,14 +151,17 @@ def test_samples_are_merged_on_request(model, answers):
 
 
 def test_beams_and_samples_of_the_model_itself(model):
-    """Random weights say nothing; the options reach `generate`."""
+    """Random weights name nothing; the options reach `generate`."""
     some = {"max_new_tokens": 3, "overlap": 0.5}
-    beams = model.detect(PICTURE, "cat", beams=2, **some)
-    drawn = model.detect(
-        PICTURE, "cat", num_samples=2, temperature=1.0, seed=0, **some
-    )
-    assert beams.skipped and drawn.skipped
-    assert model.detect(PICTURE, "cat", max_new_tokens=3).answer
+    inputs = {"images": [PICTURE], "prompts": ["detect cat"]}
+    (wanted,) = model.generate(inputs, 3, beams=2, details=True)
+    found = model.detect(PICTURE, "cat", beams=2, **some)
+    texts = [beam.text for beam in wanted.beams if beam.text]
+    assert found.answer == " ; ".join(texts)
+    options = {"num_samples": 2, "temperature": 1.0, "seed": 0}
+    (drawn,) = model.generate(inputs, 3, **options)
+    found = model.detect(PICTURE, "cat", **options, **some)
+    assert found.answer == " ; ".join(text for text in drawn if text)
 
 
 def test_masks(model, answers):

@@ -353,8 +353,8 @@ def test_texts_in_batches(examples):
     asked = []
 
     def function(program, plan, rows, shared):
-        asked.append(len(rows["token_ids"]))
-        shown = rows["token_ids"][:, -2:-1] % 1024
+        asked.append(len(rows["prompt_ids"]))
+        shown = rows["prompt_ids"][:, -2:-1] % 1024
         none = np.zeros(shown.shape, "float32")
         return {"ids": shown, "log_probabilities": none, "sampler": []}
 

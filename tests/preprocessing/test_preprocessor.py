@@ -324,7 +324,6 @@ def test_responses_survive(make):
     [
         ({"prompts": None}, "prompts are missing"),
         ({"responses": None}, "needs the answers.*generate"),
-        ({"images": None}, "Images and the image converter go together"),
         ({"prompts": []}, "`prompts` is empty"),
         ({"prompts": [1, 2]}, "`prompts` holds something that is not text"),
         ({"prompts": ["a", b"\xff"]}, "not UTF-8"),
@@ -344,6 +343,15 @@ def test_responses_survive(make):
 def test_inputs_that_do_not_fit(make, change, message):
     with pytest.raises(ValueError, match=message):
         make()(batch(**change))
+
+
+def test_text_alone_is_said_and_not_forgotten(make):
+    x = batch()
+    del x["images"]
+    with pytest.raises(ValueError, match="image converter go together"):
+        make()(x)
+    arrays, _, _ = make()(x | {"images": None})
+    assert "images" not in arrays
 
 
 def test_one_prompt_with_a_batch_of_frames(make):

@@ -133,6 +133,11 @@ def test_several_adapters_are_switched(tiny_model, examples, tmp_path, form):
     assert model.adapters.configs["three"] == alone.adapters.configs["default"]
 
 
+def test_a_backbone_without_an_adapter_has_no_scales(tiny_model):
+    with pytest.raises(ValueError, match="call `enable_lora`"):
+        tiny_model().backbone.adapters.scales(None)
+
+
 def test_a_switch_compiles_nothing_again(tiny_model, examples):
     model = tiny_model()
     inputs = {key: examples[key] for key in ("images", "prompts")}

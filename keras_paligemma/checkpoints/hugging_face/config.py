@@ -305,9 +305,16 @@ def _resize(processor, image_size, problems):
 
 
 def weight_dtype(backbone):
-    """Return the NumPy dtype of the weights under a backbone's dtype policy."""
+    """Return the NumPy dtype of the weights under a backbone's dtype policy.
+
+    `None` for one that transformers has not.
+    """
+    return DTYPES.get(_weight_dtype_name(backbone))
+
+
+def _weight_dtype_name(backbone):
     name = backbone.dtype or "float32"
-    return DTYPES.get("float32" if name.startswith("mixed_") else name)
+    return "float32" if name.startswith("mixed_") else name
 
 
 def to_transformers(config, num_rows):
@@ -328,7 +335,7 @@ def to_transformers(config, num_rows):
     _check_expressible(backbone)
     image_size, width = backbone.image_size, text.hidden_dim
     num_image_tokens = backbone.num_image_tokens()
-    dtype = weight_dtype(backbone).name
+    dtype = _weight_dtype_name(backbone)
     special_ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
     text_config = {
         "model_type": "gemma2" if text.use_post_norms else "gemma",

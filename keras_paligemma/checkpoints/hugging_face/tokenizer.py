@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
+
+# Made at run time of its description, so that a type checker finds no class.
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 from keras_paligemma.checked import shown

@@ -11,7 +11,7 @@ The pictures come from public npm packages (see `NOTICE.md` for the licences).
 - `classes`, `styles`: the names along the first two axes.
 
 Run it from the repository's root:
-`python -m presets.nano.fetch [--cache FOLDER]`.
+`python -m recipes.nano.fetch [--cache FOLDER]`.
 """
 
 import argparse

@@ -6,7 +6,7 @@ first 896 pieces are learned; 1024 location and 128 segmentation pieces
 follow, 2048 in all.
 
 Run it from the repository's root:
-`python -m presets.nano.tokenizer [--cache FOLDER] [--output FILE]`.
+`python -m recipes.nano.tokenizer [--cache FOLDER] [--output FILE]`.
 """
 
 import argparse
@@ -21,10 +21,10 @@ import sentencepiece as spm
 from keras_paligemma.preprocessing.tokenizer import (
     append_location_and_segment_pieces,
 )
-from presets.nano import scenes
-from presets.nano.fetch import CLASSES
-from presets.nano.fetch import DEFAULT_CACHE
-from presets.nano.fetch import read_labels
+from recipes.nano import scenes
+from recipes.nano.fetch import CLASSES
+from recipes.nano.fetch import DEFAULT_CACHE
+from recipes.nano.fetch import read_labels
 
 OUTPUT = Path(__file__).parents[1] / "pali_gemma2_nano_112" / "tokenizer.model"
 
@@ -84,7 +84,7 @@ def task_texts(rng):
         for _ in range(EXAMPLES):
             names = scenes.choose_names(task, rng, classes, max_objects=5)
             # The text does not depend on where the objects are.
-            objects = [(name, (0, 0, 1, 1)) for name in names]
+            objects = [scenes.Placed(name, (0, 0, 1, 1)) for name in names]
             prompt, response = example(rng, objects, classes, size=1)
             texts += [prompt, re.sub("<loc[0-9]{4}>", "", response)]
     return texts

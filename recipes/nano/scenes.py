@@ -2,15 +2,16 @@
 
 A scene is a background with one to five sprites on it. All randomness comes
 from the `numpy.random.Generator` that the caller passes, so the same seed
-gives the same scene. Objects are `(name, box)` pairs from left to right, and a
-box is `(y1, x1, y2, x2)` in whole pixels, the ends exclusive.
+gives the same scene. Objects are `Placed`, from left to right.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from presets.nano.fetch import ALPHA_THRESHOLD
-from presets.nano.fetch import DEFAULT_CACHE
+from recipes.nano.fetch import ALPHA_THRESHOLD
+from recipes.nano.fetch import DEFAULT_CACHE
 
 # The longer side of an object as a share of the picture's edge.
 SINGLE_SCALE = (0.25, 0.7)
@@ -28,6 +29,22 @@ ABSENT_SHARE = 0.15
 PAIR_SHARE = 0.25
 
 LOCATIONS = 1024
+
+
+class Placed(NamedTuple):
+    """An object of a scene.
+
+    Args:
+        name: string. Its class.
+        box: `(y1, x1, y2, x2)` in whole pixels, the ends exclusive.
+        style: string. The style of its picture.
+        mask: bool array. What is seen of it, within its box.
+    """
+
+    name: str
+    box: tuple
+    style: str = ""
+    mask: np.ndarray | None = None
 
 
 def load_sprites(cache=DEFAULT_CACHE):
@@ -207,23 +224,27 @@ def compose(rng, sprites, styles, names, size=112):
 
     Returns:
         A tuple of the image, uint8 `(size, size, 3)`, and the list of its
-        objects, `(name, box)` from left to right.
+        objects, `Placed` from left to right.
     """
     image = background(rng, size)
-    pictures = [sprites[styles[rng.integers(len(styles))]][n] for n in names]
+    chosen = [styles[rng.integers(len(styles))] for _ in names]
+    pictures = [sprites[s][n] for s, n in zip(chosen, names, strict=True)]
     shapes = [(picture.height, picture.width) for picture in pictures]
     boxes = layout(rng, shapes, size)
     objects = []
-    for name, picture, (y1, x1, y2, x2) in zip(
-        names, pictures, boxes, strict=True
+    for name, style, picture, (y1, x1, y2, x2) in zip(
+        names, chosen, pictures, boxes, strict=True
     ):
         resized = picture.resize(
             (x2 - x1, y2 - y1), Image.Resampling.BILINEAR, reducing_gap=2.0
         )
         pixels = np.asarray(resized)
         paste(rng, image, pixels, y1, x1)
-        objects.append((name, alpha_box(pixels[..., 3], y1, x1)))
-    objects.sort(key=lambda item: item[1][1] + item[1][3])
+        alpha = pixels[..., 3]
+        top, left, bottom, right = box = alpha_box(alpha, y1, x1)
+        mask = alpha[top - y1 : bottom - y1, left - x1 : right - x1]
+        objects.append(Placed(name, box, style, mask > ALPHA_THRESHOLD))
+    objects.sort(key=lambda placed: placed.box[1] + placed.box[3])
     return image, objects
 
 
@@ -272,25 +293,25 @@ def location_tokens(box, size):
 
 def caption_example(rng, objects, classes, size):
     """Asks for the objects from left to right."""
-    *others, last = [with_article(name) for name, _ in objects]
+    *others, last = [with_article(placed.name) for placed in objects]
     response = f"{', '.join(others)} and {last}" if others else last
     return "caption en", response
 
 
 def detect_example(rng, objects, classes, size):
     """Asks for the boxes of one of the classes in the scene."""
-    asked, _ = objects[rng.integers(len(objects))]
+    asked = objects[rng.integers(len(objects))].name
     found = [
-        f"{location_tokens(box, size)} {name}"
-        for name, box in objects
-        if name == asked
+        f"{location_tokens(placed.box, size)} {asked}"
+        for placed in objects
+        if placed.name == asked
     ]
     return f"detect {asked}", " ; ".join(found)
 
 
 def count_example(rng, objects, classes, size):
     """Asks how often a class is there; now and then an absent one."""
-    present = [name for name, _ in objects]
+    present = [placed.name for placed in objects]
     if rng.random() < ABSENT_SHARE:
         absent = [name for name in classes if name not in present]
         asked = absent[rng.integers(len(absent))]

@@ -1,0 +1,72 @@
+"""`keras-paligemma generate`: answer prompts about many pictures."""
+
+from typing import Annotated
+from typing import Any
+
+import typer
+
+from keras_paligemma.cli.environment import data_parallel
+from keras_paligemma.cli.environment import quiet_imports
+from keras_paligemma.cli.options import Dtype
+from keras_paligemma.cli.options import MultiHost
+from keras_paligemma.cli.options import Quantize
+
+
+def generate(
+    preset: Annotated[str, typer.Option(help="As `from_preset` takes it")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Folder of pictures, or JSONL file with an image and, "
+            "optionally, a prefix and id per line"
+        ),
+    ],
+    output: Annotated[
+        str, typer.Option(help="JSONL file: id and prediction per line")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt of all pictures without prefix")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Pictures per batch on this host")
+    ] = 8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer, in tokens")
+    ] = None,
+    beams: Annotated[
+        int, typer.Option(help="Beams of the search; 1 decodes greedily")
+    ] = 1,
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder of a PEFT adapter")
+    ] = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    multi_host: MultiHost = False,
+) -> None:
+    """Answer prompts about many pictures; the same command resumes a run."""
+    from keras_paligemma.evaluation.answer_file import answer_file
+    from keras_paligemma.evaluation.answer_file import open_pictures
+
+    # Before the model is loaded, so that a typo fails at once.
+    pictures = open_pictures(data, prompt)
+    with quiet_imports():
+        from keras_paligemma import compat
+        from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
+    data_parallel(multi_host)
+    options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
+    options = {
+        name: value for name, value in options.items() if value is not None
+    }
+    model = PaliGemmaCausalLM.from_preset(preset, **options)
+    if adapter is not None:
+        model.load_adapter(adapter)
+    unread = answer_file(
+        model,
+        pictures,
+        output,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        beams=beams,
+        shard=compat.process(),
+    )
+    typer.echo(f"{len(pictures) - unread} of {len(pictures)} in {output}")

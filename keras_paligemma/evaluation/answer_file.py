@@ -1,0 +1,188 @@
+"""Answers about any number of pictures, in a file; killed runs resume."""
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keras_paligemma import compat
+from keras_paligemma.evaluation.predicting import predict
+from keras_paligemma.evaluation.samples import Sample
+from keras_paligemma.evaluation.samples import check_unique
+from keras_paligemma.types import PathLike
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures, each with a prompt.
+
+    Args:
+        place: str, folder or file of the pictures.
+        ids: list of str, unique ids of pictures and answers.
+        images: list of pictures, as `generate` takes them.
+        prompts: list of str.
+    """
+
+    place: str
+    ids: list[str]
+    images: list[Any]
+    prompts: list[str]
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> Sample:
+        return Sample(self.ids[row], self.images[row], self.prompts[row], {})
+
+    def where(self, row: int) -> str:
+        """Return the place of a picture, by its id, for error messages."""
+        return f"{self.place}, id {self.ids[row]!r}"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The attributes of a benchmark that `predict` uses."""
+
+    name: str
+    text_length: int | None
+    beams: int
+
+
+def open_pictures(data: PathLike, prompt: str | None = None) -> Pictures:
+    """List the pictures of a folder or JSONL file.
+
+    Args:
+        data: path of a folder, whose pictures, including those of subfolders,
+            are sorted by name, and have their relative paths as ids; or of a
+            JSONL file with `image` and, optionally, `prefix` and `id` in each
+            line. The default id is the number of the line.
+        prompt: str, prompt of pictures without `prefix`.
+
+    Returns:
+        `Pictures`.
+
+    Raises:
+        ValueError: there are no pictures, a line is not valid, a picture has
+            no prompt, or an id occurs twice.
+    """
+    path = Path(data)
+    if path.is_dir():
+        found = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in SUFFIXES and file.is_file()
+        )
+        records = [
+            {"id": file.relative_to(path).as_posix(), "image": str(file)}
+            for file in found
+        ]
+    elif path.is_file():
+        records = _read_lines(path)
+    else:
+        records = []
+    if not records:
+        raise ValueError(
+            f"{path} has no pictures. Expected: a folder of "
+            f"{', '.join(SUFFIXES)}, or a JSONL file with `image` a line."
+        )
+    prompts: list[Any] = [record.get("prefix", prompt) for record in records]
+    if None in prompts:
+        raise ValueError(
+            f"{path}: what to ask about {records[prompts.index(None)]['id']!r} "
+            "is not said. Expected: `prompt`, or `prefix` in the line."
+        )
+    ids = [record["id"] for record in records]
+    check_unique(ids, str(path))
+    images = [record["image"] for record in records]
+    return Pictures(str(path), ids, images, prompts)
+
+
+def _read_lines(path):
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            image = record["image"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} names no picture. Expected: "
+                f'{{"image": "…", "prefix": "…"}}. Received: {line[:80]!r}.'
+            ) from error
+        if isinstance(image, str) and "://" not in image:
+            image = os.path.join(path.parent, image)
+        id = str(record.get("id", number))
+        records.append({**record, "id": id, "image": image})
+    return records
+
+
+def answer_file(
+    model: Any,
+    pictures: Pictures,
+    output: PathLike,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    beams: int = 1,
+    shard: tuple[int, int] = (0, 1),
+    progress: bool = True,
+) -> int:
+    """Answer all pictures, batch by batch, into a JSONL file.
+
+    Each batch is on the disk before the next starts, and the same call resumes
+    a killed run, without losing or repeating rows. A picture that cannot be
+    read has the answer "" and is listed in `output`.errors.jsonl. If a
+    `keras.distribution` is active, each batch is split over its devices; with
+    several hosts, each writes its part, and the first merges them.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        pictures: `Pictures`, as `open_pictures` returns it.
+        output: path of a file with `id` and `prediction` in each line.
+        batch_size: int, pictures per batch on this host.
+        max_new_tokens: int, tokens of the longest answer; the preprocessor's
+            `response_length` if `None`.
+        beams: int, number of beams; 1 uses the model's compiled sampler.
+        shard: tuple (index, count), this host's part of each batch.
+        progress: bool, whether to show a bar if standard error is a terminal.
+
+    Returns:
+        int, number of pictures that this call could not read.
+
+    Raises:
+        ValueError: the file holds rows of other pictures.
+
+    Example:
+
+    ```python
+    answer_file(model, open_pictures("photos", "caption en"), "answers.jsonl")
+    ```
+    """
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    job = _Job(
+        output.name, max_new_tokens or model.preprocessor.response_length, beams
+    )
+    errors = []
+
+    def note(row, error):
+        errors.append(row)
+        line = {"id": pictures.ids[row], "error": str(error)}
+        path = output.with_name(f"{output.name}.errors.jsonl")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    predict(model, job, pictures, output, batch_size, shard, progress, note)
+    if errors and not compat.process()[0]:
+        warnings.warn(
+            f"{len(errors)} pictures could not be read, the first: "
+            f"{pictures.where(errors[0])}. They are listed in "
+            f"{output.name}.errors.jsonl.",
+            stacklevel=2,
+        )
+    return len(errors)

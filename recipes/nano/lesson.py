@@ -1,0 +1,328 @@
+"""What a step of training computes: batches, a model with heads, losses.
+
+The published preset's decoder did not look at the object that it was asked for
+(`recipes.nano.diagnose`): location tokens are learnt from four numbers a box,
+and a box of another object is nearly as good a guess. So beside the answer's
+tokens each image token inside of the decoder is asked which label of the prompt
+its object is, if any: up to 64 targets an example that say what to look for. Of
+captions, which have no labels, it is asked for its object's place in the row.
+The heads that say so are dropped after the training.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from recipes.nano import questions
+from recipes.nano import scenes
+from recipes.nano.fetch import CLASSES
+from recipes.nano.fetch import TRAINED_STYLES
+
+SIZE, PATCH = 112, 14
+SIDE = SIZE // PATCH
+
+# Labels, or places in a row, that an object can have; 0 is for none.
+PLACES = 1 + max(questions.MAX_LABELS, questions.MAX_BOXES)
+
+# The block of the decoder after which image tokens know their place.
+PLACES_AFTER = 1
+
+# The longest prompt of the tasks; the published preset leaves
+# more room, and padding changes nothing.
+PROMPT_LENGTH = 8
+
+# A count is one token, a detection up to eighteen: the sum over an answer
+# counts as so many of them.
+MEAN_TOKENS = 6
+
+# Most patches show no object; together they should not weigh more than those
+# that do.
+BACKGROUND_WEIGHT = 0.3
+
+# Width, in bins, of the targets of a location: an edge that is one pixel off
+# is nine bins off and nearly right, and the loss should say so.
+LOCATION_SPREAD = 6.0
+
+# The targets of the encoder.
+OF_PATCHES = ("names", "boxes")
+
+# Patches of one object that a decoder sees at least, if it does not see all.
+PATCHES_KEPT = 5
+
+
+class Lessons(keras.utils.PyDataset):
+    """Endless scenes with their questions, the same at every run.
+
+    Args:
+        sprites: dict, of `scenes.load_sprites`.
+        preprocessor: `PaliGemmaCausalLMPreprocessor` without images.
+        stage: `recipes.nano.train.Stage`.
+        seed: int, the number of the stage.
+        steps: int, batches an epoch.
+    """
+
+    def __init__(self, sprites, preprocessor, stage, seed, steps):
+        super().__init__(workers=1, max_queue_size=4)
+        self.sprites, self.preprocessor = sprites, preprocessor
+        self.stage, self.seed, self.steps = stage, seed, steps
+        self.codes = questions.mask_codes(sprites)
+        self.epoch = 0
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([0, self.seed, self.epoch, index])
+        pictures, asked = [], []
+        classes = list(CLASSES)
+        for _ in range(self.stage.pictures):
+            if rng.random() < self.stage.repeats:
+                names = scenes.choose_names("count", rng, classes, 5)
+            else:
+                number = rng.integers(self.stage.fewest, 4)
+                names = scenes.draw(rng, classes, number)
+            image, objects = scenes.compose(
+                rng, self.sprites, TRAINED_STYLES, names, SIZE
+            )
+            pictures.append((image, objects))
+            asked.append(
+                questions.ask(
+                    rng,
+                    objects,
+                    classes,
+                    SIZE,
+                    self.codes,
+                    self.stage.shares,
+                    self.stage.questions,
+                )
+            )
+        which = [object_of_patches(objects) for _, objects in pictures]
+        kept = [some_patches(rng, one, self.stage.patches) for one in which]
+        x, y, w = batch(
+            pictures, asked, np.stack(which), np.stack(kept), self.preprocessor
+        )
+        if self.stage.trains == "encoder":
+            y, w = ({name: d[name] for name in OF_PATCHES} for d in (y, w))
+        return x, y, w
+
+
+def batch(pictures, asked, which, kept, preprocessor):
+    """Make the arrays of a step.
+
+    Args:
+        pictures: list of (image, objects).
+        asked: list of lists of `Question`, as many for each picture.
+        which: int array (pictures, patches), of `object_of_patches`.
+        kept: int array (pictures, patches that the decoder sees), of
+            `some_patches`.
+        preprocessor: `PaliGemmaCausalLMPreprocessor` without images.
+
+    Returns:
+        Inputs, targets and weights, all with the pictures first.
+    """
+    count, each = len(asked), len(asked[0])
+    flat = [question for several in asked for question in several]
+    inputs, targets, weights = preprocessor(
+        {
+            "prompts": [question.prompt for question in flat],
+            "responses": [question.response for question in flat],
+        }
+    )
+    weights = weights * (
+        MEAN_TOKENS / np.maximum(weights.sum(1, keepdims=True), 1)
+    )
+    seen = np.take_along_axis(which, kept, axis=1)
+    place_BQI = np.zeros((count, each, kept.shape[1]), "int32")
+    for row, several in enumerate(asked):
+        for column, question in enumerate(several):
+            for place, numbers in enumerate(question.mentioned, 1):
+                place_BQI[row, column, np.isin(seen[row], numbers)] = place
+    name_BI = np.zeros(which.shape, "int32")
+    box_BI4 = np.zeros((*which.shape, 4), "int32")
+    for row, (_, objects) in enumerate(pictures):
+        for number, placed in enumerate(objects):
+            here = which[row] == number
+            name_BI[row, here] = 1 + list(CLASSES).index(placed.name)
+            share = np.array(placed.box) / SIZE
+            box_BI4[row, here] = np.round(share * (scenes.LOCATIONS - 1))
+    shows_BI = (which >= 0).astype("float32")
+
+    def by_picture(array):
+        return np.reshape(array, (count, each, *np.shape(array)[1:]))
+
+    x = {name: by_picture(inputs[name]) for name in inputs}
+    x["images"] = np.stack([image for image, _ in pictures])
+    x["kept"] = kept.astype("int32")
+    y = {
+        "tokens": by_picture(targets),
+        "places": place_BQI,
+        "names": name_BI,
+        "boxes": box_BI4,
+    }
+    w = {
+        "tokens": by_picture(weights).astype("float32"),
+        "places": np.where(place_BQI > 0, 1.0, BACKGROUND_WEIGHT),
+        "names": np.where(which >= 0, 1.0, BACKGROUND_WEIGHT),
+        "boxes": shows_BI,
+    }
+    return x, y, {name: one.astype("float32") for name, one in w.items()}
+
+
+def object_of_patches(objects):
+    """Number the object around the middle of each patch, -1 for none.
+
+    Args:
+        objects: list of `scenes.Placed`.
+
+    Returns:
+        int array (patches,), row by row.
+    """
+    middles = np.arange(PATCH / 2, SIZE, PATCH)
+    y, x = (g.ravel() for g in np.meshgrid(middles, middles, indexing="ij"))
+    which = np.full(SIDE**2, -1)
+    for number, placed in enumerate(objects):
+        y1, x1, y2, x2 = placed.box
+        which[(y1 <= y) & (y < y2) & (x1 <= x) & (x < x2)] = number
+    return which
+
+
+def some_patches(rng, which, number):
+    """Choose patches for the decoder to see: some of each object, and others.
+
+    Tokens know their place, so that most may be missing: a step of 24 costs
+    less than half of one of 64.
+
+    Args:
+        rng: `numpy.random.Generator`.
+        which: int array, of `object_of_patches`.
+        number: int, how many; all of them, or fewer.
+
+    Returns:
+        int array (number,), rising.
+    """
+    rank = rng.random(len(which))
+    for one in range(which.max() + 1):
+        mine = np.flatnonzero(which == one)
+        rank[mine[np.argsort(rank[mine])[:PATCHES_KEPT]]] -= 1
+    return np.sort(np.argsort(rank)[:number])
+
+
+class Lesson(keras.Model):
+    """The backbone with a head for each kind of target.
+
+    Args:
+        backbone: `PaliGemmaBackbone`, unrolled.
+
+    Attributes:
+        encoder_alone: bool, whether the decoder is left out.
+    """
+
+    def __init__(self, backbone):
+        super().__init__(name="lesson")
+        self.backbone = backbone
+        self.encoder_alone = False
+        width = backbone.hidden_dim
+        self.names = keras.layers.Dense(1 + len(CLASSES), name="names")
+        self.boxes = keras.layers.Dense(4 * width, name="boxes")
+        self.places = keras.layers.Dense(PLACES, name="places")
+        for head in (self.names, self.boxes, self.places):
+            head.build((None, None, width))
+        self.built = True
+
+    def call(self, inputs, training=None):
+        backbone = self.backbone
+        images = ops.cast(inputs["images"], "float32") / 127.5 - 1
+        image_NID = backbone.encode_images(images)
+        of_patches = {
+            "names": self.names(image_NID),
+            "boxes": self.boxes(image_NID),
+        }
+        if self.encoder_alone:
+            return of_patches
+        count, each, length = inputs["token_ids"].shape
+        rows = {
+            name: ops.reshape(inputs[name], (count * each, length))
+            for name in ("token_ids", "padding_mask", "response_mask")
+        }
+        kept_NK = inputs["kept"]
+        some_NKD = ops.take_along_axis(image_NID, kept_NK[..., None], axis=1)
+        rows["image_embeddings"] = ops.repeat(some_NKD, each, axis=0)
+        x_BLD = backbone.embed(rows)
+        images = kept_NK.shape[1]
+        mask, positions = backbone.mask_and_positions(rows, images)
+        # Where these tokens are if all are there.
+        missing = image_NID.shape[1] - images
+        positions = ops.concatenate(
+            [
+                ops.repeat(kept_NK, each, axis=0),
+                positions[:, images:] + missing,
+            ],
+            axis=1,
+        )
+        decoder = backbone.text_decoder
+        arguments = decoder.arguments_of_blocks(mask, positions)
+        for number, block in enumerate(decoder.blocks.each_block()):
+            x_BLD = block(x_BLD, *arguments)
+            if number == PLACES_AFTER:
+                # The norm of the next block: what that block can read.
+                seen_BID = rms(x_BLD[:, :images])
+        x_BLD = decoder.final_norm(x_BLD)
+        logits = backbone.logits(x_BLD[:, images + PROMPT_LENGTH - 1 : -1])
+        return {
+            "tokens": self._by_picture(logits, count, each),
+            "places": self._by_picture(self.places(seen_BID), count, each),
+            **of_patches,
+        }
+
+    def _by_picture(self, x, count, each):
+        return ops.reshape(x, (count, each, *x.shape[1:]))
+
+
+def rms(x_BTD):
+    return x_BTD * ops.rsqrt(ops.mean(ops.square(x_BTD), -1, keepdims=True))
+
+
+class SoftLocationLoss(keras.losses.Loss):
+    """Cross-entropy whose targets are soft where they are locations.
+
+    Args:
+        first: int, the id of `<loc0000>`.
+    """
+
+    def __init__(self, first, name="soft_location_loss"):
+        super().__init__(name=name, reduction="sum_over_batch_size")
+        self.first = first
+
+    def call(self, targets, logits):
+        log = ops.log_softmax(ops.cast(logits, "float32"), axis=-1)
+        targets = ops.cast(targets, "int32")
+        hard = -ops.take_along_axis(log, targets[..., None], axis=-1)[..., 0]
+        place = targets - self.first
+        last = self.first + scenes.LOCATIONS
+        bins = ops.arange(scenes.LOCATIONS, dtype="float32")
+        distance = bins - ops.cast(place, "float32")[..., None]
+        share = ops.exp(-0.5 * ops.square(distance / LOCATION_SPREAD))
+        total = ops.maximum(ops.sum(share, axis=-1, keepdims=True), 1e-6)
+        soft = -ops.sum(share / total * log[..., self.first : last], axis=-1)
+        is_location = ops.logical_and(place >= 0, targets < last)
+        return ops.where(is_location, soft, hard)
+
+
+class RowLoss(keras.losses.Loss):
+    """Squared distance to the embeddings of location tokens.
+
+    What the encoder says of a box is then what the decoder's head reads, and
+    the decoder has only to copy it.
+
+    Args:
+        rows: array (locations, width), scaled to a variance of one.
+    """
+
+    def __init__(self, rows, name="row_loss"):
+        super().__init__(name=name, reduction="sum_over_batch_size")
+        self.rows = ops.convert_to_tensor(rows)
+
+    def call(self, bins_BI4, found_BIX):
+        wanted = ops.take(self.rows, ops.cast(bins_BI4, "int32"), axis=0)
+        wanted = ops.reshape(wanted, ops.shape(found_BIX))
+        return ops.mean(ops.square(found_BIX - wanted), axis=-1)

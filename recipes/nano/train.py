@@ -1,0 +1,285 @@
+"""Trains the nano preset: `python -m recipes.nano.train`.
+
+Needs the sprites of `python -m recipes.nano.fetch`. A decoder that starts above
+an untrained encoder learns nothing for a long time, so the encoder goes first,
+as SigLIP did before PaliGemma: each patch learns which object it shows and the
+location tokens of that object's box. Then the decoder learns to find what is
+asked for, on few patches and short answers; then all tasks; then both towers
+learn together. `Lesson` has what a step computes.
+
+The run writes a checkpoint after every epoch and goes on from it when it is
+started again, on the same device. On a CPU a step takes as many pictures as
+`Stage` says, on an accelerator `SCALE` times as many.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_paligemma.compat import platform
+from keras_paligemma.models.backbone import PaliGemmaBackbone
+from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
+from keras_paligemma.preprocessing.image_converter import (
+    PaliGemmaImageConverter,
+)
+from keras_paligemma.preprocessing.preprocessor import (
+    PaliGemmaCausalLMPreprocessor,
+)
+from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
+from recipes.nano import lesson
+from recipes.nano import scenes
+from recipes.nano.fetch import DEFAULT_CACHE
+
+NAME = "pali_gemma2_nano_112"
+FOLDER = Path(__file__).parents[2] / "presets" / NAME
+STEPS_AN_EPOCH = 50
+WARMUP_STEPS = 50
+PUBLISHED_LENGTH = 32
+
+# Pictures a step of an accelerator, for each of a CPU's.
+SCALE = 8
+
+VISION_ENCODER = {
+    "patch_size": lesson.PATCH,
+    "num_layers": 4,
+    "hidden_dim": 144,
+    "num_heads": 4,
+    "intermediate_dim": 512,
+}
+TEXT_DECODER = {
+    "vocabulary_size": 2048,
+    "num_layers": 4,
+    "hidden_dim": 128,
+    "intermediate_dim": 384,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "query_pre_attention_scalar": 32,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One part of the run.
+
+    Args:
+        trains: str, "encoder" (alone), "decoder" (above the encoder, which
+            keeps still) or "both".
+        epochs: int, of `STEPS_AN_EPOCH` steps.
+        rates: pair of floats, learning rate at the first and the last step.
+        pictures: int, a step, on a CPU.
+        questions: int, asked of each picture.
+        patches: int, that the decoder sees of each picture; 64 are all.
+        response_length: int, most tokens of an answer.
+        fewest: int, objects of a scene at least, of at most three.
+        repeats: float, share of scenes with a class that is there up to five
+            times.
+        shares: dict of task to how often it is asked, about; see
+            `questions.TASKS`.
+    """
+
+    trains: str
+    epochs: int
+    rates: tuple
+    pictures: int
+    questions: int
+    patches: int
+    response_length: int
+    fewest: int
+    repeats: float
+    shares: dict
+
+
+FIND = {"detect": 1.0}
+ALL = {
+    "caption": 2.0,
+    "detect": 2.0,
+    "detect_several": 2.0,
+    "count": 2.0,
+    "segment": 2.0,
+}
+STAGES = (
+    Stage("encoder", 120, (1.5e-3, 1e-4), 48, 1, 64, 6, 1, 0.0, FIND),
+    Stage("decoder", 18, (1.2e-3, 8e-4), 16, 2, 16, 6, 2, 0.0, FIND),
+    Stage("both", 28, (6e-4, 3.6e-4), 16, 3, 24, 24, 1, 0.35, ALL),
+    Stage("both", 40, (4e-4, 1e-5), 16, 3, 64, 24, 1, 0.35, ALL),
+)
+
+# The dense targets first: answers follow once objects are found.
+LOSS_WEIGHTS = {"tokens": 1.0, "places": 3.0, "names": 1.0, "boxes": 3.0}
+
+
+def build():
+    """Make the model with random weights."""
+    backbone = PaliGemmaBackbone(
+        lesson.SIZE, VISION_ENCODER, TEXT_DECODER, form="unrolled"
+    )
+    tokenizer = PaliGemmaTokenizer(str(FOLDER / "tokenizer.model"))
+    preprocessor = PaliGemmaCausalLMPreprocessor(
+        tokenizer,
+        PaliGemmaImageConverter(lesson.SIZE, resize="bilinear_antialias"),
+        prompt_length=PUBLISHED_LENGTH,
+        response_length=PUBLISHED_LENGTH,
+    )
+    model = PaliGemmaCausalLM(backbone, preprocessor)
+    smooth_locations(model)
+    return model
+
+
+def first_location(model):
+    """Give the id of `<loc0000>`."""
+    return model.preprocessor.tokenizer.token_to_id("<loc0000>")
+
+
+def smooth_locations(model):
+    """Start the rows of neighbouring locations near one another.
+
+    Each row is a fixed random mixture of waves over the coordinate, of the
+    same size as the other rows, so that what is learnt of one location is
+    nearly right for the next.
+    """
+    table = model.backbone.token_embedding.table
+    rows = ops.convert_to_numpy(table).copy()
+    rng = np.random.default_rng(0)
+    share = np.arange(scenes.LOCATIONS)[:, None] / scenes.LOCATIONS
+    waves = np.arange(1, 25)[None]
+    features = np.concatenate(
+        [np.sin(np.pi * waves * share), np.cos(np.pi * waves * share)], axis=1
+    )
+    mixed = features @ rng.normal(size=(features.shape[1], rows.shape[1]))
+    first = first_location(model)
+    rows[first : first + scenes.LOCATIONS] = mixed / mixed.std() * rows.std()
+    table.assign(rows)
+
+
+def compile_for(trained, stage, model):
+    """Choose optimizer and losses; what is new in a stage warms up."""
+    first, last = stage.rates
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0,
+        stage.epochs * STEPS_AN_EPOCH - WARMUP_STEPS,
+        alpha=last / first,
+        warmup_target=first,
+        warmup_steps=WARMUP_STEPS,
+    )
+    location = first_location(model)
+    table = ops.convert_to_numpy(model.backbone.token_embedding.table)
+    rows = table[location : location + scenes.LOCATIONS]
+    cross_entropy = keras.losses.SparseCategoricalCrossentropy(True)
+    losses = {
+        "names": cross_entropy,
+        "boxes": lesson.RowLoss(rows / rows.std()),
+    }
+    if stage.trains != "encoder":
+        losses["tokens"] = lesson.SoftLocationLoss(location)
+        losses["places"] = cross_entropy
+    trained.compile(
+        optimizer=keras.optimizers.AdamW(
+            rate, beta_2=0.98, weight_decay=0.02, clipnorm=1.0
+        ),
+        loss=losses,
+        loss_weights={name: LOSS_WEIGHTS[name] for name in losses},
+        jit_compile=True,
+    )
+
+
+class Progress(keras.callbacks.Callback):
+    """Tell the data its epoch; write checkpoint and log after each."""
+
+    def __init__(self, data, folder, stage):
+        super().__init__()
+        self.data, self.folder, self.stage = data, folder, stage
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.data.epoch = epoch
+
+    def on_epoch_end(self, epoch, logs=None):
+        draft = self.folder / "draft.weights.h5"
+        self.model.save_weights(draft)
+        state = {"stage": self.stage, "epochs": epoch + 1}
+        # One file tells which weights are whole.
+        name = f"{self.stage}-{(epoch + 1) % 2}.weights.h5"
+        draft.replace(self.folder / name)
+        draft = self.folder / "draft.json"
+        draft.write_text(json.dumps(state | {"weights": name}))
+        draft.replace(self.folder / "last.json")
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(state | {"logs": logs}) + "\n")
+
+
+def train(cache, folder, start=None, first_stage=0):
+    """Run the stages, or what is left of them, and give the model.
+
+    Args:
+        cache: path of the sprites.
+        folder: path of the checkpoints.
+        start: path of a preset to go on from, or `None` for random weights.
+        first_stage: int, the stage to begin with.
+
+    Returns:
+        `PaliGemmaCausalLM` of the last stage.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sprites = scenes.load_sprites(cache)
+    keras.utils.set_random_seed(0)
+    model = (
+        PaliGemmaCausalLM.from_preset(start, form="unrolled")
+        if start
+        else build()
+    )
+    trained = lesson.Lesson(model.backbone)
+    done = {"stage": first_stage, "epochs": 0}
+    if (folder / "last.json").exists():
+        done = json.loads((folder / "last.json").read_text())
+    scale = 1 if platform() == "cpu" else SCALE
+    for number in range(done["stage"], len(STAGES)):
+        stage = STAGES[number]
+        stage = dataclasses.replace(stage, pictures=scale * stage.pictures)
+        model.backbone.vision_encoder.trainable = stage.trains != "decoder"
+        trained.encoder_alone = stage.trains == "encoder"
+        compile_for(trained, stage, model)
+        # Its state is in the file, if there is an optimizer.
+        trained.optimizer.build(trained.trainable_variables)
+        first_epoch = 0
+        if number == done["stage"] and done["epochs"]:
+            trained.load_weights(folder / done["weights"])
+            first_epoch = done["epochs"]
+        preprocessor = PaliGemmaCausalLMPreprocessor(
+            model.preprocessor.tokenizer,
+            None,
+            prompt_length=lesson.PROMPT_LENGTH,
+            response_length=stage.response_length,
+            on_long_response="error",
+        )
+        data = lesson.Lessons(
+            sprites, preprocessor, stage, number, STEPS_AN_EPOCH
+        )
+        trained.fit(
+            data,
+            epochs=stage.epochs,
+            initial_epoch=first_epoch,
+            verbose=2,
+            callbacks=[Progress(data, folder, number)],
+        )
+        model.save_to_preset(folder / f"after-{number}")
+    return model
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--start", help="a preset to go on from")
+    parser.add_argument("--first-stage", type=int, default=0)
+    options = parser.parse_args()
+    train(
+        options.cache,
+        options.checkpoints or options.cache / "checkpoints",
+        options.start,
+        options.first_stage,
+    )

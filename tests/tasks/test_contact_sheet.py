@@ -1,0 +1,17 @@
+"""Pictures side by side: captions stay below their own."""
+
+import numpy as np
+from PIL import Image
+
+from keras_paligemma.tasks.contact_sheet import CELL
+from keras_paligemma.tasks.contact_sheet import MARGIN
+from keras_paligemma.tasks.contact_sheet import contact_sheet
+
+
+def test_a_long_caption_stays_below_its_picture():
+    pictures = [Image.new("RGB", (CELL, CELL), "blue")] * 2
+    alone = np.asarray(contact_sheet(pictures, ["", "dog"]))
+    both = np.asarray(contact_sheet(pictures, ["a cat and " * 40, "dog"]))
+    second = MARGIN + CELL + MARGIN
+    np.testing.assert_array_equal(both[:, second:], alone[:, second:])
+    assert (both[:, :second] != alone[:, :second]).any()
