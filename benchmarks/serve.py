@@ -129,7 +129,7 @@ def main():
     print(f"generate, {backend}: {float(took):.0f} ms", flush=True)
     command = [sys.executable, "-m", "keras_paligemma"]
     serve = [*command, "serve", preset, "--port", "0"]
-    measure("serve --batch 16", [*serve, "--batch", "16"], arguments.seconds)
+    measure("serve", serve, arguments.seconds)
     measure("serve --batch 1", [*serve, "--batch", "1"], arguments.seconds)
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "saved"

@@ -11,6 +11,10 @@ from dataclasses import field
 from keras_paligemma.serve.requests import Refused
 from keras_paligemma.serve.requests import Request
 
+# Seconds without a request, after which one more program is compiled: whoever
+# asks meanwhile waits for that.
+QUIET = 1
+
 log = logging.getLogger("keras_paligemma.serve")
 
 
@@ -173,10 +177,11 @@ class Batches:
         """Wait for a batch.
 
         Args:
-            idles: bool, there is nothing to do until one comes.
+            idles: bool, there is nothing else to do until one comes.
 
         Returns:
-            List of `Waiting`; `[]` at the end; `None` in place of idling.
+            List of `Waiting`; `[]` at the end; `None` when nobody asks and
+            there is something else to do.
         """
         with self._changed:
             while True:
@@ -184,10 +189,10 @@ class Batches:
                     self._queue.popleft()
                 if not self._queue and self.closed:
                     return []
-                if not self._queue and not idles:
-                    return None
                 if not self._queue:
-                    self._changed.wait()
+                    quiet = not self._changed.wait(None if idles else QUIET)
+                    if quiet:
+                        return None
                     continue
                 batch = self._together()
                 rest = self._queue[0].since + self.seconds - time.monotonic()

@@ -35,7 +35,7 @@ def run(app, host, port, limits):
         ws="none",
         limit_concurrency=limits.connections,
         timeout_keep_alive=5,
-        log_level="warning",
+        log_level="error",
         access_log=False,
         server_header=False,
         proxy_headers=False,

@@ -11,7 +11,8 @@ from starlette.testclient import TestClient
 
 from keras_paligemma.serve.app import make_app
 from keras_paligemma.serve.requests import Answered
-from keras_paligemma.serve.requests import Limits
+from keras_paligemma.serve.requests import Choice
+from keras_paligemma.serve.requests import Request
 from tests.helpers.encoded_pictures import bomb
 from tests.helpers.encoded_pictures import encode
 from tests.helpers.encoded_pictures import picture
@@ -36,7 +37,7 @@ def test_answer_and_pages(plain):
     assert "openapi.json" in plain.get("/docs").text
     counts = plain.get("/metrics").text
     name = "keras_paligemma_requests_total"
-    assert f'{name}{{path="/answer",status="200"}} 1.0' in counts
+    assert f'{name}{{path="/answer",status="200"}} ' in counts
     assert "keras_paligemma_tokens_total 2.0" in counts
 
 
@@ -51,34 +52,47 @@ def test_own_stream(client):
     assert "".join(pieces) == whole["text"] == events[-1]["text"]
 
 
+def test_an_adapter_answers_who_asks_for_it(client, model):
+    plain = ask(client).json()["text"]
+    with model.adapters.using("styled"):
+        inputs = {"images": base64.b64decode(IMAGE), "prompts": "caption en"}
+        styled = model.generate(inputs)
+    assert styled != plain
+    assert ask(client, adapter="styled").json()["text"] == styled
+    assert ask(client).json()["text"] == plain
+    assert "styled" in ask(client, adapter="other").json()["error"]
+
+
 def test_objects_have_scores_and_masks():
     box = [f"<loc{n:04}>" for n in (0, 0, 1023, 1023)]
     codes = [f"<seg{n:03}>" for n in range(16)]
 
     class Sees(PlainModel):
         def answer(self, requests, tell):
-            assert requests[0].inputs == "segment cat"
-            tokens = (*box, *codes, " cat", "")
+            task, label = requests[0].inputs.split()
+            tokens = (*box, *codes * (task == "segment"), f" {label}", "")
             values = (-0.5,) * len(tokens)
             text = "".join(tokens)
             return [Answered(text, tokens, (7,) * len(tokens), values, "stop")]
 
+    fields = {"image": IMAGE, "labels": ["cat"]}
     with TestClient(make_app(Sees(), "sees")) as client:
-        reply = client.post(
-            "/segment", json={"image": IMAGE, "labels": ["cat"]}
-        )
-    [one] = reply.json()["boxes"]
-    assert one["label"] == "cat"
-    assert (one["y1"], one["x2"]) == (0, 1)
-    assert one["score"] == pytest.approx(0.3679, abs=1e-3)
-    assert one["mask"].startswith("data:image/png;base64,")
+        [found] = client.post("/detect", json=fields).json()["boxes"]
+        [masked] = client.post("/segment", json=fields).json()["boxes"]
+        wrong = client.post("/detect", json=fields | {"labels": ["a ; b"]})
+    mask = masked.pop("mask")
+    assert masked == found
+    assert mask.startswith("data:image/png;base64,")
+    assert found.pop("score") == pytest.approx(0.3679, abs=1e-3)
+    assert found == {"label": "cat", "y1": 0, "x1": 0, "y2": 1, "x2": 1}
+    assert wrong.status_code == 400
 
 
 @pytest.mark.parametrize(
     "content, headers, status",
     [
         (b"{", {}, 400),
-        (b"[" * 100_000, {}, 400),
+        (b"[" * 60_000, {}, 400),
         (b"[]", {}, 400),
         (b'{"image": 1, "prompt": "a"}', {}, 400),
         (b'{"image": "a", "prompt": "a", "temperature": NaN}', {}, 400),
@@ -91,17 +105,12 @@ def test_objects_have_scores_and_masks():
         (b" " * 70_000, {}, 413),
     ],
 )
-def test_bad_requests(content, headers, status):
-    app = make_app(PlainModel(), "plain", limits=Limits(body=65_536))
-    # The length of the deepest JSON is under no limit of this one.
-    if content.startswith(b"[["):
-        content = content[:60_000]
+def test_bad_requests(plain, content, headers, status):
     headers = {"Content-Type": "application/json"} | headers
-    with TestClient(app) as client:
-        reply = client.post("/answer", content=content, headers=headers)
-        assert reply.status_code == status
-        assert reply.json()["error"]
-        assert ask(client).status_code == 200
+    reply = plain.post("/answer", content=content, headers=headers)
+    assert reply.status_code == status
+    assert reply.json()["error"]
+    assert ask(plain).status_code == 200
 
 
 def test_bombs_and_failures(plain):
@@ -145,3 +154,41 @@ def test_batches_and_a_full_queue():
         texts = [one.result().json()["text"] for one in waits]
         assert texts == ["0", "1", "2", "3"]
     assert model.sizes == [1, 4]
+
+
+class Fails(PlainModel):
+    """Cannot compile what it compiles before, or after, it is ready."""
+
+    def __init__(self, before):
+        super().__init__(held=True)
+        self.before = before
+
+    def warm_ups(self):
+        batches = [[Request("fail", Choice())]]
+        return (batches, []) if self.before else ([], batches)
+
+
+def test_what_cannot_be_compiled(caplog):
+    model = Fails(before=True)
+    with TestClient(make_app(model, "fails")) as client:
+        assert client.get("/readyz").status_code == 503
+        with ThreadPoolExecutor(1) as threads:
+            early = threads.submit(ask, client)
+            while "queue 1.0" not in client.get("/metrics").text:
+                time.sleep(0.01)
+            model.go.set()
+        assert early.result().status_code == 503
+        late = ask(client)
+        assert (late.status_code, client.get("/healthz").status_code) == (
+            503,
+            200,
+        )
+        assert client.get("/readyz").json() == late.json()
+    assert "a secret" in caplog.text
+    assert "secret" not in late.text
+    model = Fails(before=False)
+    with TestClient(make_app(model, "fails")) as client:
+        model.begun.wait()
+        model.go.set()
+        assert ask(client).status_code == 200
+        assert client.get("/readyz").status_code == 200

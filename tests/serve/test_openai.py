@@ -3,7 +3,6 @@
 import base64
 
 import httpx
-import numpy as np
 import pytest
 
 from tests.helpers.encoded_pictures import encode
@@ -130,33 +129,9 @@ def test_errors_are_openais(api, changes, field):
 
 
 def test_models(api):
-    assert [one.id for one in api.models.list()] == ["tiny"]
+    assert [one.id for one in api.models.list()] == ["tiny", "styled"]
+    text = ask(api).choices[0].message.content
+    styled = api.chat.completions.create(model="styled", messages=messages())
+    assert styled.choices[0].message.content != text
     with pytest.raises(openai.NotFoundError):
         api.chat.completions.create(model="other", messages=messages())
-
-
-def test_requests_of_all_kinds_share_a_batch(model):
-    from keras_paligemma.serve.preset_model import PresetModel
-    from keras_paligemma.serve.requests import Choice
-    from keras_paligemma.serve.requests import Limits
-    from keras_paligemma.serve.requests import Request
-
-    served = PresetModel(model)
-    choices = [
-        Choice(),
-        Choice(max_new_tokens=3),
-        Choice(temperature=1.0, seed=1, top_k=50),
-        Choice(temperature=1.0, seed=2),
-    ]
-    requests = [
-        Request(served.read(PNG, "caption en", one, Limits()), one)
-        for one in choices
-    ]
-    assert len({served.key(one) for one in requests}) == 1
-    together = served.answer(requests, None)
-    alone = [served.answer([one], None)[0] for one in requests]
-    assert [one.text for one in together] == [one.text for one in alone]
-    assert len(together[1].token_ids) == 3
-    np.testing.assert_allclose(
-        together[0].log_probabilities, alone[0].log_probabilities, rtol=1e-4
-    )

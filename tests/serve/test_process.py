@@ -41,9 +41,9 @@ IMAGE = base64.b64encode(encode(picture(), "PNG")).decode()
 
 
 @contextlib.contextmanager
-def process(*arguments):
+def process(*arguments, code=SERVER):
     with subprocess.Popen(
-        [sys.executable, "-c", SERVER, *arguments],
+        [sys.executable, "-c", code, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
