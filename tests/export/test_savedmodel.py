@@ -225,7 +225,11 @@ def test_a_request_chooses_its_adapter(answers, model, batch, name):
     wanted = model.generate(some, max_new_tokens=12)
     model.adapters.select(None)
     assert answers[name]["text"].tolist() == wanted
-    assert wanted != answers["good"]["text"][-3:].tolist()
+    # Texts may agree; how likely they are does not.
+    first, bare = (
+        answers[kind]["log_probabilities"][-3:, 0] for kind in (name, "good")
+    )
+    assert np.abs(first - bare).max() > 1e-3
 
 
 def test_unknown_adapters_are_told(answers):
