@@ -104,8 +104,8 @@ def plan_of(options, sampler):
     """Return the `Plan` for options and the compiled sampler.
 
     Args:
+        options: `Options`.
         sampler: `keras_hub.samplers.Sampler`, used if no option overrides it.
-        sampler: `keras_hub.samplers.Sampler`; it chooses where no option does.
     """
     samplers = keras_hub.samplers
     beams, chooser, draws = options.beams or 0, None, options.draws

@@ -85,12 +85,12 @@ def prepare(model, inputs, count, first, max_new_tokens, stops, options):
     Args:
         model: `PaliGemmaCausalLM`.
         inputs: dict as `generate` takes it.
-            count: int, number of examples whose answers are used; the batch
-                keeps its size. `None` uses all, padded to their bucket.
-            first: int, index of the batch's first example in the whole input.
-            max_new_tokens: int or `None`.
-            stops: tuple of int or `None`.
-            options: `Options`.
+        count: int, number of examples whose answers are used; the batch keeps
+            its size. `None` uses all, padded to their bucket.
+        first: int, index of the batch's first example in the whole input.
+        max_new_tokens: int or `None`.
+        stops: tuple of int or `None`.
+        options: `Options`.
 
     Returns:
         `Asked`.
