@@ -151,18 +151,27 @@ class Options:
                 f"temperature={self.temperature!r}, top_k={self.top_k!r}, "
                 f"top_p={self.top_p!r}, min_p={self.min_p!r}."
             )
-        if self.beams is not None and (self.stop_strings or self.alternatives):
-            raise ValueError(
-                "Beams are looked at when they have ended. Received: "
-                f"beams={self.beams}, stop_strings={self.stop_strings!r} and "
-                f"alternatives={self.alternatives}. Expected: beams alone, or "
-                "one of them without beams."
-            )
+        if self.beams is not None:
+            self.check_beams(self.beams)
         if self.beams is None and self.length_penalty:
             raise ValueError(
                 "A length penalty compares beams. Received: length_penalty="
                 f"{self.length_penalty!r} without beams. Expected: beams=4, "
                 "say."
+            )
+
+    def check_beams(self, beams):
+        """Raise on options that a beam search cannot follow.
+
+        Args:
+            beams: int, of the options or of the compiled sampler.
+        """
+        if self.stop_strings or self.alternatives:
+            raise ValueError(
+                "Beams are looked at when they have ended. Received: "
+                f"beams={beams}, stop_strings={self.stop_strings!r} and "
+                f"alternatives={self.alternatives}. Expected: beams alone, or "
+                "one of them without beams."
             )
 
     def _check_strings(self, name):

@@ -117,6 +117,7 @@ def plan_of(options, sampler):
             draws = True  # Several answers that are all one are no use.
         elif isinstance(sampler, samplers.BeamSampler):
             beams = sampler.num_beams
+            options.check_beams(beams)
         elif not greedy:
             # At temperature 0 the sampler would divide by zero.
             chooser = sampler if sampler.temperature else None
@@ -128,7 +129,7 @@ def plan_of(options, sampler):
         copies=options.copies,
         beams=beams,
         hooks=options.hooks,
-        alternatives=0 if beams else options.alternatives,
+        alternatives=options.alternatives,
     )
 
 

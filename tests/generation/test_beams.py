@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from keras_paligemma import PaliGemmaCausalLM
+from tests.helpers.text_models import build_tiny_model
 from tests.helpers.tiny_models import golden_prompts
+
+PICTURE = np.full((20, 30, 3), 200, "uint8")
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +48,17 @@ def test_beams_that_never_stop_are_whole(model, expected):
     for one, other in zip(answers, greedy, strict=True):
         assert one.finish == "length" and len(one.token_ids) == 8
         assert one.log_probability >= other.log_probability - 1e-3
+
+
+@pytest.mark.parametrize(
+    "options", [{"alternatives": 2}, {"stop_strings": ["x"]}]
+)
+def test_a_compiled_search_refuses_what_an_asked_one_does(options):
+    model = build_tiny_model()
+    model.compile(sampler="beam")
+    inputs = {"images": [PICTURE], "prompts": ["ocr"]}
+    with pytest.raises(ValueError, match="Beams are looked at when they have"):
+        model.generate(inputs, details=True, **options)
+    model.compile(sampler="greedy")
+    with pytest.raises(ValueError, match="Beams are looked at when they have"):
+        model.generate(inputs, beams=2, details=True, **options)
