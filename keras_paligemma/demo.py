@@ -1,8 +1,8 @@
 """The package in three minutes: `python -m keras_paligemma.demo`.
 
-The embedded nano preset says what is on a few small pictures, where, and how
-often. Then it is fine-tuned on a handful of examples that it gets wrong. What
-it draws goes to a folder, what it answers to the terminal.
+The embedded nano preset captions a few small pictures, detects objects and
+counts them. Then it is fine-tuned on a handful of examples that it gets wrong.
+Drawings are written to a folder, answers to the terminal.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""Text and images in, the arrays of the model out.
+"""Preprocessing of text and images to the arrays that the model takes.
 
-Nothing is imported here: `images` and `inputs` need no KerasHub, and stay
-importable without its TensorFlow.
+Nothing is imported here, so that `images` and `inputs`, which do not need
+KerasHub, can be imported without its TensorFlow.
 """

@@ -1,15 +1,15 @@
-"""The preprocessor inside of a TensorFlow graph, as `tf.data` maps it."""
+"""The preprocessor inside of a TensorFlow graph, for `tf.data`."""
 
 import sys
 
 
 def is_symbolic(x) -> bool:
-    """Tell whether a dictionary holds tensors of a TensorFlow graph.
+    """Return whether a dict holds symbolic tensors of a TensorFlow graph.
 
-    TensorFlow is not imported for the answer: without it there is no graph.
+    TensorFlow is not imported: unless it already is, there is no graph.
 
     Args:
-        x: dict of anything.
+        x: dict with values of any type.
 
     Returns:
         bool.
@@ -29,17 +29,17 @@ def is_symbolic(x) -> bool:
 def call_in_python(preprocessor, x, sample_weight=None, sequence_length=None):
     """Call a preprocessor by `tf.numpy_function`, with static shapes.
 
-    It runs in the Python process that trains, one call at a time: such a
-    graph can neither be saved nor sent elsewhere.
+    It runs in the training process, one call at a time: such a graph can
+    neither be saved nor run in another process.
 
     Args:
         preprocessor: `PaliGemmaCausalLMPreprocessor`.
         x: dict of symbolic tensors: one example or a batch.
         sample_weight: `None`, or a symbolic tensor of one weight an example.
-        sequence_length: `None` or integer, as a call takes it.
+        sequence_length: int or `None`, as in the preprocessor's `call`.
 
     Returns:
-        `(x, y, sample_weight)` of symbolic tensors, as a call gives arrays.
+        `(x, y, sample_weight)` as in `call`, of symbolic tensors.
 
     Raises:
         ValueError: no prompts, or tensors of unknown rank.
@@ -67,7 +67,7 @@ def call_in_python(preprocessor, x, sample_weight=None, sequence_length=None):
     }
     images, converter = x.get("images"), preprocessor.image_converter
     if images is not None and converter is not None:
-        # Names and encoded files are strings, one a picture.
+        # Paths and encoded files are strings, one a picture.
         axes = 0 if images.dtype == tf.string else 3
         frames = images.shape[batch.rank : images.shape.rank - axes]
         size = (*converter.image_size, 3)

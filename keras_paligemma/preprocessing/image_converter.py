@@ -1,4 +1,4 @@
-"""Pictures to what the vision encoder reads."""
+"""Conversion of pictures to the inputs of the vision encoder."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from keras_paligemma.preprocessing.resize import RULES
 from keras_paligemma.types import Config
 from keras_paligemma.types import PathLike
 
-# Arguments of the base class that follow from what PaliGemma expects.
+# Arguments of the base class that PaliGemma determines.
 NOT_FREE = {
     "scale",
     "offset",
@@ -35,23 +35,23 @@ NOT_FREE = {
 
 @keras.saving.register_keras_serializable(package="keras_paligemma")
 class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
-    """Pictures of any kind and size to float32 squares in [-1, 1].
+    """Convert pictures of any kind and size to float32 squares in [-1, 1].
 
     The whole picture is squeezed to `image_size`; nothing is cropped, so
-    coordinates stay relative to the picture. Runs in NumPy and returns NumPy.
-    What counts as a picture, and what becomes of transparency, 16 bits and
-    EXIF, `read_image` says.
+    coordinates stay relative to the picture. Runs in NumPy and returns NumPy
+    arrays. `read_image` documents which pictures are accepted, and how
+    transparency, 16 bits and EXIF are handled.
 
     Args:
         image_size: int or `(height, width)`, in pixels.
-        resize: str, what a checkpoint was trained with, pixel for pixel:
-            `"bilinear"`, the default of big_vision's `resize`, without
-            antialias; `"bilinear_antialias"`, what its PaliGemma
-            configurations pass; `"bicubic"`, what transformers does.
+        resize: str, the method that the checkpoint was trained with, equal to
+            the pixel: `"bilinear"`, the default of big_vision's `resize`,
+            without antialias; `"bilinear_antialias"`, as in big_vision's
+            PaliGemma configurations; `"bicubic"`, as in transformers.
 
     Raises:
-        ValueError: an argument is none of these; on calling, a picture cannot
-            be read, or examples differ in their number of frames.
+        ValueError: invalid argument; when called, a picture cannot be read,
+            or examples differ in their number of frames.
 
     Example:
 
@@ -106,12 +106,12 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
 
     @classmethod
     def from_preset(cls, preset: PathLike, **kwargs: Any) -> Self:
-        """Read the converter of a preset; reads and fetches no weights.
+        """Create the converter of a preset, without its weights.
 
         Args:
-            preset: As `PaliGemmaCausalLM.from_preset` takes it, or a folder
-                that `save_to_preset` of a converter or preprocessor wrote.
-            **kwargs: Arguments of the class, in place of what is there.
+            preset: as in `PaliGemmaCausalLM.from_preset`, or a folder written
+                by `save_to_preset` of a converter or preprocessor.
+            **kwargs: arguments of the class that override the preset's.
 
         Returns:
             `PaliGemmaImageConverter`.
@@ -140,7 +140,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
         """Write the configuration to a folder.
 
         Args:
-            preset_dir: Path; `from_preset` reads it.
+            preset_dir: path of the folder, for `from_preset`.
 
         Raises:
             ValueError: the folder holds a preset with a preprocessor, or
@@ -151,19 +151,19 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
 
     @classproperty
     def presets(cls) -> dict[str, Any]:
-        """Describes the presets, as `PaliGemmaBackbone.presets` does."""
+        """Descriptions of the presets, see `PaliGemmaBackbone.presets`."""
         return presets.describe_all()
 
     def __call__(self, inputs: Any) -> Any:
-        # Keras refuses lists that mix tensors with paths or Pillow images,
-        # and has nothing to trace or build here.
+        # Keras's `__call__` raises on lists that mix tensors with paths or
+        # Pillow images, and there is nothing to trace or build.
         return self.call(inputs)
 
     def call(self, inputs: Any) -> np.ndarray:
         """Convert a picture, a batch, or a batch of lists of frames.
 
         Args:
-            inputs: One picture; or an array (B, height, width, channels) or
+            inputs: a picture; an array (B, height, width, channels) or
                 (B, frames, height, width, channels); or a list of pictures,
                 of lists of frames, or of arrays of frames.
 
@@ -174,7 +174,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
         return pixels.astype("float32") / np.float32(127.5) - np.float32(1)
 
     def _pixels(self, image, name, depth):
-        """Pixels of a picture, or of pictures nested at most `depth` deep."""
+        """Return pixels of a picture, or of pictures nested up to `depth`."""
         if hasattr(image, "shape"):
             image = to_numpy(image)
             if image.dtype.kind in "OSU":  # Paths, encoded files.

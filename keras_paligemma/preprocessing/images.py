@@ -1,4 +1,4 @@
-"""A picture of any kind as uint8 RGB."""
+"""Reading pictures of any kind as uint8 RGB."""
 
 import base64
 import io
@@ -14,33 +14,33 @@ from PIL import ImageOps
 
 from keras_paligemma.preprocessing.inputs import to_numpy
 
-# Longer names are cut in messages: a data: URI has megabytes.
+# Longer names are shortened in errors: a data: URI may have megabytes.
 _LONGEST_NAME = 300
 
 
 def read_image(image, name: str = "image") -> np.ndarray:
     """Read a picture of any kind as 8-bit RGB.
 
-    Files are decoded, turned as their EXIF says, and given three channels.
-    Transparency is dropped, not blended, as in the original: what the file
-    hides becomes visible. 16-bit pictures are scaled to 8 bits, not clipped.
-    Of an animation the first frame is taken. Training, generation and drawing
-    all read by this function.
+    Files are decoded, rotated by their EXIF orientation, and converted to
+    three channels. Transparency is dropped, not blended, as in the original:
+    transparent pixels become visible. 16-bit pictures are scaled to 8 bits,
+    not clipped. Animations are read as their first frame. Training, generation
+    and drawing all read pictures with this function.
 
     Args:
-        image: What `picture_path` takes, a path or a URI; bytes of an encoded
-            file; a file opened in binary mode, which is read from its start
-            and left open; a dictionary of `bytes` or `path`, as Hugging Face's
-            data sets store pictures; `PIL.Image.Image`; or an array or tensor
-            of shape (height, width), or (height, width, channels) with 1, 3
-            or 4 channels. Integers and floats are 0…255, uint16 is 0…65535.
-        name: str, what an error calls the picture.
+        image: a path or URI, see `picture_path`; bytes of an encoded file; a
+            file opened in binary mode, which is read from its start and left
+            open; a dict of `bytes` or `path`, as Hugging Face's data sets
+            store pictures; `PIL.Image.Image`; or an array or tensor of shape
+            (height, width), or (height, width, channels) with 1, 3 or 4
+            channels. Integers and floats are 0…255, uint16 is 0…65535.
+        name: str, name of the picture in errors.
 
     Returns:
         uint8 array of shape (height, width, 3).
 
     Raises:
-        ValueError: the picture cannot be read, or has other values or shape.
+        ValueError: the picture cannot be read, or has invalid values or shape.
 
     Example:
 
@@ -61,16 +61,16 @@ def read_image(image, name: str = "image") -> np.ndarray:
 
 
 def picture_path(name: str | os.PathLike[str], folder: str = "") -> str:
-    """Find the file that a data set calls by a name.
+    """Return the path of a picture named in a data set.
 
     Args:
-        name: Path, of Windows too: where there is no file of a name with
-            backslashes, they separate folders. Or a `file://` URI, or a
-            `data:` URI, which holds the file itself.
-        folder: str, what paths are relative to.
+        name: a path, also one of Windows: backslashes are separators unless a
+            file has them in its name; a `file://` URI; or a `data:` URI, which
+            holds the file itself.
+        folder: str, folder that paths are relative to.
 
     Returns:
-        str: a path, or a URI that is no `file://` as it is.
+        str: a path; URIs other than `file://` are returned unchanged.
 
     Example:
 
@@ -94,16 +94,16 @@ def picture_path(name: str | os.PathLike[str], folder: str = "") -> str:
 def openable(
     image: str | os.PathLike[str] | bytes | io.IOBase,
 ) -> Any:
-    """Turn what holds an encoded picture into what `PIL.Image.open` takes.
+    """Return an encoded picture as an argument of `PIL.Image.open`.
 
     Args:
-        image: As `read_image` takes it: a path or URI, bytes, or a file.
+        image: path or URI, bytes, or a file, as in `read_image`.
 
     Returns:
         Path, or a file opened in binary mode.
 
     Raises:
-        ValueError: a URI is of another kind, or not base64.
+        ValueError: a URI of another kind, or invalid base64.
     """
     if isinstance(image, (str, os.PathLike)):
         image = picture_path(image)
@@ -123,11 +123,11 @@ def openable(
 
 
 def to_bytes(array: np.ndarray, name: str) -> np.ndarray:
-    """Bring the values of an array to uint8, 0…255.
+    """Convert the values of an array to uint8, 0…255.
 
     Args:
         array: NumPy array of numbers; see `read_image`.
-        name: str, what an error calls it.
+        name: str, name of the array in errors.
 
     Returns:
         uint8 array of the same shape. Fractions are rounded.
@@ -170,18 +170,18 @@ def to_bytes(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def to_rgb(array: np.ndarray, name: str) -> np.ndarray:
-    """Make (…, height, width[, 1 | 3 | 4]) three channels.
+    """Convert an array to three channels.
 
     Args:
-        array: uint8 array of one picture, or of a stack of them with their
-            channels.
-        name: str, what an error calls it.
+        array: uint8 array (height, width), or (…, height, width, channels)
+            with 1, 3 or 4 channels.
+        name: str, name of the array in errors.
 
     Returns:
         uint8 array of shape (…, height, width, 3).
 
     Raises:
-        ValueError: the shape is none of these.
+        ValueError: another shape.
 
     Example:
 
@@ -203,7 +203,7 @@ def to_rgb(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _stored(image, name):
-    """Bytes or path of a picture as Hugging Face's data sets store it."""
+    """Return bytes or path of a picture in a data set of Hugging Face."""
     for key in ("bytes", "path"):
         if image.get(key) is not None:
             return image[key]
@@ -214,14 +214,14 @@ def _stored(image, name):
 
 
 def _shown(name):
-    """A name as a message quotes it, without the megabytes of a URI."""
+    """Return a name for errors, shortened if long."""
     if len(name) <= _LONGEST_NAME:
         return repr(name)
     return f"{name[:40]!r} and on, {len(name):,} characters"
 
 
 def _decode(source, name):
-    """Pixels of a file, or of a Pillow image, which may be an unread file."""
+    """Return the pixels of a file or of a Pillow image, which may be lazy."""
     try:
         if isinstance(source, Image.Image):
             return _pixels(source)
@@ -234,8 +234,8 @@ def _decode(source, name):
         ValueError,
         Image.DecompressionBombError,
     ) as error:
-        # Pillow has no common base for what broken files raise. What the
-        # system says ends with the name, which may be long.
+        # Pillow has no common base class for errors of broken files.
+        # `strerror` lacks the file name, which may be long.
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
             f"{name} could not be read. Expected: a whole PNG, JPEG, WebP, "
@@ -259,6 +259,6 @@ def _pixels(image):
             )
         return pixels.astype("uint16")
     if "transparency" in image.info:
-        # Pillow warns where transparency would be lost on the way to RGB.
+        # Otherwise Pillow warns that RGB loses the transparency.
         image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""What users hand in, as NumPy arrays, Python strings and numbers."""
+"""Conversion of users' inputs to NumPy arrays, strings and numbers."""
 
 import operator
 import re
@@ -6,9 +6,9 @@ import warnings
 
 import numpy as np
 
-# What transformers' snippets and the original's printed prompts hold as text.
-# SentencePiece has no such pieces in text and would read letters. The patterns
-# are read by TensorFlow, too.
+# Special tokens that appear as text in transformers' snippets and in the
+# prompts that the original prints. SentencePiece would split them into letters.
+# TensorFlow uses these patterns too.
 SPECIAL_TOKEN = r"<(?:image|bos|eos)>"
 DROPPED = "A prompt begins with <image> or <bos>, which was dropped."
 LEADING_TOKENS = r"^[ \t\r\n]*(?:<(?:image|bos)>[ \t\r\n]*)+"
@@ -25,7 +25,7 @@ def to_numpy(x) -> np.ndarray:
     training loop runs no TensorFlow.
 
     Args:
-        x: Array, eager tensor, number or nested list of numbers.
+        x: array, eager tensor, number or nested list of numbers.
 
     Returns:
         NumPy array.
@@ -41,7 +41,7 @@ def to_numpy(x) -> np.ndarray:
     try:
         return np.asarray(x)
     except NotImplementedError as error:
-        # What TensorFlow raises when a symbolic tensor is asked for values.
+        # TensorFlow's error for the values of a symbolic tensor.
         raise ValueError(
             "Preprocessing runs in NumPy, not in a TensorFlow graph. "
             "Expected: arrays, strings or eager tensors. Received: a symbolic "
@@ -51,27 +51,26 @@ def to_numpy(x) -> np.ndarray:
             "part, [x], dtype))`."
         ) from error
     except (TypeError, RuntimeError):
-        # Torch, of tensors on a GPU, in bfloat16 or with a gradient. Imported
-        # here: reading a data set or drawing a box needs no Keras.
+        # Torch tensors on a GPU, in bfloat16 or with a gradient. Keras is
+        # imported here: reading a data set or drawing a box does not need it.
         import keras
 
         return keras.ops.convert_to_numpy(x)
 
 
 def to_strings(x, name: str) -> tuple[list[str], bool]:
-    """Convert text to Python strings, and says whether it is one example.
+    """Convert text to a list of strings.
 
     Args:
-        x: A string, UTF-8 bytes, or a list, tuple, array or eager tensor of
+        x: a string, UTF-8 bytes, or a list, tuple, array or eager tensor of
             them.
-        name: str, what an error calls `x`.
+        name: str, name of `x` in errors.
 
     Returns:
-        `(strings, batched)`: a list of strings, and `False` where `x` was one
-        string.
+        `(strings, batched)`: list of str, and `False` if `x` is one string.
 
     Raises:
-        ValueError: an element is not text, or not UTF-8, or there is none.
+        ValueError: an element is not text or not UTF-8, or `x` is empty.
 
     Example:
 
@@ -113,14 +112,14 @@ def _to_string(x, name, index):
 
 
 def prompt_text(prompt: str) -> str:
-    """Return a prompt without what the layout adds: the text that is read.
+    """Return a prompt without the tokens that the layout adds itself.
 
     Args:
         prompt: str.
 
     Returns:
-        str without `<image>` and `<bos>` in front, the blanks around them,
-        and one newline at the end.
+        str without leading `<image>` and `<bos>`, the blanks around them, and
+        one newline at the end.
 
     Example:
 
@@ -131,16 +130,18 @@ def prompt_text(prompt: str) -> str:
 
 
 def plain_prompts(prompts: list[str]) -> list[str]:
-    """Return prompts as text alone; see `prompt_text`.
+    """Return the `prompt_text` of each prompt.
+
+    Warns if `<image>` or `<bos>` were dropped.
 
     Args:
-        prompts: List of strings.
+        prompts: list of str.
 
     Returns:
-        List of strings. If `<image>` or `<bos>` were dropped, it warns once.
+        list of str.
 
     Raises:
-        ValueError: a special token stands elsewhere, or it is `<eos>`.
+        ValueError: a special token at another place, or `<eos>`.
 
     Example:
 
@@ -152,7 +153,7 @@ def plain_prompts(prompts: list[str]) -> list[str]:
         prompts, "prompts", [run.end() if run else 0 for run in runs]
     )
     if any(runs):
-        # Without a number, so that Python shows it once and not once a batch.
+        # No number in the text, so that Python shows it once, not each batch.
         warnings.warn(
             f"{DROPPED} {TEXT_ALONE}Remove it from the prompts.",
             stacklevel=2,
@@ -163,16 +164,16 @@ def plain_prompts(prompts: list[str]) -> list[str]:
 def check_no_special_tokens(
     strings: list[str], name: str, starts: list[int] | None = None
 ) -> None:
-    """Refuse `<image>`, `<bos>` and `<eos>` in text.
+    """Raise `ValueError` if a string has `<image>`, `<bos>` or `<eos>`.
 
     Args:
-        strings: List of strings.
-        name: str, what an error calls them.
-        starts: List of integers, the character of each string from which it
-            is looked at, or `None` for 0.
+        strings: list of str.
+        name: str, name of the strings in errors.
+        starts: list of int, the first character of each string that is
+            checked, or `None` for 0.
 
     Raises:
-        ValueError: a string holds one; with its place.
+        ValueError: a string holds a special token; the error has its position.
 
     Example:
 
@@ -191,13 +192,13 @@ def check_no_special_tokens(
 
 
 def check_dictionary(x) -> None:
-    """Refuse inputs that are no dictionary, and says how to make one of them.
+    """Raise `ValueError` unless inputs are a dict, with the way to make one.
 
     Args:
-        x: What was given as the inputs of a preprocessor or a model.
+        x: inputs of a preprocessor or a model.
 
     Raises:
-        ValueError: `x` is no dictionary.
+        ValueError: `x` is not a dict.
 
     Example:
 
@@ -220,19 +221,19 @@ def check_dictionary(x) -> None:
 
 
 def to_length(x, name: str, least: int = 1, most: int | None = None) -> int:
-    """Convert a number of tokens to a Python integer.
+    """Convert a number of tokens to a Python int.
 
     Args:
         x: int of Python or NumPy.
-        name: str, what an error calls it.
-        least: int.
-        most: int or `None`.
+        name: str, name of `x` in errors.
+        least: int, the minimum.
+        most: int, the maximum, or `None`.
 
     Returns:
         int.
 
     Raises:
-        ValueError: `x` is no integer, or out of this range.
+        ValueError: `x` is not an integer, or out of range.
 
     Example:
 
@@ -254,19 +255,19 @@ def to_length(x, name: str, least: int = 1, most: int | None = None) -> int:
 
 
 def to_ids(x, name: str, vocabulary_size: int) -> np.ndarray:
-    """Convert token ids to int32; floats that are whole are ids, too.
+    """Convert token ids to int32; floats must be whole numbers.
 
     Args:
-        x: Array, tensor, integer or nested list of integers.
-        name: str, what an error calls them.
+        x: array, tensor, int or nested list of ints.
+        name: str, name of `x` in errors.
         vocabulary_size: int.
 
     Returns:
         int32 array of the shape of `x`.
 
     Raises:
-        ValueError: an element is no integer, or none of the vocabulary; rows
-            of a list differ in length.
+        ValueError: an element is not an integer or not in the vocabulary, or
+            the rows of a list differ in length.
 
     Example:
 
@@ -302,5 +303,5 @@ def to_ids(x, name: str, vocabulary_size: int) -> np.ndarray:
 
 
 def is_numeric(array: np.ndarray) -> bool:
-    """Tell whether an array is of integers or floats, bfloat16 included."""
+    """Return whether an array has integers or floats, bfloat16 included."""
     return array.dtype.name.startswith(("int", "uint", "float", "bfloat"))

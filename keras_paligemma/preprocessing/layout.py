@@ -1,4 +1,4 @@
-"""Rows of tokens to the arrays of one layout; see the preprocessor."""
+"""Packing rows of tokens into arrays; see the preprocessor for the layout."""
 
 import warnings
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from keras_paligemma.preprocessing.inputs import to_length
 
-# Tokens that Gemma was trained on at once; no answer is meant to be longer.
+# Gemma's context length: the maximum length of an answer.
 LONGEST_RESPONSE = 8192
 
 
@@ -19,15 +19,16 @@ def part_lengths(
 
     Args:
         sequence_length: int, tokens of both parts, or `None`.
-        prompt_length: int, or `None` for what the others leave.
-        response_length: int, or `None` likewise; of none given, half of
-            the sequence, rounded down.
+        prompt_length: int, or `None` for the rest of the sequence.
+        response_length: int, or `None` for the rest; if both are `None`, half
+            of the sequence, rounded down. Without a sequence length, parts
+            that are `None` are 64.
 
     Returns:
-        Two integers: `prompt_length`, `response_length`.
+        Two ints: `prompt_length`, `response_length`.
 
     Raises:
-        ValueError: a part is too short, or the parts do not make up the whole.
+        ValueError: a part is too short, or the parts do not add up.
 
     Example:
 
@@ -65,17 +66,17 @@ def fit_prompts(
     length: int,
     on_long: str,
 ) -> list[list[int]]:
-    """Put start and separator around prompts, and holds them to a length.
+    """Add start and separator to prompts, and limit their length.
 
     Args:
-        texts: List of lists of ids.
-        start: List of ids that go first.
-        separator: List of ids that go last.
-        length: int, most tokens of a row.
-        on_long: `"error"`, or `"truncate"`, which drops the end of the text.
+        texts: list of lists of ids.
+        start: list of ids, put first.
+        separator: list of ids, put last.
+        length: int, maximum number of tokens in a row.
+        on_long: str, `"error"`, or `"truncate"` to drop the end of the text.
 
     Returns:
-        List of lists of at most `length` ids.
+        list of lists of at most `length` ids.
 
     Raises:
         ValueError: a prompt does not fit and `on_long` is `"error"`.
@@ -100,15 +101,16 @@ def fit_prompts(
 def fit_responses(
     rows: list[list[int]], length: int, on_long: str
 ) -> list[list[int]]:
-    """Hold responses to a length, and says so where one loses its end.
+    """Limit the length of responses.
 
     Args:
-        rows: List of lists of ids, each with its eos.
-        length: int, most tokens of a row.
-        on_long: `"warn"` cuts, `"keep_eos"` cuts before the eos, `"error"`.
+        rows: list of lists of ids, each with its eos.
+        length: int, maximum number of tokens in a row.
+        on_long: str, `"warn"` to truncate with a warning, `"keep_eos"` to
+            truncate and keep the eos, or `"error"`.
 
     Returns:
-        List of lists of at most `length` ids.
+        list of lists of at most `length` ids.
 
     Raises:
         ValueError: a response does not fit and `on_long` is `"error"`.
@@ -151,14 +153,14 @@ def pack(
     response_length: int,
     pad: int,
 ) -> dict[str, np.ndarray]:
-    """Lay prompts out to the right and responses to the left of one line.
+    """Pack right-aligned prompts and left-aligned responses into arrays.
 
     Args:
-        prompts: List of lists of at most `prompt_length` ids.
-        responses: List of lists of at most `response_length` ids.
+        prompts: list of lists of at most `prompt_length` ids.
+        responses: list of lists of at most `response_length` ids.
         prompt_length: int, tokens of the prompt part.
         response_length: int, tokens of the response part.
-        pad: int, the id of empty places.
+        pad: int, the id of padding.
 
     Returns:
         dict of arrays (rows, prompt + response): `token_ids` int32,

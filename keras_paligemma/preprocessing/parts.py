@@ -1,8 +1,8 @@
-"""Tokenizer, converter and preprocessor in a folder by themselves.
+"""Presets of a tokenizer, image converter or preprocessor without a model.
 
-Each writes the files that KerasHub has for it: `tokenizer.json` and its
-vocabulary below `assets`, `image_converter.json`, `preprocessor.json`. A
-preset of a whole model has all of that in its `config.json`.
+Each has KerasHub's files: `tokenizer.json` and its vocabulary below `assets`,
+`image_converter.json`, `preprocessor.json`. A preset of a whole model has one
+`config.json` for all of them.
 """
 
 from pathlib import Path
@@ -16,19 +16,19 @@ FILES = ("tokenizer.json", "image_converter.json", "preprocessor.json")
 
 
 def read(cls, preset, file: str) -> dict | None:
-    """Read the configuration that a part wrote into a folder.
+    """Read the configuration of a part from its own folder.
 
     Args:
-        cls: Class of the part.
-        preset: Whatever `from_preset` takes.
+        cls: class of the part.
+        preset: argument of `from_preset`.
         file: str, name of the part's file.
 
     Returns:
-        The configuration for `cls.from_config`; `None` where `preset` is no
-        folder with such a file of this class, or has a whole preprocessor.
+        dict for `cls.from_config`; `None` if `preset` is not a folder with
+        such a file of this class, or is a model's preset with a preprocessor.
 
     Raises:
-        ValueError: the file is no JSON.
+        ValueError: the file is not JSON.
     """
     folder = Path(preset).expanduser()
     if not (folder / file).is_file() or has_preprocessor(folder):
@@ -41,7 +41,7 @@ def read(cls, preset, file: str) -> dict | None:
 
 
 def has_preprocessor(folder) -> bool:
-    """Tell whether a folder holds a preset with a preprocessor of its own."""
+    """Return whether a folder holds a model's preset with a preprocessor."""
     config = atomic.current(Path(folder), presets.CONFIG) / presets.CONFIG
     if not config.is_file():
         return False
@@ -50,18 +50,18 @@ def has_preprocessor(folder) -> bool:
 
 
 def refuse_other_files(folder):
-    """Raise where a part's files would replace others, or contradict them.
+    """Raise if a part's files would replace or contradict others.
 
-    A preset with a preprocessor answers what the part would answer too. A
-    backbone's preset does not, so a preprocessor may be saved beside it,
+    A model's preset with a preprocessor already has the part's configuration.
+    A backbone's preset has not, so a preprocessor may be saved beside it,
     before or after.
 
     Args:
-        folder: Path, which need not exist.
+        folder: path, which need not exist.
 
     Raises:
         ValueError: the folder holds a model of another format, a preset with
-            a preprocessor, or a file of a part's name that is none.
+            a preprocessor, or a foreign file with a part's name.
     """
     folder = Path(folder)
     config = atomic.current(folder, presets.CONFIG) / presets.CONFIG

@@ -1,4 +1,4 @@
-"""The one place that knows how text is laid out in a sequence."""
+"""The preprocessor, which defines how text is laid out in a sequence."""
 
 import os
 from typing import Any
@@ -35,7 +35,7 @@ CONFIG_FILE = "preprocessor.json"
 
 @keras.saving.register_keras_serializable(package="keras_paligemma")
 class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
-    """Images, prompts and responses to the arrays that the model reads.
+    """Convert images, prompts and responses to the model's inputs.
 
     The text of an example has two parts of fixed length; the model puts the
     image tokens before them:
@@ -49,30 +49,30 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     The prompt is aligned to the right, so prompts of all lengths end at one
     index, where generation begins; logits are needed for the response only.
-    The separator is tokenized on its own, as in the original. `<image>` and
-    `<bos>` typed in front of a prompt are what the layout adds anyway, and are
-    dropped with a warning; elsewhere, and `<eos>`, they are an error.
+    The separator is tokenized on its own, as in the original. The layout adds
+    `<image>` and `<bos>`, so a prompt that starts with them as text loses them
+    with a warning; at other places they raise an error, as `<eos>` always
+    does.
 
     Args:
         tokenizer: `PaliGemmaTokenizer`.
         image_converter: `PaliGemmaImageConverter`, or `None` for text alone.
-        sequence_length: int, tokens of both parts, for those who know
-            KerasHub's preprocessor: a part that is not given gets what the
-            other leaves; of none given, the response gets half, rounded down.
-        add_start_token: `True`: the model knows no prompt without bos.
-        add_end_token: `True`: the model ends each response with eos.
+        sequence_length: int, tokens of both parts, as in KerasHub's
+            preprocessor: a part that is not given gets the rest; if neither
+            is given, the response gets half, rounded down.
+        add_start_token: bool, must be `True`: every prompt begins with bos.
+        add_end_token: bool, must be `True`: every response ends with eos.
         prompt_length: int, tokens of the prompt part, bos and separator
             included; 64 if neither this nor `sequence_length` is given.
         response_length: int, tokens of the response part, eos included;
             likewise.
-        on_long_prompt: `"error"`, or `"truncate"`, which drops the end of the
-            text and keeps bos and separator.
-        on_long_response: `"warn"` cuts the response, which loses its eos, and
-            warns; `"keep_eos"` cuts it and puts eos last; `"error"`.
+        on_long_prompt: str, `"error"`, or `"truncate"` to drop the end of the
+            text and keep bos and separator.
+        on_long_response: str, `"warn"` to truncate the response, without eos,
+            and warn; `"keep_eos"` to truncate it with eos last; or `"error"`.
 
     Raises:
-        ValueError: an argument is none of these, or, on calling, the input
-            does not fit together.
+        ValueError: invalid argument; when called, inputs that do not match.
 
     Example:
 
@@ -148,14 +148,14 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         config_file: str = CONFIG_FILE,
         **kwargs: Any,
     ) -> Self:
-        """Read the preprocessor of a preset; reads and fetches no weights.
+        """Create the preprocessor of a preset, without its weights.
 
         Args:
-            preset: As `PaliGemmaCausalLM.from_preset` takes it, or a folder
-                that `save_to_preset` of a preprocessor wrote.
+            preset: as in `PaliGemmaCausalLM.from_preset`, or a folder written
+                by `save_to_preset` of a preprocessor.
             config_file: str, name of the file in such a folder.
-            **kwargs: In place of what the preset says: arguments of the
-                class, and `tokenizer`, a path or handle, where none is there.
+            **kwargs: arguments of the class that override the preset's, and
+                `tokenizer`, a path or handle, if the preset has none.
 
         Returns:
             `PaliGemmaCausalLMPreprocessor`.
@@ -181,16 +181,16 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         config_file: str = CONFIG_FILE,
         **kwargs: Any,
     ) -> Self | None:
-        """Read what `save_to_preset` of a preprocessor wrote.
+        """Read a folder written by `save_to_preset` of a preprocessor.
 
         Args:
-            folder: Whatever `from_preset` takes.
-            config_file: str, name of its file.
-            **kwargs: As `from_preset` takes them.
+            folder: argument of `from_preset`.
+            config_file: str, name of the file.
+            **kwargs: as in `from_preset`.
 
         Returns:
-            `PaliGemmaCausalLMPreprocessor`; `None` where there is none, or a
-            whole preset with one of its own.
+            `PaliGemmaCausalLMPreprocessor`; `None` if `folder` is not such a
+            folder, or is a model's preset with a preprocessor.
         """
         config = parts.read(cls, folder, config_file)
         if config is None:
@@ -212,14 +212,14 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         added_tokens: Any = None,
         **kwargs: Any,
     ) -> Self:
-        """Read the preprocessor of what `formats.resolve` found.
+        """Create the preprocessor from the results of `formats.resolve`.
 
         Args:
             config: `ModelConfig`.
-            tokenizer: Path of a SentencePiece model or a `tokenizer.json`.
-            added_tokens: dict of id to string, tokens that this model
-                does not have.
-            **kwargs: As `from_preset` takes them.
+            tokenizer: path of a SentencePiece model or a `tokenizer.json`.
+            added_tokens: dict of id to str, tokens that the SentencePiece
+                model lacks.
+            **kwargs: as in `from_preset`.
 
         Returns:
             `PaliGemmaCausalLMPreprocessor`.
@@ -242,8 +242,8 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """Write configuration and vocabulary to a folder.
 
         Args:
-            preset_dir: Path; `from_preset` reads it. Beside the preset of a
-                backbone, `PaliGemmaCausalLM.from_preset` reads both.
+            preset_dir: path of the folder, for `from_preset`. If it holds a
+                backbone's preset, `PaliGemmaCausalLM.from_preset` reads both.
 
         Raises:
             ValueError: the folder holds a preset with a preprocessor, or
@@ -254,11 +254,11 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     @classproperty
     def presets(cls) -> dict[str, Any]:
-        """Describes the presets, as `PaliGemmaBackbone.presets` does."""
+        """Descriptions of the presets, see `PaliGemmaBackbone.presets`."""
         return presets.describe_all()
 
     def build(self, input_shape: Any = None) -> None:
-        """Do nothing; the base class would make a packer."""
+        """Do nothing; the base class would create a packer."""
         self.built = True
 
     def __call__(
@@ -268,8 +268,8 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         sample_weight: Any = None,
         sequence_length: int | None = None,
     ) -> Any:
-        # Keras refuses dictionaries that mix tensors with strings, and has
-        # nothing to trace or build here.
+        # Keras's `__call__` raises on dicts that mix tensors with strings, and
+        # there is nothing to trace or build.
         if isinstance(x, tuple):  # An element of a dataset.
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x)
         if y is None and not _is_preprocessed(x) and is_symbolic(x):
@@ -283,26 +283,30 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         sample_weight: Any = None,
         sequence_length: int | None = None,
     ) -> Any:
-        """Make a training example, or a batch of them.
+        """Preprocess a training example, or a batch of them.
 
         Args:
             x: dict with `"images"`, `"prompts"` and `"responses"`: one
-                picture and two strings, or lists of them. Arrays that are
-                preprocessed already (`"token_ids"`) pass through. As a
-                function of a dataset's `map` a call takes tensors of a graph,
-                and runs in Python by `tf.numpy_function`.
+                picture and two strings, or lists of them. Preprocessed arrays
+                (with `"token_ids"`) are returned unchanged. In a dataset's
+                `map`, symbolic tensors are processed in Python by
+                `tf.numpy_function`.
             y: `None`; targets come from the responses.
             sample_weight: `None`, or one weight an example.
             sequence_length: int, tokens of both parts in this call: the
-                response gets what the prompt leaves. `None` for that of the
-                layer.
+                response gets the rest after `prompt_length`. `None` for the
+                layer's own.
 
         Returns:
             `(x, y, sample_weight)`: `x` has `images` float32 (B, R, R, 3) or
             (B, frames, R, R, 3), `token_ids` int32, `padding_mask` and
             `response_mask` bool (B, prompt + response); `y` int32 (B,
-            response) are the response ids, `sample_weight` float32 of that
-            shape is 1 on them, eos included. One example has no B.
+            response) are the response ids; `sample_weight`, float32 of that
+            shape, is 1 on them, eos included. A single example has no B.
+
+        Raises:
+            ValueError: missing responses, targets in `y`, or inputs that do
+                not match.
         """
         if _is_preprocessed(x):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
@@ -339,7 +343,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return x, y, weights
 
     def response_length_of(self, sequence_length: int | None) -> int:
-        """Counts the tokens that prompts leave of a sequence's.
+        """Return the tokens that a sequence has after its prompt part.
 
         Args:
             sequence_length: int, or `None` for that of the layer.
@@ -358,20 +362,24 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         *,
         max_new_tokens: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """Make the input of generation: the response part is to be filled.
+        """Preprocess the inputs of generation, with room for the response.
 
         Args:
-            x: dict with `"images"`, `"prompts"` and, where the answers
-                have begun, `"responses"`. Preprocessed arrays pass through.
-            sequence_length: int, tokens of prompt part and response part
-                together, as `call` takes it.
-            max_new_tokens: int, length of the response part, the begun
-                answer included; `response_length` where it is `None`. Only
-                one of the two can be given.
+            x: dict with `"images"`, `"prompts"` and optionally `"responses"`,
+                the beginnings of the answers. Preprocessed arrays are
+                returned unchanged.
+            sequence_length: int, tokens of both parts, as in `call`.
+            max_new_tokens: int, length of the response part, beginnings
+                included; `None` for `response_length`. Only one of the two
+                can be given.
 
         Returns:
-            dict as `call` makes it; both masks are `False` where there
-            is no token yet.
+            dict as in `call`; both masks are `False` where there is no token
+            yet.
+
+        Raises:
+            ValueError: both lengths, no room for an answer, or inputs that do
+                not match.
         """
         if _is_preprocessed(x):
             return x
@@ -398,14 +406,14 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return self._arrays(x, prompts, responses, length, batched)
 
     def generate_postprocess(self, x: dict) -> str | list[str]:
-        """Make strings of generated ids.
+        """Convert generated ids to strings.
 
         Args:
-            x: dict with `"token_ids"`: integers (B, response) of the
-                response part; what follows the first eos is dropped.
+            x: dict with `"token_ids"`: ints (B, response) of the response
+                part; tokens after the first eos are dropped.
 
         Returns:
-            List of B strings; one string where there is no B.
+            List of B strings; a string if there is no B.
         """
         ids = to_numpy(x["token_ids"])
         end, pad = self.tokenizer.end_token_id, self.tokenizer.pad_token_id
@@ -435,12 +443,12 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         embeddings = x.get("image_embeddings")
         if images is None and embeddings is not None:
             embeddings = to_numpy(embeddings)
-            # Those of one picture serve all prompts.
+            # Embeddings of one picture are used for all prompts.
             if batched and embeddings.ndim == 2:
                 shape = (len(prompts), *embeddings.shape)
                 embeddings = np.broadcast_to(embeddings, shape)
             return {"image_embeddings": embeddings, **arrays}
-        # A key that is forgotten is no text alone.
+        # A missing key may be a mistake: text alone needs "images": None.
         if images is None and (self.image_converter is None or "images" in x):
             return arrays
         if images is None or self.image_converter is None:
@@ -465,7 +473,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     @property
     def sequence_length(self) -> int:
-        """Text tokens of a row; set, it is divided as the class says."""
+        """Text tokens of a row; setting it divides them as in the class."""
         return self.prompt_length + self.response_length
 
     @sequence_length.setter
@@ -474,7 +482,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     def get_config(self) -> Config:
         config = super().get_config()
-        # The base's arguments; here they follow from the others.
+        # Arguments of the base class that follow from the others.
         for key in ("sequence_length", "add_start_token", "add_end_token"):
             del config[key]
         config.update(
@@ -487,7 +495,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
 
 def _changed(config, kwargs):
-    """Put arguments in place of what a configuration says."""
+    """Return a configuration with some arguments replaced."""
     if kwargs.get("sequence_length") is not None:
         lengths = ("prompt_length", "response_length")
         config = {k: v for k, v in config.items() if k not in lengths}

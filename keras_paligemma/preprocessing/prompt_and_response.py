@@ -1,4 +1,4 @@
-"""The two parts of a text, apart, side by side, and laid out anew."""
+"""Prompt and response: split, concatenated, and realigned."""
 
 import dataclasses
 from typing import Any
@@ -11,18 +11,18 @@ from keras_paligemma.preprocessing.layout import LONGEST_RESPONSE
 from keras_paligemma.preprocessing.layout import pack
 from keras_paligemma.types import Tensor
 
-# The arrays that hold prompt and response side by side.
+# The arrays that hold prompt and response, concatenated.
 WHOLE_NAMES = ("token_ids", "padding_mask", "response_mask")
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptAndResponse:
-    """The two parts of a batch's text, each as long in every row.
+    """The two parts of a batch's text, with static shapes.
 
-    The shapes are static, so what reads them knows where the response begins
-    without looking at a mask. `fit` hands the model these four arrays by the
-    names of the fields, in place of `token_ids`, `padding_mask` and
-    `response_mask`, which hold both parts side by side.
+    The shapes tell where the response begins, so that no mask is needed for
+    it. `fit` passes the model these four arrays, named like the fields, in
+    place of `token_ids`, `padding_mask` and `response_mask`, in which both
+    parts are concatenated.
 
     Args:
         prompt_ids: ints (B, P), aligned to the right.
@@ -38,13 +38,13 @@ class PromptAndResponse:
 
     @classmethod
     def cut(cls, arrays: dict, response_length: int) -> "PromptAndResponse":
-        """Cut arrays of whole texts where the responses begin.
+        """Split arrays of whole texts where the responses begin.
 
         Args:
             arrays: dict of `token_ids`, `padding_mask` and
                 `response_mask` (B, P + R), of NumPy or of any backend. Without
-                a response mask all valid tokens of the last R columns are
-                response.
+                a response mask, all valid tokens of the last R columns are
+                the response.
             response_length: int R, at least 1.
 
         Example:
@@ -66,13 +66,13 @@ class PromptAndResponse:
 
     @classmethod
     def among(cls, inputs: dict) -> "PromptAndResponse | None":
-        """Find the parts among a model's inputs.
+        """Return the parts that a model's inputs hold.
 
         Args:
-            inputs: dict.
+            inputs: dict of the model's inputs.
 
         Returns:
-            `PromptAndResponse`; `None` where the inputs hold whole texts.
+            `PromptAndResponse`; `None` if the inputs hold whole texts.
         """
         if "prompt_ids" not in inputs:
             return None
@@ -80,7 +80,7 @@ class PromptAndResponse:
 
     @property
     def response_length(self) -> int:
-        """The number of columns of the response, R."""
+        """R, the number of columns of the response."""
         return self.response_ids.shape[1]
 
     def arrays(self) -> dict:
@@ -104,7 +104,7 @@ class PromptAndResponse:
         }
 
     def predicting(self, hidden_BLD):
-        """Return the states (B, R, D), of all, that predict the response."""
+        """Return the hidden states (B, R, D) that predict the response."""
         return hidden_BLD[:, -self.response_length - 1 : -1]
 
 
@@ -116,21 +116,21 @@ PART_NAMES = tuple(
 def split_prompt(
     arrays: dict[str, Any], max_new_tokens: int | None = None
 ) -> dict[str, Any]:
-    """Cut texts where the prompts end: at one index for all rows.
+    """Split texts where the prompts end, which is one index for all rows.
 
     Args:
         arrays: dict of NumPy arrays `token_ids`, `padding_mask`,
-            `response_mask` (B, P + R) and what else the backbone takes.
-        max_new_tokens: int, length that the response part is cut or filled up
-            to; `None` leaves it as it is.
+            `response_mask` (B, P + R) and other inputs of the backbone.
+        max_new_tokens: int, length that the response part is cut or padded
+            to; `None` keeps its length.
 
     Returns:
-        dict: the arrays of `PromptAndResponse` in place of the three, and what
-        else there was.
+        dict: the arrays of `PromptAndResponse` in place of the three, and the
+        other inputs.
 
     Raises:
-        ValueError: prompts that end at different indices, or no room for an
-            answer.
+        ValueError: prompts end at different indices, or there is no room for
+            an answer.
     """
     ids, valid = arrays["token_ids"], arrays["padding_mask"]
     response = arrays["response_mask"]
@@ -172,11 +172,11 @@ def split_prompt(
 
 
 def ends_at_one_index(arrays: dict, response_length: int) -> bool:
-    """Tell whether all prompts end where the last columns begin.
+    """Return whether all prompts end where the response columns begin.
 
     Args:
-        arrays: dict of NumPy arrays, as `PromptAndResponse.cut` takes it.
-        response_length: int, the number of these columns.
+        arrays: dict of NumPy arrays, as in `PromptAndResponse.cut`.
+        response_length: int, number of response columns.
     """
     if "response_mask" not in arrays:
         return True
@@ -190,26 +190,26 @@ def ends_at_one_index(arrays: dict, response_length: int) -> bool:
 def realign(
     arrays: dict, targets: np.ndarray, weights: np.ndarray | None
 ) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Lay texts out anew whose prompts end at different indices.
+    """Realign texts whose prompts end at different indices.
 
     The original and KerasHub pack prompt and response to the left. Positions
-    count valid tokens, so the model's function is the same in any layout; its
-    kernels and losses want one index. Each part gets room for all tokens, so
-    the shapes are the same for each batch.
+    count valid tokens, so the model's function does not depend on the layout,
+    but its kernels and losses need one index for all rows. Each part gets T
+    columns, so that shapes are the same for each batch.
 
     Args:
         arrays: dict of `token_ids`, `padding_mask`, `response_mask`
             (B, T), NumPy arrays.
         targets: ints (B, R), the ids of the last R columns.
-        weights: floats (B, R), or `None` for 1 everywhere.
+        weights: floats (B, R), or `None` for 1 on all response tokens.
 
     Returns:
-        dict as `pack` makes it, with T tokens of prompt and T of
-        response; its targets and weights (B, T), 0 where there are none.
+        dict as in `pack`, with T columns of prompt and T of response; targets
+        and weights (B, T), 0 on padding.
 
     Raises:
-        ValueError: a row that is no prompt followed by a response, or weights
-            on a prompt's tokens, which see one another.
+        ValueError: a row is not a prompt followed by a response, or a prompt's
+            tokens, which see one another, have weights.
     """
     ids, valid = arrays["token_ids"], arrays["padding_mask"].astype(bool)
     response = arrays["response_mask"].astype(bool) & valid

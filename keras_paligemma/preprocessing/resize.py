@@ -1,20 +1,21 @@
-"""The ways to resize that checkpoints were trained with, pixel for pixel."""
+"""The resize methods that checkpoints were trained with, equal to the pixel."""
 
 import functools
 
 import numpy as np
 from PIL import Image
 
-# All of the arithmetic of TensorFlow's kernels is float32, in their order:
-# the results are truncated, where one rounding more shows as another pixel.
+# All arithmetic is float32 and in the order of TensorFlow's kernels: results
+# are truncated, so that one more rounding would change a pixel.
 _HALF = np.float32(0.5)
 _ONE = np.float32(1)
 
 
 def bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize by the four pixels around each point, without antialias.
+    """Resize by bilinear interpolation without antialias.
 
-    Shrinking skips the pixels between, so fine print breaks up.
+    When a picture shrinks, pixels are skipped and small print becomes
+    illegible.
 
     Args:
         image: uint8 array (height, width, channels).
@@ -44,7 +45,7 @@ def bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def bilinear_antialias(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize by a triangle as wide as the pixels that one pixel replaces.
+    """Resize by bilinear interpolation with antialias (a triangle filter).
 
     Args:
         image: uint8 array (height, width, channels).
@@ -65,14 +66,14 @@ def bilinear_antialias(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resample(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize as `bilinear_antialias` does, before it truncates.
+    """Resize as `bilinear_antialias`, without the truncation to uint8.
 
     Args:
         image: uint8 array (height, width, channels).
         size: `(height, width)` of the result, in pixels.
 
     Returns:
-        float32 array (*size, channels), of the scale of the image.
+        float32 array (*size, channels), in the range of the image.
 
     Example:
 
@@ -90,7 +91,7 @@ def resample(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def bicubic(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize by Pillow's bicubic filter, which has antialias, in 8 bits.
+    """Resize by Pillow's 8-bit bicubic filter, which has antialias.
 
     Args:
         image: uint8 array (height, width, 3).
@@ -121,7 +122,7 @@ RULES = {
 
 @functools.lru_cache(maxsize=256)
 def _neighbours(source, target):
-    """Lower and upper index, and the weight of the upper, of each output."""
+    """Return each output's lower and upper index, and the upper's weight."""
     scale = np.float32(source) / np.float32(target)
     centre = (np.arange(target, dtype="float32") + _HALF) * scale - _HALF
     floor = np.floor(centre)
@@ -132,7 +133,7 @@ def _neighbours(source, target):
 
 @functools.lru_cache(maxsize=256)
 def _triangles(source, target):
-    """Indices and weights (taps, target) of each output; weight 0 pads."""
+    """Return indices and weights (taps, target); padding has weight 0."""
     step = _ONE / (np.float32(target) / np.float32(source))
     radius = max(step, _ONE)
     centre = (np.arange(target, dtype="float32") + _HALF) * step

@@ -1,4 +1,4 @@
-"""Prompts and responses, as users write them, to rows of tokens."""
+"""Tokenization of users' prompts and responses."""
 
 from keras_paligemma.preprocessing.inputs import check_no_special_tokens
 from keras_paligemma.preprocessing.inputs import plain_prompts
@@ -12,16 +12,16 @@ def tokenize_texts(
     """Tokenize the prompts of examples, and their responses if there are any.
 
     Args:
-        x: dict with `"prompts"` and, perhaps, `"responses"`: one string
+        x: dict with `"prompts"` and optionally `"responses"`: one string
             each, or lists of them.
         tokenizer: `PaliGemmaTokenizer`.
-        prompt_length: int, most tokens of a prompt, bos and separator
-            included.
-        on_long_prompt: As `fit_prompts` takes it.
+        prompt_length: int, maximum number of tokens of a prompt, bos and
+            separator included.
+        on_long_prompt: str, as in `fit_prompts`.
 
     Returns:
         Rows of prompts, with bos and separator; rows of responses, without
-        eos; and whether `x` is a batch.
+        eos; and a bool, whether `x` is a batch.
 
     Raises:
         ValueError: prompts are missing or too long, responses do not match
@@ -61,7 +61,7 @@ def tokenize_texts(
 
 
 def _plain_rows(tokenizer, strings):
-    """Return token rows without bos and eos, whatever the tokenizer adds."""
+    """Return token rows without the bos and eos that a tokenizer may add."""
     rows = tokenizer.tokenize(strings)
     start, end = tokenizer.start_token_id, tokenizer.end_token_id
     rows = [row[1:] if row[:1] == [start] else row for row in rows]

@@ -31,17 +31,17 @@ SEGMENT_PIECES = [f"<seg{i:03d}>" for i in range(128)]
 def append_location_and_segment_pieces(proto: bytes) -> bytes:
     """Append `<loc0000>`…`<loc1023>` and `<seg000>`…`<seg127>` to a model.
 
-    This makes PaliGemma's tokenizer from Gemma's, which ends where the pieces
-    begin.
+    This turns Gemma's tokenizer into PaliGemma's, which has the same pieces
+    and then these.
 
     Args:
-        proto: Bytes, a serialized SentencePiece model.
+        proto: bytes, a serialized SentencePiece model.
 
     Returns:
-        Bytes. `proto` itself where it has all of the pieces already.
+        bytes; `proto` itself if it has all of the pieces already.
 
     Raises:
-        ValueError: `proto` has some of the pieces, or not in their order.
+        ValueError: `proto` has only some of the pieces, or in another order.
 
     Example:
 
@@ -82,23 +82,23 @@ def append_location_and_segment_pieces(proto: bytes) -> bytes:
 
 @keras.saving.register_keras_serializable(package="keras_paligemma")
 class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
-    """Strings to token ids and back, boxes and masks included.
+    """Convert strings to token ids and back, boxes and masks included.
 
     Boxes are written as four of 1024 location pieces, masks as 16 of 128
-    segment pieces. Gemma's file lacks both; they are appended on reading.
+    segment pieces. Gemma's file lacks both; they are appended when it is read.
     Runs in Python and returns lists.
 
     Args:
-        proto: Path or bytes of a SentencePiece model whose pad, eos, bos and
-            unknown ids are 0, 1, 2, 3. `None` where assets are loaded later.
+        proto: path or bytes of a SentencePiece model whose pad, eos, bos and
+            unknown ids are 0, 1, 2, 3. `None` to load assets later.
         add_bos: bool, whether `tokenize` puts the bos id first.
         add_eos: bool, whether `tokenize` puts the eos id last.
-        add_location_and_segment_pieces: bool, whether a model without
-            these pieces gets them.
+        add_location_and_segment_pieces: bool, append these pieces to a model
+            that lacks them.
 
     Raises:
-        ValueError: `proto` is no such model, or a damaged copy of Gemma's or
-            PaliGemma's published file, which are known by size and hash.
+        ValueError: `proto` is not such a model, or is a damaged copy of
+            Gemma's or PaliGemma's published file (by size and hash).
 
     Example:
 
@@ -137,13 +137,13 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         config_file: str = "tokenizer.json",
         **kwargs: Any,
     ) -> Self:
-        """Read the tokenizer of a preset; reads and fetches no weights.
+        """Create the tokenizer of a preset, without its weights.
 
         Args:
-            preset: As `PaliGemmaCausalLM.from_preset` takes it, or a folder
-                that `save_to_preset` of a tokenizer or preprocessor wrote.
+            preset: as in `PaliGemmaCausalLM.from_preset`, or a folder written
+                by `save_to_preset` of a tokenizer or preprocessor.
             config_file: str, name of the file in such a folder.
-            **kwargs: Arguments of the class, in place of what is there.
+            **kwargs: arguments of the class that override the preset's.
 
         Returns:
             `PaliGemmaTokenizer`.
@@ -161,17 +161,18 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     @classmethod
     def from_file(cls, path: PathLike | None, **kwargs: Any) -> Self:
-        """Read the SentencePiece model that lies beside a checkpoint.
+        """Create the tokenizer from a checkpoint's file.
 
         Args:
-            path: Path, or `None`: the checkpoint has none.
-            **kwargs: Arguments of the class.
+            path: path of a SentencePiece model or a `tokenizer.json`; `None`
+                if the checkpoint has none, which raises an error.
+            **kwargs: arguments of the class.
 
         Returns:
             `PaliGemmaTokenizer`.
 
         Raises:
-            ValueError: there is none, or it is damaged.
+            ValueError: no file, or a damaged one.
         """
         if path is None:
             raise ValueError(
@@ -189,7 +190,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         """Write configuration and vocabulary to a folder.
 
         Args:
-            preset_dir: Path; `from_preset` reads it.
+            preset_dir: path of the folder, for `from_preset`.
 
         Raises:
             ValueError: the folder holds a preset with a preprocessor, or
@@ -200,7 +201,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     @classproperty
     def presets(cls) -> dict[str, Any]:
-        """Describes the presets, as `PaliGemmaBackbone.presets` does."""
+        """Descriptions of the presets, see `PaliGemmaBackbone.presets`."""
         return presets.describe_all()
 
     @property
@@ -215,23 +216,23 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     @property
     def pad_token(self) -> str:
-        """The piece of empty places, such as `<pad>`."""
+        """The piece of padding, such as `<pad>`."""
         return self.id_to_token(self.pad_token_id)
 
     def _set_proto_tf(self, proto):
-        # The base would also build the tokenizer as a TensorFlow resource,
-        # which starts TensorFlow's runtime. Nothing here runs in a graph.
+        # The base class would also create a TensorFlow resource, which starts
+        # TensorFlow's runtime. This tokenizer never runs in a graph.
         pass
 
     def set_proto(self, proto: Any) -> None:
-        """Read a SentencePiece model; see the arguments of the class."""
+        """Load a SentencePiece model, see the class's `proto` argument."""
         if isinstance(proto, os.PathLike):
             proto = os.fspath(proto)
         is_path = isinstance(proto, str) and len(proto) < 2048  # else base64
         source = proto if is_path else "The tokenizer"
         try:
             with warnings.catch_warnings():
-                # KerasHub leaves closing a file to the garbage collector.
+                # KerasHub does not close the file.
                 warnings.simplefilter("ignore", ResourceWarning)
                 super().set_proto(proto)
         except (OSError, RuntimeError) as error:
@@ -254,8 +255,8 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         spec = model.trainer_spec
         names = [spec.pad_piece, spec.eos_piece, spec.bos_piece, spec.unk_piece]
         received = [piece.piece for piece in model.pieces[:4]]
-        # Models name these pieces differently (`<eos>`, `</s>`), so a name is
-        # taken from the model itself.
+        # Names differ between models (`<eos>`, `</s>`), so they are read from
+        # the model itself.
         if received != names:
             raise ValueError(
                 "The tokenizer has other special ids than Gemma. Expected: "
@@ -286,27 +287,27 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         """Split text into token ids.
 
         Args:
-            inputs: str, or list of strings.
+            inputs: str, or list of str.
 
         Returns:
-            List of ids, or list of lists of ids.
+            list of ids, or list of lists of ids.
         """
         strings, batched = to_strings(inputs, "inputs")
         ids = super().tokenize(strings)
         return ids if batched else ids[0]
 
     def detokenize(self, inputs: Any) -> str | list[str]:
-        """Join token ids to text; pad, eos and bos leave none.
+        """Convert token ids to text, without pad, eos and bos.
 
         Args:
-            inputs: List or array of ids, or a list of lists, or an array of
+            inputs: list or array of ids, or a list of lists, or an array of
                 shape `(batch, length)`.
 
         Returns:
-            str, or list of strings.
+            str, or list of str.
 
         Raises:
-            ValueError: an id is no integer, or outside of the vocabulary.
+            ValueError: an id is not an integer, or outside of the vocabulary.
         """
         if not isinstance(inputs, (list, tuple)):
             inputs = to_numpy(inputs).tolist()

@@ -1,4 +1,4 @@
-"""Adapters of a backbone, from PEFT's files and into them."""
+"""Loading and saving a backbone's adapters as PEFT's files."""
 
 import dataclasses
 
@@ -15,8 +15,8 @@ from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.lora_config import TARGETS
 from keras_paligemma.tuning.merging import with_adapter
 
-# DoRA's files hold the length of each output's weights, kernel and adapter
-# together; a gain is how much longer that is than it would be without.
+# DoRA's files hold a magnitude for each output: the norm that kernel plus
+# adapter are scaled to. A gain is this magnitude relative to their own norm.
 MAGNITUDE, GAIN = "adapter_magnitude", "adapter_gain"
 
 
@@ -24,13 +24,12 @@ def load(backbone, folder, name, allow_nonfinite=False):
     """Add adapters from a folder; see `PaliGemmaBackbone.load_adapter`."""
     adapters = backbone.adapters
     weights = dequantized(adapters.base_weights())
-    # Compared before anything is added, so that what does not fit changes
-    # nothing.
+    # Checked before anything is added, so that an error changes nothing.
     lora, pieces, whole = peft.read(
         folder, backbone.architecture(), weights, allow_nonfinite
     )
     if adapters.capacity is not None:
-        # Dropout is how adapters are trained; it is no property of values.
+        # Dropout is an option of training, not a property of the values.
         dropout = adapters.capacity.dropout
         lora = dataclasses.replace(lora, dropout=dropout)
     if lora.dora:
@@ -80,11 +79,11 @@ def save(backbone, folder, name=None, base=None):
 
 
 def _lengths(lora, pieces, weights):
-    """Measure the weights of each output, kernel and A · B together.
+    """Yield the norm of each output's weights, kernel plus scale · A · B.
 
     Yields:
-        The place of a target; its scales and lengths, arrays of the same rank,
-        layer axis first in the blocks.
+        The path of a target, its scales and its norms: arrays of the same
+        rank, layer axis first in the blocks.
     """
     for target in lora.targets:
         place = TARGETS[target]

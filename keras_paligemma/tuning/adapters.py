@@ -1,4 +1,4 @@
-"""Low-rank adapters of a backbone: made and switched."""
+"""Low-rank adapters of a backbone: adding, switching and merging them."""
 
 import contextlib
 import dataclasses
@@ -22,27 +22,27 @@ from keras_paligemma.turns import alone
 class Adapters:
     """The named adapters of a backbone, one of which is loaded.
 
-    The first one makes the variables; the values of the others wait on the
-    host. A switch copies values and one number a projection, so that nothing
-    is compiled again; an adapter of a lower rank, of fewer targets or of fewer
-    layers leaves the rest of the variables zero, where gradients are zero too.
-    Compile before another adapter is trained: the optimizer's moments are the
-    last's.
+    The first adapter creates the variables; the values of adapters that are
+    not loaded are kept on the host. A switch copies values and one scale a
+    projection, without recompilation. An adapter of a lower rank, of fewer
+    targets or layers leaves the rest of the variables zero, where gradients
+    are zero too. Compile before training another adapter: the optimizer's
+    moments belong to the last one.
 
-    Weights that an adapter brings whole (PEFT's `modules_to_save` and `bias`)
-    are in the place of the base's while it is in use; those wait meanwhile.
-    They stay frozen unless `unfreeze` names them.
+    Weights that an adapter replaces as a whole (PEFT's `modules_to_save` and
+    `bias`) are in the backbone while it is active, and the base's own are kept
+    on the host. They stay frozen unless `unfreeze` names them.
 
     Args:
         backbone: `PaliGemmaBackbone`.
 
     Attributes:
         configs: dict of name to `LoraConfig`.
-        capacity: `LoraConfig` of the variables, the largest that they can
-            hold; `None` before the first adapter.
+        capacity: `LoraConfig` of the variables, the largest adapter that they
+            can hold; `None` before the first adapter.
         loaded: str, the adapter whose values the variables hold, or `None`.
-        active: str, the adapter that computes, or `None`: all are off.
-        merged: str, the adapter that the kernels have taken up, or `None`.
+        active: str, the adapter in use, or `None` if all are off.
+        merged: str, the adapter that is merged into the kernels, or `None`.
     """
 
     def __init__(self, backbone):
@@ -64,9 +64,13 @@ class Adapters:
         Args:
             name: str.
             lora: `LoraConfig`.
-            pieces: dict of name to array, as `pieces` gives them; random A and
-                nothing else if `None`.
-            whole: dict of name to array, weights that it brings whole.
+            pieces: dict of name to array, as returned by `pieces`; `None` for
+                random A and zeros.
+            whole: dict of name to array, weights that it replaces.
+
+        Raises:
+            ValueError: the name is taken, the adapter is larger than
+                `capacity`, or an adapter is merged.
         """
         self._refuse_merged()
         if name in self.configs:
@@ -81,7 +85,7 @@ class Adapters:
             if pieces is None and lora.ranks:
                 pieces = self._random(lora)
         elif self._fits(lora):
-            # Zeros, of what it has not, are trained and saved as well.
+            # Parts that it lacks are zeros, trained and saved as well.
             lora = dataclasses.replace(
                 lora, dora=self.capacity.dora, bias=self.capacity.bias
             )
@@ -107,16 +111,16 @@ class Adapters:
 
     @alone
     def select(self, name):
-        """Switch to an adapter, or all off with `None`."""
+        """Switch to the adapter `name`, or turn all off with `None`."""
         self._check_selectable(name)
         self._switch(self.loaded if name is None else name, name)
 
     @contextlib.contextmanager
     def using(self, name):
-        """Answer with an adapter, or the bare model, and switch back.
+        """Use an adapter, or the bare model, within a context.
 
-        Other threads wait until then, a `fit` too, which goes on with the
-        adapter that it trains.
+        Other threads wait until it ends. A `fit` that waits continues with
+        the adapter that it trains.
 
         Args:
             name: str, or `None` for the bare model.
@@ -138,7 +142,7 @@ class Adapters:
                 self._switch(*before)
 
     def _switch(self, loaded, active):
-        """Load an adapter, and choose which one computes."""
+        """Load the adapter `loaded`, and make `active` the one in use."""
         if self.capacity is None:
             return
         previous = self.active
@@ -153,7 +157,7 @@ class Adapters:
         self._assign_scales(active)
 
     def _load(self, name):
-        """Assign an adapter's values to the variables, or change nothing."""
+        """Assign an adapter's values to the variables; undo it on errors."""
         if name != self.loaded:
             before = self._host_values[self.loaded] = self._read()
             try:
@@ -165,7 +169,7 @@ class Adapters:
             del self._host_values[name]
 
     def _exchange(self, name):
-        """Put the base's own weights back, and those that `name` brings in."""
+        """Restore the base's weights, then set those that `name` replaces."""
         weights = self.backbone.weights_by_name()
         brought = self._whole.get(name, {})
         own = {key: weights[key].read() for key in self._base}
@@ -185,16 +189,16 @@ class Adapters:
 
     @alone
     def assign(self, values):
-        """Assign values to the adapter in use, as `values` returns them."""
+        """Assign the loaded adapter's values, in the form of `values`."""
         self._refuse_merged()
         self._assign(values)
 
     def pieces(self, name):
-        """Return an adapter's arrays as the variables hold them, with zeros."""
+        """Return an adapter's arrays in the shape of the variables."""
         return self._read() if name == self.loaded else self._host_values[name]
 
     def values(self, name):
-        """Return an adapter's arrays, layer axis first, cut to its rank."""
+        """Return an adapter's arrays, sliced to its own rank."""
         lora, pieces = self.configs[name], self.pieces(name)
         cut = {}
         for target in lora.targets:
@@ -210,23 +214,23 @@ class Adapters:
         return cut
 
     def whole(self, name):
-        """Return the arrays of the weights that an adapter brings whole."""
+        """Return the arrays of the weights that an adapter replaces."""
         if name != self.active:
             return dict(self._whole[name])
         weights = self.backbone.weights_by_name()
         return {key: weights[key].read() for key in self._base}
 
     def base_weights(self):
-        """Map names to weights as the backbone does, but to the base's own."""
+        """Return `weights_by_name` of the base, without replaced weights."""
         base = {
-            # On the host each is one array, whatever the form of the blocks.
+            # On the host each is one array in both forms of the blocks.
             name: Weight((array,), "scanned" if BLOCKS in name else None)
             for name, array in self._base.items()
         }
         return self.backbone.weights_by_name() | base
 
     def scales(self, name):
-        """Map names of weights to an adapter's scales; 0 of `None`."""
+        """Return a dict of weight name to an adapter's scales; 0 for `None`."""
         scales = {}
         for target in self._room.targets:
             layers = self.num_layers(target)
@@ -239,7 +243,7 @@ class Adapters:
         return scales
 
     def weights(self, *pieces):
-        """Map names of adapters' pieces to their `Weight`."""
+        """Return a dict of name to `Weight` for some of `LoraConfig.pieces`."""
         weights = self.backbone.weights_by_name()
         return {
             name: weights[name]
@@ -249,12 +253,12 @@ class Adapters:
         }
 
     def config(self):
-        """Describe the adapter in use as a preset's file does.
+        """Return the configuration of the adapter in use, for a preset.
 
-        What it brings whole is in the preset's weights, as the base's.
+        Weights that it replaces are saved as the base's own.
 
         Returns:
-            `LoraConfig`, or `None`: there is none, all are off, or it is
+            `LoraConfig`; `None` if there is no adapter, all are off, or it is
             merged.
         """
         if self.active is None or self.merged is not None:
@@ -274,12 +278,12 @@ class Adapters:
         return lora
 
     def has_own_head(self):
-        """Say whether the adapter in use has another table for the head."""
+        """Return whether the adapter in use has a separate output head."""
         return HEAD in self._base
 
     @alone
     def merge(self):
-        """Add the active adapter to the kernels, and switch it off."""
+        """Add the active adapter to the kernels, and set its scale to 0."""
         self._refuse_merged()
         if self.active is None:
             raise ValueError(
@@ -293,7 +297,7 @@ class Adapters:
 
     @alone
     def unmerge(self):
-        """Take the merged adapter out of the kernels again."""
+        """Subtract the merged adapter from the kernels."""
         if self.merged is None:
             raise ValueError(
                 "No adapter is merged. Expected: `adapters.merge()` first."
@@ -335,7 +339,7 @@ class Adapters:
         return self.capacity
 
     def num_layers(self, target):
-        """Return the number of a target's layers; the projector is one."""
+        """Return the number of layers of a target; 1 for the projector."""
         place = TARGETS[target]
         if BLOCKS not in place:
             return 1
@@ -372,7 +376,7 @@ class Adapters:
         self.capacity = dataclasses.replace(lora, ranks=None, alphas=None)
 
     def _make_head(self):
-        """Make a table for the head, the base's but of who brings another."""
+        """Create a table for the head, equal to the embedding by default."""
         embedding = self.backbone.token_embedding
         if embedding.adapter_head is not None:
             return
@@ -402,7 +406,7 @@ class Adapters:
             weights[key].assign(value)
 
     def _random(self, lora):
-        """Draw each layer's A as a new adapter has it; the rest is zero."""
+        """Draw a new adapter's values: random A, zeros for the rest."""
         weights = self.weights("adapter_a")
         values = {}
         for target in lora.targets:
@@ -411,7 +415,8 @@ class Adapters:
             inputs = weights[name].layer_shape[:-1]
             draws = []
             for rank in ranks:
-                # A new initializer a layer: one draws the same each time.
+                # A new initializer for each layer: the same one would repeat
+                # its values.
                 draw = normal(math.prod(inputs))((*inputs, lora.rank))
                 draws.append(np.array(ops.convert_to_numpy(draw)))
                 draws[-1][..., rank:] = 0

@@ -1,4 +1,4 @@
-"""The adapter in use as one file, as KerasHub's backbones save theirs."""
+"""Saving and loading the adapter in use as one file, as KerasHub does."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from keras_paligemma.lora_config import TARGETS
 from keras_paligemma.lora_config import LoraConfig
 
 SUFFIX = ".lora.h5"
-# KerasHub's files have a group "lora" in its place, of layers by number.
+# KerasHub's files have a group "lora" instead, with numbered layers.
 GROUP = "keras_paligemma_lora"
 
 
@@ -52,7 +52,7 @@ def save(backbone, filepath):
 
 
 def load(backbone, filepath):
-    """Read an adapter; see `PaliGemmaBackbone.load_lora_weights`."""
+    """Load an adapter; see `PaliGemmaBackbone.load_lora_weights`."""
     path, adapters = _path(filepath), backbone.adapters
     try:
         with h5py.File(path, "r") as file:
@@ -81,7 +81,7 @@ def load(backbone, filepath):
         adapters.add("default", lora, values)
         return
     current = adapters.configs[adapters.loaded]
-    # Dropout is how an adapter is trained; its values do without.
+    # Dropout is an option of training, not a property of the values.
     lora = dataclasses.replace(lora, dropout=current.dropout)
     if lora != current:
         raise ValueError(
@@ -93,7 +93,7 @@ def load(backbone, filepath):
 
 
 def _check_shapes(backbone, lora, values):
-    """Refuse arrays that are not those of the adapter in this model."""
+    """Raise `ValueError` if arrays do not match the adapter and the model."""
     weights = dequantized(backbone.weights_by_name())
     places = [TARGETS[target] for target in lora.targets]
     names = {f"{place}/{piece}" for place in places for piece in lora.pieces}

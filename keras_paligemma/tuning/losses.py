@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary without its logits in memory."""
+"""Cross-entropy over a large vocabulary without all logits in memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,31 +12,34 @@ from keras_paligemma.types import Config
 from keras_paligemma.types import Tensor
 
 MEANS = ("example", "token")
-# What a batch of unknown size is taken for: Keras's default.
+# Assumed size of a batch of unknown size: Keras's default.
 USUAL_BATCH = 32
 
 
 @keras.saving.register_keras_serializable(package="keras_paligemma")
 class StreamedCrossEntropy(keras.losses.Loss):
-    """Loss of the responses, as the original computes it: `loss="auto"`.
+    """Cross-entropy of the responses, as in the original: `loss="auto"`.
 
-    A batch of logits over 257,152 pieces would be the largest tensor of a
-    training step by far. Here the head is applied to `chunk_tokens` tokens at
-    a time. Where it is frozen, their gradient is taken at once, while their
-    logits are there; else the head is applied again in the backward pass. The
-    accuracy of the best guess comes from the same pass.
+    The logits of a batch over 257,152 pieces would be by far the largest
+    tensor of a training step. So the head is applied to `chunk_tokens` tokens
+    at a time. If it is frozen, the gradient is computed in the same pass;
+    otherwise the head is applied again in the backward pass. The accuracy of
+    the most likely token comes from the same pass.
 
     Args:
-        label_smoothing: float ε: the target gets 1 − ε, every other piece
-            ε / (V − 1).
-        mean: "example": the mean over examples of each one's mean over its
-            response, as the original; "token": the mean over all tokens, which
-            weighs long responses more.
-        final_soft_cap: bool; `True` trains what `generate` uses, where the
-            variant has a cap (PaliGemma 2 has, 1 has not); `False` leaves it
-            off, as the original's trainer does.
-        chunk_tokens: int, tokens whose logits exist at a time on a device; one
-            a row at least. `None` for 256, or 32 on a CPU.
+        label_smoothing: float ε: the target has probability 1 − ε, every
+            other piece ε / (V − 1).
+        mean: str, "example" for the mean over examples of each one's mean over
+            its response, as in the original; "token" for the mean over all
+            tokens, in which long responses weigh more.
+        final_soft_cap: bool; `True` applies the soft cap that `generate` uses,
+            if the variant has one (PaliGemma 2 has, 1 has not); `False` omits
+            it, as the original's trainer does.
+        chunk_tokens: int, tokens whose logits are in memory at a time on a
+            device, at least one a row. `None` for 256, or 32 on a CPU.
+
+    Raises:
+        ValueError: unknown mean, or `label_smoothing` outside of [0, 1).
 
     Example:
 
@@ -72,7 +75,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
         self.chunk_tokens = chunk_tokens
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
-        """Return the loss of each token from its logits (B, R, V)."""
+        """Return the loss (B, R) of each token from logits (B, R, V)."""
         return token_losses(y_pred, y_true, self.label_smoothing)[0]
 
     def stream(
@@ -83,19 +86,19 @@ class StreamedCrossEntropy(keras.losses.Loss):
         weights_BR: Tensor,
         training: bool = True,
     ) -> tuple[Tensor, ...]:
-        """Apply a head chunk by chunk, and average.
+        """Compute the loss chunk by chunk, and average it.
 
         Args:
             hidden_BRD: tensor, last hidden states that predict the responses.
             head: `backbone.head()`, or any function of a tensor (B, tokens,
-                D) that gives float32 logits (B, tokens, V).
+                D) that returns float32 logits (B, tokens, V).
             targets_BR: int tensor, the ids to predict.
             weights_BR: float tensor, 0 where there is nothing to predict.
-            training: bool, whether a gradient will be asked for.
+            training: bool, whether a gradient is needed.
 
         Returns:
-            Two float32 scalars, the loss and the weighted share of tokens
-            whose best guess is right; and the loss of each example (B,).
+            Two float32 scalars, the loss and the weighted accuracy of the most
+            likely token; and the loss of each example (B,).
         """
         if training and getattr(head, "frozen", False):
             loss_BR, right_BR = self._with_gradient(
@@ -135,11 +138,11 @@ class StreamedCrossEntropy(keras.losses.Loss):
                 upstream = args[0] if upstream is None else upstream
                 scale_BR1 = ops.cast(upstream[0], gradient_BRD.dtype)[..., None]
                 gradient = scale_BR1 * gradient_BRD
-                # TensorFlow asks for those of variables, frozen or not.
+                # TensorFlow needs gradients of variables, frozen or not.
                 none = [None] * len(variables)
                 return (gradient, none) if variables else gradient
 
-            # One array: with several, backends hand gradients on differently.
+            # One array: backends pass several upstream gradients differently.
             return ops.stack([loss_BR, right_BR]), backward
 
         loss_BR, right_BR = ops.unstack(both(hidden_BRD), 2)
@@ -153,14 +156,14 @@ class StreamedCrossEntropy(keras.losses.Loss):
         remat: str | None = "block",
         variables=(),
     ):
-        """Apply a function of hidden states and targets to some tokens a time.
+        """Apply a function of hidden states and targets chunk by chunk.
 
         Returns:
-            What it returns, with axes (B, R, …).
+            Its results, with axes (B, R, …).
         """
         B, R, D = hidden_BRD.shape
-        # Some tokens of every row: the batch may be of an unknown size, as in
-        # TensorFlow's graphs, or lie on several devices.
+        # A chunk has tokens of every row: the batch size may be unknown, as in
+        # TensorFlow's graphs, or the batch sharded over devices.
         rows = -(-(B or USUAL_BATCH) // _replicas())
         tokens = self.chunk_tokens or (32 if platform() == "cpu" else 256)
         size = max(1, tokens // rows)
@@ -190,7 +193,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
         weights_BR = ops.cast(weights_BR, "float32")
         count_B = ops.sum(ops.cast(weights_BR > 0, "float32"), axis=-1)
         if self.mean == "example":
-            # A row without weight is no example: it fills a batch, or was
+            # A row without weight is not an example: it pads a batch, or was
             # skipped.
             count_B = ops.cast(count_B > 0, "float32")
         return ops.sum(count_B), ops.sum(weights_BR)
@@ -198,7 +201,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
     def average(
         self, loss_BR: Tensor, right_BR: Tensor, weights_BR: Tensor
     ) -> Any:
-        """Average what `token_losses` gives; returns what `stream` does."""
+        """Average the results of `token_losses`; return those of `stream`."""
         weights_BR = ops.cast(weights_BR, "float32")
         loss_BR, right_BR = loss_BR * weights_BR, right_BR * weights_BR
         count_B = ops.sum(ops.cast(weights_BR > 0, "float32"), axis=-1)
@@ -218,18 +221,22 @@ class StreamedCrossEntropy(keras.losses.Loss):
 
 
 def _replicas():
-    """Count the parts that devices have of a batch."""
+    """Return the number of devices that a batch is sharded over."""
     active = keras.distribution.distribution()
     return 1 if active is None else active.num_model_replicas
 
 
 def token_losses(logits, targets, label_smoothing=0.0):
-    """Return cross-entropy and whether the best guess is right, a token each.
+    """Return cross-entropy and accuracy of each token.
 
     Args:
         logits: float tensor (..., V).
         targets: int tensor (...).
         label_smoothing: float.
+
+    Returns:
+        Two float32 tensors (...): the loss, and 1 where the most likely token
+        is the target, else 0.
     """
     logits = ops.cast(logits, "float32")
     targets = ops.cast(targets, "int32")
@@ -247,7 +254,7 @@ def token_losses(logits, targets, label_smoothing=0.0):
 
 
 def token_gradients(logits, targets, label_smoothing=0.0):
-    """Return the gradient of `token_losses` by the logits, a token each.
+    """Return the gradient of each token's loss with respect to its logits.
 
     Args:
         logits: float32 tensor (..., V).

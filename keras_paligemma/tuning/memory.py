@@ -1,4 +1,4 @@
-"""How much memory a training step takes, by arithmetic."""
+"""Estimate of a training step's memory by arithmetic."""
 
 import ml_dtypes
 
@@ -14,22 +14,22 @@ def estimate_memory(
 ):
     """Estimate a training step's memory from the shapes alone.
 
-    The weights, gradients and moments are exact; the activations are those of
-    the blocks that the backward pass reaches, as `remat` keeps them, without
-    what a compiler adds or saves.
+    Weights, gradients and moments are exact; activations are those that
+    `remat` saves in the blocks that the backward pass reaches, without the
+    effects of a compiler.
 
     Args:
         backbone: `PaliGemmaBackbone`, with or without values.
         batch_size: int, examples on this device.
         text_length: int, prompt and response tokens.
         response_length: int, response tokens.
-        chunk_tokens: int, of `StreamedCrossEntropy`.
-        accumulates: bool, whether gradients of several steps are added up.
+        chunk_tokens: int, as in `StreamedCrossEntropy`.
+        accumulates: bool, whether gradients are accumulated over steps.
         pictures: int, pictures or frames of an example.
 
     Returns:
-        Dict of what to bytes: "weights", "gradients and moments",
-        "activations", "logits".
+        dict of str to int, bytes of "weights", "gradients and moments",
+        "activations" and "logits".
     """
     weights = backbone.weights_by_name()
     stored = trained = 0
@@ -80,12 +80,12 @@ def estimate_memory(
 
 
 def _each(stack):
-    """Count the blocks, or pairs of blocks, that keep something."""
+    """Return the number of blocks, or of pairs that are saved as one."""
     return stack.num_layers // (2 if stack.in_pairs else 1)
 
 
 def _kept(remat, tokens, width, queries, keys, hidden, heads):
-    """Count the values that a block keeps for its backward pass."""
+    """Return the number of values that a block saves for its backward pass."""
     if remat in ("block", "pair"):
         return tokens * width
     products = tokens * (2 * width + 2 * queries + 2 * keys + hidden)

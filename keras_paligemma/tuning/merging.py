@@ -1,4 +1,4 @@
-"""Adapters that kernels take up, and give back."""
+"""Merging adapters into kernels, and unmerging them."""
 
 from keras import ops
 
@@ -6,14 +6,14 @@ from keras_paligemma.lora_config import TARGETS
 
 
 def check_kernels_take_up(backbone, lora):
-    """Refuse to merge what the model's kernels and biases cannot hold.
+    """Raise `ValueError` if an adapter cannot be merged into the model.
 
     Args:
         backbone: `PaliGemmaBackbone`.
         lora: `LoraConfig` of the adapter's variables.
 
     Raises:
-        ValueError: kernels of few bits; a bias where the model has none.
+        ValueError: quantised kernels, or a bias where the model has none.
     """
     if backbone.quantization is not None:
         raise ValueError(
@@ -36,10 +36,10 @@ def check_kernels_take_up(backbone, lora):
 
 
 def add(weights, lora):
-    """Add an adapter to the kernels, and its biases to theirs.
+    """Add an adapter to the kernels, and its biases to the model's biases.
 
     Args:
-        weights: dict of name to `Weight`, of which the adapter's are some.
+        weights: dict of name to `Weight`, the adapter's included.
         lora: `LoraConfig` of the adapter's variables.
     """
     _change(weights, lora, "kernel", with_adapter)
@@ -48,19 +48,20 @@ def add(weights, lora):
 
 
 def subtract(weights, lora):
-    """Take an adapter out of the kernels again; see `add`."""
+    """Subtract an adapter from the kernels; see `add`."""
     _change(weights, lora, "kernel", _without_adapter)
     if lora.bias:
         _change(weights, lora, "bias", _without_bias)
 
 
 def _change(weights, lora, name, function):
-    """Change kernels or biases by what their adapters are.
+    """Update the kernels or biases of all targets.
 
     Args:
         weights, lora: see `add`.
         name: str, "kernel" or "bias".
-        function: of one layer's weight and a dict of its pieces.
+        function: function of one layer's weight and a dict of its adapter's
+            tensors that returns the new weight.
     """
     pieces = (*lora.pieces, "adapter_scale")
 
@@ -74,12 +75,12 @@ def _change(weights, lora, name, function):
 
 
 def with_adapter(kernel, pieces):
-    """Return the kernel that computes what kernel and adapter do.
+    """Return the kernel with its adapter merged.
 
     Args:
         kernel: tensor of one layer.
-        pieces: dict of "adapter_a", "adapter_b", "adapter_scale" and, if there
-            is one, "adapter_gain" to its tensors.
+        pieces: dict of "adapter_a", "adapter_b", "adapter_scale" and
+            optionally "adapter_gain" to tensors.
 
     Returns:
         Tensor of the kernel's dtype; the sum is rounded once.

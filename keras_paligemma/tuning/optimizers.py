@@ -1,4 +1,4 @@
-"""Adam for weights of every dtype, and the original's recipe around it."""
+"""Adam for weights of every dtype, and the original's training recipe."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -13,26 +13,25 @@ from keras_paligemma.layers.stack import stable_name
 from keras_paligemma.types import Config
 from keras_paligemma.types import Tensor
 
-# What the original's weight decay reaches: of the text decoder nothing, as its
-# kernels have other names there.
+# Weights that the original decays. None of the text decoder: its parameters
+# have other names there, which the original's pattern does not match.
 DECAYED = ("vision_encoder/*kernel",)
 
 
 @keras.saving.register_keras_serializable(package="keras_paligemma")
 class Adam(keras.optimizers.Adam):
-    """Keras's Adam with float32 moments and rates by pattern.
+    """Keras's Adam with float32 moments and learning rates by pattern.
 
-    In bfloat16, 0.999 rounds to 1 and the second moment never moves; here the
-    moments and the step are computed in float32, whatever the weight's dtype.
+    In bfloat16, 0.999 rounds to 1 and the second moment never changes; here
+    moments and updates are computed in float32, whatever the weight's dtype.
 
     Args:
         learning_rate: float, or schedule.
-        multipliers: dict of pattern to float: the learning rate, and weight
-            decay with it, times that number for weights whose name matches the
-            pattern ("vision_encoder/*": 0.1); the first match counts.
-        decayed: patterns of the weights that weight decay reaches; all if
-            `None`.
-        epsilon: float.
+        multipliers: dict of pattern to float, a factor of the learning rate
+            and of the weight decay for weights whose name matches the pattern
+            ("vision_encoder/*": 0.1); the first match counts.
+        decayed: patterns of the weights that are decayed; `None` for all.
+        epsilon: float, added to the denominator.
         **kwargs: as `keras.optimizers.Adam` takes them: `beta_2`,
             `weight_decay`, `global_clipnorm`, `use_ema`,
             `gradient_accumulation_steps`, …
@@ -63,7 +62,7 @@ class Adam(keras.optimizers.Adam):
                     f"as {names[0]!r}."
                 )
         super().build(variables)
-        # By index: TensorFlow hands its own variables on, which have no path.
+        # By index: TensorFlow passes its own variables, which have no path.
         self._rates = [self._rate(name) for name in names]
         self._is_decayed = [
             self.decayed is None
@@ -88,7 +87,7 @@ class Adam(keras.optimizers.Adam):
         trainable_variables: Sequence[keras.Variable] | None = None,
     ) -> Any:
         if self.gradient_accumulation_steps:
-            # They are added up in float32, and JAX wants one dtype of both.
+            # The accumulators are float32, and JAX needs the same dtype.
             grads = [
                 gradient if gradient is None else ops.cast(gradient, "float32")
                 for gradient in grads
@@ -100,8 +99,8 @@ class Adam(keras.optimizers.Adam):
     ) -> None:
         super().finalize_variable_values(var_list)
         if self.use_ema:
-            # The means themselves: JAX cannot donate one array twice, as
-            # weight and as mean, when the next `fit` begins.
+            # Copies: in the next `fit` JAX cannot donate one array twice, as
+            # the weight and as its average.
             for variable in var_list:
                 variable.assign(ops.copy(variable))
 
@@ -110,8 +109,8 @@ class Adam(keras.optimizers.Adam):
     ) -> None:
         step = ops.cast(self.iterations + 1, "float32")
         if platform() == "tpu":
-            # Made floats within the step that reads it: a TPU would have all
-            # gradients as float32 at once, 0.23 GiB of 3b on eight chips.
+            # Cast when it is used: otherwise a TPU casts all gradients to
+            # float32 at once, 0.23 GiB for 3b on eight chips.
             (gradient,) = after(step, gradient)
         gradient = ops.cast(gradient, "float32")
         index = self._get_variable_index(variable)
@@ -121,8 +120,8 @@ class Adam(keras.optimizers.Adam):
         self.assign_add(
             velocity, (ops.square(gradient) - velocity) * (1 - self.beta_2)
         )
-        # As in the paper and the original: Keras's own leaves the epsilon out
-        # of the correction, which slows small gradients down at the start.
+        # As in the paper and the original. Keras does not correct the bias of
+        # the term with epsilon, which slows small gradients at the start.
         mean = momentum / (1 - ops.power(self.beta_1, step))
         square = velocity / (1 - ops.power(self.beta_2, step))
         change = rate * mean / (ops.sqrt(square) + self.epsilon)
@@ -154,20 +153,21 @@ def transfer_recipe(
     clip: float | None = 1.0,
     **kwargs: Any,
 ) -> Adam:
-    """Return the optimizer that the original's transfers are trained with.
+    """Return the optimizer of the original's transfers.
 
-    Adam, gradients clipped together, a linear warm-up and a cosine to zero.
-    The published settings of each benchmark are pairs of learning rate and
-    weight decay for batches of 256.
+    Adam with a global gradient norm, a linear warm-up and cosine decay to
+    zero. The published settings of each benchmark are pairs of learning rate
+    and weight decay for batches of 256.
 
     Args:
-        steps: int, training steps in all.
+        steps: int, total number of training steps.
         learning_rate: float, at the end of the warm-up.
-        weight_decay: float, share of a weight that a step at the full rate
-            takes; not multiplied by the learning rate. It reaches `DECAYED`.
-        warmup: float, share of the steps.
-        clip: float, largest norm of all gradients together.
-        **kwargs: as `Adam` takes them.
+        weight_decay: float, fraction of a weight that is subtracted in a step
+            at the full learning rate, not multiplied by it. Applies to
+            `DECAYED`.
+        warmup: float, fraction of the steps.
+        clip: float, maximum global norm of the gradients.
+        **kwargs: as in `Adam`.
 
     Returns:
         `Adam`.
@@ -197,14 +197,14 @@ def transfer_recipe(
 
 
 def check_moments(optimizer, variables):
-    """Refuse an optimizer that would stand still.
+    """Raise `ValueError` if an optimizer's moments would never change.
 
     Args:
         optimizer: Keras optimizer.
-        variables: the trained variables.
+        variables: list of the trained variables.
 
     Raises:
-        ValueError: a beta that is 1 in a variable's dtype.
+        ValueError: a beta rounds to 1 in a variable's dtype.
     """
     if optimizer is None or isinstance(optimizer, Adam):
         return

@@ -1,4 +1,4 @@
-"""Which weights are trained: by patterns of names, and shown as a table."""
+"""Choosing the trained weights by patterns of names, and listing them."""
 
 import difflib
 import fnmatch
@@ -11,12 +11,13 @@ def set_trainable(backbone, patterns, value):
 
     Args:
         backbone: `PaliGemmaBackbone`.
-        patterns: strs such as "vision_encoder/*" or "*/mlp/*", matched with
-            the names of `weights_by_name`; "*" goes across "/".
-        value: bool, what `trainable` becomes.
+        patterns: list of str such as "vision_encoder/*" or "*/mlp/*", matched
+            with the names of `weights_by_name`; "*" matches "/" too.
+        value: bool, the new value of `trainable`.
 
     Raises:
-        ValueError: a pattern that matches nothing: nothing has changed then.
+        ValueError: a pattern matches nothing, or a quantised weight would be
+            trained; no weight is changed then.
     """
     weights = backbone.weights_by_name()
     chosen = []
@@ -24,7 +25,7 @@ def set_trainable(backbone, patterns, value):
         names = [
             name
             for name in fnmatch.filter(weights, pattern)
-            # A number that adapters are switched with, never learned.
+            # Switches adapters on and off; never learned.
             if not name.endswith("/adapter_scale")
         ]
         if not names:
@@ -47,7 +48,7 @@ def set_trainable(backbone, patterns, value):
 
 
 def check_trainable(backbone, trained=None):
-    """Refuse to train what would be damaged, or cannot be trained.
+    """Raise `ValueError` if training would fail or damage an adapter.
 
     Args:
         backbone: `PaliGemmaBackbone`.
@@ -55,12 +56,12 @@ def check_trainable(backbone, trained=None):
             `None`.
 
     Returns:
-        The name of the adapter to be trained; `None` without adapters.
+        str, name of the adapter to be trained; `None` without adapters.
 
     Raises:
-        ValueError: kernels of few bits without adapters; adapters that are
-            merged or off, which the optimizer's moments would move all the
-            same; another adapter than the optimizer has the moments of.
+        ValueError: quantised kernels without adapters; adapters that are
+            merged or off, which the optimizer's moments would still change;
+            or another adapter than the one whose moments the optimizer has.
     """
     adapters = backbone.adapters
     if adapters.capacity is not None and (
@@ -89,13 +90,13 @@ def check_trainable(backbone, trained=None):
 
 
 def table(backbone):
-    """Tell what is trained, a line for each part, and how many parameters.
+    """Return a table of the trained layers and their parameters.
 
     Args:
         backbone: `PaliGemmaBackbone`.
 
     Returns:
-        str, a table to print.
+        str to print: a line for each layer and dtype, and the total.
     """
     parts, trained, total = {}, 0, 0
     for name, weight in dequantized(backbone.weights_by_name()).items():
