@@ -38,8 +38,7 @@ dist: .venv/for-test
 # neighbouring tests, which share fixtures and compiled functions. Demo, notebooks
 # and benchmarks run with the optimizations.
 backends: export XLA_FLAGS ?= --xla_backend_optimization_level=0 \
-	--xla_llvm_disable_expensive_passes=true \
-	--xla_cpu_use_fusion_emitters=false
+	--xla_llvm_disable_expensive_passes=true
 backends: export JAX_COMPILATION_CACHE_DIR ?= \
 	$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/keras_paligemma/compiled
 backends: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
