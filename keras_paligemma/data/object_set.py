@@ -23,10 +23,10 @@ from keras_paligemma.types import PathLike
 _TURNED = (5, 6, 7, 8)
 
 # Of files that are pictures.
-_SUFFIXES = {
+SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".heic", ".mpo"),
-}
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -340,4 +340,4 @@ def polygons_of(
 def picture_files(folder: Path) -> list[Path]:
     """List the pictures below a folder, sorted."""
     found = folder.rglob("*")
-    return sorted(one for one in found if one.suffix.lower() in _SUFFIXES)
+    return sorted(one for one in found if one.suffix.lower() in SUFFIXES)

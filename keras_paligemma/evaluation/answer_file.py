@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from keras_paligemma import compat
+from keras_paligemma.data.object_set import SUFFIXES
+from keras_paligemma.data.object_set import picture_files
 from keras_paligemma.evaluation.predicting import predict
 from keras_paligemma.evaluation.samples import Sample
 from keras_paligemma.evaluation.samples import check_unique
+from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.types import PathLike
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,9 @@ def open_pictures(data: PathLike, prompt: str | None = None) -> Pictures:
     """
     path = Path(data)
     if path.is_dir():
-        found = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in SUFFIXES and file.is_file()
-        )
         records = [
             {"id": file.relative_to(path).as_posix(), "image": str(file)}
-            for file in found
+            for file in picture_files(path)
         ]
     elif path.is_file():
         records = _read_lines(path)
@@ -114,8 +110,8 @@ def _read_lines(path):
                 f"{path}, line {number} names no picture. Expected: "
                 f'{{"image": "…", "prefix": "…"}}. Received: {line[:80]!r}.'
             ) from error
-        if isinstance(image, str) and "://" not in image:
-            image = os.path.join(path.parent, image)
+        if isinstance(image, str):
+            image = picture_path(image, os.fspath(path.parent))
         id = str(record.get("id", number))
         records.append({**record, "id": id, "image": image})
     return records
