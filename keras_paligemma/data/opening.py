@@ -82,7 +82,7 @@ def open_source(
         return JSONLSource(found, image_folder, allow_empty)
     if kind == "conversations":
         return ConversationSource(found, image_folder, allow_empty=allow_empty)
-    objects = _READERS[kind](found, _text(image_folder), split, codec)
+    objects = _READERS[kind](found, _text(image_folder), split, codec, task)
     encode_mask = None if codec is None else codec.encode_mask
     return ObjectSource(objects, task, encode_mask=encode_mask, **options)
 
@@ -107,7 +107,7 @@ def open_objects(
             f"These are no objects on pictures. Received: {found}, of "
             f"{kind}. Expected: {_KNOWN}."
         )
-    return _READERS[kind](found, _text(image_folder), split, codec)
+    return _READERS[kind](found, _text(image_folder), split, codec, None)
 
 
 def recognise(path: PathLike, split: str) -> tuple[str, Path]:
@@ -198,7 +198,7 @@ def _of_split(files, split):
     return instances or found
 
 
-def _read_coco(file, image_folder, split, codec):
+def _read_coco(file, image_folder, split, codec, task):
     """Read COCO's file; its pictures are where the first one is found."""
     objects = coco_file.read(file, image_folder or os.fspath(file.parent))
     if image_folder is not None or not objects.pictures:
@@ -215,16 +215,18 @@ def _read_coco(file, image_folder, split, codec):
     return objects
 
 
-def _read_voc(folder, image_folder, split, codec):
-    listed = folder / "ImageSets" / "Main" / f"{split}.txt"
-    return voc.read(folder, image_folder, split if listed.is_file() else None)
+def _read_voc(folder, image_folder, split, codec, task):
+    listed = voc.split_file(folder, split, task == "segment")
+    return voc.read(folder, image_folder, listed, task != "detect")
 
 
 _READERS: dict[str, Callable[..., ObjectSet]] = {
     "coco": _read_coco,
-    "yolo": lambda path, images, split, codec: yolo.read(path, images, split),
+    "yolo": lambda path, images, split, codec, task: yolo.read(
+        path, images, split
+    ),
     "voc": _read_voc,
-    "jsonl": lambda path, images, split, codec: object_lines.read(
+    "jsonl": lambda path, images, split, codec, task: object_lines.read(
         path, images, codec
     ),
 }

@@ -1,10 +1,11 @@
-"""Pascal VOC's XML: a file a picture, boxes in pixels."""
+"""Read and write Pascal VOC: an XML file per picture, boxes in pixels."""
 
 import os
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
+from keras_paligemma.data import voc_masks
 from keras_paligemma.data.object_set import Annotation
 from keras_paligemma.data.object_set import ObjectSet
 from keras_paligemma.data.object_set import Picture
@@ -12,50 +13,50 @@ from keras_paligemma.data.object_set import has_fields
 from keras_paligemma.data.object_set import picture_files
 from keras_paligemma.data.object_set import plain_name
 
-# Names of classes, a line each, as CVAT adds them.
+# Class names, one per line, in a file that CVAT adds.
 LABEL_MAP = "labelmap.txt"
 
-# What VOC says of an object besides; others are of other formats.
+# VOC's other fields of an object.
 _FIELDS = ("pose", "truncated", "difficult", "occluded")
 _EDGES = ("ymin", "xmin", "ymax", "xmax")
 _EXPECTED = "Expected: <bndbox> with numbers <xmin>, <ymin>, <xmax>, <ymax>."
 
 
 def read(
-    path: Path, image_folder: str | None = None, split: str | None = None
+    path: Path,
+    image_folder: str | None = None,
+    listed: Path | None = None,
+    with_masks: bool = True,
 ) -> ObjectSet:
-    """Read Pascal VOC's XML files as a set of objects.
+    """Read Pascal VOC's XML files and masks as a set of objects.
 
-    Coordinates are taken as they are, as LabelImg, CVAT and Roboflow write
-    them: edges in pixels from 0. (Files of the original challenge count pixels
-    from 1, so their boxes begin a pixel late.) What is marked as difficult is
-    an object like others.
+    Coordinates are read as LabelImg, CVAT and Roboflow write them: edges in
+    pixels, counted from 0. The original challenge counts from 1, so its boxes
+    start one pixel late. Objects marked as difficult are objects like others.
+    Masks are those of `SegmentationObject`, see `voc_masks`.
 
     Args:
         path: path of a folder with `Annotations` and `JPEGImages`, or with
             XML files beside their pictures.
         image_folder: str, folder of pictures; `JPEGImages` or that of the XML
             files if `None`.
-        split: str, of `ImageSets/Main/SPLIT.txt`, which lists pictures;
-            `None` takes all.
+        listed: path of a text file that lists pictures, see `split_file`;
+            `None` reads all XML files.
+        with_masks: bool, whether to read masks.
 
     Returns:
-        `ObjectSet`, whose classes are those of CVAT's `labelmap.txt` in this
-        order, then those of the objects, by name.
+        `ObjectSet`. Its classes are those of CVAT's `labelmap.txt`, in order,
+        then those of the objects, sorted. `skipped` counts masks that fit no
+        object.
 
     Raises:
-        ValueError: there is no XML file, or no such split.
+        ValueError: if there are no XML files.
+        ImportError: if pycocotools is not installed, and there are masks.
     """
     folder = path / "Annotations"
     folder = folder if folder.is_dir() else path
     files = sorted(folder.rglob("*.xml"))
-    if split is not None:
-        listed = path / "ImageSets" / "Main" / f"{split}.txt"
-        if not listed.is_file():
-            raise ValueError(
-                f"There is no list of a split. Expected: {listed}. Received: "
-                f"split={split!r}."
-            )
+    if listed is not None:
         lines = listed.read_text("utf-8-sig").split("\n")
         stems = [line.split()[0] for line in lines if line.strip()]
         files = [folder / f"{stem}.xml" for stem in stems]
@@ -67,38 +68,68 @@ def read(
     if image_folder is None:
         images = path / "JPEGImages"
         image_folder = os.fspath(images if images.is_dir() else folder)
-    there = {
-        os.path.relpath(one, image_folder).replace(os.sep, "/")
-        for one in picture_files(Path(image_folder))
+    existing = {
+        os.path.relpath(file, image_folder).replace(os.sep, "/")
+        for file in picture_files(Path(image_folder))
     }
-    pictures = [_read_file(one, folder, there) for one in files]
-    classes = sorted(
-        {one.label for picture in pictures for one in picture.annotations}
-        - {""}
+    pictures = [_read_file(file, folder, existing) for file in files]
+    labels = {
+        annotation.label
+        for picture in pictures
+        for annotation in picture.annotations
+    } - {""}
+    label_map = _read_label_map(path / LABEL_MAP)
+    skipped = Counter()
+    if with_masks:
+        values = voc_masks.class_values(sorted(labels), label_map)
+        for row, picture in enumerate(pictures):
+            if not picture.problem:
+                pictures[row], lost = voc_masks.add_masks(picture, path, values)
+                skipped += lost
+    names = [name for name, _ in label_map]
+    # CVAT lists the background first.
+    names = names[names[:1] == ["background"] :]
+    classes = dict.fromkeys([*names, *sorted(labels)])
+    return ObjectSet(
+        path, os.fspath(image_folder), tuple(classes), pictures, skipped
     )
-    listed = path / LABEL_MAP
-    if listed.is_file():
-        lines = listed.read_text("utf-8-sig").split("\n")
-        names = [line.split(":")[0] for line in lines if line[:1] not in "# "]
-        classes = dict.fromkeys([*names, *classes])
-    return ObjectSet(path, os.fspath(image_folder), tuple(classes), pictures)
+
+
+def split_file(path: Path, split: str, for_masks: bool) -> Path | None:
+    """Return the list of a split's pictures, in `ImageSets`.
+
+    Args:
+        path: path of the data set's folder.
+        split: str, such as "train".
+        for_masks: bool, whether to prefer the list in `Segmentation`, of the
+            pictures with masks, to that in `Main`.
+
+    Returns:
+        Path of the text file; `None` if there is none.
+    """
+    kinds = ("Segmentation", "Main") if for_masks else ("Main", "Segmentation")
+    files = [path / "ImageSets" / kind / f"{split}.txt" for kind in kinds]
+    return next((file for file in files if file.is_file()), None)
 
 
 def write(objects: ObjectSet, folder: Path) -> Counter:
-    """Write a set of objects as Pascal VOC's XML, without its pictures.
+    """Write a set of objects as Pascal VOC's XML and masks, without pictures.
 
     Args:
         objects: `ObjectSet` of pictures in pixels, without problems.
-        folder: path of an empty folder, which gets `Annotations`, a list of
-            them in `ImageSets/Main/train.txt`, and CVAT's `labelmap.txt`;
-            pictures belong into `JPEGImages`.
+        folder: path of an empty folder, which gets `Annotations`, lists of
+            pictures in `ImageSets`, CVAT's `labelmap.txt`, and pictures of
+            masks if there are any, see `voc_masks`. Pictures belong into
+            `JPEGImages`.
 
     Returns:
         Counter of what the format cannot hold.
     """
-    lost, stems = Counter(), []
+    lost, stems, with_masks = Counter(), [], []
     for picture in objects.pictures:
         name = plain_name(picture)
+        stem = Path(name).with_suffix("").as_posix()
+        has_masks = any(one.has_mask() for one in picture.annotations)
         root = ElementTree.Element("annotation")
         _put(root, "folder", "JPEGImages")
         _put(root, "filename", name)
@@ -106,33 +137,61 @@ def write(objects: ObjectSet, folder: Path) -> Counter:
         height, width = picture.known_size()
         for tag, value in (("width", width), ("height", height), ("depth", 3)):
             _put(size, tag, value)
-        _put(root, "segmented", 0)
-        for one in picture.annotations:
-            root.append(_element(one))
-            lost["masks"] += one.has_mask()
-            lost["scores"] += one.score is not None
-            lost["marks of crowds"] += one.is_crowd
-            lost["fields of other formats"] += has_fields(one.extra, _FIELDS)
+        _put(root, "segmented", int(has_masks))
+        for annotation in picture.annotations:
+            extra = annotation.extra
+            root.append(_element(annotation))
+            lost["scores"] += annotation.score is not None
+            lost["marks of crowds"] += annotation.is_crowd
+            lost["fields of other formats"] += has_fields(extra, _FIELDS)
         lost["fields of other formats"] += has_fields(picture.extra)
+        if has_masks:
+            with_masks.append(stem)
+            lost += voc_masks.write_masks(
+                picture, folder, stem, objects.classes
+            )
         ElementTree.indent(root)
-        stem = Path(name).with_suffix("").as_posix()
         file = folder / "Annotations" / f"{stem}.xml"
         file.parent.mkdir(parents=True, exist_ok=True)
         ElementTree.ElementTree(root).write(file, "utf-8")
         stems.append(stem)
-    lists = folder / "ImageSets" / "Main"
-    lists.mkdir(parents=True)
-    (lists / "train.txt").write_text(
-        "".join(f"{stem}\n" for stem in stems), encoding="utf-8"
-    )
-    lines = "".join(f"{name}:::\n" for name in objects.classes)
-    (folder / LABEL_MAP).write_text(
-        f"# label:color_rgb:parts:actions\n{lines}", encoding="utf-8"
-    )
+    _write_list(folder / "ImageSets" / "Main" / "train.txt", stems)
+    if with_masks:
+        _write_list(
+            folder / "ImageSets" / "Segmentation" / "train.txt", with_masks
+        )
+    colours = voc_masks.palette()
+    names = ["background", *objects.classes]
+    lines = ["# label:color_rgb:parts:actions"]
+    for number, name in enumerate(names):
+        colour = colours[min(number, voc_masks.VOID)]
+        lines.append(f"{name}:{','.join(map(str, colour))}::")
+    _write_list(folder / LABEL_MAP, lines)
     return +lost
 
 
-def _read_file(file, folder, there):
+def _write_list(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"{line}\n" for line in lines)
+    path.write_text(text, encoding="utf-8")
+
+
+def _read_label_map(path):
+    """Return name and colour, or `None`, of each class of a label map."""
+    if not path.is_file():
+        return []
+    classes = []
+    for line in path.read_text("utf-8-sig").split("\n"):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, colour, *_ = [*line.strip().split(":"), ""]
+        parts = colour.split(",")
+        is_colour = len(parts) == 3 and all(map(str.isdigit, parts))
+        classes.append((name, tuple(map(int, parts)) if is_colour else None))
+    return classes
+
+
+def _read_file(file, folder, existing):
     place = os.path.relpath(file, folder)
     try:
         root = ElementTree.parse(file).getroot()
@@ -152,26 +211,26 @@ def _read_file(file, folder, there):
     else:
         size = height, width
     annotations = tuple(
-        _annotation(one, f"object {number}")
-        for number, one in enumerate(root.iter("object"), 1)
+        _annotation(element, f"object {number}")
+        for number, element in enumerate(root.iter("object"), 1)
     )
-    name = _name(root, Path(place), there)
+    name = _name(root, Path(place), existing)
     return Picture(name, annotations, size, place, problem=problem)
 
 
-def _name(root, place, there):
-    """The picture that is there: as the file says, or of the file's name."""
-    said = (root.findtext("filename") or "").replace("\\", "/")
+def _name(root, place, existing):
+    """Return the existing picture: the file's `filename`, or its own name."""
+    named = (root.findtext("filename") or "").replace("\\", "/")
     beside = place.with_suffix("").as_posix()
     suffixes = (".jpg", ".jpeg", ".png", ".JPG", ".webp", ".bmp")
-    names = [said, (place.parent / said).as_posix()]
+    names = [named, (place.parent / named).as_posix()]
     names += [beside + suffix for suffix in suffixes]
-    return next((name for name in names if name in there), said or names[2])
+    return next((name for name in names if name in existing), named or names[2])
 
 
-def _annotation(one, place):
-    label = (one.findtext("name") or "").strip()
-    texts = [one.findtext(f"bndbox/{edge}") for edge in _EDGES]
+def _annotation(element, place):
+    label = (element.findtext("name") or "").strip()
+    texts = [element.findtext(f"bndbox/{edge}") for edge in _EDGES]
     y1, x1, y2, x2 = map(_number, texts)
     box = None
     if y1 is not None and x1 is not None and y2 is not None and x2 is not None:
@@ -184,19 +243,19 @@ def _annotation(one, place):
     extra = {
         field: int(text) if text.strip().isdigit() else text.strip()
         for field in _FIELDS
-        if (text := one.findtext(field)) is not None
+        if (text := element.findtext(field)) is not None
     }
     return Annotation(label, box, place=place, extra=extra, problem=problem)
 
 
-def _element(one):
+def _element(annotation):
     element = ElementTree.Element("object")
-    _put(element, "name", one.label)
+    _put(element, "name", annotation.label)
     for field in _FIELDS:
-        if field in one.extra:
-            _put(element, field, one.extra[field])
+        if field in annotation.extra:
+            _put(element, field, annotation.extra[field])
     box = ElementTree.SubElement(element, "bndbox")
-    for edge, value in zip(_EDGES, one.box, strict=True):
+    for edge, value in zip(_EDGES, annotation.box, strict=True):
         _put(box, edge, value)
     return element
 
