@@ -159,7 +159,7 @@ def _object(one):
     }
     if one.mask is not None:
         file = io.BytesIO()
-        alpha = (np.asarray(one.mask) * 255).round().astype("uint8")
+        alpha = np.where(one.mask > 0, 255, 0).astype("uint8")
         pixels = np.stack([np.full_like(alpha, 255), alpha], axis=-1)
         Image.fromarray(pixels).save(file, "PNG")
         data = base64.b64encode(file.getvalue()).decode()

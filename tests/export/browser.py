@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import json
 import shutil
 import subprocess
@@ -9,6 +10,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+
+import numpy as np
+from PIL import Image
+from PIL import ImageFilter
 
 FLAGS = (
     "--headless",
@@ -73,10 +78,43 @@ class Browser:
         """Give the window as the bytes of a PNG."""
         return base64.b64decode(_call(f"{self.address}/screenshot"))
 
+    def canvas(self):
+        """Return the pixels of the page's picture, (height, width, RGB)."""
+        uri = self.run("return document.getElementById('view').toDataURL()")
+        content = base64.b64decode(uri.partition(",")[2])
+        with Image.open(io.BytesIO(content)) as picture:
+            return np.asarray(picture.convert("RGB"), "float64")
+
     def _element(self, css):
         query = {"using": "css selector", "value": css}
         found = _call(f"{self.address}/element", query)
         return f"{self.address}/element/{found[ELEMENT]}"
+
+
+def check_mask(before, after, one, colour):
+    """Compare a canvas with the mask that the page should have drawn on it.
+
+    Args:
+        before, after: arrays as `Browser.canvas` gives them.
+        one: `Object` with a mask.
+        colour: (red, green, blue) of the object.
+    """
+    size = before.shape[:2]
+    mask = Image.fromarray(one.mask_in(size))
+    y1, x1, y2, x2 = one.pixels(size)
+    # The browser blends the mask's pixels at its edges, 64 a side.
+    blur = 2 * (2 + max(y2 - y1, x2 - x1) // 64) + 1
+    inner = np.asarray(mask.convert("L").filter(ImageFilter.MinFilter(blur)))
+    outer = np.asarray(mask.convert("L").filter(ImageFilter.MaxFilter(blur)))
+    # The box has lines, and the label may be within it at the upper edge.
+    inside = np.zeros(size, bool)
+    inside[max(y1 + blur, 40) : y2 - blur, x1 + blur : x2 - blur] = True
+    coloured = inside & (inner > 0)
+    plain = inside & (outer == 0)
+    assert coloured.sum() > 500 and plain.sum() > 500
+    blended = 0.55 * before + 0.45 * np.array(colour)
+    assert np.abs(after - blended)[coloured].max() <= 2
+    assert np.abs(after - before)[plain].max() == 0
 
 
 @contextlib.contextmanager

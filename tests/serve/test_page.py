@@ -2,8 +2,11 @@
 
 import base64
 
+import numpy as np
 import pytest
 
+from keras_paligemma.tasks.answers import read_objects
+from keras_paligemma.tasks.mask_codec import MaskCodec
 from tests.export import browser
 from tests.helpers.encoded_pictures import encode
 from tests.helpers.encoded_pictures import picture
@@ -20,14 +23,19 @@ pytestmark = [
     ),
 ]
 
+DISC = np.hypot(*np.mgrid[-30:30, -30:30]) < 30
+BOX = "<loc0256>" * 2 + "<loc0768>" * 2
+MASK = "".join(
+    f"<seg{code:03}>" for code in MaskCodec.embedded().encode_mask(DISC)
+)
+VALUES = (-0.5, -0.1, -0.25)
 # Says a box, and the rest when the standard input is closed.
 SEGMENTS = SERVER.replace(
     "limits = ",
-    """
+    f"""
 from keras_paligemma.serve.requests import Answered
 
-BOX = "".join(f"<loc{place:04}>" for place in (256, 256, 768, 768))
-MASK = "".join(f"<seg{code:03}>" for code in range(16))
+BOX, MASK = {BOX!r}, {MASK!r}
 
 class Model(Model):
     def answer(self, requests, tell):
@@ -36,7 +44,8 @@ class Model(Model):
         tell(0, BOX)
         sys.stdin.read()
         tell(0, MASK + " cat")
-        return [Answered(f"{BOX}{MASK} cat", (), (7,), (-0.5,), "stop")]
+        tokens, values = (BOX, MASK, " cat"), {VALUES}
+        return [Answered("".join(tokens), tokens, (7,) * 3, values, "stop")]
 
 limits = """,
     1,
@@ -51,14 +60,15 @@ document.getElementById("drop").dispatchEvent(event);
 SHOWN = "return !document.getElementById('view').hidden"
 TEXT = "return document.getElementById('text').textContent"
 ENABLED = "return !document.getElementById('go').disabled"
-# How many pixels differ from those of the script before.
-CHANGED = """
-const view = document.getElementById("view");
-const {width, height} = view;
-const {data} = view.getContext("2d").getImageData(0, 0, width, height);
-const before = window.before;
-window.before = data;
-return before ? data.filter((one, at) => one != before[at]).length : 0;
+
+# Keeps the words that are drawn on the picture.
+WORDS = """
+const pen = CanvasRenderingContext2D.prototype, {fillText} = pen;
+window.words = [];
+pen.fillText = function (...given) {
+  window.words.push(given[0]);
+  return fillText.apply(this, given);
+};
 """
 
 
@@ -68,18 +78,24 @@ def test_an_answer_is_shown_as_it_comes_and_its_mask_is_drawn():
         page.open(f"http://127.0.0.1:{port}")
         page.run(DROP, data)
         page.wait(SHOWN)
-        assert page.run(CHANGED) == 0
+        before = page.canvas()
+        page.run(WORDS)
         page.clear("#prompt")
         page.type("#prompt", "segment cat")
         page.click("#go")
         page.wait(f"{TEXT}.startsWith('<loc')")
-        assert page.run(TEXT) == "<loc0256>" * 2 + "<loc0768>" * 2
+        assert page.run(TEXT) == BOX
         assert not page.run(ENABLED)
         server.stdin.close()
         page.wait(ENABLED)
-        assert page.run(TEXT).endswith("<seg015> cat")
-        # The box's edge and label alone are some thousands; the mask is more.
-        assert page.run(CHANGED) > 20_000
+        answer = page.run(TEXT)
+        assert answer == f"{BOX}{MASK} cat"
+        tokens = (BOX, MASK, " cat")
+        (cat,) = read_objects(
+            tokens, MaskCodec.embedded(), log_probabilities=VALUES
+        )
+        assert page.run("return window.words") == [f"cat {cat.score:.2f}"]
+        browser.check_mask(before, page.canvas(), cat, (230, 25, 75))
         page.clear("#prompt")
         page.type("#prompt", "fail")
         page.click("#go")
