@@ -1,4 +1,4 @@
-"""Objects in JSONL of the package: answers to `detect` and `segment`."""
+"""Read and write objects in JSONL: answers to `detect` and `segment`."""
 
 import json
 import os
@@ -30,24 +30,23 @@ def read(
 ) -> ObjectSet:
     """Read the objects of a JSONL file's answers.
 
-    Sizes are read from the pictures, since masks are resized to them. Several
-    lines of one picture are one picture.
+    Sizes are read from the pictures, since masks are resized to them. Lines
+    about the same picture are merged.
 
     Args:
         path: path of the JSONL file.
-        image_folder: str, what pictures are relative to; the file's folder if
-            `None`.
-        codec: `MaskCodec` that masks were written by; the embedded one if
-            `None`.
+        image_folder: str, folder that pictures are relative to; the file's
+            folder if `None`.
+        codec: `MaskCodec` that encoded the masks; the embedded one if `None`.
 
     Returns:
-        `ObjectSet`; `skipped` counts lines that ask for something else, are
-        damaged or name a picture that cannot be read, and parts of answers
-        that are no object.
+        `ObjectSet`. `skipped` counts lines with other prompts, damaged lines,
+        lines of pictures that cannot be read, and parts of answers that are
+        not objects.
 
     Raises:
-        ValueError: there is no such file.
-        ImportError: pycocotools is missing.
+        ValueError: if the file does not exist.
+        ImportError: if pycocotools is not installed.
     """
     source = JSONLSource(path, image_folder, allow_empty=True)
     codec = codec or MaskCodec.embedded()
@@ -99,22 +98,23 @@ def write(
     task: str = "detect",
     codec: MaskCodec | None = None,
 ) -> Counter:
-    """Write a set of objects as JSONL that `fit` and `--data` take.
+    """Write a set of objects as JSONL, for `fit` and `--data`.
 
     Args:
         objects: `ObjectSet` of pictures in pixels, without problems.
         path: path of the file to write.
-        image_folder: str, what names of pictures are to be relative to.
-        task: "detect", or "segment", which needs a mask of every object.
-        codec: `MaskCodec` for masks; the embedded one if `None`.
+        image_folder: str, folder that names of pictures become relative to.
+        task: "detect", or "segment", which requires a mask of every object.
+        codec: `MaskCodec` that encodes masks; the embedded one if `None`.
 
     Returns:
-        Counter of what the format cannot hold, such as objects whose label
-        has a ";", or that have no mask where masks are written.
+        Counter of what the format cannot hold, such as objects with a ";" in
+        their label, or without a mask if the task is "segment".
 
     Raises:
-        ValueError: there is no such task.
-        ImportError: pycocotools is missing, for masks.
+        ValueError: if the task is unknown.
+        ImportError: if pycocotools is not installed, and the task is
+            "segment".
     """
     lost = Counter()
     source = ObjectSource(
@@ -135,13 +135,13 @@ def write(
             line["suffix"] = example["responses"]
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             lost["fields of other formats"] += has_fields(picture.extra)
-            for one in picture.annotations:
+            for annotation in picture.annotations:
                 lost["edges rounded to 1/1023 of the side"] += 1
                 kind = "masks as 16 codes" if task == "segment" else "masks"
-                lost[kind] += one.has_mask()
-                lost["scores"] += one.score is not None
-                lost["marks of crowds"] += one.is_crowd
-                lost["fields of other formats"] += has_fields(one.extra)
+                lost[kind] += annotation.has_mask()
+                lost["scores"] += annotation.score is not None
+                lost["marks of crowds"] += annotation.is_crowd
+                lost["fields of other formats"] += has_fields(annotation.extra)
     lost.update(source.left_out)
     lost["boxes clipped"] += source.clipped
     used = {
@@ -152,7 +152,7 @@ def write(
 
 
 def _name(image, folder):
-    """The name of a picture relative to a folder; a URI as it is."""
+    """Return the path of a picture relative to a folder; a URI unchanged."""
     if image.startswith("data:") or "://" in image[:16]:
         return image
     return os.path.relpath(image, folder)

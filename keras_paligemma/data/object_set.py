@@ -1,4 +1,4 @@
-"""Pictures and the objects on them, as data sets of every format hold them."""
+"""Data sets of objects in pictures, independent of their file format."""
 
 import collections
 import dataclasses
@@ -20,9 +20,10 @@ from keras_paligemma.tasks.masks import to_polygons
 from keras_paligemma.tasks.objects import Object
 from keras_paligemma.types import PathLike
 
+# EXIF orientations that swap height and width.
 _TURNED = (5, 6, 7, 8)
 
-# Of files that are pictures.
+# Suffixes of picture files.
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".heic", ".mpo"),
@@ -31,20 +32,20 @@ SUFFIXES = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Annotation:
-    """An object as a file describes it, before anything is computed of it.
+    """An object as a file describes it, with coordinates not yet checked.
 
     Coordinates are in the unit of its `Picture`.
 
     Args:
         label: str, the name of its class.
-        box: (y1, x1, y2, x2); `None` where the file has no box that could be
-            read, which `problem` tells.
-        segmentation: polygons or run lengths as COCO holds them, a list or a
-            dict; `None` where there is no mask.
-        is_crowd: bool, whether it stands for a group of objects.
+        box: (y1, x1, y2, x2); `None` if the file has no valid box, in which
+            case `problem` says why.
+        segmentation: COCO's polygons, a list, or run lengths, a dict; `None`
+            if there is no mask.
+        is_crowd: bool, whether it represents a group of objects.
         score: float or `None`.
-        place: str, where it is in the file of its picture: "annotation 7".
-        extra: dict of what its format alone holds, ready for JSON.
+        place: str, its place in the picture's file, such as "annotation 7".
+        extra: dict of fields that only its format has, ready for JSON.
         problem: str, why it cannot be used; "" if it can.
     """
 
@@ -58,7 +59,7 @@ class Annotation:
     problem: str = ""
 
     def has_mask(self) -> bool:
-        """Tell whether there are polygons or run lengths."""
+        """Return whether there are polygons or run lengths."""
         mask = self.segmentation
         return bool(mask.get("counts") if isinstance(mask, Mapping) else mask)
 
@@ -69,12 +70,13 @@ class Picture:
 
     Args:
         name: str, path relative to the folder of pictures, or a URI.
-        annotations: the objects, in the order of the file.
-        size: (height, width) in pixels, the unit of the annotations. `None`
-            where the file tells no size: annotations are shares of the
-            picture's sides then, and polygons flat lists of such shares.
-        place: str, where it is in its data set: "image 7", "labels/a.txt".
-        extra: dict of what its format alone holds, ready for JSON.
+        annotations: `Annotation`s, in the order of the file.
+        size: (height, width) in pixels, the unit of the annotations. `None` if
+            the file does not contain the size: coordinates are then fractions
+            of the picture's sides, and polygons flat lists of fractions.
+        place: str, its place in the data set, such as "image 7" or
+            "labels/a.txt".
+        extra: dict of fields that only its format has, ready for JSON.
         problem: str, why it cannot be used; "" if it can.
     """
 
@@ -86,10 +88,10 @@ class Picture:
     problem: str = ""
 
     def known_size(self) -> tuple[float, float]:
-        """Return the size of a picture whose annotations are in pixels.
+        """Return the size of a picture with annotations in pixels.
 
         Raises:
-            ValueError: they are not, see `in_pixels`.
+            ValueError: if they are fractions, see `in_pixels`.
         """
         if self.size is None:
             raise ValueError(
@@ -101,16 +103,16 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectSet:
-    """A data set of objects on pictures, of any format.
+    """A data set of objects in pictures, of any format.
 
     Args:
         path: path of the file or folder that it was read from.
-        image_folder: str, what names of pictures are relative to.
-        classes: names of all classes, in the order of the data set; also of
-            those that no object has.
+        image_folder: str, folder that names of pictures are relative to.
+        classes: names of all classes, in the order of the data set, including
+            those without objects.
         pictures: `Picture`s.
-        skipped: dict of what is no part of the set, in words, to how many.
-        extra: dict of what its format alone holds, ready for JSON.
+        skipped: dict from a description of what was left out to its count.
+        extra: dict of fields that only its format has, ready for JSON.
     """
 
     path: Path
@@ -123,7 +125,7 @@ class ObjectSet:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def where(self, row: int) -> str:
-        """Name the place of a picture in words."""
+        """Return the place of a picture: data set and entry."""
         return f"{os.fspath(self.path)}, {self.pictures[row].place}"
 
 
@@ -131,11 +133,11 @@ def in_pixels(picture: Picture, folder: str) -> Picture:
     """Return a picture whose annotations are in pixels.
 
     Args:
-        picture: `Picture`; one that has a size is given back as it is.
-        folder: str, of pictures: the size of others is read from the file.
+        picture: `Picture`; one with a size is returned unchanged.
+        folder: str, folder of the pictures. The size is read from the file.
 
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: if the file cannot be read.
     """
     if picture.size is not None:
         return picture
@@ -159,20 +161,20 @@ def in_pixels(picture: Picture, folder: str) -> Picture:
 
 
 def size_of_file(path: PathLike) -> tuple[int, int]:
-    """Read (height, width) of a picture, turned as its EXIF says.
+    """Return (height, width) of a picture, rotated as EXIF says.
 
     Args:
-        path: str or path, or a URI as `picture_path` gives it.
+        path: str or path, or a URI as `picture_path` returns it.
 
     Raises:
-        ValueError: the picture is missing or damaged.
+        ValueError: if the picture is missing or damaged.
     """
     (height, width), is_turned = opened_size(path)
     return (width, height) if is_turned else (height, width)
 
 
 def opened_size(path: PathLike) -> tuple[tuple[int, int], bool]:
-    """Read (height, width) as stored, and whether EXIF turns the picture."""
+    """Return (height, width) as stored, and whether EXIF swaps them."""
     try:
         with Image.open(openable(path)) as opened:
             width, height = opened.size
@@ -187,21 +189,23 @@ def opened_size(path: PathLike) -> tuple[tuple[int, int], bool]:
 
 
 def check_size(path: str, size: tuple[float, float]):
-    """Refuse a file that boxes do not fit: turned, or another picture.
+    """Raise if a picture's shape differs from that of its annotations.
 
-    A resized copy, of the same shape, is none: boxes are shares of the sides.
+    It may be rotated, or another picture. A resized copy is accepted: boxes
+    become fractions of the sides.
 
     Args:
-        path: str, of a picture; one that cannot be read is not refused here.
-        size: (height, width) that the annotations are of, pixels.
+        path: str, path of the picture; one that cannot be read raises later,
+            when it is decoded.
+        size: (height, width) that the annotations refer to, pixels.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: if the aspect ratios differ.
     """
     try:
         stored, is_turned = opened_size(path)
     except ValueError:
-        return  # Said when the picture is read.
+        return
     found = stored[::-1] if is_turned else stored
     if abs(found[0] * size[1] - found[1] * size[0]) > sum(size):
         raise ValueError(
@@ -218,22 +222,22 @@ def object_of(
     box: Sequence[float] | None = None,
     with_mask: bool = True,
 ) -> Object:
-    """Make an object of an annotation in pixels.
+    """Convert an annotation in pixels to an object.
 
     Args:
         annotation: `Annotation`.
         size: (height, width) of the picture, pixels.
-        box: (y1, x1, y2, x2) in place of the annotation's own, such as one
-            that was clipped.
-        with_mask: bool, whether the object needs a mask.
+        box: (y1, x1, y2, x2) that replaces the annotation's, for example a
+            clipped one.
+        with_mask: bool, whether the object must have a mask.
 
     Returns:
         `Object` with the label and score of the annotation.
 
     Raises:
-        ValueError: the annotation has a problem, its box is outside of the
-            picture, or its mask is missing, damaged, or empty within the box.
-        ImportError: pycocotools is missing.
+        ValueError: if the annotation has a problem, its box is outside the
+            picture, or its mask is missing, damaged, or empty inside the box.
+        ImportError: if pycocotools is not installed.
     """
     if annotation.problem:
         raise ValueError(annotation.problem)
@@ -266,22 +270,22 @@ def object_of(
 def bounds_of(
     polygons: Sequence[Sequence[float]],
 ) -> tuple[float, float, float, float]:
-    """Return the box (y1, x1, y2, x2) of flat polygons x1, y1, x2, y2, …."""
+    """Return the box (y1, x1, y2, x2) of polygons x1, y1, x2, y2, …."""
     x = [edge for polygon in polygons for edge in polygon[::2]]
     y = [edge for polygon in polygons for edge in polygon[1::2]]
     return min(y), min(x), max(y), max(x)
 
 
 def relative_name(picture: Picture, objects: ObjectSet, folder: str) -> str:
-    """Return the name of a picture relative to another folder, with slashes.
+    """Return the path of a picture relative to another folder.
 
     Args:
         picture: `Picture` of the set.
         objects: `ObjectSet`.
-        folder: str, what the name is to be relative to.
+        folder: str.
 
     Returns:
-        str; a URI as it is.
+        str, with slashes; a URI is returned unchanged.
     """
     path = picture_path(picture.name, objects.image_folder)
     if path.startswith("data:") or "://" in path[:16]:
@@ -290,29 +294,29 @@ def relative_name(picture: Picture, objects: ObjectSet, folder: str) -> str:
 
 
 def has_fields(extra: Mapping, known: Sequence[str] = ()) -> bool:
-    """Tell whether an entry has fields that another format cannot hold.
+    """Return whether an entry has fields that another format cannot hold.
 
     Args:
-        extra: dict of `Annotation` or `Picture`.
-        known: names that the format does hold.
+        extra: dict, `extra` of an `Annotation` or `Picture`.
+        known: names of fields that the other format has.
 
     Returns:
-        bool; numbers of entries, and areas, follow from the rest.
+        bool. Ids and areas do not count: they can be computed again.
     """
     return bool(extra.keys() - {"id", "area", *known})
 
 
 def plain_name(picture: Picture) -> str:
-    """Return a name below a folder for a copy of a picture.
+    """Return a relative name for a copy of a picture.
 
     Args:
-        picture: `Picture`; of one that lies outside of its folder, the last
-            part of its name.
+        picture: `Picture`; one outside of its folder keeps only the last part
+            of its name.
     """
     path = PurePosixPath(picture.name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or "://" in picture.name[:16]:
         return path.name
-    # YOLO finds labels by the last folder of this name.
+    # YOLO finds labels by replacing the last folder of this name.
     parents = [one for one in path.parts[:-1] if one != "images"]
     return str(PurePosixPath(*parents, path.name))
 
@@ -323,11 +327,12 @@ def polygons_of(
     """Return the mask of an annotation in pixels as flat polygons.
 
     Args:
-        annotation: `Annotation` with a mask; run lengths are traced, exactly.
+        annotation: `Annotation` with a mask; run lengths are converted
+            exactly.
         size: (height, width) of the picture, pixels.
 
     Raises:
-        ValueError: the run lengths are damaged, or empty.
+        ValueError: if the run lengths are damaged, or empty.
     """
     if not isinstance(annotation.segmentation, Mapping):
         return [list(polygon) for polygon in annotation.segmentation or ()]
@@ -338,6 +343,6 @@ def polygons_of(
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """List the pictures below a folder, sorted."""
-    found = folder.rglob("*")
-    return sorted(one for one in found if one.suffix.lower() in SUFFIXES)
+    """Return the paths of all pictures below a folder, sorted."""
+    files = folder.rglob("*")
+    return sorted(file for file in files if file.suffix.lower() in SUFFIXES)

@@ -1,4 +1,4 @@
-"""Objects on pictures as `detect` and `segment` examples."""
+"""Data sets of objects as `detect` and `segment` examples."""
 
 import collections
 import os
@@ -29,51 +29,51 @@ _ASK = {"detect": prompts.detect, "segment": prompts.segment}
 
 
 class ObjectSource:
-    """Examples of a data set of objects: a picture, its classes, its objects.
+    """Examples of a data set of objects, one per picture.
 
     | task | prompt | answer |
     |---|---|---|
     | detect | `detect cat ; dog` | `<loc…>×4 cat ; <loc…>×4 dog` |
     | segment | `segment cat` | `<loc…>×4<seg…>×16 cat` |
 
-    Answers follow the classes in the order of the prompt, within a class the
-    annotations in the order of the file. Pictures are not read here.
+    Answers list the classes in the order of the prompt, and the objects of a
+    class in the order of the file. Pictures are not decoded here.
 
-    A box that sticks out of its picture by a pixel, or by 1 % of the side, is
-    clipped: exporters round that way. A mask that is marked as a crowd is an
-    object like others: CVAT and Datumaro mark all masks of a brush so, and
-    COCO groups.
+    A box that exceeds its picture by up to one pixel or 1 % of the side is
+    clipped: exporters' rounding causes that. A crowd with a mask is an object
+    like others: CVAT and Datumaro mark all brush masks as crowds, and COCO
+    marks groups.
 
     Args:
-        data: `ObjectSet`, such as `open_objects` gives.
+        data: `ObjectSet`, as `open_objects` returns it.
         task: "detect" or "segment".
-        classes: names to ask for in every prompt, in this order; `None` asks
-            for those that the picture has, in the order of the data set.
-        keep_empty: bool, whether pictures with none of the classes are
-            examples too, with an empty answer. Needs `classes`.
-        encode_mask: function for "segment": of a bool array (height, width),
-            the mask within its box, at the picture's resolution; it returns
-            the 16 codes, integers from 0 to 127. `None` takes the codec that
-            comes with the nano preset; published models know the codes of
-            another one: `MaskCodec.load("vae-oid.npz").encode_mask`.
-        keep_crowds: bool, whether crowds that have a mask are objects; crowds
-            without one never are.
-        outside: what becomes of a box that sticks out further: "error" when
-            its picture is asked for, "clip" cuts it to the picture, "drop"
-            leaves it out.
+        classes: list of str, the labels of every prompt, in this order. `None`
+            uses the labels of each picture, in the order of the data set.
+        keep_empty: bool, whether pictures without objects of the classes are
+            examples too, with an empty answer. Requires `classes`.
+        encode_mask: function for "segment" from a bool array (height, width),
+            the mask within its box at the picture's resolution, to its 16
+            codes, integers from 0 to 127. `None` uses the codec of the nano
+            preset; published models need those of
+            `MaskCodec.load("vae-oid.npz").encode_mask`.
+        keep_crowds: bool, whether crowds with a mask are objects; crowds
+            without a mask never are.
+        outside: str, for boxes that exceed their picture by more: "error"
+            raises when the example is read, "clip" clips them, "drop" leaves
+            them out.
 
     Raises:
-        ValueError: there is no such class, or arguments do not fit together.
-        ExampleError: on `source[index]`, with picture and annotation: a box
-            is outside of its picture or a mask cannot be read, where the
-            error's `remainder` has the other objects; or the picture is of
-            another shape than the file says.
+        ValueError: if a class is unknown, or arguments exclude each other.
+        ExampleError: on `source[index]`, with picture and annotation, if a box
+            is outside its picture or a mask cannot be read; the error's
+            `remainder` is the example without these objects. Also if the
+            picture's shape differs from that in the file.
 
     Attributes:
-        clipped: int, boxes that were cut to their pictures.
-        left_out: dict of what to how many: crowds, objects of other classes,
-            boxes that were dropped, pictures without an object. A warning
-            tells of crowds that have no mask.
+        clipped: int, number of clipped boxes.
+        left_out: dict from a description to a count: crowds, objects of other
+            classes, dropped boxes, pictures without an object. Crowds without
+            a mask also raise a warning.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ObjectSource:
                 f"{sorted(data.classes)}."
             )
         if task == "segment":
-            import_pycocotools()
+            import_pycocotools()  # Raise now, not on the first example.
             encode_mask = encode_mask or MaskCodec.embedded().encode_mask
         self.data = data
         self.task = task
@@ -122,12 +122,16 @@ class ObjectSource:
             self._rows = np.flatnonzero(self._ends > self._starts)
         without = len(data.pictures) - len(self._rows)
         self.left_out["pictures without an object"] += without
-        # Counts of none say nothing.
+        # Drop zero counts.
         self.left_out = dict(+self.left_out)
 
     def _objects(self, keep_crowds):
-        """List the annotations that are objects, each with the row of its
-        picture and its number there; count the others."""
+        """Select the annotations that are objects; count the others.
+
+        Returns:
+            int array (2, objects) of the row of the picture and the number of
+            the annotation in it, and a list of `Annotation`.
+        """
         places, objects = [], []
         for row, picture in enumerate(self.data.pictures):
             for number, one in enumerate(picture.annotations):
@@ -163,7 +167,7 @@ class ObjectSource:
             (np.nan, np.nan) if one.problem else one.size or (1, 1)
             for one in pictures
         ]
-        # One pixel of a picture whose size its file does not tell is unknown.
+        # The width of a pixel; unknown if the file does not contain the size.
         pixels = [float(one.size is not None) for one in pictures]
         boxes = [one.box or (np.nan,) * 4 for one in objects]
         boxes, overhang, cut = clip_boxes(
@@ -199,24 +203,24 @@ class ObjectSource:
         )
 
     def where(self, index: int) -> str:
-        """Name the place of an example: data set and picture."""
+        """Return the place of an example: data set and picture."""
         return self.data.where(self._rows[index])
 
     def picture(self, index: int) -> Picture:
-        """Return the picture of an example as its file describes it."""
+        """Return the `Picture` of an example."""
         return self.data.pictures[self._rows[index]]
 
     def objects(self, index: int) -> list[Object]:
         """Return the objects of an example, as `EvaluateObjects` takes them.
 
         Args:
-            index: int, of the example.
+            index: int, number of the example.
 
         Returns:
-            List of `Object`, with masks where the task is "segment".
+            List of `Object`, with masks if the task is "segment".
 
         Raises:
-            ExampleError: one of them cannot be read.
+            ExampleError: if an object cannot be read.
         """
         with located(self.where(index)):
             _, found, problems = self._read(index)
@@ -245,7 +249,7 @@ class ObjectSource:
             )
 
     def _read(self, index):
-        """Path of a picture, its objects and places, and what is wrong."""
+        """Return a picture's path, its objects with places, and problems."""
         row = int(self._rows[index])
         picture = self.data.pictures[row]
         if picture.problem:
@@ -268,7 +272,7 @@ class ObjectSource:
         return path, found, problems
 
     def _example(self, path, answers):
-        """An example of answers by the number of their object."""
+        """Return an example, from answers by number of object."""
         asked = self.classes
         if not self._asks_all:
             present = {int(self._classes[i]) for i in answers}
@@ -280,7 +284,7 @@ class ObjectSource:
         }
 
     def _codes(self, one):
-        """The codes of an object's mask; none where boxes are asked for."""
+        """Return the codes of an object's mask; `None` for "detect"."""
         if self.task == "detect" or self.encode_mask is None:
             return None
         codes = [int(code) for code in self.encode_mask(one.mask)]
@@ -293,25 +297,28 @@ class ObjectSource:
 
 
 def clip_boxes(boxes, sizes, pixels, limit):
-    """Clip boxes that stick out of their pictures, up to a limit.
+    """Clip boxes that exceed their pictures, up to a limit.
+
+    The tolerance is one pixel, or 1 % of the side if that is more.
 
     Args:
-        boxes: float array (N, 4) of (y1, x1, y2, x2).
-        sizes: float array (N, 2) of (height, width), of the same unit.
-        pixels: float array (N,), what one pixel is in this unit; 0 if unknown.
-        limit: how far they may stick out, as a multiple of what is forgiven.
+        boxes: float array (N, 4) of (y1, x1, y2, x2), in any unit.
+        sizes: float array (N, 2) of (height, width), in the same unit.
+        pixels: float array (N,), the width of a pixel in this unit; 0 if
+            unknown.
+        limit: float, clip boxes that exceed by up to this many tolerances.
 
     Returns:
-        The boxes; how far each stuck out, such a multiple, infinite where
-        nothing of it is inside; and a bool array of which were clipped.
+        Array (N, 4) of boxes; array (N,) of how far each exceeded, in
+        tolerances, infinite if no part of it is inside; and a bool array (N,)
+        of which were clipped.
     """
     sides = np.concatenate([sizes, sizes], axis=1)
     inside = np.clip(boxes, 0, sides)
-    # A pixel, and 1 % of the side where that is more.
-    forgiven = np.maximum(pixels[:, None], 0.01 * sides)
-    overhang = np.abs(boxes - inside) / forgiven
+    tolerance = np.maximum(pixels[:, None], 0.01 * sides)
+    overhang = np.abs(boxes - inside) / tolerance
     overhang = overhang.max(axis=1, initial=0)
-    # Rounding of the sums alone does not count.
+    # Ignore rounding errors.
     overhang[overhang < 1e-6] = 0
     emptied = (inside[:, :2] >= inside[:, 2:]).any(axis=1)
     overhang[emptied & (overhang > 0)] = np.inf

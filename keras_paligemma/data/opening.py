@@ -1,4 +1,4 @@
-"""Data sets on disk, recognised by what they hold."""
+"""Open data sets of any format, recognised by their content."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ _KNOWN = (
     "folder of Pascal VOC's XML files, or a folder that holds one of these"
 )
 
-# How Roboflow calls the pictures that validate.
+# Roboflow names the folder of the validation split "valid".
 _SPLIT_FOLDERS = {"val": ("val", "valid"), "validation": ("valid", "val")}
 
 
@@ -37,33 +37,34 @@ def open_source(
     allow_empty: bool = False,
     **options: Any,
 ) -> Any:
-    """Open a data set of any format as examples to train on.
+    """Open a data set of any format as training examples.
 
-    | what | recognised by |
+    | format | recognised by |
     |---|---|
     | JSONL, conversations | `*.jsonl`, or a JSON array |
-    | COCO, of Roboflow, CVAT and Label Studio too | `*.json`, an object |
+    | COCO, also by Roboflow, CVAT, Label Studio | `*.json`, an object |
     | YOLO, boxes or polygons | `data.yaml`, `classes.txt` |
     | Pascal VOC | `*.xml`, in `Annotations` or beside the pictures |
 
     Args:
-        path: str or path of the file, or of the folder that holds it, or a
-            folder of it for each split.
+        path: str or path of the file, of a folder that contains it, or of a
+            folder with a subfolder per split.
         image_folder: str or path of the pictures; found beside the file if
             `None`.
-        split: str, which part to open where a folder holds several.
-        task: "detect" or "segment", for data sets of objects. Masks are not
-            looked at unless it is "segment".
-        codec: `MaskCodec` of the masks' codes; the one of the nano preset if
-            `None`. Published models know that of `vae-oid.npz`.
-        allow_empty: bool, whether answers of JSONL may be empty.
+        split: str, the part to open if a folder contains several.
+        task: "detect" or "segment", for data sets of objects. Masks are only
+            read for "segment".
+        codec: `MaskCodec` that encodes masks; that of the nano preset if
+            `None`. Published models need that of `vae-oid.npz`.
+        allow_empty: bool, whether answers in JSONL may be empty.
         **options: as `ObjectSource` takes them, for data sets of objects.
 
     Returns:
         `JSONLSource`, `ConversationSource` or `ObjectSource`.
 
     Raises:
-        ValueError: it is none of these, or several.
+        ValueError: if the format is not recognised, or the folder contains
+            several data sets.
 
     Example:
 
@@ -93,10 +94,10 @@ def open_objects(
     split: str = "train",
     codec: MaskCodec | None = None,
 ) -> ObjectSet:
-    """Open a data set of objects of any format as it was annotated.
+    """Open the annotations of a data set of objects of any format.
 
-    Args and errors are those of `open_source`; of JSONL the answers to
-    `detect` and `segment` are read.
+    Args and errors are those of `open_source`. For JSONL, the answers to
+    `detect` and `segment` are parsed.
 
     Returns:
         `ObjectSet`.
@@ -111,17 +112,18 @@ def open_objects(
 
 
 def recognise(path: PathLike, split: str) -> tuple[str, Path]:
-    """Tell the format of a file or folder, and the path to read it by.
+    """Return the format of a file or folder, and the path to read.
 
     Args:
         path: str or path.
-        split: str, which part to take where a folder holds several.
+        split: str, the part to take if a folder contains several.
 
     Returns:
         "jsonl", "conversations", "coco", "yolo" or "voc", and a path.
 
     Raises:
-        ValueError: it is none of these, or several.
+        ValueError: if the format is not recognised, or the folder contains
+            several data sets.
     """
     path = Path(path)
     if path.is_file():
@@ -135,7 +137,7 @@ def recognise(path: PathLike, split: str) -> tuple[str, Path]:
     folders = _SPLIT_FOLDERS.get(split, (split,))
     if not found:
         parts = [path / name for name in folders if (path / name).is_dir()]
-        found = [one for part in parts for one in _in_folder(part, split)]
+        found = [pair for part in parts for pair in _in_folder(part, split)]
     if len(found) != 1:
         received = [f"{kind}: {file}" for kind, file in found] or "none"
         raise ValueError(
@@ -164,14 +166,14 @@ def _kind_of_file(file):
         try:
             record = source.record(0)
         except ValueError:
-            return "jsonl"  # Said with its line when it is asked for.
+            return "jsonl"  # The error is raised when the line is read.
     turns = {"conversations", "messages"}
     is_turns = isinstance(record, dict) and turns & record.keys()
     return "conversations" if is_turns else "jsonl"
 
 
 def _in_folder(folder, split):
-    """What data sets there are in a folder itself: kinds and paths."""
+    """Return format and path of the data sets directly in a folder."""
     found = []
     if any((folder / name).is_file() for name in ("data.yaml", "classes.txt")):
         found.append(("yolo", folder))
@@ -188,18 +190,18 @@ def _has(folder, pattern):
 
 
 def _of_split(files, split):
-    """Of several files those whose names have the split in them."""
+    """Return the files whose names contain the split, if there are several."""
     files = sorted(files)
     if len(files) < 2:
         return files
     found = [file for file in files if split in file.stem]
-    # Beside them COCO has captions and keypoints of the same pictures.
-    instances = [one for one in found if one.stem.startswith("instances")]
+    # COCO also has captions and keypoints of the same pictures.
+    instances = [file for file in found if file.stem.startswith("instances")]
     return instances or found
 
 
 def _read_coco(file, image_folder, split, codec, task):
-    """Read COCO's file; its pictures are where the first one is found."""
+    """Read a COCO file; find the folder that contains its first picture."""
     objects = coco_file.read(file, image_folder or os.fspath(file.parent))
     if image_folder is not None or not objects.pictures:
         return objects

@@ -1,4 +1,4 @@
-"""Examples to batches: order, worker processes, shards, and where they are."""
+"""Batches of examples: order, worker processes, shards and state."""
 
 import multiprocessing
 import os
@@ -12,70 +12,69 @@ from keras_paligemma.data.examples import ExampleError
 from keras_paligemma.data.reader import Reader
 from keras_paligemma.data.reader import grain_or_error
 
-# Far more batches than anybody trains on, and few enough for `len`.
+# The number of batches without `epochs`; larger ones do not fit into `len`.
 _ENDLESS = 2**62
-# Messages that are kept; all are counted.
+# Messages stored in `problems`; all are counted.
 _MOST_PROBLEMS = 1000
 
 
 class Batches:
-    """Preprocessed batches of a source, each a function of its number alone.
+    """Preprocessed batches of a source, each determined by its number.
 
-    Number, seed and source decide what is in a batch. So the order is the
-    same with any number of worker processes, and a run resumes at the exact
-    example, with other workers too, from one integer. Each epoch has an order
-    and a draw of answers of its own. Batches are read ahead by Grain, in a
-    thread or in processes.
+    Number, seed and source determine a batch. The order is therefore the same
+    with any number of worker processes, and a run resumes at the exact
+    example, even with another number of workers, from one integer. The order,
+    and the answers drawn from several, change with each epoch. Grain reads
+    batches ahead, in a thread or in processes.
 
-    An example that cannot be used stops the iteration with an error that
-    tells file and line. With `skip_errors=True` it is counted and its row is
-    left blank: zeros of weight 0, which the model's loss leaves out of its
-    mean. So shapes stay, no other example moves, and hosts stay in step. The
-    rows that fill the last batch of `drop_remainder=False` are blank too. Where
-    only some objects of an example are wrong and its source tells the others,
-    these are trained on.
+    An invalid example raises an error with file and line. With
+    `skip_errors=True` it is counted and its row is blank: zeros with weight 0,
+    which the model's loss excludes from its mean. Shapes and all other
+    examples keep their places, and hosts stay in step. The rows that fill up
+    the last batch with `drop_remainder=False` are blank, too. If only some
+    objects of an example are invalid, it is used without them.
 
     Args:
-        source: object of a length whose `[index]` gives an example; see
+        source: object with a length whose `[index]` returns an example; see
             `keras_paligemma.data`.
-        preprocessor: `PaliGemmaCausalLMPreprocessor`, or any function of one
-            example that returns `(x, y, sample_weight)`, `x` a dict of arrays.
-        batch_size: int, examples a batch on this host.
-        shuffle: bool, another order each epoch.
-        seed: int, of the order and of the answers that are drawn.
-        epochs: int, passes over the data; without end if `None`.
-        workers: int, processes; 0 reads in a thread. They are spawned, so a
-            script needs `if __name__ == "__main__":`, and each takes as long
-            to start as importing KerasHub.
-        skip_errors: bool, count examples that cannot be used and go on.
-        drop_remainder: bool, whether the examples that fill no batch wait for
-            another epoch; else the last batch is filled with blank rows.
+        preprocessor: `PaliGemmaCausalLMPreprocessor`, or any function from one
+            example to `(x, y, sample_weight)`, with `x` a dict of arrays.
+        batch_size: int, examples per batch on this host.
+        shuffle: bool, whether to shuffle the order in each epoch.
+        seed: int, of the order and of drawn answers.
+        epochs: int, passes over the data; endless if `None`.
+        workers: int, number of processes; 0 reads in a thread. Processes are
+            spawned: a script needs `if __name__ == "__main__":`, and each
+            takes as long to start as an import of KerasHub.
+        skip_errors: bool, whether to count invalid examples and continue.
+        drop_remainder: bool, whether to leave out the examples that do not
+            fill a batch; otherwise blank rows fill it up.
         shard: `(index, count)` of this host, such as `(jax.process_index(),
-            jax.process_count())`. Hosts have parts that share no example
-            within an epoch, and equally many batches. The batches of all
-            hosts together are those of one host with their whole batch size.
+            jax.process_count())`. Within an epoch, no example is on two hosts,
+            and all have the same number of batches. Together they are the
+            batches of a single host with the total batch size.
 
     Raises:
-        ValueError: no examples, fewer than one batch, or an argument out of
-            range; while iterating: no example at all can be used.
+        ValueError: if there are no examples, fewer than a batch, or an
+            argument is out of range; while iterating, if no example is valid.
         ExampleError: while iterating, without `skip_errors`.
 
     Attributes:
-        skipped: int, examples skipped since this object was made, counted
-            once an epoch when their batch is handed out, not when a worker
-            reads it (`fit` on TensorFlow asks for some batches ahead of what
-            it uses). A warning tells of the 1st, the 10th, the 100th ….
-        incomplete: int, examples used without the objects that were wrong,
-            counted and told likewise.
-        problems: dict of example number to message, of the first 1000.
+        skipped: int, examples skipped since this object was created, counted
+            in each epoch when their batch is returned, not when a worker reads
+            it (`fit` on TensorFlow requests batches before it uses them). The
+            1st, 10th, 100th … raise a warning.
+        incomplete: int, examples used without their invalid objects, counted
+            and reported in the same way.
+        problems: dict of example number to message, for the first 1000.
 
     Example:
 
     ```python
     batches = Batches(JSONLSource("train.jsonl"), model.preprocessor, 8)
     model.fit(batches, epochs=2)  # len(batches) steps an epoch
-    state = batches.get_state(len(batches) * 2)  # after as many batches
-    batches.set_state(state)  # the next `fit` goes on from there
+    state = batches.get_state(len(batches) * 2)  # after this many batches
+    batches.set_state(state)  # the next `fit` continues there
     ```
     """
 
@@ -140,7 +139,7 @@ class Batches:
         self.incomplete = 0
         self.problems = {}
         self._first = 0
-        # What a position means nothing without.
+        # A position refers to batches with these properties.
         self._identity = {
             "examples": len(source),
             "examples_a_step": together,
@@ -150,43 +149,44 @@ class Batches:
         }
 
     def __len__(self):
-        """Batches of one epoch."""
+        """Return the number of batches per epoch."""
         return self._reader.steps
 
     @property
     def total(self) -> int | None:
-        """Batches that an iterator has left to give; `None` without end."""
+        """The number of batches left to an iterator; `None` if endless."""
         if self.epochs is None:
             return None
         return max(self.epochs * len(self) - self._first, 0)
 
     def __iter__(self) -> "BatchIterator":
-        """Begin where `set_state` said, or with the first batch."""
+        """Start at the state that was set, or at the first batch."""
         return BatchIterator(self, self._first)
 
     def get_state(self, consumed: int = 0) -> dict[str, Any]:
-        """Tell the state of an iterator of this object.
+        """Return the state after a number of batches.
 
-        It needs no iterator: whoever trains may have read further ahead.
+        It does not depend on an iterator, which may have read ahead.
 
         Args:
-            consumed: int, batches that training has used since it began to
-                iterate, as by steps of `fit`.
+            consumed: int, batches that training has used since the iteration
+                started, such as the steps of `fit`.
 
         Returns:
-            dict that JSON can hold, equal on all hosts.
+            dict, ready for JSON, the same on all hosts.
         """
         return {"batches": self._first + int(consumed), **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Let iterators made from now on begin at a state.
+        """Start new iterators at a state.
 
         Args:
-            state: dict of `get_state`, of this object or of its iterators.
+            state: dict returned by `get_state` of this object or of its
+                iterators.
 
         Raises:
-            ValueError: it belongs to other data, another order or another
-                number of examples a step. Workers and hosts may differ.
+            ValueError: if data, order or the number of examples per step
+                differ. Numbers of workers and hosts may differ.
         """
         self._first = self._position(state)
 
@@ -200,9 +200,9 @@ class Batches:
         return state["batches"]
 
     def _read_ahead(self, first) -> Any:
-        """Iterate over what the reader makes, from a batch on."""
+        """Return an iterator over the reader's batches, from a number on."""
         grain = grain_or_error()
-        from absl import flags  # Grain needs it, so it is there.
+        from absl import flags  # A dependency of Grain.
 
         stop = _ENDLESS if self.epochs is None else self.epochs * len(self)
         if first >= stop:
@@ -213,7 +213,7 @@ class Batches:
         )
         if self.workers:
             if not flags.FLAGS.is_parsed():
-                # Grain reads flags that only an absl program would parse.
+                # Grain reads flags, which only absl programs parse.
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(
@@ -224,7 +224,7 @@ class Batches:
         return iter(dataset)
 
     def _count(self, problems):
-        """Raise or count what was wrong with the examples of a batch."""
+        """Raise or count the problems of a batch."""
         if problems and not self.skip_errors:
             raise ExampleError(
                 f"{problems[0].message} (Mend or remove the example, or pass "
@@ -248,7 +248,7 @@ class Batches:
 
 
 class BatchIterator:
-    """Hand out batches in their order; its state is the next one's number.
+    """Iterator over batches; its state is the number of the next batch.
 
     Args:
         batches: `Batches`.
@@ -272,33 +272,33 @@ class BatchIterator:
         except StopIteration:
             raise
         except BaseException:
-            # What was read ahead comes after the batch that failed.
+            # The batches read ahead follow the one that failed.
             self.close()
             raise
         self._position += 1
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Tell the state after the batches that were handed out."""
+        """Return the state after the batches returned so far."""
         batches = self._batches
         return batches.get_state(self._position - batches._first)
 
     def set_state(self, state: dict[str, Any]):
-        """Go on at a state, forwards or backwards."""
+        """Continue at a state, forwards or backwards."""
         position = self._batches._position(state)
         if position != self._position:
             self.close()
             self._position = position
 
     def close(self):
-        """End worker processes; the next batch would start them again."""
+        """Stop worker processes; the next batch would start them again."""
         if hasattr(self._ahead, "close"):
             self._ahead.close()
         self._ahead = None
 
 
 def _start_worker(worker, workers):
-    """Keep a worker process from outliving its run, and off accelerators."""
+    """Stop a worker with its parent process, and hide accelerators from it."""
     threading.Thread(
         target=_end_with,
         args=[multiprocessing.parent_process()],
@@ -311,9 +311,9 @@ def _start_worker(worker, workers):
 
 
 def _end_with(parent):
-    """End this process when the one that started it has died.
+    """Exit when the parent process has died.
 
-    Grain ends its workers from there, which a killed process does not do.
+    Grain stops its workers from the parent, which a killed one cannot do.
     """
     parent.join()
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The batch of a number: its examples, in their order, read and stacked."""
+"""Read the batch of a number: select its examples, preprocess and stack."""
 
 import dataclasses
 import functools
@@ -15,18 +15,19 @@ from keras_paligemma.data.examples import frames_of
 from keras_paligemma.data.examples import located
 from keras_paligemma.data.examples import where
 
-# From here on Grain's shuffle, which holds no list, takes some 10 µs a number;
-# below it looks for each among 65,536, up to 10 ms long.
+# From this number on, Grain's shuffle, which needs no memory, takes about 10 µs
+# per index. For fewer examples it searches 65,536 indices, up to 10 ms.
 _FEW = 10_000
 
 
 class Problem(NamedTuple):
-    """What was wrong with an example, and what became of it.
+    """An invalid example.
 
     Args:
         index: int, its number.
-        message: str, with its place.
-        used: bool, whether its remainder is in the batch.
+        message: str, what is wrong, with its place.
+        used: bool, whether the example without its invalid objects is in the
+            batch.
     """
 
     index: int
@@ -36,12 +37,12 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass
 class Reader:
-    """Make the batch of a number; all that worker processes need.
+    """Function from a number to its batch, which worker processes run.
 
     Args:
         source, preprocessor, batch_size, shuffle, seed, shard, skip_errors:
             as `Batches` takes them.
-        steps: int, batches of an epoch.
+        steps: int, batches per epoch.
     """
 
     source: Any
@@ -54,7 +55,7 @@ class Reader:
     skip_errors: bool
 
     def __call__(self, number):
-        """Return a batch, and the problems that its examples had."""
+        """Return a batch and the list of its `Problem`s."""
         epoch, step = divmod(int(number), self.steps)
         index, count = self.shard
         first = (step * count + index) * self.batch_size
@@ -71,13 +72,13 @@ class Reader:
         return _stack([row or self._blank[0] for row in rows]), problems
 
     def _order(self, epoch):
-        """Numbers of the examples, in the order of an epoch."""
+        """Return the numbers of the examples, in the order of an epoch."""
         if not self.shuffle:
             return range(len(self.source))
         return _shuffled(len(self.source), self.seed, epoch)
 
     def _row(self, index, epoch):
-        """Arrays of an example or `None`, and its `Problem` or `None`."""
+        """Return an example's arrays or `None`, and its `Problem` or `None`."""
         try:
             arrays, left_out = self._read(index, epoch)
             with located(where(self.source, index)):
@@ -89,7 +90,7 @@ class Reader:
         return arrays, Problem(index, left_out, True)
 
     def _read(self, index, epoch):
-        """Arrays of an example; the message of what was left out, or `None`."""
+        """Return an example's arrays, and what was left out or `None`."""
         with located(where(self.source, index)):
             left_out = None
             try:
@@ -123,7 +124,7 @@ class Reader:
 
     @functools.cached_property
     def _blank(self):
-        """Zeros in the shapes of the first usable example, and its place."""
+        """Zeros in the shapes of the first valid example, and its place."""
         problem = None
         for index in range(len(self.source)):
             try:
@@ -140,7 +141,7 @@ class Reader:
         )
 
     def _check_shapes(self, arrays):
-        """Refuse what the first usable example shares no batch with."""
+        """Raise if the shapes differ from those of the first valid example."""
         blank, place = self._blank
         for key, wanted in _shapes(blank).items():
             found = _shapes(arrays).get(key)
@@ -152,7 +153,7 @@ class Reader:
 
 
 def _shapes(arrays):
-    """Shapes of `(x, y, sample_weight)` by name."""
+    """Return the shapes of `(x, y, sample_weight)` by name."""
     x, y, weights = arrays
     named = {**x, "targets": y, "weights": weights}
     return {key: np.shape(value) for key, value in named.items()}
@@ -160,24 +161,24 @@ def _shapes(arrays):
 
 @functools.lru_cache(maxsize=2)
 def _shuffled(count, seed, epoch):
-    """The numbers below `count` in an order of their own for each epoch."""
-    # `RandomState`, whose numbers no version of NumPy changes.
+    """Return the numbers below `count`, in the shuffled order of an epoch."""
+    # NumPy guarantees that the numbers of `RandomState` never change.
     if count < _FEW:
         return np.random.RandomState([seed, epoch]).permutation(count)
-    # Seeds that follow each other would share epochs without this.
+    # Otherwise epoch 1 of seed 0 would have the order of epoch 0 of seed 1.
     seed = np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
     return grain_or_error().MapDataset.range(count).shuffle(seed=int(seed))
 
 
 def _stack(examples):
-    """Make one batch of examples."""
+    """Stack examples to a batch."""
     xs, ys, weights = zip(*examples, strict=True)
     x = {key: np.stack([one[key] for one in xs]) for key in xs[0]}
     return x, np.stack(ys), np.stack(weights)
 
 
 def grain_or_error():
-    """Import Grain, or say how to get it."""
+    """Return Grain; the error says how to install it."""
     try:
         import grain
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""YOLO's text files: a line an object, a file a picture, one YAML for all."""
+"""Read and write YOLO's text files: a file per picture, a line per object."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from keras_paligemma.data.object_set import picture_files
 from keras_paligemma.data.object_set import plain_name
 from keras_paligemma.data.object_set import polygons_of
 
-# More digits than a pixel needs, fewer than noise has.
+# Significant digits: finer than a pixel, coarser than rounding errors.
 _DIGITS = 10
 
 _EXPECTED = (
@@ -28,22 +28,21 @@ def read(
 ) -> ObjectSet:
     """Read boxes or polygons in YOLO's text files as a set of objects.
 
-    Label files lie beside their pictures, or in a folder `labels` where the
-    pictures' has `images`. A picture without a file has no object.
+    Label files are beside their pictures, or in the folder with `labels` in
+    place of `images`. A picture without a label file has no objects.
 
     Args:
-        path: path of `data.yaml`, or of a folder that holds it, or
-            `classes.txt`, which CVAT and Label Studio write: a name a line.
+        path: path of `data.yaml`, or of a folder that contains it or
+            `classes.txt`, one name per line, as CVAT and Label Studio write.
         image_folder: str, folder of pictures; that of the split if `None`.
-        split: str, the key of the YAML that names the pictures: "train",
-            "val" or "test".
+        split: str, key of the YAML for the pictures: "train", "val" or "test".
 
     Returns:
-        `ObjectSet`, whose pictures tell no size: the text files do not.
+        `ObjectSet` of pictures without sizes: the text files have none.
 
     Raises:
-        ValueError: there are no names of classes, or no such split.
-        ImportError: PyYAML is missing.
+        ValueError: if there are no class names, or no such split.
+        ImportError: if PyYAML is not installed.
     """
     home, classes, entries = _head(path, split)
     if image_folder is not None:
@@ -72,15 +71,15 @@ def write(objects: ObjectSet, folder: Path, masks: bool) -> Counter:
 
     Args:
         objects: `ObjectSet` of pictures in pixels, without problems.
-        folder: path of an empty folder, which gets `data.yaml` and `labels`;
-            the YAML names `images` as the folder of pictures.
-        masks: bool, write polygons in place of boxes.
+        folder: path of an empty folder, which gets `data.yaml` and `labels`.
+            Pictures belong into `images`.
+        masks: bool, whether to write polygons instead of boxes.
 
     Returns:
         Counter of what the format cannot hold.
 
     Raises:
-        ImportError: PyYAML is missing.
+        ImportError: if PyYAML is not installed.
     """
     lost = Counter()
     numbers = {name: number for number, name in enumerate(objects.classes)}
@@ -89,16 +88,17 @@ def write(objects: ObjectSet, folder: Path, masks: bool) -> Counter:
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = []
-        for one in picture.annotations:
-            values = _values(one, picture.size, masks, lost)
+        for annotation in picture.annotations:
+            values = _values(annotation, picture.size, masks, lost)
             if values is None:
                 continue
-            if one.score is not None:
-                values = [*values, one.score]
+            if annotation.score is not None:
+                values = [*values, annotation.score]
             texts = [f"{value:.{_DIGITS}g}" for value in values]
-            lines.append(" ".join([str(numbers[one.label]), *texts]) + "\n")
-            lost["marks of crowds"] += one.is_crowd
-            lost["fields of other formats"] += has_fields(one.extra)
+            number = str(numbers[annotation.label])
+            lines.append(" ".join([number, *texts]) + "\n")
+            lost["marks of crowds"] += annotation.is_crowd
+            lost["fields of other formats"] += has_fields(annotation.extra)
         file.write_text("".join(lines), encoding="utf-8")
         lost["fields of other formats"] += has_fields(picture.extra)
     head = {
@@ -127,7 +127,7 @@ def _yaml():
 
 
 def _head(path, split):
-    """Folder, names of classes, and where the pictures of a split are."""
+    """Return the folder, class names, and entries of a split."""
     folder = path if path.is_dir() else path.parent
     file = path
     if path.is_dir():
@@ -157,7 +157,7 @@ def _head(path, split):
             f"dictionary of 0, 1, …. Received: {names!r:.80}."
         )
     home = folder / str(head.get("path") or ".")
-    # Files that moved keep the path of where they were written.
+    # The path is that of the machine that wrote the file.
     home = home if home.is_dir() else folder
     entries = head.get(split)
     if not entries:
@@ -172,7 +172,7 @@ def _head(path, split):
 
 
 def _entry(home, entry):
-    """The folder or list of a split; Roboflow's names are a level too high."""
+    """Return the folder or list of a split; Roboflow adds a "../" too many."""
     places = [home / entry, home / entry.removeprefix("../")]
     for place in places:
         if place.exists():
@@ -191,7 +191,7 @@ def _pictures_of(entry, home):
 
 
 def _labels_of(file):
-    """The text file of a picture: its last folder `images` is `labels`."""
+    """Return the label file of a picture: in `labels` in place of `images`."""
     parts = list(file.parts)
     if "images" in parts[:-1]:
         last = len(parts) - 2 - parts[-2::-1].index("images")
@@ -252,7 +252,7 @@ def _wrong(place, message, words):
 
 
 def _values(one, size, masks, lost):
-    """The numbers of a line; `None` where it cannot be written."""
+    """Return the numbers of a line; `None` if a mask is missing."""
     height, width = size
     if not masks:
         lost["masks"] += one.has_mask()
@@ -272,7 +272,7 @@ def _values(one, size, masks, lost):
 
 
 def _joined(polygons):
-    """One polygon of several: from the first to each and back."""
+    """Join polygons to one, by lines from the first to each and back."""
     first, *others = polygons
     joined = list(first)
     for other in others:

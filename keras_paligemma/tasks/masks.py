@@ -1,7 +1,7 @@
-"""Masks as bool arrays of a picture, from and to what data sets hold.
+"""Convert masks between bool arrays, polygons and run lengths.
 
-A data set's masks are polygons or run lengths, as COCO has them; or a picture
-whose values number the objects, see `tasks.label_maps`.
+Polygons and run lengths are those of COCO. For pictures whose values are
+numbers of objects, see `tasks.label_maps`.
 """
 
 import operator
@@ -19,16 +19,16 @@ from keras_paligemma.tasks.outlines import loops_of
 
 
 def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Find the box of a mask, in whole pixels.
+    """Return the smallest box around a mask, in whole pixels.
 
     Args:
         mask: bool array (height, width).
 
     Returns:
-        (y1, x1, y2, x2), the ends exclusive.
+        (y1, x1, y2, x2), with exclusive ends.
 
     Raises:
-        ValueError: the mask is no such array, or empty.
+        ValueError: if the mask is not such an array, or empty.
 
     Example:
 
@@ -52,21 +52,21 @@ def paste(
     edges: Sequence[int],
     size: tuple[int, int],
 ) -> np.ndarray:
-    """Put a mask that fills a box onto a picture.
+    """Resize a mask that fills a box, and place it in a picture.
 
     Args:
-        part: bool array, or floats that are above 0 in the object, such as
-            `MaskCodec.decode` gives; (height, width) of any size: it is
-            resized bilinearly, by Pillow as in the original.
-        edges: (y1, x1, y2, x2) in whole pixels, the ends exclusive. A box of
-            no pixels gives an empty mask.
+        part: array (height, width) of any size: bool, or float, above 0 inside
+            the object, as `MaskCodec.decode` returns. It is resized
+            bilinearly by Pillow, as in the original.
+        edges: (y1, x1, y2, x2) in whole pixels, with exclusive ends. The mask
+            of a box without pixels is empty.
         size: (height, width) of the picture, pixels.
 
     Returns:
-        bool array of this size.
+        bool array (height, width) of the picture.
 
     Raises:
-        ValueError: the box is not inside the picture.
+        ValueError: if the box is not inside the picture.
 
     Example:
 
@@ -99,19 +99,19 @@ def paste(
 def from_segmentation(
     segmentation: Sequence | Mapping | None, size: tuple[float, float]
 ) -> np.ndarray:
-    """Read what COCO's `segmentation` holds: polygons or run lengths.
+    """Convert COCO's `segmentation`, polygons or run lengths, to a mask.
 
     Args:
         segmentation: list, as `from_polygons` takes it, or dict, as `from_rle`
-            does.
+            takes it.
         size: (height, width) of the picture, pixels.
 
     Returns:
-        bool array of this size.
+        bool array (height, width) of the picture.
 
     Raises:
-        ValueError: there is no mask, or it is damaged or of another size.
-        ImportError: pycocotools is missing.
+        ValueError: if there is no mask, or it is damaged or of another size.
+        ImportError: if pycocotools is not installed.
 
     Example:
 
@@ -131,10 +131,10 @@ def from_segmentation(
 def check_segmentation(
     segmentation: Sequence | Mapping | None, size: tuple[float, float]
 ) -> None:
-    """Refuse what `from_segmentation` would, without drawing polygons.
+    """Raise the errors of `from_segmentation`, without drawing polygons.
 
-    Args and errors are those of `from_segmentation`; run lengths of no pixel
-    are refused, too.
+    Args and errors are those of `from_segmentation`. Run lengths without a
+    pixel raise a ValueError, too.
     """
     if isinstance(segmentation, Mapping):
         bounds(from_rle(segmentation, size))
@@ -150,28 +150,29 @@ def check_segmentation(
 def from_polygons(
     polygons: Iterable[Sequence[float]], size: tuple[float, float]
 ) -> np.ndarray:
-    """Fill polygons: what is in one of them is in the mask.
+    """Convert polygons to a mask, their union.
 
     Args:
-        polygons: lists of x1, y1, x2, y2, …, three points or more each, in
-            pixels, or arrays (points, 2) of (x, y).
+        polygons: lists of x1, y1, x2, y2, …, in pixels, or arrays (points, 2)
+            of (x, y), with at least three points each.
         size: (height, width) of the picture, pixels.
 
     Returns:
-        bool array of this size. What sticks out of the picture is cut off.
+        bool array (height, width) of the picture. Parts outside of it are cut
+        off.
 
     Raises:
-        ValueError: there is no polygon, or one is none.
-        ImportError: pycocotools is missing.
+        ValueError: if there is no polygon, or one is invalid.
+        ImportError: if pycocotools is not installed.
 
     Example:
 
     >>> from_polygons([[0, 0, 2, 0, 2, 1, 0, 1]], (1, 3)).tolist()
     [[True, True, False]]
 
-    Source: COCO's rule of which pixels a polygon covers, by pycocotools.
+    Source: pycocotools decides which pixels a polygon covers, as for COCO.
     """
-    flat = [_flat(number, one) for number, one in enumerate(polygons)]
+    flat = [_flat(number, polygon) for number, polygon in enumerate(polygons)]
     if not flat:
         raise ValueError(
             "There is no mask. Expected: one polygon or more. Received: none."
@@ -182,9 +183,10 @@ def from_polygons(
 
 
 def to_polygons(mask: np.ndarray) -> list[list[float]]:
-    """Trace a mask along its pixels' edges: `from_polygons` gives it again.
+    """Convert a mask to polygons along the edges of its pixels.
 
-    Polygons have no holes. A part with a hole is cut in two through it.
+    `from_polygons` restores the same mask. Polygons have no holes, so a part
+    with a hole is cut in two through the hole.
 
     Args:
         mask: bool array (height, width).
@@ -193,7 +195,7 @@ def to_polygons(mask: np.ndarray) -> list[list[float]]:
         List of polygons x1, y1, x2, y2, …, pixels; empty for an empty mask.
 
     Raises:
-        ValueError: the mask is no such array.
+        ValueError: if the mask is not such an array.
 
     Example:
 
@@ -206,20 +208,20 @@ def to_polygons(mask: np.ndarray) -> list[list[float]]:
 def from_rle(
     runs: Mapping, size: tuple[float, float] | None = None
 ) -> np.ndarray:
-    """Read COCO's run lengths, packed or as a list of numbers.
+    """Convert COCO's run lengths, packed or as a list of numbers, to a mask.
 
-    Not by pycocotools, which of damaged run lengths gives what was in memory
-    before, or ends the process.
+    pycocotools is not used: for damaged run lengths it returns uninitialised
+    memory or ends the process.
 
     Args:
-        runs: dict of `size`, (height, width), and `counts`.
-        size: (height, width) that the mask must have; `None` takes any.
+        runs: dict with `size`, (height, width), and `counts`.
+        size: (height, width) that the mask must have; `None` accepts any.
 
     Returns:
         bool array (height, width).
 
     Raises:
-        ValueError: the runs are none, or of another size.
+        ValueError: if the run lengths are damaged, or of another size.
 
     Example:
 
@@ -245,23 +247,23 @@ def from_rle(
             f"The mask has another size than the picture. Expected: {size}. "
             f"Received: {(height, width)}."
         )
-    # Runs go down the columns, and begin with the background.
+    # Runs go column by column, and start with the background.
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape(width, height).T
 
 
 def to_rle(mask: np.ndarray) -> dict:
-    """Write a mask as COCO's packed run lengths, ready for JSON.
+    """Convert a mask to COCO's packed run lengths, ready for JSON.
 
     Args:
         mask: bool array (height, width).
 
     Returns:
-        Dict of `size`, [height, width], and `counts`, a str.
+        dict with `size`, [height, width], and `counts`, a str.
 
     Raises:
-        ValueError: the mask is no such array.
-        ImportError: pycocotools is missing.
+        ValueError: if the mask is not such an array.
+        ImportError: if pycocotools is not installed.
 
     Example:
 
@@ -274,10 +276,10 @@ def to_rle(mask: np.ndarray) -> dict:
 
 
 def _unpack(packed):
-    """Run lengths of COCO's string: numbers of 5 bits a character.
+    """Return the run lengths in COCO's string.
 
-    A sixth bit says that the number goes on. From the fourth run on they are
-    differences to the run before the last.
+    Each character holds 5 bits of a number, and a sixth bit if more follow.
+    From the fourth run on, numbers are differences to the run two before.
     """
     packed = packed.encode() if isinstance(packed, str) else packed
     runs, number, place = [], 0, 0
@@ -299,7 +301,7 @@ def _unpack(packed):
 
 
 def check_mask(mask: np.ndarray) -> np.ndarray:
-    """Refuse what is no bool array (height, width)."""
+    """Return a mask; raise a ValueError if it is not bool (height, width)."""
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.dtype != bool:
         raise ValueError(
@@ -310,7 +312,7 @@ def check_mask(mask: np.ndarray) -> np.ndarray:
 
 
 def _flat(number, polygon):
-    """The numbers of a polygon; refuse what is none."""
+    """Return the numbers of a polygon; raise if it is invalid."""
     try:
         flat = np.asarray(polygon, "float64").reshape(-1).tolist()
     except (TypeError, ValueError):
@@ -324,7 +326,7 @@ def _flat(number, polygon):
 
 
 def import_pycocotools() -> ModuleType:
-    """Return `pycocotools.mask`, or say how to install it."""
+    """Return `pycocotools.mask`; the error says how to install it."""
     try:
         from pycocotools import mask
     except ImportError as error:
@@ -336,13 +338,13 @@ def import_pycocotools() -> ModuleType:
 
 
 def _polygons(mask, left):
-    """Polygons of a part of a mask that begins at a column."""
+    """Return the polygons of a slice of a mask that starts at column `left`."""
     loops = loops_of(mask)
     holes = [loop for loop in loops if area_of(loop) < 0]
     if not holes:
         moved = [loop[:, ::-1] + (left, 0) for loop in loops]
         return [loop.reshape(-1).astype(float).tolist() for loop in moved]
-    # The middle one, so that the halves are of about one size.
+    # Cut at the median hole, so that both halves have about the same size.
     column = (
         int(sorted(loop[:, 1].min() for loop in holes)[len(holes) // 2]) + 1
     )

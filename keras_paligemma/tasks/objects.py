@@ -1,4 +1,4 @@
-"""What an answer says is in a picture: objects with boxes, scores, masks."""
+"""Objects in a picture, with boxes, labels, scores and masks."""
 
 import dataclasses
 import io
@@ -11,10 +11,10 @@ import numpy as np
 from keras_paligemma.tasks import drawing
 from keras_paligemma.tasks import masks
 
-# A notebook keeps what it shows: pixels of the longer side.
+# Longer side of pictures in notebooks, pixels: notebooks store them.
 _SHOWN = 1024
 
-# Rounding of float32 is forgiven at the edges of the picture.
+# Boxes may exceed the picture by rounding errors of float32.
 _SLACK = 1e-6
 
 
@@ -23,17 +23,18 @@ class Object:
     """An object in a picture of any size.
 
     Args:
-        box: (y1, x1, y2, x2) as shares of the picture's height and width, 0
-            to 1: the order of the model's tokens.
-        label: str, what it is; may be empty.
-        score: float, how sure the model is; `None` if that is not known, as
-            of a true object.
+        box: (y1, x1, y2, x2) as fractions of the picture's height and width, 0
+            to 1, in the order of the model's tokens.
+        label: str, its class or description; may be empty.
+        score: float, the model's confidence; `None` if unknown, as for ground
+            truth. See `tasks.scores`.
         mask: array (height, width) that fills the box, at any resolution:
-            bool, or floats that are above 0 in the object; or `None`.
+            bool, or float, above 0 inside the object; or `None`.
 
     Raises:
-        ValueError: the box is upside down or outside of the picture, the
-            score is no number, or the mask is no such array.
+        ValueError: if the edges of the box are not ordered or outside the
+            picture, the score is not a number, or the mask is not such an
+            array.
 
     Example:
 
@@ -73,7 +74,7 @@ class Object:
     def from_xyxy(
         cls, edges: Sequence[float], size: tuple[float, float], **fields: Any
     ) -> "Object":
-        """Make an object of a box in pixels, by its corners.
+        """Create an object from the corners of its box, in pixels.
 
         Args:
             edges: (x1, y1, x2, y2), pixels.
@@ -81,7 +82,7 @@ class Object:
             **fields: `label`, `score` and `mask` of the object.
 
         Raises:
-            ValueError: the box is not inside the picture.
+            ValueError: if the box is not inside the picture.
 
         Example:
 
@@ -97,10 +98,10 @@ class Object:
     def from_xywh(
         cls, edges: Sequence[float], size: tuple[float, float], **fields: Any
     ) -> "Object":
-        """Make an object of a box in pixels, as COCO has it.
+        """Create an object from a box in COCO's form, in pixels.
 
         Args:
-            edges: (x, y, width, height) with the upper left corner, pixels.
+            edges: (x, y, width, height), x and y of the upper left corner.
             size: (height, width) of the picture, pixels.
             **fields: `label`, `score` and `mask` of the object.
         """
@@ -109,14 +110,14 @@ class Object:
 
     @classmethod
     def from_mask(cls, mask: np.ndarray, **fields: Any) -> "Object":
-        """Make an object of its mask in the picture; the box is the mask's.
+        """Create an object from its mask; its box is that of the mask.
 
         Args:
             mask: bool array (height, width) of the picture.
             **fields: `label` and `score` of the object.
 
         Raises:
-            ValueError: the mask is no such array, or empty.
+            ValueError: if the mask is not such an array, or empty.
 
         Example:
 
@@ -129,10 +130,10 @@ class Object:
         return box.with_mask(mask)
 
     def with_mask(self, mask: np.ndarray) -> "Object":
-        """Attach its part of a mask in the picture to an object.
+        """Return a copy with the part of a mask that is inside the box.
 
-        A data set's boxes may be wider than their masks, or cut something
-        off; the model's masks fill the box that is said before them.
+        In data sets, boxes may be larger than their masks, or cut them. In the
+        model's answers, a mask fills the box before it.
 
         Args:
             mask: bool array (height, width) of the picture.
@@ -141,7 +142,8 @@ class Object:
             `Object` with the same box.
 
         Raises:
-            ValueError: the mask is no such array, or empty within the box.
+            ValueError: if the mask is not such an array, or is empty inside
+                the box.
 
         Example:
 
@@ -151,7 +153,7 @@ class Object:
         """
         mask = masks.check_mask(mask)
         y1, x1, y2, x2 = self.pixels(mask.shape)
-        # Of a box that is rounded away, one pixel.
+        # One pixel, if the box is rounded to none.
         part = mask[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)]
         if not part.any():
             raise ValueError(
@@ -187,8 +189,8 @@ class Object:
     def pixels(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return the box in whole pixels, (y1, x1, y2, x2), ends exclusive.
 
-        Edges are rounded, so that a box of whole pixels comes back as it was.
-        (The original's RefCOCO metric cuts off fractions instead.)
+        Edges are rounded, so a box of whole pixels is restored exactly. (The
+        original's RefCOCO metric truncates them instead.)
 
         Args:
             size: (height, width) of the picture, pixels.
@@ -203,11 +205,11 @@ class Object:
             size: (height, width) of the picture, pixels.
 
         Returns:
-            bool array of this size. At the size that `from_mask` had, it is
-            the same mask.
+            bool array (height, width) of the picture; the original mask, if the
+            size is that of the mask given to `from_mask`.
 
         Raises:
-            ValueError: the object has no mask.
+            ValueError: if the object has no mask.
 
         Example:
 
@@ -238,11 +240,11 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """A part of an answer that is no object, and why.
+    """A part of an answer that is not an object.
 
     Args:
         text: str, the part.
-        reason: str, what is wrong with it.
+        reason: str, why it was skipped.
     """
 
     text: str
@@ -251,16 +253,16 @@ class Skipped:
 
 @dataclasses.dataclass(frozen=True)
 class Objects(Sequence):
-    """The objects of one answer, and what was passed over in it.
+    """The objects of an answer, and the parts that were skipped.
 
-    It is a sequence of its `Object`s, and a notebook shows the picture with
+    It is a sequence of `Object`s. Notebooks display it as the picture with
     the objects drawn on it.
 
     Args:
-        items: the objects, in the order of the answer.
-        skipped: the parts of the answer that are no object.
-        answer: str, what the model said.
-        image: the picture, as `read_image` takes it; `None` shows none.
+        items: `Object`s, in the order of the answer.
+        skipped: `Skipped` parts of the answer.
+        answer: str, the model's answer.
+        image: the picture, as `read_image` takes it; `None` displays nothing.
 
     Example:
 

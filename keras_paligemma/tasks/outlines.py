@@ -1,10 +1,10 @@
-"""The outlines of a mask, along the edges of its pixels."""
+"""Trace the outlines of a mask along the edges of its pixels."""
 
 import numpy as np
 
-# The four sides of a pixel, each from corner to corner with the pixel to the
-# right of the way: (from, to) as offsets (y, x) of its upper left corner, and
-# the neighbour (y, x) beyond.
+# The four sides of a pixel, directed so that the pixel is on the right: start
+# and end as offsets (y, x) from its upper left corner, and the offset (y, x) of
+# the neighbour on the other side.
 _SIDES = (
     ((0, 0), (0, 1), (-1, 0)),
     ((0, 1), (1, 1), (0, 1)),
@@ -14,16 +14,16 @@ _SIDES = (
 
 
 def loops_of(mask: np.ndarray) -> list[np.ndarray]:
-    """Walk around all parts of a mask, the object to the right of the way.
+    """Return the outlines of all parts of a mask.
 
-    Pixels that touch at a corner alone are of different parts.
+    Pixels that touch only at a corner belong to different parts.
 
     Args:
         mask: bool array (height, width).
 
     Returns:
         List of int arrays (corners, 2) of (y, x), in pixels: clockwise around
-        parts, the other way around holes.
+        parts, counterclockwise around holes.
 
     Example:
 
@@ -48,7 +48,7 @@ def loops_of(mask: np.ndarray) -> list[np.ndarray]:
         while side in sides:
             del sides[side]
             loop.append(side[0])
-            # Where two ways cross, turn right: stay at the same pixel.
+            # Where two outlines cross, turn right: follow the same pixel.
             side = (
                 side[1],
                 next(
@@ -64,19 +64,19 @@ def loops_of(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _turns_right(before, corner, after):
-    """Whether a way does, y pointing down."""
+    """Return whether a path turns right at a corner; y points down."""
     down, right = corner[0] - before[0], corner[1] - before[1]
     return right * (after[0] - corner[0]) > down * (after[1] - corner[1])
 
 
 def area_of(loop: np.ndarray) -> float:
-    """Measure what a loop goes around: negative for a hole.
+    """Return the area inside a loop, negative for a hole.
 
     Args:
-        loop: int array (corners, 2) of (y, x).
+        loop: array (corners, 2) of (y, x), pixels.
 
     Returns:
-        float, pixels.
+        float, square pixels.
 
     Example:
 

@@ -1,12 +1,13 @@
-"""The prompts that PaliGemma was trained on, one function each.
+"""Functions that return the prompts which PaliGemma was trained on.
 
-A prompt is a string without the "\\n" that ends it: the preprocessor adds that.
+Prompts do not end in "\\n": the preprocessor adds it.
 """
 
 import re
 from collections.abc import Sequence
 
-# Of WebLI's captions, COCO-35L and XM3600: what the published models know.
+# Language codes of WebLI, COCO-35L and XM3600, on which the published models
+# were trained.
 LANGUAGES = (
     *("ar", "bn", "cs", "da", "de", "el", "en", "es", "fa", "fi", "fil", "fr"),
     *("he", "hi", "hr", "hu", "id", "it", "ja", "ko", "mi", "nl", "no", "pl"),
@@ -17,21 +18,21 @@ SEPARATOR = " ; "
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-# What separates labels, and what is a box or mask, is no part of a label.
+# Separators of labels, and tokens of boxes and masks, are not part of a label.
 _NO_LABEL = re.compile(r"[;\n]|<(loc|seg)\d*>")
 
 
 def caption(lang: str = "en") -> str:
-    """Ask for a short caption.
+    """Return the prompt for a short caption.
 
     Args:
         lang: str, one of `LANGUAGES`.
 
     Returns:
-        The prompt.
+        str, the prompt.
 
     Raises:
-        ValueError: the models were trained on no such code.
+        ValueError: if the language code is unknown.
 
     Example:
 
@@ -44,7 +45,9 @@ def caption(lang: str = "en") -> str:
 
 
 def cap(lang: str = "en") -> str:
-    """Ask for a caption as web pages have them; of `pt` models only.
+    """Return the prompt for a caption in the style of web pages.
+
+    Only `pt` models know it. Args, Returns and Raises are those of `caption`.
 
     Example:
 
@@ -55,7 +58,9 @@ def cap(lang: str = "en") -> str:
 
 
 def describe(lang: str = "en") -> str:
-    """Ask for a longer description; of `pt` models only.
+    """Return the prompt for a longer description.
+
+    Only `pt` models know it. Args, Returns and Raises are those of `caption`.
 
     Example:
 
@@ -66,7 +71,7 @@ def describe(lang: str = "en") -> str:
 
 
 def ocr() -> str:
-    """Ask for the text in the picture.
+    """Return the prompt for the text in the picture.
 
     Example:
 
@@ -77,17 +82,17 @@ def ocr() -> str:
 
 
 def answer(question: str, lang: str = "en") -> str:
-    """Ask a question about the picture.
+    """Return the prompt for the answer to a question about the picture.
 
     Args:
         question: str, in the language of the answer.
         lang: str, one of `LANGUAGES`.
 
     Returns:
-        The prompt.
+        str, the prompt.
 
     Raises:
-        ValueError: the question is empty, or the language unknown.
+        ValueError: if the question is empty, or the language code unknown.
 
     Example:
 
@@ -98,7 +103,9 @@ def answer(question: str, lang: str = "en") -> str:
 
 
 def question(answer: str, lang: str = "en") -> str:
-    """Ask for a question that has this answer; of `pt` models only.
+    """Return the prompt for a question that has a given answer.
+
+    Only `pt` models know it. Args, Returns and Raises are those of `answer`.
 
     Example:
 
@@ -109,16 +116,16 @@ def question(answer: str, lang: str = "en") -> str:
 
 
 def detect(labels: str | Sequence[str]) -> str:
-    """Ask for the boxes of all objects of some kinds.
+    """Return the prompt for the boxes of all objects of the given labels.
 
     Args:
-        labels: str, or list of them, such as "cat" or "the cat to the left".
+        labels: str or list of str, such as "cat" or "the cat on the left".
 
     Returns:
-        The prompt.
+        str, the prompt.
 
     Raises:
-        ValueError: there is no label, or one holds what separates labels.
+        ValueError: if there is no label, or one contains a separator.
 
     Example:
 
@@ -129,9 +136,9 @@ def detect(labels: str | Sequence[str]) -> str:
 
 
 def segment(labels: str | Sequence[str]) -> str:
-    """Ask for the boxes and masks of all objects of some kinds.
+    """Return the prompt for boxes and masks of all objects of the labels.
 
-    Args and errors are those of `detect`.
+    Args, Returns and Raises are those of `detect`.
 
     Example:
 
@@ -144,19 +151,19 @@ def segment(labels: str | Sequence[str]) -> str:
 def multiple_choice(
     question: str, options: Sequence[str], lang: str = "en"
 ) -> str:
-    """Ask to choose one of some answers, as AI2D and A-OKVQA do.
+    """Return the prompt for a multiple choice, as in AI2D and A-OKVQA.
 
     Args:
         question: str.
-        options: list of two or more strings; the answer is one of them.
+        options: list of at least two str; the answer is one of them.
         lang: str, one of `LANGUAGES`.
 
     Returns:
-        The prompt.
+        str, the prompt.
 
     Raises:
-        ValueError: the question or an option is empty, there are too few, or
-            the language is unknown.
+        ValueError: if the question or an option is empty, there are too few
+            options, or the language code is unknown.
 
     Example:
 
@@ -170,19 +177,19 @@ def multiple_choice(
 
 
 def science_qa(question: str, options: Sequence[str], context: str = "") -> str:
-    """Ask to choose one of some answers by its letter, as ScienceQA does.
+    """Return the prompt for a multiple choice by letter, as in ScienceQA.
 
     Args:
         question: str.
-        options: list of 2 to 26 strings; the answer is "The answer is A."
-        context: str, what is known beside the picture; may be empty.
+        options: list of 2 to 26 str; the answer is "The answer is A."
+        context: str, facts beside the picture; may be empty.
 
     Returns:
-        The prompt, of four lines.
+        str, the prompt, of four lines.
 
     Raises:
-        ValueError: the question or an option is empty, or there are too few
-            or too many.
+        ValueError: if the question or an option is empty, or there are too few
+            or too many options.
 
     Example:
 
@@ -247,16 +254,17 @@ def _labels(labels):
 
 
 def check_label(label: str) -> str:
-    """Refuse a label that could not be told from what is around it.
+    """Return a label that is safe to write into a prompt or answer.
 
     Args:
         label: str.
 
     Returns:
-        The label, without spaces around it.
+        str, the label without surrounding spaces.
 
     Raises:
-        ValueError: it is empty, or holds ";", a line break or a location.
+        ValueError: if it is empty, or contains ";", a line break, or a token
+            of a location or mask.
 
     Example:
 
