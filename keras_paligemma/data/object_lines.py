@@ -69,7 +69,9 @@ def read(
             except ValueError:
                 skipped["lines of missing pictures"] += 1
                 continue
-        labels = [one.strip() for one in asked[1].split(";") if one.strip()]
+        labels = [
+            label.strip() for label in asked[1].split(";") if label.strip()
+        ]
         classes |= dict.fromkeys(labels)
         answer = example["responses"]
         answer = answer[0] if isinstance(answer, list) else answer
@@ -78,7 +80,7 @@ def read(
         place = f"line {source.lines[index] + 1}"
         _, annotations = found.setdefault(image, (place, []))
         annotations += [
-            _annotation(one, sizes[image], place) for one in objects
+            _annotation(item, sizes[image], place) for item in objects
         ]
     pictures = [
         Picture(
@@ -145,7 +147,9 @@ def write(
     lost.update(source.left_out)
     lost["boxes clipped"] += source.clipped
     used = {
-        one.label for picture in objects.pictures for one in picture.annotations
+        annotation.label
+        for picture in objects.pictures
+        for annotation in picture.annotations
     }
     lost["classes without an object"] += len(set(objects.classes) - used)
     return +lost
@@ -158,7 +162,7 @@ def _name(image, folder):
     return os.path.relpath(image, folder)
 
 
-def _annotation(one, size, place):
-    x1, y1, x2, y2 = one.xyxy(size)
-    mask = None if one.mask is None else to_rle(one.mask_in(size))
-    return Annotation(one.label, (y1, x1, y2, x2), mask, place=place)
+def _annotation(item, size, place):
+    x1, y1, x2, y2 = item.xyxy(size)
+    mask = None if item.mask is None else to_rle(item.mask_in(size))
+    return Annotation(item.label, (y1, x1, y2, x2), mask, place=place)

@@ -143,8 +143,8 @@ def in_pixels(picture: Picture, folder: str) -> Picture:
         return picture
     height, width = size_of_file(picture_path(picture.name, folder))
     scaled = []
-    for one in picture.annotations:
-        box, polygons = one.box, one.segmentation
+    for annotation in picture.annotations:
+        box, polygons = annotation.box, annotation.segmentation
         if box is not None:
             y1, x1, y2, x2 = box
             box = (y1 * height, x1 * width, y2 * height, x2 * width)
@@ -154,7 +154,9 @@ def in_pixels(picture: Picture, folder: str) -> Picture:
                 [edge * sides[i % 2] for i, edge in enumerate(polygon)]
                 for polygon in polygons
             ]
-        scaled.append(dataclasses.replace(one, box=box, segmentation=polygons))
+        scaled.append(
+            dataclasses.replace(annotation, box=box, segmentation=polygons)
+        )
     return dataclasses.replace(
         picture, annotations=scaled, size=(height, width)
     )
@@ -317,7 +319,7 @@ def plain_name(picture: Picture) -> str:
     if path.is_absolute() or ".." in path.parts or "://" in picture.name[:16]:
         return path.name
     # YOLO finds labels by replacing the last folder of this name.
-    parents = [one for one in path.parts[:-1] if one != "images"]
+    parents = [part for part in path.parts[:-1] if part != "images"]
     return str(PurePosixPath(*parents, path.name))
 
 

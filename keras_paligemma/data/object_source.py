@@ -134,19 +134,24 @@ class ObjectSource:
         """
         places, objects = [], []
         for row, picture in enumerate(self.data.pictures):
-            for number, one in enumerate(picture.annotations):
-                if one.label not in self.classes and not one.problem:
+            for number, annotation in enumerate(picture.annotations):
+                if (
+                    annotation.label not in self.classes
+                    and not annotation.problem
+                ):
                     self.left_out["objects of other classes"] += 1
-                elif one.is_crowd and not keep_crowds:
+                elif annotation.is_crowd and not keep_crowds:
                     self.left_out["crowds"] += 1
-                elif one.is_crowd and not one.has_mask():
+                elif annotation.is_crowd and not annotation.has_mask():
                     self.left_out["crowds without a mask"] += 1
                 else:
                     places.append((row, number))
-                    objects.append(one)
+                    objects.append(annotation)
         crowds = self.left_out["crowds without a mask"]
         if crowds:
-            every = sum(len(one.annotations) for one in self.data.pictures)
+            every = sum(
+                len(picture.annotations) for picture in self.data.pictures
+            )
             warnings.warn(
                 f"{self.data.path}: crowds (iscrowd) without a mask are left "
                 f"out, {crowds} of {every} annotations. Set their iscrowd to "
@@ -160,16 +165,17 @@ class ObjectSource:
         (rows, numbers), objects = self._objects(keep_crowds)
         place = {name: number for number, name in enumerate(self.classes)}
         classes = np.array(
-            [place.get(one.label, len(place)) for one in objects], "int64"
+            [place.get(annotation.label, len(place)) for annotation in objects],
+            "int64",
         )
         pictures = self.data.pictures
         sizes = [
-            (np.nan, np.nan) if one.problem else one.size or (1, 1)
-            for one in pictures
+            (np.nan, np.nan) if picture.problem else picture.size or (1, 1)
+            for picture in pictures
         ]
         # The width of a pixel; unknown if the file does not contain the size.
-        pixels = [float(one.size is not None) for one in pictures]
-        boxes = [one.box or (np.nan,) * 4 for one in objects]
+        pixels = [float(picture.size is not None) for picture in pictures]
+        boxes = [annotation.box or (np.nan,) * 4 for annotation in objects]
         boxes, overhang, cut = clip_boxes(
             np.array(boxes, "float64").reshape(-1, 4),
             np.array(sizes, "float64").reshape(-1, 2)[rows],
@@ -226,15 +232,15 @@ class ObjectSource:
             _, found, problems = self._read(index)
             if problems:
                 raise ValueError(problems[0])
-            return [one for _, one in found.values()]
+            return [item for _, item in found.values()]
 
     def __getitem__(self, index):
         with located(self.where(index)):
             path, found, problems = self._read(index)
             answers = {}
-            for i, (place, one) in found.items():
+            for i, (place, item) in found.items():
                 try:
-                    answers[i] = write_object(one, self._codes(one))
+                    answers[i] = write_object(item, self._codes(item))
                 except ValueError as error:
                     problems.append(f"{place}: {error}")
             example = self._example(path, answers)
@@ -262,13 +268,16 @@ class ObjectSource:
         scale = np.tile(np.divide(size, unit), 2)
         found, problems = {}, []
         for i in range(self._starts[row], self._ends[row]):
-            one = sized.annotations[self._numbers[i]]
+            annotation = sized.annotations[self._numbers[i]]
             box = self._boxes[i] * scale
             try:
                 with_mask = self.task == "segment"
-                found[i] = one.place, object_of(one, size, box, with_mask)
+                found[i] = (
+                    annotation.place,
+                    object_of(annotation, size, box, with_mask),
+                )
             except ValueError as error:
-                problems.append(f"{one.place}: {error}")
+                problems.append(f"{annotation.place}: {error}")
         return path, found, problems
 
     def _example(self, path, answers):
@@ -283,11 +292,11 @@ class ObjectSource:
             "responses": SEPARATOR.join(answers.values()),
         }
 
-    def _codes(self, one):
+    def _codes(self, item):
         """Return the codes of an object's mask; `None` for "detect"."""
         if self.task == "detect" or self.encode_mask is None:
             return None
-        codes = [int(code) for code in self.encode_mask(one.mask)]
+        codes = [int(code) for code in self.encode_mask(item.mask)]
         if len(codes) != CODES or not all(0 <= code < BOOK for code in codes):
             raise ValueError(
                 f"`encode_mask` returned no mask codes. Expected: {CODES} "

@@ -173,7 +173,7 @@ def _shuffled(count, seed, epoch):
 def _stack(examples):
     """Stack examples to a batch."""
     xs, ys, weights = zip(*examples, strict=True)
-    x = {key: np.stack([one[key] for one in xs]) for key in xs[0]}
+    x = {key: np.stack([inputs[key] for inputs in xs]) for key in xs[0]}
     return x, np.stack(ys), np.stack(weights)
 
 

@@ -129,7 +129,9 @@ def write(objects: ObjectSet, folder: Path) -> Counter:
     for picture in objects.pictures:
         name = plain_name(picture)
         stem = Path(name).with_suffix("").as_posix()
-        has_masks = any(one.has_mask() for one in picture.annotations)
+        has_masks = any(
+            annotation.has_mask() for annotation in picture.annotations
+        )
         root = ElementTree.Element("annotation")
         _put(root, "folder", "JPEGImages")
         _put(root, "filename", name)

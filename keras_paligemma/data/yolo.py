@@ -57,10 +57,10 @@ def read(
     ]
     known = set(labels)
     strays = {
-        one
+        file
         for folder in {label.parent for label in labels}
-        for one in folder.glob("*.txt")
-        if one not in known and one.name not in _NO_LABELS
+        for file in folder.glob("*.txt")
+        if file not in known and file.name not in _NO_LABELS
     }
     skipped = Counter({"labels of missing pictures": len(strays)})
     return ObjectSet(path, os.fspath(home), classes, pictures, +skipped)
@@ -132,7 +132,7 @@ def _head(path, split):
     file = path
     if path.is_dir():
         found = [folder / name for name in ("data.yaml", "classes.txt")]
-        file = next((one for one in found if one.is_file()), found[0])
+        file = next((name for name in found if name.is_file()), found[0])
     if not file.is_file():
         raise ValueError(
             "YOLO's classes are not told. Expected: data.yaml with `names`, or "
@@ -163,7 +163,7 @@ def _head(path, split):
     if not entries:
         raise ValueError(
             f"{file} has no split of this name. Expected: one of "
-            f"{[one for one in ('train', 'val', 'test') if head.get(one)]}. "
+            f"{[key for key in ('train', 'val', 'test') if head.get(key)]}. "
             f"Received: {split!r}."
         )
     entries = entries if isinstance(entries, list) else [entries]
@@ -212,7 +212,7 @@ def _read_picture(file, label, home, classes):
         for number, line in enumerate(lines, 1)
         if line.strip()
     )
-    name, place = (os.path.relpath(one, home) for one in (file, label))
+    name, place = (os.path.relpath(path, home) for path in (file, label))
     return Picture(name, annotations, place=place, problem=problem)
 
 
@@ -251,21 +251,21 @@ def _wrong(place, message, words):
     return Annotation("", None, place=place, problem=problem)
 
 
-def _values(one, size, masks, lost):
+def _values(annotation, size, masks, lost):
     """Return the numbers of a line; `None` if a mask is missing."""
     height, width = size
     if not masks:
-        lost["masks"] += one.has_mask()
-        y1, x1, y2, x2 = one.box
+        lost["masks"] += annotation.has_mask()
+        y1, x1, y2, x2 = annotation.box
         centre = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height)
         return [*centre, (x2 - x1) / width, (y2 - y1) / height]
-    if not one.has_mask():
+    if not annotation.has_mask():
         lost["objects without a mask"] += 1
         return None
-    polygons = polygons_of(one, size)
+    polygons = polygons_of(annotation, size)
     lost["masks in parts, which a line of no width joins"] += len(polygons) > 1
     bounds = bounds_of(polygons)
-    apart = max(abs(a - b) for a, b in zip(bounds, one.box, strict=True))
+    apart = max(abs(a - b) for a, b in zip(bounds, annotation.box, strict=True))
     lost["boxes other than those around their masks"] += apart > 0.5
     sides = (width, height)
     return [edge / sides[i % 2] for i, edge in enumerate(_joined(polygons))]

@@ -14,6 +14,7 @@ from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.tasks.objects import Objects
 from keras_paligemma.tasks.scores import box_and_label
 from keras_paligemma.tasks.scores import suppress
+from keras_paligemma.tasks.scores import with_neighbours
 
 
 def caption(
@@ -109,9 +110,12 @@ def detect(
             highest score is kept. `None` uses one answer: the likeliest
             sample, or the best beam.
         score: function from the log-probabilities of an object's locations
-            and label to its score; see `tasks.scores`.
+            and label to its score; see `tasks.scores`. Scores rank objects: a
+            good box may have 0.02.
         **options: as `generate` takes them: `max_new_tokens`, `batch_size`,
-            `num_samples`, `temperature`, `beams`.
+            `num_samples`, `temperature`, `beams`. With `alternatives=32`,
+            neighbouring locations count too, and scores are higher and rank
+            better; see `tasks.scores.with_neighbours`.
 
     Returns:
         `Objects` with scores; a list of `Objects` for a list of pictures. All
@@ -210,14 +214,15 @@ def _read(answer, tokenizer, labels, codec, score):
     """Return the objects of an answer; a missing label is the requested."""
     # The token that ended the answer is not part of its last label.
     count = len(answer.token_ids) - (answer.finish == "stop_token")
-    objects = read_objects(
-        texts_of(tokenizer, answer.token_ids[:count]),
-        codec,
-        [*labels, ""],
-        None,
-        answer.log_probabilities[:count],
-        score,
-    )
+    tokens = texts_of(tokenizer, answer.token_ids[:count])
+    values = answer.log_probabilities[:count]
+    if answer.alternatives:
+        alternatives = [
+            [(other.text, other.log_probability) for other in place]
+            for place in answer.alternatives[:count]
+        ]
+        values = with_neighbours(tokens, values, alternatives)
+    objects = read_objects(tokens, codec, [*labels, ""], None, values, score)
     if len(labels) > 1:
         return objects
     named = [

@@ -1,32 +1,44 @@
-"""How sure a model is of an object, and which objects say the same.
+"""Scores of objects, and suppression of overlapping ones.
 
-A score is a function of the log-probabilities that the model gave to the four
-locations and to the label of an object when it said them. Mask codes do not
-count. Three definitions were compared by COCO's average precision, 0.50 to
-0.95, of the nano preset's greedy answers: 800 scenes in trained and held-out
-styles alike, 2,331 prompts for classes that are there and one that is not.
+A score is a function of the log-probabilities of the four location tokens and
+of the label's tokens. Mask codes do not count.
 
-| | average precision | of classes that are there |
+Scores rank objects; they are not probabilities that an object is right. A model
+spreads the probability of an edge over neighbouring locations, so the score of
+a good box may be 0.02. `with_neighbours` adds them up: the probability that an
+edge is within 1 % of the side. `model.detect` does so if it is called with
+`alternatives=32`.
+
+COCO's average precision, 0.50 to 0.95, of the nano preset's greedy answers with
+the weights of November 27, 2026: 500 scenes of trained and held-out styles,
+1,432 prompts, for each class in a scene and for one that is not.
+
+| | single locations | with neighbours |
 |---|---|---|
-| `box_and_label` | 0.118 | 0.178 |
-| `mean_probability` | 0.113 | 0.176 |
-| `joint_probability` | 0.113 | 0.176 |
-| the same score for all | 0.070 | 0.106 |
+| `box_and_label` | 0.423 | 0.435 |
+| `mean_probability`, `joint_probability` | 0.421 | 0.434 |
+| the same score for all | 0.407 | 0.407 |
 
-All labels of the nano preset are one token, so that the last two rank alike.
+Half of the right boxes score above 0.020 with single locations, and above 0.36
+with neighbours. The nano preset's labels are one token, so that the mean and
+the product rank alike.
 """
 
+import re
 from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
 from keras_paligemma.tasks.objects import Object
 
+_LOCATION = re.compile(r"<loc([0-9]{4})>")
+
 
 def joint_probability(locations: np.ndarray, label: np.ndarray) -> float:
-    """The probability of the whole object: the product of all tokens'.
+    """Return the product of the probabilities of all tokens.
 
-    It is small for long labels, and where an edge is between two locations.
+    It is small for long labels, and for edges between two locations.
 
     Args:
         locations: float array (4,), log-probabilities.
@@ -44,9 +56,9 @@ def joint_probability(locations: np.ndarray, label: np.ndarray) -> float:
 
 
 def mean_probability(locations: np.ndarray, label: np.ndarray) -> float:
-    """The geometric mean of all tokens' probabilities.
+    """Return the geometric mean of the probabilities of all tokens.
 
-    Labels of any length compare, but a long one outweighs the box.
+    Labels of any length are comparable, but a long one outweighs the box.
 
     Args and Returns are those of `joint_probability`.
 
@@ -59,7 +71,9 @@ def mean_probability(locations: np.ndarray, label: np.ndarray) -> float:
 
 
 def box_and_label(locations: np.ndarray, label: np.ndarray) -> float:
-    """The geometric mean of the box, times that of the label.
+    """Return the geometric mean of the box times that of the label.
+
+    It ranked best of the three on the nano preset, and is the default.
 
     Args and Returns are those of `joint_probability`.
 
@@ -72,16 +86,65 @@ def box_and_label(locations: np.ndarray, label: np.ndarray) -> float:
     return float(np.exp(np.mean(locations) + kind))
 
 
-def box_overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Measure the intersection over union of all pairs of boxes.
+def with_neighbours(
+    tokens: Sequence[str],
+    log_probabilities: Sequence[float],
+    alternatives: Sequence[Sequence[tuple[str, float]]],
+    reach: int = 10,
+) -> list[float]:
+    """Add the probabilities of neighbouring locations to those of an answer.
 
     Args:
-        first: float array (boxes, 4) of (y1, x1, y2, x2), or of (x1, y1, x2,
-            y2); of any unit.
-        second: float array (others, 4), likewise.
+        tokens: list of str, the tokens of an answer.
+        log_probabilities: list of float, one per token.
+        alternatives: for each token, the (text, log-probability) of the
+            likeliest tokens in its place. More than 2 × `reach` of them miss
+            little.
+        reach: int, greatest distance of a neighbour; 10 is 1 % of the side.
 
     Returns:
-        float64 array (boxes, others), 0 to 1; 0 of two boxes without area.
+        List of float, one per token. Only those of locations are changed.
+
+    Example:
+
+    >>> half, quarter = float(np.log(0.5)), float(np.log(0.25))
+    >>> likeliest = [("<loc0007>", half), ("<loc0008>", quarter), (" a", -3.0)]
+    >>> (sum_,) = with_neighbours(["<loc0007>"], [half], [likeliest])
+    >>> round(float(np.exp(sum_)), 3)
+    0.75
+    """
+    sums = []
+    for token, value, others in zip(
+        tokens, log_probabilities, alternatives, strict=True
+    ):
+        place = _location(token)
+        near = {token: value}
+        for text, other in others:
+            location = None if place is None else _location(text)
+            if location is not None and abs(location - place) <= reach:
+                near[text] = other
+        total = np.logaddexp.reduce(list(near.values()))
+        # Rounding may add up to more than 1.
+        sums.append(min(float(total), 0.0))
+    return sums
+
+
+def _location(token):
+    """Return the number of a location token; `None` for other tokens."""
+    found = _LOCATION.fullmatch(token)
+    return None if found is None else int(found[1])
+
+
+def box_overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the intersection over union of all pairs of boxes.
+
+    Args:
+        first: float array (boxes, 4) of (y1, x1, y2, x2) or (x1, y1, x2, y2),
+            in any unit.
+        second: float array (others, 4), in the same order and unit.
+
+    Returns:
+        float64 array (boxes, others), 0 to 1; 0 for two boxes without area.
 
     Example:
 
@@ -93,7 +156,9 @@ def box_overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     starts = np.maximum(first[..., :2], second[..., :2])
     ends = np.minimum(first[..., 2:], second[..., 2:])
     common = np.clip(ends - starts, 0, None).prod(-1)
-    areas = [(one[..., 2:] - one[..., :2]).prod(-1) for one in (first, second)]
+    areas = [
+        (boxes[..., 2:] - boxes[..., :2]).prod(-1) for boxes in (first, second)
+    ]
     union = areas[0] + areas[1] - common
     return np.divide(common, union, where=union > 0, out=np.zeros_like(union))
 
@@ -101,45 +166,46 @@ def box_overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def suppress(
     objects: Iterable[Object], overlap: float = 0.5, by_label: bool = True
 ) -> list[Object]:
-    """Keep the surest of objects that cover each other.
+    """Remove objects that overlap one with a higher score.
 
-    Merges the answers of several samples or beams: chain them first.
+    This non-maximum suppression merges the answers of several samples or
+    beams, joined to one list.
 
     Args:
-        objects: with scores.
-        overlap: float, intersections over union above it are one object.
-        by_label: bool, whether objects of different labels are left alone.
+        objects: `Object`s with scores.
+        overlap: float, the highest intersection over union that is kept.
+        by_label: bool, whether only objects of the same label are compared.
 
     Returns:
-        List of objects, by falling score; equal scores stay in order.
+        List of `Object`, by descending score; equal scores keep their order.
 
     Raises:
-        ValueError: an object has no score.
+        ValueError: if an object has no score.
 
     Example:
 
     >>> box = (0, 0, 1, 1)
     >>> both = [Object(box, "cat", 0.2), Object(box, "cat", 0.9)]
-    >>> [one.score for one in suppress(both)]
+    >>> [item.score for item in suppress(both)]
     [0.9]
     """
     objects = sorted(objects, key=_falling)
-    boxes = np.array([one.box for one in objects]).reshape(-1, 4)
+    boxes = np.array([item.box for item in objects]).reshape(-1, 4)
     kept = []
-    for i, one in enumerate(objects):
+    for i, item in enumerate(objects):
         rivals = [
-            k for k in kept if not by_label or objects[k].label == one.label
+            k for k in kept if not by_label or objects[k].label == item.label
         ]
         if not (box_overlaps(boxes[[i]], boxes[rivals]) > overlap).any():
             kept.append(i)
     return [objects[i] for i in kept]
 
 
-def _falling(one):
-    """Return the key that sorts objects from the surest on."""
-    if one.score is None:
+def _falling(item):
+    """Return the key that sorts objects by descending score."""
+    if item.score is None:
         raise ValueError(
             "Objects are suppressed by their scores. Expected: a number. "
-            f"Received: {one}."
+            f"Received: {item}."
         )
-    return -one.score
+    return -item.score

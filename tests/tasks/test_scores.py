@@ -1,5 +1,6 @@
 import doctest
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -52,6 +53,33 @@ def test_the_three_differ_where_they_say():
         scores.box_and_label(box, long), scores.box_and_label(box, short)
     )
     np.testing.assert_allclose(scores.box_and_label(box, long), 0.5 * 0.25)
+
+
+def test_neighbours_share_an_edge():
+    """Of all tokens in its place, those within reach count, and once each."""
+    chosen, near, far = (math.log(p) for p in (0.3, 0.2, 0.1))
+    others = [
+        ("<loc0500>", chosen),
+        ("<loc0490>", near),
+        ("<loc0510>", near),
+        ("<loc0511>", far),
+        ("<loc500>", far),
+        ("<seg005>", far),
+        ("", far),
+    ]
+    tokens = ["<loc0500>", " cat", "<seg005>"]
+    found = scores.with_neighbours(tokens, [chosen, -1, -2], [others] * 3)
+    assert found[1:] == [-1, -2]
+    assert math.exp(found[0]) == pytest.approx(0.7)
+    (alone,) = scores.with_neighbours(tokens[:1], [chosen], [others], reach=0)
+    assert alone == pytest.approx(chosen)
+    # What was sampled need not be among the likeliest.
+    (sampled,) = scores.with_neighbours(["<loc0509>"], [far], [others])
+    assert math.exp(sampled) == pytest.approx(0.1 + 0.3 + 0.2 + 0.1)
+    sure = [("<loc0500>", 0.0), ("<loc0501>", -9.0)]
+    assert scores.with_neighbours(tokens[:1], [0.0], [sure]) == [0.0]
+    with pytest.raises(ValueError, match="shorter"):
+        scores.with_neighbours(tokens, [chosen] * 3, [others])
 
 
 def test_overlaps_by_counting_pixels():
