@@ -156,6 +156,28 @@ def test_batches_and_a_full_queue():
     assert model.sizes == [1, 4]
 
 
+def test_who_is_alone_waits_for_nobody():
+    """A minute's wait would end the test if anybody waited it."""
+    model = PlainModel(held=True, largest=2)
+    app = make_app(model, "plain", milliseconds=60_000)
+    with TestClient(app) as client, ThreadPoolExecutor(3) as threads:
+        first = threads.submit(ask, client)
+        model.begun.wait()
+        waits = [threads.submit(ask, client) for _ in range(2)]
+        while "queue 2.0" not in client.get("/metrics").text:
+            time.sleep(0.01)
+        model.go.set()
+        assert first.result().status_code == 200
+        assert [one.result().status_code for one in waits] == [200, 200]
+        # The batch before had two: the next waits until it has them, too.
+        waits = [threads.submit(ask, client)]
+        while "queue 1.0" not in client.get("/metrics").text:
+            time.sleep(0.01)
+        waits.append(threads.submit(ask, client))
+        assert [one.result().status_code for one in waits] == [200, 200]
+    assert model.sizes == [1, 2, 2]
+
+
 class Fails(PlainModel):
     """Cannot compile what it compiles before, or after, it is ready."""
 
