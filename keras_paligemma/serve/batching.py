@@ -95,11 +95,12 @@ class Batches:
             self._changed.notify_all()
         self._thread.join()
 
-    def put(self, requests):
-        """Queue all of the requests or none.
+    def put(self, requests, loop):
+        """Queue all of the requests or none; from any thread.
 
         Args:
             requests: list of `Request`.
+            loop: the event loop of their client.
 
         Returns:
             List of `Waiting`.
@@ -107,7 +108,6 @@ class Batches:
         Raises:
             Refused: the queue is full, or closed.
         """
-        loop = asyncio.get_running_loop()
         waiting = [Waiting(request, loop) for request in requests]
         with self._changed:
             if self.closed:

@@ -173,8 +173,8 @@ def test_requests_of_other_options_do_not(models):
         {"temperature": 1.0, "seed": 1},
         {"adapter": "styled"},
     )
-    keys = {model.key(request(model, **one)) for one in kinds}
-    assert len(keys) == len(kinds)
+    requests = [request(model, **one) for one in kinds]
+    assert len({model.key(one) for one in requests}) == len(kinds)
 
 
 def test_openais_client(models):
