@@ -88,7 +88,6 @@ def beside_generate(preset, port, turns=20, calls=20):
         calls: int, answers a turn.
     """
     command = [sys.executable, "-c", GENERATE, preset, str(PICTURE), PROMPT]
-    client = Client(port)
     generated, served = [], []
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -96,9 +95,11 @@ def beside_generate(preset, port, turns=20, calls=20):
         for _ in range(turns):
             print(calls, file=child.stdin, flush=True)
             generated += map(float, child.stdout.readline().split())
+            # A server lets go who is silent for as long as a model is loaded.
+            client = Client(port)
             served += [client.ask() for _ in range(calls)]
+            client.close()
         child.stdin.close()
-    client.close()
     alone = statistics.median(generated[calls:]) * 1000
     answer = statistics.median(served[calls:]) * 1000
     print(

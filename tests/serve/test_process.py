@@ -113,6 +113,7 @@ BAD = {
     "HTTP/9.9": (b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n", 505),
     "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
     "no HTTP": (b"\x00\xff nonsense\r\n\r\n", 400),
+    "a header of 4 MB": (post(X="x" * 4_000_000), 400),
     "what is good": (post(body()), 200),
     "what is good, in chunks": (chunked(body()[:9], body()[9:]), 200),
 }
