@@ -165,7 +165,9 @@ def bad_kinds(image):
         "a header of 200 kB": (post(b"{}", A="a" * 200_000), 400),
         "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
     }
-    found = {name: Kind((data,), status) for name, (data, status) in kinds.items()}
+    found = {
+        name: Kind((data,), status) for name, (data, status) in kinds.items()
+    }
     for name, (data, status) in bombs().items():
         found[f"bomb: {name}"] = Kind((post(ask(data)),), status)
     hundred = post(b"", Content_Length=str(100 * 2**20))

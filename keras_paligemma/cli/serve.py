@@ -23,7 +23,9 @@ def serve(
     ] = 8,
     wait_ms: Annotated[
         float,
-        typer.Option(help="Milliseconds that a request waits for others at most"),
+        typer.Option(
+            help="Milliseconds that a request waits for others at most"
+        ),
     ] = 2.0,
     queue: Annotated[
         int, typer.Option(help="Waiting requests before status 429")
