@@ -59,7 +59,7 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
         tf.TensorSpec([], tf.int32, "max_new_tokens"),
         tf.TensorSpec([], tf.float32, "temperature"),
     ]
-    defaults = {
+    defaults: dict[Any, Any] = {
         "max_new_tokens": tf.constant(longest),
         "temperature": tf.constant(0.0),
         "adapter": tf.constant(weights.default),

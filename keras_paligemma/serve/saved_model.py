@@ -190,7 +190,7 @@ def _stops(tokens, stop):
 
 
 def _text(tokens):
-    """Return the text of tokens, some of which spell bytes, such as "<0xE2>"."""
+    """Return the text of tokens; some spell a byte, such as "<0xE2>"."""
 
     def decode(match):
         digits = match[0].replace("<0x", "").replace(">", "")

@@ -17,7 +17,7 @@ from tests.serve.test_openai import openai
 tf = pytest.importorskip("tensorflow")
 pytest.importorskip("tensorflow_text")
 
-# What the graph answers, whatever it is asked: "é" is two tokens, of a byte each.
+# What the graph answers, whatever it is asked: "é" is two tokens, of bytes.
 PIECES = ("▁a", "▁cat", "<0xC3>", "<0xA9>", "▁sits", "<eos>")
 SPELT = ("a", " cat", "<0xC3>", "<0xA9>", " sits", "")
 IDS = (10, 11, 12, 13, 14, 1)
@@ -60,6 +60,9 @@ FULL = [
     spec("seed", tf.int32),
     spec("adapter", tf.string),
 ]
+# What each option is unless it is given, in the file.
+SIX, ZERO = tf.constant(6), tf.constant(0)
+GREEDY, ALL, NONE = tf.constant(0.0), tf.constant(1.0), tf.constant("")
 
 
 class Graph(tf.Module):
@@ -68,8 +71,8 @@ class Graph(tf.Module):
         self,
         images,
         prompts,
-        max_new_tokens=tf.constant(6),
-        temperature=tf.constant(0.0),
+        max_new_tokens=SIX,
+        temperature=GREEDY,
     ):
         return outputs(images, max_new_tokens, [max_new_tokens, temperature])
 
@@ -78,12 +81,12 @@ class Graph(tf.Module):
         self,
         images,
         prompts,
-        max_new_tokens=tf.constant(6),
-        temperature=tf.constant(0.0),
-        top_k=tf.constant(0),
-        top_p=tf.constant(1.0),
-        seed=tf.constant(0),
-        adapter=tf.constant(""),
+        max_new_tokens=SIX,
+        temperature=GREEDY,
+        top_k=ZERO,
+        top_p=ALL,
+        seed=ZERO,
+        adapter=NONE,
     ):
         is_known = (adapter == "") | (adapter == "styled")
         return outputs(
