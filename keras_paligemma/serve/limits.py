@@ -16,7 +16,7 @@ from keras_paligemma.serve.requests import Refused
 log = logging.getLogger("keras_paligemma.serve")
 
 OPEN = ("/healthz", "/readyz")
-# Seconds that a body is thrown away, and that it may pause meanwhile.
+# Seconds that what is refused is thrown away, and that it may pause meanwhile.
 LINGERS, QUIET = 30, 1
 INVALID = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\n"
@@ -58,7 +58,7 @@ def protocol(seconds):
                 self.transport.write(INVALID + msg.encode())
             # The client reads that the reply ends here, and ends in turn.
             self.transport.write_eof()
-            self._wait()
+            self._wait(LINGERS)
 
         def on_response_complete(self):
             # Which goes on with a request that is here already.
@@ -70,7 +70,7 @@ def protocol(seconds):
             if self.waits is not None:
                 self.waits.cancel()
 
-        def _wait(self):
+        def _wait(self, seconds=seconds):
             if self.waits is not None:
                 self.waits.cancel()
             self.waits = self.loop.call_later(seconds, self._let_go, self.cycle)

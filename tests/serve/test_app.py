@@ -126,6 +126,26 @@ def test_bombs_and_failures(plain):
     assert ask(plain).status_code == 200
 
 
+def test_no_other_site_reads_an_answer(plain):
+    """What a browser asks before it lets a page of another site ask."""
+    asks = {
+        "Origin": "https://evil.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type",
+    }
+    replies = [
+        plain.options("/answer", headers=asks),
+        plain.get("/v1/models", headers={"Origin": "https://evil.example"}),
+        ask(plain),
+        plain.get("/metrics"),
+    ]
+    assert [one.status_code for one in replies] == [403, 403, 200, 200]
+    for one in replies:
+        assert "access-control-allow-origin" not in one.headers
+    own = plain.get("/v1/models", headers={"Origin": "http://testserver"})
+    assert own.status_code == 200
+
+
 def test_token_and_hosts():
     app = make_app(PlainModel(), "plain", token="open", hosts=["here"])
     with TestClient(app, base_url="http://here") as client:

@@ -47,6 +47,8 @@ def test_who_names_an_adapter_gets_its_answers(model):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             address = server.stdout.readline().strip()
+            # Nobody else's machine, unless an option says so.
+            assert address.startswith("http://127.0.0.1:")
             asked = NAMES * 4
             with (
                 openai.OpenAI(api_key="-", base_url=f"{address}/v1") as api,

@@ -34,7 +34,8 @@ class Model(PlainModel):
     def warm_ups(self):
         return [["no request"]] * ("fails" in sys.argv), []
 
-limits = Limits(seconds=1, body=1_000_000)
+most = 4 if "few" in sys.argv else 1024
+limits = Limits(seconds=1, body=1_000_000, connections=most)
 run(make_app(Model(largest=1), "plain", limits=limits), "127.0.0.1", 0, limits)
 """
 IMAGE = base64.b64encode(encode(picture(), "PNG")).decode()
@@ -179,6 +180,28 @@ def test_what_was_accepted_is_answered_after_sigterm():
     for prompt, text in zip(prompts, texts, strict=True):
         assert text.startswith("HTTP/1.1 200")
         assert f'"text":"{prompt}"' in text.replace(": ", ":")
+
+
+def status(port, data):
+    return int(send(port, data).split()[1])
+
+
+def test_more_connections_than_allowed_are_refused():
+    check = GET + b"Connection: close\r\n\r\n"
+    with process("few") as (server, port), ThreadPoolExecutor(3) as threads:
+        assert status(port, check) == 200
+        held = [
+            threads.submit(status, port, post(body("hold"))) for _ in range(3)
+        ]
+        # Until all three are there; the fourth connection is one too many.
+        for _ in range(1000):
+            if status(port, check) == 503:
+                break
+            time.sleep(0.02)
+        assert status(port, check) == 503
+        server.stdin.close()
+        assert [one.result() for one in held] == [200] * 3
+        assert status(port, check) == 200
 
 
 def test_a_server_whose_model_fails_ends():
