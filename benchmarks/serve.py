@@ -2,16 +2,19 @@
 
     python benchmarks/serve.py [--preset pali_gemma2_nano_112] [--seconds 10]
 
-Starts the three servers one after the other, each in a process of its own, and
-asks each by 1, 8 and 64 clients at a time. What `generate` takes for the same
-prompt, in a process that does nothing else, is the first line.
+The first line is the latency of one client beside that of `generate`, both
+running and asked in turns, so that what else the machine does slows both. Then
+the three servers start one after the other, each in a process of its own, and
+1, 8 and 64 clients ask each at a time.
 """
 
 import argparse
 import base64
+import contextlib
 import http.client
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -29,76 +32,133 @@ GENERATE = """
 import sys, time
 from keras_paligemma import PaliGemmaCausalLM
 model = PaliGemmaCausalLM.from_preset(sys.argv[1])
-times = []
-for _ in range(12):
-    started = time.perf_counter()
-    model.generate({"images": sys.argv[2], "prompts": sys.argv[3]})
-    times.append(time.perf_counter() - started)
-print(sorted(times[2:])[5] * 1000)
+for line in sys.stdin:
+    times = []
+    for _ in range(int(line)):
+        started = time.perf_counter()
+        model.generate({"images": sys.argv[2], "prompts": sys.argv[3]})
+        times.append(time.perf_counter() - started)
+    print(*times, flush=True)
 """
+
+
+class Client:
+    """A client that keeps its connection, and is all but free.
+
+    What a client's library takes is no time of a server: the request is bytes
+    that are made once.
+
+    Args:
+        port: int.
+    """
+
+    def __init__(self, port):
+        image = base64.b64encode(PICTURE.read_bytes()).decode()
+        body = json.dumps({"image": image, "prompt": PROMPT})
+        self.request = (
+            "POST /answer HTTP/1.1\r\nHost: localhost\r\n"
+            "Content-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}"
+        ).encode()
+        self.link = socket.create_connection(("127.0.0.1", port), timeout=120)
+        self.replies = self.link.makefile("rb")
+
+    def ask(self):
+        """Return the seconds of an answer, or `None` if it is none."""
+        started = time.perf_counter()
+        self.link.sendall(self.request)
+        status = int(self.replies.readline().split()[1])
+        headers = http.client.parse_headers(self.replies)
+        content = self.replies.read(int(headers["Content-Length"]))
+        took = time.perf_counter() - started
+        return took if status == 200 and json.loads(content)["text"] else None
+
+    def close(self):
+        self.replies.close()
+        self.link.close()
+
+
+def beside_generate(preset, port, turns=20, calls=20):
+    """Print the latency of one client and of `generate`, asked in turns.
+
+    Args:
+        preset: str.
+        port: int, where that preset is served.
+        turns: int; the first is not counted.
+        calls: int, answers a turn.
+    """
+    command = [sys.executable, "-c", GENERATE, preset, str(PICTURE), PROMPT]
+    generated, served = [], []
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        for _ in range(turns):
+            print(calls, file=child.stdin, flush=True)
+            generated += map(float, child.stdout.readline().split())
+            # A server lets go who is silent for as long as a model is loaded.
+            client = Client(port)
+            served += [client.ask() for _ in range(calls)]
+            client.close()
+        child.stdin.close()
+    alone = statistics.median(generated[calls:]) * 1000
+    answer = statistics.median(served[calls:]) * 1000
+    print(
+        f"one client: p50 {answer:.1f} ms, {answer / alone:.2f} x "
+        f"`generate`, {alone:.1f} ms",
+        flush=True,
+    )
 
 
 def load(port, clients, seconds):
     """Ask by so many clients at a time.
 
     Returns:
-        Seconds of each answer that was right, how many were not, and seconds
-        of the whole.
+        Seconds of each answer, how many were none, and seconds of the whole.
     """
-    body = json.dumps(
-        {
-            "image": base64.b64encode(PICTURE.read_bytes()).decode(),
-            "prompt": PROMPT,
-        }
-    )
-    times, wrong = [], []
-    end = time.perf_counter() + seconds
+    times, end = [], time.perf_counter() + seconds
 
-    def client():
-        link = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    def asks():
+        client = Client(port)
         while time.perf_counter() < end:
-            started = time.perf_counter()
-            link.request(
-                "POST", "/answer", body, {"Content-Type": "application/json"}
-            )
-            reply = link.getresponse()
-            content = reply.read()
-            if reply.status == 200 and json.loads(content)["text"]:
-                times.append(time.perf_counter() - started)
-            else:
-                wrong.append(reply.status)
-        link.close()
+            times.append(client.ask())
+        client.close()
 
-    threads = [threading.Thread(target=client) for _ in range(clients)]
+    threads = [threading.Thread(target=asks) for _ in range(clients)]
     started = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return times, len(wrong), time.perf_counter() - started
+    took = time.perf_counter() - started
+    return [one for one in times if one], times.count(None), took
 
 
-def measure(name, command, seconds):
-    """Start a server and print a line for each number of clients."""
+@contextlib.contextmanager
+def served(command):
+    """Start a server, and give its port when it is ready."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             port = int(server.stdout.readline().rpartition(":")[2])
             while not _is_ready(port):
                 time.sleep(0.5)
             load(port, 1, 1)
-            for clients in CLIENTS:
-                times, wrong, took = load(port, clients, seconds)
-                p50 = statistics.median(times)
-                p99 = statistics.quantiles(times, n=100)[98]
-                print(
-                    f"{name:22} {clients:3} clients: "
-                    f"{len(times) / took:7.1f} a second, "
-                    f"p50 {p50 * 1000:6.0f} ms, p99 {p99 * 1000:6.0f} ms, "
-                    f"{wrong} wrong",
-                    flush=True,
-                )
+            yield port
         finally:
             server.terminate()
+
+
+def measure(name, port, seconds):
+    """Print a line for each number of clients."""
+    for clients in CLIENTS:
+        times, wrong, took = load(port, clients, seconds)
+        p50 = statistics.median(times)
+        p99 = statistics.quantiles(times, n=100)[98]
+        print(
+            f"{name:22} {clients:3} clients: {len(times) / took:7.1f} a "
+            f"second, p50 {p50 * 1000:6.0f} ms, p99 {p99 * 1000:6.0f} ms, "
+            f"{wrong} wrong",
+            flush=True,
+        )
 
 
 def _is_ready(port):
@@ -118,19 +178,16 @@ def main():
     parser.add_argument("--preset", default="pali_gemma2_nano_112")
     parser.add_argument("--seconds", type=float, default=10)
     arguments = parser.parse_args()
-    preset = arguments.preset
-    took = subprocess.run(
-        [sys.executable, "-c", GENERATE, preset, str(PICTURE), PROMPT],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout
+    preset, seconds = arguments.preset, arguments.seconds
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-    print(f"generate, {backend}: {float(took):.0f} ms", flush=True)
+    print(f"{preset} on {backend}", flush=True)
     command = [sys.executable, "-m", "keras_paligemma"]
     serve = [*command, "serve", preset, "--port", "0"]
-    measure("serve", serve, arguments.seconds)
-    measure("serve --batch 1", [*serve, "--batch", "1"], arguments.seconds)
+    with served(serve) as port:
+        beside_generate(preset, port)
+        measure("serve", port, seconds)
+    with served([*serve, "--batch", "1"]) as port:
+        measure("serve --batch 1", port, seconds)
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "saved"
         subprocess.run(
@@ -139,11 +196,8 @@ def main():
             check=True,
         )
         example = ROOT / "examples" / "serve" / "server.py"
-        measure(
-            "examples/serve",
-            [sys.executable, example, saved, "--port", "0"],
-            arguments.seconds,
-        )
+        with served([sys.executable, example, saved, "--port", "0"]) as port:
+            measure("examples/serve", port, seconds)
 
 
 if __name__ == "__main__":

@@ -1,111 +1,330 @@
 """Ask a server what is good and what is bad, by 64 clients, and watch it.
 
-    python benchmarks/soak.py PORT PID [--requests 10000]
+    python benchmarks/soak.py [--preset pali_gemma2_nano_112] [--requests 10000]
 
-Half of the requests are bad; each must get its own status. Prints the wrong
-ones, and the server's memory (Linux) at each tenth.
+Half of the requests are bad; each must get its own status, and each good one
+the text that it gets when nobody else asks. Prints what was wrong, how often
+each status came, and the server's memory (Linux) at each tenth.
 """
 
 import argparse
 import base64
 import collections
+import contextlib
+import gzip
+import http.client
+import io
 import itertools
 import json
 import socket
+import struct
+import subprocess
+import sys
 import threading
+import time
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
+CLIENTS = 64
+# Seconds that the server gives a client, and bytes of a body.
+SECONDS, BODY = 10, 2_000_000
 PICTURE = Path(__file__).parents[1] / "examples" / "pictures" / "scene_0.png"
-IMAGE = base64.b64encode(PICTURE.read_bytes()).decode()
-GOOD = json.dumps({"image": IMAGE, "prompt": "caption en"}).encode()
+MIB = b" " * 2**20
+# A client that goes before its answer, and one that is let go without any.
+GONE, LET_GO = "gone", "let go"
 
 
-def post(body, **headers):
+@dataclass(frozen=True)
+class Kind:
+    """A kind of request.
+
+    Args:
+        parts: iterable of bytes, sent one by one.
+        status: int, what it must get; or `GONE` or `LET_GO`.
+        pause: float, seconds between parts.
+        every: int, it comes in one of so many rounds.
+    """
+
+    parts: tuple[bytes, ...]
+    status: int | str
+    pause: float = 0.0
+    every: int = 1
+
+
+def post(body, path="/answer", **headers):
+    """Spell a request; a header that is `None` is left out."""
     lines = {
         "Host": "localhost",
         "Content-Type": "application/json",
         "Connection": "close",
         "Content-Length": str(len(body)),
-    } | headers
-    head = "".join(f"{key}: {value}\r\n" for key, value in lines.items())
-    return f"POST /answer HTTP/1.1\r\n{head}\r\n".encode() + body
+    } | {name.replace("_", "-"): value for name, value in headers.items()}
+    head = "".join(f"{key}: {one}\r\n" for key, one in lines.items() if one)
+    return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
-def chunked(body):
-    lines = {"Transfer-Encoding": "chunked", "Content-Length": None}
-    lines = {"Host": "localhost", "Content-Type": "application/json"} | lines
-    head = "".join(f"{k}: {v}\r\n" for k, v in lines.items() if v)
-    chunk = b"%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n"
-    start = f"POST /answer HTTP/1.1\r\nConnection: close\r\n{head}\r\n"
-    return start.encode() + chunk
+def ask(image, prompt="caption en", **fields):
+    """Spell the body of a request to /answer."""
+    image = base64.b64encode(image).decode()
+    return json.dumps({"image": image, "prompt": prompt, **fields}).encode()
 
 
-NO_PICTURE = json.dumps({"image": "AAAA", "prompt": "caption en"}).encode()
-# What is sent, and the status that it must get; `None` hangs up at once.
-BAD = [
-    (post(NO_PICTURE), 400),
-    (post(b"[" * 100_000), 400),
-    (post(b"{}", **{"Content-Length": "9" * 5000}), 400),
-    (post(b"{}", **{"Content-Length": "100000000"}), 413),
-    (b"GET / HTTP/9\r\n\r\n", 400),
-    (b"\x00\x01 nonsense\r\n\r\n", 400),
-    (post(b"{}", **{"Content-Type": "text/plain"}), 415),
-    (chunked(NO_PICTURE), 400),
-    (post(GOOD), None),
-    (post(b'{"image": "', **{"Content-Length": "500"}), None),
-]
+def chat(image, **fields):
+    """Spell a request of OpenAI's."""
+    uri = "data:image/png;base64," + base64.b64encode(image).decode()
+    parts = [
+        {"type": "image_url", "image_url": {"url": uri}},
+        {"type": "text", "text": "caption en"},
+    ]
+    messages = [{"role": "user", "content": parts}]
+    body = json.dumps({"model": "soak", "messages": messages, **fields})
+    return post(body.encode(), "/v1/chat/completions")
 
 
-def ask(port, data, reads):
-    """Give status and body; nothing of a client that hangs up."""
-    with socket.create_connection(("127.0.0.1", port), timeout=120) as sock:
-        sock.sendall(data)
-        if not reads:
-            return None, b""
-        parts = []
-        while part := sock.recv(65536):
-            parts.append(part)
-    head, _, body = b"".join(parts).partition(b"\r\n\r\n")
-    return int(head.split()[1]) if head else 0, body
+def chunked(*chunks):
+    """Spell a request in chunks."""
+    head = post(b"", Content_Length=None, Transfer_Encoding="chunked")
+    body = [b"%x\r\n%b\r\n" % (len(one), one) for one in chunks]
+    return head, *body, b"0\r\n\r\n"
+
+
+def png(width, height, *chunks):
+    """Return a PNG's head, and chunks of a name and bytes after it."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    spelt = [
+        struct.pack(">I", len(data))
+        + name
+        + data
+        + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in ((b"IHDR", head), *chunks, (b"IEND", b""))
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(spelt)
+
+
+def bombs():
+    """Return small files of much: pixels, frames and text."""
+    zeros = zlib.compress(bytes(300_000_000), 9)
+    gif = io.BytesIO()
+    Image.new("P", (9000, 9000)).save(gif, "GIF")
+    return {
+        "pixels of 1.2 GB": (png(20_000, 20_000, (b"IDAT", zeros)), 413),
+        "a side of 2³⁰": (png(2**30, 2**30), 413),
+        "a GIF of 81 million pixels": (gif.getvalue(), 413),
+        "300 MB of text": (
+            png(8, 8, (b"zTXt", b"a\0\0" + zeros), (b"IDAT", zeros[:99])),
+            400,
+        ),
+    }
+
+
+def good_kinds(image):
+    """Return what is answered, by name."""
+    return {
+        "a caption": post(ask(image)),
+        "a short one": post(ask(image, max_new_tokens=3)),
+        "in chunks": b"".join(chunked(ask(image)[:999], ask(image)[999:])),
+        "boxes": post(ask(image, "detect lion")),
+        "drawn": post(ask(image, temperature=1.0, top_p=0.9, seed=7)),
+        "a stream": post(ask(image, stream=True)),
+        "OpenAI's": chat(image, logprobs=True),
+    }
+
+
+def bad_kinds(image):
+    """Return what is refused, by name."""
+    whole = ask(image)
+    kinds = {
+        "no picture": (post(ask(b"hello")), 400),
+        "half a picture": (post(ask(image[: len(image) // 2])), 400),
+        "no base64": (post(b'{"image": "%", "prompt": "a"}'), 400),
+        "a number": (post(b'{"image": 1, "prompt": "a"}'), 400),
+        "a long prompt": (post(ask(image, "word " * 400)), 400),
+        "OpenAI's, no such model": (chat(image, model="other"), 404),
+        "OpenAI's, too hot": (chat(image, temperature=9), 400),
+        "deep lists": (post(b"[" * 500_000), 400),
+        "deep objects": (post(b'{"a":' * 100_000), 400),
+        "half of JSON": (post(whole[:500]), 400),
+        "text": (post(whole, Content_Type="text/plain"), 415),
+        "a compressed body": (
+            post(gzip.compress(MIB * 100), Content_Encoding="gzip"),
+            415,
+        ),
+        "another site's page": (post(whole, Origin="https://a.example"), 403),
+        "another host": (post(whole, Host="a.example"), 421),
+        "no path": (post(whole, "/nothing"), 404),
+        "another method": (b"PUT" + post(whole)[4:], 405),
+        "5,000 digits": (post(b"{}", Content_Length="9" * 5000), 400),
+        "a length below zero": (post(b"{}", Content_Length="-1"), 400),
+        "HTTP/9": (b"GET / HTTP/9\r\n\r\n", 400),
+        "HTTP/9.9": (b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n", 505),
+        "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
+        "no HTTP": (b"\x00\x01 nonsense\r\n\r\n", 400),
+        "a header of 200 kB": (post(b"{}", A="a" * 200_000), 400),
+        "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+    }
+    found = {
+        name: Kind((data,), status) for name, (data, status) in kinds.items()
+    }
+    for name, (data, status) in bombs().items():
+        found[f"bomb: {name}"] = Kind((post(ask(data)),), status)
+    hundred = post(b"", Content_Length=str(100 * 2**20))
+    slow = post(b"", Content_Length="1000")
+    return {name: Kind((data,), one) for name, (data, one) in kinds.items()} | {
+        "100 MB": Kind((hundred, *[MIB] * 100), 413, every=4),
+        "100 MB that do not come": Kind((hundred,), 413),
+        "100 MB in chunks": Kind(chunked(*[MIB] * 100), 413, every=4),
+        "a bad picture in chunks": Kind(chunked(ask(b"hello")), 400),
+        "chunks of no length": Kind((chunked()[0], b"zz\r\n"), 400),
+        "chunks that end": Kind((chunked()[0], b"5\r\nab"), GONE),
+        "a slow head": Kind((slow[:20],) * 99, LET_GO, pause=1, every=4),
+        "silence": Kind((b"GET / HT",), LET_GO, every=4),
+        "a slow body": Kind((slow, *[b" "] * 99), 408, pause=1, every=4),
+        "no body": Kind((slow,), 408, every=4),
+        "gone at once": Kind((post(whole),), GONE),
+        "gone within a body": Kind((post(whole)[:5000],), GONE),
+        "gone within a stream": Kind((post(ask(image, stream=True)),), GONE),
+        "nothing at all": Kind((), GONE),
+    }
+
+
+def send(port, kind):
+    """Return a reply's status, or what became of it, and its body."""
+    with socket.create_connection(("127.0.0.1", port), timeout=180) as link:
+        # A server that has refused may end while the rest is sent.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for part in kind.parts:
+                link.sendall(part)
+                if kind.pause and _is_answered(link, kind.pause):
+                    break
+        if kind.status == GONE:
+            # Without a farewell: the server's next packet finds nobody.
+            reset = struct.pack("ii", 1, 0)
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            return GONE, b""
+        reply = http.client.HTTPResponse(link)
+        try:
+            reply.begin()
+            return reply.status, reply.read()
+        except http.client.RemoteDisconnected:
+            return LET_GO, b""
+        finally:
+            reply.close()
+
+
+def _is_answered(link, seconds):
+    link.settimeout(seconds)
+    try:
+        link.recv(1, socket.MSG_PEEK)
+        return True
+    except TimeoutError:
+        return False
+    finally:
+        link.settimeout(180)
+
+
+def text_of(body):
+    """Return the text of a reply, or that of all pieces of a stream."""
+    if body.startswith(b"data: "):
+        events = [json.loads(one[6:]) for one in body.split(b"\n\n") if one]
+        assert events[-1]["text"] == "".join(
+            one.get("piece", "") for one in events
+        )
+        return events[-1]["text"]
+    reply = json.loads(body)
+    if "choices" in reply:
+        assert reply["choices"][0]["logprobs"]["content"]
+        return reply["choices"][0]["message"]["content"]
+    return reply["text"]
+
+
+class Soak:
+    """A run of requests by many clients.
+
+    Args:
+        server: `subprocess.Popen` of the server.
+        port: int.
+        total: int, requests.
+    """
+
+    def __init__(self, server, port, total):
+        self.server = server
+        self.port = port
+        self.total = total
+        image = PICTURE.read_bytes()
+        self.good = {
+            name: Kind((data,), 200) for name, data in good_kinds(image).items()
+        }
+        bad = bad_kinds(image)
+        self.bad = [
+            (name, kind)
+            for turn in range(max(one.every for one in bad.values()))
+            for name, kind in bad.items()
+            if turn % kind.every == 0
+        ]
+        self.numbers = itertools.count()
+        self.statuses = collections.Counter()
+        self.wrong = collections.Counter()
+
+    def run(self):
+        """Ask all, and print what came."""
+        self.texts = {
+            name: text_of(send(self.port, one)[1])
+            for name, one in self.good.items()
+        }
+        print(f"before: {self.memory():.0f} MiB", flush=True)
+        threads = [threading.Thread(target=self.asks) for _ in range(CLIENTS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        time.sleep(5)
+        print(f"after: {self.memory():.0f} MiB")
+        print(f"statuses: {dict(self.statuses)}")
+        print(f"wrong: {dict(self.wrong) or 'none'} of {self.total}")
+
+    def asks(self):
+        """Ask until all has been asked: a client."""
+        good = list(self.good.items())
+        while (number := next(self.numbers)) < self.total:
+            kinds = self.bad if number % 2 else good
+            name, kind = kinds[number // 2 % len(kinds)]
+            try:
+                status, body = send(self.port, kind)
+                is_right = status == kind.status and (
+                    status != 200 or text_of(body) == self.texts[name]
+                )
+            except Exception as error:  # noqa: BLE001  whatever a client meets
+                status, is_right = type(error).__name__, False
+            self.statuses[status] += 1
+            if not is_right:
+                self.wrong[f"{name}: {status}, not {kind.status}"] += 1
+            if number % (self.total // 10) == 0:
+                print(f"{number}: {self.memory():.0f} MiB", flush=True)
+
+    def memory(self):
+        """Return the server's resident memory in MiB."""
+        lines = Path(f"/proc/{self.server.pid}/status").read_text()
+        return int(lines.partition("VmRSS:")[2].split()[0]) / 1024
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("port", type=int)
-    parser.add_argument("pid", type=int)
+    parser.add_argument("--preset", default="pali_gemma2_nano_112")
     parser.add_argument("--requests", type=int, default=10_000)
     arguments = parser.parse_args()
-    port, total = arguments.port, arguments.requests
-    expected = json.loads(ask(port, post(GOOD), True)[1])["text"]
-    numbers, wrong = itertools.count(), collections.Counter()
-    lock = threading.Lock()
-
-    def client():
-        while (number := next(numbers)) < total:
-            data, status = post(GOOD), 200
-            if number % 2:
-                data, status = BAD[number // 2 % len(BAD)]
-            try:
-                got, body = ask(port, data, status is not None)
-            except OSError as error:
-                got, body = repr(error), b""
-            good = got == status
-            if good and status == 200:
-                good = json.loads(body)["text"] == expected
-            if not good:
-                with lock:
-                    wrong[f"{data[:40]!r}: {got}, not {status}"] += 1
-            if number % (total // 10) == 0:
-                lines = Path(f"/proc/{arguments.pid}/status").read_text()
-                memory = lines.partition("VmRSS:")[2].split()[0]
-                print(f"{number}: {int(memory) / 1024:.0f} MiB", flush=True)
-
-    threads = [threading.Thread(target=client) for _ in range(64)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    print(f"{total} requests, wrong: {dict(wrong) or 'none'}")
+    command = [sys.executable, "-m", "keras_paligemma", "serve"]
+    command += [arguments.preset, "--port", "0", "--name", "soak"]
+    command += ["--max-seconds", str(SECONDS), "--max-body", str(BODY)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        port = int(server.stdout.readline().rpartition(":")[2])
+        try:
+            Soak(server, port, arguments.requests).run()
+        finally:
+            server.terminate()
+    print(f"ended by SIGTERM: {server.returncode}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,10 @@ def serve(
         int, typer.Option(help="Largest batch of requests, a power of two")
     ] = 8,
     wait_ms: Annotated[
-        float, typer.Option(help="Milliseconds that a request waits for others")
+        float,
+        typer.Option(
+            help="Milliseconds that a request waits for others at most"
+        ),
     ] = 2.0,
     queue: Annotated[
         int, typer.Option(help="Waiting requests before status 429")

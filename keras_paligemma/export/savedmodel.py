@@ -14,13 +14,15 @@ FORMATS = ("savedmodel", "tf_saved_model")
 def export(model, filepath, format="savedmodel"):
     """Write a model as a SavedModel, which TensorFlow serves without Python.
 
-    It has three signatures. "serving_default" takes `images`, the bytes of
+    It has four signatures. "serving_default" takes `images`, the bytes of
     JPEG, PNG, WebP or GIF files, and `prompts`, and returns `text`,
     `token_ids`, `tokens`, `log_probabilities` and `error` for each row.
-    "generate" takes the preprocessor's arrays and returns `token_ids` and
-    `log_probabilities`. "score" takes them with a response, and returns the
-    log-probabilities of its tokens and the hidden states. `max_new_tokens`
-    and `temperature` default to the preprocessor's `response_length` and 0.
+    "batched" does the same without options, so that TensorFlow Serving and
+    Triton can batch its requests. "generate" takes the preprocessor's arrays
+    and returns `token_ids` and `log_probabilities`. "score" takes them with a
+    response, and returns the log-probabilities of its tokens and the hidden
+    states. `max_new_tokens` and `temperature` default to the preprocessor's
+    `response_length` and 0.
     Import `tensorflow_text` before loading it.
 
     A model with named adapters also takes `adapter`: a name, or "" for the

@@ -1,4 +1,4 @@
-"""The functions of a SavedModel's three signatures."""
+"""The functions of a SavedModel's four signatures."""
 
 import inspect
 from typing import Any
@@ -59,7 +59,7 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
         tf.TensorSpec([], tf.int32, "max_new_tokens"),
         tf.TensorSpec([], tf.float32, "temperature"),
     ]
-    defaults = {
+    defaults: dict[Any, Any] = {
         "max_new_tokens": tf.constant(longest),
         "temperature": tf.constant(0.0),
         "adapter": tf.constant(weights.default),
@@ -138,6 +138,10 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
             "error": errors,
         }
 
+    def batched(images, prompts):
+        """Answer as `serve`; servers batch inputs that all have rows."""
+        return serve(images, prompts, *(defaults[one.name] for one in options))
+
     def filled_up(*texts):
         """Pad on the left to the longest prompt; padding is masked."""
         width = tf.shape(texts[0])[1]
@@ -210,6 +214,7 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
     options += adapters
     return {
         "serving_default": _signature(serve, texts + options, defaults),
+        "batched": _signature(batched, texts, {}),
         "generate": _signature(generate, arrays + options, defaults),
         "score": _signature(score, arrays + adapters, defaults),
     }

@@ -44,7 +44,7 @@ def make_app(
     Args:
         model: `PresetModel` or `SavedModel`.
         name: str, what clients call the model.
-        milliseconds: float that a request waits for others.
+        milliseconds: float that a request waits for others, at most.
         room: int, requests that wait; more are refused with 429.
         limits: `Limits`.
         codec: `MaskCodec` that decodes masks; the nano preset's if `None`.

@@ -52,17 +52,17 @@ class Service:
             List of `Waiting`, one per copy.
         """
 
-        def read():
-            return self.model.read(picture(), prompt, choice, self.limits)
-
         loop = asyncio.get_running_loop()
-        inputs = await loop.run_in_executor(self.readers, read)
-        return self.batches.put(
-            [
+
+        def read():
+            inputs = self.model.read(picture(), prompt, choice, self.limits)
+            requests = [
                 Request(inputs, with_seed(choice, number), streams)
                 for number in range(copies)
             ]
-        )
+            return self.batches.put(requests, loop)
+
+        return await loop.run_in_executor(self.readers, read)
 
 
 async def answers_of(waiting, receive):

@@ -55,15 +55,16 @@ class Batches:
     """A queue of requests, and the thread that runs the model.
 
     A batch is the oldest request and the later ones that can share a batch
-    with it. It runs when it is full, or when the oldest has waited long
-    enough. While it is computed the next one fills up.
+    with it. While it is computed the next one fills up. A batch that is not
+    full waits for more requests only if the one before it had several: a client
+    that is alone is answered at once.
 
     A model whose first programs cannot be compiled answers nobody: `closed`
     says so, and what waits is refused.
 
     Args:
         model: `PresetModel` or `SavedModel`.
-        milliseconds: float that a request waits for others.
+        milliseconds: float that a request waits for others, at most.
         room: int, requests that wait; more are refused.
         metrics: `Metrics`.
     """
@@ -77,6 +78,7 @@ class Batches:
         self.failed = threading.Event()
         # Why no more requests are taken, or `None`.
         self.closed = None
+        self._several = False
         self._queue = deque()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="model")
@@ -93,11 +95,12 @@ class Batches:
             self._changed.notify_all()
         self._thread.join()
 
-    def put(self, requests):
-        """Queue all of the requests or none.
+    def put(self, requests, loop):
+        """Queue all of the requests or none; from any thread.
 
         Args:
             requests: list of `Request`.
+            loop: the event loop of their client.
 
         Returns:
             List of `Waiting`.
@@ -105,7 +108,6 @@ class Batches:
         Raises:
             Refused: the queue is full, or closed.
         """
-        loop = asyncio.get_running_loop()
         waiting = [Waiting(request, loop) for request in requests]
         with self._changed:
             if self.closed:
@@ -196,8 +198,9 @@ class Batches:
                     continue
                 batch = self._together()
                 rest = self._queue[0].since + self.seconds - time.monotonic()
-                full = len(batch) == self.model.largest
-                if full or rest <= 0 or self.closed:
+                waits = self._several and len(batch) < self.model.largest
+                if not waits or rest <= 0 or self.closed:
+                    self._several = len(batch) > 1
                     taken = set(map(id, batch))
                     self._queue = deque(
                         one for one in self._queue if id(one) not in taken

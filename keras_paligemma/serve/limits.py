@@ -7,6 +7,7 @@ import logging
 import time
 from urllib.parse import urlsplit
 
+import h11
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -15,13 +16,20 @@ from keras_paligemma.serve.requests import Refused
 log = logging.getLogger("keras_paligemma.serve")
 
 OPEN = ("/healthz", "/readyz")
-# Seconds that a body is thrown away, and that it may pause meanwhile.
+# Seconds that what is refused is thrown away, and that it may pause meanwhile.
 LINGERS, QUIET = 30, 1
+INVALID = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\n"
+    b"Connection: close\r\n\r\n"
+)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def protocol(seconds):
     """Return uvicorn's protocol class that drops connections without request.
+
+    What is no HTTP gets its 400 even while more of it comes: a connection that
+    ends with bytes unread takes the reply with it.
 
     Args:
         seconds: float, from the connection, or from the reply before, to the
@@ -30,10 +38,27 @@ def protocol(seconds):
 
     class Protocol(H11Protocol):
         waits = None
+        refused = False
 
         def connection_made(self, transport):
             super().connection_made(transport)
             self._wait()
+
+        def data_received(self, data):
+            if not self.refused:
+                super().data_received(data)
+
+        def send_400_response(self, msg):
+            self.refused = True
+            if self.cycle is not None:
+                # Its body has no end.
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            if self.conn.our_state is not h11.SEND_BODY:
+                self.transport.write(INVALID + msg.encode())
+            # The client reads that the reply ends here, and ends in turn.
+            self.transport.write_eof()
+            self._wait(LINGERS)
 
         def on_response_complete(self):
             # Which goes on with a request that is here already.
@@ -45,7 +70,7 @@ def protocol(seconds):
             if self.waits is not None:
                 self.waits.cancel()
 
-        def _wait(self):
+        def _wait(self, seconds=seconds):
             if self.waits is not None:
                 self.waits.cancel()
             self.waits = self.loop.call_later(seconds, self._let_go, self.cycle)

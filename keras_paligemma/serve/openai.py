@@ -116,9 +116,10 @@ def chat(service):
 
 
 def _choice(service, fields):
-    adapters = service.model.adapters or ()
+    # `None`: the model alone knows the names of its adapters.
+    adapters = service.model.adapters
     name = fields["model"]
-    if name != service.name and name not in adapters:
+    if adapters is not None and name not in (service.name, *adapters):
         raise Refused(
             404,
             f"No model {name[:60]!r}. Expected: one of "
@@ -132,8 +133,6 @@ def _choice(service, fields):
     most = service.model.most_alternatives
     if fields["top_logprobs"] > most:
         raise Refused(400, f"`top_logprobs` is at most {most}.", "top_logprobs")
-    if fields["logprobs"] and not most:
-        raise Refused(400, "A SavedModel tells no tokens.", "logprobs")
     seed = fields["seed"]
     return Choice(
         fields["max_completion_tokens"] or fields["max_tokens"],

@@ -1,5 +1,6 @@
 """The process of a server."""
 
+import gc
 import logging
 import socket
 
@@ -50,6 +51,10 @@ def run(app, host, port, limits):
         # Who reads the address may connect: he waits until it is served.
         listening.listen(2048)
         shown = f"[{host}]" if ":" in host else host
+        # What is loaded stays: looking for garbage in it halts all threads for
+        # half a second.
+        gc.collect()
+        gc.freeze()
         print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
         server.run(sockets=[listening])
     if failed.is_set():

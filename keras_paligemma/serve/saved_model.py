@@ -1,7 +1,10 @@
 """A SavedModel folder that answers batches, with TensorFlow alone."""
 
+import re
+import secrets
 from pathlib import Path
 
+from keras_paligemma.generation.texts import cut
 from keras_paligemma.serve.requests import Answered
 from keras_paligemma.serve.requests import Choice
 from keras_paligemma.serve.requests import Refused
@@ -15,6 +18,11 @@ PIXEL = bytes.fromhex(
     "47494638396101000100800000000000ffffff21f90401000000002c000000000100"
     "010000020144003b"
 )
+# The end token of all PaliGemma tokenizers.
+END = 1
+# Options that a graph has or has not, and their values that need none.
+OPTIONAL = {"top_p": 1.0, "top_k": None, "seed": None, "adapter": None}
+BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")
 
 
 def is_saved_model(source):
@@ -25,8 +33,9 @@ def is_saved_model(source):
 class SavedModel:
     """An export of `model.export`, with the interface that `Batches` calls.
 
-    Its options are inputs of a whole batch, so requests that differ in them do
-    not share one. Its graph decodes pictures, and returns no tokens as text.
+    Its options are the inputs of its signature, which hold for a whole batch:
+    requests that differ in them do not share one. Those that differ in length
+    do: the longest is computed, the others are cut. Its graph decodes pictures.
 
     Args:
         folder: str or path.
@@ -34,7 +43,6 @@ class SavedModel:
     """
 
     most_alternatives = 0
-    adapters = None
 
     def __init__(self, folder, largest=8):
         import tensorflow as tf
@@ -52,29 +60,44 @@ class SavedModel:
             name: tf.constant(tf.make_ndarray(value))
             for name, value in defaults.items()
         }
+        if "tokens" not in self.function.structured_outputs:
+            raise ValueError(
+                "The SavedModel has no output `tokens`. Received: "
+                f"{folder}, of an older version. Expected: an export by this "
+                "one."
+            )
         self.longest = int(self.defaults["max_new_tokens"])
+        # The graph knows the names of its adapters, and tells nobody.
+        self.adapters = None if "adapter" in self.defaults else ()
 
     def read(self, picture, prompt, choice, limits, field="image"):
         """Validate what the graph cannot; see `PresetModel.read`."""
-        for name, default in (
-            ("top_p", 1.0),
-            ("top_k", None),
-            ("seed", None),
-            ("stop", ()),
-        ):
-            if getattr(choice, name) != default:
+        for name, unset in OPTIONAL.items():
+            if getattr(choice, name) != unset and name not in self.defaults:
                 raise Refused(
-                    400, f"A SavedModel has no option `{name}`.", name
+                    400,
+                    f"This SavedModel has no option `{name}`. Expected: one of "
+                    f"{', '.join(sorted(self.defaults))}.",
+                    name,
                 )
-        if choice.adapter is not None and "adapter" not in self.defaults:
-            raise Refused(400, "This model has no adapters.", "adapter")
         check_picture(picture, limits, field)
         return picture, prompt
 
     def key(self, request):
-        """Return the key that the requests of a batch share."""
+        """Return the key that the requests of a batch share.
+
+        What a seed draws depends on the row, so a request that has one is
+        computed alone: its answer is the same each time.
+        """
         choice = request.choice
-        return choice.max_new_tokens, choice.temperature, choice.adapter
+        is_free = choice.seed is None or choice.temperature == 0
+        return (
+            choice.temperature,
+            choice.top_p,
+            choice.top_k,
+            choice.adapter,
+            None if is_free else id(request),
+        )
 
     def warm_ups(self):
         """Give batches of all sizes; see `PresetModel.warm_ups`."""
@@ -86,15 +109,7 @@ class SavedModel:
 
         A stream arrives as one piece.
         """
-        tf, choice = self.tf, requests[0].choice
-        given = {"temperature": choice.temperature, "adapter": choice.adapter}
-        if choice.max_new_tokens is not None:
-            given["max_new_tokens"] = min(choice.max_new_tokens, self.longest)
-        options = self.defaults | {
-            name: tf.constant(value, self.defaults[name].dtype)
-            for name, value in given.items()
-            if value is not None
-        }
+        tf = self.tf
         # The graph takes any batch size; using few sizes reuses its buffers.
         rows = 1 << (len(requests) - 1).bit_length()
         inputs = [one.inputs for one in requests]
@@ -103,7 +118,7 @@ class SavedModel:
         outputs = self.function(
             images=tf.constant(pictures),
             prompts=tf.constant(prompts),
-            **options,
+            **self._options(requests),
         )
         outputs = {name: one.numpy() for name, one in outputs.items()}
         answers = []
@@ -112,21 +127,73 @@ class SavedModel:
             if error:
                 answers.append(Refused(400, error))
                 continue
-            answer = _answered(outputs, row)
+            answer = self._answered(outputs, row, request.choice)
             if request.streams:
                 tell(row, answer.text)
             answers.append(answer)
         return answers
 
+    def _options(self, requests):
+        """Return the options of a batch as tensors; missing ones as default."""
+        choice = requests[0].choice
+        given = {
+            name: getattr(choice, name) for name in ("temperature", *OPTIONAL)
+        }
+        given["max_new_tokens"] = max(
+            self._length(one.choice) for one in requests
+        )
+        if choice.seed is None and choice.temperature:
+            given["seed"] = secrets.randbelow(2**31)
+        return self.defaults | {
+            name: self.tf.constant(value, self.defaults[name].dtype)
+            for name, value in given.items()
+            if value is not None and name in self.defaults
+        }
 
-def _answered(outputs, row):
-    ids = outputs["token_ids"][row]
-    count = int((ids != 0).sum())
-    return Answered(
-        outputs["text"][row].decode(),
-        (),
-        tuple(ids[:count].tolist()),
-        tuple(outputs["log_probabilities"][row][:count].tolist()),
-        # 1 is the end token of all PaliGemma tokenizers.
-        "stop" if count and ids[count - 1] == 1 else "length",
-    )
+    def _length(self, choice):
+        return min(choice.max_new_tokens or self.longest, self.longest)
+
+    def _answered(self, outputs, row, choice):
+        ids = outputs["token_ids"][row]
+        written = int((ids != 0).sum())
+        count = min(written, self._length(choice))
+        tokens = _spelt(outputs["tokens"][row][:count], ids)
+        text = outputs["text"][row].decode()
+        if count < written or choice.stop:
+            text = _text(tokens)
+        finish = "stop" if END in ids[:count] else "length"
+        if cut(text, choice.stop) != text:
+            text, finish = cut(text, choice.stop), "stop"
+            while _stops(tokens[: count - 1], choice.stop):
+                count -= 1
+        return Answered(
+            text,
+            tokens[:count],
+            tuple(ids[:count].tolist()),
+            tuple(outputs["log_probabilities"][row][:count].tolist()),
+            finish,
+        )
+
+
+def _spelt(pieces, ids):
+    """Return tokens as `PresetModel` spells them."""
+    texts = [
+        "" if id == END else piece.decode().replace("\u2581", " ")
+        for piece, id in zip(pieces, ids, strict=False)
+    ]
+    return tuple([one.removeprefix(" ") for one in texts[:1]] + texts[1:])
+
+
+def _stops(tokens, stop):
+    text = _text(tokens)
+    return cut(text, stop) != text
+
+
+def _text(tokens):
+    """Return the text of tokens; some spell a byte, such as "<0xE2>"."""
+
+    def decode(match):
+        digits = match[0].replace("<0x", "").replace(">", "")
+        return bytes.fromhex(digits).decode(errors="replace")
+
+    return BYTES.sub(decode, "".join(tokens))

@@ -30,5 +30,19 @@ def test_a_batch_is_what_its_rows_are(bare):
     [alone] = model.answer(requests[1:2], None)
     assert second.text == alone.text
     assert second.finish == alone.finish
-    with pytest.raises(Refused, match="seed"):
-        model.read(SCENE, "caption en", Choice(seed=1), Limits())
+    assert "".join(second.tokens) == second.text
+    # The same, of inputs that all have rows: what other servers batch.
+    batched = model.loaded.signatures["batched"]
+    inputs = batched.structured_input_signature[1]
+    assert {name: one.shape.rank for name, one in inputs.items()} == {
+        "images": 1,
+        "prompts": 1,
+    }
+    outputs = batched(
+        images=model.tf.constant([SCENE] * 3),
+        prompts=model.tf.constant(prompts),
+    )
+    choice = Choice()
+    whole, *_ = model.answer([Request(requests[0].inputs, choice)], None)
+    assert outputs["text"][0].numpy().decode() == whole.text
+    assert b"does not fit" in outputs["error"][2].numpy()

@@ -126,6 +126,26 @@ def test_bombs_and_failures(plain):
     assert ask(plain).status_code == 200
 
 
+def test_no_other_site_reads_an_answer(plain):
+    """What a browser asks before it lets a page of another site ask."""
+    asks = {
+        "Origin": "https://evil.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type",
+    }
+    replies = [
+        plain.options("/answer", headers=asks),
+        plain.get("/v1/models", headers={"Origin": "https://evil.example"}),
+        ask(plain),
+        plain.get("/metrics"),
+    ]
+    assert [one.status_code for one in replies] == [403, 403, 200, 200]
+    for one in replies:
+        assert "access-control-allow-origin" not in one.headers
+    own = plain.get("/v1/models", headers={"Origin": "http://testserver"})
+    assert own.status_code == 200
+
+
 def test_token_and_hosts():
     app = make_app(PlainModel(), "plain", token="open", hosts=["here"])
     with TestClient(app, base_url="http://here") as client:
@@ -154,6 +174,28 @@ def test_batches_and_a_full_queue():
         texts = [one.result().json()["text"] for one in waits]
         assert texts == ["0", "1", "2", "3"]
     assert model.sizes == [1, 4]
+
+
+def test_who_is_alone_waits_for_nobody():
+    """A minute's wait would end the test if anybody waited it."""
+    model = PlainModel(held=True, largest=2)
+    app = make_app(model, "plain", milliseconds=60_000)
+    with TestClient(app) as client, ThreadPoolExecutor(3) as threads:
+        first = threads.submit(ask, client)
+        model.begun.wait()
+        waits = [threads.submit(ask, client) for _ in range(2)]
+        while "queue 2.0" not in client.get("/metrics").text:
+            time.sleep(0.01)
+        model.go.set()
+        assert first.result().status_code == 200
+        assert [one.result().status_code for one in waits] == [200, 200]
+        # The batch before had two: the next waits until it has them, too.
+        waits = [threads.submit(ask, client)]
+        while "queue 1.0" not in client.get("/metrics").text:
+            time.sleep(0.01)
+        waits.append(threads.submit(ask, client))
+        assert [one.result().status_code for one in waits] == [200, 200]
+    assert model.sizes == [1, 2, 2]
 
 
 class Fails(PlainModel):

@@ -14,8 +14,9 @@ PNG = encode(picture(), "PNG")
 URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
 
-@pytest.fixture
-def api(client):
+def api_of(client):
+    """Give OpenAI's client of a `TestClient`'s application."""
+
     # The client of Starlette is one of httpx; openai wants its own kind.
     def handle(request):
         reply = client.request(
@@ -31,12 +32,17 @@ def api(client):
         )
 
     transport = httpx.Client(transport=httpx.MockTransport(handle))
-    with openai.OpenAI(
+    return openai.OpenAI(
         api_key="none",
         base_url="http://testserver/v1",
         http_client=transport,
         max_retries=0,
-    ) as api:
+    )
+
+
+@pytest.fixture
+def api(client):
+    with api_of(client) as api:
         yield api
 
 

@@ -34,7 +34,8 @@ class Model(PlainModel):
     def warm_ups(self):
         return [["no request"]] * ("fails" in sys.argv), []
 
-limits = Limits(seconds=1, body=1_000_000)
+seconds, most = (60, 4) if "few" in sys.argv else (1, 1024)
+limits = Limits(seconds=seconds, body=1_000_000, connections=most)
 run(make_app(Model(largest=1), "plain", limits=limits), "127.0.0.1", 0, limits)
 """
 IMAGE = base64.b64encode(encode(picture(), "PNG")).decode()
@@ -113,6 +114,7 @@ BAD = {
     "HTTP/9.9": (b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n", 505),
     "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
     "no HTTP": (b"\x00\xff nonsense\r\n\r\n", 400),
+    "a header of 4 MB": (post(X="x" * 4_000_000), 400),
     "what is good": (post(body()), 200),
     "what is good, in chunks": (chunked(body()[:9], body()[9:]), 200),
 }
@@ -178,6 +180,25 @@ def test_what_was_accepted_is_answered_after_sigterm():
     for prompt, text in zip(prompts, texts, strict=True):
         assert text.startswith("HTTP/1.1 200")
         assert f'"text":"{prompt}"' in text.replace(": ", ":")
+
+
+def status(port, data):
+    return int(send(port, data).split()[1])
+
+
+def test_more_connections_than_allowed_are_refused():
+    check = GET + b"Connection: close\r\n\r\n"
+    with process("few") as (_, port), contextlib.ExitStack() as idle:
+        assert status(port, check) == 200
+        for _ in range(3):
+            link = socket.create_connection(("127.0.0.1", port))
+            idle.enter_context(link)
+        assert status(port, check) == 503
+        idle.close()
+        # As soon as the server sees that they have gone.
+        while status(port, check) == 503:
+            time.sleep(0.02)
+        assert status(port, check) == 200
 
 
 def test_a_server_whose_model_fails_ends():

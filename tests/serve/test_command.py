@@ -1,0 +1,68 @@
+"""`keras-paligemma serve` with adapters, asked by OpenAI's client."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from tests.helpers.text_models import build_tiny_model
+from tests.serve.test_openai import PNG
+from tests.serve.test_openai import messages
+from tests.serve.test_openai import openai
+
+pytestmark = pytest.mark.slow
+NAMES = ("tiny", "first", "second")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model, its preset, and the folders of two adapters."""
+    folder = tmp_path_factory.mktemp("serve")
+    model = build_tiny_model()
+    model.save_to_preset(folder / "tiny")
+    for seed, name in enumerate(NAMES[1:]):
+        model.backbone.enable_lora(2, name=name, targets="decoder")
+        random = np.random.default_rng(seed)
+        for variable in model.trainable_variables:
+            variable.assign(random.normal(size=variable.shape))
+        model.save_adapter(folder / name, name=name)
+    model.adapters.select(None)
+    return model, folder
+
+
+def test_who_names_an_adapter_gets_its_answers(model):
+    model, folder = model
+    inputs = {"images": PNG, "prompts": "caption en"}
+    expected = {"tiny": model.generate(inputs)}
+    for name in NAMES[1:]:
+        with model.adapters.using(name):
+            expected[name] = model.generate(inputs)
+    assert len(set(expected.values())) == 3
+    command = [sys.executable, "-m", "keras_paligemma", "serve"]
+    command += [folder / "tiny", "--port", "0", "--batch", "2"]
+    for name in NAMES[1:]:
+        command += ["--adapter", folder / name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = server.stdout.readline().strip()
+            # Nobody else's machine, unless an option says so.
+            assert address.startswith("http://127.0.0.1:")
+            asked = NAMES * 4
+            with (
+                openai.OpenAI(api_key="-", base_url=f"{address}/v1") as api,
+                ThreadPoolExecutor(len(asked)) as threads,
+            ):
+                assert tuple(one.id for one in api.models.list()) == NAMES
+
+                def ask(name):
+                    reply = api.chat.completions.create(
+                        model=name, messages=messages()
+                    )
+                    return reply.choices[0].message.content
+
+                texts = list(threads.map(ask, asked))
+        finally:
+            server.terminate()
+    assert texts == [expected[name] for name in asked]

@@ -1,0 +1,212 @@
+"""A SavedModel's options, tokens and errors, around a graph of few lines."""
+
+import pytest
+from starlette.testclient import TestClient
+
+from keras_paligemma.serve.app import make_app
+from keras_paligemma.serve.requests import Choice
+from keras_paligemma.serve.requests import Limits
+from keras_paligemma.serve.requests import Refused
+from keras_paligemma.serve.requests import Request
+from keras_paligemma.serve.saved_model import SavedModel
+from tests.serve.test_openai import PNG
+from tests.serve.test_openai import api_of
+from tests.serve.test_openai import messages
+from tests.serve.test_openai import openai
+
+tf = pytest.importorskip("tensorflow")
+pytest.importorskip("tensorflow_text")
+
+# What the graph answers, whatever it is asked: "é" is two tokens, of bytes.
+PIECES = ("▁a", "▁cat", "<0xC3>", "<0xA9>", "▁sits", "<eos>")
+SPELT = ("a", " cat", "<0xC3>", "<0xA9>", " sits", "")
+IDS = (10, 11, 12, 13, 14, 1)
+
+
+def outputs(images, length, options, error=""):
+    """Give the outputs of an export; its log-probabilities are its options."""
+    rows = tf.shape(images)[0]
+    told = [tf.cast(one, tf.float32) for one in (rows, *options)]
+    told = tf.pad(tf.stack(told), [[0, len(IDS) - len(told)]])
+    columns = {
+        "token_ids": tf.constant(IDS),
+        "tokens": tf.constant(PIECES),
+        "log_probabilities": told,
+    }
+    return {
+        "text": tf.fill([rows], "a caté sits"),
+        "error": tf.fill([rows], error),
+        **{
+            name: tf.tile(one[None, :length], [rows, 1])
+            for name, one in columns.items()
+        },
+    }
+
+
+def spec(name, dtype, rank=0):
+    return tf.TensorSpec([None] * rank, dtype, name)
+
+
+PLAIN = [
+    spec("images", tf.string, 1),
+    spec("prompts", tf.string, 1),
+    spec("max_new_tokens", tf.int32),
+    spec("temperature", tf.float32),
+]
+FULL = [
+    *PLAIN,
+    spec("top_k", tf.int32),
+    spec("top_p", tf.float32),
+    spec("seed", tf.int32),
+    spec("adapter", tf.string),
+]
+# What each option is unless it is given, in the file.
+SIX, ZERO = tf.constant(6), tf.constant(0)
+GREEDY, ALL, NONE = tf.constant(0.0), tf.constant(1.0), tf.constant("")
+
+
+class Graph(tf.Module):
+    @tf.function(input_signature=PLAIN)
+    def plain(
+        self,
+        images,
+        prompts,
+        max_new_tokens=SIX,
+        temperature=GREEDY,
+    ):
+        return outputs(images, max_new_tokens, [max_new_tokens, temperature])
+
+    @tf.function(input_signature=FULL)
+    def full(
+        self,
+        images,
+        prompts,
+        max_new_tokens=SIX,
+        temperature=GREEDY,
+        top_k=ZERO,
+        top_p=ALL,
+        seed=ZERO,
+        adapter=NONE,
+    ):
+        is_known = (adapter == "") | (adapter == "styled")
+        return outputs(
+            images,
+            max_new_tokens,
+            [max_new_tokens, temperature, top_k, top_p, seed],
+            tf.where(is_known, "", "`adapter` is unknown."),
+        )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two SavedModels: one takes few options, and one takes all."""
+
+    def load(name):
+        folder = tmp_path_factory.mktemp(name)
+        graph = Graph()
+        signatures = {"serving_default": getattr(graph, name)}
+        tf.saved_model.save(graph, str(folder), signatures)
+        return SavedModel(folder, largest=4)
+
+    return {name: load(name) for name in ("plain", "full")}
+
+
+def request(model, **options):
+    choice = Choice(**options)
+    inputs = model.read(PNG, "caption en", choice, Limits())
+    return Request(inputs, choice)
+
+
+def test_the_graph_gets_the_options_that_it_has(models):
+    model = models["full"]
+    asked = request(model, temperature=0.5, top_k=7, top_p=0.75, seed=9)
+    [answer] = model.answer([asked], None)
+    assert answer.log_probabilities == (1, 6, 0.5, 7, 0.75, 9)
+    assert answer.tokens == SPELT
+    assert (answer.text, answer.finish) == ("a caté sits", "stop")
+    [greedy] = model.answer([request(model)], None)
+    assert greedy.log_probabilities == (1, 6, 0, 0, 1, 0)
+    # Draws without a seed are others each time.
+    drawn = [request(model, temperature=1.0)] * 2
+    seeds = {model.answer([one], None)[0].log_probabilities[5] for one in drawn}
+    assert len(seeds) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"seed": 0}, {"top_k": 5}, {"top_p": 0.5}, {"adapter": "styled"}],
+)
+def test_it_refuses_what_the_graph_has_not(models, options):
+    model = models["plain"]
+    [name] = options
+    with pytest.raises(Refused, match="max_new_tokens, temperature") as caught:
+        request(model, temperature=1.0, **options)
+    assert (caught.value.status, caught.value.field) == (400, name)
+    request(models["full"], temperature=1.0, **options)
+
+
+def test_requests_of_other_lengths_and_stops_share_a_batch(models):
+    model = models["full"]
+    requests = [
+        request(model, max_new_tokens=2),
+        request(model, max_new_tokens=4),
+        request(model, max_new_tokens=4, stop=("é",)),
+        request(model, seed=1),
+    ]
+    assert len({model.key(one) for one in requests}) == 1
+    short, cut, stopped, whole = model.answer(requests, None)
+    assert short.tokens == SPELT[:2]
+    assert (short.text, short.finish) == ("a cat", "length")
+    # Four rows, computed to the length of the longest.
+    assert short.log_probabilities == (4, 6)
+    assert (cut.text, cut.finish) == ("a caté", "length")
+    assert (whole.text, whole.finish) == ("a caté sits", "stop")
+    assert (stopped.text, stopped.finish) == ("a cat", "stop")
+    assert stopped.token_ids == IDS[:4]
+
+
+def test_requests_of_other_options_do_not(models):
+    model = models["full"]
+    kinds = (
+        {},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 1.0, "top_p": 0.5},
+        {"temperature": 1.0, "seed": 1},
+        {"temperature": 1.0, "seed": 1},
+        {"adapter": "styled"},
+    )
+    requests = [request(model, **one) for one in kinds]
+    assert len({model.key(one) for one in requests}) == len(kinds)
+
+
+def test_openais_client(models):
+    app = make_app(models["full"], "saved")
+    with TestClient(app) as client, api_of(client) as api:
+        ask = api.chat.completions.create
+        [choice] = ask(
+            model="saved", messages=messages(), logprobs=True
+        ).choices
+        spelt = [one.token for one in choice.logprobs.content]
+        assert spelt == list(SPELT)
+        assert choice.message.content == "a caté sits"
+        styled = ask(
+            model="styled", messages=messages(), temperature=1, seed=3, n=2
+        )
+        assert len(styled.choices) == 2
+        for changes, field in (
+            ({"model": "other"}, "`adapter` is unknown"),
+            ({"top_logprobs": 1, "logprobs": True}, "top_logprobs"),
+        ):
+            fields = {"model": "saved", "messages": messages()} | changes
+            with pytest.raises(openai.BadRequestError, match=field):
+                ask(**fields)
+    app = make_app(models["plain"], "saved")
+    with TestClient(app) as client, api_of(client) as api:
+        with pytest.raises(openai.BadRequestError) as caught:
+            api.chat.completions.create(
+                model="saved", messages=messages(), seed=1
+            )
+        assert caught.value.param == "seed"
+        with pytest.raises(openai.NotFoundError):
+            api.chat.completions.create(model="other", messages=messages())
