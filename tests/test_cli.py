@@ -68,6 +68,7 @@ COMMANDS = (
     "evaluate",
     "benchmarks",
     "serve",
+    "examples",
     "data",
 )
 

@@ -1,38 +1,25 @@
-"""The code blocks of README and docs run, page by page and in their order.
-
-A block that cannot run here says why, in a comment above it that readers do not
-see: `<!-- not run: the reason -->`. `text` below `python` is what that prints.
-"""
+"""The code blocks of README and docs run; `tools/docs/pages.py` reads them."""
 
 import collections
-import contextlib
-import io
 import re
 import shlex
-import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from typer.testing import CliRunner
 
 from keras_paligemma import cli
 from tools.docs import build
+from tools.docs.pages import PAGES
+from tools.docs.pages import blocks
+from tools.docs.pages import run_page
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-BLOCK = re.compile(
-    r"(?:<!-- not run: (?P<reason>[^>]+) -->\n+)?"
-    r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
-    re.MULTILINE | re.DOTALL,
-)
-SHELL = ("bash", "sh")
-DATA = ("", "dockerfile", "ini", "json", "proto", "text", "toml", "yaml")
 COMMAND = "keras-paligemma "
 
 # How many blocks are not run, by their reason: a change here is to be seen.
 NOT_RUN = {
-    "pip needs a network": 7,
+    "pip needs a network": 8,
     "CI does": 1,
     "its names are of a runtime; tests/export/alone.py has them": 1,
     "needs a cloud project": 3,
@@ -48,29 +35,6 @@ NOT_RUN = {
 }
 
 
-class Block(NamedTuple):
-    """Code on a page, as a reader copies it."""
-
-    line: int
-    language: str
-    code: str
-    reason: str | None
-
-
-def blocks(page):
-    """Read the blocks of a page."""
-    text = page.read_text("utf-8")
-    return [
-        Block(
-            text.count("\n", 0, match.start("code")),
-            match["language"],
-            textwrap.dedent(match["code"]),
-            match["reason"],
-        )
-        for match in BLOCK.finditer(text)
-    ]
-
-
 def run_commands(code):
     """Run the lines of a shell, all of which are commands of the package."""
     for line in code.replace("\\\n", " ").splitlines():
@@ -82,14 +46,6 @@ def run_commands(code):
         assert result.exit_code == 0, result.output
 
 
-def run_python(block, page, names):
-    """Run a block after those above it; give what it prints."""
-    code = compile("\n" * block.line + block.code, str(page), "exec")
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, names)
-    return printed.getvalue()
-
-
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if any(not b.reason for b in blocks(page))],
@@ -98,18 +54,7 @@ def run_python(block, page, names):
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    names, printed = {"__name__": page.stem}, None
-    for block in blocks(page):
-        if block.reason is not None:
-            printed = None
-        elif block.language == "python":
-            printed = run_python(block, page, names)
-        elif block.language in SHELL:
-            run_commands(block.code)
-        else:
-            assert block.language in DATA, f"line {block.line}: mark it"
-            if block.language == "text" and printed is not None:
-                assert printed.rstrip() == block.code.rstrip()
+    run_page(page, run_commands)
 
 
 def test_blocks_that_do_not_run_are_counted():
