@@ -79,3 +79,21 @@ def test_links_out_of_the_folder_lead_to_the_repository():
     assert wrong == ["../none.md"]
     assert "(https://x/y/blob/main/LICENSE)" in site
     assert "(https://x/y/tree/main/presets#x)" in site and "(faq.md)" in site
+
+
+def test_links_of_other_pages_lead_somewhere():
+    assert build.lost_links() == []
+    page = ROOT / "docs" / "guides" / "ask.md"
+    assert build.has_anchor(page, "#many-pictures")
+    assert not build.has_anchor(page, "#no-pictures")
+
+
+def test_names_that_no_page_describes_are_told():
+    names = build.public_names()
+    assert "keras_paligemma.PaliGemmaCausalLM" in names
+    assert "keras_paligemma.data.Batches" in names
+    assert build.unlisted_names({*names}) == []
+    missing = {*names} - {"keras_paligemma.Adam"}
+    assert build.unlisted_names(missing) == [
+        "docs/api: no keras_paligemma.Adam"
+    ]
