@@ -1,7 +1,7 @@
 """Run a script on a Ray cluster of this machine: a head and two workers.
 
-`python tests/ray_cluster.py SCRIPT ARGUMENTS`. In a process of its own, since Ray
-starts its nodes by `fork`, which a process with JAX's threads must not do.
+`python tests/ray_cluster.py SCRIPT ARGUMENTS`. In a process of its own, since
+Ray starts its nodes by `fork`, which a process with JAX's threads must not do.
 """
 
 import os

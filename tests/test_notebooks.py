@@ -63,7 +63,8 @@ def run_first_cell(notebook, monkeypatch, colab, accelerator=None):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.parametrize(
-    "accelerator, jax", [(None, "jax"), ("gpu", "jax[cuda13]"), ("tpu", "jax[tpu]")]
+    "accelerator, jax",
+    [(None, "jax"), ("gpu", "jax[cuda13]"), ("tpu", "jax[tpu]")],
 )
 def test_colab_gets_the_released_package(
     notebook, accelerator, jax, monkeypatch

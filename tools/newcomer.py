@@ -34,8 +34,10 @@ COMMANDS = (
 def install_line() -> str:
     """Read which command installs what the code of all pages needs."""
     page = (ROOT / "docs" / "install.md").read_text("utf-8")
-    found = re.search("the code of all pages.*?^ *(pip .*?)$", page, re.S | re.M)
-    assert found, "docs/install.md does not tell how to run the code of all pages"
+    found = re.search(
+        "the code of all pages.*?^ *(pip .*?)$", page, re.S | re.M
+    )
+    assert found, "docs/install.md has no command for the code of all pages"
     return found[1]
 
 

@@ -1,4 +1,4 @@
-"""`keras-paligemma examples`: the pictures that the documentation asks about."""
+"""`keras-paligemma examples`: the pictures that the pages ask about."""
 
 import shutil
 from pathlib import Path
@@ -14,9 +14,10 @@ def examples(
         Path, typer.Argument(help="Written to; created if missing")
     ] = Path("examples"),
 ) -> None:
-    """Write the pictures and training lines that the documentation uses.
+    """Write the pictures of the documentation.
 
-    The code on its pages then runs as it is printed, without a checkout.
+    With them and a few training lines, the code of its pages runs as it is
+    printed, without a checkout.
     """
     for name in ("pictures", "finetune"):
         source, target = shipped.folder("examples") / name, folder / name

@@ -130,8 +130,8 @@ def test_streamed_loss_is_the_plain_loss(smoothing, mean):
 def test_streamed_gradients_are_the_plain_ones(golden_backbone, expected):
     """By what the loss reads: hidden states, and the table of the tied head.
 
-    Both gradients enter the same backward pass of the towers, which would enlarge
-    their rounding tenfold; `test_gradient_norms_are_the_originals` goes there.
+    The backward pass of the towers would enlarge their rounding tenfold; it is
+    in `test_gradient_norms_are_the_originals`.
     """
     backbone = golden_backbone()
     x, targets, weights = golden_training(expected)

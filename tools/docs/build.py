@@ -4,9 +4,9 @@ Pages in `docs` are read on GitHub too, where they link to files beside that
 folder, such as `../notebooks/x.ipynb`. So the site is built from a copy, in
 which such links lead to the repository. Nothing is fetched. Any warning ends
 the build: links that lead nowhere, names that have no docstring's object,
-arguments that a signature lacks, public names that no page lists, and pages that
-would load something from elsewhere. Links to other sites are followed by a
-workflow, `.github/workflows/docs.yml`.
+arguments that a signature lacks, public names that no page lists, and pages
+that would load something from elsewhere. Links to other sites are followed by
+a workflow, `.github/workflows/docs.yml`.
 """
 
 import ast
