@@ -1,14 +1,25 @@
 """The code blocks of README and docs run; `tools/docs/pages.py` reads them."""
 
+import ast
 import collections
+import inspect
 import re
 import shlex
 from pathlib import Path
 
+import keras
 import pytest
 from typer.testing import CliRunner
 
+import keras_paligemma
+from keras_paligemma import PaliGemmaBackbone
+from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import cli
+from keras_paligemma import data
+from keras_paligemma import sharding
+from keras_paligemma import training
+from keras_paligemma.tasks.mask_codec import MaskCodec
+from keras_paligemma.tuning.adapters import Adapters
 from tools.docs import build
 from tools.docs.pages import PAGES
 from tools.docs.pages import blocks
@@ -97,3 +108,78 @@ def test_names_that_no_page_describes_are_told():
     assert build.unlisted_names(missing) == [
         "docs/api: no keras_paligemma.Adam"
     ]
+
+
+# What the names in tables of calls are, but for those of other libraries.
+NAMES = {
+    **{
+        name: getattr(keras_paligemma, name) for name in keras_paligemma.__all__
+    },
+    **{
+        name: getattr(PaliGemmaCausalLM, name)
+        for name in dir(PaliGemmaCausalLM)
+    },
+    **{name: getattr(data, name) for name in data.__all__},
+    **{name: getattr(sharding, name) for name in sharding.__all__},
+    "model": PaliGemmaCausalLM,
+    "training": training,
+    "MaskCodec": MaskCodec,
+    "keras": keras,
+    "dict": dict,
+    # A property of the model, whose methods are those of its class.
+    "adapters": Adapters,
+    # `fit` with `every=` and `keep=` is the one that resumes.
+    "fit": training.fit,
+}
+
+
+def our_calls(page):
+    """Parse the calls in the columns headed "Here", as `ast.Call`."""
+    column = None
+    for line in page.read_text("utf-8").splitlines():
+        cells = re.split(r"(?<!\\)\|", line)
+        if len(cells) < 3:
+            column = None
+        elif column is None:
+            names = [cell.strip() for cell in cells]
+            column = names.index("Here") if "Here" in names else 0
+        for code in re.findall("`([^`]+)`", cells[column] if column else ""):
+            code = re.sub(r"=(?=[,)])", "=0", code.replace("…", "..."))
+            try:
+                tree = ast.parse(code)
+            except SyntaxError:
+                continue  # A command, or a list of names.
+            yield from (n for n in ast.walk(tree) if isinstance(n, ast.Call))
+
+
+def named(function):
+    """Find what the function of a call is; `None` of another library's."""
+    if isinstance(function, ast.Name):
+        return NAMES[function.id]
+    if isinstance(function.value, ast.Name) and function.value.id == "tfds":
+        return None
+    if function.attr in ("merge", "unmerge", "select"):
+        return getattr(Adapters, function.attr)
+    return getattr(named(function.value), function.attr)
+
+
+@pytest.mark.parametrize(
+    "library, count",
+    [("keras_hub", 6), ("transformers", 19), ("big_vision", 18)],
+)
+def test_calls_in_tables_exist(library, count):
+    """With the arguments that they are given."""
+    calls = [*our_calls(ROOT / "docs" / f"migrating_from_{library}.md")]
+    assert len(calls) >= count
+    for call in calls:
+        found = named(call.func)
+        if found in (None, dict):
+            continue
+        # `enable_lora` hands options on, and its docstring says to whom.
+        handed = getattr(PaliGemmaBackbone, found.__name__, found)
+        known = {
+            *inspect.signature(found).parameters,
+            *inspect.signature(handed).parameters,
+            *re.findall(r"\w+", found.__doc__),
+        }
+        assert {one.arg for one in call.keywords} <= known, ast.unparse(call)
