@@ -110,7 +110,7 @@ def test_names_that_no_page_describes_are_told():
     ]
 
 
-# What the names in tables of calls are, but for those of other libraries.
+# What the names in the tables of calls are.
 NAMES = {
     **{
         name: getattr(keras_paligemma, name) for name in keras_paligemma.__all__
@@ -126,8 +126,8 @@ NAMES = {
     "MaskCodec": MaskCodec,
     "keras": keras,
     "dict": dict,
-    # A property of the model, whose methods are those of its class.
-    "adapters": Adapters,
+    "unmerge": Adapters.unmerge,
+    "tfds": None,  # Of another library.
     # `fit` with `every=` and `keep=` is the one that resumes.
     "fit": training.fit,
 }
@@ -156,11 +156,10 @@ def named(function):
     """Find what the function of a call is; `None` of another library's."""
     if isinstance(function, ast.Name):
         return NAMES[function.id]
-    if isinstance(function.value, ast.Name) and function.value.id == "tfds":
-        return None
-    if function.attr in ("merge", "unmerge", "select"):
-        return getattr(Adapters, function.attr)
-    return getattr(named(function.value), function.attr)
+    owner = named(function.value)
+    if isinstance(owner, property):
+        owner = Adapters  # What `model.adapters` gives.
+    return None if owner is None else getattr(owner, function.attr)
 
 
 @pytest.mark.parametrize(
