@@ -18,10 +18,13 @@ import keras_paligemma
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import cli
 from keras_paligemma import downloads
+from keras_paligemma import shipped
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.storage import npz
 from keras_paligemma.cli.convert import progress
 from keras_paligemma.cli.options import read_fields
+from keras_paligemma.data import JSONLSource
+from keras_paligemma.data import check
 from keras_paligemma.layers.weight import Weight
 from tests.helpers.tiny_models import GOLDEN
 from tests.helpers.tiny_models import PRESETS
@@ -68,6 +71,7 @@ COMMANDS = (
     "evaluate",
     "benchmarks",
     "serve",
+    "examples",
     "data",
 )
 
@@ -169,6 +173,17 @@ def test_inspect_names_what_is_missing(arrays, tmp_path):
     code, output = call("inspect", tmp_path / "x.npz", *SET)
     assert code == 1
     assert "missing: params/llm/final_norm/scale (64,)" in output
+
+
+def test_examples_are_written(tmp_path, monkeypatch):
+    code, output = call("examples", tmp_path / "examples")
+    assert code == 0 and output.count("wrote ") == 2
+    source = JSONLSource(tmp_path / "examples" / "finetune" / "train.jsonl")
+    assert len(source) == 8 and check(source) == []
+    assert (tmp_path / "examples" / "pictures" / "scene_0.png").exists()
+    # In a checkout they are there: what is written is what is read.
+    monkeypatch.chdir(shipped.folder("examples").parent)
+    assert call("examples")[0] == 0
 
 
 @pytest.fixture(scope="module")

@@ -1,38 +1,36 @@
-"""The code blocks of README and docs run, page by page and in their order.
+"""The code blocks of README and docs run; `tools/docs/pages.py` reads them."""
 
-A block that cannot run here says why, in a comment above it that readers do not
-see: `<!-- not run: the reason -->`. `text` below `python` is what that prints.
-"""
-
+import ast
 import collections
-import contextlib
-import io
+import inspect
 import re
 import shlex
-import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
+import keras
 import pytest
 from typer.testing import CliRunner
 
+import keras_paligemma
+from keras_paligemma import PaliGemmaBackbone
+from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import cli
+from keras_paligemma import data
+from keras_paligemma import sharding
+from keras_paligemma import training
+from keras_paligemma.tasks.mask_codec import MaskCodec
+from keras_paligemma.tuning.adapters import Adapters
 from tools.docs import build
+from tools.docs.pages import PAGES
+from tools.docs.pages import blocks
+from tools.docs.pages import run_page
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-BLOCK = re.compile(
-    r"(?:<!-- not run: (?P<reason>[^>]+) -->\n+)?"
-    r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
-    re.MULTILINE | re.DOTALL,
-)
-SHELL = ("bash", "sh")
-DATA = ("", "dockerfile", "ini", "json", "proto", "text", "toml", "yaml")
 COMMAND = "keras-paligemma "
 
 # How many blocks are not run, by their reason: a change here is to be seen.
 NOT_RUN = {
-    "pip needs a network": 7,
+    "pip needs a network": 8,
     "CI does": 1,
     "its names are of a runtime; tests/export/alone.py has them": 1,
     "needs a cloud project": 3,
@@ -48,29 +46,6 @@ NOT_RUN = {
 }
 
 
-class Block(NamedTuple):
-    """Code on a page, as a reader copies it."""
-
-    line: int
-    language: str
-    code: str
-    reason: str | None
-
-
-def blocks(page):
-    """Read the blocks of a page."""
-    text = page.read_text("utf-8")
-    return [
-        Block(
-            text.count("\n", 0, match.start("code")),
-            match["language"],
-            textwrap.dedent(match["code"]),
-            match["reason"],
-        )
-        for match in BLOCK.finditer(text)
-    ]
-
-
 def run_commands(code):
     """Run the lines of a shell, all of which are commands of the package."""
     for line in code.replace("\\\n", " ").splitlines():
@@ -82,14 +57,6 @@ def run_commands(code):
         assert result.exit_code == 0, result.output
 
 
-def run_python(block, page, names):
-    """Run a block after those above it; give what it prints."""
-    code = compile("\n" * block.line + block.code, str(page), "exec")
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, names)
-    return printed.getvalue()
-
-
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if any(not b.reason for b in blocks(page))],
@@ -98,18 +65,7 @@ def run_python(block, page, names):
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    names, printed = {"__name__": page.stem}, None
-    for block in blocks(page):
-        if block.reason is not None:
-            printed = None
-        elif block.language == "python":
-            printed = run_python(block, page, names)
-        elif block.language in SHELL:
-            run_commands(block.code)
-        else:
-            assert block.language in DATA, f"line {block.line}: mark it"
-            if block.language == "text" and printed is not None:
-                assert printed.rstrip() == block.code.rstrip()
+    run_page(page, run_commands)
 
 
 def test_blocks_that_do_not_run_are_counted():
@@ -134,3 +90,95 @@ def test_links_out_of_the_folder_lead_to_the_repository():
     assert wrong == ["../none.md"]
     assert "(https://x/y/blob/main/LICENSE)" in site
     assert "(https://x/y/tree/main/presets#x)" in site and "(faq.md)" in site
+
+
+def test_links_of_other_pages_lead_somewhere():
+    assert build.lost_links() == []
+    page = ROOT / "docs" / "guides" / "ask.md"
+    assert build.has_anchor(page, "#many-pictures")
+    assert not build.has_anchor(page, "#no-pictures")
+
+
+def test_names_that_no_page_describes_are_told():
+    names = build.public_names()
+    assert "keras_paligemma.PaliGemmaCausalLM" in names
+    assert "keras_paligemma.data.Batches" in names
+    assert build.unlisted_names({*names}) == []
+    missing = {*names} - {"keras_paligemma.Adam"}
+    assert build.unlisted_names(missing) == [
+        "docs/api: no keras_paligemma.Adam"
+    ]
+
+
+# What the names in the tables of calls are.
+NAMES = {
+    **{
+        name: getattr(keras_paligemma, name) for name in keras_paligemma.__all__
+    },
+    **{
+        name: getattr(PaliGemmaCausalLM, name)
+        for name in dir(PaliGemmaCausalLM)
+    },
+    **{name: getattr(data, name) for name in data.__all__},
+    **{name: getattr(sharding, name) for name in sharding.__all__},
+    "model": PaliGemmaCausalLM,
+    "training": training,
+    "MaskCodec": MaskCodec,
+    "keras": keras,
+    "dict": dict,
+    "unmerge": Adapters.unmerge,
+    "tfds": None,  # Of another library.
+    # `fit` with `every=` and `keep=` is the one that resumes.
+    "fit": training.fit,
+}
+
+
+def our_calls(page):
+    """Parse the calls in the columns headed "Here", as `ast.Call`."""
+    column = None
+    for line in page.read_text("utf-8").splitlines():
+        cells = re.split(r"(?<!\\)\|", line)
+        if len(cells) < 3:
+            column = None
+        elif column is None:
+            names = [cell.strip() for cell in cells]
+            column = names.index("Here") if "Here" in names else 0
+        for code in re.findall("`([^`]+)`", cells[column] if column else ""):
+            code = re.sub(r"=(?=[,)])", "=0", code.replace("…", "..."))
+            try:
+                tree = ast.parse(code)
+            except SyntaxError:
+                continue  # A command, or a list of names.
+            yield from (n for n in ast.walk(tree) if isinstance(n, ast.Call))
+
+
+def named(function):
+    """Find what the function of a call is; `None` of another library's."""
+    if isinstance(function, ast.Name):
+        return NAMES[function.id]
+    owner = named(function.value)
+    if isinstance(owner, property):
+        owner = Adapters  # What `model.adapters` gives.
+    return None if owner is None else getattr(owner, function.attr)
+
+
+@pytest.mark.parametrize(
+    "library, count",
+    [("keras_hub", 6), ("transformers", 19), ("big_vision", 18)],
+)
+def test_calls_in_tables_exist(library, count):
+    """With the arguments that they are given."""
+    calls = [*our_calls(ROOT / "docs" / f"migrating_from_{library}.md")]
+    assert len(calls) >= count
+    for call in calls:
+        found = named(call.func)
+        if found in (None, dict):
+            continue
+        # `enable_lora` hands options on, and its docstring says to whom.
+        handed = getattr(PaliGemmaBackbone, found.__name__, found)
+        known = {
+            *inspect.signature(found).parameters,
+            *inspect.signature(handed).parameters,
+            *re.findall(r"\w+", found.__doc__),
+        }
+        assert {one.arg for one in call.keywords} <= known, ast.unparse(call)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.data import convert
 
@@ -36,7 +38,8 @@ def test_caption_a_folder_and_go_on(tmp_path):
 
 
 def test_a_ray_worker_captions_a_batch():
-    """Without a cluster, whose start would cost more than all scripts here."""
+    """Without a cluster, which only the slow tests start."""
+    pytest.importorskip("ray")
     worker = runpy.run_path(str(EXAMPLES / "ray_captions.py"))["Captions"]
     names = ("scene_1.png", "scene_2.png")
     batch = {
@@ -46,6 +49,29 @@ def test_a_ray_worker_captions_a_batch():
     found = worker("pali_gemma2_nano_112", "caption en", 4)(batch)
     assert found["image"] == [*names]
     assert found["suffix"] == ["a bell", "a guitar and a snail"]
+
+
+@pytest.mark.slow
+@pytest.mark.any_backend
+def test_caption_on_a_ray_cluster(tmp_path):
+    """Two nodes answer; a third, the head, reads and writes."""
+    pytest.importorskip("ray")
+    subprocess.run(
+        [sys.executable, EXAMPLES.parent / "tests" / "ray_cluster.py"]
+        + [EXAMPLES / "ray_captions.py", PICTURES, tmp_path]
+        + ["--workers", "2", "--batch-size", "2"],
+        env=os.environ | {"KERAS_BACKEND": "jax"},
+        check=True,
+        timeout=600,
+    )
+    rows = [
+        json.loads(line)
+        for file in tmp_path.glob("*.json")
+        for line in file.read_text("utf-8").splitlines()
+    ]
+    captions = {Path(row["image"]).name: row["suffix"] for row in rows}
+    assert len(rows) == 6 == len(captions)
+    assert captions["scene_1.png"] == "a bell"
 
 
 def write_coco(path):

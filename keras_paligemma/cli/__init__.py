@@ -14,6 +14,7 @@ from keras_paligemma.cli import benchmarks
 from keras_paligemma.cli import convert
 from keras_paligemma.cli import data
 from keras_paligemma.cli import evaluate
+from keras_paligemma.cli import examples
 from keras_paligemma.cli import export
 from keras_paligemma.cli import finetune
 from keras_paligemma.cli import generate
@@ -38,6 +39,7 @@ app.command()(evaluate.evaluate)
 app.command()(benchmarks.benchmarks)
 app.add_typer(data.data, name="data")
 app.command()(serve.serve)
+app.command()(examples.examples)
 
 
 def main():

@@ -4,16 +4,19 @@ Pages in `docs` are read on GitHub too, where they link to files beside that
 folder, such as `../notebooks/x.ipynb`. So the site is built from a copy, in
 which such links lead to the repository. Nothing is fetched. Any warning ends
 the build: links that lead nowhere, names that have no docstring's object,
-arguments that a signature lacks, and pages that would load something from
-elsewhere.
+arguments that a signature lacks, public names that no page lists, and pages
+that would load something from elsewhere. Links to other sites are followed by
+a workflow, `.github/workflows/docs.yml`.
 """
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -26,8 +29,10 @@ REMOTE = re.compile(r'<(?:link|script|img)\b[^>]*\b(?:href|src)="https?://')
 
 def main():
     """Build, and say what is wrong."""
-    problems = copy_pages(repository())
-    problems += build() + remote_parts()
+    problems = copy_pages(repository()) + lost_links()
+    problems += build()
+    if SITE.exists():
+        problems += remote_parts() + unlisted_names(listed_names())
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
@@ -86,6 +91,29 @@ def to_repository(text, folder, address):
     return LINK.sub(resolve, text), wrong
 
 
+def lost_links():
+    """List broken links of README and other pages outside the site."""
+    problems = []
+    for page in (*ROOT.glob("*.md"), ROOT / "examples" / "README.md"):
+        for match in LINK.finditer(page.read_text("utf-8")):
+            target = page.parent / match["path"]
+            if not target.exists() or not has_anchor(target, match["anchor"]):
+                problems.append(f"{page.name}: no {match[0]}")
+    return problems
+
+
+def has_anchor(page, anchor):
+    """Return whether a page has the heading that a link names.
+
+    GitHub's anchors are headings in small letters, with hyphens for spaces.
+    """
+    if not anchor or page.suffix != ".md":
+        return True
+    headings = re.findall(r"(?m)^#+ +(.+)$", page.read_text("utf-8"))
+    kept = (re.sub(r"[^\w\s-]", "", heading.lower()) for heading in headings)
+    return anchor[1:] in {"-".join(heading.split()) for heading in kept}
+
+
 def build():
     """Run the builder; list what it warns of."""
     shutil.rmtree(SITE, ignore_errors=True)
@@ -97,6 +125,31 @@ def build():
     told = re.sub(r"\x1b\[[\d;]*m", "", result.stdout + result.stderr)
     warned = re.search("(?im)^(griffe:|warning:|error:)", told)
     return [told] if result.returncode or warned else []
+
+
+def public_names():
+    """List the public names, which stubs beside `__init__.py` import."""
+    return [
+        ".".join([*stub.parent.relative_to(ROOT).parts, alias.name])
+        for stub in sorted((ROOT / "keras_paligemma").rglob("__init__.pyi"))
+        for node in ast.parse(stub.read_text("utf-8")).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+
+
+def listed_names():
+    """Read the names that the site describes, from its Sphinx inventory."""
+    inventory = (SITE / "objects.inv").read_bytes()
+    lines = zlib.decompress(inventory.split(b"zlib.\n", 1)[1]).decode()
+    return {line.split()[0] for line in lines.splitlines()}
+
+
+def unlisted_names(listed):
+    """List public names that no page of the API describes."""
+    return [
+        f"docs/api: no {name}" for name in public_names() if name not in listed
+    ]
 
 
 def remote_parts():

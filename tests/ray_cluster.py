@@ -1,0 +1,31 @@
+"""Run a script on a Ray cluster of this machine: a head and two workers.
+
+`python tests/ray_cluster.py SCRIPT ARGUMENTS`. In a process of its own, since
+Ray starts its nodes by `fork`, which a process with JAX's threads must not do.
+"""
+
+import os
+import runpy
+import sys
+
+from ray.cluster_utils import Cluster
+
+NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+
+
+def main():
+    """Start the nodes, run the script, and stop them."""
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    try:
+        for _ in range(2):
+            cluster.add_node(**NODE)
+        cluster.wait_for_nodes()
+        os.environ["RAY_ADDRESS"] = cluster.address
+        del sys.argv[0]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
