@@ -7,11 +7,9 @@ import os
 import zlib
 
 os.environ["KERAS_BACKEND"] = "jax"
-# Most of the time is spent compiling: without LLVM's optimizations it is less.
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
 )
 
 import jax
