@@ -41,7 +41,7 @@ def finish(*processes):
     printed = []
     try:
         for process in processes:
-            out, told = process.communicate(timeout=300)
+            out, told = process.communicate(timeout=1800)
             assert process.returncode == 0, told[-5000:]
             printed.append(out.splitlines())
     finally:
