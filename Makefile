@@ -33,12 +33,15 @@ dist: .venv/for-test
 # The first run covers everything but the servers and graphs that TensorFlow
 # alone writes; the others what a backend can change. Tests are many small models,
 # so two processes of one thread each are fastest, and most of their time is
-# compiling: without LLVM's optimizations it is half as long, and what one process
-# compiled the others read from a cache, as the next run does. Each process takes
-# neighbouring tests, which share fixtures and compiled functions. Demo, notebooks
-# and benchmarks run with the optimizations.
+# compiling: without LLVM's optimizations it is half as long, without XLA's newer
+# emitters of fusions and its scheduler for many threads another third less, and
+# what one process compiled the others read from a cache, as the next run does.
+# Each process takes neighbouring tests, which share fixtures and compiled
+# functions. Demo, notebooks and benchmarks run with the optimizations.
 backends: export XLA_FLAGS ?= --xla_backend_optimization_level=0 \
-	--xla_llvm_disable_expensive_passes=true
+	--xla_llvm_disable_expensive_passes=true \
+	--xla_cpu_use_fusion_emitters=false \
+	--xla_cpu_enable_concurrency_optimized_scheduler=false
 backends: export JAX_COMPILATION_CACHE_DIR ?= \
 	$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/keras_paligemma/compiled
 backends: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export KERAS_BACKEND=jax JAX_PLATFORMS=cpu OMP_NUM_THREADS=1
-export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false --xla_cpu_enable_concurrency_optimized_scheduler=false"
 # Warnings of libraries that are older than others: not ours to mend.
 python -m pytest -n "${PROCESSES:-2}" \
     -W "ignore:Protobuf gencode:UserWarning" \

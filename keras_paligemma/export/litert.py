@@ -26,7 +26,8 @@ def write(model, folder):
         input_signature=[
             tf.TensorSpec((None, *shape), dtype, name)
             for name, (shape, dtype) in shapes_and_dtypes(model).items()
-        ]
+        ],
+        autograph=False,
     )
     def forward(images, token_ids, padding_mask, response_mask):
         inputs = {

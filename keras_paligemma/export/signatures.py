@@ -80,7 +80,7 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
     ]
 
     # Traced once, for both signatures that call it.
-    @tf.function
+    @tf.function(autograph=False)
     def answer(inputs, max_new_tokens, temperature, adapter, done_B):
         with weights.selected(adapter):
             return answer_tokens(
@@ -249,7 +249,7 @@ def _signature(function, specs, defaults):
             for spec in specs
         ]
     )
-    return tf.function(called, input_signature=specs)
+    return tf.function(called, input_signature=specs, autograph=False)
 
 
 def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):

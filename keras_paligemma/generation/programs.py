@@ -113,6 +113,9 @@ def _of_tensorflow(model, function, plan, donated):
     compiled = tf.function(
         lambda *arguments: function(model, plan, *arguments),
         jit_compile=model.jit_compile,
+        # Model code branches by `keras.ops`; rewriting its source is half of
+        # the time of a first call.
+        autograph=False,
     )
     return compiled, compiled.experimental_get_tracing_count
 

@@ -53,6 +53,10 @@ def fit(
     """
     check_compiled(model, "fit")
     check_moments(model.optimizer, model.trainable_variables)
+    if model.optimizer is not None and not model.optimizer.built:
+        # TensorFlow's trainer leaves it to the first step, which is traced a
+        # second time once that has made variables.
+        model.optimizer.build(model.trainable_variables)
     if validation_split and validation_data is None:
         (x, y, sample_weight), validation_data = split(
             x, y, sample_weight, validation_split

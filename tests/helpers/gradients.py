@@ -41,6 +41,8 @@ def gradients(function, model):
 OPTIMIZED = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+    "xla_cpu_enable_concurrency_optimized_scheduler": True,
 }
 
 

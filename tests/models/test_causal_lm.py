@@ -166,11 +166,17 @@ def test_pictures_change_the_answer(tiny_model, examples):
 
 
 @pytest.mark.parametrize("policy", ["float32", "bfloat16", "mixed_bfloat16"])
-def test_fit_learns(tiny_model, examples, policy):
+def test_fit_learns(tiny_model, examples, policy, monkeypatch):
     model = tiny_model(dtype=policy)
     model.compile(optimizer=keras.optimizers.Adam(3e-3, beta_2=0.95))
+    steps, step = [], model.train_step
+    monkeypatch.setattr(
+        model, "train_step", lambda *args: steps.append(args) or step(*args)
+    )
     history = model.fit(examples, batch_size=2, epochs=12, verbose=0).history
     assert history["loss"][-1] < 0.5 * history["loss"][0]
+    # Two batches an epoch, of a step that others trace once.
+    assert len(steps) == (24 if keras.backend.backend() == "torch" else 1)
     answers = model.generate(prompts_of(examples), max_new_tokens=3)
     assert all(isinstance(answer, str) for answer in answers)
 
