@@ -136,8 +136,9 @@ class LayerStack(keras.layers.Layer):
                 autocast=variable._autocast,
                 name=last,
             )
-        if hasattr(variable, "quantized_format"):
-            stack.quantized_format = variable.quantized_format
+        for name in ("quantized_format", "outputs_first"):
+            if hasattr(variable, name):
+                setattr(stack, name, getattr(variable, name))
         return stack
 
     def enable_dropout(self):

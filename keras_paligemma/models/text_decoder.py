@@ -10,6 +10,8 @@ from keras_paligemma.layers.attention import rotary_angles
 from keras_paligemma.layers.attention import soft_cap
 from keras_paligemma.layers.blocks import DecoderBlock
 from keras_paligemma.layers.blocks import RMSNorm
+from keras_paligemma.layers.cpu_products import product
+from keras_paligemma.layers.cpu_products import should_use_cpu_products
 from keras_paligemma.layers.projection import normal
 from keras_paligemma.layers.splash import PrefixMask
 from keras_paligemma.layers.splash import should_use_splash
@@ -113,6 +115,10 @@ class TokenEmbedding(keras.layers.Layer):
                 self.table_scale,
                 hidden_states_BTD,
             )
+            return ops.cast(logits_BTV, "float32")
+        if should_use_cpu_products():
+            table = ops.convert_to_tensor(self.head_table)
+            logits_BTV = product(table, hidden_states_BTD, (self.hidden_dim,))
             return ops.cast(logits_BTV, "float32")
         table = ops.cast(self.head_table, hidden_states_BTD.dtype)
         # Not a matmul with the transpose, which a loop over tokens would keep
