@@ -187,6 +187,7 @@ class TextDecoder(keras.layers.Layer):
         index: position at which the cache is written.
         positions_BS: int tensor, the positions of the cached tokens; only
             needed by a sliding window with a cache.
+        last: int or `None`, see `LayerStack`.
 
     Returns:
         Hidden states after the final norm; with a cache, these and the cache.
@@ -304,9 +305,10 @@ class TextDecoder(keras.layers.Layer):
         cache=None,
         index=None,
         positions_BS=None,
+        last=None,
     ):
         args = self.arguments_of_blocks(mask_BTS, positions_BT, positions_BS)
-        x_BTD = self.blocks(x_BTD, *args, cache=cache, index=index)
+        x_BTD = self.blocks(x_BTD, *args, cache=cache, index=index, last=last)
         if cache is None:
             return self.final_norm(x_BTD)
         x_BTD, cache = x_BTD
