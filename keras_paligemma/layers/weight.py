@@ -118,7 +118,7 @@ class Weight:
         if self.is_one_array:
             variable = self.variables[0]
             layers = int(self.form == "scanned")
-            return _inputs_first(to_host(variable), variable, layers)
+            return inputs_first(to_host(variable), variable, layers)
         arrays = list(self.read_layers())
         return arrays[0] if self.form is None else np.stack(arrays)
 
@@ -202,7 +202,7 @@ class Weight:
 
         def changed(*layers):
             variables = (weight.variables[0] for weight in weights)
-            layers = map(_inputs_first, layers, variables)
+            layers = map(inputs_first, layers, variables)
             return _as_variable(function(*layers), first)
 
         if self.form == "scanned":
@@ -226,7 +226,7 @@ class Weight:
         variable = value = variables[0 if scanned else number]
         if isinstance(variable, keras.Variable):
             value = variable.value
-        return _inputs_first(value[number] if scanned else value, variable)
+        return inputs_first(value[number] if scanned else value, variable)
 
     def _encode(self, array):
         if self.quantized_format is not None:
@@ -246,7 +246,7 @@ def _outputs_first(variable):
     return getattr(variable, "outputs_first", 0)
 
 
-def _inputs_first(array, variable, layers=0):
+def inputs_first(array, variable, layers=0):
     """Return what a variable holds in the order of files.
 
     Args:
@@ -258,7 +258,7 @@ def _inputs_first(array, variable, layers=0):
 
 
 def _as_variable(array, variable, layers=0):
-    """Return an array in the order of a variable; see `_inputs_first`."""
+    """Return an array in the order of a variable; see `inputs_first`."""
     first = _outputs_first(variable)
     return _moved(array, first and len(array.shape) - layers - first, layers)
 
