@@ -27,6 +27,7 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.stack import stable_name
+from keras_paligemma.layers.weight import Weight
 from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.quantization.rounding import order_and_factor
 from keras_paligemma.quantization.rounding import round_for
@@ -104,7 +105,7 @@ def nano_products(models, examples):
             continue
         name = stable_name(layer.kernel.path)
         number = re.search(r"/blocks/(\d+)/", layer.path)
-        kernel = ops.convert_to_numpy(layer.kernel)
+        kernel = Weight((layer.kernel,)).read()
         size = math.prod(layer.input_axes)
         moment = sums[layer.path]
 

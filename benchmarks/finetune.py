@@ -21,42 +21,15 @@ import gc
 import json
 import os
 import statistics
-import subprocess
-import sys
 import threading
 import time
+
+from benchmarks import peers
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 BATCH, PROMPT, RESPONSE, RANK = 2, 16, 48, 8
 STEPS = 3
-WIDE = {
-    "patch": 14,
-    "vision": {"layers": 4, "width": 1152, "heads": 16, "hidden": 4304},
-    "text": {
-        "vocabulary": 257_152,
-        "layers": 4,
-        "width": 2304,
-        "hidden": 9216,
-        "queries": 8,
-        "keys": 4,
-        "head": 256,
-    },
-}
-# As deep as 3b, and so narrow that compiling is what takes the time.
-DEEP = {
-    "patch": 14,
-    "vision": {"layers": 27, "width": 64, "heads": 4, "hidden": 96},
-    "text": {
-        "vocabulary": 1024,
-        "layers": 26,
-        "width": 64,
-        "hidden": 96,
-        "queries": 4,
-        "keys": 2,
-        "head": 16,
-    },
-}
 
 
 def arrays(sizes, image_size):
@@ -80,30 +53,10 @@ def ours(sizes, image_size, towers, form, remat):
     """Give a function that trains one step of this package's model."""
     import numpy as np
 
-    from keras_paligemma import PaliGemmaBackbone
     from keras_paligemma import PaliGemmaCausalLM
 
-    vision, text = sizes["vision"], sizes["text"]
-    backbone = PaliGemmaBackbone(
-        image_size,
-        {
-            "patch_size": sizes["patch"],
-            "num_layers": vision["layers"],
-            "hidden_dim": vision["width"],
-            "num_heads": vision["heads"],
-            "intermediate_dim": vision["hidden"],
-        },
-        {
-            "vocabulary_size": text["vocabulary"],
-            "num_layers": text["layers"],
-            "hidden_dim": text["width"],
-            "intermediate_dim": text["hidden"],
-            "num_query_heads": text["queries"],
-            "num_key_value_heads": text["keys"],
-            "head_dim": text["head"],
-        },
-        form=form,
-        remat=None if remat == "none" else remat,
+    backbone = peers.ours(
+        sizes, image_size, form=form, remat=None if remat == "none" else remat
     )
     model = PaliGemmaCausalLM(backbone)
     targets = ["query", "value"]
@@ -122,26 +75,7 @@ def keras_hub(sizes, image_size, towers, form, remat):
     import keras
     import keras_hub
 
-    vision, text = sizes["vision"], sizes["text"]
-    backbone = keras_hub.models.PaliGemmaBackbone(
-        vocabulary_size=text["vocabulary"],
-        image_size=image_size,
-        num_layers=text["layers"],
-        num_query_heads=text["queries"],
-        num_key_value_heads=text["keys"],
-        hidden_dim=text["width"],
-        intermediate_dim=2 * text["hidden"],
-        head_dim=text["head"],
-        vit_patch_size=sizes["patch"],
-        vit_num_heads=vision["heads"],
-        vit_hidden_dim=vision["width"],
-        vit_num_layers=vision["layers"],
-        vit_intermediate_dim=vision["hidden"],
-        use_post_ffw_norm=True,
-        use_post_attention_norm=True,
-        attention_logit_soft_cap=50,
-        final_logit_soft_cap=30,
-    )
+    backbone = peers.keras_hub(sizes, image_size)
     backbone.enable_lora(RANK)
     model = keras_hub.models.PaliGemmaCausalLM(
         backbone=backbone, preprocessor=None
@@ -159,40 +93,8 @@ def transformers(sizes, image_size, towers, form, remat):
     """The same of transformers with PEFT, eager."""
     import peft
     import torch
-    import transformers as hf
 
-    vision, text = sizes["vision"], sizes["text"]
-    config = hf.PaliGemmaConfig(
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "image_size": image_size,
-            "patch_size": sizes["patch"],
-            "hidden_size": vision["width"],
-            "intermediate_size": vision["hidden"],
-            "num_hidden_layers": vision["layers"],
-            "num_attention_heads": vision["heads"],
-            "vision_use_head": False,
-        },
-        text_config={
-            "model_type": "gemma2",
-            "vocab_size": text["vocabulary"],
-            "hidden_size": text["width"],
-            "intermediate_size": text["hidden"],
-            "num_hidden_layers": text["layers"],
-            "head_dim": text["head"],
-            "num_attention_heads": text["queries"],
-            "num_key_value_heads": text["keys"],
-            "query_pre_attn_scalar": text["head"],
-        },
-        image_token_index=3,
-        vocab_size=text["vocabulary"],
-        hidden_size=text["width"],
-        projection_dim=text["width"],
-    )
-    torch.set_num_threads(os.cpu_count())
-    model = hf.PaliGemmaForConditionalGeneration._from_config(
-        config, attn_implementation="eager", dtype=torch.float32
-    )
+    model = peers.transformers(sizes, image_size)
     targets = r".*language_model.*\.(q_proj|v_proj)"
     if towers == "both":
         targets = ["q_proj", "v_proj"]
@@ -227,27 +129,18 @@ def transformers(sizes, image_size, towers, form, remat):
 STEP_OF = {"ours": ours, "KerasHub": keras_hub, "transformers": transformers}
 
 
-def resident():
-    """Give the bytes that this process holds."""
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith("VmRSS"):
-                return int(line.split()[1]) * 1024
-    raise OSError("VmRSS is not told by this system")
-
-
 def measure(arguments):
     """Train a few steps and print seconds and peak bytes."""
-    sizes = DEEP if arguments.compile else WIDE
+    sizes = peers.DEEP if arguments.compile else peers.WIDE
     if arguments.who == "transformers":
         import peft  # noqa: F401
     else:
         import keras_hub  # noqa: F401
-    start, peak, done = resident(), [0], threading.Event()
+    start, peak, done = peers.resident(), [0], threading.Event()
 
     def watch():
         while not done.wait(0.01):
-            peak[0] = max(peak[0], resident())
+            peak[0] = max(peak[0], peers.resident())
 
     step = STEP_OF[arguments.who](
         sizes,
@@ -273,34 +166,28 @@ def measure(arguments):
 
 def run(who, towers, form, remat, arguments):
     """Measure in a fresh process."""
-    process = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.finetune", "--who", who),
-            *("--towers", towers, "--form", form, "--remat", remat),
-            *("--size", str(arguments.size)),
-            *(["--compile"] if arguments.compile else []),
-        ],
-        capture_output=True,
-        text=True,
+    found = peers.in_new_process(
+        "benchmarks.finetune",
+        *("--who", who, "--towers", towers, "--form", form),
+        *("--remat", remat, "--size", arguments.size),
+        *(["--compile"] if arguments.compile else []),
     )
-    if process.returncode:
-        raise SystemExit(process.stderr[-3000:])
-    return json.loads(process.stdout.splitlines()[-1])
+    return json.loads(found)
 
 
 def bound(image_size, towers):
-    """Count the multiplications of a step, forward and backward, of `WIDE`.
+    """Count the multiplications of a step, forward and backward.
 
     A frozen product is done twice where a gradient passes through it, to the
     values but not to the weight; adapters are too small to count.
     """
-    vision, text = WIDE["vision"], WIDE["text"]
-    patches = (image_size // WIDE["patch"]) ** 2
+    vision, text = peers.WIDE["vision"], peers.WIDE["text"]
+    patches = (image_size // peers.WIDE["patch"]) ** 2
     tokens = patches + PROMPT + RESPONSE
     D, F = vision["width"], vision["hidden"]
     encoder = patches * vision["layers"] * (
         4 * D * D + 2 * D * F + 2 * patches * D
-    ) + patches * (3 * WIDE["patch"] ** 2 * D + D * text["width"])
+    ) + patches * (3 * peers.WIDE["patch"] ** 2 * D + D * text["width"])
     D, F, H = text["width"], text["hidden"], text["head"]
     decoder = (
         tokens
@@ -316,21 +203,6 @@ def bound(image_size, towers):
     return BATCH * (passes * encoder + 2 * decoder + 2 * head)
 
 
-def speed():
-    """Measure what this machine multiplies a second, by XLA, at its best."""
-    import jax
-
-    a = jax.numpy.ones((4096, 4096), "float32")
-    product = jax.jit(jax.numpy.matmul)
-    product(a, a).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        product(a, a).block_until_ready()
-        seconds.append(time.perf_counter() - began)
-    return a.shape[0] ** 3 / min(seconds)
-
-
 def main(arguments):
     """Print the table."""
     rows = [
@@ -344,7 +216,7 @@ def main(arguments):
     if arguments.compile:
         rows = [rows[0], *rows[2:4]]
     rows = [row for row in rows if row[0] not in arguments.without]
-    rate = speed()
+    rate = peers.multiplications_a_second()
     heads = "| | towers | form | remat | step s | × | peak GB | × | compile s |"
     print(f"{heads} × |")
     print(f"|{' --- |' * 10}")

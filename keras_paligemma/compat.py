@@ -307,3 +307,8 @@ def platform():
     import jax
 
     return _target.get() or jax.default_backend()
+
+
+def compiles_here():
+    """Return whether programs are compiled for this machine."""
+    return _target.get() is None

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.storage import safetensors
+from keras_paligemma.compat import compiling_for
 
 ADAPTERS = "adapters.json"
 ADAPTER = "adapter_{}.arrays"
@@ -146,7 +147,9 @@ def read_in_parts(folder):
         Tuple of a `PaliGemmaCausalLM` of which only adapters have values, and
         an iterator of pairs of a variable and its array.
     """
-    model = read(folder, load_weights=False)
+    # Graphs run elsewhere too: no order of axes that suits this machine.
+    with compiling_for("cpu"):
+        model = read(folder, load_weights=False)
     weights = model.backbone.weights_by_name()
 
     def arrays():

@@ -271,7 +271,7 @@ def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):
     given_BR = inputs["response_ids"]
     begun_BR = inputs["response_mask"]
     longest = given_BR.shape[1]
-    hidden_BTD, cache = prefill(backbone, inputs, longest)
+    hidden_B1D, cache = prefill(backbone, inputs, longest)
 
     def choose(index, logits_BV, state):
         ids_BR, each_BR, done_B = state
@@ -306,7 +306,7 @@ def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):
 
     zeros_BR = tf.zeros_like(given_BR)
     state = (zeros_BR, tf.cast(zeros_BR, tf.float32), done_B)
-    state = choose(0, backbone.logits(hidden_BTD[:, -1]), state)
+    state = choose(0, backbone.logits(hidden_B1D[:, 0]), state)
     _, _, state = tf.while_loop(go_on, step, (1, cache, state))
     width = tf.clip_by_value(max_new_tokens, 0, longest)
     return state[0][:, :width], state[1][:, :width]

@@ -102,8 +102,8 @@ def first_hidden(backbone, plan, rows, shared, copies):
         copies: int, how often each row is repeated after the prefill.
     """
     responses = rows["response_ids"].shape[1]
-    hidden_BTD, cache = prefill(backbone, rows, responses)
-    cache, hidden_BD = repeated((cache, hidden_BTD[:, -1]), copies)
+    hidden_B1D, cache = prefill(backbone, rows, responses)
+    cache, hidden_BD = repeated((cache, hidden_B1D[:, 0]), copies)
     ids_BR = ops.zeros_like(repeated(rows["response_ids"], copies))
     zeros_BR = ops.cast(ids_BR, "float32")
     alternatives = ()

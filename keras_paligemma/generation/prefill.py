@@ -18,7 +18,7 @@ def prefill(backbone, inputs, responses):
         responses: int R, the longest response, in tokens.
 
     Returns:
-        hidden_BTD: tensor, hidden states of image tokens and prompt.
+        hidden_B1D: tensor, hidden states of each prompt's last token.
         cache: nest of arrays whose first axis is the batch.
     """
     embeddings_BTD = backbone.embed(
@@ -35,16 +35,17 @@ def prefill(backbone, inputs, responses):
         ops.shape(padding_BP)[0], valid_BT.shape[1] + responses - 1
     )
     positions_BT = token_positions(valid_BT)
-    hidden_BTD, layers = decoder(
+    hidden_B1D, layers = decoder(
         embeddings_BTD,
         decoder.mask_of(valid_BT, ops.zeros_like(valid_BT), 0),
         positions_BT,
         cache=layers,
         index=0,
+        last=1,
     )
     # Rows are repeated and selected as a whole, so it holds all per-row state.
     cache = {"layers": layers, "valid": valid_BT, "positions": positions_BT}
-    return hidden_BTD, cache
+    return hidden_B1D, cache
 
 
 def decode(backbone, token_B1, cache, step, responses):

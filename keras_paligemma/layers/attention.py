@@ -310,23 +310,31 @@ class GroupedQueryAttention(keras.layers.Layer):
         angles: Tensor = None,
         cache: tuple | None = None,
         index: Tensor = None,
+        last: int | None = None,
     ) -> Any:
-        query_BTNH = self.query(x_BTD)
         key_BSKH = self.key(x_BTD)
         value_BSKH = self.value(x_BTD)
+        tokens = x_BTD.shape[1]
+        if angles is not None:
+            key_BSKH = rotate(key_BSKH, angles)
+        fused = isinstance(mask_BTS, PrefixMask)
+        if last is not None and not fused:
+            x_BTD, mask_BTS = x_BTD[:, -last:], mask_BTS[:, -last:]
+            angles = angles and tuple(one[:, -last:] for one in angles)
+        query_BTNH = self.query(x_BTD)
         if angles is not None:
             query_BTNH = rotate(query_BTNH, angles)
-            key_BSKH = rotate(key_BSKH, angles)
         query_BTNH = query_BTNH * ops.cast(self.query_scale, query_BTNH.dtype)
-        fused = isinstance(mask_BTS, PrefixMask)
         if cache is not None:
             cache = write_cache(cache, key_BSKH, value_BSKH, index)
             # A prefill's mask covers its own tokens only, so that the cache,
             # with its empty end, need not be read back.
-            if not (fused or mask_BTS.shape[-1] == key_BSKH.shape[1]):
+            if not (fused or mask_BTS.shape[-1] == tokens):
                 key_BSKH, value_BSKH = read_cache(cache)
         mixed_BTNH = (attend_fused if fused else attend)(
             query_BTNH, key_BSKH, value_BSKH, mask_BTS, self.logit_soft_cap
         )
+        if last is not None:
+            mixed_BTNH = mixed_BTNH[:, -last:]
         output_BTD = self.output_projection(mixed_BTNH)
         return output_BTD if cache is None else (output_BTD, cache)

@@ -157,9 +157,12 @@ class DecoderBlock(keras.layers.Layer):
         number: int, index of this block; used with `near_mask_BTS` only.
         cache: `None`, or a cache as `write_cache` describes it.
         index: int, first cache position to write.
+        last: int or `None`, number of tokens at the end that are wanted; the
+            others give keys and values alone.
 
     Returns:
-        Tensor like `x_BTD`; with a cache, the tensor and the cache.
+        Tensor like `x_BTD`, or its last tokens; with a cache, the tensor and
+        the cache.
     """
 
     def __init__(
@@ -232,13 +235,16 @@ class DecoderBlock(keras.layers.Layer):
         number: Tensor = None,
         cache: tuple | None = None,
         index: Tensor = None,
+        last: int | None = None,
     ) -> Any:
         if near_mask_BTS is not None:
             mask_BTS = ops.where(number % 2 == 0, near_mask_BTS, mask_BTS)
         y_BTD = self.pre_attention_norm(x_BTD)
         y_BTD = self.attention(
-            y_BTD, mask_BTS, angles, cache=cache, index=index
+            y_BTD, mask_BTS, angles, cache=cache, index=index, last=last
         )
+        if last is not None:
+            x_BTD = x_BTD[:, -last:]
         if cache is not None:
             y_BTD, cache = y_BTD
         if self.use_post_norms:

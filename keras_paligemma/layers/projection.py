@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_paligemma.compat import platform
+from keras_paligemma.layers import cpu_products
 from keras_paligemma.layers.dropout import drop
 from keras_paligemma.quantization.products import quantized_product
 from keras_paligemma.quantization.storage import QuantizedFormat
@@ -79,16 +80,25 @@ class Projection(keras.layers.Layer):
         self.observer: Callable[[Tensor], None] | None = None
 
     def build(self, input_shape=None):
-        if self.quantized_format is not None:
+        layout = self.quantized_format
+        # How many axes of outputs precede those of inputs, if any does.
+        outputs_first = 0
+        if cpu_products.should_use_cpu_products() and (
+            layout is None or layout.mode == "int8"
+        ):
+            outputs_first = len(self.output_axes)
+        if layout is not None:
             self.kernel, self.kernel_scale = add_quantized_weight(
-                self, self.quantized_format, self.kernel_initializer, "kernel"
+                self, layout, self.kernel_initializer, "kernel", outputs_first
             )
         else:
+            axes = self.input_axes, self.output_axes
             self.kernel = self.add_weight(
-                shape=self.input_axes + self.output_axes,
+                shape=sum(axes[::-1] if outputs_first else axes, ()),
                 initializer=self.kernel_initializer,
                 name="kernel",
             )
+            self.kernel.outputs_first = outputs_first
         self.bias = None
         if self.use_bias:
             self.bias = self.add_weight(
@@ -169,6 +179,9 @@ class Projection(keras.layers.Layer):
 
     def _product(self, x):
         if self.quantized_format is None:
+            if self.kernel.outputs_first:
+                kernel = ops.convert_to_tensor(self.kernel)
+                return cpu_products.product(kernel, x, self.input_axes)
             return contract(x, self.kernel, self.input_axes)
         return quantized_product(
             self.quantized_format, self.kernel, self.kernel_scale, x

@@ -42,6 +42,8 @@ class LayerStack(keras.layers.Layer):
         *args: passed to every block unchanged.
         cache: `None`, or the cache of `make_cache` or of the previous call.
         index: int, first cache position to write.
+        last: int or `None`, with a cache: number of tokens at the end that are
+            wanted. The last of unrolled blocks computes no others.
 
     Returns:
         The last block's output; with a cache, the output and the cache.
@@ -136,8 +138,9 @@ class LayerStack(keras.layers.Layer):
                 autocast=variable._autocast,
                 name=last,
             )
-        if hasattr(variable, "quantized_format"):
-            stack.quantized_format = variable.quantized_format
+        for name in ("quantized_format", "outputs_first"):
+            if hasattr(variable, name):
+                setattr(stack, name, getattr(variable, name))
         return stack
 
     def enable_dropout(self):
@@ -193,15 +196,20 @@ class LayerStack(keras.layers.Layer):
             for _ in range(self.num_layers)
         ]
 
-    def call(self, x, *args, cache=None, index=None, training=None):
+    def call(self, x, *args, cache=None, index=None, last=None, training=None):
         seed = self.draw_seed(training)
-        run = self._scan if self.scanned else self._unroll
-        return run(x, args, cache, index, seed)
+        if not self.scanned:
+            return self._unroll(x, args, cache, index, seed, last)
+        found = self._scan(x, args, cache, index, seed)
+        if last is None:
+            return found
+        x, cache = found
+        return x[:, -last:], cache
 
     def _number(self, number):
         return {"number": number} if self.numbered else {}
 
-    def _unroll(self, x, args, cache, index, seed):
+    def _unroll(self, x, args, cache, index, seed, last):
         if cache is None:
             for number, block in enumerate(self._layers):
                 # Defaults bind the block: remat calls the function later.
@@ -213,10 +221,12 @@ class LayerStack(keras.layers.Layer):
             return x
         written = []
         for number, (keys, values) in enumerate(cache):
+            is_last = number == self.num_layers - 1
             x, (keys, values, _) = self._layers[number](
                 x,
                 *args,
                 **self._number(number),
+                **({"last": last} if is_last and last is not None else {}),
                 cache=(keys, values, None),
                 index=index,
             )

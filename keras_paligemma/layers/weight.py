@@ -16,10 +16,10 @@ class Weight:
     """A weight of a layer, or one weight of all blocks of a stack.
 
     Unrolled blocks have a variable each, scanned blocks share one with a layer
-    axis, and a quantised weight is stored as integers and scales. This class
-    hides the difference from code that loads, saves, freezes or adapts
-    weights: there is one shape, with the layer axis first for weights of
-    blocks. Nothing is copied until it is read.
+    axis, a quantised weight is stored as integers and scales, and on a CPU
+    kernels have their outputs first. This class hides the difference from code
+    that loads, saves, freezes or adapts weights: there is one shape, with the
+    layer axis first for weights of blocks. Nothing is copied until it is read.
 
     Args:
         variables: tuple of Keras variables: one a layer of unrolled blocks,
@@ -56,8 +56,11 @@ class Weight:
         """Shape of one layer."""
         if self.quantized_format is not None:
             return self.quantized_format.shape
-        shape = tuple(self.variables[0].shape)
-        return shape[1:] if self.form == "scanned" else shape
+        variable = self.variables[0]
+        shape = tuple(variable.shape)
+        shape = shape[1:] if self.form == "scanned" else shape
+        first = _outputs_first(variable)
+        return shape[first:] + shape[:first]
 
     @property
     def shape(self):
@@ -113,7 +116,9 @@ class Weight:
         see `compat.to_host`.
         """
         if self.is_one_array:
-            return to_host(self.variables[0])
+            variable = self.variables[0]
+            layers = int(self.form == "scanned")
+            return inputs_first(to_host(variable), variable, layers)
         arrays = list(self.read_layers())
         return arrays[0] if self.form is None else np.stack(arrays)
 
@@ -135,7 +140,9 @@ class Weight:
         """
         self._check_shape(value, self.shape)
         if self.is_one_array:
-            fill(self.variables[0], value)
+            variable = self.variables[0]
+            layers = int(self.form == "scanned")
+            fill(variable, _as_variable(value, variable, layers))
         else:
             self.assign_layers([value] if self.form is None else value)
 
@@ -162,15 +169,18 @@ class Weight:
 
             def write(number, *arrays):
                 for variables, array in zip(stored, arrays, strict=True):
-                    fill(variables[number], array)
+                    variable = variables[number]
+                    fill(variable, _as_variable(array, variable))
 
             return write
         stacks = [np.empty(one.shape, np.dtype(one.dtype)) for (one,) in stored]
         missing = set(range(self.num_layers))
 
         def write(number, *arrays):
-            for stack, array in zip(stacks, arrays, strict=True):
-                stack[number] = array
+            for stack, array, (variable,) in zip(
+                stacks, arrays, stored, strict=True
+            ):
+                stack[number] = _as_variable(array, variable)
             missing.discard(number)
             if not missing:
                 for (variable,) in stored:
@@ -188,15 +198,21 @@ class Weight:
             *others: weights of the same form.
         """
         weights = (self, *others)
+        first = self.variables[0]
+
+        def changed(*layers):
+            variables = (weight.variables[0] for weight in weights)
+            layers = map(inputs_first, layers, variables)
+            return _as_variable(function(*layers), first)
+
         if self.form == "scanned":
             # One layer at a time: no float32 copy of the whole stack.
             stacks = [weight.variables[0].value for weight in weights]
-            changed = ops.map(lambda layer: function(*layer), stacks)
-            self.variables[0].assign(changed)
+            first.assign(ops.map(lambda layer: changed(*layer), stacks))
             return
         layers = zip(*(weight.variables for weight in weights), strict=True)
         for variables in layers:
-            variables[0].assign(function(*variables))
+            variables[0].assign(changed(*variables))
 
     @property
     def _stored(self):
@@ -207,9 +223,10 @@ class Weight:
 
     def _slice(self, variables, number):
         scanned = self.form == "scanned"
-        value = variables[0 if scanned else number]
-        value = value.value if isinstance(value, keras.Variable) else value
-        return value[number] if scanned else value
+        variable = value = variables[0 if scanned else number]
+        if isinstance(variable, keras.Variable):
+            value = variable.value
+        return inputs_first(value[number] if scanned else value, variable)
 
     def _encode(self, array):
         if self.quantized_format is not None:
@@ -222,6 +239,40 @@ class Weight:
                 "The value does not fit the weight. Received: an array of "
                 f"shape {tuple(np.shape(value))}. Expected: {expected}."
             )
+
+
+def _outputs_first(variable):
+    """Return the number of axes of outputs that come first; 0 for none."""
+    return getattr(variable, "outputs_first", 0)
+
+
+def inputs_first(array, variable, layers=0):
+    """Return what a variable holds in the order of files.
+
+    Args:
+        array: NumPy array or tensor, of the variable or one of its layers.
+        variable: Keras variable, or an array that stands for it.
+        layers: int, number of layer axes of the array.
+    """
+    return _moved(array, _outputs_first(variable), layers)
+
+
+def _as_variable(array, variable, layers=0):
+    """Return an array in the order of a variable; see `inputs_first`."""
+    first = _outputs_first(variable)
+    return _moved(array, first and len(array.shape) - layers - first, layers)
+
+
+def _moved(array, count, layers):
+    """Move the first `count` axes behind the layers to the end."""
+    if not count:
+        return array
+    axes = list(range(len(array.shape)))
+    behind = layers + count
+    axes = axes[:layers] + axes[behind:] + axes[layers:behind]
+    if isinstance(array, np.ndarray):
+        return array.transpose(axes)
+    return ops.transpose(array, axes)
 
 
 def dequantized(weights):

@@ -10,6 +10,8 @@ from keras_paligemma.layers.attention import rotary_angles
 from keras_paligemma.layers.attention import soft_cap
 from keras_paligemma.layers.blocks import DecoderBlock
 from keras_paligemma.layers.blocks import RMSNorm
+from keras_paligemma.layers.cpu_products import product
+from keras_paligemma.layers.cpu_products import should_use_cpu_products
 from keras_paligemma.layers.projection import normal
 from keras_paligemma.layers.splash import PrefixMask
 from keras_paligemma.layers.splash import should_use_splash
@@ -114,6 +116,10 @@ class TokenEmbedding(keras.layers.Layer):
                 hidden_states_BTD,
             )
             return ops.cast(logits_BTV, "float32")
+        if should_use_cpu_products():
+            table = ops.convert_to_tensor(self.head_table)
+            logits_BTV = product(table, hidden_states_BTD, (self.hidden_dim,))
+            return ops.cast(logits_BTV, "float32")
         table = ops.cast(self.head_table, hidden_states_BTD.dtype)
         # Not a matmul with the transpose, which a loop over tokens would keep
         # as a second table: 1.0 GiB of a 3b on a v5e.
@@ -181,6 +187,7 @@ class TextDecoder(keras.layers.Layer):
         index: position at which the cache is written.
         positions_BS: int tensor, the positions of the cached tokens; only
             needed by a sliding window with a cache.
+        last: int or `None`, see `LayerStack`.
 
     Returns:
         Hidden states after the final norm; with a cache, these and the cache.
@@ -298,9 +305,10 @@ class TextDecoder(keras.layers.Layer):
         cache=None,
         index=None,
         positions_BS=None,
+        last=None,
     ):
         args = self.arguments_of_blocks(mask_BTS, positions_BT, positions_BS)
-        x_BTD = self.blocks(x_BTD, *args, cache=cache, index=index)
+        x_BTD = self.blocks(x_BTD, *args, cache=cache, index=index, last=last)
         if cache is None:
             return self.final_norm(x_BTD)
         x_BTD, cache = x_BTD

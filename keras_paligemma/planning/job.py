@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.compat import compiling_for
 from keras_paligemma.compat import without_values
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.sharding.layouts import Layout
@@ -84,7 +85,7 @@ class Job:
         if self.quantize:
             fields["quantization"] = self.quantize
         optimizer = Adam()
-        with without_values():
+        with without_values(), compiling_for("tpu"):
             backbone = PaliGemmaBackbone(**fields)
             if self.lora_rank:
                 backbone.enable_lora(self.lora_rank, targets=self.lora_targets)

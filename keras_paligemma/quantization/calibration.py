@@ -6,11 +6,11 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_paligemma.compat import fill
 from keras_paligemma.compat import to_host
 from keras_paligemma.compat import without_values
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.stack import stable_name
+from keras_paligemma.layers.weight import Weight
 from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.quantization.rounding import order_and_factor
 from keras_paligemma.quantization.rounding import round_for
@@ -222,22 +222,21 @@ def _calibrate(layer, number, floats, writers, run, valid):
     """
     for variable in layer.variables:
         name = stable_name(variable.path)
-        fill(variable, floats[name].read_layer(number))
+        Weight((variable,)).assign(floats[name].read_layer(number))
     for moment, projections in _moments(layer, run, valid):
         factored = order_and_factor(moment)
         for projection in projections:
-            kernel = projection.kernel
-            layout, write = writers[stable_name(kernel.path)]
-            stored, scale = round_for(layout, to_host(kernel), *factored)
+            layout, write = writers[stable_name(projection.kernel.path)]
+            kernel = Weight((projection.kernel,))
+            stored, scale = round_for(layout, kernel.read(), *factored)
             write(number, stored, scale)
             # The rounded kernel, for the inputs of the next block.
-            kernel.assign(
-                layout.dequantize(
-                    ops.convert_to_tensor(stored),
-                    ops.convert_to_tensor(scale.astype("float32")),
-                    "float32",
-                )
+            rounded = layout.dequantize(
+                ops.convert_to_tensor(stored),
+                ops.convert_to_tensor(scale.astype("float32")),
+                "float32",
             )
+            kernel.assign(ops.convert_to_numpy(rounded))
 
 
 def _moments(layer, run, valid):

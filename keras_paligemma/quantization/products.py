@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from keras_paligemma.compat import platform
+from keras_paligemma.layers import cpu_products
 from keras_paligemma.layers.remat import after
 from keras_paligemma.layers.shard_spec import as_stored
 from keras_paligemma.layers.shard_spec import gather
@@ -106,6 +107,8 @@ class _Weight:
 
     @classmethod
     def of(cls, layout, stored, scale):
+        if getattr(stored, "outputs_first", 0):
+            layout = layout.outputs_first
         stacks, number = _LENT.get()
         if id(stored) not in stacks:
             shares = shard_spec_of(stored), shard_spec_of(scale)
@@ -128,6 +131,16 @@ class _Weight:
 
     def product(self, x):
         summed, kept = _axes(self.layout)
+        inputs = [self.layout.shape[axis] for axis in summed]
+        if (
+            self.layout.mode == "int8"
+            and kept == list(range(len(kept)))
+            and cpu_products.should_use_integers(x, inputs)
+        ):
+            whole = self.part()
+            return cpu_products.integer_product(
+                whole.stored, whole.scale, x, inputs
+            )
         count, runs = self._parts(), self._runs()
         if count == 1:
             return self.after(x).part()._multiply(x)

@@ -104,6 +104,17 @@ class QuantizedFormat:
         shape[self.axes[-1]] = size
         return tuple(shape)
 
+    @property
+    def outputs_first(self):
+        """This format with the axes of outputs before those that are summed."""
+        kept = [
+            axis for axis in range(-len(self.shape), 0) if axis not in self.axes
+        ]
+        shape = tuple(self.shape[axis] for axis in (*kept, *self.axes))
+        return QuantizedFormat(
+            self.mode, shape, tuple(range(-len(self.axes), 0))
+        )
+
     def quantize(self, array, scale=None):
         """Quantise a float array to integers and scales, on the host.
 
@@ -193,7 +204,7 @@ def _split(shape, axis):
     return tuple(shape[:axis]), tuple(shape[len(shape) + axis + 1 :])
 
 
-def add_quantized_weight(layer, layout, initializer, name):
+def add_quantized_weight(layer, layout, initializer, name, outputs_first=0):
     """Add the variables `NAME` and `NAME_scale` of a frozen weight to a layer.
 
     Args:
@@ -202,23 +213,26 @@ def add_quantized_weight(layer, layout, initializer, name):
         initializer: Keras initializer of the float array. It must return the
             same values each time, as Keras's do unless given a generator.
         name: str.
+        outputs_first: int, number of axes of outputs if the variables have
+            them before the others; see `layers.cpu_products`.
 
     Returns:
         Two variables, int8 and bfloat16.
     """
     initializer = keras.initializers.get(initializer)
+    made = layout.outputs_first if outputs_first else layout
 
     def part(which):
         def initialize(shape, dtype=None):
-            values = ops.convert_to_numpy(initializer(layout.shape, "float32"))
-            part = layout.quantize(values)[which].astype("float32")
+            values = ops.convert_to_numpy(initializer(made.shape, "float32"))
+            part = made.quantize(values)[which].astype("float32")
             return ops.cast(ops.convert_to_tensor(part), dtype)
 
         return initialize
 
     parts = (
-        (name, layout.stored_shape, "int8"),
-        (f"{name}_scale", layout.scale_shape, "bfloat16"),
+        (name, made.stored_shape, "int8"),
+        (f"{name}_scale", made.scale_shape, "bfloat16"),
     )
     stored, scale = (
         layer.add_weight(
@@ -231,5 +245,7 @@ def add_quantized_weight(layer, layout, initializer, name):
         )
         for which, (name, shape, dtype) in enumerate(parts)
     )
-    stored.quantized_format = scale.quantized_format = layout
+    for variable in (stored, scale):
+        variable.quantized_format = layout
+        variable.outputs_first = outputs_first
     return stored, scale

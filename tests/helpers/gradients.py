@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_paligemma.layers.weight import inputs_first
+
 
 def gradients(function, model):
     """Differentiate a function of no arguments by a model's weights.
@@ -13,7 +15,8 @@ def gradients(function, model):
         model: has `weights_by_name`.
 
     Returns:
-        Dict of name to array, of blocks layer axis first.
+        Dict of name to array, of blocks layer axis first; of kernels inputs
+        before outputs.
     """
     weights = {
         name: weight
@@ -30,7 +33,11 @@ def gradients(function, model):
     found = iter(differentiate(loss, values))
     result = {}
     for name, weight in weights.items():
-        parts = [next(found) for _ in weight.variables]
+        layers = int(weight.form == "scanned")
+        parts = [
+            inputs_first(next(found), variable, layers)
+            for variable in weight.variables
+        ]
         unrolled = weight.form == "unrolled"
         result[name] = np.stack(parts) if unrolled else parts[0]
     return result

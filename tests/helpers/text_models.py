@@ -26,7 +26,7 @@ def build_tiny_model(**changes):
     keras.utils.set_random_seed(0)
     backbone = PaliGemmaBackbone(IMAGE_SIZE, DEEP_VISION, TEXT_2048, **changes)
     # The projector starts at zero; a test of pictures needs it awake.
-    backbone.vision_encoder.projector.kernel.assign(
+    backbone.weights_by_name()["vision_encoder/projector/kernel"].assign(
         np.random.default_rng(0).normal(size=(48, 64)) * 0.3
     )
     return PaliGemmaCausalLM(backbone, tiny_preprocessor())

@@ -148,3 +148,33 @@ def test_auto_is_unrolled_without_a_tpu(golden_backbone):
 def test_unknown_choice(golden_backbone, argument):
     with pytest.raises(ValueError, match="Received: 'rolled'"):
         golden_backbone(**{argument: "rolled"})
+
+
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
+@pytest.mark.parametrize("last", [1, 3])
+def test_last_tokens_are_those_of_all(golden_backbone, inputs, form, last):
+    """The others give keys and values alone, and the cache is the same."""
+    backbone = golden_backbone(form=form)
+    decoder = backbone.text_decoder
+    x_BTD = backbone.embed(inputs)
+    mask, positions = backbone.mask_and_positions(
+        inputs, x_BTD.shape[1] - inputs["token_ids"].shape[1]
+    )
+
+    def answer(last):
+        cache = decoder.make_cache(x_BTD.shape[0], x_BTD.shape[1] + 2)
+        return decoder(x_BTD, mask, positions, cache=cache, index=0, last=last)
+
+    whole_BTD, cache = answer(None)
+    last_BTD, same = answer(last)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(last_BTD),
+        ops.convert_to_numpy(whole_BTD[:, -last:]),
+        atol=1e-5,
+    )
+    for one, other in zip(
+        keras.tree.flatten(cache), keras.tree.flatten(same), strict=True
+    ):
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(one), ops.convert_to_numpy(other)
+        )

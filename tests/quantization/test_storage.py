@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_paligemma.layers import cpu_products
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.stack import LayerStack
+from keras_paligemma.layers.weight import Weight
 from keras_paligemma.models.text_decoder import TokenEmbedding
 from keras_paligemma.quantization import products
 from keras_paligemma.quantization.storage import QuantizedFormat
@@ -101,17 +103,17 @@ def test_projection_is_that_of_its_float_kernel(mode, part, monkeypatch):
     """Whether the kernel becomes floats at once or in parts."""
     monkeypatch.setattr(products, "PART", part)
     monkeypatch.setattr(products, "ALIGNED", (1,))
+    # `layers.test_cpu_products` has the product of integers.
+    monkeypatch.setattr(cpu_products, "FEW_ROWS", 0)
     keras.utils.set_random_seed(0)
     layer = Projection((3, 10), (4, 2), True, quantization=mode)
     layer.build()
     assert not layer.kernel.trainable and not layer.kernel_scale.trainable
-    kernel = layer.quantized_format.dequantize(
-        layer.kernel.value, layer.kernel_scale.value, "float32"
-    )
+    kernel = Weight((layer.kernel,), scales=(layer.kernel_scale,)).read()
     plain = Projection((3, 10), (4, 2), True)
     plain.build()
-    plain.kernel.assign(kernel)
-    assert 0.5 < np.std(ops.convert_to_numpy(kernel)) * 30**0.5 < 1.5
+    Weight((plain.kernel,)).assign(kernel)
+    assert 0.5 < np.std(kernel) * 30**0.5 < 1.5
     for one in (layer, plain):
         keras.utils.set_random_seed(1)
         one.add_adapter(2, 4)
@@ -145,6 +147,7 @@ def test_projection_is_that_of_its_float_kernel(mode, part, monkeypatch):
 @pytest.mark.parametrize("part", [2**24, 300])
 def test_table_embeds_and_is_the_head(mode, part, monkeypatch):
     """Whether the head takes all rows at once or some at a time."""
+    monkeypatch.setattr(cpu_products, "FEW_ROWS", 0)
     monkeypatch.setattr(products, "PART", part)
     monkeypatch.setattr(products, "ALIGNED", (1,))
     layer = TokenEmbedding(12, 140, mode)

@@ -1,0 +1,129 @@
+"""Products on CPUs: kernels with their outputs first, left of few rows.
+
+Decoding multiplies large kernels with a row for each answer, and XLA:CPU reads
+them at very different rates. Milliseconds for kernels of 85 M values, two
+cores with AVX-512, rows from 1 to 32:
+
+| | 1 | 2 | 8 | 32 |
+| --- | --- | --- | --- | --- |
+| float32, x · kernel (inputs, outputs) | 21 | 50 | 52 | 84 |
+| float32, kernel (outputs, inputs) · xᵀ | 17 | 24 | 26 | 62 |
+| bfloat16 to bfloat16, x · kernel | 265 | | | |
+| bfloat16 to float32, kernel · xᵀ | 244 | 22 | 20 | 34 |
+| int8 to int32, kernel · xᵀ | 219 | 11 | 17 | 41 |
+
+So kernels are stored outputs first here, few rows stand to the right of them,
+a single row of 16 or 8 bits is padded to two, and sums are float32 or int32.
+Files keep their order: `layers.weight` translates.
+"""
+
+import math
+
+import keras
+
+from keras_paligemma.compat import compiles_here
+from keras_paligemma.compat import platform
+
+# With more rows both orders take the same time, and this one transposes.
+FEW_ROWS = 64
+
+
+def should_use_cpu_products():
+    """Return whether the code here computes the products of a model.
+
+    Returns:
+        bool: `True` on the JAX backend on a CPU, for programs that run on this
+        machine, on one device.
+    """
+    return (
+        platform() == "cpu"
+        and compiles_here()
+        and keras.distribution.distribution() is None
+    )
+
+
+def product(kernel, x, input_axes):
+    """Multiply the last axes of `x` with a kernel that has outputs first.
+
+    Args:
+        kernel: tensor (*output axes, *input axes).
+        x: tensor (..., *input axes).
+        input_axes: tuple of ints, shape of the axes that are summed over.
+
+    Returns:
+        Tensor (..., *output axes), dtype of `x`; the sums are float32.
+    """
+    kernel_OI, x_RI, shape = _matrices(kernel, x, input_axes)
+    y_RO = _multiply(kernel_OI.astype(x.dtype), x_RI, "float32")
+    return y_RO.astype(x.dtype).reshape(shape)
+
+
+def should_use_integers(x, input_axes):
+    """Return whether `integer_product` is faster than dequantisation."""
+    rows = math.prod(x.shape) // math.prod(input_axes)
+    return should_use_cpu_products() and 2 * rows <= FEW_ROWS
+
+
+def integer_product(kernel, scale, x, input_axes):
+    """Multiply integers with integers, and scale the sums.
+
+    Each row is written as two digits of 8 bits, `x ≈ step · (254 · high +
+    low)`: its values are rounded to 1 / 64,516 of the row's largest, which is
+    finer than what the kernel was rounded to by two orders.
+
+    Args:
+        kernel: int8 tensor (*output axes, *input axes).
+        scale: tensor of one scale an output.
+        x: tensor (..., *input axes).
+        input_axes: tuple of ints.
+
+    Returns:
+        Tensor (..., *output axes), dtype of `x`.
+    """
+    import jax.numpy as jnp
+
+    kernel_OI, x_RI, shape = _matrices(kernel, x, input_axes)
+    x_RI = x_RI.astype("float32")
+    largest_R1 = jnp.max(jnp.abs(x_RI), axis=1, keepdims=True)
+    step_R1 = jnp.maximum(largest_R1, 1e-30) / (127 * 254)
+    whole_RI = x_RI / step_R1
+    high_RI = jnp.round(whole_RI / 254)
+    low_RI = jnp.round(whole_RI - 254 * high_RI)
+    digits = jnp.concatenate([high_RI, low_RI]).astype("int8")
+    sums = _multiply(kernel_OI, digits, "int32").astype("float32")
+    high_RO, low_RO = jnp.split(sums, 2)
+    y_RO = (254 * high_RO + low_RO) * step_R1
+    y_RO = y_RO * scale.astype("float32").reshape(1, -1)
+    return y_RO.astype(x.dtype).reshape(shape)
+
+
+def _matrices(kernel, x, input_axes):
+    """Return kernel and `x` as matrices, and the shape of their product."""
+    inputs = math.prod(input_axes)
+    outputs = kernel.shape[: len(kernel.shape) - len(input_axes)]
+    others = x.shape[: len(x.shape) - len(input_axes)]
+    return (
+        kernel.reshape(math.prod(outputs), inputs),
+        x.reshape(math.prod(others), inputs),
+        (*others, *outputs),
+    )
+
+
+def _multiply(kernel_OI, x_RI, dtype):
+    """Return x · kernelᵀ with sums of a dtype."""
+    import jax
+    import jax.numpy as jnp
+
+    def dot(a, b):
+        axes = (((1,), (1,)), ((), ()))
+        return jax.lax.dot_general(a, b, axes, preferred_element_type=dtype)
+
+    rows = len(x_RI)
+    if rows > FEW_ROWS:
+        return dot(x_RI, kernel_OI)
+    if rows == 1 and x_RI.dtype.itemsize < 4:
+        x_RI = jnp.pad(x_RI, ((0, 1), (0, 0)))
+    # XLA would move the transposition into the product, and with it the slow
+    # order.
+    y_OR = jax.lax.optimization_barrier(dot(kernel_OI, x_RI))
+    return y_OR.T[:rows]
