@@ -220,15 +220,12 @@ class Options:
                 value = value[first : first + rows]
             return np.broadcast_to(value.astype(dtype), (rows,))
 
-        # Seeds differ by prompt index: a prompt that occurs twice is sampled
-        # twice.
-        numbers_ = np.arange(first, first + rows, dtype="int64")
         seeds = np.asarray(self.seed, "int64")
         if seeds.ndim:
             seeds = seeds[first : first + rows]
         else:
-            seeds = seeds * 1_000_003 + numbers_
-        seeds = seeds[:, None] * 1_000_033 + np.arange(copies)
+            seeds = prompt_seeds(seeds, np.arange(first, first + rows))
+        seeds = copy_seeds(seeds, np.arange(copies))
         return {
             "temperature": each(self.temperature, 1.0, "float32"),
             "top_k": each(self.top_k, vocabulary_size, "int32"),
@@ -246,6 +243,26 @@ class Options:
                     f"`{name}` does not match the prompts. Expected: a number, "
                     f"or {count}, one a prompt. Received: {len(value)}."
                 )
+
+
+def prompt_seeds(seed, indices):
+    """Return a seed for each prompt, so that equal prompts differ.
+
+    The lower 32 bits count; integers of 32 bits may overflow.
+
+    Args:
+        seed: integer scalar, of NumPy or TensorFlow.
+        indices: integers (B,), of the prompts in the whole input.
+
+    Returns:
+        Integers (B,).
+    """
+    return seed * 1_000_003 + indices
+
+
+def copy_seeds(seeds, copies):
+    """Return a seed for each copy (C,) of each prompt (B,), shape (B, C)."""
+    return seeds[:, None] * 1_000_033 + copies
 
 
 def _check(name, value, least, most, expected, whole=False, above=False):
