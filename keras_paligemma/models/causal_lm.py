@@ -14,6 +14,7 @@ from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
 from keras_paligemma.generation.requests import check_sampler
 from keras_paligemma.models import asking
+from keras_paligemma.models import attending
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
 from keras_paligemma.models import fitting
@@ -320,6 +321,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     score = scoring.score
     encode = scoring.encode
     embed = scoring.embed
+    attention = attending.attention
     generate_step = generation.generate_step
     make_generate_function = generation.make_generate_function
 

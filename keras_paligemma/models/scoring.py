@@ -1,22 +1,17 @@
 """The methods of `PaliGemmaCausalLM` that score and embed."""
 
-from typing import Any
-
 import numpy as np
 from keras import ops
 
-from keras_paligemma.compat import rows_to_devices
-from keras_paligemma.compat import to_host
-from keras_paligemma.data.batches import in_batches
 from keras_paligemma.data.batches import in_parts
 from keras_paligemma.generation.answer import Answer
-from keras_paligemma.generation.requests import bucket
-from keras_paligemma.models.answering import tensors
 from keras_paligemma.models.inputs import full_masks
-from keras_paligemma.models.inputs import typed
+from keras_paligemma.models.passes import batched
+from keras_paligemma.models.passes import check_preprocessor
+from keras_paligemma.models.passes import parts_of
+from keras_paligemma.models.passes import run_pass
 from keras_paligemma.preprocessing.prompt_and_response import PART_NAMES
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
-from keras_paligemma.turns import write_back
 
 
 def score(self, inputs, *, details=False, batch_size=None):
@@ -51,15 +46,15 @@ def score(self, inputs, *, details=False, batch_size=None):
     })
     ```
     """
-    _check_has_preprocessor(self, "score")
+    check_preprocessor(self, "score")
     answers, single = [], False
-    for part, count in _parts(inputs, batch_size):
+    for part, count in parts_of(inputs, batch_size):
         x, y, weights = self.preprocessor(part)
         single = y.ndim == 1
-        rows = _batched(x | {"targets": y, "weights": weights}, single)
+        rows = batched(x | {"targets": y, "weights": weights}, single)
         targets, weights = rows.pop("targets"), rows.pop("weights")
         rows, *_ = in_parts(rows, targets)
-        each_BR = _run(self, scored, rows)[:count]
+        each_BR = run_pass(self, scored, rows)[:count]
         for row, each_R in enumerate(each_BR):
             real_R = weights[row] > 0
             ids = targets[row][real_R]
@@ -99,7 +94,7 @@ def encode(self, images, *, batch_size=None):
     model.generate({"image_embeddings": seen, "prompts": ["ocr", "cap en"]})
     ```
     """
-    _check_has_preprocessor(self, "encode")
+    check_preprocessor(self, "encode")
     found = []
     single = not isinstance(images, (list, tuple)) and np.ndim(images) <= 3
     images = [images] if single else images
@@ -108,7 +103,7 @@ def encode(self, images, *, batch_size=None):
         pixels = self.preprocessor.image_converter(
             list(images[first : first + size])
         )
-        found.append(_run(self, encoded, {"images": pixels}))
+        found.append(run_pass(self, encoded, {"images": pixels}))
     found = np.concatenate(found)
     found.flags.writeable = False
     return found[0] if single else found
@@ -133,16 +128,16 @@ def embed(self, inputs, *, batch_size=None):
     vector = found["hidden_states"][:, -1]  # Of the prompt's last token.
     ```
     """
-    _check_has_preprocessor(self, "embed")
+    check_preprocessor(self, "embed")
     parts, single = [], False
-    for part, count in _parts(inputs, batch_size):
+    for part, count in parts_of(inputs, batch_size):
         arrays = self.preprocessor.generate_preprocess(part)
         single = arrays["token_ids"].ndim == 1
-        rows = _batched(arrays, single)
+        rows = batched(arrays, single)
         prompt = self.preprocessor.prompt_length
         for name in ("token_ids", "padding_mask", "response_mask"):
             rows[name] = rows[name][:, :prompt]
-        one = _run(self, embedded, rows)
+        one = run_pass(self, embedded, rows)
         parts.append({name: array[:count] for name, array in one.items()})
     found = {
         name: np.concatenate([one[name] for one in parts]) for name in parts[0]
@@ -193,41 +188,3 @@ def embedded(model, plan, rows):
             rows["image_embeddings"], "float32"
         )
     return found
-
-
-def _parts(inputs, batch_size):
-    parts = batch_size is not None and in_batches(inputs, batch_size)
-    return parts or [(inputs, None)]
-
-
-def _batched(arrays, single):
-    if single:
-        return {name: array[None] for name, array in arrays.items()}
-    return dict(arrays)
-
-
-def _run(model, function, rows) -> Any:
-    """Run a program for rows, filled up to their bucket, in turn."""
-    [count] = {len(one) for one in rows.values()}
-    more = bucket(count) - count
-    rows = {
-        name: np.concatenate([one, np.repeat(one[-1:], more, 0)])
-        for name, one in rows.items()
-    }
-    with model.turns:
-        write_back(model)
-        rows, here = rows_to_devices(rows)
-        rows = typed(rows, model.backbone.vocabulary_size)
-        found = model.make_generate_function()(function, None, *tensors([rows]))
-    if not isinstance(found, dict):
-        return to_host(found)[here][:count]
-    return {name: to_host(one)[here][:count] for name, one in found.items()}
-
-
-def _check_has_preprocessor(model, method):
-    if model.preprocessor is None:
-        raise ValueError(
-            f"`{method}` reads text and pictures. Received: a model without a "
-            "preprocessor. Expected: `model.preprocessor`, or calls of the "
-            "backbone with arrays."
-        )

@@ -57,7 +57,7 @@ DRAWS = {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01}
 OPTIONS = {
     "max_new_tokens": np.int32(12),
     "temperature": np.float32(0),
-    "top_k": np.int32(8064),
+    "top_k": np.int32(2048),
     "top_p": np.float32(1),
     "min_p": np.float32(0),
     "seed": np.int32(-1),
@@ -352,7 +352,7 @@ def test_graph_has_defaults_and_runs_no_python(folder):
     defaults = graph.signature_def["serving_default"].defaults
     assert defaults["max_new_tokens"].int_val == [32]
     assert defaults["temperature"].float_val == [0]
-    assert defaults["top_k"].int_val == [8064]
+    assert defaults["top_k"].int_val == [2048]
     assert defaults["top_p"].float_val == [1]
     assert defaults["min_p"].float_val == [0]
     assert defaults["seed"].int_val == [-1]
