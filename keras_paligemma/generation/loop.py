@@ -14,13 +14,17 @@ from keras_paligemma.generation.constraints import follow
 from keras_paligemma.generation.constraints import legal
 from keras_paligemma.generation.prefill import decode
 from keras_paligemma.generation.prefill import prefill
+from keras_paligemma.generation.prefill import resume
 from keras_paligemma.generation.state import State
 
 # Below any logit of a model, but finite: a row without a legal token takes
 # an arbitrary token instead of NaN.
 FORBIDDEN = -1.0e30
 # The entries of a row that only the prefill reads.
-OF_PREFILL = ("images", "image_embeddings", "prompt_ids", "prompt_mask")
+OF_PREFILL = (
+    *("images", "image_embeddings", "prompt_ids", "prompt_mask"),
+    "prefix_row",
+)
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,14 @@ def answer(backbone, plan, rows, shared):
     Args:
         backbone: `PaliGemmaBackbone`.
         plan: `Plan`.
-        rows: dict of arrays with the batch first: what `prefill` takes;
+        rows: dict of arrays with the batch first: what `prefill` takes, or
+            `prefix_row`, which row of the prefix each row continues;
             `response_ids` and `response_mask` (B, R), what answers begin with
             and True where they do; and of `row_defaults`.
         shared: dict of arrays without a batch: `stop_ids`, int32, what ends an
             answer, -1 for nothing; `sampler`, list of the values of its
-            variables; if given, `allowed`, bool (V,), and what
-            `constraints.follow` reads.
+            variables; if given, `prefix`, of `Prefix.arrays`, `allowed`, bool
+            (V,), and what `constraints.follow` reads.
 
     Returns:
         The last `State`.
@@ -102,8 +107,13 @@ def first_hidden(backbone, plan, rows, shared, copies):
         copies: int, how often each row is repeated after the prefill.
     """
     responses = rows["response_ids"].shape[1]
-    hidden_BTD, cache = prefill(backbone, rows, responses)
-    cache, hidden_BD = repeated((cache, hidden_BTD[:, -1]), copies)
+    if "prefix" in shared:
+        row_B = rows["prefix_row"]
+        hidden_BD, cache = resume(shared["prefix"], row_B, responses)
+    else:
+        hidden_BTD, cache = prefill(backbone, rows, responses)
+        hidden_BD = hidden_BTD[:, -1]
+    cache, hidden_BD = repeated((cache, hidden_BD), copies)
     ids_BR = ops.zeros_like(repeated(rows["response_ids"], copies))
     zeros_BR = ops.cast(ids_BR, "float32")
     alternatives = ()

@@ -20,6 +20,7 @@ from keras_paligemma.models import files
 from keras_paligemma.models import fitting
 from keras_paligemma.models import generation
 from keras_paligemma.models import loader
+from keras_paligemma.models import prefixes
 from keras_paligemma.models import scoring
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.models.inputs import check_targets
@@ -322,6 +323,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     encode = scoring.encode
     embed = scoring.embed
     attention = attending.attention
+    prefill = prefixes.prefill
     generate_step = generation.generate_step
     make_generate_function = generation.make_generate_function
 

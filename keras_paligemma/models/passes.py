@@ -8,7 +8,7 @@ from keras_paligemma.compat import rows_to_devices
 from keras_paligemma.compat import to_host
 from keras_paligemma.data.batches import in_batches
 from keras_paligemma.generation.requests import bucket
-from keras_paligemma.models.answering import tensors
+from keras_paligemma.models.inputs import tensors
 from keras_paligemma.models.inputs import typed
 from keras_paligemma.turns import write_back
 
@@ -41,18 +41,36 @@ def batched(arrays, single):
     return dict(arrays)
 
 
-def run_pass(model, function, rows, plan=None) -> Any:
+def run_pass(model, function, rows, plan=None, shared=None) -> Any:
+    """Run a program for rows and return arrays of the host.
+
+    Args:
+        model, function, rows, plan, shared: as `run_on_device` takes them.
+
+    Returns:
+        Array (B, …), or a dict of them.
+    """
+    count = len(next(iter(rows.values())))
+    found, here = run_on_device(model, function, rows, plan, shared)
+    if not isinstance(found, dict):
+        return to_host(found)[here][:count]
+    return {name: to_host(one)[here][:count] for name, one in found.items()}
+
+
+def run_on_device(model, function, rows, plan=None, shared=None):
     """Run a program for rows, padded to their bucket; threads take turns.
 
     Args:
         model: `PaliGemmaCausalLM`.
-        function: function of the model, `plan` and a dict of tensors, to a
-            tensor or a dict of tensors with the batch first.
+        function: function of the model, `plan`, a dict of tensors and, if not
+            `None`, `shared`.
         rows: dict of arrays (B, …).
         plan: hashable, what the program is compiled for.
+        shared: nest of arrays without the batch, or `None`.
 
     Returns:
-        Array (B, …), or a dict of them.
+        A nest of tensors with the padded batch first, and the slice of it that
+        belongs to this process.
     """
     [count] = {len(one) for one in rows.values()}
     more = bucket(count) - count
@@ -64,7 +82,6 @@ def run_pass(model, function, rows, plan=None) -> Any:
         write_back(model)
         rows, here = rows_to_devices(rows)
         rows = typed(rows, model.backbone.vocabulary_size)
-        found = model.make_generate_function()(function, plan, *tensors([rows]))
-    if not isinstance(found, dict):
-        return to_host(found)[here][:count]
-    return {name: to_host(one)[here][:count] for name, one in found.items()}
+        given = [rows] if shared is None else [rows, shared]
+        programs = model.make_generate_function()
+        return programs(function, plan, *tensors(given)), here
