@@ -40,6 +40,7 @@ class Plan:
         hooks: tuple of functions from float32 logits (B, V) and `State` to
             logits, applied in order.
         alternatives: int K, likeliest tokens recorded at each position.
+        hidden_states: bool, whether to record them at each position.
     """
 
     samples: bool = False
@@ -48,6 +49,7 @@ class Plan:
     beams: int = 0
     hooks: tuple[Callable, ...] = ()
     alternatives: int = 0
+    hidden_states: bool = False
 
 
 def answer(backbone, plan, rows, shared):
@@ -76,7 +78,7 @@ def begin(backbone, plan, rows, shared):
     """Prefill and choose the first token; return the first `State`."""
     hidden_BD, state = first_hidden(backbone, plan, rows, shared, plan.copies)
     rows = _rows_of_copies(rows, plan.copies)
-    return _chosen(plan, rows, shared, backbone.logits(hidden_BD), state)
+    return _chosen(backbone, plan, rows, shared, hidden_BD, state)
 
 
 def advance(backbone, plan, rows, shared, state, until=None):
@@ -91,8 +93,7 @@ def advance(backbone, plan, rows, shared, state, until=None):
 
     def step(*state):
         hidden_BD, state = next_hidden(backbone, State(*state))
-        logits_BV = backbone.logits(hidden_BD)
-        return tuple(_chosen(plan, rows, shared, logits_BV, state))
+        return tuple(_chosen(backbone, plan, rows, shared, hidden_BD, state))
 
     def is_going(*state):
         return going(State(*state), limit)
@@ -116,7 +117,10 @@ def first_hidden(backbone, plan, rows, shared, copies):
     cache, hidden_BD = repeated((cache, hidden_BD), copies)
     ids_BR = ops.zeros_like(repeated(rows["response_ids"], copies))
     zeros_BR = ops.cast(ids_BR, "float32")
-    alternatives = ()
+    alternatives = hidden_states = ()
+    if plan.hidden_states:
+        none_B1D = ops.zeros_like(hidden_BD[:, None], dtype="float32")
+        hidden_states = (ops.repeat(none_B1D, responses, axis=1),)
     if plan.alternatives:
         shape = (1, 1, plan.alternatives)
         alternatives = tuple(
@@ -131,6 +135,7 @@ def first_hidden(backbone, plan, rows, shared, copies):
         cache,
         list(shared["sampler"]),
         alternatives,
+        hidden_states,
     )
     return hidden_BD, state
 
@@ -173,24 +178,30 @@ def _rows_of_copies(rows, copies):
     return rows
 
 
-def restricted(plan, shared, logits_BV, state):
-    """Return logits after hooks, the constraint and banned tokens."""
+def restricted(plan, shared, logits_BV, state, left_B):
+    """Return logits after hooks, the constraint and banned tokens.
+
+    Args:
+        left_B: int32 tensor, how many tokens each answer may still have.
+    """
     for hook in plan.hooks:
         logits_BV = hook(logits_BV, state)
     allowed_V = shared.get("allowed")
     if allowed_V is not None:
         logits_BV = ops.where(allowed_V[None], logits_BV, FORBIDDEN)
     if "next_nodes" in shared:
-        allowed_BV = legal(shared, state.node_B)
+        allowed_BV = legal(shared, state.node_B, left_B)
         logits_BV = ops.where(allowed_BV, logits_BV, FORBIDDEN)
     return logits_BV
 
 
-def _chosen(plan, rows, shared, logits_BV, state):
-    """Choose the token of the next position from its logits."""
+def _chosen(backbone, plan, rows, shared, hidden_BD, state):
+    """Choose the token of the next position from its hidden states."""
     place = state.position
+    logits_BV = backbone.logits(hidden_BD)
     total_B1 = ops.logsumexp(logits_BV, axis=-1, keepdims=True)
-    choice_BV = restricted(plan, shared, logits_BV, state)
+    left_B = rows["max_new_tokens"] - place
+    choice_BV = restricted(plan, shared, logits_BV, state, left_B)
     variables = state.sampler
     if plan.sampler is not None:
         token_B, variables = by_sampler(plan.sampler, choice_BV, variables)
@@ -215,6 +226,10 @@ def _chosen(plan, rows, shared, logits_BV, state):
             put(alternatives[0], ops.cast(ids_BK, "int32"), place),
             put(alternatives[1], values_BK - total_B1, place),
         )
+    hidden_states = state.hidden_states
+    if hidden_states:
+        hidden_BD = ops.cast(hidden_BD, "float32")
+        hidden_states = (put(hidden_states[0], hidden_BD, place),)
     stopped_B = ops.logical_and(
         is_stop(token_B, shared), ops.logical_not(begun_B)
     )
@@ -228,6 +243,7 @@ def _chosen(plan, rows, shared, logits_BV, state):
         state.cache,
         variables,
         alternatives,
+        hidden_states,
     )
 
 

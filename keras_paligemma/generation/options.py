@@ -42,11 +42,12 @@ class Options:
             divided by tokens ** `length_penalty`. 0 ranks by the sum, as in
             the original.
         alternatives: int, number of likeliest tokens to return per position.
+        hidden_states: bool, whether to return the hidden states that each
+            token is chosen from.
         choices: strs; the answer is one of them.
         legal_objects: bool; answers to "detect" and "segment" are restricted
             to objects with labels of their prompt, or none; other prompts are
-            unrestricted. `max_new_tokens` may still cut an answer within an
-            object.
+            unrestricted. No object begins that `max_new_tokens` would cut.
         logits_hook: function from float32 logits (B, V) and `State` to
             logits, or a sequence of them, applied in order. It is compiled
             with the loop, so pass the same function each time.
@@ -64,6 +65,7 @@ class Options:
     beams: int | None = None
     length_penalty: float = 0.0
     alternatives: int = 0
+    hidden_states: bool = False
     choices: Sequence[str] | None = None
     legal_objects: bool = False
     logits_hook: Callable | Sequence[Callable] = ()
@@ -166,12 +168,13 @@ class Options:
         Args:
             beams: int, of the options or of the compiled sampler.
         """
-        if self.stop_strings or self.alternatives:
+        if self.stop_strings or self.alternatives or self.hidden_states:
             raise ValueError(
                 "Beams are looked at when they have ended. Received: "
-                f"beams={beams}, stop_strings={self.stop_strings!r} and "
-                f"alternatives={self.alternatives}. Expected: beams alone, or "
-                "one of them without beams."
+                f"beams={beams}, stop_strings={self.stop_strings!r}, "
+                f"alternatives={self.alternatives} and hidden_states="
+                f"{self.hidden_states}. Expected: beams alone, or one of them "
+                "without beams."
             )
 
     def _check_strings(self, name):

@@ -339,6 +339,8 @@ def _arrays(state):
     if state.alternatives:
         found["alternative_ids"] = state.alternatives[0]
         found["alternative_log_probabilities"] = state.alternatives[1]
+    if state.hidden_states:
+        found["hidden_states"] = state.hidden_states[0]
     return found
 
 
@@ -396,6 +398,7 @@ def answers_of(model, asked, found):
             finishes[row],
             _alternatives(model, found, row, counts[row]),
             score=float(found["scores"][row]) if "scores" in found else None,
+            hidden_states=_hidden_states(found, row, counts[row]),
         )
         for row in range(rows)
     ]
@@ -420,6 +423,13 @@ def _with_beams(beams):
     """Return the best beam; its `beams` are those that are answers."""
     beams = [one for one in beams if one.score > LEAST_SCORE] or beams[:1]
     return dataclasses.replace(beams[0], beams=tuple(beams))
+
+
+def _hidden_states(found, row, count):
+    """Return the hidden states of a row's tokens, or `None`."""
+    if "hidden_states" not in found:
+        return None
+    return found["hidden_states"][row, :count]
 
 
 def _alternatives(model, found, row, count):

@@ -48,8 +48,9 @@ def generate(
         inputs: dict of `images` and `prompts`: one image and one string, or
             lists of them; `responses` may hold the start of the answers.
             `image_embeddings` from `encode`, or `prefix` from `prefill`, spare
-            computing it again. The dict is not modified. Without a preprocessor: arrays, as
-            `preprocessor.generate_preprocess` returns them.
+            computing it again. The dict is not modified. Without a
+            preprocessor: arrays, as `preprocessor.generate_preprocess`
+            returns them.
         max_new_tokens: int, the longest answer, including its given start.
             `None` is the preprocessor's `response_length`.
         stop_token_ids: int or ints that end an answer; "auto" is the

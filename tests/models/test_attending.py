@@ -13,7 +13,7 @@ from tests.helpers.tiny_models import FORMS
 
 
 def reference(model, examples, folder):
-    """Weights (B, R, layers, heads, L) by NumPy, of what predicts each token."""
+    """Weights by NumPy, (B, R, layers, heads, L), of what predicts a token."""
     model.export_to_big_vision(folder / "model.npz")
     x, *_ = model.preprocessor(examples)
     found = forward(
