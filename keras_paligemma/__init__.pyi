@@ -2,6 +2,7 @@ from .compat import without_values as without_values
 from .config import TextDecoderConfig as TextDecoderConfig
 from .config import VisionEncoderConfig as VisionEncoderConfig
 from .generation.answer import Answer as Answer
+from .generation.prefix import Prefix as Prefix
 from .generation.programs import keep_compilations as keep_compilations
 from .models.backbone import PaliGemmaBackbone as PaliGemmaBackbone
 from .models.causal_lm import PaliGemmaCausalLM as PaliGemmaCausalLM

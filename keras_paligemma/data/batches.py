@@ -248,13 +248,21 @@ def in_batches(x, batch_size):
     name = "token_ids" if "token_ids" in x else "prompts"
     if np.ndim(x.get(name, ())) < (2 if name == "token_ids" else 1):
         return None
-    examples = Examples(x, None, None, batch_size)
+    # No pictures, or the image tokens of one for all prompts.
+    whole = {
+        key: value
+        for key, value in x.items()
+        if value is None or (key == "image_embeddings" and np.ndim(value) == 2)
+    }
+    columns = {key: x[key] for key in x.keys() - whole.keys()}
+    examples = Examples(columns, None, None, batch_size)
     last = len(examples.order) - 1
     if last < batch_size:
         return None
     return [
         (
-            examples.rows(np.minimum(start + np.arange(batch_size), last))[0],
+            whole
+            | examples.rows(np.minimum(start + np.arange(batch_size), last))[0],
             min(batch_size, last + 1 - start),
         )
         for start in range(0, last + 1, batch_size)

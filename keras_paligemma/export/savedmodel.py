@@ -21,9 +21,12 @@ def export(model, filepath, format="savedmodel"):
     Triton can batch its requests. "generate" takes the preprocessor's arrays
     and returns `token_ids` and `log_probabilities`. "score" takes them with a
     response, and returns the log-probabilities of its tokens and the hidden
-    states. `max_new_tokens` and `temperature` default to the preprocessor's
-    `response_length` and 0.
-    Import `tensorflow_text` before loading it.
+    states. Import `tensorflow_text` before loading it.
+
+    "serving_default" and "generate" also take the options `max_new_tokens`,
+    `temperature`, `top_k`, `top_p`, `min_p` and `seed`, which choose the tokens
+    that `generate` chooses. Their defaults are in the file: greedy decoding, up
+    to the preprocessor's `response_length`.
 
     A model with named adapters also takes `adapter`: a name, or "" for the
     bare model; the active adapter is the default. A model with a merged
@@ -56,7 +59,11 @@ def export(model, filepath, format="savedmodel"):
         images=tf.constant([open("cat.jpg", "rb").read()]),
         prompts=tf.constant(["caption en"]),
         max_new_tokens=tf.constant(20),
-        temperature=tf.constant(0.0),
+        temperature=tf.constant(0.7),
+        top_k=tf.constant(model.backbone.vocabulary_size),
+        top_p=tf.constant(0.9),
+        min_p=tf.constant(0.0),
+        seed=tf.constant(1),
     )
     ```
     """

@@ -1,6 +1,7 @@
 """The functions of a SavedModel's four signatures."""
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from keras_paligemma.export.pictures import read_pictures
 from keras_paligemma.export.prompts import read_prompts
 from keras_paligemma.export.weights import BARE
 from keras_paligemma.export.weights import Weights
-from keras_paligemma.generation.prefill import decode
-from keras_paligemma.generation.prefill import prefill
+from keras_paligemma.generation.loop import Plan
+from keras_paligemma.generation.loop import answer as answered
+from keras_paligemma.generation.options import copy_seeds
+from keras_paligemma.generation.options import prompt_seeds
 from keras_paligemma.preprocessing.prompt_and_response import WHOLE_NAMES
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 
@@ -55,15 +58,15 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
     texts = [
         tf.TensorSpec([None], tf.string, name) for name in ("images", "prompts")
     ]
+    chosen = {option.name: option for option in _options(backbone, longest)}
     options = [
-        tf.TensorSpec([], tf.int32, "max_new_tokens"),
-        tf.TensorSpec([], tf.float32, "temperature"),
+        tf.TensorSpec([], option.default.dtype, name)
+        for name, option in chosen.items()
     ]
     defaults: dict[Any, Any] = {
-        "max_new_tokens": tf.constant(longest),
-        "temperature": tf.constant(0.0),
-        "adapter": tf.constant(weights.default),
+        name: option.default for name, option in chosen.items()
     }
+    defaults["adapter"] = tf.constant(weights.default)
     adapters = []
     if len(weights.names) > 1:
         adapters = [tf.TensorSpec([], tf.string, "adapter")]
@@ -81,19 +84,15 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
 
     # Traced once, for both signatures that call it.
     @tf.function(autograph=False)
-    def answer(inputs, max_new_tokens, temperature, adapter, done_B):
+    def answer(inputs, wanted_B, adapter, options):
         with weights.selected(adapter):
-            return answer_tokens(
-                backbone, inputs, stop, max_new_tokens, temperature, done_B
-            )
+            return answer_tokens(backbone, inputs, stop, wanted_B, options)
 
-    def option_error(max_new_tokens, temperature, adapter):
-        return _first(
-            _option_error(max_new_tokens, temperature, longest),
-            weights.error(adapter),
-        )
+    def option_error(adapter, options):
+        errors = (chosen[name].error(options[name]) for name in chosen)
+        return _first(*errors, weights.error(adapter))
 
-    def serve(images, prompts, max_new_tokens, temperature, adapter=BARE):
+    def serve(images, prompts, adapter=BARE, **options):
         same = tf.debugging.assert_equal(
             tf.size(images),
             tf.size(prompts),
@@ -111,7 +110,7 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
             preprocessor.on_long_prompt,
         )
         errors = _first(
-            option_error(max_new_tokens, temperature, adapter),
+            option_error(adapter, options),
             image_errors,
             prompt_errors,
         )
@@ -124,9 +123,7 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
             "response_mask": tf.zeros((rows, longest), tf.bool),
         }
         good: Any = errors == ""
-        ids, log_probabilities = answer(
-            inputs, max_new_tokens, temperature, adapter, ~good
-        )
+        ids, log_probabilities = answer(inputs, good, adapter, options)
         kept = tf.ragged.boolean_mask(ids, (ids != stop) & (ids != 0))
         return {
             "text": tf.where(good, tokenizer.detokenize(kept), ""),
@@ -140,7 +137,8 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
 
     def batched(images, prompts):
         """Answer as `serve`; servers batch inputs that all have rows."""
-        return serve(images, prompts, *(defaults[one.name] for one in options))
+        given = {one.name: defaults[one.name] for one in options}
+        return serve(images, prompts, **given)
 
     def filled_up(*texts):
         """Pad on the left to the longest prompt; padding is masked."""
@@ -170,23 +168,18 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
         token_ids,
         padding_mask,
         response_mask,
-        max_new_tokens,
-        temperature,
         adapter=BARE,
+        **options,
     ):
         _, token_ids, padding_mask, response_mask = filled_up(
             token_ids, padding_mask, response_mask
         )
         text = in_parts(token_ids, padding_mask, response_mask)
         inputs = {"images": images, **text.arrays()}
-        check = tf.debugging.assert_equal(
-            option_error(max_new_tokens, temperature, adapter), ""
-        )
+        check = tf.debugging.assert_equal(option_error(adapter, options), "")
         with tf.control_dependencies([check]):
-            done = tf.zeros_like(token_ids[:, 0], tf.bool)
-        ids, log_probabilities = answer(
-            inputs, max_new_tokens, temperature, adapter, done
-        )
+            wanted = tf.ones_like(token_ids[:, 0], tf.bool)
+        ids, log_probabilities = answer(inputs, wanted, adapter, options)
         return {"token_ids": ids, "log_probabilities": log_probabilities}
 
     def score(images, token_ids, padding_mask, response_mask, adapter=BARE):
@@ -252,16 +245,16 @@ def _signature(function, specs, defaults):
     return tf.function(called, input_signature=specs, autograph=False)
 
 
-def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):
-    """Prefill, then decode one token per row and step until all rows end.
+def answer_tokens(backbone, inputs, stop, wanted_B, options):
+    """Answer by the loop that `generate` runs.
 
     Args:
         backbone: `PaliGemmaBackbone`.
-        inputs: dict as `generation.prefill.prefill` takes it.
+        inputs: dict as `generation.prefill.prefill` takes it, with the start
+            of the responses.
         stop: int, id of the end token.
-        max_new_tokens: int32 tensor.
-        temperature: float32 tensor; 0 decodes greedily.
-        done_B: bool tensor, True on rows that need no answer.
+        wanted_B: bool tensor, False on rows that need no answer.
+        options: dict of the names of `_options` to tensors.
 
     Returns:
         int32 ids (B, max_new_tokens), 0 after the end token; and the
@@ -269,70 +262,94 @@ def answer_tokens(backbone, inputs, stop, max_new_tokens, temperature, done_B):
         given and after the end.
     """
     given_BR = inputs["response_ids"]
-    begun_BR = inputs["response_mask"]
-    longest = given_BR.shape[1]
-    hidden_B1D, cache = prefill(backbone, inputs, longest)
+    rows = tf.shape(given_BR)[0]
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+    each = {name: tf.fill([rows], options[name]) for name in names}
+    drawn = tf.random.uniform([], maxval=2**31 - 1, dtype=tf.int32)
+    seed = tf.where(options["seed"] < 0, drawn, options["seed"])
+    each["seed"] = copy_seeds(prompt_seeds(seed, tf.range(rows)), 0)
+    each |= {"wanted": wanted_B, "start_node": tf.zeros_like(given_BR[:, 0])}
+    shared = {"stop_ids": tf.constant([stop]), "sampler": []}
+    state = answered(backbone, Plan(samples=True), inputs | each, shared)
+    width = tf.clip_by_value(options["max_new_tokens"], 0, given_BR.shape[1])
+    return state.ids_BR[:, :width], state.log_probabilities_BR[:, :width]
 
-    def choose(index, logits_BV, state):
-        ids_BR, each_BR, done_B = state
-        token_B = tf.cond(
-            temperature > 0,
-            lambda: tf.random.categorical(
-                logits_BV / tf.maximum(temperature, 1e-6), 1, tf.int32
-            )[:, 0],
-            lambda: tf.argmax(logits_BV, -1, tf.int32),
+
+@dataclass(frozen=True)
+class _Option:
+    """An input of a signature that controls decoding, with its range.
+
+    Args:
+        name: str.
+        default: scalar tensor.
+        expected: str, the range in words.
+        least, most: numbers.
+        above: bool, whether `least` itself is out of range.
+    """
+
+    name: str
+    default: Any
+    expected: str
+    least: float
+    most: float
+    above: bool = False
+
+    def error(self, value):
+        """Return an error for a value out of range, or "": a string tensor."""
+        low = value > self.least if self.above else value >= self.least
+        told = tf.strings.join(
+            [
+                f"`{self.name}` is out of range. Expected: {self.expected}. "
+                "Received: ",
+                tf.as_string(value),
+                ".",
+            ]
         )
-        begun_B = begun_BR[:, index]
-        token_B = tf.where(begun_B, given_BR[:, index], token_B)
-        token_B = tf.where(done_B, 0, token_B)
-        each_B = -tf.nn.sparse_softmax_cross_entropy_with_logits(
-            token_B, logits_BV
-        )
-        each_B = tf.where(begun_B | done_B, 0.0, each_B)
-        here_R = tf.range(longest) == index
-        ids_BR = tf.where(here_R, token_B[:, None], ids_BR)
-        each_BR = tf.where(here_R, each_B[:, None], each_BR)
-        done_B |= (token_B == stop) & ~begun_B
-        return ids_BR, each_BR, done_B
-
-    def go_on(index, cache, state):
-        return (index < max_new_tokens) & ~tf.reduce_all(state[2])
-
-    def step(index, cache, state):
-        token_B1 = state[0][:, index - 1, None]
-        hidden_BD, cache = decode(backbone, token_B1, cache, index, longest)
-        logits_BV = backbone.logits(hidden_BD)
-        return index + 1, cache, choose(index, logits_BV, state)
-
-    zeros_BR = tf.zeros_like(given_BR)
-    state = (zeros_BR, tf.cast(zeros_BR, tf.float32), done_B)
-    state = choose(0, backbone.logits(hidden_B1D[:, 0]), state)
-    _, _, state = tf.while_loop(go_on, step, (1, cache, state))
-    width = tf.clip_by_value(max_new_tokens, 0, longest)
-    return state[0][:, :width], state[1][:, :width]
+        return tf.where(low & (value <= self.most), "", told)
 
 
-def _option_error(max_new_tokens, temperature, longest):
-    """Return an error for options out of range, or "": a string tensor."""
-    count = tf.strings.join(
-        [
-            f"`max_new_tokens` is out of range. Expected: 1 to {longest}, what "
-            "the model was exported for. Received: ",
-            tf.as_string(max_new_tokens),
-            ".",
-        ]
+def _options(backbone, longest):
+    """Return the options of a request, for all of its rows."""
+    size = backbone.vocabulary_size
+    return (
+        _Option(
+            "max_new_tokens",
+            tf.constant(longest),
+            f"1 to {longest}, what the model was exported for",
+            1,
+            longest,
+        ),
+        _Option(
+            "temperature",
+            tf.constant(0.0),
+            "0, which takes the likeliest token, or more",
+            0,
+            tf.float32.max,
+        ),
+        _Option(
+            "top_k",
+            tf.constant(size),
+            f"1 to {size}, the vocabulary's size",
+            1,
+            size,
+        ),
+        _Option(
+            "top_p",
+            tf.constant(1.0),
+            "more than 0, at most 1",
+            0,
+            1,
+            above=True,
+        ),
+        _Option("min_p", tf.constant(0.0), "0 to 1", 0, 1),
+        _Option(
+            "seed",
+            tf.constant(-1),
+            "0 or more, or -1, which draws one",
+            -1,
+            tf.int32.max,
+        ),
     )
-    heat = tf.strings.join(
-        [
-            "`temperature` is out of range. Expected: 0, which takes the "
-            "likeliest token, or more. Received: ",
-            tf.as_string(temperature),
-            ".",
-        ]
-    )
-    is_count = (max_new_tokens >= 1) & (max_new_tokens <= longest)
-    is_heat = (temperature >= 0) & tf.math.is_finite(temperature)
-    return tf.where(is_count, tf.where(is_heat, "", heat), count)
 
 
 def _first(*errors):

@@ -1,8 +1,11 @@
 """The value that `generate(details=True)` returns."""
 
 from dataclasses import dataclass
+from dataclasses import field
 from typing import Literal
 from typing import TypeAlias
+
+import numpy as np
 
 Finish: TypeAlias = Literal["stop_token", "stop_string", "length"]
 
@@ -39,6 +42,8 @@ class Answer:
             first, if they were requested.
         beams: tuple of the answers of a beam search, the best first.
         score: float that beams are ranked by; otherwise the sum.
+        hidden_states: float32 array (tokens, D), after the final norm, that
+            each token was chosen from, if they were requested.
 
     Example:
         >>> answer = Answer("cat", (7, 1), (-0.5, -0.25), "stop_token")
@@ -55,6 +60,9 @@ class Answer:
     alternatives: tuple[tuple[Alternative, ...], ...] = ()
     beams: tuple["Answer", ...] = ()
     score: float | None = None
+    hidden_states: np.ndarray | None = field(
+        default=None, repr=False, compare=False
+    )
 
     @property
     def log_probability(self) -> float:

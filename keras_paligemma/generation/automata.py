@@ -6,6 +6,9 @@ import numpy as np
 
 from keras_paligemma.generation.requests import bucket
 
+# More tokens than any answer has.
+NEVER = 2**30
+
 
 class Automaton:
     """A token automaton for a batch; each row has its own start node.
@@ -61,10 +64,13 @@ class Automaton:
         return node
 
     def arrays(self):
-        """Return `token_classes` and `next_nodes`, as `constraints` reads them.
+        """Return the arrays that `constraints.legal` reads.
 
-        Both dimensions of `next_nodes` are padded to powers of two, so that
+        The dimensions of `next_nodes` are padded to powers of two, so that
         constraints of similar size share a compiled program.
+
+        Returns:
+            Dict of `token_classes`, `next_nodes` and `ends_in`.
         """
         classes = {
             tokens: number
@@ -82,7 +88,29 @@ class Automaton:
                 next_nodes[node, classes[tokens]] = following
         for node in self._free:
             next_nodes[node] = node
-        return {"token_classes": token_classes, "next_nodes": next_nodes}
+        ends_in = np.zeros(shape[0], "int32")
+        ends_in[: len(self._nodes)] = self._ends_in()
+        return {
+            "token_classes": token_classes,
+            "next_nodes": next_nodes,
+            "ends_in": ends_in,
+        }
+
+    def _ends_in(self):
+        """Return the least number of tokens from each node to an end."""
+        before = [[] for _ in self._nodes]
+        for node, leads in enumerate(self._nodes):
+            for following in leads.values():
+                before[following].append(node)
+        # Free nodes have no edges here: they may end at any token.
+        ends_in = [NEVER if leads else 0 for leads in self._nodes]
+        reached = [node for node, leads in enumerate(self._nodes) if not leads]
+        for node in reached:  # Grows as it is read, the nearest first.
+            for one in before[node]:
+                if ends_in[one] == NEVER:
+                    ends_in[one] = ends_in[node] + 1
+                    reached.append(one)
+        return ends_in
 
 
 def one_of(automaton, choices, tokenizer, stops):

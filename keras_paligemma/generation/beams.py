@@ -107,7 +107,8 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
     # token; this finds its answers.
     begun_B = repeated(ops.sum(ops.cast(begun_BR, "int32"), axis=1), width)
     searched_BV = ops.where((begun_B == place)[:, None], raw_BV, logits_BV)
-    choice_BV = restricted(plan, shared, searched_BV, live)
+    left_B = repeated(rows["max_new_tokens"], width) - place
+    choice_BV = restricted(plan, shared, searched_BV, live, left_B)
     barred_BV = choice_BV - ops.logsumexp(searched_BV, axis=-1, keepdims=True)
     is_stop_V = ops.any(
         ops.arange(log_BV.shape[1], dtype="int32")[:, None]

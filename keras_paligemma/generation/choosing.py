@@ -53,6 +53,19 @@ def sampled(logits_BV, options, place):
         int32 tensor (B,).
     """
     warm_B = options["temperature"] > 0
+    # Noise of a vocabulary is many operations: greedy batches do without.
+    return ops.cond(
+        ops.any(warm_B),
+        lambda: ops.where(
+            warm_B, _drawn(logits_BV, options, place), likeliest(logits_BV)
+        ),
+        lambda: likeliest(logits_BV),
+    )
+
+
+def _drawn(logits_BV, options, place):
+    """Sample each row as if it were warm."""
+    warm_B = options["temperature"] > 0
     heat_B = ops.where(warm_B, options["temperature"], 1.0)
     hot_BV = logits_BV / heat_B[:, None]
     vocabulary_size = logits_BV.shape[-1]
@@ -70,8 +83,7 @@ def sampled(logits_BV, options, place):
     least_B = ops.maximum(least_B, ops.max(hot_BV, axis=-1) + share_B)
     kept_BV = hot_BV >= least_B[:, None]
     noise_BV = gumbel(options["seed"], place, vocabulary_size)
-    drawn_BV = ops.where(kept_BV, hot_BV + noise_BV, OUT)
-    return ops.where(warm_B, likeliest(drawn_BV), likeliest(logits_BV))
+    return likeliest(ops.where(kept_BV, hot_BV + noise_BV, OUT))
 
 
 def _least_kept(hot_BV, top_k_B, top_p_B):

@@ -3,9 +3,24 @@
 from keras import ops
 
 
-def legal(shared, node_B):
-    """Return which tokens may follow, bool (B, V)."""
-    return follow(shared, node_B[:, None], None) >= 0
+def legal(shared, node_B, left_B):
+    """Return which tokens may follow, bool (B, V).
+
+    Of those that the automaton allows, the ones after which it can still come
+    to an end; all of them, if it cannot in any case.
+
+    Args:
+        shared: as in `follow`, and `ends_in` int32 (nodes,), the least number
+            of tokens from a node to an end.
+        node_B: int32 tensor.
+        left_B: int32 tensor, how many tokens each answer may still have.
+    """
+    next_BV = follow(shared, node_B[:, None], None)
+    allowed_BV = next_BV >= 0
+    ends_in_BV = ops.take(shared["ends_in"], ops.maximum(next_BV, 0))
+    in_time_BV = ops.logical_and(allowed_BV, ends_in_BV < left_B[:, None])
+    can_B1 = ops.any(in_time_BV, axis=1, keepdims=True)
+    return ops.where(can_B1, in_time_BV, allowed_BV)
 
 
 def follow(shared, node, token_B):

@@ -14,13 +14,17 @@ from keras_paligemma.generation.constraints import follow
 from keras_paligemma.generation.constraints import legal
 from keras_paligemma.generation.prefill import decode
 from keras_paligemma.generation.prefill import prefill
+from keras_paligemma.generation.prefill import resume
 from keras_paligemma.generation.state import State
 
 # Below any logit of a model, but finite: a row without a legal token takes
 # an arbitrary token instead of NaN.
 FORBIDDEN = -1.0e30
 # The entries of a row that only the prefill reads.
-OF_PREFILL = ("images", "image_embeddings", "prompt_ids", "prompt_mask")
+OF_PREFILL = (
+    *("images", "image_embeddings", "prompt_ids", "prompt_mask"),
+    "prefix_row",
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Plan:
         hooks: tuple of functions from float32 logits (B, V) and `State` to
             logits, applied in order.
         alternatives: int K, likeliest tokens recorded at each position.
+        hidden_states: bool, whether to record them at each position.
     """
 
     samples: bool = False
@@ -44,6 +49,7 @@ class Plan:
     beams: int = 0
     hooks: tuple[Callable, ...] = ()
     alternatives: int = 0
+    hidden_states: bool = False
 
 
 def answer(backbone, plan, rows, shared):
@@ -52,13 +58,14 @@ def answer(backbone, plan, rows, shared):
     Args:
         backbone: `PaliGemmaBackbone`.
         plan: `Plan`.
-        rows: dict of arrays with the batch first: what `prefill` takes;
+        rows: dict of arrays with the batch first: what `prefill` takes, or
+            `prefix_row`, which row of the prefix each row continues;
             `response_ids` and `response_mask` (B, R), what answers begin with
             and True where they do; and of `row_defaults`.
         shared: dict of arrays without a batch: `stop_ids`, int32, what ends an
             answer, -1 for nothing; `sampler`, list of the values of its
-            variables; if given, `allowed`, bool (V,), and what
-            `constraints.follow` reads.
+            variables; if given, `prefix`, of `Prefix.arrays`, `allowed`, bool
+            (V,), and what `constraints.follow` reads.
 
     Returns:
         The last `State`.
@@ -71,7 +78,7 @@ def begin(backbone, plan, rows, shared):
     """Prefill and choose the first token; return the first `State`."""
     hidden_BD, state = first_hidden(backbone, plan, rows, shared, plan.copies)
     rows = _rows_of_copies(rows, plan.copies)
-    return _chosen(plan, rows, shared, backbone.logits(hidden_BD), state)
+    return _chosen(backbone, plan, rows, shared, hidden_BD, state)
 
 
 def advance(backbone, plan, rows, shared, state, until=None):
@@ -86,8 +93,7 @@ def advance(backbone, plan, rows, shared, state, until=None):
 
     def step(*state):
         hidden_BD, state = next_hidden(backbone, State(*state))
-        logits_BV = backbone.logits(hidden_BD)
-        return tuple(_chosen(plan, rows, shared, logits_BV, state))
+        return tuple(_chosen(backbone, plan, rows, shared, hidden_BD, state))
 
     def is_going(*state):
         return going(State(*state), limit)
@@ -102,11 +108,19 @@ def first_hidden(backbone, plan, rows, shared, copies):
         copies: int, how often each row is repeated after the prefill.
     """
     responses = rows["response_ids"].shape[1]
-    hidden_B1D, cache = prefill(backbone, rows, responses)
-    cache, hidden_BD = repeated((cache, hidden_B1D[:, 0]), copies)
+    if "prefix" in shared:
+        row_B = rows["prefix_row"]
+        hidden_BD, cache = resume(shared["prefix"], row_B, responses)
+    else:
+        hidden_B1D, cache = prefill(backbone, rows, responses)
+        hidden_BD = hidden_B1D[:, 0]
+    cache, hidden_BD = repeated((cache, hidden_BD), copies)
     ids_BR = ops.zeros_like(repeated(rows["response_ids"], copies))
     zeros_BR = ops.cast(ids_BR, "float32")
-    alternatives = ()
+    alternatives = hidden_states = ()
+    if plan.hidden_states:
+        none_B1D = ops.zeros_like(hidden_BD[:, None], dtype="float32")
+        hidden_states = (ops.repeat(none_B1D, responses, axis=1),)
     if plan.alternatives:
         shape = (1, 1, plan.alternatives)
         alternatives = tuple(
@@ -121,6 +135,7 @@ def first_hidden(backbone, plan, rows, shared, copies):
         cache,
         list(shared["sampler"]),
         alternatives,
+        hidden_states,
     )
     return hidden_BD, state
 
@@ -163,24 +178,30 @@ def _rows_of_copies(rows, copies):
     return rows
 
 
-def restricted(plan, shared, logits_BV, state):
-    """Return logits after hooks, the constraint and banned tokens."""
+def restricted(plan, shared, logits_BV, state, left_B):
+    """Return logits after hooks, the constraint and banned tokens.
+
+    Args:
+        left_B: int32 tensor, how many tokens each answer may still have.
+    """
     for hook in plan.hooks:
         logits_BV = hook(logits_BV, state)
     allowed_V = shared.get("allowed")
     if allowed_V is not None:
         logits_BV = ops.where(allowed_V[None], logits_BV, FORBIDDEN)
     if "next_nodes" in shared:
-        allowed_BV = legal(shared, state.node_B)
+        allowed_BV = legal(shared, state.node_B, left_B)
         logits_BV = ops.where(allowed_BV, logits_BV, FORBIDDEN)
     return logits_BV
 
 
-def _chosen(plan, rows, shared, logits_BV, state):
-    """Choose the token of the next position from its logits."""
+def _chosen(backbone, plan, rows, shared, hidden_BD, state):
+    """Choose the token of the next position from its hidden states."""
     place = state.position
+    logits_BV = backbone.logits(hidden_BD)
     total_B1 = ops.logsumexp(logits_BV, axis=-1, keepdims=True)
-    choice_BV = restricted(plan, shared, logits_BV, state)
+    left_B = rows["max_new_tokens"] - place
+    choice_BV = restricted(plan, shared, logits_BV, state, left_B)
     variables = state.sampler
     if plan.sampler is not None:
         token_B, variables = by_sampler(plan.sampler, choice_BV, variables)
@@ -205,6 +226,10 @@ def _chosen(plan, rows, shared, logits_BV, state):
             put(alternatives[0], ops.cast(ids_BK, "int32"), place),
             put(alternatives[1], values_BK - total_B1, place),
         )
+    hidden_states = state.hidden_states
+    if hidden_states:
+        hidden_BD = ops.cast(hidden_BD, "float32")
+        hidden_states = (put(hidden_states[0], hidden_BD, place),)
     stopped_B = ops.logical_and(
         is_stop(token_B, shared), ops.logical_not(begun_B)
     )
@@ -218,6 +243,7 @@ def _chosen(plan, rows, shared, logits_BV, state):
         state.cache,
         variables,
         alternatives,
+        hidden_states,
     )
 
 

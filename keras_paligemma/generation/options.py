@@ -42,11 +42,12 @@ class Options:
             divided by tokens ** `length_penalty`. 0 ranks by the sum, as in
             the original.
         alternatives: int, number of likeliest tokens to return per position.
+        hidden_states: bool, whether to return the hidden states that each
+            token is chosen from.
         choices: strs; the answer is one of them.
         legal_objects: bool; answers to "detect" and "segment" are restricted
             to objects with labels of their prompt, or none; other prompts are
-            unrestricted. `max_new_tokens` may still cut an answer within an
-            object.
+            unrestricted. No object begins that `max_new_tokens` would cut.
         logits_hook: function from float32 logits (B, V) and `State` to
             logits, or a sequence of them, applied in order. It is compiled
             with the loop, so pass the same function each time.
@@ -64,6 +65,7 @@ class Options:
     beams: int | None = None
     length_penalty: float = 0.0
     alternatives: int = 0
+    hidden_states: bool = False
     choices: Sequence[str] | None = None
     legal_objects: bool = False
     logits_hook: Callable | Sequence[Callable] = ()
@@ -166,12 +168,13 @@ class Options:
         Args:
             beams: int, of the options or of the compiled sampler.
         """
-        if self.stop_strings or self.alternatives:
+        if self.stop_strings or self.alternatives or self.hidden_states:
             raise ValueError(
                 "Beams are looked at when they have ended. Received: "
-                f"beams={beams}, stop_strings={self.stop_strings!r} and "
-                f"alternatives={self.alternatives}. Expected: beams alone, or "
-                "one of them without beams."
+                f"beams={beams}, stop_strings={self.stop_strings!r}, "
+                f"alternatives={self.alternatives} and hidden_states="
+                f"{self.hidden_states}. Expected: beams alone, or one of them "
+                "without beams."
             )
 
     def _check_strings(self, name):
@@ -220,15 +223,12 @@ class Options:
                 value = value[first : first + rows]
             return np.broadcast_to(value.astype(dtype), (rows,))
 
-        # Seeds differ by prompt index: a prompt that occurs twice is sampled
-        # twice.
-        numbers_ = np.arange(first, first + rows, dtype="int64")
         seeds = np.asarray(self.seed, "int64")
         if seeds.ndim:
             seeds = seeds[first : first + rows]
         else:
-            seeds = seeds * 1_000_003 + numbers_
-        seeds = seeds[:, None] * 1_000_033 + np.arange(copies)
+            seeds = prompt_seeds(seeds, np.arange(first, first + rows))
+        seeds = copy_seeds(seeds, np.arange(copies))
         return {
             "temperature": each(self.temperature, 1.0, "float32"),
             "top_k": each(self.top_k, vocabulary_size, "int32"),
@@ -246,6 +246,26 @@ class Options:
                     f"`{name}` does not match the prompts. Expected: a number, "
                     f"or {count}, one a prompt. Received: {len(value)}."
                 )
+
+
+def prompt_seeds(seed, indices):
+    """Return a seed for each prompt, so that equal prompts differ.
+
+    The lower 32 bits count; integers of 32 bits may overflow.
+
+    Args:
+        seed: integer scalar, of NumPy or TensorFlow.
+        indices: integers (B,), of the prompts in the whole input.
+
+    Returns:
+        Integers (B,).
+    """
+    return seed * 1_000_003 + indices
+
+
+def copy_seeds(seeds, copies):
+    """Return a seed for each copy (C,) of each prompt (B,), shape (B, C)."""
+    return seeds[:, None] * 1_000_033 + copies
 
 
 def _check(name, value, least, most, expected, whole=False, above=False):

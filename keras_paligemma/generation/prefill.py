@@ -1,5 +1,6 @@
-"""Run the prompts once into a cache, then decode one token per row."""
+"""Run the prompts once into a cache, then continue it."""
 
+import keras
 from keras import ops
 
 from keras_paligemma.layers.attention import token_positions
@@ -46,6 +47,73 @@ def prefill(backbone, inputs, responses):
     # Rows are repeated and selected as a whole, so it holds all per-row state.
     cache = {"layers": layers, "valid": valid_BT, "positions": positions_BT}
     return hidden_B1D, cache
+
+
+def resume(prefix, row_B, responses):
+    """Copy rows of a prefix into a cache with room for a response.
+
+    Args:
+        prefix: dict of `Prefix.arrays`.
+        row_B: int tensor, which row of the prefix each row continues.
+        responses: int R, the longest response, in tokens.
+
+    Returns:
+        hidden_BD: tensor, from which the head predicts the first token.
+        cache: as `prefill` returns it.
+    """
+
+    def with_room(array):
+        # Tokens come third to last in both forms of the cache.
+        room = [(0, 0)] * (len(array.shape) - 3) + [(0, responses - 1)]
+        return ops.pad(array, [*room, (0, 0), (0, 0)])
+
+    chosen = keras.tree.map_structure(
+        lambda array: ops.take(array, row_B, axis=0), prefix
+    )
+    hidden_BD = chosen.pop("last")
+    layers = keras.tree.map_structure(with_room, chosen["layers"])
+    return hidden_BD, chosen | {"layers": layers}
+
+
+def continued(backbone, prefix, row_B, response_ids, response_mask):
+    """Run whole responses behind a prefix.
+
+    Args:
+        backbone: `PaliGemmaBackbone`.
+        prefix: dict of `Prefix.arrays`.
+        row_B: int tensor, which row of the prefix each row continues.
+        response_ids: int tensor (B, R), aligned to the left.
+        response_mask: bool tensor (B, R).
+
+    Returns:
+        Tensor (B, 1 + R, D) of the hidden states of the prefix's last token
+        and of the response.
+    """
+    responses = response_ids.shape[1]
+    hidden_BD, cache = resume(prefix, row_B, responses + 1)
+    valid_BP, mask_BR = cache["valid"], ops.cast(response_mask, "bool")
+    causal_RR = ops.tril(ops.ones((responses, responses), "bool"))
+    seen_BRS = ops.concatenate(
+        [
+            ops.logical_and(valid_BP[:, None], mask_BR[..., None]),
+            ops.logical_and(causal_RR[None], mask_BR[:, None]),
+        ],
+        axis=2,
+    )
+    positions_BR = cache["positions"][:, -1:] + ops.cumsum(
+        ops.cast(mask_BR, "int32"), axis=1
+    )
+    hidden_BRD, _ = backbone.text_decoder(
+        backbone.token_embedding(response_ids),
+        seen_BRS,
+        positions_BR,
+        cache=cache["layers"],
+        index=valid_BP.shape[1],
+        positions_BS=ops.concatenate(
+            [cache["positions"], positions_BR], axis=1
+        ),
+    )
+    return ops.concatenate([hidden_BD[:, None], hidden_BRD], axis=1)
 
 
 def decode(backbone, token_B1, cache, step, responses):

@@ -1,10 +1,15 @@
 """Compiled functions of a model, one for each plan and shape."""
 
 import os
+from collections import OrderedDict
 
 import keras
 
 from keras_paligemma.types import PathLike
+
+# Programs that a model keeps. A logits hook that is a new function in each call
+# makes a new program in each call.
+MOST_PROGRAMS = 32
 
 
 def keep_compilations(folder: PathLike) -> None:
@@ -37,7 +42,7 @@ def keep_compilations(folder: PathLike) -> None:
 
 
 class Programs:
-    """The compiled functions of one model.
+    """The compiled functions of one model, those that were used last.
 
     On JAX, variables are arguments of the compiled function, so that the
     values of another adapter or a later step need no compilation.
@@ -48,7 +53,7 @@ class Programs:
 
     def __init__(self, model):
         self._model = model
-        self._compiled = {}
+        self._compiled = OrderedDict()
 
     def __call__(self, function, plan, *arguments, donated=None):
         """Run a function, compiled on first use.
@@ -65,10 +70,19 @@ class Programs:
             if self._model.run_eagerly and compiled is not _of_torch:
                 compiled = _plain
             self._compiled[key] = compiled(self._model, function, plan, donated)
+            if len(self._compiled) > MOST_PROGRAMS:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(key)
         return self._compiled[key][0](*arguments)
 
+    def __len__(self):
+        return len(self._compiled)
+
     def compilations(self):
-        """Number of compilations; 0 where nothing is compiled, as on Torch."""
+        """Number of compilations of the programs that are kept.
+
+        0 where nothing is compiled, as on Torch.
+        """
         return sum(count() for _, count in self._compiled.values())
 
 

@@ -130,6 +130,7 @@ def plan_of(options, sampler):
         beams=beams,
         hooks=options.hooks,
         alternatives=options.alternatives,
+        hidden_states=options.hidden_states,
     )
 
 

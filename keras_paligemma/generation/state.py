@@ -25,6 +25,8 @@ class State(NamedTuple):
         sampler: list of tensors, the variables of a sampler of KerasHub.
         alternatives: empty, or a pair of int32 ids and float32
             log-probabilities, both (B, R, K): the K likeliest at each place.
+        hidden_states: empty, or a tuple of one float32 (B, R, D): those that
+            each token was chosen from.
     """
 
     ids_BR: Any
@@ -35,3 +37,4 @@ class State(NamedTuple):
     cache: Any
     sampler: Any
     alternatives: tuple = ()
+    hidden_states: tuple = ()

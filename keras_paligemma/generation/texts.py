@@ -1,4 +1,7 @@
-"""Texts that are still being generated."""
+"""Texts that are still being generated; texts of single tokens."""
+
+from collections.abc import Sequence
+from typing import Any
 
 
 def cut(text, stop_strings):
@@ -30,3 +33,25 @@ def settled(text, stop_strings):
         if text.endswith(stop[:length])
     ]
     return text[: len(text) - max(begun, default=0)]
+
+
+def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text of each token; joined, they are the whole text.
+
+    Args:
+        tokenizer: `PaliGemmaTokenizer`.
+        ids: ints.
+
+    Returns:
+        List of str. The first byte token of a multi-byte character holds the
+        character, the others are empty.
+    """
+    until = tokenizer.detokenize([list(ids[: i + 1]) for i in range(len(ids))])
+    pieces, said, waiting = [""] * len(ids), 0, None
+    for i, text in enumerate(until):
+        waiting = i if waiting is None else waiting
+        # An incomplete character decodes to U+FFFD.
+        if text.endswith("\ufffd") and i + 1 < len(until):
+            continue
+        pieces[waiting], said, waiting = text[said:], len(text), None
+    return pieces

@@ -233,7 +233,36 @@ class LayerStack(keras.layers.Layer):
             written.append((keys, values))
         return x, written
 
-    def _scan(self, x, args, cache, index, seed):
+    def observe(self, function, x, *args):
+        """Run the blocks, and a function of each block and its input.
+
+        Args:
+            function: called as `function(block, number, x, *args)` with each
+                block, its index and its input; returns a tensor.
+            x: as in a call.
+            *args: as in a call.
+
+        Returns:
+            Tensor (layers, …) of the results of `function`.
+        """
+        if not self.scanned:
+            found = []
+            for number, block in enumerate(self._layers):
+                found.append(function(block, number, x, *args))
+                x = block(x, *args, **self._number(number))
+            return ops.stack(found)
+        lend, xs = self._lender(None)
+
+        def step(x, number_and_slices):
+            number, *slices = number_and_slices
+            with lend(slices, number) as block:
+                found = function(block, number, x, *args)
+                return block(x, *args, **self._number(number)), found
+
+        return ops.scan(step, x, xs)[1]
+
+    def _lender(self, seed):
+        """Return what lends the template a layer, and what a scan runs over."""
         template = self._template()
         named = _named(template)
         # Read here, inside the trainer's `StatelessScope`, which the one of
@@ -249,10 +278,10 @@ class LayerStack(keras.layers.Layer):
             if hasattr(variable, "quantized_format")
         }
         variables = [named[name] for name in values]
-        stacks = list(values.values())
         numbers = ops.arange(self.num_layers, dtype="int32")
 
-        def block(slices, number, *args, **kwargs):
+        @contextlib.contextmanager
+        def lend(slices, number):
             slices = [as_stored(weight) for weight in slices]
             mapping = list(zip(variables, slices, strict=True))
             with (
@@ -260,10 +289,19 @@ class LayerStack(keras.layers.Layer):
                 dropout_scope(seed, number),
                 stacked_weights_scope(lent, number),
             ):
+                yield template
+
+        return lend, [numbers, *values.values()]
+
+    def _scan(self, x, args, cache, index, seed):
+        lend, xs = self._lender(seed)
+
+        def block(slices, number, *args, **kwargs):
+            with lend(slices, number) as template:
                 return template(*args, **self._number(number), **kwargs)
 
         if cache is None:
-            run, xs = block, [numbers, *stacks]
+            run = block
             if self.in_pairs:
                 run = _twice(block)
                 xs = [ops.reshape(x, (-1, 2, *x.shape[1:])) for x in xs]
@@ -288,7 +326,7 @@ class LayerStack(keras.layers.Layer):
             )
             return (x, keys, values), None
 
-        (x, *cache), _ = ops.scan(cached_step, (x, *cache), [numbers, *stacks])
+        (x, *cache), _ = ops.scan(cached_step, (x, *cache), xs)
         return x, tuple(cache)
 
 

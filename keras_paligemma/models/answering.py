@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -32,7 +31,9 @@ from keras_paligemma.generation.requests import stop_array
 from keras_paligemma.generation.texts import cut
 from keras_paligemma.generation.texts import settled
 from keras_paligemma.models.inputs import prompt_batch
+from keras_paligemma.models.inputs import tensors
 from keras_paligemma.models.inputs import typed
+from keras_paligemma.models.prefixes import continue_rows
 from keras_paligemma.preprocessing.inputs import prompt_text
 from keras_paligemma.preprocessing.inputs import to_strings
 from keras_paligemma.preprocessing.prompt_and_response import split_prompt
@@ -79,7 +80,9 @@ def checked(model, options):
     return options
 
 
-def prepare(model, inputs, count, first, max_new_tokens, stops, options):
+def prepare(
+    model, inputs, count, first, max_new_tokens, stops, options, prefix=None
+):
     """Convert a user's inputs to arrays padded to a bucket.
 
     Args:
@@ -91,6 +94,7 @@ def prepare(model, inputs, count, first, max_new_tokens, stops, options):
         max_new_tokens: int or `None`.
         stops: tuple of int or `None`.
         options: `Options`.
+        prefix: `Prefix` that the rows continue, or `None`.
 
     Returns:
         `Asked`.
@@ -118,6 +122,9 @@ def prepare(model, inputs, count, first, max_new_tokens, stops, options):
         prompt = bucket(prompt, 16)
     elif length <= preprocessor.response_length:
         response = preprocessor.response_length
+    shared = {"stop_ids": stop_array(stops)}
+    if prefix is not None:
+        shared["prefix"] = continue_rows(prefix, inputs, arrays)
     begun = arrays["response_mask"][:count]
     rows = filled_up(arrays, size, prompt, response)
     rows |= {
@@ -131,7 +138,6 @@ def prepare(model, inputs, count, first, max_new_tokens, stops, options):
         rows |= filled_up(
             options.rows(first, count, plan.copies, vocabulary_size), size, 0, 0
         )
-    shared = {"stop_ids": stop_array(stops)}
     if len(options.banned_token_ids):
         allowed = np.ones(vocabulary_size, bool)
         allowed[np.asarray(options.banned_token_ids, "int32")] = False
@@ -261,7 +267,10 @@ def _next_state(model, asked, state, until):
         arguments = tensors((rows, shared))
         return programs(begun_state, asked.plan, *arguments), here
     rows = {name: one for name, one in rows.items() if name not in OF_PREFILL}
-    rows, shared, limit = tensors((rows, asked.shared, np.int32(until)))
+    shared = {
+        name: one for name, one in asked.shared.items() if name != "prefix"
+    }
+    rows, shared, limit = tensors((rows, shared, np.int32(until)))
     state = programs(
         later_state, asked.plan, rows, shared, state, limit, donated=2
     )
@@ -330,22 +339,14 @@ def _arrays(state):
     if state.alternatives:
         found["alternative_ids"] = state.alternatives[0]
         found["alternative_log_probabilities"] = state.alternatives[1]
+    if state.hidden_states:
+        found["hidden_states"] = state.hidden_states[0]
     return found
 
 
 def _in_a_row(array):
     """Return (B, N, …) as (B × N, …)."""
     return ops.reshape(array, (-1, *array.shape[2:]))
-
-
-def tensors(nest):
-    """Convert arrays to tensors of the same dtypes, whatever floatx is."""
-    return keras.tree.map_structure(
-        lambda one: ops.convert_to_tensor(
-            one, dtype=keras.backend.standardize_dtype(one.dtype)
-        ),
-        nest,
-    )
 
 
 def _variables(plan):
@@ -397,6 +398,7 @@ def answers_of(model, asked, found):
             finishes[row],
             _alternatives(model, found, row, counts[row]),
             score=float(found["scores"][row]) if "scores" in found else None,
+            hidden_states=_hidden_states(found, row, counts[row]),
         )
         for row in range(rows)
     ]
@@ -421,6 +423,13 @@ def _with_beams(beams):
     """Return the best beam; its `beams` are those that are answers."""
     beams = [one for one in beams if one.score > LEAST_SCORE] or beams[:1]
     return dataclasses.replace(beams[0], beams=tuple(beams))
+
+
+def _hidden_states(found, row, count):
+    """Return the hidden states of a row's tokens, or `None`."""
+    if "hidden_states" not in found:
+        return None
+    return found["hidden_states"][row, :count]
 
 
 def _alternatives(model, found, row, count):

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from keras_paligemma.generation.answer import Answer
+from keras_paligemma.generation.texts import texts_of
 from keras_paligemma.tasks import prompts
 from keras_paligemma.tasks.answers import Score
 from keras_paligemma.tasks.answers import read_objects
@@ -269,25 +270,3 @@ def _labels_of(labels, count):
             f"{count}. Received: {len(labels)}."
         )
     return [list(some) for some in labels]
-
-
-def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return the text of each token; joined, they are the whole text.
-
-    Args:
-        tokenizer: `PaliGemmaTokenizer`.
-        ids: ints.
-
-    Returns:
-        List of str. The first byte token of a multi-byte character holds the
-        character, the others are empty.
-    """
-    until = tokenizer.detokenize([list(ids[: i + 1]) for i in range(len(ids))])
-    pieces, said, waiting = [""] * len(ids), 0, None
-    for i, text in enumerate(until):
-        waiting = i if waiting is None else waiting
-        # An incomplete character decodes to U+FFFD.
-        if text.endswith("\ufffd") and i + 1 < len(until):
-            continue
-        pieces[waiting], said, waiting = text[said:], len(text), None
-    return pieces

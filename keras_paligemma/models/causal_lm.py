@@ -14,11 +14,13 @@ from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
 from keras_paligemma.generation.requests import check_sampler
 from keras_paligemma.models import asking
+from keras_paligemma.models import attending
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
 from keras_paligemma.models import fitting
 from keras_paligemma.models import generation
 from keras_paligemma.models import loader
+from keras_paligemma.models import prefixes
 from keras_paligemma.models import scoring
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.models.inputs import check_targets
@@ -320,6 +322,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     score = scoring.score
     encode = scoring.encode
     embed = scoring.embed
+    attention = attending.attention
+    prefill = prefixes.prefill
     generate_step = generation.generate_step
     make_generate_function = generation.make_generate_function
 

@@ -18,7 +18,7 @@ from keras_paligemma.models.answering import prepare
 from keras_paligemma.models.answering import run
 from keras_paligemma.models.answering import texts_so_far
 from keras_paligemma.models.inputs import check_compiled
-from keras_paligemma.preprocessing.inputs import check_dictionary
+from keras_paligemma.models.prefixes import unpacked
 from keras_paligemma.preprocessing.inputs import prompt_text
 from keras_paligemma.preprocessing.inputs import to_length
 from keras_paligemma.preprocessing.inputs import to_strings
@@ -46,9 +46,11 @@ def generate(
 
     Args:
         inputs: dict of `images` and `prompts`: one image and one string, or
-            lists of them; `responses` may hold the start of the answers. It is
-            not modified. Without a preprocessor: arrays, as
-            `preprocessor.generate_preprocess` returns them.
+            lists of them; `responses` may hold the start of the answers.
+            `image_embeddings` from `encode`, or `prefix` from `prefill`, spare
+            computing it again. The dict is not modified. Without a
+            preprocessor: arrays, as `preprocessor.generate_preprocess`
+            returns them.
         max_new_tokens: int, the longest answer, including its given start.
             `None` is the preprocessor's `response_length`.
         stop_token_ids: int or ints that end an answer; "auto" is the
@@ -88,7 +90,7 @@ def generate(
             "prompt and answer together. Expected: `max_new_tokens`, the "
             f"tokens of the answer. Received: max_length={max_length!r}."
         )
-    check_dictionary(inputs)
+    prefix, inputs = unpacked(inputs)
     parts = batch_size is not None and in_batches(inputs, batch_size)
     options = checked(self, options)
     stops = stops_of(
@@ -102,7 +104,7 @@ def generate(
         options.check_rows(sum(count for _, count in parts))
     for part, count in parts or [(inputs, None)]:
         asked = prepare(
-            self, part, count, first, max_new_tokens, stops, options
+            self, part, count, first, max_new_tokens, stops, options, prefix
         )
         rows += answers_of(self, asked, run(self, asked))
         first = len(rows)
@@ -163,7 +165,7 @@ def stream(
     ```
     """
     check_compiled(self, "stream")
-    check_dictionary(inputs)
+    prefix, inputs = unpacked(inputs)
     chunk = to_length(chunk, "chunk")
     if self.preprocessor is None:
         raise ValueError(
@@ -180,6 +182,7 @@ def stream(
             stop_token_ids, self.preprocessor, self.backbone.vocabulary_size
         ),
         checked(self, options).seeded(),
+        prefix,
     )
     if asked.plan.beams or asked.plan.copies > 1:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Validation of a model's inputs, and the masks of the image tokens."""
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -89,6 +90,16 @@ def typed(inputs, vocabulary_size):
         if inputs[name] is not None:
             inputs[name] = ops.cast(inputs[name], DTYPES[name])
     return inputs
+
+
+def tensors(nest):
+    """Convert arrays to tensors of the same dtypes, whatever floatx is."""
+    return keras.tree.map_structure(
+        lambda one: ops.convert_to_tensor(
+            one, dtype=keras.backend.standardize_dtype(one.dtype)
+        ),
+        nest,
+    )
 
 
 def prompt_batch(inputs, image_size, text_config):

@@ -1,22 +1,20 @@
 """The methods of `PaliGemmaCausalLM` that score and embed."""
 
-from typing import Any
-
 import numpy as np
 from keras import ops
 
-from keras_paligemma.compat import rows_to_devices
-from keras_paligemma.compat import to_host
-from keras_paligemma.data.batches import in_batches
 from keras_paligemma.data.batches import in_parts
 from keras_paligemma.generation.answer import Answer
-from keras_paligemma.generation.requests import bucket
-from keras_paligemma.models.answering import tensors
+from keras_paligemma.generation.prefill import continued
 from keras_paligemma.models.inputs import full_masks
-from keras_paligemma.models.inputs import typed
+from keras_paligemma.models.passes import batched
+from keras_paligemma.models.passes import check_preprocessor
+from keras_paligemma.models.passes import parts_of
+from keras_paligemma.models.passes import run_pass
+from keras_paligemma.models.prefixes import continue_rows
+from keras_paligemma.models.prefixes import unpacked
 from keras_paligemma.preprocessing.prompt_and_response import PART_NAMES
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
-from keras_paligemma.turns import write_back
 
 
 def score(self, inputs, *, details=False, batch_size=None):
@@ -28,7 +26,7 @@ def score(self, inputs, *, details=False, batch_size=None):
 
     Args:
         inputs: dict of `images`, `prompts` and `responses`: one of each, or
-            lists.
+            lists; or of `prefix`, from `prefill`, and `responses`.
         details: bool, whether to return an `Answer` for each, with the tokens
             of the response and their log-probabilities.
         batch_size: int, examples per batch; `None` uses one batch.
@@ -51,15 +49,17 @@ def score(self, inputs, *, details=False, batch_size=None):
     })
     ```
     """
-    _check_has_preprocessor(self, "score")
+    check_preprocessor(self, "score")
     answers, single = [], False
-    for part, count in _parts(inputs, batch_size):
+    prefix, inputs = unpacked(inputs)
+    for part, count in parts_of(inputs, batch_size):
         x, y, weights = self.preprocessor(part)
         single = y.ndim == 1
-        rows = _batched(x | {"targets": y, "weights": weights}, single)
+        rows = batched(x | {"targets": y, "weights": weights}, single)
         targets, weights = rows.pop("targets"), rows.pop("weights")
         rows, *_ = in_parts(rows, targets)
-        each_BR = _run(self, scored, rows)[:count]
+        shared = continue_rows(prefix, part, rows)
+        each_BR = run_pass(self, scored, rows, shared=shared)[:count]
         for row, each_R in enumerate(each_BR):
             real_R = weights[row] > 0
             ids = targets[row][real_R]
@@ -99,7 +99,7 @@ def encode(self, images, *, batch_size=None):
     model.generate({"image_embeddings": seen, "prompts": ["ocr", "cap en"]})
     ```
     """
-    _check_has_preprocessor(self, "encode")
+    check_preprocessor(self, "encode")
     found = []
     single = not isinstance(images, (list, tuple)) and np.ndim(images) <= 3
     images = [images] if single else images
@@ -108,7 +108,7 @@ def encode(self, images, *, batch_size=None):
         pixels = self.preprocessor.image_converter(
             list(images[first : first + size])
         )
-        found.append(_run(self, encoded, {"images": pixels}))
+        found.append(run_pass(self, encoded, {"images": pixels}))
     found = np.concatenate(found)
     found.flags.writeable = False
     return found[0] if single else found
@@ -118,13 +118,16 @@ def embed(self, inputs, *, batch_size=None):
     """Return the hidden states of images and prompts, for retrieval.
 
     Args:
-        inputs: as `generate` takes them.
+        inputs: as `generate` takes them; or dict of `prefix`, from `prefill`,
+            and `responses`.
         batch_size: int, examples per batch; `None` uses one batch.
 
     Returns:
         Dict of float32 `hidden_states` (B, L, D) of image tokens and prompt,
         after the final norm; `image_embeddings` (B, I, D); and bool
         `padding_mask` (B, L), False on padding. Without B for one example.
+        Behind a prefix the L tokens are those of the response, and there are
+        no `image_embeddings`.
 
     Example:
 
@@ -133,16 +136,25 @@ def embed(self, inputs, *, batch_size=None):
     vector = found["hidden_states"][:, -1]  # Of the prompt's last token.
     ```
     """
-    _check_has_preprocessor(self, "embed")
+    check_preprocessor(self, "embed")
     parts, single = [], False
-    for part, count in _parts(inputs, batch_size):
+    prefix, inputs = unpacked(inputs)
+    if prefix is not None and inputs["responses"] is None:
+        raise ValueError(
+            "The hidden states behind a prefix are those of responses. "
+            "Received: a prefix alone. Expected: 'responses' beside it, or "
+            "`prefix.last_hidden_states`."
+        )
+    for part, count in parts_of(inputs, batch_size):
         arrays = self.preprocessor.generate_preprocess(part)
         single = arrays["token_ids"].ndim == 1
-        rows = _batched(arrays, single)
+        rows = batched(arrays, single)
         prompt = self.preprocessor.prompt_length
+        columns = slice(prompt) if prefix is None else slice(prompt, None)
         for name in ("token_ids", "padding_mask", "response_mask"):
-            rows[name] = rows[name][:, :prompt]
-        one = _run(self, embedded, rows)
+            rows[name] = rows[name][:, columns]
+        shared = continue_rows(prefix, part, rows)
+        one = run_pass(self, embedded, rows, shared=shared)
         parts.append({name: array[:count] for name, array in one.items()})
     found = {
         name: np.concatenate([one[name] for one in parts]) for name in parts[0]
@@ -150,14 +162,20 @@ def embed(self, inputs, *, batch_size=None):
     return {name: one[0] for name, one in found.items()} if single else found
 
 
-def scored(model, plan, rows):
+def scored(model, plan, rows, prefix=None):
     """Return the log-probabilities (B, R) of responses; 0 on padding.
 
     The head is applied to one position at a time: all logits would be (B, R,
     V).
     """
     text = PromptAndResponse(**{name: rows[name] for name in PART_NAMES})
-    hidden_BRD = text.predicting(model.backbone(rows))
+    if prefix is None:
+        hidden_BRD = text.predicting(model.backbone(rows))
+    else:
+        response = text.response_ids, text.response_mask
+        hidden_BRD = continued(
+            model.backbone, prefix, rows["prefix_row"], *response
+        )[:, :-1]
     hidden_RBD = ops.swapaxes(hidden_BRD, 0, 1)
 
     def place(hidden_and_targets):
@@ -175,10 +193,17 @@ def encoded(model, plan, rows):
     return ops.cast(model.backbone.encode_images(rows["images"]), "float32")
 
 
-def embedded(model, plan, rows):
-    """Return the hidden states of a prompt."""
+def embedded(model, plan, rows, prefix=None):
+    """Return the hidden states of a prompt, or of responses to a prefix."""
     backbone = model.backbone
     rows = dict(rows)
+    if prefix is not None:
+        response = rows["token_ids"], rows["padding_mask"]
+        hidden_BRD = continued(backbone, prefix, rows["prefix_row"], *response)
+        return {
+            "hidden_states": ops.cast(hidden_BRD[:, 1:], "float32"),
+            "padding_mask": rows["padding_mask"],
+        }
     if rows.get("images") is not None:
         rows["image_embeddings"] = backbone.encode_images(rows.pop("images"))
     hidden_BLD = backbone(rows)
@@ -193,41 +218,3 @@ def embedded(model, plan, rows):
             rows["image_embeddings"], "float32"
         )
     return found
-
-
-def _parts(inputs, batch_size):
-    parts = batch_size is not None and in_batches(inputs, batch_size)
-    return parts or [(inputs, None)]
-
-
-def _batched(arrays, single):
-    if single:
-        return {name: array[None] for name, array in arrays.items()}
-    return dict(arrays)
-
-
-def _run(model, function, rows) -> Any:
-    """Run a program for rows, filled up to their bucket, in turn."""
-    [count] = {len(one) for one in rows.values()}
-    more = bucket(count) - count
-    rows = {
-        name: np.concatenate([one, np.repeat(one[-1:], more, 0)])
-        for name, one in rows.items()
-    }
-    with model.turns:
-        write_back(model)
-        rows, here = rows_to_devices(rows)
-        rows = typed(rows, model.backbone.vocabulary_size)
-        found = model.make_generate_function()(function, None, *tensors([rows]))
-    if not isinstance(found, dict):
-        return to_host(found)[here][:count]
-    return {name: to_host(one)[here][:count] for name, one in found.items()}
-
-
-def _check_has_preprocessor(model, method):
-    if model.preprocessor is None:
-        raise ValueError(
-            f"`{method}` reads text and pictures. Received: a model without a "
-            "preprocessor. Expected: `model.preprocessor`, or calls of the "
-            "backbone with arrays."
-        )

@@ -165,11 +165,16 @@ def compile_step(job, layout, remat, topology):
         donate_argnums=0,
         out_shardings=(None, jax.tree.map(lambda array: array.sharding, state)),
     )
-    return _compile(step, (state, data), distribution)
+    return _memory(_lowered(step, (state, data), distribution))
 
 
 def compile_generation(job, layout, responses, topology):
-    """Compile the program of `generate` for a topology; see `Compiler`.
+    """Compile the program of `generate` for a topology; see `Compiler`."""
+    return _memory(lower_generation(job, layout, responses, topology))
+
+
+def lower_generation(job, layout, responses, topology):
+    """Lower the program of `generate` for a topology.
 
     Prefill and decoding loop are one program; with `responses=1` it is only
     the prefill.
@@ -201,7 +206,7 @@ def compile_generation(job, layout, responses, topology):
         )
     }
     values = _abstract(distribution, variables)
-    return _compile(jax.jit(program), (inputs, values), distribution)
+    return _lowered(jax.jit(program), (inputs, values), distribution)
 
 
 def _model(job, layout, remat, topology):
@@ -237,14 +242,17 @@ def _abstract(distribution, variables):
     ]
 
 
-def _compile(function, arguments, distribution):
-    """Compile for the TPU, and return the compiler's memory analysis."""
-    import jax
-
+def _lowered(function, arguments, distribution):
     from keras_paligemma.compat import compiling_for
 
     with distribution.scope(), compiling_for("tpu"):
-        lowered = function.lower(*arguments)
+        return function.lower(*arguments)
+
+
+def _memory(lowered):
+    """Compile for the TPU, and return the compiler's memory analysis."""
+    import jax
+
     try:
         found = lowered.compile(compiler_options=QUICK).memory_analysis()
     except jax.errors.JaxRuntimeError as error:

@@ -22,6 +22,9 @@ TEXT_SHARE, TEXT_HEIGHT, LEAST_TEXT_HEIGHT = 0.025, 16, 11
 # Line width as a fraction of the picture's size; opacity of masks.
 LINE_SHARE, MASK_OPACITY = 0.004, 0.45
 
+# Brightness of a patch without attention, as a fraction.
+DARKEST = 0.2
+
 # Longer labels are cut before measuring: a model may repeat itself.
 _LONGEST_LABEL = 300
 
@@ -67,9 +70,7 @@ def draw_objects(
     >>> draw_objects(Image.new("RGB", (112, 112)), [cat]).size
     (448, 448)
     """
-    canvas = Image.fromarray(read_image(image))
-    scale = math.ceil(LEAST_SIDE / max(canvas.size))
-    canvas = canvas.resize([side * scale for side in canvas.size])
+    canvas = _enlarged(image)
     width, height = canvas.size
     line = max(2, round(LINE_SHARE * math.sqrt(width * height)))
     objects = list(objects)
@@ -88,6 +89,40 @@ def draw_objects(
         _draw_box(pen, boxes[i], colours[i], line, is_doubtful)
     _draw_labels(pen, objects, boxes, colours)
     return canvas
+
+
+def draw_attention(image: Any, shares: np.ndarray) -> Image.Image:
+    """Darken a picture where patches have small shares of attention.
+
+    Args:
+        image: any picture that `preprocessing.images.read_image` takes.
+        shares: float array (rows, columns) of the patches, 0 or more; the
+            largest share has the picture's own brightness.
+
+    Returns:
+        `PIL.Image.Image` in RGB, of the size that `draw_objects` returns.
+
+    Raises:
+        ValueError: if the picture cannot be read.
+
+    Example:
+
+    >>> draw_attention(Image.new("RGB", (448, 448)), np.eye(2)).size
+    (448, 448)
+    """
+    canvas = _enlarged(image)
+    largest = max(float(shares.max()), np.finfo("float32").tiny)
+    light = Image.fromarray(np.asarray(shares / largest, "float32"))
+    light = light.resize(canvas.size, Image.Resampling.BILINEAR)
+    light = DARKEST + (1 - DARKEST) * np.asarray(light)[..., None]
+    return Image.fromarray(np.rint(np.asarray(canvas) * light).astype("uint8"))
+
+
+def _enlarged(image):
+    """Read a picture, enlarged by an integer factor if it is small."""
+    canvas = Image.fromarray(read_image(image))
+    scale = math.ceil(LEAST_SIDE / max(canvas.size))
+    return canvas.resize([side * scale for side in canvas.size])
 
 
 def place_labels(

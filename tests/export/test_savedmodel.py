@@ -53,10 +53,23 @@ LORAS = {
     },
     "second": {"rank": 2, "alpha": 5.0, "rslora": True},
 }
+DRAWS = {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01}
 OPTIONS = {
     "max_new_tokens": np.int32(12),
     "temperature": np.float32(0),
+    "top_k": np.int32(2048),
+    "top_p": np.float32(1),
+    "min_p": np.float32(0),
+    "seed": np.int32(-1),
     "adapter": "",
+}
+WRONG = {
+    "max_new_tokens": np.int32(33),
+    "temperature": np.float32("nan"),
+    "top_k": np.int32(0),
+    "top_p": np.float32(0),
+    "min_p": np.float32(1.5),
+    "seed": np.int32(-2),
 }
 SCORED = {"adapter": ""}
 SPARE = 10
@@ -131,6 +144,10 @@ def answers(folder, model, batch, scored, tmp_path_factory):
     one = {"images": [good], "prompts": ["caption en"]}
     eight = {key: value * 8 for key, value in one.items()}
 
+    draws = {
+        name: OPTIONS[name].dtype.type(value) for name, value in DRAWS.items()
+    } | {"seed": np.int32(2**31 - 5)}
+
     def served(inputs, **options):
         return "serving_default", inputs | OPTIONS | options
 
@@ -141,8 +158,13 @@ def answers(folder, model, batch, scored, tmp_path_factory):
         "good": served(batch),
         "mixed": served({"images": images, "prompts": prompts}),
         "none": served(dict.fromkeys(one, np.array([], "S1"))),
-        "many": served(one, max_new_tokens=np.int32(33)),
+        **{
+            f"wrong {name}": served(one, **{name: value})
+            for name, value in WRONG.items()
+        },
         "hot": served(eight, temperature=np.float32(3)),
+        "drawn": served(some, **draws),
+        "drawn of arrays": ("generate", begun | OPTIONS | draws),
         "third": served(one, adapter="third"),
         "typed": served(one | {"prompts": ["<image> <bos>caption en\n"]}),
         **{name: served(some, adapter=name) for name in LORAS},
@@ -206,9 +228,37 @@ def test_no_rows(answers):
     assert answers["none"]["text"].shape == (0,)
 
 
-def test_options(answers):
-    assert "Expected: 1 to 32" in answers["many"]["error"][0]
+@pytest.mark.parametrize("name", WRONG)
+def test_options_out_of_range(answers, name):
+    [told] = answers[f"wrong {name}"]["error"]
+    assert f"`{name}` is out of range. Expected: " in told
+    assert f"Received: {WRONG[name]}" in told
+
+
+def test_draws_without_a_seed_differ(answers):
     assert len(set(answers["hot"]["text"])) > 1
+
+
+@pytest.mark.parametrize("request_", ["drawn", "drawn of arrays"])
+def test_draws_are_generates(answers, model, batch, request_):
+    some = {key: value[-3:] for key, value in batch.items()}
+    if request_ == "drawn of arrays":
+        some["responses"] = ["a", "", "two"]
+    wanted = model.generate(
+        some, max_new_tokens=12, details=True, seed=2**31 - 5, **DRAWS
+    )
+    found = answers[request_]
+    greedy = answers["good"]["token_ids"][-3:]
+    assert (found["token_ids"] != greedy).any()
+    for row, one in enumerate(wanted):
+        count = len(one.token_ids)
+        assert found["token_ids"][row, :count].tolist() == list(one.token_ids)
+        assert not found["token_ids"][row, count:].any()
+        np.testing.assert_allclose(
+            found["log_probabilities"][row, :count],
+            one.log_probabilities,
+            atol=1e-5,
+        )
 
 
 def test_what_is_no_batch_is_refused(answers):
@@ -302,6 +352,10 @@ def test_graph_has_defaults_and_runs_no_python(folder):
     defaults = graph.signature_def["serving_default"].defaults
     assert defaults["max_new_tokens"].int_val == [32]
     assert defaults["temperature"].float_val == [0]
+    assert defaults["top_k"].int_val == [2048]
+    assert defaults["top_p"].float_val == [1]
+    assert defaults["min_p"].float_val == [0]
+    assert defaults["seed"].int_val == [-1]
     for signature in graph.signature_def.values():
         if "adapter" in signature.inputs:
             assert signature.defaults["adapter"].string_val == [b"second"]

@@ -1,6 +1,8 @@
 """Answers as objects, and how often they are compiled."""
 
 import dataclasses
+import gc
+import weakref
 
 import keras
 import numpy as np
@@ -9,6 +11,9 @@ from keras import ops
 
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import keep_compilations
+from keras_paligemma.generation.loop import Plan
+from keras_paligemma.generation.programs import MOST_PROGRAMS
+from keras_paligemma.generation.programs import Programs
 from tests.helpers.tiny_models import golden_prompts
 from tests.helpers.tiny_models import run
 
@@ -99,6 +104,33 @@ def test_a_bucket_is_compiled_once(golden_backbone, inputs):
     for seed, heat in ((1, 0.5), (2, 1.5)):
         model.generate(inputs, stop_token_ids=None, temperature=heat, seed=seed)
     assert programs.compilations() == 2 * compiles
+
+
+def test_functions_that_are_new_each_time_are_forgotten(golden_backbone):
+    """As hooks that are lambdas in a loop."""
+    programs = Programs(PaliGemmaCausalLM(golden_backbone()))
+    compiles = keras.backend.backend() != "torch"
+    rows = ops.ones((2,))
+
+    def total(model, plan, rows):
+        return plan.hooks[0](rows)
+
+    def ask(hook):
+        return float(ops.sum(programs(total, Plan(hooks=(hook,)), rows)))
+
+    def kept(rows):
+        return rows
+
+    hooks = [lambda x, k=k: k * x for k in range(2 * MOST_PROGRAMS)]
+    watched = [weakref.ref(hook) for hook in hooks]
+    for number in range(len(hooks)):
+        assert ask(hooks[number]) == 2 * number
+        hooks[number] = None
+        assert ask(kept) == 2  # Used again and again: stays.
+        assert len(programs) <= MOST_PROGRAMS
+        assert programs.compilations() <= MOST_PROGRAMS * compiles
+    gc.collect()
+    assert sum(one() is not None for one in watched) < MOST_PROGRAMS
 
 
 def test_compilations_are_kept_in_a_folder(tmp_path):

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from keras import ops
 
 from keras_paligemma.generation.automata import Automaton
 from keras_paligemma.generation.automata import objects_of
@@ -47,11 +48,59 @@ def test_answers_are_legal_objects(model, examples, drawn):
     for row in (0, 1, 3):
         text = found[row].text
         assert text != free[row].text
-        if found[row].finish == "length":  # Cut within an object.
-            text = text.rpartition(" ; ")[0]
+        assert found[row].finish == "stop_token"
         assert re.fullmatch(rf"({OBJECT}( ; {OBJECT})*)?", text)
         assert ("<seg" in text) == (row == 1 and text != "")
     assert found[2] == free[2]
+
+
+@pytest.mark.parametrize("beams", [None, 2])
+def test_objects_that_do_not_fit_do_not_begin(model, examples, beams):
+    """The model would never stop by itself: what is left decides."""
+    tokenizer = model.preprocessor.tokenizer
+    asked = {"images": examples["images"][0], "prompts": "detect cat"}
+    one, two = (
+        len(tokenizer.tokenize(" ; ".join(["<loc0000>" * 4 + " cat"] * count)))
+        for count in (1, 2)
+    )
+
+    def on_and_on(logits_BV, state):
+        ids_V = ops.arange(logits_BV.shape[1], dtype="int32")
+        return ops.where(ids_V == 1, -1e9, logits_BV)
+
+    for length, objects in (
+        (1, 0),
+        (one, 0),
+        (one + 1, 1),
+        (two, 1),
+        (two + 1, 2),
+    ):
+        answer = model.generate(
+            asked,
+            length,
+            legal_objects=True,
+            logits_hook=on_and_on,
+            details=True,
+            beams=beams,
+        )
+        assert answer.finish == "stop_token"
+        assert answer.text.count(" cat") == objects
+        assert re.fullmatch(rf"({OBJECT}( ; {OBJECT})*)?", answer.text)
+    # A begun object that cannot end is cut.
+    begun = asked | {"responses": "<loc0001>" * 4}
+    answer = model.generate(begun, 5, legal_objects=True, details=True)
+    assert answer.finish == "length"
+
+
+def test_least_numbers_of_tokens_to_an_end():
+    automaton = Automaton(16)
+    start = automaton.add_node()
+    automaton.add_path(start, [(1,), (2,), (3,)])
+    middle = automaton.add_path(start, [(4,)])
+    automaton.add_path(middle, [(5,)], end=start)
+    free = automaton.add_free_node()
+    ends_in = automaton.arrays()["ends_in"]
+    assert ends_in[: free + 1].tolist() == [3, 2, 1, 0, 4, 0]
 
 
 def walk(automaton, node, tokens):

@@ -139,9 +139,37 @@ def test_alternatives_hold_what_was_chosen(model, inputs):
         np.testing.assert_allclose(found, one.log_probabilities, rtol=1e-6)
 
 
+def test_hidden_states_are_what_tokens_are_chosen_from(model, inputs):
+    options = {"stop_token_ids": None, "details": True}
+    answers = model.generate(inputs, hidden_states=True, **options)
+    plain = model.generate(inputs, **options)
+    assert [one.hidden_states for one in plain] == [None] * 4
+    assert answers == plain
+    head = model.backbone.logits
+    for one in answers[:3]:
+        assert one.hidden_states.dtype == "float32"
+        assert one.hidden_states.shape == (8, 64)
+        log_RV = ops.log_softmax(head(one.hidden_states), axis=-1)
+        found = ops.convert_to_numpy(log_RV)[range(8), one.token_ids]
+        np.testing.assert_allclose(found, one.log_probabilities, atol=1e-5)
+    # Of several samples each its own, no longer than its tokens.
+    rows = model.generate(
+        inputs,
+        hidden_states=True,
+        num_samples=2,
+        temperature=2.0,
+        seed=0,
+        details=True,
+        stop_token_ids=list(range(160)),
+    )
+    for one in (one for row in rows for one in row):
+        assert len(one.hidden_states) == len(one.token_ids)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"beams": 2, "hidden_states": True}, "hidden_states=True.*without"),
         ({"temperature": -1}, "`temperature`.*0 or more. Received: -1"),
         ({"temperature": float("nan")}, "`temperature`.*Received: nan"),
         ({"top_p": 0}, "`top_p`.*more than 0, at most 1. Received: 0"),

@@ -64,8 +64,8 @@ def forward(
 
     Returns:
         `image_embeddings` `(B, F·I, D)`, `hidden_states` `(B, L, D)` after
-        the final norm, `logits` and `capped_logits` `(B, L, V)`. What stands
-        at padded positions has no meaning.
+        the final norm, `logits` and `capped_logits` `(B, L, V)`, `attention`
+        (layers, B, N, L, L). What stands at padded positions has no meaning.
     """
     arrays = {
         key.removeprefix("params/"): np.asarray(array, dtype)
@@ -83,7 +83,10 @@ def forward(
     mask = attention_mask(causal, valid)
     positions = np.cumsum(valid, axis=1) - 1
 
+    attention = []
     for block in layers(arrays, "llm/layers/"):
+        y = rms_norm(x, block["pre_attention_norm/scale"])
+        attention.append(attention_weights(block, settings, y, positions, mask))
         x = decoder_block(block, settings, x, positions, mask)
     x = rms_norm(x, arrays["llm/final_norm/scale"])
     logits = x @ table.T
@@ -92,6 +95,7 @@ def forward(
         "hidden_states": x,
         "logits": logits,
         "capped_logits": soft_cap(logits, settings["final_soft_cap"]),
+        "attention": np.stack(attention),
     }
 
 
@@ -205,20 +209,31 @@ def attend(
     positions: np.ndarray,
     mask: np.ndarray,
 ) -> np.ndarray:
+    weights = attention_weights(block, settings, x, positions, mask)
+    value = np.einsum("bld,kdh->blkh", x, block["attn/kv_einsum/w"][1])
+    value = value.repeat(weights.shape[1] // value.shape[2], axis=2)
+    heads = np.einsum("bnij,bjnh->binh", weights, value)
+    return np.einsum("binh,nhd->bid", heads, block["attn/attn_vec_einsum/w"])
+
+
+def attention_weights(
+    block: dict[str, np.ndarray],
+    settings: dict[str, float | None],
+    x: np.ndarray,
+    positions: np.ndarray,
+    mask: np.ndarray,
+) -> np.ndarray:
     query = np.einsum("bld,ndh->blnh", x, block["attn/q_einsum/w"])
-    key, value = np.einsum("bld,ckdh->cblkh", x, block["attn/kv_einsum/w"])
+    key = np.einsum("bld,kdh->blkh", x, block["attn/kv_einsum/w"][0])
     query = rotate(query, positions, settings["rope_base"])
     key = rotate(key, positions, settings["rope_base"])
     query = query * x.dtype.type(settings["query_scale"])
 
     # Query head n reads key/value head n // G.
-    group = query.shape[2] // key.shape[2]
-    key, value = key.repeat(group, axis=2), value.repeat(group, axis=2)
+    key = key.repeat(query.shape[2] // key.shape[2], axis=2)
     logits = np.einsum("binh,bjnh->bnij", query, key)
     logits = soft_cap(logits, settings["attention_soft_cap"])
-    weights = softmax(np.where(mask[:, None], logits, x.dtype.type(MASKED)))
-    heads = np.einsum("bnij,bjnh->binh", weights, value)
-    return np.einsum("binh,nhd->bid", heads, block["attn/attn_vec_einsum/w"])
+    return softmax(np.where(mask[:, None], logits, x.dtype.type(MASKED)))
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, base: float) -> np.ndarray:

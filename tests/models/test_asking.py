@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from keras_paligemma.generation.answer import Answer
-from keras_paligemma.models.asking import texts_of
+from keras_paligemma.generation.texts import texts_of
 from keras_paligemma.tasks import scores
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from tests.helpers.text_models import build_tiny_model

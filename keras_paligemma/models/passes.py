@@ -1,0 +1,87 @@
+"""One forward pass over what a user hands in, for scores and the like."""
+
+from typing import Any
+
+import numpy as np
+
+from keras_paligemma.compat import rows_to_devices
+from keras_paligemma.compat import to_host
+from keras_paligemma.data.batches import in_batches
+from keras_paligemma.generation.requests import bucket
+from keras_paligemma.models.inputs import tensors
+from keras_paligemma.models.inputs import typed
+from keras_paligemma.turns import write_back
+
+
+def check_preprocessor(model, method):
+    """Refuse a model without preprocessor.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        method: str, name of the method that was called.
+    """
+    if model.preprocessor is None:
+        raise ValueError(
+            f"`{method}` reads text and pictures. Received: a model without a "
+            "preprocessor. Expected: `model.preprocessor`, or calls of the "
+            "backbone with arrays."
+        )
+
+
+def parts_of(inputs, batch_size):
+    """Return pairs of a batch and its number of examples, `None` for all."""
+    parts = batch_size is not None and in_batches(inputs, batch_size)
+    return parts or [(inputs, None)]
+
+
+def batched(arrays, single):
+    """Return arrays with a batch axis, as a new dict."""
+    if single:
+        return {name: array[None] for name, array in arrays.items()}
+    return dict(arrays)
+
+
+def run_pass(model, function, rows, plan=None, shared=None) -> Any:
+    """Run a program for rows and return arrays of the host.
+
+    Args:
+        model, function, rows, plan, shared: as `run_on_device` takes them.
+
+    Returns:
+        Array (B, …), or a dict of them.
+    """
+    count = len(next(iter(rows.values())))
+    found, here = run_on_device(model, function, rows, plan, shared)
+    if not isinstance(found, dict):
+        return to_host(found)[here][:count]
+    return {name: to_host(one)[here][:count] for name, one in found.items()}
+
+
+def run_on_device(model, function, rows, plan=None, shared=None):
+    """Run a program for rows, padded to their bucket; threads take turns.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        function: function of the model, `plan`, a dict of tensors and, if not
+            `None`, `shared`.
+        rows: dict of arrays (B, …).
+        plan: hashable, what the program is compiled for.
+        shared: nest of arrays without the batch, or `None`.
+
+    Returns:
+        A nest of tensors with the padded batch first, and the slice of it that
+        belongs to this process.
+    """
+    [count] = {len(one) for one in rows.values()}
+    more = bucket(count) - count
+    rows = {
+        name: np.concatenate([one, np.repeat(one[-1:], more, 0)])
+        for name, one in rows.items()
+    }
+    with model.turns:
+        write_back(model)
+        rows, here = rows_to_devices(rows)
+        rows = typed(rows, model.backbone.vocabulary_size)
+        given = [rows] if shared is None else [rows, shared]
+        programs = model.make_generate_function()
+        return programs(function, plan, *tensors(given)), here

@@ -1,0 +1,111 @@
+"""Attention over the picture beside a NumPy softmax; what is drawn of it."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma.tasks.picture_attention import PictureAttention
+from tests.helpers.numpy_reference import forward
+from tests.helpers.numpy_reference import load_arrays
+from tests.helpers.numpy_reference import settings_of
+from tests.helpers.tiny_models import FORMS
+
+
+def reference(model, examples, folder):
+    """Weights by NumPy, (B, R, layers, heads, L), of what predicts a token."""
+    model.export_to_big_vision(folder / "model.npz")
+    x, *_ = model.preprocessor(examples)
+    found = forward(
+        load_arrays(folder / "model.npz"),
+        settings_of(model.backbone.text_config),
+        **x,
+    )
+    responses = model.preprocessor.response_length
+    weights = found["attention"][:, :, :, -responses - 1 : -1]
+    return np.transpose(weights, (1, 3, 0, 2, 4))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_shares_are_the_softmaxs(tiny_model, examples, tmp_path, form):
+    model = tiny_model(form=form)
+    wanted = reference(model, examples, tmp_path)
+    each = model.attention(examples, average=())
+    for row, one in enumerate(each):
+        assert one.text == examples["responses"][row]
+        assert one.tokens[-1] == ""
+        count = len(one.tokens)
+        assert one.shares.shape == (count, 3, 4, 3, 3)
+        pictures = wanted[row, :count, :, :, :9].reshape(one.shares.shape)
+        np.testing.assert_allclose(one.shares, pictures, atol=1e-6)
+        # The rest is attention to text.
+        assert one.shares.sum(axis=(-1, -2)).max() < 1
+    for average, axes in (("layers", 1), (("heads",), 2), (None, (1, 2))):
+        options = {} if average is None else {"average": average}
+        found = model.attention(examples, batch_size=3, **options)
+        for one, both in zip(found, each, strict=True):
+            np.testing.assert_allclose(
+                one.shares, both.shares.mean(axis=axes), atol=1e-6
+            )
+    single = {key: value[2] for key, value in examples.items()}
+    one = model.attention(single)
+    np.testing.assert_allclose(one.shares, found[2].shares, atol=1e-6)
+    assert not one.shares.flags.writeable
+    single["image_embeddings"] = model.encode(single.pop("images"))
+    np.testing.assert_allclose(
+        model.attention(single).shares, one.shares, atol=1e-6
+    )
+
+
+def test_several_pictures_of_an_example(tiny_model, examples, tmp_path):
+    model = tiny_model()
+    examples["images"] = [examples["images"][k : k + 2] for k in (0, 1, 2, 1)]
+    wanted = reference(model, examples, tmp_path).mean(axis=(2, 3))
+    for row, one in enumerate(model.attention(examples)):
+        count = len(one.tokens)
+        assert one.shares.shape == (count, 2, 3, 3)
+        pictures = wanted[row, :count, :18].reshape(one.shares.shape)
+        np.testing.assert_allclose(one.shares, pictures, atol=1e-6)
+    with pytest.raises(ValueError, match="one picture.*draw_attention"):
+        one.overlay()
+
+
+def test_words_are_means_of_their_tokens():
+    shares = np.arange(5 * 4, dtype="float32").reshape(5, 2, 2)
+    found = PictureAttention(("a c", "at", " a", " cat", ""), shares)
+    assert found.text == "a cat a cat"
+    np.testing.assert_array_equal(found.word("cat"), shares[:2].mean(0))
+    np.testing.assert_array_equal(found.word("cat", 1), shares[3])
+    np.testing.assert_array_equal(found.word("t a"), shares[1:3].mean(0))
+    for word, number in (("dog", 0), ("cat", 2), ("cat", -1), ("", 0)):
+        with pytest.raises(ValueError, match="no such word.*'a cat a cat'"):
+            found.word(word, number)
+
+
+def test_overlays_are_bright_where_attention_is():
+    picture = np.full((448, 896, 3), 200, "uint8")
+    shares = np.zeros((2, 2, 2), "float32")
+    shares[1, 0, 1] = 0.01
+    found = PictureAttention(("a", " cat"), shares, picture)
+    drawn = found.overlay("cat")
+    assert (drawn.mode, drawn.size) == ("RGB", (896, 448))
+    assert drawn.getpixel((890, 4)) == (200, 200, 200)
+    assert drawn.getpixel((4, 440)) == (40, 40, 40)
+    # A word without attention to the picture is dark, and no division by 0.
+    assert np.unique(np.asarray(found.overlay("a"))).tolist() == [40]
+    np.testing.assert_array_equal(found.overlay(), drawn)
+    assert found.overlay().size == Image.fromarray(picture).size
+    with pytest.raises(ValueError, match="picture NoneType"):
+        PictureAttention(("a",), shares[:1]).overlay()
+
+
+def test_what_has_no_attention_is_refused(tiny_model, examples):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"'layers', 'heads'.*\('rows',\)"):
+        model.attention(examples, average="rows")
+    with pytest.raises(ValueError, match="Without a picture"):
+        model.attention(examples | {"images": None})
+    with pytest.raises(ValueError, match="Training needs the answers"):
+        model.attention({key: examples[key] for key in ("images", "prompts")})
+    with pytest.raises(ValueError, match="without a preprocessor"):
+        PaliGemmaCausalLM(model.backbone).attention(examples)
