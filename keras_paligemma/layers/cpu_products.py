@@ -25,7 +25,7 @@ from keras_paligemma.compat import compiles_here
 from keras_paligemma.compat import platform
 
 # With more rows both orders take the same time, and this one transposes.
-FEW_ROWS = 64
+FEW_ROWS = 32
 
 
 def should_use_cpu_products():
@@ -61,7 +61,7 @@ def product(kernel, x, input_axes):
 def should_use_integers(x, input_axes):
     """Return whether `integer_product` is faster than dequantisation."""
     rows = math.prod(x.shape) // math.prod(input_axes)
-    return should_use_cpu_products() and 2 * rows <= FEW_ROWS
+    return should_use_cpu_products() and rows <= FEW_ROWS
 
 
 def integer_product(kernel, scale, x, input_axes):

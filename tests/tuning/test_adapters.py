@@ -427,8 +427,9 @@ def test_low_rank_gradients_are_the_kernels(golden_backbone, expected, form):
             wanted = 2 * kernel @ b.transpose(0, 2, 1)
         else:
             wanted = 2 * a.transpose(0, 2, 1) @ kernel
-        # Two compiled programs: their rounding differs by 1.5e-5 on JAX.
-        assert error(gradient, wanted) < 3e-5, name
+        # Two compiled programs: on JAX their rounding differs by 1.3e-5 with
+        # the inputs of kernels first, by 3.1e-5 with their outputs first.
+        assert error(gradient, wanted) < 5e-5, name
 
 
 def test_bfloat16_base_has_float32_adapters(tiny_model, examples):
