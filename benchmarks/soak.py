@@ -274,14 +274,13 @@ class Soak:
             name: text_of(send(self.port, one)[1])
             for name, one in self.good.items()
         }
-        print(f"before: {self.memory():.0f} MiB", flush=True)
+        print(f"before: {self.settled():.0f} MiB", flush=True)
         threads = [threading.Thread(target=self.asks) for _ in range(CLIENTS)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        time.sleep(5)
-        print(f"after: {self.memory():.0f} MiB")
+        print(f"after: {self.settled():.0f} MiB")
         print(f"statuses: {dict(self.statuses)}")
         print(f"wrong: {dict(self.wrong) or 'none'} of {self.total}")
 
@@ -303,6 +302,14 @@ class Soak:
                 self.wrong[f"{name}: {status}, not {kind.status}"] += 1
             if number % (self.total // 10) == 0:
                 print(f"{number}: {self.memory():.0f} MiB", flush=True)
+
+    def settled(self):
+        """Return the memory once it stays: a server that idles compiles."""
+        before = None
+        while before is None or abs(self.memory() - before) > 1:
+            before = self.memory()
+            time.sleep(15)
+        return before
 
     def memory(self):
         """Return the server's resident memory in MiB."""

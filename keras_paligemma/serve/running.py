@@ -51,8 +51,8 @@ def run(app, host, port, limits):
         # Who reads the address may connect: he waits until it is served.
         listening.listen(2048)
         shown = f"[{host}]" if ":" in host else host
-        # What is loaded stays: looking for garbage in it halts all threads for
-        # half a second.
+        # What is loaded stays: some 500,000 objects, and looking for garbage
+        # among them halts all threads.
         gc.collect()
         gc.freeze()
         print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
