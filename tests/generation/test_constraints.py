@@ -54,11 +54,11 @@ def test_answers_are_legal_objects(model, examples, drawn):
     assert found[2] == free[2]
 
 
-@pytest.mark.parametrize("beams", [None, 2])
-def test_objects_that_do_not_fit_do_not_begin(model, examples, beams):
+def test_objects_that_do_not_fit_do_not_begin(model, examples):
     """The model would never stop by itself: what is left decides."""
     tokenizer = model.preprocessor.tokenizer
     asked = {"images": examples["images"][0], "prompts": "detect cat"}
+    options = {"legal_objects": True, "details": True}
     one, two = (
         len(tokenizer.tokenize(" ; ".join(["<loc0000>" * 4 + " cat"] * count)))
         for count in (1, 2)
@@ -75,20 +75,18 @@ def test_objects_that_do_not_fit_do_not_begin(model, examples, beams):
         (two, 1),
         (two + 1, 2),
     ):
-        answer = model.generate(
-            asked,
-            length,
-            legal_objects=True,
-            logits_hook=on_and_on,
-            details=True,
-            beams=beams,
-        )
+        answer = model.generate(asked, length, logits_hook=on_and_on, **options)
         assert answer.finish == "stop_token"
         assert answer.text.count(" cat") == objects
         assert re.fullmatch(rf"({OBJECT}( ; {OBJECT})*)?", answer.text)
+    # Every beam ends, too: without a limit some would go on.
+    beams = model.generate(asked, two, beams=3, **options).beams
+    for beam in beams:
+        assert beam.finish == "stop_token"
+        assert re.fullmatch(rf"({OBJECT}( ; {OBJECT})*)?", beam.text)
     # A begun object that cannot end is cut.
     begun = asked | {"responses": "<loc0001>" * 4}
-    answer = model.generate(begun, 5, legal_objects=True, details=True)
+    answer = model.generate(begun, 5, **options)
     assert answer.finish == "length"
 
 
