@@ -329,7 +329,10 @@ class GroupedQueryAttention(keras.layers.Layer):
             cache = write_cache(cache, key_BSKH, value_BSKH, index)
             # A prefill's mask covers its own tokens only, so that the cache,
             # with its empty end, need not be read back.
-            if not (fused or mask_BTS.shape[-1] == tokens):
+            is_prefill = (
+                isinstance(mask_BTS, PrefixMask) or mask_BTS.shape[-1] == tokens
+            )
+            if not is_prefill:
                 key_BSKH, value_BSKH = read_cache(cache)
         mixed_BTNH = (attend_fused if fused else attend)(
             query_BTNH, key_BSKH, value_BSKH, mask_BTS, self.logit_soft_cap

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -122,7 +123,7 @@ def prepare(
         prompt = bucket(prompt, 16)
     elif length <= preprocessor.response_length:
         response = preprocessor.response_length
-    shared = {"stop_ids": stop_array(stops)}
+    shared: dict[str, Any] = {"stop_ids": stop_array(stops)}
     if prefix is not None:
         shared["prefix"] = continue_rows(prefix, inputs, arrays)
     begun = arrays["response_mask"][:count]

@@ -1,6 +1,7 @@
 """The attention of responses to pictures, for people to look at."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from keras import ops
 
@@ -105,7 +106,7 @@ def attended(model, plan, rows):
         float32 tensor (B, R, [layers], [heads], [pictures], rows, columns).
     """
     backbone = model.backbone
-    text = PromptAndResponse.among(rows)
+    text: Any = PromptAndResponse.among(rows)
     inputs = {**rows, **text.whole()}
     x_BLD = backbone.embed(inputs)
     images = x_BLD.shape[1] - inputs["token_ids"].shape[1]
