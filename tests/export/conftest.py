@@ -1,5 +1,6 @@
 """Encoded pictures of every kind that a server is sent, and the server."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -24,21 +25,30 @@ def bare(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def address(bare):
-    """Where the server listens, which answers for the exported nano preset."""
+@contextlib.contextmanager
+def serving(folder, *arguments, path=""):
+    """Start the example's server, and give the address where it listens."""
     server = subprocess.Popen(
         [
             sys.executable,
             ROOT / "examples" / "serve" / "server.py",
-            *(bare, "--port", "0"),
+            *(folder, "--port", "0", *arguments),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=os.environ | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": ""},
-        cwd=bare.parent,
+        env=os.environ | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": path},
+        cwd=folder.parent,
         text=True,
     )
     with server:
-        yield server.stdout.readline().strip()
-        server.kill()
+        try:
+            yield server.stdout.readline().strip()
+        finally:
+            server.kill()
+
+
+@pytest.fixture(scope="session")
+def address(bare):
+    """Where the server listens, which answers for the exported nano preset."""
+    with serving(bare) as address:
+        yield address
