@@ -51,10 +51,14 @@ def product(kernel, x, input_axes):
         input_axes: tuple of ints, shape of the axes that are summed over.
 
     Returns:
-        Tensor (..., *output axes), dtype of `x`; the sums are float32.
+        Tensor (..., *output axes), dtype of `x`; the sums are float32, or
+        float64 if `x` is.
     """
+    import jax.numpy as jnp
+
     kernel_OI, x_RI, shape = _matrices(kernel, x, input_axes)
-    y_RO = _multiply(kernel_OI.astype(x.dtype), x_RI, "float32")
+    sums = jnp.promote_types(x.dtype, "float32")
+    y_RO = _multiply(kernel_OI.astype(x.dtype), x_RI, sums)
     return y_RO.astype(x.dtype).reshape(shape)
 
 

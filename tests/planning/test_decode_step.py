@@ -57,18 +57,16 @@ def test_what_is_moved_is_counted_from_the_text():
 @pytest.mark.skipif(
     not has_compiler(), reason="libtpu is not installed: no TPU compiler"
 )
-@pytest.mark.parametrize(("quantize", "most"), [("", 1.05), ("int8", 1.15)])
-def test_a_step_reads_the_weights_once(quantize, most):
+def test_a_step_reads_the_weights_once():
     program = [sys.executable, "-m", "tests.planning.decode_step"]
-    job = ["pali_gemma2_pt_3b_224", "1", quantize]
     done = subprocess.run(
-        [*program, *filter(None, job)],
+        [*program, "pali_gemma2_pt_3b_224", "1"],
         env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,
         check=True,
         text=True,
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["weights"] < found["moved"] <= most * found["weights"]
+    assert found["weights"] < found["moved"] <= 1.05 * found["weights"]
     # A layer's keys are 1/52 of the cache: nothing near that is copied.
     assert found["copied"] < found["cached"] / 200
