@@ -64,8 +64,9 @@ def product(kernel, x, input_axes):
 
 def should_use_integers(x, input_axes):
     """Return whether `integer_product` is faster than dequantisation."""
-    rows = math.prod(x.shape) // math.prod(input_axes)
-    return should_use_cpu_products() and rows <= FEW_ROWS
+    if not should_use_cpu_products():
+        return False
+    return _are_few(math.prod(x.shape[: len(x.shape) - len(input_axes)]))
 
 
 def integer_product(kernel, scale, x, input_axes):
@@ -122,8 +123,8 @@ def _multiply(kernel_OI, x_RI, dtype):
         axes = (((1,), (1,)), ((), ()))
         return jax.lax.dot_general(a, b, axes, preferred_element_type=dtype)
 
-    rows = len(x_RI)
-    if rows > FEW_ROWS:
+    rows = x_RI.shape[0]
+    if not _are_few(rows):
         return dot(x_RI, kernel_OI)
     if rows == 1 and x_RI.dtype.itemsize < 4:
         x_RI = jnp.pad(x_RI, ((0, 1), (0, 0)))
@@ -131,3 +132,8 @@ def _multiply(kernel_OI, x_RI, dtype):
     # order.
     y_OR = jax.lax.optimization_barrier(dot(kernel_OI, x_RI))
     return y_OR.T[:rows]
+
+
+def _are_few(rows):
+    """Return whether a number of rows is small; a symbol is not."""
+    return isinstance(rows, int) and rows <= FEW_ROWS

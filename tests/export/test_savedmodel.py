@@ -53,7 +53,7 @@ LORAS = {
     },
     "second": {"rank": 2, "alpha": 5.0, "rslora": True},
 }
-DRAWS = {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01}
+DRAWS = {"temperature": 3.0, "top_k": 40, "top_p": 0.9, "min_p": 0.01}
 OPTIONS = {
     "max_new_tokens": np.int32(12),
     "temperature": np.float32(0),
@@ -339,8 +339,9 @@ def test_weights_are_stored_once(folder, model):
     weights = [*model.backbone.variables, *slots]
     weights = sum(to_host(one).nbytes for one in weights)
     assert stored < 1.02 * weights
-    # That of the bare preset is in test_server; here it has two adapters.
-    assert (folder / "saved_model.pb").stat().st_size < 5_000_000
+    # That of the bare preset is in test_server; here it has two adapters, and
+    # four signatures.
+    assert (folder / "saved_model.pb").stat().st_size < 6_000_000
 
 
 def test_graph_has_defaults_and_runs_no_python(folder):
