@@ -251,15 +251,24 @@ class LayerStack(keras.layers.Layer):
                 found.append(function(block, number, x, *args))
                 x = block(x, *args, **self._number(number))
             return ops.stack(found)
-        lend, xs = self._lender(None)
+        block, (lend, xs) = self._template(), self._lender(None)
+        numbers = xs[0]
+        # Carried, since Keras's scan of TensorFlow stacks only what has the
+        # carry's shape. Of this call nothing but the shape is used.
+        with lend([stack[0] for stack in xs[1:]], numbers[0]):
+            one = function(block, numbers[0], x, *args)
+        every = ops.zeros((self.num_layers, *one.shape), one.dtype)
 
-        def step(x, number_and_slices):
+        def step(carry, number_and_slices):
+            x, every = carry
             number, *slices = number_and_slices
-            with lend(slices, number) as block:
-                found = function(block, number, x, *args)
-                return block(x, *args, **self._number(number)), found
+            with lend(slices, number):
+                one = function(block, number, x, *args)
+                x = block(x, *args, **self._number(number))
+            here = ops.reshape(numbers == number, (-1,) + (1,) * len(one.shape))
+            return (x, ops.where(here, one[None], every)), None
 
-        return ops.scan(step, x, xs)[1]
+        return ops.scan(step, (x, every), xs)[0][1]
 
     def _lender(self, seed):
         """Return what lends the template a layer, and what a scan runs over."""
@@ -280,24 +289,23 @@ class LayerStack(keras.layers.Layer):
         variables = [named[name] for name in values]
         numbers = ops.arange(self.num_layers, dtype="int32")
 
-        @contextlib.contextmanager
         def lend(slices, number):
+            # Not a generator, which TensorFlow's AutoGraph warns about.
             slices = [as_stored(weight) for weight in slices]
             mapping = list(zip(variables, slices, strict=True))
-            with (
-                keras.StatelessScope(mapping),
-                dropout_scope(seed, number),
-                stacked_weights_scope(lent, number),
-            ):
-                yield template
+            scopes = contextlib.ExitStack()
+            scopes.enter_context(keras.StatelessScope(mapping))
+            scopes.enter_context(dropout_scope(seed, number))
+            scopes.enter_context(stacked_weights_scope(lent, number))
+            return scopes
 
         return lend, [numbers, *values.values()]
 
     def _scan(self, x, args, cache, index, seed):
-        lend, xs = self._lender(seed)
+        template, (lend, xs) = self._template(), self._lender(seed)
 
         def block(slices, number, *args, **kwargs):
-            with lend(slices, number) as template:
+            with lend(slices, number):
                 return template(*args, **self._number(number), **kwargs)
 
         if cache is None:
