@@ -119,12 +119,11 @@ def with_neighbours(
     ):
         place = _location(token)
         near = {token: value}
-        for text, other in others:
-            other_place = _location(text)
-            if place is None or other_place is None:
-                continue
-            if abs(other_place - place) <= reach:
-                near[text] = other
+        if place is not None:
+            for text, other in others:
+                location = _location(text)
+                if location is not None and abs(location - place) <= reach:
+                    near[text] = other
         total = np.logaddexp.reduce(list(near.values()))
         # Rounding may add up to more than 1.
         sums.append(min(float(total), 0.0))
