@@ -5,6 +5,7 @@ from collections import OrderedDict
 
 import keras
 
+from keras_paligemma.layers.cpu_products import answering_scope
 from keras_paligemma.types import PathLike
 
 # Programs that a model keeps. A logits hook that is a new function in each call
@@ -105,7 +106,7 @@ def _of_jax(model, function, plan, donated):
 
     def of_values(values, *arguments):
         mapping = list(zip(variables(), values, strict=True))
-        with keras.StatelessScope(state_mapping=mapping):
+        with keras.StatelessScope(state_mapping=mapping), answering_scope():
             return function(model, plan, *arguments)
 
     def variables():

@@ -17,6 +17,8 @@ a single row of 16 or 8 bits is padded to two, and sums are float32 or int32.
 Files keep their order: `layers.weight` translates.
 """
 
+import contextlib
+import contextvars
 import math
 
 import keras
@@ -26,6 +28,21 @@ from keras_paligemma.compat import platform
 
 # With more rows both orders take the same time, and this one transposes.
 FEW_ROWS = 32
+_ANSWERING = contextvars.ContextVar("answering", default=False)
+
+
+@contextlib.contextmanager
+def answering_scope():
+    """Let few rows have products of their own.
+
+    Programs that answer run in it. Training does not: a loss in chunks of few
+    tokens is to round as the whole one does.
+    """
+    token = _ANSWERING.set(True)
+    try:
+        yield
+    finally:
+        _ANSWERING.reset(token)
 
 
 def should_use_cpu_products():
@@ -136,4 +153,5 @@ def _multiply(kernel_OI, x_RI, dtype):
 
 def _are_few(rows):
     """Return whether a number of rows is small; a symbol is not."""
-    return isinstance(rows, int) and rows <= FEW_ROWS
+    is_small = isinstance(rows, int) and rows <= FEW_ROWS
+    return is_small and _ANSWERING.get()

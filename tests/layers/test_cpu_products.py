@@ -34,9 +34,10 @@ def outputs_first(kernel):
 @pytest.mark.parametrize("rows", [1, 2, 7, cpu_products.FEW_ROWS + 1])
 def test_product_is_numpys(rows):
     kernel, x = kernel_and_rows(rows)
-    found = cpu_products.product(
-        ops.array(outputs_first(kernel)), ops.array(x), INPUTS
-    )
+    with cpu_products.answering_scope():
+        found = cpu_products.product(
+            ops.array(outputs_first(kernel)), ops.array(x), INPUTS
+        )
     np.testing.assert_allclose(found, np.tensordot(x, kernel, 2), atol=1e-5)
 
 
@@ -46,9 +47,10 @@ def test_bfloat16_is_rounded_once(rows):
     """The sums are float32, so that only the result is rounded."""
     kernel, x = kernel_and_rows(rows)
     kernel, x = (one.astype(ml_dtypes.bfloat16) for one in (kernel, x))
-    found = cpu_products.product(
-        ops.array(outputs_first(kernel)), ops.array(x), INPUTS
-    )
+    with cpu_products.answering_scope():
+        found = cpu_products.product(
+            ops.array(outputs_first(kernel)), ops.array(x), INPUTS
+        )
     assert found.dtype == "bfloat16"
     exact = np.tensordot(x.astype("float64"), kernel.astype("float64"), 2)
     error = np.abs(np.asarray(found, "float64") - exact)
@@ -64,9 +66,9 @@ def test_integers_err_by_half_a_step(rows):
     x[0] *= 1000
     kernel = random.integers(-127, 128, INPUTS + OUTPUTS).astype("int8")
     scale = random.uniform(0.1, 1, (*OUTPUTS, 1, 1)).astype("float32")
-    found = cpu_products.integer_product(
-        ops.array(outputs_first(kernel)), ops.array(scale), ops.array(x), INPUTS
-    )
+    inputs = outputs_first(kernel), scale, x
+    with cpu_products.answering_scope():
+        found = cpu_products.integer_product(*map(ops.array, inputs), INPUTS)
     scale = scale[..., 0, 0]
     exact = np.tensordot(x.astype("float64"), kernel.astype("float64"), 2)
     step = np.abs(x).reshape(rows, -1).max(1)[:, None, None] / (127 * 254)
@@ -86,6 +88,17 @@ def test_rows_of_zeros_stay_zeros():
         *map(ops.array, (kernel, scale, x)), INPUTS
     )
     np.testing.assert_array_equal(found, np.zeros((2, *OUTPUTS)))
+
+
+@only_jax
+def test_only_answers_are_of_integers():
+    """Training's products have the gradient of what they compute."""
+    _, x = kernel_and_rows(2)
+    assert not cpu_products.should_use_integers(x, INPUTS)
+    with cpu_products.answering_scope():
+        assert cpu_products.should_use_integers(x, INPUTS)
+        _, x = kernel_and_rows(cpu_products.FEW_ROWS + 1)
+        assert not cpu_products.should_use_integers(x, INPUTS)
 
 
 @only_jax

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_paligemma.layers import cpu_products
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.stack import LayerStack
 from keras_paligemma.layers.weight import Weight
@@ -103,8 +102,6 @@ def test_projection_is_that_of_its_float_kernel(mode, part, monkeypatch):
     """Whether the kernel becomes floats at once or in parts."""
     monkeypatch.setattr(products, "PART", part)
     monkeypatch.setattr(products, "ALIGNED", (1,))
-    # `layers.test_cpu_products` has the product of integers.
-    monkeypatch.setattr(cpu_products, "FEW_ROWS", 0)
     keras.utils.set_random_seed(0)
     layer = Projection((3, 10), (4, 2), True, quantization=mode)
     layer.build()
@@ -147,7 +144,6 @@ def test_projection_is_that_of_its_float_kernel(mode, part, monkeypatch):
 @pytest.mark.parametrize("part", [2**24, 300])
 def test_table_embeds_and_is_the_head(mode, part, monkeypatch):
     """Whether the head takes all rows at once or some at a time."""
-    monkeypatch.setattr(cpu_products, "FEW_ROWS", 0)
     monkeypatch.setattr(products, "PART", part)
     monkeypatch.setattr(products, "ALIGNED", (1,))
     layer = TokenEmbedding(12, 140, mode)
