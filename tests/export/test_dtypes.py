@@ -68,7 +68,14 @@ def scored(models):
 
 @pytest.fixture(scope="module")
 def answers(folders, scored, tmp_path_factory):
-    options = {"max_new_tokens": np.int32(32), "temperature": np.float32(0)}
+    options = {
+        "max_new_tokens": np.int32(32),
+        "temperature": np.float32(0),
+        "top_k": np.int32(2048),
+        "top_p": np.float32(1),
+        "min_p": np.float32(0),
+        "seed": np.int32(-1),
+    }
     requests = {}
     for name, folder in folders.items():
         for kind, signature, inputs in (

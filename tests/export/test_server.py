@@ -46,7 +46,7 @@ def ask(address, image=SCENE, prompt="caption en", **options):
 
 def test_the_graph_is_small(bare):
     # It grows with layers and adapters, not with their widths.
-    assert (bare / "saved_model.pb").stat().st_size < 3_000_000
+    assert (bare / "saved_model.pb").stat().st_size < 4_000_000
 
 
 def test_page_and_health(address):
