@@ -6,11 +6,10 @@ cores with AVX-512, rows from 1 to 32:
 
 | | 1 | 2 | 8 | 32 |
 | --- | --- | --- | --- | --- |
-| float32, x · kernel (inputs, outputs) | 21 | 50 | 52 | 84 |
-| float32, kernel (outputs, inputs) · xᵀ | 17 | 24 | 26 | 62 |
-| bfloat16 to bfloat16, x · kernel | 265 | | | |
-| bfloat16 to float32, kernel · xᵀ | 244 | 22 | 20 | 34 |
-| int8 to int32, kernel · xᵀ | 219 | 11 | 17 | 41 |
+| float32, x · kernel (inputs, outputs) | 12 | 25 | 26 | 49 |
+| float32, kernel (outputs, inputs) · xᵀ | 14 | 14 | 18 | 35 |
+| bfloat16 to float32, kernel · xᵀ | 139 | 12 | 13 | 18 |
+| int8 to int32, kernel · xᵀ | 122 | 6 | 8 | 22 |
 
 So kernels are stored outputs first here, few rows stand to the right of them,
 a single row of 16 or 8 bits is padded to two, and sums are float32 or int32.

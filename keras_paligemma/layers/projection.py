@@ -9,6 +9,7 @@ from keras import ops
 from keras_paligemma.compat import platform
 from keras_paligemma.layers import cpu_products
 from keras_paligemma.layers.dropout import drop
+from keras_paligemma.layers.weight import Weight
 from keras_paligemma.quantization.products import quantized_product
 from keras_paligemma.quantization.storage import QuantizedFormat
 from keras_paligemma.quantization.storage import add_quantized_weight
@@ -105,6 +106,24 @@ class Projection(keras.layers.Layer):
                 shape=self.output_axes, initializer="zeros", name="bias"
             )
         self.built = True
+
+    def save_own_variables(self, store):
+        for number, variable in enumerate(self._own_variables()):
+            store[str(number)] = Weight((variable,)).read()
+
+    def load_own_variables(self, store):
+        variables = self._own_variables()
+        if len(store.keys()) != len(variables):
+            raise ValueError(
+                f"The file does not fit {self.path!r}. Expected: "
+                f"{len(variables)} arrays. Received: {len(store.keys())}."
+            )
+        for number, variable in enumerate(variables):
+            Weight((variable,)).assign(store[str(number)])
+
+    def _own_variables(self):
+        """Return the variables in Keras's order."""
+        return self._trainable_variables + self._non_trainable_variables
 
     def add_adapter(self, rank, scale, dropout=0.0, bias=False, gain=False):
         """Add the product of two low-rank matrices, initially zero.

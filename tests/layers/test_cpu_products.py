@@ -172,3 +172,29 @@ def test_gradients_are_those_of_inputs_first(rows):
     if layer.kernel.outputs_first:
         wanted = outputs_first(wanted)
     np.testing.assert_allclose(of_kernel, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_keras_files_have_one_order(quantization):
+    """What is saved with one order of axes loads into the other."""
+
+    def built():
+        layer = Projection(INPUTS, OUTPUTS, True, quantization=quantization)
+        layer.build()
+        return layer
+
+    here, store = built(), {}
+    with compiling_for("cpu"):
+        elsewhere = built()
+    here.save_own_variables(store)
+    elsewhere.load_own_variables(store)
+    again = {}
+    elsewhere.save_own_variables(again)
+    assert list(store) == list(again)
+    for key, array in store.items():
+        np.testing.assert_array_equal(array, again[key])
+    kernel = Weight((elsewhere.kernel,)).read()
+    assert kernel.shape == INPUTS + OUTPUTS
+    np.testing.assert_array_equal(kernel, elsewhere.kernel)
+    with pytest.raises(ValueError, match="does not fit"):
+        elsewhere.load_own_variables({"0": kernel})
