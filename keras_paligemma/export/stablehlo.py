@@ -5,9 +5,10 @@ import numpy as np
 
 from keras_paligemma.checkpoints.storage.safetensors import write_safetensors
 from keras_paligemma.compat import compiling_for
-from keras_paligemma.compat import to_host
 from keras_paligemma.export.forward import response_logits
 from keras_paligemma.export.forward import shapes_and_dtypes
+from keras_paligemma.layers.weight import Weight
+from keras_paligemma.layers.weight import as_variable
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 
 ENTRY = "generate.stablehlo"
@@ -32,9 +33,21 @@ def write(model, folder):
     variables = {
         variable.path: variable for variable in model.backbone.variables
     }
-    weights = {
-        path: jax.ShapeDtypeStruct(variable.shape, variable.dtype)
+    # In the order of files, whatever order suits this machine.
+    scanned = {
+        id(weight.variables[0])
+        for weight in model.backbone.weights_by_name().values()
+        if weight.form == "scanned"
+    }
+    stored = {
+        path: Weight(
+            (variable,), "scanned" if id(variable) in scanned else None
+        )
         for path, variable in variables.items()
+    }
+    weights = {
+        path: jax.ShapeDtypeStruct(weight.shape, variables[path].dtype)
+        for path, weight in stored.items()
     }
     (batch,) = export.symbolic_shape("batch")
     inputs = {
@@ -44,7 +57,10 @@ def write(model, folder):
 
     def exported(function):
         def stateless(weights, inputs):
-            values = [(variables[path], weights[path]) for path in variables]
+            values = [
+                (one, as_variable(weights[path], one, int(id(one) in scanned)))
+                for path, one in variables.items()
+            ]
             with keras.StatelessScope(state_mapping=values):
                 return function(model, inputs)
 
@@ -59,7 +75,7 @@ def write(model, folder):
     (folder / ENTRY).write_bytes(exported(greedy_ids))
     write_safetensors(
         folder,
-        ((path, to_host(variable)) for path, variable in variables.items()),
+        ((path, weight.read()) for path, weight in stored.items()),
         max_shard_size=np.inf,
     )
 

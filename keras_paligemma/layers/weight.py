@@ -142,7 +142,7 @@ class Weight:
         if self.is_one_array:
             variable = self.variables[0]
             layers = int(self.form == "scanned")
-            fill(variable, _as_variable(value, variable, layers))
+            fill(variable, as_variable(value, variable, layers))
         else:
             self.assign_layers([value] if self.form is None else value)
 
@@ -170,7 +170,7 @@ class Weight:
             def write(number, *arrays):
                 for variables, array in zip(stored, arrays, strict=True):
                     variable = variables[number]
-                    fill(variable, _as_variable(array, variable))
+                    fill(variable, as_variable(array, variable))
 
             return write
         stacks = [np.empty(one.shape, np.dtype(one.dtype)) for (one,) in stored]
@@ -180,7 +180,7 @@ class Weight:
             for stack, array, (variable,) in zip(
                 stacks, arrays, stored, strict=True
             ):
-                stack[number] = _as_variable(array, variable)
+                stack[number] = as_variable(array, variable)
             missing.discard(number)
             if not missing:
                 for (variable,) in stored:
@@ -203,7 +203,7 @@ class Weight:
         def changed(*layers):
             variables = (weight.variables[0] for weight in weights)
             layers = map(inputs_first, layers, variables)
-            return _as_variable(function(*layers), first)
+            return as_variable(function(*layers), first)
 
         if self.form == "scanned":
             # One layer at a time: no float32 copy of the whole stack.
@@ -257,7 +257,7 @@ def inputs_first(array, variable, layers=0):
     return _moved(array, _outputs_first(variable), layers)
 
 
-def _as_variable(array, variable, layers=0):
+def as_variable(array, variable, layers=0):
     """Return an array in the order of a variable; see `inputs_first`."""
     first = _outputs_first(variable)
     return _moved(array, first and len(array.shape) - layers - first, layers)

@@ -8,6 +8,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
@@ -111,6 +112,12 @@ def test_stablehlo_answers_as_generate(model, asked, tmp_path):
     assert texts_of(model, found["ids"]) == texts
     np.testing.assert_array_equal(found["generated"], found["ids"])
     assert stored(folder) - weights_of(model) < 200_000
+    # Axes as in every other file, whatever order suits this machine.
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        [name] = [one for one in file.keys() if "projector/kernel" in one]
+        kernel = file.get_tensor(name)
+    weight = model.backbone.weights_by_name()["vision_encoder/projector/kernel"]
+    np.testing.assert_array_equal(kernel, weight.read())
 
 
 @pytest.fixture(scope="module")
