@@ -226,7 +226,7 @@ class LayerStack(keras.layers.Layer):
                 x,
                 *args,
                 **self._number(number),
-                **({"last": last} if is_last and last is not None else {}),
+                last=last if is_last else None,
                 cache=(keys, values, None),
                 index=index,
             )
