@@ -166,6 +166,21 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="Others have one order of axes."
+)
+def test_a_run_of_another_order_of_axes_is_refused(model_and_batches, tmp_path):
+    """Even if a kernel is square, and has the same shape in both."""
+    model, batches = model_and_batches
+    model.backbone.unfreeze("*/kernel")
+    model.compile("sgd")
+    fit(model, batches, tmp_path, 1, every=3, verbose=0)
+    for variable in model.trainable_variables:
+        variable.outputs_first = 0
+    with pytest.raises(ValueError, match="outputs first"):
+        fit(model, batches, tmp_path, 2, every=3, verbose=0)
+
+
 def test_another_runs_checkpoint_is_refused(model_and_batches, tmp_path):
     model, batches = model_and_batches
     fit(model, batches, tmp_path, 1, every=3, verbose=0)
