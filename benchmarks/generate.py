@@ -224,14 +224,18 @@ def rows_of(arguments):
 
 def main(arguments):
     """Print the table."""
-    sizes = peers.DEEP if arguments.compile else peers.WIDE
     least = bytes_of_a_token() / peers.bytes_a_second()
     print("| | batch | compile s | × | first s | × | token ms | × |", end="")
     print(" whole s | × | of the bandwidth | peak | same |")
     print(f"|{' --- |' * 13}")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        write_weights(sizes, arguments.size, folder)
+        # Not here: the random weights would stay in memory beside a peer's.
+        peers.in_new_process(
+            "benchmarks.generate",
+            *("--write", "--folder", folder, "--size", arguments.size),
+            *(["--compile"] if arguments.compile else []),
+        )
         found = [
             (row, run(*row, folder, arguments)) for row in rows_of(arguments)
         ]
@@ -261,6 +265,7 @@ def main(arguments):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--who", choices=PACKAGES)
+    parser.add_argument("--write", action="store_true")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--form", default="unrolled")
     parser.add_argument("--options", default="{}")
@@ -272,7 +277,14 @@ if __name__ == "__main__":
     parser.add_argument("--without", nargs="*", default=[])
     parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
-    if given.who:
+    if given.write:
+        write_weights(
+            peers.DEEP if given.compile else peers.WIDE,
+            given.size,
+            given.folder,
+        )
+        print("written")
+    elif given.who:
         measure(given)
     else:
         main(given)
