@@ -129,11 +129,14 @@ def kind(request):
 
 
 def test_every_kind_is_pefts(base, tmp_path, kind):
-    """In logits of PEFT's model, 5e-6 was the most that was seen."""
+    """Of PEFT's logits in float64 7.5e-6 is the most that was seen.
+
+    PEFT's own in float32 are as far from them, up to 6.6e-6.
+    """
     model = adapted(base, **KINDS[kind])
     model.save_pretrained(tmp_path / "theirs")
     inputs, valid = transformers_inputs()
-    wanted = reference.run(model, **inputs)
+    wanted = reference.run(model.double(), **inputs)
     plain = reference.run(base, **inputs)
     assert error(plain[valid], wanted[valid]) > 0.1
     # Either form; what is one a layer meets both in the next test.
