@@ -58,6 +58,7 @@ dataTransfer.items.add(new File([bytes], "a.png", {type: "image/png"}));
 const event = new DragEvent("drop", {dataTransfer, cancelable: true});
 document.getElementById("drop").dispatchEvent(event);
 """
+DRAWN = "draw(arguments[0]).then(labels => { window.drawn = labels; });"
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,31 @@ def test_a_mask_is_drawn_where_the_codec_says(chromium, bare):
         assert kind == ""
         (bell,) = read_objects(text, MaskCodec.embedded())
         browser.check_mask(before, chromium.canvas(), bell, (230, 25, 75))
+
+
+def test_labels_can_all_be_read(page):
+    """Ten boxes, some of them the same and at the picture's edges."""
+    page.run(DROP, base64.b64encode(BELL.read_bytes()).decode())
+    page.wait(SHOWN)
+    boxes = [
+        {"x1": x, "y1": y, "x2": 1, "y2": 1, "label": "butterfly", "score": 0.5}
+        for x, y in [(0.2, 0.3)] * 4 + [(0.25, 0.98)] * 4 + [(0.95, 0)] * 2
+    ]
+    page.run(DRAWN, boxes)
+    labels = page.wait("return window.drawn")
+    assert len(labels) == 10
+    for index, one in enumerate(labels):
+        assert one["x"] >= 0
+        assert one["y"] >= 0
+        assert one["x"] + one["width"] <= 448
+        assert one["y"] + one["height"] <= 448
+        for other in labels[:index]:
+            assert (
+                one["x"] >= other["x"] + other["width"]
+                or other["x"] >= one["x"] + one["width"]
+                or one["y"] >= other["y"] + other["height"]
+                or other["y"] >= one["y"] + one["height"]
+            )
 
 
 def test_a_dropped_picture_gets_text(page):
