@@ -1,6 +1,9 @@
 """What the tests share: goldens, and tiny models of unequal sizes."""
 
+import gc
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 # TensorFlow's start-up lines, which are not about the package.
@@ -15,6 +18,22 @@ from tests.helpers.tiny_models import IMAGE_SIZE  # noqa: E402
 from tests.helpers.tiny_models import TEXT  # noqa: E402
 from tests.helpers.tiny_models import VISION  # noqa: E402
 from tests.helpers.tiny_models import fill  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs():
+    """Drop the compiled programs of earlier tests before they are too many.
+
+    Each program of XLA's holds memory mappings until JAX forgets it. Linux
+    allows a process 65,530, and XLA crashes beyond; one file of tests makes up
+    to 12,000.
+    """
+    yield
+    mappings = Path("/proc/self/maps")
+    if "jax" in sys.modules and mappings.exists():
+        if mappings.read_bytes().count(b"\n") > 30_000:
+            sys.modules["jax"].clear_caches()
+            gc.collect()
 
 
 @pytest.fixture(scope="session")
