@@ -6,7 +6,8 @@ process of its own, all in one run; medians. "first" is the time to the first
 token, "token" that of each later one; "of the bandwidth" is the least time of a
 token, reading each weight of the decoder once at the rate measured here, as a
 share of it. Memory is the most that the process held while answering, as a
-multiple of its weights. `same` tells whether the tokens are this package's.
+multiple of its weights. `same` tells whether the tokens are those of the first
+row's package; × is the ratio to it.
 
 `--batches 2 8`, `--size 448`, `--tokens 16` choose the job; `--quantize int8`
 and `--dtype bfloat16` add rows of this package. `--compile` compares the first
@@ -58,6 +59,8 @@ def write_weights(sizes, image_size, folder):
 
 def ours(folder, form, options):
     """Return a function of pictures, prompts and a number of tokens."""
+    import numpy as np
+
     from keras_paligemma import PaliGemmaBackbone
     from keras_paligemma import PaliGemmaCausalLM
 
@@ -68,10 +71,14 @@ def ours(folder, form, options):
 
     def answer(images, ids, tokens):
         return model.generate(
-            {"images": images, "token_ids": ids},
+            {
+                "images": images,
+                "token_ids": ids,
+                "padding_mask": np.ones(ids.shape, bool),
+            },
             max_new_tokens=tokens,
             stop_token_ids=None,
-        )["token_ids"][:, -tokens:]
+        )
 
     return answer, sum(one.value.nbytes for one in backbone.weights)
 
@@ -236,30 +243,32 @@ def main(arguments):
             *("--write", "--folder", folder, "--size", arguments.size),
             *(["--compile"] if arguments.compile else []),
         )
-        found = [
-            (row, run(*row, folder, arguments)) for row in rows_of(arguments)
-        ]
-    reference = found[0][1]["rows"]
-    tokens = [
-        one["rows"] for row, one in found if row == ("ours", "unrolled", {})
-    ][0]
-    for (who, form, options), one in found:
-        name = " ".join([who, *options.values()])
-        name += " scanned" if form == "scanned" else ""
-        for row, base, own in zip(one["rows"], reference, tokens, strict=True):
-            cells = [name, str(row["batch"])]
-            for key, scale in (
-                ("compile", 1),
-                ("first", 1),
-                ("token", 1000),
-                ("whole", 1),
-            ):
-                cells.append(f"{row[key] * scale:.2f}")
-                cells.append(f"{row[key] / base[key]:.2f}")
-            cells.append(f"{100 * least / row['token']:.0f} %")
-            cells.append(f"{one['peak'] / one['weights']:.2f}")
-            cells.append("yes" if row["tokens"] == own["tokens"] else "no")
-            print(f"| {' | '.join(cells)} |", flush=True)
+        reference = None
+        for who, form, options in rows_of(arguments):
+            found = run(who, form, options, folder, arguments)
+            reference = reference or found["rows"]
+            name = " ".join([who, *options.values()])
+            name += " scanned" if form == "scanned" else ""
+            for row, base in zip(found["rows"], reference, strict=True):
+                print(f"| {name} | {' | '.join(cells(row, base))}", end="")
+                print(f" | {100 * least / row['token']:.0f} %", end="")
+                print(f" | {found['peak'] / found['weights']:.2f}", end="")
+                is_same = row["tokens"] == base["tokens"]
+                print(f" | {'yes' if is_same else 'no'} |", flush=True)
+
+
+def cells(row, base):
+    """Return a row's cells: batch, and each measure beside its ratio."""
+    texts = [str(row["batch"])]
+    for key, scale in (
+        ("compile", 1),
+        ("first", 1),
+        ("token", 1000),
+        ("whole", 1),
+    ):
+        texts.append(f"{row[key] * scale:.2f}")
+        texts.append(f"{row[key] / base[key]:.2f}")
+    return texts
 
 
 if __name__ == "__main__":
