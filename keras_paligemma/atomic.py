@@ -86,9 +86,9 @@ def refuse_in_use(folder):
         return
     held = [folder]
     if folder.is_dir():
-        held = [one for one in folder.iterdir() if DRAFT not in one.name]
+        held = [path for path in folder.iterdir() if DRAFT not in path.name]
     if held:
-        names = sorted(one.name for one in held)
+        names = sorted(path.name for path in held)
         raise ValueError(
             f"{folder} is in use. Expected: a new or an empty folder. "
             f"Received: one that holds {names[:5]}. Remove it or choose "

@@ -225,9 +225,9 @@ def sights_table(sights: list[Sight], truth: dict[str, str]) -> Table:
     for path, caption, objects, question, count in sights:
         places = [
             "{}: {:.0f}–{:.0f}, {:.0f}–{:.0f}".format(
-                one.label, *(100 * one.box[edge] for edge in (0, 2, 1, 3))
+                item.label, *(100 * item.box[edge] for edge in (0, 2, 1, 3))
             )
-            for one in objects
+            for item in objects
         ]
         table.add_row(
             Text(path.name),

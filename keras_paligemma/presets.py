@@ -182,7 +182,7 @@ def replaced(folder: str | Path) -> AbstractContextManager[Path]:
         raise ValueError(f"{folder} is a file. Expected: a folder.")
     path = atomic.current(folder, CONFIG) / CONFIG
     ours = path.is_file() and _is_ours(path)
-    held = sorted(one.name for name in WRITTEN for one in folder.glob(name))
+    held = sorted(file.name for name in WRITTEN for file in folder.glob(name))
     if held and not ours:
         raise ValueError(
             f"{folder} holds {', '.join(held)}, which `save_to_preset` did "

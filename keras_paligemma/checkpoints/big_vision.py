@@ -87,9 +87,9 @@ def rows(use_post_norms=True, prefix="params/", scanned=True):
         norms += ["post_attention_norm", "post_ffw_norm"]
     for norm in norms:
         table.append(_text(f"blocks/{norm}/scale", f"{DECODER}{norm}/scale"))
-    one = ENCODER if scanned else ENCODER.rstrip("/") + "_{layer}/"
+    block = ENCODER if scanned else ENCODER.rstrip("/") + "_{layer}/"
     return [
-        replace(row, key=prefix + row.key.replace(ENCODER, one))
+        replace(row, key=prefix + row.key.replace(ENCODER, block))
         for row in table
     ]
 

@@ -130,7 +130,9 @@ def _parse(axes):
     """Split "(n h) d -> d n h" into [[n, h], [d]] and [d, n, h]."""
     array_axes, weight_axes = axes.split("->")
     groups = re.findall(r"\(([^)]*)\)|(\S+)", array_axes)
-    return [(many or one).split() for many, one in groups], weight_axes.split()
+    return [
+        (many or axis).split() for many, axis in groups
+    ], weight_axes.split()
 
 
 class Arrays:
@@ -163,9 +165,11 @@ def shapes(weights, rows):
         if not row.in_blocks:
             result[row.key] = row.checkpoint_shape(shape)
             continue
-        one = row.checkpoint_shape(shape[1:])
+        array_shape = row.checkpoint_shape(shape[1:])
         for key in row.keys(shape[0]):
-            result[key] = (shape[0], *one) if row.stacked else one
+            result[key] = (
+                (shape[0], *array_shape) if row.stacked else array_shape
+            )
     return result
 
 

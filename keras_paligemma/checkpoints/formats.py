@@ -364,8 +364,8 @@ def _big_vision(path, fields, load_weights=True, headers=None):
     if path.is_dir():
         names = sorted(
             {
-                str(one).partition(".npz")[0] + ".npz"
-                for one in path.glob("*.npz*")
+                str(file).partition(".npz")[0] + ".npz"
+                for file in path.glob("*.npz*")
             }
         )
         if len(names) > 1:
@@ -434,7 +434,9 @@ def variant(backbone):
                 (known["image_size"] != backbone["image_size"], name)
             )
     # Pretrained models come before their transfers.
-    matching.sort(key=lambda one: (one[0], "_pt_" not in one[1], one[1]))
+    matching.sort(
+        key=lambda found: (found[0], "_pt_" not in found[1], found[1])
+    )
     return matching[0][1] if matching else None
 
 

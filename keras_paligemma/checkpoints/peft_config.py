@@ -84,7 +84,7 @@ def _is_share(value):
 def _is_pattern_of(fits):
     def is_pattern(value):
         return isinstance(value, dict) and all(
-            _is_expression(key) and fits(one) for key, one in value.items()
+            _is_expression(key) and fits(item) for key, item in value.items()
         )
 
     return is_pattern

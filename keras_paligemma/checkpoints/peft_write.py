@@ -38,24 +38,24 @@ def arrays(lora, pieces, whole, architecture):
             row = table[name]
             layers = pieces[name] if BLOCKS in name else pieces[name][None]
             ranks = lora.ranks_of(target, len(layers))
-            for key, one, rank in zip(
+            for key, layer, rank in zip(
                 row.keys(len(layers)), layers, ranks, strict=True
             ):
                 if name.endswith("adapter_a"):
-                    one = one[..., :rank]
+                    layer = layer[..., :rank]
                 if name.endswith("adapter_b"):
-                    one = one[:rank]
+                    layer = layer[:rank]
                 if rank:
-                    yield ROOT + newest(key), row.write(one)
+                    yield ROOT + newest(key), row.write(layer)
     targets = tuple(f"{TARGETS[target]}/" for target in lora.targets)
     for name, value in whole.items():
         row = table[name]
         layers = value if BLOCKS in name else value[None]
-        for key, one in zip(row.keys(len(layers)), layers, strict=True):
+        for key, layer in zip(row.keys(len(layers)), layers, strict=True):
             if name.startswith(targets):
                 module, _, last = key.rpartition(".")
                 key = f"{module}.base_layer.{last}"
-            yield ROOT + newest(key), row.write(one)
+            yield ROOT + newest(key), row.write(layer)
 
 
 def describe(lora, whole, layers, architecture, base=None):

@@ -80,8 +80,8 @@ class FieldSource:
                 responses = responses.tolist()
             if isinstance(responses, (list, tuple)):
                 responses = [
-                    _text(one, "an answer", self.allow_empty)
-                    for one in responses
+                    _text(response, "an answer", self.allow_empty)
+                    for response in responses
                 ]
             else:
                 responses = _text(responses, "the answer", self.allow_empty)

@@ -137,7 +137,7 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
 
     def batched(images, prompts):
         """Answer as `serve`; servers batch inputs that all have rows."""
-        given: Any = {one.name: defaults[one.name] for one in options}
+        given: Any = {option.name: defaults[option.name] for option in options}
         return serve(images, prompts, **given)
 
     def filled_up(*texts):

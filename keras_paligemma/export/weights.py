@@ -67,7 +67,9 @@ class Weights:
         Yields:
             Pairs of key and value.
         """
-        number = {id(one): place for place, one in enumerate(self._base)}
+        number = {
+            id(variable): place for place, variable in enumerate(self._base)
+        }
         for variable, value in base:
             if id(variable) in number:
                 yield KEY.format("weights", number[id(variable)]), value
@@ -95,8 +97,8 @@ class Weights:
                 the bare model.
         """
         values = [
-            (variable, tf.ensure_shape(one, variable.shape))
-            for variable, one in zip(self._base, self.base, strict=True)
+            (variable, tf.ensure_shape(value, variable.shape))
+            for variable, value in zip(self._base, self.base, strict=True)
         ]
         number = tf.argmax(tf.constant(self.names) == name, output_type="int32")
         scales = self._scales(number)

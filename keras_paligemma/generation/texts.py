@@ -11,8 +11,8 @@ def cut(text, stop_strings):
         >>> cut("a cat. A dog", (". ", "dog"))
         'a cat'
     """
-    places = [text.find(one) for one in stop_strings]
-    return text[: min((one for one in places if one >= 0), default=None)]
+    places = [text.find(string) for string in stop_strings]
+    return text[: min((place for place in places if place >= 0), default=None)]
 
 
 def settled(text, stop_strings):

@@ -58,16 +58,16 @@ def _of_floats(function, variables):
         flat = keras.tree.flatten(arguments)
         places = [
             place
-            for place, one in enumerate(flat)
+            for place, array in enumerate(flat)
             if keras.backend.is_float_dtype(
-                keras.backend.standardize_dtype(one.dtype)
+                keras.backend.standardize_dtype(array.dtype)
             )
         ]
 
         def of_floats(*floats):
             lent, whole = floats[: len(values)], list(flat)
-            for place, one in zip(places, floats[len(values) :], strict=True):
-                whole[place] = one
+            for place, array in zip(places, floats[len(values) :], strict=True):
+                whole[place] = array
             scope = contextlib.nullcontext()
             if variables:
                 pairs = list(zip(variables, lent, strict=True))

@@ -256,17 +256,19 @@ class LayerStack(keras.layers.Layer):
         # Carried, since Keras's scan of TensorFlow stacks only what has the
         # carry's shape. Of this call nothing but the shape is used.
         with lend([stack[0] for stack in xs[1:]], numbers[0]):
-            one = function(block, numbers[0], x, *args)
-        every = ops.zeros((self.num_layers, *one.shape), one.dtype)
+            first = function(block, numbers[0], x, *args)
+        every = ops.zeros((self.num_layers, *first.shape), first.dtype)
 
         def step(carry, number_and_slices):
             x, every = carry
             number, *slices = number_and_slices
             with lend(slices, number):
-                one = function(block, number, x, *args)
+                result = function(block, number, x, *args)
                 x = block(x, *args, **self._number(number))
-            here = ops.reshape(numbers == number, (-1,) + (1,) * len(one.shape))
-            return (x, ops.where(here, one[None], every)), None
+            here = ops.reshape(
+                numbers == number, (-1,) + (1,) * len(result.shape)
+            )
+            return (x, ops.where(here, result[None], every)), None
 
         return ops.scan(step, (x, every), xs)[0][1]
 

@@ -274,8 +274,8 @@ def _rouge(rows, right):
         # An empty caption counts as one word, as Python splits "" at spaces.
         precision = max(common) / max(len(words), 1)
         recall = max(
-            one / max(len(other), 1)
-            for one, other in zip(common, several, strict=True)
+            length / max(len(other), 1)
+            for length, other in zip(common, several, strict=True)
         )
         if not precision or not recall:
             found.append(float(not words and not all(several)))

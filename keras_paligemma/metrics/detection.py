@@ -206,9 +206,9 @@ def _divided(means, count):
     return values
 
 
-def _parts(one):
+def _parts(item):
     """Return box, label and score of an object; a tuple unchanged."""
-    return (one.box, one.label, one.score) if hasattr(one, "box") else one
+    return (item.box, item.label, item.score) if hasattr(item, "box") else item
 
 
 def _xywh(box, size):

@@ -216,7 +216,7 @@ def _to_host(asked, found, here):
     here = slice(
         here.start and here.start * width, here.stop and here.stop * width
     )
-    return {name: to_host(one)[here] for name, one in found.items()}
+    return {name: to_host(array)[here] for name, array in found.items()}
 
 
 def chunks(model, asked, size):
@@ -267,9 +267,11 @@ def _next_state(model, asked, state, until):
         shared = asked.shared | {"sampler": _variables(asked.plan)}
         arguments = tensors((rows, shared))
         return programs(begun_state, asked.plan, *arguments), here
-    rows = {name: one for name, one in rows.items() if name not in OF_PREFILL}
+    rows = {
+        name: array for name, array in rows.items() if name not in OF_PREFILL
+    }
     shared = {
-        name: one for name, one in asked.shared.items() if name != "prefix"
+        name: array for name, array in asked.shared.items() if name != "prefix"
     }
     rows, shared, limit = tensors((rows, shared, np.int32(until)))
     state = programs(
@@ -354,14 +356,17 @@ def _variables(plan):
     """Return the values of a sampler's variables, such as seeds."""
     if plan.sampler is None:
         return []
-    return [ops.convert_to_tensor(one.value) for one in plan.sampler.variables]
+    return [
+        ops.convert_to_tensor(variable.value)
+        for variable in plan.sampler.variables
+    ]
 
 
 def _keep(plan, values):
     """Assign a sampler's variables their values after decoding."""
     if plan.sampler is not None:
-        for one, value in zip(plan.sampler.variables, values, strict=True):
-            one.assign(value)
+        for variable, value in zip(plan.sampler.variables, values, strict=True):
+            variable.assign(value)
 
 
 def answers_of(model, asked, found):
@@ -384,7 +389,7 @@ def answers_of(model, asked, found):
     if model.preprocessor is not None:
         texts = model.preprocessor.generate_postprocess({"token_ids": ids})
     finishes: list[Finish] = [
-        "stop_token" if one else "length" for one in stopped
+        "stop_token" if is_stopped else "length" for is_stopped in stopped
     ]
     for row, text in enumerate(texts):
         texts[row] = cut(text, asked.stop_strings)
@@ -422,7 +427,7 @@ def _tokens_until(model, ids, stop_strings):
 
 def _with_beams(beams):
     """Return the best beam; its `beams` are those that are answers."""
-    beams = [one for one in beams if one.score > LEAST_SCORE] or beams[:1]
+    beams = [beam for beam in beams if beam.score > LEAST_SCORE] or beams[:1]
     return dataclasses.replace(beams[0], beams=tuple(beams))
 
 

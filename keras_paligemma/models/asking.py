@@ -83,7 +83,7 @@ def ask(
     if isinstance(questions, str):
         prompt = prompts.answer(questions, lang)
     else:
-        prompt = [prompts.answer(one, lang) for one in questions]
+        prompt = [prompts.answer(question, lang) for question in questions]
     return _generate(model, images, prompt, options)
 
 
@@ -194,8 +194,8 @@ def _find(
     tokenizer = model.preprocessor.tokenizer
     for (row, some), answer in zip(asked, answers, strict=True):
         found[row] += [
-            _read(one, tokenizer, some, codec, score)
-            for one in _candidates(answer, overlap is not None)
+            _read(candidate, tokenizer, some, codec, score)
+            for candidate in _candidates(answer, overlap is not None)
         ]
     merged = [
         _merged(parts, picture, overlap)
@@ -227,18 +227,18 @@ def _read(answer, tokenizer, labels, codec, score):
     if len(labels) > 1:
         return objects
     named = [
-        one if one.label else dataclasses.replace(one, label=labels[0])
-        for one in objects
+        item if item.label else dataclasses.replace(item, label=labels[0])
+        for item in objects
     ]
     return dataclasses.replace(objects, items=named)
 
 
 def _merged(parts, picture, overlap):
     """Merge the objects of all answers about a picture."""
-    items = [one for part in parts for one in part]
+    items = [item for part in parts for item in part]
     return Objects(
         items if overlap is None else suppress(items, overlap),
-        [one for part in parts for one in part.skipped],
+        [fragment for part in parts for fragment in part.skipped],
         prompts.SEPARATOR.join(part.answer for part in parts if part.answer),
         picture,
     )

@@ -111,11 +111,17 @@ def generate(
     if not strip_prompt and self.preprocessor is not None:
         rows = _with_prompts(rows, inputs["prompts"])
     if options.best_of:
-        rows = [[max(row, key=lambda one: one.log_probability)] for row in rows]
+        rows = [
+            [max(row, key=lambda result: result.log_probability)]
+            for row in rows
+        ]
     if not details and self.preprocessor is None:
         found = _as_array(rows, asked.length)
     else:
-        found = [[one if details else one.text for one in row] for row in rows]
+        found = [
+            [result if details else result.text for result in row]
+            for row in rows
+        ]
     if options.num_samples is None:
         found = (
             found[:, 0]
@@ -242,8 +248,8 @@ def _as_array(rows, length):
     """Return answers as int32 (prompts, copies, length), 0 after their ends."""
     array = np.zeros((len(rows), len(rows[0]), length), "int32")
     for row, answers in enumerate(rows):
-        for copy, one in enumerate(answers):
-            array[row, copy, : len(one.token_ids)] = one.token_ids
+        for copy, result in enumerate(answers):
+            array[row, copy, : len(result.token_ids)] = result.token_ids
     return array
 
 
@@ -261,8 +267,10 @@ def _with_prompts(rows, prompts):
     prompts, _ = to_strings(prompts, "prompts")
     return [
         [
-            dataclasses.replace(one, text=f"{prompt_text(prompt)}\n{one.text}")
-            for one in row
+            dataclasses.replace(
+                result, text=f"{prompt_text(prompt)}\n{result.text}"
+            )
+            for result in row
         ]
         for prompt, row in zip(prompts, rows, strict=True)
     ]

@@ -95,8 +95,8 @@ def typed(inputs, vocabulary_size):
 def tensors(nest):
     """Convert arrays to tensors of the same dtypes, whatever floatx is."""
     return keras.tree.map_structure(
-        lambda one: ops.convert_to_tensor(
-            one, dtype=keras.backend.standardize_dtype(one.dtype)
+        lambda array: ops.convert_to_tensor(
+            array, dtype=keras.backend.standardize_dtype(array.dtype)
         ),
         nest,
     )

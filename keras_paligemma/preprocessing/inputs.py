@@ -210,7 +210,7 @@ def check_dictionary(x) -> None:
     if isinstance(x, (list, tuple)) and x and isinstance(x[0], dict):
         fix = (
             " One dictionary of lists: "
-            "{key: [one[key] for one in inputs] for key in inputs[0]}."
+            "{key: [row[key] for row in inputs] for key in inputs[0]}."
         )
     told = f" {x!r:.80}" if isinstance(x, (str, bytes)) else ""
     raise ValueError(

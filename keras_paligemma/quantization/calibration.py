@@ -73,7 +73,7 @@ def batches_of(examples, preprocessor):
         part = slice(start, start + BATCH)
         batches.append(
             preprocessor(
-                {key: list(one[part]) for key, one in examples.items()}
+                {key: list(columns[part]) for key, columns in examples.items()}
             )
         )
     return batches
@@ -147,7 +147,7 @@ def _through_text(backbone, twin, floats, weights, batches, images):
     decoder = backbone.text_decoder
     xs, arguments, valid = [], [], []
     for (x, _, _), image_BID in zip(batches, images, strict=True):
-        x = {key: one for key, one in x.items() if key != "images"}
+        x = {key: array for key, array in x.items() if key != "images"}
         if image_BID is not None:
             x["image_embeddings"] = image_BID
         xs.append(_to_float(backbone.embed(x)))

@@ -118,7 +118,7 @@ def make_app(
         "/metrics": counts,
         "/v1/models": openai.models(service),
     }
-    routes = [Route(path, one) for path, one in gets.items()]
+    routes = [Route(path, endpoint) for path, endpoint in gets.items()]
     routes += [
         Route(path, make(service), methods=["POST"])
         for path, (make, _) in posts.items()

@@ -145,8 +145,8 @@ class Batches:
         with self._changed:
             self.closed = reason
             waiting, self._queue = self._queue, deque()
-        for one in waiting:
-            self._finish(one, Refused(503, reason))
+        for entry in waiting:
+            self._finish(entry, Refused(503, reason))
 
     def _compile(self, requests):
         try:
@@ -158,14 +158,14 @@ class Batches:
         self.metrics.batch_size.observe(len(batch))
         try:
             answers = self.model.answer(
-                [one.request for one in batch],
+                [entry.request for entry in batch],
                 lambda row, text: batch[row].tell(text),
             )
         except Exception as error:  # noqa: BLE001  keeps serving
             log.exception("a batch failed")
             answers = [error] * len(batch)
-        for one, answer in zip(batch, answers, strict=True):
-            self._finish(one, answer)
+        for entry, answer in zip(batch, answers, strict=True):
+            self._finish(entry, answer)
 
     def _finish(self, waiting, answer):
         if not isinstance(answer, Exception):
@@ -203,7 +203,7 @@ class Batches:
                     self._several = len(batch) > 1
                     taken = set(map(id, batch))
                     self._queue = deque(
-                        one for one in self._queue if id(one) not in taken
+                        entry for entry in self._queue if id(entry) not in taken
                     )
                     return batch
                 self._changed.wait(rest)
@@ -212,9 +212,9 @@ class Batches:
         """Return the oldest requests that can share a batch."""
         key = self.model.key(self._queue[0].request)
         batch = []
-        for one in self._queue:
-            if not one.left and self.model.key(one.request) == key:
-                batch.append(one)
+        for entry in self._queue:
+            if not entry.left and self.model.key(entry.request) == key:
+                batch.append(entry)
             if len(batch) == self.model.largest:
                 break
         return batch

@@ -122,8 +122,10 @@ class PresetModel:
             List of `Answered`.
         """
         # Nobody else needs text between tokens.
-        pieces = any(one.streams or one.choice.stop for one in requests)
-        draws = any(one.choice.temperature for one in requests)
+        pieces = any(
+            request.streams or request.choice.stop for request in requests
+        )
+        draws = any(request.choice.temperature for request in requests)
         rows = bucket(len(requests))
         if (pieces or draws) and rows > 1:
             rows = self.largest
@@ -146,31 +148,31 @@ class PresetModel:
         return self.model.adapters.using(adapter)
 
     def _asked(self, requests, rows):
-        choices = [one.choice for one in requests]
+        choices = [request.choice for request in requests]
         filled = [*requests, *[requests[-1]] * (rows - len(requests))]
         inputs = {
-            name: np.stack([one.inputs[name] for one in filled])
+            name: np.stack([request.inputs[name] for request in filled])
             for name in requests[0].inputs
         }
-        alternatives = any(one.alternatives for one in choices)
+        alternatives = any(choice.alternatives for choice in choices)
         options: dict[str, Any] = {
             "alternatives": self.most_alternatives if alternatives else 0
         }
-        if any(one.temperature for one in choices):
+        if any(choice.temperature for choice in choices):
             vocabulary_size = self.model.backbone.vocabulary_size
             any_seed = np.random.default_rng().integers(
                 2**31, size=len(choices)
             )
             options |= {
-                "temperature": [one.temperature for one in choices],
-                "top_p": [one.top_p for one in choices],
+                "temperature": [choice.temperature for choice in choices],
+                "top_p": [choice.top_p for choice in choices],
                 "top_k": [
-                    min(one.top_k or vocabulary_size, vocabulary_size)
-                    for one in choices
+                    min(choice.top_k or vocabulary_size, vocabulary_size)
+                    for choice in choices
                 ],
                 "seed": [
-                    int(drawn) if one.seed is None else one.seed
-                    for one, drawn in zip(choices, any_seed, strict=True)
+                    int(drawn) if choice.seed is None else choice.seed
+                    for choice, drawn in zip(choices, any_seed, strict=True)
                 ],
             }
         stop = self.model.preprocessor.tokenizer.end_token_id
@@ -186,7 +188,7 @@ class PresetModel:
             chosen.seeded(),
         )
         lengths = asked.rows["max_new_tokens"].copy()
-        lengths[: len(choices)] = [self._length(one) for one in choices]
+        lengths[: len(choices)] = [self._length(choice) for choice in choices]
         lengths[len(choices) :] = 1
         return dataclasses.replace(
             asked, rows=asked.rows | {"max_new_tokens": lengths}
@@ -241,8 +243,11 @@ class PresetModel:
             finish,
             tuple(
                 tuple(
-                    (_piece(tokenizer, one.token_id), one.log_probability)
-                    for one in place[: request.choice.alternatives]
+                    (
+                        _piece(tokenizer, alternative.token_id),
+                        alternative.log_probability,
+                    )
+                    for alternative in place[: request.choice.alternatives]
                 )
                 for place in answer.alternatives[: len(ids)]
             ),

@@ -150,7 +150,7 @@ class Field:
         if good and self.kind in ("integer", "number"):
             good = self.least <= value <= self.most
         if good and self.kind == "strings" and isinstance(value, list):
-            good = all(isinstance(one, str) for one in value)
+            good = all(isinstance(item, str) for item in value)
         if not good:
             bounds = ""
             if self.least > -math.inf:
@@ -249,7 +249,7 @@ def read_prompt(prompt, limits, field="prompt"):
 def read_stop(stop):
     """Return the strings that end an answer as a tuple."""
     stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(stop) > 4 or not all(0 < len(one) <= 100 for one in stop):
+    if len(stop) > 4 or not all(0 < len(string) <= 100 for string in stop):
         raise Refused(
             400,
             "`stop` is wrong. Expected: at most 4 strings of 1 to 100 "

@@ -112,7 +112,7 @@ class SavedModel:
         tf = self.tf
         # The graph takes any batch size; using few sizes reuses its buffers.
         rows = 1 << (len(requests) - 1).bit_length()
-        inputs = [one.inputs for one in requests]
+        inputs = [request.inputs for request in requests]
         inputs += [inputs[-1]] * (rows - len(inputs))
         pictures, prompts = zip(*inputs, strict=True)
         outputs = self.function(
@@ -120,7 +120,7 @@ class SavedModel:
             prompts=tf.constant(prompts),
             **self._options(requests),
         )
-        outputs = {name: one.numpy() for name, one in outputs.items()}
+        outputs = {name: tensor.numpy() for name, tensor in outputs.items()}
         answers = []
         for row, request in enumerate(requests):
             error = outputs["error"][row].decode()
@@ -140,7 +140,7 @@ class SavedModel:
             name: getattr(choice, name) for name in ("temperature", *OPTIONAL)
         }
         given["max_new_tokens"] = max(
-            self._length(one.choice) for one in requests
+            self._length(request.choice) for request in requests
         )
         if choice.seed is None and choice.temperature:
             given["seed"] = secrets.randbelow(2**31)
@@ -181,7 +181,7 @@ def _spelt(pieces, ids):
         "" if id == END else piece.decode().replace("\u2581", " ")
         for piece, id in zip(pieces, ids, strict=False)
     ]
-    return tuple([one.removeprefix(" ") for one in texts[:1]] + texts[1:])
+    return tuple([text.removeprefix(" ") for text in texts[:1]] + texts[1:])
 
 
 def _stops(tokens, stop):

@@ -294,7 +294,7 @@ def _difference(found, expected):
             return (
                 f"{len(there)} arrays of {group!r} there, {len(variables)} here"
             )
-        for one, other in zip(there, variables, strict=True):
-            if one != other:
-                return f"{one} among {group!r} there, {other} here"
+        for entry, other in zip(there, variables, strict=True):
+            if entry != other:
+                return f"{entry} among {group!r} there, {other} here"
     return "nothing that differs"

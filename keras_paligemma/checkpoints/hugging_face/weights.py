@@ -226,10 +226,10 @@ class _Tied:
             )
 
 
-def _equal(one, other):
+def _equal(array, other):
     # NaN, which may have been asked for, is looked for last: that is slower.
-    return np.array_equal(one, other) or np.array_equal(
-        one, other, equal_nan=True
+    return np.array_equal(array, other) or np.array_equal(
+        array, other, equal_nan=True
     )
 
 
@@ -360,7 +360,7 @@ def write(folder, config, arrays, tokenizer=None, max_shard_size=2_000_000_000):
     with atomic.whole_folder(folder, "config.json") as draft:
         for name, content in files.items():
             (draft / name).write_bytes(content)
-        cast = ((key, one.astype(dtype, copy=False)) for key, one in arrays)
+        cast = ((key, array.astype(dtype, copy=False)) for key, array in arrays)
         written = write_safetensors(draft, cast, max_shard_size)
         _check_keys(written, backbone)
 

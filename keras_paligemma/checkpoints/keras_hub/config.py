@@ -320,7 +320,7 @@ def files(config, tokenizer=None):
             "name": "pali_gemma_causal_lm",
         }
         content["task.json"] = _serialized("causal_lm", task)
-    written = {name: to_json(one) for name, one in content.items()}
+    written = {name: to_json(document) for name, document in content.items()}
     return written if tokenizer is None else written | {TOKENIZER: tokenizer}
 
 

@@ -102,9 +102,9 @@ def open_h5(paths):
         files = {}
         for path in paths:
             path = Path(path)
-            for one in shards(path) if path.suffix == ".json" else [path]:
-                with _explained(one):
-                    files[one] = stack.enter_context(h5py.File(one, "r"))
+            for file in shards(path) if path.suffix == ".json" else [path]:
+                with _explained(file):
+                    files[file] = stack.enter_context(h5py.File(file, "r"))
         yield H5Arrays(files)
 
 

@@ -42,12 +42,12 @@ def find_pieces(path):
     stem = match[1] if match else path.name
     beside = path.parent.iterdir() if path.parent.is_dir() else []
     start = f"{stem}.part"
-    found = [one for one in beside if one.name.startswith(start)]
+    found = [file for file in beside if file.name.startswith(start)]
     ordered = in_order(found) if found else []
     if not ordered or (match and path not in ordered):
         raise ValueError(
             f"{path} does not exist. Expected that file, or {stem}.part* in "
-            f"{path.parent}; found {[one.name for one in ordered]}."
+            f"{path.parent}; found {[piece.name for piece in ordered]}."
         )
     return ordered
 
@@ -61,7 +61,7 @@ def in_order(paths):
         return paths
     if (
         len(matches) < len(names)
-        or len({(one[1], one[3]) for one in matches}) != 1
+        or len({(match[1], match[3]) for match in matches}) != 1
     ):
         raise ValueError(
             f"{names} are not the pieces of one file. Expected one .npz, or "
@@ -76,11 +76,11 @@ def in_order(paths):
     # Not a set of the whole range: a name may claim any number of pieces.
     absent = (number for number in range(total) if number not in at)
     absent = list(itertools.islice(absent, 10))
-    twice = [str(one) for many in at.values() for one in many[1:]]
+    twice = [str(path) for many in at.values() for path in many[1:]]
     beyond = [str(at[number][0]) for number in at if number >= total]
     if absent or twice or beyond:
         stem = paths[0].with_name(matches[0][1])
-        absent = [NUMBERED.format(stem, one, total) for one in absent]
+        absent = [NUMBERED.format(stem, number, total) for number in absent]
         raise ValueError(
             f"{stem} is not whole: expected {total} pieces, received "
             f"{len(paths)}; missing (at most ten are shown): {absent}, there "
@@ -195,17 +195,17 @@ class Writer(io.RawIOBase):
             os.fsync(file.fileno())
             file.close()
         old = [
-            one
-            for one in self._path.parent.iterdir()
-            if (match := PIECE.fullmatch(one.name))
+            file
+            for file in self._path.parent.iterdir()
+            if (match := PIECE.fullmatch(file.name))
             and match[1] == self._path.name
             and match[3]
         ]
         if self._whole:
             os.replace(self._files[0].name, self._path)
         # Before the new pieces come: the two must never look like one set.
-        for one in old:
-            one.unlink()
+        for piece in old:
+            piece.unlink()
         if not self._whole:
             total = len(self._files)
             for index, file in enumerate(self._files):

@@ -45,8 +45,8 @@ class Tensors:
                 "other checkpoint."
             )
         with _damage(path):
-            one = file.get_slice(key)
-            dtype, shape = one.get_dtype(), one.get_shape()
+            tensor = file.get_slice(key)
+            dtype, shape = tensor.get_dtype(), tensor.get_shape()
         if dtype not in self._known:
             raise ValueError(
                 f"{path} holds {key!r} as {dtype}. Expected: one of "
@@ -56,7 +56,7 @@ class Tensors:
                 "otherwise the file is damaged."
             )
         self._path_of[key], self._file_of[key] = path, file
-        self._slices[key] = one
+        self._slices[key] = tensor
         self.shapes[key], self.dtypes[key] = tuple(shape), self._known[dtype]
 
     def read(self, key):

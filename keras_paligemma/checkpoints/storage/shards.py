@@ -33,9 +33,9 @@ def shards(index):
     listed = set()
     for name in names.values():
         # Keras lists the files of a layer, transformers has one a tensor.
-        for one in name if isinstance(name, list) else [name]:
-            _check_name(one, index)
-            listed.add(one)
+        for file in name if isinstance(name, list) else [name]:
+            _check_name(file, index)
+            listed.add(file)
     return [index.with_name(name) for name in sorted(listed)]
 
 
