@@ -17,7 +17,7 @@ from keras_paligemma.training import checkpoint
 from keras_paligemma.training import run
 from keras_paligemma.training.run import build
 from keras_paligemma.training.run import compile_model
-from keras_paligemma.training.run import read_settings
+from keras_paligemma.training.settings import read_settings
 from keras_paligemma.tuning.memory import estimate_memory
 
 NANO = "pali_gemma2_nano_112"
