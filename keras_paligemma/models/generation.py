@@ -11,12 +11,12 @@ from keras_paligemma.generation.loop import row_defaults
 from keras_paligemma.generation.programs import Programs
 from keras_paligemma.generation.requests import stop_array
 from keras_paligemma.generation.requests import stops_of
-from keras_paligemma.models.answering import answers_of
-from keras_paligemma.models.answering import checked
 from keras_paligemma.models.answering import chunks
-from keras_paligemma.models.answering import prepare
 from keras_paligemma.models.answering import run
-from keras_paligemma.models.answering import texts_so_far
+from keras_paligemma.models.generation_inputs import checked
+from keras_paligemma.models.generation_inputs import prepare
+from keras_paligemma.models.generation_outputs import answers_of
+from keras_paligemma.models.generation_outputs import texts_so_far
 from keras_paligemma.models.inputs import check_compiled
 from keras_paligemma.models.prefixes import unpacked
 from keras_paligemma.preprocessing.inputs import prompt_text

@@ -10,10 +10,10 @@ from keras_paligemma.generation.options import Options
 from keras_paligemma.generation.requests import bucket
 from keras_paligemma.generation.texts import cut
 from keras_paligemma.generation.texts import settled
-from keras_paligemma.models.answering import answers_of
 from keras_paligemma.models.answering import chunks
-from keras_paligemma.models.answering import prepare
 from keras_paligemma.models.answering import run
+from keras_paligemma.models.generation_inputs import prepare
+from keras_paligemma.models.generation_outputs import answers_of
 from keras_paligemma.serve.requests import Answered
 from keras_paligemma.serve.requests import Choice
 from keras_paligemma.serve.requests import Refused
