@@ -34,7 +34,7 @@ class Weights:
         self._adapter_weights = {}
         if self._configs:
             self.default = self._adapters.active or BARE
-            self._adapter_weights = self._adapters.weights(
+            self._adapter_weights = self._adapters.variables.weights(
                 *self._adapters.capacity.pieces, "adapter_scale"
             )
         self._base = [

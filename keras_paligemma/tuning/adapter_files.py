@@ -69,7 +69,9 @@ def save(backbone, folder, name=None, base=None):
     architecture = backbone.architecture()
     # Gathered by all processes, written by the first.
     if process()[0] == 0:
-        layers = {name: adapters.num_layers(name) for name in lora.targets}
+        layers = {
+            name: adapters.variables.num_layers(name) for name in lora.targets
+        }
         peft_write.write(
             folder,
             peft_write.describe(lora, whole, layers, architecture, base),

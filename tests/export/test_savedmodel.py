@@ -86,7 +86,7 @@ def model():
             slot: random.normal(0, 0.1, value.shape)
             for slot, value in model.adapters.values(name).items()
         }
-        model.adapters._assign(values)
+        model.adapters.variables.assign(values)
     model.adapters.select(None)
     return model
 
