@@ -45,7 +45,7 @@ def load_backbone(
 
     Args:
         cls: the backbone's class.
-        checkpoint: `formats.Checkpoint`.
+        checkpoint: `Checkpoint`.
         load_weights: bool; `False` initialises at random.
         dtype: dtype policy. `None` is the global policy if the user set one, by
             `keras.config.set_dtype_policy` or `set_floatx`, otherwise the

@@ -207,9 +207,9 @@ def test_official_sizes_are_recognised(name):
             for tower in ("vision_encoder", "text_decoder")
         },
     }
-    assert formats.variant(partial) == name
+    assert presets.variant(partial) == name
     partial["text_decoder"]["num_layers"] += 1
-    assert formats.variant(partial) is None
+    assert presets.variant(partial) is None
 
 
 def test_a_published_model_has_the_config_of_a_folder(tmp_path):
