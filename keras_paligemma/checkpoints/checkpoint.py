@@ -1,4 +1,4 @@
-"""A checkpoint as a type: what is known before its values are read."""
+"""The description of a checkpoint, before any of its values is read."""
 
 import contextlib
 import dataclasses
@@ -13,28 +13,28 @@ from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints.finite import Finite
 from keras_paligemma.config import ModelConfig
 
-# What is computed in where a file holds another dtype. float16 ends at 65,504,
-# and a model that leaves its range gives NaN.
+# Dtype of computation for dtypes that are only stored. float16 ends at 65,504,
+# and activations beyond that become NaN.
 COMPUTED = {"float16": "bfloat16", "float64": "float32"}
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What is known of a checkpoint before any of its values is read.
+    """The description of a checkpoint, before any of its values is read.
 
     Args:
         format: str, one of `FORMATS`.
         config: `ModelConfig`.
-        rows: list of `engine.Row`, or `None` where their names are ours.
-        files: list of `pathlib.Path`, those that hold the weights.
+        rows: list of `engine.Row`, or `None` if the names are ours.
+        files: list of `pathlib.Path`, the files of the weights.
         tokenizer: `pathlib.Path` for `read_tokenizer`, or `None`.
-        open_files: function that gives a context manager of the tensors.
+        open_files: function that returns a context manager of the tensors.
         variant: str or `None`, a published model of the same sizes.
         added_tokens: dict of id to str, tokens that are not in the
             SentencePiece model.
-        assumed: dict of an argument of `from_preset` to a sentence that says
-            what is taken in its place, since the checkpoint does not tell.
+        assumed: dict of an argument of `from_preset` to a sentence about the
+            value that was assumed, since the checkpoint has none.
     """
 
     format: str | None
@@ -48,13 +48,13 @@ class Checkpoint:
     assumed: dict = dataclasses.field(default_factory=dict)
 
     def rows_for(self, weights):
-        """Return the rows; names that are ours map to themselves."""
+        """Return the rows; our own names map to themselves."""
         if self.rows is not None:
             return self.rows
         return [engine.Row(name, name) for name in weights]
 
     def say_assumed(self, argument):
-        """Warn of what is taken in place of an argument that nobody gave."""
+        """Warn if the value of an argument was assumed."""
         if argument in self.assumed:
             warnings.warn(
                 f"{self.assumed[argument]} Pass `{argument}=` for another.",
@@ -66,8 +66,8 @@ class Checkpoint:
         """Open the tensors, see `engine`.
 
         Args:
-            allow_nonfinite: bool; `False` has a tensor with NaN or infinite
-                values refused with a `ValueError` when it is read.
+            allow_nonfinite: bool; if `False`, reading a tensor with NaN or
+                infinite values raises a `ValueError`.
         """
         if self.open_files is None:
             raise ValueError(
@@ -83,14 +83,16 @@ class Checkpoint:
             yield tensors
 
     def set_dtype(self, tensors, source):
-        """Take the dtype of most of the file's values, but not float16.
+        """Set the config's dtype to that of most of the values.
+
+        float16 and float64 are replaced, see `COMPUTED`.
 
         Args:
             tensors: the opened tensors, see `engine`.
             source: path, for messages.
 
         Raises:
-            ValueError: a tensor is not of floats.
+            ValueError: a tensor is not of a float dtype.
         """
         sizes = {}
         for key, dtype in tensors.dtypes.items():

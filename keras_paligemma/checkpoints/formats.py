@@ -14,7 +14,7 @@ from keras_paligemma.config import PreprocessorConfig
 
 FORMATS = tuple(READERS)
 
-# What is no checkpoint that can be read, by its suffix, and the way to one.
+# Files that cannot be read, by suffix: what they are and how to convert them.
 TORCH = (
     "a pickle of Torch, which can run any code when it is loaded. Load it with "
     "the program that wrote it, and save it with transformers' "
@@ -34,18 +34,19 @@ UNREADABLE = {
 
 
 def resolve(source, load_weights=True, fields=None, tokenizer=False):
-    """Find the checkpoint that a source means, fetching it if need be.
+    """Find the checkpoint of a source, downloading it if necessary.
 
     Args:
-        source: as `presets.locate` takes it.
-        load_weights: bool, `False` for a configuration alone.
+        source: str or path, as in `presets.locate`.
+        load_weights: bool, `False` for the configuration alone.
         fields: see `find`.
-        tokenizer: whether that is wanted without weights as well, a bool; or
-            the one to take in place of the checkpoint's, as `presets.locate`
-            takes it.
+        tokenizer: bool, whether the tokenizer is needed even without weights;
+            or a source, as in `presets.locate`, of a tokenizer to use instead
+            of the checkpoint's.
 
     Returns:
-        `Checkpoint`; of a published model without weights with no files.
+        `Checkpoint`; that of a published model has no files if
+        `load_weights` is `False`.
     """
     given = None if isinstance(tokenizer, bool) else tokenizer
     path = presets.locate(source, load_weights, tokenizer is True)
@@ -58,7 +59,7 @@ def resolve(source, load_weights=True, fields=None, tokenizer=False):
     else:
         checkpoint = find(path, fields, load_weights)
     if name:
-        # What is known of it; a file leaves some of this out.
+        # The published configuration; files may omit some of its fields.
         known, dtype = presets.config(name), checkpoint.config.backbone.dtype
         backbone = known.backbone.with_fields(**fields or {})
         checkpoint.config = replace(
@@ -74,23 +75,23 @@ def resolve(source, load_weights=True, fields=None, tokenizer=False):
 
 
 def find(path, fields=None, load_weights=True, headers=None):
-    """Recognise a checkpoint by what is there and read its configuration.
+    """Recognise the format of a checkpoint and read its configuration.
 
     Args:
         path: str or path of a folder, an `.npz` file, one of its pieces
-            `X.npz.part*`, or `X.npz` where only the pieces are.
-        fields: dict of fields of the backbone to be set, such as
-            `query_pre_attention_scalar`: what is given is not looked for.
-        load_weights: bool, `False` lets a folder be without weights.
-        headers: tensors, see `engine`, that stand for those of a folder
-            without weights; only shapes and dtypes are asked for.
+            `X.npz.part*`, or `X.npz` if only its pieces exist.
+        fields: dict of fields of the backbone that override the checkpoint's,
+            such as `query_pre_attention_scalar`.
+        load_weights: bool; `False` also accepts a folder without weights.
+        headers: tensors, see `engine`, to use instead of the files of a
+            folder without weights; only their shapes and dtypes are read.
 
     Returns:
         `Checkpoint`.
 
     Raises:
         ValueError: no format is recognised; a file is missing or damaged; a
-            number can neither be inferred nor was given.
+            field can neither be inferred nor is in `fields`.
     """
     path = Path(path).expanduser()
     fields = fields or {}
@@ -105,7 +106,7 @@ def find(path, fields=None, load_weights=True, headers=None):
         if not path.is_dir():
             checkpoint = READERS["big_vision"](path, fields)
         else:
-            # All formats of folders begin with this file.
+            # Every format of a folder has this file.
             path = atomic.current(path, presets.CONFIG)
             format = _recognise(path)
             checkpoint = READERS[format](path, fields, load_weights, headers)
@@ -116,7 +117,7 @@ def find(path, fields=None, load_weights=True, headers=None):
     if checkpoint.format != "keras" and config.preprocessor is not None:
         _set_preprocessor(checkpoint, config.preprocessor.resize)
     elif checkpoint.format == "transformers":
-        # What its processor does, unless it is told otherwise.
+        # The default of its processor.
         _assume_preprocessor(checkpoint, "bicubic", path)
     elif checkpoint.format == "keras_hub" and checkpoint.tokenizer is not None:
         _assume_preprocessor(checkpoint, PUBLISHED_RESIZE, path)
@@ -125,7 +126,7 @@ def find(path, fields=None, load_weights=True, headers=None):
 
 @contextlib.contextmanager
 def _naming(path):
-    """Have every error say which checkpoint it is about."""
+    """Add the checkpoint's path to error messages that lack it."""
     try:
         yield
     except ValueError as error:
@@ -135,7 +136,7 @@ def _naming(path):
 
 
 def _assume_preprocessor(checkpoint, resize, source):
-    """Give a checkpoint the preprocessor that its files say nothing of."""
+    """Set a default preprocessor, and note it in `checkpoint.assumed`."""
     preprocessor = _set_preprocessor(checkpoint, resize)
     checkpoint.assumed["resize"] = (
         f"{source} does not say how pictures and text are prepared. Taken: "
@@ -145,10 +146,10 @@ def _assume_preprocessor(checkpoint, resize, source):
 
 
 def _set_preprocessor(checkpoint, resize):
-    """Give a checkpoint a preprocessor by its rule to resize.
+    """Set a preprocessor with a resize rule.
 
-    No other format knows the two parts of a text: their lengths are those of
-    the published model of these sizes.
+    Other formats do not store the lengths of prompt and response: they are
+    those of the published model of the same sizes.
     """
     preprocessor = PreprocessorConfig(resize)
     if checkpoint.variant is not None:
@@ -159,7 +160,7 @@ def _set_preprocessor(checkpoint, resize):
 
 
 def _recognise(folder):
-    """Tell the format of a folder."""
+    """Return the format of a folder."""
     path = folder / "config.json"
     if path.is_file():
         config = presets.read_json(path)

@@ -1,4 +1,4 @@
-"""Each format's `Checkpoint`: its configuration, table of names and files."""
+"""Read a `Checkpoint` (configuration, table of names, files) of each format."""
 
 import contextlib
 import functools
@@ -18,29 +18,29 @@ from keras_paligemma.config import BackboneConfig
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
 
-# Numbers that no shape tells. Published models are known by their sizes; for
-# others these are asked for.
+# Fields that shapes do not determine. Published models are recognised by their
+# sizes; for other models the caller passes these.
 UNTOLD = (
     "query_pre_attention_scalar",
     "attention_logit_soft_cap",
     "final_logit_soft_cap",
 )
 
-# How the published models were trained.
+# The resize rule that the published models were trained with.
 PUBLISHED_RESIZE = "bilinear_antialias"
 
 
 def _keras(folder, fields, load_weights, headers):
     config = presets.read_folder(folder, load_weights)
     files = safetensors.find(folder) if load_weights else []
-    low_bit = config.backbone.quantization is not None
+    quantized = config.backbone.quantization is not None
     return Checkpoint(
         "keras",
         config,
         None,
         files,
         find_tokenizer(folder),
-        _opener(safetensors.open_safetensors, files, headers, low_bit),
+        _opener(safetensors.open_safetensors, files, headers, quantized),
     )
 
 
@@ -94,14 +94,14 @@ def _keras_hub(folder, fields, load_weights, headers):
 
 
 def _opener(open_files, files, headers, *options):
-    """Return a function that opens files, or gives what stands for them."""
+    """Return a function that opens the files, or returns `headers` instead."""
     if headers is not None:
         return functools.partial(contextlib.nullcontext, headers)
     return functools.partial(open_files, files, *options)
 
 
 def find_tokenizer(folder):
-    """Find the SentencePiece model in the folder of any format."""
+    """Find the SentencePiece model in a folder of any format."""
     names = (
         "tokenizer.model",
         "paligemma_tokenizer.model",

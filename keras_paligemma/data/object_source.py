@@ -223,7 +223,7 @@ class ObjectSource:
             index: int, number of the example.
 
         Returns:
-            List of `Object`, with masks if the task is "segment".
+            list of `Object`, with masks if the task is "segment".
 
         Raises:
             ExampleError: if an object cannot be read.

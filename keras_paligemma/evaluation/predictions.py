@@ -17,7 +17,7 @@ def read_predictions(path: str | os.PathLike[str]) -> dict[str, str]:
         path: path of a JSONL file with one {"id": …, "prediction": …} per line.
 
     Returns:
-        Dict of ids to predictions, in the order of the file.
+        dict of ids to predictions, in the order of the file.
 
     Raises:
         ValueError: a line is not a prediction, or an id occurs twice.

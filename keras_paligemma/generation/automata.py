@@ -70,7 +70,7 @@ class Automaton:
         constraints of similar size share a compiled program.
 
         Returns:
-            Dict of `token_classes`, `next_nodes` and `ends_in`.
+            dict of `token_classes`, `next_nodes` and `ends_in`.
         """
         classes = {
             tokens: number

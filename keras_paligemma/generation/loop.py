@@ -272,7 +272,7 @@ def row_defaults(inputs):
             takes, with the batch first.
 
     Returns:
-        Dict of tensors (B,): bool `wanted`, rows whose answer is used, int32
+        dict of tensors (B,): bool `wanted`, rows whose answer is used, int32
         `max_new_tokens` and `start_node`.
     """
     zeros_B = ops.zeros_like(inputs["prompt_ids"][:, 0])

@@ -211,7 +211,7 @@ class Options:
             vocabulary_size: int.
 
         Returns:
-            Dict of arrays (rows,): float32 `temperature`, `top_p`, `min_p`,
+            dict of arrays (rows,): float32 `temperature`, `top_p`, `min_p`,
             int32 `top_k`; and int32 `seed` (rows, copies).
         """
 

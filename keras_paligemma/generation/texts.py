@@ -43,7 +43,7 @@ def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         ids: ints.
 
     Returns:
-        List of str. The first byte token of a multi-byte character holds the
+        list of str. The first byte token of a multi-byte character holds the
         character, the others are empty.
     """
     until = tokenizer.detokenize([list(ids[: i + 1]) for i in range(len(ids))])

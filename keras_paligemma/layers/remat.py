@@ -131,7 +131,7 @@ def after(x, *tensors):
         *tensors: tensors of signed numbers.
 
     Returns:
-        List of the tensors with the same values; unchanged on Torch.
+        list of the tensors with the same values; unchanged on Torch.
     """
     backend = keras.backend.backend()
     if backend == "torch":

@@ -36,7 +36,7 @@ def mean_average_precision(
             object is small, medium or large; `None` takes 1,000 by 1,000.
 
     Returns:
-        Dict of "map" (averaged over IoU .5 to .95), "map_50", "map_75",
+        dict of "map" (averaged over IoU .5 to .95), "map_50", "map_75",
         "map_small" and so on; -1 if there is no such object, as in COCO.
         These are not means over pictures, so they have no interval.
 

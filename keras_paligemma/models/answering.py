@@ -20,7 +20,7 @@ def run(model, asked):
     """Answer a batch; threads take turns at the model.
 
     Returns:
-        Dict of arrays (rows, …), copies or beams of a prompt side by side:
+        dict of arrays (rows, …), copies or beams of a prompt side by side:
         `ids`, `log_probabilities`, `scores` of beams, and of alternatives.
     """
     if asked.stop_strings:
@@ -57,7 +57,7 @@ def chunks(model, asked, size):
         size: int, tokens per chunk.
 
     Yields:
-        Dict of arrays as `run` returns it, and bool `finished` (rows,). The
+        dict of arrays as `run` returns it, and bool `finished` (rows,). The
         first one comes after one token.
     """
     state, found, until = None, None, 1

@@ -221,7 +221,7 @@ def generate_step(self, inputs, stop_token_ids=None):
         stop_token_ids: tuple of ints or `None`.
 
     Returns:
-        Dict of `token_ids` int32 and `log_probabilities` float32, both (B, R),
+        dict of `token_ids` int32 and `log_probabilities` float32, both (B, R),
         0 behind the stop.
     """
     rows = row_defaults(inputs) | inputs

@@ -22,7 +22,7 @@ def answers_of(model, asked, found):
         found: dict that `run` returned.
 
     Returns:
-        List of lists of `Answer`.
+        list of lists of `Answer`.
     """
     width = asked.plan.beams or asked.plan.copies
     begun = np.repeat(asked.begun, width, axis=0)

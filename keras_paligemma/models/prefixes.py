@@ -136,7 +136,7 @@ def continue_rows(prefix, inputs, rows):
         rows: dict of arrays (B, …), changed in place.
 
     Returns:
-        Dict of arrays; `None` without a prefix.
+        dict of arrays; `None` without a prefix.
     """
     if prefix is None:
         return None

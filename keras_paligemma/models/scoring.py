@@ -123,7 +123,7 @@ def embed(self, inputs, *, batch_size=None):
         batch_size: int, examples per batch; `None` uses one batch.
 
     Returns:
-        Dict of float32 `hidden_states` (B, L, D) of image tokens and prompt,
+        dict of float32 `hidden_states` (B, L, D) of image tokens and prompt,
         after the final norm; `image_embeddings` (B, I, D); and bool
         `padding_mask` (B, L), False on padding. Without B for one example.
         Behind a prefix the L tokens are those of the response, and there are

@@ -71,7 +71,7 @@ class Compiler:
             responses: int, tokens to generate; `None` for a training step.
 
         Returns:
-            Dict of `fits`; if it does, `arguments`, `temporaries`, `code` and
+            dict of `fits`; if it does, `arguments`, `temporaries`, `code` and
             their sum `together`, in bytes per chip; if it does not,
             `together`, which may be `None`.
 

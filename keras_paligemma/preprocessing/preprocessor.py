@@ -414,7 +414,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 part; tokens after the first eos are dropped.
 
         Returns:
-            List of B strings; a string if there is no B.
+            list of B strings; a string if there is no B.
         """
         ids = to_numpy(x["token_ids"])
         end, pad = self.tokenizer.end_token_id, self.tokenizer.pad_token_id

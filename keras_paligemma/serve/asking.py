@@ -49,7 +49,7 @@ class Service:
             streams: bool.
 
         Returns:
-            List of `Waiting`, one per copy.
+            list of `Waiting`, one per copy.
         """
 
         loop = asyncio.get_running_loop()
@@ -73,7 +73,7 @@ async def answers_of(waiting, receive):
         receive: ASGI's `receive`; the body has been read.
 
     Returns:
-        List of `Answered`.
+        list of `Answered`.
 
     Raises:
         Disconnected: if the client has gone; its requests are cancelled.

@@ -103,7 +103,7 @@ class Batches:
             loop: the event loop of their client.
 
         Returns:
-            List of `Waiting`.
+            list of `Waiting`.
 
         Raises:
             Refused: the queue is full, or closed.
@@ -182,7 +182,7 @@ class Batches:
             idles: bool, there is nothing else to do until one comes.
 
         Returns:
-            List of `Waiting`; `[]` at the end; `None` when nobody asks and
+            list of `Waiting`; `[]` at the end; `None` when nobody asks and
             there is something else to do.
         """
         with self._changed:

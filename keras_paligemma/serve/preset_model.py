@@ -63,7 +63,7 @@ class PresetModel:
             field: str, name of the request's field with the picture.
 
         Returns:
-            Dict of arrays of one row.
+            dict of arrays of one row.
 
         Raises:
             Refused: if the request is invalid.
@@ -119,7 +119,7 @@ class PresetModel:
             tell: function of row and str, called with the pieces of streams.
 
         Returns:
-            List of `Answered`.
+            list of `Answered`.
         """
         # Nobody else needs text between tokens.
         pieces = any(

@@ -203,7 +203,7 @@ def read_fields(body, fields, ignores=()):
         ignores: names of fields that are accepted and ignored.
 
     Returns:
-        Dict of all names; defaults for fields that are missing or `null`.
+        dict of all names; defaults for fields that are missing or `null`.
 
     Raises:
         Refused: if a field is unknown, missing or of a wrong type.

@@ -26,7 +26,7 @@ def from_detections(
         classes: names by `class_id`, used if there is no "class_name".
 
     Returns:
-        List of `Object`, in the same order.
+        list of `Object`, in the same order.
 
     Raises:
         ValueError: if a box is outside the picture, or a mask is empty within
