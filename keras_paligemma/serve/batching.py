@@ -11,8 +11,8 @@ from dataclasses import field
 from keras_paligemma.serve.requests import Refused
 from keras_paligemma.serve.requests import Request
 
-# Seconds without a request, after which one more program is compiled: whoever
-# asks meanwhile waits for that.
+# Seconds without a request before one more program is compiled. Requests that
+# arrive meanwhile wait for the compilation.
 QUIET = 1
 
 log = logging.getLogger("keras_paligemma.serve")
@@ -55,17 +55,17 @@ class Batches:
     """A queue of requests, and the thread that runs the model.
 
     A batch is the oldest request and the later ones that can share a batch
-    with it. While it is computed the next one fills up. A batch that is not
-    full waits for more requests only if the one before it had several: a client
-    that is alone is answered at once.
+    with it. The next batch fills up while the current one is computed. A batch
+    that is not full waits for more requests only if the previous one had
+    several: a single client is answered at once.
 
-    A model whose first programs cannot be compiled answers nobody: `closed`
-    says so, and what waits is refused.
+    If the first programs of a model cannot be compiled, `closed` is set and
+    waiting requests are refused.
 
     Args:
         model: `PresetModel` or `SavedModel`.
-        milliseconds: float that a request waits for others, at most.
-        room: int, requests that wait; more are refused.
+        milliseconds: float, maximum time that a request waits for others.
+        room: int, maximum number of waiting requests; more are refused.
         metrics: `Metrics`.
     """
 
@@ -76,7 +76,7 @@ class Batches:
         self.metrics = metrics
         self.ready = threading.Event()
         self.failed = threading.Event()
-        # Why no more requests are taken, or `None`.
+        # The reason why requests are refused, or `None`.
         self.closed = None
         self._several = False
         self._queue = deque()
@@ -151,7 +151,7 @@ class Batches:
     def _compile(self, requests):
         try:
             self.model.answer(requests, _nobody)
-        except Exception:  # noqa: BLE001  who asks for it is told
+        except Exception:  # noqa: BLE001  its clients get the error
             log.exception("a batch of %d cannot be answered", len(requests))
 
     def _answer(self, batch):
@@ -179,11 +179,11 @@ class Batches:
         """Wait for a batch.
 
         Args:
-            idles: bool, there is nothing else to do until one comes.
+            idles: bool, whether there is nothing else to do meanwhile.
 
         Returns:
-            list of `Waiting`; `[]` at the end; `None` when nobody asks and
-            there is something else to do.
+            list of `Waiting`; `[]` at the end; `None` if there are no
+            requests and `idles` is `False`.
         """
         with self._changed:
             while True:
@@ -221,4 +221,4 @@ class Batches:
 
 
 def _nobody(row, text):
-    """Take the pieces of an answer that only compiles."""
+    """Ignore the pieces of an answer that is computed only to compile."""

@@ -118,7 +118,7 @@ def chat(service):
 
 
 def _choice(service, fields):
-    # `None`: the model alone knows the names of its adapters.
+    # `None`: only the model knows the names of its adapters.
     adapters = service.model.adapters
     name = fields["model"]
     if adapters is not None and name not in (service.name, *adapters):

@@ -46,7 +46,7 @@ def answer(service):
 
     async def endpoint(request):
         fields = read_fields(read_json(await request.body()), ANSWER)
-        # The page asks by a header, which servers without streams pass over.
+        # The page requests a stream by a header, which other servers ignore.
         streams = fields[
             "stream"
         ] or "text/event-stream" in request.headers.get("accept", "")

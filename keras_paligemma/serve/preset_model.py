@@ -34,13 +34,13 @@ class PresetModel:
     of the whole model, and the number of alternatives a shape, so requests that
     differ in those do not.
 
-    Batches of likeliest answers, taken whole, have 1, 2, 4, … rows. Those that
-    draw or come in pieces have 1 row or `largest`: each size is a program.
+    Batches of greedy answers without streams have 1, 2, 4, … rows. Those that
+    sample or stream have 1 row or `largest`, since each size is a program.
 
     Args:
-        model: `PaliGemmaCausalLM` with a preprocessor. The adapter that is in
-            use now answers whoever names none.
-        largest: int, most requests a batch; a power of two.
+        model: `PaliGemmaCausalLM` with a preprocessor. Its active adapter
+            answers requests that name none.
+        largest: int, maximum requests per batch; a power of two.
     """
 
     most_alternatives = 5
@@ -84,16 +84,16 @@ class PresetModel:
             raise Refused(400, str(error)[:300], "prompt") from error
 
     def key(self, request):
-        """Give what the requests of a batch have in common."""
+        """Return the key that the requests of a batch share."""
         adapter = request.choice.adapter or self.adapter
         return adapter, request.choice.alternatives > 0
 
     def warm_ups(self):
-        """Give what to answer once, so that its program is compiled.
+        """Return requests to answer once, so that their programs are compiled.
 
         Returns:
-            Two lists of batches of requests: those without which the server is
-            not ready, and those for when it has nothing to do.
+            Two lists of batches of requests: those to answer before the server
+            is ready, and those to answer when it is idle.
         """
         size = self.model.preprocessor.image_converter.image_size
         inputs = self.model.preprocessor.generate_preprocess(
@@ -121,7 +121,7 @@ class PresetModel:
         Returns:
             list of `Answered`.
         """
-        # Nobody else needs text between tokens.
+        # Otherwise no text is needed before the answer is complete.
         pieces = any(
             request.streams or request.choice.stop for request in requests
         )
@@ -142,7 +142,7 @@ class PresetModel:
         ]
 
     def _using(self, adapter):
-        # One that is merged into the kernels cannot be left.
+        # An adapter that is merged into the kernels stays active.
         if self.model.adapters.merged is not None:
             return contextlib.nullcontext()
         return self.model.adapters.using(adapter)
@@ -256,12 +256,12 @@ class PresetModel:
 
 
 def _piece(tokenizer, token):
-    """Return a token as it stands in a text."""
+    """Return the text of a token."""
     return tokenizer.id_to_token(token).replace("\u2581", " ")
 
 
 def _spelt(tokenizer, ids):
-    """Return tokens as texts, which joined are the answer; its end is "".
+    """Return the texts of tokens, which joined are the answer; the end is "".
 
     The bytes of a multi-byte character are spelt as "<0xE2>".
     """

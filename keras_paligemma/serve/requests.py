@@ -260,7 +260,7 @@ def read_stop(stop):
 
 
 def read_base64(text, field="image"):
-    """Return the bytes of base64, or of a data: URI as browsers write it."""
+    """Return the bytes of base64, or of a data: URI."""
     if text[:5].lower() == "data:":
         head, _, text = text.partition(",")
         if not head.lower().endswith(";base64"):
@@ -324,7 +324,7 @@ def decode_picture(data, limits, field="image") -> np.ndarray:
 
 
 def power_of_two(largest):
-    """Give the most requests of a batch, or refuse what cannot be."""
+    """Return `largest`; raise if it is not a power of two."""
     if largest < 1 or largest & (largest - 1):
         raise ValueError(
             "A batch holds a power of two of requests. Expected: 1, 2, 4, 8, "
@@ -334,7 +334,7 @@ def power_of_two(largest):
 
 
 def sizes(largest):
-    """Give the sizes of batches: 1, 2, 4, … `largest`."""
+    """Return the sizes of batches: 1, 2, 4, … `largest`."""
     return [1 << power for power in range(largest.bit_length())]
 
 

@@ -20,7 +20,7 @@ PIXEL = bytes.fromhex(
 )
 # The end token of all PaliGemma tokenizers.
 END = 1
-# Options that a graph has or has not, and their values that need none.
+# Options that a graph may lack, and the values that do not need them.
 OPTIONAL = {"top_p": 1.0, "top_k": None, "seed": None, "adapter": None}
 BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")
 
@@ -33,13 +33,14 @@ def is_saved_model(source):
 class SavedModel:
     """An export of `model.export`, with the interface that `Batches` calls.
 
-    Its options are the inputs of its signature, which hold for a whole batch:
+    Its options are inputs of its signature and apply to a whole batch, so
     requests that differ in them do not share one. Those that differ in length
-    do: the longest is computed, the others are cut. Its graph decodes pictures.
+    do: the longest is computed and the others are cut. The graph decodes
+    pictures.
 
     Args:
         folder: str or path.
-        largest: int, most requests a batch; a power of two.
+        largest: int, maximum requests per batch; a power of two.
     """
 
     most_alternatives = 0
@@ -67,7 +68,7 @@ class SavedModel:
                 "one."
             )
         self.longest = int(self.defaults["max_new_tokens"])
-        # The graph knows the names of its adapters, and tells nobody.
+        # The graph does not expose the names of its adapters.
         self.adapters = None if "adapter" in self.defaults else ()
 
     def read(self, picture, prompt, choice, limits, field="image"):
@@ -86,8 +87,8 @@ class SavedModel:
     def key(self, request):
         """Return the key that the requests of a batch share.
 
-        What a seed draws depends on the row, so a request that has one is
-        computed alone: its answer is the same each time.
+        Random draws depend on the row, so a request with a seed is computed
+        alone, which makes its answer reproducible.
         """
         choice = request.choice
         is_free = choice.seed is None or choice.temperature == 0
@@ -100,7 +101,7 @@ class SavedModel:
         )
 
     def warm_ups(self):
-        """Give batches of all sizes; see `PresetModel.warm_ups`."""
+        """Return batches of all sizes; see `PresetModel.warm_ups`."""
         request = Request((PIXEL, "caption en"), Choice())
         return [[request] * rows for rows in sizes(self.largest)], []
 
