@@ -101,7 +101,7 @@ def _check_entries(path, data):
 
 
 def _refuse_twins(path, data):
-    """Refuse duplicate ids: annotations would belong to only one of them."""
+    """Raise on duplicate ids: annotations would belong to only one of them."""
     for kind in ("images", "categories"):
         counts = collections.Counter(entry["id"] for entry in data[kind])
         twins = [id for id, count in counts.items() if count > 1]
@@ -113,7 +113,7 @@ def _refuse_twins(path, data):
 
 
 def _check_references(path, data):
-    """Refuse annotations of missing pictures or categories."""
+    """Raise on annotations of missing pictures or categories."""
     for field, kind in (("image_id", "images"), ("category_id", "categories")):
         known = {entry["id"] for entry in data[kind]}
         for annotation in data["annotations"]:

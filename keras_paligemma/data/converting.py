@@ -230,7 +230,7 @@ def _link(path, place):
 
 
 def _refuse_twins(objects):
-    """Refuse pictures whose label files would have the same name."""
+    """Raise on pictures whose label files would have the same name."""
     stems = {}
     for picture in objects.pictures:
         stem = Path(plain_name(picture)).with_suffix("")

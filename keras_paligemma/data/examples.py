@@ -137,7 +137,7 @@ def answers_of(example: dict[str, Any]) -> list[str]:
 
 
 def _check_places(answer):
-    """Refuse invalid locations and boxes with reversed edges."""
+    """Raise on invalid locations and boxes with reversed edges."""
     wrong = _NO_TOKEN.search(answer)
     if wrong:
         raise ValueError(
@@ -155,7 +155,7 @@ def _check_places(answer):
 
 
 def _check_objects(answer):
-    """Refuse rows of tokens that are neither a box nor a box and its mask."""
+    """Raise on tokens that are neither a box nor a box and its mask."""
     for row in _ROW.findall(answer):
         if not _OBJECT.fullmatch(row):
             blanks = " and blanks" if re.search(r"\s", row) else ""

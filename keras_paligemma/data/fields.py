@@ -97,7 +97,7 @@ class FieldSource:
 
 
 def check_numbered(dataset: Any):
-    """Refuse a data set without random access to examples.
+    """Raise on a data set without random access to examples.
 
     Args:
         dataset: object that should have a length and `[index]`.

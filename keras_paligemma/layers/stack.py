@@ -254,7 +254,7 @@ class LayerStack(keras.layers.Layer):
         block, (lend, xs) = self._template(), self._lender(None)
         numbers = xs[0]
         # Carried, since Keras's scan of TensorFlow stacks only what has the
-        # carry's shape. Of this call nothing but the shape is used.
+        # carry's shape. Only the shape of this call's result is used.
         with lend([stack[0] for stack in xs[1:]], numbers[0]):
             first = function(block, numbers[0], x, *args)
         every = ops.zeros((self.num_layers, *first.shape), first.dtype)

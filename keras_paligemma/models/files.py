@@ -165,7 +165,7 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
 
 
 def _check_tokenizer(tokenizer, config):
-    """Refuse a tokenizer whose size is not the embedding table's."""
+    """Raise on a tokenizer whose size is not the embedding table's."""
     pieces, rows = (
         tokenizer.vocabulary_size(),
         config.text_decoder.vocabulary_size,

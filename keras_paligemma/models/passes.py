@@ -14,7 +14,7 @@ from keras_paligemma.turns import write_back
 
 
 def check_preprocessor(model, method):
-    """Refuse a model without preprocessor.
+    """Raise on a model without preprocessor.
 
     Args:
         model: `PaliGemmaCausalLM`.

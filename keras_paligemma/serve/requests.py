@@ -228,7 +228,7 @@ def read_fields(body, fields, ignores=()):
 
 
 def read_prompt(prompt, limits, field="prompt"):
-    """Refuse prompts that are too long or not valid text."""
+    """Raise on prompts that are too long or not valid text."""
     if len(prompt) > limits.prompt:
         raise Refused(
             400,
@@ -274,7 +274,7 @@ def read_base64(text, field="image"):
 
 
 def check_picture(data, limits, field="image"):
-    """Refuse a file with too many pixels before it is decoded.
+    """Raise on a file with too many pixels, before it is decoded.
 
     Args:
         data: bytes of an encoded picture.
