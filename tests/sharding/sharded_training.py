@@ -1,13 +1,11 @@
-"""Trains on one device and on eight virtual ones; run by its test.
+"""Train on one device and on eight virtual ones; run by its test.
 
 Every layout, in both forms, must give the losses and tokens of one device. The
-arguments are names of checks; printed is what each found.
+arguments are names of checks.
 """
 
-import json
 import os
 import sys
-import traceback
 import zlib
 
 os.environ["KERAS_BACKEND"] = "jax"
@@ -36,6 +34,7 @@ from keras_paligemma.sharding import distribute
 from tests.helpers.attention import draw_attention
 from tests.helpers.attention import fused
 from tests.helpers.attention import plain
+from tests.helpers.checks import check
 
 # Three key-value heads divide over no group; the six query heads over two.
 VISION = {
@@ -265,16 +264,11 @@ def main(*names):
         "meshes": check_meshes,
     }
     for name in names:
-        try:
+        with check(name):
             if name in others:
                 others[name]()
             else:
                 check_layout(name, wanted)
-        except Exception:
-            found = traceback.format_exc()
-        else:
-            found = "same"
-        print(json.dumps([name, found]))
 
 
 if __name__ == "__main__":
