@@ -55,9 +55,9 @@ def draw(seed, count, styles):
         for number in range(count)
     ]
     return {
-        "images": [one["image"] for one in found],
-        "prompts": [one["prompt"] for one in found],
-        "responses": [one["response"] for one in found],
+        "images": [example["image"] for example in found],
+        "prompts": [example["prompt"] for example in found],
+        "responses": [example["response"] for example in found],
     }
 
 
@@ -149,7 +149,7 @@ def nano(count):
         )
         shares.append(found / nearest)
         cells = (nearest[0], found[0], nearest[1], found[1])
-        cells = " | ".join(f"{100 * one:.1f} %" for one in cells)
+        cells = " | ".join(f"{100 * cell:.1f} %" for cell in cells)
         print(f"| {name} | {cells} |")
     kernel, products = np.mean(shares, axis=0)
     print(f"\nin the mean {kernel:.2f} × and {products:.2f} ×\n")

@@ -73,7 +73,7 @@ def ours(folder, form, options):
             stop_token_ids=None,
         )["token_ids"][:, -tokens:]
 
-    return answer, sum(one.value.nbytes for one in backbone.weights)
+    return answer, sum(weight.value.nbytes for weight in backbone.weights)
 
 
 def keras_hub(folder, form, options):
@@ -103,7 +103,7 @@ def keras_hub(folder, form, options):
         found = model.generate(inputs, stop_token_ids=None)
         return np.asarray(found["token_ids"])[:, -tokens:]
 
-    return answer, sum(one.value.nbytes for one in backbone.weights)
+    return answer, sum(weight.value.nbytes for weight in backbone.weights)
 
 
 def transformers(folder, form, options):
@@ -133,7 +133,7 @@ def transformers(folder, form, options):
         )
         return found[:, -tokens:].numpy()
 
-    return answer, sum(one.nbytes for one in model.parameters())
+    return answer, sum(parameter.nbytes for parameter in model.parameters())
 
 
 PACKAGES = {"ours": ours, "KerasHub": keras_hub, "transformers": transformers}
@@ -241,12 +241,16 @@ def main(arguments):
         ]
     reference = found[0][1]["rows"]
     tokens = [
-        one["rows"] for row, one in found if row == ("ours", "unrolled", {})
+        result["rows"]
+        for row, result in found
+        if row == ("ours", "unrolled", {})
     ][0]
-    for (who, form, options), one in found:
+    for (who, form, options), result in found:
         name = " ".join([who, *options.values()])
         name += " scanned" if form == "scanned" else ""
-        for row, base, own in zip(one["rows"], reference, tokens, strict=True):
+        for row, base, own in zip(
+            result["rows"], reference, tokens, strict=True
+        ):
             cells = [name, str(row["batch"])]
             for key, scale in (
                 ("compile", 1),
@@ -257,7 +261,7 @@ def main(arguments):
                 cells.append(f"{row[key] * scale:.2f}")
                 cells.append(f"{row[key] / base[key]:.2f}")
             cells.append(f"{100 * least / row['token']:.0f} %")
-            cells.append(f"{one['peak'] / one['weights']:.2f}")
+            cells.append(f"{result['peak'] / result['weights']:.2f}")
             cells.append("yes" if row["tokens"] == own["tokens"] else "no")
             print(f"| {' | '.join(cells)} |", flush=True)
 

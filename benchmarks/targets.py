@@ -67,7 +67,9 @@ def main():
     kind = {name: value for name, value in kind.items() if value}
     model = PaliGemmaCausalLM.from_preset(options.preset, **kind)
     arrays, logits, texts = inputs_of(model)
-    weights = sum(one.value.nbytes for one in model.backbone.variables)
+    weights = sum(
+        variable.value.nbytes for variable in model.backbone.variables
+    )
     print(f"weights {weights / 1e6:.2f} MB")
     print("target       seconds  of weights  logits      texts")
     alone = ROOT / "tests" / "export" / "alone.py"

@@ -45,7 +45,9 @@ def write(folder, to, value, step=lambda: None):
         arrays = ((key, step() or array) for key, array in arrays)
         peft_write.write(folder, ADAPTER, arrays)
         return
-    arrays = {key: np.full_like(one, value) for key, one in weights.items()}
+    arrays = {
+        key: np.full_like(weight, value) for key, weight in weights.items()
+    }
     rows = [engine.Row(key, key) for key in arrays]
     tensors = engine.Arrays(arrays)
     tensors = lazy_tensors(arrays, rows, tensors, lambda array: step())
@@ -63,7 +65,7 @@ def read(folder, to):
         return None
     with open_files() as tensors:
         values = [tensors.read(key) for key in tensors.shapes]
-    numbers = {float(one) for array in values for one in np.unique(array)}
+    numbers = {float(number) for array in values for number in np.unique(array)}
     assert len(values) > 1 and len(numbers) == 1, numbers
     return numbers.pop()
 

@@ -28,7 +28,7 @@ class Slow(Oracle):
 def main(folder, kills, seed):
     folder, draw = Path(folder), random.Random(int(seed))
     samples = open_samples(find_benchmark("vizwizvqa"), folder / "data")
-    answers = [one[0] for one in (s.truth["answers"] for s in samples)]
+    answers = [texts[0] for texts in (s.truth["answers"] for s in samples)]
     oracle = Slow(samples, answers)
 
     def run(output):

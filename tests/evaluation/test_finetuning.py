@@ -33,7 +33,9 @@ def data(tmp_path):
 
 def call(*arguments):
     result = CliRunner().invoke(
-        cli.app, [str(one) for one in arguments], catch_exceptions=False
+        cli.app,
+        [str(argument) for argument in arguments],
+        catch_exceptions=False,
     )
     return result.output
 
@@ -73,7 +75,7 @@ def test_the_transfers_dropout_reaches_the_decoder(data):
     settings = read_settings(None, defaults, output="run", **given)
     settings = dataclasses.replace(settings, lora_rank=2)
     blocks = run.build(settings).backbone.text_decoder.blocks
-    assert {one.dropout for one in blocks.each_block()} == {0.3}
+    assert {block.dropout for block in blocks.each_block()} == {0.3}
 
 
 def test_a_jsonl_file_brings_its_own_examples(data):

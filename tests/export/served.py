@@ -27,7 +27,7 @@ def main(requests, answers):
             results[name] = ask(loaded[folder][signature], inputs)
         except (tf.errors.InvalidArgumentError, TypeError) as error:
             results[name] = {"raised": str(error)}
-    results["imported"] = [one for one in ABSENT if sys.modules[one]]
+    results["imported"] = [module for module in ABSENT if sys.modules[module]]
     with open(answers, "wb") as file:
         pickle.dump(results, file)
 

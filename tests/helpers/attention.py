@@ -20,7 +20,9 @@ def draw_attention(heads=4, key_heads=2, head_dim=128, batch=2):
     # A row with holes everywhere, and one as the preprocessor makes them.
     valid[1] = True
     valid[1, 60:75] = valid[1, -20:] = False
-    arrays = [one.astype("float32") for one in (query, key, value, upstream)]
+    arrays = [
+        array.astype("float32") for array in (query, key, value, upstream)
+    ]
     # Padding gets no gradient, as in a loss.
     arrays[3] *= valid[:, :, None, None]
     return arrays, valid

@@ -37,7 +37,7 @@ def put(folder, name, data):
     if isinstance(data, tuple):
         Image.new("RGB", data, "green").save(path)
     elif name.endswith((".jsonl", "test1.json")):
-        path.write_text("".join(json.dumps(one) + "\n" for one in data))
+        path.write_text("".join(json.dumps(row) + "\n" for row in data))
     else:
         path.write_text(json.dumps(data))
 
@@ -72,4 +72,7 @@ def refcoco_testa(folder):
         pickle.dump(refs, file, protocol=0)
     put(folder, "train2014/five.jpg", (40, 20))
     box = (5 / 20, 10 / 40, 15 / 20, 20 / 40)
-    return [(f"2-{n}", one["sent"], box) for n, one in enumerate(sentences)]
+    return [
+        (f"2-{n}", sentence["sent"], box)
+        for n, sentence in enumerate(sentences)
+    ]

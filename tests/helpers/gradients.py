@@ -23,7 +23,9 @@ def gradients(function, model):
         for name, weight in model.weights_by_name().items()
         if weight.trainable
     }
-    flat = [one for weight in weights.values() for one in weight.variables]
+    flat = [
+        variable for weight in weights.values() for variable in weight.variables
+    ]
 
     def loss(values):
         with keras.StatelessScope(list(zip(flat, values, strict=True))):
@@ -67,9 +69,9 @@ def differentiate(loss, values):
             tape.watch(values)
             total = loss(values)
         found = tape.gradient(total, values)
-        found = [ops.convert_to_tensor(one) for one in found]
+        found = [ops.convert_to_tensor(array) for array in found]
     else:
         values = [value.detach().requires_grad_() for value in values]
         loss(values).backward()
         found = [value.grad for value in values]
-    return [ops.convert_to_numpy(one) for one in found]
+    return [ops.convert_to_numpy(array) for array in found]

@@ -17,8 +17,10 @@ def assert_layer_contract(layer, inputs, output_dtype="bfloat16", **call):
     layer.build()
     again = type(layer).from_config(layer.get_config())
     again.build()
-    names = [one.path.partition("/")[2] for one in layer.variables]
-    assert names == [one.path.partition("/")[2] for one in again.variables]
+    names = [variable.path.partition("/")[2] for variable in layer.variables]
+    assert names == [
+        variable.path.partition("/")[2] for variable in again.variables
+    ]
     again.set_weights(layer.get_weights())
     found, wanted = layer(*inputs, **call), again(*inputs, **call)
     np.testing.assert_array_equal(
@@ -27,4 +29,4 @@ def assert_layer_contract(layer, inputs, output_dtype="bfloat16", **call):
     assert np.isfinite(ops.convert_to_numpy(ops.cast(found, "float32"))).all()
     assert keras.backend.standardize_dtype(found.dtype) == output_dtype
     # Integers are of a quantised kernel, floats of the policy.
-    assert {one.dtype for one in layer.weights} <= {"bfloat16", "int8"}
+    assert {weight.dtype for weight in layer.weights} <= {"bfloat16", "int8"}

@@ -70,8 +70,8 @@ def randomize_adapters(backbone, seed):
     random = np.random.default_rng(seed)
     for name, weight in backbone.weights_by_name().items():
         if name.endswith(("adapter_a", "adapter_b")):
-            for one in weight.variables:
-                one.assign(random.normal(size=one.shape) * 0.2)
+            for variable in weight.variables:
+                variable.assign(random.normal(size=variable.shape) * 0.2)
 
 
 def run(function, inputs):

@@ -166,7 +166,7 @@ def test_rotary_angles_stay_in_float32(
 
     def rotate(x, angles):
         seen.extend(
-            keras.backend.standardize_dtype(one.dtype) for one in angles
+            keras.backend.standardize_dtype(angle.dtype) for angle in angles
         )
         return plain(x, angles)
 

@@ -30,7 +30,10 @@ def main(preset, batch, quantize=None):
     [step] = [
         body
         for body in computations
-        if any(hlo.is_over_layers(one) for one in computations[body])
+        if any(
+            hlo.is_over_layers(instruction)
+            for instruction in computations[body]
+        )
         and not body.startswith("main")
     ]
     print(
@@ -38,8 +41,9 @@ def main(preset, batch, quantize=None):
             {
                 "moved": hlo.moved(computations, step, config.num_layers),
                 "weights": sum(
-                    int(np.prod(one.shape)) * np.dtype(one.dtype).itemsize
-                    for one in backbone.text_decoder.variables
+                    int(np.prod(variable.shape))
+                    * np.dtype(variable.dtype).itemsize
+                    for variable in backbone.text_decoder.variables
                 ),
                 "cached": 2 * keys * config.num_layers * 2,
                 "copied": hlo.copied(computations, step),

@@ -40,9 +40,9 @@ class PlainModel:
         self.begun.set()
         self.go.wait()
         self.sizes.append(len(requests))
-        if any(one.inputs == "fail" for one in requests):
+        if any(request.inputs == "fail" for request in requests):
             raise RuntimeError("a secret")
         return [
-            Answered(one.inputs, (), (7, 1), (-0.5, 0.0), "stop")
-            for one in requests
+            Answered(request.inputs, (), (7, 1), (-0.5, 0.0), "stop")
+            for request in requests
         ]

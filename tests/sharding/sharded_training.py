@@ -149,7 +149,7 @@ def check_shards(model, layout):
         shape = tuple(variable.shape)
         axes = layout.axes(stable_name(variable.path), shape)
         shard = variable.value.addressable_shards[0].data.shape
-        wanted = [n // parts[one] for n, one in zip(shape, axes, strict=True)]
+        wanted = [n // parts[axis] for n, axis in zip(shape, axes, strict=True)]
         assert shard == tuple(wanted), (variable.path, shard, axes)
         split += shard != shape
     return split
@@ -218,9 +218,9 @@ def check_parts():
             lowered = jax.jit(lambda x, both=both: both(x)).lower(x)
             found = lowered.compile()(x)
         assert ("all_gather" in lowered.as_text()) == in_parts
-        for one, other in zip(found, wanted, strict=True):
+        for array, other in zip(found, wanted, strict=True):
             scale = np.abs(other).max()
-            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * scale)
+            np.testing.assert_allclose(array, other, rtol=0, atol=1e-5 * scale)
 
 
 def check_layout(case, wanted):

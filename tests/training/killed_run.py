@@ -84,12 +84,12 @@ def main(folder, kill_at=None):
         verbose=0,
     )
     values = {
-        f"{group}{number}": keras.ops.convert_to_numpy(one)
+        f"{group}{number}": keras.ops.convert_to_numpy(variable)
         for group, variables in (
             ("weight", model.trainable_variables),
             ("optimizer", model.optimizer.variables),
         )
-        for number, one in enumerate(variables)
+        for number, variable in enumerate(variables)
     }
     np.savez(folder / "end.npz", **values)
 

@@ -42,7 +42,7 @@ def read(folder):
     np.testing.assert_array_equal(
         found["more"]["few"], ARRAYS[step]["more"]["few"]
     )
-    told = [str(one.message) for one in warned]
+    told = [str(warning.message) for warning in warned]
     return step, [text for text in told if "Damaged checkpoints" in text]
 
 
