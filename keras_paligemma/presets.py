@@ -208,10 +208,12 @@ def replaced(folder: str | Path) -> AbstractContextManager[Path]:
         raise ValueError(f"{folder} is a file. Expected: a folder.")
     path = atomic.current(folder, CONFIG) / CONFIG
     ours = path.is_file() and _is_ours(path)
-    held = sorted(file.name for name in WRITTEN for file in folder.glob(name))
-    if held and not ours:
+    existing = sorted(
+        file.name for name in WRITTEN for file in folder.glob(name)
+    )
+    if existing and not ours:
         raise ValueError(
-            f"{folder} holds {', '.join(held)}, which `save_to_preset` did "
+            f"{folder} holds {', '.join(existing)}, which `save_to_preset` did "
             "not write and would replace. Expected: a folder without, or a "
             "preset of this package. Move them or choose another folder."
         )

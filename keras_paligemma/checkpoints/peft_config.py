@@ -234,9 +234,9 @@ def rank_and_alpha(config, module):
 
 def names_layers(config):
     """Return whether the configuration limits the adapter to some layers."""
-    told = [config.get(key) for key in ("target_modules", "exclude_modules")]
+    modules = [config.get(key) for key in ("target_modules", "exclude_modules")]
     # Digits are numbers of layers, except in two names.
-    named = re.search(r"\d", re.sub(r"fc[12]", "", json.dumps(told)))
+    named = re.search(r"\d", re.sub(r"fc[12]", "", json.dumps(modules)))
     patterns = config.get("layers_to_transform") is not None
     return patterns or named is not None
 

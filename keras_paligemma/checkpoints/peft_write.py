@@ -77,8 +77,8 @@ def describe(lora, whole, layers, architecture, base=None):
         count = layers[target]
         of_target = lora.ranks_of(target, count)
         chosen = [str(layer) for layer, rank in enumerate(of_target) if rank]
-        every = r"\d+" if len(chosen) == count else f"({'|'.join(chosen)})"
-        modules += [module(every)] if chosen else []
+        numbers = r"\d+" if len(chosen) == count else f"({'|'.join(chosen)})"
+        modules += [module(numbers)] if chosen else []
         for layer, rank in enumerate(of_target):
             if rank not in (0, lora.rank):
                 ranks[module(str(layer))] = rank

@@ -47,7 +47,7 @@ def read_coco(path: Path) -> dict:
     data = _read(path)
     try:
         _check_entries(path, data)
-        _refuse_twins(path, data)
+        _check_ids(path, data)
         _check_references(path, data)
     except TypeError as error:  # Lists or dictionaries as ids.
         raise ValueError(
@@ -100,15 +100,15 @@ def _check_entries(path, data):
             )
 
 
-def _refuse_twins(path, data):
+def _check_ids(path, data):
     """Raise on duplicate ids: annotations would belong to only one of them."""
     for kind in ("images", "categories"):
         counts = collections.Counter(entry["id"] for entry in data[kind])
-        twins = [id for id, count in counts.items() if count > 1]
-        if twins:
+        duplicates = [id for id, count in counts.items() if count > 1]
+        if duplicates:
             raise ValueError(
                 f"{path}: several {kind} have the same id. Received: "
-                f"{twins[:5]}. Expected: each id once."
+                f"{duplicates[:5]}. Expected: each id once."
             )
 
 

@@ -115,19 +115,21 @@ def convert(
     lost = Counter(objects.skipped)
     objects, skipped, clipped = usable(objects)
     lost["boxes clipped"] += clipped
-    every = [
+    annotations = [
         annotation
         for picture in objects.pictures
         for annotation in picture.annotations
     ]
     if task is None:
-        has_masks = every and all(annotation.has_mask() for annotation in every)
+        has_masks = annotations and all(
+            annotation.has_mask() for annotation in annotations
+        )
         task = "segment" if has_masks else "detect"
     if to in _FOLDERS:
         lost += _write_folder(objects, target, to, task)
     else:
         lost += _write_file(objects, target, to, task, codec)
-    counts = len(objects.pictures), len(every)
+    counts = len(objects.pictures), len(annotations)
     return Conversion(target, *counts, tuple(skipped), dict(+lost))
 
 
@@ -204,7 +206,7 @@ def _write_file(objects, target, to, task, codec):
 
 def _write_folder(objects, target, to, task):
     entry, images = _FOLDERS[to]
-    _refuse_twins(objects)
+    _check_names(objects)
     with whole_folder(target, entry) as draft:
         if to == "yolo":
             lost = yolo.write(objects, draft, task == "segment")
@@ -229,7 +231,7 @@ def _link(path, place):
     return True
 
 
-def _refuse_twins(objects):
+def _check_names(objects):
     """Raise on pictures whose label files would have the same name."""
     stems = {}
     for picture in objects.pictures:

@@ -81,12 +81,12 @@ class Weights:
 
     def error(self, name):
         """Return an error for an unknown adapter, or "": a string tensor."""
-        told = (
+        message = (
             f"`adapter` is unknown. Expected: {', '.join(self.names[1:])}, or "
             "nothing for the bare model. Received: "
         )
         is_known = tf.reduce_any(tf.constant(self.names) == name)
-        return tf.where(is_known, "", tf.strings.join([told, name, "."]))
+        return tf.where(is_known, "", tf.strings.join([message, name, "."]))
 
     @contextlib.contextmanager
     def selected(self, name):

@@ -65,12 +65,12 @@ def _of_floats(function, variables):
         ]
 
         def of_floats(*floats):
-            lent, whole = floats[: len(values)], list(flat)
+            tensors, whole = floats[: len(values)], list(flat)
             for place, array in zip(places, floats[len(values) :], strict=True):
                 whole[place] = array
             scope = contextlib.nullcontext()
             if variables:
-                pairs = list(zip(variables, lent, strict=True))
+                pairs = list(zip(variables, tensors, strict=True))
                 scope = keras.StatelessScope(pairs)
             with scope:
                 return function(*keras.tree.pack_sequence_as(arguments, whole))

@@ -295,9 +295,9 @@ def _longest_common(first, second):
     places = {}
     for place, word in enumerate(first):
         places[word] = places.get(word, 0) | 1 << place
-    every = (1 << len(first)) - 1
-    row = every
+    ones = (1 << len(first)) - 1
+    row = ones
     for word in second:
         met = row & places.get(word, 0)
-        row = ((row + met) | (row - met)) & every
+        row = ((row + met) | (row - met)) & ones
     return len(first) - row.bit_count()

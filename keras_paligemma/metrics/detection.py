@@ -59,10 +59,10 @@ def mean_average_precision(
     # COCO's category ids, from 1, in order of first appearance.
     labels = {}
     right = [
-        [_parts(box)[:2] if hasattr(box, "box") else box for box in some]
-        for some in right
+        [_parts(box)[:2] if hasattr(box, "box") else box for box in boxes]
+        for boxes in right
     ]
-    predictions = [[_parts(box) for box in some] for some in predictions]
+    predictions = [[_parts(box) for box in boxes] for boxes in predictions]
     for picture in (*right, *predictions):
         for box in picture:
             labels.setdefault(box[1], len(labels) + 1)

@@ -181,20 +181,20 @@ def _find(
     several = _is_several(images)
     pictures = list(images) if several else [images]
     asked = [
-        (row, some)
+        (row, wanted)
         for row, names in enumerate(_labels_of(labels, len(pictures)))
-        for some in ([[name] for name in names] if one_by_one else [names])
+        for wanted in ([[name] for name in names] if one_by_one else [names])
     ]
     inputs = {
         "images": [pictures[row] for row, _ in asked],
-        "prompts": [prompt_of(some) for _, some in asked],
+        "prompts": [prompt_of(wanted) for _, wanted in asked],
     }
     found = [[] for _ in pictures]
     answers = model.generate(inputs, details=True, **options)
     tokenizer = model.preprocessor.tokenizer
-    for (row, some), answer in zip(asked, answers, strict=True):
+    for (row, wanted), answer in zip(asked, answers, strict=True):
         found[row] += [
-            _read(candidate, tokenizer, some, codec, score)
+            _read(candidate, tokenizer, wanted, codec, score)
             for candidate in _candidates(answer, overlap is not None)
         ]
     merged = [
@@ -269,4 +269,4 @@ def _labels_of(labels, count):
             "Lists of labels go with pictures. Expected: one a picture, "
             f"{count}. Received: {len(labels)}."
         )
-    return [list(some) for some in labels]
+    return [list(wanted) for wanted in labels]

@@ -172,11 +172,11 @@ def _prefix(prefixes, name, shapes):
     for prefix in prefixes:
         if prefix + name in shapes:
             return prefix
-    some = sorted(shapes)[:3]
+    examples = sorted(shapes)[:3]
     raise ValueError(
         f"The checkpoint has no PaliGemma of transformers: no key "
         f"{prefixes[0] + name!r}, nor under {list(prefixes[1:])}. Received: "
-        f"{len(shapes)} keys, such as {some}. An adapter has to be merged "
+        f"{len(shapes)} keys, such as {examples}. An adapter has to be merged "
         "into its model and saved with it."
     )
 

@@ -137,11 +137,11 @@ def write_h5(folder, arrays, shard_size=SHARD_SIZE):
         ValueError: the folder already contains weights.
     """
     folder = Path(folder)
-    held = sorted(path.name for path in folder.glob("model*.weights.*"))
-    if held:
+    existing = sorted(path.name for path in folder.glob("model*.weights.*"))
+    if existing:
         raise ValueError(
-            f"{folder} holds weights already: {', '.join(held)}. Expected: a "
-            "folder without. Choose another or remove them."
+            f"{folder} holds weights already: {', '.join(existing)}. Expected: "
+            "a folder without. Choose another or remove them."
         )
     writer = _Writer(folder, shard_size)
     try:
