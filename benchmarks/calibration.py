@@ -62,7 +62,7 @@ def draw(seed, count, styles):
 
 
 def logits(model, examples):
-    """Give the logits that predict the responses."""
+    """Return the logits that predict the responses."""
     x, y, weights = model.preprocessor(examples)
     found = ops.convert_to_numpy(model(x))[:, -y.shape[1] - 1 : -1]
     return found[np.asarray(weights) > 0]
@@ -210,7 +210,7 @@ def write_random(folder):
 
 
 def anonymous(pid):
-    """Give a process's resident bytes that no file can give back."""
+    """Return a process's resident bytes without those of mapped files."""
     _, pages, of_files, *_ = Path(f"/proc/{pid}/statm").read_text().split()
     return (int(pages) - int(of_files)) * os.sysconf("SC_PAGE_SIZE")
 

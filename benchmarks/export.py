@@ -97,7 +97,7 @@ def peak_of(function, memory=resident):
 
 
 def timed(answer):
-    """Give the seconds of a call, and what it gives."""
+    """Return the seconds of a call, and its result."""
     began = time.perf_counter()
     answered = answer()
     return time.perf_counter() - began, answered

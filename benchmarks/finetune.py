@@ -50,7 +50,7 @@ def arrays(sizes, image_size):
 
 
 def ours(sizes, image_size, towers, form, remat):
-    """Give a function that trains one step of this package's model."""
+    """Return a function that trains one step of this package's model."""
     import numpy as np
 
     from keras_paligemma import PaliGemmaCausalLM

@@ -112,7 +112,7 @@ def sharded(path, form):
 
 
 def held_by_devices(backbone):
-    """Give bytes: what is sharded, the most of it on a device, and the rest."""
+    """Return bytes: of sharded weights, their maximum on a device, the rest."""
     total, rest, devices = 0, 0, {}
     for variable in backbone.variables:
         shards = variable._value.addressable_shards
@@ -184,7 +184,7 @@ LOADERS = {
 
 
 def anonymous():
-    """Give the bytes that this process holds, without mapped files."""
+    """Return the resident bytes of this process, without mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024

@@ -28,7 +28,7 @@ PROMPTS = ("caption en", "detect cat", "count cat")
 
 
 def error(layout, array):
-    """Give |w - dequantize(quantize(w))| / |w|, in Frobenius norms."""
+    """Return |w - dequantize(quantize(w))| / |w|, in Frobenius norms."""
     stored, scale = layout.quantize(array)
     found = layout.dequantize(
         ops.convert_to_tensor(stored),
@@ -79,7 +79,7 @@ def random_errors(mode):
 
 
 def logits_and_answers(model):
-    """Give the logits of what follows each prompt, and the answers."""
+    """Return the logits after each prompt, and the answers."""
     pictures = [Image.open(path) for path in sorted(PICTURES.glob("*.png"))]
     inputs = {
         "images": [picture for picture in pictures for _ in PROMPTS],

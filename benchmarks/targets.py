@@ -49,7 +49,7 @@ def inputs_of(model):
 
 
 def texts_of(model, ids):
-    """Turn ids, up to their stops, into texts."""
+    """Convert ids, up to their stops, to texts."""
     stop = model.preprocessor.tokenizer.end_token_id
     goes_on = np.cumsum(ids == stop, axis=1) == 0
     ids = np.where(goes_on, ids, 0)

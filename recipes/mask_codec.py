@@ -101,7 +101,7 @@ class Autoencoder(nn.Module):
         return self.book[codes].movedim(-1, 1)
 
     def weights(self):
-        """Give the arrays of a codec's file, by name."""
+        """Return the arrays of a codec's file, by name."""
         state = {key: value.numpy() for key, value in self.state_dict().items()}
         return {"_vq_vae._embedding": state.pop("book"), **state}
 

@@ -25,7 +25,7 @@ def pins(name):
 
 
 def bounds(*extras):
-    """Give the lower bounds of the package and of extras."""
+    """Return the lower bounds of the package and of extras."""
     listed = list(PROJECT["dependencies"])
     for extra in extras:
         listed += PROJECT["optional-dependencies"][extra]

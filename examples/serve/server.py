@@ -201,7 +201,7 @@ def picture_of(mask):
 
 
 def read_request(body):
-    """Turn the body of a request into the arguments of `Model.answer`."""
+    """Convert the body of a request to the arguments of `Model.answer`."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:

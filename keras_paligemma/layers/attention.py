@@ -86,7 +86,7 @@ def token_positions(padding_mask_BL):
 
 
 def rotary_angles(positions_BT, head_dim, base=10_000.0):
-    """Turn positions into the cosines and sines that rotate a head.
+    """Return the cosines and sines that rotate a head at each position.
 
     Computed once a forward pass and shared by all blocks, in float32.
 

@@ -79,7 +79,7 @@ def refused(path, *words):
 
 
 def npy(array, **kwargs):
-    """Give the bytes of a .npy."""
+    """Return the bytes of a .npy."""
     file = io.BytesIO()
     np.save(file, array, **kwargs)
     return file.getvalue()

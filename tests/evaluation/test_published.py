@@ -142,7 +142,7 @@ def fake(feature, name, number):
 
 
 def distinct(example, path, number):
-    """Give an example an id of its own, as the published ones have."""
+    """Set an example's own id, as the published ones have."""
     old = example[path]
     text = b"%d" % number
     return example | {

@@ -28,7 +28,7 @@ SCENE = (ROOT / "examples" / "pictures" / "scene_0.png").read_bytes()
 
 
 def send(url, body=None, **headers):
-    """Give status and JSON of a reply."""
+    """Return status and JSON of a reply."""
     try:
         request = urllib.request.Request(url, body, headers)
         with urllib.request.urlopen(request, timeout=60) as reply:

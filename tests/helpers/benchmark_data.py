@@ -1,4 +1,4 @@
-"""Folders of data as benchmarks have it."""
+"""Folders of data in the layouts of benchmarks."""
 
 import json
 import pickle
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def make_data(folder, rows=12):
-    """Rows of pictures of their own, in our own layout."""
+    """Write rows with a picture each, in our own layout."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
         for number in range(rows):
@@ -23,7 +23,7 @@ def make_data(folder, rows=12):
 
 
 def change_sample(data, row, **fields):
-    """Change a sample's line; `None` takes a field away."""
+    """Change a sample's line; `None` removes a field."""
     lines = (data / "samples.jsonl").read_text("utf-8").splitlines()
     one = json.loads(lines[row]) | fields
     lines[row] = json.dumps({k: v for k, v in one.items() if v is not None})

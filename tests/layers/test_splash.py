@@ -93,7 +93,7 @@ TEXT = {
 
 
 def train_step(**text):
-    """Give a training step of a small model, and what it is traced with."""
+    """Return a training step of a small model, and its arguments."""
     import jax
 
     backbone = PaliGemmaBackbone(

@@ -1,4 +1,4 @@
-"""What a decoding step reads and writes on a v5e chip, by the TPU's compiler.
+"""Bytes that a decoding step moves on a v5e chip, by the TPU's compiler.
 
 `python -m tests.planning.decode_step PRESET BATCH [int8]` prints JSON, in an
 environment that has `planning.compiled.ENVIRONMENT`.
@@ -26,7 +26,7 @@ def main(preset, batch, quantize=None):
     config = backbone.text_config
     length = backbone.image_sequence_length + job.prompt_length + 32 - 1
     keys = int(batch) * length * config.num_key_value_heads * config.head_dim
-    # The loop over tokens is the one that holds a loop over layers.
+    # The loop over tokens is the one that contains a loop over layers.
     [step] = [
         body
         for body in computations

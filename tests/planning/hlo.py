@@ -11,7 +11,7 @@ BITS = {
     **dict.fromkeys(("bf16", "s16", "u16"), 16),
     **dict.fromkeys(("f32", "s32", "u32"), 32),
 }
-# They move nothing; a `while` is what its body moves.
+# Operations that move nothing.
 FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
     *("after-all", "iota", "partition-id"),
@@ -39,7 +39,7 @@ def read(text):
         found = re.match(r"\s+(?:ROOT )?%([\w.-]+) = (.*)", line)
         if not found:
             continue
-        # Layouts may hold parentheses, types of tuples do.
+        # Layouts may contain parentheses; types of tuples do.
         rest = re.sub(r"\{[^{}]*\}", "", found[2].split(", metadata=")[0])
         kind = re.match(r"(\([^()]*\)|\S+) ([\w-]+)\(([^()]*)\)", rest)
         source = re.search(r'op_name="([^"]*)"', line)
@@ -48,7 +48,7 @@ def read(text):
                 found[1],
                 size_of(kind[1]),
                 kind[2],
-                # Of a parameter its number, of others the names.
+                # The number of a parameter; otherwise the names of operands.
                 re.findall(r"%([\w.-]+)", kind[3]) or [kind[3]],
                 re.findall(r"(?:calls|body|condition)=%([\w.-]+)", rest),
                 source[1] if source else "",
@@ -78,13 +78,13 @@ def size_of(type_text):
 def moved(computations, name, layers):
     """Return the bytes that a computation reads and writes.
 
-    Of an operand that is sliced only, the slice counts; what is written in
-    place counts as what is written.
+    Only the slice counts of an operand that is sliced, and only the written
+    part of one that is updated in place.
 
     Args:
-        computations: dict of `read`.
+        computations: dict, from `read`.
         name: str, one of its keys.
-        layers: int, how often the loop over layers runs; others count once.
+        layers: int, iterations of the loop over layers; others count once.
     """
     total, sizes = 0, {}
     for instruction in computations[name]:

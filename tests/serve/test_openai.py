@@ -15,7 +15,7 @@ URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
 
 def api_of(client):
-    """Give OpenAI's client of a `TestClient`'s application."""
+    """Return OpenAI's client of a `TestClient`'s application."""
 
     # The client of Starlette is one of httpx; openai wants its own kind.
     def handle(request):

@@ -24,7 +24,7 @@ IDS = (10, 11, 12, 13, 14, 1)
 
 
 def outputs(images, length, options, error=""):
-    """Give the outputs of an export; its log-probabilities are its options."""
+    """Return an export's outputs, whose log-probabilities are its options."""
     rows = tf.shape(images)[0]
     told = [tf.cast(tensor, tf.float32) for tensor in (rows, *options)]
     told = tf.pad(tf.stack(told), [[0, len(IDS) - len(told)]])

@@ -21,7 +21,7 @@ from keras_paligemma.sharding import distribute
 from keras_paligemma.training import RunCheckpoint
 from tests.helpers.checks import check
 
-# What another module asked for, before JAX has looked.
+# Overrides the other module's setting, before JAX reads it.
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", "count=4")
 
 
@@ -38,11 +38,11 @@ def main(folder, number, port):
     if number:
         safetensors.save_file = peft.save_file = forbidden
 
-    # The eight chips of both hosts share one example's work: one part.
+    # The eight chips of both hosts share each example: the data has one part.
     keras.distribution.set_distribution(distribute("tensor", (1, 8)))
     with check("one part of the data"):
         assert data_shard() == (0, 1)
-    # A host's four are a group; storage is split over both hosts.
+    # The four chips of a host are a group; storage is split over both hosts.
     chosen = distribute("both", (2, 4), small=64)
     keras.distribution.set_distribution(chosen)
     index, parts = data_shard()
@@ -55,7 +55,7 @@ def main(folder, number, port):
         assert difference <= 1e-5, (losses, wanted)
 
     with check("checkpoints"):
-        # Once: a folder a step, whichever host looks.
+        # Both hosts see one folder per step.
         steps = sorted(path.name for path in (folder / "hosts").iterdir())
         assert steps == ["2", "4"], steps
     trained = sharded_runs.values(model)

@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-# It sets the environment; JAX reads that when it is first used.
+# It sets the environment, which JAX reads when it is first used.
 from tests.sharding import sharded_training  # isort: skip
 
 import jax
@@ -34,7 +34,7 @@ STEPS, BATCH = 4, 8
 
 
 def preprocess(example):
-    """Take an example as it is: arrays of one row."""
+    """Return an example, arrays of one row, as the model takes it."""
     ids = example["responses"]
     weights = np.ones(RESPONSE, "float32")
     return tokens(example["images"], ids), ids[-RESPONSE:], weights
@@ -67,7 +67,7 @@ class Watched:
 
     def on_devices(self):
         held = {device: {} for device in jax.devices()}
-        # By address: a shard that was looked at is an array of its own.
+        # By address: a shard that was read is another array of the same memory.
         for array in jax.live_arrays():
             for shard in array.addressable_shards:
                 place = shard.data.unsafe_buffer_pointer()
@@ -128,7 +128,7 @@ def assert_same(found, wanted):
 
 def main(folder):
     folder = Path(folder)
-    # The same step is compiled once; a resumed run finds it there.
+    # The step is compiled once; a resumed run finds it in the cache.
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # One device: weights in float32, and the losses to compare.
@@ -139,17 +139,17 @@ def main(folder):
 
     chosen = distribute("both", (4, 2), small=64)
     keras.distribution.set_distribution(chosen)
-    # Adapters that are made under a layout lie as it says, and so does all.
+    # Adapters that are created under a layout follow it, like all variables.
     model, bare, most = load(folder / "preset")
     with check("shards of weights"):
         split = check_shards(model, chosen.layout)
     share = chip_bytes(chosen.layout, bare)
     with check("bytes while loading"):
-        # One device never held more than its share, even then.
+        # No device ever held more than its share.
         assert most <= 1.02 * share, (most, share)
     whole = sum(variable.value.nbytes for variable in bare)
     with check("bytes of a device"):
-        # The kernel of the patches, in floats, is the largest here: halved.
+        # The largest weight here, the kernel of the patches, is halved.
         assert share < 0.4 * whole, (share, whole)
 
     losses = train(model, folder / "whole")
@@ -161,7 +161,7 @@ def main(folder):
         assert difference <= 1e-5, (losses, wanted)
     trained = values(model)
 
-    # Killed after the second step: nothing but its checkpoint is left.
+    # As if killed after the second step: only its checkpoint is left.
     shutil.copytree(folder / "whole" / "2", folder / "killed" / "2")
     resumed, _, _ = load(folder / "preset")
     again = train(resumed, folder / "killed")
@@ -172,7 +172,7 @@ def main(folder):
     with check("a killed run's weights"):
         assert_same(values(resumed), trained)
 
-    # Saved from shards, and read back onto them.
+    # Saved from shards, and loaded as shards.
     model.save_adapter(folder / "trained")
     model.save_to_preset(folder / "saved")
     with check("a saved preset"):

@@ -105,7 +105,7 @@ def test_a_square_is_the_share_of_each_pixel():
 
 
 def true_masks():
-    """Give the nano preset's alpha masks, at sizes as in its scenes.
+    """Return the nano preset's alpha masks, at sizes as in its scenes.
 
     `recipes/mask_codec.py` wrote them: one of each class and style.
     """

@@ -30,7 +30,7 @@ def written(tmp_path_factory):
 
 
 def read(folder):
-    """Give the step that is read, and the warnings, having compared arrays."""
+    """Compare arrays; return the step that was read, and the warnings."""
     files = CheckpointFiles(folder, keep=2)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

@@ -41,7 +41,7 @@ def main():
 
 
 def repository():
-    """Give the repository's address, which pyproject.toml has."""
+    """Return the repository's address, from pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     address = project["project"]["urls"]["Repository"]
     if f"repo_url: {address}\n" not in (ROOT / "mkdocs.yml").read_text("utf-8"):
@@ -66,7 +66,7 @@ def copy_pages(address):
 
 
 def to_repository(text, folder, address):
-    """Turn links that leave `docs` into links to the repository.
+    """Convert links that leave `docs` to links to the repository.
 
     Args:
         text: str, a page.
