@@ -20,7 +20,7 @@ from keras_paligemma.config import PreprocessorConfig
 
 # Fields that shapes do not determine. Published models are recognised by their
 # sizes; for other models the caller passes these.
-UNTOLD = (
+NOT_IN_SHAPES = (
     "query_pre_attention_scalar",
     "attention_logit_soft_cap",
     "final_logit_soft_cap",
@@ -143,7 +143,7 @@ def _big_vision(path, fields, load_weights=True, headers=None):
             published = presets.config(known)
             backbone = replace(published.backbone, image_size=found.image_size)
             config = replace(published, name=config.name, backbone=backbone)
-        elif unknown := [key for key in UNTOLD if key not in fields]:
+        elif unknown := [key for key in NOT_IN_SHAPES if key not in fields]:
             raise ValueError(
                 f"{path} has the sizes of no published model, and its shapes "
                 f"do not tell {', '.join(unknown)}. Pass them by keyword; "
