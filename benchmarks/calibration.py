@@ -55,14 +55,14 @@ def draw(seed, count, styles):
         for number in range(count)
     ]
     return {
-        "images": [one["image"] for one in found],
-        "prompts": [one["prompt"] for one in found],
-        "responses": [one["response"] for one in found],
+        "images": [example["image"] for example in found],
+        "prompts": [example["prompt"] for example in found],
+        "responses": [example["response"] for example in found],
     }
 
 
 def logits(model, examples):
-    """Give the logits that predict the responses."""
+    """Return the logits that predict the responses."""
     x, y, weights = model.preprocessor(examples)
     found = ops.convert_to_numpy(model(x))[:, -y.shape[1] - 1 : -1]
     return found[np.asarray(weights) > 0]
@@ -149,7 +149,7 @@ def nano(count):
         )
         shares.append(found / nearest)
         cells = (nearest[0], found[0], nearest[1], found[1])
-        cells = " | ".join(f"{100 * one:.1f} %" for one in cells)
+        cells = " | ".join(f"{100 * cell:.1f} %" for cell in cells)
         print(f"| {name} | {cells} |")
     kernel, products = np.mean(shares, axis=0)
     print(f"\nin the mean {kernel:.2f} × and {products:.2f} ×\n")
@@ -210,7 +210,7 @@ def write_random(folder):
 
 
 def anonymous(pid):
-    """Give a process's resident bytes that no file can give back."""
+    """Return a process's resident bytes without those of mapped files."""
     _, pages, of_files, *_ = Path(f"/proc/{pid}/statm").read_text().split()
     return (int(pages) - int(of_files)) * os.sysconf("SC_PAGE_SIZE")
 

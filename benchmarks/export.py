@@ -70,7 +70,9 @@ def resident(pid):
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         tasks = Path(f"/proc/{pid}/task").glob("*/children")
-        children = [one for task in tasks for one in task.read_text().split()]
+        children = [
+            child for task in tasks for child in task.read_text().split()
+        ]
     except (OSError, IndexError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(resident, children))
@@ -95,7 +97,7 @@ def peak_of(function, memory=resident):
 
 
 def timed(answer):
-    """Give the seconds of a call, and what it gives."""
+    """Return the seconds of a call, and its result."""
     began = time.perf_counter()
     answered = answer()
     return time.perf_counter() - began, answered
@@ -165,9 +167,9 @@ def main():
         folder = Path(home) / "served"
         ours = model(arguments.large)
         variables = ours.backbone.variables
-        weights = sum(to_host(one).nbytes for one in variables)
+        weights = sum(to_host(variable).nbytes for variable in variables)
         seconds, peak = peak_of(lambda: ours.export(folder))
-        size = sum(one.stat().st_size for one in folder.rglob("*"))
+        size = sum(path.stat().st_size for path in folder.rglob("*"))
         inputs = {"images": [str(PICTURE)], "prompts": [PROMPT]}
         here, served, tokens = by_turns(
             lambda: ours.generate(inputs, max_new_tokens=NEW), folder

@@ -50,7 +50,7 @@ def arrays(sizes, image_size):
 
 
 def ours(sizes, image_size, towers, form, remat):
-    """Give a function that trains one step of this package's model."""
+    """Return a function that trains one step of this package's model."""
     import numpy as np
 
     from keras_paligemma import PaliGemmaCausalLM
@@ -100,7 +100,9 @@ def transformers(sizes, image_size, towers, form, remat):
         targets = ["q_proj", "v_proj"]
     lora = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
     model = peft.get_peft_model(model, lora)
-    trained = [one for one in model.parameters() if one.requires_grad]
+    trained = [
+        parameter for parameter in model.parameters() if parameter.requires_grad
+    ]
     optimizer = torch.optim.Adam(trained, 2e-5)
     x, y = arrays(sizes, image_size)
     images = (image_size // sizes["patch"]) ** 2

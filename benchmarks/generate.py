@@ -80,7 +80,7 @@ def ours(folder, form, options):
             stop_token_ids=None,
         )
 
-    return answer, sum(one.value.nbytes for one in backbone.weights)
+    return answer, sum(weight.value.nbytes for weight in backbone.weights)
 
 
 def keras_hub(folder, form, options):
@@ -110,7 +110,7 @@ def keras_hub(folder, form, options):
         found = model.generate(inputs, stop_token_ids=None)
         return np.asarray(found["token_ids"])[:, -tokens:]
 
-    return answer, sum(one.value.nbytes for one in backbone.weights)
+    return answer, sum(weight.value.nbytes for weight in backbone.weights)
 
 
 def transformers(folder, form, options):
@@ -140,7 +140,7 @@ def transformers(folder, form, options):
         )
         return found[:, -tokens:].numpy()
 
-    return answer, sum(one.nbytes for one in model.parameters())
+    return answer, sum(weight.nbytes for weight in model.parameters())
 
 
 PACKAGES = {"ours": ours, "KerasHub": keras_hub, "transformers": transformers}

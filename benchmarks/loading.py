@@ -112,7 +112,7 @@ def sharded(path, form):
 
 
 def held_by_devices(backbone):
-    """Give bytes: what is sharded, the most of it on a device, and the rest."""
+    """Return bytes: of sharded weights, their maximum on a device, the rest."""
     total, rest, devices = 0, 0, {}
     for variable in backbone.variables:
         shards = variable._value.addressable_shards
@@ -164,8 +164,8 @@ def plain(path):
 
                 file.visititems(visit)
         else:
-            for one in sorted(path.glob("*.safetensors")):
-                with safe_open(one, framework="numpy") as file:
+            for shard in sorted(path.glob("*.safetensors")):
+                with safe_open(shard, framework="numpy") as file:
                     for key in file.keys():
                         array = file.get_tensor(key)
                         arrays.append(array.astype("float32"))
@@ -184,7 +184,7 @@ LOADERS = {
 
 
 def anonymous():
-    """Give the bytes that this process holds, without mapped files."""
+    """Return the resident bytes of this process, without mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -207,7 +207,7 @@ def measure(loader, path):
     if loader != "plain" and os.environ["KERAS_BACKEND"] == "jax":
         import jax
 
-        jax.block_until_ready([one.value for one in kept.variables])
+        jax.block_until_ready([variable.value for variable in kept.variables])
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
@@ -237,7 +237,7 @@ def run(loader, path, runs=RUNS):
         )
         results.append(json.loads(process.stdout.splitlines()[-1]))
     return {
-        key: statistics.median(one[key] for one in results)
+        key: statistics.median(result[key] for result in results)
         for key in results[0]
     }
 

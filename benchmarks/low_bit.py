@@ -28,7 +28,7 @@ PROMPTS = ("caption en", "detect cat", "count cat")
 
 
 def error(layout, array):
-    """Give |w - dequantize(quantize(w))| / |w|, in Frobenius norms."""
+    """Return |w - dequantize(quantize(w))| / |w|, in Frobenius norms."""
     stored, scale = layout.quantize(array)
     found = layout.dequantize(
         ops.convert_to_tensor(stored),
@@ -79,10 +79,10 @@ def random_errors(mode):
 
 
 def logits_and_answers(model):
-    """Give the logits of what follows each prompt, and the answers."""
+    """Return the logits after each prompt, and the answers."""
     pictures = [Image.open(path) for path in sorted(PICTURES.glob("*.png"))]
     inputs = {
-        "images": [one for one in pictures for _ in PROMPTS],
+        "images": [picture for picture in pictures for _ in PROMPTS],
         "prompts": list(PROMPTS) * len(pictures),
     }
     arrays = model.preprocessor.generate_preprocess(inputs)
@@ -119,7 +119,7 @@ def main():
     print("\nnormal weights of 3b's widths\n")
     show(without_rate)
     for mode in MODES:
-        slowest = min(rate for one, rate in rates if one == mode)
+        slowest = min(rate for measured, rate in rates if measured == mode)
         print(f"\n{mode}: at least {slowest / 1e6:.0f} M values/s are rounded")
     print("\n| nano | logits | same best token | same answers |")
     print("| --- | --- | --- | --- |")

@@ -47,7 +47,7 @@ def layouts(job, chips):
     # A part of the batch for each chip where there is one; else its work is
     # split.
     known = [Layout("weights", 1, chips), Layout("tensor", 1, chips)]
-    return [one for one in known if job.batch_size % one.replicas == 0]
+    return [layout for layout in known if job.batch_size % layout.replicas == 0]
 
 
 def main():

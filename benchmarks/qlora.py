@@ -51,9 +51,9 @@ class Scenes(keras.utils.PyDataset):
             for _ in range(self.batch_size)
         ]
         return {
-            "images": [one["image"] for one in examples],
-            "prompts": [one["prompt"] for one in examples],
-            "responses": [one["response"] for one in examples],
+            "images": [example["image"] for example in examples],
+            "prompts": [example["prompt"] for example in examples],
+            "responses": [example["response"] for example in examples],
         }
 
 

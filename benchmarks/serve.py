@@ -130,7 +130,7 @@ def load(port, clients, seconds):
     for thread in threads:
         thread.join()
     took = time.perf_counter() - started
-    return [one for one in times if one], times.count(None), took
+    return [seconds for seconds in times if seconds], times.count(None), took
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def post(body, path="/answer", **headers):
         "Connection": "close",
         "Content-Length": str(len(body)),
     } | {name.replace("_", "-"): value for name, value in headers.items()}
-    head = "".join(f"{key}: {one}\r\n" for key, one in lines.items() if one)
+    head = "".join(f"{key}: {line}\r\n" for key, line in lines.items() if line)
     return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
@@ -87,7 +87,7 @@ def chat(image, **fields):
 def chunked(*chunks):
     """Spell a request in chunks."""
     head = post(b"", Content_Length=None, Transfer_Encoding="chunked")
-    body = [b"%x\r\n%b\r\n" % (len(one), one) for one in chunks]
+    body = [b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks]
     return head, *body, b"0\r\n\r\n"
 
 
@@ -172,7 +172,10 @@ def bad_kinds(image):
         found[f"bomb: {name}"] = Kind((post(ask(data)),), status)
     hundred = post(b"", Content_Length=str(100 * 2**20))
     slow = post(b"", Content_Length="1000")
-    return {name: Kind((data,), one) for name, (data, one) in kinds.items()} | {
+    return {
+        name: Kind((data,), expected)
+        for name, (data, expected) in kinds.items()
+    } | {
         "100 MB": Kind((hundred, *[MIB] * 100), 413, every=4),
         "100 MB that do not come": Kind((hundred,), 413),
         "100 MB in chunks": Kind(chunked(*[MIB] * 100), 413, every=4),
@@ -228,9 +231,11 @@ def _is_answered(link, seconds):
 def text_of(body):
     """Return the text of a reply, or that of all pieces of a stream."""
     if body.startswith(b"data: "):
-        events = [json.loads(one[6:]) for one in body.split(b"\n\n") if one]
+        events = [
+            json.loads(event[6:]) for event in body.split(b"\n\n") if event
+        ]
         assert events[-1]["text"] == "".join(
-            one.get("piece", "") for one in events
+            event.get("piece", "") for event in events
         )
         return events[-1]["text"]
     reply = json.loads(body)
@@ -260,7 +265,7 @@ class Soak:
         bad = bad_kinds(image)
         self.bad = [
             (name, kind)
-            for turn in range(max(one.every for one in bad.values()))
+            for turn in range(max(value.every for value in bad.values()))
             for name, kind in bad.items()
             if turn % kind.every == 0
         ]
@@ -271,8 +276,8 @@ class Soak:
     def run(self):
         """Ask all, and print what came."""
         self.texts = {
-            name: text_of(send(self.port, one)[1])
-            for name, one in self.good.items()
+            name: text_of(send(self.port, value)[1])
+            for name, value in self.good.items()
         }
         print(f"before: {self.settled():.0f} MiB", flush=True)
         threads = [threading.Thread(target=self.asks) for _ in range(CLIENTS)]

@@ -49,7 +49,7 @@ def inputs_of(model):
 
 
 def texts_of(model, ids):
-    """Turn ids, up to their stops, into texts."""
+    """Convert ids, up to their stops, to texts."""
     stop = model.preprocessor.tokenizer.end_token_id
     goes_on = np.cumsum(ids == stop, axis=1) == 0
     ids = np.where(goes_on, ids, 0)
@@ -67,7 +67,9 @@ def main():
     kind = {name: value for name, value in kind.items() if value}
     model = PaliGemmaCausalLM.from_preset(options.preset, **kind)
     arrays, logits, texts = inputs_of(model)
-    weights = sum(one.value.nbytes for one in model.backbone.variables)
+    weights = sum(
+        variable.value.nbytes for variable in model.backbone.variables
+    )
     print(f"weights {weights / 1e6:.2f} MB")
     print("target       seconds  of weights  logits      texts")
     alone = ROOT / "tests" / "export" / "alone.py"

@@ -94,19 +94,26 @@ def table(heads, rows):
 def page():
     """Make the whole page: a str."""
     every = benchmarks().values()
-    plain = [one for one in every if one.card[one.value].keys() == set(COLUMNS)]
-    other = [one for one in every if one not in plain]
+    plain = [
+        benchmark
+        for benchmark in every
+        if benchmark.card[benchmark.value].keys() == set(COLUMNS)
+    ]
+    other = [benchmark for benchmark in every if benchmark not in plain]
     text = HEAD + "## Results by resolution and size\n\n"
     text += table(
         ["`--benchmark`", "card", "metric, value", *COLUMNS],
         [
             [
-                f"`{one.name}`",
-                one.title,
-                f"{one.metric}, {one.value}",
-                *(number(one.card[one.value][name]) for name in COLUMNS),
+                f"`{benchmark.name}`",
+                benchmark.title,
+                f"{benchmark.metric}, {benchmark.value}",
+                *(
+                    number(benchmark.card[benchmark.value][name])
+                    for name in COLUMNS
+                ),
             ]
-            for one in plain
+            for benchmark in plain
         ],
     )
     text += "## Additional benchmarks\n\n"
@@ -114,14 +121,16 @@ def page():
         ["`--benchmark`", "card", "metric", "value", "3B", "10B"],
         [
             [
-                f"`{one.name}`" if not at else "",
-                one.title if not at else "",
-                one.metric if not at else "",
-                f"{value} (needs a judge)" if value in one.judges else value,
+                f"`{benchmark.name}`" if not at else "",
+                benchmark.title if not at else "",
+                benchmark.metric if not at else "",
+                f"{value} (needs a judge)"
+                if value in benchmark.judges
+                else value,
                 *(number(numbers.get(n, math.nan)) for n in ("3B", "10B")),
             ]
-            for one in other
-            for at, (value, numbers) in enumerate(one.card.items())
+            for benchmark in other
+            for at, (value, numbers) in enumerate(benchmark.card.items())
         ],
     )
     text += "## Data, prompts and proofs\n\n"
@@ -129,14 +138,18 @@ def page():
         ["`--benchmark`", "data", "split", "prompt", "proof", "fields"],
         [
             [
-                f"`{one.name}`",
-                data_of(one),
-                one.subset and f"{one.subset} {one.split}" or one.split,
-                f"`{one.prompt!r}`",
-                PROOFS[one.kind],
-                ", ".join(f for f in one.fields if f not in ("id", "images")),
+                f"`{benchmark.name}`",
+                data_of(benchmark),
+                benchmark.subset
+                and f"{benchmark.subset} {benchmark.split}"
+                or benchmark.split,
+                f"`{benchmark.prompt!r}`",
+                PROOFS[benchmark.kind],
+                ", ".join(
+                    f for f in benchmark.fields if f not in ("id", "images")
+                ),
             ]
-            for one in every
+            for benchmark in every
         ],
     )
     return text.rstrip("\n") + "\n"

@@ -46,7 +46,7 @@ def main(arguments=None):
     model.compile(Adam(options.learning_rate))
     seen = [source[number] for number in range(min(4, len(source)))]
     samples = {
-        key: [one[key] for one in seen]
+        key: [example[key] for example in seen]
         for key in ("images", "prompts", "responses")
     }
     fit(

@@ -41,8 +41,8 @@ def main(arguments=None):
     print(source)  # with what was clipped or left out
     held_out = [*open_source(options.data, split=options.validation)]
     precision = EvaluateObjects(
-        [one["images"] for one in held_out],
-        [read_objects(one["responses"]) for one in held_out],
+        [example["images"] for example in held_out],
+        [read_objects(example["responses"]) for example in held_out],
     )
     # A picture that cannot be read is counted, and the run goes on.
     batches = Batches(

@@ -84,11 +84,11 @@ def refuse_in_use(folder):
     folder = Path(folder).expanduser()
     if not folder.exists():
         return
-    held = [folder]
+    existing = [folder]
     if folder.is_dir():
-        held = [one for one in folder.iterdir() if DRAFT not in one.name]
-    if held:
-        names = sorted(one.name for one in held)
+        existing = [path for path in folder.iterdir() if DRAFT not in path.name]
+    if existing:
+        names = sorted(path.name for path in existing)
         raise ValueError(
             f"{folder} is in use. Expected: a new or an empty folder. "
             f"Received: one that holds {names[:5]}. Remove it or choose "

@@ -86,7 +86,7 @@ def text(default=MISSING, optional=False):
 def texts(default=MISSING, optional=False):
     def fits(value):
         listed = isinstance(value, (list, tuple))
-        return listed and all(isinstance(one, str) for one in value)
+        return listed and all(isinstance(item, str) for item in value)
 
     return _field("a list of strings", fits, default, optional)
 
@@ -98,7 +98,7 @@ def by_target(default=None):
         return isinstance(value, dict) and all(
             isinstance(key, str)
             and isinstance(row, (list, tuple))
-            and all(_is_number(one) for one in row)
+            and all(_is_number(number) for number in row)
             for key, row in value.items()
         )
 
@@ -120,7 +120,7 @@ class Checked:
     """
 
     def __post_init__(self):
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         _refuse(self.problems(values), type(self).__name__)
 
     @classmethod
@@ -141,24 +141,27 @@ class Checked:
             Sorted list of phrases, empty if the values are valid.
         """
         values = values if isinstance(values, dict) else {}
-        known = {one.name: one for one in fields(cls)}
+        known = {spec.name: spec for spec in fields(cls)}
         listed = [
             f"{prefix}{key!s:.80} is unknown" for key in values.keys() - known
         ]
-        for key, one in known.items():
+        for key, spec in known.items():
             name = (names or {}).get(key, prefix + key)
-            value, part = values.get(key, one.default), one.metadata.get("part")
+            value, part = (
+                values.get(key, spec.default),
+                spec.metadata.get("part"),
+            )
             if value is MISSING:
                 listed.append(f"{name} is missing")
             elif part is None:
-                if not one.metadata["allowed"](value):
+                if not spec.metadata["allowed"](value):
                     listed.append(
-                        f"{name} must be {one.metadata['expected']}, received "
-                        f"{shown(value)}"
+                        f"{name} must be {spec.metadata['expected']}, "
+                        f"received {shown(value)}"
                     )
             elif isinstance(value, dict):
                 listed += part.problems(value, prefix=f"{name}.")
-            elif not isinstance(value, part) and value is not one.default:
+            elif not isinstance(value, part) and value is not spec.default:
                 listed.append(
                     f"{name} must be an object of fields, received "
                     f"{shown(value)}"
@@ -185,10 +188,10 @@ class Checked:
         _refuse(cls.problems(values), source)
         values = dict(values)
         try:
-            for one in fields(cls):
-                part = one.metadata.get("part")
-                if part and isinstance(values.get(one.name), dict):
-                    values[one.name] = part.from_dict(values[one.name])
+            for spec in fields(cls):
+                part = spec.metadata.get("part")
+                if part and isinstance(values.get(spec.name), dict):
+                    values[spec.name] = part.from_dict(values[spec.name])
             return cls(**values)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error

@@ -211,8 +211,8 @@ def never_functional(cls):
     whichever model was built first; its `__init__` calls `init_model`.
     """
     for name in {*vars(Functional), *vars(Function)}:
-        owners = [one for one in cls.__mro__ if name in vars(one)]
-        owners = [one for one in owners if one not in (Functional, Function)]
+        owners = [base for base in cls.__mro__ if name in vars(base)]
+        owners = [base for base in owners if base not in (Functional, Function)]
         if name.startswith("__") or not owners:
             continue
         if owners[0] in keras.Model.__mro__:

@@ -228,8 +228,8 @@ class BackboneConfig(Checked):
 def _tower_of():
     """Return a dict of the fields that only one tower has to its name."""
     towers = {
-        "vision_encoder": {one.name for one in fields(VisionEncoderConfig)},
-        "text_decoder": {one.name for one in fields(TextDecoderConfig)},
+        "vision_encoder": {field.name for field in fields(VisionEncoderConfig)},
+        "text_decoder": {field.name for field in fields(TextDecoderConfig)},
     }
     both = set.intersection(*towers.values())
     return {

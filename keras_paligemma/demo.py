@@ -115,7 +115,7 @@ def ask(model, questions: list[tuple], title: str) -> list[str]:
         title: str, title of the progress bar.
 
     Returns:
-        List of answers, one a question.
+        list of answers, one a question.
     """
     answers = []
     for start in track(range(0, len(questions), BATCH_SIZE), title):
@@ -135,7 +135,7 @@ def look(model, paths: list[Path]) -> list[Sight]:
         paths: list of paths of pictures.
 
     Returns:
-        List of `Sight`, one a picture.
+        list of `Sight`, one a picture.
     """
     captions = ask(model, [(p, "caption en") for p in paths], "Captions")
     named = [
@@ -165,7 +165,7 @@ def draw(sights: list[Sight], folder: Path) -> list[Path]:
         folder: path, created if missing.
 
     Returns:
-        List of the paths of the files, the sheet last.
+        list of the paths of the files, the sheet last.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [draw_objects(sight.path, sight.objects) for sight in sights]
@@ -186,7 +186,7 @@ def finetune(model, examples: dict[str, list], epochs: int) -> list[float]:
         epochs: int.
 
     Returns:
-        List of the losses of all epochs.
+        list of the losses of all epochs.
     """
     import keras
 
@@ -225,9 +225,9 @@ def sights_table(sights: list[Sight], truth: dict[str, str]) -> Table:
     for path, caption, objects, question, count in sights:
         places = [
             "{}: {:.0f}–{:.0f}, {:.0f}–{:.0f}".format(
-                one.label, *(100 * one.box[edge] for edge in (0, 2, 1, 3))
+                item.label, *(100 * item.box[edge] for edge in (0, 2, 1, 3))
             )
-            for one in objects
+            for item in objects
         ]
         table.add_row(
             Text(path.name),

@@ -149,8 +149,8 @@ def _headers(hub, path):
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         found |= {
-            key: (one["dtype"], tuple(one["shape"]))
-            for key, one in header.items()
+            key: (entry["dtype"], tuple(entry["shape"]))
+            for key, entry in header.items()
         }
     return found
 
@@ -217,17 +217,17 @@ def fetch_files(filesystem, path, folder, weights=True):
     found = _listed(filesystem, path)
     if not weights:
         found = [
-            one
-            for one in found
-            if any(fnmatch.fnmatch(one, each) for each in SMALL)
+            file
+            for file in found
+            if any(fnmatch.fnmatch(file, pattern) for pattern in SMALL)
         ]
         if not found:
             raise FileNotFoundError(f"no configuration is at {path}")
-    for one in found:
-        target = folder / filesystem._strip_protocol(one).lstrip("/")
+    for file in found:
+        target = folder / filesystem._strip_protocol(file).lstrip("/")
         if folder.resolve() not in target.resolve().parents:
-            raise OSError(f"the path {one!r} leaves the folder {folder}")
-        _fetch_file(filesystem, one, target)
+            raise OSError(f"the path {file!r} leaves the folder {folder}")
+        _fetch_file(filesystem, file, target)
     return folder / filesystem._strip_protocol(path).lstrip("/")
 
 
@@ -238,9 +238,9 @@ def _listed(filesystem, path):
     if not found:
         raise FileNotFoundError(f"nothing is at {path}")
     known = [
-        one
-        for one in found
-        if any(fnmatch.fnmatch(one, each) for each in PATTERNS)
+        file
+        for file in found
+        if any(fnmatch.fnmatch(file, pattern) for pattern in PATTERNS)
     ]
     return known or found
 

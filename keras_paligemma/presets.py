@@ -88,6 +88,32 @@ def describe_all() -> dict[str, dict]:
     return described
 
 
+def variant(backbone: dict) -> str | None:
+    """Find the published model whose sizes a configuration has.
+
+    Args:
+        backbone: dict of fields, see `BackboneConfig`; those of the towers
+            that are missing are not compared.
+
+    Returns:
+        Name of a preset, preferably one of the same picture size; `None` if no
+        published model has these sizes.
+    """
+    matching = []
+    for name in names():
+        known = config(name).backbone.to_dict()
+        towers = ("vision_encoder", "text_decoder")
+        if all(known[key] == known[key] | backbone[key] for key in towers):
+            matching.append(
+                (known["image_size"] != backbone["image_size"], name)
+            )
+    # Pretrained models come before their transfers.
+    matching.sort(
+        key=lambda found: (found[0], "_pt_" not in found[1], found[1])
+    )
+    return matching[0][1] if matching else None
+
+
 def published(source: str | Path) -> str | None:
     """Return the published model's name for a name or handle, else `None`."""
     name = str(_handles().get(str(source), source))
@@ -182,10 +208,12 @@ def replaced(folder: str | Path) -> AbstractContextManager[Path]:
         raise ValueError(f"{folder} is a file. Expected: a folder.")
     path = atomic.current(folder, CONFIG) / CONFIG
     ours = path.is_file() and _is_ours(path)
-    held = sorted(one.name for name in WRITTEN for one in folder.glob(name))
-    if held and not ours:
+    existing = sorted(
+        file.name for name in WRITTEN for file in folder.glob(name)
+    )
+    if existing and not ours:
         raise ValueError(
-            f"{folder} holds {', '.join(held)}, which `save_to_preset` did "
+            f"{folder} holds {', '.join(existing)}, which `save_to_preset` did "
             "not write and would replace. Expected: a folder without, or a "
             "preset of this package. Move them or choose another folder."
         )

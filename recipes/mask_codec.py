@@ -101,8 +101,8 @@ class Autoencoder(nn.Module):
         return self.book[codes].movedim(-1, 1)
 
     def weights(self):
-        """Give the arrays of a codec's file, by name."""
-        state = {key: one.numpy() for key, one in self.state_dict().items()}
+        """Return the arrays of a codec's file, by name."""
+        state = {key: value.numpy() for key, value in self.state_dict().items()}
         return {"_vq_vae._embedding": state.pop("book"), **state}
 
 
@@ -241,13 +241,13 @@ def main(cache):
     """Train, write the weights and the true masks, and measure."""
     sprites = scenes.load_sprites(cache)
     rng = np.random.default_rng(0)
-    trained = [one for s in TRAINED_STYLES for one in sprites[s].values()]
+    trained = [value for s in TRAINED_STYLES for value in sprites[s].values()]
     pool = [
         square(silhouette(rng, trained[i % len(trained)], change=i % 3 > 0))
         for i in range(POOL)
     ]
     weights = train(np.stack(pool)).weights()
-    half = {name: one.astype("float16") for name, one in weights.items()}
+    half = {name: weight.astype("float16") for name, weight in weights.items()}
     np.savez_compressed(WEIGHTS, **half)
     print(f"{WEIGHTS.stat().st_size:,} bytes")
     measure(MaskCodec.load(WEIGHTS), sprites)

@@ -1,4 +1,4 @@
-"""What the tests share: goldens, and tiny models of unequal sizes."""
+"""Fixtures that tests share: goldens, and tiny models of unequal sizes."""
 
 import gc
 import os
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
-# TensorFlow's start-up lines, which are not about the package.
+# Silences TensorFlow's start-up messages.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np  # noqa: E402
@@ -71,7 +71,7 @@ def golden_backbone(arrays):
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """Function that builds a random model that reads and writes text."""
+    """Function that builds a random model with a preprocessor."""
     from tests.helpers.text_models import build_tiny_model
 
     return build_tiny_model
@@ -79,7 +79,7 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def random_preset(tmp_path_factory):
-    """Folder of a preset of random floats, which reads and writes text."""
+    """Folder of a preset of random floats, with a preprocessor."""
     from tests.helpers.text_models import write_random_preset
 
     folder = tmp_path_factory.mktemp("presets") / "floats"
@@ -89,7 +89,7 @@ def random_preset(tmp_path_factory):
 
 @pytest.fixture
 def examples():
-    """Four examples as `fit` takes them, all of other sizes and lengths."""
+    """Four examples for `fit`, of different sizes and lengths."""
     random = np.random.default_rng(0)
     return {
         "images": list(random.integers(0, 256, (4, 50, 40, 3), "uint8")),

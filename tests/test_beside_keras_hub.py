@@ -1,4 +1,7 @@
-"""Models of KerasHub in the same process do no harm."""
+"""Models of KerasHub in the same process do no harm.
+
+KerasHub's first model puts `Functional` among our base classes.
+"""
 
 import subprocess
 import sys
@@ -6,16 +9,39 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.checks import once
+from tests.helpers.checks import reported
+
+CHECKS = [
+    "a task of KerasHub",
+    "generate",
+    "a .keras file",
+    "a preset",
+    "layers",
+    "summary",
+    "KerasHub's model",
+]
+
+
+@pytest.fixture(scope="module", params=["first", "second"])
+def found(request, tmp_path_factory):
+    """What each check found, if ours is imported first or second."""
+
+    def compute(folder):
+        module, order = "tests.beside_keras_hub", request.param
+        result = subprocess.run(
+            [sys.executable, "-m", module, order, str(folder)],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return reported(result.stdout.splitlines())
+
+    return once(tmp_path_factory, f"keras_hub_{request.param}", compute)
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["first", "second"])
-def test_built_after_a_model_of_keras_hub(order, tmp_path):
-    """KerasHub's first model puts `Functional` among our base classes."""
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.beside_keras_hub", order, str(tmp_path)],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "ok" in result.stdout
+@pytest.mark.parametrize("name", CHECKS)
+def test_built_after_a_model_of_keras_hub(found, name):
+    assert found[name] == "passed"

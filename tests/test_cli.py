@@ -40,7 +40,9 @@ SET = [
 def call(*arguments):
     """Run a command and give what it printed; its errors are ours."""
     result = CliRunner().invoke(
-        cli.app, [str(one) for one in arguments], catch_exceptions=False
+        cli.app,
+        [str(argument) for argument in arguments],
+        catch_exceptions=False,
     )
     return result.exit_code, result.output
 

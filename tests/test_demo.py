@@ -105,7 +105,7 @@ def test_all_batches_have_one_size_and_answers_keep_their_order(paths):
 def test_finds_all_and_counts_the_first_of_what_it_names(paths):
     cat, dog = demo.look(Scripted(), paths)
     assert cat.path == paths[0] and dog.caption == "a dog and an owl"
-    assert [one.label for one in cat.objects] == ["cat", "owl"]
+    assert [item.label for item in cat.objects] == ["cat", "owl"]
     assert dog.question == "answer en how many dog?" and dog.count == "2"
 
 

@@ -80,8 +80,8 @@ def test_the_repository_has_one_address():
         text = path.read_text("utf-8")
         found = re.findall(rf"https://\S*?github\S*?/{owner}/[\w-]+", text)
         assert found, path
-        for one in found:
-            assert one.partition(f"/{owner}/")[2] == address.rpartition("/")[2]
+        for link in found:
+            assert link.partition(f"/{owner}/")[2] == address.rpartition("/")[2]
 
 
 def test_links_out_of_the_folder_lead_to_the_repository():
@@ -181,4 +181,6 @@ def test_calls_in_tables_exist(library, count):
             *inspect.signature(handed).parameters,
             *re.findall(r"\w+", found.__doc__),
         }
-        assert {one.arg for one in call.keywords} <= known, ast.unparse(call)
+        assert {keyword.arg for keyword in call.keywords} <= known, ast.unparse(
+            call
+        )

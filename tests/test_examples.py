@@ -21,7 +21,7 @@ LINES = EXAMPLES / "finetune" / "train.jsonl"
 def run(script, *arguments):
     """Run a script in this process, which has paid for its imports."""
     main = runpy.run_path(str(EXAMPLES / f"{script}.py"))["main"]
-    main([str(one) for one in arguments])
+    main([str(argument) for argument in arguments])
 
 
 def test_caption_a_folder_and_go_on(tmp_path):
@@ -82,19 +82,19 @@ def write_coco(path):
         {
             "id": f"{number} {place}",
             "image_id": number,
-            "category_id": names.index(one["label"]),
+            "category_id": names.index(item["label"]),
             "bbox": [left, top, right - left, bottom - top],
         }
         for number, scene in enumerate(scenes.values())
-        for place, one in enumerate(scene["objects"])
-        for top, left, bottom, right in [one["box"]]
+        for place, item in enumerate(scene["objects"])
+        for top, left, bottom, right in [item["box"]]
     ]
     coco = {
         "images": [
             {"id": number, "file_name": name, "height": 112, "width": 112}
             for number, name in enumerate(scenes)
         ],
-        "categories": [{"id": i, "name": one} for i, one in enumerate(names)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
         "annotations": annotations,
     }
     path.write_text(json.dumps(coco))

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.any_backend
 
 
 def code_cells(notebook):
-    """Give the sources of a notebook's code cells."""
+    """Return the sources of a notebook's code cells."""
     cells = json.loads(notebook.read_text("utf-8"))["cells"]
     return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
 

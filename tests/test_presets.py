@@ -330,7 +330,7 @@ def test_write_config_replaces_the_file(folder, config):
 
 def test_a_folder_of_others_is_not_written_over(folder, config):
     """Nor one of a damaged config: it may be anyone's."""
-    before = {one: one.read_bytes() for one in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.iterdir()}
     for text in ('{"model_type": "paligemma"}', "{", None):
         if text is None:
             (folder / presets.CONFIG).unlink()
@@ -340,7 +340,7 @@ def test_a_folder_of_others_is_not_written_over(folder, config):
             before[folder / presets.CONFIG] = text.encode()
         with pytest.raises(ValueError, match="did not write and would replace"):
             presets.replaced(folder)
-        assert before == {one: one.read_bytes() for one in folder.iterdir()}
+        assert before == {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match="is a file"):
         presets.replaced(folder / presets.WEIGHTS)
 

@@ -150,7 +150,8 @@ def test_switching_at_the_same_time(two_adapters):
 def test_a_switch_that_fails_changes_nothing(two_adapters, monkeypatch):
     model, answers = two_adapters
     adapters = model.adapters
-    assign, calls = adapters._assign, []
+    variables, calls = adapters.variables, []
+    assign = variables.assign
 
     def fail_once(values):
         calls.append(values)
@@ -158,7 +159,7 @@ def test_a_switch_that_fails_changes_nothing(two_adapters, monkeypatch):
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapters, "_assign", fail_once)
+    monkeypatch.setattr(variables, "assign", fail_once)
     with pytest.raises(KeyboardInterrupt):
         adapters.select("one")
     assert adapters.active == "two"

@@ -42,7 +42,7 @@ def public_definitions():
         for node in ast.parse(file.read_text("utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 found.add((file, node.name))
-    return sorted(one for one in found if not one[1].startswith("_"))
+    return sorted(entry for entry in found if not entry[1].startswith("_"))
 
 
 def public_functions(definition):
@@ -112,11 +112,11 @@ def pyright(folder):
     )
     found = json.loads(output)["generalDiagnostics"]
     revealed = [
-        one["message"].split(' is "', 1)[1].removesuffix('"')
-        for one in found
-        if one["severity"] == "information"
+        error["message"].split(' is "', 1)[1].removesuffix('"')
+        for error in found
+        if error["severity"] == "information"
     ]
-    return revealed, [one for one in found if one["severity"] == "error"]
+    return revealed, [error for error in found if error["severity"] == "error"]
 
 
 # Other packages are left out: their sources take most of a minute.

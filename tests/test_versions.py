@@ -17,22 +17,22 @@ TESTED = ("jax", "train", "eval", "hf")
 def pins(name):
     """Read a file of constraints, as dict of name to version."""
     lines = (ROOT / name).read_text("utf-8").splitlines()
-    found = [Requirement(one) for one in lines if one and one[0] != "#"]
+    found = [Requirement(line) for line in lines if line and line[0] != "#"]
     return {
-        one.name: Version(str(one.specifier).removeprefix("=="))
-        for one in found
+        requirement.name: Version(str(requirement.specifier).removeprefix("=="))
+        for requirement in found
     }
 
 
 def bounds(*extras):
-    """Give the lower bounds of the package and of extras."""
+    """Return the lower bounds of the package and of extras."""
     listed = list(PROJECT["dependencies"])
     for extra in extras:
         listed += PROJECT["optional-dependencies"][extra]
-    for one in map(Requirement, listed):
-        (bound,) = one.specifier
-        assert bound.operator == ">=", one
-        yield one.name, Version(bound.version)
+    for requirement in map(Requirement, listed):
+        (bound,) = requirement.specifier
+        assert bound.operator == ">=", requirement
+        yield requirement.name, Version(bound.version)
 
 
 def test_lowest_versions_are_the_tested_ones():
@@ -44,8 +44,8 @@ def test_lowest_versions_are_the_tested_ones():
 @pytest.mark.parametrize("extra", ["dev", "docs", "notebooks", *TESTED])
 def test_pins_are_not_below_the_bounds(extra):
     newest = pins("constraints.txt")
-    for one in PROJECT["optional-dependencies"][extra]:
-        requirement = Requirement(one)
+    for line in PROJECT["optional-dependencies"][extra]:
+        requirement = Requirement(line)
         if requirement.name in newest:
             assert newest[requirement.name] in requirement.specifier
 

@@ -117,7 +117,7 @@ class Model:
         values = outputs["log_probabilities"].numpy()[0][written].tolist()
         tokens = outputs["tokens"].numpy()[0][written]
         # What ends an answer is no part of its last word.
-        texts = ["" if one in ENDS else one.decode() for one in tokens]
+        texts = ["" if token in ENDS else token.decode() for token in tokens]
         return {
             "text": text,
             "boxes": boxes(texts, values, self.codec),
@@ -143,7 +143,7 @@ def boxes(tokens, log_probabilities, codec=None):
     ends = list(itertools.accumulate(map(len, texts)))
     found = []
     for match in OBJECT.finditer("".join(texts)):
-        numbers = [int(one) for one in NUMBER.findall(match[1])]
+        numbers = [int(number) for number in NUMBER.findall(match[1])]
         y1, x1, y2, x2 = (number / LAST_LOCATION for number in numbers)
         if not (y1 <= y2 <= 1 and x1 <= x2 <= 1):
             continue
@@ -152,7 +152,7 @@ def boxes(tokens, log_probabilities, codec=None):
         places = log_probabilities[tokens_of(ends, *match.span(1))]
         words = log_probabilities[tokens_of(ends, start, start + len(label))]
         means = [sum(part) / len(part) for part in (places, words) if part]
-        codes = [int(one) for one in NUMBER.findall(match[2])]
+        codes = [int(number) for number in NUMBER.findall(match[2])]
         box = {"y1": y1, "x1": x1, "y2": y2, "x2": x2}
         box |= {"label": label, "score": math.exp(sum(means))}
         if len(codes) == CODES and max(codes) < 128:
@@ -167,7 +167,7 @@ def tokens_of(ends, first, end):
     """The slice of the tokens that have characters from first to end."""
     last = bisect.bisect_left(ends, end) + 1 if end > first else 0
     # Bytes of the last character, but for its first, have no text.
-    last += sum(one == ends[last - 1] for one in ends[last:]) if last else 0
+    last += sum(end == ends[last - 1] for end in ends[last:]) if last else 0
     return slice(bisect.bisect_right(ends, first), last)
 
 
@@ -201,7 +201,7 @@ def picture_of(mask):
 
 
 def read_request(body):
-    """Turn the body of a request into the arguments of `Model.answer`."""
+    """Convert the body of a request to the arguments of `Model.answer`."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:

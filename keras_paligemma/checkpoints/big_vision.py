@@ -1,4 +1,4 @@
-"""The names of big_vision, where PaliGemma comes from (`.npz` files)."""
+"""Table of names of big_vision, PaliGemma's original code (`.npz` files)."""
 
 import math
 import re
@@ -18,11 +18,11 @@ def rows(use_post_norms=True, prefix="params/", scanned=True):
     Args:
         use_post_norms: bool, `False` for PaliGemma 1.
         prefix: str before each key, "params/" or "".
-        scanned: bool, the vision blocks are stacked; `False` where each has
-            keys of its own, "encoderblock_0/…".
+        scanned: bool, whether the vision blocks are stacked; `False` if each
+            has its own keys, "encoderblock_0/…".
 
     Returns:
-        List of `Row`.
+        list of `Row`.
 
     Source: big_vision, `models/proj/paligemma/paligemma.py`,
         `models/vit.py` and `models/ppp/gemma.py`.
@@ -87,22 +87,22 @@ def rows(use_post_norms=True, prefix="params/", scanned=True):
         norms += ["post_attention_norm", "post_ffw_norm"]
     for norm in norms:
         table.append(_text(f"blocks/{norm}/scale", f"{DECODER}{norm}/scale"))
-    one = ENCODER if scanned else ENCODER.rstrip("/") + "_{layer}/"
+    block = ENCODER if scanned else ENCODER.rstrip("/") + "_{layer}/"
     return [
-        replace(row, key=prefix + row.key.replace(ENCODER, one))
+        replace(row, key=prefix + row.key.replace(ENCODER, block))
         for row in table
     ]
 
 
 def infer(shapes):
-    """Read from the shapes all sizes that they tell.
+    """Infer a model's sizes from the shapes of its arrays.
 
     Args:
-        shapes: dict of key to shape, as the files have them.
+        shapes: dict of key to shape, as in the file.
 
     Returns:
-        Dict of the backbone's fields, without those that no shape tells, and
-        the list of rows for these keys.
+        dict of the backbone's fields, without those that shapes do not
+        determine, and the list of rows for these keys.
 
     Raises:
         ValueError: keys or ranks are not those of a PaliGemma.

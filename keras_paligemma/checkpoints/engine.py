@@ -1,10 +1,11 @@
-"""Move weights between a checkpoint's names and ours: one engine for all.
+"""Move weights between a checkpoint and a model, for every format.
 
-A format is a table of rows; the engine compares, reports and moves, in both
-directions. It knows weights by name, arrays and strings, and no model class.
+A format is a table of rows. The engine compares names and shapes, reports all
+differences, and moves arrays in either direction. It handles names and arrays,
+and no model class.
 
 The tensors of a checkpoint are any object with `shapes` and `dtypes`, dicts by
-key, and `read(key)`, which gives one NumPy array.
+key, and `read(key)`, which returns one NumPy array.
 """
 
 import dataclasses
@@ -16,31 +17,31 @@ import numpy as np
 
 LAYER = "{layer}"
 BLOCKS = "/blocks/"
-SHOWN = 100  # Problems that an error lists.
+SHOWN = 100  # Maximum number of problems that an error lists.
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A weight, and the array or arrays of a checkpoint that hold it.
+    """One row of a table: a weight, and its array or arrays in a checkpoint.
 
-    Axes are those of one block: a weight of the blocks (its name has
-    "/blocks/") is one array a block where `key` has a "{layer}", else one
-    array for all, layer axis first.
+    Axes are those of one block. A weight of the blocks (its name contains
+    "/blocks/") has one array per block if `key` contains "{layer}", otherwise
+    one array for all blocks, with the layer axis first.
 
     Args:
-        name: str, name as `backbone.weights_by_name` gives it.
+        name: str, name in `backbone.weights_by_name`.
         key: str, key in the checkpoint.
         axes: str or `None`: the axes in the checkpoint, then the weight's,
-            such as "(n h) d -> d n h": what is in brackets is one axis there,
-            "1" an axis of size one.
+            such as "(n h) d -> d n h". Brackets join several axes into one of
+            the checkpoint; "1" is an axis of size one.
         part: int or `None`: the weight's index in the leading axis of an
             array that holds several weights.
-        parts: int, how many there are.
-        extra: int, rows of the array beyond the weight's. Written as the mean
-            of its rows: the logit of such a row is the mean of all logits, so
-            that no greedy decoding ever chooses it.
-        bare_first: bool, block 0 has no number, as Keras names the items of
-            a list: "block", "block_1", …
+        parts: int, number of weights in that array.
+        extra: int, rows of the array beyond the weight's. They are written as
+            the mean of its rows, so that their logit is the mean of all
+            logits and greedy decoding never chooses them.
+        bare_first: bool, whether block 0 has no number, as in Keras's names
+            of list items: "block", "block_1", …
 
     Example:
         >>> row = Row("query/kernel", "q_proj.weight", "(n h) d -> d n h")
@@ -67,11 +68,11 @@ class Row:
 
     @property
     def is_identity(self):
-        """Whether the array is the weight's as it is."""
+        """Whether the array equals the weight, without any change of axes."""
         return self.axes is None and self.part is None and not self.extra
 
     def keys(self, num_layers):
-        """List the keys, one a block or one alone."""
+        """List the keys: one per block, or a single one."""
         if LAYER not in self.key:
             return [self.key]
         keys = [
@@ -82,7 +83,7 @@ class Row:
         return keys
 
     def read(self, array, shape):
-        """Turn an array into the weight's of `shape`: a view, not a copy."""
+        """Convert an array to the weight's `shape`, as a view."""
         if self.part is not None:
             array = array[self.part]
         if self.extra:
@@ -96,7 +97,7 @@ class Row:
         return array.transpose([flat.index(name) for name in axes])
 
     def write(self, value):
-        """Turn a weight's array into the checkpoint's, a view if it can."""
+        """Convert a weight's array to the checkpoint's, a view if possible."""
         if self.axes is not None:
             shape = self._split_shape(value.shape)
             groups, axes = _parse(self.axes)
@@ -130,11 +131,13 @@ def _parse(axes):
     """Split "(n h) d -> d n h" into [[n, h], [d]] and [d, n, h]."""
     array_axes, weight_axes = axes.split("->")
     groups = re.findall(r"\(([^)]*)\)|(\S+)", array_axes)
-    return [(many or one).split() for many, one in groups], weight_axes.split()
+    return [
+        (many or axis).split() for many, axis in groups
+    ], weight_axes.split()
 
 
 class Arrays:
-    """The tensors of a checkpoint that is a dict of arrays.
+    """The tensors of a checkpoint in memory, given as a dict of arrays.
 
     Args:
         arrays: dict of key to array.
@@ -147,15 +150,15 @@ class Arrays:
 
 
 def shapes(weights, rows):
-    """Return the keys and shapes of the checkpoint that holds these weights.
+    """Return the keys and shapes that these weights have in a checkpoint.
 
     Args:
-        weights: dict of name to `layers.weight.Weight`, or to anything with
-            such a shape.
+        weights: dict of name to `layers.weight.Weight`, or to any object with
+            its `shape`.
         rows: list of `Row`.
 
     Returns:
-        Dict of key to shape, in the order of the rows.
+        dict of key to shape, in the order of the rows.
     """
     result = {}
     for row in rows:
@@ -163,9 +166,11 @@ def shapes(weights, rows):
         if not row.in_blocks:
             result[row.key] = row.checkpoint_shape(shape)
             continue
-        one = row.checkpoint_shape(shape[1:])
+        array_shape = row.checkpoint_shape(shape[1:])
         for key in row.keys(shape[0]):
-            result[key] = (shape[0], *one) if row.stacked else one
+            result[key] = (
+                (shape[0], *array_shape) if row.stacked else array_shape
+            )
     return result
 
 
@@ -178,7 +183,7 @@ def problems(weights, rows, found):
         found: dict of key to shape.
 
     Returns:
-        List of str, empty if the checkpoint fits.
+        list of str; empty if all keys and shapes match.
     """
     expected = shapes(weights, rows)
     listed = []
@@ -195,7 +200,7 @@ def problems(weights, rows, found):
 
 
 def check_names_and_shapes(weights, rows, found):
-    """Compare a checkpoint's names and shapes with the model's, all at once.
+    """Raise if a checkpoint's names or shapes differ from the model's.
 
     Raises:
         ValueError: listing missing, unused and misshaped keys, up to `SHOWN`.
@@ -213,21 +218,22 @@ def check_names_and_shapes(weights, rows, found):
 
 
 def load(weights, rows, tensors):
-    """Fill the model's weights from a checkpoint, one array at a time.
+    """Assign a checkpoint's arrays to the model's weights, one at a time.
 
-    Each is cast to its variable's dtype and placed as it is read.
+    Each array is cast to its variable's dtype and moved to its device before
+    the next is read.
 
     Args:
         weights: dict of name to `Weight`.
         rows: list of `Row`.
-        tensors: the checkpoint; all shapes are compared before any read.
+        tensors: the checkpoint; all shapes are compared before any is read.
     """
     check_names_and_shapes(weights, rows, tensors.shapes)
     key, array = None, None
-    # Rows that share an array follow one another, so that it is read once.
+    # Rows that share an array are adjacent, so it is read only once.
     for row in sorted(rows, key=lambda row: row.key):
         if row.key != key:
-            array = None  # Let go of the last one before the next is read.
+            array = None  # Free the previous array before the next is read.
         weight = weights[row.name]
         if row.in_blocks and not row.stacked:
             keys = row.keys(weight.num_layers)
@@ -248,13 +254,13 @@ def load(weights, rows, tensors):
 
 
 def _layers(tensors, key):
-    """Read an array of all blocks one block at a time."""
+    """Read an array of all blocks, one block at a time."""
     for layer in range(tensors.shapes[key][0]):
         yield tensors.read_rows(key, layer, layer + 1)[0]
 
 
 def _assign_layers(weight, row, arrays):
-    """Fill a weight of the blocks from an iterable of one array a block."""
+    """Assign a weight of the blocks from an iterable of one array per block."""
     shape = weight.layer_shape
     weight.assign_layers(row.read(array, shape) for array in arrays)
 
@@ -284,7 +290,7 @@ def write(weights, rows):
 
 
 def _stack(arrays, count):
-    """Stack arrays, of which one at a time is in memory."""
+    """Stack an iterable of arrays, with one of them in memory at a time."""
     first = next(arrays)
     stack = np.empty((count, *first.shape), first.dtype)
     for layer, array in enumerate(itertools.chain([first], arrays)):
@@ -293,7 +299,7 @@ def _stack(arrays, count):
 
 
 def _join(group, values):
-    """Make the checkpoint's array of one block from its rows' values."""
+    """Return the checkpoint's array of one block from its rows' values."""
     parts = [row.write(value) for row, value in zip(group, values, strict=True)]
     return parts[0] if group[0].part is None else np.stack(parts)
 

@@ -1,22 +1,23 @@
-"""Values of a checkpoint that are no numbers, found as they are read."""
+"""Detection of NaN and infinite values while a checkpoint is read."""
 
 import numpy as np
 
-# Of the bits of a float without its sign, infinity: NaN is above.
+# The bits of infinity without the sign; the bits of NaN are greater.
 INFINITY = {
     "float16": 0x7C00,
     "bfloat16": 0x7F80,
     "float32": 0x7F80_0000,
     "float64": 0x7FF0_0000_0000_0000,
 }
-CHUNK = 1 << 20  # Bytes, which stay in a core's cache between two looks.
+# Bytes per step, which stay in a core's cache between two passes.
+CHUNK = 1 << 20
 
 
 def all_finite(array):
-    """Tell whether no value is NaN or infinite; integers never are.
+    """Return whether all values are finite; integers always are.
 
-    The bits are compared as integers, which has vector instructions for all
-    kinds of floats, and makes no array.
+    The bits are compared as integers: that is vectorised for all float dtypes
+    and allocates no array.
 
     Args:
         array: `np.ndarray`.
@@ -31,7 +32,7 @@ def all_finite(array):
     infinity = INFINITY.get(array.dtype.name)
     if infinity is None or not array.size:
         return True
-    # A view of the order that the values lie in, if there is one.
+    # A view in the order of memory, if there is one.
     flat = array.ravel("K")
     size = flat.itemsize
     signed, unsigned = flat.view(f"i{size}"), flat.view(f"u{size}")
@@ -45,11 +46,11 @@ def all_finite(array):
 
 
 class Finite:
-    """The tensors of a checkpoint, which refuse to give what is not finite.
+    """The tensors of a checkpoint; reading one that is not finite raises.
 
     Args:
         tensors: see `engine`.
-        source: named in errors, such as a path.
+        source: str or path, named in errors.
     """
 
     def __init__(self, tensors, source):

@@ -1,44 +1,20 @@
-"""Which format a file or folder is in, and what it says before it is read."""
+"""Recognise the format of a file or folder, and find its checkpoint."""
 
 import contextlib
-import dataclasses
-import functools
-import math
-import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from keras_paligemma import atomic
 from keras_paligemma import presets
-from keras_paligemma.checked import shown
-from keras_paligemma.checkpoints import big_vision
-from keras_paligemma.checkpoints import engine
-from keras_paligemma.checkpoints.finite import Finite
-from keras_paligemma.checkpoints.hugging_face import weights as hugging_face
-from keras_paligemma.checkpoints.keras_hub import config as keras_hub_config
-from keras_paligemma.checkpoints.keras_hub import weights as keras_hub
-from keras_paligemma.checkpoints.storage import h5
-from keras_paligemma.checkpoints.storage import npz
-from keras_paligemma.checkpoints.storage import safetensors
-from keras_paligemma.config import BackboneConfig
-from keras_paligemma.config import ModelConfig
+from keras_paligemma.checkpoints.checkpoint import Checkpoint
+from keras_paligemma.checkpoints.readers import PUBLISHED_RESIZE
+from keras_paligemma.checkpoints.readers import READERS
+from keras_paligemma.checkpoints.readers import find_tokenizer
 from keras_paligemma.config import PreprocessorConfig
 
-FORMATS = ("keras", "transformers", "big_vision", "keras_hub")
+FORMATS = tuple(READERS)
 
-# Numbers that no shape tells. Published models are known by their sizes; for
-# others these are asked for.
-UNTOLD = (
-    "query_pre_attention_scalar",
-    "attention_logit_soft_cap",
-    "final_logit_soft_cap",
-)
-
-# How the published models were trained.
-PUBLISHED_RESIZE = "bilinear_antialias"
-
-# What is no checkpoint that can be read, by its suffix, and the way to one.
+# Files that cannot be read, by suffix: what they are and how to convert them.
 TORCH = (
     "a pickle of Torch, which can run any code when it is loaded. Load it with "
     "the program that wrote it, and save it with transformers' "
@@ -57,96 +33,33 @@ UNREADABLE = {
 }
 
 
-@dataclasses.dataclass
-class Checkpoint:
-    """What is known of a checkpoint before any of its values is read.
-
-    Args:
-        format: str, one of `FORMATS`.
-        config: `ModelConfig`.
-        rows: list of `engine.Row`, or `None` where their names are ours.
-        files: list of `pathlib.Path`, those that hold the weights.
-        tokenizer: `pathlib.Path` for `read_tokenizer`, or `None`.
-        open_files: function that gives a context manager of the tensors.
-        variant: str or `None`, a published model of the same sizes.
-        added_tokens: dict of id to str, tokens that are not in the
-            SentencePiece model.
-        assumed: dict of an argument of `from_preset` to a sentence that says
-            what is taken in its place, since the checkpoint does not tell.
-    """
-
-    format: str | None
-    config: ModelConfig
-    rows: list | None
-    files: list
-    tokenizer: Path | None
-    open_files: Callable | None
-    variant: str | None = None
-    added_tokens: dict = dataclasses.field(default_factory=dict)
-    assumed: dict = dataclasses.field(default_factory=dict)
-
-    def rows_for(self, weights):
-        """Return the rows; names that are ours map to themselves."""
-        if self.rows is not None:
-            return self.rows
-        return [engine.Row(name, name) for name in weights]
-
-    def say_assumed(self, argument):
-        """Warn of what is taken in place of an argument that nobody gave."""
-        if argument in self.assumed:
-            warnings.warn(
-                f"{self.assumed[argument]} Pass `{argument}=` for another.",
-                stacklevel=4,
-            )
-
-    @contextlib.contextmanager
-    def open(self, allow_nonfinite=False):
-        """Open the tensors, see `engine`.
-
-        Args:
-            allow_nonfinite: bool; `False` has a tensor with NaN or infinite
-                values refused with a `ValueError` when it is read.
-        """
-        if self.open_files is None:
-            raise ValueError(
-                "This checkpoint is a configuration alone. Expected: one that "
-                "was found with `load_weights=True`."
-            )
-        with self.open_files() as tensors:
-            if not allow_nonfinite:
-                source = (
-                    self.files[0].parent if self.files else "The checkpoint"
-                )
-                tensors = Finite(tensors, source)
-            yield tensors
-
-
 def resolve(source, load_weights=True, fields=None, tokenizer=False):
-    """Find the checkpoint that a source means, fetching it if need be.
+    """Find the checkpoint of a source, downloading it if necessary.
 
     Args:
-        source: as `presets.locate` takes it.
-        load_weights: bool, `False` for a configuration alone.
+        source: str or path, as in `presets.locate`.
+        load_weights: bool, `False` for the configuration alone.
         fields: see `find`.
-        tokenizer: whether that is wanted without weights as well, a bool; or
-            the one to take in place of the checkpoint's, as `presets.locate`
-            takes it.
+        tokenizer: bool, whether the tokenizer is needed even without weights;
+            or a source, as in `presets.locate`, of a tokenizer to use instead
+            of the checkpoint's.
 
     Returns:
-        `Checkpoint`; of a published model without weights with no files.
+        `Checkpoint`; that of a published model has no files if
+        `load_weights` is `False`.
     """
     given = None if isinstance(tokenizer, bool) else tokenizer
     path = presets.locate(source, load_weights, tokenizer is True)
     name = presets.published(source)
     if name and not load_weights:
-        beside = path and _tokenizer(path)
+        beside = path and find_tokenizer(path)
         checkpoint = Checkpoint(
             None, presets.config(name), None, [], beside, None
         )
     else:
         checkpoint = find(path, fields, load_weights)
     if name:
-        # What is known of it; a file leaves some of this out.
+        # The published configuration; files may omit some of its fields.
         known, dtype = presets.config(name), checkpoint.config.backbone.dtype
         backbone = known.backbone.with_fields(**fields or {})
         checkpoint.config = replace(
@@ -162,23 +75,23 @@ def resolve(source, load_weights=True, fields=None, tokenizer=False):
 
 
 def find(path, fields=None, load_weights=True, headers=None):
-    """Recognise a checkpoint by what is there and read its configuration.
+    """Recognise the format of a checkpoint and read its configuration.
 
     Args:
         path: str or path of a folder, an `.npz` file, one of its pieces
-            `X.npz.part*`, or `X.npz` where only the pieces are.
-        fields: dict of fields of the backbone to be set, such as
-            `query_pre_attention_scalar`: what is given is not looked for.
-        load_weights: bool, `False` lets a folder be without weights.
-        headers: tensors, see `engine`, that stand for those of a folder
-            without weights; only shapes and dtypes are asked for.
+            `X.npz.part*`, or `X.npz` if only its pieces exist.
+        fields: dict of fields of the backbone that override the checkpoint's,
+            such as `query_pre_attention_scalar`.
+        load_weights: bool; `False` also accepts a folder without weights.
+        headers: tensors, see `engine`, to use instead of the files of a
+            folder without weights; only their shapes and dtypes are read.
 
     Returns:
         `Checkpoint`.
 
     Raises:
         ValueError: no format is recognised; a file is missing or damaged; a
-            number can neither be inferred nor was given.
+            field can neither be inferred nor is in `fields`.
     """
     path = Path(path).expanduser()
     fields = fields or {}
@@ -191,20 +104,20 @@ def find(path, fields=None, load_weights=True, headers=None):
         )
     with _naming(path):
         if not path.is_dir():
-            checkpoint = _big_vision(path, fields)
+            checkpoint = READERS["big_vision"](path, fields)
         else:
-            # All formats of folders begin with this file.
+            # Every format of a folder has this file.
             path = atomic.current(path, presets.CONFIG)
             format = _recognise(path)
-            checkpoint = _READERS[format](path, fields, load_weights, headers)
+            checkpoint = READERS[format](path, fields, load_weights, headers)
     config = checkpoint.config
     backbone = config.backbone.with_fields(**fields)
     checkpoint.config = replace(config, backbone=backbone)
-    checkpoint.variant = variant(backbone.to_dict())
+    checkpoint.variant = presets.variant(backbone.to_dict())
     if checkpoint.format != "keras" and config.preprocessor is not None:
         _set_preprocessor(checkpoint, config.preprocessor.resize)
     elif checkpoint.format == "transformers":
-        # What its processor does, unless it is told otherwise.
+        # The default of its processor.
         _assume_preprocessor(checkpoint, "bicubic", path)
     elif checkpoint.format == "keras_hub" and checkpoint.tokenizer is not None:
         _assume_preprocessor(checkpoint, PUBLISHED_RESIZE, path)
@@ -213,7 +126,7 @@ def find(path, fields=None, load_weights=True, headers=None):
 
 @contextlib.contextmanager
 def _naming(path):
-    """Have every error say which checkpoint it is about."""
+    """Add the checkpoint's path to error messages that lack it."""
     try:
         yield
     except ValueError as error:
@@ -223,7 +136,7 @@ def _naming(path):
 
 
 def _assume_preprocessor(checkpoint, resize, source):
-    """Give a checkpoint the preprocessor that its files say nothing of."""
+    """Set a default preprocessor, and note it in `checkpoint.assumed`."""
     preprocessor = _set_preprocessor(checkpoint, resize)
     checkpoint.assumed["resize"] = (
         f"{source} does not say how pictures and text are prepared. Taken: "
@@ -233,10 +146,10 @@ def _assume_preprocessor(checkpoint, resize, source):
 
 
 def _set_preprocessor(checkpoint, resize):
-    """Give a checkpoint a preprocessor by its rule to resize.
+    """Set a preprocessor with a resize rule.
 
-    No other format knows the two parts of a text: their lengths are those of
-    the published model of these sizes.
+    Other formats do not store the lengths of prompt and response: they are
+    those of the published model of the same sizes.
     """
     preprocessor = PreprocessorConfig(resize)
     if checkpoint.variant is not None:
@@ -247,7 +160,7 @@ def _set_preprocessor(checkpoint, resize):
 
 
 def _recognise(folder):
-    """Tell the format of a folder."""
+    """Return the format of a folder."""
     path = folder / "config.json"
     if path.is_file():
         config = presets.read_json(path)
@@ -276,193 +189,3 @@ def _recognise(folder):
         "(config.json with model_type 'paligemma'), a preset of KerasHub, or "
         f"big_vision's .npz or .npz.part* files. Received: {what}."
     )
-
-
-def _keras(folder, fields, load_weights, headers):
-    config = presets.read_folder(folder, load_weights)
-    files = safetensors.find(folder) if load_weights else []
-    low_bit = config.backbone.quantization is not None
-    return Checkpoint(
-        "keras",
-        config,
-        None,
-        files,
-        _tokenizer(folder),
-        _opener(safetensors.open_safetensors, files, headers, low_bit),
-    )
-
-
-def _transformers(folder, fields, load_weights, headers):
-    found = hugging_face.read_config(folder)
-    files = safetensors.find(folder) if load_weights else []
-    open_all = _opener(safetensors.open_safetensors, files, headers)
-
-    @contextlib.contextmanager
-    def open_files():
-        with open_all() as tensors:
-            yield hugging_face.tied(tensors)
-
-    backbone, tokenizer = found.config.backbone, _tokenizer(folder)
-    if tokenizer is None and (folder / "tokenizer.json").is_file():
-        tokenizer = folder / "tokenizer.json"
-    checkpoint = Checkpoint(
-        "transformers",
-        found.config,
-        None,
-        files,
-        tokenizer,
-        open_files,
-        added_tokens=found.added_tokens,
-    )
-    if files or headers:
-        with open_files() as tensors:
-            extra = found.num_rows - backbone.text_decoder.vocabulary_size
-            extra = max(extra, hugging_face.EXTRA_ROWS)
-            checkpoint.rows = hugging_face.rows(backbone, tensors.shapes, extra)
-            _set_dtype(checkpoint, tensors, folder)
-    return checkpoint
-
-
-def _keras_hub(folder, fields, load_weights, headers):
-    found = keras_hub_config.read(folder, load_weights)
-    files = found["weights"] if load_weights else []
-    open_files = _opener(h5.open_h5, files, headers)
-    checkpoint = Checkpoint(
-        "keras_hub",
-        found["config"],
-        keras_hub.rows(found["config"].backbone),
-        files,
-        found["tokenizer"],
-        open_files,
-    )
-    if files or headers:
-        with open_files() as tensors:
-            _set_dtype(checkpoint, tensors, folder)
-    return checkpoint
-
-
-def _opener(open_files, files, headers, *options):
-    """Return a function that opens files, or gives what stands for them."""
-    if headers is not None:
-        return functools.partial(contextlib.nullcontext, headers)
-    return functools.partial(open_files, files, *options)
-
-
-def _tokenizer(folder):
-    """Find the SentencePiece model in the folder of any format."""
-    names = (
-        "tokenizer.model",
-        "paligemma_tokenizer.model",
-        keras_hub_config.TOKENIZER,
-    )
-    beside = [folder / name for name in names if (folder / name).is_file()]
-    return beside[0] if beside else None
-
-
-def _big_vision(path, fields, load_weights=True, headers=None):
-    folder = path
-    if path.is_dir():
-        names = sorted(
-            {
-                str(one).partition(".npz")[0] + ".npz"
-                for one in path.glob("*.npz*")
-            }
-        )
-        if len(names) > 1:
-            raise ValueError(
-                f"{path} holds several checkpoints: {', '.join(names)}. Pass "
-                "the path of one."
-            )
-        path = Path(names[0])
-    else:
-        folder = path.parent
-    files = npz.find_pieces(path)
-    open_files = functools.partial(npz.open_npz, files)
-    with open_files() as tensors:
-        inferred, rows = big_vision.infer(tensors.shapes)
-        found = BackboneConfig.from_dict(inferred, path)
-        known = variant(inferred)
-        config = ModelConfig(
-            name=path.name.partition(".npz")[0],
-            backbone=found,
-            preprocessor=PreprocessorConfig(PUBLISHED_RESIZE),
-        )
-        if known is not None:
-            published = presets.config(known)
-            backbone = replace(published.backbone, image_size=found.image_size)
-            config = replace(published, name=config.name, backbone=backbone)
-        elif unknown := [key for key in UNTOLD if key not in fields]:
-            raise ValueError(
-                f"{path} has the sizes of no published model, and its shapes "
-                f"do not tell {', '.join(unknown)}. Pass them by keyword; "
-                "PaliGemma 2 has soft caps of 50.0 and 30.0 and mostly "
-                f"head_dim ({found.text_decoder.head_dim} here) as the "
-                "scalar; PaliGemma 1 has None, None and head_dim."
-            )
-        checkpoint = Checkpoint(
-            "big_vision", config, rows, files, _tokenizer(folder), open_files
-        )
-        _set_dtype(checkpoint, tensors, path)
-    return checkpoint
-
-
-_READERS = {
-    "keras": _keras,
-    "transformers": _transformers,
-    "big_vision": _big_vision,
-    "keras_hub": _keras_hub,
-}
-
-
-def variant(backbone):
-    """Find the published model whose sizes a configuration has.
-
-    Args:
-        backbone: dict of fields, see `BackboneConfig`; those of the towers
-            that are missing are not compared.
-
-    Returns:
-        Name of a preset, one of the same picture size if there is one; `None`
-        if no published model has these sizes.
-    """
-    matching = []
-    for name in presets.names():
-        known = presets.config(name).backbone.to_dict()
-        towers = ("vision_encoder", "text_decoder")
-        if all(known[key] == known[key] | backbone[key] for key in towers):
-            matching.append(
-                (known["image_size"] != backbone["image_size"], name)
-            )
-    # Pretrained models come before their transfers.
-    matching.sort(key=lambda one: (one[0], "_pt_" not in one[1], one[1]))
-    return matching[0][1] if matching else None
-
-
-# What is computed in where a file holds another dtype. float16 ends at 65,504,
-# and a model that leaves its range gives NaN.
-COMPUTED = {"float16": "bfloat16", "float64": "float32"}
-FLOATS = ("float64", "float32", "float16", "bfloat16")
-
-
-def _set_dtype(checkpoint, tensors, source):
-    """Keep the dtype of most of the file's values, but for float16."""
-    sizes = {}
-    for key, dtype in tensors.dtypes.items():
-        if dtype not in FLOATS:
-            raise ValueError(
-                f"{source} holds {shown(key)} as {shown(dtype)}. Expected: "
-                f"one of {FLOATS}. Save the weights as floats."
-            )
-        sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensors.shapes[key])
-    if not sizes:
-        return
-    stored = max(sizes, key=lambda dtype: sizes[dtype])
-    dtype = COMPUTED.get(stored, stored)
-    config = checkpoint.config
-    backbone = replace(config.backbone, dtype=dtype)
-    checkpoint.config = replace(config, backbone=backbone)
-    if COMPUTED.keys() & sizes:
-        checkpoint.assumed["dtype"] = (
-            f"{source} holds {' and '.join(sorted(sizes))}. Taken: "
-            f"dtype={dtype!r}."
-        )

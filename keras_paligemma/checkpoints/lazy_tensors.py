@@ -1,6 +1,6 @@
-"""Weights that stay in their checkpoint until a writer asks for them.
+"""Weights that are read from their checkpoint only when they are written.
 
-So a checkpoint is converted with one array in memory, and without a model.
+A checkpoint is thus converted without a model and with one array in memory.
 """
 
 from typing import Any
@@ -9,12 +9,13 @@ from keras_paligemma.checkpoints import engine
 
 
 class LazyTensor:
-    """A weight that still lies in its checkpoint.
+    """A weight that has not been read from its checkpoint yet.
 
     Args:
         row: `Row`.
         tensors: the checkpoint.
-        shape: tuple, of the weight, layer axis first in the blocks.
+        shape: tuple, shape of the weight, with the layer axis first if it is
+            one of the blocks.
         on_read: function that is called with each array that was read, or
             `None`.
     """
@@ -25,7 +26,7 @@ class LazyTensor:
 
     @property
     def num_layers(self):
-        """Layers that share the name; one outside of the blocks."""
+        """Number of layers that share the name; 1 outside of the blocks."""
         return self.shape[0] if self.row.in_blocks else 1
 
     def read_layers(self):
@@ -33,7 +34,7 @@ class LazyTensor:
         return map(self.read_layer, range(self.num_layers))
 
     def read_layer(self, number):
-        """Return the array of one layer; outside of the blocks of number 0."""
+        """Return the array of one layer; number 0 outside of the blocks."""
         if self.row.stacked:
             array = self.tensors.read_layer(self.row.key, number)
         else:
@@ -47,7 +48,7 @@ class LazyTensor:
 
 
 class Last:
-    """Tensors that keep the array read last: stacked ones are asked often.
+    """Tensors that cache the last array: layers of a stack are read in a row.
 
     Args:
         tensors: the checkpoint.
@@ -66,23 +67,23 @@ class Last:
         return self._array
 
     def read_layer(self, key, layer):
-        """Return one layer of a stacked array, without the others if it can."""
+        """Return one layer of a stacked array, reading only it if possible."""
         if key != self._key and hasattr(self._tensors, "read_rows"):
             return self._tensors.read_rows(key, layer, layer + 1)[0]
         return self.read(key)[layer]
 
 
 def lazy_tensors(weights, rows, tensors, on_read=None):
-    """Return weights of a checkpoint that are read when they are asked for.
+    """Return weights of a checkpoint that are read when they are used.
 
     Args:
-        weights: dict of name to anything with a shape (layer axis first).
+        weights: dict of name to any object with a `shape`, layer axis first.
         rows: list of `Row`.
         tensors: the checkpoint.
         on_read: see `LazyTensor`.
 
     Returns:
-        Dict of name to `LazyTensor`, which `engine.write` takes.
+        dict of name to `LazyTensor`, for `engine.write`.
     """
     engine.check_names_and_shapes(weights, rows, tensors.shapes)
     tensors = Last(tensors)

@@ -22,16 +22,16 @@ ROOT = "base_model.model."
 
 _TARGET_OF = {place: target for target, place in TARGETS.items()}
 TABLE = "text_decoder/token_embedding/table"
-# The table of the head, where an adapter brings one that differs.
+# The head's own table, if an adapter has one that differs from the embedding.
 HEAD = "text_decoder/token_embedding/adapter_head"
-# What a module has beside its kernel, by PEFT's name and by ours.
+# A module's pieces beside its kernel: PEFT's name to ours.
 PIECES = {
     "lora_A.weight": "adapter_a",
     "lora_B.weight": "adapter_b",
     "lora_B.bias": "adapter_bias",
     "lora_magnitude_vector": "adapter_magnitude",
 }
-# What transformers 5 calls the parts whose older names the rows have.
+# Names in transformers 5 of the parts whose older names the rows have.
 _NEWEST = {
     hugging_face.VISION[0]: "model.vision_tower.",
     hugging_face.PROJECTOR[0]: "model.multi_modal_projector.linear.",
@@ -41,14 +41,14 @@ _NEWEST = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of an adapter, and where it belongs.
+    """One tensor of an adapter, and the weight it belongs to.
 
     Args:
-        key: str, in the file.
-        module: str, the name of its module in the model of transformers.
-        row: `Row` of a piece or, whole, of a weight.
-        layer: int; 0 outside of the blocks.
-        target: str or `None` for a whole weight.
+        key: str, key in the file.
+        module: str, name of its module in transformers' model.
+        row: `Row` of a piece, or of a weight that is replaced as a whole.
+        layer: int, index of the block; 0 outside of the blocks.
+        target: str, or `None` for a whole weight.
     """
 
     key: str
@@ -59,14 +59,14 @@ class Entry:
 
 
 def rows(architecture):
-    """List the rows of all pieces that adapters have, and of whole weights.
+    """List the rows of all pieces of adapters, and of whole weights.
 
     Args:
         architecture: see `hugging_face.rows`.
 
     Returns:
-        Dict of name to `Row`, whose key is the oldest of those in the wild,
-        without `ROOT`. A is shared by all heads in both.
+        dict of name to `Row`, whose key is the oldest of the published
+        ones, without `ROOT`. A is shared by all heads in both.
 
     Source: PEFT, `tuners/lora/layer.py` and `tuners/lora/dora.py`.
     """
@@ -95,17 +95,17 @@ def rows(architecture):
 
 
 def find(folder):
-    """Find an adapter, and open nothing of its values.
+    """Find an adapter and read its configuration, but no values.
 
     Args:
         folder: path.
 
     Returns:
-        The dict that `peft_config.read` gives; and a function that gives a
+        The dict of `peft_config.read`, and a function that returns a
         context manager of the tensors.
 
     Raises:
-        ValueError: no adapter, or one of a kind that this package has not.
+        ValueError: no adapter, or one of an unsupported kind.
     """
     folder = atomic.current(folder, CONFIG)
     names = (CONFIG, WEIGHTS)
@@ -122,22 +122,22 @@ def find(folder):
 
 
 def read(folder, architecture, weights, allow_nonfinite=False):
-    """Read an adapter, as a model of these weights takes it.
+    """Read an adapter for a model with these weights.
 
     Args:
         folder: path.
         architecture: see `hugging_face.rows`.
-        weights: dict of name to `Weight`, integers seen as floats.
-        allow_nonfinite: bool, take NaN and infinities too.
+        weights: dict of name to `Weight`, quantised ones as float views.
+        allow_nonfinite: bool, accept NaN and infinite values.
 
     Returns:
-        `LoraConfig`; dict of name to float32 array, the
-        pieces, filled up by 0 to the largest rank and to all layers; and dict
-        of name to array, the weights that the adapter brings whole.
+        `LoraConfig`; dict of name to float32 array, the pieces, padded with
+        zeros to the largest rank and to all layers; and dict of name to
+        array, the weights that the adapter replaces as a whole.
 
     Raises:
-        ValueError: see `find`; and an adapter that does not fit the model,
-            all of whose misfits are listed.
+        ValueError: as in `find`, or the adapter does not fit the model; all
+            differences are listed.
     """
     config, open_files = find(folder)
     table = {row.key: row for row in rows(architecture).values()}
@@ -164,7 +164,7 @@ def read(folder, architecture, weights, allow_nonfinite=False):
                 pieces[name][(layer, *map(slice, array.shape))] = array
             elif BLOCKS in name:
                 if name not in whole:
-                    # Layers that the file has not stay as they are.
+                    # Layers that are not in the file keep their values.
                     whole[name] = weights[name].read().copy()
                 whole[name][layer] = array
             else:
@@ -176,10 +176,10 @@ def read(folder, architecture, weights, allow_nonfinite=False):
 
 
 def _entries(shapes, table, weights, folder):
-    """Find what each key means; refuse those that mean nothing here."""
+    """Return the `Entry` of each key; raise on unknown keys."""
     entries, unknown, seen = [], [], {}
     for key, shape in shapes.items():
-        # Of a module that has an adapter, too, the weights of the base.
+        # A module with an adapter also stores the base's weights.
         module = key.removeprefix(ROOT).replace(".base_layer.", ".")
         name = _oldest(module)
         number = re.search(r"\.layers\.(\d+)\.", name)
@@ -214,7 +214,7 @@ def _entries(shapes, table, weights, folder):
 
 
 def _oldest(name):
-    """Return a name as `rows` has it, whichever version wrote it."""
+    """Return a name as in `rows`, whichever version wrote it."""
     if name in hugging_face.HEADS:
         return hugging_face.HEADS[0]
     parts = (hugging_face.VISION, hugging_face.PROJECTOR, hugging_face.TEXT)
@@ -226,7 +226,7 @@ def _oldest(name):
 
 
 def newest(name):
-    """Return a name of `rows` as transformers has it now."""
+    """Return a name of `rows` as in the current version of transformers."""
     for old, new in _NEWEST.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -234,7 +234,7 @@ def newest(name):
 
 
 def _sizes(name, weights):
-    """Return the layers and one layer's shape of a weight, or of its kernel."""
+    """Return a weight's (or its kernel's) number of layers, and one's shape."""
     place, last = name.rsplit("/", 1)
     if last in PIECES.values():
         name = f"{place}/kernel"
@@ -243,7 +243,7 @@ def _sizes(name, weights):
 
 
 def _shape(entry, lora, weights, rank=None):
-    """Return the shape of one layer of an entry; a piece's, for a rank."""
+    """Return the shape of one layer of an entry; of a piece, for a rank."""
     _, shape = _sizes(entry.row.name, weights)
     if entry.target is None:
         return shape
@@ -259,10 +259,10 @@ def _shape(entry, lora, weights, rank=None):
 
 
 def _lora(config, entries, weights):
-    """Return the `LoraConfig`; those of layers where they differ.
+    """Return the `LoraConfig`, with ranks and alphas by layer if they differ.
 
-    Ranks are the configuration's, by which PEFT scales: arrays of another rank
-    do not fit.
+    Ranks are those of the configuration, from which PEFT computes its scales:
+    arrays of another rank do not fit.
     """
     ranks, alphas = {}, {}
     for entry in entries:
@@ -296,7 +296,7 @@ def _lora(config, entries, weights):
 
 
 def _check_fits(config, lora, entries, weights, found):
-    """Refuse what does not fit, all of it at once."""
+    """Raise if entries do not fit the model, and list all of them."""
     needed = ["adapter_a", "adapter_b"]
     needed += ["adapter_bias"] if lora.bias else []
     needed += ["adapter_magnitude"] if lora.dora else []
@@ -349,11 +349,11 @@ def _check_fits(config, lora, entries, weights, found):
 
 
 def _tie(config, whole, weights):
-    """Keep a table of the head's own only where it differs.
+    """Keep a separate table of the head only if it differs.
 
-    PEFT copies modules that it saves, and by default unties them so: with the
-    embedding saved, the head keeps the table of the base. What is saved of a
-    table that was merely resized stays tied.
+    PEFT copies the modules that it saves, which unties them by default: if the
+    embedding is saved, the head keeps the base's table. A table that was only
+    resized stays tied.
     """
     if HEAD in whole and TABLE not in whole:
         if not peft_config.saves(config, "lm_head"):

@@ -1,12 +1,12 @@
-"""`adapter_config.json` of PEFT: what may stand there, and what it means."""
+"""PEFT's `adapter_config.json`: its fields, their values and meanings."""
 
 import json
 import re
 
 from keras_paligemma import presets
 
-# Initialisations that leave the base as it is; "eva" sets ranks, which the
-# file tells, and the others the values that training began with.
+# Initialisations that leave the base unchanged: "eva" sets ranks, which are in
+# the file; the others only set the values that training began with.
 PLAIN_INITIALISATIONS = (
     True,
     False,
@@ -16,11 +16,13 @@ PLAIN_INITIALISATIONS = (
     "orthogonal",
     "mica",
 )
-# Those whose change of the base PEFT can make part of the adapter.
+# Initialisations that change the base; PEFT can convert them to an adapter of
+# the unchanged base.
 CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")
 
-# What changes no value of a loaded adapter: where it is from; which modules it
-# has, as its tensors tell too; how it was begun; how others run or shard it.
+# Fields that change no value of a loaded adapter: its origin; its modules,
+# which its tensors show too; its initialisation; how other code runs or shards
+# it.
 HARMLESS = frozenset(
     {
         "auto_mapping",
@@ -44,8 +46,8 @@ HARMLESS = frozenset(
         "task_type",
     }
 )
-# What changes the function and is not computed here: refused unless it is off.
-# A field that is in no list, of a newer PEFT, is refused alike.
+# Fields of functions that are not implemented: an error unless they are off.
+# So is a field that is in no list, such as one of a newer PEFT.
 UNSUPPORTED = frozenset(
     {
         "alora_invocation_tokens",
@@ -72,7 +74,7 @@ def _is_rank(value):
 
 def _is_alpha(value):
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # Of 0 nothing is left of an adapter; integers of JSON have no end.
+    # A scale of 0 would remove the adapter; JSON's integers are unbounded.
     return real and 0 < abs(value) < 1e30
 
 
@@ -84,7 +86,7 @@ def _is_share(value):
 def _is_pattern_of(fits):
     def is_pattern(value):
         return isinstance(value, dict) and all(
-            _is_expression(key) and fits(one) for key, one in value.items()
+            _is_expression(key) and fits(item) for key, item in value.items()
         )
 
     return is_pattern
@@ -103,8 +105,8 @@ def _are_names(value):
     return listed and all(isinstance(name, str) and name for name in value)
 
 
-# What is read: what is expected, and a function that tells. `None` stands for
-# what PEFT takes then, but for the first two.
+# Fields that are read: the expected value, and a function that checks it.
+# `None` means PEFT's default, except for the first two.
 _REQUIRED = ("r", "lora_alpha")
 READ = {
     "r": ("an integer of 1 to 65536", _is_rank),
@@ -135,18 +137,18 @@ READ = {
 
 
 def read(path):
-    """Read the configuration of an adapter, and check all of it.
+    """Read the configuration of an adapter and check all of its fields.
 
     Args:
         path: `pathlib.Path` of `adapter_config.json`.
 
     Returns:
-        Dict, as it stands there.
+        dict, the content of the file.
 
     Raises:
-        ValueError: no adapter of low rank, a value of a wrong type, an
-            initialisation that changed the base, or anything else that
-            changes the function and is not computed here.
+        ValueError: not a low-rank adapter, a value of a wrong type, an
+            initialisation that changed the base, or a function that is not
+            implemented.
     """
     config = presets.read_json(path)
     kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -188,7 +190,7 @@ def read(path):
 
 
 def _check_initialisation(name, path):
-    """Refuse adapters that are differences from another base than ours."""
+    """Raise if the adapter's initialisation changed the weights of the base."""
     name = name.lower() if isinstance(name, str) else name
     if name in PLAIN_INITIALISATIONS:
         return
@@ -209,11 +211,11 @@ def _check_initialisation(name, path):
 
 
 def rank_and_alpha(config, module):
-    """Return what a module has: the first pattern that fits its name, or r.
+    """Return a module's rank and alpha, by the first pattern that matches.
 
     Args:
-        config: dict, of `read`.
-        module: str, its name in the model of transformers.
+        config: dict, from `read`.
+        module: str, its name in transformers' model.
 
     Source: PEFT, `utils/other.py`, `get_pattern_key`.
     """
@@ -231,16 +233,16 @@ def rank_and_alpha(config, module):
 
 
 def names_layers(config):
-    """Say whether an adapter is told to be of some layers alone."""
-    told = [config.get(key) for key in ("target_modules", "exclude_modules")]
-    # Digits are numbers of layers, but for those of two names.
-    named = re.search(r"\d", re.sub(r"fc[12]", "", json.dumps(told)))
+    """Return whether the configuration limits the adapter to some layers."""
+    modules = [config.get(key) for key in ("target_modules", "exclude_modules")]
+    # Digits are numbers of layers, except in two names.
+    named = re.search(r"\d", re.sub(r"fc[12]", "", json.dumps(modules)))
     patterns = config.get("layers_to_transform") is not None
     return patterns or named is not None
 
 
 def saves(config, module):
-    """Say whether PEFT keeps a copy of a module for the adapter."""
+    """Return whether PEFT saves a copy of a module with the adapter."""
     return any(
         module.endswith(name) for name in config.get("modules_to_save") or ()
     )

@@ -1,4 +1,4 @@
-"""Adapters written as Hugging Face's PEFT reads them."""
+"""Write adapters in the format of Hugging Face's PEFT."""
 
 import functools
 import json
@@ -19,15 +19,15 @@ from keras_paligemma.checkpoints.peft import newest
 from keras_paligemma.checkpoints.peft import rows
 from keras_paligemma.lora_config import TARGETS
 
-# A vector of a module, and the array that makes the module whole with it.
+# A module's vector, and the array that is saved with it if the module is whole.
 _BESIDE = {"bias": "kernel", "beta": "gamma"}
 
 
 def arrays(lora, pieces, whole, architecture):
-    """Return an adapter's tensors, one at a time; see `read`.
+    """Yield an adapter's tensors, one at a time; see `peft.read`.
 
     Yields:
-        Pairs of key and array, of each layer the rank that it has.
+        Pairs of key and array, cut to the rank of each layer.
     """
     table = rows(architecture)
     for target in lora.targets:
@@ -38,35 +38,35 @@ def arrays(lora, pieces, whole, architecture):
             row = table[name]
             layers = pieces[name] if BLOCKS in name else pieces[name][None]
             ranks = lora.ranks_of(target, len(layers))
-            for key, one, rank in zip(
+            for key, layer, rank in zip(
                 row.keys(len(layers)), layers, ranks, strict=True
             ):
                 if name.endswith("adapter_a"):
-                    one = one[..., :rank]
+                    layer = layer[..., :rank]
                 if name.endswith("adapter_b"):
-                    one = one[:rank]
+                    layer = layer[:rank]
                 if rank:
-                    yield ROOT + newest(key), row.write(one)
+                    yield ROOT + newest(key), row.write(layer)
     targets = tuple(f"{TARGETS[target]}/" for target in lora.targets)
     for name, value in whole.items():
         row = table[name]
         layers = value if BLOCKS in name else value[None]
-        for key, one in zip(row.keys(len(layers)), layers, strict=True):
+        for key, layer in zip(row.keys(len(layers)), layers, strict=True):
             if name.startswith(targets):
                 module, _, last = key.rpartition(".")
                 key = f"{module}.base_layer.{last}"
-            yield ROOT + newest(key), row.write(one)
+            yield ROOT + newest(key), row.write(layer)
 
 
 def describe(lora, whole, layers, architecture, base=None):
-    """Return the configuration that PEFT reads with these tensors.
+    """Return the content of `adapter_config.json` for these tensors.
 
     Args:
         lora: `LoraConfig`.
-        whole: dict of name to array, weights that it brings whole.
+        whole: dict of name to array, weights that it replaces as a whole.
         layers: dict of target to its number of layers.
         architecture: see `hugging_face.rows`.
-        base: str or `None`, name of the model that it belongs to.
+        base: str or `None`, name of the base model.
     """
     table = rows(architecture)
     modules, ranks, alphas = [], {}, {}
@@ -77,8 +77,8 @@ def describe(lora, whole, layers, architecture, base=None):
         count = layers[target]
         of_target = lora.ranks_of(target, count)
         chosen = [str(layer) for layer, rank in enumerate(of_target) if rank]
-        every = r"\d+" if len(chosen) == count else f"({'|'.join(chosen)})"
-        modules += [module(every)] if chosen else []
+        numbers = r"\d+" if len(chosen) == count else f"({'|'.join(chosen)})"
+        modules += [module(numbers)] if chosen else []
         for layer, rank in enumerate(of_target):
             if rank not in (0, lora.rank):
                 ranks[module(str(layer))] = rank
@@ -105,14 +105,14 @@ def describe(lora, whole, layers, architecture, base=None):
 
 
 def _describe_whole(lora, whole, table):
-    """Say which modules an adapter brings whole, and which biases."""
+    """Return the modules and biases that an adapter replaces as a whole."""
     biases, modules = [], []
     for name, value in whole.items():
         place, last = name.rsplit("/", 1)
         if last in _BESIDE and f"{place}/{_BESIDE[last]}" not in whole:
             biases.append(place)
         elif name != TABLE or HEAD in whole:
-            # A table alone is read as that of the base, and of its head.
+            # A table alone is not listed: it is then tied to the head.
             keys = table[name].keys(len(value))
             modules += [newest(key).rpartition(".")[0] for key in keys]
     targets = {TARGETS[target] for target in lora.targets}
@@ -126,18 +126,18 @@ def _describe_whole(lora, whole, table):
 def write(folder, config, arrays):
     """Write an adapter that PEFT loads onto transformers' PaliGemma.
 
-    One that is there is replaced, all at once; see `atomic.whole_folder`.
+    An existing adapter is replaced atomically; see `atomic.whole_folder`.
 
     Args:
         folder: path.
-        config: dict, of `describe`.
+        config: dict, from `describe`.
         arrays: iterable of pairs of key and array.
     """
-    # safetensors writes the memory of an array, whatever its strides.
+    # safetensors writes an array's memory and ignores its strides.
     arrays = {key: np.ascontiguousarray(array) for key, array in arrays}
     text = json.dumps(config, indent=2) + "\n"
     with atomic.whole_folder(folder, CONFIG, [WEIGHTS]) as draft:
         save_file(arrays, draft / WEIGHTS)
-        # safetensors lets nobody else read what it writes.
+        # safetensors writes files that only their owner can read.
         (draft / WEIGHTS).chmod(0o644)
         (draft / CONFIG).write_text(text, encoding="utf-8")

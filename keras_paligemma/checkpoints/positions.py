@@ -1,4 +1,4 @@
-"""Position tables of one resolution at another."""
+"""Resampling of position tables to another resolution."""
 
 import math
 
@@ -6,17 +6,17 @@ import numpy as np
 
 
 def resample(table_ID, num_tokens):
-    """Stretch a square table of positions, its corners staying in place.
+    """Resample a square table of positions; its corners keep their values.
 
     Args:
-        table_ID: array (..., I, D), one row a patch of a square picture.
-        num_tokens: int, rows of the new table, a square.
+        table_ID: array (..., I, D), a row for each patch of a square picture.
+        num_tokens: int, number of rows of the new table, a square number.
 
     Returns:
         Array (..., num_tokens, D) of the same dtype.
 
     Raises:
-        ValueError: a number of rows that is no square.
+        ValueError: a number of rows that is not a square number.
 
     Source: big_vision, `models/vit.py`, `resample_posemb`: linear
         `scipy.ndimage.zoom`.
@@ -35,7 +35,7 @@ def resample(table_ID, num_tokens):
 
 
 def _line(old, new):
-    """Weights of the old points for each new one, on one axis."""
+    """Return the weights of the old points for each new point of an axis."""
     at = np.linspace(0, old - 1, new)
     below = np.minimum(at.astype(int), old - 1)
     above = np.minimum(below + 1, old - 1)
@@ -47,12 +47,12 @@ def _line(old, new):
 
 
 class Resampled:
-    """The tensors of a checkpoint, one of them at another resolution.
+    """The tensors of a checkpoint, with its position table resampled.
 
     Args:
         tensors: see `engine`.
-        key: str, of the position table.
-        num_tokens: int.
+        key: str, key of the position table.
+        num_tokens: int, number of rows of the new table.
     """
 
     def __init__(self, tensors, key, num_tokens):

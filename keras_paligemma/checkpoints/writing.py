@@ -1,4 +1,4 @@
-"""Weights and a configuration, written in any format; no model is needed."""
+"""Write weights and a configuration in any format, without a model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,28 +29,28 @@ def write(
     dtype=None,
     piece_size=None,
 ):
-    """Write a checkpoint, with one array or one file of safetensors in memory.
+    """Write a checkpoint, with one array or one safetensors file in memory.
 
-    Killed at any time, what readers find is whole or nothing, and in place of
-    an older preset of ours that one or the new one: `atomic.whole_folder`.
+    The write is atomic, even if the process is killed: readers find the whole
+    new checkpoint or the previous state, see `atomic.whole_folder`.
 
     Args:
-        path: str or path: a folder, of big_vision a file "….npz". A preset of
-            ours is replaced, and files of other names stay; for the other
-            formats a folder must be new or empty.
+        path: str or path of a folder; for big_vision, of a file "….npz". An
+            older preset of ours is replaced, and other files are kept; for
+            the other formats a folder must be new or empty.
         to: str, one of `formats.FORMATS`.
         config: `ModelConfig`.
         weights: dict of name to `Weight` or `LazyTensor`.
-        proto: bytes of the SentencePiece model, or `None`: then the folder is
-            written without a tokenizer.
-        name: str, name of the model in a config of ours; the folder's if
+        proto: bytes of the SentencePiece model; `None` writes no tokenizer.
+        name: str, name of the model in our config; that of the folder if
             `None`.
-        dtype: "float32", "bfloat16", "float16", or `None` for the weights'.
-        piece_size: int, bytes of a piece of a big_vision file, or of a shard of
-            a preset of ours.
+        dtype: "float32", "bfloat16", "float16", or `None` for the dtype of
+            the weights.
+        piece_size: int, bytes of a piece of a big_vision file, or of a shard
+            of our preset.
 
     Raises:
-        ValueError: unknown format; an option that it does not have.
+        ValueError: an unknown format, or an option that the format lacks.
     """
     if to not in formats.FORMATS:
         raise ValueError(
@@ -78,7 +78,7 @@ def write(
     def arrays(rows):
         for key, array in engine.write(weights, rows):
             yield key, array if dtype is None else _cast(array, dtype)
-            del array  # Before the next one is made.
+            del array  # Free the array before the next one is made.
 
     if to == "big_vision":
         rows = big_vision.rows(backbone.text_decoder.use_post_norms)
@@ -91,7 +91,7 @@ def write(
         name = config.name or name or path.resolve().name
         config = replace(config, name=name)
     if process()[0] > 0:
-        # All processes gather what is sharded over them, the first writes.
+        # All processes gather the sharded arrays; the first one writes them.
         for _ in arrays(rows):
             pass
     elif to == "big_vision":
@@ -115,6 +115,6 @@ def _write_preset(folder, config, arrays, proto, piece_size):
 
 
 def _cast(array, dtype):
-    """Return an array of floats in another dtype, bfloat16 included."""
+    """Cast an array of floats to another dtype, including bfloat16."""
     wanted = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     return array.astype(wanted, copy=False)

@@ -88,5 +88,5 @@ def data_parallel(multi_host: bool = False):
     if keras.backend.backend() == "jax":
         devices = keras.distribution.list_devices()
         if len(devices) > 1 and keras.distribution.distribution() is None:
-            every = keras.distribution.DataParallel(devices=devices)
-            keras.distribution.set_distribution(every)
+            distribution = keras.distribution.DataParallel(devices=devices)
+            keras.distribution.set_distribution(distribution)

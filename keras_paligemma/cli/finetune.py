@@ -9,9 +9,12 @@ from keras_paligemma.cli.environment import quiet_imports
 from keras_paligemma.cli.options import Masks
 from keras_paligemma.cli.options import with_settings
 from keras_paligemma.training import run
+from keras_paligemma.training.settings import Settings
+from keras_paligemma.training.settings import read_file
+from keras_paligemma.training.settings import read_settings
 
 
-@with_settings(run.Settings)
+@with_settings(Settings)
 def finetune(
     given: dict,
     config: Annotated[
@@ -38,10 +41,8 @@ def finetune(
     if benchmark is not None:
         from keras_paligemma.evaluation.finetuning import for_run
 
-        defaults, source = for_run(
-            benchmark, run.read_file(config) | given, masks
-        )
-    settings = run.read_settings(config, defaults, **given)
+        defaults, source = for_run(benchmark, read_file(config) | given, masks)
+    settings = read_settings(config, defaults, **given)
     with quiet_imports():
         from keras_paligemma.models import causal_lm  # noqa: F401
     run.finetune(settings, dry_run, source)

@@ -140,7 +140,7 @@ def read_fields(pairs: list[str] | None) -> dict:
         pairs: list of str, NAME=VALUE, or `None`.
 
     Returns:
-        Dict of names to values, which are parsed as TOML; "none" is `None`.
+        dict of names to values, which are parsed as TOML; "none" is `None`.
 
     Raises:
         ValueError: a pair is not NAME=VALUE.

@@ -80,7 +80,9 @@ def plan(
     settings: dict[str, Any] = (
         {} if benchmark is None else _settings_of(benchmark)
     )
-    settings |= {name: one for name, one in given.items() if one is not None}
+    settings |= {
+        name: value for name, value in given.items() if value is not None
+    }
     job = Job(preset, **settings)
     found = make_plan(
         job,

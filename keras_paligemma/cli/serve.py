@@ -88,7 +88,7 @@ def serve(
         used = loaded.adapters.active
         for folder in adapter or []:
             loaded.load_adapter(folder, folder.resolve().name)
-        # Clients name adapters; who names none asks what the source is.
+        # Clients name adapters; the source itself answers those that name none.
         loaded.adapters.select(used)
         model = PresetModel(loaded, batch)
     masks = None

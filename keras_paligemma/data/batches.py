@@ -235,7 +235,7 @@ def in_batches(x, batch_size):
         batch_size: int.
 
     Returns:
-        List of pairs: a dict of `batch_size` examples, padded by repeating the
+        list of pairs: a dict of `batch_size` examples, padded by repeating the
         last one, and the number of examples that are not padding. `None` if
         `x` is one example, or fits into one batch.
     """

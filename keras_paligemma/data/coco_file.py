@@ -47,7 +47,7 @@ def read_coco(path: Path) -> dict:
     data = _read(path)
     try:
         _check_entries(path, data)
-        _refuse_twins(path, data)
+        _check_ids(path, data)
         _check_references(path, data)
     except TypeError as error:  # Lists or dictionaries as ids.
         raise ValueError(
@@ -85,48 +85,48 @@ def _check_entries(path, data):
                 f"{path} is no COCO file: '{kind}' is no list. Expected: a "
                 f"list of objects. Received: {data[kind]!r:.80}."
             )
-        for number, one in enumerate(data[kind]):
-            if not isinstance(one, dict) or not fields <= one.keys():
+        for number, entry in enumerate(data[kind]):
+            if not isinstance(entry, dict) or not fields <= entry.keys():
                 raise ValueError(
                     f"{path} is no COCO file: {kind}[{number}] lacks a field. "
                     f"Expected: an object with {sorted(fields)}. Received: "
-                    f"{one!r:.80}."
+                    f"{entry!r:.80}."
                 )
-    for number, one in enumerate(data["categories"]):
-        if not isinstance(one["name"], str):
+    for number, category in enumerate(data["categories"]):
+        if not isinstance(category["name"], str):
             raise ValueError(
                 f"{path} is no COCO file: categories[{number}] has a name that "
-                f"is no text. Expected: a string. Received: {one!r:.80}."
+                f"is no text. Expected: a string. Received: {category!r:.80}."
             )
 
 
-def _refuse_twins(path, data):
-    """Refuse duplicate ids: annotations would belong to only one of them."""
+def _check_ids(path, data):
+    """Raise on duplicate ids: annotations would belong to only one of them."""
     for kind in ("images", "categories"):
-        counts = collections.Counter(one["id"] for one in data[kind])
-        twins = [id for id, count in counts.items() if count > 1]
-        if twins:
+        counts = collections.Counter(entry["id"] for entry in data[kind])
+        duplicates = [id for id, count in counts.items() if count > 1]
+        if duplicates:
             raise ValueError(
                 f"{path}: several {kind} have the same id. Received: "
-                f"{twins[:5]}. Expected: each id once."
+                f"{duplicates[:5]}. Expected: each id once."
             )
 
 
 def _check_references(path, data):
-    """Refuse annotations of missing pictures or categories."""
+    """Raise on annotations of missing pictures or categories."""
     for field, kind in (("image_id", "images"), ("category_id", "categories")):
-        known = {one["id"] for one in data[kind]}
-        for one in data["annotations"]:
-            id = one[field]
+        known = {entry["id"] for entry in data[kind]}
+        for annotation in data["annotations"]:
+            id = annotation[field]
             if id in known:
                 continue
             hint = ""
             if str(id) in map(str, known):
                 hint = " One is there of another type: write ids as numbers."
             raise ValueError(
-                f"{path}, annotation {one.get('id')}: its {field} is not in "
-                f"the file. Received: {field}={id!r}. Expected: the id of one "
-                f"of '{kind}'.{hint}"
+                f"{path}, annotation {annotation.get('id')}: its {field} is "
+                f"not in the file. Received: {field}={id!r}. Expected: the id "
+                f"of one of '{kind}'.{hint}"
             )
 
 
@@ -144,16 +144,20 @@ def read(path: Path, image_folder: str) -> ObjectSet:
         ValueError: if the file is not a COCO file; names the wrong entry.
     """
     data = read_coco(path)
-    names = {one["id"]: one["name"] for one in data["categories"]}
+    names = {
+        category["id"]: category["name"] for category in data["categories"]
+    }
     annotations = collections.defaultdict(list)
-    for one in data["annotations"]:
-        label = names[one["category_id"]]
-        annotations[one["image_id"]].append(_annotation(one, label))
+    for annotation in data["annotations"]:
+        label = names[annotation["category_id"]]
+        annotations[annotation["image_id"]].append(
+            _annotation(annotation, label)
+        )
     return ObjectSet(
         path,
         image_folder,
         tuple(dict.fromkeys(names.values())),
-        [_picture(one, annotations[one["id"]]) for one in data["images"]],
+        [_picture(image, annotations[image["id"]]) for image in data["images"]],
         extra={
             name: value
             for name, value in data.items()
@@ -174,30 +178,30 @@ def write(objects: ObjectSet, path: Path, image_folder: str) -> Counter:
         Empty Counter: the format loses nothing.
     """
     categories = objects.extra.get("categories", ())
-    if [one["name"] for one in categories] != list(objects.classes):
+    if [category["name"] for category in categories] != list(objects.classes):
         categories = [
             {"id": number, "name": name}
             for number, name in enumerate(objects.classes, 1)
         ]
-    numbers = {one["name"]: one["id"] for one in categories}
+    numbers = {category["name"]: category["id"] for category in categories}
     rows = [
-        (row, one)
+        (row, annotation)
         for row, picture in enumerate(objects.pictures)
-        for one in picture.annotations
+        for annotation in picture.annotations
     ]
-    image_ids = _ids([one.extra for one in objects.pictures])
-    ids = _ids([one.extra for _, one in rows])
+    image_ids = _ids([picture.extra for picture in objects.pictures])
+    ids = _ids([annotation.extra for _, annotation in rows])
     images = [
-        dict(one.extra)
-        | {"id": id, "file_name": relative_name(one, objects, image_folder)}
-        | dict(zip(("height", "width"), one.known_size(), strict=True))
-        for id, one in zip(image_ids, objects.pictures, strict=True)
+        dict(picture.extra)
+        | {"id": id, "file_name": relative_name(picture, objects, image_folder)}
+        | dict(zip(("height", "width"), picture.known_size(), strict=True))
+        for id, picture in zip(image_ids, objects.pictures, strict=True)
     ]
     annotations = [
-        _entry(one)
+        _entry(annotation)
         | {"id": id, "image_id": image_ids[row]}
-        | {"category_id": numbers[one.label]}
-        for id, (row, one) in zip(ids, rows, strict=True)
+        | {"category_id": numbers[annotation.label]}
+        for id, (row, annotation) in zip(ids, rows, strict=True)
     ]
     content = dict(objects.extra) | {
         "images": images,
@@ -208,73 +212,82 @@ def write(objects: ObjectSet, path: Path, image_folder: str) -> Counter:
     return Counter()
 
 
-def _annotation(one, label):
-    box, problem = edges_of(one.get("bbox")), ""
+def _annotation(entry, label):
+    box, problem = edges_of(entry.get("bbox")), ""
     if box is None:
         problem = (
             "The box does not fit COCO's format. Expected: 'bbox', four "
             "numbers [x, y, width, height] in pixels. Received: "
-            f"{one.get('bbox')!r:.80}."
+            f"{entry.get('bbox')!r:.80}."
         )
-    score = one.get("score")
+    score = entry.get("score")
     return Annotation(
         label,
         box,
-        one.get("segmentation") or None,
-        bool(one.get("iscrowd")),
+        entry.get("segmentation") or None,
+        bool(entry.get("iscrowd")),
         float(score) if _is_number(score) else None,
-        f"annotation {one.get('id')}",
-        {name: one[name] for name in one if name not in _OWN_FIELDS},
+        f"annotation {entry.get('id')}",
+        {name: entry[name] for name in entry if name not in _OWN_FIELDS},
         problem,
     )
 
 
-def _picture(one, annotations):
-    size = (one.get("height"), one.get("width"))
-    name, problem = one.get("file_name"), ""
+def _picture(entry, annotations):
+    size = (entry.get("height"), entry.get("width"))
+    name, problem = entry.get("file_name"), ""
     if not (
         all(_is_number(side) and side > 0 for side in size)
         and isinstance(name, str)
     ):
         wanted = ("file_name", "height", "width")
-        received = {key: one.get(key) for key in wanted}
+        received = {key: entry.get(key) for key in wanted}
         problem = (
             "The picture lacks its name or size. Expected: 'file_name' as "
             "text, 'height' and 'width' as numbers of pixels. Received: "
             f"{received!r:.200}."
         )
         size = None
-    extra = {key: one[key] for key in one if key not in _OWN_FIELDS}
+    extra = {key: entry[key] for key in entry if key not in _OWN_FIELDS}
     return Picture(
-        name or "", annotations, size, f"image {one['id']}", extra, problem
+        name or "", annotations, size, f"image {entry['id']}", extra, problem
     )
 
 
-def _entry(one):
+def _entry(annotation):
     """Return an annotation's COCO keys, without ids."""
-    y1, x1, y2, x2 = one.box
-    entry = dict(one.extra)
+    y1, x1, y2, x2 = annotation.box
+    entry = dict(annotation.extra)
     entry |= {
         "bbox": [x1, y1, x2 - x1, y2 - y1],
-        "segmentation": one.segmentation or [],
-        "iscrowd": int(one.is_crowd),
+        "segmentation": annotation.segmentation or [],
+        "iscrowd": int(annotation.is_crowd),
     }
-    entry.setdefault("area", _area(one))
-    return entry if one.score is None else entry | {"score": one.score}
+    entry.setdefault("area", _area(annotation))
+    return (
+        entry
+        if annotation.score is None
+        else entry | {"score": annotation.score}
+    )
 
 
-def _area(one):
-    if not one.has_mask():
-        return (one.box[2] - one.box[0]) * (one.box[3] - one.box[1])
-    if isinstance(one.segmentation, Mapping):
-        return int(from_rle(one.segmentation).sum())
-    loops = [np.reshape(one, (-1, 2))[:, ::-1] for one in one.segmentation]
+def _area(annotation):
+    if not annotation.has_mask():
+        return (annotation.box[2] - annotation.box[0]) * (
+            annotation.box[3] - annotation.box[1]
+        )
+    if isinstance(annotation.segmentation, Mapping):
+        return int(from_rle(annotation.segmentation).sum())
+    loops = [
+        np.reshape(outline, (-1, 2))[:, ::-1]
+        for outline in annotation.segmentation
+    ]
     return float(sum(abs(area_of(loop)) for loop in loops))
 
 
 def _ids(extras):
     """Return the entries' ids, or new ones unless all have their own."""
-    found = [one.get("id") for one in extras]
+    found = [extra.get("id") for extra in extras]
     if None in found or len(set(found)) < len(found):
         return list(range(1, len(extras) + 1))
     return found

@@ -115,10 +115,10 @@ class ConversationSource:
                 _field(record, self.images, ("image", "images"))
             )
             pictures = [
-                picture_path(one, self.image_folder)
-                if isinstance(one, (str, os.PathLike))
-                else one
-                for one in pictures
+                picture_path(picture, self.image_folder)
+                if isinstance(picture, (str, os.PathLike))
+                else picture
+                for picture in pictures
             ]
             return {
                 "images": pictures if len(pictures) > 1 else pictures[0],
@@ -155,9 +155,9 @@ def _read_array(path):
 def _field(record, name, usual):
     """Return a field's value, by the given name or a usual one."""
     names = usual if name is None else (name,)
-    for one in names:
-        if isinstance(record, dict) and record.get(one) is not None:
-            return record[one]
+    for key in names:
+        if isinstance(record, dict) and record.get(key) is not None:
+            return record[key]
     received = sorted(record) if isinstance(record, dict) else record
     raise ValueError(
         f"A field is missing. Expected: {' or '.join(names)}; other names are "

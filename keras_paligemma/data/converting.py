@@ -115,15 +115,21 @@ def convert(
     lost = Counter(objects.skipped)
     objects, skipped, clipped = usable(objects)
     lost["boxes clipped"] += clipped
-    every = [one for picture in objects.pictures for one in picture.annotations]
+    annotations = [
+        annotation
+        for picture in objects.pictures
+        for annotation in picture.annotations
+    ]
     if task is None:
-        has_masks = every and all(one.has_mask() for one in every)
+        has_masks = annotations and all(
+            annotation.has_mask() for annotation in annotations
+        )
         task = "segment" if has_masks else "detect"
     if to in _FOLDERS:
         lost += _write_folder(objects, target, to, task)
     else:
         lost += _write_file(objects, target, to, task, codec)
-    counts = len(objects.pictures), len(every)
+    counts = len(objects.pictures), len(annotations)
     return Conversion(target, *counts, tuple(skipped), dict(+lost))
 
 
@@ -151,7 +157,10 @@ def usable(objects: ObjectSet) -> tuple[ObjectSet, list[str], int]:
         except ValueError as error:
             skipped.append(f"{objects.where(row)}: {error}")
             continue
-        boxes = [one.box or (np.nan,) * 4 for one in picture.annotations]
+        boxes = [
+            annotation.box or (np.nan,) * 4
+            for annotation in picture.annotations
+        ]
         boxes, _, cut = clip_boxes(
             np.array(boxes, "float64").reshape(-1, 4),
             np.array([size] * len(boxes), "float64").reshape(-1, 2),
@@ -160,19 +169,21 @@ def usable(objects: ObjectSet) -> tuple[ObjectSet, list[str], int]:
         )
         clipped += int(cut.sum())
         kept = []
-        for one, box, is_cut in zip(
+        for annotation, box, is_cut in zip(
             picture.annotations, boxes.tolist(), cut, strict=True
         ):
             if is_cut:
-                one = dataclasses.replace(one, box=tuple(box))
+                annotation = dataclasses.replace(annotation, box=tuple(box))
             try:
-                object_of(one, size, with_mask=False)
-                if one.has_mask():
-                    check_segmentation(one.segmentation, size)
+                object_of(annotation, size, with_mask=False)
+                if annotation.has_mask():
+                    check_segmentation(annotation.segmentation, size)
             except ValueError as error:
-                skipped.append(f"{objects.where(row)}: {one.place}: {error}")
+                skipped.append(
+                    f"{objects.where(row)}: {annotation.place}: {error}"
+                )
             else:
-                kept.append(one)
+                kept.append(annotation)
         pictures.append(dataclasses.replace(picture, annotations=tuple(kept)))
     return dataclasses.replace(objects, pictures=pictures), skipped, clipped
 
@@ -195,7 +206,7 @@ def _write_file(objects, target, to, task, codec):
 
 def _write_folder(objects, target, to, task):
     entry, images = _FOLDERS[to]
-    _refuse_twins(objects)
+    _check_names(objects)
     with whole_folder(target, entry) as draft:
         if to == "yolo":
             lost = yolo.write(objects, draft, task == "segment")
@@ -220,8 +231,8 @@ def _link(path, place):
     return True
 
 
-def _refuse_twins(objects):
-    """Refuse pictures whose label files would have the same name."""
+def _check_names(objects):
+    """Raise on pictures whose label files would have the same name."""
     stems = {}
     for picture in objects.pictures:
         stem = Path(plain_name(picture)).with_suffix("")

@@ -101,7 +101,7 @@ def answers_of(example: dict[str, Any]) -> list[str]:
         example: dict with `responses`.
 
     Returns:
-        List of at least one string.
+        list of at least one string.
 
     Raises:
         ValueError: if there is none; one has an invalid location, which would
@@ -137,7 +137,7 @@ def answers_of(example: dict[str, Any]) -> list[str]:
 
 
 def _check_places(answer):
-    """Refuse invalid locations and boxes with reversed edges."""
+    """Raise on invalid locations and boxes with reversed edges."""
     wrong = _NO_TOKEN.search(answer)
     if wrong:
         raise ValueError(
@@ -155,7 +155,7 @@ def _check_places(answer):
 
 
 def _check_objects(answer):
-    """Refuse rows of tokens that are neither a box nor a box and its mask."""
+    """Raise on tokens that are neither a box nor a box and its mask."""
     for row in _ROW.findall(answer):
         if not _OBJECT.fullmatch(row):
             blanks = " and blanks" if re.search(r"\s", row) else ""
@@ -176,7 +176,7 @@ def frames_of(images: Any) -> list[Any]:
             frames.
 
     Returns:
-        List of pictures.
+        list of pictures.
 
     Raises:
         ValueError: if there is none.
@@ -212,7 +212,7 @@ def check(
             prompts and answers that are too long are reported as well.
 
     Returns:
-        List of strings, one per invalid example, with its place. An example
+        list of strings, one per invalid example, with its place. An example
         whose number of frames differs from the first valid one's is invalid.
 
     Example:

@@ -80,8 +80,8 @@ class FieldSource:
                 responses = responses.tolist()
             if isinstance(responses, (list, tuple)):
                 responses = [
-                    _text(one, "an answer", self.allow_empty)
-                    for one in responses
+                    _text(response, "an answer", self.allow_empty)
+                    for response in responses
                 ]
             else:
                 responses = _text(responses, "the answer", self.allow_empty)
@@ -97,7 +97,7 @@ class FieldSource:
 
 
 def check_numbered(dataset: Any):
-    """Refuse a data set without random access to examples.
+    """Raise on a data set without random access to examples.
 
     Args:
         dataset: object that should have a length and `[index]`.

@@ -131,12 +131,12 @@ def _strings(record, field, allow_empty=False):
     """Return a field as a list of one or more strings."""
     value = record[field]
     strings = value if isinstance(value, list) else [value]
-    if not strings or not all(isinstance(one, str) for one in strings):
+    if not strings or not all(isinstance(string, str) for string in strings):
         raise ValueError(
             f"`{field}` is not text. Expected: a string, or a list of "
             f"strings. Received: {value!r:.80}."
         )
-    if not allow_empty and not all(one.strip() for one in strings):
+    if not allow_empty and not all(string.strip() for string in strings):
         raise ValueError(
             f"`{field}` is empty. Expected: text. Received: {value!r:.80}. "
             "Where an empty answer is meant, pass `allow_empty=True` (of the "

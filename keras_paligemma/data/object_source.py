@@ -149,12 +149,12 @@ class ObjectSource:
                     objects.append(annotation)
         crowds = self.left_out["crowds without a mask"]
         if crowds:
-            every = sum(
+            total = sum(
                 len(picture.annotations) for picture in self.data.pictures
             )
             warnings.warn(
                 f"{self.data.path}: crowds (iscrowd) without a mask are left "
-                f"out, {crowds} of {every} annotations. Set their iscrowd to "
+                f"out, {crowds} of {total} annotations. Set their iscrowd to "
                 "0 if their boxes are objects.",
                 stacklevel=4,
             )
@@ -223,7 +223,7 @@ class ObjectSource:
             index: int, number of the example.
 
         Returns:
-            List of `Object`, with masks if the task is "segment".
+            list of `Object`, with masks if the task is "segment".
 
         Raises:
             ExampleError: if an object cannot be read.

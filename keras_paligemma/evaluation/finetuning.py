@@ -35,7 +35,7 @@ def settings_of(benchmark: Benchmark, image_size: int) -> dict[str, Any]:
             448 apply.
 
     Returns:
-        Dict of fields of `training.Settings`.
+        dict of fields of `training.Settings`.
 
     Example:
 

@@ -25,7 +25,7 @@ def pick_frames(video: Any, count: int, stride: int) -> list:
         stride: int, frames from one to the next.
 
     Returns:
-        List of `count` pictures.
+        list of `count` pictures.
 
     Raises:
         ValueError: there are no frames, or the file is not a picture, such as

@@ -17,7 +17,7 @@ def read_predictions(path: str | os.PathLike[str]) -> dict[str, str]:
         path: path of a JSONL file with one {"id": …, "prediction": …} per line.
 
     Returns:
-        Dict of ids to predictions, in the order of the file.
+        dict of ids to predictions, in the order of the file.
 
     Raises:
         ValueError: a line is not a prediction, or an id occurs twice.
@@ -80,11 +80,11 @@ def resume(
     ]
     check_unique(found, f"{path}")
     wanted = [*ids[: len(found)], *[None] * (len(found) - len(ids))]
-    for there, one in zip(found, wanted, strict=True):
-        if there != one:
+    for there, id in zip(found, wanted, strict=True):
+        if there != id:
             raise ValueError(
                 f"{path} holds rows of another run. Received: id {there!r}. "
-                f"Expected: {'nothing more' if one is None else repr(one)}. "
+                f"Expected: {'nothing more' if id is None else repr(id)}. "
                 "Choose another output, or remove the file."
             )
     done = len(found)

@@ -103,7 +103,7 @@ class Benchmark:
             column: str, one of `COLUMNS`, or `None`.
 
         Returns:
-            Dict of values to numbers, without those that the card lacks. For
+            dict of values to numbers, without those that the card lacks. For
             the card's additional benchmarks a column is a size, without the
             resolution.
         """
@@ -123,7 +123,7 @@ def benchmarks() -> dict[str, Benchmark]:
     """Read all records.
 
     Returns:
-        Dict of names to `Benchmark`, in the order of the file.
+        dict of names to `Benchmark`, in the order of the file.
 
     Example:
 

@@ -134,15 +134,15 @@ class Samples:
 
 def check_unique(ids: Sequence[str], what: str) -> None:
     """Raise a `ValueError` that lists the ids that occur twice."""
-    seen, twins = set(), []
+    seen, duplicates = set(), []
     for id in ids:
         if id in seen:
-            twins.append(id)
+            duplicates.append(id)
         seen.add(id)
-    if twins:
+    if duplicates:
         raise ValueError(
-            f"{what} has {len(twins)} ids more than once. Expected: each once. "
-            f"Received: {twins[:5]}."
+            f"{what} has {len(duplicates)} ids more than once. Expected: each "
+            f"once. Received: {duplicates[:5]}."
         )
 
 

@@ -58,16 +58,16 @@ def write_in_backend(model, filepath, backend, module, *arguments):
         prefix=f".{target.name}.preset-", dir=target.parent
     ) as preset:
         _hand_over(model, Path(preset))
-        told = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", module, preset, str(target), *arguments],
             env=environment,
             capture_output=True,
             text=True,
         )
-    if told.returncode:
+    if result.returncode:
         raise RuntimeError(
             f"The model was not exported. The process of {backend} ended with "
-            f"{told.returncode} and said: {told.stderr[-2000:].strip()}"
+            f"{result.returncode} and said: {result.stderr[-2000:].strip()}"
         )
 
 
@@ -91,16 +91,16 @@ def _hand_over(model, folder):
         save_file(
             {
                 f"{kind}/{key}": np.asarray(array, order="C")
-                for kind, held in arrays.items()
-                for key, array in held.items()
+                for kind, part in arrays.items()
+                for key, array in part.items()
             },
             path,
         )
-    told = {
+    settings = {
         "adapters": {name: adapters.configs[name].to_dict() for name in names},
         "active": adapters.active,
     }
-    (folder / ADAPTERS).write_text(json.dumps(told), encoding="utf-8")
+    (folder / ADAPTERS).write_text(json.dumps(settings), encoding="utf-8")
 
 
 def read(folder, load_weights=True):
@@ -124,16 +124,16 @@ def read(folder, load_weights=True):
         model = PaliGemmaCausalLM.from_preset(
             str(folder), load_weights, dtype, compile=False
         )
-    told = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
+    settings = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
     # In the original order: the first adapter sets the capacity.
-    for number, (name, lora) in enumerate(told["adapters"].items()):
+    for number, (name, lora) in enumerate(settings["adapters"].items()):
         arrays = {PIECES: {}, WHOLE: {}}
         for key, array in load_file(folder / ADAPTER.format(number)).items():
             kind, key = key.split("/", 1)
             arrays[kind][key] = array
         model.adapters.add(name, LoraConfig(**lora), **arrays)
-    if told["adapters"]:
-        model.adapters.select(told["active"])
+    if settings["adapters"]:
+        model.adapters.select(settings["active"])
     return model
 
 

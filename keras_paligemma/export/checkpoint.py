@@ -28,29 +28,29 @@ def write(prefix, values, part=PART):
     expected = {*saved.get_variable_to_shape_map()} - {OBJECT_GRAPH}
     for path in Path(prefix).parent.iterdir():
         path.unlink()
-    shards, held, size = [], {OBJECT_GRAPH: tf.constant(graph)}, 0
+    shards, tensors, size = [], {OBJECT_GRAPH: tf.constant(graph)}, 0
 
     def flush():
         nonlocal size
         shards.append(f"{prefix}-{len(shards)}")
         tf.raw_ops.SaveV2(
             prefix=shards[-1],
-            tensor_names=[*held],
-            shape_and_slices=[""] * len(held),
-            tensors=[*held.values()],
+            tensor_names=[*tensors],
+            shape_and_slices=[""] * len(tensors),
+            tensors=[*tensors.values()],
         )
-        held.clear()
+        tensors.clear()
         size = 0
 
     for key, value in values:
         expected.remove(key)
-        held[key] = value = tf.convert_to_tensor(value)
+        tensors[key] = value = tf.convert_to_tensor(value)
         size += value.dtype.size * value.shape.num_elements()
         del value
         if size >= part:
             # Here, so that it is not in memory while the next value is read.
             flush()
-    if held:
+    if tensors:
         flush()
     if expected:
         raise ValueError(f"Nothing was given for {sorted(expected)}.")

@@ -14,7 +14,7 @@ def shapes_and_dtypes(model):
         model: `PaliGemmaCausalLM` with a preprocessor, which sets the lengths.
 
     Returns:
-        Dict of the names of `INPUTS`, in their order, to (shape, dtype).
+        dict of the names of `INPUTS`, in their order, to (shape, dtype).
     """
     preprocessor = model.preprocessor
     size = preprocessor.image_converter.image_size

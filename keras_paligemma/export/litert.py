@@ -38,15 +38,15 @@ def write(model, folder):
         }
         return {"logits": response_logits(model, inputs)}
 
-    held: Any = tf.Module()
-    held.weights = [variable.value for variable in model.backbone.variables]
+    owner: Any = tf.Module()
+    owner.weights = [variable.value for variable in model.backbone.variables]
     traced = [forward.get_concrete_function()]
     for name, optimizations in (
         ("model_int8.tflite", [tf.lite.Optimize.DEFAULT]),
         (ENTRY, []),
     ):
         converter = tf.lite.TFLiteConverter.from_concrete_functions(
-            traced, held
+            traced, owner
         )
         converter.optimizations = optimizations
         (folder / name).write_bytes(converter.convert())

@@ -42,7 +42,7 @@ def read_prompts(tokenizer, prompts, start, separator, length, on_long):
     errors = tf.where(valid, special, NOT_UTF8)
     if on_long == "error":
         long = needed > length
-        told = tf.strings.join(
+        error = tf.strings.join(
             [
                 f"The prompt does not fit. Expected: at most {length} tokens, "
                 "start and separator included. Received: ",
@@ -50,7 +50,7 @@ def read_prompts(tokenizer, prompts, start, separator, length, on_long):
                 ". Shorten it.",
             ]
         )
-        errors = tf.where(long & (errors == ""), told, errors)
+        errors = tf.where(long & (errors == ""), error, errors)
     count = tf.minimum(rows.row_lengths(), room)
     count = tf.cast(tf.where(errors == "", count, 0), tf.int32)
     # Shift each text to the right; start and separator are added below.
@@ -83,7 +83,7 @@ def _special_token_error(typed, texts):
     rest = tf.strings.regex_replace(texts, pattern, r"\1")
     place = tf.strings.length(typed, "UTF8_CHAR")
     place -= tf.strings.length(rest, "UTF8_CHAR")
-    told = tf.strings.join(
+    error = tf.strings.join(
         [
             f"The prompt holds a special token. {TEXT_ALONE}Received: ",
             tf.strings.regex_replace(texts, pattern, r"\2"),
@@ -92,4 +92,4 @@ def _special_token_error(typed, texts):
             ". Remove it.",
         ]
     )
-    return tf.where(tf.strings.regex_full_match(texts, pattern), told, "")
+    return tf.where(tf.strings.regex_full_match(texts, pattern), error, "")

@@ -34,15 +34,15 @@ class Answering(tf.Module):
         tokenizer = preprocessor.tokenizer
         backbone = model.backbone
         # No Keras objects are attributes: only variables are to be saved.
-        held = Weights(backbone)
-        self.weights, self.adapters = held.base, held.adapters
-        self.values = held.values
+        weights = Weights(backbone)
+        self.weights, self.adapters = weights.base, weights.adapters
+        self.values = weights.values
         self.tokenizer = tensorflow_text.SentencepieceTokenizer(tokenizer.proto)
         self.functions = _signatures(
             backbone,
             self.tokenizer,
             preprocessor,
-            held,
+            weights,
             np.array(tokenizer.tokenize("\n")).tolist(),
         )
 
@@ -137,7 +137,7 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
 
     def batched(images, prompts):
         """Answer as `serve`; servers batch inputs that all have rows."""
-        given: Any = {one.name: defaults[one.name] for one in options}
+        given: Any = {option.name: defaults[option.name] for option in options}
         return serve(images, prompts, **given)
 
     def filled_up(*texts):
@@ -297,7 +297,7 @@ class _Option:
     def error(self, value):
         """Return an error for a value out of range, or "": a string tensor."""
         low = value > self.least if self.above else value >= self.least
-        told = tf.strings.join(
+        message = tf.strings.join(
             [
                 f"`{self.name}` is out of range. Expected: {self.expected}. "
                 "Received: ",
@@ -305,7 +305,7 @@ class _Option:
                 ".",
             ]
         )
-        return tf.where(low & (value <= self.most), "", told)
+        return tf.where(low & (value <= self.most), "", message)
 
 
 def _options(backbone, longest):

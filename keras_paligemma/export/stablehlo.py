@@ -58,8 +58,13 @@ def write(model, folder):
     def exported(function):
         def stateless(weights, inputs):
             values = [
-                (one, as_variable(weights[path], one, int(id(one) in scanned)))
-                for path, one in variables.items()
+                (
+                    variable,
+                    as_variable(
+                        weights[path], variable, int(id(variable) in scanned)
+                    ),
+                )
+                for path, variable in variables.items()
             ]
             with keras.StatelessScope(state_mapping=values):
                 return function(model, inputs)

@@ -34,7 +34,7 @@ class Weights:
         self._adapter_weights = {}
         if self._configs:
             self.default = self._adapters.active or BARE
-            self._adapter_weights = self._adapters.weights(
+            self._adapter_weights = self._adapters.variables.weights(
                 *self._adapters.capacity.pieces, "adapter_scale"
             )
         self._base = [
@@ -67,7 +67,9 @@ class Weights:
         Yields:
             Pairs of key and value.
         """
-        number = {id(one): place for place, one in enumerate(self._base)}
+        number = {
+            id(variable): place for place, variable in enumerate(self._base)
+        }
         for variable, value in base:
             if id(variable) in number:
                 yield KEY.format("weights", number[id(variable)]), value
@@ -79,12 +81,12 @@ class Weights:
 
     def error(self, name):
         """Return an error for an unknown adapter, or "": a string tensor."""
-        told = (
+        message = (
             f"`adapter` is unknown. Expected: {', '.join(self.names[1:])}, or "
             "nothing for the bare model. Received: "
         )
         is_known = tf.reduce_any(tf.constant(self.names) == name)
-        return tf.where(is_known, "", tf.strings.join([told, name, "."]))
+        return tf.where(is_known, "", tf.strings.join([message, name, "."]))
 
     @contextlib.contextmanager
     def selected(self, name):
@@ -95,8 +97,8 @@ class Weights:
                 the bare model.
         """
         values = [
-            (variable, tf.ensure_shape(one, variable.shape))
-            for variable, one in zip(self._base, self.base, strict=True)
+            (variable, tf.ensure_shape(value, variable.shape))
+            for variable, value in zip(self._base, self.base, strict=True)
         ]
         number = tf.argmax(tf.constant(self.names) == name, output_type="int32")
         scales = self._scales(number)

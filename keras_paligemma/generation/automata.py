@@ -70,12 +70,13 @@ class Automaton:
         constraints of similar size share a compiled program.
 
         Returns:
-            Dict of `token_classes`, `next_nodes` and `ends_in`.
+            dict of `token_classes`, `next_nodes` and `ends_in`.
         """
         classes = {
             tokens: number
             for number, tokens in enumerate(
-                dict.fromkeys(one for node in self._nodes for one in node), 1
+                dict.fromkeys(token for node in self._nodes for token in node),
+                1,
             )
         }
         token_classes = np.zeros(self.vocabulary_size, "int32")
@@ -106,10 +107,10 @@ class Automaton:
         ends_in = [NEVER if leads else 0 for leads in self._nodes]
         reached = [node for node, leads in enumerate(self._nodes) if not leads]
         for node in reached:  # Grows as it is read, the nearest first.
-            for one in before[node]:
-                if ends_in[one] == NEVER:
-                    ends_in[one] = ends_in[node] + 1
-                    reached.append(one)
+            for earlier in before[node]:
+                if ends_in[earlier] == NEVER:
+                    ends_in[earlier] = ends_in[node] + 1
+                    reached.append(earlier)
         return ends_in
 
 
@@ -118,7 +119,7 @@ def one_of(automaton, choices, tokenizer, stops):
     start = automaton.add_node()
     for text in choices:
         tokens = tokenizer.tokenize(text)
-        automaton.add_path(start, [*((one,) for one in tokens), stops])
+        automaton.add_path(start, [*((token,) for token in tokens), stops])
     return start
 
 
@@ -147,12 +148,12 @@ def objects_of(automaton, prompt, tokenizer, stops):
     for label in found[2].split(";"):
         # Tokenized within an answer, which may differ from the label alone.
         text = f"<loc0000> {label.strip()} ; <loc0000>"
-        _, *between, _ = ((one,) for one in tokenizer.tokenize(text))
+        _, *between, _ = ((token,) for token in tokenizer.tokenize(text))
         # After the separator the next object begins with its first location.
         second = automaton.add_path(start, [locations])
         automaton.add_path(labelled, [*between, locations], end=second)
         _, *alone = tokenizer.tokenize(f"<loc0000> {label.strip()}")
-        automaton.add_path(labelled, [*((one,) for one in alone), stops])
+        automaton.add_path(labelled, [*((token,) for token in alone), stops])
     return start
 
 

@@ -148,7 +148,7 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
 
     def chosen(nest):
         return keras.tree.map_structure(
-            lambda one: ops.take(one, parent_B, axis=0), nest
+            lambda array: ops.take(array, parent_B, axis=0), nest
         )
 
     node_B = chosen(live.node_B)

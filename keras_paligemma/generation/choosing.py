@@ -31,7 +31,9 @@ def by_sampler(sampler, logits_BV, variables):
         token_B = sampler.get_next_token(
             sampler.compute_probabilities(logits_BV)
         )
-    after = [scope.get_current_value(one) for one in sampler.variables]
+    after = [
+        scope.get_current_value(variable) for variable in sampler.variables
+    ]
     return ops.cast(token_B, "int32"), after
 
 

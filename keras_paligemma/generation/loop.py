@@ -124,7 +124,7 @@ def first_hidden(backbone, plan, rows, shared, copies):
     if plan.alternatives:
         shape = (1, 1, plan.alternatives)
         alternatives = tuple(
-            ops.tile(one[..., None], shape) for one in (ids_BR, zeros_BR)
+            ops.tile(array[..., None], shape) for array in (ids_BR, zeros_BR)
         )
     state = State(
         ids_BR,
@@ -163,7 +163,7 @@ def repeated(tree, copies):
     if copies == 1:
         return tree
     return keras.tree.map_structure(
-        lambda one: ops.repeat(one, copies, axis=0), tree
+        lambda array: ops.repeat(array, copies, axis=0), tree
     )
 
 
@@ -171,7 +171,7 @@ def _rows_of_copies(rows, copies):
     """Repeat the rows for their copies, each with its own seed."""
     seeds_BC = rows.get("seed")
     before = (*OF_PREFILL, "seed")
-    rows = {name: one for name, one in rows.items() if name not in before}
+    rows = {name: array for name, array in rows.items() if name not in before}
     rows = repeated(rows, copies)
     if seeds_BC is not None:
         rows["seed"] = ops.reshape(seeds_BC, (-1,))
@@ -272,7 +272,7 @@ def row_defaults(inputs):
             takes, with the batch first.
 
     Returns:
-        Dict of tensors (B,): bool `wanted`, rows whose answer is used, int32
+        dict of tensors (B,): bool `wanted`, rows whose answer is used, int32
         `max_new_tokens` and `start_node`.
     """
     zeros_B = ops.zeros_like(inputs["prompt_ids"][:, 0])

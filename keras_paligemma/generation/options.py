@@ -92,7 +92,7 @@ class Options:
     def draws(self):
         """Whether a sampling option is set."""
         drawing = (self.temperature, self.top_k, self.top_p, self.min_p)
-        return any(one is not None for one in drawing)
+        return any(setting is not None for setting in drawing)
 
     @property
     def copies(self):
@@ -211,7 +211,7 @@ class Options:
             vocabulary_size: int.
 
         Returns:
-            Dict of arrays (rows,): float32 `temperature`, `top_p`, `min_p`,
+            dict of arrays (rows,): float32 `temperature`, `top_p`, `min_p`,
             int32 `top_k`; and int32 `seed` (rows, copies).
         """
 
@@ -272,14 +272,16 @@ def _check(name, value, least, most, expected, whole=False, above=False):
     """Raise on numbers outside a range."""
     if value is None:
         return
-    for one in np.ravel(np.asarray(value, object)):
+    for number in np.ravel(np.asarray(value, object)):
         kind = numbers.Integral if whole else numbers.Real
-        good = isinstance(one, kind) and not isinstance(one, (bool, np.bool_))
-        good = good and np.isfinite(float(one)) and least <= one <= most
-        if not good or (above and one <= least):
+        good = isinstance(number, kind) and not isinstance(
+            number, (bool, np.bool_)
+        )
+        good = good and np.isfinite(float(number)) and least <= number <= most
+        if not good or (above and number <= least):
             raise ValueError(
                 f"`{name}` is out of range. Expected: {expected}. Received: "
-                f"{one!r}."
+                f"{number!r}."
             )
 
 

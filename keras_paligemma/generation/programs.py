@@ -116,7 +116,9 @@ def _of_jax(model, function, plan, donated):
     compiled = jax.jit(of_values, donate_argnums=numbers)
 
     def run(*arguments):
-        return compiled([one.value for one in variables()], *arguments)
+        return compiled(
+            [variable.value for variable in variables()], *arguments
+        )
 
     # JAX counts, and declares none of it.
     return run, compiled._cache_size  # pyright: ignore[reportAttributeAccessIssue]

@@ -36,7 +36,7 @@ def stops_of(stop_token_ids, preprocessor, vocabulary_size):
 
 
 def check_begun(arrays, preprocessor):
-    """Refuse given starts of answers that already contain a stop.
+    """Raise on given starts of answers that already contain a stop.
 
     Text cannot represent the tokens after it.
 

@@ -11,8 +11,8 @@ def cut(text, stop_strings):
         >>> cut("a cat. A dog", (". ", "dog"))
         'a cat'
     """
-    places = [text.find(one) for one in stop_strings]
-    return text[: min((one for one in places if one >= 0), default=None)]
+    places = [text.find(string) for string in stop_strings]
+    return text[: min((place for place in places if place >= 0), default=None)]
 
 
 def settled(text, stop_strings):
@@ -43,7 +43,7 @@ def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         ids: ints.
 
     Returns:
-        List of str. The first byte token of a multi-byte character holds the
+        list of str. The first byte token of a multi-byte character holds the
         character, the others are empty.
     """
     until = tokenizer.detokenize([list(ids[: i + 1]) for i in range(len(ids))])

@@ -86,7 +86,7 @@ def token_positions(padding_mask_BL):
 
 
 def rotary_angles(positions_BT, head_dim, base=10_000.0):
-    """Turn positions into the cosines and sines that rotate a head.
+    """Return the cosines and sines that rotate a head at each position.
 
     Computed once a forward pass and shared by all blocks, in float32.
 
@@ -320,7 +320,7 @@ class GroupedQueryAttention(keras.layers.Layer):
         fused = isinstance(mask_BTS, PrefixMask)
         if last is not None and not fused:
             x_BTD, mask_BTS = x_BTD[:, -last:], mask_BTS[:, -last:]
-            angles = angles and tuple(one[:, -last:] for one in angles)
+            angles = angles and tuple(table[:, -last:] for table in angles)
         query_BTNH = self.query(x_BTD)
         if angles is not None:
             query_BTNH = rotate(query_BTNH, angles)

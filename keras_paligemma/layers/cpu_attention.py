@@ -143,8 +143,8 @@ def _attention(cap, masked):
             head = [array[number] for array in (*replaced, *others_XM)]
             found = function(*head, unseen_MS)
             return [
-                one.at[number].set(new.astype(one.dtype))
-                for one, new in zip(replaced, found, strict=True)
+                array.at[number].set(new.astype(array.dtype))
+                for array, new in zip(replaced, found, strict=True)
             ]
 
         # With a static loop length, remat "dots" would save all logits.
@@ -183,8 +183,8 @@ def _attention(cap, masked):
             sum_XM,
         )
         gradients = [
-            heads_last(gradient, one.shape, K)
-            for gradient, one in zip(gradients, inputs, strict=True)
+            heads_last(gradient, array.shape, K)
+            for gradient, array in zip(gradients, inputs, strict=True)
         ]
         # The mask has no gradient.
         return (*gradients, None)

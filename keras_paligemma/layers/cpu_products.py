@@ -32,7 +32,7 @@ _ANSWERING = contextvars.ContextVar("answering", default=False)
 
 @contextlib.contextmanager
 def answering_scope():
-    """Let few rows have products of their own.
+    """Use special products for few rows within this context.
 
     Programs that answer run in it. Training does not: a loss in chunks of few
     tokens is to round as the whole one does.

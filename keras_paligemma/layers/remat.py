@@ -58,19 +58,19 @@ def _of_floats(function, variables):
         flat = keras.tree.flatten(arguments)
         places = [
             place
-            for place, one in enumerate(flat)
+            for place, array in enumerate(flat)
             if keras.backend.is_float_dtype(
-                keras.backend.standardize_dtype(one.dtype)
+                keras.backend.standardize_dtype(array.dtype)
             )
         ]
 
         def of_floats(*floats):
-            lent, whole = floats[: len(values)], list(flat)
-            for place, one in zip(places, floats[len(values) :], strict=True):
-                whole[place] = one
+            tensors, whole = floats[: len(values)], list(flat)
+            for place, array in zip(places, floats[len(values) :], strict=True):
+                whole[place] = array
             scope = contextlib.nullcontext()
             if variables:
-                pairs = list(zip(variables, lent, strict=True))
+                pairs = list(zip(variables, tensors, strict=True))
                 scope = keras.StatelessScope(pairs)
             with scope:
                 return function(*keras.tree.pack_sequence_as(arguments, whole))
@@ -131,7 +131,7 @@ def after(x, *tensors):
         *tensors: tensors of signed numbers.
 
     Returns:
-        List of the tensors with the same values; unchanged on Torch.
+        list of the tensors with the same values; unchanged on Torch.
     """
     backend = keras.backend.backend()
     if backend == "torch":

@@ -251,27 +251,34 @@ class LayerStack(keras.layers.Layer):
                 found.append(function(block, number, x, *args))
                 x = block(x, *args, **self._number(number))
             return ops.stack(found)
-        block, (lend, xs) = self._template(), self._lender(None)
+        block, (scope_of, xs) = self._template(), self._layer_scopes(None)
         numbers = xs[0]
         # Carried, since Keras's scan of TensorFlow stacks only what has the
-        # carry's shape. Of this call nothing but the shape is used.
-        with lend([stack[0] for stack in xs[1:]], numbers[0]):
-            one = function(block, numbers[0], x, *args)
-        every = ops.zeros((self.num_layers, *one.shape), one.dtype)
+        # carry's shape. Only the shape of this call's result is used.
+        with scope_of([stack[0] for stack in xs[1:]], numbers[0]):
+            first = function(block, numbers[0], x, *args)
+        results = ops.zeros((self.num_layers, *first.shape), first.dtype)
 
         def step(carry, number_and_slices):
-            x, every = carry
+            x, results = carry
             number, *slices = number_and_slices
-            with lend(slices, number):
-                one = function(block, number, x, *args)
+            with scope_of(slices, number):
+                result = function(block, number, x, *args)
                 x = block(x, *args, **self._number(number))
-            here = ops.reshape(numbers == number, (-1,) + (1,) * len(one.shape))
-            return (x, ops.where(here, one[None], every)), None
+            here = ops.reshape(
+                numbers == number, (-1,) + (1,) * len(result.shape)
+            )
+            return (x, ops.where(here, result[None], results)), None
 
-        return ops.scan(step, (x, every), xs)[0][1]
+        return ops.scan(step, (x, results), xs)[0][1]
 
-    def _lender(self, seed):
-        """Return what lends the template a layer, and what a scan runs over."""
+    def _layer_scopes(self, seed):
+        """Return the template's scopes by layer, and the tensors to scan over.
+
+        Returns:
+            Function of the slices and the index of a layer that returns the
+            context in which the template has these weights; list of tensors.
+        """
         template = self._template()
         named = _named(template)
         # Read here, inside the trainer's `StatelessScope`, which the one of
@@ -281,7 +288,7 @@ class LayerStack(keras.layers.Layer):
             for name in named
         }
         # Quantised weights are passed as whole stacks, the others in slices.
-        lent = {
+        stacks = {
             id(variable): (self._stacks[name], values.pop(name))
             for name, variable in named.items()
             if hasattr(variable, "quantized_format")
@@ -289,23 +296,23 @@ class LayerStack(keras.layers.Layer):
         variables = [named[name] for name in values]
         numbers = ops.arange(self.num_layers, dtype="int32")
 
-        def lend(slices, number):
+        def scope_of(slices, number):
             # Not a generator, which TensorFlow's AutoGraph warns about.
             slices = [as_stored(weight) for weight in slices]
             mapping = list(zip(variables, slices, strict=True))
             scopes = contextlib.ExitStack()
             scopes.enter_context(keras.StatelessScope(mapping))
             scopes.enter_context(dropout_scope(seed, number))
-            scopes.enter_context(stacked_weights_scope(lent, number))
+            scopes.enter_context(stacked_weights_scope(stacks, number))
             return scopes
 
-        return lend, [numbers, *values.values()]
+        return scope_of, [numbers, *values.values()]
 
     def _scan(self, x, args, cache, index, seed):
-        template, (lend, xs) = self._template(), self._lender(seed)
+        template, (scope_of, xs) = self._template(), self._layer_scopes(seed)
 
         def block(slices, number, *args, **kwargs):
-            with lend(slices, number):
+            with scope_of(slices, number):
                 return template(*args, **self._number(number), **kwargs)
 
         if cache is None:

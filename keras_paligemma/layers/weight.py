@@ -173,7 +173,9 @@ class Weight:
                     fill(variable, as_variable(array, variable))
 
             return write
-        stacks = [np.empty(one.shape, np.dtype(one.dtype)) for (one,) in stored]
+        stacks = [
+            np.empty(array.shape, np.dtype(array.dtype)) for (array,) in stored
+        ]
         missing = set(range(self.num_layers))
 
         def write(number, *arrays):

@@ -274,8 +274,8 @@ def _rouge(rows, right):
         # An empty caption counts as one word, as Python splits "" at spaces.
         precision = max(common) / max(len(words), 1)
         recall = max(
-            one / max(len(other), 1)
-            for one, other in zip(common, several, strict=True)
+            length / max(len(other), 1)
+            for length, other in zip(common, several, strict=True)
         )
         if not precision or not recall:
             found.append(float(not words and not all(several)))
@@ -295,9 +295,9 @@ def _longest_common(first, second):
     places = {}
     for place, word in enumerate(first):
         places[word] = places.get(word, 0) | 1 << place
-    every = (1 << len(first)) - 1
-    row = every
+    ones = (1 << len(first)) - 1
+    row = ones
     for word in second:
         met = row & places.get(word, 0)
-        row = ((row + met) | (row - met)) & every
+        row = ((row + met) | (row - met)) & ones
     return len(first) - row.bit_count()

@@ -36,7 +36,7 @@ def mean_average_precision(
             object is small, medium or large; `None` takes 1,000 by 1,000.
 
     Returns:
-        Dict of "map" (averaged over IoU .5 to .95), "map_50", "map_75",
+        dict of "map" (averaged over IoU .5 to .95), "map_50", "map_75",
         "map_small" and so on; -1 if there is no such object, as in COCO.
         These are not means over pictures, so they have no interval.
 
@@ -59,10 +59,10 @@ def mean_average_precision(
     # COCO's category ids, from 1, in order of first appearance.
     labels = {}
     right = [
-        [_parts(box)[:2] if hasattr(box, "box") else box for box in some]
-        for some in right
+        [_parts(box)[:2] if hasattr(box, "box") else box for box in boxes]
+        for boxes in right
     ]
-    predictions = [[_parts(box) for box in some] for some in predictions]
+    predictions = [[_parts(box) for box in boxes] for boxes in predictions]
     for picture in (*right, *predictions):
         for box in picture:
             labels.setdefault(box[1], len(labels) + 1)
@@ -206,9 +206,9 @@ def _divided(means, count):
     return values
 
 
-def _parts(one):
+def _parts(item):
     """Return box, label and score of an object; a tuple unchanged."""
-    return (one.box, one.label, one.score) if hasattr(one, "box") else one
+    return (item.box, item.label, item.score) if hasattr(item, "box") else item
 
 
 def _xywh(box, size):

@@ -134,7 +134,7 @@ _LEAVING_ONE_OUT = [_leaving_one_out(met) for met in range(11)]
 
 
 def strip_space(text: str) -> str:
-    """Turn line breaks and tabs into spaces, and strip the ends."""
+    """Convert line breaks and tabs to spaces, and strip the ends."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 

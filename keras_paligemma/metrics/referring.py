@@ -114,15 +114,15 @@ def _decode(parsed, decode):
     rows = [row for row, found in enumerate(parsed) if found is not None]
     masks = {}
     for first in range(0, len(rows), _BATCH):
-        some = rows[first : first + _BATCH]
-        codes = np.array([parsed[row][4:] for row in some], "int32")
+        batch = rows[first : first + _BATCH]
+        codes = np.array([parsed[row][4:] for row in batch], "int32")
         found = np.asarray(decode(codes), "float32")
-        if found.shape[:1] + found.shape[1:3] != (len(some), 64, 64):
+        if found.shape[:1] + found.shape[1:3] != (len(batch), 64, 64):
             raise ValueError(
                 "`decode` returned no masks. Expected: an array of shape "
-                f"{(len(some), 64, 64)}. Received: {found.shape}."
+                f"{(len(batch), 64, 64)}. Received: {found.shape}."
             )
-        masks |= zip(some, found.reshape(len(some), 64, 64), strict=True)
+        masks |= zip(batch, found.reshape(len(batch), 64, 64), strict=True)
     return masks
 
 

@@ -49,7 +49,7 @@ class Scores:
         """Compute the metric's values over all rows.
 
         Returns:
-            Dict of names to floats; nan if no row counts.
+            dict of names to floats; nan if no row counts.
         """
         means = {}
         for name, column in self.columns.items():
@@ -88,7 +88,7 @@ class Scores:
             seed: int, seed of the draws.
 
         Returns:
-            Dict of names to (low, high).
+            dict of names to (low, high).
         """
         rows = len(self)
         table = np.stack([*self.columns.values()]).astype("float64")
@@ -129,7 +129,7 @@ class Scores:
             count: int, largest number of rows.
 
         Returns:
-            List of int, row indices; ties are in row order.
+            list of int, row indices; ties are in row order.
         """
         quality = self.quality
         if quality is None:
@@ -161,7 +161,7 @@ def by_kind(
         names: dict of kinds to suffixes of the name.
 
     Returns:
-        Dict of "acc/yesno" and so on to columns, for the kinds that occur.
+        dict of "acc/yesno" and so on to columns, for the kinds that occur.
 
     Example:
 

@@ -83,7 +83,7 @@ def ask(
     if isinstance(questions, str):
         prompt = prompts.answer(questions, lang)
     else:
-        prompt = [prompts.answer(one, lang) for one in questions]
+        prompt = [prompts.answer(question, lang) for question in questions]
     return _generate(model, images, prompt, options)
 
 
@@ -181,21 +181,21 @@ def _find(
     several = _is_several(images)
     pictures = list(images) if several else [images]
     asked = [
-        (row, some)
+        (row, wanted)
         for row, names in enumerate(_labels_of(labels, len(pictures)))
-        for some in ([[name] for name in names] if one_by_one else [names])
+        for wanted in ([[name] for name in names] if one_by_one else [names])
     ]
     inputs = {
         "images": [pictures[row] for row, _ in asked],
-        "prompts": [prompt_of(some) for _, some in asked],
+        "prompts": [prompt_of(wanted) for _, wanted in asked],
     }
     found = [[] for _ in pictures]
     answers = model.generate(inputs, details=True, **options)
     tokenizer = model.preprocessor.tokenizer
-    for (row, some), answer in zip(asked, answers, strict=True):
+    for (row, wanted), answer in zip(asked, answers, strict=True):
         found[row] += [
-            _read(one, tokenizer, some, codec, score)
-            for one in _candidates(answer, overlap is not None)
+            _read(candidate, tokenizer, wanted, codec, score)
+            for candidate in _candidates(answer, overlap is not None)
         ]
     merged = [
         _merged(parts, picture, overlap)
@@ -227,18 +227,18 @@ def _read(answer, tokenizer, labels, codec, score):
     if len(labels) > 1:
         return objects
     named = [
-        one if one.label else dataclasses.replace(one, label=labels[0])
-        for one in objects
+        item if item.label else dataclasses.replace(item, label=labels[0])
+        for item in objects
     ]
     return dataclasses.replace(objects, items=named)
 
 
 def _merged(parts, picture, overlap):
     """Merge the objects of all answers about a picture."""
-    items = [one for part in parts for one in part]
+    items = [item for part in parts for item in part]
     return Objects(
         items if overlap is None else suppress(items, overlap),
-        [one for part in parts for one in part.skipped],
+        [fragment for part in parts for fragment in part.skipped],
         prompts.SEPARATOR.join(part.answer for part in parts if part.answer),
         picture,
     )
@@ -269,4 +269,4 @@ def _labels_of(labels, count):
             "Lists of labels go with pictures. Expected: one a picture, "
             f"{count}. Received: {len(labels)}."
         )
-    return [list(some) for some in labels]
+    return [list(wanted) for wanted in labels]

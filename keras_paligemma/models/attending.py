@@ -139,7 +139,7 @@ def _weights(block, x_BLD, mask_BLL, angles, queries):
     layer = block.attention
     y_BLD = block.pre_attention_norm(x_BLD)
     query_BRNH = rotate(
-        layer.query(y_BLD[:, queries]), [one[:, queries] for one in angles]
+        layer.query(y_BLD[:, queries]), [table[:, queries] for table in angles]
     )
     key_BLKH = ops.cast(rotate(layer.key(y_BLD), angles), "float32")
     query_BRNH = query_BRNH * ops.cast(layer.query_scale, query_BRNH.dtype)

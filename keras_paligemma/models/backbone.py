@@ -316,7 +316,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         numbers: the weights of all blocks share one name.
 
         Returns:
-            Dict of str to `layers.weight.Weight`.
+            dict of str to `layers.weight.Weight`.
         """
         weights = {}
         towers = (self.vision_encoder, self.text_decoder)

@@ -191,10 +191,10 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
         own = [self.loss_tracker, self.accuracy_tracker]
-        metrics = [one for one in super().metrics if one not in own]
+        metrics = [metric for metric in super().metrics if metric not in own]
         if self.own_loss is None:
             return metrics
-        return own + [one for one in metrics if one.name != "loss"]
+        return own + [metric for metric in metrics if metric.name != "loss"]
 
     def get_metrics_result(self) -> dict[str, Any]:
         logs = super().get_metrics_result()

@@ -23,7 +23,7 @@ def find(source, fields=None, tokenizer=None):
             source's own.
 
     Returns:
-        `formats.Checkpoint`, and a dict of its weights without values.
+        `Checkpoint`, and a dict of its weights without values.
     """
     checkpoint = formats.resolve(
         source, fields=fields, tokenizer=tokenizer or False
@@ -44,7 +44,7 @@ def write(
     """Write a checkpoint in another format, without holding it in memory.
 
     Args:
-        checkpoint: `formats.Checkpoint`; without a tokenizer no preprocessor
+        checkpoint: `Checkpoint`; without a tokenizer no preprocessor
             is written.
         weights: dict of its weights without values.
         target: path.

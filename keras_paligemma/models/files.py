@@ -45,7 +45,7 @@ def load_backbone(
 
     Args:
         cls: the backbone's class.
-        checkpoint: `formats.Checkpoint`.
+        checkpoint: `Checkpoint`.
         load_weights: bool; `False` initialises at random.
         dtype: dtype policy. `None` is the global policy if the user set one, by
             `keras.config.set_dtype_policy` or `set_floatx`, otherwise the
@@ -165,7 +165,7 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
 
 
 def _check_tokenizer(tokenizer, config):
-    """Refuse a tokenizer whose size is not the embedding table's."""
+    """Raise on a tokenizer whose size is not the embedding table's."""
     pieces, rows = (
         tokenizer.vocabulary_size(),
         config.text_decoder.vocabulary_size,

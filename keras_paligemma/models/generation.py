@@ -11,12 +11,12 @@ from keras_paligemma.generation.loop import row_defaults
 from keras_paligemma.generation.programs import Programs
 from keras_paligemma.generation.requests import stop_array
 from keras_paligemma.generation.requests import stops_of
-from keras_paligemma.models.answering import answers_of
-from keras_paligemma.models.answering import checked
 from keras_paligemma.models.answering import chunks
-from keras_paligemma.models.answering import prepare
 from keras_paligemma.models.answering import run
-from keras_paligemma.models.answering import texts_so_far
+from keras_paligemma.models.generation_inputs import checked
+from keras_paligemma.models.generation_inputs import prepare
+from keras_paligemma.models.generation_outputs import answers_of
+from keras_paligemma.models.generation_outputs import texts_so_far
 from keras_paligemma.models.inputs import check_compiled
 from keras_paligemma.models.prefixes import unpacked
 from keras_paligemma.preprocessing.inputs import prompt_text
@@ -111,11 +111,17 @@ def generate(
     if not strip_prompt and self.preprocessor is not None:
         rows = _with_prompts(rows, inputs["prompts"])
     if options.best_of:
-        rows = [[max(row, key=lambda one: one.log_probability)] for row in rows]
+        rows = [
+            [max(row, key=lambda result: result.log_probability)]
+            for row in rows
+        ]
     if not details and self.preprocessor is None:
         found = _as_array(rows, asked.length)
     else:
-        found = [[one if details else one.text for one in row] for row in rows]
+        found = [
+            [result if details else result.text for result in row]
+            for row in rows
+        ]
     if options.num_samples is None:
         found = (
             found[:, 0]
@@ -215,7 +221,7 @@ def generate_step(self, inputs, stop_token_ids=None):
         stop_token_ids: tuple of ints or `None`.
 
     Returns:
-        Dict of `token_ids` int32 and `log_probabilities` float32, both (B, R),
+        dict of `token_ids` int32 and `log_probabilities` float32, both (B, R),
         0 behind the stop.
     """
     rows = row_defaults(inputs) | inputs
@@ -242,8 +248,8 @@ def _as_array(rows, length):
     """Return answers as int32 (prompts, copies, length), 0 after their ends."""
     array = np.zeros((len(rows), len(rows[0]), length), "int32")
     for row, answers in enumerate(rows):
-        for copy, one in enumerate(answers):
-            array[row, copy, : len(one.token_ids)] = one.token_ids
+        for copy, result in enumerate(answers):
+            array[row, copy, : len(result.token_ids)] = result.token_ids
     return array
 
 
@@ -261,8 +267,10 @@ def _with_prompts(rows, prompts):
     prompts, _ = to_strings(prompts, "prompts")
     return [
         [
-            dataclasses.replace(one, text=f"{prompt_text(prompt)}\n{one.text}")
-            for one in row
+            dataclasses.replace(
+                result, text=f"{prompt_text(prompt)}\n{result.text}"
+            )
+            for result in row
         ]
         for prompt, row in zip(prompts, rows, strict=True)
     ]

@@ -49,7 +49,7 @@ def full_masks(inputs, num_image_tokens):
 
 
 def check_images(images, image_size):
-    """Refuse images of a rank, size or dtype that the encoder cannot take."""
+    """Raise on images of a wrong rank, size or dtype."""
     shape = tuple(images.shape)
     expected = (image_size, image_size, 3)
     if len(shape) not in (4, 5) or shape[-3:] != expected:
@@ -95,8 +95,8 @@ def typed(inputs, vocabulary_size):
 def tensors(nest):
     """Convert arrays to tensors of the same dtypes, whatever floatx is."""
     return keras.tree.map_structure(
-        lambda one: ops.convert_to_tensor(
-            one, dtype=keras.backend.standardize_dtype(one.dtype)
+        lambda array: ops.convert_to_tensor(
+            array, dtype=keras.backend.standardize_dtype(array.dtype)
         ),
         nest,
     )
@@ -201,7 +201,7 @@ def _floats(array, name, rows):
 
 
 def check_targets(inputs, y):
-    """Refuse KerasHub's targets: all tokens, shifted by one.
+    """Raise on KerasHub's targets: all tokens, shifted by one.
 
     Targets here are the response: the last columns of the token ids.
     """
@@ -216,7 +216,7 @@ def check_targets(inputs, y):
 
 
 def check_compiled(model, method):
-    """Refuse a model without optimizer, loss and sampler.
+    """Raise on a model without optimizer, loss and sampler.
 
     Args:
         model: `PaliGemmaCausalLM`.

@@ -78,7 +78,7 @@ def inspect_handle(handle, sizes, fields):
         fields: dict, see `formats.find`.
 
     Returns:
-        `formats.Checkpoint`, or `None` if only the weights reveal the model's
+        `Checkpoint`, or `None` if only the weights reveal the model's
         sizes; and whether it contains the tensors' headers.
     """
     if any(".npz" in name for name in sizes) and not presets.published(handle):

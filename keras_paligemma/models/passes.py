@@ -14,7 +14,7 @@ from keras_paligemma.turns import write_back
 
 
 def check_preprocessor(model, method):
-    """Refuse a model without preprocessor.
+    """Raise on a model without preprocessor.
 
     Args:
         model: `PaliGemmaCausalLM`.
@@ -54,7 +54,7 @@ def run_pass(model, function, rows, plan=None, shared=None) -> Any:
     found, here = run_on_device(model, function, rows, plan, shared)
     if not isinstance(found, dict):
         return to_host(found)[here][:count]
-    return {name: to_host(one)[here][:count] for name, one in found.items()}
+    return {name: to_host(array)[here][:count] for name, array in found.items()}
 
 
 def run_on_device(model, function, rows, plan=None, shared=None):
@@ -72,11 +72,11 @@ def run_on_device(model, function, rows, plan=None, shared=None):
         A nest of tensors with the padded batch first, and the slice of it that
         belongs to this process.
     """
-    [count] = {len(one) for one in rows.values()}
+    [count] = {len(array) for array in rows.values()}
     more = bucket(count) - count
     rows = {
-        name: np.concatenate([one, np.repeat(one[-1:], more, 0)])
-        for name, one in rows.items()
+        name: np.concatenate([array, np.repeat(array[-1:], more, 0)])
+        for name, array in rows.items()
     }
     with model.turns:
         write_back(model)

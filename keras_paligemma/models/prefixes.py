@@ -58,7 +58,7 @@ def prefill(self, inputs):
     found, _ = run_on_device(self, prefilled, rows)
     count = len(prompts)
     found = keras.tree.map_structure(
-        lambda one: one if one.shape[0] == count else one[:count], found
+        lambda array: array if array.shape[0] == count else array[:count], found
     )
     return Prefix(
         *found, prompts=tuple(map(prompt_text, prompts)), single=not several
@@ -136,7 +136,7 @@ def continue_rows(prefix, inputs, rows):
         rows: dict of arrays (B, …), changed in place.
 
     Returns:
-        Dict of arrays; `None` without a prefix.
+        dict of arrays; `None` without a prefix.
     """
     if prefix is None:
         return None

@@ -76,7 +76,7 @@ def score(self, inputs, *, details=False, batch_size=None):
             )
     if details:
         return answers[0] if single else answers
-    sums = np.array([one.log_probability for one in answers], "float32")
+    sums = np.array([answer.log_probability for answer in answers], "float32")
     return float(sums[0]) if single else sums
 
 
@@ -123,7 +123,7 @@ def embed(self, inputs, *, batch_size=None):
         batch_size: int, examples per batch; `None` uses one batch.
 
     Returns:
-        Dict of float32 `hidden_states` (B, L, D) of image tokens and prompt,
+        dict of float32 `hidden_states` (B, L, D) of image tokens and prompt,
         after the final norm; `image_embeddings` (B, I, D); and bool
         `padding_mask` (B, L), False on padding. Without B for one example.
         Behind a prefix the L tokens are those of the response, and there are
@@ -154,12 +154,15 @@ def embed(self, inputs, *, batch_size=None):
         for name in ("token_ids", "padding_mask", "response_mask"):
             rows[name] = rows[name][:, columns]
         shared = continue_rows(prefix, part, rows)
-        one = run_pass(self, embedded, rows, shared=shared)
-        parts.append({name: array[:count] for name, array in one.items()})
+        of_part = run_pass(self, embedded, rows, shared=shared)
+        parts.append({name: array[:count] for name, array in of_part.items()})
     found = {
-        name: np.concatenate([one[name] for one in parts]) for name in parts[0]
+        name: np.concatenate([part[name] for part in parts])
+        for name in parts[0]
     }
-    return {name: one[0] for name, one in found.items()} if single else found
+    return (
+        {name: array[0] for name, array in found.items()} if single else found
+    )
 
 
 def scored(model, plan, rows, prefix=None):

@@ -88,7 +88,7 @@ class TokenEmbedding(keras.layers.Layer):
         return ops.cast(x_BTD, self.compute_dtype)
 
     def add_head(self):
-        """Make and return a table for the head, for adapters that bring one."""
+        """Create and return a table for the heads of adapters."""
         self._tracker.unlock()
         self.adapter_head = self.add_weight(
             shape=self.table.shape,

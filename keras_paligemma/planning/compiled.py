@@ -44,13 +44,13 @@ class Compiler:
 
     def __enter__(self):
         # A file, since a pipe that is not read would fill up.
-        self.told = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "keras_paligemma.planning.compiled"],
             env=os.environ | ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.told,
+            stderr=self.log,
             text=True,
         )
         return self
@@ -58,7 +58,7 @@ class Compiler:
     def __exit__(self, *error):
         self.process.kill()
         self.process.communicate()
-        self.told.close()
+        self.log.close()
 
     def compile(self, job, layout, remat, topology, responses=None):
         """Compile a training step, or the program of `generate`.
@@ -71,7 +71,7 @@ class Compiler:
             responses: int, tokens to generate; `None` for a training step.
 
         Returns:
-            Dict of `fits`; if it does, `arguments`, `temporaries`, `code` and
+            dict of `fits`; if it does, `arguments`, `temporaries`, `code` and
             their sum `together`, in bytes per chip; if it does not,
             `together`, which may be `None`.
 
@@ -94,8 +94,8 @@ class Compiler:
         line = self.process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
         if not line:
             self.process.wait()
-            self.told.seek(0)
-            said = self.told.read()[-2000:]
+            self.log.seek(0)
+            output = self.log.read()[-2000:]
             differing = other_versions()
             if differing:
                 raise ImportError(
@@ -104,9 +104,9 @@ class Compiler:
                     "environment of its own, `python -m venv plan` and "
                     "`plan/bin/pip install 'keras_paligemma[plan]'`, and plan "
                     "there; or let arithmetic decide, by `--estimate` or "
-                    f"`compiler=False`. It said: {said}"
+                    f"`compiler=False`. It said: {output}"
                 )
-            raise RuntimeError(f"The TPU's compiler stopped. It said: {said}")
+            raise RuntimeError(f"The TPU's compiler stopped. It said: {output}")
         return json.loads(line)
 
 
@@ -264,17 +264,17 @@ def _memory(lowered):
             "fits": False,
             "together": used and float(used[1]) * unit[used[2]],
         }
-    held = (
+    arguments = (
         found.argument_size_in_bytes
         + found.output_size_in_bytes
         - found.alias_size_in_bytes
     )
     return {
         "fits": True,
-        "arguments": held,
+        "arguments": arguments,
         "temporaries": found.temp_size_in_bytes,
         "code": found.generated_code_size_in_bytes,
-        "together": held
+        "together": arguments
         + found.temp_size_in_bytes
         + found.generated_code_size_in_bytes,
     }

@@ -33,7 +33,7 @@ class Generation:
             machine: `machines.Machine`.
 
         Returns:
-            List of `Candidate`.
+            list of `Candidate`.
         """
 
         def slowness(candidate):
@@ -59,7 +59,7 @@ class Generation:
             candidate: `Candidate`.
 
         Returns:
-            Dict of "weights", "cache" and "activations" to bytes.
+            dict of "weights", "cache" and "activations" to bytes.
         """
         job, layout, backbone = self.job, candidate.layout, self.backbone
         text = backbone.text_config
@@ -92,7 +92,7 @@ class Generation:
             machine: `machines.Machine`.
 
         Returns:
-            Dict of "prefill", bounded by arithmetic, and "decode", bounded by
+            dict of "prefill", bounded by arithmetic, and "decode", bounded by
             reading or receiving the weights for each token, to seconds.
         """
         job, layout = self.job, candidate.layout

@@ -35,7 +35,7 @@ class Training:
             machine: `machines.Machine`.
 
         Returns:
-            List of `Candidate`.
+            list of `Candidate`.
         """
         layouts = [
             layout
@@ -81,7 +81,7 @@ class Training:
             candidate: `Candidate`.
 
         Returns:
-            Dict of "weights", "adapters and optimizer" (or "trained weights
+            dict of "weights", "adapters and optimizer" (or "trained weights
             and optimizer") and "activations" to bytes.
         """
         job, layout = self.job, candidate.layout
@@ -165,7 +165,7 @@ class Training:
             machine: `machines.Machine`.
 
         Returns:
-            Dict of "compute", "memory" and "interconnect" to seconds.
+            dict of "compute", "memory" and "interconnect" to seconds.
         """
         job, layout, remat = self.job, candidate.layout, candidate.remat
         backbone, optimizer = self.models[remat]

@@ -210,13 +210,13 @@ def check_dictionary(x) -> None:
     if isinstance(x, (list, tuple)) and x and isinstance(x[0], dict):
         fix = (
             " One dictionary of lists: "
-            "{key: [one[key] for one in inputs] for key in inputs[0]}."
+            "{key: [row[key] for row in inputs] for key in inputs[0]}."
         )
-    told = f" {x!r:.80}" if isinstance(x, (str, bytes)) else ""
+    received = f" {x!r:.80}" if isinstance(x, (str, bytes)) else ""
     raise ValueError(
         "Inputs are one dictionary. Expected: {'images': …, 'prompts': …}, "
         "one picture and one string or lists of them, and 'responses' to "
-        f"train. Received: {type(x).__name__}{told}.{fix}"
+        f"train. Received: {type(x).__name__}{received}.{fix}"
     )
 
 

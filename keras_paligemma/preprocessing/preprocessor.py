@@ -18,6 +18,7 @@ from keras_paligemma.preprocessing.graph import is_symbolic
 from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
 )
+from keras_paligemma.preprocessing.image_inputs import convert_images
 from keras_paligemma.preprocessing.inputs import check_dictionary
 from keras_paligemma.preprocessing.inputs import to_length
 from keras_paligemma.preprocessing.inputs import to_numpy
@@ -413,7 +414,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 part; tokens after the first eos are dropped.
 
         Returns:
-            List of B strings; a string if there is no B.
+            list of B strings; a string if there is no B.
         """
         ids = to_numpy(x["token_ids"])
         end, pad = self.tokenizer.end_token_id, self.tokenizer.pad_token_id
@@ -439,37 +440,10 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         )
         if not batched:
             arrays = {key: value[0] for key, value in arrays.items()}
-        images = x.get("images")
-        embeddings = x.get("image_embeddings")
-        if images is None and embeddings is not None:
-            embeddings = to_numpy(embeddings)
-            # Embeddings of one picture are used for all prompts.
-            if batched and embeddings.ndim == 2:
-                shape = (len(prompts), *embeddings.shape)
-                embeddings = np.broadcast_to(embeddings, shape)
-            return {"image_embeddings": embeddings, **arrays}
-        # A missing key may be a mistake: text alone needs "images": None.
-        if images is None and (self.image_converter is None or "images" in x):
-            return arrays
-        if images is None or self.image_converter is None:
-            raise ValueError(
-                "Images and the image converter go together. Expected: both, "
-                "or neither for text alone, or 'images': None. Received: keys "
-                f"{sorted(x)}, "
-                f"image_converter={self.image_converter}."
-            )
-        images = self.image_converter(images)
-        # One picture has rank 3, frames add one, and so does the batch.
-        if images.ndim - batched not in (3, 4) or (
-            batched and len(images) != len(prompts)
-        ):
-            raise ValueError(
-                "Images and prompts do not match. Expected: one image, or one "
-                f"list of frames, a prompt. Received: {len(prompts)} prompts"
-                f"{'' if batched else ' (one string)'} and images of shape "
-                f"{images.shape} after conversion."
-            )
-        return {"images": images, **arrays}
+        pictures = convert_images(
+            x, self.image_converter, len(prompts), batched
+        )
+        return pictures | arrays
 
     @property
     def sequence_length(self) -> int:

@@ -9,7 +9,7 @@ import keras
 import keras_hub
 import numpy as np
 
-# Made at run time of its description, so that a type checker finds no class.
+# protobuf makes the class at run time, where a type checker does not see it.
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 from keras_paligemma import presets

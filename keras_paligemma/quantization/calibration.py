@@ -46,7 +46,7 @@ def batches_of(examples, preprocessor):
         preprocessor: `PaliGemmaCausalLMPreprocessor`.
 
     Returns:
-        List of `(x, y, sample_weight)`.
+        list of `(x, y, sample_weight)`.
 
     Raises:
         ValueError: not a dict, unknown keys, no examples or no preprocessor.
@@ -73,7 +73,7 @@ def batches_of(examples, preprocessor):
         part = slice(start, start + BATCH)
         batches.append(
             preprocessor(
-                {key: list(one[part]) for key, one in examples.items()}
+                {key: list(columns[part]) for key, columns in examples.items()}
             )
         )
     return batches
@@ -147,7 +147,7 @@ def _through_text(backbone, twin, floats, weights, batches, images):
     decoder = backbone.text_decoder
     xs, arguments, valid = [], [], []
     for (x, _, _), image_BID in zip(batches, images, strict=True):
-        x = {key: one for key, one in x.items() if key != "images"}
+        x = {key: array for key, array in x.items() if key != "images"}
         if image_BID is not None:
             x["image_embeddings"] = image_BID
         xs.append(_to_float(backbone.embed(x)))
@@ -185,7 +185,7 @@ def _through_blocks(stack, block, floats, weights, xs, arguments, valid):
         valid: list of bool arrays (B, T), the tokens that count; `None`: all.
 
     Returns:
-        List of arrays (B, T, D), the outputs of the last rounded block.
+        list of arrays (B, T, D), the outputs of the last rounded block.
     """
     writers = _writers(block, weights)
     for number in range(stack.num_layers):
@@ -243,7 +243,7 @@ def _moments(layer, run, valid):
     """Sum x·xᵀ over the inputs of each projection of a layer.
 
     Returns:
-        List of pairs: an array, and the projections that share these inputs.
+        list of pairs: an array, and the projections that share these inputs.
     """
     sums, sharing = {}, {}
     last = tokens = None

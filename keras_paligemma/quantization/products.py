@@ -22,7 +22,7 @@ from keras_paligemma.types import Tensor
 # size: lanes, else rows, of a TPU's tiles.
 PART = 2**24
 ALIGNED = (128, 32, 16, 8, 1)
-_LENT = contextvars.ContextVar("lent", default=({}, None))
+_STACKS = contextvars.ContextVar("stacks", default=({}, None))
 
 
 @contextlib.contextmanager
@@ -38,11 +38,11 @@ def stacked_weights_scope(stacks, number):
             layers and its tensor.
         number: int scalar tensor, index of the layer.
     """
-    token = _LENT.set((stacks, number))
+    token = _STACKS.set((stacks, number))
     try:
         yield
     finally:
-        _LENT.reset(token)
+        _STACKS.reset(token)
 
 
 def quantized_product(layout, stored, scale, x) -> Tensor:
@@ -109,7 +109,7 @@ class _Weight:
     def of(cls, layout, stored, scale):
         if getattr(stored, "outputs_first", 0):
             layout = layout.outputs_first
-        stacks, number = _LENT.get()
+        stacks, number = _STACKS.get()
         if id(stored) not in stacks:
             shares = shard_spec_of(stored), shard_spec_of(scale)
             return cls(layout, _value(stored), _value(scale), shares=shares)

@@ -43,9 +43,10 @@ def make_app(
 
     Args:
         model: `PresetModel` or `SavedModel`.
-        name: str, what clients call the model.
-        milliseconds: float that a request waits for others, at most.
-        room: int, requests that wait; more are refused with 429.
+        name: str, the model's name for clients.
+        milliseconds: float, maximum time that a request waits for others.
+        room: int, maximum number of waiting requests; more are refused with
+            429.
         limits: `Limits`.
         codec: `MaskCodec` that decodes masks; the nano preset's if `None`.
         token: str, the bearer token that requests must carry, or `None`.
@@ -118,7 +119,7 @@ def make_app(
         "/metrics": counts,
         "/v1/models": openai.models(service),
     }
-    routes = [Route(path, one) for path, one in gets.items()]
+    routes = [Route(path, endpoint) for path, endpoint in gets.items()]
     routes += [
         Route(path, make(service), methods=["POST"])
         for path, (make, _) in posts.items()

@@ -49,7 +49,7 @@ class Service:
             streams: bool.
 
         Returns:
-            List of `Waiting`, one per copy.
+            list of `Waiting`, one per copy.
         """
 
         loop = asyncio.get_running_loop()
@@ -73,12 +73,12 @@ async def answers_of(waiting, receive):
         receive: ASGI's `receive`; the body has been read.
 
     Returns:
-        List of `Answered`.
+        list of `Answered`.
 
     Raises:
         Disconnected: if the client has gone; its requests are cancelled.
     """
-    answers = asyncio.gather(*[one.answer() for one in waiting])
+    answers = asyncio.gather(*[request.answer() for request in waiting])
     gone = asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait([answers, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -86,8 +86,8 @@ async def answers_of(waiting, receive):
             return answers.result()
         raise Disconnected
     finally:
-        for one in waiting:
-            one.left = True
+        for request in waiting:
+            request.left = True
         for task in (answers, gone):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
@@ -126,7 +126,7 @@ async def events_of(waiting):
             left -= not isinstance(event, str)
             yield index, event
     finally:
-        for one in waiting:
-            one.left = True
+        for request in waiting:
+            request.left = True
         for task in tasks:
             task.cancel()

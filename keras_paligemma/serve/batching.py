@@ -11,8 +11,8 @@ from dataclasses import field
 from keras_paligemma.serve.requests import Refused
 from keras_paligemma.serve.requests import Request
 
-# Seconds without a request, after which one more program is compiled: whoever
-# asks meanwhile waits for that.
+# Seconds without a request before one more program is compiled. Requests that
+# arrive meanwhile wait for the compilation.
 QUIET = 1
 
 log = logging.getLogger("keras_paligemma.serve")
@@ -55,17 +55,17 @@ class Batches:
     """A queue of requests, and the thread that runs the model.
 
     A batch is the oldest request and the later ones that can share a batch
-    with it. While it is computed the next one fills up. A batch that is not
-    full waits for more requests only if the one before it had several: a client
-    that is alone is answered at once.
+    with it. The next batch fills up while the current one is computed. A batch
+    that is not full waits for more requests only if the previous one had
+    several: a single client is answered at once.
 
-    A model whose first programs cannot be compiled answers nobody: `closed`
-    says so, and what waits is refused.
+    If the first programs of a model cannot be compiled, `closed` is set and
+    waiting requests are refused.
 
     Args:
         model: `PresetModel` or `SavedModel`.
-        milliseconds: float that a request waits for others, at most.
-        room: int, requests that wait; more are refused.
+        milliseconds: float, maximum time that a request waits for others.
+        room: int, maximum number of waiting requests; more are refused.
         metrics: `Metrics`.
     """
 
@@ -76,7 +76,7 @@ class Batches:
         self.metrics = metrics
         self.ready = threading.Event()
         self.failed = threading.Event()
-        # Why no more requests are taken, or `None`.
+        # The reason why requests are refused, or `None`.
         self.closed = None
         self._several = False
         self._queue = deque()
@@ -103,7 +103,7 @@ class Batches:
             loop: the event loop of their client.
 
         Returns:
-            List of `Waiting`.
+            list of `Waiting`.
 
         Raises:
             Refused: the queue is full, or closed.
@@ -145,27 +145,27 @@ class Batches:
         with self._changed:
             self.closed = reason
             waiting, self._queue = self._queue, deque()
-        for one in waiting:
-            self._finish(one, Refused(503, reason))
+        for entry in waiting:
+            self._finish(entry, Refused(503, reason))
 
     def _compile(self, requests):
         try:
             self.model.answer(requests, _nobody)
-        except Exception:  # noqa: BLE001  who asks for it is told
+        except Exception:  # noqa: BLE001  its clients get the error
             log.exception("a batch of %d cannot be answered", len(requests))
 
     def _answer(self, batch):
         self.metrics.batch_size.observe(len(batch))
         try:
             answers = self.model.answer(
-                [one.request for one in batch],
+                [entry.request for entry in batch],
                 lambda row, text: batch[row].tell(text),
             )
         except Exception as error:  # noqa: BLE001  keeps serving
             log.exception("a batch failed")
             answers = [error] * len(batch)
-        for one, answer in zip(batch, answers, strict=True):
-            self._finish(one, answer)
+        for entry, answer in zip(batch, answers, strict=True):
+            self._finish(entry, answer)
 
     def _finish(self, waiting, answer):
         if not isinstance(answer, Exception):
@@ -179,11 +179,11 @@ class Batches:
         """Wait for a batch.
 
         Args:
-            idles: bool, there is nothing else to do until one comes.
+            idles: bool, whether there is nothing else to do meanwhile.
 
         Returns:
-            List of `Waiting`; `[]` at the end; `None` when nobody asks and
-            there is something else to do.
+            list of `Waiting`; `[]` at the end; `None` if there are no
+            requests and `idles` is `False`.
         """
         with self._changed:
             while True:
@@ -203,7 +203,7 @@ class Batches:
                     self._several = len(batch) > 1
                     taken = set(map(id, batch))
                     self._queue = deque(
-                        one for one in self._queue if id(one) not in taken
+                        entry for entry in self._queue if id(entry) not in taken
                     )
                     return batch
                 self._changed.wait(rest)
@@ -212,13 +212,13 @@ class Batches:
         """Return the oldest requests that can share a batch."""
         key = self.model.key(self._queue[0].request)
         batch = []
-        for one in self._queue:
-            if not one.left and self.model.key(one.request) == key:
-                batch.append(one)
+        for entry in self._queue:
+            if not entry.left and self.model.key(entry.request) == key:
+                batch.append(entry)
             if len(batch) == self.model.largest:
                 break
         return batch
 
 
 def _nobody(row, text):
-    """Take the pieces of an answer that only compiles."""
+    """Ignore the pieces of an answer that is computed only to compile."""

@@ -16,7 +16,7 @@ from keras_paligemma.serve.requests import Refused
 log = logging.getLogger("keras_paligemma.serve")
 
 OPEN = ("/healthz", "/readyz")
-# Seconds that what is refused is thrown away, and that it may pause meanwhile.
+# Seconds to read the rest of a refused request; the longest pause in it.
 LINGERS, QUIET = 30, 1
 INVALID = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\n"
@@ -28,12 +28,12 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def protocol(seconds):
     """Return uvicorn's protocol class that drops connections without request.
 
-    What is no HTTP gets its 400 even while more of it comes: a connection that
-    ends with bytes unread takes the reply with it.
+    Bytes that are not HTTP get a 400, and the rest of them is read: closing a
+    connection with unread bytes would discard the reply.
 
     Args:
-        seconds: float, from the connection, or from the reply before, to the
-            end of a request's headers.
+        seconds: float, maximum time from the connection, or from the previous
+            reply, to the end of a request's headers.
     """
 
     class Protocol(H11Protocol):
@@ -51,17 +51,17 @@ def protocol(seconds):
         def send_400_response(self, msg):
             self.refused = True
             if self.cycle is not None:
-                # Its body has no end.
+                # The end of its body is unknown.
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()
             if self.conn.our_state is not h11.SEND_BODY:
                 self.transport.write(INVALID + msg.encode())
-            # The client reads that the reply ends here, and ends in turn.
+            # The client sees the end of the reply and closes in turn.
             self.transport.write_eof()
             self._wait(LINGERS)
 
         def on_response_complete(self):
-            # Which goes on with a request that is here already.
+            # This continues with a request that has already arrived.
             self._wait()
             super().on_response_complete()
 
@@ -91,8 +91,8 @@ class Guard:
         metrics: `Metrics`.
         paths: strs, paths with a label of their own in the metrics.
         token: str, the bearer token that requests must carry, or `None`.
-        hosts: strs, names of the server; `None` takes any. This prevents DNS
-            rebinding: such a page's requests carry another name.
+        hosts: strs, names of the server; `None` accepts any. This prevents
+            DNS rebinding: such a page's requests have another name.
     """
 
     def __init__(self, app, limits, metrics, paths, token=None, hosts=None):
@@ -203,7 +203,7 @@ async def _refuse(error, scope, receive, send):
     so it ends when the body has, or when nothing more comes.
     """
     reply = refusal(scope["path"], error)
-    # What is left unread would be taken for the next request.
+    # Unread bytes would be taken for the next request.
     reply.headers["Connection"] = "close"
 
     async def begin(message):

@@ -102,11 +102,13 @@ def chat(service):
             "choices": [
                 {
                     "index": index,
-                    "message": {"role": "assistant", "content": one.text},
-                    "finish_reason": one.finish,
-                    "logprobs": _logprobs(one) if fields["logprobs"] else None,
+                    "message": {"role": "assistant", "content": answer.text},
+                    "finish_reason": answer.finish,
+                    "logprobs": _logprobs(answer)
+                    if fields["logprobs"]
+                    else None,
                 }
-                for index, one in enumerate(answers)
+                for index, answer in enumerate(answers)
             ],
             "usage": _usage(answers),
         }
@@ -116,7 +118,7 @@ def chat(service):
 
 
 def _choice(service, fields):
-    # `None`: the model alone knows the names of its adapters.
+    # `None`: only the model knows the names of its adapters.
     adapters = service.model.adapters
     name = fields["model"]
     if adapters is not None and name not in (service.name, *adapters):
@@ -208,8 +210,8 @@ def _picture(service, address):
 
 
 def _usage(answers):
-    prompt = max(one.prompt_tokens for one in answers)
-    completion = sum(len(one.token_ids) for one in answers)
+    prompt = max(answer.prompt_tokens for answer in answers)
+    completion = sum(len(answer.token_ids) for answer in answers)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -229,7 +231,7 @@ def _logprobs(answer):
     return {
         "content": [
             entry(token, value)
-            | {"top_logprobs": [entry(*one) for one in place]}
+            | {"top_logprobs": [entry(*alternative) for alternative in place]}
             for token, value, place in zip(
                 answer.tokens, answer.log_probabilities, places, strict=True
             )
@@ -245,8 +247,8 @@ async def _stream(reply, waiting, fields):
     answers = []
 
     def chunk(index, delta, **more):
-        one = {"index": index, "delta": delta, "finish_reason": None}
-        return _event(reply | {"choices": [one | more]})
+        choice = {"index": index, "delta": delta, "finish_reason": None}
+        return _event(reply | {"choices": [choice | more]})
 
     for index in range(len(waiting)):
         yield chunk(index, {"role": "assistant", "content": ""})

@@ -46,7 +46,7 @@ def answer(service):
 
     async def endpoint(request):
         fields = read_fields(read_json(await request.body()), ANSWER)
-        # The page asks by a header, which servers without streams pass over.
+        # The page requests a stream by a header, which other servers ignore.
         streams = fields[
             "stream"
         ] or "text/event-stream" in request.headers.get("accept", "")
@@ -142,24 +142,25 @@ def _content(service, found, labels=None):
         "text": found.text,
         "log_probabilities": found.log_probabilities,
         "finish": found.finish,
-        "boxes": [_object(one) for one in objects_],
+        "boxes": [_object(item) for item in objects_],
         "skipped": [
-            {"text": one.text, "reason": one.reason} for one in objects_.skipped
+            {"text": fragment.text, "reason": fragment.reason}
+            for fragment in objects_.skipped
         ],
     }
 
 
-def _object(one):
+def _object(item):
     """Return an object as JSON: edges as fractions, its mask as a PNG."""
     names = ("y1", "x1", "y2", "x2")
     content = {
-        "label": one.label,
-        "score": one.score,
-        **dict(zip(names, one.box, strict=True)),
+        "label": item.label,
+        "score": item.score,
+        **dict(zip(names, item.box, strict=True)),
     }
-    if one.mask is not None:
+    if item.mask is not None:
         file = io.BytesIO()
-        alpha = np.where(one.mask > 0, 255, 0).astype("uint8")
+        alpha = np.where(item.mask > 0, 255, 0).astype("uint8")
         pixels = np.stack([np.full_like(alpha, 255), alpha], axis=-1)
         Image.fromarray(pixels).save(file, "PNG")
         data = base64.b64encode(file.getvalue()).decode()

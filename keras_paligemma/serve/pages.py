@@ -75,10 +75,10 @@ def _schema(fields):
         "type": "object",
         "additionalProperties": False,
         "required": [
-            name for name, one in fields.items() if one.default is ...
+            name for name, field in fields.items() if field.default is ...
         ],
         "properties": {
-            name: _TYPES[one.kind] | {"description": one.about}
-            for name, one in fields.items()
+            name: _TYPES[field.kind] | {"description": field.about}
+            for name, field in fields.items()
         },
     }

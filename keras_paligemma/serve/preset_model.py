@@ -10,10 +10,10 @@ from keras_paligemma.generation.options import Options
 from keras_paligemma.generation.requests import bucket
 from keras_paligemma.generation.texts import cut
 from keras_paligemma.generation.texts import settled
-from keras_paligemma.models.answering import answers_of
 from keras_paligemma.models.answering import chunks
-from keras_paligemma.models.answering import prepare
 from keras_paligemma.models.answering import run
+from keras_paligemma.models.generation_inputs import prepare
+from keras_paligemma.models.generation_outputs import answers_of
 from keras_paligemma.serve.requests import Answered
 from keras_paligemma.serve.requests import Choice
 from keras_paligemma.serve.requests import Refused
@@ -34,13 +34,13 @@ class PresetModel:
     of the whole model, and the number of alternatives a shape, so requests that
     differ in those do not.
 
-    Batches of likeliest answers, taken whole, have 1, 2, 4, … rows. Those that
-    draw or come in pieces have 1 row or `largest`: each size is a program.
+    Batches of greedy answers without streams have 1, 2, 4, … rows. Those that
+    sample or stream have 1 row or `largest`, since each size is a program.
 
     Args:
-        model: `PaliGemmaCausalLM` with a preprocessor. The adapter that is in
-            use now answers whoever names none.
-        largest: int, most requests a batch; a power of two.
+        model: `PaliGemmaCausalLM` with a preprocessor. Its active adapter
+            answers requests that name none.
+        largest: int, maximum requests per batch; a power of two.
     """
 
     most_alternatives = 5
@@ -63,7 +63,7 @@ class PresetModel:
             field: str, name of the request's field with the picture.
 
         Returns:
-            Dict of arrays of one row.
+            dict of arrays of one row.
 
         Raises:
             Refused: if the request is invalid.
@@ -84,16 +84,16 @@ class PresetModel:
             raise Refused(400, str(error)[:300], "prompt") from error
 
     def key(self, request):
-        """Give what the requests of a batch have in common."""
+        """Return the key that the requests of a batch share."""
         adapter = request.choice.adapter or self.adapter
         return adapter, request.choice.alternatives > 0
 
     def warm_ups(self):
-        """Give what to answer once, so that its program is compiled.
+        """Return requests to answer once, so that their programs are compiled.
 
         Returns:
-            Two lists of batches of requests: those without which the server is
-            not ready, and those for when it has nothing to do.
+            Two lists of batches of requests: those to answer before the server
+            is ready, and those to answer when it is idle.
         """
         size = self.model.preprocessor.image_converter.image_size
         inputs = self.model.preprocessor.generate_preprocess(
@@ -119,11 +119,13 @@ class PresetModel:
             tell: function of row and str, called with the pieces of streams.
 
         Returns:
-            List of `Answered`.
+            list of `Answered`.
         """
-        # Nobody else needs text between tokens.
-        pieces = any(one.streams or one.choice.stop for one in requests)
-        draws = any(one.choice.temperature for one in requests)
+        # Otherwise no text is needed before the answer is complete.
+        pieces = any(
+            request.streams or request.choice.stop for request in requests
+        )
+        draws = any(request.choice.temperature for request in requests)
         rows = bucket(len(requests))
         if (pieces or draws) and rows > 1:
             rows = self.largest
@@ -140,37 +142,37 @@ class PresetModel:
         ]
 
     def _using(self, adapter):
-        # One that is merged into the kernels cannot be left.
+        # An adapter that is merged into the kernels stays active.
         if self.model.adapters.merged is not None:
             return contextlib.nullcontext()
         return self.model.adapters.using(adapter)
 
     def _asked(self, requests, rows):
-        choices = [one.choice for one in requests]
+        choices = [request.choice for request in requests]
         filled = [*requests, *[requests[-1]] * (rows - len(requests))]
         inputs = {
-            name: np.stack([one.inputs[name] for one in filled])
+            name: np.stack([request.inputs[name] for request in filled])
             for name in requests[0].inputs
         }
-        alternatives = any(one.alternatives for one in choices)
+        alternatives = any(choice.alternatives for choice in choices)
         options: dict[str, Any] = {
             "alternatives": self.most_alternatives if alternatives else 0
         }
-        if any(one.temperature for one in choices):
+        if any(choice.temperature for choice in choices):
             vocabulary_size = self.model.backbone.vocabulary_size
             any_seed = np.random.default_rng().integers(
                 2**31, size=len(choices)
             )
             options |= {
-                "temperature": [one.temperature for one in choices],
-                "top_p": [one.top_p for one in choices],
+                "temperature": [choice.temperature for choice in choices],
+                "top_p": [choice.top_p for choice in choices],
                 "top_k": [
-                    min(one.top_k or vocabulary_size, vocabulary_size)
-                    for one in choices
+                    min(choice.top_k or vocabulary_size, vocabulary_size)
+                    for choice in choices
                 ],
                 "seed": [
-                    int(drawn) if one.seed is None else one.seed
-                    for one, drawn in zip(choices, any_seed, strict=True)
+                    int(drawn) if choice.seed is None else choice.seed
+                    for choice, drawn in zip(choices, any_seed, strict=True)
                 ],
             }
         stop = self.model.preprocessor.tokenizer.end_token_id
@@ -186,7 +188,7 @@ class PresetModel:
             chosen.seeded(),
         )
         lengths = asked.rows["max_new_tokens"].copy()
-        lengths[: len(choices)] = [self._length(one) for one in choices]
+        lengths[: len(choices)] = [self._length(choice) for choice in choices]
         lengths[len(choices) :] = 1
         return dataclasses.replace(
             asked, rows=asked.rows | {"max_new_tokens": lengths}
@@ -241,8 +243,11 @@ class PresetModel:
             finish,
             tuple(
                 tuple(
-                    (_piece(tokenizer, one.token_id), one.log_probability)
-                    for one in place[: request.choice.alternatives]
+                    (
+                        _piece(tokenizer, alternative.token_id),
+                        alternative.log_probability,
+                    )
+                    for alternative in place[: request.choice.alternatives]
                 )
                 for place in answer.alternatives[: len(ids)]
             ),
@@ -251,12 +256,12 @@ class PresetModel:
 
 
 def _piece(tokenizer, token):
-    """Return a token as it stands in a text."""
+    """Return the text of a token."""
     return tokenizer.id_to_token(token).replace("\u2581", " ")
 
 
 def _spelt(tokenizer, ids):
-    """Return tokens as texts, which joined are the answer; its end is "".
+    """Return the texts of tokens, which joined are the answer; the end is "".
 
     The bytes of a multi-byte character are spelt as "<0xE2>".
     """

@@ -150,7 +150,7 @@ class Field:
         if good and self.kind in ("integer", "number"):
             good = self.least <= value <= self.most
         if good and self.kind == "strings" and isinstance(value, list):
-            good = all(isinstance(one, str) for one in value)
+            good = all(isinstance(item, str) for item in value)
         if not good:
             bounds = ""
             if self.least > -math.inf:
@@ -203,7 +203,7 @@ def read_fields(body, fields, ignores=()):
         ignores: names of fields that are accepted and ignored.
 
     Returns:
-        Dict of all names; defaults for fields that are missing or `null`.
+        dict of all names; defaults for fields that are missing or `null`.
 
     Raises:
         Refused: if a field is unknown, missing or of a wrong type.
@@ -228,7 +228,7 @@ def read_fields(body, fields, ignores=()):
 
 
 def read_prompt(prompt, limits, field="prompt"):
-    """Refuse prompts that are too long or not valid text."""
+    """Raise on prompts that are too long or not valid text."""
     if len(prompt) > limits.prompt:
         raise Refused(
             400,
@@ -249,7 +249,7 @@ def read_prompt(prompt, limits, field="prompt"):
 def read_stop(stop):
     """Return the strings that end an answer as a tuple."""
     stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(stop) > 4 or not all(0 < len(one) <= 100 for one in stop):
+    if len(stop) > 4 or not all(0 < len(string) <= 100 for string in stop):
         raise Refused(
             400,
             "`stop` is wrong. Expected: at most 4 strings of 1 to 100 "
@@ -260,7 +260,7 @@ def read_stop(stop):
 
 
 def read_base64(text, field="image"):
-    """Return the bytes of base64, or of a data: URI as browsers write it."""
+    """Return the bytes of base64, or of a data: URI."""
     if text[:5].lower() == "data:":
         head, _, text = text.partition(",")
         if not head.lower().endswith(";base64"):
@@ -274,7 +274,7 @@ def read_base64(text, field="image"):
 
 
 def check_picture(data, limits, field="image"):
-    """Refuse a file with too many pixels before it is decoded.
+    """Raise on a file with too many pixels, before it is decoded.
 
     Args:
         data: bytes of an encoded picture.
@@ -324,7 +324,7 @@ def decode_picture(data, limits, field="image") -> np.ndarray:
 
 
 def power_of_two(largest):
-    """Give the most requests of a batch, or refuse what cannot be."""
+    """Return `largest`; raise if it is not a power of two."""
     if largest < 1 or largest & (largest - 1):
         raise ValueError(
             "A batch holds a power of two of requests. Expected: 1, 2, 4, 8, "
@@ -334,7 +334,7 @@ def power_of_two(largest):
 
 
 def sizes(largest):
-    """Give the sizes of batches: 1, 2, 4, … `largest`."""
+    """Return the sizes of batches: 1, 2, 4, … `largest`."""
     return [1 << power for power in range(largest.bit_length())]
 
 

@@ -13,7 +13,7 @@ def run(app, host, port, limits):
     """Serve until SIGTERM or SIGINT; finish the accepted requests.
 
     Args:
-        app: as `make_app` makes it.
+        app: ASGI application, from `make_app`.
         host: str.
         port: int; 0 selects a free one, which is printed.
         limits: `Limits`.
@@ -26,7 +26,7 @@ def run(app, host, port, limits):
     async def end_what_failed():
         server.should_exit = server.should_exit or failed.is_set()
 
-    # Commands are quiet; whoever runs a server reads what failed.
+    # Commands are quiet, but a server logs its errors.
     logging.disable(logging.NOTSET)
     config = uvicorn.Config(
         app,
@@ -48,11 +48,11 @@ def run(app, host, port, limits):
     with socket.socket(family) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-        # Who reads the address may connect: he waits until it is served.
+        # Clients may connect as soon as the address is printed; they wait.
         listening.listen(2048)
         shown = f"[{host}]" if ":" in host else host
-        # What is loaded stays: some 500,000 objects, and looking for garbage
-        # among them halts all threads.
+        # The loaded objects, some 500,000, live until the end, and collecting
+        # garbage among them would halt all threads.
         gc.collect()
         gc.freeze()
         print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)

@@ -20,7 +20,7 @@ PIXEL = bytes.fromhex(
 )
 # The end token of all PaliGemma tokenizers.
 END = 1
-# Options that a graph has or has not, and their values that need none.
+# Options that a graph may lack, and the values that do not need them.
 OPTIONAL = {"top_p": 1.0, "top_k": None, "seed": None, "adapter": None}
 BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")
 
@@ -33,13 +33,14 @@ def is_saved_model(source):
 class SavedModel:
     """An export of `model.export`, with the interface that `Batches` calls.
 
-    Its options are the inputs of its signature, which hold for a whole batch:
+    Its options are inputs of its signature and apply to a whole batch, so
     requests that differ in them do not share one. Those that differ in length
-    do: the longest is computed, the others are cut. Its graph decodes pictures.
+    do: the longest is computed and the others are cut. The graph decodes
+    pictures.
 
     Args:
         folder: str or path.
-        largest: int, most requests a batch; a power of two.
+        largest: int, maximum requests per batch; a power of two.
     """
 
     most_alternatives = 0
@@ -67,7 +68,7 @@ class SavedModel:
                 "one."
             )
         self.longest = int(self.defaults["max_new_tokens"])
-        # The graph knows the names of its adapters, and tells nobody.
+        # The graph does not expose the names of its adapters.
         self.adapters = None if "adapter" in self.defaults else ()
 
     def read(self, picture, prompt, choice, limits, field="image"):
@@ -86,8 +87,8 @@ class SavedModel:
     def key(self, request):
         """Return the key that the requests of a batch share.
 
-        What a seed draws depends on the row, so a request that has one is
-        computed alone: its answer is the same each time.
+        Random draws depend on the row, so a request with a seed is computed
+        alone, which makes its answer reproducible.
         """
         choice = request.choice
         is_free = choice.seed is None or choice.temperature == 0
@@ -100,7 +101,7 @@ class SavedModel:
         )
 
     def warm_ups(self):
-        """Give batches of all sizes; see `PresetModel.warm_ups`."""
+        """Return batches of all sizes; see `PresetModel.warm_ups`."""
         request = Request((PIXEL, "caption en"), Choice())
         return [[request] * rows for rows in sizes(self.largest)], []
 
@@ -112,7 +113,7 @@ class SavedModel:
         tf = self.tf
         # The graph takes any batch size; using few sizes reuses its buffers.
         rows = 1 << (len(requests) - 1).bit_length()
-        inputs = [one.inputs for one in requests]
+        inputs = [request.inputs for request in requests]
         inputs += [inputs[-1]] * (rows - len(inputs))
         pictures, prompts = zip(*inputs, strict=True)
         outputs = self.function(
@@ -120,7 +121,7 @@ class SavedModel:
             prompts=tf.constant(prompts),
             **self._options(requests),
         )
-        outputs = {name: one.numpy() for name, one in outputs.items()}
+        outputs = {name: tensor.numpy() for name, tensor in outputs.items()}
         answers = []
         for row, request in enumerate(requests):
             error = outputs["error"][row].decode()
@@ -140,7 +141,7 @@ class SavedModel:
             name: getattr(choice, name) for name in ("temperature", *OPTIONAL)
         }
         given["max_new_tokens"] = max(
-            self._length(one.choice) for one in requests
+            self._length(request.choice) for request in requests
         )
         if choice.seed is None and choice.temperature:
             given["seed"] = secrets.randbelow(2**31)
@@ -181,7 +182,7 @@ def _spelt(pieces, ids):
         "" if id == END else piece.decode().replace("\u2581", " ")
         for piece, id in zip(pieces, ids, strict=False)
     ]
-    return tuple([one.removeprefix(" ") for one in texts[:1]] + texts[1:])
+    return tuple([text.removeprefix(" ") for text in texts[:1]] + texts[1:])
 
 
 def _stops(tokens, stop):

@@ -182,7 +182,7 @@ class Layout:
         large = math.prod(sizes) >= self.small
         chosen = [None] * len(sizes)
         if self.splits_work:
-            split = [i for i, one in enumerate(letters) if one in SPLIT]
+            split = [i for i, letter in enumerate(letters) if letter in SPLIT]
             _choose(chosen, sizes, split, self.group, "model")
         if large and "model" not in chosen and self.strategy != "data":
             # Storage, also of weights whose heads do not divide.
@@ -219,7 +219,7 @@ _IN_OPTIMIZERS = "({})_[a-z]".format(
 
 def _stored(letters):
     """Return the axes whose storage may be split, in order of preference."""
-    order = [i for i, one in enumerate(letters) if one in STORED]
+    order = [i for i, letter in enumerate(letters) if letter in STORED]
     return sorted(order, key=lambda i: STORED.index(letters[i]))
 
 

@@ -139,17 +139,17 @@ def write_objects(
     '<loc0000><loc0000><loc0512><loc1023> cat'
     """
     return SEPARATOR.join(
-        write_object(one, _codes(one, codec), scale) for one in objects
+        write_object(item, _codes(item, codec), scale) for item in objects
     )
 
 
 def write_object(
-    one: Object, codes: Iterable[int] | None = None, scale: int = LAST
+    item: Object, codes: Iterable[int] | None = None, scale: int = LAST
 ) -> str:
     """Write one object as a part of an answer.
 
     Args:
-        one: `Object`; its mask is ignored.
+        item: `Object`; its mask is ignored.
         codes: 16 integers, 0 to 127, of its mask; `None` writes none.
         scale: factor of fractions to locations; see `tasks.locations`.
 
@@ -164,21 +164,21 @@ def write_object(
     >>> write_object(Object((0, 0, 0.5, 1)))
     '<loc0000><loc0000><loc0512><loc1023>'
     """
-    locations = to_locations(one.box, scale).tolist()
+    locations = to_locations(item.box, scale).tolist()
     text = "".join(f"<loc{number:04d}>" for number in locations)
     text += "".join(f"<seg{number:03d}>" for number in codes or ())
-    return f"{text} {check_label(one.label)}" if one.label else text
+    return f"{text} {check_label(item.label)}" if item.label else text
 
 
-def _codes(one, codec):
+def _codes(item, codec):
     if codec is None:
         return None
-    if one.mask is None:
+    if item.mask is None:
         raise ValueError(
             "An object has no mask to encode. Expected: `mask`, or no "
-            f"`codec`, which writes boxes alone. Received: {one}."
+            f"`codec`, which writes boxes alone. Received: {item}."
         )
-    return codec.encode_mask(one.mask > 0)
+    return codec.encode_mask(item.mask > 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _span(match, group):
 def _numbers(tokens, last):
     """Return the numbers of tokens; `None` for invalid ones."""
     found = [_NUMBER.fullmatch(token) for token in _TOKEN.findall(tokens)]
-    numbers = [int(one[1] or one[2]) if one else None for one in found]
+    numbers = [int(match[1] or match[2]) if match else None for match in found]
     return tuple(
         None if number is None or number > last else number
         for number in numbers
@@ -257,9 +257,11 @@ def _refuse_mask(part, codec):
 def _decode(parts, codec):
     """Return the mask of each part; `None` if it has none."""
     has_mask = [
-        bool(one.codes) and not _refuse_mask(one, codec) for one in parts
+        bool(part.codes) and not _refuse_mask(part, codec) for part in parts
     ]
-    codes = [one.codes for one, has in zip(parts, has_mask, strict=True) if has]
+    codes = [
+        part.codes for part, has in zip(parts, has_mask, strict=True) if has
+    ]
     decoded = iter(codec.decode(codes) if codes else ())
     return [next(decoded) if has else None for has in has_mask]
 
@@ -289,4 +291,6 @@ def _score(parts, tokens, log_probabilities, score):
             last += 1  # The other bytes of the last character.
         return values[first:last]
 
-    return [score(of(one.locations_span), of(one.label_span)) for one in parts]
+    return [
+        score(of(part.locations_span), of(part.label_span)) for part in parts
+    ]

@@ -26,7 +26,7 @@ def from_detections(
         classes: names by `class_id`, used if there is no "class_name".
 
     Returns:
-        List of `Object`, in the same order.
+        list of `Object`, in the same order.
 
     Raises:
         ValueError: if a box is outside the picture, or a mask is empty within
@@ -52,7 +52,7 @@ def from_detections(
     scores = detections.confidence
     objects = []
     for i, box in enumerate(boxes):
-        one = Object.from_xyxy(
+        item = Object.from_xyxy(
             box,
             size,
             label="" if names is None else str(names[i]),
@@ -65,8 +65,8 @@ def from_detections(
                     "The masks are of another size than the picture. "
                     f"Expected: {tuple(size)}. Received: {mask.shape}."
                 )
-            one = one.with_mask(mask)
-        objects.append(one)
+            item = item.with_mask(mask)
+        objects.append(item)
     return objects
 
 
@@ -101,7 +101,7 @@ def to_detections(
             "supervision`."
         ) from error
     objects = list(objects)
-    labels = [one.label for one in objects]
+    labels = [item.label for item in objects]
     classes = sorted(set(labels)) if classes is None else list(classes)
     unknown = sorted(set(labels) - set(classes))
     if unknown:
@@ -111,12 +111,12 @@ def to_detections(
         )
     if not objects:
         return supervision.Detections.empty()
-    scores = [one.score for one in objects]
+    scores = [item.score for item in objects]
     masks = None
-    if all(one.mask is not None for one in objects):
-        masks = np.stack([one.mask_in(size) for one in objects])
+    if all(item.mask is not None for item in objects):
+        masks = np.stack([item.mask_in(size) for item in objects])
     return supervision.Detections(
-        xyxy=np.array([one.xyxy(size) for one in objects], "float32"),
+        xyxy=np.array([item.xyxy(size) for item in objects], "float32"),
         mask=masks,
         confidence=None if None in scores else np.array(scores, "float32"),
         class_id=np.array([classes.index(label) for label in labels]),

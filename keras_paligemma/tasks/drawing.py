@@ -75,7 +75,7 @@ def draw_objects(
     line = max(2, round(LINE_SHARE * math.sqrt(width * height)))
     objects = list(objects)
     colours = _colours(objects)
-    boxes = [one.pixels((height, width)) for one in objects]
+    boxes = [item.pixels((height, width)) for item in objects]
     # Large objects are drawn first, below small ones.
     order = sorted(range(len(objects)), key=lambda i: -_area(boxes[i]))
     for i in order:
@@ -184,8 +184,10 @@ def _is_free(corners, size, taken):
 
 def _colours(objects):
     """Return each object's colour, one per label in order of appearance."""
-    labels = list(dict.fromkeys(one.label for one in objects))
-    return [COLOURS[labels.index(one.label) % len(COLOURS)] for one in objects]
+    labels = list(dict.fromkeys(item.label for item in objects))
+    return [
+        COLOURS[labels.index(item.label) % len(COLOURS)] for item in objects
+    ]
 
 
 def _area(box):
@@ -236,7 +238,7 @@ def _draw_box(pen, box, colour, line, is_doubtful):
 def _draw_labels(pen, objects, boxes, colours):
     """Draw labels and scores, the highest score first, where there is room."""
     width, height = pen.im.size
-    words = [_words(one) for one in objects]
+    words = [_words(item) for item in objects]
     shown = [i for i, both in enumerate(words) if any(both)]
     shown.sort(
         key=lambda i: -(1 if objects[i].score is None else objects[i].score)
@@ -248,7 +250,7 @@ def _draw_labels(pen, objects, boxes, colours):
         texts = [_fit(*words[i], font, width - 2 * pad) for i in shown]
         row = sum(font.getmetrics()) + pad
         labels = [
-            (row, math.ceil(font.getlength(one)) + 2 * pad) for one in texts
+            (row, math.ceil(font.getlength(text)) + 2 * pad) for text in texts
         ]
         is_least = text_height <= LEAST_TEXT_HEIGHT
         if sum(map(math.prod, labels)) <= width * height or is_least:
@@ -284,12 +286,12 @@ def _draw_line(pen, box, patch, colour, line):
     pen.line((start, end), fill=colour, width=line)
 
 
-def _words(one):
+def _words(item):
     """Return the label, on one line, and the score."""
-    label = one.label[:_LONGEST_LABEL].encode("utf-8", "replace").decode()
+    label = item.label[:_LONGEST_LABEL].encode("utf-8", "replace").decode()
     return " ".join(
         label.split()
-    ), "" if one.score is None else f"{one.score:.2f}"
+    ), "" if item.score is None else f"{item.score:.2f}"
 
 
 def _fit(label, score, font, room):

@@ -23,7 +23,7 @@ def from_label_map(
         ignore: values that are not objects: background, and VOC's border.
 
     Returns:
-        Dict of value to bool array (height, width), sorted by value.
+        dict of value to bool array (height, width), sorted by value.
 
     Raises:
         ValueError: if the picture cannot be read, or is not a label map.

@@ -39,7 +39,7 @@ def layout(
         features: length of a codebook entry.
 
     Returns:
-        Dict of name to shape: convolutions (out, in, height, width), transposed
+        dict of name to shape: convolutions (out, in, height, width), transposed
         ones (in, out, height, width). The defaults are those of the published
         file, whose training state, `_vq_vae._ema_*`, is not needed.
 

@@ -192,7 +192,7 @@ def to_polygons(mask: np.ndarray) -> list[list[float]]:
         mask: bool array (height, width).
 
     Returns:
-        List of polygons x1, y1, x2, y2, …, pixels; empty for an empty mask.
+        list of polygons x1, y1, x2, y2, …, pixels; empty for an empty mask.
 
     Raises:
         ValueError: if the mask is not such an array.

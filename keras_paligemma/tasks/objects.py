@@ -267,7 +267,7 @@ class Objects(Sequence):
     Example:
 
     >>> found = Objects((Object((0, 0, 1, 1), "cat"),))
-    >>> [one.label for one in found]
+    >>> [item.label for item in found]
     ['cat']
     """
 

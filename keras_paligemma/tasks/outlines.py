@@ -22,7 +22,7 @@ def loops_of(mask: np.ndarray) -> list[np.ndarray]:
         mask: bool array (height, width).
 
     Returns:
-        List of int arrays (corners, 2) of (y, x), in pixels: clockwise around
+        list of int arrays (corners, 2) of (y, x), in pixels: clockwise around
         parts, counterclockwise around holes.
 
     Example:

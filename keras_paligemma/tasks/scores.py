@@ -103,7 +103,7 @@ def with_neighbours(
         reach: int, greatest distance of a neighbour; 10 is 1 % of the side.
 
     Returns:
-        List of float, one per token. Only those of locations are changed.
+        list of float, one per token. Only those of locations are changed.
 
     Example:
 
@@ -178,7 +178,7 @@ def suppress(
         by_label: bool, whether only objects of the same label are compared.
 
     Returns:
-        List of `Object`, by descending score; equal scores keep their order.
+        list of `Object`, by descending score; equal scores keep their order.
 
     Raises:
         ValueError: if an object has no score.

@@ -275,14 +275,14 @@ def _values(state):
 def _shapes(state):
     # Without names: those of an optimizer's variables depend on how many models
     # the process has built.
-    def told(variable):
+    def described(variable):
         # A square kernel has one shape in both orders of axes.
         order = getattr(variable, "outputs_first", 0)
         shape = [list(variable.shape), variable.dtype]
         return [*shape, "outputs first"] if order else shape
 
     return {
-        group: [told(variable) for variable in variables]
+        group: [described(variable) for variable in variables]
         for group, variables in state.items()
     }
 
@@ -294,7 +294,7 @@ def _difference(found, expected):
             return (
                 f"{len(there)} arrays of {group!r} there, {len(variables)} here"
             )
-        for one, other in zip(there, variables, strict=True):
-            if one != other:
-                return f"{one} among {group!r} there, {other} here"
+        for entry, other in zip(there, variables, strict=True):
+            if entry != other:
+                return f"{entry} among {group!r} there, {other} here"
     return "nothing that differs"

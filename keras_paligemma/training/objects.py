@@ -89,7 +89,9 @@ class EvaluateObjects(keras.callbacks.Callback):
         shown = {f"val_{n}": values[n] for n in ("map", "map_50", "map_75")}
         if logs is not None:
             logs.update(shown)
-        print("".join(f"  {name}: {one:.4f}" for name, one in shown.items()))
+        print(
+            "".join(f"  {name}: {value:.4f}" for name, value in shown.items())
+        )
 
 
 def _own(model, images, labels):

@@ -44,10 +44,11 @@ class SamplePredictions(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         lengths = {
-            key: len(one)
-            if hasattr(one, "__len__") and not isinstance(one, (str, bytes))
+            key: len(column)
+            if hasattr(column, "__len__")
+            and not isinstance(column, (str, bytes))
             else None
-            for key, one in examples.items()
+            for key, column in examples.items()
         }
         if (
             not {"images", "prompts"} <= set(lengths)

@@ -69,7 +69,9 @@ def save(backbone, folder, name=None, base=None):
     architecture = backbone.architecture()
     # Gathered by all processes, written by the first.
     if process()[0] == 0:
-        layers = {name: adapters.num_layers(name) for name in lora.targets}
+        layers = {
+            name: adapters.variables.num_layers(name) for name in lora.targets
+        }
         peft_write.write(
             folder,
             peft_write.describe(lora, whole, layers, architecture, base),
@@ -93,12 +95,13 @@ def _lengths(lora, pieces, weights):
         kernels = weights[f"{place}/kernel"].layers()
         scales = lora.scales(target, len(a))
         lengths = []
-        for kernel, *one in zip(kernels, a, b, scales, strict=True):
+        for kernel, *adapter in zip(kernels, a, b, scales, strict=True):
             names = ("adapter_a", "adapter_b", "adapter_scale")
             whole = with_adapter(
-                ops.cast(kernel, "float32"), dict(zip(names, one, strict=True))
+                ops.cast(kernel, "float32"),
+                dict(zip(names, adapter, strict=True)),
             )
-            inputs = tuple(range(one[0].ndim - 1))
+            inputs = tuple(range(adapter[0].ndim - 1))
             length = ops.sqrt(ops.sum(ops.square(whole), axis=inputs))
             lengths.append(to_host(length))
         lengths = np.stack(lengths)

@@ -2,20 +2,17 @@
 
 import contextlib
 import dataclasses
-import math
 
 import numpy as np
-from keras import ops
 
 from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.checkpoints.peft import HEAD
 from keras_paligemma.checkpoints.peft import TABLE
-from keras_paligemma.layers.projection import Projection
-from keras_paligemma.layers.projection import normal
 from keras_paligemma.layers.weight import Weight
 from keras_paligemma.lora_config import TARGETS
 from keras_paligemma.lora_config import LoraConfig
 from keras_paligemma.tuning import merging
+from keras_paligemma.tuning.adapter_variables import AdapterVariables
 from keras_paligemma.turns import alone
 
 
@@ -24,10 +21,8 @@ class Adapters:
 
     The first adapter creates the variables; the values of adapters that are
     not loaded are kept on the host. A switch copies values and one scale a
-    projection, without recompilation. An adapter of a lower rank, of fewer
-    targets or layers leaves the rest of the variables zero, where gradients
-    are zero too. Compile before training another adapter: the optimizer's
-    moments belong to the last one.
+    projection, without recompilation. Compile before training another adapter:
+    the optimizer's moments belong to the last one.
 
     Weights that an adapter replaces as a whole (PEFT's `modules_to_save` and
     `bias`) are in the backbone while it is active, and the base's own are kept
@@ -37,9 +32,8 @@ class Adapters:
         backbone: `PaliGemmaBackbone`.
 
     Attributes:
+        variables: `AdapterVariables`, shared by the adapters.
         configs: dict of name to `LoraConfig`.
-        capacity: `LoraConfig` of the variables, the largest adapter that they
-            can hold; `None` before the first adapter.
         loaded: str, the adapter whose values the variables hold, or `None`.
         active: str, the adapter in use, or `None` if all are off.
         merged: str, the adapter that is merged into the kernels, or `None`.
@@ -48,7 +42,7 @@ class Adapters:
     def __init__(self, backbone):
         self.backbone = backbone
         self.turns = backbone.turns
-        self.capacity: LoraConfig | None = None
+        self.variables = AdapterVariables(backbone)
         self.configs = {}
         self.loaded = None
         self.active = None
@@ -56,6 +50,14 @@ class Adapters:
         self._host_values = {}
         self._whole = {}
         self._base = {}
+
+    @property
+    def capacity(self) -> LoraConfig | None:
+        """`LoraConfig` of the largest adapter that the variables can hold.
+
+        `None` before the first adapter.
+        """
+        return self.variables.capacity
 
     @alone
     def add(self, name, lora, pieces=None, whole=None):
@@ -79,19 +81,19 @@ class Adapters:
                 f"{self.configs[name]}. Give another name."
             )
         for target in lora.targets:
-            lora.ranks_of(target, self.num_layers(target))
+            lora.ranks_of(target, self.variables.num_layers(target))
         if self.capacity is None:
-            self._make_weights(lora)
+            self.variables.make(lora)
             if pieces is None and lora.ranks:
-                pieces = self._random(lora)
-        elif self._fits(lora):
+                pieces = self.variables.draw(lora)
+        elif self.variables.fits(lora):
             # Parts that it lacks are zeros, trained and saved as well.
             lora = dataclasses.replace(
                 lora, dora=self.capacity.dora, bias=self.capacity.bias
             )
-            self._host_values[self.loaded] = self._read()
+            self._host_values[self.loaded] = self.variables.read()
             if pieces is None:
-                pieces = self._random(lora)
+                pieces = self.variables.draw(lora)
         else:
             raise ValueError(
                 "Adapters share the room that the first one made. Received: "
@@ -102,7 +104,7 @@ class Adapters:
                 "largest adapter first."
             )
         if pieces is not None:
-            self._assign(pieces)
+            self.variables.assign(pieces)
         self.configs[name], self.loaded = lora, name
         self._whole[name] = dict(whole or {})
         if HEAD in self._whole[name]:
@@ -159,11 +161,11 @@ class Adapters:
     def _load(self, name):
         """Assign an adapter's values to the variables; undo it on errors."""
         if name != self.loaded:
-            before = self._host_values[self.loaded] = self._read()
+            before = self._host_values[self.loaded] = self.variables.read()
             try:
-                self._assign(self._host_values[name])
+                self.variables.assign(self._host_values[name])
             except BaseException:
-                self._assign(before)
+                self.variables.assign(before)
                 raise
             self.loaded = name
             del self._host_values[name]
@@ -191,11 +193,15 @@ class Adapters:
     def assign(self, values):
         """Assign the loaded adapter's values, in the form of `values`."""
         self._refuse_merged()
-        self._assign(values)
+        self.variables.assign(values)
 
     def pieces(self, name):
         """Return an adapter's arrays in the shape of the variables."""
-        return self._read() if name == self.loaded else self._host_values[name]
+        return (
+            self.variables.read()
+            if name == self.loaded
+            else self._host_values[name]
+        )
 
     def values(self, name):
         """Return an adapter's arrays, sliced to its own rank."""
@@ -232,8 +238,8 @@ class Adapters:
     def scales(self, name):
         """Return a dict of weight name to an adapter's scales; 0 for `None`."""
         scales = {}
-        for target in self._room.targets:
-            layers = self.num_layers(target)
+        for target in self.variables.room.targets:
+            layers = self.variables.num_layers(target)
             value = np.zeros(layers)
             if name is not None:
                 value = self.configs[name].scales(target, layers)
@@ -241,16 +247,6 @@ class Adapters:
             value = value if BLOCKS in place else value[0]
             scales[f"{place}/adapter_scale"] = value
         return scales
-
-    def weights(self, *pieces):
-        """Return a dict of name to `Weight` for some of `LoraConfig.pieces`."""
-        weights = self.backbone.weights_by_name()
-        return {
-            name: weights[name]
-            for target in self._room.targets
-            for piece in pieces
-            for name in [f"{TARGETS[target]}/{piece}"]
-        }
 
     def config(self):
         """Return the configuration of the adapter in use, for a preset.
@@ -263,10 +259,10 @@ class Adapters:
         """
         if self.active is None or self.merged is not None:
             return None
-        lora, capacity = self.configs[self.loaded], self._room
+        lora, capacity = self.configs[self.loaded], self.variables.room
         if (lora.rank, lora.targets) != (capacity.rank, capacity.targets):
             ranks = {
-                target: lora.ranks_of(target, self.num_layers(target))
+                target: lora.ranks_of(target, self.variables.num_layers(target))
                 for target in capacity.targets
             }
             lora = dataclasses.replace(
@@ -321,60 +317,6 @@ class Adapters:
                 "`adapters.unmerge()` first."
             )
 
-    def _fits(self, lora):
-        return (
-            lora.rank <= self._room.rank
-            and {*lora.targets} <= {*self._room.targets}
-            and {*lora.pieces} <= {*self._room.pieces}
-        )
-
-    @property
-    def _room(self):
-        """The `capacity`, of a backbone that has adapters."""
-        if self.capacity is None:
-            raise ValueError(
-                "There is no adapter. Expected: one; call `enable_lora` or "
-                "`load_adapter`."
-            )
-        return self.capacity
-
-    def num_layers(self, target):
-        """Return the number of layers of a target; 1 for the projector."""
-        place = TARGETS[target]
-        if BLOCKS not in place:
-            return 1
-        tower = getattr(self.backbone, place.split("/")[0])
-        return tower.blocks.num_layers
-
-    def _make_weights(self, lora):
-        for variable in self.backbone.variables:
-            variable.trainable = False
-        vision = self.backbone.vision_encoder
-        for tower, others in (
-            (self.backbone.text_decoder, []),
-            (vision, [vision.projector]),
-        ):
-            names = {
-                TARGETS[target].rsplit("/", 1)[1]
-                for target in lora.targets
-                if TARGETS[target].startswith(f"{tower.name}/")
-            }
-
-            def adapt(layer, names=names):
-                for inner in layer._flatten_layers():
-                    if isinstance(inner, Projection) and inner.name in names:
-                        inner.add_adapter(
-                            lora.rank, 0.0, lora.dropout, lora.bias, lora.dora
-                        )
-
-            if names:
-                tower.blocks.apply_to_blocks(adapt)
-                for layer in others:
-                    adapt(layer)
-                if lora.dropout:
-                    tower.blocks.enable_dropout()
-        self.capacity = dataclasses.replace(lora, ranks=None, alphas=None)
-
     def _make_head(self):
         """Create a table for the head, equal to the embedding by default."""
         embedding = self.backbone.token_embedding
@@ -387,38 +329,7 @@ class Adapters:
             if TABLE in whole:
                 whole.setdefault(HEAD, whole[TABLE])
 
-    def _read(self):
-        weights = self.weights(*self._room.pieces)
-        return {name: weight.read() for name, weight in weights.items()}
-
-    def _assign(self, pieces):
-        weights = self.weights(*self._room.pieces)
-        for name, weight in weights.items():
-            whole = np.zeros(weight.shape, "float32")
-            if name in pieces:
-                value = pieces[name]
-                whole[tuple(slice(size) for size in value.shape)] = value
-            weight.assign(whole)
-
     def _assign_scales(self, name):
-        weights = self.weights("adapter_scale")
+        weights = self.variables.weights("adapter_scale")
         for key, value in self.scales(name).items():
             weights[key].assign(value)
-
-    def _random(self, lora):
-        """Draw a new adapter's values: random A, zeros for the rest."""
-        weights = self.weights("adapter_a")
-        values = {}
-        for target in lora.targets:
-            name = f"{TARGETS[target]}/adapter_a"
-            ranks = lora.ranks_of(target, self.num_layers(target))
-            inputs = weights[name].layer_shape[:-1]
-            draws = []
-            for rank in ranks:
-                # A new initializer for each layer: the same one would repeat
-                # its values.
-                draw = normal(math.prod(inputs))((*inputs, lora.rank))
-                draws.append(np.array(ops.convert_to_numpy(draw)))
-                draws[-1][..., rank:] = 0
-            values[name] = np.stack(draws) if BLOCKS in name else draws[0]
-        return values

@@ -54,7 +54,7 @@ Written by `python -m recipes.nano.card`.
 
 
 def table(results):
-    """Give the rows of the card's table.
+    """Return the rows of the card's table.
 
     Args:
         results: dict, of `evaluate.evaluate` for two groups of styles.

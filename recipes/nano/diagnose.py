@@ -54,7 +54,7 @@ def one_of(sprites, objects, count, seed):
 
 
 def which_object(examples, responses):
-    """Tell boxes on the named object from those on another, or on none."""
+    """Count boxes on the named object, on another one, and on none."""
     right, other, overlaps = [], [], []
     for example, response in zip(examples, responses, strict=True):
         asked = example["prompt"].removeprefix("detect ")
@@ -73,7 +73,7 @@ def which_object(examples, responses):
 
 
 def patches(examples):
-    """Say which object is at each patch's middle: (B, I), -1 for none."""
+    """Return the object at each patch's centre: (B, I), -1 for none."""
     return np.stack(
         [lesson.object_of_patches(example["objects"]) for example in examples]
     )

@@ -97,7 +97,9 @@ class Lessons(keras.utils.PyDataset):
                 )
             )
         which = [object_of_patches(objects) for _, objects in pictures]
-        kept = [some_patches(rng, one, self.stage.patches) for one in which]
+        kept = [
+            some_patches(rng, picture, self.stage.patches) for picture in which
+        ]
         x, y, w = batch(
             pictures, asked, np.stack(which), np.stack(kept), self.preprocessor
         )
@@ -165,7 +167,7 @@ def batch(pictures, asked, which, kept, preprocessor):
         "names": np.where(which >= 0, 1.0, BACKGROUND_WEIGHT),
         "boxes": shows_BI,
     }
-    return x, y, {name: one.astype("float32") for name, one in w.items()}
+    return x, y, {name: value.astype("float32") for name, value in w.items()}
 
 
 def object_of_patches(objects):
@@ -201,8 +203,8 @@ def some_patches(rng, which, number):
         int array (number,), rising.
     """
     rank = rng.random(len(which))
-    for one in range(which.max() + 1):
-        mine = np.flatnonzero(which == one)
+    for place in range(which.max() + 1):
+        mine = np.flatnonzero(which == place)
         rank[mine[np.argsort(rank[mine])[:PATCHES_KEPT]]] -= 1
     return np.sort(np.argsort(rank)[:number])
 

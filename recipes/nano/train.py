@@ -132,7 +132,7 @@ def build():
 
 
 def first_location(model):
-    """Give the id of `<loc0000>`."""
+    """Return the id of `<loc0000>`."""
     return model.preprocessor.tokenizer.token_to_id("<loc0000>")
 
 
@@ -189,7 +189,7 @@ def compile_for(trained, stage, model):
 
 
 class Progress(keras.callbacks.Callback):
-    """Tell the data its epoch; write checkpoint and log after each."""
+    """Set the data's epoch; write checkpoint and log after each."""
 
     def __init__(self, data, folder, stage):
         super().__init__()

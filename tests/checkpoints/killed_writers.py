@@ -1,6 +1,6 @@
-"""Kills writers of folders at their steps; run by its test.
+"""Kill writers of folders at each of their steps; run by its test.
 
-A writer is a forked process; a step is the making of an array or a call that
+A writer is a forked process; a step is the creation of an array, or a call that
 changes a folder or waits for the disk.
 """
 
@@ -12,7 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-# The model is not needed, nor any backend that starts threads.
+# Neither the model is needed nor a backend that starts threads.
 os.environ["KERAS_BACKEND"] = "numpy"
 
 import numpy as np
@@ -38,14 +38,16 @@ peft_keys = ["q_proj.lora_A.weight", "q_proj.lora_B.weight"]
 
 
 def write(folder, to, value, step=lambda: None):
-    """Write a model, or an adapter, all of whose numbers are one."""
+    """Write a model or an adapter whose numbers all are `value`."""
 
     if to == "peft":
         arrays = ((key, np.full((2, 3), float(value))) for key in peft_keys)
         arrays = ((key, step() or array) for key, array in arrays)
         peft_write.write(folder, ADAPTER, arrays)
         return
-    arrays = {key: np.full_like(one, value) for key, one in weights.items()}
+    arrays = {
+        key: np.full_like(weight, value) for key, weight in weights.items()
+    }
     rows = [engine.Row(key, key) for key in arrays]
     tensors = engine.Arrays(arrays)
     tensors = lazy_tensors(arrays, rows, tensors, lambda array: step())
@@ -53,7 +55,7 @@ def write(folder, to, value, step=lambda: None):
 
 
 def read(folder, to):
-    """Give the one number of a model or an adapter, or `None` without."""
+    """Return the one number of a model or an adapter, or `None`."""
     try:
         if to == "peft":
             _, open_files = peft.find(folder)
@@ -63,7 +65,7 @@ def read(folder, to):
         return None
     with open_files() as tensors:
         values = [tensors.read(key) for key in tensors.shapes]
-    numbers = {float(one) for array in values for one in np.unique(array)}
+    numbers = {float(number) for array in values for number in np.unique(array)}
     assert len(values) > 1 and len(numbers) == 1, numbers
     return numbers.pop()
 
@@ -79,7 +81,7 @@ def visible(folder):
 
 
 def attempt(to, before, kill_at, kind):
-    """Kill a writer at one of its steps of a kind; tell what it left."""
+    """Kill a writer at one step of a kind; return what it left."""
     folder = Path(home) / "a folder" / "model"
     folder.parent.mkdir()
     if before != "absent":
@@ -110,7 +112,7 @@ for case in cases:
     last = (len(peft_keys) if case.startswith("peft") else len(weights)) - 1
     for number in (0, 1, last):
         assert attempt(*case.split(), number, "arrays")
-    # Each call, until one more than there are kills nobody.
+    # Each call, until there is none left to kill.
     for number in itertools.count():
         if not attempt(*case.split(), number, "calls"):
             break

@@ -1,9 +1,8 @@
-"""Gradients of ours and of PEFT where neither rounds to float32.
+"""Compare our gradients with PEFT's in float64.
 
 `python -m tests.checkpoints.peft_in_double` prints the largest difference of
-the loss and of each adapter's gradient, as JSON. A process of its own, since
-what asks for float32 by name, in Keras, in transformers and here, is given
-float64.
+the loss and of each adapter's gradient, as JSON. It is a process of its own,
+since it replaces float32 by float64 in Keras, in transformers and here.
 """
 
 import json
@@ -17,9 +16,9 @@ from keras.src.backend.common import dtypes
 
 
 def to_double():
-    """Make float64 of all that asks for float32."""
+    """Replace float32 by float64 wherever it is requested."""
     jax.config.update("jax_enable_x64", True)
-    # Keras computes in 32 bits on JAX, whatever it is given.
+    # On JAX, Keras computes in 32 bits, whatever the dtype.
     dtypes.BIT64_TO_BIT32_DTYPE.clear()
 
     def wider(dtype):

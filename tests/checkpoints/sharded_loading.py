@@ -1,4 +1,4 @@
-"""Loads the golden checkpoint on eight virtual devices; run by its test."""
+"""Load the golden checkpoint on eight virtual devices; run by its test."""
 
 import os
 
@@ -15,6 +15,7 @@ import numpy as np
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import compat
 from keras_paligemma.layers import weight
+from tests.helpers.checks import check
 from tests.helpers.tiny_models import GOLDEN
 from tests.helpers.tiny_models import UNTOLD
 from tests.helpers.tiny_models import golden_inputs
@@ -34,7 +35,7 @@ fill = compat.fill
 
 
 def watched(variable, value):
-    """Refuse all but shards that come from the host, one at a time."""
+    """Check that each shard is copied from the host, one at a time."""
     put, seen = jax.device_put, []
 
     def device_put(array, device, may_alias=None):
@@ -56,24 +57,27 @@ def watched(variable, value):
 
 
 weight.fill = watched
-backbone = PaliGemmaBackbone.from_preset(
-    GOLDEN / "tiny_headdim.npz", form="unrolled", **UNTOLD
-)
-sharded = 0
-for variable in backbone.variables:
-    shard = variable._value.addressable_shards[0].data
-    if any(word in variable.path for word in ("token_embedding", "mlp")):
-        if "text_decoder" in variable.path and "norm" not in variable.path:
-            assert shard.nbytes * 8 == variable._value.nbytes, variable.path
-            sharded += 1
-            continue
-    assert shard.nbytes == variable._value.nbytes, variable.path
-assert sharded == 1 + 3 * 3, sharded
-expected = dict(np.load(GOLDEN / "tiny_headdim.expected.npz"))
-logits = run(
-    lambda inputs: backbone.logits(backbone(inputs)), golden_inputs(expected)
-)
-wanted = expected["f32/llm/logits"]
-difference = np.abs(np.asarray(logits) - wanted).max() / np.abs(wanted).max()
-assert difference < 2e-5, difference
-print("sharded", sharded)
+with check("copies"):
+    backbone = PaliGemmaBackbone.from_preset(
+        GOLDEN / "tiny_headdim.npz", form="unrolled", **UNTOLD
+    )
+with check("bytes"):
+    sharded = 0
+    for variable in backbone.variables:
+        shard = variable._value.addressable_shards[0].data
+        if any(word in variable.path for word in ("token_embedding", "mlp")):
+            if "text_decoder" in variable.path and "norm" not in variable.path:
+                assert shard.nbytes * 8 == variable._value.nbytes, variable.path
+                sharded += 1
+                continue
+        assert shard.nbytes == variable._value.nbytes, variable.path
+    assert sharded == 1 + 3 * 3, sharded
+with check("logits"):
+    expected = dict(np.load(GOLDEN / "tiny_headdim.expected.npz"))
+    logits = run(
+        lambda inputs: backbone.logits(backbone(inputs)),
+        golden_inputs(expected),
+    )
+    wanted = expected["f32/llm/logits"]
+    error = np.abs(np.asarray(logits) - wanted).max() / np.abs(wanted).max()
+    assert error < 2e-5, error

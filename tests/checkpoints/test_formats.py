@@ -133,9 +133,9 @@ def test_blocks_that_are_not_scanned(arrays, expected, tmp_path):
     written = {}
     for key, array in arrays.items():
         if key.startswith(start):
-            for layer, one in enumerate(array):
+            for layer, part in enumerate(array):
                 name = key.replace("encoderblock/", f"encoderblock_{layer}/")
-                written[name.removeprefix("params/")] = one
+                written[name.removeprefix("params/")] = part
         else:
             written[key.removeprefix("params/")] = array
     np.savez(tmp_path / "x.npz", **written)
@@ -207,9 +207,9 @@ def test_official_sizes_are_recognised(name):
             for tower in ("vision_encoder", "text_decoder")
         },
     }
-    assert formats.variant(partial) == name
+    assert presets.variant(partial) == name
     partial["text_decoder"]["num_layers"] += 1
-    assert formats.variant(partial) is None
+    assert presets.variant(partial) is None
 
 
 def test_a_published_model_has_the_config_of_a_folder(tmp_path):
@@ -344,15 +344,15 @@ def test_damage_gives_no_model_and_leaves_the_files(
     PaliGemmaBackbone.from_preset(path, **fields)
     (weights,) = formats.find(path, fields).files
     weights.write_bytes(weights.read_bytes()[:-1000])
-    files = [one for one in tmp_path.rglob("*") if one.is_file()]
-    before = {one: one.read_bytes() for one in files}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    before = {file: file.read_bytes() for file in files}
     filled = []
     monkeypatch.setattr(weight, "fill", lambda *args: filled.append(args))
     with pytest.raises(ValueError, match=f"{weights.name}.*cannot be read"):
         PaliGemmaBackbone.from_preset(path, **fields)
     assert not filled
-    files = [one for one in tmp_path.rglob("*") if one.is_file()]
-    assert before == {one: one.read_bytes() for one in files}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert before == {file: file.read_bytes() for file in files}
 
 
 def test_a_configuration_alone_is_not_opened():

@@ -56,7 +56,9 @@ def test_killed_at_every_step(outcomes, case):
         # notes of a user are never touched.
         assert names == whole or entry not in names
         assert before != "old" or "notes.txt" in names
-    values = [one[-1] for one in outcomes[case] if one[0] == "calls"]
+    values = [
+        outcome[-1] for outcome in outcomes[case] if outcome[0] == "calls"
+    ]
     # Old up to one step, new from there on; both were seen.
     assert values.count(nothing) > 4 and values.count(2) > 1
     assert values == sorted(values, key=lambda value: value == 2)

@@ -82,7 +82,7 @@ def originals(tmp_path_factory):
 
 
 def engine_shapes(weights):
-    return {name: one.shape for name, one in weights.items()}
+    return {name: weight.shape for name, weight in weights.items()}
 
 
 def folder_of(home, to):
@@ -128,7 +128,7 @@ def places(value, path=()):
 def mutate_json(draw, path):
     """Put something else at a place of a JSON file, or nothing."""
     content = json.loads(path.read_text())
-    *parents, last = draw.choice([one for one in places(content) if one])
+    *parents, last = draw.choice([place for place in places(content) if place])
     inner = content
     for key in parents:
         inner = inner[key]
@@ -180,9 +180,9 @@ def test_mutated_checkpoints_load_or_are_refused(originals, tmp_path, to):
         draw = random.Random(f"{to} {seed}")
         folder = tmp_path / "folder"
         shutil.copytree(source, folder)
-        files = sorted(one for one in folder.rglob("*") if one.is_file())
-        files = [one for one in files if one.name != "tokenizer.model"]
-        parsed = [one for one in files if one.suffix == ".json"]
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = [file for file in files if file.name != "tokenizer.model"]
+        parsed = [file for file in files if file.suffix == ".json"]
         path = draw.choice(files)
         if parsed and draw.random() < 0.6:
             path = draw.choice(parsed)

@@ -79,7 +79,7 @@ def refused(path, *words):
 
 
 def npy(array, **kwargs):
-    """Give the bytes of a .npy."""
+    """Return the bytes of a .npy."""
     file = io.BytesIO()
     np.save(file, array, **kwargs)
     return file.getvalue()
@@ -187,7 +187,7 @@ def test_golden(name):
     with np.load(GOLDEN / name) as file:
         wanted = dict(file)
     if ".b16." in name:
-        wanted = {key: one.view(BFLOAT16) for key, one in wanted.items()}
+        wanted = {key: value.view(BFLOAT16) for key, value in wanted.items()}
     assert len(wanted) == 34
     assert_same(load(GOLDEN / name), wanted)
 
@@ -234,7 +234,7 @@ def test_bytes_read(tmp_path, bytes_read, form):
         np.savez_compressed(path, **arrays)
     bytes_read.clear()
     paths = find_pieces(path)
-    size = sum(one.stat().st_size for one in paths)
+    size = sum(path.stat().st_size for path in paths)
     with open_npz(paths) as tensors:
         opened = sum(bytes_read)
         for key in tensors.shapes:
@@ -283,8 +283,8 @@ def test_pieces_are_found_from_the_stem_or_any_piece(tmp_path, numbered):
     (tmp_path / "x[1].npz2").touch()
     (tmp_path / "y.npz.part-00000-of-00001").touch()
     pieces = cut(path, 3, numbered)
-    for one in [path, *pieces]:
-        assert find_pieces(one) == find_pieces(str(one)) == pieces
+    for file in [path, *pieces]:
+        assert find_pieces(file) == find_pieces(str(file)) == pieces
     assert_same(load(path), {"a": np.arange(99)})
     with open_npz(pieces[::-1]) as tensors:
         assert tensors.shapes == {"a": (99,)}
@@ -365,9 +365,9 @@ def test_swapped_pieces(tmp_path, arrays):
     write_npz(path, arrays.items())
     pieces = cut(path, 4)
     contents = [piece.read_bytes() for piece in pieces]
-    for one, two in [(0, 1), (0, 2), (1, 2), (0, 3), (2, 3)]:
+    for first, two in [(0, 1), (0, 2), (1, 2), (0, 3), (2, 3)]:
         swapped = list(contents)
-        swapped[one], swapped[two] = contents[two], contents[one]
+        swapped[first], swapped[two] = contents[two], contents[first]
         for piece, data in zip(pieces, swapped, strict=True):
             piece.write_bytes(data)
         refused(path, "cannot be read")
@@ -682,7 +682,7 @@ write_npz(path, arrays(), piece_size or None)
 def killed(path, piece_size, renames=-1):
     """Write in a process that dies in the iterator, or after some renames."""
     command = [sys.executable, "-c", KILLED, path, piece_size, renames]
-    run = subprocess.run([str(one) for one in command], cwd=ROOT)
+    run = subprocess.run([str(word) for word in command], cwd=ROOT)
     assert run.returncode == 9
 
 
@@ -745,7 +745,7 @@ def test_a_target_is_replaced(tmp_path, before, after):
         (tmp_path / name).touch()
     write_npz(path, [("new", np.arange(500))], after)
     assert_same(load(path), {"new": np.arange(500)})
-    wanted = {one.name for one in find_pieces(path)} | beside
+    wanted = {piece.name for piece in find_pieces(path)} | beside
     assert set(os.listdir(tmp_path)) == wanted
 
 
@@ -816,7 +816,7 @@ def test_random_damage_to_pieces(tmp_path, kind):
     draw = random.Random(1)
     outcomes = []
     for _ in range(250):
-        damaged = [bytearray(one) for one in contents]
+        damaged = [bytearray(content) for content in contents]
         one, two = draw.choices(range(3), k=2)
         at = draw.randrange(len(damaged[one]))
         match draw.randrange(5):
@@ -834,7 +834,7 @@ def test_random_damage_to_pieces(tmp_path, kind):
                     damaged[one][at] = draw.randrange(256)
         for piece, bytes_ in zip(pieces, damaged, strict=True):
             piece.write_bytes(bytes_)
-        unchanged = [bytes(one) for one in damaged] == contents
+        unchanged = [bytes(content) for content in damaged] == contents
         outcomes.append(survives(path, arrays))
         assert outcomes[-1] or not unchanged
     assert 0 < sum(outcomes) < 125

@@ -29,8 +29,8 @@ peft = pytest.importorskip("peft")
 reference = pytest.importorskip("tests.helpers.transformers_reference")
 
 pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{one}")
-    for one in (
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
         # PEFT asks transformers by a name that is on its way out.
         ".*is_gradient_checkpointing:FutureWarning",
         # What it says of adapters that cannot be merged there.

@@ -24,7 +24,7 @@ def test_every_field_of_the_installed_peft_is_known():
         peft_config.HARMLESS,
         peft_config.UNSUPPORTED,
     ]
-    fields = {one.name for one in dataclasses.fields(peft.LoraConfig)}
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     assert set.union(*map(set, lists)) == fields
     assert sum(map(len, lists)) == len(fields)
 

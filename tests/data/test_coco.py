@@ -84,12 +84,16 @@ def test_boxes(write, tmp_path):
 def test_chosen_classes(write):
     path = write(*BOXES)
     source = COCOSource(path, "", classes=["dog", "hat"])
-    assert [one["images"] for one in source] == ["3.jpg"]
+    assert [example["images"] for example in source] == ["3.jpg"]
     assert source[0]["prompts"] == "detect dog ; hat"
     assert source[0]["responses"].count("dog") == 2
     assert "cat" not in source[0]["responses"]
     source = COCOSource(path, "", classes=["dog"], keep_empty=True)
-    assert [one["images"] for one in source] == ["7.jpg", "3.jpg", "5.jpg"]
+    assert [example["images"] for example in source] == [
+        "7.jpg",
+        "3.jpg",
+        "5.jpg",
+    ]
     assert source[0]["responses"] == ""
     with pytest.raises(ValueError, match=r"no class \['cow'\].*'cat', 'dog'"):
         COCOSource(path, "", classes=["cow", "dog"])
@@ -121,14 +125,14 @@ def test_crowds_are_objects(write, task):
     if task == "segment":
         path.write_text(path.read_text().replace("40, 30]", "40, 30, 20, 30]"))
     source = COCOSource(path, "", **options)
-    assert [one["prompts"] for one in source] == [
+    assert [example["prompts"] for example in source] == [
         f"{task} cat ; dog",
         f"{task} dog",
     ]
     assert source[1]["responses"].startswith("<loc0000><loc0000><loc0102>")
     assert source.left_out == {"pictures without an object": 1}
     source = COCOSource(path, "", keep_crowds=False, **options)
-    assert [one["prompts"] for one in source] == [f"{task} cat"]
+    assert [example["prompts"] for example in source] == [f"{task} cat"]
     assert source.left_out == {"crowds": 2, "pictures without an object": 2}
     assert "2 crowds left out" in repr(source)
 
@@ -142,7 +146,7 @@ def test_crowds_without_a_mask_are_told(write):
     )
     with pytest.warns(UserWarning, match="without a mask are left out, 2 of 4"):
         source = COCOSource(path, "")
-    assert [one["prompts"] for one in source] == ["detect cat ; dog"]
+    assert [example["prompts"] for example in source] == ["detect cat ; dog"]
     assert source.left_out["crowds without a mask"] == 2
     assert COCOSource(path, "", classes=["cat"]).left_out == {
         "objects of other classes": 3,
@@ -190,7 +194,10 @@ def test_what_becomes_of_boxes_further_outside(write):
     with pytest.raises(ExampleError, match="annotation 17: The box does not"):
         source[0]
     source = COCOSource(path, "", outside="drop")
-    assert [one["prompts"] for one in source] == ["detect cat", "detect cat"]
+    assert [example["prompts"] for example in source] == [
+        "detect cat",
+        "detect cat",
+    ]
     assert source.left_out["boxes outside of their pictures"] == 2
     with pytest.raises(ValueError, match="`outside` must be.*'ignore'"):
         COCOSource(path, "", outside="ignore")
@@ -232,7 +239,7 @@ def test_a_bad_object_loses_no_picture(write):
     assert seen.count("detect cat") == len(seen)
     assert (batches.skipped, batches.incomplete) == (1, 1)
     assert set(batches.problems) == {1, 2}
-    assert [str(one.message).split(":")[0] for one in told] == [
+    assert [str(warning.message).split(":")[0] for warning in told] == [
         "Examples used in part so far",
         "Examples skipped so far",
     ]

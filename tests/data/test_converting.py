@@ -52,7 +52,7 @@ def coco(tmp_path):
         {"segmentation": [CORNER], "bbox": box_of(CORNER), "category_id": 2},
         {**ring, "category_id": 9, "attributes": {"hidden": True}},
     ]
-    marks = [common | one | {"id": 5 + i} for i, one in enumerate(marks)]
+    marks = [common | mark | {"id": 5 + i} for i, mark in enumerate(marks)]
     sizes = {"height": 40, "width": 80}
     data = {
         "info": {"year": 2026},
@@ -76,8 +76,8 @@ def masks_of(objects):
     for picture in objects.pictures:
         size = picture.size or SIZE
         scale = 1 if picture.size else np.array(SIZE[::-1])
-        for number, one in enumerate(picture.annotations):
-            mask = one.segmentation
+        for number, annotation in enumerate(picture.annotations):
+            mask = annotation.segmentation
             if isinstance(mask, list):
                 mask = [np.reshape(p, (-1, 2)) * scale for p in mask]
             found[picture.name[-5:], number] = from_segmentation(mask, size)
@@ -88,8 +88,11 @@ def boxes_of(objects):
     """Label and box in pixels of each object of each picture."""
     return {
         picture.name[-5:]: [
-            (one.label, *np.multiply(one.box, 1 if picture.size else SIZE * 2))
-            for one in picture.annotations
+            (
+                annotation.label,
+                *np.multiply(annotation.box, 1 if picture.size else SIZE * 2),
+            )
+            for annotation in picture.annotations
         ]
         for picture in objects.pictures
     }
@@ -98,11 +101,11 @@ def boxes_of(objects):
 def check_boxes(found, wanted, atol):
     assert found.keys() == wanted.keys()
     for name, objects in wanted.items():
-        labels = [one[0] for one in found[name]]
-        assert labels == [one[0] for one in objects]
-        edges = [one[1:] for one in found[name]]
+        labels = [row[0] for row in found[name]]
+        assert labels == [item[0] for item in objects]
+        edges = [row[1:] for row in found[name]]
         np.testing.assert_allclose(
-            edges, [one[1:] for one in objects], rtol=0, atol=atol
+            edges, [item[1:] for item in objects], rtol=0, atol=atol
         )
 
 
@@ -111,13 +114,13 @@ def test_coco_comes_back_as_it_was(coco, tmp_path):
     assert (made.pictures, made.objects) == (2, 3)
     assert not made.lost and not made.skipped
     before, after = (json.loads(p.read_text()) for p in (coco, made.path))
-    for one in before["images"]:
-        one["file_name"] = f"coco/{one['file_name']}"
-    for one, other in zip(
+    for image in before["images"]:
+        image["file_name"] = f"coco/{image['file_name']}"
+    for annotation, other in zip(
         before["annotations"], after["annotations"], strict=True
     ):
         assert other.pop("area") > 0
-        assert other == one | {"bbox": pytest.approx(one["bbox"])}
+        assert other == annotation | {"bbox": pytest.approx(annotation["bbox"])}
     del before["annotations"], after["annotations"]
     assert after == before
     # A reader of its own.
@@ -214,10 +217,18 @@ def test_scores_and_crowds(coco, tmp_path):
     made = convert(coco, tmp_path / "yolo", "yolo", task="detect")
     assert made.lost["marks of crowds"] == 1
     (picture, _) = open_objects(made.path).pictures
-    assert [one.score for one in picture.annotations] == [0.25, None, None]
+    assert [annotation.score for annotation in picture.annotations] == [
+        0.25,
+        None,
+        None,
+    ]
     made = convert(coco, tmp_path / "again.json", "coco")
     (picture, _) = open_objects(made.path).pictures
-    assert [one.is_crowd for one in picture.annotations] == [0, 1, 0]
+    assert [annotation.is_crowd for annotation in picture.annotations] == [
+        0,
+        1,
+        0,
+    ]
     assert picture.annotations[0].score == 0.25
 
 
@@ -233,7 +244,9 @@ def test_fields_of_voc(tmp_path):
     assert open_source(tmp_path)[0]["prompts"] == "detect cat"
     middle = convert(tmp_path, tmp_path / "a.json", "coco")
     made = convert(middle.path, tmp_path / "voc", "voc")
-    ((mark,),) = [one.annotations for one in open_objects(made.path).pictures]
+    ((mark,),) = [
+        picture.annotations for picture in open_objects(made.path).pictures
+    ]
     assert mark.box == (2, 1.5, 40, 30)
     assert mark.extra == {"pose": "Left", "difficult": 1}
     assert not made.lost
@@ -409,7 +422,7 @@ def test_objects_that_lines_cannot_hold(coco, tmp_path):
     assert made.lost["pictures with objects that cannot be written"] == 1
     (line,) = made.path.read_text().splitlines()
     assert json.loads(line)["prefix"] == "segment cat"
-    assert {one.name for one in tmp_path.iterdir()} == {"coco", "a.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"coco", "a.jsonl"}
     with pytest.raises(ValueError, match="has no classes"):
         open_source(made.path, classes=["cat"])
 
@@ -441,7 +454,7 @@ def test_lines_that_are_no_objects_are_counted(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n".join([*lines, "{"]))
     objects = open_objects(tmp_path / "x.jsonl")
     assert objects.classes == ("cat", "owl", "hat")
-    assert [len(one.annotations) for one in objects.pictures] == [1]
+    assert [len(picture.annotations) for picture in objects.pictures] == [1]
     assert objects.skipped == {
         "parts of answers that are no object": 1,
         "lines that do not ask for objects": 1,

@@ -75,7 +75,7 @@ def test_empty_answers_on_request():
         {"image": PICTURE, "caption": text} for text in ("", b"", ["a", ""])
     ]
     source = FieldSource(rows, allow_empty=True)
-    assert [one["responses"] for one in source] == ["", "", ["a", ""]]
+    assert [example["responses"] for example in source] == ["", "", ["a", ""]]
     for index in range(3):
         with pytest.raises(ExampleError, match="is empty.*allow_empty=True"):
             FieldSource(rows)[index]

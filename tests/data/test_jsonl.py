@@ -125,7 +125,7 @@ def test_places_outside_of_the_picture(write, token):
     "y1, x1, y2, x2", [(8, 1, 2, 3), (2, 8, 5, 3), (1023, 1023, 0, 0)]
 )
 def test_boxes_upside_down(write, y1, x1, y2, x2):
-    box = "".join(f"<loc{one:04}>" for one in (y1, x1, y2, x2))
+    box = "".join(f"<loc{edge:04}>" for edge in (y1, x1, y2, x2))
     point = "<loc0900><loc0001> cat"
     fine = "<loc0002><loc0001><loc0002><loc0009><seg001> cat"
     source = JSONLSource(
@@ -160,7 +160,9 @@ MASK = "<seg007>" * 16
 )
 def test_objects_of_too_many_or_few_tokens(write, task, answer, received):
     line = {"image": "a.png", "prefix": f"{task} cat ; dog"}
-    fine = [line | {"suffix": one} for one in (f"{BOX} cat", f"{BOX}{MASK} a")]
+    fine = [
+        line | {"suffix": suffix} for suffix in (f"{BOX} cat", f"{BOX}{MASK} a")
+    ]
     source = JSONLSource(write(*fine, line | {"suffix": f"{answer} cat"}))
     (problem,) = check(source)
     assert "train.jsonl, line 3: An object is neither a box" in problem
@@ -197,7 +199,7 @@ def test_numbers_of_frames_that_differ(write):
     assert [w[:, 0].tolist() for _, w in rows] == [[1, 1], [0, 1]]
     # What comes first decides, whichever batch is read.
     source = JSONLSource(write(PAIR, PAIR, PAIR, GOOD, PAIR))
-    assert ["line 4" in one for one in check(source)] == [True]
+    assert ["line 4" in problem for problem in check(source)] == [True]
     batches = Batches(source, stack, 1, skip_errors=True, **kwargs)
     batches.set_state(batches.get_state(3))
     with pytest.warns(UserWarning, match="line 4"):
@@ -259,7 +261,7 @@ def test_check_tells_all_at_once(write):
         )
     )
     problems = check(source)
-    assert [one.split("line ")[1][:3] for one in problems] == [
+    assert [problem.split("line ")[1][:3] for problem in problems] == [
         "2: ",
         "3: ",
         "4: ",

@@ -56,8 +56,8 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert take(batches, 9) == first == take(make(seed=5), 9)
     assert take(make(seed=6), 9) != first
     epochs = [sum(first[i : i + 3], []) for i in (0, 3, 6)]
-    assert len({tuple(one) for one in epochs}) == 3
-    assert all(len(set(one)) == 9 and max(one) < 10 for one in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert all(len(set(epoch)) == 9 and max(epoch) < 10 for epoch in epochs)
     # Not the epochs of the seed before, one later.
     assert take(make(seed=4), 6)[3:] != first[:3]
 
@@ -188,7 +188,7 @@ def test_skipped_examples_are_blank_and_counted():
     assert batches.problems == {
         number: f"example {number}: bad {number}" for number in range(5, 25)
     }
-    counts = [str(one.message).split(".")[0][-2:] for one in warned]
+    counts = [str(warning.message).split(".")[0][-2:] for warning in warned]
     assert counts == [" 1", "10"]
 
 

@@ -24,7 +24,7 @@ def test_one_picture_or_frames():
     ]
     for two in (["a", "b"], ("a", "b"), np.array(["a", "b"], object)):
         assert frames_of(two) == ["a", "b"]
-    assert [one.shape for one in frames_of(np.zeros((2, 4, 5, 3)))] == [
+    assert [frame.shape for frame in frames_of(np.zeros((2, 4, 5, 3)))] == [
         (4, 5, 3)
     ] * 2
     with pytest.raises(ValueError, match="no picture"):

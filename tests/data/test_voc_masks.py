@@ -72,8 +72,8 @@ def values_of(marks, numbers):
 def masks_in(folder):
     (picture,) = open_objects(folder).pictures
     return [
-        from_rle(one.segmentation) if one.has_mask() else None
-        for one in picture.annotations
+        from_rle(annotation.segmentation) if annotation.has_mask() else None
+        for annotation in picture.annotations
     ]
 
 
@@ -231,7 +231,7 @@ def coco(tmp_path):
         {**small, "category_id": 2},
         {"bbox": [1, 1, 3, 3], "category_id": 1},
     ]
-    marks = [{"id": i, "image_id": 1, **one} for i, one in enumerate(marks)]
+    marks = [{"id": i, "image_id": 1, **mark} for i, mark in enumerate(marks)]
     sizes = {"height": 20, "width": 30}
     data = {
         "images": [
@@ -276,8 +276,8 @@ def test_masks_are_written_as_the_challenge_does(coco, tmp_path):
     first, _ = open_objects(again.path).pictures
     cat, dog, box = first.annotations
     assert not box.has_mask()
-    for one, value in ((cat, 1), (dog, 2)):
-        mask = from_segmentation(one.segmentation, SIZE)
+    for annotation, value in ((cat, 1), (dog, 2)):
+        mask = from_segmentation(annotation.segmentation, SIZE)
         np.testing.assert_array_equal(mask, right == value)
 
 

@@ -1,7 +1,7 @@
 """Evaluations that are killed: `… killed_evaluation FOLDER KILLS SEED`.
 
-Each is a process of its own, forked once everything is imported, and killed
-by the system at a random moment. The last one is left to end.
+Each is a process of its own, forked after all imports and killed at a random
+moment. The last one runs to its end.
 """
 
 import os
@@ -18,7 +18,7 @@ from tests.helpers.oracle import Oracle
 
 
 class Slow(Oracle):
-    """Takes its time: 100 batches are longer than 20 runs until a kill."""
+    """A slow model: 100 batches take longer than 20 runs until a kill."""
 
     def generate(self, inputs, max_new_tokens):
         time.sleep(0.01)
@@ -28,7 +28,7 @@ class Slow(Oracle):
 def main(folder, kills, seed):
     folder, draw = Path(folder), random.Random(int(seed))
     samples = open_samples(find_benchmark("vizwizvqa"), folder / "data")
-    answers = [one[0] for one in (s.truth["answers"] for s in samples)]
+    answers = [texts[0] for texts in (s.truth["answers"] for s in samples)]
     oracle = Slow(samples, answers)
 
     def run(output):

@@ -1,10 +1,10 @@
-"""Reads the tables of the model card, to make `golden/model_card.tsv` of them.
+"""Read the tables of the model card, to write `golden/model_card.tsv`.
 
 By hand, when the card changes:
 
     python -m tests.evaluation.model_card model_card.md
 
-The file has a line a number: row, column, number; "-" where the card has none.
+The file has a line per number: row, column, number; "-" if the card has none.
 """
 
 import re

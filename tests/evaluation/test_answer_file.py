@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 def rows_of(path):
     lines = path.read_text("utf-8").splitlines()
-    return {one["id"]: one["prediction"] for one in map(json.loads, lines)}
+    return {row["id"]: row["prediction"] for row in map(json.loads, lines)}
 
 
 def test_a_folder_is_answered_in_order_and_resumed(model, folder, tmp_path):

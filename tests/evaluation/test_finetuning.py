@@ -17,6 +17,7 @@ from keras_paligemma.evaluation.codecs import mask_codec
 from keras_paligemma.evaluation.finetuning import for_run
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.training import run
+from keras_paligemma.training.settings import read_settings
 from tests.helpers.benchmark_data import change_sample
 from tests.helpers.benchmark_data import chartqa_human
 from tests.helpers.benchmark_data import make_data
@@ -32,7 +33,9 @@ def data(tmp_path):
 
 def call(*arguments):
     result = CliRunner().invoke(
-        cli.app, [str(one) for one in arguments], catch_exceptions=False
+        cli.app,
+        [str(argument) for argument in arguments],
+        catch_exceptions=False,
     )
     return result.output
 
@@ -54,7 +57,7 @@ def test_a_file_of_settings_goes_before_the_record(data, tmp_path):
     given = {"preset": NANO, "data": str(data), "output": str(tmp_path / "run")}
     (tmp_path / "settings.toml").write_text("epochs = 3\n")
     defaults, source = for_run("vizwizvqa", given)
-    settings = run.read_settings(tmp_path / "settings.toml", defaults, **given)
+    settings = read_settings(tmp_path / "settings.toml", defaults, **given)
     assert (settings.epochs, settings.learning_rate) == (3, 1e-5)
     assert (settings.batch_size, settings.lora_rank) == (256, 0)
     assert len(source) == 12
@@ -69,10 +72,10 @@ def test_adapters_need_no_frozen_weights(data):
 def test_the_transfers_dropout_reaches_the_decoder(data):
     given = {"preset": NANO, "data": str(data / "samples.jsonl")}
     defaults, _ = for_run("screen2words", given)
-    settings = run.read_settings(None, defaults, output="run", **given)
+    settings = read_settings(None, defaults, output="run", **given)
     settings = dataclasses.replace(settings, lora_rank=2)
     blocks = run.build(settings).backbone.text_decoder.blocks
-    assert {one.dropout for one in blocks.each_block()} == {0.3}
+    assert {block.dropout for block in blocks.each_block()} == {0.3}
 
 
 def test_a_jsonl_file_brings_its_own_examples(data):

@@ -183,8 +183,8 @@ def test_official_layout(make, tmp_path):
     right = {"cider": "references", "refcoco": "boxes"}
     right = right.get(benchmark.metric, "answers")
     found = [
-        (one.id, one.prompt, one.truth[right])
-        for one in (samples[n] for n in range(len(samples)))
+        (sample.id, sample.prompt, sample.truth[right])
+        for sample in (samples[n] for n in range(len(samples)))
     ]
     assert found == wanted
     assert samples.missing_pictures() == []
@@ -216,7 +216,7 @@ def test_minival_is_the_originals(tmp_path):
     """The hash is that of TensorFlow Datasets' shuffler."""
     from tensorflow_datasets.core import hashing
 
-    wanted = [one[0] for one in vqav2(tmp_path)]
+    wanted = [row[0] for row in vqav2(tmp_path)]
     hasher = hashing.Hasher("validation")
     assert wanted == sorted(wanted, key=lambda id: hasher.hash_key(int(id)))
     assert wanted != sorted(wanted)

@@ -79,7 +79,7 @@ def choice():
     for number in range(ROWS):
         image, objects = scene(number)
         name = objects[0][0]
-        wrong = [one for one in CLASSES if one != name][:3]
+        wrong = [other for other in CLASSES if other != name][:3]
         fields = {"question": "what is it?", "choices": [name, *wrong]}
         yield picture_of(image), fields | {"answers": name}, name
 
@@ -179,7 +179,7 @@ def table():
     for number in range(ROWS):
         cells = [["Name", "Score"], [f"no {number}", str(90 - number)]]
         rows = "".join(
-            "<tr>" + "".join(f"<td>{one}</td>" for one in row) + "</tr>"
+            "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
             for row in cells
         )
         html = f"<table>{rows}</table>"
@@ -233,7 +233,7 @@ def pair():
         left, right = scene(number), scene(number + 1 + number % 2 * 2)
         same = str(len(left[1]) == len(right[1]))
         fields = {"sentence": "Both have as many.", "answers": same}
-        yield [picture_of(one[0]) for one in (left, right)], fields, same
+        yield [picture_of(side[0]) for side in (left, right)], fields, same
 
 
 def video():
@@ -273,7 +273,7 @@ KINDS = {
 
 
 def test_each_kind_has_a_proof():
-    assert {one.kind for one in benchmarks().values()} == set(KINDS)
+    assert {benchmark.kind for benchmark in benchmarks().values()} == set(KINDS)
     for kind, (_, name, _) in KINDS.items():
         assert find_benchmark(name).kind == kind
 
@@ -290,11 +290,11 @@ def write(folder, made):
                     folder / names, save_all=True, append_images=image[1:]
                 )
             else:
-                for place, one in enumerate(
+                for place, row in enumerate(
                     image if isinstance(image, list) else [image]
                 ):
                     names.append(f"{number}-{place}.png")
-                    one.save(folder / names[-1])
+                    row.save(folder / names[-1])
                 names = names if isinstance(image, list) else names[0]
             record = {"id": f"s{number}", "images": names} | fields
             file.write(json.dumps(record) + "\n")
@@ -351,8 +351,10 @@ def score_of(benchmark, texts, columns, decode):
         "vqav2": lambda: [text == right[0] for text, right in pairs],
         "tallyqa": lambda: [
             text == right
-            for (text, right), one in zip(pairs, simple or (), strict=True)
-            if one
+            for (text, right), is_simple in zip(
+                pairs, simple or (), strict=True
+            )
+            if is_simple
         ],
         "relaxed_accuracy": lambda: [
             abs(float(text) / float(right) - 1) <= 0.05 for text, right in pairs

@@ -142,7 +142,7 @@ def fake(feature, name, number):
 
 
 def distinct(example, path, number):
-    """Give an example an id of its own, as the published ones have."""
+    """Set an example's own id, as the published ones have."""
     old = example[path]
     text = b"%d" % number
     return example | {
@@ -152,7 +152,7 @@ def distinct(example, path, number):
 
 @pytest.mark.parametrize(
     "benchmark",
-    [one for one in benchmarks().values() if one.tfds],
+    [benchmark for benchmark in benchmarks().values() if benchmark.tfds],
     ids=lambda one: one.name,
 )
 def test_features_of_the_original(benchmark):
@@ -160,7 +160,9 @@ def test_features_of_the_original(benchmark):
     examples = [fake(features, "", number) for number in range(3)]
     id = benchmark.fields.get("id")
     if id is not None:
-        examples = [distinct(one, id, n) for n, one in enumerate(examples)]
+        examples = [
+            distinct(example, id, n) for n, example in enumerate(examples)
+        ]
     samples = open_samples(benchmark, examples)
     if benchmark.average_over and "language" not in benchmark.fields:
         with pytest.raises(ValueError, match="each 'language', which samples"):
@@ -182,7 +184,9 @@ def test_features_of_the_original(benchmark):
 
 
 def test_every_name_has_its_features():
-    assert {one.tfds for one in benchmarks().values()} - {None} == set(FEATURES)
+    assert {benchmark.tfds for benchmark in benchmarks().values()} - {
+        None
+    } == set(FEATURES)
 
 
 def test_multiple_choice_answers_with_the_text_of_the_choice():
@@ -241,7 +245,7 @@ def test_paths():
 
 def test_frames(tmp_path):
     video = np.arange(7)[:, None, None, None] * np.ones((1, 2, 2, 3), "uint8")
-    first = [int(one[0, 0, 0]) for one in pick_frames(video, 3, 3)]
+    first = [int(frame[0, 0, 0]) for frame in pick_frames(video, 3, 3)]
     assert first == [0, 3, 6]
     # As the original repeats what a short video has.
     assert pick_frames(list("abcde"), 5, 2) == list("aceac")
@@ -250,7 +254,10 @@ def test_frames(tmp_path):
     frames = [Image.new("RGB", (4, 4), (60 * n, 0, 0)) for n in range(3)]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     found = pick_frames(tmp_path / "x.gif", 2, 2)
-    assert [one.getpixel((0, 0))[0] // 60 for one in found] == [0, 2]
+    assert [picture.getpixel((0, 0))[0] // 60 for picture in found] == [
+        0,
+        2,
+    ]
     (tmp_path / "film.mp4").write_bytes(b"film")
     with pytest.raises(ValueError, match="ffmpeg"):
         pick_frames(tmp_path / "film.mp4", 2, 2)
@@ -275,7 +282,8 @@ def test_tensorflow_datasets_from_disk(tmp_path):
         def _split_generators(self, manager):
             codes = find_benchmark("xgqa").languages
             return {
-                f"test_zs_{one}": self._generate_examples(one) for one in codes
+                f"test_zs_{code}": self._generate_examples(code)
+                for code in codes
             }
 
         def _generate_examples(self, language):

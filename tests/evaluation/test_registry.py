@@ -59,9 +59,9 @@ def test_every_number_of_the_card_is_there_and_no_other():
         value, _, name = VALUES[label].partition(" of ")
         wanted.add((title, f"{value}{name}", size, number))
     found = set()
-    for name, one in benchmarks().items():
+    for name, benchmark in benchmarks().items():
         own = name if name.startswith("vsr") else ""
-        for title, value, column, number in numbers_of(one):
+        for title, value, column, number in numbers_of(benchmark):
             value = "" if column in COLUMNS else f"{value}{own}"
             found.add((title, value, column, str(float(number))))
     assert found == wanted
@@ -75,7 +75,7 @@ def test_every_number_of_the_card_is_there_and_no_other():
 def test_record_can_be_run(benchmark):
     columns = METRICS[benchmark.metric]
     function = getattr(metrics, benchmark.metric)
-    names = [one.strip("[]") for one in columns]
+    names = [column.strip("[]") for column in columns]
     parameters = inspect.signature(function).parameters
     assert set(names) | set(benchmark.arguments) < set(parameters)
     # What the prompt and the metric ask for, the data give.
@@ -84,7 +84,7 @@ def test_record_can_be_run(benchmark):
         for _, name, _, _ in string.Formatter().parse(benchmark.prompt)
         if name
     ]
-    needed = {one for one in columns if not one.startswith("[")}
+    needed = {column for column in columns if not column.startswith("[")}
     if benchmark.layout is None:
         assert {*fields, *needed} <= set(benchmark.fields) | {"language"}
     if benchmark.response is not None:
@@ -155,9 +155,9 @@ def test_transfer_settings(line):
 
 def test_frames_beams_and_smoothing():
     found = {
-        name: (one.frames, one.stride)
-        for name, one in benchmarks().items()
-        if one.frames
+        name: (benchmark.frames, benchmark.stride)
+        for name, benchmark in benchmarks().items()
+        if benchmark.frames
     }
     assert found == {
         "activitynet_cap": (16, 30),
@@ -167,23 +167,31 @@ def test_frames_beams_and_smoothing():
         "msvd_qa": (8, 26),
         "vatex": (16, 7),
     }
-    beams = {n: one.beams for n, one in benchmarks().items() if one.beams > 1}
+    beams = {
+        n: benchmark.beams
+        for n, benchmark in benchmarks().items()
+        if benchmark.beams > 1
+    }
     assert beams == {"coco_captions": 2, "nocaps": 2, "textcaps": 3}
     smoothed = {
-        one.task: one.finetune["label_smoothing"]
-        for one in benchmarks().values()
-        if "label_smoothing" in one.finetune
+        benchmark.task: benchmark.finetune["label_smoothing"]
+        for benchmark in benchmarks().values()
+        if "label_smoothing" in benchmark.finetune
     }
     assert smoothed == {
         **{"chartqa": 0.2, "infovqa": 0.4, "refcoco": 0.3, "rsvqa_lr": 0.2},
         **{"scicap": 0.1, "screen2words": 0.2, "stvqa": 0.1, "widgetcap": 0.1},
     }
-    lowered = {one.task for one in benchmarks().values() if one.lower_answers}
+    lowered = {
+        benchmark.task
+        for benchmark in benchmarks().values()
+        if benchmark.lower_answers
+    }
     assert lowered == {"infovqa", "rsvqa_hr", "rsvqa_lr", "stvqa", "textcaps"}
     averaged = {
-        name: len(one.languages)
-        for name, one in benchmarks().items()
-        if one.average_over
+        name: len(benchmark.languages)
+        for name, benchmark in benchmarks().items()
+        if benchmark.average_over
     }
     assert averaged == {"coco35l": 34, "marvl": 5, "xm3600": 35, "xgqa": 7}
 
@@ -237,4 +245,6 @@ def test_nan_stands_for_the_cards_dash():
 def test_page_is_made_of_the_registry():
     made = runpy.run_path(str(DOCS / "make_benchmarks.py"))
     assert made["FILE"].read_text("utf-8") == made["page"]()
-    assert {one.kind for one in benchmarks().values()} == set(made["PROOFS"])
+    assert {benchmark.kind for benchmark in benchmarks().values()} == set(
+        made["PROOFS"]
+    )

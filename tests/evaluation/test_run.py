@@ -158,7 +158,9 @@ def test_two_hosts_write_a_part_each(data, tmp_path, monkeypatch):
         assert (result is None) == (index == 1)
     part = read_predictions(tmp_path / "two" / "predictions-1-of-2.jsonl")
     assert list(part) == ["q2", "q3", "q6", "q7", "q10", "q11"]
-    files = [tmp_path / one / "predictions.jsonl" for one in ("one", "two")]
+    files = [
+        tmp_path / folder / "predictions.jsonl" for folder in ("one", "two")
+    ]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 

@@ -17,7 +17,7 @@ from PIL import ImageFilter
 
 FLAGS = (
     "--headless",
-    "--no-sandbox",  # Chromium has none for root, which CI is.
+    "--no-sandbox",  # Chromium has no sandbox for root, CI's user.
     "--disable-gpu",
     "--disable-quic",
     "--disable-dev-shm-usage",
@@ -27,7 +27,7 @@ FLAGS = (
     "--no-first-run",
     "--window-size=800,900",
 )
-# By this key WebDriver names an element.
+# WebDriver's key of an element's name.
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
@@ -61,12 +61,12 @@ class Browser:
         _call(f"{self._element(css)}/click", {})
 
     def run(self, script, *arguments):
-        """Run the body of a JavaScript function; give what it returns."""
+        """Run the body of a JavaScript function; return its result."""
         body = {"script": script, "args": arguments}
         return _call(f"{self.address}/execute/sync", body)
 
     def wait(self, script, *arguments, seconds=30):
-        """Wait until a function gives something that is true; give that."""
+        """Wait until a function's result is true; return it."""
         end = time.monotonic() + seconds
         while not (found := self.run(script, *arguments)):
             if time.monotonic() > end:
@@ -75,7 +75,7 @@ class Browser:
         return found
 
     def screenshot(self):
-        """Give the window as the bytes of a PNG."""
+        """Return the window as the bytes of a PNG."""
         return base64.b64decode(_call(f"{self.address}/screenshot"))
 
     def canvas(self):
@@ -95,7 +95,7 @@ def check_mask(before, after, one, colour):
     """Compare a canvas with the mask that the page should have drawn on it.
 
     Args:
-        before, after: arrays as `Browser.canvas` gives them.
+        before, after: arrays of `Browser.canvas`.
         one: `Object` with a mask.
         colour: (red, green, blue) of the object.
     """
@@ -148,7 +148,7 @@ def browser():
 
 
 def _call(url, body=None, method=None):
-    """Send one command; give its value."""
+    """Send one command; return its value."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, method=method)
     try:

@@ -27,7 +27,7 @@ def bare(tmp_path_factory):
 
 @contextlib.contextmanager
 def serving(folder, *arguments, path=""):
-    """Start the example's server, and give the address where it listens."""
+    """Start the example's server, and yield its address."""
     server = subprocess.Popen(
         [
             sys.executable,
@@ -49,6 +49,6 @@ def serving(folder, *arguments, path=""):
 
 @pytest.fixture(scope="session")
 def address(bare):
-    """Where the server listens, which answers for the exported nano preset."""
+    """The address of a server of the exported nano preset."""
     with serving(bare) as address:
         yield address

@@ -1,4 +1,4 @@
-"""A process that has TensorFlow and tensorflow-text alone answers requests.
+"""Answer requests with only TensorFlow and tensorflow-text.
 
 python served.py REQUESTS.pickle ANSWERS.pickle
 """
@@ -6,7 +6,7 @@ python served.py REQUESTS.pickle ANSWERS.pickle
 import pickle
 import sys
 
-# They cannot be imported: TensorFlow itself would try JAX.
+# Prevents their import: TensorFlow itself would try JAX.
 ABSENT = ("keras_paligemma", "keras_hub", "jax", "torch", "sentencepiece")
 sys.modules.update(dict.fromkeys(ABSENT))
 
@@ -27,7 +27,7 @@ def main(requests, answers):
             results[name] = ask(loaded[folder][signature], inputs)
         except (tf.errors.InvalidArgumentError, TypeError) as error:
             results[name] = {"raised": str(error)}
-    results["imported"] = [one for one in ABSENT if sys.modules[one]]
+    results["imported"] = [module for module in ABSENT if sys.modules[module]]
     with open(answers, "wb") as file:
         pickle.dump(results, file)
 

@@ -46,8 +46,8 @@ def test_values_are_written_in_parts(prefix, tmp_path, part, shards):
     if part == 1:
         assert seen == [0, 2, 4]
     loaded = tf.saved_model.load(str(tmp_path / "served"))
-    for one, value in zip(loaded.read(), VALUES, strict=True):
-        np.testing.assert_array_equal(one, value)
+    for found, value in zip(loaded.read(), VALUES, strict=True):
+        np.testing.assert_array_equal(found, value)
 
 
 def test_all_values_are_asked_for(prefix):

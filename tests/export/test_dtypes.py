@@ -136,6 +136,6 @@ def test_log_likelihoods_are_the_models(answers, models, scored, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_stored_once_and_as_they_are(folders, models, name):
     variables = folders[name] / "variables"
-    stored = sum(one.stat().st_size for one in variables.iterdir())
+    stored = sum(path.stat().st_size for path in variables.iterdir())
     weights = models[name].backbone.variables
-    assert stored < 1.02 * sum(to_host(one).nbytes for one in weights)
+    assert stored < 1.02 * sum(to_host(weight).nbytes for weight in weights)

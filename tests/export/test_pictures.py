@@ -25,7 +25,7 @@ def read():
 
     def run(files, rule="bilinear"):
         pixels, errors = compiled[rule](tf.constant(files, tf.string))
-        return pixels.numpy(), [one.decode() for one in errors.numpy()]
+        return pixels.numpy(), [error.decode() for error in errors.numpy()]
 
     return run
 

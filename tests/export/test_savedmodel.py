@@ -86,7 +86,7 @@ def model():
             slot: random.normal(0, 0.1, value.shape)
             for slot, value in model.adapters.values(name).items()
         }
-        model.adapters._assign(values)
+        model.adapters.variables.assign(values)
     model.adapters.select(None)
     return model
 
@@ -97,7 +97,7 @@ def folder(model, tmp_path_factory):
     model.adapters.select("second")
     model.export(home / "served")
     model.adapters.select(None)
-    assert [one.name for one in home.iterdir()] == ["served"]
+    assert [path.name for path in home.iterdir()] == ["served"]
     return home / "served"
 
 
@@ -250,13 +250,15 @@ def test_draws_are_generates(answers, model, batch, request_):
     found = answers[request_]
     greedy = answers["good"]["token_ids"][-3:]
     assert (found["token_ids"] != greedy).any()
-    for row, one in enumerate(wanted):
-        count = len(one.token_ids)
-        assert found["token_ids"][row, :count].tolist() == list(one.token_ids)
+    for row, answer in enumerate(wanted):
+        count = len(answer.token_ids)
+        assert found["token_ids"][row, :count].tolist() == list(
+            answer.token_ids
+        )
         assert not found["token_ids"][row, count:].any()
         np.testing.assert_allclose(
             found["log_probabilities"][row, :count],
-            one.log_probabilities,
+            answer.log_probabilities,
             atol=1e-5,
         )
 
@@ -333,11 +335,13 @@ def test_prompts_are_of_any_length(answers, scored):
 
 
 def test_weights_are_stored_once(folder, model):
-    stored = sum(one.stat().st_size for one in (folder / "variables").iterdir())
+    stored = sum(
+        path.stat().st_size for path in (folder / "variables").iterdir()
+    )
     # The model has room for one adapter, its slots, and the file holds two.
     slots = model.trainable_variables
     weights = [*model.backbone.variables, *slots]
-    weights = sum(to_host(one).nbytes for one in weights)
+    weights = sum(to_host(weight).nbytes for weight in weights)
     assert stored < 1.02 * weights
     # That of the bare preset is in test_server; here it has two adapters, and
     # four signatures.

@@ -34,7 +34,7 @@ def test_a_batch_is_what_its_rows_are(bare):
     # The same, of inputs that all have rows: what other servers batch.
     batched = model.loaded.signatures["batched"]
     inputs = batched.structured_input_signature[1]
-    assert {name: one.shape.rank for name, one in inputs.items()} == {
+    assert {name: input.shape.rank for name, input in inputs.items()} == {
         "images": 1,
         "prompts": 1,
     }

@@ -28,7 +28,7 @@ SCENE = (ROOT / "examples" / "pictures" / "scene_0.png").read_bytes()
 
 
 def send(url, body=None, **headers):
-    """Give status and JSON of a reply."""
+    """Return status and JSON of a reply."""
     try:
         request = urllib.request.Request(url, body, headers)
         with urllib.request.urlopen(request, timeout=60) as reply:
@@ -88,11 +88,11 @@ def test_boxes_masks_and_scores_of_tokens():
     assert "".join(texts).split(" ;")[1].endswith("> 猫")
     wanted = read_objects(texts, codec, None, None, values)
     assert len(wanted) == 2
-    for box, one in zip(found, wanted, strict=True):
+    for box, item in zip(found, wanted, strict=True):
         edges = [box[edge] for edge in ("y1", "x1", "y2", "x2")]
-        assert (tuple(edges), box["label"]) == (one.box, one.label)
-        assert box["score"] == pytest.approx(one.score)
-        assert ("mask" in box) == (one.mask is not None)
+        assert (tuple(edges), box["label"]) == (item.box, item.label)
+        assert box["score"] == pytest.approx(item.score)
+        assert ("mask" in box) == (item.mask is not None)
     head, data = found[0]["mask"].split(",")
     alpha = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))[..., 3]
     np.testing.assert_array_equal(alpha > 0, wanted[0].mask > 0)
@@ -107,7 +107,9 @@ def test_concurrent_answers_are_generates(address):
     assert len(set(wanted)) > 3
     # Bad requests among them, the last file's.
     files, prompts = [*files, bomb()], [*prompts, "caption en"]
-    alone = [ask(address, *one) for one in zip(files, prompts, strict=True)]
+    alone = [
+        ask(address, *request) for request in zip(files, prompts, strict=True)
+    ]
     order = np.random.default_rng(0).integers(0, len(files), 24)
     assert len(files) - 1 in order
     with ThreadPoolExecutor(12) as pool:

@@ -88,7 +88,7 @@ def alone(format, folder, inputs):
 
 
 def texts_of(model, ids):
-    """Turn ids, up to their stops, into texts."""
+    """Convert ids, up to their stops, to texts."""
     stop = model.preprocessor.tokenizer.end_token_id
     goes_on = np.cumsum(ids == stop, axis=1) == 0
     ids = np.where(goes_on, ids, 0)
@@ -100,7 +100,7 @@ def stored(folder):
 
 
 def weights_of(model):
-    return sum(one.value.nbytes for one in model.backbone.variables)
+    return sum(variable.value.nbytes for variable in model.backbone.variables)
 
 
 def test_stablehlo_answers_as_generate(model, asked, tmp_path):
@@ -114,7 +114,7 @@ def test_stablehlo_answers_as_generate(model, asked, tmp_path):
     assert stored(folder) - weights_of(model) < 200_000
     # Axes as in every other file, whatever order suits this machine.
     with safe_open(folder / "model.safetensors", "numpy") as file:
-        [name] = [one for one in file.keys() if "projector/kernel" in one]
+        [name] = [key for key in file.keys() if "projector/kernel" in key]
         kernel = file.get_tensor(name)
     weight = model.backbone.weights_by_name()["vision_encoder/projector/kernel"]
     np.testing.assert_array_equal(kernel, weight.read())

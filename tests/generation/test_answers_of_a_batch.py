@@ -35,7 +35,7 @@ def test_log_probabilities_are_those_of_a_pass_without_a_cache(
     asked = {key: examples[key] for key in ("images", "prompts")}
     answers = model.generate(asked, stop_token_ids=None, details=True)
     x = model.preprocessor.generate_preprocess(asked)
-    tokens = np.array([one.token_ids for one in answers])
+    tokens = np.array([answer.token_ids for answer in answers])
     response = np.broadcast_to(np.arange(20) >= 12, (4, 20))
     complete = x | {
         "token_ids": np.concatenate([x["token_ids"][:, :12], tokens], axis=1),
@@ -45,14 +45,16 @@ def test_log_probabilities_are_those_of_a_pass_without_a_cache(
     logits = model.backbone.logits(run(model.backbone, complete)[:, -9:-1])
     log_BRV = ops.convert_to_numpy(ops.log_softmax(logits, axis=-1))
     wanted = np.take_along_axis(log_BRV, tokens[..., None], 2)[..., 0]
-    found = np.array([one.log_probabilities for one in answers])
+    found = np.array([answer.log_probabilities for answer in answers])
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
-    for one, row in zip(answers, wanted, strict=True):
-        assert one.finish == "length"
-        assert one.log_probability == pytest.approx(row.sum(), abs=1e-4)
-        assert one.mean_log_probability == pytest.approx(row.mean(), abs=1e-5)
+    for answer, row in zip(answers, wanted, strict=True):
+        assert answer.finish == "length"
+        assert answer.log_probability == pytest.approx(row.sum(), abs=1e-4)
+        assert answer.mean_log_probability == pytest.approx(
+            row.mean(), abs=1e-5
+        )
     texts = model.generate(asked, stop_token_ids=None)
-    assert [one.text for one in answers] == texts
+    assert [answer.text for answer in answers] == texts
     with pytest.raises(dataclasses.FrozenInstanceError):
         answers[0].text = ""
 
@@ -60,7 +62,7 @@ def test_log_probabilities_are_those_of_a_pass_without_a_cache(
 def test_log_probabilities_are_the_originals(model, inputs, expected):
     """But for the first, whose logits the original does not cap."""
     answers = model.generate(inputs, stop_token_ids=None, details=True)
-    found = [one.log_probabilities[1:] for one in answers[:3]]
+    found = [answer.log_probabilities[1:] for answer in answers[:3]]
     wanted = expected["f32/decode/logp"][:3, 1:]
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
@@ -130,7 +132,7 @@ def test_functions_that_are_new_each_time_are_forgotten(golden_backbone):
         assert len(programs) <= MOST_PROGRAMS
         assert programs.compilations() <= MOST_PROGRAMS * compiles
     gc.collect()
-    assert sum(one() is not None for one in watched) < MOST_PROGRAMS
+    assert sum(program() is not None for program in watched) < MOST_PROGRAMS
 
 
 def test_compilations_are_kept_in_a_folder(tmp_path):

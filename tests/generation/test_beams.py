@@ -30,14 +30,18 @@ def test_all_beams_have_scores(model, expected):
     inputs = golden_prompts(expected)
     options = {"stop_token_ids": 160, "details": True, "beams": 3}
     answers = model.generate(inputs, **options)
-    for one in answers:
-        scores = [beam.score for beam in one.beams]
+    for answer in answers:
+        scores = [beam.score for beam in answer.beams]
         assert scores == sorted(scores, reverse=True)
-        assert one.token_ids == one.beams[0].token_ids
-        assert len({beam.token_ids for beam in one.beams}) == len(one.beams)
+        assert answer.token_ids == answer.beams[0].token_ids
+        assert len({beam.token_ids for beam in answer.beams}) == len(
+            answer.beams
+        )
     # A penalty makes long answers the better ones.
     longer = model.generate(inputs, **options, length_penalty=3.0)
-    lengths = [[len(one.token_ids) for one in all] for all in (answers, longer)]
+    lengths = [
+        [len(result.token_ids) for result in all] for all in (answers, longer)
+    ]
     assert sum(lengths[0]) < sum(lengths[1])
 
 
@@ -45,9 +49,9 @@ def test_beams_that_never_stop_are_whole(model, expected):
     inputs = golden_prompts(expected)
     answers = model.generate(inputs, stop_token_ids=None, beams=2, details=True)
     greedy = model.generate(inputs, stop_token_ids=None, details=True)
-    for one, other in zip(answers, greedy, strict=True):
-        assert one.finish == "length" and len(one.token_ids) == 8
-        assert one.log_probability >= other.log_probability - 1e-3
+    for answer, other in zip(answers, greedy, strict=True):
+        assert answer.finish == "length" and len(answer.token_ids) == 8
+        assert answer.log_probability >= other.log_probability - 1e-3
 
 
 @pytest.mark.parametrize(

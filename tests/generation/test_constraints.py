@@ -27,7 +27,7 @@ def test_answers_are_choices(model, examples):
     # The likeliest of them, token by token: with beams the likeliest of all.
     best = model.generate(asked, choices=choices, beams=4)
     repeated = {
-        key: [one for one in value for _ in choices]
+        key: [item for item in value for _ in choices]
         for key, value in asked.items()
     }
     scores = model.score(repeated | {"responses": choices * 4})

@@ -19,16 +19,18 @@ def asked(examples):
 
 def arrays_of(prefix):
     return [
-        keras.ops.convert_to_numpy(one).copy()
-        for one in keras.tree.flatten(prefix.arrays())
+        keras.ops.convert_to_numpy(array).copy()
+        for array in keras.tree.flatten(prefix.arrays())
     ]
 
 
 def assert_same(found, wanted):
-    assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
-    for one, other in zip(found, wanted, strict=True):
+    assert [result.token_ids for result in found] == [
+        result.token_ids for result in wanted
+    ]
+    for result, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(
-            one.log_probabilities, other.log_probabilities, atol=1e-5
+            result.log_probabilities, other.log_probabilities, atol=1e-5
         )
 
 

@@ -31,7 +31,7 @@ def draw(logits, count=4000, **options):
     return ops.convert_to_numpy(
         sampled(
             ops.convert_to_tensor(logits_BV),
-            {key: ops.convert_to_tensor(one) for key, one in rows.items()},
+            {key: ops.convert_to_tensor(row) for key, row in rows.items()},
             ops.convert_to_tensor(3, "int32"),
         )
     )
@@ -99,10 +99,10 @@ def test_several_answers_a_prompt(model, inputs):
     options = {"stop_token_ids": None, "temperature": 1.5, "seed": 1}
     found = model.generate(inputs, num_samples=3, details=True, **options)
     assert [len(row) for row in found] == [3] * 4
-    assert len({one.token_ids for one in found[0]}) == 3
+    assert len({result.token_ids for result in found[0]}) == 3
     best = model.generate(inputs, best_of=3, details=True, **options)
-    for one, row in zip(best, found, strict=True):
-        assert one.log_probability == max(x.log_probability for x in row)
+    for result, row in zip(best, found, strict=True):
+        assert result.log_probability == max(x.log_probability for x in row)
 
 
 def test_banned_tokens_are_the_originals(model, inputs, expected):
@@ -131,27 +131,27 @@ def test_alternatives_hold_what_was_chosen(model, inputs):
     answers = model.generate(
         inputs, stop_token_ids=None, alternatives=3, details=True
     )
-    for one in answers[:3]:
-        assert [len(place) for place in one.alternatives] == [3] * 8
-        likeliest = [place[0].token_id for place in one.alternatives]
-        assert likeliest == list(one.token_ids)
-        found = [place[0].log_probability for place in one.alternatives]
-        np.testing.assert_allclose(found, one.log_probabilities, rtol=1e-6)
+    for answer in answers[:3]:
+        assert [len(place) for place in answer.alternatives] == [3] * 8
+        likeliest = [place[0].token_id for place in answer.alternatives]
+        assert likeliest == list(answer.token_ids)
+        found = [place[0].log_probability for place in answer.alternatives]
+        np.testing.assert_allclose(found, answer.log_probabilities, rtol=1e-6)
 
 
 def test_hidden_states_are_what_tokens_are_chosen_from(model, inputs):
     options = {"stop_token_ids": None, "details": True}
     answers = model.generate(inputs, hidden_states=True, **options)
     plain = model.generate(inputs, **options)
-    assert [one.hidden_states for one in plain] == [None] * 4
+    assert [result.hidden_states for result in plain] == [None] * 4
     assert answers == plain
     head = model.backbone.logits
-    for one in answers[:3]:
-        assert one.hidden_states.dtype == "float32"
-        assert one.hidden_states.shape == (8, 64)
-        log_RV = ops.log_softmax(head(one.hidden_states), axis=-1)
-        found = ops.convert_to_numpy(log_RV)[range(8), one.token_ids]
-        np.testing.assert_allclose(found, one.log_probabilities, atol=1e-5)
+    for result in answers[:3]:
+        assert result.hidden_states.dtype == "float32"
+        assert result.hidden_states.shape == (8, 64)
+        log_RV = ops.log_softmax(head(result.hidden_states), axis=-1)
+        found = ops.convert_to_numpy(log_RV)[range(8), result.token_ids]
+        np.testing.assert_allclose(found, result.log_probabilities, atol=1e-5)
     # Of several samples each its own, no longer than its tokens.
     rows = model.generate(
         inputs,
@@ -162,8 +162,8 @@ def test_hidden_states_are_what_tokens_are_chosen_from(model, inputs):
         details=True,
         stop_token_ids=list(range(160)),
     )
-    for one in (one for row in rows for one in row):
-        assert len(one.hidden_states) == len(one.token_ids)
+    for result in (result for row in rows for result in row):
+        assert len(result.hidden_states) == len(result.token_ids)
 
 
 @pytest.mark.parametrize(

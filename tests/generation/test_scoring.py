@@ -41,13 +41,13 @@ def test_scores_are_log_probabilities_of_answers(model, examples):
         return ops.where(ids_V == token, logits_BV, -1e30)
 
     answers = model.generate(asked, details=True, logits_hook=forced)
-    assert [list(one.token_ids) for one in answers] == [wanted] * 4
-    texts = [one.text for one in answers]
+    assert [list(answer.token_ids) for answer in answers] == [wanted] * 4
+    texts = [answer.text for answer in answers]
     scored = model.score(asked | {"responses": texts}, details=True)
-    for one, two in zip(answers, scored, strict=True):
-        assert one.token_ids == two.token_ids
+    for answer, two in zip(answers, scored, strict=True):
+        assert answer.token_ids == two.token_ids
         np.testing.assert_allclose(
-            one.log_probabilities, two.log_probabilities, atol=1e-5
+            answer.log_probabilities, two.log_probabilities, atol=1e-5
         )
 
 
@@ -71,7 +71,7 @@ def test_a_picture_is_encoded_once(model, examples):
 def test_text_alone(model, examples):
     alone = {"images": None, "prompts": examples["prompts"]}
     found = model.generate(alone)
-    assert [isinstance(one, str) for one in found] == [True] * 4
+    assert [isinstance(text, str) for text in found] == [True] * 4
     with pytest.raises(ValueError, match="'images': None.*Received: keys"):
         model.generate({"prompts": examples["prompts"]})
 

@@ -48,17 +48,19 @@ def test_stop_strings_end_answers(nano, asked):
     found = nano.generate(
         asked, max_new_tokens=12, stop_strings=stop, details=True
     )
-    for one, whole in zip(found, wanted, strict=True):
-        assert one.text == cut(whole.text, (stop,))
-        size = len(one.token_ids)
-        assert one.token_ids == whole.token_ids[:size]
-        if one.text == whole.text:
-            assert one.finish == whole.finish
+    for result, whole in zip(found, wanted, strict=True):
+        assert result.text == cut(whole.text, (stop,))
+        size = len(result.token_ids)
+        assert result.token_ids == whole.token_ids[:size]
+        if result.text == whole.text:
+            assert result.finish == whole.finish
         else:
-            assert one.finish == "stop_string" and size < len(whole.token_ids)
+            assert result.finish == "stop_string" and size < len(
+                whole.token_ids
+            )
     pieces = list(nano.stream(asked, max_new_tokens=12, stop_strings=[stop]))
     texts = ["".join(row) for row in zip(*pieces, strict=True)]
-    assert texts == [one.text for one in found]
+    assert texts == [result.text for result in found]
 
 
 @pytest.mark.parametrize(

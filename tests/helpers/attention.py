@@ -17,11 +17,13 @@ def draw_attention(heads=4, key_heads=2, head_dim=128, batch=2):
     query, upstream = random.normal(size=(2, batch, tokens, heads, head_dim))
     key, value = random.normal(size=(2, batch, tokens, key_heads, head_dim))
     valid = random.random((batch, tokens)) > 0.2
-    # A row with holes everywhere, and one as the preprocessor makes them.
+    # A row with padding everywhere, and one as from the preprocessor.
     valid[1] = True
     valid[1, 60:75] = valid[1, -20:] = False
-    arrays = [one.astype("float32") for one in (query, key, value, upstream)]
-    # Padding gets no gradient, as in a loss.
+    arrays = [
+        array.astype("float32") for array in (query, key, value, upstream)
+    ]
+    # Padding has no gradient, as in a loss.
     arrays[3] *= valid[:, :, None, None]
     return arrays, valid
 

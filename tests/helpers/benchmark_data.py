@@ -1,4 +1,4 @@
-"""Folders of data as benchmarks have it."""
+"""Folders of data in the layouts of benchmarks."""
 
 import json
 import pickle
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def make_data(folder, rows=12):
-    """Rows of pictures of their own, in our own layout."""
+    """Write rows with a picture each, in our own layout."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
         for number in range(rows):
@@ -23,7 +23,7 @@ def make_data(folder, rows=12):
 
 
 def change_sample(data, row, **fields):
-    """Change a sample's line; `None` takes a field away."""
+    """Change a sample's line; `None` removes a field."""
     lines = (data / "samples.jsonl").read_text("utf-8").splitlines()
     one = json.loads(lines[row]) | fields
     lines[row] = json.dumps({k: v for k, v in one.items() if v is not None})
@@ -37,7 +37,7 @@ def put(folder, name, data):
     if isinstance(data, tuple):
         Image.new("RGB", data, "green").save(path)
     elif name.endswith((".jsonl", "test1.json")):
-        path.write_text("".join(json.dumps(one) + "\n" for one in data))
+        path.write_text("".join(json.dumps(row) + "\n" for row in data))
     else:
         path.write_text(json.dumps(data))
 
@@ -72,4 +72,7 @@ def refcoco_testa(folder):
         pickle.dump(refs, file, protocol=0)
     put(folder, "train2014/five.jpg", (40, 20))
     box = (5 / 20, 10 / 40, 15 / 20, 20 / 40)
-    return [(f"2-{n}", one["sent"], box) for n, one in enumerate(sentences)]
+    return [
+        (f"2-{n}", sentence["sent"], box)
+        for n, sentence in enumerate(sentences)
+    ]

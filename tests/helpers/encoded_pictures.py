@@ -78,18 +78,18 @@ def pictures():
 
 
 def bomb(width=20_000, height=20_000):
-    """A PNG that says it is large; its pixels are not there."""
+    """Return a PNG whose header claims a large size, without the pixels."""
     content = bytearray(encode(picture(), "PNG"))
     content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     return bytes(content)
 
 
 def ask_alone(requests, home):
-    """Have a process answer that has TensorFlow and tensorflow-text alone.
+    """Run requests in a process with only TensorFlow and tensorflow-text.
 
     Args:
         requests: dict of name to folder, signature and inputs.
-        home: path of a folder for what is asked and answered.
+        home: path of a folder for requests and answers.
 
     Returns:
         Dict of name to a dict of outputs, or of "raised", an error's message.
@@ -99,7 +99,7 @@ def ask_alone(requests, home):
     program = ROOT / "tests" / "export" / "served.py"
     subprocess.run(
         [sys.executable, program, home / "requests", home / "answers"],
-        # TensorFlow imports Keras, which is to import no other backend.
+        # TensorFlow imports Keras, which must not import another backend.
         env=os.environ | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": ""},
         check=True,
         cwd=home,

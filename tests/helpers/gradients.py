@@ -1,4 +1,4 @@
-"""Gradients of a scalar by every trained weight, on each backend."""
+"""Gradients of a scalar with respect to all trained weights, per backend."""
 
 import keras
 import numpy as np
@@ -8,22 +8,24 @@ from keras_paligemma.layers.weight import inputs_first
 
 
 def gradients(function, model):
-    """Differentiate a function of no arguments by a model's weights.
+    """Differentiate a function of no arguments by a model's trained weights.
 
     Args:
-        function: gives a scalar.
-        model: has `weights_by_name`.
+        function: function that returns a scalar.
+        model: object with `weights_by_name`.
 
     Returns:
-        Dict of name to array, of blocks layer axis first; of kernels inputs
-        before outputs.
+        dict of name to array: layer axis first, and inputs of kernels before
+        outputs.
     """
     weights = {
         name: weight
         for name, weight in model.weights_by_name().items()
         if weight.trainable
     }
-    flat = [one for weight in weights.values() for one in weight.variables]
+    flat = [
+        variable for weight in weights.values() for variable in weight.variables
+    ]
 
     def loss(values):
         with keras.StatelessScope(list(zip(flat, values, strict=True))):
@@ -43,8 +45,8 @@ def gradients(function, model):
     return result
 
 
-# As users compile it, whatever XLA_FLAGS say to save time: sums of optimized
-# code round less.
+# With XLA's default optimizations, whatever XLA_FLAGS are set to save time:
+# sums of optimized code round less.
 OPTIMIZED = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
@@ -67,9 +69,9 @@ def differentiate(loss, values):
             tape.watch(values)
             total = loss(values)
         found = tape.gradient(total, values)
-        found = [ops.convert_to_tensor(one) for one in found]
+        found = [ops.convert_to_tensor(array) for array in found]
     else:
         values = [value.detach().requires_grad_() for value in values]
         loss(values).backward()
         found = [value.grad for value in values]
-    return [ops.convert_to_numpy(one) for one in found]
+    return [ops.convert_to_numpy(array) for array in found]

@@ -1,8 +1,8 @@
-"""Tiny models of KerasHub, in a process of their own, and what they give.
+"""Tiny models of KerasHub in a process of their own, and their outputs.
 
-The first functional model of KerasHub in a process changes the bases of the
-class that ours share with it. So KerasHub runs apart, and neither can lean on
-what the other left behind:
+The first functional model of KerasHub in a process changes the bases of a class
+that it shares with our models. So KerasHub runs in another process, and neither
+depends on the state that the other leaves behind:
 
     python -m tests.helpers.keras_hub_reference make FOLDER
     python -m tests.helpers.keras_hub_reference read FOLDER…
@@ -31,7 +31,7 @@ from tests.helpers.tiny_models import TEXT
 from tests.helpers.tiny_models import VISION
 from tests.helpers.tiny_models import run
 
-# Caps and a window that are felt at this size.
+# Caps and a window that change results at this size.
 SECOND = {
     "attention_logit_soft_cap": 5.0,
     "final_logit_soft_cap": 3.0,
@@ -44,7 +44,7 @@ FIRST = {
     "sliding_window_size": None,
     "use_post_norms": False,
 }
-# The fields of both in KerasHub's terms.
+# The fields of both, by KerasHub's names.
 HUB = {
     "vocabulary_size": 320,
     "image_size": 42,
@@ -74,7 +74,7 @@ PREPROCESSOR = PreprocessorConfig("bilinear", 12, 8)
 
 
 def expected_config(version, dtype="float32"):
-    """What the config of a model is in this package's terms."""
+    """Return a model's config, by this package's names."""
     return BackboneConfig(
         image_size=IMAGE_SIZE,
         dtype=dtype,
@@ -94,10 +94,10 @@ def tokenizer():
 
 
 def make_inputs():
-    """Two rows whose padding is on the right, and which positions are valid.
+    """Return two rows with padding on the right, and the valid positions.
 
-    KerasHub's rotary positions count padding, and what padding sees is not
-    the same: with padding at the end no valid position can tell.
+    KerasHub's rotary positions count padding, and padding attends to other
+    tokens than here. With padding at the end, valid positions are the same.
     """
     random = np.random.default_rng(7)
     valid = np.array([[1] * 9, [1] * 6 + [0] * 3], bool)

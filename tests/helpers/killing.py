@@ -1,11 +1,11 @@
-"""A function that kills its process when it has been called often enough."""
+"""A function that kills its process at a given call."""
 
 import os
 import signal
 
 
 def counted(function, left):
-    """Call a function `left[0]` times; the next call is the process's end."""
+    """Call a function `left[0]` times; the next call kills the process."""
 
     def call(*args, **kwargs):
         if not left[0]:

@@ -1,7 +1,7 @@
-"""A stand-in for a model: it knows the right answers, or some others.
+"""A stand-in for a model, which returns given answers.
 
-It preprocesses pictures and prompts as a model does and finds its answers by
-what came out, so a run that mixes up rows is found out.
+It preprocesses pictures and prompts as a model does and looks its answers up by
+the resulting arrays, so a run that mixes up rows is detected.
 """
 
 import types
@@ -30,8 +30,8 @@ class Oracle:
 
     Args:
         samples: `Samples`.
-        answers: of each sample a string.
-        weight: float, all that it has of weights.
+        answers: list of str, one per sample.
+        weight: float, its only weight.
     """
 
     def __init__(self, samples, answers, weight=0):
@@ -39,7 +39,7 @@ class Oracle:
         self.backbone = types.SimpleNamespace(
             text_config=types.SimpleNamespace(hidden_dim=2304),
             image_size=224,
-            # NumPy's: runs are forked, which JAX's threads do not survive.
+            # NumPy's: JAX's threads do not survive a fork.
             weights=[np.array([float(weight)])],
         )
         self.sampler = self.generate_function = None

@@ -1,4 +1,4 @@
-"""Answers of no model, some right and some wrong, for metrics."""
+"""Random answers for metrics, some right and some wrong."""
 
 import random
 
@@ -8,7 +8,7 @@ WORDS = "a the man dog cat riding on of wave street red blue two people".split()
 
 
 def captions_for(seed, rows=60, least=0):
-    """Captions, and the references of each."""
+    """Return captions, and the references of each."""
     draw = random.Random(seed)
 
     def caption():

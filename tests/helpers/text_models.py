@@ -1,4 +1,4 @@
-"""A tiny random model that reads and writes text."""
+"""A tiny random model with a preprocessor."""
 
 import keras
 import numpy as np
@@ -25,7 +25,7 @@ def build_tiny_model(**changes):
     """Build a random model that reads and writes text."""
     keras.utils.set_random_seed(0)
     backbone = PaliGemmaBackbone(IMAGE_SIZE, DEEP_VISION, TEXT_2048, **changes)
-    # The projector starts at zero; a test of pictures needs it awake.
+    # The projector starts at zero, where pictures would change nothing.
     backbone.weights_by_name()["vision_encoder/projector/kernel"].assign(
         np.random.default_rng(0).normal(size=(48, 64)) * 0.3
     )
@@ -33,7 +33,7 @@ def build_tiny_model(**changes):
 
 
 def tiny_preprocessor():
-    """Of the nano preset's tokenizer, for the tiny models."""
+    """Return a preprocessor with the nano preset's tokenizer."""
     return PaliGemmaCausalLMPreprocessor(
         PaliGemmaTokenizer(TOKENIZER.read_bytes()),
         PaliGemmaImageConverter(IMAGE_SIZE),
@@ -54,5 +54,5 @@ def write_random_preset(folder):
 
 
 def prompts_of(examples):
-    """What `generate` takes of the examples that `fit` takes."""
+    """Return the inputs of `generate` from examples for `fit`."""
     return {key: examples[key] for key in ("images", "prompts")}

@@ -32,7 +32,7 @@ TEXT = {
 }
 IMAGE_SIZE = 42
 FORMS = ("unrolled", "scanned")
-# What no shape tells of the golden model.
+# Fields of the golden model that its shapes do not determine.
 UNTOLD = {
     "query_pre_attention_scalar": 24,
     "attention_logit_soft_cap": 50.0,
@@ -66,16 +66,16 @@ def assert_same_weights(found, wanted):
 
 
 def randomize_adapters(backbone, seed):
-    """Give the adapter in use values, as training would."""
+    """Set values of the active adapter, as training would."""
     random = np.random.default_rng(seed)
     for name, weight in backbone.weights_by_name().items():
         if name.endswith(("adapter_a", "adapter_b")):
-            for one in weight.variables:
-                one.assign(random.normal(size=one.shape) * 0.2)
+            for variable in weight.variables:
+                variable.assign(random.normal(size=variable.shape) * 0.2)
 
 
 def run(function, inputs):
-    """Call a model; compiled on JAX, which else compiles every operation."""
+    """Call a model; jitted on JAX, which otherwise compiles each operation."""
     return jitted(function)(inputs)
 
 
@@ -106,10 +106,10 @@ def golden_inputs(expected):
 
 
 def golden_training(expected):
-    """The golden training batch as `fit` has it: inputs, targets, weights.
+    """Return the golden training batch for `fit`: inputs, targets, weights.
 
-    The original's forward pass never sees the last token, whose id ours embeds
-    behind everything that counts.
+    The original's forward pass omits the last token; ours embeds it after all
+    positions that are compared.
     """
     ids = expected["in/train/text"]
     x = {
@@ -148,7 +148,7 @@ def golden_prompts(expected, room=10, response=8):
 
 
 def transformers_backbone(model, **changes):
-    """Ours with the sizes and weights of a model of transformers."""
+    """Return our backbone with the sizes and weights of transformers' model."""
     from keras_paligemma import PaliGemmaBackbone
     from tests.helpers.transformers_reference import transformers_to_big_vision
 
@@ -187,7 +187,7 @@ def transformers_backbone(model, **changes):
 
 
 def transformers_inputs():
-    """Two rows of different padding, and which positions mean something."""
+    """Return two rows of different padding, and the valid positions."""
     random = np.random.default_rng(5)
     valid = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]], bool)
     response = np.array([[0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 0, 0]], bool)

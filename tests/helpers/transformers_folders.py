@@ -1,4 +1,4 @@
-"""Folders that transformers reads, of small models of ours."""
+"""Small models of ours, as folders of transformers."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from keras_paligemma.checkpoints.hugging_face import weights as hugging_face
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
 
-# In the form of the published files: what equals a default is not said.
+# As in the published files, fields that equal a default are omitted.
 SECOND = {
     "model_type": "paligemma",
     "image_token_index": 257152,
@@ -43,7 +43,7 @@ SECOND = {
 
 
 def random_backbone(seed=7, **changes):
-    """Ours, with weights that tell tokens and pictures apart."""
+    """Return our backbone with weights that distinguish tokens and pictures."""
     with without_values():
         backbone = PaliGemmaBackbone(
             28,
@@ -74,7 +74,7 @@ def random_backbone(seed=7, **changes):
         matrix = len(shape) > 1
         scale = 2.5 * shape[-1] ** -0.5 if matrix else 0.3
         if "embed_tokens" in key:
-            # So small that a token does not just repeat itself.
+            # Small enough that a token does not merely repeat itself.
             scale = 0.05
         arrays[key] = random.normal(0, scale, shape).astype("float32")
     engine.load(backbone.weights_by_name(), rows, engine.Arrays(arrays))
@@ -95,7 +95,7 @@ def export(folder, backbone, tokenizer=None, resize="bicubic", **how):
 
 
 def load_theirs(folder):
-    """Load a folder by transformers, which finds all weights and no other."""
+    """Load a folder by transformers; its weights must match exactly."""
     from transformers import PaliGemmaForConditionalGeneration
 
     model, info = PaliGemmaForConditionalGeneration.from_pretrained(

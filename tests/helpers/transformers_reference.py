@@ -1,6 +1,6 @@
-"""A tiny random PaliGemma in `transformers`, and its weights elsewhere.
+"""A tiny random PaliGemma in `transformers`, and its converted weights.
 
-The second independent implementation to compare with: `run` gives its logits,
+The second independent implementation to compare with: `run` returns its logits,
 `transformers_to_big_vision` its weights in the layout that the NumPy reference
 and the package's own checkpoint reader take.
 """
@@ -53,7 +53,7 @@ def tiny_transformers_model(
     config = transformers.PaliGemmaConfig(
         vision_config=VISION,
         text_config=PALIGEMMA_2 if version == 2 else PALIGEMMA_1,
-        # As published: the image's id lies just behind the vocabulary.
+        # As published, the image's id follows the vocabulary.
         image_token_index=TEXT["vocab_size"],
         vocab_size=TEXT["vocab_size"],
         hidden_size=TEXT["hidden_size"],
@@ -64,7 +64,7 @@ def tiny_transformers_model(
     )
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        # Norms and biases too, which else would be ones and zeros. The scale
+        # Norms and biases too, which otherwise are ones and zeros. The scale
         # is large enough for logits to reach the bend of both soft caps.
         kernel_scale = 2.5 * parameter.shape[-1] ** -0.5
         scale = kernel_scale if parameter.ndim > 1 else 0.3

@@ -62,7 +62,7 @@ def test_attention_is_in_float32_whatever_the_inputs():
     half = [
         ops.cast(random.normal(size=shape) * 6, "bfloat16") for shape in shapes
     ]
-    full = [ops.cast(one, "float32") for one in half]
+    full = [ops.cast(array, "float32") for array in half]
     mask = random.random((2, 5, 7)) > 0.3
     mask[:, :, 0] = True
     one = attend(*half, mask, cap=50.0)

@@ -26,7 +26,9 @@ def draw(seed=0):
     valid = random.random((B, T)) > 0.2
     response = np.arange(T) >= 150
     mask = attention_mask(valid, np.tile(response, (B, 1)))
-    arrays = [one.astype("float32") for one in (query, key, value, upstream)]
+    arrays = [
+        array.astype("float32") for array in (query, key, value, upstream)
+    ]
     return *arrays, np.asarray(mask)
 
 
@@ -74,17 +76,17 @@ def test_queries_may_be_fewer_than_keys():
     arrays = (query[:, -180:], key, value, upstream[:, -180:])
     ours = value_and_gradients(attend, arrays, mask[:, -180:], CAP)
     theirs = value_and_gradients(plain, arrays, mask[:, -180:], CAP)
-    for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=3e-5)
+    for our, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(our, other, rtol=0, atol=3e-5)
 
 
 def test_bfloat16_is_rounded_where_the_plain_form_rounds():
     *arrays, mask = draw()
-    half = [ops.cast(one, "bfloat16") for one in arrays[:3]]
+    half = [ops.cast(array, "bfloat16") for array in arrays[:3]]
     ours = attend(*half, mask, CAP)
     theirs = plain(*half, mask, CAP)
     assert ours.dtype == theirs.dtype == half[0].dtype
-    ours, theirs = (np.asarray(one, "float32") for one in (ours, theirs))
+    ours, theirs = (np.asarray(array, "float32") for array in (ours, theirs))
     # A last bit of a weight, where sums were made in another order.
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2**-8)
     assert (ours == theirs).mean() > 0.98
@@ -92,17 +94,17 @@ def test_bfloat16_is_rounded_where_the_plain_form_rounds():
 
 def test_gradients_of_bfloat16_are_nearer_than_the_plain_ones():
     *arrays, mask = draw()
-    half = [np.asarray(ops.cast(one, "bfloat16")) for one in arrays]
+    half = [np.asarray(ops.cast(array, "bfloat16")) for array in arrays]
     exact = value_and_gradients(
-        plain, [one.astype("float32") for one in half], mask, CAP
+        plain, [array.astype("float32") for array in half], mask, CAP
     )
     ours = value_and_gradients(attend, half, mask, CAP)
     theirs = value_and_gradients(plain, half, mask, CAP)
-    for one, other, true in zip(ours[1:], theirs[1:], exact[1:], strict=True):
-        assert one.dtype == half[0].dtype
+    for our, other, true in zip(ours[1:], theirs[1:], exact[1:], strict=True):
+        assert our.dtype == half[0].dtype
         errors = [
             float(np.abs(np.asarray(each, "float32") - true).mean())
-            for each in (one, other)
+            for each in (our, other)
         ]
         assert errors[0] <= errors[1]
 
@@ -110,8 +112,8 @@ def test_gradients_of_bfloat16_are_nearer_than_the_plain_ones():
 def test_a_row_that_sees_nothing_is_finite():
     *arrays, mask = draw()
     mask = np.zeros_like(mask)
-    for one in value_and_gradients(attend, arrays, mask, CAP):
-        assert np.isfinite(one).all()
+    for gradient in value_and_gradients(attend, arrays, mask, CAP):
+        assert np.isfinite(gradient).all()
 
 
 def test_nothing_is_as_large_as_the_logits_of_all_heads():
@@ -138,7 +140,7 @@ def test_nothing_of_all_heads_is_kept(kind):
     *arrays, mask = draw()
 
     def double(*inputs):
-        return attend(*[2 * one for one in inputs], mask, CAP)
+        return attend(*[2 * input for input in inputs], mask, CAP)
 
     _, backward = jax.vjp(rematerialize(double, kind), *arrays[:3])
     kept = [leaf.size for leaf in jax.tree.leaves(backward)]

@@ -46,7 +46,7 @@ def test_product_is_numpys(rows):
 def test_bfloat16_is_rounded_once(rows):
     """The sums are float32, so that only the result is rounded."""
     kernel, x = kernel_and_rows(rows)
-    kernel, x = (one.astype(ml_dtypes.bfloat16) for one in (kernel, x))
+    kernel, x = (array.astype(ml_dtypes.bfloat16) for array in (kernel, x))
     with cpu_products.answering_scope():
         found = cpu_products.product(
             ops.array(outputs_first(kernel)), ops.array(x), INPUTS

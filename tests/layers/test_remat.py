@@ -45,8 +45,8 @@ def test_what_is_recomputed_has_the_same_gradients():
     x, y = normal(3, 5), normal(3, 5, seed=1)
     plain = jax.grad(lambda x, y: gated(x, y).sum(), (0, 1))(x, y)
     again = jax.grad(lambda x, y: recompute(gated)(x, y).sum(), (0, 1))(x, y)
-    for one, other in zip(plain, again, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
+    for array, other in zip(plain, again, strict=True):
+        np.testing.assert_allclose(array, other, rtol=1e-6, atol=1e-7)
 
 
 def test_a_layer_norm_is_keras_own():

@@ -44,7 +44,7 @@ def value_and_gradients(function, arrays, valid):
     (_, mixed), gradients = jax.jit(
         jax.value_and_grad(weighted, (0, 1, 2), has_aux=True)
     )(*inputs)
-    return [np.asarray(one) for one in (mixed, *gradients)]
+    return [np.asarray(array) for array in (mixed, *gradients)]
 
 
 @pytest.mark.parametrize("cap", [5.0, None])
@@ -93,7 +93,7 @@ TEXT = {
 
 
 def train_step(**text):
-    """Give a training step of a small model, and what it is traced with."""
+    """Return a training step of a small model, and its arguments."""
     import jax
 
     backbone = PaliGemmaBackbone(
@@ -118,7 +118,7 @@ def train_step(**text):
         model.optimizer.variables,
         model.metrics_variables,
     )
-    state = tuple([one.value for one in part] for part in parts)
+    state = tuple([array.value for array in part] for part in parts)
     ids = np.ones((2, 12), "int32")
     response = np.broadcast_to(np.arange(12) >= 7, ids.shape)
     inputs = {

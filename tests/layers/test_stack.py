@@ -66,7 +66,8 @@ def test_pairs_keep_half_and_change_nothing(inputs):
     assert not other.vision_encoder.blocks.in_pairs
     random = np.random.default_rng(0)
     values = [
-        one + random.normal(0, 0.1, one.shape) for one in plain.get_weights()
+        weight + random.normal(0, 0.1, weight.shape)
+        for weight in plain.get_weights()
     ]
     plain.set_weights(values)
     other.set_weights(values)
@@ -89,7 +90,7 @@ def kept_by_layer(backbone):
         x_BTD,
     )
     leaves = jax.tree.leaves(backward)
-    return [one.shape[0] for one in leaves if one.shape[1:] == x_BTD.shape]
+    return [leaf.shape[0] for leaf in leaves if leaf.shape[1:] == x_BTD.shape]
 
 
 @pytest.mark.parametrize("remat", ["block", "dots"])
@@ -172,9 +173,9 @@ def test_last_tokens_are_those_of_all(golden_backbone, inputs, form, last):
         ops.convert_to_numpy(whole_BTD[:, -last:]),
         atol=1e-5,
     )
-    for one, other in zip(
+    for array, other in zip(
         keras.tree.flatten(cache), keras.tree.flatten(same), strict=True
     ):
         np.testing.assert_array_equal(
-            ops.convert_to_numpy(one), ops.convert_to_numpy(other)
+            ops.convert_to_numpy(array), ops.convert_to_numpy(other)
         )

@@ -63,7 +63,7 @@ def test_anls_equals_the_package():
 
     found, right = captions_for(1, least=1)
     for text, several in zip(found, right, strict=True):
-        ours = max(metrics.anls(one, text) for one in several)
+        ours = max(metrics.anls(answer, text) for answer in several)
         assert ours == pytest.approx(anls_score(text, several), abs=1e-12)
 
 
@@ -85,15 +85,15 @@ def test_error_rates_equal_jiwer():
         jiwer.cer(right, found), abs=1e-12
     )
     joined = [
-        [" ".join(symbols(text)) for text in one] for one in (right, found)
+        [" ".join(symbols(text)) for text in texts] for texts in (right, found)
     ]
     assert values["ser"] == pytest.approx(jiwer.wer(*joined), abs=1e-12)
     lines = [
         [
             text.replace(" ", "_").replace("\t", "|").replace("\n", " ")
-            for text in one
+            for text in texts
         ]
-        for one in (right, found)
+        for texts in (right, found)
     ]
     assert values["ler"] == pytest.approx(jiwer.wer(*lines), abs=1e-12)
 
@@ -125,15 +125,15 @@ def test_teds_has_the_edits_of_the_package(structure_only):
     from table_recognition_metric import TEDS
 
     other = TEDS(structure_only=structure_only)
-    for one in CELLS:
+    for cells in CELLS:
         for two in CELLS:
-            ours = metrics.teds(page(one), page(two), structure_only)
+            ours = metrics.teds(page(cells), page(two), structure_only)
             # The package divides by the trees' nodes, PubTabNet by elements.
-            nodes = max(text.count("<t") + 1 for text in (one, two))
+            nodes = max(text.count("<t") + 1 for text in (cells, two))
             elements = max(
-                text.count("<t") + text.count("<b>") for text in (one, two)
+                text.count("<t") + text.count("<b>") for text in (cells, two)
             )
-            edits = (1 - other(page(one), page(two))) * nodes
+            edits = (1 - other(page(cells), page(two))) * nodes
             assert ours == pytest.approx(1 - edits / elements, abs=1e-12)
 
 
@@ -142,7 +142,7 @@ def test_tables():
     from grits import grits_top
     from grits import html_to_grids
 
-    found, right = [page(one) for one in CELLS[:3]], [page(CELLS[0])] * 3
+    found, right = [page(cells) for cells in CELLS[:3]], [page(CELLS[0])] * 3
     values = metrics.tables([*found, "no table"], [*right, right[0]]).values()
     for name, compare in (("top", grits_top), ("con", grits_con)):
         each = [
@@ -187,9 +187,9 @@ def test_mean_average_precision_equals_faster_coco_eval():
         for image, some in enumerate(right)
         for box, name in some
     ]
-    for number, one in enumerate(annotations, 1):
-        area = one["bbox"][2] * one["bbox"][3]
-        one |= {"id": number, "area": area, "iscrowd": 0}
+    for number, annotation in enumerate(annotations, 1):
+        area = annotation["bbox"][2] * annotation["bbox"][3]
+        annotation |= {"id": number, "area": area, "iscrowd": 0}
     data = COCO(
         {
             "images": [

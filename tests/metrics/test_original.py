@@ -84,7 +84,7 @@ def test_tallyqa():
 
 def test_science_qa():
     case = CASES["science_qa"]
-    assert [choices.choice(one) for one in case["preds"]] == case["parsed"]
+    assert [choices.choice(pred) for pred in case["preds"]] == case["parsed"]
     check(choices.science_qa(case["preds"], case["answer"]), case["result"])
 
 

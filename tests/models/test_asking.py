@@ -78,7 +78,7 @@ def answers(model, monkeypatch):
 
     def answers(*rows):
         made = [
-            [answer(*one) for one in row]
+            [answer(*item) for item in row]
             if isinstance(row, list)
             else answer(*row)
             for row in rows
@@ -100,12 +100,12 @@ def test_scores_of_what_was_asked_for(model, answers):
     found = model.detect([PICTURE, PICTURE], ["cat", "dog"], batch_size=1)
     assert asked[0]["batch_size"] == 1
     assert asked[0]["prompts"] == ["detect cat ; dog"] * 2
-    assert [[one.label for one in some] for some in found] == [
+    assert [[item.label for item in some] for some in found] == [
         ["cat", "dog"],
         [],
     ]
     assert found[1].skipped[0].reason == "a label that was not asked for"
-    assert [one.score for one in found[0]] == pytest.approx([0.25, 0.25])
+    assert [item.score for item in found[0]] == pytest.approx([0.25, 0.25])
     answers((f"{WHOLE} cat", 0.5))
     (one,) = model.detect(PICTURE, "cat", score=scores.joint_probability)
     assert one.score == pytest.approx(0.5**5)
@@ -172,7 +172,7 @@ def test_samples_are_merged_on_request(model, answers):
     (found,) = model.detect(PICTURE, "cat", num_samples=3)
     assert found.score == pytest.approx(0.75**2)
     found = model.detect(PICTURE, "cat", num_samples=3, overlap=0.6)
-    assert [one.score for one in found] == pytest.approx([0.75**2, 0.25])
+    assert [item.score for item in found] == pytest.approx([0.75**2, 0.25])
     (found,) = model.detect(PICTURE, "cat", num_samples=3, overlap=0.4)
     assert found.score == pytest.approx(0.75**2)
 

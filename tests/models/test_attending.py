@@ -31,21 +31,21 @@ def test_shares_are_the_softmaxs(tiny_model, examples, tmp_path, form):
     model = tiny_model(form=form)
     wanted = reference(model, examples, tmp_path)
     each = model.attention(examples, average=())
-    for row, one in enumerate(each):
-        assert one.text == examples["responses"][row]
-        assert one.tokens[-1] == ""
-        count = len(one.tokens)
-        assert one.shares.shape == (count, 3, 4, 3, 3)
-        pictures = wanted[row, :count, :, :, :9].reshape(one.shares.shape)
-        np.testing.assert_allclose(one.shares, pictures, atol=1e-6)
+    for row, weights in enumerate(each):
+        assert weights.text == examples["responses"][row]
+        assert weights.tokens[-1] == ""
+        count = len(weights.tokens)
+        assert weights.shares.shape == (count, 3, 4, 3, 3)
+        pictures = wanted[row, :count, :, :, :9].reshape(weights.shares.shape)
+        np.testing.assert_allclose(weights.shares, pictures, atol=1e-6)
         # The rest is attention to text.
-        assert one.shares.sum(axis=(-1, -2)).max() < 1
+        assert weights.shares.sum(axis=(-1, -2)).max() < 1
     for average, axes in (("layers", 1), (("heads",), 2), (None, (1, 2))):
         options = {} if average is None else {"average": average}
         found = model.attention(examples, batch_size=3, **options)
-        for one, both in zip(found, each, strict=True):
+        for weights, both in zip(found, each, strict=True):
             np.testing.assert_allclose(
-                one.shares, both.shares.mean(axis=axes), atol=1e-6
+                weights.shares, both.shares.mean(axis=axes), atol=1e-6
             )
     single = {key: value[2] for key, value in examples.items()}
     one = model.attention(single)
@@ -61,13 +61,13 @@ def test_several_pictures_of_an_example(tiny_model, examples, tmp_path):
     model = tiny_model()
     examples["images"] = [examples["images"][k : k + 2] for k in (0, 1, 2, 1)]
     wanted = reference(model, examples, tmp_path).mean(axis=(2, 3))
-    for row, one in enumerate(model.attention(examples)):
-        count = len(one.tokens)
-        assert one.shares.shape == (count, 2, 3, 3)
-        pictures = wanted[row, :count, :18].reshape(one.shares.shape)
-        np.testing.assert_allclose(one.shares, pictures, atol=1e-6)
+    for row, weights in enumerate(model.attention(examples)):
+        count = len(weights.tokens)
+        assert weights.shares.shape == (count, 2, 3, 3)
+        pictures = wanted[row, :count, :18].reshape(weights.shares.shape)
+        np.testing.assert_allclose(weights.shares, pictures, atol=1e-6)
     with pytest.raises(ValueError, match="one picture.*draw_attention"):
-        one.overlay()
+        weights.overlay()
 
 
 def test_words_are_means_of_their_tokens():

@@ -166,7 +166,7 @@ def test_rotary_angles_stay_in_float32(
 
     def rotate(x, angles):
         seen.extend(
-            keras.backend.standardize_dtype(one.dtype) for one in angles
+            keras.backend.standardize_dtype(angle.dtype) for angle in angles
         )
         return plain(x, angles)
 
@@ -233,7 +233,7 @@ def test_changes_walk_all_fields():
 
 
 def patterned(backbone):
-    """Give weights that follow from their name and index alone."""
+    """Set weights that depend on their name and index alone."""
     for name, weight in backbone.weights_by_name().items():
         for layer, variable in enumerate(weight.variables):
             count = int(np.prod(variable.shape))

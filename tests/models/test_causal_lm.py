@@ -145,8 +145,8 @@ def test_generate_keeps_its_input_and_ignores_the_order_of_keys(
     assert isinstance(answers, list) and len(answers) == 4
     assert inputs.keys() == before.keys()
     assert inputs["prompts"] == before["prompts"]
-    for one, two in zip(inputs["images"], before["images"], strict=True):
-        np.testing.assert_array_equal(one, two)
+    for image, two in zip(inputs["images"], before["images"], strict=True):
+        np.testing.assert_array_equal(image, two)
     reverse = dict(reversed(inputs.items()))
     assert model.generate(reverse, max_new_tokens=5) == answers
     single = {key: value[1] for key, value in inputs.items()}

@@ -48,8 +48,10 @@ DIFFERENT = {
 
 def shared_methods(theirs, ours):
     """Names of what KerasHub defines, and we have: no part of Keras itself."""
-    classes = [one for one in theirs.__mro__ if "keras_hub" in one.__module__]
-    for name in sorted({name for one in classes for name in vars(one)}):
+    classes = [cls for cls in theirs.__mro__ if "keras_hub" in cls.__module__]
+    for name in sorted(
+        {name for class_name in classes for name in vars(class_name)}
+    ):
         public = name == "__init__" or not name.startswith("_")
         if public and inspect.isroutine(getattr(theirs, name, None)):
             if hasattr(ours, name):
@@ -61,7 +63,9 @@ def positions(cls, name):
     is_bound = inspect.ismethod(getattr(cls, name))
     parameters = inspect.signature(getattr(cls, name)).parameters.values()
     names = [
-        one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD
+        parameter.name
+        for parameter in parameters
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
     return names if is_bound else names[1:]
 
@@ -103,13 +107,13 @@ def test_base_classes_find_ours(base, ours):
     wanted = ours.from_preset(NANO)
     # Keras numbers the names of what is made twice.
     configs = [
-        re.sub(r"_\d+'", "'", str(one.get_config())) for one in (found, wanted)
+        re.sub(r"_\d+'", "'", str(cls.get_config())) for cls in (found, wanted)
     ]
     assert configs[0] == configs[1]
     if issubclass(ours, keras.Model):
-        for one, other in zip(found.weights, wanted.weights, strict=True):
+        for weight, other in zip(found.weights, wanted.weights, strict=True):
             np.testing.assert_array_equal(
-                ops.convert_to_numpy(one), ops.convert_to_numpy(other)
+                ops.convert_to_numpy(weight), ops.convert_to_numpy(other)
             )
 
 
@@ -211,8 +215,8 @@ def test_without_a_response_mask_nothing_is_response(golden_backbone):
     }
     no_response = {"response_mask": np.zeros((1, 4), bool)}
     found, wanted = (
-        ops.convert_to_numpy(run(backbone, one))
-        for one in (inputs, inputs | no_response)
+        ops.convert_to_numpy(run(backbone, cls))
+        for cls in (inputs, inputs | no_response)
     )
     np.testing.assert_array_equal(found, wanted)
 
@@ -289,7 +293,7 @@ def test_lora_weights_in_one_file(form, tmp_path):
         variable.assign(np.random.default_rng(0).normal(size=variable.shape))
     backbone.save_lora_weights(str(path))
     wanted = adapter(backbone)
-    assert [one.name for one in tmp_path.iterdir()] == ["a.lora.h5"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.lora.h5"]
     # Into a model without adapters, and into one with the same.
     bare, same = (build_tiny_model().backbone for _ in range(2))
     same.enable_lora(2, ["query", "vision.up"], alpha=3, dropout=0.5)

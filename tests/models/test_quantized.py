@@ -130,10 +130,10 @@ def test_adapters_learn_as_on_the_float_kernels(random_preset, expected):
 
     def gradients(backbone):
         flat = backbone.trainable_variables
-        assert all("adapter" in one.path for one in flat)
-        for number, one in enumerate(flat):
+        assert all("adapter" in variable.path for variable in flat)
+        for number, variable in enumerate(flat):
             random = np.random.default_rng(number)
-            one.assign(0.1 * random.normal(size=one.shape))
+            variable.assign(0.1 * random.normal(size=variable.shape))
 
         def loss(values):
             images, *values = values
@@ -141,7 +141,7 @@ def test_adapters_learn_as_on_the_float_kernels(random_preset, expected):
                 hidden = backbone(inputs | {"images": images})
                 return ops.mean(ops.square(hidden))
 
-        values = [ops.convert_to_tensor(one.value) for one in flat]
+        values = [ops.convert_to_tensor(variable.value) for variable in flat]
         return differentiate(loss, [inputs["images"], *values])
 
     for found, wanted in zip(gradients(backbone), gradients(twin), strict=True):
@@ -205,10 +205,13 @@ def test_bytes_of_28b(mode, largest, form):
             **fields, dtype="bfloat16", form=form, quantization=mode
         )
     size = sum(
-        np.prod(one.shape) * (1 if one.dtype == "int8" else 2)
-        for one in backbone.variables
+        np.prod(variable.shape) * (1 if variable.dtype == "int8" else 2)
+        for variable in backbone.variables
     )
-    assert {one.dtype for one in backbone.variables} == {"int8", "bfloat16"}
+    assert {variable.dtype for variable in backbone.variables} == {
+        "int8",
+        "bfloat16",
+    }
     assert 0.9 * largest < size < largest
 
 
@@ -243,7 +246,10 @@ def test_a_step_holds_no_second_float_kernel(mode, form):
         )
     # As arguments, so that no kernel is a constant.
     trained, frozen = (
-        [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in variables]
+        [
+            jax.ShapeDtypeStruct(variable.shape, variable.dtype)
+            for variable in variables
+        ]
         for variables in (
             backbone.trainable_variables,
             backbone.non_trainable_variables,

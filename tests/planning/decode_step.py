@@ -1,4 +1,4 @@
-"""What a decoding step reads and writes on a v5e chip, by the TPU's compiler.
+"""Bytes that a decoding step moves on a v5e chip, by the TPU's compiler.
 
 `python -m tests.planning.decode_step PRESET BATCH [int8]` prints JSON, in an
 environment that has `planning.compiled.ENVIRONMENT`.
@@ -26,11 +26,14 @@ def main(preset, batch, quantize=None):
     config = backbone.text_config
     length = backbone.image_sequence_length + job.prompt_length + 32 - 1
     keys = int(batch) * length * config.num_key_value_heads * config.head_dim
-    # The loop over tokens is the one that holds a loop over layers.
+    # The loop over tokens is the one that contains a loop over layers.
     [step] = [
         body
         for body in computations
-        if any(hlo.is_over_layers(one) for one in computations[body])
+        if any(
+            hlo.is_over_layers(instruction)
+            for instruction in computations[body]
+        )
         and not body.startswith("main")
     ]
     print(
@@ -38,8 +41,9 @@ def main(preset, batch, quantize=None):
             {
                 "moved": hlo.moved(computations, step, config.num_layers),
                 "weights": sum(
-                    int(np.prod(one.shape)) * np.dtype(one.dtype).itemsize
-                    for one in backbone.text_decoder.variables
+                    int(np.prod(variable.shape))
+                    * np.dtype(variable.dtype).itemsize
+                    for variable in backbone.text_decoder.variables
                 ),
                 "cached": 2 * keys * config.num_layers * 2,
                 "copied": hlo.copied(computations, step),

@@ -1,8 +1,8 @@
-"""What training steps may need of a v5e chip, by the TPU's own compiler.
+"""Memory budgets of training steps on a v5e chip, by the TPU's compiler.
 
-`python -m tests.planning.hbm_budgets` writes the table that tests compare
-with, `hbm_budgets.json`: after a change that needs less, or knowingly more. It
-needs `keras_paligemma[plan]` on Linux x86-64, and a minute.
+`python -m tests.planning.hbm_budgets` writes the table that tests compare with,
+`hbm_budgets.json`. Run it after a change that needs less memory, or knowingly
+more. It needs `keras_paligemma[plan]` on Linux x86-64, and a minute.
 """
 
 import json
@@ -35,7 +35,7 @@ PLANS = (
 
 
 def compile_plans():
-    """Compile all; give a dict of what a plan is to its GiB a chip."""
+    """Compile all plans; return a dict of description to GiB per chip."""
     found = {}
     with Compiler() as compiler:
         for job, slice_name, layout, remat in PLANS:
@@ -51,7 +51,7 @@ def compile_plans():
 
 
 def main():
-    # Up to the next hundredth, so that what was found is within.
+    # Rounded up to the next hundredth, so that the measured value is within.
     table = {
         name: math.ceil(gib * 100) / 100
         for name, gib in compile_plans().items()

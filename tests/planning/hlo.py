@@ -11,7 +11,7 @@ BITS = {
     **dict.fromkeys(("bf16", "s16", "u16"), 16),
     **dict.fromkeys(("f32", "s32", "u32"), 32),
 }
-# They move nothing; a `while` is what its body moves.
+# Operations that move nothing.
 FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
     *("after-all", "iota", "partition-id"),
@@ -39,7 +39,7 @@ def read(text):
         found = re.match(r"\s+(?:ROOT )?%([\w.-]+) = (.*)", line)
         if not found:
             continue
-        # Layouts may hold parentheses, types of tuples do.
+        # Layouts may contain parentheses; types of tuples do.
         rest = re.sub(r"\{[^{}]*\}", "", found[2].split(", metadata=")[0])
         kind = re.match(r"(\([^()]*\)|\S+) ([\w-]+)\(([^()]*)\)", rest)
         source = re.search(r'op_name="([^"]*)"', line)
@@ -48,7 +48,7 @@ def read(text):
                 found[1],
                 size_of(kind[1]),
                 kind[2],
-                # Of a parameter its number, of others the names.
+                # The number of a parameter; otherwise the names of operands.
                 re.findall(r"%([\w.-]+)", kind[3]) or [kind[3]],
                 re.findall(r"(?:calls|body|condition)=%([\w.-]+)", rest),
                 source[1] if source else "",
@@ -78,30 +78,32 @@ def size_of(type_text):
 def moved(computations, name, layers):
     """Return the bytes that a computation reads and writes.
 
-    Of an operand that is sliced only, the slice counts; what is written in
-    place counts as what is written.
+    Only the slice counts of an operand that is sliced, and only the written
+    part of one that is updated in place.
 
     Args:
-        computations: dict of `read`.
+        computations: dict, from `read`.
         name: str, one of its keys.
-        layers: int, how often the loop over layers runs; others count once.
+        layers: int, iterations of the loop over layers; others count once.
     """
     total, sizes = 0, {}
-    for one in computations[name]:
-        sizes[one.name] = one.size
-        if one.operation in FREE:
+    for instruction in computations[name]:
+        sizes[instruction.name] = instruction.size
+        if instruction.operation in FREE:
             continue
-        if one.operation in ("while", "conditional", "call"):
-            parts = [moved(computations, two, layers) for two in one.called]
-            total += sum(parts) * (layers if is_over_layers(one) else 1)
-        elif one.operation == "dynamic-update-slice":
-            total += 2 * sizes[one.operands[1]]
-        elif one.operation == "dynamic-slice":
-            total += 2 * one.size
+        if instruction.operation in ("while", "conditional", "call"):
+            parts = [
+                moved(computations, two, layers) for two in instruction.called
+            ]
+            total += sum(parts) * (layers if is_over_layers(instruction) else 1)
+        elif instruction.operation == "dynamic-update-slice":
+            total += 2 * sizes[instruction.operands[1]]
+        elif instruction.operation == "dynamic-slice":
+            total += 2 * instruction.size
         else:
-            total += one.size
-            fused = one.called and computations[one.called[0]]
-            for place, operand in enumerate(one.operands):
+            total += instruction.size
+            fused = instruction.called and computations[instruction.called[0]]
+            for place, operand in enumerate(instruction.operands):
                 read_bytes = sizes.get(operand, 0)  # None, or a literal.
                 if fused:
                     sliced = _read_of(computations, fused, place)
@@ -113,21 +115,22 @@ def moved(computations, name, layers):
 def _read_of(computations, fused, place):
     """Return the bytes that a fusion reads of its parameter."""
     named = {
-        one.name
-        for one in fused
-        if one.operation == "parameter" and one.operands == [str(place)]
+        instruction.name
+        for instruction in fused
+        if instruction.operation == "parameter"
+        and instruction.operands == [str(place)]
     }
     total = 0
-    for one in fused:
-        if not named & set(one.operands):
+    for instruction in fused:
+        if not named & set(instruction.operands):
             continue
-        if one.operation == "bitcast":
-            named.add(one.name)
-        elif one.operation == "dynamic-slice":
-            total += one.size
-        elif one.operation == "fusion":
-            inner = computations[one.called[0]]
-            for number, operand in enumerate(one.operands):
+        if instruction.operation == "bitcast":
+            named.add(instruction.name)
+        elif instruction.operation == "dynamic-slice":
+            total += instruction.size
+        elif instruction.operation == "fusion":
+            inner = computations[instruction.called[0]]
+            for number, operand in enumerate(instruction.operands):
                 if operand in named:
                     total += _read_of(computations, inner, number)
         else:
@@ -138,8 +141,8 @@ def _read_of(computations, fused, place):
 def copied(computations, name):
     """Return the bytes of the largest copy in a computation and its loops."""
     sizes = [0]
-    for one in computations[name]:
-        if one.operation.startswith("copy"):
-            sizes.append(one.size)
-        sizes += [copied(computations, called) for called in one.called]
+    for instruction in computations[name]:
+        if instruction.operation.startswith("copy"):
+            sizes.append(instruction.size)
+        sizes += [copied(computations, called) for called in instruction.called]
     return max(sizes)

@@ -107,7 +107,7 @@ def test_machines_that_do_not_exist_name_the_nearest():
 )
 def test_bad_options_are_told_without_a_trace(options, message, monkeypatch):
     arguments = ["plan", "--preset", "pali_gemma2_pt_3b_224", "--estimate"]
-    arguments += [one.replace(".", " ") for one in options.split()]
+    arguments += [option.replace(".", " ") for option in options.split()]
     monkeypatch.setattr("sys.argv", ["keras-paligemma", *arguments])
     told = []
     monkeypatch.setattr(

@@ -39,10 +39,10 @@ def pictures(kind, folder):
 
 
 def assert_equal(found, wanted):
-    for one, other in zip(
+    for array, other in zip(
         tf.nest.flatten(found), tf.nest.flatten(wanted), strict=True
     ):
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(array, other)
 
 
 @pytest.mark.parametrize("kind", ["arrays", "files", "frames"])

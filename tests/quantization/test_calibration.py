@@ -102,9 +102,9 @@ def test_adapters_count(random_preset, tmp_path):
     """Kernels are rounded for what blocks with their adapters are given."""
     floats = PaliGemmaCausalLM.from_preset(random_preset)
     floats.enable_lora(2)
-    for number, one in enumerate(floats.trainable_variables):
+    for number, variable in enumerate(floats.trainable_variables):
         random = np.random.default_rng(number)
-        one.assign(random.normal(size=one.shape))
+        variable.assign(random.normal(size=variable.shape))
     floats.save_to_preset(tmp_path)
     given = {"quantize": "int4", "calibration": draw(0, 3)}
     found = arrays_of(PaliGemmaCausalLM.from_preset(tmp_path, **given).backbone)

@@ -53,8 +53,8 @@ def test_products_of_unseen_inputs_change_less(shape, axes):
     assert (parts[0].dtype, parts[0].shape) == ("int8", layout.stored_shape)
     assert (parts[1].dtype, parts[1].shape) == ("bfloat16", layout.scale_shape)
     plain, found = (
-        np.linalg.norm(product(layout, unseen, array - floats(layout, one)))
-        for one in (layout.quantize(array), parts)
+        np.linalg.norm(product(layout, unseen, array - floats(layout, rounded)))
+        for rounded in (layout.quantize(array), parts)
     )
     assert found < 0.65 * plain
 
@@ -70,7 +70,8 @@ def test_independent_inputs_are_rounded_to_the_nearest():
     peaks = layout.quantize(array)
     assert (found[1] <= peaks[1]).all()
     plain, best = (
-        np.linalg.norm(array - floats(layout, one)) for one in (peaks, found)
+        np.linalg.norm(array - floats(layout, rounded))
+        for rounded in (peaks, found)
     )
     assert best < 0.95 * plain
 

@@ -111,10 +111,10 @@ def test_projection_is_that_of_its_float_kernel(mode, part, monkeypatch):
     plain.build()
     Weight((plain.kernel,)).assign(kernel)
     assert 0.5 < np.std(kernel) * 30**0.5 < 1.5
-    for one in (layer, plain):
+    for projection in (layer, plain):
         keras.utils.set_random_seed(1)
-        one.add_adapter(2, 4)
-        one.adapter_b.assign(ops.ones(one.adapter_b.shape))
+        projection.add_adapter(2, 4)
+        projection.adapter_b.assign(ops.ones(projection.adapter_b.shape))
     x = np.random.default_rng(0).normal(size=(2, 5, 3, 10)).astype("float32")
 
     def gradients(layer):
@@ -126,7 +126,7 @@ def test_projection_is_that_of_its_float_kernel(mode, part, monkeypatch):
             with keras.StatelessScope(mapping):
                 return ops.sum(ops.sin(layer(x)))
 
-        values = [one.value for one in adapters]
+        values = [adapter.value for adapter in adapters]
         return differentiate(loss, [ops.convert_to_tensor(x), *values])
 
     np.testing.assert_allclose(

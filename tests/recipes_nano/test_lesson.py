@@ -109,8 +109,10 @@ def test_patches_that_are_kept_show_each_object(number):
     kept = lesson.some_patches(np.random.default_rng(0), which, number)
     assert len(set(kept.tolist())) == number
     assert np.all(np.diff(kept) > 0)
-    for one, patches in enumerate((6, 4, 4)):
-        assert (which[kept] == one).sum() >= min(patches, lesson.PATCHES_KEPT)
+    for picture, patches in enumerate((6, 4, 4)):
+        assert (which[kept] == picture).sum() >= min(
+            patches, lesson.PATCHES_KEPT
+        )
 
 
 def arrays(preprocessor, number):
@@ -134,10 +136,10 @@ def test_places_follow_the_answer(preprocessor):
     x, y, w = arrays(preprocessor, 24)
     which = lesson.object_of_patches(OBJECTS)[x["kept"][0]]
     several, counted = y["places"][0]
-    for one, place in ((-1, 0), (0, 2), (1, 1), (2, 2)):
-        assert set(several[which == one]) == {place}
-    for one, place in ((-1, 0), (0, 1), (1, 0), (2, 1)):
-        assert set(counted[which == one]) == {place}
+    for kind, place in ((-1, 0), (0, 2), (1, 1), (2, 2)):
+        assert set(several[which == kind]) == {place}
+    for kind, place in ((-1, 0), (0, 1), (1, 0), (2, 1)):
+        assert set(counted[which == kind]) == {place}
     np.testing.assert_allclose(w["tokens"].sum(-1), lesson.MEAN_TOKENS)
     assert list(CLASSES)[y["names"][0, 0] - 1] == "cat"
     np.testing.assert_array_equal(

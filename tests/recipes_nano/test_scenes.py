@@ -64,11 +64,11 @@ def test_same_seed_same_scene(sprites):
         for _ in range(2)
     )
     np.testing.assert_array_equal(first.pop("image"), second.pop("image"))
-    for one, other in zip(
+    for scene, other in zip(
         first.pop("objects"), second.pop("objects"), strict=True
     ):
-        assert one[:3] == other[:3]
-        np.testing.assert_array_equal(one.mask, other.mask)
+        assert scene[:3] == other[:3]
+        np.testing.assert_array_equal(scene.mask, other.mask)
     assert first == second
 
 

@@ -22,8 +22,8 @@ def small(monkeypatch):
     pixels = rng.integers(256, size=(len(CLASSES), 20, 20, 4), dtype="uint8")
     pixels[..., 3] = 255
     pictures = {
-        name: scenes.premultiplied(one)
-        for name, one in zip(CLASSES, pixels, strict=True)
+        name: scenes.premultiplied(pixel)
+        for name, pixel in zip(CLASSES, pixels, strict=True)
     }
     sprites = dict.fromkeys(TRAINED_STYLES, pictures)
     codes = {(s, n): "<seg001>" * 16 for s in sprites for n in CLASSES}

@@ -1,4 +1,4 @@
-"""An application around a tiny model, and around one that computes nothing."""
+"""Fixtures of applications: with a tiny model, and with a stand-in."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def model():
 
 
 class OnUse(PresetModel):
-    """Compiles what a test uses, and nothing ahead."""
+    """A model without warm-up: programs are compiled when they are used."""
 
     def warm_ups(self):
         return [], []
@@ -38,7 +38,7 @@ def client(model):
 
 @pytest.fixture(scope="package")
 def plain():
-    """Give a client of a model that answers with its prompt."""
+    """Return a client of a model that answers with its prompt."""
     app = make_app(PlainModel(), "plain", limits=Limits(body=65_536))
     with TestClient(app) as client:
         yield client

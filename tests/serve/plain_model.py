@@ -1,4 +1,4 @@
-"""A model that answers with the prompt: what is tested is all around it."""
+"""A stand-in that answers with the prompt, to test the server around it."""
 
 import threading
 
@@ -7,11 +7,11 @@ from keras_paligemma.serve.requests import decode_picture
 
 
 class PlainModel:
-    """Answers as `Batches` asks, when it is let go.
+    """A stand-in with the interface that `Batches` calls.
 
     Args:
-        held: bool, waits for `go` before each batch.
-        largest: int, most requests a batch.
+        held: bool, whether to wait for `go` before each batch.
+        largest: int, maximum requests per batch.
     """
 
     longest = 8
@@ -40,9 +40,9 @@ class PlainModel:
         self.begun.set()
         self.go.wait()
         self.sizes.append(len(requests))
-        if any(one.inputs == "fail" for one in requests):
+        if any(request.inputs == "fail" for request in requests):
             raise RuntimeError("a secret")
         return [
-            Answered(one.inputs, (), (7, 1), (-0.5, 0.0), "stop")
-            for one in requests
+            Answered(request.inputs, (), (7, 1), (-0.5, 0.0), "stop")
+            for request in requests
         ]

@@ -48,7 +48,7 @@ def test_own_stream(client):
         for line in ask(client, stream=True).text.splitlines()
         if line
     ]
-    pieces = [one["piece"] for one in events[:-1]]
+    pieces = [event["piece"] for event in events[:-1]]
     assert "".join(pieces) == whole["text"] == events[-1]["text"]
 
 
@@ -139,9 +139,9 @@ def test_no_other_site_reads_an_answer(plain):
         ask(plain),
         plain.get("/metrics"),
     ]
-    assert [one.status_code for one in replies] == [403, 403, 200, 200]
-    for one in replies:
-        assert "access-control-allow-origin" not in one.headers
+    assert [reply.status_code for reply in replies] == [403, 403, 200, 200]
+    for reply in replies:
+        assert "access-control-allow-origin" not in reply.headers
     own = plain.get("/v1/models", headers={"Origin": "http://testserver"})
     assert own.status_code == 200
 
@@ -171,7 +171,7 @@ def test_batches_and_a_full_queue():
         assert full.headers["Retry-After"] == "1"
         model.go.set()
         assert first.result().json()["text"] == "first"
-        texts = [one.result().json()["text"] for one in waits]
+        texts = [wait.result().json()["text"] for wait in waits]
         assert texts == ["0", "1", "2", "3"]
     assert model.sizes == [1, 4]
 
@@ -188,13 +188,13 @@ def test_who_is_alone_waits_for_nobody():
             time.sleep(0.01)
         model.go.set()
         assert first.result().status_code == 200
-        assert [one.result().status_code for one in waits] == [200, 200]
+        assert [wait.result().status_code for wait in waits] == [200, 200]
         # The batch before had two: the next waits until it has them, too.
         waits = [threads.submit(ask, client)]
         while "queue 1.0" not in client.get("/metrics").text:
             time.sleep(0.01)
         waits.append(threads.submit(ask, client))
-        assert [one.result().status_code for one in waits] == [200, 200]
+        assert [wait.result().status_code for wait in waits] == [200, 200]
     assert model.sizes == [1, 2, 2]
 
 

@@ -54,7 +54,7 @@ def test_who_names_an_adapter_gets_its_answers(model):
                 openai.OpenAI(api_key="-", base_url=f"{address}/v1") as api,
                 ThreadPoolExecutor(len(asked)) as threads,
             ):
-                assert tuple(one.id for one in api.models.list()) == NAMES
+                assert tuple(entry.id for entry in api.models.list()) == NAMES
 
                 def ask(name):
                     reply = api.chat.completions.create(

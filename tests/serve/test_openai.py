@@ -15,7 +15,7 @@ URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
 
 def api_of(client):
-    """Give OpenAI's client of a `TestClient`'s application."""
+    """Return OpenAI's client of a `TestClient`'s application."""
 
     # The client of Starlette is one of httpx; openai wants its own kind.
     def handle(request):
@@ -67,12 +67,12 @@ def test_answers_are_those_of_generate(api, model):
     reply = ask(api, logprobs=True, top_logprobs=2)
     [choice] = reply.choices
     assert choice.message.content == expected.text
-    assert [one.logprob for one in choice.logprobs.content] == pytest.approx(
-        expected.log_probabilities, rel=1e-4
-    )
-    for one in choice.logprobs.content:
-        assert len(one.top_logprobs) == 2
-        assert one.logprob <= one.top_logprobs[0].logprob + 1e-5
+    assert [
+        place.logprob for place in choice.logprobs.content
+    ] == pytest.approx(expected.log_probabilities, rel=1e-4)
+    for place in choice.logprobs.content:
+        assert len(place.top_logprobs) == 2
+        assert place.logprob <= place.top_logprobs[0].logprob + 1e-5
     assert reply.usage.completion_tokens == len(expected.token_ids)
     assert reply.model == "tiny"
 
@@ -80,8 +80,8 @@ def test_answers_are_those_of_generate(api, model):
 def test_a_stream_is_the_whole_answer(api):
     whole = ask(api).choices[0]
     events = list(ask(api, stream=True, stream_options={"include_usage": True}))
-    pieces = [one.choices[0] for one in events if one.choices]
-    text = "".join(one.delta.content or "" for one in pieces)
+    pieces = [event.choices[0] for event in events if event.choices]
+    text = "".join(piece.delta.content or "" for piece in pieces)
     assert text == whole.message.content
     assert pieces[-1].finish_reason == whole.finish_reason
     assert events[-1].usage.completion_tokens > 0
@@ -93,8 +93,8 @@ def test_length_seed_copies_and_stop(api):
     assert short.choices[0].finish_reason == "length"
     drawn = [
         [
-            one.message.content
-            for one in ask(
+            choice.message.content
+            for choice in ask(
                 api, n=3, seed=seed, temperature=1.5, top_p=0.99
             ).choices
         ]
@@ -135,7 +135,7 @@ def test_errors_are_openais(api, changes, field):
 
 
 def test_models(api):
-    assert [one.id for one in api.models.list()] == ["tiny", "styled"]
+    assert [entry.id for entry in api.models.list()] == ["tiny", "styled"]
     text = ask(api).choices[0].message.content
     styled = api.chat.completions.create(model="styled", messages=messages())
     assert styled.choices[0].message.content != text

@@ -25,12 +25,14 @@ def test_requests_of_all_kinds_share_a_batch(model):
         request(Choice(temperature=1.0, seed=1, top_k=50)),
         request(Choice(temperature=1.0, seed=2)),
     ]
-    assert len({served.key(one) for one in requests}) == 1
+    assert len({served.key(request) for request in requests}) == 1
     together = served.answer(requests, None)
     # The likeliest by a program of their own; the drawn beside themselves.
-    alone = [served.answer([one], None)[0] for one in requests[:2]]
-    alone += [served.answer([one] * 2, None)[0] for one in requests[2:]]
-    assert [one.text for one in together] == [one.text for one in alone]
+    alone = [served.answer([request], None)[0] for request in requests[:2]]
+    alone += [served.answer([request] * 2, None)[0] for request in requests[2:]]
+    assert [answer.text for answer in together] == [
+        answer.text for answer in alone
+    ]
     assert len(together[1].token_ids) == 3
     np.testing.assert_allclose(
         together[0].log_probabilities, alone[0].log_probabilities, rtol=1e-4
@@ -39,9 +41,11 @@ def test_requests_of_all_kinds_share_a_batch(model):
 
 def test_little_is_compiled_before_the_server_is_ready(model):
     first, later = PresetModel(model, largest=8).warm_ups()
-    assert [len(one) for one in first] == [1, 2, 4, 8]
-    assert [len(one) for one in later] == [1, 8] * 3
-    assert not any(one[0].streams or one[0].choice.temperature for one in first)
-    kinds = {(one[0].streams, one[0].choice.temperature) for one in later}
+    assert [len(batch) for batch in first] == [1, 2, 4, 8]
+    assert [len(batch) for batch in later] == [1, 8] * 3
+    assert not any(
+        batch[0].streams or batch[0].choice.temperature for batch in first
+    )
+    kinds = {(batch[0].streams, batch[0].choice.temperature) for batch in later}
     assert kinds == {(True, 0.0), (False, 1.0), (True, 1.0)}
     assert len(PresetModel(model, largest=1).warm_ups()[1]) == 3

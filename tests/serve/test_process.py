@@ -87,7 +87,9 @@ def body(prompt="caption en", **fields):
 
 
 def chunked(*chunks):
-    content = b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in chunks)
+    content = b"".join(
+        b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks
+    )
     headers = {"Content_Length": None, "Transfer_Encoding": "chunked"}
     return post(**headers, body=content + b"0\r\n\r\n")
 
@@ -126,7 +128,7 @@ def test_each_request_gets_its_status(port):
         found = dict(zip(BAD, replies, strict=True))
     statuses = {name: int(reply.split()[1]) for name, reply in found.items()}
     assert statuses == {name: status for name, (_, status) in BAD.items()}
-    assert not [one for one in found.values() if b"Traceback" in one]
+    assert not [value for value in found.values() if b"Traceback" in value]
 
 
 def test_who_sends_nothing_is_let_go(port):
@@ -175,7 +177,7 @@ def test_what_was_accepted_is_answered_after_sigterm():
         while not refuses(port):
             time.sleep(0.02)
         server.stdin.close()
-        texts = [one.result().decode() for one in replies]
+        texts = [reply.result().decode() for reply in replies]
         assert server.wait(30) in (0, -signal.SIGTERM)
     for prompt, text in zip(prompts, texts, strict=True):
         assert text.startswith("HTTP/1.1 200")

@@ -38,7 +38,7 @@ def check_command(words):
     assert name in PROJECT["scripts"]
     shown = CliRunner().invoke(cli.app, [command, "--help"]).output
     options = [word for word in rest if word.startswith("--")]
-    assert options == [one for one in options if one in shown]
+    assert options == [option for option in options if option in shown]
 
 
 def test_the_container_file_is_one():
@@ -65,7 +65,7 @@ def test_what_it_installs_exists(jax):
         if kind == "RUN" and rest.startswith("pip install")
     ]
     [ours, theirs] = [
-        Requirement(one) for one in install[2:] if not one.startswith("-")
+        Requirement(name) for name in install[2:] if not name.startswith("-")
     ]
     assert ours.name == PROJECT["name"]
     assert ours.extras <= set(PROJECT["optional-dependencies"])
@@ -86,7 +86,7 @@ def test_the_unit_starts_a_command():
 def test_kserve_gives_the_flags_of_tensorflow_serving():
     service = yaml.safe_load(block("yaml", "InferenceService"))
     flags = service["spec"]["predictor"]["model"]["args"]
-    names = [one.partition("=")[0] for one in flags]
+    names = [flag.partition("=")[0] for flag in flags]
     shown = block("proto", "tensorflow_model_server")
     assert [name for name in names if name in shown] == names
 

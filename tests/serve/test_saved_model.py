@@ -24,9 +24,9 @@ IDS = (10, 11, 12, 13, 14, 1)
 
 
 def outputs(images, length, options, error=""):
-    """Give the outputs of an export; its log-probabilities are its options."""
+    """Return an export's outputs, whose log-probabilities are its options."""
     rows = tf.shape(images)[0]
-    told = [tf.cast(one, tf.float32) for one in (rows, *options)]
+    told = [tf.cast(tensor, tf.float32) for tensor in (rows, *options)]
     told = tf.pad(tf.stack(told), [[0, len(IDS) - len(told)]])
     columns = {
         "token_ids": tf.constant(IDS),
@@ -37,8 +37,8 @@ def outputs(images, length, options, error=""):
         "text": tf.fill([rows], "a caté sits"),
         "error": tf.fill([rows], error),
         **{
-            name: tf.tile(one[None, :length], [rows, 1])
-            for name, one in columns.items()
+            name: tf.tile(column[None, :length], [rows, 1])
+            for name, column in columns.items()
         },
     }
 
@@ -128,7 +128,10 @@ def test_the_graph_gets_the_options_that_it_has(models):
     assert greedy.log_probabilities == (1, 6, 0, 0, 1, 0)
     # Draws without a seed are others each time.
     drawn = [request(model, temperature=1.0)] * 2
-    seeds = {model.answer([one], None)[0].log_probabilities[5] for one in drawn}
+    seeds = {
+        model.answer([drawing], None)[0].log_probabilities[5]
+        for drawing in drawn
+    }
     assert len(seeds) == 2
 
 
@@ -153,7 +156,7 @@ def test_requests_of_other_lengths_and_stops_share_a_batch(models):
         request(model, max_new_tokens=4, stop=("é",)),
         request(model, seed=1),
     ]
-    assert len({model.key(one) for one in requests}) == 1
+    assert len({model.key(asked) for asked in requests}) == 1
     short, cut, stopped, whole = model.answer(requests, None)
     assert short.tokens == SPELT[:2]
     assert (short.text, short.finish) == ("a cat", "length")
@@ -176,8 +179,8 @@ def test_requests_of_other_options_do_not(models):
         {"temperature": 1.0, "seed": 1},
         {"adapter": "styled"},
     )
-    requests = [request(model, **one) for one in kinds]
-    assert len({model.key(one) for one in requests}) == len(kinds)
+    requests = [request(model, **kind) for kind in kinds]
+    assert len({model.key(asked) for asked in requests}) == len(kinds)
 
 
 def test_openais_client(models):
@@ -187,7 +190,7 @@ def test_openais_client(models):
         [choice] = ask(
             model="saved", messages=messages(), logprobs=True
         ).choices
-        spelt = [one.token for one in choice.logprobs.content]
+        spelt = [token.token for token in choice.logprobs.content]
         assert spelt == list(SPELT)
         assert choice.message.content == "a caté sits"
         styled = ask(

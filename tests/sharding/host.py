@@ -1,7 +1,8 @@
 """One host of two, of four virtual devices: `… host FOLDER NUMBER PORT`.
 
-Run by its test after `sharded_runs`, whose losses and files in the
-same folder two hosts must repeat.
+Run by its test after `sharded_runs`, whose losses and files in the same folder
+two hosts must repeat. What both take part in is outside of the checks, so that
+a check that fails on one of them does not halt the other.
 """
 
 import os
@@ -18,8 +19,9 @@ from keras_paligemma.checkpoints.storage import safetensors
 from keras_paligemma.sharding import data_shard
 from keras_paligemma.sharding import distribute
 from keras_paligemma.training import RunCheckpoint
+from tests.helpers.checks import check
 
-# What another module asked for, before JAX has looked.
+# Overrides the other module's setting, before JAX reads it.
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", "count=4")
 
 
@@ -36,22 +38,26 @@ def main(folder, number, port):
     if number:
         safetensors.save_file = peft.save_file = forbidden
 
-    # The eight chips of both hosts share one example's work: one part.
+    # The eight chips of both hosts share each example: the data has one part.
     keras.distribution.set_distribution(distribute("tensor", (1, 8)))
-    assert data_shard() == (0, 1)
-    # A host's four are a group; storage is split over both hosts.
+    with check("one part of the data"):
+        assert data_shard() == (0, 1)
+    # The four chips of a host are a group; storage is split over both hosts.
     chosen = distribute("both", (2, 4), small=64)
     keras.distribution.set_distribution(chosen)
     index, parts = data_shard()
-    assert (index, parts) == (number, 2)
+    with check("two parts of the data"):
+        assert (index, parts) == (number, 2)
     model, _, _ = sharded_runs.load(folder / "preset")
     losses = sharded_runs.train(model, folder / "hosts", parts, index)
-    difference = np.abs(losses / wanted - 1).max()
-    assert difference <= 1e-5, (losses, wanted)
+    with check("losses"):
+        difference = np.abs(losses / wanted - 1).max()
+        assert difference <= 1e-5, (losses, wanted)
 
-    # Once: a folder a step, whichever host looks.
-    steps = sorted(one.name for one in (folder / "hosts").iterdir())
-    assert steps == ["2", "4"], steps
+    with check("checkpoints"):
+        # Both hosts see one folder per step.
+        steps = sorted(path.name for path in (folder / "hosts").iterdir())
+        assert steps == ["2", "4"], steps
     trained = sharded_runs.values(model)
     model.save_adapter(folder / "hosts_adapter")
     model.save_to_preset(folder / "hosts_preset")
@@ -64,11 +70,14 @@ def main(folder, number, port):
         folder / "preset", folder / "hosts_adapter"
     )
     saved = type(model).from_preset(folder / "hosts_preset", form="scanned")
-    for one in (other, adapted, saved):
-        for name, value in sharded_runs.values(one).items():
-            np.testing.assert_array_equal(value, trained[name], name)
-    print(f"{difference:.1e}")
-    print("same everywhere")
+    for name, read in (
+        ("a restored run", other),
+        ("a saved adapter", adapted),
+        ("a saved preset", saved),
+    ):
+        found = sharded_runs.values(read)
+        with check(name):
+            sharded_runs.assert_same(found, trained)
 
 
 if __name__ == "__main__":

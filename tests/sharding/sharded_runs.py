@@ -1,14 +1,14 @@
-"""Loads, adapts, is killed, goes on and saves on eight virtual devices.
+"""Load, adapt, resume and save a model on eight virtual devices.
 
-Run by its test with a folder, where files are left. Weights in int8 with
-adapters, under a layout that splits everything, must do what one device does.
+Run by its test, with a folder for files. A model in int8 with adapters, under
+a layout that splits everything, must do the same as on one device.
 """
 
 import shutil
 import sys
 from pathlib import Path
 
-# It sets the environment; JAX reads that when it is first used.
+# It sets the environment, which JAX reads when it is first used.
 from tests.sharding import sharded_training  # isort: skip
 
 import jax
@@ -23,6 +23,7 @@ from keras_paligemma.layers import weight
 from keras_paligemma.sharding import distribute
 from keras_paligemma.sharding.layouts import chip_bytes
 from keras_paligemma.training import fit
+from tests.helpers.checks import check
 from tests.sharding.sharded_training import RESPONSE
 from tests.sharding.sharded_training import TARGETS
 from tests.sharding.sharded_training import Losses
@@ -33,7 +34,7 @@ STEPS, BATCH = 4, 8
 
 
 def preprocess(example):
-    """Take an example as it is: arrays of one row."""
+    """Return an example, arrays of one row, as the model takes it."""
     ids = example["responses"]
     weights = np.ones(RESPONSE, "float32")
     return tokens(example["images"], ids), ids[-RESPONSE:], weights
@@ -58,34 +59,30 @@ def batches(parts=1, index=0):
 
 
 class Watched:
-    """Counts what lies on each device whenever a weight has been placed.
-
-    Args:
-        name: str, for the message.
-    """
+    """Counts the bytes on each device whenever a weight has been placed."""
 
     def __init__(self):
         self.before = self.on_devices()
         self.most = 0
 
     def on_devices(self):
-        held = {one: {} for one in jax.devices()}
-        # By address: a shard that was looked at is an array of its own.
+        held = {device: {} for device in jax.devices()}
+        # By address: a shard that was read is another array of the same memory.
         for array in jax.live_arrays():
             for shard in array.addressable_shards:
                 place = shard.data.unsafe_buffer_pointer()
                 held[shard.device][place] = shard.data.nbytes
-        return {one: sum(sizes.values()) for one, sizes in held.items()}
+        return {device: sum(sizes.values()) for device, sizes in held.items()}
 
     def __call__(self, variable, value):
         fill(variable, value)
         now = self.on_devices()
-        grown = max(now[one] - self.before[one] for one in now)
+        grown = max(now[device] - self.before[device] for device in now)
         self.most = max(self.most, grown)
 
 
 def load(preset, adapter=None):
-    """Load int8 weights, add or load adapters, compile; give bytes too."""
+    """Return an int8 model with adapters, its variables, and the most bytes."""
     watched = Watched()
     weight.fill = watched
     model = PaliGemmaCausalLM.from_preset(
@@ -118,15 +115,20 @@ def train(model, folder, parts=1, index=0):
 
 def values(model):
     return {
-        name: one.read()
-        for name, one in model.backbone.weights_by_name().items()
+        name: weight.read()
+        for name, weight in model.backbone.weights_by_name().items()
         if not name.endswith("adapter_scale")
     }
 
 
+def assert_same(found, wanted):
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, wanted[name], name)
+
+
 def main(folder):
     folder = Path(folder)
-    # The same step is compiled once; a resumed run finds it there.
+    # The step is compiled once; a resumed run finds it in the cache.
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # One device: weights in float32, and the losses to compare.
@@ -137,44 +139,52 @@ def main(folder):
 
     chosen = distribute("both", (4, 2), small=64)
     keras.distribution.set_distribution(chosen)
-    # Adapters that are made under a layout lie as it says, and so does all.
+    # Adapters that are created under a layout follow it, like all variables.
     model, bare, most = load(folder / "preset")
-    split = check_shards(model, chosen.layout)
+    with check("shards of weights"):
+        split = check_shards(model, chosen.layout)
     share = chip_bytes(chosen.layout, bare)
-    # One device never held more than its share, while it was loaded either.
-    assert most <= 1.02 * share, (most, share)
-    whole = sum(one.value.nbytes for one in bare)
-    # The kernel of the patches, in floats, is the largest here: halved.
-    assert share < 0.4 * whole, (share, whole)
+    with check("bytes while loading"):
+        # No device ever held more than its share.
+        assert most <= 1.02 * share, (most, share)
+    whole = sum(variable.value.nbytes for variable in bare)
+    with check("bytes of a device"):
+        # The largest weight here, the kernel of the patches, is halved.
+        assert share < 0.4 * whole, (share, whole)
 
     losses = train(model, folder / "whole")
-    assert check_shards(model, chosen.layout) > split
-    difference = np.abs(losses / wanted - 1).max()
-    assert difference <= 1e-5, (losses, wanted)
+    np.save(folder / "losses.npy", losses)
+    with check("shards of moments"):
+        assert check_shards(model, chosen.layout) > split
+    with check("losses"):
+        difference = np.abs(losses / wanted - 1).max()
+        assert difference <= 1e-5, (losses, wanted)
+    trained = values(model)
 
-    # Killed after the second step: nothing but its checkpoint is left.
+    # As if killed after the second step: only its checkpoint is left.
     shutil.copytree(folder / "whole" / "2", folder / "killed" / "2")
     resumed, _, _ = load(folder / "preset")
     again = train(resumed, folder / "killed")
-    np.testing.assert_array_equal(again, losses[2:])
-    check_shards(resumed, chosen.layout)
-    trained = values(model)
-    for name, value in values(resumed).items():
-        np.testing.assert_array_equal(value, trained[name], name)
+    with check("a killed run's losses"):
+        np.testing.assert_array_equal(again, losses[2:])
+    with check("a killed run's shards"):
+        check_shards(resumed, chosen.layout)
+    with check("a killed run's weights"):
+        assert_same(values(resumed), trained)
 
-    # Saved from shards, and read back onto them.
+    # Saved from shards, and loaded as shards.
     model.save_adapter(folder / "trained")
     model.save_to_preset(folder / "saved")
-    saved = PaliGemmaCausalLM.from_preset(folder / "saved", form="scanned")
-    other, _, _ = load(folder / "preset", folder / "trained")
-    for one in (saved, other):
-        one.optimizer.build(one.trainable_variables)
-        check_shards(one, chosen.layout)
-        for name, value in values(one).items():
-            np.testing.assert_array_equal(value, trained[name], name)
-    np.save(folder / "losses.npy", losses)
-    print(f"{difference:.1e}", "bytes of the fullest", most, "of", whole)
-    print("same everywhere")
+    with check("a saved preset"):
+        saved = PaliGemmaCausalLM.from_preset(folder / "saved", form="scanned")
+        saved.optimizer.build(saved.trainable_variables)
+        check_shards(saved, chosen.layout)
+        assert_same(values(saved), trained)
+    with check("a saved adapter"):
+        other, _, _ = load(folder / "preset", folder / "trained")
+        other.optimizer.build(other.trainable_variables)
+        check_shards(other, chosen.layout)
+        assert_same(values(other), trained)
 
 
 if __name__ == "__main__":

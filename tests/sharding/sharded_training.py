@@ -1,13 +1,11 @@
-"""Trains on one device and on eight virtual ones; run by its test.
+"""Train on one device and on eight virtual ones; run by its test.
 
 Every layout, in both forms, must give the losses and tokens of one device. The
-arguments are names of checks; printed is what each found.
+arguments are names of checks.
 """
 
-import json
 import os
 import sys
-import traceback
 import zlib
 
 os.environ["KERAS_BACKEND"] = "jax"
@@ -36,8 +34,9 @@ from keras_paligemma.sharding import distribute
 from tests.helpers.attention import draw_attention
 from tests.helpers.attention import fused
 from tests.helpers.attention import plain
+from tests.helpers.checks import check
 
-# Three key-value heads divide over no group; the six query heads over two.
+# Three key-value heads do not divide over a group; six query heads over two.
 VISION = {
     "patch_size": 14,
     "num_layers": 1,
@@ -76,7 +75,7 @@ class Batches(keras.utils.PyDataset):
 
 
 def tokens(images, ids):
-    """Give what the model takes; the last tokens of ids are the response."""
+    """Return the model's inputs; the last tokens of ids are the response."""
     response = np.arange(ids.shape[-1]) >= PROMPT
     return {
         "images": images,
@@ -87,7 +86,7 @@ def tokens(images, ids):
 
 
 class Losses(keras.callbacks.Callback):
-    """Keep each step's loss (Keras gives the mean of those so far)."""
+    """Keep each step's loss (Keras's logs are means of all steps so far)."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +97,7 @@ class Losses(keras.callbacks.Callback):
 
 
 def draw(backbone):
-    """Give random values by name, the same ones whatever the form."""
+    """Return random values by name, equal in both forms."""
     values = {}
     for name, weight in dequantized(backbone.weights_by_name()).items():
         shape = weight.shape
@@ -126,7 +125,7 @@ def build(form, trained):
 
 
 def train(form, trained, generate):
-    """Give the losses of three steps, and what the model then answers."""
+    """Return the losses of three steps, and the trained model's answers."""
     model = build(form, trained)
     losses = Losses()
     model.fit(Batches(), epochs=1, shuffle=False, verbose=0, callbacks=[losses])
@@ -143,21 +142,21 @@ def train(form, trained, generate):
 
 
 def check_shards(model, layout):
-    """Compare where everything lies with the table; count what is split."""
+    """Compare all shards with the table; return the number of split arrays."""
     parts = {"model": layout.group, "batch": layout.groups, None: 1}
     split = 0
     for variable in model.variables + model.optimizer.variables:
         shape = tuple(variable.shape)
         axes = layout.axes(stable_name(variable.path), shape)
         shard = variable.value.addressable_shards[0].data.shape
-        wanted = [n // parts[one] for n, one in zip(shape, axes, strict=True)]
+        wanted = [n // parts[axis] for n, axis in zip(shape, axes, strict=True)]
         assert shard == tuple(wanted), (variable.path, shard, axes)
         split += shard != shape
     return split
 
 
 def refused(function, message):
-    """Ask for an error that says how to mend it."""
+    """Check that a call raises a `ValueError` with a message."""
     try:
         function()
     except ValueError as error:
@@ -167,7 +166,7 @@ def refused(function, message):
 
 
 def check_kernel():
-    """Compare fused attention, handed to devices by rows and heads."""
+    """Compare fused attention, sharded by rows and heads."""
     arrays, valid = draw_attention(batch=8)
     wanted = np.asarray(plain(valid, 5.0)(*arrays[:3]))
     for strategy, mesh in (
@@ -181,7 +180,7 @@ def check_kernel():
         np.testing.assert_allclose(found[valid], wanted[valid], atol=5e-5)
 
 
-# Axes and products of one device are to be those of eight.
+# Order of axes and products of one device must be those of eight.
 @compiling_for("cpu")
 def check_parts():
     """Compare products whose parts are gathered from the chips that share."""
@@ -203,7 +202,7 @@ def check_parts():
             name="blocks",
         )
         stack.build()
-        # Of int8 a kernel goes into its product as it is.
+        # An int8 kernel is an operand of its product.
         cases.append((stack, "blocks/kernel", axes, mode == "int4"))
     for layer, path, axes, in_parts in cases:
 
@@ -215,13 +214,13 @@ def check_parts():
         chosen = distribute("weights", (2, 4))
         chosen.layout_map[path] = chosen.layout_map[f"{path}_scale"] = axes
         with chosen.scope():
-            # A new function: what was traced is for one device.
+            # A new function: the traced one is for one device.
             lowered = jax.jit(lambda x, both=both: both(x)).lower(x)
             found = lowered.compile()(x)
         assert ("all_gather" in lowered.as_text()) == in_parts
-        for one, other in zip(found, wanted, strict=True):
+        for array, other in zip(found, wanted, strict=True):
             scale = np.abs(other).max()
-            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * scale)
+            np.testing.assert_allclose(array, other, rtol=0, atol=1e-5 * scale)
 
 
 def check_layout(case, wanted):
@@ -242,7 +241,7 @@ def check_layout(case, wanted):
 
 
 def check_answers(wanted):
-    """Ask for answers that could differ."""
+    """Check that the compared answers are not trivial."""
     assert len(np.unique(wanted["lora"][1])) > 3, wanted["lora"][1]
 
 
@@ -253,7 +252,7 @@ def check_meshes():
 
 
 def main(*names):
-    # Small weights of low bits become floats in parts as well.
+    # Small quantised weights are dequantised in parts, too.
     products.PART = 2**10
     wanted = {}
     for trained in ("lora", "full", "int4"):
@@ -265,16 +264,11 @@ def main(*names):
         "meshes": check_meshes,
     }
     for name in names:
-        try:
+        with check(name):
             if name in others:
                 others[name]()
             else:
                 check_layout(name, wanted)
-        except Exception:
-            found = traceback.format_exc()
-        else:
-            found = "same"
-        print(json.dumps([name, found]))
 
 
 if __name__ == "__main__":

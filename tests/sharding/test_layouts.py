@@ -74,11 +74,15 @@ def test_all_large_weights_are_split_whole(models, size, layout):
 
 def test_moments_lie_as_their_weights(models):
     backbone, optimizer = models["10b"]
-    moments = [one for one in optimizer.variables if one.shape]
-    twice = [one for one in backbone.trainable_variables for _ in (0, 1)]
+    moments = [variable for variable in optimizer.variables if variable.shape]
+    twice = [
+        variable for variable in backbone.trainable_variables for _ in (0, 1)
+    ]
     for layout in LAYOUTS:
-        found = sorted((split(layout, one) for one in moments), key=str)
-        wanted = sorted((split(layout, one) for one in twice), key=str)
+        found = sorted((split(layout, moment) for moment in moments), key=str)
+        wanted = sorted(
+            (split(layout, variable) for variable in twice), key=str
+        )
         assert found == wanted
 
 
@@ -86,7 +90,9 @@ def test_moments_lie_as_their_weights(models):
 def test_both_forms_have_the_same_layout(layout):
     stacked, state = official("3b", lora=8)
     unrolled, other = official("3b", form="unrolled", lora=8)
-    wanted = {stable_name(one.path): one for one in stacked.variables}
+    wanted = {
+        stable_name(variable.path): variable for variable in stacked.variables
+    }
     for variable in unrolled.variables:
         name = stable_name(variable.path)
         axes = split(layout, wanted[name])

@@ -1,6 +1,5 @@
 """Losses and tokens do not depend on where the weights lie."""
 
-import json
 import socket
 import subprocess
 import sys
@@ -8,6 +7,9 @@ from pathlib import Path
 
 import keras
 import pytest
+
+from tests.helpers.checks import once
+from tests.helpers.checks import reported
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="layouts are JAX's alone"
@@ -23,6 +25,28 @@ LAYOUTS = [
     "weights 2x4 scanned int4 generate",
 ]
 OTHERS = ["answers", "fused attention", "products in parts", "meshes"]
+# Of a model in int8 with adapters.
+OF_ONE_PROCESS = [
+    "shards of weights",
+    "bytes while loading",
+    "bytes of a device",
+    "shards of moments",
+    "losses",
+    "a killed run's losses",
+    "a killed run's shards",
+    "a killed run's weights",
+    "a saved preset",
+    "a saved adapter",
+]
+OF_A_HOST = [
+    "one part of the data",
+    "two parts of the data",
+    "losses",
+    "checkpoints",
+    "a restored run",
+    "a saved adapter",
+    "a saved preset",
+]
 
 
 def start(script, *arguments):
@@ -37,48 +61,68 @@ def start(script, *arguments):
 
 
 def finish(*processes):
-    """Wait for processes, which end together; give the lines of each."""
-    printed = []
+    """Wait for processes that end together; return the checks of each."""
+    found = []
     try:
         for process in processes:
-            out, told = process.communicate(timeout=1800)
-            assert process.returncode == 0, told[-5000:]
-            printed.append(out.splitlines())
+            out, errors = process.communicate(timeout=1800)
+            assert process.returncode == 0, errors[-5000:]
+            found.append(reported(out.splitlines()))
     finally:
         for process in processes:
             process.kill()
             process.communicate()
-    return printed
+    return found
 
 
 @pytest.fixture(scope="module")
-def found():
+def layouts(tmp_path_factory):
     """What each check found, by name: one process starts all."""
-    (lines,) = finish(start("sharded_training", *LAYOUTS, *OTHERS))
-    return dict(map(json.loads, lines))
+    script = "sharded_training"
+    (found,) = once(
+        tmp_path_factory,
+        script,
+        lambda folder: finish(start(script, *LAYOUTS, *OTHERS)),
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What each check found: of one process, then of two hosts."""
+
+    def compute(folder):
+        # The files of the first are what the hosts have to repeat.
+        one = finish(start("sharded_runs", folder))
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        hosts = (start("host", folder, number, port) for number in (0, 1))
+        return one + finish(*hosts)
+
+    return once(tmp_path_factory, "sharded_runs", compute)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LAYOUTS)
-def test_a_layout_trains_as_one_device(found, case):
-    assert found[case] == "same"
+def test_a_layout_trains_as_one_device(layouts, case):
+    assert layouts[case] == "passed"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
-def test_on_eight_devices(found, name):
-    assert found[name] == "same"
+def test_on_eight_devices(layouts, name):
+    assert layouts[name] == "passed"
 
 
 @pytest.mark.slow
-def test_int8_and_two_hosts_do_as_one_device(tmp_path):
-    # On eight devices of one process first; its files tell what is wanted.
-    (one,) = finish(start("sharded_runs", tmp_path))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    hosts = finish(
-        *(start("host", tmp_path, number, port) for number in (0, 1))
-    )
-    for lines in (one, *hosts):
-        assert lines[-1] == "same everywhere"
+@pytest.mark.parametrize("name", OF_ONE_PROCESS)
+def test_int8_does_as_on_one_device(runs, name):
+    assert runs[0][name] == "passed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [1, 2])
+@pytest.mark.parametrize("name", OF_A_HOST)
+def test_two_hosts_do_as_one_process(runs, host, name):
+    assert runs[host][name] == "passed"

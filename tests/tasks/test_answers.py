@@ -34,7 +34,7 @@ def test_examples_of_the_docstrings_run():
 
 def test_reads_what_models_answer():
     found = read_objects(f"{BOX} cat ; {WHOLE} black dog")
-    assert [one.label for one in found] == ["cat", "black dog"]
+    assert [item.label for item in found] == ["cat", "black dog"]
     assert found[0].box == (100 / 1023, 200 / 1023, 300 / 1023, 400 / 1023)
     assert found[1].box == (0, 0, 1, 1) and not found.skipped
     assert found.answer == f"{BOX} cat ; {WHOLE} black dog"
@@ -52,7 +52,7 @@ def test_reads_what_models_answer():
 def test_separators_and_spaces_may_differ(text):
     found = read_objects(text)
     wanted = [(100 / 1023, "cat"), (0, "dog")]
-    assert [(one.box[0], one.label) for one in found] == wanted
+    assert [(item.box[0], item.label) for item in found] == wanted
     assert not found.skipped
 
 
@@ -75,11 +75,13 @@ def test_separators_and_spaces_may_differ(text):
 def test_what_is_no_object_is_told(text, reason):
     found = read_objects(text)
     assert not found
-    assert [(one.text, one.reason) for one in found.skipped] == [(text, reason)]
+    assert [(item.text, item.reason) for item in found.skipped] == [
+        (text, reason)
+    ]
     for around in (f"{text} ; {WHOLE} dog", f"{WHOLE} dog ; {text}"):
         found = read_objects(around)
-        assert [one.label for one in found] == ["dog"]
-        assert [one.reason for one in found.skipped] == [reason]
+        assert [item.label for item in found] == ["dog"]
+        assert [item.reason for item in found.skipped] == [reason]
 
 
 def test_nothing_is_neither_found_nor_skipped():
@@ -91,7 +93,7 @@ def test_nothing_is_neither_found_nor_skipped():
 def test_masks_are_decoded():
     codec = MaskCodec.embedded()
     found = read_objects(f"{BOX}{MASK} cat ; {WHOLE} dog ; {BOX}{MASK}", codec)
-    assert [one.label for one in found] == ["cat", "dog", ""]
+    assert [item.label for item in found] == ["cat", "dog", ""]
     wanted = codec.decode([[7 * i for i in range(16)]])[0]
     np.testing.assert_allclose(found[0].mask, wanted, atol=1e-5)
     assert found[1].mask is None and not found.skipped
@@ -110,7 +112,7 @@ def test_masks_are_decoded():
 def test_a_wrong_mask_leaves_the_box(codes, reason):
     found = read_objects(f"{BOX}{codes} cat", MaskCodec.embedded())
     assert found[0] == Object(read_objects(BOX)[0].box, "cat")
-    assert [one.reason for one in found.skipped] == [reason]
+    assert [item.reason for item in found.skipped] == [reason]
 
 
 def test_a_mask_without_a_codec_is_told():
@@ -123,8 +125,8 @@ def test_labels_that_were_not_asked_for_are_told():
     text = f"{BOX} cat ; {WHOLE} dog"
     for asked in ("dog", [" dog", "bird"]):
         found = read_objects(text, labels=asked)
-        assert [one.label for one in found] == ["dog"]
-        assert [one.text for one in found.skipped] == [f"{BOX} cat"]
+        assert [item.label for item in found] == ["dog"]
+        assert [item.text for item in found.skipped] == [f"{BOX} cat"]
     assert len(read_objects(text, labels=[])) == 0
 
 
@@ -147,8 +149,8 @@ def test_what_is_written_is_read_again():
     text = write_objects(written)
     found = read_objects(text)
     assert not found.skipped and write_objects(found) == text
-    assert [one.label for one in found] == labels.tolist()
-    again = np.array([one.box for one in found])
+    assert [item.label for item in found] == labels.tolist()
+    again = np.array([item.box for item in found])
     assert np.abs(again - boxes).max() <= 1 / 2046
 
 
@@ -191,7 +193,7 @@ def test_scores_come_from_the_tokens_of_the_object():
         return 0.25
 
     found = read_objects(tokens, log_probabilities=values, score=score)
-    assert [one.score for one in found] == [0.25, 0.25]
+    assert [item.score for item in found] == [0.25, 0.25]
     assert seen == [
         (list(values[:4]), list(values[4:6])),
         (list(values[8:12]), list(values[-1:])),
@@ -238,7 +240,10 @@ def boxes_of(text):
         elif run and text[i : i + 1].isspace():
             i += 1
         else:
-            exist = [len(one) == 4 and int_or(one, 1024) < 1024 for one in run]
+            exist = [
+                len(numbers) == 4 and int_or(numbers, 1024) < 1024
+                for numbers in run
+            ]
             if len(run) == 4 and all(exist):
                 y1, x1, y2, x2 = map(int, run)
                 if y1 <= y2 and x1 <= x2:
@@ -249,7 +254,7 @@ def boxes_of(text):
 
 
 def is_word(name):
-    return all(one.isalnum() or one == "_" for one in name)
+    return all(character.isalnum() or character == "_" for character in name)
 
 
 def int_or(name, other):
@@ -265,8 +270,8 @@ def test_100_000_answers_of_token_soup():
     for start, end in zip(ends - lengths, ends, strict=True):
         text = "".join([SOUP[i] for i in picks[start:end]])
         objects = read_objects(text)
-        assert [one.box for one in objects] == boxes_of(text), text
-        assert all(one.label in text for one in objects)
+        assert [item.box for item in objects] == boxes_of(text), text
+        assert all(item.label in text for item in objects)
         assert all(part.text in text for part in objects.skipped)
         found += len(objects)
     assert found > 10_000
@@ -282,12 +287,12 @@ def test_100_000_answers_of_token_soup():
 )
 def test_any_text_is_read(text):
     found = read_objects(text, MaskCodec.embedded())
-    assert [one.box for one in found] == boxes_of(text)
-    assert all(one.label in text for one in found)
+    assert [item.box for item in found] == boxes_of(text)
+    assert all(item.label in text for item in found)
     # Nothing disappears: what is in no object is told.
     told = sum(len(part.text) for part in found.skipped)
     said = sum(
-        4 * 9 + 16 * 8 * (one.mask is not None) + len(one.label)
-        for one in found
+        4 * 9 + 16 * 8 * (item.mask is not None) + len(item.label)
+        for item in found
     )
     assert len("".join(text.split()).replace(";", "")) <= told + said

@@ -38,12 +38,12 @@ def test_there_and_back(mask, score):
     assert made.class_id.tolist() == [1, 0]
     np.testing.assert_array_equal(made.xyxy[0], (8, 8, 32, 24))
     found = from_detections(made, SIZE)
-    for one, other in zip(found, objects, strict=True):
-        assert (one.box, one.label) == (other.box, other.label)
-        assert one.score == other.score
-        assert (one.mask is None) == (other.mask is None)
-        if one.mask is not None:
-            size = one.mask_in(SIZE), other.mask_in(SIZE)
+    for item, other in zip(found, objects, strict=True):
+        assert (item.box, item.label) == (other.box, other.label)
+        assert item.score == other.score
+        assert (item.mask is None) == (other.mask is None)
+        if item.mask is not None:
+            size = item.mask_in(SIZE), other.mask_in(SIZE)
             np.testing.assert_array_equal(*size)
 
 

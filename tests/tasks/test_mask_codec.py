@@ -60,8 +60,8 @@ def test_equals_pytorch(sizes):
     weights = random_weights(*sizes)
     codec, model = MaskCodec(weights), Autoencoder(*sizes)
     state = {
-        name.replace("_vq_vae._embedding", "book"): torch.from_numpy(one)
-        for name, one in weights.items()
+        name.replace("_vq_vae._embedding", "book"): torch.from_numpy(weight)
+        for name, weight in weights.items()
     }
     model.load_state_dict(state, strict=True)
     random = np.random.default_rng(1)
@@ -84,7 +84,7 @@ def test_many_masks_are_encoded_as_one_by_one():
     codec = MaskCodec(random_weights(*UNEQUAL))
     squares = np.random.default_rng(0).random((70, 64, 64))
     codes = codec.encode(squares)
-    one_by_one = [codec.encode(one[None])[0] for one in squares]
+    one_by_one = [codec.encode(square[None])[0] for square in squares]
     np.testing.assert_array_equal(codes, one_by_one)
     decoded = codec.decode(codes)
     np.testing.assert_allclose(
@@ -105,7 +105,7 @@ def test_a_square_is_the_share_of_each_pixel():
 
 
 def true_masks():
-    """Give the nano preset's alpha masks, at sizes as in its scenes.
+    """Return the nano preset's alpha masks, at sizes as in its scenes.
 
     `recipes/mask_codec.py` wrote them: one of each class and style.
     """

@@ -24,7 +24,7 @@ from tests.helpers.tiny_models import VISION
 
 
 def set_up():
-    """A model with adapters that drop, and five batches an epoch."""
+    """Return a model with adapter dropout, and five batches per epoch."""
     keras.utils.set_random_seed(0)
     backbone = PaliGemmaBackbone(
         IMAGE_SIZE,
@@ -61,7 +61,7 @@ class Watch(keras.callbacks.Callback):
         self.folder, self.kill_at = folder, kill_at
 
     def on_train_batch_end(self, batch, logs=None):
-        # The running mean of the epoch, which goes on as well.
+        # The running mean of the epoch, which must continue as well.
         step = int(self.model.optimizer.iterations)
         with open(self.folder / "losses.jsonl", "a") as file:
             line = {"step": step, "loss": float(logs["loss"])}
@@ -84,12 +84,12 @@ def main(folder, kill_at=None):
         verbose=0,
     )
     values = {
-        f"{group}{number}": keras.ops.convert_to_numpy(one)
+        f"{group}{number}": keras.ops.convert_to_numpy(variable)
         for group, variables in (
             ("weight", model.trainable_variables),
             ("optimizer", model.optimizer.variables),
         )
-        for number, one in enumerate(variables)
+        for number, variable in enumerate(variables)
     }
     np.savez(folder / "end.npz", **values)
 

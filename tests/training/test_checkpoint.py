@@ -39,7 +39,7 @@ def losses(folder):
     """The last loss written of each step, and what was trained in the end."""
     lines = (folder / "losses.jsonl").read_text().splitlines()
     return {
-        one["step"]: one["loss"] for one in (json.loads(line) for line in lines)
+        row["step"]: row["loss"] for row in (json.loads(line) for line in lines)
     }
 
 
@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path):
         assert set(one.files) == set(two.files)
         for name in one.files:
             np.testing.assert_array_equal(one[name], two[name])
-    kept = [int(one.name) for one in (whole / "run").iterdir()]
+    kept = [int(path.name) for path in (whole / "run").iterdir()]
     assert sorted(kept) == [9, 12]
 
 
@@ -110,15 +110,15 @@ def test_means_of_weights_go_on(tmp_path):
             callbacks=callbacks,
             verbose=0,
         )
-        return [np.array(one) for one in model.trainable_variables]
+        return [np.array(variable) for variable in model.trainable_variables]
 
     with pytest.raises(InterruptedError):
         train("stopped", Stop())
     whole = train("whole")
     # The second call restores alone.
     for found in (train("stopped"), train("stopped")):
-        for one, other in zip(found, whole, strict=True):
-            np.testing.assert_array_equal(one, other)
+        for value, other in zip(found, whole, strict=True):
+            np.testing.assert_array_equal(value, other)
 
 
 def test_what_stops_an_epochs_rest_stops_the_run(tmp_path):
@@ -145,25 +145,25 @@ def test_a_finished_run_trains_no_more(model_and_batches, tmp_path):
     model, batches = model_and_batches
     first = fit(model, batches, tmp_path, 1, every=3, verbose=0)
     assert first.epoch == [0] and len(first.history["loss"]) == 1
-    before = [np.array(one) for one in model.trainable_variables]
+    before = [np.array(variable) for variable in model.trainable_variables]
     again = fit(model, batches, tmp_path, 1, every=3, verbose=0)
     assert again.epoch == [] and again.history == {}
-    for one, two in zip(model.trainable_variables, before, strict=True):
-        np.testing.assert_array_equal(np.array(one), two)
+    for variable, two in zip(model.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(np.array(variable), two)
 
 
 def test_a_damaged_checkpoint_costs_its_steps_alone(tmp_path):
     def train():
         model, batches = killed_run.set_up()
         fit(model, batches, tmp_path / "run", 1, every=3, verbose=0)
-        return [np.array(one) for one in model.trainable_variables]
+        return [np.array(variable) for variable in model.trainable_variables]
 
     wanted = train()
     (tmp_path / "run" / "6" / "place" / "metadata").write_text("{")
     with pytest.warns(UserWarning, match="step 6 .*goes on after step 3"):
         found = train()
-    for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_array_equal(one, other)
+    for value, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(value, other)
 
 
 @pytest.mark.skipif(

@@ -30,7 +30,7 @@ def written(tmp_path_factory):
 
 
 def read(folder):
-    """Give the step that is read, and the warnings, having compared arrays."""
+    """Compare arrays; return the step that was read, and the warnings."""
     files = CheckpointFiles(folder, keep=2)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -42,7 +42,7 @@ def read(folder):
     np.testing.assert_array_equal(
         found["more"]["few"], ARRAYS[step]["more"]["few"]
     )
-    told = [str(one.message) for one in warned]
+    told = [str(warning.message) for warning in warned]
     return step, [text for text in told if "Damaged checkpoints" in text]
 
 

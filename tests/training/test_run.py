@@ -17,7 +17,7 @@ from keras_paligemma.training import checkpoint
 from keras_paligemma.training import run
 from keras_paligemma.training.run import build
 from keras_paligemma.training.run import compile_model
-from keras_paligemma.training.run import read_settings
+from keras_paligemma.training.settings import read_settings
 from keras_paligemma.tuning.memory import estimate_memory
 
 NANO = "pali_gemma2_nano_112"
@@ -40,7 +40,9 @@ def data(tmp_path):
 
 def call(*arguments):
     result = CliRunner().invoke(
-        cli.app, [str(one) for one in arguments], catch_exceptions=False
+        cli.app,
+        [str(argument) for argument in arguments],
+        catch_exceptions=False,
     )
     return result.exit_code, result.output
 
@@ -149,7 +151,9 @@ def test_settings_that_mean_nothing(tmp_path):
 
 
 def call_error(*arguments):
-    result = CliRunner().invoke(cli.app, [str(one) for one in arguments])
+    result = CliRunner().invoke(
+        cli.app, [str(argument) for argument in arguments]
+    )
     return result.exit_code, str(result.exception)
 
 
@@ -157,7 +161,7 @@ def test_weights_themselves_and_what_is_frozen():
     settings = Settings(NANO, "", "", lora_rank=0, freeze=("vision_encoder/*",))
     model = build(settings)
     assert model.backbone.adapters.capacity is None
-    paths = {one.path for one in model.trainable_variables}
+    paths = {variable.path for variable in model.trainable_variables}
     assert paths and not any("vision_encoder" in path for path in paths)
 
 
@@ -245,10 +249,12 @@ def test_another_runs_output_is_kept(data):
 def test_sums_of_gradients_are_planned():
     model = build(Settings(NANO, "", "", lora_rank=2))
     plain, summed = (
-        estimate_memory(model.backbone, 2, 8, 4, accumulates=one)
-        for one in (False, True)
+        estimate_memory(model.backbone, 2, 8, 4, accumulates=given)
+        for given in (False, True)
     )
-    trained = sum(math.prod(one.shape) for one in model.trainable_variables)
+    trained = sum(
+        math.prod(variable.shape) for variable in model.trainable_variables
+    )
     key = "gradients and moments"
     assert plain.pop(key) == 12 * trained and summed.pop(key) == 16 * trained
     assert plain == summed

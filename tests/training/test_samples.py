@@ -68,7 +68,9 @@ def test_boxes_are_drawn_and_words_written(tmp_path):
 def test_samples_that_mean_nothing(change, words):
     examples = {"images": ["a.png"], "prompts": ["caption en"]} | change
     every = examples.pop("every", 1)
-    examples = {key: one for key, one in examples.items() if one is not None}
+    examples = {
+        key: example for key, example in examples.items() if example is not None
+    }
     with pytest.raises(ValueError, match=words):
         SamplePredictions(examples, every=every)
 

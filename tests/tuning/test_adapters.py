@@ -52,9 +52,11 @@ def test_lora_trains_adapters_alone(tiny_model, examples):
         model.compile(optimizer=keras.optimizers.Adam(1e-2))
         losses = model.fit(examples, epochs=8, verbose=0).history["loss"]
         assert losses[-1] < 0.9 * losses[0]
-        for one, two in zip(model.non_trainable_variables, frozen, strict=True):
-            if "seed" not in one.path:
-                np.testing.assert_array_equal(np.array(one), two)
+        for variable, two in zip(
+            model.non_trainable_variables, frozen, strict=True
+        ):
+            if "seed" not in variable.path:
+                np.testing.assert_array_equal(np.array(variable), two)
         assert error(run(model, x), before) > 1e-2
 
 
@@ -64,11 +66,12 @@ def test_targets_by_tower_and_the_table(tiny_model, capsys):
         model = tiny_model()
         model.enable_lora(2, targets=target)
         trained = sum(
-            int(np.prod(one.shape)) for one in model.trainable_variables
+            int(np.prod(variable.shape))
+            for variable in model.trainable_variables
         )
         sizes[target] = trained
         assert f"{trained:,}  of " in capsys.readouterr().out
-        paths = {one.path for one in model.trainable_variables}
+        paths = {variable.path for variable in model.trainable_variables}
         assert any("vision" in path for path in paths) == (
             target.startswith(("vision", "all"))
         )
@@ -99,7 +102,7 @@ def test_arguments_that_mean_nothing(tiny_model, arguments, words):
     with pytest.raises(ValueError, match=words):
         model.enable_lora(**arguments)
     assert model.adapters.configs == {}
-    assert all(one.trainable for one in model.trainable_variables)
+    assert all(variable.trainable for variable in model.trainable_variables)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -232,7 +235,7 @@ def test_saved_dropout_has_a_seed_once_it_is_read(tiny_model, tmp_path):
     model.save_to_preset(tmp_path / "preset")
     read = PaliGemmaCausalLM.from_preset(tmp_path / "preset")
     seeds = [v for v in read.backbone.variables if "seed" in v.path]
-    assert [keras.ops.convert_to_numpy(one).shape for one in seeds] == [(2,)]
+    assert [keras.ops.convert_to_numpy(seed).shape for seed in seeds] == [(2,)]
 
 
 def test_dropout_differs_by_layer_and_projection():
@@ -435,13 +438,15 @@ def test_low_rank_gradients_are_the_kernels(golden_backbone, expected, form):
 def test_bfloat16_base_has_float32_adapters(tiny_model, examples):
     model = tiny_model(dtype="bfloat16")
     model.enable_lora(2, targets=[*TARGETS])
-    assert {one.dtype for one in model.trainable_variables} == {"float32"}
-    before = [np.array(one) for one in model.trainable_variables]
+    assert {variable.dtype for variable in model.trainable_variables} == {
+        "float32"
+    }
+    before = [np.array(variable) for variable in model.trainable_variables]
     model.compile(Adam(1e-5))
     model.fit(examples, epochs=2, verbose=0)
     moved = [
-        (np.array(one) != two).any()
-        for one, two in zip(model.trainable_variables, before, strict=True)
+        (np.array(variable) != two).any()
+        for variable, two in zip(model.trainable_variables, before, strict=True)
     ]
     assert all(moved)
 
@@ -451,7 +456,7 @@ def test_adapters_that_take_no_part_are_not_trained(tiny_model, examples):
     model = tiny_model()
     model.enable_lora(2)
     model.fit(examples, batch_size=2, verbose=0)
-    before = [np.array(one) for one in model.trainable_variables]
+    before = [np.array(variable) for variable in model.trainable_variables]
     model.adapters.merge()
     with pytest.raises(ValueError, match="adapters that are merged"):
         model.fit(examples, batch_size=2, verbose=0)
@@ -459,8 +464,8 @@ def test_adapters_that_take_no_part_are_not_trained(tiny_model, examples):
     model.adapters.select(None)
     with pytest.raises(ValueError, match="adapters that are off"):
         model.fit(examples, batch_size=2, verbose=0)
-    for one, other in zip(model.trainable_variables, before, strict=True):
-        np.testing.assert_array_equal(np.array(one), other)
+    for variable, other in zip(model.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(np.array(variable), other)
 
 
 def test_moments_are_one_adapters(tiny_model, examples):
@@ -481,6 +486,6 @@ def test_scales_of_adapters_are_not_unfrozen(tiny_model):
     model = tiny_model()
     model.enable_lora(2)
     model.unfreeze("*")
-    names = [one.path for one in model.trainable_variables]
+    names = [variable.path for variable in model.trainable_variables]
     assert not any("adapter_scale" in name for name in names)
     assert any(name.endswith("mlp/up/kernel") for name in names)

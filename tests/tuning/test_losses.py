@@ -241,7 +241,7 @@ def test_padding_and_order_of_tokens_leak_nothing(golden_backbone, expected):
     compiled = jitted(both)
 
     def measure(x):
-        return [ops.convert_to_numpy(one) for one in compiled(x)]
+        return [ops.convert_to_numpy(gradient) for gradient in compiled(x)]
 
     logits, each = measure(x)
     for position in np.flatnonzero(x["response_mask"][0])[::2]:

@@ -43,8 +43,8 @@ def test_trajectory_is_the_originals(golden_backbone, expected, frozen):
         # by 5e-5 in the third one, on one processor and not on another. So the
         # median of starts that are half a unit in the last place apart.
         model.optimizer.build(model.trainable_variables)
-        starts = [np.array(one) for one in model.trainable_variables]
-        state = [np.array(one) for one in model.optimizer.variables]
+        starts = [np.array(variable) for variable in model.trainable_variables]
+        state = [np.array(variable) for variable in model.optimizer.variables]
         trajectories = [train()]
         for seed in range(4):
             random = np.random.default_rng(seed)
@@ -53,10 +53,10 @@ def test_trajectory_is_the_originals(golden_backbone, expected, frozen):
             ):
                 factor = 1 + random.uniform(-6e-8, 6e-8, start.shape)
                 variable.assign((start * factor).astype("float32"))
-            for variable, one in zip(
+            for variable, value in zip(
                 model.optimizer.variables, state, strict=True
             ):
-                variable.assign(one)
+                variable.assign(value)
             trajectories.append(train())
         losses = np.median(trajectories, axis=0)
         np.testing.assert_allclose(losses[:3], wanted[:3], rtol=2e-5)
@@ -94,7 +94,7 @@ def test_default_optimizer_moves_bfloat16_weights(tiny_model, examples):
     after = arrays_of(model.backbone)
     assert all((after[name] != before[name]).any() for name in before)
     moments = model.optimizer._momentums + model.optimizer._velocities
-    assert {one.dtype for one in moments} == {"float32"}
+    assert {moment.dtype for moment in moments} == {"float32"}
 
 
 @pytest.mark.parametrize(

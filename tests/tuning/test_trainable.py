@@ -27,7 +27,7 @@ def test_pattern_without_a_match_changes_nothing(tiny_model):
     backbone = tiny_model().backbone
     with pytest.raises(ValueError, match="Received: 'vision_tower/"):
         backbone.freeze("text_decoder/*", "vision_tower/*")
-    assert all(one.trainable for one in backbone.variables)
+    assert all(variable.trainable for variable in backbone.variables)
 
 
 def test_table_counts(tiny_model):

@@ -41,7 +41,7 @@ def main():
 
 
 def repository():
-    """Give the repository's address, which pyproject.toml has."""
+    """Return the repository's address, from pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     address = project["project"]["urls"]["Repository"]
     if f"repo_url: {address}\n" not in (ROOT / "mkdocs.yml").read_text("utf-8"):
@@ -61,12 +61,12 @@ def copy_pages(address):
         text = page.read_text("utf-8")
         text, wrong = to_repository(text, (DOCS / name).parent, address)
         page.write_text(text, "utf-8")
-        problems += [f"{name}: no {one}" for one in wrong]
+        problems += [f"{name}: no {address}" for address in wrong]
     return problems
 
 
 def to_repository(text, folder, address):
-    """Turn links that leave `docs` into links to the repository.
+    """Convert links that leave `docs` to links to the repository.
 
     Args:
         text: str, a page.

@@ -1,1 +1,1 @@
-"""Folders of transformers: configuration, tokenizer and table of weights."""
+"""The format of transformers: configuration, tokenizer and weights."""

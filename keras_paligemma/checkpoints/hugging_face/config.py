@@ -1,4 +1,4 @@
-"""What transformers writes beside the weights, to our config and back."""
+"""Conversion between transformers' configuration files and our config."""
 
 import ml_dtypes
 import numpy as np
@@ -9,7 +9,7 @@ from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
 
-# Defaults of transformers, for saved files omit what equals them.
+# Defaults of transformers: saved files omit fields that equal them.
 GEMMA = {
     "vocab_size": 256_000,
     "hidden_size": 3072,
@@ -43,7 +43,7 @@ SIGLIP = {
 }
 IMAGE, IMAGE_TOKEN = "<image>", 256_000
 # Published files have 64 rows more than the tokenizer has pieces; the first
-# of them stands for `<image>`.
+# of them is `<image>`.
 EXTRA_ROWS = 64
 
 TEXT_FIELDS = {
@@ -63,9 +63,9 @@ VISION_FIELDS = {
     "intermediate_dim": "intermediate_size",
     "layer_norm_epsilon": "layer_norm_eps",
 }
-# What the model does not vary: what a file may say of it.
+# Fields that the model does not vary, and the values that a file may have.
 TEXT_FIXED = {
-    # Gemma's first files said "gelu" and meant its approximation.
+    # Gemma's first files have "gelu" but mean its tanh approximation.
     "hidden_act": ("gelu_pytorch_tanh", "gelu", None),
     "hidden_activation": ("gelu_pytorch_tanh", "gelu", None),
     "attention_bias": (False,),
@@ -80,8 +80,8 @@ PROCESSOR_FIXED = {
     "image_std": ([0.5] * 3,),
     "rescale_factor": (1 / 255,),
 }
-# Pillow's numbers. Its bilinear filter is that of the original, but rounds
-# where the original truncates: a pixel may differ by one of 255 steps.
+# Pillow's numbers. Its bilinear filter is the original's, except that it rounds
+# where the original truncates: a pixel may differ by 1 of 255.
 RESAMPLE = {"bicubic": 3, "bilinear_antialias": 2}
 DTYPES = {
     "float32": np.dtype("float32"),
@@ -91,23 +91,23 @@ DTYPES = {
 
 
 def from_transformers(config, processor, source, added_tokens=None):
-    """Turn the configs of transformers into ours.
+    """Convert the configs of transformers to ours.
 
-    The published text configs have a sliding window of 4096, Gemma 2's; the
-    original attends without one, so it is read as none.
+    The published text configs have Gemma 2's sliding window of 4096. The
+    original attends without one, so it is ignored.
 
     Args:
-        config: dict, of `config.json`.
-        processor: dict, of `preprocessor_config.json`, or `None`.
-        source: path, for messages.
-        added_tokens: dict of id to token, of the tokenizer's files; `None`
-            without such files.
+        config: dict, content of `config.json`.
+        processor: dict, content of `preprocessor_config.json`, or `None`.
+        source: path, named in errors.
+        added_tokens: dict of id to token, from the tokenizer's files; `None`
+            if there are none.
 
     Returns:
-        `ModelConfig`, without a preprocessor where nothing is said of one.
+        `ModelConfig`; its preprocessor is `None` if `processor` is.
 
     Raises:
-        ValueError: listing all that cannot be expressed.
+        ValueError: listing all fields that cannot be expressed.
     """
     if config.get("model_type") != "paligemma":
         raise ValueError(
@@ -130,7 +130,7 @@ def from_transformers(config, processor, source, added_tokens=None):
     if text.get("rope_parameters") is not None:
         rope |= _section(text, "rope_parameters", source)
     scalar = "query_pre_attn_scalar" if gemma_2 else "head_dim"
-    # Our fields, and what transformers calls them.
+    # Our fields, and their names in transformers.
     text_names = TEXT_FIELDS | {
         "vocabulary_size": "vocab_size",
         "query_pre_attention_scalar": scalar,
@@ -228,14 +228,13 @@ def _image_token(config, added_tokens, source):
 
 
 def _vocabulary_size(num_rows, image_token, added_tokens, source):
-    """Count the tokens: pieces, and what the tokenizer added behind `<image>`.
+    """Count the tokens: pieces, and those that the tokenizer adds.
 
-    `<image>` follows the pieces. Of the rows behind them, those count that the
-    tokenizer has names for, up to the last; the others stand for nothing, and
-    are 64 in published files.
+    `<image>` follows the pieces. Rows after them count up to the last one that
+    the tokenizer has a name for; the others are unused (64 in published files).
     """
     extra = num_rows - image_token
-    # Random models for tests may have `<image>` among the pieces.
+    # In random models of tests, `<image>` may be one of the pieces.
     if extra <= 0 or extra > max(EXTRA_ROWS, image_token):
         return num_rows
     if added_tokens is None and extra > EXTRA_ROWS:
@@ -277,8 +276,8 @@ def _window(text):
         return []
     if type(window) is type(context) is int and window >= context:
         return []
-    # There the prompt sees all of itself in spite of a window; here the
-    # window holds for all tokens.
+    # In transformers, a prompt attends to all of itself despite a window;
+    # here the window applies to all tokens.
     return [
         "text_config.sliding_window must be null, 4096 or the whole context, "
         f"received {shown(window)}"
@@ -307,7 +306,7 @@ def _resize(processor, image_size, problems):
 def weight_dtype(backbone):
     """Return the NumPy dtype of the weights under a backbone's dtype policy.
 
-    `None` for one that transformers has not.
+    It is `None` for a dtype that transformers lacks.
     """
     return DTYPES.get(_weight_dtype_name(backbone))
 
@@ -318,17 +317,17 @@ def _weight_dtype_name(backbone):
 
 
 def to_transformers(config, num_rows):
-    """Turn our config into the files of transformers.
+    """Convert our config to the files of transformers.
 
     Args:
         config: `ModelConfig`.
         num_rows: int, rows of the embedding in the file.
 
     Returns:
-        Dict of file name to content, a dict.
+        dict of file name to content, a dict.
 
     Raises:
-        ValueError: listing all that transformers cannot express.
+        ValueError: listing all fields that transformers cannot express.
     """
     backbone = config.backbone
     text, vision = backbone.text_decoder, backbone.vision_encoder
@@ -352,11 +351,11 @@ def to_transformers(config, num_rows):
     }
     if text.use_post_norms:
         text_config |= {
-            # Versions since 5 take whole numbers only.
+            # Versions since 5 accept only integers.
             "query_pre_attn_scalar": int(text.query_pre_attention_scalar),
             "attn_logit_softcapping": text.attention_logit_soft_cap,
             "final_logit_softcapping": text.final_logit_soft_cap,
-            # There must be a window; this one holds the whole context.
+            # A window is required; this one covers the whole context.
             "sliding_window": GEMMA["max_position_embeddings"],
         }
     files = {
@@ -364,7 +363,7 @@ def to_transformers(config, num_rows):
             "architectures": ["PaliGemmaForConditionalGeneration"],
             "model_type": "paligemma",
             **special_ids,
-            # Early versions scale image tokens by this one.
+            # Early versions scale image tokens by this field.
             "hidden_size": width,
             "ignore_index": -100,
             "image_token_index": text.vocabulary_size,
@@ -413,7 +412,7 @@ def _resample(resize):
 
 
 def _check_expressible(backbone):
-    """Refuse a model that transformers has no config for."""
+    """Raise if transformers has no config for a model."""
     text = backbone.text_decoder
     scalar = text.query_pre_attention_scalar
     wanted = {
@@ -421,7 +420,7 @@ def _check_expressible(backbone):
             weight_dtype(backbone) is not None
         ),
         "no adapters: merge them first": backbone.lora is None,
-        # There the prompt sees all of itself in spite of a window.
+        # In transformers, a prompt attends to all of itself despite a window.
         "sliding_window_size=None": text.sliding_window_size is None,
     }
     if text.use_post_norms:

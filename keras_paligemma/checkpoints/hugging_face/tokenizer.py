@@ -1,4 +1,4 @@
-"""The tokenizer's files of transformers, written and read as SentencePiece."""
+"""Conversion between transformers' tokenizer files and SentencePiece."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-# Made at run time of its description, so that a type checker finds no class.
+# protobuf makes the class at run time, where a type checker does not see it.
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 from keras_paligemma.checked import shown
@@ -19,27 +19,27 @@ SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BPE = 2
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
-# PaliGemma's tokenizer.json has 34 MB.
+# Bytes; PaliGemma's tokenizer.json has 34 MB.
 TOKENIZER_LIMIT = 200_000_000
 
 
 def tokenizer_files(proto, vocabulary_size):
-    """Make the files of a tokenizer that gives the same ids.
+    """Create the files of a tokenizer with the same ids.
 
-    transformers 5 reads `tokenizer.json` alone, earlier versions also the
+    transformers 5 reads only `tokenizer.json`, earlier versions also the
     SentencePiece model. `<image>` follows the pieces, as the model expects.
     As in the published files, the text of a special piece, such as `<bos>`,
-    means that piece; in SentencePiece it is plain text.
+    becomes that piece; SentencePiece treats it as plain text.
 
     Args:
         proto: bytes, a SentencePiece model.
-        vocabulary_size: int, of the model that it belongs to.
+        vocabulary_size: int, vocabulary size of its model.
 
     Returns:
-        Dict of file name to bytes.
+        dict of file name to bytes.
 
     Raises:
-        ValueError: listing what transformers' class of Gemma lacks.
+        ValueError: listing features that transformers' Gemma tokenizer lacks.
     """
     try:
         model = ModelProto.FromString(proto)
@@ -70,15 +70,15 @@ def read_tokenizer(path):
     """Read a tokenizer as a SentencePiece model.
 
     Args:
-        path: str or path of a SentencePiece model, or of a `tokenizer.json`,
-            all that transformers 5 saves: its pieces and the order of its
-            merges say the same.
+        path: str or path of a SentencePiece model, or of the only file that
+            transformers 5 saves, `tokenizer.json`: its pieces and the order
+            of its merges determine the same model.
 
     Returns:
-        Bytes of a SentencePiece model.
+        bytes of a SentencePiece model.
 
     Raises:
-        ValueError: a damaged file, or a tokenizer that is not Gemma's kind.
+        ValueError: a damaged file, or a tokenizer of another kind than Gemma's.
     """
     path = Path(path)
     if path.suffix != ".json":
@@ -95,17 +95,17 @@ def read_tokenizer(path):
 
 
 def _to_sentencepiece(content):
-    """Turn what `_tokenizer` makes, or transformers has made, into a model."""
+    """Convert the content of a `tokenizer.json` to a SentencePiece model."""
     bpe, normalizer = content["model"], content["normalizer"]
     replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if bpe["type"] != "BPE" or normalizer != replaces:
         raise ValueError("expected BPE over text whose spaces are replaced")
     added = {token["id"]: token["content"] for token in content["added_tokens"]}
     pieces = {id: piece for piece, id in bpe["vocab"].items()} | added
-    # What follows `<image>` is added by name, see `with_added_tokens`.
+    # Tokens after `<image>` are added by name, see `with_added_tokens`.
     images = [id for id, piece in added.items() if piece == IMAGE]
     size = images[0] if images else len(pieces)
-    # Of all merges that make a piece, SentencePiece has one score.
+    # SentencePiece has a single score for all merges that produce a piece.
     ranks = {}
     for rank, pair in enumerate(bpe["merges"]):
         parts = pair.split(" ") if isinstance(pair, str) else pair
@@ -139,18 +139,18 @@ def _to_sentencepiece(content):
 
 
 def added_tokens(folder):
-    """Read the tokens that a tokenizer has beside its pieces, by id.
+    """Read the tokens that a tokenizer has in addition to its pieces.
 
-    Each version of transformers names them in another file.
+    Versions of transformers store them in different files.
 
     Args:
         folder: `pathlib.Path`.
 
     Returns:
-        Dict of int to str, or `None` if the folder has no such file.
+        dict of id to str, or `None` if the folder has no such file.
 
     Raises:
-        ValueError: a file that is damaged, or an id with two names.
+        ValueError: a damaged file, or an id with two names.
     """
     pairs, found = [], False
     for name, read in _ADDED_TOKENS.items():
@@ -183,9 +183,9 @@ def added_tokens(folder):
 
 
 def _of_one_file(path):
-    """List the added tokens of a `tokenizer.json`, which may have 34 MB.
+    """List the added tokens of a `tokenizer.json`.
 
-    They stand in front of the vocabulary, which is not parsed.
+    They precede the vocabulary, up to 34 MB, which is not parsed.
     """
     text = path.read_text(encoding="utf-8")
     start = text.index('"added_tokens"') + len('"added_tokens"')
@@ -216,20 +216,20 @@ _ADDED_TOKENS = {
 def with_added_tokens(proto, tokens, size):
     """Append the tokens that transformers added to a SentencePiece model.
 
-    They can be typed and are shown in answers. An id that has no row of a
-    token, such as that of `<image>`, gets a piece that no text has.
+    They are recognised in prompts and shown in answers. An id without a token,
+    such as that of `<image>`, gets a piece that occurs in no text.
 
     Args:
         proto: bytes, a SentencePiece model.
-        tokens: dict of id to str, which may have those of the model too; an
-            empty one leaves the model as it is.
-        size: int, pieces of the result.
+        tokens: dict of id to str, which may include tokens of the model; an
+            empty one leaves the model unchanged.
+        size: int, number of pieces of the result.
 
     Returns:
         Bytes.
 
     Raises:
-        ValueError: a token that is a piece already.
+        ValueError: a token that is already a piece.
     """
     if not tokens:
         return proto
@@ -237,10 +237,10 @@ def with_added_tokens(proto, tokens, size):
     pieces = {piece.piece for piece in model.pieces}
     for id in range(len(model.pieces), size):
         token, kind = tokens.get(id, IMAGE), USER_DEFINED
-        # Their `<image>` is written behind all of ours.
+        # `<image>` is written after all of our pieces.
         if token == IMAGE:
             token, kind = f"<reserved{id}>", CONTROL
-        # SentencePiece looks for pieces where spaces are replaced.
+        # SentencePiece searches for pieces after it has replaced spaces.
         token = token.replace(" ", SPACE)
         if not token or token in pieces:
             raise ValueError(
@@ -265,7 +265,7 @@ def _check_vocabulary(model, vocabulary_size):
         "pad, eos, bos, unknown as the first pieces": (
             kinds[:4] == [CONTROL, CONTROL, CONTROL, UNKNOWN]
         ),
-        # transformers adds them, behind what the model has, if they lack.
+        # transformers appends those that a model lacks.
         "the pieces <loc0000>…<loc1023>, <seg000>…<seg127>": (
             named <= set(pieces)
         ),
@@ -288,7 +288,7 @@ def _check_vocabulary(model, vocabulary_size):
 
 
 def _added_tokens(model):
-    """List what is cut out of a text before pieces are merged."""
+    """List the tokens that are split off before pieces are merged."""
     added = [
         _added_token(id, piece.piece, piece.type != USER_DEFINED)
         for id, piece in enumerate(model.pieces)
@@ -304,18 +304,18 @@ def _added_token(id, content, special):
         "single_word": False,
         "lstrip": False,
         "rstrip": False,
-        # SentencePiece cuts user-defined pieces after it has replaced spaces,
-        # of which some of Gemma's are made.
+        # SentencePiece splits off user-defined pieces after it has replaced
+        # spaces, which some of Gemma's consist of.
         "normalized": not special,
         "special": special,
     }
 
 
 def _merges(model):
-    """List the pairs to merge, the first ones first.
+    """List the pairs to merge, in order.
 
-    SentencePiece merges the pair that makes the piece of the highest score,
-    and has no list: every way to cut a piece into two is one.
+    SentencePiece has no such list: it merges the pair that gives the piece of
+    the highest score, so every split of a piece into two pieces is a merge.
     """
     pieces = [
         (-piece.score, id, piece.piece)
@@ -405,7 +405,7 @@ def _config(special, added):
         "additional_special_tokens": [IMAGE],
         "clean_up_tokenization_spaces": False,
         **{f"{name}_token": piece for name, piece in special.items()},
-        # Gemma's class would add a piece of this name where there is none.
+        # Gemma's class would add a piece of this name if there were none.
         "mask_token": None,
         "model_max_length": 10**30,
         "processor_class": "PaliGemmaProcessor",

@@ -1,4 +1,4 @@
-"""The names and folders of transformers (`config.json`, safetensors)."""
+"""Table of names and folders of transformers (`config.json`, safetensors)."""
 
 import dataclasses
 import json
@@ -18,9 +18,9 @@ from keras_paligemma.checkpoints.storage.safetensors import write_safetensors
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import read_json
 
-# Prefixes in the wild, the hub's first: it is what every version reads, so it
-# is what is written. Since 5 the vision tower lost a level, since 4.52 all
-# three moved below `model`; mixtures exist.
+# Prefixes in published files. The hub's come first and are written, since every
+# version reads them. Version 4.52 moved all three below `model`, version 5
+# removed a level of the vision tower; mixtures exist.
 VISION = (
     "vision_tower.vision_model.",
     "model.vision_tower.vision_model.",
@@ -44,16 +44,16 @@ def rows(config, shapes=None, most_extra_rows=EXTRA_ROWS):
 
     Args:
         config: `BackboneConfig`.
-        shapes: dict of the checkpoint's keys to shapes, which tells the
-            layout of the names and how many rows the embedding has beyond
-            the vocabulary; `None` for what `write` takes.
-        most_extra_rows: int, how many they may be.
+        shapes: dict of the checkpoint's keys to shapes, from which the layout
+            of the names and the number of rows that the embedding has beyond
+            the vocabulary are inferred; `None` for the layout of `write`.
+        most_extra_rows: int, maximum number of such rows.
 
     Returns:
-        List of `Row`.
+        list of `Row`.
 
     Raises:
-        ValueError: the keys are of none of the layouts.
+        ValueError: the keys match none of the layouts.
 
     Source: transformers, `models/{paligemma,siglip,gemma,gemma2}`.
     """
@@ -124,7 +124,7 @@ def _norm_names(config):
             "pre_ffw": "pre_feedforward",
             "post_ffw": "post_feedforward",
         }
-    # Gemma's second norm comes after attention, but is the MLP's own.
+    # Gemma's second norm, after attention, is the MLP's pre-norm.
     return {"pre_attention": "input", "pre_ffw": "post_attention"}
 
 
@@ -172,23 +172,23 @@ def _prefix(prefixes, name, shapes):
     for prefix in prefixes:
         if prefix + name in shapes:
             return prefix
-    some = sorted(shapes)[:3]
+    examples = sorted(shapes)[:3]
     raise ValueError(
         f"The checkpoint has no PaliGemma of transformers: no key "
         f"{prefixes[0] + name!r}, nor under {list(prefixes[1:])}. Received: "
-        f"{len(shapes)} keys, such as {some}. An adapter has to be merged "
+        f"{len(shapes)} keys, such as {examples}. An adapter has to be merged "
         "into its model and saved with it."
     )
 
 
 class _Tied:
-    """The tensors of a checkpoint but for its heads; see `engine`.
+    """The tensors of a checkpoint without its heads; see `engine`.
 
-    Whoever reads the embedding has it compared with them.
+    When the embedding is read, it is compared with them.
 
     Args:
         tensors: see `engine`.
-        heads: list of their keys.
+        heads: list of str, keys of the heads.
         table: str, key of the embedding.
     """
 
@@ -226,15 +226,15 @@ class _Tied:
             )
 
 
-def _equal(one, other):
-    # NaN, which may have been asked for, is looked for last: that is slower.
-    return np.array_equal(one, other) or np.array_equal(
-        one, other, equal_nan=True
+def _equal(array, other):
+    # NaN may be allowed, but the comparison that accepts it is slower.
+    return np.array_equal(array, other) or np.array_equal(
+        array, other, equal_nan=True
     )
 
 
 class _HeadAsTable:
-    """The tensors of a checkpoint whose embedding is stored as its head.
+    """The tensors of a checkpoint that stores its embedding as its head.
 
     Args:
         tensors: see `engine`.
@@ -255,12 +255,12 @@ class _HeadAsTable:
 
 
 def tied(tensors):
-    """Show one table for embedding and head, whichever of them are stored.
+    """Present one table for embedding and head, whichever of them are stored.
 
-    Where both are, that they are equal is checked when the embedding is read,
-    a few thousand rows at a time; reading raises a `ValueError` if the head
-    was trained apart. safetensors' `save_model` stores what is shared once,
-    under the name that comes first: the head's.
+    If both are stored, they are compared when the embedding is read, a few
+    thousand rows at a time; reading raises a `ValueError` if they differ.
+    safetensors' `save_model` stores shared tensors once, under the first name:
+    the head's.
 
     Args:
         tensors: `safetensors_files.Tensors`.
@@ -281,13 +281,13 @@ def tied(tensors):
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a folder says beside its weights.
+    """The content of a folder without its weights.
 
     Args:
-        config: `ModelConfig`; `preprocessor` is `None` where nothing is said.
-        added_tokens: dict of id to str, tokens that the tokenizer has beside
-            its pieces.
-        num_rows: int, of the embedding, those included that stand for nothing.
+        config: `ModelConfig`; `preprocessor` is `None` if the folder has none.
+        added_tokens: dict of id to str, tokens that the tokenizer has in
+            addition to its pieces.
+        num_rows: int, rows of the embedding, including unused ones.
     """
 
     config: ModelConfig
@@ -296,17 +296,17 @@ class Description:
 
 
 def read_config(folder):
-    """Read the sizes of a model, its tokens and how it wants pictures.
+    """Read the configuration of a model, its tokenizer and its preprocessor.
 
     Args:
-        folder: str or path, as transformers' `save_pretrained` or `write`
-            leaves it.
+        folder: str or path, written by transformers' `save_pretrained` or by
+            `write`.
 
     Returns:
         `Description`.
 
     Raises:
-        ValueError: another model, or one that cannot be expressed.
+        ValueError: another model, or a configuration that is not supported.
     """
     folder = Path(folder)
     config = _read_object(folder / "config.json")
@@ -314,7 +314,7 @@ def read_config(folder):
     if (folder / "preprocessor_config.json").is_file():
         processor = _read_object(folder / "preprocessor_config.json")
     elif (folder / "processor_config.json").is_file():
-        # What the processor of transformers 5 saves.
+        # The file of transformers 5's processor.
         processor = _read_object(folder / "processor_config.json")
         processor = processor.get("image_processor")
     added = added_tokens(folder)
@@ -331,27 +331,27 @@ def _read_object(path):
 
 
 def write(folder, config, arrays, tokenizer=None, max_shard_size=2_000_000_000):
-    """Write a folder that transformers loads: all of it or nothing.
+    """Write a folder that transformers loads, atomically.
 
-    Weights, configs and tokenizer appear at once; see `atomic.whole_folder`.
+    Weights, configs and tokenizer appear together; see `atomic.whole_folder`.
 
     Args:
         folder: str or path that does not exist or is empty.
         config: `ModelConfig`, whose dtype is that of the file.
-        arrays: iterable of pairs of key and array, as `engine.write` makes
-            them with `rows(config.backbone)`; asked for one at a time.
-        tokenizer: bytes of the SentencePiece model, or `None`: the folder
-            then has a model alone.
-        max_shard_size: float, bytes of weights in a file.
+        arrays: iterable of pairs of key and array, from `engine.write` with
+            `rows(config.backbone)`; consumed one at a time.
+        tokenizer: bytes of the SentencePiece model, or `None` for a model
+            without a tokenizer.
+        max_shard_size: float, maximum bytes of weights in a file.
 
     Raises:
-        ValueError: the folder is in use, the model or the tokenizer has what
-            transformers lacks, or arrays are missing.
+        ValueError: the folder is in use, transformers lacks a feature of the
+            model or the tokenizer, or arrays are missing.
     """
     atomic.refuse_in_use(folder)
     backbone = config.backbone
     size = backbone.text_decoder.vocabulary_size
-    # All that can be refused is refused before the weights are written.
+    # Checked before the weights are written.
     files = to_transformers(config, size + EXTRA_ROWS)
     files = {name: _to_json(value) for name, value in files.items()}
     dtype = weight_dtype(backbone)
@@ -360,7 +360,7 @@ def write(folder, config, arrays, tokenizer=None, max_shard_size=2_000_000_000):
     with atomic.whole_folder(folder, "config.json") as draft:
         for name, content in files.items():
             (draft / name).write_bytes(content)
-        cast = ((key, one.astype(dtype, copy=False)) for key, one in arrays)
+        cast = ((key, array.astype(dtype, copy=False)) for key, array in arrays)
         written = write_safetensors(draft, cast, max_shard_size)
         _check_keys(written, backbone)
 

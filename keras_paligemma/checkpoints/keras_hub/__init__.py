@@ -1,1 +1,1 @@
-"""Presets of KerasHub: configuration and table of weights."""
+"""The format of KerasHub's presets: configuration and weights."""

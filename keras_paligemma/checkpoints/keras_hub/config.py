@@ -1,4 +1,4 @@
-"""KerasHub's configuration of PaliGemma 1 and 2, read and written."""
+"""Conversion between KerasHub's configuration of PaliGemma and ours."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ PREPROCESSOR = "preprocessor.json"
 IMAGE_CONVERTER = "image_converter.json"
 TOKENIZER = Path("assets", "tokenizer", "vocabulary.spm")
 
-# Our fields and those of KerasHub.
+# Our fields, and their names in KerasHub.
 VISION_FIELDS = {
     "patch_size": "vit_patch_size",
     "num_layers": "vit_num_layers",
@@ -27,7 +27,7 @@ VISION_FIELDS = {
     "num_heads": "vit_num_heads",
     "intermediate_dim": "vit_intermediate_dim",
 }
-# Fields of the decoder that are called the same.
+# Fields of the decoder with equal names.
 TEXT_FIELDS = (
     "vocabulary_size",
     "num_layers",
@@ -40,14 +40,14 @@ SOFT_CAPS = ("attention_logit_soft_cap", "final_logit_soft_cap")
 
 REQUIRED = (*TEXT_FIELDS, *VISION_FIELDS.values(), "image_size")
 REQUIRED += ("intermediate_dim",)
-# Fields of the decoder, by what they are called there.
+# Fields of the decoder, by their names in KerasHub.
 TEXT_NAMES = {key: key for key in (*TEXT_FIELDS, *SOFT_CAPS)}
 TEXT_NAMES |= {
     "intermediate_dim": "intermediate_dim",
     "use_post_norms": "use_post_ffw_norm",
     "sliding_window_size": "sliding_window_size",
 }
-# What KerasHub takes where a file of an older version is silent.
+# KerasHub's defaults for fields that files of older versions lack.
 DEFAULTS = {
     "vit_intermediate_dim": 4304,
     "vit_pooling": None,
@@ -62,26 +62,26 @@ DEFAULTS = {
     "layer_norm_epsilon": 1e-6,
     "dropout": 0,
 }
-# What this package has no field for has one value.
+# Fields that this package lacks must have these values.
 EPSILON = 1e-6
 ROPE_BASE = 10_000.0
 FIXED = {
     "vit_pooling": [None],
     "vit_classifier_activation": [None, "linear"],
-    # KerasHub's blocks have 1e-6 whatever this says.
+    # KerasHub's blocks use 1e-6, whatever this field says.
     "layer_norm_epsilon": [EPSILON],
     "dropout": [0],
 }
-# Fields that do not change a result.
+# Fields that do not change results.
 NAMES = ("name", "trainable", "dtype", "vit_name")
 
-# How our converter calls KerasHub's interpolation and antialias.
+# KerasHub's interpolation and antialias, to the resize rules of our converter.
 RESIZES = {
     "bilinear": ("bilinear", False),
     "bilinear_antialias": ("bilinear", True),
     "bicubic": ("bicubic", True),
 }
-# Their classes, by the end of the module's name.
+# KerasHub's classes, by the end of the module's name.
 CLASSES = {
     "backbone": "PaliGemmaBackbone",
     "causal_lm": "PaliGemmaCausalLM",
@@ -97,22 +97,22 @@ def read(folder, load_weights=True):
 
     Args:
         folder: path.
-        load_weights: bool, whether weights must be there.
+        load_weights: bool, whether weights are required.
 
     Returns:
-        Dict of
-            config: `ModelConfig`. query_pre_attention_scalar is what the
-                original has, hidden_dim / num_query_heads where
+        dict of
+            config: `ModelConfig`. `query_pre_attention_scalar` is the
+                original's: hidden_dim / num_query_heads if
                 `query_head_dim_normalize` is false (28b: 144). KerasHub 0.32
                 ignores that field and runs such a model with head_dim (128).
-                Its preprocessor, if there is one, has the rule to resize:
-                KerasHub crops or pads pictures if told so; the original
-                squeezes.
+                The preprocessor, if there is one, has the resize rule:
+                KerasHub can crop or pad pictures; the original stretches.
             tokenizer: path of the SentencePiece file or `None`.
             weights: list of paths for `open_h5`; empty without weights.
 
     Raises:
-        ValueError: no such preset, or one that this package has no fields for.
+        ValueError: no such preset, or one with features that this package
+            lacks.
     """
     folder = Path(folder)
     path = folder / CONFIG
@@ -131,7 +131,7 @@ def read(folder, load_weights=True):
             preprocessor=_preprocessor(folder),
         ),
         "tokenizer": tokenizer if tokenizer.is_file() else None,
-        # KerasHub, too, takes the single file where there are both.
+        # Like KerasHub, prefer the single file if both exist.
         "weights": weights[:1],
     }
 
@@ -150,7 +150,7 @@ def _backbone(given, path):
         dtype = fields.get("name") if isinstance(fields, dict) else dtype
     _refuse(problems, f"{path} is no model that this package can build")
     text = {name: given[key] for name, key in TEXT_NAMES.items()}
-    # KerasHub counts gate and up together.
+    # KerasHub's size is that of gate and up together.
     text["intermediate_dim"] //= 2
     scalar = given["head_dim"]
     if not given["query_head_dim_normalize"]:
@@ -160,7 +160,7 @@ def _backbone(given, path):
     vision = {name: given[key] for name, key in VISION_FIELDS.items()}
     fields = {
         "image_size": given["image_size"],
-        # A file of an older version does not say.
+        # Files of older versions lack this field.
         "dtype": dtype or "float32",
         "vision_encoder": vision | {"layer_norm_epsilon": EPSILON},
         "text_decoder": text
@@ -174,13 +174,13 @@ def _backbone(given, path):
 
 
 def _misfits(given):
-    """List what is missing, unknown or of a value we have no field for."""
+    """List fields that are missing, unknown or of an unsupported value."""
     known = {*REQUIRED, *DEFAULTS, *NAMES}
     problems = [f"{key} is missing" for key in REQUIRED if key not in given]
     problems += [
         f"{key:.80} is unknown" for key in sorted(given.keys() - known)
     ]
-    # What is missing has been said.
+    # Missing fields are already listed.
     parts = [
         (BackboneConfig, {"image_size": "image_size"}),
         (VisionEncoderConfig, VISION_FIELDS),
@@ -211,7 +211,7 @@ def _misfits(given):
 
 
 def _preprocessor(folder):
-    """Read what KerasHub does to pictures and text, or `None`."""
+    """Read KerasHub's preprocessor; return `None` if there is none."""
     path = folder / PREPROCESSOR
     if path.is_file():
         fields = _fields(read_json(path), "causal_lm_preprocessor", path)
@@ -243,7 +243,7 @@ def _preprocessor(folder):
 
 def _gives_minus_one_to_one(fields):
     try:
-        # What gives NaN is not right either.
+        # A value that gives NaN is wrong, too.
         with np.errstate(all="ignore"):
             ends = _ends(fields)
     except (TypeError, ValueError):
@@ -252,10 +252,10 @@ def _gives_minus_one_to_one(fields):
 
 
 def _ends(fields):
-    """Return what becomes of the pixels 0 and 255, by channel."""
+    """Return the converted values of the pixels 0 and 255, by channel."""
     scale, offset = _channels(fields, "scale"), _channels(fields, "offset")
     if "variance" in fields and "mean" in fields:
-        # Names of older versions, which KerasHub reads as well.
+        # Names of older versions, which KerasHub still reads.
         deviation = np.sqrt(_channels(fields, "variance"))
         scale = scale / deviation
         offset = -_channels(fields, "mean") / deviation
@@ -263,7 +263,7 @@ def _ends(fields):
 
 
 def _channels(fields, name):
-    """Return a number, or one a channel, as three floats; `None` as NaN."""
+    """Return a number, or one per channel, as three floats; `None` as NaN."""
     array = np.array(fields.get(name), "float64")
     return np.broadcast_to(array, (3,))
 
@@ -289,14 +289,14 @@ def _refuse(problems, what):
 
 
 def files(config, tokenizer=None):
-    """Return all files of a preset folder but the weights and `metadata.json`.
+    """Return all files of a preset, except the weights and `metadata.json`.
 
     Args:
         config: `ModelConfig`.
         tokenizer: bytes or `None`, likewise.
 
     Returns:
-        Dict of name to bytes.
+        dict of name to bytes.
 
     Raises:
         ValueError: a config that KerasHub cannot express.
@@ -320,12 +320,12 @@ def files(config, tokenizer=None):
             "name": "pali_gemma_causal_lm",
         }
         content["task.json"] = _serialized("causal_lm", task)
-    written = {name: to_json(one) for name, one in content.items()}
+    written = {name: to_json(document) for name, document in content.items()}
     return written if tokenizer is None else written | {TOKENIZER: tokenizer}
 
 
 def _inexpressible(backbone):
-    """List what KerasHub has no field, or no other value, for."""
+    """List the fields whose values KerasHub does not support."""
     text, vision = backbone.text_decoder, backbone.vision_encoder
     scalar = text.query_pre_attention_scalar
     scalars = [
@@ -396,7 +396,7 @@ def _preprocessing(preprocessor, image_size):
         "tokenizer": tokenizer,
         "image_converter": image_converter,
         "config_file": PREPROCESSOR,
-        # KerasHub has one length for both.
+        # KerasHub has one length for prompt and response.
         "sequence_length": (
             preprocessor.prompt_length + preprocessor.response_length
         ),
@@ -409,7 +409,7 @@ def _preprocessing(preprocessor, image_size):
 
 
 def _serialized(part, fields):
-    """Return an object as Keras serializes it; `part` names its file."""
+    """Return an object in Keras's serialized form; `part` names its file."""
     module = f"keras_hub.src.models.pali_gemma.pali_gemma_{part}"
     name = CLASSES[part]
     return {
@@ -421,5 +421,5 @@ def _serialized(part, fields):
 
 
 def to_json(content):
-    """Return the bytes of a JSON file, as KerasHub writes it."""
+    """Return the bytes of a JSON file in KerasHub's style."""
     return (json.dumps(content, indent=4) + "\n").encode()

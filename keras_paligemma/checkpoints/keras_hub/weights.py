@@ -1,4 +1,4 @@
-"""KerasHub's presets of PaliGemma 1 and 2: names of weights, and folders."""
+"""Table of names and folders of KerasHub's presets of PaliGemma 1 and 2."""
 
 import importlib.metadata
 from datetime import datetime
@@ -21,14 +21,14 @@ NORM = ("gamma", "beta")
 def rows(config):
     """List the rows of the format.
 
-    Keys are what Keras makes of attributes and lists of layers, with the
-    number of a variable in its layer: a kernel is 0, its bias 1.
+    Keras makes the keys from attributes and lists of layers, and the number
+    of a variable in its layer: a kernel is 0, its bias 1.
 
     Args:
-        config: `BackboneConfig`; only whether there are post norms matters.
+        config: `BackboneConfig`; only `use_post_norms` matters.
 
     Returns:
-        List of `Row`.
+        list of `Row`.
 
     Source: KerasHub 0.32, `models/pali_gemma`; Keras 3.15,
         `saving/saving_lib.py`.
@@ -95,27 +95,27 @@ def _row(name, key, axes=None, number=0):
 
 
 def write(folder, config, arrays, tokenizer=None, shard_size=h5.SHARD_SIZE):
-    """Write a preset folder of KerasHub: all of it or nothing.
+    """Write a preset folder of KerasHub, atomically.
 
-    Its files appear at once; see `atomic.whole_folder`.
+    Its files appear together; see `atomic.whole_folder`.
 
-    `keras_hub.models.PaliGemmaBackbone.from_preset` reads it and, where there
-    is a tokenizer, `PaliGemmaCausalLM.from_preset`. KerasHub 0.32 scales
+    `keras_hub.models.PaliGemmaBackbone.from_preset` reads it and, if there is
+    a tokenizer, so does `PaliGemmaCausalLM.from_preset`. KerasHub 0.32 scales
     queries by head_dim whatever the config says, so it runs a 28b model with
-    128 in place of 144; what is written says 144.
+    128 instead of the 144 that is written.
 
     Args:
-        folder: path, of nothing or of an empty folder.
-        config: `ModelConfig`, of whose preprocessor the rule to resize and
-            the sum of the lengths are written, and that nothing is cropped.
-        arrays: iterable of pairs of key and array, of `engine.write`.
-        tokenizer: bytes of the SentencePiece model, `None` without a
+        folder: path that does not exist, or of an empty folder.
+        config: `ModelConfig`; of its preprocessor, the resize rule and the sum
+            of the lengths are written, and that nothing is cropped.
+        arrays: iterable of pairs of key and array, from `engine.write`.
+        tokenizer: bytes of the SentencePiece model; `None` without a
             preprocessor. KerasHub finds "<pad>", "<bos>" and "<eos>" by name.
-        shard_size: int, bytes a weight file.
+        shard_size: int, maximum bytes of a weight file.
 
     Raises:
-        ValueError: the folder holds something, or the config is one that
-            KerasHub cannot express; nothing was written.
+        ValueError: the folder is not empty, or KerasHub does not support the
+            config; nothing is written.
     """
     files = keras_hub_config.files(config, tokenizer)
     atomic.refuse_in_use(folder)

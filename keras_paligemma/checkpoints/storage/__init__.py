@@ -1,1 +1,1 @@
-"""Files of arrays, whatever their names mean: npz, safetensors, HDF5."""
+"""Reading and writing of array files: npz, safetensors, HDF5."""

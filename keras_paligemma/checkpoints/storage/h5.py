@@ -15,28 +15,27 @@ from keras_paligemma.checkpoints.storage.shards import shards
 SINGLE = "model.weights.h5"
 INDEX = "model.weights.json"
 SHARD = "model_{:05}.weights.h5"
-# Where KerasHub begins to shard.
+# Bytes of a shard, KerasHub's default.
 SHARD_SIZE = 10 * 2**30
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
-# What h5py raises on damaged files, and what is raised below while one is
-# looked through.
+# The errors of h5py on damaged files, and those raised while a file is scanned.
 _DAMAGE = (OSError, RuntimeError, ValueError, TypeError, KeyError)
 
 
 class H5Arrays:
-    """The arrays of open files by their path in them; see `engine`.
+    """The arrays of open files, by their path in the file; see `engine`.
 
-    A key is what Keras makes of attributes and lists, such as
+    Keras makes the keys from attributes and lists, such as
     "layers/reversible_embedding/vars/0".
 
     Args:
         files: dict of path to open `h5py.File`.
 
     Raises:
-        ValueError: a file that is damaged, or arrays that are not in it.
+        ValueError: a damaged file, or one whose arrays lie in other files.
     """
 
     def __init__(self, files):
@@ -48,8 +47,8 @@ class H5Arrays:
                 if isinstance(item, h5py.Dataset):
                     self._add(path, key, item)
 
-            # Soft and external links are not followed, so what they name
-            # counts as missing.
+            # Soft and external links are not followed: their targets count
+            # as missing.
             with _explained(path):
                 file.visititems(add)
 
@@ -61,7 +60,7 @@ class H5Arrays:
         if dataset.shape is None or (
             dataset.size and not dataset.id.get_storage_size()
         ):
-            # HDF5 would give zeros.
+            # HDF5 would return zeros.
             raise ValueError(f"{key} holds no values")
         dtype = dataset.dtype.name
         if dataset.dtype.kind == "V" and dataset.dtype.itemsize == 2:
@@ -75,11 +74,10 @@ class H5Arrays:
         self.shapes[key], self.dtypes[key] = dataset.shape, dtype
 
     def read(self, key):
-        """Read one array into memory, in the dtype that was saved."""
+        """Read one array into memory, in its saved dtype."""
         with _explained(self._path_of[key]):
             array = self._datasets[key][()]
-        # Keras stores bfloat16, which HDF5 lacks, as two bytes without
-        # meaning.
+        # HDF5 lacks bfloat16: Keras stores it as two opaque bytes.
         return array.view(BFLOAT16) if array.dtype.kind == "V" else array
 
 
@@ -89,28 +87,28 @@ def open_h5(paths):
 
     Args:
         paths: list of `pathlib.Path`: `model.weights.h5`, or the index
-            `model.weights.json`, whose shards lie beside it.
+            `model.weights.json` of shards in the same folder.
 
     Yields:
         `H5Arrays`.
 
     Raises:
-        ValueError: a file that is missing, damaged or something else, or an
-            index that names a file outside its folder.
+        ValueError: a file that is missing, damaged or of another format, or
+            an index that names a file outside its folder.
     """
     with contextlib.ExitStack() as stack:
         files = {}
         for path in paths:
             path = Path(path)
-            for one in shards(path) if path.suffix == ".json" else [path]:
-                with _explained(one):
-                    files[one] = stack.enter_context(h5py.File(one, "r"))
+            for file in shards(path) if path.suffix == ".json" else [path]:
+                with _explained(file):
+                    files[file] = stack.enter_context(h5py.File(file, "r"))
         yield H5Arrays(files)
 
 
 @contextlib.contextmanager
 def _explained(path):
-    """Turn every error of reading a file into one that names it."""
+    """Convert every error of reading a file to one that names the file."""
     try:
         yield
     except _DAMAGE as error:
@@ -123,33 +121,33 @@ def _explained(path):
 def write_h5(folder, arrays, shard_size=SHARD_SIZE):
     """Write the weight files of one model, one array in memory at a time.
 
-    They are written beside and then renamed, the index last: a folder never
-    holds half a file, nor an index without its shards.
+    Drafts are written to the folder and renamed, the index last: the folder
+    never contains an incomplete file, nor an index without its shards.
 
     Args:
         folder: path of a folder without weights.
         arrays: iterable of pairs of key and NumPy array.
-        shard_size: int, bytes of arrays a file, unless one alone has more;
-            what fits in one file is one, without an index.
+        shard_size: int, maximum bytes of arrays in a file; a larger array has
+            a file of its own. A single file has no index.
 
     Returns:
-        Int, how many numbers were written.
+        int, number of values written.
 
     Raises:
-        ValueError: the folder holds weights already.
+        ValueError: the folder already contains weights.
     """
     folder = Path(folder)
-    held = sorted(path.name for path in folder.glob("model*.weights.*"))
-    if held:
+    existing = sorted(path.name for path in folder.glob("model*.weights.*"))
+    if existing:
         raise ValueError(
-            f"{folder} holds weights already: {', '.join(held)}. Expected: a "
-            "folder without. Choose another or remove them."
+            f"{folder} holds weights already: {', '.join(existing)}. Expected: "
+            "a folder without. Choose another or remove them."
         )
     writer = _Writer(folder, shard_size)
     try:
         for key, array in arrays:
             writer.add(key, array)
-            # Else it would stay while the next one is made.
+            # Free the array before the next one is made.
             del array
         writer.finish()
     finally:
@@ -158,7 +156,7 @@ def write_h5(folder, arrays, shard_size=SHARD_SIZE):
 
 
 class _Writer:
-    """Drafts of shards, and the index that will name them."""
+    """Drafts of shards, and the index of their names."""
 
     def __init__(self, folder, shard_size):
         self.folder = folder

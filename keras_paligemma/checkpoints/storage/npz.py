@@ -1,7 +1,7 @@
-"""NumPy's .npz, in which the original saves: whole, or cut into byte pieces.
+"""NumPy's .npz, the original's format: a single file, or byte pieces of one.
 
-Such files come from anywhere. What one says of itself is compared with what it
-can hold before anything is allocated; nothing is unpickled.
+The files are not trusted: the sizes in their headers are checked against the
+size of the file before anything is allocated, and nothing is unpickled.
 """
 
 import contextlib
@@ -29,20 +29,20 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 NAMES = ("float16", "float32", "float64")
 NAMES += ("int8", "int16", "int32", "int64")
 NAMES += ("uint8", "uint16", "uint32", "uint64")
-# NumPy has no name for bfloat16 and stores it as two bytes of anything.
+# NumPy has no name for bfloat16 and stores it as two opaque bytes.
 DTYPES = {np.dtype(name).str: np.dtype(name) for name in NAMES}
 DTYPES["|V2"] = BFLOAT16
 
 VERSIONS = ((1, 0), (2, 0), (3, 0))
-# More is refused before it is parsed, as literals of Python.
+# Maximum bytes of a header: it is parsed as Python literals.
 HEADER_LIMIT = 10_000
-# No deflated byte gives more: 258 bytes in two bits.
+# Maximum bytes that a deflated byte expands to: 258 bytes in two bits.
 DEFLATE_LIMIT = 1032
-# Small beside an array, large beside the cost of a call.
+# Bytes per read: small compared with an array, large enough for few calls.
 CHUNK = 1 << 20
 
-# All that zipfile, zlib and NumPy have been seen or documented to raise on
-# damaged bytes; RuntimeError includes NotImplementedError.
+# The errors of zipfile, zlib and NumPy on damaged bytes, observed or
+# documented; RuntimeError includes NotImplementedError.
 LIBRARY_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
@@ -60,20 +60,20 @@ LIBRARY_ERRORS = (
 
 @contextlib.contextmanager
 def open_npz(paths):
-    """Open one .npz, or its pieces as if they were joined.
+    """Open an .npz file, or its pieces as if they were joined.
 
-    Opening reads the directory and each array's header, no values; every
-    array that is read is compared with its checksum.
+    Opening reads the directory and the header of each array, but no values.
+    Reading an array checks its checksum.
 
     Args:
-        paths: list of `pathlib.Path`, of `find_pieces`.
+        paths: list of `pathlib.Path`, from `find_pieces`.
 
     Yields:
         `Tensors`.
 
     Raises:
-        ValueError: a piece that is missing; a file that is damaged or holds
-            something else than arrays of numbers. Reading raises it too.
+        ValueError: a missing piece, or a file that is damaged or contains
+            anything but arrays of numbers. Reading raises it, too.
     """
     paths = in_order(paths)
     with contextlib.ExitStack() as stack:
@@ -86,18 +86,18 @@ def open_npz(paths):
 
 
 def _names(paths):
-    """Name a file, or the first and the last of several."""
+    """Return the name of a file, or of the first and last of several."""
     ends = dict.fromkeys([str(paths[0]), str(paths[-1])])
     return " to ".join(ends)
 
 
 @contextlib.contextmanager
 def _refusing(what):
-    """Turn every error about bytes into one that says which and what to do."""
+    """Convert every error of reading to one that names the file and the fix."""
     try:
         yield
     except LIBRARY_ERRORS as error:
-        # zipfile quotes all that it took for a name.
+        # zipfile quotes the name, of any length.
         reason = str(error)[:300] or type(error).__name__
         raise ValueError(
             f"{what} cannot be read: {reason}. Is it whole? Copy it again "
@@ -106,10 +106,10 @@ def _refusing(what):
 
 
 def _check_count(pieces, found):
-    """Compare the members found with the count at the end of a zip.
+    """Compare the number of members with the count at the end of a zip.
 
-    zipfile ignores the count, and so a length in the directory that is wrong
-    in the right way would hide a member.
+    zipfile ignores the count, so a wrong length in the directory could hide a
+    member.
     """
     pieces.seek(-22, io.SEEK_END)
     end = pieces.read(22)
@@ -147,12 +147,12 @@ class Tensors:
     def read(self, key):
         member = self._members[key]
         with self._refusing(member):
-            # Goes on behind the header, so that no byte is read twice.
+            # Continue after the header, so that no byte is read twice.
             begun = self._begun.pop(key, None) or self._open(member)
             return _read_values(*begun)
 
     def _open(self, member):
-        """Open a member, check its sizes, and read up to its values."""
+        """Open a member, check its sizes, and read its header."""
         inside, outside = member.file_size, member.compress_size
         most = {
             zipfile.ZIP_STORED: outside,
@@ -169,7 +169,7 @@ class Tensors:
                 f"{self._pieces.size}"
             )
         stream = self._archive.open(member)
-        # Else zipfile reads on for 4 kB: values, and at opening.
+        # Otherwise zipfile reads ahead 4 kB, into the values.
         stream.MIN_READ_SIZE = 1
         length, shape, dtype, fortran = _read_header(stream)
         expected = length + math.prod(shape) * dtype.itemsize
@@ -186,22 +186,22 @@ class Tensors:
 
 
 def _key(name):
-    """Turn a member's name into its key."""
+    """Convert a member's name to its key."""
     key = name.removesuffix(".npy")
     if key in ("", name):
         raise ValueError("expected a name that ends in .npy")
-    # Keys become paths elsewhere; nothing good is named like this.
+    # Keys may become paths; no checkpoint has such names.
     if re.search(r"\0|^[/\\]|(^|[/\\])\.\.([/\\]|$)", key):
         raise ValueError("its name leads out of the file")
     return key
 
 
 def _read_header(stream):
-    """Read the header of a .npy; give its length, shape, dtype and order."""
+    """Read the header of a .npy; return its length, shape, dtype and order."""
     version = npy.read_magic(stream)
     if version not in VERSIONS:
         raise ValueError(f"version {version} of NumPy's format is unknown")
-    # Version 3 differs from 2 in names of fields, which numbers have not.
+    # Version 3 differs from 2 only in names of fields, which numbers lack.
     first = version == (1, 0)
     read = npy.read_array_header_1_0 if first else npy.read_array_header_2_0
     shape, fortran, dtype = read(stream, max_header_size=HEADER_LIMIT)
@@ -217,10 +217,10 @@ def _read_header(stream):
 
 
 def _read_values(stream, shape, dtype, fortran):
-    """Fill one array from what follows the header.
+    """Read the values of one array, which follow its header.
 
-    zipfile compares the checksum as it hands out the last byte, and the size
-    has been compared with the shape: a full array has been checked.
+    zipfile checks the checksum with the last byte, and the size matches the
+    shape: an array that is read completely has been checked.
     """
     array = np.empty(shape[::-1] if fortran else shape, dtype)
     values = array.reshape(-1).view(np.uint8)
@@ -233,24 +233,24 @@ def _read_values(stream, shape, dtype, fortran):
 
 
 def write_npz(path, arrays, piece_size=None):
-    """Write a .npz as the original does, one array in memory at a time.
+    """Write an .npz in the original's layout, one array in memory at a time.
 
-    All is written under other names beside the target and takes its place
-    when it is whole and on disk: killed at any time, the target is as it was,
-    whole and new, or, between the renames of several pieces, a set of which
-    pieces are missing, which `find_pieces` and `open_npz` refuse by name. The
-    same arrays give the same bytes.
+    Drafts are written beside the target and renamed when they are complete and
+    on disk. If the process is killed, the target is the old file, the new
+    file, or, between the renames of several pieces, an incomplete set of
+    pieces, which `find_pieces` and `open_npz` refuse. Equal arrays give equal
+    bytes.
 
     Args:
-        path: str or path, `X.npz`; what has that name, whole or in numbered
-            pieces, is replaced.
+        path: str or path, `X.npz`; a file of that name, or its numbered
+            pieces, are replaced.
         arrays: iterable of pairs of key and `np.ndarray`.
-        piece_size: int or `None`: bytes of a piece; the files are then
-            `X.npz.part-00000-of-00003` and so on.
+        piece_size: int, bytes of a piece, for files
+            `X.npz.part-00000-of-00003` and so on; `None` for a single file.
 
     Raises:
-        ValueError: an array that is not of numbers, a key that is there twice
-            or is no name; nothing is then left behind.
+        ValueError: an array that is not of numbers, or a key that is a
+            duplicate or not a valid name; drafts are then removed.
     """
     path = Path(path)
     if path.suffix != ".npz" or (piece_size is not None and piece_size < 1):
@@ -263,7 +263,7 @@ def write_npz(path, arrays, piece_size=None):
         with zipfile.ZipFile(drafts, "w") as archive:
             for key, array in arrays:
                 _write_member(archive, key, array)
-                # Let go of it before the next one is made.
+                # Free the array before the next one is made.
                 del array
         drafts.publish()
     finally:
@@ -285,7 +285,7 @@ def _write_member(archive, key, array):
         )
     if array.dtype == BFLOAT16:
         array = array.view("V2")
-    # No time of day in it; and like NumPy, room for more than 4 GB.
+    # No time stamp; like NumPy, with room for more than 4 GB.
     member = zipfile.ZipInfo(name)
     with archive.open(member, "w", force_zip64=True) as stream:
         npy.write_array(stream, array, allow_pickle=False)

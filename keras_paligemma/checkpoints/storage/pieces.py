@@ -1,8 +1,8 @@
-"""One file in byte pieces, found, read and written as if it were whole.
+"""A file in byte pieces, which is found, read and written as one file.
 
-Hubs limit the size of a file, so a checkpoint comes as `X.npz.part-00000-of-
-00003` and so on, meant to be joined with `cat`. Nothing is joined here: at
-20 GB that would be a second copy on disk or in memory.
+Hubs limit the size of a file, so large checkpoints are published as
+`X.npz.part-00000-of-00003` and so on, to be joined with `cat`. They are read
+in place: joining 20 GB would need a second copy on disk or in memory.
 """
 
 import bisect
@@ -18,21 +18,22 @@ NUMBERED = "{}.part-{:05d}-of-{:05d}"
 
 
 def find_pieces(path):
-    """Find the files that together are one .npz.
+    """Find the file or the pieces of an .npz.
 
-    A download gives one file or its byte pieces, and either the stem or any
-    piece is what a user has at hand. Names that carry a count are checked
-    against it, so that a piece that is not there is known before any read.
+    Users pass the name of the whole file or of any piece. Names that contain
+    the number of pieces are checked against it, so that a missing piece is
+    reported before any read.
 
     Args:
-        path: str or path: `X.npz`, there or only in pieces, or one piece of
-            it, `X.npz.part-00000-of-00003` or any other `X.npz.part*`.
+        path: str or path: `X.npz`, which may exist only in pieces, or one of
+            the pieces, `X.npz.part-00000-of-00003` or any other
+            `X.npz.part*`.
 
     Returns:
-        List of `pathlib.Path`, in the order of their bytes.
+        list of `pathlib.Path`, in the order of their bytes.
 
     Raises:
-        ValueError: no such file; a piece that is missing, there twice or of
+        ValueError: no such file, or a piece that is missing, duplicate or of
             another set.
     """
     path = Path(path)
@@ -42,18 +43,18 @@ def find_pieces(path):
     stem = match[1] if match else path.name
     beside = path.parent.iterdir() if path.parent.is_dir() else []
     start = f"{stem}.part"
-    found = [one for one in beside if one.name.startswith(start)]
+    found = [file for file in beside if file.name.startswith(start)]
     ordered = in_order(found) if found else []
     if not ordered or (match and path not in ordered):
         raise ValueError(
             f"{path} does not exist. Expected that file, or {stem}.part* in "
-            f"{path.parent}; found {[one.name for one in ordered]}."
+            f"{path.parent}; found {[piece.name for piece in ordered]}."
         )
     return ordered
 
 
 def in_order(paths):
-    """Sort pieces as they follow one another; refuse a set that is not one."""
+    """Sort pieces by their position; raise if the set is not complete."""
     paths = sorted(paths, key=lambda path: path.name)
     names = [path.name for path in paths]
     matches = [match for name in names if (match := PIECE.fullmatch(name))]
@@ -61,7 +62,7 @@ def in_order(paths):
         return paths
     if (
         len(matches) < len(names)
-        or len({(one[1], one[3]) for one in matches}) != 1
+        or len({(match[1], match[3]) for match in matches}) != 1
     ):
         raise ValueError(
             f"{names} are not the pieces of one file. Expected one .npz, or "
@@ -73,14 +74,14 @@ def in_order(paths):
     at = {}
     for path, match in zip(paths, matches, strict=True):
         at.setdefault(int(match[2]), []).append(path)
-    # Not a set of the whole range: a name may claim any number of pieces.
+    # No set of the whole range: a name may claim any number of pieces.
     absent = (number for number in range(total) if number not in at)
     absent = list(itertools.islice(absent, 10))
-    twice = [str(one) for many in at.values() for one in many[1:]]
+    twice = [str(path) for many in at.values() for path in many[1:]]
     beyond = [str(at[number][0]) for number in at if number >= total]
     if absent or twice or beyond:
         stem = paths[0].with_name(matches[0][1])
-        absent = [NUMBERED.format(stem, one, total) for one in absent]
+        absent = [NUMBERED.format(stem, number, total) for number in absent]
         raise ValueError(
             f"{stem} is not whole: expected {total} pieces, received "
             f"{len(paths)}; missing (at most ten are shown): {absent}, there "
@@ -94,7 +95,7 @@ class Reader(io.RawIOBase):
     """Files, read as if they were joined.
 
     Args:
-        files: list of `io.FileIO`; whoever opened them closes them.
+        files: list of `io.FileIO`, to be closed by the caller.
     """
 
     def __init__(self, files):
@@ -118,7 +119,7 @@ class Reader(io.RawIOBase):
         return position
 
     def readinto(self, buffer):
-        # zipfile takes a short read for the end: go on to the next file.
+        # zipfile takes a short read for the end: continue in the next file.
         done = 0
         while done < len(buffer) and self._position < self.size:
             index = bisect.bisect_right(self._ends, self._position)
@@ -133,9 +134,9 @@ class Reader(io.RawIOBase):
         return done
 
     def holding(self, member):
-        """Name the files that a member of the zip lies in."""
+        """Return the names of the files that contain a member of the zip."""
         start = member.header_offset
-        # A hundred bytes: the header that zip puts before, names aside.
+        # A hundred bytes for the zip header of the member.
         stop = start + 100 + len(member.orig_filename) + member.compress_size
         starts = [0, *self._ends]
         bounds = zip(self._files, starts, self._ends, strict=False)
@@ -148,11 +149,11 @@ class Reader(io.RawIOBase):
 
 
 class Writer(io.RawIOBase):
-    """One file to write and seek in, cut into files of equal size.
+    """A writable, seekable file that is stored as files of equal size.
 
     Args:
         path: `pathlib.Path`, the target.
-        piece_size: int or `None`, bytes; `None` never cuts.
+        piece_size: int, bytes of a piece, or `None` for a single file.
     """
 
     def __init__(self, path, piece_size):
@@ -168,7 +169,7 @@ class Writer(io.RawIOBase):
         return True
 
     def seek(self, offset, whence=io.SEEK_SET):
-        # zipfile asks where it is and goes back to places that it knows.
+        # zipfile calls `tell` and seeks back to positions it has written.
         self._position = offset + (0, self._position)[whence]
         return self._position
 
@@ -178,7 +179,7 @@ class Writer(io.RawIOBase):
         while done < len(data):
             index, start = divmod(self._position, self._size)
             if index == len(self._files):
-                # Not named like a piece: nobody takes it for one.
+                # A draft's name does not match that of a piece.
                 name = f".{self._path.name}.{os.getpid()}.draft-{index:05d}"
                 draft = self._path.with_name(name)
                 self._files.append(io.FileIO(draft, "w"))
@@ -195,27 +196,27 @@ class Writer(io.RawIOBase):
             os.fsync(file.fileno())
             file.close()
         old = [
-            one
-            for one in self._path.parent.iterdir()
-            if (match := PIECE.fullmatch(one.name))
+            file
+            for file in self._path.parent.iterdir()
+            if (match := PIECE.fullmatch(file.name))
             and match[1] == self._path.name
             and match[3]
         ]
         if self._whole:
             os.replace(self._files[0].name, self._path)
-        # Before the new pieces come: the two must never look like one set.
-        for one in old:
-            one.unlink()
+        # Before the new pieces appear: old and new ones must never mix.
+        for piece in old:
+            piece.unlink()
         if not self._whole:
             total = len(self._files)
             for index, file in enumerate(self._files):
                 name = NUMBERED.format(self._path, index, total)
                 os.replace(file.name, name)
-            # Last: until all pieces are there, it is what will be read.
+            # Last: until all pieces exist, readers use the whole file.
             self._path.unlink(missing_ok=True)
 
     def discard(self):
-        """Remove what has not got its name."""
+        """Remove drafts that have not been renamed."""
         for file in self._files:
             file.close()
             Path(file.name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Safetensors: one file, or several that together hold a checkpoint."""
+"""Safetensors: a single file, or the shards of a checkpoint."""
 
 import contextlib
 import json
@@ -13,8 +13,8 @@ from keras_paligemma.checkpoints.storage.shards import shards
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHOWN = 10  # Files that an error lists.
-# Bytes of tensors in a file: as much is in memory while it is written.
+SHOWN = 10  # Maximum number of files that an error lists.
+# Bytes of tensors in a file, which are in memory while it is written.
 SHARD_SIZE = 2_000_000_000
 
 
@@ -23,14 +23,14 @@ class Tensors:
 
     Args:
         files: dict of path to open `safe_open` handle.
-        low_bit: bool, take integers for weights: ours of few bits.
+        quantized: bool, whether weights may be integers, as in our presets.
 
     Raises:
-        ValueError: a dtype that no weight has, or a key in two files.
+        ValueError: an unsupported dtype, or a key in two files.
     """
 
-    def __init__(self, files, low_bit=False):
-        self._known = DTYPES | (LOW_BIT if low_bit else {})
+    def __init__(self, files, quantized=False):
+        self._known = DTYPES | (QUANTIZED if quantized else {})
         self._path_of, self._slices = {}, {}
         self._file_of, self.shapes, self.dtypes = {}, {}, {}
         for path, file in files.items():
@@ -45,8 +45,8 @@ class Tensors:
                 "other checkpoint."
             )
         with _damage(path):
-            one = file.get_slice(key)
-            dtype, shape = one.get_dtype(), one.get_shape()
+            tensor = file.get_slice(key)
+            dtype, shape = tensor.get_dtype(), tensor.get_shape()
         if dtype not in self._known:
             raise ValueError(
                 f"{path} holds {key!r} as {dtype}. Expected: one of "
@@ -56,7 +56,7 @@ class Tensors:
                 "otherwise the file is damaged."
             )
         self._path_of[key], self._file_of[key] = path, file
-        self._slices[key] = one
+        self._slices[key] = tensor
         self.shapes[key], self.dtypes[key] = tuple(shape), self._known[dtype]
 
     def read(self, key):
@@ -64,7 +64,7 @@ class Tensors:
             return self._file_of[key].get_tensor(key)
 
     def read_rows(self, key, start, stop):
-        """Read rows start…stop, fewer at the end, and nothing else."""
+        """Read only the rows from `start` to `stop`, or to the end."""
         with _damage(self._path_of[key]):
             return self._slices[key][start : min(stop, self.shapes[key][0])]
 
@@ -75,14 +75,15 @@ DTYPES = {
     "F16": "float16",
     "BF16": "bfloat16",
 }
-LOW_BIT = {"I8": "int8"}
+QUANTIZED = {"I8": "int8"}
 
 
 class Headers:
-    """What headers say of tensors whose values are elsewhere; see `engine`.
+    """Shapes and dtypes of tensors without values; see `engine`.
 
     Args:
-        found: dict of key to dtype, as the format names it, and shape.
+        found: dict of key to a pair of dtype, as the format names it, and
+            shape.
     """
 
     def __init__(self, found):
@@ -104,19 +105,19 @@ def _damage(path):
 
 
 @contextlib.contextmanager
-def open_safetensors(paths, low_bit=False):
+def open_safetensors(paths, quantized=False):
     """Open files of one checkpoint, memory-mapped.
 
     Args:
-        paths: list of `pathlib.Path`, as `find` gives them.
-        low_bit: bool, see `Tensors`.
+        paths: list of `pathlib.Path`, from `find`.
+        quantized: bool, see `Tensors`.
 
     Yields:
         `Tensors`.
 
     Raises:
-        ValueError: a file that is damaged or holds something else. Damage of
-            the values alone shows nowhere: the format has no checksum.
+        ValueError: a file that is damaged or of another format. Damage of the
+            values alone is not detected: the format has no checksum.
     """
     with contextlib.ExitStack() as stack:
         files = {}
@@ -124,20 +125,20 @@ def open_safetensors(paths, low_bit=False):
             with _damage(path):
                 file = safe_open(path, framework="numpy")
                 files[path] = stack.enter_context(file)
-        yield Tensors(files, low_bit)
+        yield Tensors(files, quantized)
 
 
 def find(folder):
-    """Find the files of the checkpoint in a folder, whole or in shards.
+    """Find the file or the shards of the checkpoint in a folder.
 
     Args:
         folder: str or path.
 
     Returns:
-        List of `pathlib.Path`, sorted.
+        list of `pathlib.Path`, sorted.
 
     Raises:
-        ValueError: no checkpoint, a bad index, or shards that are missing.
+        ValueError: no checkpoint, an invalid index, or missing shards.
     """
     folder = Path(folder)
     if (folder / SINGLE).is_file():
@@ -162,23 +163,23 @@ def find(folder):
 
 
 def write_safetensors(folder, arrays, max_shard_size: float = SHARD_SIZE):
-    """Write the weights of a checkpoint, holding one shard in memory.
+    """Write the weights of a checkpoint, with one shard in memory.
 
-    One shard is `model.safetensors`; several are numbered and have an index,
-    which is written last.
+    A single shard is named `model.safetensors`; several are numbered and have
+    an index, which is written last.
 
     Args:
         folder: str or path of a folder without weights, such as a draft of
             `atomic.whole_folder`.
         arrays: iterable of pairs of key and NumPy array.
-        max_shard_size: float, bytes of tensors in a file; a larger tensor gets
-            a file of its own.
+        max_shard_size: float, maximum bytes of tensors in a file; a larger
+            tensor has a file of its own.
 
     Returns:
-        List of the keys, in their order.
+        list of the keys, in their order.
 
     Raises:
-        ValueError: a key that comes twice, or a dtype that weights lack.
+        ValueError: a duplicate key, or an unsupported dtype.
     """
     folder = Path(folder)
     weight_map, total, shard, size, count = {}, 0, {}, 0, 0
@@ -186,9 +187,9 @@ def write_safetensors(folder, arrays, max_shard_size: float = SHARD_SIZE):
     def flush():
         nonlocal size, count
         path = folder / _shard_name(count, 0)
-        # transformers refuses a file that does not say whose tensors it has.
+        # transformers refuses a file without the framework of its tensors.
         save_file(shard, path, metadata={"format": "pt"})
-        # safetensors lets nobody else read what it writes.
+        # safetensors writes files that only their owner can read.
         path.chmod(0o644)
         shard.clear()
         size, count = 0, count + 1
@@ -196,7 +197,7 @@ def write_safetensors(folder, arrays, max_shard_size: float = SHARD_SIZE):
     for key, array in arrays:
         if key in weight_map:
             raise ValueError(f"{key!r} comes twice. Expected: each key once.")
-        known = sorted({**DTYPES, **LOW_BIT}.values())
+        known = sorted({**DTYPES, **QUANTIZED}.values())
         if array.dtype.name not in known:
             raise ValueError(
                 f"{key!r} is an array of {array.dtype.name}. Expected: one of "
@@ -204,17 +205,17 @@ def write_safetensors(folder, arrays, max_shard_size: float = SHARD_SIZE):
             )
         if shard and size + array.nbytes > max_shard_size:
             flush()
-        # Not `ascontiguousarray`, which gives a number an axis.
+        # Not `ascontiguousarray`, which adds an axis to a scalar.
         shard[key] = np.asarray(array, order="C")
         size, total = size + array.nbytes, total + array.nbytes
         weight_map[key] = count
         del array
         if size >= max_shard_size:
-            # Else it would be in memory while the next one is made.
+            # Free the shard before the next one is made.
             flush()
     if shard or not count:
         flush()
-    # Names hold the number of all shards, which only now is known.
+    # Names contain the number of shards, which is known only now.
     for number in range(count):
         draft = folder / _shard_name(number, 0)
         draft.rename(folder / _shard_name(number, count))
@@ -230,7 +231,7 @@ def write_safetensors(folder, arrays, max_shard_size: float = SHARD_SIZE):
 
 
 def _shard_name(number, of):
-    """Name a shard of so many; of 0 while their count is not known."""
+    """Return the name of a shard; `of` is 0 until the count is known."""
     if of == 1:
         return SINGLE
     return f"model-{number + 1:05d}-of-{of:05d}.safetensors"

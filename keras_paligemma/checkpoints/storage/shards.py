@@ -5,7 +5,7 @@ from pathlib import Path
 from keras_paligemma.checked import shown
 from keras_paligemma.config import read_json
 
-# Of every file system in use.
+# Maximum length of a file name on common file systems.
 LONGEST_NAME = 255
 
 
@@ -17,11 +17,11 @@ def shards(index):
             transformers and Keras write it.
 
     Returns:
-        Sorted list of `pathlib.Path`, which lie beside the index if they are
-        there.
+        sorted list of `pathlib.Path` in the index's folder; they may not
+        exist.
 
     Raises:
-        ValueError: no such index, or a name that leads elsewhere.
+        ValueError: an invalid index, or a name outside its folder.
     """
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
@@ -32,16 +32,16 @@ def shards(index):
         )
     listed = set()
     for name in names.values():
-        # Keras lists the files of a layer, transformers has one a tensor.
-        for one in name if isinstance(name, list) else [name]:
-            _check_name(one, index)
-            listed.add(one)
+        # Keras lists the files of a layer; transformers names one per tensor.
+        for file in name if isinstance(name, list) else [name]:
+            _check_name(file, index)
+            listed.add(file)
     return [index.with_name(name) for name in sorted(listed)]
 
 
 def _check_name(name, index):
-    # A file from elsewhere must not make a loader open what lies outside the
-    # folder. Symlinks inside it are fine: hubs' caches are made of them.
+    # An untrusted index must not make the loader open files outside the folder.
+    # Symlinks inside it are allowed: hubs' caches consist of them.
     if (
         not isinstance(name, str)
         or not name

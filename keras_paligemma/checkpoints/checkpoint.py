@@ -1,0 +1,116 @@
+"""The description of a checkpoint, before any of its values is read."""
+
+import contextlib
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from keras_paligemma.checked import shown
+from keras_paligemma.checkpoints import engine
+from keras_paligemma.checkpoints.finite import Finite
+from keras_paligemma.config import ModelConfig
+
+# Dtype of computation for dtypes that are only stored. float16 ends at 65,504,
+# and activations beyond that become NaN.
+COMPUTED = {"float16": "bfloat16", "float64": "float32"}
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """The description of a checkpoint, before any of its values is read.
+
+    Args:
+        format: str, one of `FORMATS`.
+        config: `ModelConfig`.
+        rows: list of `engine.Row`, or `None` if the names are ours.
+        files: list of `pathlib.Path`, the files of the weights.
+        tokenizer: `pathlib.Path` for `read_tokenizer`, or `None`.
+        open_files: function that returns a context manager of the tensors.
+        variant: str or `None`, a published model of the same sizes.
+        added_tokens: dict of id to str, tokens that are not in the
+            SentencePiece model.
+        assumed: dict of an argument of `from_preset` to a sentence about the
+            value that was assumed, since the checkpoint has none.
+    """
+
+    format: str | None
+    config: ModelConfig
+    rows: list | None
+    files: list
+    tokenizer: Path | None
+    open_files: Callable | None
+    variant: str | None = None
+    added_tokens: dict = dataclasses.field(default_factory=dict)
+    assumed: dict = dataclasses.field(default_factory=dict)
+
+    def rows_for(self, weights):
+        """Return the rows; our own names map to themselves."""
+        if self.rows is not None:
+            return self.rows
+        return [engine.Row(name, name) for name in weights]
+
+    def say_assumed(self, argument):
+        """Warn if the value of an argument was assumed."""
+        if argument in self.assumed:
+            warnings.warn(
+                f"{self.assumed[argument]} Pass `{argument}=` for another.",
+                stacklevel=4,
+            )
+
+    @contextlib.contextmanager
+    def open(self, allow_nonfinite=False):
+        """Open the tensors, see `engine`.
+
+        Args:
+            allow_nonfinite: bool; if `False`, reading a tensor with NaN or
+                infinite values raises a `ValueError`.
+        """
+        if self.open_files is None:
+            raise ValueError(
+                "This checkpoint is a configuration alone. Expected: one that "
+                "was found with `load_weights=True`."
+            )
+        with self.open_files() as tensors:
+            if not allow_nonfinite:
+                source = (
+                    self.files[0].parent if self.files else "The checkpoint"
+                )
+                tensors = Finite(tensors, source)
+            yield tensors
+
+    def set_dtype(self, tensors, source):
+        """Set the config's dtype to that of most of the values.
+
+        float16 and float64 are replaced, see `COMPUTED`.
+
+        Args:
+            tensors: the opened tensors, see `engine`.
+            source: path, for messages.
+
+        Raises:
+            ValueError: a tensor is not of a float dtype.
+        """
+        sizes = {}
+        for key, dtype in tensors.dtypes.items():
+            if dtype not in FLOATS:
+                raise ValueError(
+                    f"{source} holds {shown(key)} as {shown(dtype)}. Expected: "
+                    f"one of {FLOATS}. Save the weights as floats."
+                )
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensors.shapes[key])
+        if not sizes:
+            return
+        stored = max(sizes, key=lambda dtype: sizes[dtype])
+        dtype = COMPUTED.get(stored, stored)
+        config = self.config
+        backbone = replace(config.backbone, dtype=dtype)
+        self.config = replace(config, backbone=backbone)
+        if COMPUTED.keys() & sizes:
+            self.assumed["dtype"] = (
+                f"{source} holds {' and '.join(sorted(sizes))}. Taken: "
+                f"dtype={dtype!r}."
+            )

@@ -1,0 +1,131 @@
+"""Read a decoded batch: from arrays of tokens to `Answer` objects."""
+
+import dataclasses
+
+import numpy as np
+
+from keras_paligemma.generation.answer import Alternative
+from keras_paligemma.generation.answer import Answer
+from keras_paligemma.generation.answer import Finish
+from keras_paligemma.generation.beams import LEAST_SCORE
+from keras_paligemma.generation.requests import ends_of
+from keras_paligemma.generation.texts import cut
+from keras_paligemma.generation.texts import settled
+
+
+def answers_of(model, asked, found):
+    """Convert arrays to answers, a list of `copies` for each prompt.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        asked: `Asked`.
+        found: dict that `run` returned.
+
+    Returns:
+        list of lists of `Answer`.
+    """
+    width = asked.plan.beams or asked.plan.copies
+    begun = np.repeat(asked.begun, width, axis=0)
+    rows = len(begun)
+    ids = found["ids"][:rows, : asked.length]
+    counts, stopped = ends_of(ids, begun, asked.stops)
+    texts = [""] * rows
+    if model.preprocessor is not None:
+        texts = model.preprocessor.generate_postprocess({"token_ids": ids})
+    finishes: list[Finish] = [
+        "stop_token" if is_stopped else "length" for is_stopped in stopped
+    ]
+    for row, text in enumerate(texts):
+        texts[row] = cut(text, asked.stop_strings)
+        if texts[row] != text:
+            finishes[row] = "stop_string"
+            counts[row] = _tokens_until(model, ids[row], asked.stop_strings)
+    answers = [
+        Answer(
+            texts[row],
+            tuple(ids[row, : counts[row]].tolist()),
+            tuple(found["log_probabilities"][row, : counts[row]].tolist()),
+            finishes[row],
+            _alternatives(model, found, row, counts[row]),
+            score=float(found["scores"][row]) if "scores" in found else None,
+            hidden_states=_hidden_states(found, row, counts[row]),
+        )
+        for row in range(rows)
+    ]
+    groups = [answers[first : first + width] for first in range(0, rows, width)]
+    if asked.plan.beams:
+        return [[_with_beams(group)] for group in groups]
+    return groups
+
+
+def texts_so_far(model, asked, found):
+    """Return the part of each text that later tokens do not change."""
+    rows = len(asked.begun)
+    texts = model.preprocessor.generate_postprocess(
+        {"token_ids": found["ids"][:rows, : asked.length]}
+    )
+    return [
+        cut(text, asked.stop_strings)
+        if finished
+        else settled(text, asked.stop_strings)
+        for text, finished in zip(texts, found["finished"][:rows], strict=True)
+    ]
+
+
+def has_stop_string(model, asked, found, count):
+    """Return which rows hold a stop string in their first `count` tokens."""
+    stopped = np.zeros(len(found["ids"]), bool)
+    if asked.stop_strings:
+        texts = model.preprocessor.generate_postprocess(
+            {"token_ids": found["ids"][:, :count]}
+        )
+        for row, text in enumerate(texts):
+            stopped[row] = cut(text, asked.stop_strings) != text
+    return stopped
+
+
+def _tokens_until(model, ids, stop_strings):
+    """Count the tokens up to the first that completes a stop string."""
+    for count in range(1, len(ids) + 1):
+        text = model.preprocessor.generate_postprocess(
+            {"token_ids": ids[:count]}
+        )
+        if cut(text, stop_strings) != text:
+            break
+    return count
+
+
+def _with_beams(beams):
+    """Return the best beam; its `beams` are those that are answers."""
+    beams = [beam for beam in beams if beam.score > LEAST_SCORE] or beams[:1]
+    return dataclasses.replace(beams[0], beams=tuple(beams))
+
+
+def _hidden_states(found, row, count):
+    """Return the hidden states of a row's tokens, or `None`."""
+    if "hidden_states" not in found:
+        return None
+    return found["hidden_states"][row, :count]
+
+
+def _alternatives(model, found, row, count):
+    """Return the likeliest tokens at each position of a row."""
+    if "alternative_ids" not in found:
+        return ()
+
+    def text(token):
+        if model.preprocessor is None:
+            return ""
+        return model.preprocessor.tokenizer.id_to_token(token)
+
+    return tuple(
+        tuple(
+            Alternative(token, text(token), value)
+            for token, value in zip(ids.tolist(), values.tolist(), strict=True)
+        )
+        for ids, values in zip(
+            found["alternative_ids"][row, :count],
+            found["alternative_log_probabilities"][row, :count],
+            strict=True,
+        )
+    )
