@@ -112,27 +112,51 @@ def moved(computations, name, layers):
 
 def _read_of(computations, fused, place):
     """Return the bytes that a fusion reads of its parameter."""
-    named = {
+    views, total = _views(computations, fused, place)
+    return np.inf if _outputs(fused) & views else total
+
+
+def _views(computations, fused, place):
+    """Follow a parameter through a fusion, where nothing is written.
+
+    What only changes shape or tiling, by itself or in a fusion within the
+    fusion, is a view: what reads it decides how much of it is read.
+
+    Returns:
+        Set of the names of the views, and the bytes that others read of them.
+    """
+    views = {
         one.name
         for one in fused
         if one.operation == "parameter" and one.operands == [str(place)]
     }
     total = 0
     for one in fused:
-        if not named & set(one.operands):
+        if not views & set(one.operands):
             continue
-        if one.operation == "bitcast":
-            named.add(one.name)
+        if one.operation in ("bitcast", "copy"):
+            views.add(one.name)
         elif one.operation == "dynamic-slice":
+            total += one.size
+        elif one.operation == "gather" and one.operands[1] not in views:
             total += one.size
         elif one.operation == "fusion":
             inner = computations[one.called[0]]
             for number, operand in enumerate(one.operands):
-                if operand in named:
-                    total += _read_of(computations, inner, number)
-        else:
-            return np.inf
-    return total
+                if operand in views:
+                    seen, read_bytes = _views(computations, inner, number)
+                    total += read_bytes
+                    if _outputs(inner) & seen:
+                        views.add(one.name)
+        elif one.operation != "tuple":
+            total = np.inf
+    return views, total
+
+
+def _outputs(fused):
+    """Return the names of what a fusion writes; its root is its last line."""
+    root = fused[-1]
+    return set(root.operands if root.operation == "tuple" else [root.name])
 
 
 def copied(computations, name):
@@ -141,5 +165,13 @@ def copied(computations, name):
     for one in computations[name]:
         if one.operation.startswith("copy"):
             sizes.append(one.size)
-        sizes += [copied(computations, called) for called in one.called]
+        elif one.operation == "fusion":
+            fused = computations[one.called[0]]
+            sizes += [
+                two.size
+                for two in fused
+                if two.operation == "copy" and two.name in _outputs(fused)
+            ]
+        else:
+            sizes += [copied(computations, called) for called in one.called]
     return max(sizes)
