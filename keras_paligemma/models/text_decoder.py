@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import keras
 from keras import ops
 
+from keras_paligemma.compat import platform
 from keras_paligemma.layers.attention import attention_mask
 from keras_paligemma.layers.attention import rotary_angles
 from keras_paligemma.layers.attention import soft_cap
@@ -76,16 +77,30 @@ class TokenEmbedding(keras.layers.Layer):
     def call(self, inputs, reverse=False):
         if reverse:
             return soft_cap(self.logits(inputs), self.logit_soft_cap)
-        x_BTD = ops.take(self.table, inputs, axis=0)
-        if self.quantized_format is not None:
-            scale = ops.take(self.table_scale, inputs, axis=0)
-            x_BTD = self.quantized_format.dequantize(
-                x_BTD, scale, self.variable_dtype
-            )
+        if self.quantized_format is None:
+            x_BTD = ops.take(self.table, inputs, axis=0)
+        else:
+            x_BTD = self._dequantized_rows(inputs)
         # The scale is rounded to the table's dtype, as in the original: in
         # bfloat16 it is 48 for 3b, 59.75 for 10b and 68 for 28b.
         x_BTD = x_BTD * ops.cast(self.hidden_dim**0.5, x_BTD.dtype)
         return ops.cast(x_BTD, self.compute_dtype)
+
+    def _dequantized_rows(self, ids_BT):
+        """Return rows of the table of integers, as floats."""
+        alone = platform() == "tpu" and tuple(ids_BT.shape) == (1, 1)
+        if alone:
+            # A TPU slices a single row, and lays the whole table out anew for
+            # it, at each token of a loop; two rows it gathers.
+            ids_BT = ops.repeat(ids_BT, 2, axis=1)
+        stored, scale = (
+            ops.take(one, ids_BT, axis=0)
+            for one in (self.table, self.table_scale)
+        )
+        x_BTD = self.quantized_format.dequantize(
+            stored, scale, self.variable_dtype
+        )
+        return x_BTD[:, :1] if alone else x_BTD
 
     def add_head(self):
         """Create and return a table for the heads of adapters."""

@@ -114,7 +114,20 @@ def moved(computations, name, layers):
 
 def _read_of(computations, fused, place):
     """Return the bytes that a fusion reads of its parameter."""
-    named = {
+    views, total = _views(computations, fused, place)
+    return np.inf if _outputs(fused) & views else total
+
+
+def _views(computations, fused, place):
+    """Follow a parameter through a fusion, where nothing is written.
+
+    What only changes shape or tiling, by itself or in a fusion within the
+    fusion, is a view: what reads it decides how much of it is read.
+
+    Returns:
+        Set of the names of the views, and the bytes that others read of them.
+    """
+    views = {
         instruction.name
         for instruction in fused
         if instruction.operation == "parameter"
@@ -122,20 +135,34 @@ def _read_of(computations, fused, place):
     }
     total = 0
     for instruction in fused:
-        if not named & set(instruction.operands):
+        if not views & set(instruction.operands):
             continue
-        if instruction.operation == "bitcast":
-            named.add(instruction.name)
+        if instruction.operation in ("bitcast", "copy"):
+            views.add(instruction.name)
         elif instruction.operation == "dynamic-slice":
+            total += instruction.size
+        elif (
+            instruction.operation == "gather"
+            and instruction.operands[1] not in views
+        ):
             total += instruction.size
         elif instruction.operation == "fusion":
             inner = computations[instruction.called[0]]
             for number, operand in enumerate(instruction.operands):
-                if operand in named:
-                    total += _read_of(computations, inner, number)
-        else:
-            return np.inf
-    return total
+                if operand in views:
+                    seen, read_bytes = _views(computations, inner, number)
+                    total += read_bytes
+                    if _outputs(inner) & seen:
+                        views.add(instruction.name)
+        elif instruction.operation != "tuple":
+            total = np.inf
+    return views, total
+
+
+def _outputs(fused):
+    """Return the names of what a fusion writes; its root is its last line."""
+    root = fused[-1]
+    return set(root.operands if root.operation == "tuple" else [root.name])
 
 
 def copied(computations, name):
@@ -144,5 +171,15 @@ def copied(computations, name):
     for instruction in computations[name]:
         if instruction.operation.startswith("copy"):
             sizes.append(instruction.size)
-        sizes += [copied(computations, called) for called in instruction.called]
+        elif instruction.operation == "fusion":
+            fused = computations[instruction.called[0]]
+            sizes += [
+                inner.size
+                for inner in fused
+                if inner.operation == "copy" and inner.name in _outputs(fused)
+            ]
+        else:
+            sizes += [
+                copied(computations, called) for called in instruction.called
+            ]
     return max(sizes)
