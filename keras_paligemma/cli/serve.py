@@ -20,7 +20,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port; 0 for any free one")] = 8000,
     batch: Annotated[
         int, typer.Option(help="Largest batch of requests, a power of two")
-    ] = 8,
+    ] = 16,
     wait_ms: Annotated[
         float,
         typer.Option(

@@ -45,7 +45,7 @@ class PresetModel:
 
     most_alternatives = 5
 
-    def __init__(self, model, largest=8):
+    def __init__(self, model, largest=16):
         self.model = model
         self.largest = power_of_two(largest)
         self.adapter = model.adapters.active

@@ -45,7 +45,7 @@ class SavedModel:
 
     most_alternatives = 0
 
-    def __init__(self, folder, largest=8):
+    def __init__(self, folder, largest=16):
         import tensorflow as tf
         import tensorflow_text  # noqa: F401  registers operations
         from tensorflow.core.protobuf import saved_model_pb2
