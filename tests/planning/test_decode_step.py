@@ -48,6 +48,7 @@ def test_what_is_moved_is_counted_from_the_text():
     assert hlo.moved(computations, "body", 26) == 26 * each
     assert hlo.copied(computations, "body") == 16
 
+
 # A TPU's view of integers in tiles of another height, within fusions; and the
 # same as a fusion of its own, which is a copy.
 TILES = """
