@@ -80,13 +80,13 @@ class TokenEmbedding(keras.layers.Layer):
         if self.quantized_format is None:
             x_BTD = ops.take(self.table, inputs, axis=0)
         else:
-            x_BTD = self._dequantized_rows(inputs)
+            x_BTD = self._dequantized_rows(self.quantized_format, inputs)
         # The scale is rounded to the table's dtype, as in the original: in
         # bfloat16 it is 48 for 3b, 59.75 for 10b and 68 for 28b.
         x_BTD = x_BTD * ops.cast(self.hidden_dim**0.5, x_BTD.dtype)
         return ops.cast(x_BTD, self.compute_dtype)
 
-    def _dequantized_rows(self, ids_BT):
+    def _dequantized_rows(self, layout, ids_BT):
         """Return rows of the table of integers, as floats."""
         alone = platform() == "tpu" and tuple(ids_BT.shape) == (1, 1)
         if alone:
@@ -97,9 +97,7 @@ class TokenEmbedding(keras.layers.Layer):
             ops.take(one, ids_BT, axis=0)
             for one in (self.table, self.table_scale)
         )
-        x_BTD = self.quantized_format.dequantize(
-            stored, scale, self.variable_dtype
-        )
+        x_BTD = layout.dequantize(stored, scale, self.variable_dtype)
         return x_BTD[:, :1] if alone else x_BTD
 
     def add_head(self):
