@@ -4,7 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export KERAS_BACKEND=jax JAX_PLATFORMS=cpu OMP_NUM_THREADS=1
-export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false --xla_cpu_enable_concurrency_optimized_scheduler=false"
+# Not all that the Makefile sets: XLA ends on flags that it does not know, and
+# JAX 0.12 knows no xla_cpu_use_fusion_emitters.
+export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_enable_concurrency_optimized_scheduler=false"
 # Warnings of libraries that are older than others: not ours to mend.
 python -m pytest -n "${PROCESSES:-2}" \
     -W "ignore:Protobuf gencode:UserWarning" \
@@ -16,4 +18,5 @@ python -m pytest -n "${PROCESSES:-2}" \
     tests/preprocessing tests/training tests/models/test_backbone.py \
     tests/models/test_causal_lm.py tests/models/test_quantized.py \
     tests/checkpoints tests/sharding/test_layouts.py \
-    --ignore=tests/data/test_other_libraries.py -k "not pytorch" "$@"
+    --ignore=tests/data/test_other_libraries.py \
+    --ignore=tests/tasks/test_detections.py -k "not pytorch" "$@"
