@@ -50,9 +50,10 @@ def gradients(function, model):
 OPTIMIZED = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_use_fusion_emitters": True,
     "xla_cpu_enable_concurrency_optimized_scheduler": True,
 }
+# JAX 0.12 has no others, and raises on the option.
+FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
 
 
 def differentiate(loss, values):
@@ -60,7 +61,10 @@ def differentiate(loss, values):
     if backend == "jax":
         import jax
 
-        compiled = jax.jit(jax.grad(loss), compiler_options=OPTIMIZED)
+        options = dict(OPTIMIZED)
+        if jax.__version_info__ < (0, 12):
+            options[FUSION_EMITTERS] = True
+        compiled = jax.jit(jax.grad(loss), compiler_options=options)
         found = compiled(values)
     elif backend == "tensorflow":
         import tensorflow as tf
