@@ -167,7 +167,7 @@ def tokens_of(ends, first, end):
     """The slice of the tokens that have characters from first to end."""
     last = bisect.bisect_left(ends, end) + 1 if end > first else 0
     # Bytes of the last character, but for its first, have no text.
-    last += sum(end == ends[last - 1] for end in ends[last:]) if last else 0
+    last += sum(other == ends[last - 1] for other in ends[last:]) if last else 0
     return slice(bisect.bisect_right(ends, first), last)
 
 

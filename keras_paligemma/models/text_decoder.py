@@ -94,8 +94,8 @@ class TokenEmbedding(keras.layers.Layer):
             # it, at each token of a loop; two rows it gathers.
             ids_BT = ops.repeat(ids_BT, 2, axis=1)
         stored, scale = (
-            ops.take(one, ids_BT, axis=0)
-            for one in (self.table, self.table_scale)
+            ops.take(array, ids_BT, axis=0)
+            for array in (self.table, self.table_scale)
         )
         x_BTD = layout.dequantize(stored, scale, self.variable_dtype)
         return x_BTD[:, :1] if alone else x_BTD

@@ -17,7 +17,7 @@ from keras_paligemma import compat
 from keras_paligemma.layers import weight
 from tests.helpers.checks import check
 from tests.helpers.tiny_models import GOLDEN
-from tests.helpers.tiny_models import UNTOLD
+from tests.helpers.tiny_models import NOT_IN_SHAPES
 from tests.helpers.tiny_models import golden_inputs
 from tests.helpers.tiny_models import run
 
@@ -59,7 +59,7 @@ def watched(variable, value):
 weight.fill = watched
 with check("copies"):
     backbone = PaliGemmaBackbone.from_preset(
-        GOLDEN / "tiny_headdim.npz", form="unrolled", **UNTOLD
+        GOLDEN / "tiny_headdim.npz", form="unrolled", **NOT_IN_SHAPES
     )
 with check("bytes"):
     sharded = 0

@@ -9,7 +9,7 @@ from keras_paligemma.checkpoints import finite
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.finite import all_finite
 from keras_paligemma.models import exports
-from tests.helpers.tiny_models import UNTOLD
+from tests.helpers.tiny_models import NOT_IN_SHAPES
 
 DTYPES = ("float16", "float32", "float64", ml_dtypes.bfloat16)
 
@@ -52,7 +52,7 @@ def test_they_are_refused_unless_asked_for(
     weight.assign(values)
     path = tmp_path / ("x.npz" if to == "big_vision" else "model")
     exports.export(path, to, backbone)
-    fields = UNTOLD if to == "big_vision" else {}
+    fields = NOT_IN_SHAPES if to == "big_vision" else {}
     key = formats.find(path, fields).rows_for([name])
     key = next(row.key for row in key if row.name == name)
     with pytest.raises(ValueError, match="2 values of 48 that are") as raised:

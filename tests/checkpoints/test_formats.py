@@ -18,7 +18,7 @@ from keras_paligemma.config import VisionEncoderConfig
 from keras_paligemma.layers import weight
 from keras_paligemma.models import exports
 from tests.helpers.tiny_models import GOLDEN
-from tests.helpers.tiny_models import UNTOLD
+from tests.helpers.tiny_models import NOT_IN_SHAPES
 from tests.helpers.tiny_models import error
 from tests.helpers.tiny_models import golden_inputs
 from tests.helpers.tiny_models import run
@@ -40,7 +40,7 @@ def pieces(tmp_path):
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_float32_file(expected, form):
     backbone = PaliGemmaBackbone.from_preset(
-        GOLDEN / "tiny_headdim.npz", form=form, **UNTOLD
+        GOLDEN / "tiny_headdim.npz", form=form, **NOT_IN_SHAPES
     )
     assert backbone.dtype_policy.name == "float32"
     actual = run(logits(backbone), golden_inputs(expected))
@@ -49,17 +49,17 @@ def test_float32_file(expected, form):
 
 @pytest.mark.parametrize("name", ["", "tiny_headdim.b16.npz"])
 def test_pieces_by_folder_and_by_stem(pieces, expected, name):
-    found = formats.find(pieces / name, UNTOLD)
+    found = formats.find(pieces / name, NOT_IN_SHAPES)
     assert found.format == "big_vision"
     assert [path.name[-14:] for path in found.files] == [
         f"-{part:05d}-of-00003"[-14:] for part in range(3)
     ]
     backbone = PaliGemmaBackbone.from_preset(
-        pieces / name, dtype="float32", **UNTOLD
+        pieces / name, dtype="float32", **NOT_IN_SHAPES
     )
     actual = run(logits(backbone), golden_inputs(expected))
     whole = PaliGemmaBackbone.from_preset(
-        GOLDEN / "tiny_headdim.b16.npz", dtype="float32", **UNTOLD
+        GOLDEN / "tiny_headdim.b16.npz", dtype="float32", **NOT_IN_SHAPES
     )
     wanted = run(logits(whole), golden_inputs(expected))
     np.testing.assert_array_equal(
@@ -68,13 +68,13 @@ def test_pieces_by_folder_and_by_stem(pieces, expected, name):
 
 
 def test_the_files_dtype_is_kept(pieces):
-    backbone = PaliGemmaBackbone.from_preset(pieces, **UNTOLD)
+    backbone = PaliGemmaBackbone.from_preset(pieces, **NOT_IN_SHAPES)
     assert backbone.dtype_policy.name == "bfloat16"
     assert backbone.token_embedding.table.dtype == "bfloat16"
 
 
 def test_sizes_are_inferred():
-    found = formats.find(GOLDEN / "tiny_headdim.npz", UNTOLD)
+    found = formats.find(GOLDEN / "tiny_headdim.npz", NOT_IN_SHAPES)
     backbone = found.config.backbone
     assert backbone.image_size == 42
     assert backbone.vision_encoder == VisionEncoderConfig(
@@ -93,7 +93,7 @@ def test_sizes_are_inferred():
         head_dim=24,
         intermediate_dim=112,
         use_post_norms=True,
-        **UNTOLD,
+        **NOT_IN_SHAPES,
     )
     assert found.variant is None
 
@@ -112,7 +112,7 @@ def test_what_no_shape_tells_is_asked_for():
 def test_a_given_field_changes_the_result(expected):
     backbone = PaliGemmaBackbone.from_preset(
         GOLDEN / "tiny_headdim.npz",
-        **UNTOLD | {"final_logit_soft_cap": None},
+        **NOT_IN_SHAPES | {"final_logit_soft_cap": None},
     )
     assert backbone.text_config.final_logit_soft_cap is None
     actual = run(logits(backbone), golden_inputs(expected))
@@ -124,7 +124,9 @@ def test_a_given_field_changes_the_result(expected):
 
 def test_a_field_that_a_shape_tells_cannot_be_given():
     with pytest.raises(ValueError, match="'hidden_dim'"):
-        formats.find(GOLDEN / "tiny_headdim.npz", UNTOLD | {"hidden_dim": 3})
+        formats.find(
+            GOLDEN / "tiny_headdim.npz", NOT_IN_SHAPES | {"hidden_dim": 3}
+        )
 
 
 def test_blocks_that_are_not_scanned(arrays, expected, tmp_path):
@@ -139,7 +141,9 @@ def test_blocks_that_are_not_scanned(arrays, expected, tmp_path):
         else:
             written[key.removeprefix("params/")] = array
     np.savez(tmp_path / "x.npz", **written)
-    backbone = PaliGemmaBackbone.from_preset(tmp_path / "x.npz", **UNTOLD)
+    backbone = PaliGemmaBackbone.from_preset(
+        tmp_path / "x.npz", **NOT_IN_SHAPES
+    )
     actual = run(logits(backbone), golden_inputs(expected))
     assert error(actual, expected["f32/llm/logits"]) < 2e-5
 
@@ -153,17 +157,19 @@ def test_float16_of_the_fine_tuning_notebook(arrays, tmp_path):
     np.savez(tmp_path / "x.npz", **mixed)
     taken = r"x.npz holds float16 and float32. Taken: dtype='bfloat16'. Pass"
     with pytest.warns(UserWarning, match=taken):
-        backbone = PaliGemmaBackbone.from_preset(tmp_path / "x.npz", **UNTOLD)
+        backbone = PaliGemmaBackbone.from_preset(
+            tmp_path / "x.npz", **NOT_IN_SHAPES
+        )
     assert backbone.dtype_policy.name == "bfloat16"
     exact = PaliGemmaBackbone.from_preset(
-        tmp_path / "x.npz", dtype="float32", **UNTOLD
+        tmp_path / "x.npz", dtype="float32", **NOT_IN_SHAPES
     )
     table = keras.ops.convert_to_numpy(exact.token_embedding.table)
     np.testing.assert_array_equal(
         table, mixed["params/llm/embedder/input_embedding"].astype("float32")
     )
     asked = PaliGemmaBackbone.from_preset(
-        tmp_path / "x.npz", dtype="float16", **UNTOLD
+        tmp_path / "x.npz", dtype="float16", **NOT_IN_SHAPES
     )
     assert asked.dtype_policy.name == "float16"
 
@@ -172,7 +178,7 @@ def test_integers_are_no_weights(arrays, tmp_path):
     changed = {key: array.view("int32") for key, array in arrays.items()}
     np.savez(tmp_path / "x.npz", **changed)
     with pytest.raises(ValueError, match="x.npz holds 'params/.* as 'int32'"):
-        PaliGemmaBackbone.from_preset(tmp_path / "x.npz", **UNTOLD)
+        PaliGemmaBackbone.from_preset(tmp_path / "x.npz", **NOT_IN_SHAPES)
 
 
 def test_a_tokenizer_for_a_preset_without_a_preprocessor(tmp_path):
@@ -195,7 +201,12 @@ def test_a_tokenizer_for_a_preset_without_a_preprocessor(tmp_path):
 )
 def test_official_sizes_are_recognised(name):
     known = presets.describe(name)["backbone"]
-    untold = (*UNTOLD, "layer_norm_epsilon", "rope_base", "rms_norm_epsilon")
+    untold = (
+        *NOT_IN_SHAPES,
+        "layer_norm_epsilon",
+        "rope_base",
+        "rms_norm_epsilon",
+    )
     partial = {
         "image_size": known["image_size"],
         **{
@@ -226,7 +237,7 @@ def test_a_published_model_has_the_config_of_a_folder(tmp_path):
 
 def test_another_picture_size(tmp_path, expected):
     backbone = PaliGemmaBackbone.from_preset(
-        GOLDEN / "tiny_headdim.npz", image_size=70, **UNTOLD
+        GOLDEN / "tiny_headdim.npz", image_size=70, **NOT_IN_SHAPES
     )
     table = backbone.weights_by_name()["vision_encoder/position_embedding"]
     wanted = expected["f32/resample_posemb/5"]
@@ -247,7 +258,7 @@ def test_written_as_big_vision(arrays, tmp_path, form, dtype, piece_size):
         "tiny_headdim.npz" if dtype == "float32" else "tiny_headdim.b16.npz"
     )
     backbone = PaliGemmaBackbone.from_preset(
-        GOLDEN / source, form=form, **UNTOLD
+        GOLDEN / source, form=form, **NOT_IN_SHAPES
     )
     model = PaliGemmaCausalLM(backbone)
     model.export_to_big_vision(tmp_path / "x.npz", piece_size=piece_size)
@@ -308,7 +319,7 @@ def test_two_checkpoints_in_a_folder(tmp_path):
 def test_an_npz_of_something_else(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.zeros((2, 3), "float32"))
     with pytest.raises(ValueError, match="not those of a PaliGemma"):
-        formats.find(tmp_path / "x.npz", UNTOLD)
+        formats.find(tmp_path / "x.npz", NOT_IN_SHAPES)
 
 
 def test_missing_and_unused_keys_are_listed_together(arrays, tmp_path):
@@ -318,7 +329,7 @@ def test_missing_and_unused_keys_are_listed_together(arrays, tmp_path):
     changed["params/img/head/bias"] = np.zeros((3,), "float32")
     np.savez(tmp_path / "x.npz", **changed)
     with pytest.raises(ValueError) as raised:
-        PaliGemmaBackbone.from_preset(tmp_path / "x.npz", **UNTOLD)
+        PaliGemmaBackbone.from_preset(tmp_path / "x.npz", **NOT_IN_SHAPES)
     message = str(raised.value)
     assert "in 3 places; nothing was loaded" in message
     assert "missing: params/llm/final_norm/scale (64,)" in message
@@ -328,8 +339,10 @@ def test_missing_and_unused_keys_are_listed_together(arrays, tmp_path):
 
 def test_a_task_without_a_tokenizer_says_how_to_give_one(pieces):
     with pytest.raises(ValueError, match="tokenizer='paligemma_tokenizer"):
-        PaliGemmaCausalLM.from_preset(pieces, **UNTOLD)
-    model = PaliGemmaCausalLM.from_preset(pieces, preprocessor=None, **UNTOLD)
+        PaliGemmaCausalLM.from_preset(pieces, **NOT_IN_SHAPES)
+    model = PaliGemmaCausalLM.from_preset(
+        pieces, preprocessor=None, **NOT_IN_SHAPES
+    )
     assert model.preprocessor is None
 
 
@@ -340,7 +353,7 @@ def test_damage_gives_no_model_and_leaves_the_files(
     """Of each format: what is cut short is found before a value moves."""
     path = tmp_path / ("x.npz" if to == "big_vision" else "model")
     exports.export(path, to, golden_backbone())
-    fields = UNTOLD if to == "big_vision" else {}
+    fields = NOT_IN_SHAPES if to == "big_vision" else {}
     PaliGemmaBackbone.from_preset(path, **fields)
     (weights,) = formats.find(path, fields).files
     weights.write_bytes(weights.read_bytes()[:-1000])

@@ -4,7 +4,9 @@ import contextlib
 import fcntl
 import json
 import os
+import tempfile
 import traceback
+from pathlib import Path
 
 MARK = "check "
 
@@ -40,10 +42,11 @@ def once(tmp_path_factory, name, compute):
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # Which the workers of a run share.
-    folder, result = root / name, root / f"{name}.json"
+    result = root / f"{name}.json"
     with open(root / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not result.exists():
-            folder.mkdir()
+            # Not of a fixed name: it may be the second try, after an error.
+            folder = Path(tempfile.mkdtemp(prefix=name, dir=root))
             result.write_text(json.dumps(compute(folder)))
     return json.loads(result.read_text())

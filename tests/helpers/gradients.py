@@ -52,8 +52,6 @@ OPTIMIZED = {
     "xla_llvm_disable_expensive_passes": False,
     "xla_cpu_enable_concurrency_optimized_scheduler": True,
 }
-# JAX 0.12 has no others, and raises on the option.
-FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
 
 
 def differentiate(loss, values):
@@ -62,8 +60,9 @@ def differentiate(loss, values):
         import jax
 
         options = dict(OPTIMIZED)
+        # JAX 0.12 has no such option, and raises on it.
         if jax.__version_info__ < (0, 12):
-            options[FUSION_EMITTERS] = True
+            options["xla_cpu_use_fusion_emitters"] = True
         compiled = jax.jit(jax.grad(loss), compiler_options=options)
         found = compiled(values)
     elif backend == "tensorflow":

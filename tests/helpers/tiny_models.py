@@ -33,7 +33,7 @@ TEXT = {
 IMAGE_SIZE = 42
 FORMS = ("unrolled", "scanned")
 # Fields of the golden model that its shapes do not determine.
-UNTOLD = {
+NOT_IN_SHAPES = {
     "query_pre_attention_scalar": 24,
     "attention_logit_soft_cap": 50.0,
     "final_logit_soft_cap": 30.0,

@@ -61,7 +61,7 @@ def copy_pages(address):
         text = page.read_text("utf-8")
         text, wrong = to_repository(text, (DOCS / name).parent, address)
         page.write_text(text, "utf-8")
-        problems += [f"{name}: no {address}" for address in wrong]
+        problems += [f"{name}: no {link}" for link in wrong]
     return problems
 
 
