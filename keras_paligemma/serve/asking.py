@@ -8,6 +8,8 @@ from dataclasses import field
 from typing import Any
 
 from keras_paligemma.serve.batching import Batches
+from keras_paligemma.serve.batching import Reply
+from keras_paligemma.serve.batching import Waiting
 from keras_paligemma.serve.limits import Disconnected
 from keras_paligemma.serve.requests import Limits
 from keras_paligemma.serve.requests import Request
@@ -38,8 +40,11 @@ class Service:
         default_factory=lambda: ThreadPoolExecutor(4, "picture")
     )
 
-    async def ask(self, picture, prompt, choice, copies=1, streams=False):
-        """Decode a picture and queue a prompt about it.
+    def ask(self, picture, prompt, choice, copies=1, streams=False):
+        """Start to decode a picture, and then queue a prompt about it.
+
+        The loop is not woken between a request and its answer: on few cores
+        its thread and the model's would take turns at that.
 
         Args:
             picture: function that returns bytes; called in another thread.
@@ -49,27 +54,49 @@ class Service:
             streams: bool.
 
         Returns:
-            list of `Waiting`, one per copy.
+            list of `Reply`, one per copy. What is wrong with the picture or
+            the prompt is an event of each.
         """
-
         loop = asyncio.get_running_loop()
+        replies = [Reply(loop) for _ in range(copies)]
 
         def read():
-            inputs = self.model.read(picture(), prompt, choice, self.limits)
-            requests = [
-                Request(inputs, with_seed(choice, number), streams)
-                for number in range(copies)
-            ]
-            return self.batches.put(requests, loop)
+            try:
+                inputs = self.model.read(picture(), prompt, choice, self.limits)
+                self.batches.put(
+                    [
+                        Waiting(
+                            Request(inputs, with_seed(choice, number), streams),
+                            reply,
+                        )
+                        for number, reply in enumerate(replies)
+                    ]
+                )
+            except Exception as error:  # noqa: BLE001  raised in the loop
+                for reply in replies:
+                    reply.tell(error)
 
-        return await loop.run_in_executor(self.readers, read)
+        self.readers.submit(read)
+        return replies
 
 
-async def answers_of(waiting, receive):
+async def accepted(replies):
+    """Wait until requests of streams are in the queue.
+
+    Raises:
+        Exception: whatever was wrong with them.
+    """
+    for reply in replies:
+        event = await reply.events.get()
+        if isinstance(event, BaseException):
+            raise event
+
+
+async def answers_of(replies, receive):
     """Wait for answers while the client is connected.
 
     Args:
-        waiting: list of `Waiting`.
+        replies: list of `Reply`.
         receive: ASGI's `receive`; the body has been read.
 
     Returns:
@@ -78,7 +105,7 @@ async def answers_of(waiting, receive):
     Raises:
         Disconnected: if the client has gone; its requests are cancelled.
     """
-    answers = asyncio.gather(*[request.answer() for request in waiting])
+    answers = asyncio.gather(*[reply.answer() for reply in replies])
     gone = asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait([answers, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -86,8 +113,8 @@ async def answers_of(waiting, receive):
             return answers.result()
         raise Disconnected
     finally:
-        for request in waiting:
-            request.left = True
+        for reply in replies:
+            reply.left = True
         for task in (answers, gone):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
@@ -99,7 +126,7 @@ async def _gone(receive):
         pass
 
 
-async def events_of(waiting):
+async def events_of(replies):
     """Yield (index, piece or `Answered`) of all copies as they arrive.
 
     Raises:
@@ -107,17 +134,17 @@ async def events_of(waiting):
     """
     merged = asyncio.Queue()
 
-    async def pass_on(index, one):
+    async def pass_on(index, reply):
         while True:
-            event = await one.events.get()
+            event = await reply.events.get()
             merged.put_nowait((index, event))
             if not isinstance(event, str):
                 return
 
     tasks = [
-        asyncio.ensure_future(pass_on(*pair)) for pair in enumerate(waiting)
+        asyncio.ensure_future(pass_on(*pair)) for pair in enumerate(replies)
     ]
-    left = len(waiting)
+    left = len(replies)
     try:
         while left:
             index, event = await merged.get()
@@ -126,7 +153,7 @@ async def events_of(waiting):
             left -= not isinstance(event, str)
             yield index, event
     finally:
-        for request in waiting:
-            request.left = True
+        for reply in replies:
+            reply.left = True
         for task in tasks:
             task.cancel()

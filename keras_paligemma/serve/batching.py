@@ -19,26 +19,23 @@ log = logging.getLogger("keras_paligemma.serve")
 
 
 @dataclass(eq=False)
-class Waiting:
-    """A request in the queue, and the channel for its answer.
+class Reply:
+    """The channel for the answer to a request.
 
     Args:
-        request: `Request`.
         loop: the event loop of its client.
-        since: float, seconds of `time.monotonic`.
         events: `asyncio.Queue` of str, pieces of text, and at the end an
-            `Answered` or an exception.
+            `Answered` or an exception. The first piece of a stream is empty:
+            its request is in the queue.
         left: bool, whether the client has gone.
     """
 
-    request: Request
     loop: asyncio.AbstractEventLoop
-    since: float = field(default_factory=time.monotonic)
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     left: bool = False
 
     def tell(self, event):
-        """Send an event to the client, from the model's thread."""
+        """Send an event to the client, from any thread."""
         self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     async def answer(self):
@@ -49,6 +46,21 @@ class Waiting:
                 raise event
             if not isinstance(event, str):
                 return event
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A request in the queue.
+
+    Args:
+        request: `Request`.
+        reply: `Reply`.
+        since: float, seconds of `time.monotonic`.
+    """
+
+    request: Request
+    reply: Reply
+    since: float = field(default_factory=time.monotonic)
 
 
 class Batches:
@@ -95,20 +107,15 @@ class Batches:
             self._changed.notify_all()
         self._thread.join()
 
-    def put(self, requests, loop):
+    def put(self, waiting):
         """Queue all of the requests or none; from any thread.
 
         Args:
-            requests: list of `Request`.
-            loop: the event loop of their client.
-
-        Returns:
-            list of `Waiting`.
+            waiting: list of `Waiting`.
 
         Raises:
             Refused: the queue is full, or closed.
         """
-        waiting = [Waiting(request, loop) for request in requests]
         with self._changed:
             if self.closed:
                 raise Refused(503, self.closed)
@@ -118,9 +125,11 @@ class Batches:
                     f"{len(self._queue)} requests wait already. Try again.",
                     headers={"Retry-After": "1"},
                 )
+            for entry in waiting:
+                if entry.request.streams:
+                    entry.reply.tell("")
             self._queue.extend(waiting)
             self._changed.notify_all()
-        return waiting
 
     def _run(self):
         try:
@@ -159,7 +168,7 @@ class Batches:
         try:
             answers = self.model.answer(
                 [entry.request for entry in batch],
-                lambda row, text: batch[row].tell(text),
+                lambda row, text: batch[row].reply.tell(text),
             )
         except Exception as error:  # noqa: BLE001  keeps serving
             log.exception("a batch failed")
@@ -171,7 +180,7 @@ class Batches:
         if not isinstance(answer, Exception):
             self.metrics.tokens.inc(len(answer.token_ids))
         try:
-            waiting.tell(answer)
+            waiting.reply.tell(answer)
         except RuntimeError:
             log.warning("nobody waits for an answer: its loop is closed")
 
@@ -187,7 +196,7 @@ class Batches:
         """
         with self._changed:
             while True:
-                while self._queue and self._queue[0].left:
+                while self._queue and self._queue[0].reply.left:
                     self._queue.popleft()
                 if not self._queue and self.closed:
                     return []
@@ -213,7 +222,7 @@ class Batches:
         key = self.model.key(self._queue[0].request)
         batch = []
         for entry in self._queue:
-            if not entry.left and self.model.key(entry.request) == key:
+            if not entry.reply.left and self.model.key(entry.request) == key:
                 batch.append(entry)
             if len(batch) == self.model.largest:
                 break

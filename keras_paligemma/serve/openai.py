@@ -15,6 +15,7 @@ from typing import NoReturn
 from starlette.responses import JSONResponse
 from starlette.responses import StreamingResponse
 
+from keras_paligemma.serve.asking import accepted
 from keras_paligemma.serve.asking import answers_of
 from keras_paligemma.serve.asking import events_of
 from keras_paligemma.serve.limits import openai_error
@@ -78,7 +79,7 @@ def chat(service):
         choice = _choice(service, fields)
         if fields["n"] > service.limits.copies:
             raise Refused(400, f"`n` is at most {service.limits.copies}.", "n")
-        waiting = await service.ask(
+        replies = service.ask(
             lambda: _picture(service, address),
             prompt,
             choice,
@@ -91,12 +92,13 @@ def chat(service):
             "model": fields["model"],
         }
         if fields["stream"]:
+            await accepted(replies)
             return StreamingResponse(
-                _stream(reply, waiting, fields),
+                _stream(reply, replies, fields),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-store"},
             )
-        answers = await answers_of(waiting, request.receive)
+        answers = await answers_of(replies, request.receive)
         reply |= {
             "object": "chat.completion",
             "choices": [
@@ -240,7 +242,7 @@ def _logprobs(answer):
     }
 
 
-async def _stream(reply, waiting, fields):
+async def _stream(reply, replies, fields):
     """Yield the events of a stream; log-probabilities come with the last."""
     reply = reply | {"object": "chat.completion.chunk"}
     options = fields["stream_options"] or {}
@@ -250,10 +252,10 @@ async def _stream(reply, waiting, fields):
         choice = {"index": index, "delta": delta, "finish_reason": None}
         return _event(reply | {"choices": [choice | more]})
 
-    for index in range(len(waiting)):
+    for index in range(len(replies)):
         yield chunk(index, {"role": "assistant", "content": ""})
     try:
-        async for index, event in events_of(waiting):
+        async for index, event in events_of(replies):
             if isinstance(event, str):
                 yield chunk(index, {"content": event})
                 continue

@@ -9,6 +9,7 @@ from PIL import Image
 from starlette.responses import JSONResponse
 from starlette.responses import StreamingResponse
 
+from keras_paligemma.serve.asking import accepted
 from keras_paligemma.serve.asking import answers_of
 from keras_paligemma.serve.asking import events_of
 from keras_paligemma.serve.requests import Choice
@@ -50,12 +51,13 @@ def answer(service):
         streams = fields[
             "stream"
         ] or "text/event-stream" in request.headers.get("accept", "")
-        waiting = await _ask(service, fields, fields["prompt"], streams)
+        replies = _ask(service, fields, fields["prompt"], streams)
         if streams:
+            await accepted(replies)
             return StreamingResponse(
-                _stream(service, waiting), media_type="text/event-stream"
+                _stream(service, replies), media_type="text/event-stream"
             )
-        [found] = await answers_of(waiting, request.receive)
+        [found] = await answers_of(replies, request.receive)
         return JSONResponse(_content(service, found))
 
     return endpoint
@@ -76,8 +78,8 @@ def objects(service, prompt_of):
             prompt = prompt_of(fields["labels"])
         except ValueError as error:
             raise Refused(400, str(error)[:300], "labels") from error
-        waiting = await _ask(service, fields, prompt)
-        [found] = await answers_of(waiting, request.receive)
+        replies = _ask(service, fields, prompt)
+        [found] = await answers_of(replies, request.receive)
         return JSONResponse(_content(service, found, fields["labels"]))
 
     return endpoint
@@ -93,7 +95,7 @@ def segment(service):
     return objects(service, prompts.segment)
 
 
-async def _ask(service, fields, prompt, streams=False):
+def _ask(service, fields, prompt, streams=False):
     read_prompt(prompt, service.limits)
     longest = service.model.longest
     if (fields["max_new_tokens"] or 1) > longest:
@@ -109,14 +111,14 @@ async def _ask(service, fields, prompt, streams=False):
         read_stop(fields["stop"]),
         fields["adapter"],
     )
-    return await service.ask(
+    return service.ask(
         lambda: read_base64(fields["image"]), prompt, choice, streams=streams
     )
 
 
-async def _stream(service, waiting):
+async def _stream(service, replies):
     try:
-        async for _, event in events_of(waiting):
+        async for _, event in events_of(replies):
             if isinstance(event, str):
                 content = {"piece": event}
             else:
