@@ -13,6 +13,7 @@ from keras_paligemma.generation.loop import column
 from keras_paligemma.generation.loop import first_hidden
 from keras_paligemma.generation.loop import going
 from keras_paligemma.generation.loop import next_hidden
+from keras_paligemma.generation.loop import part
 from keras_paligemma.generation.loop import put
 from keras_paligemma.generation.loop import repeated
 from keras_paligemma.generation.loop import restricted
@@ -63,30 +64,36 @@ def search(backbone, plan, rows, shared):
 
     Source: big_vision `trainers/proj/paligemma/predict_fns.py`, `_beam_decode`.
     """
-    width = plan.beams
-    hidden_BD, live = first_hidden(backbone, plan, rows, shared, width)
-    # At first all beams are equal: only the first one counts.
-    first_N = ops.arange(width, dtype="int32") == 0
-    zeros_BN = by_beam(live.log_probabilities_BR[:, 0], width)
-    beams = Beams(
-        by_beam(live.ids_BR, width),
-        by_beam(live.log_probabilities_BR, width),
-        zeros_BN + NONE_YET,
-        live,
-        zeros_BN + ops.where(first_N, 0.0, FORBIDDEN),
-    )
-    beams = _chosen(backbone, plan, rows, shared, hidden_BD, beams)
+
+    def first(rows, shared):
+        width = plan.beams
+        hidden_BD, live = first_hidden(backbone, plan, rows, shared, width)
+        # At first all beams are equal: only the first one counts.
+        first_N = ops.arange(width, dtype="int32") == 0
+        zeros_BN = by_beam(live.log_probabilities_BR[:, 0], width)
+        beams = Beams(
+            by_beam(live.ids_BR, width),
+            by_beam(live.log_probabilities_BR, width),
+            zeros_BN + NONE_YET,
+            live,
+            zeros_BN + ops.where(first_N, 0.0, FORBIDDEN),
+        )
+        return _chosen(backbone, plan, rows, shared, hidden_BD, beams)
+
+    def following(rows, shared, beams):
+        hidden_BD, live = next_hidden(backbone, beams.live)
+        beams = beams._replace(live=live)
+        return _chosen(backbone, plan, rows, shared, hidden_BD, beams)
 
     def is_going(*beams):
         live = Beams(*beams).live
         return going(live, live.ids_BR.shape[1])
 
     def step(*beams):
-        beams = Beams(*beams)
-        hidden_BD, live = next_hidden(backbone, beams.live)
-        beams = beams._replace(live=live)
-        return tuple(_chosen(backbone, plan, rows, shared, hidden_BD, beams))
+        beams = part(plan, "step", following, rows, shared, Beams(*beams))
+        return tuple(beams)
 
+    beams = part(plan, "first", first, rows, shared)
     beams = Beams(*ops.while_loop(is_going, step, tuple(beams)))
     return _with_live(rows, shared, beams)
 

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_paligemma.generation.noise import gumbel
+from keras_paligemma.generation.recording import cond
 
 # As good as minus infinity, but finite.
 OUT = -1.0e30
@@ -56,7 +57,7 @@ def sampled(logits_BV, options, place):
     """
     warm_B = options["temperature"] > 0
     # Noise of a vocabulary is many operations: greedy batches do without.
-    return ops.cond(
+    return cond(
         ops.any(warm_B),
         lambda: ops.where(
             warm_B, _drawn(logits_BV, options, place), likeliest(logits_BV)
@@ -75,7 +76,7 @@ def _drawn(logits_BV, options, place):
         options["top_k"] < vocabulary_size, options["top_p"] < 1
     )
     # Sorting the vocabulary takes longer than all else here.
-    least_B = ops.cond(
+    least_B = cond(
         ops.any(cuts_B),
         lambda: _least_kept(hot_BV, options["top_k"], options["top_p"]),
         lambda: ops.full_like(hot_BV[:, 0], OUT),

@@ -15,6 +15,7 @@ from keras_paligemma.generation.constraints import legal
 from keras_paligemma.generation.prefill import decode
 from keras_paligemma.generation.prefill import prefill
 from keras_paligemma.generation.prefill import resume
+from keras_paligemma.generation.recording import recorded
 from keras_paligemma.generation.state import State
 
 # Below any logit of a model, but finite: a row without a legal token takes
@@ -51,6 +52,14 @@ class Plan:
     alternatives: int = 0
     hidden_states: bool = False
 
+    @property
+    def is_pure(self):
+        """Whether decoding depends on its tensors alone.
+
+        Hooks and samplers may do anything.
+        """
+        return self.sampler is None and not self.hooks
+
 
 def answer(backbone, plan, rows, shared):
     """Answer a batch: one prefill, and a loop until the last row has ended.
@@ -76,9 +85,15 @@ def answer(backbone, plan, rows, shared):
 
 def begin(backbone, plan, rows, shared):
     """Prefill and choose the first token; return the first `State`."""
-    hidden_BD, state = first_hidden(backbone, plan, rows, shared, plan.copies)
-    rows = _rows_of_copies(rows, plan.copies)
-    return _chosen(backbone, plan, rows, shared, hidden_BD, state)
+
+    def first(rows, shared):
+        hidden_BD, state = first_hidden(
+            backbone, plan, rows, shared, plan.copies
+        )
+        rows = _rows_of_copies(rows, plan.copies)
+        return _chosen(backbone, plan, rows, shared, hidden_BD, state)
+
+    return part(plan, "first", first, rows, shared)
 
 
 def advance(backbone, plan, rows, shared, state, until=None):
@@ -91,14 +106,25 @@ def advance(backbone, plan, rows, shared, state, until=None):
     rows = _rows_of_copies(rows, plan.copies)
     limit = responses if until is None else ops.minimum(until, responses)
 
+    def following(rows, shared, state):
+        hidden_BD, state = next_hidden(backbone, state)
+        return _chosen(backbone, plan, rows, shared, hidden_BD, state)
+
     def step(*state):
-        hidden_BD, state = next_hidden(backbone, State(*state))
-        return tuple(_chosen(backbone, plan, rows, shared, hidden_BD, state))
+        state = part(plan, "step", following, rows, shared, State(*state))
+        return tuple(state)
 
     def is_going(*state):
         return going(State(*state), limit)
 
     return State(*ops.while_loop(is_going, step, tuple(state)))
+
+
+def part(plan, name, function, *arguments):
+    """Call a part of a program, recorded where that is of use."""
+    if not plan.is_pure:
+        return function(*arguments)
+    return recorded(name, function, *arguments)
 
 
 def first_hidden(backbone, plan, rows, shared, copies):
@@ -162,9 +188,14 @@ def repeated(tree, copies):
     """Repeat each row of a nest of arrays; copies of a row are adjacent."""
     if copies == 1:
         return tree
-    return keras.tree.map_structure(
-        lambda array: ops.repeat(array, copies, axis=0), tree
-    )
+
+    def repeat(array):
+        array = ops.repeat(array, copies, axis=0)
+        # A view if there is one row, and a view cannot be written.
+        is_torch = keras.backend.backend() == "torch"
+        return array.contiguous() if is_torch else array
+
+    return keras.tree.map_structure(repeat, tree)
 
 
 def _rows_of_copies(rows, copies):

@@ -1,10 +1,12 @@
 """Compiled functions of a model, one for each plan and shape."""
 
+import contextlib
 import os
 from collections import OrderedDict
 
 import keras
 
+from keras_paligemma.generation.recording import Recordings
 from keras_paligemma.layers.cpu_products import answering_scope
 from keras_paligemma.types import PathLike
 
@@ -67,9 +69,9 @@ class Programs:
         """
         key = function, plan
         if key not in self._compiled:
-            compiled = _COMPILERS.get(keras.backend.backend(), _plain)
-            if self._model.run_eagerly and compiled is not _of_torch:
-                compiled = _plain
+            compiled = _COMPILERS.get(keras.backend.backend(), _eagerly)
+            if self._model.run_eagerly:
+                compiled = _eagerly
             self._compiled[key] = compiled(self._model, function, plan, donated)
             if len(self._compiled) > MOST_PROGRAMS:
                 self._compiled.popitem(last=False)
@@ -82,43 +84,53 @@ class Programs:
     def compilations(self):
         """Number of compilations of the programs that are kept.
 
-        0 where nothing is compiled, as on Torch.
+        On Torch, of recordings; 0 where nothing is compiled.
         """
         return sum(count() for _, count in self._compiled.values())
 
 
-def _plain(model, function, plan, donated):
-    return (lambda *arguments: function(model, plan, *arguments)), lambda: 0
-
-
-def _of_torch(model, function, plan, donated):
-    import torch
-
+def _eagerly(model, function, plan, donated):
     def run(*arguments):
-        with torch.no_grad():
+        with _without_gradients():
             return function(model, plan, *arguments)
 
     return run, lambda: 0
+
+
+def _without_gradients():
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
+def _of_torch(model, function, plan, donated):
+    recordings = Recordings(model)
+
+    def run(*arguments):
+        with _without_gradients(), recordings.scope():
+            return function(model, plan, *arguments)
+
+    return run, recordings.__len__
 
 
 def _of_jax(model, function, plan, donated):
     import jax
 
     def of_values(values, *arguments):
-        mapping = list(zip(variables(), values, strict=True))
+        # In an order that freezing does not change: a compiled function is
+        # kept for shapes alone.
+        mapping = list(zip(model.variables, values, strict=True))
         with keras.StatelessScope(state_mapping=mapping), answering_scope():
             return function(model, plan, *arguments)
-
-    def variables():
-        return model.trainable_variables + model.non_trainable_variables
 
     numbers = () if donated is None else (donated + 1,)
     compiled = jax.jit(of_values, donate_argnums=numbers)
 
     def run(*arguments):
-        return compiled(
-            [variable.value for variable in variables()], *arguments
-        )
+        values = [variable.value for variable in model.variables]
+        return compiled(values, *arguments)
 
     # JAX counts, and declares none of it.
     return run, compiled._cache_size  # pyright: ignore[reportAttributeAccessIssue]

@@ -211,11 +211,20 @@ def write_cache(cache, key_BTKH, value_BTKH, index):
         if keras.backend.backend() == "tensorflow":
             return _scatter(cached, new_BTKH, layer, index)
         if layer is None:
+            if keras.backend.backend() == "torch":
+                return _copy_into(cached, new_BTKH, index)
             return ops.slice_update(cached, (0, index, 0, 0), new_BTKH)
         start = (0, layer, index, 0, 0)
         return ops.slice_update(cached, start, new_BTKH[:, None])
 
     return write(keys, key_BTKH), write(values, value_BTKH), layer
+
+
+def _copy_into(cached, new_BTKH, index):
+    """Write into a cache in place; Torch's `slice_update` copies it first."""
+    numbers_T = ops.arange(new_BTKH.shape[1], dtype="int32")
+    places_T = ops.cast(index + numbers_T, "int64")
+    return cached.index_copy_(1, places_T, new_BTKH)
 
 
 def _scatter(cached, new_BTKH, layer, index):

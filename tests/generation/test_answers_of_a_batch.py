@@ -82,9 +82,12 @@ def test_a_bucket_is_compiled_once(golden_backbone, inputs):
     model = PaliGemmaCausalLM(golden_backbone())
     wanted = model.generate(inputs, stop_token_ids=None)
     programs = model.make_generate_function()
+    np.testing.assert_array_equal(
+        model.generate(inputs, stop_token_ids=None), wanted
+    )
     before = programs.compilations()
-    compiles = keras.backend.backend() != "torch"
-    assert before == compiles
+    # Torch records the prefill and the step, in the second run.
+    assert before == (2 if keras.backend.backend() == "torch" else 1)
     three = {key: value[:3] for key, value in inputs.items()}
     np.testing.assert_array_equal(
         model.generate(three, stop_token_ids=None), wanted[:3]
@@ -105,7 +108,7 @@ def test_a_bucket_is_compiled_once(golden_backbone, inputs):
     assert programs.compilations() == before
     for seed, heat in ((1, 0.5), (2, 1.5)):
         model.generate(inputs, stop_token_ids=None, temperature=heat, seed=seed)
-    assert programs.compilations() == 2 * compiles
+    assert programs.compilations() == 2 * before
 
 
 def test_functions_that_are_new_each_time_are_forgotten(golden_backbone):
