@@ -59,6 +59,7 @@ def ours(sizes, image_size, **options):
             "num_query_heads": text["queries"],
             "num_key_value_heads": text["keys"],
             "head_dim": text["head"],
+            "query_pre_attention_scalar": text["head"],
         },
         **options,
     )

@@ -202,6 +202,16 @@ def rows_to_devices(arrays):
     return placed, rows
 
 
+def batch_is_split():
+    """Return whether the distribution splits a batch over its devices."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.batch_dim_name is None:
+        return False
+    mesh = distribution.device_mesh
+    axis = mesh.axis_names.index(distribution.batch_dim_name)
+    return mesh.shape[axis] > 1
+
+
 def never_functional(cls):
     """Decorate a subclass of KerasHub's models to stay a subclassed model.
 

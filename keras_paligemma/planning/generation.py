@@ -2,6 +2,7 @@
 
 import math
 
+from keras_paligemma.generation.prefill import rows_at_once
 from keras_paligemma.planning.job import Candidate
 from keras_paligemma.planning.job import layouts_of
 from keras_paligemma.sharding.layouts import Layout
@@ -73,11 +74,13 @@ class Generation:
         wide += 2 * text.intermediate_dim
         # One block's activations, and the logits of its attention.
         block = 2 * tokens * wide + 4 * text.num_query_heads * tokens**2
+        device = "tpu" if layout.groups == 1 else ""
+        rows = rows_at_once(job.batch_size, tokens, device)
         logits = 2 * 4 * text.vocabulary_size
         return {
             "weights": chip_bytes(layout, backbone.variables),
             "cache": job.batch_size * cache,
-            "activations": job.batch_size * (block + logits) // split,
+            "activations": (rows * block + job.batch_size * logits) // split,
         }
 
     def flops(self, remat):

@@ -1,4 +1,4 @@
-"""Memory budgets of training steps on a v5e chip, by the TPU's compiler.
+"""Memory budgets of training steps and answers on a v5e chip, by its compiler.
 
 `python -m tests.planning.hbm_budgets` writes the table that tests compare with,
 `hbm_budgets.json`. Run it after a change that needs less memory, or knowingly
@@ -17,7 +17,8 @@ from keras_paligemma.sharding.layouts import Layout
 
 TABLE = Path(__file__).with_suffix(".json")
 ATTENTION = ("query", "value")
-# job, slice, layout, remat: one chip, weights shared, low bits.
+# job, slice, layout, remat or "answers": one chip, weights shared, low bits;
+# and many large pictures, whose prefill runs in groups.
 PLANS = (
     (
         Job("pali_gemma2_pt_3b_224", lora_targets=ATTENTION),
@@ -31,6 +32,10 @@ PLANS = (
         Job("pali_gemma2_pt_10b_224", batch_size=1, quantize="int4"),
         *("v5e-1", Layout("data"), "block"),
     ),
+    (
+        Job("pali_gemma2_pt_3b_448", batch_size=32, response_length=32),
+        *("v5e-1", Layout("data"), "answers"),
+    ),
 )
 
 
@@ -40,8 +45,11 @@ def compile_plans():
     with Compiler() as compiler:
         for job, slice_name, layout, remat in PLANS:
             topology = machines.find(slice_name).topology
-            step = compiler.compile(job, layout, remat, topology)
-            words = [job.preset, slice_name, str(layout), f"remat {remat}"]
+            answers = remat == "answers"
+            responses = job.response_length if answers else None
+            step = compiler.compile(job, layout, remat, topology, responses)
+            words = [job.preset, slice_name, str(layout)]
+            words += ["answers" if answers else f"remat {remat}"]
             words += [f"batch {job.batch_size}"]
             words += [job.quantize] if job.quantize else []
             found[", ".join(words)] = (

@@ -1,0 +1,68 @@
+"""A prefill in groups of rows."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_paligemma.generation import prefill
+
+
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
+@pytest.mark.parametrize(
+    "options", [{}, {"beams": 2}, {"num_samples": 2, "seed": 1}]
+)
+def test_groups_of_rows_answer_as_all_at_once(
+    tiny_model, examples, monkeypatch, form, options
+):
+    """On JAX; the others run all rows at once, and take both for one."""
+    model = tiny_model(form=form)
+    asked = {key: examples[key] for key in ("images", "prompts")}
+
+    def numbers():
+        model.generate_function = None
+        answers = model.generate(
+            asked, stop_token_ids=None, details=True, **options
+        )
+        rows = [row if isinstance(row, list) else [row] for row in answers]
+        return [
+            (answer.token_ids, answer.log_probabilities)
+            for row in rows
+            for answer in row
+        ]
+
+    wanted = numbers()
+    groups = []
+    monkeypatch.setattr(
+        prefill,
+        "prefill_group",
+        lambda *arguments, run=prefill.prefill_group: (
+            groups.append(arguments[1]["prompt_ids"].shape[0]),
+            run(*arguments),
+        )[1],
+    )
+    for tokens, rows in ((1, 1), (50, 2)):
+        monkeypatch.setitem(prefill.TOKENS_AT_ONCE, "cpu", tokens)
+        found = numbers()
+        if keras.backend.backend() == "jax":
+            assert groups[-1] == rows
+        for (ids, log), (wanted_ids, wanted_log) in zip(
+            found, wanted, strict=True
+        ):
+            assert ids == wanted_ids
+            np.testing.assert_allclose(log, wanted_log, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "device", "rows"),
+    [
+        (32, 1040, "tpu", 2),
+        (8, 272, "cpu", 2),
+        (1, 4112, "tpu", 1),
+        (6, 272, "cpu", 2),
+        (7, 272, "cpu", 1),
+        (32, 1040, "", 32),
+        (4, 10, "gpu", 4),
+    ],
+)
+def test_rows_of_a_group_divide_the_batch(batch, tokens, device, rows):
+    assert prefill.rows_at_once(batch, tokens, device) == rows
