@@ -27,7 +27,10 @@ def prefill(backbone, inputs, responses):
     inputs = {
         name: inputs[name] for name in READ if inputs.get(name) is not None
     }
-    batch, tokens = ops.shape(inputs["prompt_ids"])
+    batch, tokens = inputs["prompt_ids"].shape
+    # Exported programs are for batches and prompts of any size.
+    if not (isinstance(batch, int) and isinstance(tokens, int)):
+        return prefill_group(backbone, inputs, responses)
     if "image_embeddings" in inputs:
         tokens += inputs["image_embeddings"].shape[1]
     elif "images" in inputs:

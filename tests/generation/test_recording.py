@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from keras import ops
 
+from tests.helpers.tiny_models import randomize_adapters
+
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
@@ -73,6 +75,21 @@ def test_later_runs_do_not_mind_what_is_trainable(tiny_model, asked):
         frozen.trainable = False
         numbers.append(log_probabilities(model, asked)[1])
     np.testing.assert_allclose(numbers[2], numbers[0], rtol=0, atol=1e-6)
+
+
+def test_later_runs_follow_the_adapter(tiny_model, asked):
+    model = tiny_model()
+    for seed, name in enumerate(("one", "two")):
+        model.enable_lora(2, name=name)
+        randomize_adapters(model.backbone, seed)
+    found = {}
+    for name in ("one", "two") * 3:
+        model.adapters.select(name)
+        found.setdefault(name, []).append(log_probabilities(model, asked)[1])
+    for first, *later in found.values():
+        for numbers in later:
+            np.testing.assert_allclose(numbers, first, rtol=0, atol=1e-6)
+    assert np.abs(found["one"][2] - found["two"][2]).max() > 1e-3
 
 
 def test_a_hook_is_called_at_each_token(model, asked):
