@@ -12,6 +12,7 @@ from keras_paligemma.generation.choosing import likeliest
 from keras_paligemma.generation.choosing import sampled
 from keras_paligemma.generation.constraints import follow
 from keras_paligemma.generation.constraints import legal
+from keras_paligemma.generation.prefill import READ
 from keras_paligemma.generation.prefill import decode
 from keras_paligemma.generation.prefill import prefill
 from keras_paligemma.generation.prefill import resume
@@ -22,10 +23,7 @@ from keras_paligemma.generation.state import State
 # an arbitrary token instead of NaN.
 FORBIDDEN = -1.0e30
 # The entries of a row that only the prefill reads.
-OF_PREFILL = (
-    *("images", "image_embeddings", "prompt_ids", "prompt_mask"),
-    "prefix_row",
-)
+OF_PREFILL = (*READ, "prefix_row")
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from keras_paligemma.compat import batch_is_split
 from keras_paligemma.compat import platform
 from keras_paligemma.layers.attention import token_positions
 
+# What a prefill reads of its rows.
 READ = ("images", "image_embeddings", "prompt_ids", "prompt_mask")
 # Tokens that a prefill runs at once, where JAX compiles. More of them take as
-# long each, and more memory: 4 GiB for 32 pictures of 448 pixels in a 3b.
+# long each, and more memory: 3 GiB for 32 pictures of 448 pixels in a 3b. The
+# GPU's number is not measured.
 TOKENS_AT_ONCE = {"cpu": 640, "gpu": 4608, "tpu": 2304}
 
 

@@ -76,7 +76,7 @@ class Recordings:
                 # Recording takes longer than one answer.
                 return part(*arguments)
             if self._graphs[key] is None:
-                self._graphs[key] = _record(part, arguments, variables)
+                self._graphs[key] = _record(part, arguments, variables, values)
             graph, structure = self._graphs[key]
             return optree.tree_unflatten(structure, graph(*values, *tensors))
 
@@ -87,7 +87,7 @@ class Recordings:
             _REPLAY.reset(token)
 
 
-def _record(part, arguments, variables):
+def _record(part, arguments, variables, values):
     """Return a graph, and the structure of what it returns."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -107,7 +107,7 @@ def _record(part, arguments, variables):
     try:
         # What is written in place is written while recording, too.
         copies = [tensor.clone() for tensor in tensors]
-        graph = make_fx(of_tensors)(*[v.value for v in variables], *copies)
+        graph = make_fx(of_tensors)(*values, *copies)
     finally:
         _IS_RECORDING.reset(token)
     return graph, found_structures[0]

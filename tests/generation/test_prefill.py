@@ -14,7 +14,7 @@ from keras_paligemma.generation import prefill
 def test_groups_of_rows_answer_as_all_at_once(
     tiny_model, examples, monkeypatch, form, options
 ):
-    """On JAX; the others run all rows at once, and take both for one."""
+    """Groups are JAX's; other backends run all rows at once."""
     model = tiny_model(form=form)
     asked = {key: examples[key] for key in ("images", "prompts")}
 
@@ -31,15 +31,13 @@ def test_groups_of_rows_answer_as_all_at_once(
         ]
 
     wanted = numbers()
-    groups = []
-    monkeypatch.setattr(
-        prefill,
-        "prefill_group",
-        lambda *arguments, run=prefill.prefill_group: (
-            groups.append(arguments[1]["prompt_ids"].shape[0]),
-            run(*arguments),
-        )[1],
-    )
+    groups, run = [], prefill.prefill_group
+
+    def noted(backbone, inputs, responses):
+        groups.append(inputs["prompt_ids"].shape[0])
+        return run(backbone, inputs, responses)
+
+    monkeypatch.setattr(prefill, "prefill_group", noted)
     for tokens, rows in ((1, 1), (50, 2)):
         monkeypatch.setitem(prefill.TOKENS_AT_ONCE, "cpu", tokens)
         found = numbers()
