@@ -7,6 +7,7 @@ import typer
 
 from keras_paligemma.cli.environment import data_parallel
 from keras_paligemma.cli.environment import quiet_imports
+from keras_paligemma.cli.options import CacheDtype
 from keras_paligemma.cli.options import Dtype
 from keras_paligemma.cli.options import MultiHost
 from keras_paligemma.cli.options import Quantize
@@ -41,6 +42,7 @@ def generate(
     ] = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    cache_dtype: CacheDtype = None,
     multi_host: MultiHost = False,
 ) -> None:
     """Answer prompts about many pictures; the same command resumes a run."""
@@ -53,11 +55,9 @@ def generate(
         from keras_paligemma import compat
         from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
     data_parallel(multi_host)
-    options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
-    options = {
-        name: value for name, value in options.items() if value is not None
-    }
-    model = PaliGemmaCausalLM.from_preset(preset, **options)
+    given: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
+    given = {name: value for name, value in given.items() if value is not None}
+    model = PaliGemmaCausalLM.from_preset(preset, **given)
     if adapter is not None:
         model.load_adapter(adapter)
     unread = answer_file(
@@ -66,7 +66,8 @@ def generate(
         output,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
-        beams=beams,
         shard=compat.process(),
+        beams=None if beams == 1 else beams,
+        cache_dtype=cache_dtype,
     )
     typer.echo(f"{len(pictures) - unread} of {len(pictures)} in {output}")

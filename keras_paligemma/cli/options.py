@@ -31,6 +31,9 @@ LoraTargets = Annotated[
     typer.Option(help="decoder.attention, decoder, vision, all, …"),
 ]
 Quantize = Annotated[str | None, typer.Option(help="int8 | int4")]
+CacheDtype = Annotated[
+    str | None, typer.Option(help="Of keys and values: int8")
+]
 Dtype = Annotated[
     str | None, typer.Option(help="Dtype policy; default: the source's")
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from keras_paligemma.cli.options import CacheDtype
 from keras_paligemma.cli.options import Dtype
 from keras_paligemma.cli.options import LoraTargets
 from keras_paligemma.cli.options import Quantize
@@ -51,6 +52,7 @@ def plan(
     generate: Annotated[
         bool, typer.Option("--generate", help="Plan generation, not training")
     ] = False,
+    cache_dtype: CacheDtype = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Do not use the compiler")
     ] = False,
@@ -65,6 +67,11 @@ def plan(
     from keras_paligemma.planning import Job
     from keras_paligemma.planning import make_plan
 
+    if cache_dtype and not generate:
+        raise ValueError(
+            f"Training has no cache. Received: --cache-dtype {cache_dtype}. "
+            "Expected: --generate with it."
+        )
     if generate and full:
         raise ValueError("Received: --generate and --full. Expected: one.")
     given: dict[str, Any] = {
@@ -76,6 +83,7 @@ def plan(
         "lora_targets": tuple(lora_targets) if lora_targets else None,
         "quantize": quantize,
         "dtype": dtype,
+        "cache_dtype": cache_dtype,
     }
     settings: dict[str, Any] = (
         {} if benchmark is None else _settings_of(benchmark)

@@ -44,15 +44,6 @@ class Pictures:
         return f"{self.place}, id {self.ids[row]!r}"
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The attributes of a benchmark that `predict` uses."""
-
-    name: str
-    text_length: int | None
-    beams: int
-
-
 def open_pictures(data: PathLike, prompt: str | None = None) -> Pictures:
     """List the pictures of a folder or JSONL file.
 
@@ -124,9 +115,9 @@ def answer_file(
     *,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
-    beams: int = 1,
     shard: tuple[int, int] = (0, 1),
     progress: bool = True,
+    **options: Any,
 ) -> int:
     """Answer all pictures, batch by batch, into a JSONL file.
 
@@ -143,9 +134,9 @@ def answer_file(
         batch_size: int, pictures per batch on this host.
         max_new_tokens: int, tokens of the longest answer; the preprocessor's
             `response_length` if `None`.
-        beams: int, number of beams; 1 uses the model's compiled sampler.
         shard: tuple (index, count), this host's part of each batch.
         progress: bool, whether to show a bar if standard error is a terminal.
+        **options: how tokens are chosen, as `generate` takes it.
 
     Returns:
         int, number of pictures that this call could not read.
@@ -161,9 +152,8 @@ def answer_file(
     """
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    job = _Job(
-        output.name, max_new_tokens or model.preprocessor.response_length, beams
-    )
+    length = max_new_tokens or model.preprocessor.response_length
+    options = {**options, "max_new_tokens": length}
     errors = []
 
     def note(row, error):
@@ -173,7 +163,17 @@ def answer_file(
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    predict(model, job, pictures, output, batch_size, shard, progress, note)
+    predict(
+        model,
+        output.name,
+        options,
+        pictures,
+        output,
+        batch_size,
+        shard,
+        progress,
+        note,
+    )
     if errors and not compat.process()[0]:
         warnings.warn(
             f"{len(errors)} pictures could not be read, the first: "

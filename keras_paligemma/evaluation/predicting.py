@@ -12,7 +12,8 @@ from keras_paligemma.evaluation import predictions as files
 
 def predict(
     model,
-    benchmark,
+    title,
+    options,
     samples,
     path,
     batch_size,
@@ -23,8 +24,10 @@ def predict(
     """Predict all samples that have no prediction in a file yet.
 
     Args:
+        title: str, shown beside the progress bar.
+        options: dict, keyword arguments of `generate`.
         path: `pathlib.Path` of the file.
-        model, benchmark, samples, batch_size, shard, progress: as `evaluate`
+        model, samples, batch_size, shard, progress: as `evaluate`
             takes them, on this host.
         on_error: function of a sample's index and the error of its picture or
             prompt, whose prediction becomes ""; `None` raises the error.
@@ -45,7 +48,7 @@ def predict(
     # Hosts compute each batch together, so all start where the slowest stopped.
     begun = compat.least(steps if done == len(ids) else done // batch_size)
     files.resume(path, ids, batch_size, begun * batch_size)
-    bar = _bar(benchmark, steps, progress)
+    bar = _bar(title, steps, progress)
     with bar as advance:
         advance(begun)
         for step in range(begun, steps):
@@ -53,7 +56,7 @@ def predict(
             # The last batch is padded, so that only one shape is compiled.
             fill = rows or [len(samples) - 1]
             padded = (rows + fill * batch_size)[:batch_size]
-            texts = _answers(model, benchmark, samples, padded, on_error)
+            texts = _answers(model, options, samples, padded, on_error)
             pairs = zip((samples.ids[row] for row in rows), texts, strict=False)
             if _writes(parts):
                 files.append(path, pairs)
@@ -72,15 +75,14 @@ def _rows_of(count, batch_size, index, parts):
     ]
 
 
-def _answers(model, benchmark, samples, rows, on_error):
+def _answers(model, options, samples, rows, on_error):
     """Predict some samples; an error names the sample that caused it."""
-    options = {"max_new_tokens": benchmark.text_length}
-    beams = {} if benchmark.beams == 1 else {"beams": benchmark.beams}
     try:
         found = [samples[row] for row in rows]
-        return model.generate(_inputs(found), **options, **beams)
+        return model.generate(_inputs(found), **options)
     except ValueError as error:
-        found = {row: _readable(model, samples, row, options) for row in rows}
+        length = options["max_new_tokens"]
+        found = {row: _readable(model, samples, row, length) for row in rows}
         errors = {
             row: read
             for row, read in found.items()
@@ -99,19 +101,19 @@ def _answers(model, benchmark, samples, rows, on_error):
         return [""] * len(rows)
     # Padded to the same size, for which the program is compiled already.
     padded = (good + good[:1] * len(rows))[: len(rows)]
-    texts = model.generate(
-        _inputs([found[row] for row in padded]), **options, **beams
-    )
+    texts = model.generate(_inputs([found[row] for row in padded]), **options)
     by_row = dict(zip(padded, texts, strict=True))
     return [by_row.get(row, "") for row in rows]
 
 
-def _readable(model, samples, row, options):
+def _readable(model, samples, row, length):
     """Return a sample if `generate` can read it, else its error."""
     try:
         with located(samples.where(row)):
             sample = samples[row]
-            model.preprocessor.generate_preprocess(_inputs([sample]), **options)
+            model.preprocessor.generate_preprocess(
+                _inputs([sample]), max_new_tokens=length
+            )
     except ExampleError as error:
         return error
     return sample
@@ -152,7 +154,7 @@ def _merge(path, ids, parts):
 
 
 @contextlib.contextmanager
-def _bar(benchmark, steps, shown):
+def _bar(title, steps, shown):
     """Show a progress bar if standard error is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn
@@ -166,5 +168,5 @@ def _bar(benchmark, steps, shown):
     visible = shown and sys.stderr.isatty() and not compat.process()[0]
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not visible) as progress:
-        task = progress.add_task(benchmark.name, total=steps)
+        task = progress.add_task(title, total=steps)
         yield lambda count: progress.advance(task, count)

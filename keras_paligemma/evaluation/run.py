@@ -153,7 +153,11 @@ def evaluate(
     benchmark = benchmark if on_card else replace(benchmark, split=split)
     _keep_settings(output, benchmark, samples, model)
     path = output / PREDICTIONS
-    predict(model, benchmark, samples, path, batch_size, shard, progress)
+    options = {"max_new_tokens": benchmark.text_length}
+    if benchmark.beams > 1:
+        options["beams"] = benchmark.beams
+    name = benchmark.name
+    predict(model, name, options, samples, path, batch_size, shard, progress)
     if compat.process()[0]:
         return None
     predictions = read_predictions(path)

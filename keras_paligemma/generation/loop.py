@@ -40,6 +40,7 @@ class Plan:
             logits, applied in order.
         alternatives: int K, likeliest tokens recorded at each position.
         hidden_states: bool, whether to record them at each position.
+        cache_dtype: see `TextDecoder.make_cache`.
     """
 
     samples: bool = False
@@ -49,6 +50,7 @@ class Plan:
     hooks: tuple[Callable, ...] = ()
     alternatives: int = 0
     hidden_states: bool = False
+    cache_dtype: str | None = None
 
     @property
     def is_pure(self):
@@ -134,9 +136,11 @@ def first_hidden(backbone, plan, rows, shared, copies):
     responses = rows["response_ids"].shape[1]
     if "prefix" in shared:
         row_B = rows["prefix_row"]
-        hidden_BD, cache = resume(shared["prefix"], row_B, responses)
+        hidden_BD, cache = resume(
+            shared["prefix"], row_B, responses, plan.cache_dtype
+        )
     else:
-        hidden_B1D, cache = prefill(backbone, rows, responses)
+        hidden_B1D, cache = prefill(backbone, rows, responses, plan.cache_dtype)
         hidden_BD = hidden_B1D[:, 0]
     cache, hidden_BD = repeated((cache, hidden_BD), copies)
     ids_BR = ops.zeros_like(repeated(rows["response_ids"], copies))

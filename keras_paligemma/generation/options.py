@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from keras_paligemma.layers.cache import CACHE_DTYPES
 from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.inputs import to_length
 
@@ -51,6 +52,10 @@ class Options:
         logits_hook: function from float32 logits (B, V) and `State` to
             logits, or a sequence of them, applied in order. It is compiled
             with the loop, so pass the same function each time.
+        cache_dtype: "int8" keeps keys and values in int8, with a scale for
+            each token and head: half the memory of bfloat16 for a batch that
+            does not fit. Answers may differ slightly. `None` keeps the
+            compute dtype.
     """
 
     temperature: float | Sequence[float] | None = None
@@ -69,6 +74,7 @@ class Options:
     choices: Sequence[str] | None = None
     legal_objects: bool = False
     logits_hook: Callable | Sequence[Callable] = ()
+    cache_dtype: str | None = None
 
     def __post_init__(self):
         if isinstance(self.stop_strings, str):
@@ -139,6 +145,11 @@ class Options:
             raise ValueError(
                 "A logits hook is a function of logits and state. Received: "
                 f"logits_hook={self.logits_hook!r}."
+            )
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise ValueError(
+                f"Unknown dtype of the cache. Expected: one of {CACHE_DTYPES}. "
+                f"Received: cache_dtype={self.cache_dtype!r}."
             )
         several = [
             name

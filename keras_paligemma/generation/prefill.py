@@ -8,6 +8,7 @@ from keras import ops
 from keras_paligemma.compat import batch_is_split
 from keras_paligemma.compat import platform
 from keras_paligemma.layers.attention import token_positions
+from keras_paligemma.layers.cache import to_int8
 
 # What a prefill reads of its rows.
 READ = ("images", "image_embeddings", "prompt_ids", "prompt_mask")
@@ -17,11 +18,12 @@ READ = ("images", "image_embeddings", "prompt_ids", "prompt_mask")
 TOKENS_AT_ONCE = {"cpu": 640, "gpu": 4608, "tpu": 2304}
 
 
-def prefill(backbone, inputs, responses):
+def prefill(backbone, inputs, responses, cache_dtype=None):
     """Run the prompts once and fill the cache, a group of rows at a time.
 
     Args:
-        backbone, inputs, responses: as `prefill_group` takes them.
+        backbone, inputs, responses, cache_dtype: as `prefill_group` takes
+            them.
 
     Returns:
         As `prefill_group` returns them, of all rows.
@@ -29,10 +31,14 @@ def prefill(backbone, inputs, responses):
     inputs = {
         name: inputs[name] for name in READ if inputs.get(name) is not None
     }
+
+    def run(rows):
+        return prefill_group(backbone, rows, responses, cache_dtype)
+
     batch, tokens = inputs["prompt_ids"].shape
     # Exported programs are for batches and prompts of any size.
     if not (isinstance(batch, int) and isinstance(tokens, int)):
-        return prefill_group(backbone, inputs, responses)
+        return run(inputs)
     if "image_embeddings" in inputs:
         tokens += inputs["image_embeddings"].shape[1]
     elif "images" in inputs:
@@ -42,18 +48,34 @@ def prefill(backbone, inputs, responses):
     device = "" if batch_is_split() else platform()
     rows = rows_at_once(batch, tokens, device)
     if rows == batch:
-        return prefill_group(backbone, inputs, responses)
+        return run(inputs)
     groups = keras.tree.map_structure(
         lambda array: ops.reshape(array, (-1, rows, *array.shape[1:])), inputs
     )
-    _, found = ops.scan(
-        lambda _, group: (None, prefill_group(backbone, group, responses)),
-        None,
-        groups,
+    # The whole cache is carried. Results stacked group by group would have
+    # another layout than the decoding loop's, and be copied to it.
+    layers = backbone.text_decoder.make_cache(
+        batch, tokens + responses - 1, cache_dtype
     )
-    return keras.tree.map_structure(
+
+    def step(layers, first_and_group):
+        first, group = first_and_group
+        hidden, found = run(group)
+        layers = keras.tree.map_structure(
+            lambda whole, part: ops.slice_update(
+                whole, (first, *[0] * (len(whole.shape) - 1)), part
+            ),
+            layers,
+            found.pop("layers"),
+        )
+        return layers, (hidden, found)
+
+    firsts = ops.arange(0, batch, rows, dtype="int32")
+    layers, found = ops.scan(step, layers, (firsts, groups))
+    hidden_B1D, cache = keras.tree.map_structure(
         lambda array: ops.reshape(array, (batch, *array.shape[2:])), found
     )
+    return hidden_B1D, cache | {"layers": layers}
 
 
 def rows_at_once(batch, tokens, device):
@@ -74,7 +96,7 @@ def rows_at_once(batch, tokens, device):
     )
 
 
-def prefill_group(backbone, inputs, responses):
+def prefill_group(backbone, inputs, responses, cache_dtype=None):
     """Run prompts at once.
 
     Prompts are aligned to the right, so every row writes the cache at the
@@ -85,6 +107,7 @@ def prefill_group(backbone, inputs, responses):
         inputs: dict of `images` (or `image_embeddings`, or neither),
             `prompt_ids` and `prompt_mask` (B, P).
         responses: int R, the longest response, in tokens.
+        cache_dtype: see `TextDecoder.make_cache`.
 
     Returns:
         hidden_B1D: tensor, hidden states of each prompt's last token.
@@ -101,7 +124,9 @@ def prefill_group(backbone, inputs, responses):
     decoder = backbone.text_decoder
     # The last response token is never fed back.
     layers = decoder.make_cache(
-        ops.shape(padding_BP)[0], valid_BT.shape[1] + responses - 1
+        ops.shape(padding_BP)[0],
+        valid_BT.shape[1] + responses - 1,
+        cache_dtype,
     )
     positions_BT = token_positions(valid_BT)
     hidden_B1D, layers = decoder(
@@ -117,13 +142,14 @@ def prefill_group(backbone, inputs, responses):
     return hidden_B1D, cache
 
 
-def resume(prefix, row_B, responses):
+def resume(prefix, row_B, responses, cache_dtype=None):
     """Copy rows of a prefix into a cache with room for a response.
 
     Args:
         prefix: dict of `Prefix.arrays`.
         row_B: int tensor, which row of the prefix each row continues.
         responses: int R, the longest response, in tokens.
+        cache_dtype: see `TextDecoder.make_cache`.
 
     Returns:
         hidden_BD: tensor, from which the head predicts the first token.
@@ -139,7 +165,10 @@ def resume(prefix, row_B, responses):
         lambda array: ops.take(array, row_B, axis=0), prefix
     )
     hidden_BD = chosen.pop("last")
-    layers = keras.tree.map_structure(with_room, chosen["layers"])
+    layers = chosen["layers"]
+    if cache_dtype == "int8":
+        layers = keras.tree.map_structure(to_int8, layers)
+    layers = keras.tree.map_structure(with_room, layers)
     return hidden_BD, chosen | {"layers": layers}
 
 

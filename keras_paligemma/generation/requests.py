@@ -131,6 +131,7 @@ def plan_of(options, sampler):
         hooks=options.hooks,
         alternatives=options.alternatives,
         hidden_states=options.hidden_states,
+        cache_dtype=options.cache_dtype,
     )
 
 

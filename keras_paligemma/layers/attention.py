@@ -14,6 +14,9 @@ import keras
 from keras import ops
 
 from keras_paligemma.layers import cpu_attention
+from keras_paligemma.layers.cache import Int8Heads
+from keras_paligemma.layers.cache import read_cache
+from keras_paligemma.layers.cache import write_cache
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.remat import recompute
 from keras_paligemma.layers.splash import PrefixMask
@@ -142,15 +145,17 @@ def attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None):
 
     Args:
         query_BTNH: tensor, already scaled.
-        key_BSKH: tensor.
-        value_BSKH: tensor.
+        key_BSKH: tensor, or `Int8Heads` of a cache.
+        value_BSKH: as `key_BSKH`.
         mask_BTS: bool tensor, True where t sees s; `None` for no mask.
         cap: float, soft cap of the logits, or `None`.
 
     Returns:
-        Tensor (batch, tokens, query heads, head_dim), dtype of the values.
+        Tensor (batch, tokens, query heads, head_dim), dtype of the values, or
+        of the queries beside `Int8Heads`.
     """
-
+    if isinstance(key_BSKH, Int8Heads):
+        return _mix_int8(query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap)
     if cpu_attention.should_use_cpu_attention(
         ops.shape(query_BTNH), ops.shape(key_BSKH)
     ):
@@ -166,20 +171,8 @@ def attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None):
 
 def _mix(query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap):
     B, T, N, H = ops.shape(query_BTNH)
-    K = key_BSKH.shape[2]
-    query = ops.reshape(query_BTNH, (B, T, K, N // K, H))
-    logits_BKGTS = ops.einsum(
-        "btkgh,bskh->bkgts",
-        ops.cast(query, "float32"),
-        ops.cast(key_BSKH, "float32"),
-    )
-    logits_BKGTS = soft_cap(logits_BKGTS, cap)
-    if mask_BTS is not None:
-        # Added, which rounds to MASKED: `ops.where` would hold a constant of
-        # the size of the logits, 324 MiB for 3b at 448 px and 8 rows.
-        unseen_BTS = ops.cast(ops.logical_not(mask_BTS), "float32") * MASKED
-        logits_BKGTS = logits_BKGTS + unseen_BTS[:, None, None]
-    weights_BKGTS = ops.softmax(logits_BKGTS, axis=-1)
+    logits_BKGTS = _logits(query_BTNH, key_BSKH)
+    weights_BKGTS = _weights(logits_BKGTS, mask_BTS, cap)
     mixed_BTKGH = ops.einsum(
         "bkgts,bskh->btkgh",
         ops.cast(weights_BKGTS, value_BSKH.dtype),
@@ -188,68 +181,50 @@ def _mix(query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap):
     return ops.reshape(mixed_BTKGH, (B, T, N, H))
 
 
-def write_cache(cache, key_BTKH, value_BTKH, index):
-    """Write new keys and values into a cache, in place under compilation.
+def _mix_int8(query_BTNH, keys, values, mask_BTS, cap):
+    """Attend to int8 keys and values, of which no float copy is made.
 
-    A cache is `(keys, values, layer)`. In unrolled stacks each block has
-    arrays (B, S, K, H) and `layer=None`. Scanned blocks share arrays
-    (B, layers, S, K, H) with `layer` as the index, so nothing is restacked.
-
-    Args:
-        cache: the tuple above.
-        key_BTKH: tensor to write at S positions index … index + T - 1.
-        value_BTKH: as `key_BTKH`.
-        index: int or int tensor, the first position to write.
-
-    Returns:
-        The cache after writing.
+    A token's scale multiplies its logit and its weight: one number instead of
+    one head.
     """
-    keys, values, layer = cache
 
-    def write(cached, new_BTKH):
-        new_BTKH = ops.cast(new_BTKH, cached.dtype)
-        if keras.backend.backend() == "tensorflow":
-            return _scatter(cached, new_BTKH, layer, index)
-        if layer is None:
-            if keras.backend.backend() == "torch":
-                return _copy_into(cached, new_BTKH, index)
-            return ops.slice_update(cached, (0, index, 0, 0), new_BTKH)
-        start = (0, layer, index, 0, 0)
-        return ops.slice_update(cached, start, new_BTKH[:, None])
+    def each_logit(scales_BSK1):
+        return ops.transpose(scales_BSK1, (0, 2, 3, 1))[:, :, None]
 
-    return write(keys, key_BTKH), write(values, value_BTKH), layer
-
-
-def _copy_into(cached, new_BTKH, index):
-    """Write into a cache in place; Torch's `slice_update` copies it first."""
-    numbers_T = ops.arange(new_BTKH.shape[1], dtype="int32")
-    places_T = ops.cast(index + numbers_T, "int64")
-    return cached.index_copy_(1, places_T, new_BTKH)
+    B, T, N, H = ops.shape(query_BTNH)
+    dtype = query_BTNH.dtype
+    logits_BKGTS = _logits(query_BTNH, keys.codes) * each_logit(keys.scales)
+    weights_BKGTS = _weights(logits_BKGTS, mask_BTS, cap)
+    weights_BKGTS = weights_BKGTS * each_logit(values.scales)
+    mixed_BTKGH = ops.einsum(
+        "bkgts,bskh->btkgh",
+        ops.cast(weights_BKGTS, dtype),
+        ops.cast(values.codes, dtype),
+    )
+    return ops.reshape(mixed_BTKGH, (B, T, N, H))
 
 
-def _scatter(cached, new_BTKH, layer, index):
-    """Write into a cache by TensorFlow's own scatter.
-
-    Without XLA compilation, `slice_update` calls XLA each time: that is slow,
-    and TensorFlow Serving may be built without it.
-    """
-    B, T = ops.shape(new_BTKH)[:2]
-    # Explicit, since a 16-bit floatx makes plain integers int16.
-    rows_B = ops.arange(B, dtype="int32")
-    columns_T = index + ops.arange(T, dtype="int32")
-    places = [rows_B[:, None], columns_T[None]]
-    if layer is not None:
-        places.insert(1, layer)
-    places = [ops.broadcast_to(place, (B, T)) for place in places]
-    return ops.scatter_update(cached, ops.stack(places, -1), new_BTKH)
+def _logits(query_BTNH, key_BSKH):
+    """Return the float32 logits (B, K, G, T, S) before the cap."""
+    B, T, N, H = ops.shape(query_BTNH)
+    K = key_BSKH.shape[2]
+    query_BTKGH = ops.reshape(query_BTNH, (B, T, K, N // K, H))
+    return ops.einsum(
+        "btkgh,bskh->bkgts",
+        ops.cast(query_BTKGH, "float32"),
+        ops.cast(key_BSKH, "float32"),
+    )
 
 
-def read_cache(cache):
-    """Return the keys and values (B, S, K, H) of one layer."""
-    keys, values, layer = cache
-    if layer is None:
-        return keys, values
-    return ops.take(keys, layer, axis=1), ops.take(values, layer, axis=1)
+def _weights(logits_BKGTS, mask_BTS, cap):
+    """Return the attention weights of logits: cap, mask and softmax."""
+    logits_BKGTS = soft_cap(logits_BKGTS, cap)
+    if mask_BTS is not None:
+        # Added, which rounds to MASKED: `ops.where` would hold a constant of
+        # the size of the logits, 324 MiB for 3b at 448 px and 8 rows.
+        unseen_BTS = ops.cast(ops.logical_not(mask_BTS), "float32") * MASKED
+        logits_BKGTS = logits_BKGTS + unseen_BTS[:, None, None]
+    return ops.softmax(logits_BKGTS, axis=-1)
 
 
 class GroupedQueryAttention(keras.layers.Layer):

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_paligemma.compat import without_values
+from keras_paligemma.layers.cache import empty_heads
 from keras_paligemma.layers.dropout import dropout_scope
 from keras_paligemma.layers.remat import check_remat
 from keras_paligemma.layers.remat import rematerialize
@@ -182,7 +183,7 @@ class LayerStack(keras.layers.Layer):
 
         Args:
             shape_BSKH: tuple (batch, cached tokens, key-value heads, head_dim).
-            dtype: str.
+            dtype: str, as `empty_heads` takes it.
 
         Returns:
             Nested arrays for the `cache` argument of a call. The batch is
@@ -190,9 +191,9 @@ class LayerStack(keras.layers.Layer):
         """
         if self.scanned:
             shape = (shape_BSKH[0], self.num_layers, *shape_BSKH[1:])
-            return ops.zeros(shape, dtype), ops.zeros(shape, dtype)
+            return empty_heads(shape, dtype), empty_heads(shape, dtype)
         return [
-            (ops.zeros(shape_BSKH, dtype), ops.zeros(shape_BSKH, dtype))
+            (empty_heads(shape_BSKH, dtype), empty_heads(shape_BSKH, dtype))
             for _ in range(self.num_layers)
         ]
 

@@ -213,12 +213,13 @@ def _pieces(model, asked, chunk):
             yield pieces[0] if asked.single else pieces
 
 
-def generate_step(self, inputs, stop_token_ids=None):
+def generate_step(self, inputs, stop_token_ids=None, cache_dtype=None):
     """Answer by greedy decoding, as a function that can be compiled.
 
     Args:
         inputs: dict of tensors, as `split_prompt` makes them.
         stop_token_ids: tuple of ints or `None`.
+        cache_dtype: "int8" or `None`, see `Options`.
 
     Returns:
         dict of `token_ids` int32 and `log_probabilities` float32, both (B, R),
@@ -226,7 +227,7 @@ def generate_step(self, inputs, stop_token_ids=None):
     """
     rows = row_defaults(inputs) | inputs
     shared = {"stop_ids": stop_array(stop_token_ids), "sampler": []}
-    state = answer(self.backbone, Plan(), rows, shared)
+    state = answer(self.backbone, Plan(cache_dtype=cache_dtype), rows, shared)
     return {
         "token_ids": state.ids_BR,
         "log_probabilities": state.log_probabilities_BR,

@@ -215,7 +215,8 @@ class TextDecoder(keras.layers.Layer):
         dropout=0.0,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        # Keras would cast the scales of an int8 cache, float32 for precision.
+        super().__init__(autocast=False, **kwargs)
         self.config = config
         self.dropout = dropout
         policy = self.dtype_policy
@@ -265,15 +266,16 @@ class TextDecoder(keras.layers.Layer):
             self.blocks.enable_dropout()
         self.built = True
 
-    def make_cache(self, batch_size, length):
+    def make_cache(self, batch_size, length, dtype=None):
         """Allocate an empty key-value cache.
 
         Args:
             batch_size: int.
             length: int, capacity in tokens, image tokens included.
+            dtype: "int8", or `None` for the compute dtype.
 
         Returns:
-            Nest of arrays in the compute dtype.
+            Nest of arrays.
         """
         shape = (
             batch_size,
@@ -281,7 +283,7 @@ class TextDecoder(keras.layers.Layer):
             self.config.num_key_value_heads,
             self.config.head_dim,
         )
-        return self.blocks.make_cache(shape, self.compute_dtype)
+        return self.blocks.make_cache(shape, dtype or self.compute_dtype)
 
     def mask_of(self, valid_BT, response_BT, response_length=None):
         """Return the mask in the form that attention takes here.
@@ -320,6 +322,7 @@ class TextDecoder(keras.layers.Layer):
         positions_BS=None,
         last=None,
     ):
+        x_BTD = ops.cast(x_BTD, self.compute_dtype)
         args = self.arguments_of_blocks(mask_BTS, positions_BT, positions_BS)
         x_BTD = self.blocks(x_BTD, *args, cache=cache, index=index, last=last)
         if cache is None:

@@ -189,7 +189,7 @@ def lower_generation(job, layout, responses, topology):
         mapping = list(zip(variables, values, strict=True))
         with keras.StatelessScope(state_mapping=mapping):
             # The end token is 1 in all PaliGemma tokenizers.
-            return model.generate_step(inputs, (1,))
+            return model.generate_step(inputs, (1,), job.cache_dtype)
 
     # As in `generate`, the compiler chooses the sharding of the inputs.
     prompts = (job.batch_size, job.prompt_length)

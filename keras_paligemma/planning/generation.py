@@ -69,7 +69,9 @@ class Generation:
         heads = text.num_key_value_heads
         heads //= split if heads % split == 0 else 1
         cached = tokens + job.response_length - 1
-        cache = 2 * text.num_layers * cached * heads * text.head_dim * 2
+        # A head in int8 has a float32 scale.
+        head = text.head_dim + 4 if job.cache_dtype else 2 * text.head_dim
+        cache = 2 * text.num_layers * cached * heads * head
         wide = 2 * text.hidden_dim + 2 * text.num_query_heads * text.head_dim
         wide += 2 * text.intermediate_dim
         # One block's activations, and the logits of its attention.
@@ -128,12 +130,15 @@ class Generation:
 
     def code(self, candidate):
         """Return Python code that uses a candidate."""
+        dtype = self.job.cache_dtype
+        cache = [f'    cache_dtype="{dtype}",'] if dtype else []
         return self.job.code(
             candidate.layout,
             None,
             [
                 "model.generate(",
-                '    {"images": pictures, "prompts": prompts}',
+                '    {"images": pictures, "prompts": prompts},',
+                *cache,
                 ")",
             ],
         )
@@ -145,7 +150,7 @@ class Generation:
 
     def advice(self):
         """Return advice on how to need less memory."""
-        return "Fewer prompts at a time, or low bits, need less."
+        return "Fewer prompts at a time, low bits or an int8 cache need less."
 
     def _compile(self, compiler, candidate, machine, responses):
         return compiler.compile(

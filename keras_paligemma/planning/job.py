@@ -6,6 +6,7 @@ from typing import Any
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.compat import compiling_for
 from keras_paligemma.compat import without_values
+from keras_paligemma.layers.cache import CACHE_DTYPES
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.sharding.layouts import Layout
 from keras_paligemma.tuning.optimizers import Adam
@@ -26,9 +27,11 @@ class Job:
             if `None`.
         quantize: "int8", "int4" or `None`.
         dtype: str, dtype policy.
+        cache_dtype: "int8" or `None`, of keys and values in generation.
 
     Raises:
-        ValueError: a number below 1, or `quantize` without adapters.
+        ValueError: a number below 1, `quantize` without adapters, or an
+            unknown `cache_dtype`.
     """
 
     preset: str
@@ -40,6 +43,7 @@ class Job:
     lora_targets: tuple[Any, ...] | None = None
     quantize: str | None = None
     dtype: str = "bfloat16"
+    cache_dtype: str | None = None
 
     def __post_init__(self):
         counts = ("batch_size", "prompt_length", "response_length", "pictures")
@@ -48,6 +52,11 @@ class Job:
                 raise ValueError(
                     f"{name} is at least 1. Received: {getattr(self, name)}."
                 )
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise ValueError(
+                f"Unknown dtype of the cache. Expected: one of {CACHE_DTYPES}. "
+                f"Received: cache_dtype={self.cache_dtype!r}."
+            )
         if self.quantize and not self.lora_rank:
             raise ValueError(
                 "Weights in low bits cannot be trained. Received: quantize="

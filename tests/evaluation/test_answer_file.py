@@ -45,6 +45,9 @@ def test_a_folder_is_answered_in_order_and_resumed(model, folder, tmp_path):
     assert list(rows_of(path)) == names
     inputs = {"images": [str(folder / "d.png")], "prompts": ["caption en"]}
     assert rows_of(path)["d.png"] == model.generate(inputs, 4)[0]
+    forced = tmp_path / "forced.jsonl"
+    answer_file(model, pictures, forced, **how, choices=["a cat"])
+    assert set(rows_of(forced).values()) == {"a cat"}
     # Killed within the second batch, in the middle of a line.
     lines = whole.split(b"\n")
     path.write_bytes(b"\n".join(lines[:3]) + lines[3][:9])

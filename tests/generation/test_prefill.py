@@ -9,7 +9,13 @@ from keras_paligemma.generation import prefill
 
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
 @pytest.mark.parametrize(
-    "options", [{}, {"beams": 2}, {"num_samples": 2, "seed": 1}]
+    "options",
+    [
+        {},
+        {"beams": 2},
+        {"num_samples": 2, "seed": 1},
+        {"cache_dtype": "int8"},
+    ],
 )
 def test_groups_of_rows_answer_as_all_at_once(
     tiny_model, examples, monkeypatch, form, options
@@ -33,9 +39,9 @@ def test_groups_of_rows_answer_as_all_at_once(
     wanted = numbers()
     groups, run = [], prefill.prefill_group
 
-    def noted(backbone, inputs, responses):
+    def noted(backbone, inputs, *others):
         groups.append(inputs["prompt_ids"].shape[0])
-        return run(backbone, inputs, responses)
+        return run(backbone, inputs, *others)
 
     monkeypatch.setattr(prefill, "prefill_group", noted)
     for tokens, rows in ((1, 1), (50, 2)):

@@ -1,7 +1,8 @@
 """Bytes that a decoding step moves on a v5e chip, by the TPU's compiler.
 
-`python -m tests.planning.decode_step PRESET BATCH [int8]` prints JSON, in an
-environment that has `planning.compiled.ENVIRONMENT`.
+`python -m tests.planning.decode_step PRESET BATCH [QUANTIZE [CACHE_DTYPE]]`
+prints JSON, in an environment that has `planning.compiled.ENVIRONMENT`; "-" is
+no quantisation.
 """
 
 import json
@@ -16,8 +17,9 @@ from keras_paligemma.sharding.layouts import Layout
 from tests.planning import hlo
 
 
-def main(preset, batch, quantize=None):
-    job = Job(preset, int(batch), quantize=quantize)
+def main(preset, batch, quantize="-", cache_dtype=None):
+    quantize = None if quantize == "-" else quantize
+    job = Job(preset, int(batch), quantize=quantize, cache_dtype=cache_dtype)
     topology = machines.find("v5e-1").topology
     program = compiled.lower_generation(job, Layout("data"), 32, topology)
     program = program.compile(compiler_options=compiled.QUICK)
@@ -25,15 +27,15 @@ def main(preset, batch, quantize=None):
     backbone, _ = job.model(None)
     config = backbone.text_config
     length = backbone.image_sequence_length + job.prompt_length + 32 - 1
-    keys = int(batch) * length * config.num_key_value_heads * config.head_dim
-    # The loop over tokens is the one that contains a loop over layers.
+    heads = int(batch) * length * config.num_key_value_heads
+    # A head in int8 has a float32 scale.
+    head = config.head_dim + 4 if cache_dtype else 2 * config.head_dim
+    # The loop over tokens is the one that contains one loop over layers; a
+    # prefill in groups of rows contains both towers'.
     [step] = [
         body
         for body in computations
-        if any(
-            hlo.is_over_layers(instruction)
-            for instruction in computations[body]
-        )
+        if sum(map(hlo.is_over_layers, computations[body])) == 1
         and not body.startswith("main")
     ]
     print(
@@ -45,7 +47,7 @@ def main(preset, batch, quantize=None):
                     * np.dtype(variable.dtype).itemsize
                     for variable in backbone.text_decoder.variables
                 ),
-                "cached": 2 * keys * config.num_layers * 2,
+                "cached": 2 * heads * head * config.num_layers,
                 "copied": hlo.copied(computations, step),
             }
         )

@@ -18,7 +18,7 @@ from keras_paligemma.sharding.layouts import Layout
 TABLE = Path(__file__).with_suffix(".json")
 ATTENTION = ("query", "value")
 # job, slice, layout, remat or "answers": one chip, weights shared, low bits;
-# and many large pictures, whose prefill runs in groups.
+# and many large pictures, whose prefill runs in groups, with either cache.
 PLANS = (
     (
         Job("pali_gemma2_pt_3b_224", lora_targets=ATTENTION),
@@ -34,6 +34,15 @@ PLANS = (
     ),
     (
         Job("pali_gemma2_pt_3b_448", batch_size=32, response_length=32),
+        *("v5e-1", Layout("data"), "answers"),
+    ),
+    (
+        Job(
+            "pali_gemma2_pt_3b_448",
+            batch_size=64,
+            response_length=32,
+            cache_dtype="int8",
+        ),
         *("v5e-1", Layout("data"), "answers"),
     ),
 )
@@ -52,6 +61,7 @@ def compile_plans():
             words += ["answers" if answers else f"remat {remat}"]
             words += [f"batch {job.batch_size}"]
             words += [job.quantize] if job.quantize else []
+            words += [f"cache {job.cache_dtype}"] if job.cache_dtype else []
             found[", ".join(words)] = (
                 step["together"] / GIB if step["fits"] else math.inf
             )

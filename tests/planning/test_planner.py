@@ -102,6 +102,8 @@ def test_machines_that_do_not_exist_name_the_nearest():
         ("--quantize int3", "'int8', 'int4'"),
         ("--quantize int8 --full", "lora_rank=8"),
         ("--generate --full", "Expected: one"),
+        ("--cache-dtype int8", "Expected: --generate with it"),
+        ("--generate --cache-dtype int4", "Expected: one of (None, 'int8')"),
         ("--generate --layout data.2x4", "'data 8x1', the nearest"),
     ],
 )
@@ -142,6 +144,14 @@ def test_generating_is_planned():
     )
     assert found["smallest"] == "v5e-1"
     compile(found["code"], "paste", "exec")
+    job = Job("pali_gemma2_pt_3b_224", 1, cache_dtype="int8")
+    found = by_arithmetic(job, "v5e-1", generate=True)
+    # In int8 a head of 256 has a float32 scale.
+    assert found.best.split_gib["cache"] == pytest.approx(
+        cache * 260 / 512 / 2**30, abs=1e-3
+    )
+    compile(found.code, "paste", "exec")
+    assert 'cache_dtype="int8"' in found.code
     job = Job("pali_gemma2_pt_28b_224", batch_size=64)
     found = by_arithmetic(job, "v5e-1", generate=True)
     assert not found.fits and found.smallest == "v5e-8"
