@@ -34,13 +34,14 @@ dist: .venv/for-test
 # alone writes; the others what a backend can change. Tests are many small models,
 # so two processes of one thread each are fastest, and most of their time is
 # compiling: without LLVM's optimizations it is half as long, without XLA's newer
-# emitters of fusions and its scheduler for many threads another third less, and
+# emitters of fusions and what it does for many threads another third less, and
 # what one process compiled the others read from a cache, as the next run does.
 # Each process takes neighbouring tests, which share fixtures and compiled
 # functions. Demo, notebooks and benchmarks run with the optimizations.
 backends: export XLA_FLAGS ?= --xla_backend_optimization_level=0 \
 	--xla_llvm_disable_expensive_passes=true \
 	--xla_cpu_use_fusion_emitters=false \
+	--xla_cpu_parallel_codegen_split_count=1 \
 	--xla_cpu_enable_concurrency_optimized_scheduler=false
 backends: export JAX_COMPILATION_CACHE_DIR ?= \
 	$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/keras_paligemma/compiled

@@ -99,6 +99,27 @@ def test_links_of_other_pages_lead_somewhere():
     assert not build.has_anchor(page, "#no-pictures")
 
 
+def test_modules_that_are_run_exist():
+    """Of `python -m …` in the pages, and in docstrings and comments."""
+    folders = "docs keras_paligemma benchmarks recipes presets tests".split()
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    for folder in folders:
+        for suffix in ("md", "py"):
+            files += (ROOT / folder).rglob(f"*.{suffix}")
+    own = "keras_paligemma|benchmarks|recipes|tests|tools"
+    pattern = re.compile(rf"python\s+-m\s+((?:{own})(?:\.\w+)*)")
+    found = {
+        name
+        for file in files
+        for name in pattern.findall(file.read_text("utf-8"))
+    }
+    assert "benchmarks.quantized_format" in found
+    for name in found:
+        path = ROOT / name.replace(".", "/")
+        module = path.with_suffix(".py"), path / "__main__.py"
+        assert any(file.is_file() for file in module), name
+
+
 def test_names_that_no_page_describes_are_told():
     names = build.public_names()
     assert "keras_paligemma.PaliGemmaCausalLM" in names

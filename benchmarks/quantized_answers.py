@@ -1,0 +1,78 @@
+"""What few bits cost the nano preset: `python -m benchmarks.quantized_answers`.
+
+Prints the scores of its card for each storage of weights and cache, and their
+shares of float32's scores. Needs the sprites of `python -m recipes.nano.fetch`.
+With `--calibrated N`, int4 is rounded for N scenes too.
+"""
+
+import argparse
+import functools
+
+from benchmarks.calibration import draw
+from keras_paligemma import PaliGemmaCausalLM
+from recipes.nano import evaluate
+from recipes.nano import scenes
+from recipes.nano.fetch import CLASSES
+from recipes.nano.fetch import TRAINED_STYLES
+
+NANO = "pali_gemma2_nano_112"
+# Columns of the table: name, quantization of the weights, and of the cache.
+STORAGES = (
+    ("float32", None, None),
+    ("int8 cache", None, "int8"),
+    ("int8", "int8", None),
+    ("int8, int8 cache", "int8", "int8"),
+    ("int4", "int4", None),
+)
+
+
+def scores(model, count, **options):
+    """Return a dict such as {"caption exact": 0.9}, on trained styles."""
+    return evaluate.evaluate(
+        functools.partial(model.generate, **options),
+        scenes.load_sprites(),
+        list(CLASSES),
+        {"trained": TRAINED_STYLES},
+        seed=1,
+        count=count,
+        measures=list(evaluate.MEASURES),
+    )["trained"]
+
+
+def main():
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--calibrated", type=int, default=0)
+    options = parser.parse_args()
+    columns = {}
+    for name, quantize, cache_dtype in STORAGES:
+        model = PaliGemmaCausalLM.from_preset(NANO, quantize=quantize)
+        columns[name] = scores(model, options.count, cache_dtype=cache_dtype)
+        print(f"{name} is measured", flush=True)
+    if options.calibrated:
+        examples = draw(2, options.calibrated, TRAINED_STYLES)
+        model = PaliGemmaCausalLM.from_preset(
+            NANO, quantize="int4", calibration=examples
+        )
+        columns[f"int4 for {options.calibrated} scenes"] = scores(
+            model, options.count
+        )
+    print(f"\n| {options.count} scenes each | {' | '.join(columns)} |")
+    print(f"| --- |{' --- |' * len(columns)}")
+    full = columns["float32"]
+    for key in full:
+        measure, score = key.split()
+        words = evaluate.MEASURES[measure].words, evaluate.SCORES[score]
+        cells = [
+            f"{values[key]:.3f} ({values[key] / full[key]:.1%})"
+            for values in columns.values()
+        ]
+        print(f"| {', '.join(words)} | {' | '.join(cells)} |")
+    for name, values in columns.items():
+        share = sum(values[key] / full[key] for key in full) / len(full)
+        print(f"{name}: {share:.1%} of float32's scores, the mean of the rows")
+
+
+if __name__ == "__main__":
+    main()
