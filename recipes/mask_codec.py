@@ -1,4 +1,4 @@
-"""Trains the small codec of masks: `python -m recipes.mask_codec`.
+"""Train the small codec of masks: `python -m recipes.mask_codec`.
 
 A VQ-VAE like the published one, a third as wide, learns the silhouettes of the
 nano preset's sprites. Needs the sprites of `python -m recipes.nano.fetch`, and
@@ -210,7 +210,7 @@ def measure(codec, sprites):
 
     Args:
         codec: `MaskCodec`.
-        sprites: dict. What `scenes.load_sprites` returns.
+        sprites: dict, what `scenes.load_sprites` returns.
     """
     styles = (*TRAINED_STYLES, *HELD_OUT_STYLES)
     true = {

@@ -32,7 +32,7 @@ def golden():
 
 
 def assert_near(actual, expected, tolerance=2e-5):
-    """Compares with the largest expected value as the unit."""
+    """Compare with the largest expected value as the unit."""
     assert actual.shape == expected.shape
     error = np.abs(actual - expected).max() / np.abs(expected).max()
     assert error < tolerance

@@ -101,7 +101,7 @@ def test_fields_are_complete_and_in_one_order(name):
 
 
 def count_parameters(backbone):
-    """Adds up the tensors of a model, from its sizes alone."""
+    """Add up the tensors of a model, from its sizes alone."""
     vision, text = backbone["vision_encoder"], backbone["text_decoder"]
     width, mlp = vision["hidden_dim"], vision["intermediate_dim"]
     patch = vision["patch_size"]

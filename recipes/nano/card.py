@@ -1,4 +1,4 @@
-"""Publishes the nano preset: `python -m recipes.nano.card --trained FOLDER`.
+"""Publish the nano preset: `python -m recipes.nano.card --trained FOLDER`.
 
 Weights go from the last folder of `recipes.nano.train` to `presets/`. The card,
 `README.md` in the preset's folder, has the scores of `recipes.nano.evaluate`;

@@ -1,4 +1,4 @@
-"""Says why a nano preset finds, or misses: `python -m recipes.nano.diagnose`.
+"""Say why a nano preset finds, or misses: `python -m recipes.nano.diagnose`.
 
 Four measures on detection scenes that no training draws, in trained styles:
 which object the answer's box is on, by the number of objects; what a linear
@@ -33,7 +33,7 @@ def one_of(sprites, objects, count, seed):
         seed: int.
 
     Returns:
-        A list of examples as `scenes.sample` gives them.
+        list of examples as `scenes.sample` gives them.
     """
     examples = []
     for index in range(count):

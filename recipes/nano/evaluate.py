@@ -1,4 +1,4 @@
-"""Measures how well a model reads scenes that it was never trained on.
+"""Measure how well a model reads scenes that it was never trained on.
 
 Training draws its scenes from `np.random.default_rng([0, ...])`, evaluation
 from `np.random.default_rng([1, ...])`, so the two never meet.
@@ -66,18 +66,18 @@ PUBLISHED = ("caption_single", "caption", "detect", "count")
 
 
 def held_out_scenes(sprites, classes, styles, measure, seed, count):
-    """Makes the scenes of one measure.
+    """Make the scenes of one measure.
 
     Args:
-        sprites: dict. What `scenes.load_sprites` returns.
-        classes: sequence of strings.
-        styles: sequence of strings. The styles of one group.
-        measure: string. A key of `MEASURES`.
+        sprites: dict, what `scenes.load_sprites` returns.
+        classes: sequence of str.
+        styles: sequence of str, styles of one group.
+        measure: str, key of `MEASURES`.
         seed: int.
-        count: int. The number of scenes.
+        count: int, number of scenes.
 
     Returns:
-        A list of examples like those of `scenes.sample`.
+        list of examples like those of `scenes.sample`.
     """
     kind = list(MEASURES).index(measure)
     _, task, fewest, most = MEASURES[measure]
@@ -111,7 +111,7 @@ def held_out_scenes(sprites, classes, styles, measure, seed, count):
 
 
 def respond(generate, examples):
-    """Lets the model answer the examples' prompts, in batches."""
+    """Let the model answer the examples' prompts, in batches."""
     responses = []
     for start in range(0, len(examples), BATCH_SIZE):
         batch = examples[start : start + BATCH_SIZE]
@@ -124,7 +124,7 @@ def respond(generate, examples):
 
 
 def read_boxes(text, name, size):
-    """Returns the boxes in pixels that a response gives for one class."""
+    """Return the boxes in pixels that a response gives for one class."""
     return [
         [size * edge for edge in found.box]
         for found in read_objects(text)
@@ -133,14 +133,14 @@ def read_boxes(text, name, size):
 
 
 def match_boxes(wanted, found):
-    """Pairs boxes greedily.
+    """Pair boxes greedily.
 
     Args:
-        wanted: list of boxes. The true boxes.
-        found: list of boxes. The model's boxes.
+        wanted: list of the true boxes.
+        found: list of the boxes of the model.
 
     Returns:
-        A list with the intersection over union of each true box and the best
+        list with the intersection over union of each true box and the best
         of the boxes that no earlier one took; 0 where none is left.
     """
     left, overlaps = list(found), []
@@ -157,14 +157,14 @@ def match_boxes(wanted, found):
 
 
 def score(example, response):
-    """Returns the scores of a response.
+    """Return the scores of a response.
 
     Args:
-        example: dict. One of `held_out_scenes`.
+        example: dict, one of `held_out_scenes`.
         response: string.
 
     Returns:
-        A dict of lists: `"exact"`; or, of detection, `"iou"` with the named
+        dict of lists: `"exact"`; or, of detection, `"iou"` with the named
         objects and `"right"`, whether a box is on the named object; of
         several labels `"labels"` too, whether the answer's are the wanted
         ones in their order; of segmentation `"iou"` of masks.
@@ -193,7 +193,7 @@ def score(example, response):
 
 
 def mask_overlap(example, response):
-    """Returns the intersection over union of the true mask and the answer's."""
+    """Return the intersection over union of the true mask and the answer's."""
     asked = example["prompt"].split(" ", 1)[1]
     size = len(example["image"])
     (placed,) = (p for p in example["objects"] if p.name == asked)
@@ -205,7 +205,7 @@ def mask_overlap(example, response):
 
 
 def read_mask(text, name, size):
-    """Returns the mask of the first object of a name in an answer, if any."""
+    """Return the mask of the first object of a name in an answer, if any."""
     boxes = read_boxes(text, name, size)
     codes = [int(code) for code in re.findall(r"<seg(\d{3})>", text)]
     if not boxes or len(codes) != CODES:
@@ -224,23 +224,23 @@ def evaluate(
     count=256,
     measures=PUBLISHED,
 ):
-    """Measures a model on scenes of a fixed seed.
+    """Measure a model on scenes of a fixed seed.
 
     Args:
-        generate: callable. Takes a dict of `"images"`, uint8
-            `(batch, 112, 112, 3)`, and `"prompts"`, a list of strings, and
+        generate: function of a dict of `"images"`, uint8
+            `(batch, 112, 112, 3)`, and `"prompts"`, a list of str, and
             the keyword `max_new_tokens`; returns the responses, a list of
             strings.
-        sprites: dict. What `scenes.load_sprites` returns.
-        classes: sequence of strings. The classes that scenes are made of.
-        style_groups: dict. Maps the name of a group to its styles, such as
+        sprites: dict, what `scenes.load_sprites` returns.
+        classes: sequence of str, classes that scenes are made of.
+        style_groups: dict of names of groups to their styles, such as
             `{"trained": TRAINED_STYLES, "held-out": HELD_OUT_STYLES}`.
-        seed: int. Another seed gives other scenes.
-        count: int. The number of scenes for each measure and group.
+        seed: int; another seed gives other scenes.
+        count: int, number of scenes for each measure and group.
         measures: sequence of keys of `MEASURES`.
 
     Returns:
-        A dict that maps each group to a dict of numbers from 0 to 1, such as
+        dict that maps each group to a dict of numbers from 0 to 1, such as
         `"detect_2 right"`: a measure and a key of `score`.
     """
     results = {}

@@ -1,4 +1,4 @@
-"""Fetches the emoji pictures of the nano preset and makes them sprites.
+"""Fetch the emoji pictures of the nano preset and make them sprites.
 
 The pictures come from public npm packages (see `NOTICE.md` for the licences).
 `npm pack` puts the packages into a cache folder; this script then writes
@@ -104,10 +104,10 @@ CLASSES = {
 
 
 def fetch_package(spec, cache):
-    """Returns the path of an npm package's tarball, fetched when missing.
+    """Return the path of an npm package's tarball, fetched when missing.
 
     Args:
-        spec: string. The package and its version, `name@version`.
+        spec: str, package and its version, `name@version`.
         cache: `pathlib.Path`. The folder that tarballs are kept in.
 
     Returns:
@@ -142,20 +142,20 @@ def fetch_package(spec, cache):
 
 
 def read_member(tarball, name):
-    """Returns the bytes of one file of an npm tarball."""
+    """Return the bytes of one file of an npm tarball."""
     with tarfile.open(tarball) as archive:
         return archive.extractfile(f"package/{name}").read()
 
 
 def read_labels(cache):
-    """Returns the English labels of all emoji, a list of strings."""
+    """Return the English labels of all emoji, a list of str."""
     tarball = fetch_package(LABELS_PACKAGE, cache)
     entries = json.loads(read_member(tarball, "en/data.json"))
     return [entry["label"] for entry in entries]
 
 
 def read_bitmaps(tarball):
-    """Returns the classes' pictures of the package of webp files."""
+    """Return the classes' pictures of the package of webp files."""
     pictures = []
     with tarfile.open(tarball) as archive:
         names = set(archive.getnames())
@@ -170,14 +170,14 @@ def read_bitmaps(tarball):
 
 
 def read_icons(tarball, names):
-    """Returns the classes' pictures of an icon set, drawn from their SVGs.
+    """Return the classes' pictures of an icon set, drawn from their SVGs.
 
     Args:
-        tarball: path. An icon set's package.
-        names: dict. Maps a code point to the icon's name.
+        tarball: path of the package of an icon set.
+        names: dict of code points to names of icons.
 
     Returns:
-        A list of RGBA pictures in the order of `CLASSES`.
+        list of RGBA pictures in the order of `CLASSES`.
     """
     from resvg_py import svg_to_bytes
 
@@ -200,13 +200,13 @@ def read_icons(tarball, names):
 
 
 def crop(picture):
-    """Cuts a picture to its alpha box and scales it to a sprite.
+    """Cut a picture to its alpha box and scale it to a sprite.
 
     Args:
         picture: RGBA `PIL.Image.Image`.
 
     Returns:
-        A tuple of the sprite, uint8 `(128, 128, 4)`, and its `(height,
+        tuple of the sprite, uint8 `(128, 128, 4)`, and its `(height,
         width)` inside the padding.
     """
     mask = picture.getchannel("A").point(lambda a: a > ALPHA_THRESHOLD)
@@ -220,7 +220,7 @@ def crop(picture):
 
 
 def build_sprites(cache):
-    """Writes `sprites.npz` in the cache folder and returns its path."""
+    """Write `sprites.npz` in the cache folder and return its path."""
     tarballs = {s: fetch_package(p, cache) for s, p in STYLES.items()}
     # The icon sets share their names; not all of them list the code points.
     names = json.loads(read_member(tarballs["noto"], "chars.json"))

@@ -25,7 +25,7 @@ class Question(NamedTuple):
     Args:
         prompt: str.
         response: str.
-        mentioned: list of lists of ints. The objects, by their numbers in the
+        mentioned: list of lists of ints, the objects by their numbers in the
             scene, of each label of the prompt; of a caption, which has no
             labels, one after another.
     """

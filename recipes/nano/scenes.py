@@ -35,10 +35,10 @@ class Placed(NamedTuple):
     """An object of a scene.
 
     Args:
-        name: string. Its class.
+        name: str, its class.
         box: `(y1, x1, y2, x2)` in whole pixels, the ends exclusive.
-        style: string. The style of its picture.
-        mask: bool array. What is seen of it, within its box.
+        style: str, style of its picture.
+        mask: bool array, what is seen of it, within its box.
     """
 
     name: str
@@ -48,13 +48,13 @@ class Placed(NamedTuple):
 
 
 def load_sprites(cache=DEFAULT_CACHE):
-    """Reads the sprites that `fetch.py` wrote.
+    """Read the sprites that `fetch.py` wrote.
 
     Args:
         cache: `pathlib.Path`. The folder of `sprites.npz`.
 
     Returns:
-        A dict that maps a style's name to a dict that maps a class's name to
+        dict that maps a style's name to a dict that maps a class's name to
         its picture: a `PIL.Image.Image` cropped to its alpha box, with
         premultiplied colours (mode "RGBa"), as resizing needs them.
     """
@@ -72,18 +72,18 @@ def load_sprites(cache=DEFAULT_CACHE):
 
 
 def premultiplied(pixels):
-    """Makes a premultiplied `PIL.Image.Image` of a uint8 RGBA array."""
+    """Make a premultiplied `PIL.Image.Image` of a uint8 RGBA array."""
     return Image.fromarray(pixels).convert("RGBa")
 
 
 def random_colour(rng):
-    """Returns a float RGB colour; dark, middling and bright alike."""
+    """Return a float RGB colour; dark, middling and bright alike."""
     tint = rng.uniform(-0.35, 0.35, 3)
     return 255 * np.clip(rng.uniform(0, 1) + tint, 0, 1)
 
 
 def ramp(rng, size, steps):
-    """Numbers all pixels along a random direction with whole steps from 0."""
+    """Number all pixels along a random direction with whole steps from 0."""
     angle = rng.uniform(0, 2 * np.pi)
     line = np.arange(size, dtype="float32")
     values = np.cos(angle) * line + np.sin(angle) * line[:, None]
@@ -92,11 +92,11 @@ def ramp(rng, size, steps):
 
 
 def background(rng, size):
-    """Draws a plain, graded, cloudy, striped or chequered background.
+    """Draw a plain, graded, cloudy, striped or chequered background.
 
     Args:
         rng: `numpy.random.Generator`.
-        size: int. The edge of the picture in pixels.
+        size: int, edge of the picture in pixels.
 
     Returns:
         A uint8 array `(size, size, 3)`.
@@ -128,7 +128,7 @@ def background(rng, size):
 
 
 def overlap(first, second):
-    """Returns the intersection over union of two boxes."""
+    """Return the intersection over union of two boxes."""
     height = min(first[2], second[2]) - max(first[0], second[0])
     width = min(first[3], second[3]) - max(first[1], second[1])
     if height <= 0 or width <= 0:
@@ -139,7 +139,7 @@ def overlap(first, second):
 
 
 def fits(box, boxes, size):
-    """Says if a box keeps clear of the boxes that are already placed."""
+    """Say if a box keeps clear of the boxes that are already placed."""
     return all(
         abs(box[1] + box[3] - other[1] - other[3]) >= 2 * MIN_DISTANCE * size
         and overlap(box, other) <= MAX_OVERLAP
@@ -148,16 +148,16 @@ def fits(box, boxes, size):
 
 
 def layout(rng, shapes, size):
-    """Finds a place for every object of a scene.
+    """Find a place for every object of a scene.
 
     Args:
         rng: `numpy.random.Generator`.
         shapes: list of `(height, width)`. The sprites' sizes; only their
             ratios matter.
-        size: int. The edge of the picture in pixels.
+        size: int, edge of the picture in pixels.
 
     Returns:
-        A list of boxes, one per shape.
+        list of boxes, one per shape.
     """
     low, high = SINGLE_SCALE if len(shapes) == 1 else SEVERAL_SCALE
     while True:
@@ -182,7 +182,7 @@ def layout(rng, shapes, size):
 
 
 def paste(rng, image, pixels, y, x):
-    """Blends a picture into an image, in place.
+    """Blend a picture into an image, in place.
 
     The picture's brightness and contrast change slightly at that.
 
@@ -190,8 +190,8 @@ def paste(rng, image, pixels, y, x):
         rng: `numpy.random.Generator`.
         image: uint8 array `(size, size, 3)`.
         pixels: uint8 array `(height, width, 4)`, premultiplied.
-        y: int. The picture's top row in the image.
-        x: int. The picture's left column in the image.
+        y: int, top row of the picture in the image.
+        x: int, left column of the picture in the image.
     """
     height, width, _ = pixels.shape
     region = image[y : y + height, x : x + width]
@@ -205,7 +205,7 @@ def paste(rng, image, pixels, y, x):
 
 
 def alpha_box(alpha, y, x):
-    """Returns the box of what is seen of a picture put at `(y, x)`."""
+    """Return the box of what is seen of a picture put at `(y, x)`."""
     seen = alpha > ALPHA_THRESHOLD
     rows = np.flatnonzero(seen.any(axis=1)).tolist()
     columns = np.flatnonzero(seen.any(axis=0)).tolist()
@@ -213,17 +213,17 @@ def alpha_box(alpha, y, x):
 
 
 def compose(rng, sprites, styles, names, size=112):
-    """Draws a scene.
+    """Draw a scene.
 
     Args:
         rng: `numpy.random.Generator`.
-        sprites: dict. What `load_sprites` returns.
-        styles: sequence of strings. Every object gets one of these styles.
-        names: list of strings. The class of each object.
-        size: int. The edge of the picture in pixels.
+        sprites: dict, what `load_sprites` returns.
+        styles: sequence of str; every object gets one of these styles.
+        names: list of str, class of each object.
+        size: int, edge of the picture in pixels.
 
     Returns:
-        A tuple of the image, uint8 `(size, size, 3)`, and the list of its
+        tuple of the image, uint8 `(size, size, 3)`, and the list of its
         objects, `Placed` from left to right.
     """
     image = background(rng, size)
@@ -249,17 +249,17 @@ def compose(rng, sprites, styles, names, size=112):
 
 
 def choose_names(task, rng, classes, max_objects):
-    """Chooses the classes of a scene's objects as they suit a task.
+    """Choose the classes of a scene's objects as they suit a task.
 
     Args:
-        task: string. A key of `TASKS`.
+        task: str, key of `TASKS`.
         rng: `numpy.random.Generator`.
-        classes: sequence of strings.
-        max_objects: int. The most objects in a scene. Captions and detections
+        classes: sequence of str.
+        max_objects: int, the most objects in a scene. Captions and detections
             have three at most.
 
     Returns:
-        A list of class names, one per object.
+        list of class names, one per object.
     """
     if task == "count":
         # One class repeats; the other objects are all of other classes.
@@ -274,32 +274,32 @@ def choose_names(task, rng, classes, max_objects):
 
 
 def draw(rng, classes, count):
-    """Draws distinct classes, as a list."""
+    """Draw distinct classes, as a list."""
     picks = rng.choice(len(classes), count, replace=False)
     return [classes[pick] for pick in picks]
 
 
 def with_article(name):
-    """Returns a noun with its indefinite article."""
+    """Return a noun with its indefinite article."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def location_tokens(box, size):
-    """Writes a box as four location tokens, in the order y1 x1 y2 x2."""
+    """Write a box as four location tokens, in the order y1 x1 y2 x2."""
     last = LOCATIONS - 1
     values = (min(max(round(v / size * last), 0), last) for v in box)
     return "".join(f"<loc{value:04d}>" for value in values)
 
 
 def caption_example(rng, objects, classes, size):
-    """Asks for the objects from left to right."""
+    """Ask for the objects from left to right."""
     *others, last = [with_article(placed.name) for placed in objects]
     response = f"{', '.join(others)} and {last}" if others else last
     return "caption en", response
 
 
 def detect_example(rng, objects, classes, size):
-    """Asks for the boxes of one of the classes in the scene."""
+    """Ask for the boxes of one of the classes in the scene."""
     asked = objects[rng.integers(len(objects))].name
     found = [
         f"{location_tokens(placed.box, size)} {asked}"
@@ -310,7 +310,7 @@ def detect_example(rng, objects, classes, size):
 
 
 def count_example(rng, objects, classes, size):
-    """Asks how often a class is there; now and then an absent one."""
+    """Ask how often a class is there; now and then an absent one."""
     present = [placed.name for placed in objects]
     if rng.random() < ABSENT_SHARE:
         absent = [name for name in classes if name not in present]
@@ -336,20 +336,20 @@ def sample(
     max_objects=5,
     size=112,
 ):
-    """Makes one training example.
+    """Make one training example.
 
     Args:
         rng: `numpy.random.Generator`.
-        sprites: dict. What `load_sprites` returns.
-        classes: sequence of strings. The classes to draw from.
-        styles: sequence of strings. The styles to draw from.
-        tasks: sequence of strings. One of these keys of `TASKS` is drawn; a
+        sprites: dict, what `load_sprites` returns.
+        classes: sequence of str, classes to draw from.
+        styles: sequence of str, styles to draw from.
+        tasks: sequence of str; one of these keys of `TASKS` is drawn; a
             key that is there twice is drawn twice as often.
-        max_objects: int. The most objects in the scene, five at most.
-        size: int. The edge of the picture in pixels.
+        max_objects: int, the most objects in the scene, five at most.
+        size: int, edge of the picture in pixels.
 
     Returns:
-        A dict with `"image"`, `"prompt"`, `"response"`, `"objects"` and
+        dict with `"image"`, `"prompt"`, `"response"`, `"objects"` and
         `"task"`.
     """
     task = tasks[rng.integers(len(tasks))]

@@ -1,4 +1,4 @@
-"""Trains the nano preset's SentencePiece model.
+"""Train the nano preset's SentencePiece model.
 
 The settings are those of Gemma's tokenizer at a small size: text is taken as
 it is, unknown characters fall back to bytes, and every digit is a piece. The
@@ -77,7 +77,7 @@ QUESTIONS = [
 
 
 def task_texts(rng):
-    """Returns prompts and responses of the tasks, without location tokens."""
+    """Return prompts and responses of the tasks, without location tokens."""
     classes = list(CLASSES)
     texts = []
     for task, example in scenes.TASKS.items():
@@ -91,13 +91,13 @@ def task_texts(rng):
 
 
 def corpus(labels):
-    """Returns the texts that the pieces are learned from.
+    """Return the texts that the pieces are learned from.
 
     Args:
-        labels: list of strings. English names of all kinds of things.
+        labels: list of str, English names of all kinds of things.
 
     Returns:
-        A list of strings.
+        list of str.
     """
     words = [*CLASSES, *TASK_WORDS]
     sentences = [
@@ -116,10 +116,10 @@ def corpus(labels):
 
 
 def train(texts):
-    """Learns the first pieces.
+    """Learn the first pieces.
 
     Args:
-        texts: list of strings.
+        texts: list of str.
 
     Returns:
         The bytes of a SentencePiece model of `LEARNED_PIECES` pieces.
@@ -155,13 +155,13 @@ def train(texts):
 
 
 def split_words(model_bytes):
-    """Returns the words of the tasks that are not one piece.
+    """Return the words of the tasks that are not one piece.
 
     Args:
-        model_bytes: bytes. A serialised SentencePiece model.
+        model_bytes: bytes, serialised SentencePiece model.
 
     Returns:
-        A list of strings, a word with or without a space before it.
+        list of str, a word with or without a space before it.
     """
     tokenizer = spm.SentencePieceProcessor(model_proto=model_bytes)
     words = [*CLASSES, *TASK_WORDS]

@@ -1,4 +1,4 @@
-"""Trains the nano preset: `python -m recipes.nano.train`.
+"""Train the nano preset: `python -m recipes.nano.train`.
 
 Needs the sprites of `python -m recipes.nano.fetch`. A decoder that starts above
 an untrained encoder learns nothing for a long time, so the encoder goes first,

@@ -17,7 +17,7 @@ MASKED = -1e30
 
 
 def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a `.npz`; bfloat16, which NumPy stores as `|V2`, as float32."""
+    """Read a `.npz`; bfloat16, which NumPy stores as `|V2`, as float32."""
     with np.load(path) as file:
         arrays = {key: file[key] for key in file}
     for key, array in arrays.items():
@@ -29,7 +29,7 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def settings_of(config) -> dict[str, float | None]:
-    """Spells a decoder's configuration as `forward` takes it."""
+    """Spell a decoder's configuration as `forward` takes it."""
     return {
         "query_scale": config.query_pre_attention_scalar**-0.5,
         "attention_soft_cap": config.attention_logit_soft_cap,
@@ -48,7 +48,7 @@ def forward(
     response_mask: np.ndarray,
     dtype: type = np.float64,
 ) -> dict[str, np.ndarray]:
-    """Runs the whole model.
+    """Run the whole model.
 
     Args:
         arrays: A checkpoint in big_vision's layout with stacked layers; the

@@ -228,6 +228,6 @@ def _stack(state: dict[str, np.ndarray], layers: str, name: str) -> np.ndarray:
 
 
 def _split(array: np.ndarray, axis: int, sizes: tuple[int, int]) -> np.ndarray:
-    """Splits one axis into two."""
+    """Split one axis into two."""
     shape = array.shape
     return array.reshape(*shape[:axis], *sizes, *shape[axis + 1 :])
