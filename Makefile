@@ -81,7 +81,7 @@ notebooks: .venv/for-test
 	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
 	touch $@
 
-EXTRAS := jax,torch,export,targets,train,data,plan,eval,metrics,hf,serve,ray
+EXTRAS := jax,torch,export,targets,train,data,plan,eval,metrics,hf,serve,ray,regex
 .venv/for-test: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt \
 		-e ".[$(EXTRAS),notebooks,dev]"

@@ -46,6 +46,10 @@ class Options:
         hidden_states: bool, whether to return the hidden states that each
             token is chosen from.
         choices: strs; the answer is one of them.
+        regex: str; the whole answer matches this regular expression, which
+            has no look-around and no back-references. `\\d` and `\\w` are
+            digits and letters of all scripts; write `[0-9]`. It needs the
+            extra `regex`.
         legal_objects: bool; answers to "detect" and "segment" are restricted
             to objects with labels of their prompt, or none; other prompts are
             unrestricted. No object begins that `max_new_tokens` would cut.
@@ -73,6 +77,7 @@ class Options:
     hidden_states: bool = False
     choices: Sequence[str] | None = None
     legal_objects: bool = False
+    regex: str | None = None
     logits_hook: Callable | Sequence[Callable] = ()
     cache_dtype: str | None = None
 
@@ -141,6 +146,7 @@ class Options:
         to_ids(self.banned_token_ids, "banned_token_ids", vocabulary_size)
         for name in ("stop_strings", "choices"):
             self._check_strings(name)
+        self._check_constraints()
         if not all(map(callable, self.hooks)):
             raise ValueError(
                 "A logits hook is a function of logits and state. Received: "
@@ -188,6 +194,27 @@ class Options:
                 "without beams."
             )
 
+    @property
+    def is_constrained(self):
+        """Whether answers are restricted by an automaton."""
+        return bool(self.choices or self.legal_objects or self.regex)
+
+    def _check_constraints(self):
+        if self.regex is not None and not (
+            isinstance(self.regex, str) and self.regex
+        ):
+            raise ValueError(
+                "`regex` is a pattern that is not empty. Received: "
+                f"regex={self.regex!r}."
+            )
+        given = [self.choices, self.legal_objects or None, self.regex]
+        if sum(each is not None for each in given) > 1:
+            raise ValueError(
+                "Constraints exclude each other. Expected: one of choices, "
+                f"legal_objects and regex. Received: choices={self.choices!r}, "
+                f"legal_objects={self.legal_objects}, regex={self.regex!r}."
+            )
+
     def _check_strings(self, name):
         given = getattr(self, name)
         if given is None:
@@ -197,11 +224,6 @@ class Options:
             raise ValueError(
                 f"`{name}` is a list of strings that are not empty. Received: "
                 f"{given!r}."
-            )
-        if name == "choices" and self.legal_objects:
-            raise ValueError(
-                "Choices and objects exclude each other. Expected: choices or "
-                f"legal_objects=True. Received: both, choices={given!r}."
             )
         if name == "choices" and not given:
             raise ValueError("`choices` is empty. Expected: strings.")

@@ -10,6 +10,7 @@ from keras_paligemma.generation.automata import objects_of
 from keras_paligemma.generation.automata import one_of
 from keras_paligemma.generation.loop import Plan
 from keras_paligemma.generation.options import Options
+from keras_paligemma.generation.patterns import matches_of
 from keras_paligemma.generation.requests import bucket
 from keras_paligemma.generation.requests import check_begun
 from keras_paligemma.generation.requests import filled_up
@@ -51,12 +52,13 @@ def checked(model, options):
     """Return validated `Options` for this model from keyword arguments."""
     options = Options.of(options)
     options.check(model.backbone.vocabulary_size)
-    reads = options.stop_strings or options.choices or options.legal_objects
+    reads = options.stop_strings or options.is_constrained
     if model.preprocessor is None and reads:
         raise ValueError(
             "Without a preprocessor the model knows no text. Received: "
             f"stop_strings={options.stop_strings!r}, choices="
-            f"{options.choices!r}, legal_objects={options.legal_objects}. "
+            f"{options.choices!r}, legal_objects={options.legal_objects}, "
+            f"regex={options.regex!r}. "
             "Expected: `stop_token_ids`, or `model.preprocessor`."
         )
     return options
@@ -124,7 +126,7 @@ def prepare(
         allowed = np.ones(vocabulary_size, bool)
         allowed[np.asarray(options.banned_token_ids, "int32")] = False
         shared["allowed"] = allowed
-    if options.choices or options.legal_objects:
+    if options.is_constrained:
         starts, arrays = _constraint(model, inputs, count, stops, options)
         shared |= arrays
         rows["start_node"][:count] = starts
@@ -153,6 +155,9 @@ def _constraint(model, inputs, count, stops, options):
     automaton = Automaton(model.backbone.vocabulary_size)
     if options.choices:
         starts = one_of(automaton, options.choices, tokenizer, stops)
+        return starts, automaton.arrays()
+    if options.regex:
+        starts = matches_of(automaton, options.regex, tokenizer, stops)
         return starts, automaton.arrays()
     if inputs.get("prompts") is None:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Answers that cannot be but what is allowed."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -52,6 +53,61 @@ def test_answers_are_legal_objects(model, examples, drawn):
         assert re.fullmatch(rf"({OBJECT}( ; {OBJECT})*)?", text)
         assert ("<seg" in text) == (row == 1 and text != "")
     assert found[2] == free[2]
+
+
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 3.0, "seed": 0}])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"[0-9]{2,4}",
+        r"(two|three) (cats|dogs)( and an? [a-z]+)?",
+        r"(<loc[0-9]{4}>){4} (cat|dog)",
+        # Letters that the vocabulary may spell byte by byte.
+        r"(größe|大きさ)!",
+    ],
+)
+def test_answers_match_a_pattern(model, examples, pattern, drawn):
+    pytest.importorskip("outlines_core")
+    asked = {key: examples[key] for key in ("images", "prompts")}
+    found = model.generate(asked, 16, regex=pattern, details=True, **drawn)
+    for answer in found:
+        assert re.fullmatch(pattern, answer.text)
+        assert answer.finish == "stop_token"
+    best = model.generate(asked, 16, regex=pattern, beams=2)
+    assert all(re.fullmatch(pattern, text) for text in best)
+
+
+def test_a_pattern_ends_in_time(model, examples):
+    pytest.importorskip("outlines_core")
+    asked = {"images": examples["images"][0], "prompts": "answer en what?"}
+    options = {"regex": "[a-z ]+[.]", "details": True, "temperature": 3.0}
+    for seed in range(4):
+        found = model.generate(asked, 4, seed=seed, **options)
+        assert re.fullmatch(options["regex"], found.text)
+        assert len(found.token_ids) <= 4
+
+
+def test_bad_patterns_are_refused(model, examples):
+    pytest.importorskip("outlines_core")
+    asked = {key: examples[key] for key in ("images", "prompts")}
+    for pattern in ("(a", "(?=a)b", r"(a)\1"):
+        with pytest.raises(ValueError, match="without look-around") as error:
+            model.generate(asked, regex=pattern)
+        assert repr(pattern) in str(error.value)
+    for pattern in ("", 3, ["a"]):
+        with pytest.raises(ValueError, match="a pattern that is not empty"):
+            model.generate(asked, regex=pattern)
+    with pytest.raises(ValueError, match="Constraints exclude each other"):
+        model.generate(asked, regex="a", choices=["a"])
+    with pytest.raises(ValueError, match="ends by a stop token"):
+        model.generate(asked, regex="a", stop_token_ids=None)
+
+
+def test_an_extra_that_is_missing_is_named(model, examples, monkeypatch):
+    monkeypatch.setitem(sys.modules, "outlines_core", None)
+    asked = {key: examples[key] for key in ("images", "prompts")}
+    with pytest.raises(ImportError, match=r"keras_paligemma\[regex\]"):
+        model.generate(asked, regex="never compiled before")
 
 
 def test_objects_that_do_not_fit_do_not_begin(model, examples):
