@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from keras_paligemma.cli.environment import quiet_imports
+from keras_paligemma.cli.options import CacheDtype
 from keras_paligemma.cli.options import Quantize
 from keras_paligemma.cli.options import Source
 
@@ -35,6 +36,7 @@ def serve(
     ] = None,
     dtype: Annotated[str | None, typer.Option()] = None,
     quantize: Quantize = None,
+    cache_dtype: CacheDtype = None,
     adapter: Annotated[
         list[Path] | None,
         typer.Option(help="Folder of a LoRA adapter; may be repeated"),
@@ -73,7 +75,17 @@ def serve(
             f"`serve` needs {error.name}. Expected: pip install "
             '"keras_paligemma[serve]".'
         ) from error
+    options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
+    options = {key: value for key, value in options.items() if value}
     if saved_model.is_saved_model(source):
+        given = options | {"cache_dtype": cache_dtype, "adapter": adapter}
+        given = {key: value for key, value in given.items() if value}
+        if given:
+            raise ValueError(
+                "A SavedModel is served as it was exported. Received: "
+                f"{source} with {given}. Expected: a checkpoint, or none of "
+                "these options."
+            )
         # A SavedModel needs TensorFlow, whatever the configured backend.
         os.environ["KERAS_BACKEND"] = "tensorflow"
         with quiet_imports():
@@ -82,15 +94,13 @@ def serve(
         with quiet_imports():
             from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
             from keras_paligemma.serve.preset_model import PresetModel
-        options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
-        options = {key: value for key, value in options.items() if value}
         loaded = PaliGemmaCausalLM.from_preset(source, **options)
         used = loaded.adapters.active
         for folder in adapter or []:
             loaded.load_adapter(folder, folder.resolve().name)
         # Clients name adapters; the source itself answers those that name none.
         loaded.adapters.select(used)
-        model = PresetModel(loaded, batch)
+        model = PresetModel(loaded, batch, cache_dtype)
     masks = None
     if codec is not None:
         from keras_paligemma.tasks.mask_codec import MaskCodec

@@ -41,12 +41,16 @@ class PresetModel:
         model: `PaliGemmaCausalLM` with a preprocessor. Its active adapter
             answers requests that name none.
         largest: int, maximum requests per batch; a power of two.
+        cache_dtype: "int8" or `None`, see `generation.options.Options`.
     """
 
     most_alternatives = 5
 
-    def __init__(self, model, largest=16):
+    def __init__(self, model, largest=16, cache_dtype=None):
+        options = Options(cache_dtype=cache_dtype)
+        options.check(model.backbone.vocabulary_size)
         self.model = model
+        self.cache_dtype = cache_dtype
         self.largest = power_of_two(largest)
         self.adapter = model.adapters.active
         self.longest = model.preprocessor.response_length
@@ -156,7 +160,8 @@ class PresetModel:
         }
         alternatives = any(choice.alternatives for choice in choices)
         options: dict[str, Any] = {
-            "alternatives": self.most_alternatives if alternatives else 0
+            "alternatives": self.most_alternatives if alternatives else 0,
+            "cache_dtype": self.cache_dtype,
         }
         if any(choice.temperature for choice in choices):
             vocabulary_size = self.model.backbone.vocabulary_size

@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from keras_paligemma import cli
 from tests.helpers.text_models import build_tiny_model
 from tests.serve.test_openai import PNG
 from tests.serve.test_openai import messages
@@ -66,3 +68,14 @@ def test_who_names_an_adapter_gets_its_answers(model):
         finally:
             server.terminate()
     assert texts == [expected[name] for name in asked]
+
+
+def test_a_saved_model_takes_no_options_of_a_checkpoint(tmp_path):
+    (tmp_path / "saved_model.pb").touch()
+    arguments = ["serve", str(tmp_path), "--quantize", "int8"]
+    with pytest.raises(ValueError, match="as it was exported.*'int8'"):
+        CliRunner().invoke(
+            cli.app,
+            [*arguments, "--cache-dtype", "int8"],
+            catch_exceptions=False,
+        )

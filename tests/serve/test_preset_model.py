@@ -39,6 +39,18 @@ def test_requests_of_all_kinds_share_a_batch(model):
     )
 
 
+def test_the_cache_may_be_int8(model):
+    """Its rounding changes the numbers, by little."""
+    numbers = []
+    for cache_dtype in (None, "int8"):
+        served = PresetModel(model, largest=1, cache_dtype=cache_dtype)
+        inputs = served.read(PNG, "caption en", Choice(), Limits())
+        (answer,) = served.answer([Request(inputs, Choice())], None)
+        numbers.append(answer.log_probabilities[:2])
+    assert numbers[0] != numbers[1]
+    np.testing.assert_allclose(*numbers, rtol=0.05)
+
+
 def test_little_is_compiled_before_the_server_is_ready(model):
     first, later = PresetModel(model, largest=8).warm_ups()
     assert [len(batch) for batch in first] == [1, 2, 4, 8]
