@@ -30,7 +30,7 @@ HEAD = """# Benchmarks of the model card
 Made from `keras_paligemma/evaluation/benchmarks.toml` by
 `python docs/make_benchmarks.py`; do not edit.
 
-Every row of PaliGemma 2's model card as one command:
+One command evaluates any row of PaliGemma 2's model card:
 
 <!-- not run: needs the data of TextVQA -->
 ```bash
@@ -39,30 +39,33 @@ keras-paligemma evaluate --benchmark textvqa --preset RUN/preset --data DIR
 keras-paligemma benchmarks show textvqa
 ```
 
-The card's numbers are of models that were fine-tuned for each task, at full
-size; they are the card's and nothing here measured them. `--data` takes the
-official archive where the table says so, unpacked; TensorFlow Datasets' folder
-of the given name, as the original's builders make it; what
-`datasets.Dataset.save_to_disk` wrote; or, for every benchmark, a folder with
-`samples.jsonl`, a line a sample: `id`, `images` (a path, or a list) and the
-fields of the last column.
+The tables give the model card's numbers, for models that were fine-tuned for each
+task at full size. This project did not measure them.
 
-A run that was killed goes on by the same command: predictions are on the disk
-batch by batch. Its report puts ours, with a bootstrap interval of 95 %, beside
-the card's.
+`--data` takes one of:
 
-What to know before comparing:
+- the official archive, unpacked, if the table says "archive";
+- the TensorFlow Datasets folder of the given name, as made by the original's
+  builders;
+- the output of `datasets.Dataset.save_to_disk`;
+- for every benchmark, a folder with `samples.jsonl`. Each line is a sample with
+  `id`, `images` (a path or a list) and the fields of the last column.
 
-- Prompts of the additional benchmarks are ours; the original has none.
-- Captions are cut into words without Java; `caption_tokens` says how much that
-  changes. Strings that Java has cut go in with `tokenize=False`.
-- RefCOCO's masks are read and learned in the codes of a codec: `--masks
-  vae-oid.npz` for published sizes, the embedded one for the nano preset.
-- A video is a folder of frames or an animated picture; films are cut by
-  `ffmpeg`.
-- Values with "needs a judge" are decided by people or another model:
+Predictions are written to disk batch by batch, so the same command resumes a
+killed run. The report compares the measured value and its 95 % bootstrap interval
+with the card's value.
+
+Before you compare:
+
+- The prompts of the additional benchmarks are this project's. The original has none.
+- Captions are tokenized without Java; `caption_tokens` describes the differences.
+  For strings that Java has tokenized, pass `tokenize=False`.
+- RefCOCO's masks are encoded by a mask codec. Published sizes need `--masks
+  vae-oid.npz`. The nano preset uses the embedded codec.
+- A video is a folder of frames or an animated picture. Cut films with `ffmpeg`.
+- Values with "needs a judge" are decided by people or another model, passed as
   `evaluate(…, judges={…})`.
-- On several hosts each runs the same command with `--multi-host`.
+- On several hosts, each host runs the same command with `--multi-host`.
 
 """
 
