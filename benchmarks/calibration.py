@@ -1,12 +1,12 @@
-"""What examples do for int4: `python -m benchmarks.calibration`.
+"""Measure calibration for int4: `python -m benchmarks.calibration`.
 
-The nano preset, rounded to the nearest and for scenes of the styles that it was
-trained on (needs the sprites of `python -m recipes.nano.fetch`). Printed: the
-error of each kernel and of its products, as shares of their norms, and how far
-logits move, on other scenes of these styles and of one that it never saw.
-With `--wide`, one product of 3b's widths instead: that it runs, and how long.
-With `--whole`, a random 3b in bfloat16 is written and calibrated, for `--count`
-pictures of random tokens: how long that takes, and memory beside mapped files.
+The nano preset is rounded to the nearest, and for scenes in the styles that it
+was trained on (needs the sprites of `python -m recipes.nano.fetch`). The tables
+show the error of each kernel and of its products, as shares of their norms.
+They also show how far logits change on other scenes of these styles and of an
+unseen style. `--wide` rounds one product of 3b's widths instead and prints the
+time. `--whole` writes a random 3b in bfloat16 and calibrates it with `--count`
+pictures and random tokens. It prints the time, and memory without mapped files.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def logits(model, examples):
 
 
 def moments(model, examples):
-    """Sum up x·xᵀ of what each product of a model of floats is given."""
+    """Sum x·xᵀ over the inputs of each product of a float model."""
     x, _, _ = model.preprocessor(examples)
     valid = np.asarray(x["padding_mask"])
     sums = {}
@@ -204,7 +204,7 @@ def wide(inputs, outputs, rows=4096):
 
 
 def write_random(folder):
-    """Write a 3b of random weights, 6 GB."""
+    """Write a random 3b, 6 GB."""
     keras.utils.set_random_seed(0)
     PaliGemmaBackbone(dtype="bfloat16").save_to_preset(folder)
 
@@ -216,7 +216,7 @@ def anonymous(pid):
 
 
 def whole(count, size=4, text=16):
-    """Calibrate a whole 3b; print seconds and memory."""
+    """Calibrate a complete 3b; print seconds and memory."""
     random = np.random.default_rng(0)
     batches = [
         (
@@ -236,7 +236,7 @@ def whole(count, size=4, text=16):
         for _ in range(count // size)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        # Of its own, so that its memory is not counted.
+        # It runs in its own process, so that its memory is not counted.
         writer = multiprocessing.get_context("spawn").Process(
             target=write_random, args=[folder]
         )

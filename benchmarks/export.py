@@ -1,15 +1,16 @@
-"""What an export costs and what it serves: `python -m benchmarks.export`.
+"""Measure an export and its answers: `python -m benchmarks.export`.
 
-Time, size and peak memory of an export, then the time of an answer: the
-SavedModel in a process of TensorFlow and `generate` here, by turns. Answers are
-made to their full length with the same picture and prompt, the first call
-apart, the median of several. `--large` takes a random model of 3b's widths
-with few layers, 2.6 GB in float32, in place of the nano preset.
+Prints time, size and peak memory of an export, then the time of an answer. The
+SavedModel, in a TensorFlow process, and `generate` in this process answer in
+turns. All answers have full length and use the same picture and prompt. The
+first call is listed separately, and later ones by their median. `--large`
+replaces the nano preset by a random model of 3b's widths with few layers,
+2.6 GB in float32.
 
-The peak is the most resident memory of this process and of its children, read
-from /proc ten times a second: another backend than TensorFlow exports by a
-process of its own. Pages of mapped files count in it, and what both processes
-have imported, 2 GB together.
+The peak is the highest resident memory of this process and its children, read
+from /proc ten times a second. Backends other than TensorFlow export in a
+separate process. The peak includes pages of mapped files, and the imports of
+both processes, which are 2 GB together.
 """
 
 import argparse
@@ -30,7 +31,7 @@ PICTURE = ROOT / "examples" / "pictures" / "scene_0.png"
 TOKENIZER = ROOT / "presets" / "pali_gemma2_nano_112" / "tokenizer.model"
 PROMPT = "caption en"
 VISION = {"num_layers": 1}
-# 3b's widths; the vocabulary is that of the tokenizer that comes with us.
+# 3b's widths; the vocabulary is that of the included tokenizer.
 TEXT = {
     "vocabulary_size": 2048,
     "num_layers": 8,
@@ -46,7 +47,7 @@ NEW = 16
 
 
 def model(large):
-    """Load the nano preset, or make a random model of large layers."""
+    """Load the nano preset, or build a random model with large layers."""
     from keras_paligemma import PaliGemmaBackbone
     from keras_paligemma import PaliGemmaCausalLM
     from keras_paligemma import PaliGemmaCausalLMPreprocessor
@@ -66,7 +67,7 @@ def model(large):
 
 
 def resident(pid):
-    """Sum the resident bytes of a process and of its children."""
+    """Return the resident bytes of a process and its children."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         tasks = Path(f"/proc/{pid}/task").glob("*/children")
@@ -79,7 +80,7 @@ def resident(pid):
 
 
 def peak_of(function, memory=resident):
-    """Run a function; give its seconds and the peak of memory meanwhile."""
+    """Run a function; return its seconds and the peak memory meanwhile."""
     most, ended = [memory(os.getpid())], threading.Event()
 
     def watch():
@@ -104,9 +105,9 @@ def timed(answer):
 
 
 def serve(folder):
-    """Answer a line by the SavedModel: the process of TensorFlow alone.
+    """Answer each line of input with the SavedModel, in a TensorFlow process.
 
-    Says of each how long it took, and how many tokens it has.
+    Print the time of each answer and its number of tokens.
     """
     import tensorflow as tf
     import tensorflow_text  # noqa: F401  registers its operations
@@ -127,7 +128,7 @@ def by_turns(generate, folder):
     """Time `generate` and the SavedModel in turns.
 
     Returns:
-        Two dicts of seconds, `first` and `answer`; and the number of tokens.
+        Two dicts of the seconds `first` and `answer`, and the number of tokens.
     """
     here, served = [], []
     with subprocess.Popen(

@@ -1,18 +1,19 @@
-"""What a step of LoRA costs: `python -m benchmarks.finetune`.
+"""Measure a step of LoRA: `python -m benchmarks.finetune`.
 
-3b's widths and vocabulary with 4 + 4 layers, float32, batch 2, 16 prompt and 48
-response tokens, LoRA of rank 8 on query and value. This package, KerasHub and
-transformers with PEFT, each in a process of its own, all in one run; the median
-of the steps after the first. Memory is the most that the process held in these
-steps, weights included, beyond what it held after its imports; drawing random
-weights, which takes more, is left out, and what it freed is given back before.
-`--size 448` takes larger pictures; `--compile` compares the first step of 27 +
-26 narrow layers, less a warm one.
+The models have 3b's widths and vocabulary and 4 + 4 layers, in float32. The
+batch is 2, with 16 prompt and 48 response tokens, and LoRA has rank 8 on query
+and value. This package, KerasHub and transformers with PEFT each run in a
+separate process. Times are medians of the steps after the first. Memory is the
+peak during these steps, with weights, minus the memory after the imports.
+Drawing random weights needs more memory, which is not counted and is returned
+to the system first. `--size 448` uses larger pictures. `--compile` compares the
+first step of 27 + 26 narrow layers, minus a warm step.
 
-"towers" says where the adapters are: the vision tower's as well, as KerasHub's
-`enable_lora` and PEFT's usual targets have them, or the decoder's alone, which
-is this package's default and needs no backward pass through the pictures.
-XLA:CPU undoes remat of unrolled blocks, so it is measured with stacked ones.
+"towers" says where the adapters are. They are in both towers, as with
+KerasHub's `enable_lora` and PEFT's usual targets, or only in the decoder. The
+latter is this package's default, and needs no backward pass through the vision
+tower. XLA:CPU undoes remat of unrolled blocks, so remat is measured with
+stacked blocks.
 """
 
 import argparse
@@ -33,7 +34,7 @@ STEPS = 3
 
 
 def arrays(sizes, image_size):
-    """Make one batch: pictures, ids, masks; targets and their weights."""
+    """Make one batch: pictures, ids and masks, targets and their weights."""
     import numpy as np
 
     random = np.random.default_rng(0)
@@ -65,13 +66,13 @@ def ours(sizes, image_size, towers, form, remat):
     backbone.enable_lora(RANK, targets=targets)
     model.compile("adam")
     x, y = arrays(sizes, image_size)
-    # The response's targets alone, as the preprocessor gives them.
+    # Only the response's targets, as the preprocessor gives them.
     y = y[:, PROMPT - 1 : -1]
     return lambda: model.train_on_batch(x, y, np.ones(y.shape, "float32"))
 
 
 def keras_hub(sizes, image_size, towers, form, remat):
-    """The same of KerasHub."""
+    """Return the same function for KerasHub."""
     import keras
     import keras_hub
 
@@ -90,7 +91,7 @@ def keras_hub(sizes, image_size, towers, form, remat):
 
 
 def transformers(sizes, image_size, towers, form, remat):
-    """The same of transformers with PEFT, eager."""
+    """Return the same function for transformers with PEFT, in eager mode."""
     import peft
     import torch
 
@@ -132,7 +133,7 @@ STEP_OF = {"ours": ours, "KerasHub": keras_hub, "transformers": transformers}
 
 
 def measure(arguments):
-    """Train a few steps and print seconds and peak bytes."""
+    """Train a few steps, and print seconds and peak bytes."""
     sizes = peers.DEEP if arguments.compile else peers.WIDE
     if arguments.who == "transformers":
         import peft  # noqa: F401
@@ -152,7 +153,7 @@ def measure(arguments):
         arguments.remat,
     )
     gc.collect()
-    # What was freed of drawing the weights goes back to the system.
+    # Return the memory freed after drawing weights to the system.
     ctypes.CDLL(None).malloc_trim(0)
     threading.Thread(target=watch, daemon=True).start()
     seconds = []
@@ -180,8 +181,9 @@ def run(who, towers, form, remat, arguments):
 def bound(image_size, towers):
     """Count the multiplications of a step, forward and backward.
 
-    A frozen product is done twice where a gradient passes through it, to the
-    values but not to the weight; adapters are too small to count.
+    A frozen product that a gradient passes through is computed twice: forward,
+    and for the gradient of its input. Its weight has no gradient. Adapters are
+    too small to count.
     """
     vision, text = peers.WIDE["vision"], peers.WIDE["text"]
     patches = (image_size // peers.WIDE["patch"]) ** 2

@@ -1,17 +1,18 @@
-"""What an answer costs: `python -m benchmarks.generate`.
+"""Measure an answer: `python -m benchmarks.generate`.
 
-3b's widths and vocabulary with 4 + 4 layers, the same random weights in this
-package, KerasHub and transformers, greedy, 16 prompt tokens. Each measures in a
-process of its own, all in one run; medians. "first" is the time to the first
-token, "token" that of each later one; "of the bandwidth" is the least time of a
-token, reading each weight of the decoder once at the rate measured here, as a
-share of it. Memory is the most that the process held while answering, less
-what the imported package held, as a multiple of its weights. `same` tells
-whether the tokens are those of the first row's package; × is the ratio to it.
+The models have 3b's widths and vocabulary and 4 + 4 layers. This package,
+KerasHub and transformers use the same random weights, greedy search and 16
+prompt tokens. Each runs in a separate process. Values are medians. "first" is
+the time to the first token, and "token" that of each later token. "of the
+bandwidth" compares "token" with the least possible time, in which each decoder
+weight is read once at the bandwidth measured here. Memory is the peak while
+answering, minus the memory of the imported package, as a multiple of the
+weights. `same` tells whether the tokens equal those of the first row's package.
+× is the ratio to the first row.
 
-`--batches 2 8`, `--size 448`, `--tokens 16` choose the job; `--quantize int8`
-and `--dtype bfloat16` add rows of this package. `--compile` compares the first
-answer of 27 + 26 narrow layers, minus a warm one.
+`--batches 2 8`, `--size 448` and `--tokens 16` choose the job.
+`--quantize int8` and `--dtype bfloat16` add rows of this package. `--compile`
+compares the first answer of 27 + 26 narrow layers, minus a warm answer.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def write_weights(sizes, image_size, folder):
 
     keras.utils.set_random_seed(0)
     backbone = peers.ours(sizes, image_size, form="unrolled")
-    # Zeros would make all pictures alike.
+    # With zeros, all pictures would look the same.
     kernel = backbone.vision_encoder.projector.kernel
     kernel.assign(keras.random.normal(kernel.shape, stddev=0.02))
     for name in ("keras", "keras_hub", "transformers"):
@@ -85,7 +86,7 @@ def ours(folder, form, options):
 
 
 def keras_hub(folder, form, options):
-    """The same of KerasHub."""
+    """Return the same function for KerasHub."""
     import keras_hub
     import numpy as np
 
@@ -115,7 +116,7 @@ def keras_hub(folder, form, options):
 
 
 def transformers(folder, form, options):
-    """The same of transformers."""
+    """Return the same function for transformers."""
     import numpy as np
     import torch
     import transformers as hf
@@ -153,7 +154,7 @@ IMPORTED = {
 
 
 def timed(function, *arguments):
-    """Return seconds of the first call, the median of others, the result."""
+    """Return seconds of the first call, their later median, and the result."""
     seconds = []
     for _ in range(1 + REPEATS):
         began = time.perf_counter()
@@ -163,7 +164,7 @@ def timed(function, *arguments):
 
 
 def measure(arguments):
-    """Answer a few times and print what it took, as JSON."""
+    """Answer a few times and print the measurements as JSON."""
     sizes = peers.DEEP if arguments.compile else peers.WIDE
     options = json.loads(arguments.options)
     importlib.import_module(IMPORTED[arguments.who])
@@ -172,7 +173,7 @@ def measure(arguments):
         arguments.folder, arguments.form, options
     )
     gc.collect()
-    # What loading freed goes back to the system.
+    # Return the memory freed after loading to the system.
     ctypes.CDLL(None).malloc_trim(0)
 
     def watch():
@@ -223,7 +224,7 @@ def bytes_of_a_token():
 
 
 def rows_of(arguments):
-    """Return what is measured: package, form and options of loading."""
+    """Return the measured rows: package, form and loading options."""
     rows = [
         (who, "unrolled", {})
         for who in ("KerasHub", "transformers", "ours")
@@ -244,7 +245,7 @@ def main(arguments):
     print(f"|{' --- |' * 13}")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        # Not here: the random weights would stay in memory beside a peer's.
+        # In another process: here the random weights would stay in memory.
         peers.in_new_process(
             "benchmarks.generate",
             *("--write", "--folder", folder, "--size", arguments.size),
@@ -265,7 +266,7 @@ def main(arguments):
 
 
 def cells(row, base):
-    """Return a row's cells: batch, and each measure beside its ratio."""
+    """Return a row's cells: the batch, and each value with its ratio."""
     texts = [str(row["batch"])]
     for key, scale in (
         ("compile", 1),

@@ -1,16 +1,17 @@
-"""What loading costs: `python -m benchmarks.loading`.
+"""Measure loading: `python -m benchmarks.loading`.
 
-Writes a model of 3b's widths and vocabulary with few layers, in bfloat16, in
-every format, and loads each in float32, in a process of its own, from a warm
-page cache. Memory is the most that the process held beyond what importing
-took, without the pages of mapped files, which the system takes back when it
-wants. Time is compared with a plain read: every array by the format's usual
-library, cast to float32. KerasHub's own loader stands beside. Medians of three
-runs, on the JAX backend unless KERAS_BACKEND says another.
+Writes a bfloat16 model of 3b's widths and vocabulary with few layers in every
+format. Each file is loaded in float32, in a separate process, from a warm page
+cache. Memory is the peak minus the memory of the imports, without pages of
+mapped files, which the system can reclaim. Time is compared with a plain read:
+every array by the format's usual library, cast to float32. KerasHub's own
+loader is measured too. Values are medians of three runs, on the JAX backend
+unless KERAS_BACKEND names another.
 
-`--sharded` loads on eight virtual devices of JAX instead, kernels and
-embedding sharded over all of them. Their memory is the host's, so the peak has
-the same bar; no device may hold much more than an eighth of what is sharded.
+`--sharded` loads on eight virtual JAX devices instead, with kernels and
+embedding sharded over all of them. Their memory is the host's, so the limit for
+the peak is the same. No device may hold much more than an eighth of the sharded
+bytes.
 """
 
 import argparse
@@ -51,7 +52,7 @@ PATHS = {
 }
 RUNS = 3
 DEVICES = "--xla_force_host_platform_device_count=8"
-# Of one block; a stack of blocks has names with "_", and an axis before.
+# Names of a block; a stack of blocks has names with "_", and a leading axis.
 LAYOUT = {
     ".*token_embedding.*table": ("model", None),
     ".*blocks.*attention[/_](query|key|value)[/_]kernel": ("model", None, None),
@@ -64,7 +65,7 @@ LAYOUT = {
 
 
 def make(folder, formats=tuple(PATHS)):
-    """Write the model in formats, all of them unless told."""
+    """Write the model in the given formats, by default all of them."""
     from keras_paligemma import PaliGemmaBackbone
     from keras_paligemma.checkpoints import writing
     from keras_paligemma.config import ModelConfig
@@ -112,7 +113,7 @@ def sharded(path, form):
 
 
 def held_by_devices(backbone):
-    """Return bytes: of sharded weights, their maximum on a device, the rest."""
+    """Return bytes: sharded weights, their peak per device, and the rest."""
     total, rest, devices = 0, 0, {}
     for variable in backbone.variables:
         shards = variable._value.addressable_shards
@@ -140,7 +141,7 @@ def keras_hub(path):
 
 
 def plain(path):
-    """Read every array by the usual library and cast it."""
+    """Read every array with the format's usual library and cast it."""
     import h5py
     import ml_dtypes
     import numpy as np
@@ -158,7 +159,7 @@ def plain(path):
 
                 def visit(name, item):
                     if isinstance(item, h5py.Dataset):
-                        # Keras stores bfloat16 as two bytes without a type.
+                        # Keras stores bfloat16 as untyped pairs of bytes.
                         array = item[...].view(ml_dtypes.bfloat16)
                         arrays.append(array.astype("float32"))
 
@@ -184,7 +185,7 @@ LOADERS = {
 
 
 def anonymous():
-    """Return the resident bytes of this process, without mapped files."""
+    """Return the resident bytes of this process without mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -218,7 +219,7 @@ def measure(loader, path):
 
 
 def run(loader, path, runs=RUNS):
-    """Measure in fresh processes; medians."""
+    """Run in fresh processes; return medians."""
     results = []
     flags = {}
     if loader in ("unrolled", "scanned"):
@@ -283,8 +284,8 @@ def main_sharded(runs):
         for name in formats:
             for form in ("unrolled", "scanned"):
                 found = run(form, folder / PATHS[name], runs)
-                # What is not sharded lies on each device, which is the
-                # layout's choice.
+                # Unsharded weights are copied to each device, as the layout
+                # specifies.
                 placed = found["sharded"] + found["copied"]
                 bar = 1.1 * placed + largest
                 share = found["device"] / found["sharded"]

@@ -1,7 +1,7 @@
-"""How far the model is from others: `python -m benchmarks.parity`.
+"""Compare outputs with other implementations: `python -m benchmarks.parity`.
 
-Prints, for the backend of `KERAS_BACKEND`, the rows of the README's table: the
-largest difference as a share of the largest value, float32. Run it from a
+Prints the rows of the README's table for the backend of `KERAS_BACKEND`: the
+largest difference as a share of the largest value, in float32. Run it from a
 checkout that `make test` has set up.
 """
 
@@ -27,7 +27,7 @@ from tests.helpers.tiny_models import transformers_inputs
 
 
 def rows(form):
-    """Yield what is compared, with whom, and the error."""
+    """Yield the compared output, the other implementation, and the error."""
     arrays = load_arrays(GOLDEN / "tiny_headdim.npz")
     expected = dict(np.load(GOLDEN / "tiny_headdim.expected.npz"))
     backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT, form=form)

@@ -1,6 +1,7 @@
-"""Models of the same sizes here, in KerasHub and in transformers.
+"""Models of the same sizes in this package, KerasHub and transformers.
 
-Benchmarks import it: sizes, builders, and what the machine has to give.
+Benchmarks import this module for sizes, builders, and measurements of the
+machine.
 """
 
 import os
@@ -21,7 +22,7 @@ WIDE = {
         "head": 256,
     },
 }
-# As deep as 3b, and so narrow that compiling is what takes the time.
+# As deep as 3b, but so narrow that compilation takes most of the time.
 DEEP = {
     "patch": 14,
     "vision": {"layers": 27, "width": 64, "heads": 4, "hidden": 96},
@@ -38,7 +39,7 @@ DEEP = {
 
 
 def ours(sizes, image_size, **options):
-    """Build this package's backbone, with random weights."""
+    """Build this package's backbone with random weights."""
     from keras_paligemma import PaliGemmaBackbone
 
     vision, text = sizes["vision"], sizes["text"]
@@ -66,7 +67,7 @@ def ours(sizes, image_size, **options):
 
 
 def keras_hub(sizes, image_size):
-    """Build KerasHub's backbone, with random weights."""
+    """Build KerasHub's backbone with random weights."""
     import keras_hub
 
     vision, text = sizes["vision"], sizes["text"]
@@ -92,7 +93,7 @@ def keras_hub(sizes, image_size):
 
 
 def transformers(sizes, image_size):
-    """Build the model of transformers, with random weights."""
+    """Build transformers' model with random weights."""
     import torch
     import transformers as hf
 
@@ -131,7 +132,7 @@ def transformers(sizes, image_size):
 
 
 def resident():
-    """Return the bytes that this process holds."""
+    """Return the resident bytes of this process."""
     with open("/proc/self/status") as file:
         for line in file:
             if line.startswith("VmRSS"):
@@ -140,7 +141,7 @@ def resident():
 
 
 def in_new_process(module, *arguments):
-    """Run the measuring part of a benchmark; return its last line."""
+    """Run the measuring part of a benchmark; return its last line of output."""
     process = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         capture_output=True,
@@ -152,7 +153,7 @@ def in_new_process(module, *arguments):
 
 
 def multiplications_a_second():
-    """Measure the best rate of float32 products by XLA here."""
+    """Measure the highest rate of float32 products by XLA here."""
     import jax
 
     a = jax.numpy.ones((4096, 4096), "float32")
@@ -160,10 +161,10 @@ def multiplications_a_second():
 
 
 def bytes_a_second():
-    """Measure the best rate at which XLA reads memory here."""
+    """Measure the highest rate at which XLA reads memory here."""
     import jax
 
-    # One row: nothing limits this product but reading the matrix.
+    # With one row, only reading the matrix limits the product.
     a = jax.numpy.ones((1, 8192), "float32")
     b = jax.numpy.ones((8192, 16384), "float32")
     return b.nbytes / _least_seconds(jax.numpy.matmul, a, b)

@@ -1,10 +1,11 @@
-"""HBM a chip by the TPU v5e's own compiler: `python -m benchmarks.plan`.
+"""Compute HBM per chip by the TPU's compiler: `python -m benchmarks.plan`.
 
-Compiles the step that `fit` runs, LoRA of rank 8 on the decoder's q and v in
-bfloat16 unless a row says otherwise, and prints a table beside the target and
-KerasHub 0.32. No TPU: `pip install "keras_paligemma[plan]"` on Linux x86-64.
-Where remat "block" misses the target, "pair" is compiled too, which keeps half
-as much. About 15 s a compilation; `--only 28b` takes the rows with that name.
+Compiles the step of `fit` for a TPU v5e, and prints a table with the target and
+KerasHub 0.32. By default, LoRA has rank 8 on the decoder's q and v, in
+bfloat16. No TPU is needed: `pip install "keras_paligemma[plan]"` on Linux
+x86-64. Where remat "block" misses the target, "pair" is compiled too, which
+stores half as much. A compilation takes about 15 s. `--only 28b` selects the
+rows with that name.
 """
 
 import argparse
@@ -16,8 +17,9 @@ from keras_paligemma.planning.planner import GIB
 from keras_paligemma.sharding.layouts import Layout
 
 ATTENTION = ("query", "value")
-# model, batch, text tokens, chips, low bits or "full", target GiB, KerasHub's:
-# measured, or why there is no number. What has no target is to fit.
+# Model, batch, text tokens, chips, low bits or "full", target GiB, and
+# KerasHub's measured GiB or the reason why there is no number. Cases without a
+# target must fit.
 CASES = (
     ("3b_224", 8, 128, 1, None, 6.9, "14.3"),
     ("3b_448", 8, 128, 1, None, 8.5, "does not fit"),
@@ -41,11 +43,11 @@ CASES = (
 
 
 def layouts(job, chips):
-    """List ways to share the weights among all chips."""
+    """List ways to shard the weights over all chips."""
     if chips == 1:
         return [Layout("data")]
-    # A part of the batch for each chip where there is one; else its work is
-    # split.
+    # Each chip gets a part of the batch where possible. Otherwise the work of
+    # each example is split.
     known = [Layout("weights", 1, chips), Layout("tensor", 1, chips)]
     return [layout for layout in known if job.batch_size % layout.replicas == 0]
 
@@ -62,7 +64,7 @@ def main():
             name += {None: "", "full": ", all weights"}.get(kind, f", {kind}")
             if only not in name:
                 continue
-            # Of 128 text tokens half are response, as of 512.
+            # Half of 128 text tokens are response tokens, and also half of 512.
             job = Job(
                 f"pali_gemma2_pt_{size}",
                 batch,

@@ -1,11 +1,12 @@
-"""What low bits cost a fine-tune: `python -m benchmarks.qlora`.
+"""Measure fine-tuning of quantized models: `python -m benchmarks.qlora`.
 
-The nano preset learns the style that it was never trained on (needs the sprites
-of `python -m recipes.nano.fetch`): adapters over float32, int8 and int4, the
-same scenes, steps and seed. Measured on scenes that none of them saw: the share
-of exactly right captions of one object and of one to three, and the mean IoU of
-boxes. The bars are 97 % (int8) and 93 % (int4) of LoRA's own. The last row is
-int4 that was rounded for 128 scenes of the new style.
+The nano preset learns a style that it was not trained on (needs the sprites of
+`python -m recipes.nano.fetch`). Adapters are trained on float32, int8 and int4
+models, with the same scenes, steps and seed. Scores are measured on unseen
+scenes: the share of exactly correct captions of one object and of one to three
+objects, and the mean IoU of boxes. The required shares of LoRA's own scores are
+97 % (int8) and 93 % (int4). The last row is int4 rounded for 128 scenes of the
+new style.
 """
 
 import argparse

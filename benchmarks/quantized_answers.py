@@ -1,8 +1,8 @@
-"""What few bits cost the nano preset: `python -m benchmarks.quantized_answers`.
+"""Score the quantized nano preset: `python -m benchmarks.quantized_answers`.
 
 Prints the scores of its card for each storage of weights and cache, and their
 shares of float32's scores. Needs the sprites of `python -m recipes.nano.fetch`.
-With `--calibrated N`, int4 is rounded for N scenes too.
+With `--calibrated N`, int4 is also rounded for N scenes.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from recipes.nano.fetch import CLASSES
 from recipes.nano.fetch import TRAINED_STYLES
 
 NANO = "pali_gemma2_nano_112"
-# Columns of the table: name, quantization of the weights, and of the cache.
+# Columns of the table: name, quantization of the weights, cache dtype.
 STORAGES = (
     ("float32", None, None),
     ("int8 cache", None, "int8"),
@@ -27,7 +27,7 @@ STORAGES = (
 
 
 def scores(model, count, **options):
-    """Return a dict such as {"caption exact": 0.9}, on trained styles."""
+    """Return a dict such as {"caption exact": 0.9}, for trained styles."""
     return evaluate.evaluate(
         functools.partial(model.generate, **options),
         scenes.load_sprites(),

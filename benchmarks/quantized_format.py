@@ -1,8 +1,9 @@
-"""What rounding to few bits costs: `python -m benchmarks.quantized_format`.
+"""Measure rounding errors: `python -m benchmarks.quantized_format`.
 
-Prints, as tables: the error of each weight of the nano preset and of random
-weights of 3b's widths, as a share of the weight's Frobenius norm; and how far
-the nano preset's logits and answers move on the pictures of `examples`.
+Prints two kinds of tables for int8 and int4. The first shows the error of each
+weight, as a share of its Frobenius norm, for the nano preset and for random
+weights of 3b's widths. The second shows how far the nano preset's logits and
+answers change for the pictures of `examples`.
 """
 
 import math
@@ -40,7 +41,7 @@ def error(layout, array):
 
 
 def layouts(fields, mode):
-    """Map the name of each weight that is rounded to a layer's layout."""
+    """Map the name of each quantized weight to the format of a layer."""
     with without_values():
         backbone = PaliGemmaBackbone(
             **fields, form="unrolled", quantization=mode

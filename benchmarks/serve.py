@@ -1,11 +1,11 @@
-"""Answers a second of our server, batched and not, and of the example's.
+"""Measure answers per second of our server, batched or not, and the example's.
 
     python benchmarks/serve.py [--preset pali_gemma2_nano_112] [--seconds 10]
 
-The first line is the latency of one client beside that of `generate`, both
-running and asked in turns, so that what else the machine does slows both. Then
-the three servers start one after the other, each in a process of its own, and
-1, 8 and 64 clients ask each at a time.
+The first line is the latency of one client and of `generate`. Both run in
+turns, so that other load on the machine slows both. Then the three servers
+start one after the other, each in its own process. For each, 1, 8 and 64
+clients send requests at the same time.
 """
 
 import argparse
@@ -43,10 +43,10 @@ for line in sys.stdin:
 
 
 class Client:
-    """A client that keeps its connection, and is all but free.
+    """A client that keeps its connection and has almost no overhead.
 
-    What a client's library takes is no time of a server: the request is bytes
-    that are made once.
+    The request's bytes are built only once, so that the time of a client
+    library is not measured.
 
     Args:
         port: int.
@@ -64,7 +64,7 @@ class Client:
         self.replies = self.link.makefile("rb")
 
     def ask(self):
-        """Return the seconds of an answer, or `None` if it is none."""
+        """Return the seconds of an answer, or `None` if the request failed."""
         started = time.perf_counter()
         self.link.sendall(self.request)
         status = int(self.replies.readline().split()[1])
@@ -83,13 +83,13 @@ class Client:
 
 
 def beside_generate(preset, port, turns=20, calls=20):
-    """Print the latency of one client and of `generate`, asked in turns.
+    """Print the latency of one client and of `generate`, measured in turns.
 
     Args:
         preset: str.
         port: int, where that preset is served.
         turns: int; the first is not counted.
-        calls: int, answers a turn.
+        calls: int, answers per turn.
     """
     command = [sys.executable, "-c", GENERATE, preset, str(PICTURE), PROMPT]
     generated, served = [], []
@@ -99,7 +99,7 @@ def beside_generate(preset, port, turns=20, calls=20):
         for _ in range(turns):
             print(calls, file=child.stdin, flush=True)
             generated += map(float, child.stdout.readline().split())
-            # A server lets go who is silent for as long as a model is loaded.
+            # While a model loads, the server would close an idle connection.
             client = Client(port)
             served += [client.ask() for _ in range(calls)]
             client.close()
@@ -114,10 +114,10 @@ def beside_generate(preset, port, turns=20, calls=20):
 
 
 def load(port, clients, seconds):
-    """Ask by so many clients at a time.
+    """Send requests from a number of clients at the same time.
 
     Returns:
-        Seconds of each answer, how many were none, and seconds of the whole.
+        Seconds of each answer, the number of failures, and the total seconds.
     """
     times, end = [], time.perf_counter() + seconds
 
@@ -139,7 +139,7 @@ def load(port, clients, seconds):
 
 @contextlib.contextmanager
 def served(command):
-    """Start a server, and give its port when it is ready."""
+    """Start a server, and yield its port when it is ready."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             port = int(server.stdout.readline().rpartition(":")[2])
@@ -170,7 +170,7 @@ def _is_ready(port):
     link = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         link.request("GET", "/readyz")
-        # The example has /health alone, and is ready when it is there.
+        # The example only has /health, and is ready once it responds.
         return link.getresponse().status in (200, 404)
     except OSError:
         return False
@@ -179,7 +179,7 @@ def _is_ready(port):
 
 
 def _wait_until_idle(pid):
-    """Wait for the programs that a server compiles when nobody asks."""
+    """Wait until a server has finished the programs it compiles when idle."""
     ticks = [0]
     while len(ticks) < 5 or ticks[-1] - ticks[-4] > 10:
         time.sleep(1)

@@ -1,10 +1,10 @@
-"""Ask a server what is good and what is bad, by 64 clients, and watch it.
+"""Send valid and invalid requests from 64 clients, and watch the server.
 
     python benchmarks/soak.py [--preset pali_gemma2_nano_112] [--requests 10000]
 
-Half of the requests are bad; each must get its own status, and each good one
-the text that it gets when nobody else asks. Prints what was wrong, how often
-each status came, and the server's memory (Linux) at each tenth.
+Half of the requests are invalid. Each of them must get its own status, and each
+valid one the text that it gets on an idle server. Prints failures, the count of
+each status, and the server's memory (Linux) at each tenth of the run.
 """
 
 import argparse
@@ -29,11 +29,13 @@ from pathlib import Path
 from PIL import Image
 
 CLIENTS = 64
-# Seconds that the server gives a client, and bytes of a body.
+# The server's timeout for a client in seconds, and its limit of a body in
+# bytes.
 SECONDS, BODY = 10, 2_000_000
 PICTURE = Path(__file__).parents[1] / "examples" / "pictures" / "scene_0.png"
 MIB = b" " * 2**20
-# A client that goes before its answer, and one that is let go without any.
+# A client that disconnects before its answer, and a client that the server
+# disconnects without a reply.
 GONE, LET_GO = "gone", "let go"
 
 
@@ -43,9 +45,9 @@ class Kind:
 
     Args:
         parts: iterable of bytes, sent one by one.
-        status: int, what it must get; or `GONE` or `LET_GO`.
+        status: int, the expected status; or `GONE` or `LET_GO`.
         pause: float, seconds between parts.
-        every: int, it comes in one of so many rounds.
+        every: int, the kind is sent in one of this many rounds.
     """
 
     parts: tuple[bytes, ...]
@@ -55,7 +57,7 @@ class Kind:
 
 
 def post(body, path="/answer", **headers):
-    """Spell a request; a header that is `None` is left out."""
+    """Build a request; a header that is `None` is omitted."""
     lines = {
         "Host": "localhost",
         "Content-Type": "application/json",
@@ -67,13 +69,13 @@ def post(body, path="/answer", **headers):
 
 
 def ask(image, prompt="caption en", **fields):
-    """Spell the body of a request to /answer."""
+    """Build the body of a request to /answer."""
     image = base64.b64encode(image).decode()
     return json.dumps({"image": image, "prompt": prompt, **fields}).encode()
 
 
 def chat(image, **fields):
-    """Spell a request of OpenAI's."""
+    """Build a request for OpenAI's API."""
     uri = "data:image/png;base64," + base64.b64encode(image).decode()
     parts = [
         {"type": "image_url", "image_url": {"url": uri}},
@@ -85,14 +87,14 @@ def chat(image, **fields):
 
 
 def chunked(*chunks):
-    """Spell a request in chunks."""
+    """Build a chunked request."""
     head = post(b"", Content_Length=None, Transfer_Encoding="chunked")
     body = [b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks]
     return head, *body, b"0\r\n\r\n"
 
 
 def png(width, height, *chunks):
-    """Return a PNG's head, and chunks of a name and bytes after it."""
+    """Return a PNG's signature, followed by chunks of a name and bytes."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     spelt = [
         struct.pack(">I", len(data))
@@ -105,7 +107,7 @@ def png(width, height, *chunks):
 
 
 def bombs():
-    """Return small files of much: pixels, frames and text."""
+    """Return small files that expand to many pixels, frames or much text."""
     zeros = zlib.compress(bytes(300_000_000), 9)
     gif = io.BytesIO()
     Image.new("P", (9000, 9000)).save(gif, "GIF")
@@ -121,7 +123,7 @@ def bombs():
 
 
 def good_kinds(image):
-    """Return what is answered, by name."""
+    """Return the valid kinds of request by name."""
     return {
         "a caption": post(ask(image)),
         "a short one": post(ask(image, max_new_tokens=3)),
@@ -134,7 +136,7 @@ def good_kinds(image):
 
 
 def bad_kinds(image):
-    """Return what is refused, by name."""
+    """Return the invalid kinds of request by name."""
     whole = ask(image)
     kinds = {
         "no picture": (post(ask(b"hello")), 400),
@@ -194,16 +196,17 @@ def bad_kinds(image):
 
 
 def send(port, kind):
-    """Return a reply's status, or what became of it, and its body."""
+    """Return a reply's status, or the outcome without one, and its body."""
     with socket.create_connection(("127.0.0.1", port), timeout=180) as link:
-        # A server that has refused may end while the rest is sent.
+        # A server that has refused may close before the rest is sent.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for part in kind.parts:
                 link.sendall(part)
                 if kind.pause and _is_answered(link, kind.pause):
                     break
         if kind.status == GONE:
-            # Without a farewell: the server's next packet finds nobody.
+            # Reset the connection, so that the server's next packet has no
+            # receiver.
             reset = struct.pack("ii", 1, 0)
             link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
             return GONE, b""
@@ -229,7 +232,7 @@ def _is_answered(link, seconds):
 
 
 def text_of(body):
-    """Return the text of a reply, or that of all pieces of a stream."""
+    """Return the text of a reply, or of all pieces of a stream."""
     if body.startswith(b"data: "):
         events = [
             json.loads(event[6:]) for event in body.split(b"\n\n") if event
@@ -274,7 +277,7 @@ class Soak:
         self.wrong = collections.Counter()
 
     def run(self):
-        """Ask all, and print what came."""
+        """Send all requests and print the results."""
         self.texts = {
             name: text_of(send(self.port, value)[1])
             for name, value in self.good.items()
@@ -290,7 +293,7 @@ class Soak:
         print(f"wrong: {dict(self.wrong) or 'none'} of {self.total}")
 
     def asks(self):
-        """Ask until all has been asked: a client."""
+        """Run a client: send requests until all have been sent."""
         good = list(self.good.items())
         while (number := next(self.numbers)) < self.total:
             kinds = self.bad if number % 2 else good
@@ -309,7 +312,7 @@ class Soak:
                 print(f"{number}: {self.memory():.0f} MiB", flush=True)
 
     def settled(self):
-        """Return the memory once it stays: a server that idles compiles."""
+        """Return the stable memory, after an idle server's compilations."""
         before = None
         while before is None or abs(self.memory() - before) > 1:
             before = self.memory()

@@ -1,10 +1,11 @@
-"""What `model.export` makes of a preset, and what each runtime answers.
+"""Export a preset to each target of `model.export`, and compare the results.
 
     python -m benchmarks.targets [--preset NAME] [--dtype D] [--quantize Q]
 
-A target is written by a process of its backend, run by one that has nothing
-but its runtime, and compared with the model: logits of given answers on three
-pictures, as a share of the largest logit, and what the likeliest tokens say.
+A target is written by a process of its backend, and run by a process that has
+only its runtime. Its results are compared with the model's: logits of given
+answers on three pictures, as a share of the largest logit, and the texts of the
+most probable tokens.
 """
 
 import argparse
@@ -37,7 +38,7 @@ RUNS = {
 
 
 def inputs_of(model):
-    """Make the two batches that are asked: with answers, and without."""
+    """Make the two input batches, with answers and without."""
     batch = {"images": PICTURES, "prompts": PROMPTS}
     scored, targets, _ = model.preprocessor(batch | {"responses": RESPONSES})
     asked = model.preprocessor.generate_preprocess(batch)
@@ -49,7 +50,7 @@ def inputs_of(model):
 
 
 def texts_of(model, ids):
-    """Convert ids, up to their stops, to texts."""
+    """Convert ids to texts, up to their stop tokens."""
     stop = model.preprocessor.tokenizer.end_token_id
     goes_on = np.cumsum(ids == stop, axis=1) == 0
     ids = np.where(goes_on, ids, 0)

@@ -1,4 +1,4 @@
-"""Write a caption of every picture of a folder; the same call goes on.
+"""Caption every picture of a folder; the same call resumes.
 
 python examples/caption_folder.py examples/pictures captions.jsonl
 """
@@ -43,7 +43,7 @@ def main(arguments=None):
         for first in range(0, len(paths), options.batch_size):
             batch = paths[first : first + options.batch_size]
             inputs = {"images": batch, "prompts": [options.prompt] * len(batch)}
-            # One compiled function, for the last and smaller batch too.
+            # One compiled function also serves the smaller last batch.
             answers = model.generate(inputs, batch_size=options.batch_size)
             for path, answer in zip(batch, answers, strict=True):
                 row = {"image": str(path), "prefix": options.prompt}

@@ -1,8 +1,8 @@
-"""Train a smaller preset on what a larger one answers.
+"""Train a smaller preset on the answers of a larger one.
 
 python examples/distil_answers.py examples/finetune/train.jsonl runs/distilled
 
-The file's prompts are asked, and its own answers are not read.
+Only the file's prompts are used, and not its answers.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main(arguments=None):
 
     options.output.mkdir(parents=True, exist_ok=True)
     answers = options.output / "answers.jsonl"
-    if not answers.exists():  # The teacher is gone before the student comes.
+    if not answers.exists():  # The teacher is freed before the student loads.
         write_answers(
             options.teacher, options.data, answers, options.batch_size
         )

@@ -1,4 +1,4 @@
-"""Learn to detect from a COCO file.
+"""Train detection on a COCO file.
 
 python examples/finetune_coco.py instances.json pictures runs/coco
 """
@@ -38,7 +38,7 @@ def main(arguments=None):
     )
     source = COCOSource(options.annotations, options.images)
     print(source)  # with what was clipped or left out
-    # A picture that cannot be read is counted, and the run goes on.
+    # Unreadable pictures are counted and skipped.
     batches = Batches(
         source, model.preprocessor, options.batch_size, skip_errors=True
     )

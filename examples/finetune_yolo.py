@@ -1,4 +1,4 @@
-"""Learn to detect from a YOLO folder, and tell the average precision.
+"""Train detection on a YOLO folder and report the average precision.
 
 python examples/finetune_yolo.py yolo runs/yolo
 """
@@ -44,7 +44,7 @@ def main(arguments=None):
         [example["images"] for example in held_out],
         [read_objects(example["responses"]) for example in held_out],
     )
-    # A picture that cannot be read is counted, and the run goes on.
+    # Unreadable pictures are counted and skipped.
     batches = Batches(
         source, model.preprocessor, options.batch_size, skip_errors=True
     )

@@ -4,7 +4,7 @@ python examples/multi_host.py train.jsonl /shared/run --preset …
 
 On a TPU the hosts find each other. Elsewhere Keras reads their addresses from
 KERAS_DISTRIBUTION_JOB_ADDRESSES, KERAS_DISTRIBUTION_NUM_PROCESSES and
-KERAS_DISTRIBUTION_PROCESS_ID. `output` is a folder that all hosts see.
+KERAS_DISTRIBUTION_PROCESS_ID. `output` is a folder that all hosts can access.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def main(arguments=None):
     )
     options = parser.parse_args(arguments)
 
-    keras.utils.set_random_seed(0)  # adapters begin alike everywhere
-    keras.distribution.initialize()  # before anything asks for devices
+    keras.utils.set_random_seed(0)  # equal adapters on all hosts
+    keras.distribution.initialize()  # before devices are used
 
     from keras_paligemma import PaliGemmaCausalLM
     from keras_paligemma.data import Batches
@@ -58,7 +58,7 @@ def main(arguments=None):
         shard=(index, count),
     )
     fit(model, batches, f"{options.output}/checkpoints", options.epochs)
-    # Every host calls it, and the first one writes.
+    # Every host calls it, and the first host writes.
     model.save_adapter(f"{options.output}/adapter", base=options.preset)
 
 

@@ -1,4 +1,4 @@
-"""Train adapters on a base of 4 bits; use them on the whole model.
+"""Train adapters on a 4-bit base; use them on the unquantized model.
 
 python examples/qlora.py examples/finetune/train.jsonl runs/qlora
 """
@@ -43,7 +43,7 @@ def main(arguments=None):
     adapter = f"{options.output}/adapter"
     model.save_adapter(adapter, base=options.preset)
 
-    # The base whole, in its own dtype: adapters fit both.
+    # The base in its own dtype: the adapters fit both models.
     whole = PaliGemmaCausalLM.from_preset(options.preset)
     whole.load_adapter(adapter)
     whole.adapters.merge()

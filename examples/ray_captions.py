@@ -1,10 +1,11 @@
-"""Write a caption of every picture of a folder, on a Ray cluster.
+"""Caption every picture of a folder on a Ray cluster.
 
 python examples/ray_captions.py pictures captions --workers 4
 
-Ray hands out the pictures, runs a model on each worker and tries again what a
-lost worker had. All machines see the folders; `ray.init` finds the cluster that
-RAY_ADDRESS names, or starts one here.
+Ray distributes the pictures, runs a model on each worker, and retries the
+pictures of a lost worker. All machines must be able to access the folders.
+`ray.init` connects to the cluster that RAY_ADDRESS names, or starts a local
+one.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from keras_paligemma import PaliGemmaCausalLM
 
 
 class Captions:
-    """A worker: it loads the model once, and answers batch after batch."""
+    """A worker that loads the model once and answers batch after batch."""
 
     def __init__(self, preset, prompt, batch_size):
         self.model = PaliGemmaCausalLM.from_preset(preset)
@@ -27,7 +28,7 @@ class Captions:
     def __call__(self, batch):
         pictures = list(batch["bytes"])
         inputs = {"images": pictures, "prompts": [self.prompt] * len(pictures)}
-        # One compiled function, for the last and smaller batch too.
+        # One compiled function also serves the smaller last batch.
         answers = self.model.generate(inputs, batch_size=self.batch_size)
         return {"image": batch["path"], "suffix": answers}
 
@@ -39,7 +40,8 @@ def main(arguments=None):
     parser.add_argument("--preset", default="pali_gemma2_nano_112")
     parser.add_argument("--prompt", default="caption en")
     parser.add_argument("--batch-size", type=int, default=8)
-    # A worker takes a CPU, and reading needs one too: else Ray waits forever.
+    # A worker takes a CPU, and reading also needs one; otherwise Ray waits
+    # forever.
     parser.add_argument(
         "--workers", type=int, default=1, help="fewer than the cluster's CPUs"
     )

@@ -1,10 +1,10 @@
 """Train the small codec of masks: `python -m recipes.mask_codec`.
 
-A VQ-VAE like the published one, a third as wide, learns the silhouettes of the
-nano preset's sprites. Needs the sprites of `python -m recipes.nano.fetch`, and
-PyTorch. Writes the weights beside the nano preset, and true masks for the test
-of the codec's ceiling; prints the mean IoU of each style, the last of which it
-was never trained on.
+A VQ-VAE like the published one, but a third as wide, learns the silhouettes of
+the nano preset's sprites. Needs the sprites of `python -m recipes.nano.fetch`,
+and PyTorch. Writes the weights to the nano preset's folder, and true masks for
+the test of the codec's best IoU. Prints the mean IoU of each style; the last
+style is held out from training.
 """
 
 import argparse
@@ -30,14 +30,15 @@ WEIGHTS = ROOT / "presets/pali_gemma2_nano_112/mask_codec.npz"
 TRUE_MASKS = ROOT / "tests/tasks/nano_masks.npz"
 
 WIDTHS, FEATURES = (8, 16, 32, 48), 32
-# Masks to draw batches from; masks a step; steps, 8.5 minutes of one core.
+# Masks to draw batches from, masks per step, and steps, which take 8.5 minutes
+# on one core.
 POOL, BATCH, STEPS, RATE = 12_000, 64, 4_000, 2e-3
 
-# Steps before the codebook is begun, from what the encoder then gives.
+# Steps before the codebook is initialized from the encoder's outputs.
 UNQUANTIZED_STEPS = 400
 
-# How fast rows of the codebook follow what was assigned to them, how often
-# rows that nothing is assigned to move elsewhere, and the pull on the encoder.
+# Decay of the codebook's moving average, steps between revivals of unused rows,
+# and the weight of the commitment loss.
 DECAY, REVIVAL_STEPS, COMMITMENT = 0.99, 100, 0.25
 
 
@@ -57,11 +58,11 @@ class Residual(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """The codec in PyTorch, whose names and layouts its files have.
+    """The codec in PyTorch, with the names and layouts of its files.
 
     Args:
-        widths: channels after each of the four halvings.
-        features: length of a row of the codebook.
+        widths: sequence of ints, channels after each of the four halvings.
+        features: int, length of a row of the codebook.
     """
 
     def __init__(self, widths, features):
@@ -93,7 +94,7 @@ class Autoencoder(nn.Module):
         self.register_buffer("book", torch.zeros(BOOK, features))
 
     def codes(self, encoded):
-        """Number the row of the codebook nearest to each place."""
+        """Return the index of the nearest codebook row at each position."""
         rows = encoded.movedim(1, -1).flatten(0, 2)
         return torch.cdist(rows, self.book).argmin(1).view(len(encoded), 4, 4)
 
@@ -107,7 +108,7 @@ class Autoencoder(nn.Module):
 
 
 class Codebook:
-    """Rows that follow the mean of what is assigned to them."""
+    """A codebook whose rows follow the mean of the values assigned to them."""
 
     def __init__(self, model, encoded, rng):
         self.rows, self.rng = model.book, rng
@@ -126,7 +127,7 @@ class Codebook:
         self.rows.copy_(self.sums / self.counts.clamp(min=1e-3)[:, None])
 
     def revive(self, encoded):
-        """Move rows that are hardly used to where the encoder's values are."""
+        """Move rarely used rows to outputs of the encoder."""
         dead = (self.counts < 0.05 * self.counts.mean()).nonzero()[:, 0]
         if len(dead):
             self.rows[dead] = self.sums[dead] = self._some(encoded, len(dead))
@@ -134,13 +135,13 @@ class Codebook:
 
 
 def silhouette(rng, sprite, change):
-    """Draw the true mask of a sprite within its box, as scenes show it.
+    """Draw the true mask of a sprite within its box, as in scenes.
 
     Args:
         rng: `numpy.random.Generator`.
         sprite: premultiplied `PIL.Image.Image`.
-        change: bool, whether to mirror and turn it: more shapes than there
-            are sprites.
+        change: bool, whether to mirror and rotate it, which gives more shapes
+            than there are sprites.
 
     Returns:
         bool array (height, width).
@@ -189,7 +190,8 @@ def train(pool):
             codes = model.codes(encoded)
             near = model.quantized(codes)
             loss = COMMITMENT * nn.functional.mse_loss(encoded, near)
-            # The gradient of what is decoded goes on to the encoder.
+            # Straight-through estimator: the decoder's gradient passes to the
+            # encoder.
             seen = encoded + (near - encoded).detach()
         loss = loss + nn.functional.mse_loss(model.decoder(seen), wanted)
         optimizer.zero_grad()
@@ -206,11 +208,11 @@ def train(pool):
 
 
 def measure(codec, sprites):
-    """Print the IoU of true masks with what their codes decode to.
+    """Print the IoU of true masks and masks decoded from their codes.
 
     Args:
         codec: `MaskCodec`.
-        sprites: dict, what `scenes.load_sprites` returns.
+        sprites: dict, from `scenes.load_sprites`.
     """
     styles = (*TRAINED_STYLES, *HELD_OUT_STYLES)
     true = {

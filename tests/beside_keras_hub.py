@@ -1,8 +1,8 @@
-"""Use models of ours after one of KerasHub was built; run by its test.
+"""Use our models after a KerasHub model was built; run by its test.
 
     python -m tests.beside_keras_hub first|second TEMPORARY_FOLDER
 
-"first" imports ours before KerasHub's model is built, "second" after it.
+"first" imports this package before KerasHub's model is built, "second" after.
 """
 
 import sys

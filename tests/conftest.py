@@ -1,4 +1,4 @@
-"""Fixtures that tests share: goldens, and tiny models of unequal sizes."""
+"""Shared fixtures: goldens, and tiny models with unequal sizes."""
 
 import gc
 import os
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
-# Silences TensorFlow's start-up messages.
+# Silence TensorFlow's start-up messages.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np  # noqa: E402
@@ -19,24 +19,24 @@ from tests.helpers.tiny_models import TEXT  # noqa: E402
 from tests.helpers.tiny_models import VISION  # noqa: E402
 from tests.helpers.tiny_models import fill  # noqa: E402
 
-# Collecting garbage visits all living objects. There are millions once the
+# A garbage collection visits all living objects. There are millions once the
 # libraries are imported, and tests spent a sixth of their time on it.
 gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_finish():
-    """Exempt what the imports made from collections."""
+    """Exclude imported objects from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs():
-    """Drop the compiled programs of earlier tests before they are too many.
+    """Drop the compiled programs of earlier tests before there are too many.
 
-    Each program of XLA's holds memory mappings until JAX forgets it. Linux
-    allows a process 65,530, and XLA crashes beyond; one file of tests makes up
-    to 12,000.
+    Each XLA program holds memory mappings until JAX forgets it. Linux allows
+    65,530 per process, and XLA crashes beyond that. One test file makes up to
+    12,000.
     """
     yield
     mappings = Path("/proc/self/maps")
@@ -48,7 +48,7 @@ def compiled_programs():
 
 @pytest.fixture(scope="session")
 def arrays():
-    """The golden checkpoint, big_vision's names, float32."""
+    """The golden checkpoint in float32, by big_vision's names."""
     return load_arrays(GOLDEN / "tiny_headdim.npz")
 
 
@@ -61,7 +61,7 @@ def expected():
 
 @pytest.fixture(scope="session")
 def golden_backbone(arrays):
-    """Function that builds a backbone with the golden weights."""
+    """Return a function that builds a backbone with the golden weights."""
 
     def build(**changes):
         from keras_paligemma import PaliGemmaBackbone
@@ -81,7 +81,7 @@ def golden_backbone(arrays):
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """Function that builds a random model with a preprocessor."""
+    """Return a function that builds a random model with a preprocessor."""
     from tests.helpers.text_models import build_tiny_model
 
     return build_tiny_model
@@ -89,7 +89,7 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def random_preset(tmp_path_factory):
-    """Folder of a preset of random floats, with a preprocessor."""
+    """The folder of a preset of random floats, with a preprocessor."""
     from tests.helpers.text_models import write_random_preset
 
     folder = tmp_path_factory.mktemp("presets") / "floats"

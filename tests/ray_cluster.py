@@ -1,7 +1,8 @@
-"""Run a script on a Ray cluster of this machine: a head and two workers.
+"""Run a script on a local Ray cluster: a head and two workers.
 
-`python tests/ray_cluster.py SCRIPT ARGUMENTS`. In a process of its own, since
-Ray starts its nodes by `fork`, which a process with JAX's threads must not do.
+`python tests/ray_cluster.py SCRIPT ARGUMENTS`. It runs in its own process,
+since Ray starts its nodes by `fork`, which is unsafe in a process with JAX's
+threads.
 """
 
 import os

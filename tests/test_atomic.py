@@ -1,4 +1,4 @@
-"""A folder is written whole: its writer is killed at every step it takes."""
+"""A folder is replaced atomically: its writer is killed at every step."""
 
 import json
 import os
@@ -16,8 +16,8 @@ REPLACED = (ENTRY, "data-*", "single")
 OLD = {ENTRY: "old", "data-1": "old 1", "data-2": "old 2"}
 NEW = {ENTRY: "new", "single": "new", "deep/er/data-1": "new 1"}
 
-# Forks a writer for each step and kills it there; prints what it left. A step
-# is a call that changes a folder, or the writing of a file.
+# Fork a writer for each step, kill it there, and print the resulting files. A
+# step is a call that changes a folder, or the writing of a file.
 KILLED = """
 import contextlib, itertools, json, os, shutil, sys, tempfile
 from pathlib import Path
@@ -66,7 +66,7 @@ for number in itertools.count():
 
 
 def contents(folder):
-    """Visible files of a folder and what they hold."""
+    """Return the visible files of a folder and their contents."""
     return {
         str(path.relative_to(folder)): path.read_text()
         for path in sorted(folder.rglob("*"))
@@ -91,23 +91,23 @@ def test_killed_at_every_step(tmp_path, before, links):
     seen = []
     for line in result.stdout.splitlines():
         killed, plain, found, after = json.loads(line)
-        # A complete set that is not in its place yet is without the notes.
+        # A complete set that is not yet in place lacks the notes.
         found = {**found, **notes}
         old = OLD | notes if before == "old" else notes
         new = NEW | notes
         assert found in (old, new)
         seen.append("new" if found == new else "old")
-        # Who reads the entry alone finds it with its own files, and the notes
-        # of the user are always in their place.
+        # A reader of the entry finds it with its own files, and the user's
+        # notes are always in place.
         assert notes.items() <= plain.items()
         if ENTRY in plain:
             assert plain in (old, new)
         if not killed:
             assert plain == new
-        # Whatever was left, the next writer replaces it.
+        # The next writer replaces any remaining files.
         deep = {key: NEW[key] for key in NEW if "/" in key and key in after}
         assert after == OLD | notes | deep
-    # The old one, and from one step on the new one.
+    # The old files up to some step, and the new files from there on.
     count = seen.count("old")
     assert seen == ["old"] * count + ["new"] * (len(seen) - count)
     assert count > 8 and seen[-1] == "new"

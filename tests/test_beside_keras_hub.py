@@ -1,4 +1,4 @@
-"""Models of KerasHub in the same process do no harm.
+"""Our models work in a process that also builds KerasHub models.
 
 KerasHub's first model puts `Functional` among our base classes.
 """
@@ -25,7 +25,7 @@ CHECKS = [
 
 @pytest.fixture(scope="module", params=["first", "second"])
 def found(request, tmp_path_factory):
-    """What each check found, if ours is imported first or second."""
+    """Return the checks' results, with ours imported first or second."""
 
     def compute(folder):
         module, order = "tests.beside_keras_hub", request.param

@@ -1,4 +1,4 @@
-"""A damaged copy of a published tokenizer is refused wherever it comes in."""
+"""A damaged copy of a published tokenizer is refused by every reader."""
 
 import hashlib
 
@@ -12,7 +12,7 @@ TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
 
 @pytest.fixture
 def damaged(tmp_path, monkeypatch):
-    """A known file with one bit changed that SentencePiece does not miss."""
+    """Flip one bit of a known file so that SentencePiece still loads it."""
     content = TOKENIZER.read_bytes()
     wanted = hashlib.sha256(content).hexdigest()
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The command line on the goldens and the nano preset."""
+"""The command line with the goldens and the nano preset."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ SET = [
 
 
 def call(*arguments):
-    """Run a command and give what it printed; its errors are ours."""
+    """Run a command and return its exit code and output."""
     result = CliRunner().invoke(
         cli.app,
         [str(argument) for argument in arguments],
@@ -48,7 +48,7 @@ def call(*arguments):
 
 
 def run(code, **environment):
-    """Run code in a process that has no backend chosen; give what it prints."""
+    """Run code in a process without a chosen backend; return its output."""
     inherited = {
         key: value for key, value in os.environ.items() if "KERAS" not in key
     }
@@ -110,7 +110,7 @@ def test_version_and_completion():
 
 
 def test_commands_without_tensorflow_and_its_log_lines():
-    """Where the user has chosen no backend, and TensorFlow is installed."""
+    """The user has chosen no backend, and TensorFlow is installed."""
     code = f"""
 import sys
 from keras_paligemma import cli
@@ -183,14 +183,14 @@ def test_examples_are_written(tmp_path, monkeypatch):
     source = JSONLSource(tmp_path / "examples" / "finetune" / "train.jsonl")
     assert len(source) == 8 and check(source) == []
     assert (tmp_path / "examples" / "pictures" / "scene_0.png").exists()
-    # In a checkout they are there: what is written is what is read.
+    # In a checkout, the written files are the files that are read.
     monkeypatch.chdir(shipped.folder("examples").parent)
     assert call("examples")[0] == 0
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """The nano preset as a folder of transformers."""
+    """Return the nano preset as a transformers folder."""
     folder = tmp_path_factory.mktemp("hub") / "model"
     assert call("convert", NANO, folder, "--to", "transformers")[0] == 0
     return folder
@@ -198,7 +198,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture
 def hub(published, tmp_path, monkeypatch):
-    """Hugging Face's hub, which gives the folder, but for its weights."""
+    """Fake Hugging Face's hub with the folder, but without its weights."""
 
     filesystem = fsspec.filesystem("memory", skip_instance_cache=True)
     filesystem.store.clear()
@@ -240,7 +240,7 @@ def test_a_preprocessor_from_a_hub_needs_no_weights(hub):
 
 
 def test_inspect_of_what_tells_no_sizes(monkeypatch):
-    """An .npz on a hub is listed; a name is described; nothing is fetched."""
+    """An .npz on a hub is listed, a name is described, without downloads."""
 
     def refuse(*args, **kwargs):
         raise AssertionError(args)
@@ -277,7 +277,7 @@ def test_progress(monkeypatch, capsys, looks_on):
 
 
 def test_a_source_without_a_tokenizer(published, tmp_path):
-    """Who has one is told."""
+    """The message says where to get a tokenizer."""
     source = tmp_path / "source"
     shutil.copytree(published, source)
     (source / "tokenizer.model").unlink()
@@ -314,7 +314,7 @@ def test_weights_that_are_not_finite(tmp_path):
 
 @pytest.mark.parametrize("to", formats.FORMATS)
 def test_there_and_back(tmp_path, to):
-    """The nano preset in another format, and from there as it was."""
+    """Convert the nano preset to another format and back, unchanged."""
     name = "there.npz" if to == "big_vision" else "there"
     code, output = call("convert", NANO, tmp_path / name, "--to", to)
     assert code == 0

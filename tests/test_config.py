@@ -1,4 +1,4 @@
-"""Configurations from anywhere: types, ranges, and what goes together."""
+"""Configurations from any source: types, ranges and consistency."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def test_there_and_back_through_json(part):
 
 @each
 def test_each_field_says_what_it_may_be(part):
-    """No field takes values of all kinds, of any class."""
+    """No field accepts values of every type."""
     for field in dataclasses.fields(part):
         for value in (math.nan, [[1]], object()):
             values = part.to_dict() | {field.name: value}

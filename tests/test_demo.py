@@ -21,7 +21,7 @@ BOX = "<loc0000><loc0000><loc0512><loc0512>"
 
 
 class Scripted:
-    """A model whose answers are known, and which keeps the batch sizes."""
+    """A model with known answers that records its batch sizes."""
 
     def __init__(self):
         self.sizes = []
@@ -56,7 +56,7 @@ def paths(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A small random model with the nano preset's tokenizer."""
+    """Return a small random model with the nano preset's tokenizer."""
     from keras_paligemma import PaliGemmaBackbone
     from keras_paligemma import PaliGemmaCausalLM
     from keras_paligemma import PaliGemmaCausalLMPreprocessor
@@ -144,7 +144,7 @@ def test_the_table_of_sights_marks_what_is_wrong():
     text = printed(demo.sights_table(sights, truth))
     assert "✓ a cat" in text and "✗ a dog" in text and "not a pig" in text
     assert "cat: 10–50, 25–100" in text and "how many cat? 3" in text
-    # An answer is shown as it is, never read as markup.
+    # An answer is shown literally, and never read as markup.
     assert "[red]fox[/]" in text
 
 
@@ -194,7 +194,7 @@ def test_the_whole_demo_runs_with_any_preset(
     assert len(list(output.iterdir())) == len(pictures) + 1
     assert all(path.name in text for path in pictures)
     assert "2 steps" in text and "Done in" in text
-    # The note about the nano preset is about no other.
+    # The note about the nano preset is not shown for other models.
     assert "emoji" not in text
 
 

@@ -1,4 +1,4 @@
-"""The code blocks of README and docs run; `tools/docs/pages.py` reads them."""
+"""Run the code blocks of README and docs; `tools/docs/pages.py` reads them."""
 
 import ast
 import collections
@@ -28,7 +28,7 @@ from tools.docs.pages import run_page
 ROOT = Path(__file__).parents[1]
 COMMAND = "keras-paligemma "
 
-# How many blocks are not run, by their reason: a change here is to be seen.
+# Counts of blocks that are not run, by reason, so that changes are noticed.
 NOT_RUN = {
     "pip needs a network": 8,
     "CI does": 1,
@@ -47,7 +47,7 @@ NOT_RUN = {
 
 
 def run_commands(code):
-    """Run the lines of a shell, all of which are commands of the package."""
+    """Run shell lines, which must all be commands of the package."""
     for line in code.replace("\\\n", " ").splitlines():
         line = line.partition(" #")[0].strip()
         assert line.startswith(COMMAND), f"cannot run {line!r} here"
@@ -74,7 +74,7 @@ def test_blocks_that_do_not_run_are_counted():
 
 
 def test_the_repository_has_one_address():
-    address = build.repository()  # Refuses another one in mkdocs.yml.
+    address = build.repository()  # Raises if mkdocs.yml differs.
     owner = address.removeprefix("https://github.com/").partition("/")[0]
     for path in (*ROOT.glob("notebooks/*.ipynb"), ROOT / "CITATION.cff"):
         text = path.read_text("utf-8")
@@ -100,7 +100,7 @@ def test_links_of_other_pages_lead_somewhere():
 
 
 def test_modules_that_are_run_exist():
-    """Of `python -m …` in the pages, and in docstrings and comments."""
+    """Check `python -m …` in the pages, and in docstrings and comments."""
     folders = "docs keras_paligemma benchmarks recipes presets tests".split()
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     for folder in folders:
@@ -131,7 +131,7 @@ def test_names_that_no_page_describes_are_told():
     ]
 
 
-# What the names in the tables of calls are.
+# What the names in the tables of calls refer to.
 NAMES = {
     **{
         name: getattr(keras_paligemma, name) for name in keras_paligemma.__all__
@@ -148,8 +148,8 @@ NAMES = {
     "keras": keras,
     "dict": dict,
     "unmerge": Adapters.unmerge,
-    "tfds": None,  # Of another library.
-    # `fit` with `every=` and `keep=` is the one that resumes.
+    "tfds": None,  # From another library.
+    # `fit` with `every=` and `keep=` is the resuming function.
     "fit": training.fit,
 }
 
@@ -169,17 +169,17 @@ def our_calls(page):
             try:
                 tree = ast.parse(code)
             except SyntaxError:
-                continue  # A command, or a list of names.
+                continue  # A command or a list of names.
             yield from (n for n in ast.walk(tree) if isinstance(n, ast.Call))
 
 
 def named(function):
-    """Find what the function of a call is; `None` of another library's."""
+    """Return the function of a call, or `None` if another library has it."""
     if isinstance(function, ast.Name):
         return NAMES[function.id]
     owner = named(function.value)
     if isinstance(owner, property):
-        owner = Adapters  # What `model.adapters` gives.
+        owner = Adapters  # The type of `model.adapters`.
     return None if owner is None else getattr(owner, function.attr)
 
 
@@ -188,14 +188,15 @@ def named(function):
     [("keras_hub", 6), ("transformers", 19), ("big_vision", 18)],
 )
 def test_calls_in_tables_exist(library, count):
-    """With the arguments that they are given."""
+    """Check calls together with their keyword arguments."""
     calls = [*our_calls(ROOT / "docs" / f"migrating_from_{library}.md")]
     assert len(calls) >= count
     for call in calls:
         found = named(call.func)
         if found in (None, dict):
             continue
-        # `enable_lora` hands options on, and its docstring says to whom.
+        # `enable_lora` forwards options, and its docstring says to which
+        # function.
         handed = getattr(PaliGemmaBackbone, found.__name__, found)
         known = {
             *inspect.signature(found).parameters,

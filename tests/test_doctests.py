@@ -1,4 +1,4 @@
-"""Examples in docstrings that show `>>>` run, and give what they say."""
+"""Docstring examples with `>>>` run and give the shown results."""
 
 import doctest
 import importlib

@@ -1,4 +1,4 @@
-"""Downloads, with hubs and buckets that stand in for the real ones."""
+"""Downloads from stand-ins for hubs and buckets."""
 
 import base64
 import hashlib
@@ -75,7 +75,7 @@ def test_headers_are_read_without_the_values(bucket, monkeypatch):
 
 
 def test_a_known_file_that_is_another(bucket, tmp_path, monkeypatch):
-    """A bucket that tells no hash: size and content are known here."""
+    """The bucket has no hash, but the size and hash are known here."""
     wanted = hashlib.sha256(b"pieces").hexdigest()
     monkeypatch.setattr(checksums, "KNOWN", {6: ("the toy", wanted)})
     path = "bucket/model/tokenizer.model"
@@ -98,7 +98,7 @@ def test_a_cut_download_goes_on(bucket, tmp_path):
     target = tmp_path / "bucket/model/a.npz.part-0"
     target.parent.mkdir(parents=True)
     draft = target.with_name(f"{target.name}.500.incomplete")
-    # What is there is kept: an X in it arrives in the file.
+    # Existing bytes are kept, so the X ends up in the file.
     draft.write_bytes(b"X" * 7)
     downloads.fetch_files(bucket, "bucket/model/a.npz.part-0", tmp_path)
     assert target.read_bytes() == b"X" * 7 + (b"first" * 100)[7:]

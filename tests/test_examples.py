@@ -1,4 +1,4 @@
-"""The scripts of `examples` run with the nano preset, and do what they say."""
+"""The scripts of `examples` run with the nano preset and give their results."""
 
 import json
 import os
@@ -19,7 +19,7 @@ LINES = EXAMPLES / "finetune" / "train.jsonl"
 
 
 def run(script, *arguments):
-    """Run a script in this process, which has paid for its imports."""
+    """Run a script in this process, which has already imported the package."""
     main = runpy.run_path(str(EXAMPLES / f"{script}.py"))["main"]
     main([str(argument) for argument in arguments])
 
@@ -38,7 +38,7 @@ def test_caption_a_folder_and_go_on(tmp_path):
 
 
 def test_a_ray_worker_captions_a_batch():
-    """Without a cluster, which only the slow tests start."""
+    """Run without a cluster, which only slow tests start."""
     pytest.importorskip("ray")
     worker = runpy.run_path(str(EXAMPLES / "ray_captions.py"))["Captions"]
     names = ("scene_1.png", "scene_2.png")
@@ -54,7 +54,7 @@ def test_a_ray_worker_captions_a_batch():
 @pytest.mark.slow
 @pytest.mark.any_backend
 def test_caption_on_a_ray_cluster(tmp_path):
-    """Two nodes answer; a third, the head, reads and writes."""
+    """Two nodes run models; a third one, the head, reads and writes."""
     pytest.importorskip("ray")
     subprocess.run(
         [sys.executable, EXAMPLES.parent / "tests" / "ray_cluster.py"]
@@ -132,7 +132,7 @@ def test_qlora(tmp_path, capsys):
 
 
 def test_distil_answers(tmp_path):
-    """The student learns what was answered, not what the file says."""
+    """The student learns the teacher's answers, not the file's."""
     rows = [json.loads(line) for line in LINES.read_text().splitlines()]
     asked = [row | {"suffix": "never read"} for row in rows[:3]]
     data = tmp_path / "asked.jsonl"
@@ -148,7 +148,7 @@ def test_distil_answers(tmp_path):
 
 
 def test_multi_host_starts(tmp_path):
-    """As the only host; two of them are in `tests/sharding`."""
+    """Run a single host; `tests/sharding` runs two of them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""Importing the package is cheap, and imports point one way."""
+"""Importing the package is cheap, and its imports have one direction."""
 
 import shutil
 import subprocess

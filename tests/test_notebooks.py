@@ -1,6 +1,6 @@
-"""The first cell of a notebook: what it does on Colab, and nothing elsewhere.
+"""The first cell of a notebook installs on Colab and does nothing elsewhere.
 
-`make notebooks` executes the notebooks whole, where this cell does nothing.
+`make notebooks` executes the whole notebooks, where this cell does nothing.
 """
 
 import glob
@@ -17,7 +17,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
-# What a notebook uses, and the extras that bring it.
+# The features a notebook uses, and the extras that provide them.
 NEEDS = {
     "import Batches": {"data", "train"},
     "import fit": {"train"},
@@ -35,7 +35,7 @@ def code_cells(notebook):
 
 
 def run_first_cell(notebook, monkeypatch, colab, accelerator=None):
-    """Run it as a runtime of Colab would; list its commands."""
+    """Run the first cell as on Colab, and list its commands."""
     commands = []
 
     def line_magic(name, line):

@@ -1,4 +1,4 @@
-"""The NumPy reference against numbers of the original implementation."""
+"""The NumPy reference compared with numbers of the original implementation."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def golden():
 
 
 def assert_near(actual, expected, tolerance=2e-5):
-    """Compare with the largest expected value as the unit."""
+    """Compare with a tolerance relative to the largest expected value."""
     assert actual.shape == expected.shape
     error = np.abs(actual - expected).max() / np.abs(expected).max()
     assert error < tolerance
@@ -42,8 +42,8 @@ def training_inputs(golden):
     token_ids = golden["in/train/text"][:, :-1]
     return {
         "token_ids": token_ids,
-        # Training in the original knows no padding: the tokens after the
-        # answer are attended to like the answer itself.
+        # In training, the original has no padding mask. Tokens after the answer
+        # are attended to like the answer itself.
         "padding_mask": np.ones_like(token_ids, bool),
         "response_mask": golden["in/train/mask_ar"][:, :-1],
     }
@@ -98,7 +98,7 @@ def test_frames_are_encoded_one_by_one(arrays, golden):
 
 @pytest.mark.parametrize("align", ["left", "right"])
 def test_padded_prompts(arrays, golden, align):
-    """Where the padding stands does not matter: positions skip it."""
+    """Positions skip padding, so its place does not matter."""
     # The last row is batch padding.
     names = ("text", "mask_input", "mask_ar")
     text, valid, causal = (golden[f"in/eval/{name}"][:4] for name in names)
@@ -108,7 +108,7 @@ def test_padded_prompts(arrays, golden, align):
             np.take_along_axis(array, order, axis=1)
             for array in (text, valid, causal)
         )
-        # The padding, now in front, would else separate image and prompt.
+        # Otherwise, the padding in front would separate image and prompt.
         causal = causal * valid
     outputs = forward(
         arrays, SETTINGS, golden["in/image"][:4], text, valid, causal
@@ -141,7 +141,7 @@ def test_attention_mask(golden):
 
 
 def test_without_post_norms_and_soft_caps(arrays, golden):
-    """PaliGemma 1: every optional part is off and changes the result."""
+    """In PaliGemma 1, every optional part is off, which changes the result."""
     no_caps = {"attention_soft_cap": None, "final_soft_cap": None}
     inputs = (golden["in/image"][:4],)
     reference = forward(arrays, SETTINGS, *inputs, **training_inputs(golden))

@@ -58,14 +58,14 @@ def config():
 
 @pytest.fixture
 def folder(tmp_path, config):
-    """A complete model folder."""
+    """Write a complete model folder."""
     presets.write_config(tmp_path, config)
     for file in (presets.WEIGHTS, presets.TOKENIZER):
         (tmp_path / file).write_bytes(b"content")
     return tmp_path
 
 
-# The data
+# Data
 
 
 def test_names_are_complete():
@@ -101,7 +101,7 @@ def test_fields_are_complete_and_in_one_order(name):
 
 
 def count_parameters(backbone):
-    """Add up the tensors of a model, from its sizes alone."""
+    """Count the parameters of a model from its sizes alone."""
     vision, text = backbone["vision_encoder"], backbone["text_decoder"]
     width, mlp = vision["hidden_dim"], vision["intermediate_dim"]
     patch = vision["patch_size"]
@@ -114,7 +114,7 @@ def count_parameters(backbone):
 
     depth, width = text["num_layers"], text["hidden_dim"]
     total += (vision["hidden_dim"] + 1) * width
-    # Queries and output have N heads, keys and values K.
+    # Queries and the output have N heads; keys and values have K.
     heads = 2 * (text["num_query_heads"] + text["num_key_value_heads"])
     norms = 4 if text["use_post_norms"] else 2
     block = (heads * text["head_dim"] + 3 * text["intermediate_dim"]) * width
@@ -164,7 +164,7 @@ def test_sizes_are_the_official_ones(name):
 
 @published
 def test_sequences_fill_whole_tiles(name):
-    """Fused attention kernels take lengths that are multiples of 128."""
+    """Fused attention kernels require lengths that are multiples of 128."""
     preset = presets.describe(name)
     backbone, lengths = preset["backbone"], preset["preprocessor"]
     patch = backbone["vision_encoder"]["patch_size"]
@@ -189,7 +189,7 @@ def test_handles(name):
     assert handles["kaggle_jax"] == f"kaggle://google/{jax}/jax/{model}"
     assert handles["huggingface_transformers"] == f"hf://google/{model}"
     assert handles["huggingface_jax"] == f"hf://google/{model}-jax"
-    # The one place where Kaggle's name is not the preset's.
+    # Kaggle's name differs from the preset's only here.
     kaggle = name.replace("mix_28b", "28b_mix")
     assert re.fullmatch(
         rf"kaggle://keras/paligemma{second}/keras/{kaggle}/[234]",
@@ -215,7 +215,7 @@ def test_kaggle_versions(name, version):
     assert handle.endswith(f"/{version}")
 
 
-# Resolving
+# Resolving names
 
 
 @pytest.mark.parametrize("source", [str, Path], ids=["str", "path"])
@@ -267,7 +267,7 @@ def test_no_hub_gives_it(monkeypatch):
 
 
 def test_resolve_embedded_preset(folder, monkeypatch, config):
-    """A name that has a folder beside the descriptions."""
+    """The name has a folder beside the descriptions."""
     monkeypatch.setattr(presets, "_HERE", folder.parent)
     described = folder.parent / "pali_gemma2_pt_3b_224.json"
     described.write_text(json.dumps(config.to_dict()))
@@ -314,7 +314,7 @@ def test_no_preprocessor_needs_no_tokenizer(folder, config):
     assert presets.read_folder(folder).preprocessor is None
 
 
-# The config's format
+# The config format
 
 
 def test_write_config_replaces_the_file(folder, config):
@@ -329,7 +329,7 @@ def test_write_config_replaces_the_file(folder, config):
 
 
 def test_a_folder_of_others_is_not_written_over(folder, config):
-    """Nor one of a damaged config: it may be anyone's."""
+    """A folder with a damaged config is not overwritten, either."""
     before = {path: path.read_bytes() for path in folder.iterdir()}
     for text in ('{"model_type": "paligemma"}', "{", None):
         if text is None:
@@ -384,7 +384,7 @@ def test_wrong_fields(tmp_path, config, spoil, message):
 
 
 def test_options_that_files_may_lack(tmp_path, config):
-    """Those that the first files did not have."""
+    """The first version's files lack these options."""
     fields = presets.HEADER | config.to_dict()
     for part, keys in {
         "preprocessor": ("on_long_prompt", "on_long_response"),
@@ -419,7 +419,7 @@ def test_config_of_another_kind(folder, text, message):
 
 
 def fake_hubs(monkeypatch, fetch, weights=True):
-    """Puts `fetch` in the place of both clients."""
+    """Replace both hub clients with `fetch`."""
 
     def snapshot_download(path, revision, allow_patterns):
         assert ("*.safetensors" in allow_patterns) is weights
@@ -473,7 +473,7 @@ def test_small_files_of_kaggle(monkeypatch, folder, has_task):
 
 
 def test_a_tokenizer_is_fetched_without_weights(monkeypatch, folder):
-    """All else of a published model is known, the tokenizer is not."""
+    """Only the tokenizer of a published model must be downloaded."""
     fake_hubs(monkeypatch, lambda path: str(folder), weights=False)
     for name in ("pali_gemma2_pt_3b_224", "hf://google/paligemma2-3b-pt-224"):
         checkpoint = formats.resolve(name, False, tokenizer=True)

@@ -1,4 +1,4 @@
-"""One model and several threads: each answer is of one state of its weights."""
+"""One model in several threads: each answer uses one state of the weights."""
 
 import threading
 import time
@@ -18,7 +18,7 @@ QUESTION = {
 
 @pytest.fixture
 def two_adapters(tiny_model):
-    """A model with adapters "one" and "two", and what each answers."""
+    """Return a model with adapters "one" and "two", and the answers of each."""
     model = tiny_model()
     answers = {}
     for seed, name in enumerate(("one", "two")):
@@ -30,7 +30,7 @@ def two_adapters(tiny_model):
 
 
 def in_threads(*functions):
-    """Run functions at the same time; give what each raised, or `None`."""
+    """Run functions in threads; return each one's exception, or `None`."""
     raised = [None] * len(functions)
 
     def keep(number):
@@ -118,7 +118,7 @@ def test_answers_between_the_steps_of_a_fit(two_adapters, examples):
             done.set()
 
     assert in_threads(train, answer) == [None, None]
-    # Training went on in between, with the adapter that it began with.
+    # Meanwhile training continued with the adapter it began with.
     assert len(steps) > 3
     assert model.adapters.active == "two"
     assert model.generate(QUESTION) == answers["two"]

@@ -1,4 +1,4 @@
-"""What a type checker sees of the public names."""
+"""Types of the public names, as type checkers see them."""
 
 import ast
 import json
@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "keras_paligemma"
 
-# Modules that are public themselves, see docs/stability.md, or whose names
-# the public ones hand out.
+# Modules that are public themselves (see docs/stability.md), or whose names
+# public names return.
 MODULES = [
     *sorted((PACKAGE / "tasks").glob("[!_]*.py")),
     *(PACKAGE / name for name in ("config.py", "lora_config.py", "presets.py")),
@@ -22,7 +22,7 @@ MODULES = [
 
 
 def public_names():
-    """List (package, module, name) of all stubs, as paths and a str."""
+    """List (package, module, name) of all stubs: two paths and a str."""
     return [
         (stub.parent, node.module, alias.name)
         for stub in sorted(PACKAGE.rglob("__init__.pyi"))
@@ -46,7 +46,7 @@ def public_definitions():
 
 
 def public_functions(definition):
-    """List a function, or the methods of a class that users call."""
+    """List a function itself, or the methods of a class that users call."""
     if isinstance(definition, ast.FunctionDef):
         return [definition]
     return [
@@ -61,7 +61,7 @@ def public_functions(definition):
 
 
 def without_annotation(function):
-    """List the arguments that lack a type, and "return" if that does."""
+    """List the arguments without a type, and "return" if it has none."""
     arguments = function.args
     listed = [
         *arguments.posonlyargs,
@@ -86,7 +86,7 @@ def without_annotation(function):
     ids=[f"{file.stem}.{name}" for file, name in public_definitions()],
 )
 def test_public_signatures_are_annotated(file, name):
-    # Overloads have the name too.
+    # Overloads have the same name.
     definitions = [
         node
         for node in ast.parse(file.read_text("utf-8")).body
@@ -102,7 +102,7 @@ def test_public_signatures_are_annotated(file, name):
     } == {}
 
 
-# As an editor does, Keras's classes are read from its sources.
+# Keras's classes are read from its sources, as in an editor.
 def pyright(folder):
     """List the types that pyright reveals in names.py, and its errors."""
     config = {"extraPaths": [str(ROOT)]}
@@ -119,7 +119,7 @@ def pyright(folder):
     return revealed, [error for error in found if error["severity"] == "error"]
 
 
-# Other packages are left out: their sources take most of a minute.
+# Other packages are excluded, since their sources take most of a minute.
 def mypy(folder):
     """List the types that mypy reveals in names.py, and its errors."""
     config = """

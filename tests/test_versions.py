@@ -1,4 +1,4 @@
-"""Versions are said once, and the lowest are those that a workflow tests."""
+"""Versions are declared once, and a workflow tests the lowest ones."""
 
 import tomllib
 from pathlib import Path
@@ -15,7 +15,7 @@ TESTED = ("jax", "train", "eval", "hf")
 
 
 def pins(name):
-    """Read a file of constraints, as dict of name to version."""
+    """Read a constraints file as a dict of name to version."""
     lines = (ROOT / name).read_text("utf-8").splitlines()
     found = [Requirement(line) for line in lines if line and line[0] != "#"]
     return {
@@ -25,7 +25,7 @@ def pins(name):
 
 
 def bounds(*extras):
-    """Return the lower bounds of the package and of extras."""
+    """Return the lower bounds of the package and its extras."""
     listed = list(PROJECT["dependencies"])
     for extra in extras:
         listed += PROJECT["optional-dependencies"][extra]

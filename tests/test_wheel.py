@@ -1,4 +1,4 @@
-"""A wheel: what it carries, and that it is found without a checkout."""
+"""The wheel: its contents, and its use without a checkout."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A wheel's files, as pip unpacks them."""
+    """Unpack a wheel's files as pip does."""
     folder = tmp_path_factory.mktemp("wheel")
     (wheel,) = WheelBuilder(str(ROOT)).build(
         directory=str(folder), versions=["standard"]

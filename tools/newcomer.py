@@ -1,11 +1,11 @@
-"""Walk through the documentation as a newcomer does.
+"""Follow the documentation as a new user does.
 
     python -m tools.newcomer --python python3.13
 
-The wheel is built and installed into a new environment by the line of
-docs/install.md for all of its pages. Then the commands, the demo and the code
-blocks of README and docs run as they are printed, each page in a folder that
-holds what `keras-paligemma examples` wrote, with no checkout to be found.
+The wheel is built and installed into a new environment by the command in
+docs/install.md that covers all pages. Then the commands, the demo and the code
+blocks of README and docs run as printed. Each page runs in a folder with the
+files of `keras-paligemma examples`, and without access to a checkout.
 """
 
 import argparse
@@ -32,7 +32,7 @@ COMMANDS = (
 
 
 def install_line() -> str:
-    """Read which command installs what the code of all pages needs."""
+    """Read the command that installs everything that the pages' code needs."""
     page = (ROOT / "docs" / "install.md").read_text("utf-8")
     found = re.search(
         "the code of all pages.*?^ *(pip .*?)$", page, re.S | re.M
@@ -42,11 +42,11 @@ def install_line() -> str:
 
 
 class Newcomer:
-    """An environment and a folder of their own.
+    """A separate environment and folder.
 
     Args:
-        python: str, command of the interpreter that makes the environment.
-        folder: path, empty.
+        python: str, command of the interpreter for the environment.
+        folder: path, an empty folder.
     """
 
     def __init__(self, python: str, folder: Path):
@@ -55,7 +55,7 @@ class Newcomer:
         self.home.mkdir()
         environment = folder / "environment"
         subprocess.run([python, "-m", "venv", environment], check=True)
-        # Nothing of this checkout, or of the environment that runs this.
+        # Remove variables of this checkout and of the current environment.
         self.variables = {
             name: value
             for name, value in os.environ.items()
@@ -68,7 +68,7 @@ class Newcomer:
         }
 
     def run(self, command: str, cwd: Path | None = None) -> None:
-        """Run a line of a shell; end the walk where it fails."""
+        """Run a shell command, and exit if it fails."""
         started = time.monotonic()
         print(f"$ {command}", flush=True)
         subprocess.run(
@@ -80,10 +80,11 @@ class Newcomer:
         print(f"  {time.monotonic() - started:.1f} s", flush=True)
 
     def read(self, page: Path) -> None:
-        """Run the blocks of a page in a folder of its own."""
+        """Run the blocks of a page in a separate folder."""
         place = self.folder / "pages" / page.stem
         place.mkdir(parents=True)
-        # By itself, so that nothing beside it is found.
+        # The runner is copied alone, so that no neighbouring module is
+        # importable.
         runner = shutil.copy(ROOT / "tools" / "docs" / "pages.py", place.parent)
         copied = shutil.copy(page, place.parent)
         self.run("keras-paligemma examples", place)
@@ -91,7 +92,7 @@ class Newcomer:
 
 
 def main() -> None:
-    """Walk, and stop where a newcomer would be stopped."""
+    """Run all pages, and stop at the first failure."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

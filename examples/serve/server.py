@@ -3,17 +3,18 @@
     pip install tensorflow tensorflow-text
     python server.py FOLDER [--port 8000] [--codec vae-oid.npz]
 
-Needs TensorFlow and tensorflow-text, and nothing of keras_paligemma, but for
-the masks of `segment`: `--codec` decodes them by `keras_paligemma.tasks`, which
-loads no Keras.
+Needs TensorFlow and tensorflow-text, but not keras_paligemma, except for the
+masks of `segment`: `--codec` decodes them with `keras_paligemma.tasks`, which
+does not load Keras.
 
-POST /answer takes JSON: `image` (base64 of a JPEG, PNG, WebP or GIF), `prompt`,
-and if wanted `max_new_tokens` and `temperature`, and `adapter` where the model
-has named ones. It gives `text`, `boxes`, and `log_probabilities` of the tokens.
-A box has its edges as shares of height and width, its `label` and `score`; the
-16 `codes` of its mask, where the answer has them; and, with `--codec`, `mask`,
-the URI of a PNG that fills the box, opaque in the object. What is wrong with a
-request comes as {"error": …} and a status from 400 to 499.
+POST /answer takes JSON with `image` (base64 of a JPEG, PNG, WebP or GIF),
+`prompt`, optionally `max_new_tokens` and `temperature`, and `adapter` where the
+model has named adapters. It returns `text`, `boxes`, and `log_probabilities` of
+the tokens. A box has its edges as shares of height and width, its `label`, and
+its `score`. It has the 16 `codes` of its mask if the answer contains them, and
+with `--codec` also `mask`, the URI of a PNG that fills the box and is opaque on
+the object. Errors of a request are returned as {"error": …} with a status from
+400 to 499.
 """
 
 import argparse
@@ -55,10 +56,10 @@ class Model:
     """A SavedModel that answers one picture and prompt at a time.
 
     Args:
-        folder: str or path, as `model.export` wrote it.
-        at_once: int, requests that compute at the same time; others wait.
-        codec: `keras_paligemma.tasks.mask_codec.MaskCodec`, or `None`, which
-            leaves masks as codes.
+        folder: str or path, a folder written by `model.export`.
+        at_once: int, maximum requests computed at the same time; others wait.
+        codec: `keras_paligemma.tasks.mask_codec.MaskCodec`, or `None` to
+            return masks as codes.
     """
 
     def __init__(self, folder, at_once=2, codec=None):
@@ -69,7 +70,7 @@ class Model:
         self.defaults = self._defaults(folder)
 
     def _defaults(self, folder):
-        """Read from the file what TensorFlow Serving reads there, too."""
+        """Read the defaults from the file, as TensorFlow Serving does."""
         from tensorflow.core.protobuf import saved_model_pb2
 
         content = (Path(folder) / "saved_model.pb").read_bytes()
@@ -86,14 +87,14 @@ class Model:
         Args:
             image: bytes of an encoded picture.
             prompt: str.
-            **options: `max_new_tokens`, the longest answer if not given;
-                `temperature`; `adapter`, where the model has them.
+            **options: `max_new_tokens`, by default the maximum;
+                `temperature`; `adapter`, where the model has adapters.
 
         Returns:
             Dict of `text`, `boxes` and `log_probabilities`.
 
         Raises:
-            Refused: the model says what is wrong.
+            Refused: the model refuses the inputs.
         """
         unknown = sorted(options.keys() - self.defaults.keys())
         if unknown:
@@ -116,7 +117,7 @@ class Model:
         written = outputs["token_ids"].numpy()[0] != 0
         values = outputs["log_probabilities"].numpy()[0][written].tolist()
         tokens = outputs["tokens"].numpy()[0][written]
-        # What ends an answer is no part of its last word.
+        # An end token is not part of the answer's last word.
         texts = ["" if token in ENDS else token.decode() for token in tokens]
         return {
             "text": text,
@@ -128,16 +129,16 @@ class Model:
 def boxes(tokens, log_probabilities, codec=None):
     """Read the boxes of an answer.
 
-    A score is the geometric mean of the probabilities of the four locations,
-    times that of the tokens of the label.
+    A score is the geometric mean of the probabilities of the four location
+    tokens, times that of the label's tokens.
 
     Args:
-        tokens: list of str, as SentencePiece spells them.
-        log_probabilities: list of floats, one a token or more.
+        tokens: list of str, SentencePiece pieces.
+        log_probabilities: list of floats, at least one per token.
         codec: `MaskCodec` or `None`.
 
     Returns:
-        List of dicts, ready for JSON.
+        List of dicts that can be converted to JSON.
     """
     texts = spell(tokens)
     ends = list(itertools.accumulate(map(len, texts)))
@@ -164,15 +165,15 @@ def boxes(tokens, log_probabilities, codec=None):
 
 
 def tokens_of(ends, first, end):
-    """The slice of the tokens that have characters from first to end."""
+    """Return the slice of the tokens with characters from first to end."""
     last = bisect.bisect_left(ends, end) + 1 if end > first else 0
-    # Bytes of the last character, but for its first, have no text.
+    # All bytes of the last character but its first have no text.
     last += sum(other == ends[last - 1] for other in ends[last:]) if last else 0
     return slice(bisect.bisect_right(ends, first), last)
 
 
 def spell(tokens):
-    """The text of each token; of a character in bytes the first has it."""
+    """Return the text of each token; a character's first byte has its text."""
     texts, waiting = [], b""
     for token in tokens:
         byte = BYTE.fullmatch(token)
@@ -192,7 +193,7 @@ def spell(tokens):
 
 
 def picture_of(mask):
-    """A PNG of a bool array, as a URI: white, and opaque where it is true."""
+    """Return a bool array as a PNG's URI: white, opaque where it is true."""
     alpha = tf.cast(mask, tf.uint8)[..., None] * 255
     white = tf.ones([*mask.shape, 3], tf.uint8) * 255
     pixels = tf.concat([white, alpha], -1)
@@ -226,7 +227,7 @@ def read_request(body):
         raise Refused(400, "`max_new_tokens` is out of range.")
     try:
         float(request.get("temperature", 0))
-        # JSON can spell halves of letters, which no UTF-8 has.
+        # JSON can contain lone surrogates, which UTF-8 cannot encode.
         for key in {"prompt", "adapter"} & request.keys():
             request[key] = request[key].encode()
     except (OverflowError, UnicodeEncodeError) as error:
@@ -242,10 +243,10 @@ def read_request(body):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection; `server.model` answers."""
+    """A connection; `server.model` answers its requests."""
 
     protocol_version = "HTTP/1.1"
-    # Who sends nothing for so many seconds is let go.
+    # Seconds after which an idle client is disconnected.
     timeout = 30
 
     def do_GET(self):
@@ -268,7 +269,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send_json(200, answer)
 
     def _body(self):
-        # Whatever is left unread would be taken for the next request.
+        # Unread bytes would be taken for the next request.
         self.close_connection = True
         if self.path != "/answer":
             raise Refused(404, "Expected: POST /answer.")
@@ -299,7 +300,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """A thread a connection, one model for all of them."""
+    """A server with a thread per connection, and one model for all of them."""
 
     daemon_threads = True
     request_queue_size = 64

@@ -1,9 +1,9 @@
 """Publish the nano preset: `python -m recipes.nano.card --trained FOLDER`.
 
-Weights go from the last folder of `recipes.nano.train` to `presets/`. The card,
-`README.md` in the preset's folder, has the scores of `recipes.nano.evaluate`;
-the sheet, `docs/pictures/nano_preset.png`, shows the first scenes of a seed,
-right answers and wrong ones as they come.
+Weights are copied from the last folder of `recipes.nano.train` to `presets/`.
+The card, `README.md` in the preset's folder, has the scores of
+`recipes.nano.evaluate`. The sheet, `docs/pictures/nano_preset.png`, shows the
+first scenes of a seed, with both right and wrong answers.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "presets/pali_gemma2_nano_112"
 SHEET = ROOT / "docs/pictures/nano_preset.png"
 
-# Scenes of the sheet, of each measure.
+# Number of scenes on the sheet for each measure.
 SHOWN = {"caption": 3, "several": 6, "count": 3}
 
 CARD = """# pali_gemma2_nano_112
@@ -57,7 +57,7 @@ def table(results):
     """Return the rows of the card's table.
 
     Args:
-        results: dict, of `evaluate.evaluate` for two groups of styles.
+        results: dict, from `evaluate.evaluate` for two groups of styles.
     """
     rows = []
     for key, value in results["trained"].items():
@@ -71,7 +71,7 @@ def table(results):
 
 
 def sheet(model, sprites):
-    """Draw what a model answers to some scenes, and say what it was asked."""
+    """Draw a model's answers to some scenes, with their prompts."""
     drawn, words = [], []
     for measure, count in SHOWN.items():
         examples = evaluate.held_out_scenes(

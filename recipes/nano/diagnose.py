@@ -1,9 +1,10 @@
-"""Say why a nano preset finds, or misses: `python -m recipes.nano.diagnose`.
+"""Diagnose a nano preset's detections: `python -m recipes.nano.diagnose`.
 
-Four measures on detection scenes that no training draws, in trained styles:
-which object the answer's box is on, by the number of objects; what a linear
-probe reads from the encoder's tokens; where the decoder looks when it writes
-the first location; and which tokens the loss consists of.
+Prints four measures of detection scenes in trained styles, which training never
+draws. The first is the object that the answer's box is on, by the number of
+objects. The second is what a linear probe reads from the encoder's tokens. The
+third is the decoder's attention when it writes the first location. The fourth
+is the share of each kind of token in the loss.
 """
 
 import argparse
@@ -19,21 +20,21 @@ from recipes.nano.fetch import CLASSES
 from recipes.nano.fetch import DEFAULT_CACHE
 from recipes.nano.fetch import TRAINED_STYLES
 
-# Of the variance of a token's values: the probe's penalty.
+# The probe's penalty, as a share of the variance of a token's values.
 RIDGE = 1e-2
 
 
 def one_of(sprites, objects, count, seed):
-    """Draw detection scenes of a number of different objects.
+    """Draw detection scenes with a number of different objects.
 
     Args:
-        sprites: dict, of `scenes.load_sprites`.
-        objects: int, how many a scene has.
-        count: int, scenes.
+        sprites: dict, from `scenes.load_sprites`.
+        objects: int, objects per scene.
+        count: int, number of scenes.
         seed: int.
 
     Returns:
-        list of examples as `scenes.sample` gives them.
+        List of examples like those of `scenes.sample`.
     """
     examples = []
     for index in range(count):
@@ -54,7 +55,7 @@ def one_of(sprites, objects, count, seed):
 
 
 def which_object(examples, responses):
-    """Count boxes on the named object, on another one, and on none."""
+    """Count boxes on the named object, on another object, and on none."""
     right, other, overlaps = [], [], []
     for example, response in zip(examples, responses, strict=True):
         asked = example["prompt"].removeprefix("detect ")
@@ -73,7 +74,7 @@ def which_object(examples, responses):
 
 
 def patches(examples):
-    """Return the object at each patch's centre: (B, I), -1 for none."""
+    """Return the object at each patch's centre, (B, I), with -1 for none."""
     return np.stack(
         [lesson.object_of_patches(example["objects"]) for example in examples]
     )
@@ -85,16 +86,16 @@ def pictures(examples):
 
 
 def probe(backbone, fitted, tested):
-    """Read class and box off single tokens by least squares.
+    """Predict class and box from single tokens by least squares.
 
     Args:
         backbone: `PaliGemmaBackbone`.
-        fitted: list of examples that the probe is fitted to.
-        tested: list of examples that it is measured on.
+        fitted: list of examples, to fit the probe.
+        tested: list of examples, to measure the probe.
 
     Returns:
         Dict of the share of right classes and the mean error of an edge in
-        pixels, over patches whose middle is on an object.
+        pixels, over patches whose centre is on an object.
     """
     rows = []
     for examples in (fitted, tested):
@@ -120,7 +121,7 @@ def probe(backbone, fitted, tested):
 
 
 def teacher_forced(model, examples):
-    """Preprocess examples with their responses, as `fit` does."""
+    """Preprocess examples together with their responses, as `fit` does."""
     data = {
         "images": np.stack([example["image"] for example in examples]),
         "prompts": [example["prompt"] for example in examples],
@@ -130,12 +131,13 @@ def teacher_forced(model, examples):
 
 
 def attention_on_objects(model, examples):
-    """Measure where the token before the first location looks.
+    """Measure the attention of the token before the first location.
 
     Returns:
-        Dict of "layer head" to the share of its attention to all objects'
-        patches that is on the named one. Where it does not tell them apart,
-        that is the named object's share of these patches.
+        Dict of "layer head" to the share of attention on the named object's
+        patches, relative to the attention on all objects' patches. A head
+        that does not distinguish objects gives the named object's share of
+        these patches.
     """
     backbone = model.backbone
     decoder = backbone.text_decoder
@@ -190,7 +192,7 @@ def share_of(weights_BI, which, named):
 
 
 def loss_by_kind(model, examples):
-    """Mean cross-entropy of each kind of token, and its share of the sum."""
+    """Return mean cross-entropy and share of the sum by kind of token."""
     inputs, targets, weights = teacher_forced(model, examples)
     hidden = model.backbone(inputs)[:, -targets.shape[1] - 1 : -1]
     logits = np.asarray(model.backbone.logits(hidden))

@@ -1,7 +1,7 @@
-"""Measure how well a model reads scenes that it was never trained on.
+"""Measure a model on scenes that it was not trained on.
 
-Training draws its scenes from `np.random.default_rng([0, ...])`, evaluation
-from `np.random.default_rng([1, ...])`, so the two never meet.
+Training draws its scenes from `np.random.default_rng([0, ...])`, and evaluation
+from `np.random.default_rng([1, ...])`, so that the two never overlap.
 """
 
 import re
@@ -16,25 +16,25 @@ from keras_paligemma.tasks.mask_codec import MaskCodec
 from recipes.nano import questions
 from recipes.nano import scenes
 
-# The most tokens of a response, with the end of the text: three boxes.
+# The most tokens of a response: three boxes, with the end token.
 MAX_NEW_TOKENS = 24
 
 BATCH_SIZE = 64
 
-# A box is on an object from this intersection over union on.
+# The minimum IoU for a box to count as on an object.
 ON_OBJECT = 0.5
 
 
 class Measure(NamedTuple):
-    """What is asked of which scenes.
+    """A kind of question and its scenes.
 
     Args:
-        words: str, for the card.
-        task: str, a key of `questions.TASKS`, or of `scenes.TASKS` where the
-            scenes are those of `scenes.sample`.
-        fewest: int, objects of a scene at least, all different; 0 for
+        words: str, text for the card.
+        task: str, a key of `questions.TASKS`, or a key of `scenes.TASKS` where
+            the scenes are those of `scenes.sample`.
+        fewest: int, minimum objects in a scene, all different; 0 for
             `scenes.sample`.
-        most: int, objects of a scene at most.
+        most: int, maximum objects in a scene.
     """
 
     words: str
@@ -54,14 +54,14 @@ MEASURES = {
     "several": Measure("several labels", "detect_several", 2, 3),
     "segment": Measure("segmentation, one to three", "segment", 1, 3),
 }
-# What `score` gives, for the card.
+# Names of `score`'s results on the card.
 SCORES = {
     "exact": "exact",
     "iou": "mean IoU",
     "right": "right object",
     "labels": "labels in their order",
 }
-# Those that every version of the preset knows.
+# Measures that every version of the preset supports.
 PUBLISHED = ("caption_single", "caption", "detect", "count")
 
 
@@ -69,7 +69,7 @@ def held_out_scenes(sprites, classes, styles, measure, seed, count):
     """Make the scenes of one measure.
 
     Args:
-        sprites: dict, what `scenes.load_sprites` returns.
+        sprites: dict, from `scenes.load_sprites`.
         classes: sequence of str.
         styles: sequence of str, styles of one group.
         measure: str, key of `MEASURES`.
@@ -77,7 +77,7 @@ def held_out_scenes(sprites, classes, styles, measure, seed, count):
         count: int, number of scenes.
 
     Returns:
-        list of examples like those of `scenes.sample`.
+        List of examples like those of `scenes.sample`.
     """
     kind = list(MEASURES).index(measure)
     _, task, fewest, most = MEASURES[measure]
@@ -111,7 +111,7 @@ def held_out_scenes(sprites, classes, styles, measure, seed, count):
 
 
 def respond(generate, examples):
-    """Let the model answer the examples' prompts, in batches."""
+    """Generate answers to the examples' prompts in batches."""
     responses = []
     for start in range(0, len(examples), BATCH_SIZE):
         batch = examples[start : start + BATCH_SIZE]
@@ -124,7 +124,7 @@ def respond(generate, examples):
 
 
 def read_boxes(text, name, size):
-    """Return the boxes in pixels that a response gives for one class."""
+    """Return a response's boxes for one class, in pixels."""
     return [
         [size * edge for edge in found.box]
         for found in read_objects(text)
@@ -137,11 +137,11 @@ def match_boxes(wanted, found):
 
     Args:
         wanted: list of the true boxes.
-        found: list of the boxes of the model.
+        found: list of the model's boxes.
 
     Returns:
-        list with the intersection over union of each true box and the best
-        of the boxes that no earlier one took; 0 where none is left.
+        List of the IoU of each true box and the best box that no earlier true
+        box took; 0 where none is left.
     """
     left, overlaps = list(found), []
     for box in wanted:
@@ -160,14 +160,15 @@ def score(example, response):
     """Return the scores of a response.
 
     Args:
-        example: dict, one of `held_out_scenes`.
-        response: string.
+        example: dict, from `held_out_scenes`.
+        response: str.
 
     Returns:
-        dict of lists: `"exact"`; or, of detection, `"iou"` with the named
-        objects and `"right"`, whether a box is on the named object; of
-        several labels `"labels"` too, whether the answer's are the wanted
-        ones in their order; of segmentation `"iou"` of masks.
+        Dict of lists. `"exact"` is given for answers without boxes.
+        Detection gives `"iou"` with the named objects and `"right"`, whether
+        a box is on the named object. Several labels also give `"labels"`,
+        whether the answer's labels are the expected ones in order.
+        Segmentation gives `"iou"` of masks.
     """
     if example["task"] in ("caption", "count"):
         return {"exact": [float(response.strip() == example["response"])]}
@@ -193,7 +194,7 @@ def score(example, response):
 
 
 def mask_overlap(example, response):
-    """Return the intersection over union of the true mask and the answer's."""
+    """Return the IoU of the true mask and the answer's mask."""
     asked = example["prompt"].split(" ", 1)[1]
     size = len(example["image"])
     (placed,) = (p for p in example["objects"] if p.name == asked)
@@ -205,7 +206,7 @@ def mask_overlap(example, response):
 
 
 def read_mask(text, name, size):
-    """Return the mask of the first object of a name in an answer, if any."""
+    """Return the mask of an answer's first object with a name, or `None`."""
     boxes = read_boxes(text, name, size)
     codes = [int(code) for code in re.findall(r"<seg(\d{3})>", text)]
     if not boxes or len(codes) != CODES:
@@ -230,9 +231,9 @@ def evaluate(
         generate: function of a dict of `"images"`, uint8
             `(batch, 112, 112, 3)`, and `"prompts"`, a list of str, and
             the keyword `max_new_tokens`; returns the responses, a list of
-            strings.
-        sprites: dict, what `scenes.load_sprites` returns.
-        classes: sequence of str, classes that scenes are made of.
+            str.
+        sprites: dict, from `scenes.load_sprites`.
+        classes: sequence of str, classes of the scenes' objects.
         style_groups: dict of names of groups to their styles, such as
             `{"trained": TRAINED_STYLES, "held-out": HELD_OUT_STYLES}`.
         seed: int; another seed gives other scenes.
@@ -240,7 +241,7 @@ def evaluate(
         measures: sequence of keys of `MEASURES`.
 
     Returns:
-        dict that maps each group to a dict of numbers from 0 to 1, such as
+        Dict that maps each group to a dict of numbers from 0 to 1, such as
         `"detect_2 right"`: a measure and a key of `score`.
     """
     results = {}

@@ -1,8 +1,8 @@
-"""Fetch the emoji pictures of the nano preset and make them sprites.
+"""Download the emoji pictures of the nano preset and convert them to sprites.
 
 The pictures come from public npm packages (see `NOTICE.md` for the licences).
-`npm pack` puts the packages into a cache folder; this script then writes
-`sprites.npz` beside them, with the arrays
+`npm pack` downloads the packages into a cache folder. This script then writes
+`sprites.npz` into the folder, with these arrays:
 
 - `sprites`: uint8 `(styles, classes, 128, 128, 4)`, RGBA, not premultiplied.
   Each picture is cropped to its alpha box, scaled so that its longer side is
@@ -29,10 +29,10 @@ DEFAULT_CACHE = Path("~/.cache/keras_paligemma/nano").expanduser()
 
 SPRITE_SIZE = 128
 
-# The edge in pixels that vector pictures are drawn with before the crop.
+# Size in pixels at which vector pictures are drawn before cropping.
 RENDER_SIZE = 256
 
-# An alpha above this value belongs to the object.
+# Pixels with an alpha above this value belong to the object.
 ALPHA_THRESHOLD = 127
 
 # Style -> npm package. The last style is held out from training.
@@ -104,16 +104,16 @@ CLASSES = {
 
 
 def fetch_package(spec, cache):
-    """Return the path of an npm package's tarball, fetched when missing.
+    """Return the path of an npm package's tarball, downloading it if missing.
 
     Args:
-        spec: str, package and its version, `name@version`.
-        cache: `pathlib.Path`. The folder that tarballs are kept in.
+        spec: str, package and version, `name@version`.
+        cache: `pathlib.Path`, the folder for tarballs.
 
     Returns:
         The `pathlib.Path` of the tarball.
     """
-    # npm names "@scope/name@1.0.0" "scope-name-1.0.0.tgz".
+    # npm names the file of "@scope/name@1.0.0" "scope-name-1.0.0.tgz".
     name, version = spec.rsplit("@", 1)
     name = name.removeprefix("@").replace("/", "-")
     tarball = cache / f"{name}-{version}.tgz"
@@ -148,19 +148,19 @@ def read_member(tarball, name):
 
 
 def read_labels(cache):
-    """Return the English labels of all emoji, a list of str."""
+    """Return the English labels of all emoji as a list of str."""
     tarball = fetch_package(LABELS_PACKAGE, cache)
     entries = json.loads(read_member(tarball, "en/data.json"))
     return [entry["label"] for entry in entries]
 
 
 def read_bitmaps(tarball):
-    """Return the classes' pictures of the package of webp files."""
+    """Return the classes' pictures from the package of webp files."""
     pictures = []
     with tarfile.open(tarball) as archive:
         names = set(archive.getnames())
         for code_point in CLASSES.values():
-            # Some emoji are only pictures with a variation selector.
+            # Some emoji need a variation selector in their file name.
             path = f"package/assets/{code_point}.webp"
             if path not in names:
                 path = f"package/assets/{code_point}-fe0f.webp"
@@ -170,10 +170,10 @@ def read_bitmaps(tarball):
 
 
 def read_icons(tarball, names):
-    """Return the classes' pictures of an icon set, drawn from their SVGs.
+    """Return the classes' pictures of an icon set, drawn from its SVGs.
 
     Args:
-        tarball: path of the package of an icon set.
+        tarball: path, an icon set's package.
         names: dict of code points to names of icons.
 
     Returns:
@@ -200,7 +200,7 @@ def read_icons(tarball, names):
 
 
 def crop(picture):
-    """Cut a picture to its alpha box and scale it to a sprite.
+    """Crop a picture to its alpha box and scale it to a sprite.
 
     Args:
         picture: RGBA `PIL.Image.Image`.
@@ -222,7 +222,7 @@ def crop(picture):
 def build_sprites(cache):
     """Write `sprites.npz` in the cache folder and return its path."""
     tarballs = {s: fetch_package(p, cache) for s, p in STYLES.items()}
-    # The icon sets share their names; not all of them list the code points.
+    # The icon sets share names, but not all of them list the code points.
     names = json.loads(read_member(tarballs["noto"], "chars.json"))
     sprites, sizes = [], []
     for style, tarball in tarballs.items():

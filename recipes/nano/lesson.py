@@ -1,12 +1,13 @@
-"""What a step of training computes: batches, a model with heads, losses.
+"""The computation of a training step: batches, a model with heads, losses.
 
-The published preset's decoder did not look at the object that it was asked for
-(`recipes.nano.diagnose`): location tokens are learnt from four numbers a box,
-and a box of another object is nearly as good a guess. So beside the answer's
-tokens each image token inside of the decoder is asked which label of the prompt
-its object is, if any: up to 64 targets an example that say what to look for. Of
-captions, which have no labels, it is asked for its object's place in the row.
-The heads that say so are dropped after the training.
+The published preset's decoder did not attend to the object that the prompt
+named (`recipes.nano.diagnose`). Location tokens provide only four targets per
+box, and another object's box is nearly as good a guess. This model therefore
+has a second kind of target beside the answer's tokens. Each image token inside
+the decoder predicts which label of the prompt its object has, if any. This
+gives up to 64 targets per example that tell the model what to look for.
+Captions have no labels; their targets are the position of the object in the
+row. The heads for these targets are dropped after training.
 """
 
 import keras
@@ -21,44 +22,46 @@ from recipes.nano.fetch import TRAINED_STYLES
 SIZE, PATCH = 112, 14
 SIDE = SIZE // PATCH
 
-# Labels, or places in a row, that an object can have; 0 is for none.
+# The number of classes of a place target: the index of a label, or of a
+# position in a row; 0 means none.
 PLACES = 1 + max(questions.MAX_LABELS, questions.MAX_BOXES)
 
-# The block of the decoder after which image tokens know their place.
+# The decoder block after which image tokens predict these places.
 PLACES_AFTER = 1
 
-# The longest prompt of the tasks; the published preset leaves
-# more room, and padding changes nothing.
+# The longest prompt of the tasks. The published preset has more room, and
+# padding changes nothing.
 PROMPT_LENGTH = 8
 
-# A count is one token, a detection up to eighteen: the sum over an answer
-# counts as so many of them.
+# A count has one token, and a detection up to eighteen. The token weights of
+# every answer sum to this number.
 MEAN_TOKENS = 6
 
-# Most patches show no object; together they should not weigh more than those
-# that do.
+# Most patches show no object. Their total weight should not exceed that of the
+# others.
 BACKGROUND_WEIGHT = 0.3
 
-# Width, in bins, of the targets of a location: an edge that is one pixel off
-# is nine bins off and nearly right, and the loss should say so.
+# Width of a location's soft targets, in bins. An edge that is one pixel off is
+# nine bins off and nearly right, which the loss should reflect.
 LOCATION_SPREAD = 6.0
 
-# The targets of the encoder.
+# Targets of the encoder's tokens.
 OF_PATCHES = ("names", "boxes")
 
-# Patches of one object that a decoder sees at least, if it does not see all.
+# The minimum number of an object's patches that a decoder sees, if it does not
+# see all.
 PATCHES_KEPT = 5
 
 
 class Lessons(keras.utils.PyDataset):
-    """Endless scenes with their questions, the same at every run.
+    """Endless scenes with questions, identical in every run.
 
     Args:
-        sprites: dict, of `scenes.load_sprites`.
+        sprites: dict, from `scenes.load_sprites`.
         preprocessor: `PaliGemmaCausalLMPreprocessor` without images.
         stage: `recipes.nano.train.Stage`.
         seed: int, the number of the stage.
-        steps: int, batches an epoch.
+        steps: int, batches per epoch.
     """
 
     def __init__(self, sprites, preprocessor, stage, seed, steps):
@@ -113,14 +116,14 @@ def batch(pictures, asked, which, kept, preprocessor):
 
     Args:
         pictures: list of (image, objects).
-        asked: list of lists of `Question`, as many for each picture.
-        which: int array (pictures, patches), of `object_of_patches`.
-        kept: int array (pictures, patches that the decoder sees), of
+        asked: list of lists of `Question`, equally many for each picture.
+        which: int array (pictures, patches), from `object_of_patches`.
+        kept: int array (pictures, patches that the decoder sees), from
             `some_patches`.
         preprocessor: `PaliGemmaCausalLMPreprocessor` without images.
 
     Returns:
-        Inputs, targets and weights, all with the pictures first.
+        Inputs, targets and weights, all with the pictures on the first axis.
     """
     count, each = len(asked), len(asked[0])
     flat = [question for several in asked for question in several]
@@ -171,7 +174,7 @@ def batch(pictures, asked, which, kept, preprocessor):
 
 
 def object_of_patches(objects):
-    """Number the object around the middle of each patch, -1 for none.
+    """Return the object at the centre of each patch, -1 for none.
 
     Args:
         objects: list of `scenes.Placed`.
@@ -189,18 +192,18 @@ def object_of_patches(objects):
 
 
 def some_patches(rng, which, number):
-    """Choose patches for the decoder to see: some of each object, and others.
+    """Choose the patches that the decoder sees, with some of each object.
 
-    Tokens know their place, so that most may be missing: a step of 24 costs
-    less than half of one of 64.
+    Tokens have positions, so most of them may be missing. A step of 24 tokens
+    costs less than half of a step of 64.
 
     Args:
         rng: `numpy.random.Generator`.
-        which: int array, of `object_of_patches`.
-        number: int, how many; all of them, or fewer.
+        which: int array, from `object_of_patches`.
+        number: int, number of patches to choose.
 
     Returns:
-        int array (number,), rising.
+        int array (number,), in ascending order.
     """
     rank = rng.random(len(which))
     for place in range(which.max() + 1):
@@ -252,7 +255,7 @@ class Lesson(keras.Model):
         x_BLD = backbone.embed(rows)
         images = kept_NK.shape[1]
         mask, positions = backbone.mask_and_positions(rows, images)
-        # Where these tokens are if all are there.
+        # Positions of these tokens as if all tokens were present.
         missing = image_NID.shape[1] - images
         positions = ops.concatenate(
             [
@@ -266,7 +269,8 @@ class Lesson(keras.Model):
         for number, block in enumerate(decoder.blocks.each_block()):
             x_BLD = block(x_BLD, *arguments)
             if number == PLACES_AFTER:
-                # The norm of the next block: what that block can read.
+                # Normalize as the next block does: places are predicted from
+                # its inputs.
                 seen_BID = rms(x_BLD[:, :images])
         x_BLD = decoder.final_norm(x_BLD)
         logits = backbone.logits(x_BLD[:, images + PROMPT_LENGTH - 1 : -1])
@@ -285,7 +289,7 @@ def rms(x_BTD):
 
 
 class SoftLocationLoss(keras.losses.Loss):
-    """Cross-entropy whose targets are soft where they are locations.
+    """Cross-entropy with soft targets for location tokens.
 
     Args:
         first: int, the id of `<loc0000>`.
@@ -313,8 +317,8 @@ class SoftLocationLoss(keras.losses.Loss):
 class RowLoss(keras.losses.Loss):
     """Squared distance to the embeddings of location tokens.
 
-    What the encoder says of a box is then what the decoder's head reads, and
-    the decoder has only to copy it.
+    The encoder's output for a box is then the vector that the decoder's head
+    reads, so the decoder only has to copy it.
 
     Args:
         rows: array (locations, width), scaled to a variance of one.

@@ -1,7 +1,7 @@
-"""What is asked of a scene, what to answer, and which objects that names.
+"""Questions about a scene, their answers, and the objects that they name.
 
-One picture gets several questions: the encoder runs once for all of them, and
-what differs between their answers is only what was asked for.
+A picture gets several questions, so that the encoder runs only once for all of
+them. Their answers then differ only because of the questions.
 """
 
 from typing import NamedTuple
@@ -11,11 +11,11 @@ import numpy as np
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from recipes.nano import scenes
 
-# Boxes of an answer at most, labels of a prompt at most.
+# The most boxes of an answer, and the most labels of a prompt.
 MAX_BOXES = 3
 MAX_LABELS = 3
 
-# The share of labels in a prompt of several that are not in the scene.
+# In prompts of several labels, the share of labels that are not in the scene.
 ABSENT_LABELS = 0.15
 
 
@@ -25,9 +25,9 @@ class Question(NamedTuple):
     Args:
         prompt: str.
         response: str.
-        mentioned: list of lists of ints, the objects by their numbers in the
-            scene, of each label of the prompt; of a caption, which has no
-            labels, one after another.
+        mentioned: list of lists of ints, the indices of the scene's objects
+            for each label of the prompt. A caption has no labels, so it lists
+            one object after another.
     """
 
     prompt: str
@@ -38,11 +38,11 @@ class Question(NamedTuple):
 def mask_codes(sprites):
     """Encode the outline of each sprite at its full size.
 
-    The same sprite has the same codes at every size, so that what a model has
-    to know is which sprite it sees.
+    A sprite has the same codes at every size, so that a model only has to
+    recognise the sprite.
 
     Args:
-        sprites: dict, of `scenes.load_sprites`.
+        sprites: dict, from `scenes.load_sprites`.
 
     Returns:
         Dict of (style, name) to a string of 16 `<seg>` tokens.
@@ -60,7 +60,7 @@ def mask_codes(sprites):
 
 
 def caption(rng, objects, classes, size, codes):
-    """Ask for the names of all objects; `None` where a class is there twice."""
+    """Ask for the names of all objects; `None` if a class occurs twice."""
     names = [placed.name for placed in objects]
     if len(set(names)) < len(names) or len(names) > MAX_BOXES:
         return None
@@ -69,14 +69,14 @@ def caption(rng, objects, classes, size, codes):
 
 
 def count(rng, objects, classes, size, codes):
-    """Ask how many of a class there are, now and then of an absent one."""
+    """Ask how many objects of a class there are, sometimes an absent one."""
     prompt, response = scenes.count_example(rng, objects, classes, size)
     asked = prompt.split()[-1].removesuffix("?")
     return Question(prompt, response, [_numbers(objects, asked)])
 
 
 def detect(rng, objects, classes, size, codes):
-    """Ask for one class."""
+    """Ask for the boxes of one class."""
     return _boxes(rng, objects, [_one(rng, objects)], size, "detect", None)
 
 
@@ -95,7 +95,7 @@ def detect_several(rng, objects, classes, size, codes):
 
 
 def segment(rng, objects, classes, size, codes):
-    """Ask for the outline of one class; `None` where it is there twice."""
+    """Ask for the outline of one class; `None` if it occurs twice."""
     asked = _one(rng, objects)
     if len(_numbers(objects, asked)) > 1:
         return None
@@ -140,14 +140,14 @@ def ask(rng, objects, classes, size, codes, shares, number):
     Args:
         rng: `numpy.random.Generator`.
         objects: list of `scenes.Placed`.
-        classes: sequence of strs.
+        classes: sequence of str.
         size: int, edge of the picture in pixels.
-        codes: dict, of `mask_codes`.
-        shares: dict of names of `TASKS` to how often each is asked, about.
-        number: int, questions.
+        codes: dict, from `mask_codes`.
+        shares: dict of names of `TASKS` to their approximate frequencies.
+        number: int, number of questions.
 
     Returns:
-        List of `Question`; one is asked twice only where a scene has no more.
+        List of `Question`. A question repeats only if the scene has no more.
     """
     names, weights = list(shares), np.array(list(shares.values()), "float64")
     found, tries = {}, 0
@@ -157,6 +157,6 @@ def ask(rng, objects, classes, size, codes, shares, number):
         question = TASKS[task](rng, objects, classes, size, codes)
         if question is not None:
             found.setdefault(question.prompt, question)
-    # A class that is there four times and more can only be counted.
+    # A class with four or more objects can only be counted.
     asked = list(found.values()) or [count(rng, objects, classes, size, codes)]
     return [asked[i % len(asked)] for i in range(number)]

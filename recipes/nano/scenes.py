@@ -1,4 +1,4 @@
-"""Scenes of emoji pictures, with prompts and the responses they should get.
+"""Scenes of emoji pictures, with prompts and expected responses.
 
 A scene is a background with one to five sprites on it. All randomness comes
 from the `numpy.random.Generator` that the caller passes, so the same seed
@@ -17,15 +17,16 @@ from recipes.nano.fetch import DEFAULT_CACHE
 SINGLE_SCALE = (0.25, 0.7)
 SEVERAL_SCALE = (0.2, 0.45)
 
-# Limits of the layout. The distance is a share of the picture's edge between
-# horizontal centres (11 pixels of 112); it makes "left to right" plain.
+# Limits of the layout. The distance is between horizontal centres, as a share
+# of the picture's edge (11 pixels of 112). It makes "left to right"
+# unambiguous.
 MAX_OVERLAP = 0.04
 MIN_DISTANCE = 11 / 112
 
 # The share of counting questions about a class that is not in the scene.
 ABSENT_SHARE = 0.15
 
-# The share of detection scenes of several objects with two of one class.
+# Of detection scenes with several objects, the share with two of one class.
 PAIR_SHARE = 0.25
 
 LOCATIONS = 1024
@@ -38,7 +39,7 @@ class Placed(NamedTuple):
         name: str, its class.
         box: `(y1, x1, y2, x2)` in whole pixels, the ends exclusive.
         style: str, style of its picture.
-        mask: bool array, what is seen of it, within its box.
+        mask: bool array, its visible part within its box.
     """
 
     name: str
@@ -51,12 +52,12 @@ def load_sprites(cache=DEFAULT_CACHE):
     """Read the sprites that `fetch.py` wrote.
 
     Args:
-        cache: `pathlib.Path`. The folder of `sprites.npz`.
+        cache: `pathlib.Path`, the folder of `sprites.npz`.
 
     Returns:
-        dict that maps a style's name to a dict that maps a class's name to
-        its picture: a `PIL.Image.Image` cropped to its alpha box, with
-        premultiplied colours (mode "RGBa"), as resizing needs them.
+        Dict of a style's name to a dict of a class's name to its picture: a
+        `PIL.Image.Image` cropped to its alpha box, with premultiplied colours
+        (mode "RGBa"), as resizing needs them.
     """
     with np.load(cache / "sprites.npz") as data:
         sprites, sizes = data["sprites"], data["sizes"]
@@ -77,13 +78,13 @@ def premultiplied(pixels):
 
 
 def random_colour(rng):
-    """Return a float RGB colour; dark, middling and bright alike."""
+    """Return a float RGB colour that is dark, medium or bright."""
     tint = rng.uniform(-0.35, 0.35, 3)
     return 255 * np.clip(rng.uniform(0, 1) + tint, 0, 1)
 
 
 def ramp(rng, size, steps):
-    """Number all pixels along a random direction with whole steps from 0."""
+    """Number all pixels in whole steps along a random direction, from 0."""
     angle = rng.uniform(0, 2 * np.pi)
     line = np.arange(size, dtype="float32")
     values = np.cos(angle) * line + np.sin(angle) * line[:, None]
@@ -106,7 +107,7 @@ def background(rng, size):
     if kind == 0:
         return np.full((size, size, 3), first.astype("uint8"))
     if kind == 1:
-        # Clouds: a few coarse points, enlarged smoothly.
+        # Clouds: a few coarse points, smoothly enlarged.
         points = rng.integers(3, 8)
         shares = rng.uniform(0, 1, (points, points, 1))
         coarse = (first + (second - first) * shares).astype("uint8")
@@ -116,8 +117,8 @@ def background(rng, size):
         steps = ramp(rng, size, 256)
         shares = np.linspace(0, 1, 256)
     else:
-        # Stripes, or checks where two sets of stripes cross. Their contrast
-        # is softened, since an object has to stand out from them.
+        # Stripes, or checks where two sets of stripes cross. Their contrast is
+        # reduced, so that objects stand out.
         steps = ramp(rng, size, rng.integers(3, 13))
         if kind == 4:
             steps += ramp(rng, size, rng.integers(3, 13))
@@ -139,7 +140,7 @@ def overlap(first, second):
 
 
 def fits(box, boxes, size):
-    """Say if a box keeps clear of the boxes that are already placed."""
+    """Return whether a box keeps clear of the boxes placed before."""
     return all(
         abs(box[1] + box[3] - other[1] - other[3]) >= 2 * MIN_DISTANCE * size
         and overlap(box, other) <= MAX_OVERLAP
@@ -152,12 +153,12 @@ def layout(rng, shapes, size):
 
     Args:
         rng: `numpy.random.Generator`.
-        shapes: list of `(height, width)`. The sprites' sizes; only their
+        shapes: list of `(height, width)`, the sprites' sizes; only their
             ratios matter.
         size: int, edge of the picture in pixels.
 
     Returns:
-        list of boxes, one per shape.
+        List of boxes, one per shape.
     """
     low, high = SINGLE_SCALE if len(shapes) == 1 else SEVERAL_SCALE
     while True:
@@ -177,14 +178,14 @@ def layout(rng, shapes, size):
                 break
         if len(boxes) == len(shapes):
             return boxes
-        # Too crowded: start anew, with somewhat smaller objects.
+        # Too crowded: start again with slightly smaller objects.
         high = low + 0.9 * (high - low)
 
 
 def paste(rng, image, pixels, y, x):
     """Blend a picture into an image, in place.
 
-    The picture's brightness and contrast change slightly at that.
+    The picture's brightness and contrast are changed slightly.
 
     Args:
         rng: `numpy.random.Generator`.
@@ -197,7 +198,7 @@ def paste(rng, image, pixels, y, x):
     region = image[y : y + height, x : x + width]
     contrast, brightness = rng.uniform(0.85, 1.15), rng.uniform(-20, 20)
     alpha = pixels[..., 3:] * np.float32(1 / 255)
-    # Contrast leaves middle grey as it is.
+    # The contrast leaves medium grey unchanged.
     shift = 128 * (1 - contrast) + brightness
     colours = contrast * pixels[..., :3] + shift * alpha
     blend = region * (1 - alpha) + colours
@@ -205,7 +206,7 @@ def paste(rng, image, pixels, y, x):
 
 
 def alpha_box(alpha, y, x):
-    """Return the box of what is seen of a picture put at `(y, x)`."""
+    """Return the box of a picture's visible part if it is put at `(y, x)`."""
     seen = alpha > ALPHA_THRESHOLD
     rows = np.flatnonzero(seen.any(axis=1)).tolist()
     columns = np.flatnonzero(seen.any(axis=0)).tolist()
@@ -217,7 +218,7 @@ def compose(rng, sprites, styles, names, size=112):
 
     Args:
         rng: `numpy.random.Generator`.
-        sprites: dict, what `load_sprites` returns.
+        sprites: dict, from `load_sprites`.
         styles: sequence of str; every object gets one of these styles.
         names: list of str, class of each object.
         size: int, edge of the picture in pixels.
@@ -249,20 +250,20 @@ def compose(rng, sprites, styles, names, size=112):
 
 
 def choose_names(task, rng, classes, max_objects):
-    """Choose the classes of a scene's objects as they suit a task.
+    """Choose the classes of a scene's objects for a task.
 
     Args:
         task: str, key of `TASKS`.
         rng: `numpy.random.Generator`.
         classes: sequence of str.
-        max_objects: int, the most objects in a scene. Captions and detections
-            have three at most.
+        max_objects: int, maximum objects in a scene. Captions and detections
+            have at most three.
 
     Returns:
-        list of class names, one per object.
+        List of class names, one per object.
     """
     if task == "count":
-        # One class repeats; the other objects are all of other classes.
+        # One class repeats, and the other objects have other classes.
         repeats = rng.integers(1, max_objects + 1)
         others = rng.integers(max_objects - repeats + 1)
         repeated, *names = draw(rng, classes, 1 + others)
@@ -299,7 +300,7 @@ def caption_example(rng, objects, classes, size):
 
 
 def detect_example(rng, objects, classes, size):
-    """Ask for the boxes of one of the classes in the scene."""
+    """Ask for the boxes of a class in the scene."""
     asked = objects[rng.integers(len(objects))].name
     found = [
         f"{location_tokens(placed.box, size)} {asked}"
@@ -310,7 +311,7 @@ def detect_example(rng, objects, classes, size):
 
 
 def count_example(rng, objects, classes, size):
-    """Ask how often a class is there; now and then an absent one."""
+    """Ask how often a class occurs, sometimes an absent one."""
     present = [placed.name for placed in objects]
     if rng.random() < ABSENT_SHARE:
         absent = [name for name in classes if name not in present]
@@ -340,16 +341,16 @@ def sample(
 
     Args:
         rng: `numpy.random.Generator`.
-        sprites: dict, what `load_sprites` returns.
+        sprites: dict, from `load_sprites`.
         classes: sequence of str, classes to draw from.
         styles: sequence of str, styles to draw from.
-        tasks: sequence of str; one of these keys of `TASKS` is drawn; a
-            key that is there twice is drawn twice as often.
-        max_objects: int, the most objects in the scene, five at most.
+        tasks: sequence of str, keys of `TASKS` to draw from; a repeated key
+            is drawn more often.
+        max_objects: int, maximum objects in the scene, at most five.
         size: int, edge of the picture in pixels.
 
     Returns:
-        dict with `"image"`, `"prompt"`, `"response"`, `"objects"` and
+        Dict with `"image"`, `"prompt"`, `"response"`, `"objects"` and
         `"task"`.
     """
     task = tasks[rng.integers(len(tasks))]

@@ -1,8 +1,8 @@
 """Train the nano preset's SentencePiece model.
 
-The settings are those of Gemma's tokenizer at a small size: text is taken as
-it is, unknown characters fall back to bytes, and every digit is a piece. The
-first 896 pieces are learned; 1024 location and 128 segmentation pieces
+The settings are those of Gemma's tokenizer at a small size. Text is not
+normalized, unknown characters fall back to bytes, and every digit is a piece.
+The first 896 pieces are learned. 1024 location and 128 segmentation pieces
 follow, 2048 in all.
 
 Run it from the repository's root:
@@ -30,13 +30,13 @@ OUTPUT = Path(__file__).parents[1] / "pali_gemma2_nano_112" / "tokenizer.model"
 
 LEARNED_PIECES = 896
 
-# How many examples of each task, and how many copies of each class's name,
-# the corpus has. They outweigh the free text, so that every word of the tasks
-# becomes one piece.
+# The number of examples of each task in the corpus, and the number of copies of
+# each class's name. They outweigh the free text, so that every word of the
+# tasks becomes one piece.
 EXAMPLES = 3000
 NAME_COPIES = 500
 
-# Words of captions and prompts; like the classes' names they should be single
+# Words of captions and prompts. Like the classes' names, they should be single
 # pieces at the start of a text too.
 TASK_WORDS = ["caption", "detect", "answer", "segment", "describe"] + [
     "en",
@@ -51,7 +51,7 @@ TASK_WORDS = ["caption", "detect", "answer", "segment", "describe"] + [
     "in",
 ]
 
-# Free text is made of these, one sentence for each combination.
+# Free text has one sentence for each combination of these.
 SUBJECTS = ["The boy", "A woman", "My friend", "The old man", "She", "He"]
 VERBS = ["sees", "likes", "has", "wants", "looks at", "finds", "draws"]
 OBJECTS = [
@@ -83,7 +83,7 @@ def task_texts(rng):
     for task, example in scenes.TASKS.items():
         for _ in range(EXAMPLES):
             names = scenes.choose_names(task, rng, classes, max_objects=5)
-            # The text does not depend on where the objects are.
+            # The text does not depend on the objects' positions.
             objects = [scenes.Placed(name, (0, 0, 1, 1)) for name in names]
             prompt, response = example(rng, objects, classes, size=1)
             texts += [prompt, re.sub("<loc[0-9]{4}>", "", response)]
@@ -129,7 +129,7 @@ def train(texts):
         sentence_iterator=iter(texts),
         model_writer=model,
         model_type="bpe",
-        # Gemma's names, by which other packages look for them.
+        # Gemma's names of the special pieces, which other packages look up.
         bos_piece="<bos>",
         eos_piece="<eos>",
         vocab_size=LEARNED_PIECES,
@@ -155,13 +155,13 @@ def train(texts):
 
 
 def split_words(model_bytes):
-    """Return the words of the tasks that are not one piece.
+    """Return the words of the tasks that are split into several pieces.
 
     Args:
         model_bytes: bytes, serialised SentencePiece model.
 
     Returns:
-        list of str, a word with or without a space before it.
+        list of str, words with or without a preceding space.
     """
     tokenizer = spm.SentencePieceProcessor(model_proto=model_bytes)
     words = [*CLASSES, *TASK_WORDS]

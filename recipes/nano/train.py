@@ -1,15 +1,16 @@
 """Train the nano preset: `python -m recipes.nano.train`.
 
-Needs the sprites of `python -m recipes.nano.fetch`. A decoder that starts above
-an untrained encoder learns nothing for a long time, so the encoder goes first,
-as SigLIP did before PaliGemma: each patch learns which object it shows and the
-location tokens of that object's box. Then the decoder learns to find what is
-asked for, on few patches and short answers; then all tasks; then both towers
-learn together. `Lesson` has what a step computes.
+Needs the sprites of `python -m recipes.nano.fetch`. A decoder on top of an
+untrained encoder learns nothing for a long time. The encoder is therefore
+trained first, as SigLIP was before PaliGemma. Each patch learns which object it
+shows and the location tokens of that object's box. Then the decoder learns to
+find the named object, with few patches and short answers. All tasks follow, and
+finally both towers are trained together. `Lesson` contains the computation of a
+step.
 
-The run writes a checkpoint after every epoch and goes on from it when it is
-started again, on the same device. On a CPU a step takes as many pictures as
-`Stage` says, on an accelerator `SCALE` times as many.
+The run writes a checkpoint after every epoch, and resumes from it when it is
+started again on the same device. On a CPU, `Stage` sets the pictures per step.
+An accelerator takes `SCALE` times as many.
 """
 
 import argparse
@@ -41,7 +42,7 @@ STEPS_AN_EPOCH = 50
 WARMUP_STEPS = 50
 PUBLISHED_LENGTH = 32
 
-# Pictures a step of an accelerator, for each of a CPU's.
+# Pictures per step on an accelerator, as a multiple of a CPU's.
 SCALE = 8
 
 VISION_ENCODER = {
@@ -68,18 +69,19 @@ class Stage:
     """One part of the run.
 
     Args:
-        trains: str, "encoder" (alone), "decoder" (above the encoder, which
-            keeps still) or "both".
-        epochs: int, of `STEPS_AN_EPOCH` steps.
+        trains: str, "encoder" (alone), "decoder" (with a frozen encoder) or
+            "both".
+        epochs: int, epochs of `STEPS_AN_EPOCH` steps.
         rates: pair of floats, learning rate at the first and the last step.
-        pictures: int, a step, on a CPU.
-        questions: int, asked of each picture.
-        patches: int, that the decoder sees of each picture; 64 are all.
-        response_length: int, most tokens of an answer.
-        fewest: int, objects of a scene at least, of at most three.
-        repeats: float, share of scenes with a class that is there up to five
+        pictures: int, pictures per step on a CPU.
+        questions: int, questions per picture.
+        patches: int, patches of each picture that the decoder sees; 64 are
+            all.
+        response_length: int, maximum tokens of an answer.
+        fewest: int, minimum objects of a scene, of at most three.
+        repeats: float, share of scenes with a class that occurs up to five
             times.
-        shares: dict of task to how often it is asked, about; see
+        shares: dict of task to its approximate frequency; see
             `questions.TASKS`.
     """
 
@@ -110,12 +112,12 @@ STAGES = (
     Stage("both", 40, (4e-4, 1e-5), 16, 3, 64, 24, 1, 0.35, ALL),
 )
 
-# The dense targets first: answers follow once objects are found.
+# The dense targets have larger weights: answers follow once objects are found.
 LOSS_WEIGHTS = {"tokens": 1.0, "places": 3.0, "names": 1.0, "boxes": 3.0}
 
 
 def build():
-    """Make the model with random weights."""
+    """Build the model with random weights."""
     backbone = PaliGemmaBackbone(
         lesson.SIZE, VISION_ENCODER, TEXT_DECODER, form="unrolled"
     )
@@ -137,11 +139,11 @@ def first_location(model):
 
 
 def smooth_locations(model):
-    """Start the rows of neighbouring locations near one another.
+    """Initialize the rows of neighbouring locations close to one another.
 
-    Each row is a fixed random mixture of waves over the coordinate, of the
-    same size as the other rows, so that what is learnt of one location is
-    nearly right for the next.
+    Each row is a fixed random mixture of waves over the coordinate, with the
+    same norm as the other rows. The values learned for one location are then
+    nearly right for the next location.
     """
     table = model.backbone.token_embedding.table
     rows = ops.convert_to_numpy(table).copy()
@@ -158,7 +160,7 @@ def smooth_locations(model):
 
 
 def compile_for(trained, stage, model):
-    """Choose optimizer and losses; what is new in a stage warms up."""
+    """Set the optimizer and losses; every stage starts with a warmup."""
     first, last = stage.rates
     rate = keras.optimizers.schedules.CosineDecay(
         0.0,
@@ -189,7 +191,7 @@ def compile_for(trained, stage, model):
 
 
 class Progress(keras.callbacks.Callback):
-    """Set the data's epoch; write checkpoint and log after each."""
+    """Set the data's epoch; write a checkpoint and the log after each epoch."""
 
     def __init__(self, data, folder, stage):
         super().__init__()
@@ -202,7 +204,7 @@ class Progress(keras.callbacks.Callback):
         draft = self.folder / "draft.weights.h5"
         self.model.save_weights(draft)
         state = {"stage": self.stage, "epochs": epoch + 1}
-        # One file tells which weights are whole.
+        # One state file names the complete weights.
         name = f"{self.stage}-{(epoch + 1) % 2}.weights.h5"
         draft.replace(self.folder / name)
         draft = self.folder / "draft.json"
@@ -213,13 +215,13 @@ class Progress(keras.callbacks.Callback):
 
 
 def train(cache, folder, start=None, first_stage=0):
-    """Run the stages, or what is left of them, and give the model.
+    """Run all stages, or the remaining ones, and return the model.
 
     Args:
         cache: path of the sprites.
         folder: path of the checkpoints.
-        start: path of a preset to go on from, or `None` for random weights.
-        first_stage: int, the stage to begin with.
+        start: path of a preset to start from, or `None` for random weights.
+        first_stage: int, the stage to start with.
 
     Returns:
         `PaliGemmaCausalLM` of the last stage.
@@ -243,7 +245,7 @@ def train(cache, folder, start=None, first_stage=0):
         model.backbone.vision_encoder.trainable = stage.trains != "decoder"
         trained.encoder_alone = stage.trains == "encoder"
         compile_for(trained, stage, model)
-        # Its state is in the file, if there is an optimizer.
+        # The file's optimizer state is only loaded into a built optimizer.
         trained.optimizer.build(trained.trainable_variables)
         first_epoch = 0
         if number == done["stage"] and done["epochs"]:

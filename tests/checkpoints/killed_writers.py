@@ -1,6 +1,6 @@
-"""Kill writers of folders at each of their steps; run by its test.
+"""Kill checkpoint writers at each of their steps; run by its test.
 
-A writer is a forked process; a step is the creation of an array, or a call that
+A writer is a forked process. A step is the creation of an array, or a call that
 changes a folder or waits for the disk.
 """
 
@@ -12,7 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-# Neither the model is needed nor a backend that starts threads.
+# Neither a model nor a backend that starts threads is needed.
 os.environ["KERAS_BACKEND"] = "numpy"
 
 import numpy as np
@@ -29,7 +29,7 @@ CALLS = ("rename", "replace", "link", "unlink", "mkdir", "rmdir", "fsync")
 ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
 
 home, *cases = sys.argv[1:]
-# Names are those of a model; a few numbers of each array are enough.
+# The names are those of a model. A few values of each array are enough.
 checkpoint = formats.resolve("pali_gemma2_nano_112")
 config = replace(checkpoint.config, preprocessor=None)
 with checkpoint.open() as tensors:
@@ -38,7 +38,7 @@ peft_keys = ["q_proj.lora_A.weight", "q_proj.lora_B.weight"]
 
 
 def write(folder, to, value, step=lambda: None):
-    """Write a model or an adapter whose numbers all are `value`."""
+    """Write a model or an adapter in which every value is `value`."""
 
     if to == "peft":
         arrays = ((key, np.full((2, 3), float(value))) for key in peft_keys)
@@ -55,7 +55,7 @@ def write(folder, to, value, step=lambda: None):
 
 
 def read(folder, to):
-    """Return the one number of a model or an adapter, or `None`."""
+    """Return the single value of a model or an adapter, or `None`."""
     try:
         if to == "peft":
             _, open_files = peft.find(folder)
@@ -81,7 +81,7 @@ def visible(folder):
 
 
 def attempt(to, before, kill_at, kind):
-    """Kill a writer at one step of a kind; return what it left."""
+    """Kill a writer at a given step and return what it left."""
     folder = Path(home) / "a folder" / "model"
     folder.parent.mkdir()
     if before != "absent":
@@ -112,7 +112,7 @@ for case in cases:
     last = (len(peft_keys) if case.startswith("peft") else len(weights)) - 1
     for number in (0, 1, last):
         assert attempt(*case.split(), number, "arrays")
-    # Each call, until there is none left to kill.
+    # Kill at each call in turn, until the writer finishes.
     for number in itertools.count():
         if not attempt(*case.split(), number, "calls"):
             break

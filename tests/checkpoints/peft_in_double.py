@@ -1,8 +1,9 @@
 """Compare our gradients with PEFT's in float64.
 
-`python -m tests.checkpoints.peft_in_double` prints the largest difference of
-the loss and of each adapter's gradient, as JSON. It is a process of its own,
-since it replaces float32 by float64 in Keras, in transformers and here.
+`python -m tests.checkpoints.peft_in_double` prints, as JSON, the largest
+difference of the loss and of each adapter's gradient. It runs in its own
+process because it replaces float32 with float64 in Keras, transformers and this
+package.
 """
 
 import json
@@ -16,9 +17,9 @@ from keras.src.backend.common import dtypes
 
 
 def to_double():
-    """Replace float32 by float64 wherever it is requested."""
+    """Replace float32 with float64 wherever it is requested."""
     jax.config.update("jax_enable_x64", True)
-    # On JAX, Keras computes in 32 bits, whatever the dtype.
+    # On JAX, Keras computes in 32 bits by default, whatever the dtype.
     dtypes.BIT64_TO_BIT32_DTYPE.clear()
 
     def wider(dtype):
@@ -36,7 +37,7 @@ def to_double():
 
 
 def main():
-    # The model is drawn, and its adapters are written, in float32.
+    # The model is initialized and its adapters are written in float32.
     from tests.checkpoints import test_peft
     from tests.helpers.tiny_models import error
     from tests.helpers.tiny_models import transformers_backbone

@@ -1,4 +1,4 @@
-"""Rows, comparison, reading and writing, without any model."""
+"""Rows, comparison, reading and writing, without a model."""
 
 import tracemalloc
 import types
@@ -111,7 +111,7 @@ def test_stacked_arrays_are_read_once_when_lazy():
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_memory_of_loading(monkeypatch, stacked):
-    """At most 1.1 × the weights and the largest tensor, in any form."""
+    """Peak is at most 1.1 × the weights plus the largest tensor."""
     names = {"up": (60, 200), "gate": (60, 200), "norm": (60,)}
     layers = 12
     rows = [Row("t/table", "a/table"), Row("t/last", "z")]
@@ -136,7 +136,7 @@ def test_memory_of_loading(monkeypatch, stacked):
             if stacked
             else Weight(many, "unrolled")
         )
-    # What a file gives: halves, which are cast.
+    # The file has float16 arrays, which are cast.
     expected = engine.shapes(weights, rows)
     tensors = types.SimpleNamespace(
         shapes=expected, read=lambda key: np.ones(expected[key], "float16")
@@ -160,7 +160,7 @@ def test_memory_of_loading(monkeypatch, stacked):
 
 
 def test_further_rows_are_the_mean():
-    """Their logit is then the mean of all, so that none is ever the best."""
+    """The logit of a further row is the mean, so it is never the argmax."""
     table = np.random.default_rng(0).normal(size=(50, 3)).astype("float32")
     written = Row("a", "x", extra=2).write(table)
     np.testing.assert_allclose(written[50:], [table.mean(axis=0)] * 2, 1e-5)

@@ -1,4 +1,4 @@
-"""Weights that are NaN or infinite: found in every format, as they are read."""
+"""NaN and infinite weights are found in every format during reading."""
 
 import ml_dtypes
 import numpy as np
@@ -28,7 +28,7 @@ def test_every_value_is_looked_at(dtype, monkeypatch):
             changed[at] = value
             assert not all_finite(changed)
             assert not all_finite(changed.T)
-            # Of a part that lies apart in memory, that part counts.
+            # In a strided view, only the values of the view are checked.
             assert all_finite(changed[:, ::2]) == (at[1] % 2 == 1)
 
 

@@ -1,4 +1,4 @@
-"""Any source through one door: big_vision's files, sizes, fields, errors."""
+"""Loading from any source: big_vision's files, sizes, fields and errors."""
 
 import json
 import shutil
@@ -25,13 +25,13 @@ from tests.helpers.tiny_models import run
 
 
 def logits(backbone):
-    """Function of inputs that gives the logits of all positions."""
+    """Return a function of inputs that gives the logits of all positions."""
     return lambda inputs: backbone.logits(backbone(inputs))
 
 
 @pytest.fixture
 def pieces(tmp_path):
-    """The golden bfloat16 checkpoint in pieces, in a folder of its own."""
+    """Write the golden bfloat16 checkpoint in pieces, in its own folder."""
     for path in GOLDEN.glob("tiny_headdim.b16.npz.part-*"):
         shutil.copy(path, tmp_path)
     return tmp_path
@@ -116,7 +116,7 @@ def test_a_given_field_changes_the_result(expected):
     )
     assert backbone.text_config.final_logit_soft_cap is None
     actual = run(logits(backbone), golden_inputs(expected))
-    # The original trains on these: not capped, text positions alone.
+    # The original trains on these logits: uncapped, text positions only.
     wanted = expected["f32/text_logits"]
     actual = keras.ops.convert_to_numpy(actual)[:, -wanted.shape[1] :]
     assert error(actual, wanted) < 2e-5
@@ -130,7 +130,7 @@ def test_a_field_that_a_shape_tells_cannot_be_given():
 
 
 def test_blocks_that_are_not_scanned(arrays, expected, tmp_path):
-    """Some of big_vision's vision towers have keys of their own a block."""
+    """Some big_vision vision towers have separate keys for each block."""
     start = "params/img/Transformer/encoderblock/"
     written = {}
     for key, array in arrays.items():
@@ -149,7 +149,7 @@ def test_blocks_that_are_not_scanned(arrays, expected, tmp_path):
 
 
 def test_float16_of_the_fine_tuning_notebook(arrays, tmp_path):
-    """big_vision's notebook has attention in float32, the rest in float16."""
+    """Attention is float32 and everything else is float16."""
     mixed = {
         key: array if "attn/" in key else array.astype("float16")
         for key, array in arrays.items()
@@ -191,7 +191,7 @@ def test_a_tokenizer_for_a_preset_without_a_preprocessor(tmp_path):
             tmp_path / "bare",
             tokenizer=presets.locate(nano, True) / "tokenizer.model",
         )
-    # The lengths of the published model of these sizes.
+    # The published model of this size has the same lengths.
     known = presets.config(nano).preprocessor
     assert model.preprocessor.prompt_length == known.prompt_length == 32
 
@@ -224,7 +224,7 @@ def test_official_sizes_are_recognised(name):
 
 
 def test_a_published_model_has_the_config_of_a_folder(tmp_path):
-    """Licence and handles describe it, and are no part of what is written."""
+    """The licence and handles describe the model and are not written."""
     name = "pali_gemma2_pt_3b_224"
     config = formats.resolve(name, load_weights=False).config
     assert config.backbone.dtype is None
@@ -247,7 +247,7 @@ def test_another_picture_size(tmp_path, expected):
     assert backbone.encode_images(images).shape == (1, 25, 64)
 
 
-# The way back
+# Writing
 
 
 @pytest.mark.parametrize("piece_size", [None, 200_000])
@@ -350,7 +350,7 @@ def test_a_task_without_a_tokenizer_says_how_to_give_one(pieces):
 def test_damage_gives_no_model_and_leaves_the_files(
     golden_backbone, tmp_path, monkeypatch, to
 ):
-    """Of each format: what is cut short is found before a value moves."""
+    """In each format, truncation is detected before any value is assigned."""
     path = tmp_path / ("x.npz" if to == "big_vision" else "model")
     exports.export(path, to, golden_backbone())
     fields = NOT_IN_SHAPES if to == "big_vision" else {}

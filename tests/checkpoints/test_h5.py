@@ -1,4 +1,4 @@
-"""Keras weight files, whole and damaged."""
+"""Keras weight files, intact and damaged."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def read_all(*paths):
 
 
 def same(found, arrays):
-    """Whether names, dtypes and bits are the same."""
+    """Return whether names, dtypes and bits are equal."""
     return found.keys() == arrays.keys() and all(
         found[key].dtype == arrays[key].dtype
         and found[key].shape == arrays[key].shape
@@ -45,7 +45,8 @@ def same(found, arrays):
 def test_written_is_read(arrays, tmp_path, shard_size):
     count = h5.write_h5(tmp_path, arrays.items(), shard_size)
     assert count == 35 + 7 + 21 + 1
-    # One array has 140 bytes, more than the smaller shard: it is alone.
+    # One array has 140 bytes, more than the smaller shard size, so it has a
+    # shard of its own.
     sharded = ["model.weights.json"]
     sharded += [f"model_0000{number}.weights.h5" for number in range(2)]
     names = sharded if shard_size == 100 else ["model.weights.h5"]
@@ -196,7 +197,7 @@ def test_links_are_not_followed(arrays, tmp_path):
     ],
 )
 def test_damaged_index_is_named(arrays, tmp_path, index, says):
-    # The file that the index would reach for is there, and is whole.
+    # The file that the index must not reach exists and is valid.
     h5.write_h5(tmp_path, arrays.items(), shard_size=100)
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -257,10 +258,10 @@ print(*outcomes.values())
 
 
 def test_damaged_bytes_give_an_error_or_values(arrays, tmp_path):
-    """HDF5 has no checksum here, so changed values are not noticed.
+    """HDF5 files have no checksum, so changed values are not detected.
 
-    In a process of its own: the library is C, and a crash would take the
-    other tests along.
+    The test runs in its own process because the library is written in C, and a
+    crash would end the other tests.
     """
     h5.write_h5(tmp_path, arrays.items())
     result = subprocess.run(
@@ -272,5 +273,5 @@ def test_damaged_bytes_give_an_error_or_values(arrays, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     counts = [int(count) for count in result.stdout.split()]
     assert sum(counts) == 300
-    # Truncations alone are 100.
+    # There are 100 truncations alone.
     assert counts[0] >= 100 and counts[2] > 0

@@ -1,4 +1,4 @@
-"""Folders of transformers: every layout of names, there and back."""
+"""transformers folders: every layout of names, read and written."""
 
 import json
 import math
@@ -44,13 +44,14 @@ transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 reference = pytest.importorskip("tests.helpers.transformers_reference")
 
-SIZE = 101  # Tokens of the tiny models.
+SIZE = 101  # The tiny models' vocabulary size.
 PUBLISHED = [
     name for name in presets.names() if "handles" in presets.describe(name)
 ]
 
-# The names of a model of transformers 5 in memory, to those of the files of
-# all versions. What 5 saves itself is not here: a test lets it.
+# Map names of an in-memory model of transformers 5 to names in the files of
+# earlier versions. Files saved by transformers 5 itself are covered by another
+# test.
 HUB = {
     "model.vision_tower.": "vision_tower.vision_model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
@@ -64,7 +65,7 @@ LAYOUTS = {
 
 
 def read(folder):
-    """What a loader does with a folder of transformers."""
+    """Read a transformers folder as a loader does."""
     config = hugging_face.read_config(folder).config.backbone
     with without_values():
         backbone = PaliGemmaBackbone(**config.to_dict())
@@ -86,7 +87,7 @@ def write_layout(folder, saved, model, layout, extra, max_shard_size=10**9):
         if key is not None:
             arrays[key] = value.numpy()
     if extra:
-        # As published: random rows behind those of the tokens.
+        # As in published files, random rows follow those of the tokens.
         more = np.random.default_rng(3).normal(size=(extra, 48))
         for key in arrays:
             if key.endswith(("embed_tokens.weight", "lm_head.weight")):
@@ -102,9 +103,9 @@ def write_layout(folder, saved, model, layout, extra, max_shard_size=10**9):
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["first", "second"])
 def tiny(request, tmp_path_factory):
-    """A model of transformers, the folder it saves, inputs and logits.
+    """Return a transformers model, its saved folder, inputs and logits.
 
-    The query scale of the second is not that of its heads, as in 28b.
+    The second model's query scale differs from its head size, as in 28b.
     """
     model = reference.tiny_transformers_model(seed=4, version=request.param)
     folder = tmp_path_factory.mktemp("saved")
@@ -122,7 +123,7 @@ def logits_of(backbone, inputs):
 def test_what_transformers_saves_now(tiny):
     _, folder, inputs, wanted = tiny
     keys = load_file(folder / "model.safetensors").keys()
-    # The fourth layout: without the level that the others have.
+    # The fourth layout lacks one level of the others' names.
     assert "vision_tower.post_layernorm.weight" in keys
     assert "language_model.model.norm.weight" in keys
     assert not any("lm_head" in key for key in keys)
@@ -140,13 +141,13 @@ def test_layouts_of_earlier_versions(tiny, tmp_path, layout, extra, size):
     backbone = read(folder)
     assert backbone.text_config.vocabulary_size == SIZE
     assert_same_weights(backbone, read(saved))
-    if extra:  # The same weights need not be compiled again for each.
+    if extra:  # One compilation of these weights is enough.
         assert error(logits_of(backbone, inputs), wanted) < 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_layouts_are_those_of_transformers(tiny, tmp_path, layout):
-    """Else the test above would read what nobody writes."""
+    """Check that the layouts tested above are those of transformers."""
     model, saved, inputs, wanted = tiny
     _, valid = transformers_inputs()
     write_layout(tmp_path / "model", saved, model, layout, 64)
@@ -162,7 +163,7 @@ def test_what_we_write_is_read_by_transformers(tiny, tmp_path, size):
     export(tmp_path / "model", read(saved), max_shard_size=size)
     loaded = load_theirs(tmp_path / "model")
     assert loaded.dtype == torch.float32
-    # Every weight is the same number as before.
+    # Every weight keeps its value.
     theirs, before = loaded.state_dict(), model.state_dict()
     assert set(theirs) == set(before)
     for key, value in before.items():
@@ -176,9 +177,9 @@ def test_what_we_write_is_read_by_transformers(tiny, tmp_path, size):
         assert torch.equal(found, value), key
     logits = reference.run(loaded, **inputs)[valid]
     assert error(logits[:, :SIZE], wanted) < 1e-6
-    # No greedy decoding can choose a row that stands for no token.
+    # Greedy decoding cannot choose a row without a token.
     assert (logits[:, SIZE:].max(1) < logits[:, :SIZE].max(1)).all()
-    # And we read what we wrote.
+    # We read what we wrote.
     assert error(logits_of(read(tmp_path / "model"), inputs), wanted) < 1e-5
 
 
@@ -217,7 +218,7 @@ def test_processor_and_generated_tokens_are_ours(tmp_path):
         text = ours["token_ids"][i][ours["padding_mask"][i]].tolist()
         assert row[16:] == text
     pixels = theirs["pixel_values"].numpy().transpose(0, 2, 3, 1)
-    # Ours is computed in another order of float32.
+    # We compute in float32 in another order.
     np.testing.assert_allclose(pixels, ours["images"], rtol=0, atol=1e-6)
 
     model = PaliGemmaCausalLM(backbone, preprocessor)
@@ -228,7 +229,7 @@ def test_processor_and_generated_tokens_are_ours(tmp_path):
     length = theirs["input_ids"].shape[1]
     ids = loaded.generate(**theirs, max_new_tokens=8, do_sample=False)
     new = ids[:, length:].tolist()
-    # Else equal tokens would say little.
+    # Otherwise, equal tokens would prove little.
     assert len({tuple(row) for row in new}) == 3
     assert len({token for row in new for token in row}) > 6
     alone = PaliGemmaCausalLM(backbone, None)
@@ -250,7 +251,7 @@ def test_tokenizers_agree_on_random_texts(tmp_path, file):
     size = ours.vocabulary_size()
     for name, content in tokenizer_files(ours.proto, size).items():
         (tmp_path / name).write_bytes(content)
-    # The class alone starts with bos, as Gemma's published one does.
+    # Only the class starts with bos, as Gemma's published tokenizer does.
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert type(theirs).__name__ == "GemmaTokenizer"
     assert theirs("a").input_ids[0] == theirs.bos_token_id == 2
@@ -323,7 +324,7 @@ def test_configs_as_published(tmp_path, config, preset, dtype):
     wanted = replace(presets.config(preset).backbone, dtype=dtype)
     assert found.config == ModelConfig(backbone=wanted)
     assert (found.added_tokens, found.num_rows) == ({}, 257_216)
-    # transformers reads the same into its defaults.
+    # transformers reads the same values as its defaults.
     theirs = transformers.PaliGemmaConfig(**config)
     written = to_transformers(found.config, 257_216)["config.json"]
     ours = transformers.PaliGemmaConfig(**written)
@@ -417,7 +418,7 @@ def test_a_config_that_is_none(tmp_path, text):
     ["pali_gemma2_pt_28b_224", "pali_gemma2_pt_3b_896", "pali_gemma_3b_448"],
 )
 def test_names_and_shapes_of_published_models(name):
-    """Neither side has values: 28b is 55 GB of them."""
+    """Compare shapes without values, since 28b is 55 GB of them."""
     backbone = presets.config(name).backbone
     files = to_transformers(ModelConfig(backbone=backbone), 257_216)
     config = transformers.PaliGemmaConfig(**files["config.json"])
@@ -441,7 +442,7 @@ def test_names_and_shapes_of_published_models(name):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """What transformers saved of a second model."""
+    """Return what transformers saved of a second model."""
     folder = tmp_path_factory.mktemp("saved")
     reference.tiny_transformers_model(seed=4).save_pretrained(folder)
     return folder
@@ -449,7 +450,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def damaged(saved, tmp_path):
-    """Function that writes the saved model with other arrays."""
+    """Return a function that writes the saved model with changed arrays."""
 
     def write(change):
         folder = tmp_path / "model"
@@ -473,7 +474,7 @@ def test_a_head_of_its_own_is_refused(damaged):
 
 
 def test_a_head_that_equals_the_table(damaged):
-    """In another dtype too, and where both hold NaN."""
+    """The dtypes may differ, and both may contain NaN."""
 
     def change(arrays):
         table = arrays["language_model.model.embed_tokens.weight"]
@@ -561,7 +562,7 @@ def test_an_export_that_breaks_off_leaves_nothing(saved, tmp_path):
 
     def arrays(last):
         yield from list(engine.write(backbone.weights_by_name(), rows))[:-1]
-        assert not folder.exists()  # The draft lies beside it.
+        assert not folder.exists()  # The draft is a sibling folder.
         assert len(list(tmp_path.iterdir())) == 1
         if last is None:
             raise KeyboardInterrupt

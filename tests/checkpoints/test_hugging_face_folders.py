@@ -1,4 +1,4 @@
-"""Folders as training with transformers leaves them: what is added or lacks."""
+"""Folders written by training with transformers: extra and missing files."""
 
 import json
 import shutil
@@ -26,13 +26,13 @@ from tests.helpers.transformers_folders import random_backbone
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
-PIECES = 2048  # Of the nano tokenizer.
+PIECES = 2048  # The nano tokenizer's vocabulary size.
 PICTURE = np.arange(28 * 28 * 3, dtype="uint8").reshape(28, 28, 3)
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A small model in a folder of transformers, with its tokenizer."""
+    """Return a small model's transformers folder, with its tokenizer."""
     folder = tmp_path_factory.mktemp("folders") / "exported"
     tokenizer = PaliGemmaTokenizer(TOKENIZER.read_bytes())
     export(folder, random_backbone(), tokenizer.proto)
@@ -41,11 +41,11 @@ def exported(tmp_path_factory):
 
 @pytest.fixture
 def folder(exported, tmp_path):
-    """A copy of it."""
+    """Return a copy of the exported folder."""
     return shutil.copytree(exported, tmp_path / "model")
 
 
-# Tokens that were added
+# Added tokens
 
 
 def add_tokens(folder, tokens, rows=None):
@@ -67,7 +67,7 @@ def test_added_tokens_are_said_as_in_transformers(folder, tmp_path):
     )
     asked.pop("labels", None)
     with torch.no_grad():
-        # The answer begins with the second of them, whose row is made so.
+        # Set the second token's row so that the answer begins with it.
         states = model(**asked, output_hidden_states=True).hidden_states[-1]
         table = model.get_input_embeddings().weight
         assert table.shape[0] == PIECES + 4
@@ -90,7 +90,7 @@ def test_added_tokens_are_said_as_in_transformers(folder, tmp_path):
     assert answer.startswith("red dog")
     assert tokenizer.tokenize(answer) == wanted
 
-    # The way back: transformers reads rows and names again.
+    # Exported again: transformers reads the same rows and names.
     ours.export_to_transformers(tmp_path / "back")
     again = transformers.AutoProcessor.from_pretrained(tmp_path / "back")
     assert again.image_token_id == PIECES + 4
@@ -103,7 +103,7 @@ def test_added_tokens_are_said_as_in_transformers(folder, tmp_path):
 
 
 def test_rows_that_nobody_names_are_left_out(folder):
-    """Rows are often padded to a multiple, for the speed of products."""
+    """Rows are often padded to a multiple, for faster matrix products."""
     add_tokens(folder, ["<cat>"], rows=PIECES + 128)
     found = formats.find(folder).config.backbone.text_decoder
     assert found.vocabulary_size == PIECES + 2
@@ -173,7 +173,7 @@ def test_a_tokenizer_of_other_size_is_refused(folder):
         PaliGemmaCausalLM.from_preset(folder.parent / "ours", tokenizer=toy)
 
 
-# A tokenizer.json alone, which is what transformers 5 saves
+# A lone tokenizer.json, which is what transformers 5 saves
 
 
 @pytest.mark.parametrize("file", [TOKENIZER, GOLDEN / "toy_sp.model"])
@@ -182,7 +182,7 @@ def test_a_tokenizer_json_gives_the_same_ids(tmp_path, file):
     size = wanted.vocabulary_size()
     for name, content in tokenizer_files(wanted.proto, size).items():
         (tmp_path / name).write_bytes(content)
-    # As transformers writes it again, too.
+    # The same after transformers saves it again.
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "again")
     random = np.random.default_rng(0)
@@ -227,7 +227,7 @@ def test_another_tokenizer_json_is_refused(tmp_path, content, match):
         read_tokenizer(tmp_path / "tokenizer.json")
 
 
-# What Trainer does not save
+# Files that Trainer does not save
 
 
 def test_a_folder_without_a_processor_is_completed(folder):
@@ -241,7 +241,7 @@ def test_a_folder_without_a_processor_is_completed(folder):
     assert model.preprocessor.prompt_length == 64
     with pytest.warns(UserWarning, match="Pass `resize=`"):
         PaliGemmaCausalLMPreprocessor.from_preset(folder)
-    # Who says it is not told.
+    # There is no warning when the resize method is given.
     chosen = PaliGemmaCausalLM.from_preset(folder, resize="bilinear")
     assert chosen.preprocessor.image_converter.resize == "bilinear"
 
@@ -278,7 +278,7 @@ def test_lengths_are_those_of_the_published_model(tmp_path):
 
 
 def test_a_table_that_is_stored_as_the_head(folder):
-    """accelerate and lerobot save with `save_model`, which stores it once."""
+    """accelerate and lerobot's `save_model` stores tied weights once."""
     from safetensors.torch import save_model
 
     wanted = PaliGemmaBackbone.from_preset(folder)

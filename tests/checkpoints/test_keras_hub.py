@@ -1,4 +1,4 @@
-"""KerasHub's presets, read, compared in values, and written back."""
+"""KerasHub's presets: read, compared by value, and written."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ from tests.helpers.tiny_models import run
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """The folder of presets that KerasHub wrote, and their outputs."""
+    """Return the folder of presets that KerasHub wrote, with outputs."""
     folder = tmp_path_factory.mktemp("hub")
     in_a_process("make", folder)
     return folder
@@ -39,7 +39,7 @@ def saved(path):
 
 
 def load(folder, **changes):
-    """Our backbone from a folder of KerasHub, with other decoder fields."""
+    """Load our backbone from a KerasHub folder, with changed decoder fields."""
     read = keras_hub_config.read(folder)
     config = read["config"].backbone.with_fields(**changes)
     backbone = PaliGemmaBackbone(**config.to_dict())
@@ -49,7 +49,7 @@ def load(folder, **changes):
 
 
 def outputs(backbone):
-    """Hidden states and logits at valid positions."""
+    """Return hidden states and logits at valid positions."""
     inputs, valid = make_inputs()
     hidden = run(backbone, inputs)
     logits = backbone.logits(hidden)
@@ -57,7 +57,7 @@ def outputs(backbone):
 
 
 def write(folder, source, preprocessor, *args):
-    """Read what KerasHub wrote into our backbone, and write that."""
+    """Read a KerasHub preset into our backbone, and write it again."""
     config = keras_hub_config.read(source)["config"]
     config = replace(config, preprocessor=preprocessor)
     arrays = engine.write(
@@ -89,7 +89,7 @@ def test_equals_kerashub(hub, version):
     ids=lambda change: next(iter(change)),
 )
 def test_every_setting_is_felt(hub, change):
-    """Else the agreement would say nothing about the setting."""
+    """Each setting changes the outputs; otherwise agreement proves nothing."""
     _, logits = outputs(load(hub / "single2", **change))
     assert error(logits, saved(hub / "single2")["logits"]) > 1e-3
 
@@ -112,12 +112,12 @@ def test_shards_hold_the_same(hub, version):
 
 @pytest.fixture(scope="module")
 def written(hub, tmp_path_factory):
-    """Folders that we wrote, and what KerasHub makes of them."""
+    """Return the folders that we wrote, and KerasHub's results on them."""
     folder = tmp_path_factory.mktemp("ours")
     both = (PREPROCESSOR, tokenizer())
     write(folder / "single", hub / "single2", *both)
     write(folder / "new" / "sharded", hub / "single2", *both, SHARD_SIZE)
-    # An empty folder is as good as none.
+    # An empty folder may be written to.
     (folder / "first").mkdir()
     write(folder / "first", hub / "single1", None)
     names = ("single", "new/sharded", "first")
@@ -148,7 +148,7 @@ def test_kerashub_reads_what_is_written(hub, written, name, version):
 def test_kerashub_prepares_inputs_as_is_written(written, name):
     found = saved(written / f"{name}.task")
     images, ids = found["images"], found["token_ids"]
-    # Squeezed, not cropped: the dark edge is still there.
+    # The picture is resized, not cropped: the dark edge is still there.
     assert images.shape == (2, 42, 42, 3)
     assert (images[:, :, :10] == -1).all() and (images[:, :, 10:] == 1).all()
     assert ids.shape == (2, 20) and (ids[:, 0] == 2).all()
@@ -191,8 +191,9 @@ def test_bfloat16_is_exact(hub, tmp_path):
 
 
 def test_kerashub_ignores_the_scale_of_28b(hub):
-    """Ours follows the config. When KerasHub does too, the docstrings that
-    say otherwise are out of date.
+    """Our backbone follows the config, but KerasHub's does not.
+
+    When KerasHub does too, the docstrings that mention this are out of date.
     """
     config = keras_hub_config.read(hub / "scale")["config"]
     text = config.backbone.text_decoder
@@ -204,7 +205,7 @@ def test_kerashub_ignores_the_scale_of_28b(hub):
 
 
 def shapes_of_28b():
-    """KerasHub's names, written down from its sources, at 224 pixels."""
+    """Return KerasHub's names, taken from its sources, at 224 pixels."""
     shapes = {
         "layers/reversible_embedding/vars/0": (257152, 4608),
         "layers/rms_normalization/vars/0": (4608,),

@@ -1,4 +1,4 @@
-"""The configuration of KerasHub's presets, both ways, and its refusals."""
+"""The configuration of KerasHub's presets: read, written and refused."""
 
 import json
 from dataclasses import replace
@@ -88,7 +88,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 
 
 def write_files(folder, change):
-    """A folder whose files `change` changes, parsed, by their names."""
+    """Write a folder in which `change` has changed the parsed files."""
     config = tiny_config()
     files = keras_hub_config.files(config, tokenizer())
     parsed = {
@@ -150,7 +150,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
 
 
 def test_older_files(tmp_path):
-    """Fields that KerasHub added later, and the names it had before."""
+    """Read presets from before KerasHub added and renamed some fields."""
 
     def change(files):
         fields = files["config.json"]["config"]

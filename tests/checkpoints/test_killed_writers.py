@@ -1,4 +1,4 @@
-"""Killed half-way, a folder is absent or whole, or still the old one."""
+"""A killed writer leaves a folder that is absent, complete or unchanged."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What each kill left, by case: one process starts all writers."""
+    """Return what each kill left, by case; one process starts all writers."""
     home = tmp_path_factory.mktemp("home")
     result = subprocess.run(
         [
@@ -52,13 +52,14 @@ def test_killed_at_every_step(outcomes, case):
     nothing = 1 if before == "old" else None
     for kind, _, names, value in outcomes[case]:
         assert value == nothing if kind == "arrays" else value in (nothing, 2)
-        # Readers that know nothing of us find the whole or no entry, and the
-        # notes of a user are never touched.
+        # Readers that do not know our format find a complete entry or none. A
+        # user's notes are never changed.
         assert names == whole or entry not in names
         assert before != "old" or "notes.txt" in names
     values = [
         outcome[-1] for outcome in outcomes[case] if outcome[0] == "calls"
     ]
-    # Old up to one step, new from there on; both were seen.
+    # The old values up to some step, and the new values from there on; both
+    # occur.
     assert values.count(nothing) > 4 and values.count(2) > 1
     assert values == sorted(values, key=lambda value: value == 2)

@@ -1,6 +1,6 @@
-"""Files from elsewhere: changed at random, they load or are refused clearly.
+"""Randomly corrupted files either load or are refused with a clear error.
 
-Each mutation is drawn from a seed, so that a failure can be looked at again.
+Each mutation is drawn from a seed, so that a failure can be reproduced.
 """
 
 import json
@@ -23,17 +23,17 @@ FIELDS = {
     "final_logit_soft_cap": 30.0,
 }
 DEEP = 50_000
-# What no field is, or some field is; of all kinds that JSON has.
+# Values of all JSON types, valid for some fields and invalid for others.
 VALUES = (None, True, False, 0, 1, -1, 3, 7, 2**31, 10_000_000, 10**400)
 VALUES += (0.5, 1e-300, 1e300, float("nan"), float("inf"), "", "x", "8")
 VALUES += ("x" * 1000, "../x", "a\0b", "\ud800", [], {}, [1], {"a": 1})
 VALUES += ("keras_paligemma", "paligemma", "gemma2", "bfloat16", [[[]]])
-MUTATIONS = 80  # Of each format.
+MUTATIONS = 80  # For each format.
 
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """Function of a format that gives a small checkpoint and its shapes."""
+    """Return a function that gives a format's small checkpoint and shapes."""
     home = tmp_path_factory.mktemp("originals")
     backbone = PaliGemmaBackbone(
         4,
@@ -63,7 +63,7 @@ def originals(tmp_path_factory):
     weights = backbone.weights_by_name()
     for to in formats.FORMATS:
         (home / to).mkdir()
-        # An npz is cut into pieces, safetensors and h5 into shards.
+        # An npz is split into pieces; safetensors and h5 are split into shards.
         path = home / to / ("x.npz" if to == "big_vision" else "model")
         if to in ("keras", "big_vision"):
             writing.write(path, to, config, weights, piece_size=4000)
@@ -90,7 +90,7 @@ def folder_of(home, to):
 
 
 def load(folder, known):
-    """Read all arrays as a model of the configuration would get them."""
+    """Read all arrays as a model with the configuration would."""
     fields = FIELDS if any(folder.glob("*.npz*")) else {}
     checkpoint = formats.find(folder, fields)
     backbone = checkpoint.config.backbone
@@ -109,14 +109,14 @@ def load(folder, known):
 
 
 class Shaped:
-    """A weight that is a shape alone."""
+    """A weight that has only a shape."""
 
     def __init__(self, shape):
         self.shape = shape
 
 
 def places(value, path=()):
-    """List the paths of all values in JSON, its own included."""
+    """List the paths of all values in a JSON value, including its own."""
     yield path
     pairs = value.items() if isinstance(value, dict) else ()
     if isinstance(value, list):
@@ -126,7 +126,7 @@ def places(value, path=()):
 
 
 def mutate_json(draw, path):
-    """Put something else at a place of a JSON file, or nothing."""
+    """Replace or remove a random value of a JSON file."""
     content = json.loads(path.read_text())
     *parents, last = draw.choice([place for place in places(content) if place])
     inner = content
@@ -147,7 +147,7 @@ def mutate_json(draw, path):
 
 
 def mutate_bytes(draw, path):
-    """Change, cut or repeat bytes, most of them near the start or the end."""
+    """Change, cut or repeat bytes, mostly near the start or the end."""
     content = bytearray(path.read_bytes())
     size = len(content)
     near = min(size, 400)
@@ -202,5 +202,6 @@ def test_mutated_checkpoints_load_or_are_refused(originals, tmp_path, to):
         else:
             assert found == wanted, what
         shutil.rmtree(folder)
-    # Some change what no weight depends on, such as a cap or a value.
+    # Some mutations change nothing that weights depend on, such as a cap or a
+    # value.
     assert MUTATIONS / 4 < refused < MUTATIONS

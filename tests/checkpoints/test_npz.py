@@ -1,4 +1,4 @@
-"""Files in the original's format: what is read, written and refused."""
+"""Files in the original's format: read, written and refused."""
 
 import io
 import os
@@ -29,7 +29,7 @@ CENTRAL, LOCAL, END = b"PK\1\2", b"PK\3\4", b"PK\5\6"
 
 @pytest.fixture
 def arrays():
-    """Every dtype and form of array; bytes that are no number included."""
+    """Return arrays of every dtype and form, including raw bytes."""
     bits = np.random.default_rng(0).bytes
     result = {
         f"params/{name}/kernel:0": np.frombuffer(
@@ -52,7 +52,7 @@ def arrays():
 
 
 def load(path):
-    """Read all arrays of a file, or of the pieces that belong to it."""
+    """Read all arrays of a file, or of the pieces it belongs to."""
     with open_npz(find_pieces(path)) as tensors:
         arrays = {key: tensors.read(key) for key in tensors.shapes}
         for key, array in arrays.items():
@@ -62,7 +62,7 @@ def load(path):
 
 
 def assert_same(actual, wanted):
-    """Bits, not values: a NaN is itself, and zero has a sign."""
+    """Compare bits, so that NaN equals NaN and zeros have a sign."""
     assert list(actual) == list(wanted)
     for key, array in wanted.items():
         assert actual[key].dtype == array.dtype, key
@@ -71,7 +71,7 @@ def assert_same(actual, wanted):
 
 
 def refused(path, *words):
-    """Check that a file is refused, with its name and these words."""
+    """Check that a file is refused with its name and these words."""
     with pytest.raises(ValueError) as caught:
         load(path)
     for word in (str(path), *words):
@@ -79,14 +79,14 @@ def refused(path, *words):
 
 
 def npy(array, **kwargs):
-    """Return the bytes of a .npy."""
+    """Return the bytes of a `.npy` file."""
     file = io.BytesIO()
     np.save(file, array, **kwargs)
     return file.getvalue()
 
 
 def craft(path, *members, compression=zipfile.ZIP_STORED):
-    """Write a zip of pairs of name and bytes."""
+    """Write a zip file from pairs of name and bytes."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in members:
             archive.writestr(name, data)
@@ -101,7 +101,7 @@ def patch(path, record, offset, form, value):
 
 
 def cut(path, count, numbered=True):
-    """Replace a file by byte pieces."""
+    """Split a file into pieces by bytes."""
     data = path.read_bytes()
     path.unlink()
     size = -(-len(data) // count)
@@ -200,12 +200,12 @@ def test_golden_pieces_equal_the_whole():
     assert_same(load(piece), load(whole))
 
 
-# What it costs.
+# Cost.
 
 
 @pytest.fixture
 def bytes_read(monkeypatch):
-    """List with how many bytes each read took from disk."""
+    """Return a list of the number of bytes that each read took from disk."""
     counts = []
 
     class Counting(io.FileIO):
@@ -242,7 +242,7 @@ def test_bytes_read(tmp_path, bytes_read, form):
     assert 0.99 * size <= sum(bytes_read) <= 1.02 * size
     if form != "deflated":
         values = sum(array.nbytes for array in arrays.values())
-        # The end of the directory is looked at twice, and before it once.
+        # The end of the directory is read twice, and the part before it once.
         assert opened <= size - values + 64
 
 
@@ -268,7 +268,7 @@ def test_memory_of_a_write(tmp_path):
     write_npz(tmp_path / "x.npz", arrays(), piece_size=10 * MB)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # One array, and what NumPy writes at a time: 16 MB.
+    # One array, plus the 16 MB that NumPy writes at a time.
     assert 24 * MB <= peak <= 42 * MB
     assert len(find_pieces(tmp_path / "x.npz")) == 5
 
@@ -409,14 +409,16 @@ def test_no_zip(tmp_path):
 def test_a_flipped_byte_of_the_values(
     tmp_path, monkeypatch, compression, values
 ):
-    # The sizes end before, at and behind a chunk: the last must be checked.
+    # The sizes end before, at and after a chunk boundary: the last chunk must
+    # be checked too.
     monkeypatch.setattr(npz, "CHUNK", 64)
     path = tmp_path / "x.npz"
     array = np.random.default_rng(0).integers(0, 99, values, "uint8")
     craft(path, ("a.npy", npy(array)), compression=compression)
     assert_same(load(path), {"a": array})
     data = path.read_bytes()
-    # The last stored byte or one of the last deflated ones; the checksum.
+    # Corrupt the last stored byte or one of the last deflated bytes, and the
+    # checksum.
     last = data.index(CENTRAL) - 1 - 4 * (compression != zipfile.ZIP_STORED)
     for at in (last, data.index(CENTRAL) + 16):
         damaged = bytearray(data)
@@ -436,7 +438,7 @@ def test_damage_names_the_piece(tmp_path):
         tensors.read("a")
         with pytest.raises(ValueError) as caught:
             tensors.read("b")
-        # And again: the damage does not go away.
+        # Reading again fails again.
         with pytest.raises(ValueError, match="CRC"):
             tensors.read("b")
     message = str(caught.value)
@@ -449,7 +451,7 @@ def test_a_hidden_member(tmp_path):
         ("a.npy", npy(np.arange(9))),
         ("b.npy", npy(np.arange(9))),
     )
-    # The comment of the first takes in the second's entry.
+    # The first entry's comment swallows the second entry.
     patch(path, CENTRAL, 32, "<H", 46 + len("b.npy"))
     with zipfile.ZipFile(path) as archive:
         assert archive.namelist() == ["a.npy"]
@@ -474,7 +476,7 @@ def test_a_pickle_is_not_run(tmp_path):
     trap = np.array([Trap()], object)
     path = craft(tmp_path / "x.npz", ("a.npy", npy(trap, allow_pickle=True)))
     refused(path, "'a.npy'")
-    # Made to agree in size: it still is of objects.
+    # The size is consistent, but the dtype is still object.
     data = npy(np.zeros(1)).replace(b"'<f8'", b"'|O' ")
     craft(path, ("a.npy", data))
     refused(path, "'a.npy'", "its dtype is '|O', expected one of float16")
@@ -518,7 +520,7 @@ def test_other_dtypes(tmp_path, array, named):
 )
 def test_a_header_that_disagrees_with_the_size(tmp_path, old, new):
     data = npy(np.zeros((3, 4)))
-    # As long as before, and with a checksum that fits.
+    # The length is unchanged, and the checksum is valid.
     bad = data.replace(old, new.ljust(len(old)))
     assert bad != data and len(bad) == len(data)
     path = craft(tmp_path / "x.npz", ("a.npy", bad))
@@ -652,7 +654,7 @@ def test_zeros_deflate_to_the_limit(tmp_path):
     assert_same(load(tmp_path / "x.npz"), {"a": zeros})
 
 
-# Writers that stop half-way.
+# Killed writers.
 
 KILLED = """
 import os, sys
@@ -680,7 +682,7 @@ write_npz(path, arrays(), piece_size or None)
 
 
 def killed(path, piece_size, renames=-1):
-    """Write in a process that dies in the iterator, or after some renames."""
+    """Write in a process that dies in the iterator or after some renames."""
     command = [sys.executable, "-c", KILLED, path, piece_size, renames]
     run = subprocess.run([str(word) for word in command], cwd=ROOT)
     assert run.returncode == 9
@@ -708,7 +710,7 @@ def test_a_writer_killed_before_the_rename(tmp_path):
 @pytest.mark.parametrize("renames", [0, 1, 4])
 def test_a_writer_killed_between_pieces(tmp_path, renames):
     path = tmp_path / "x.npz"
-    # As many pieces as the new ones: a mixture would have the right names.
+    # As many pieces as the new file: a mixture would have matching names.
     write_npz(path, [("old", np.arange(500, 1000))], 1000)
     assert len(find_pieces(path)) == 5
     killed(path, 1000, renames)
@@ -755,11 +757,11 @@ def test_what_cannot_be_a_target(tmp_path):
             write_npz(tmp_path / path, [], size)
 
 
-# Anything else that can happen to bytes.
+# Arbitrary changes of bytes.
 
 
 def small(path, kind):
-    """A small archive of unequal members, and what it holds."""
+    """Write a small archive of unequal members; return bytes and arrays."""
     arrays = {
         "a": np.arange(6, dtype="float32").reshape(2, 3),
         "b": np.asfortranarray(np.arange(20, dtype="int16").reshape(4, 5)),
@@ -778,7 +780,7 @@ def small(path, kind):
 
 
 def survives(path, arrays):
-    """Check that a file is refused by name or gives exactly these arrays."""
+    """Return whether a file gives exactly these arrays; else it is refused."""
     try:
         loaded = load(path)
     except ValueError as error:
@@ -802,8 +804,8 @@ def test_every_byte_flipped_and_every_length(tmp_path, kind):
         held += survives(path, arrays)
         path.write_bytes(data[:at])
         assert not survives(path, arrays)
-    # Dates, versions and the sizes of local headers mean nothing here; they
-    # are few: a reader that checks little would let more pass.
+    # Dates, versions and the sizes of local headers have no meaning here. They
+    # are few: a lax reader would accept more files.
     assert 0 < held < 0.25 * len(data)
 
 

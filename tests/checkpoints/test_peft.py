@@ -1,4 +1,4 @@
-"""Adapters of PEFT, in and out; PEFT itself made and reads them."""
+"""Importing and exporting PEFT adapters; PEFT itself writes and reads them."""
 
 import copy
 import json
@@ -31,20 +31,20 @@ reference = pytest.importorskip("tests.helpers.transformers_reference")
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
     for message in (
-        # PEFT asks transformers by a name that is on its way out.
+        # PEFT uses a deprecated name of transformers.
         ".*is_gradient_checkpointing:FutureWarning",
-        # What it says of adapters that cannot be merged there.
+        # PEFT's warnings about adapters that it cannot merge.
         ".*ensure_weight_tying:UserWarning",
         ".*lora_bias=True:UserWarning",
-        # It takes their biases for damaged matrices.
+        # PEFT mistakes their biases for damaged matrices.
         "Adapter 'default'. .* have invalid shape:UserWarning",
     )
 ]
 
 DECODER = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-# The popular list: it reaches into the vision tower too.
+# The popular list also matches modules of the vision tower.
 POPULAR = ["q_proj", "k_proj", "v_proj", "o_proj"]
-# What PEFT is told, by the kind of adapter that it makes.
+# Arguments of PEFT for each kind of adapter.
 KINDS = {
     "decoder": {"target_modules": DECODER},
     "vision": {"target_modules": r".*vision_tower.*\.(out_proj|fc1|fc2)"},
@@ -102,7 +102,7 @@ def base():
 
 
 def adapted(base, **kind):
-    """A copy of the model with a random adapter."""
+    """Return a copy of the model with a random adapter."""
     model = peft.get_peft_model(
         copy.deepcopy(base), peft.LoraConfig(r=3, lora_alpha=5, **kind)
     )
@@ -129,9 +129,9 @@ def kind(request):
 
 
 def test_every_kind_is_pefts(base, tmp_path, kind):
-    """Of PEFT's logits in float64 7.5e-6 is the most that was seen.
+    """Logits differ from PEFT's in float64 by at most 7.5e-6, as measured.
 
-    PEFT's own in float32 are as far from them, up to 6.6e-6.
+    PEFT's own float32 logits differ from them by up to 6.6e-6.
     """
     model = adapted(base, **KINDS[kind])
     model.save_pretrained(tmp_path / "theirs")
@@ -139,7 +139,7 @@ def test_every_kind_is_pefts(base, tmp_path, kind):
     wanted = reference.run(model.double(), **inputs)
     plain = reference.run(base, **inputs)
     assert error(plain[valid], wanted[valid]) > 0.1
-    # Either form; what is one a layer meets both in the next test.
+    # One of the two forms; the next test covers both.
     form = ["unrolled", "scanned"][list(KINDS).index(kind) % 2]
     backbone = transformers_backbone(base, form=form)
     backbone.load_adapter(tmp_path / "theirs")
@@ -148,7 +148,7 @@ def test_every_kind_is_pefts(base, tmp_path, kind):
 
     backbone.save_adapter(tmp_path / "ours", base="google/paligemma2")
     if kind in TABLES:
-        # As published, theirs has rows behind the vocabulary.
+        # As in published models, its table has rows beyond the vocabulary.
         base = copy.deepcopy(base)
         base.resize_token_embeddings(101 + 64)
     again = peft.PeftModel.from_pretrained(
@@ -183,7 +183,7 @@ def test_off_and_merged(base, tmp_path, kind, form):
 
 
 def weights_of(backbone):
-    """The arrays of a model but for its adapter's."""
+    """Return the arrays of a model without its adapter's."""
     return {
         name: weight.read()
         for name, weight in backbone.weights_by_name().items()
@@ -192,7 +192,7 @@ def weights_of(backbone):
 
 
 def batch():
-    """Inputs of both models, targets and their weights."""
+    """Return inputs for both models, targets and their weights."""
     inputs, _ = transformers_inputs()
     shape = inputs["token_ids"].shape
     targets = np.random.default_rng(0).integers(1, 101, shape)
@@ -200,7 +200,7 @@ def batch():
 
 
 def of_peft(model, inputs, targets, weights):
-    """The loss of PEFT's model, and its gradients by their names."""
+    """Return the loss of PEFT's model, and its gradients by name."""
     predicted = reference.forward(model, **inputs)
     predicted = predicted[:, -targets.shape[1] - 1 : -1]
     each = torch.nn.functional.cross_entropy(
@@ -219,7 +219,7 @@ def of_peft(model, inputs, targets, weights):
 
 
 def of_ours(backbone, inputs, targets, weights):
-    """Our loss, and its gradients by our names."""
+    """Return our loss, and its gradients by name."""
     loss = StreamedCrossEntropy(mean="token")
 
     def function():
@@ -231,7 +231,7 @@ def of_ours(backbone, inputs, targets, weights):
 
 
 def pairs_of(backbone, ours, theirs):
-    """Name, our gradient and theirs of each adapter; of all there are."""
+    """Yield name, our gradient and PEFT's gradient for every adapter."""
     ours, theirs = dict(ours), dict(theirs)
     pairs = []
     table = rows(backbone.architecture())
@@ -245,7 +245,7 @@ def pairs_of(backbone, ours, theirs):
 
 
 def test_loss_and_gradients_are_pefts(base, tmp_path):
-    """In float32; of the gradients the next test has more to say."""
+    """Compare in float32; the next test compares gradients more strictly."""
     model = adapted(base, **KINDS["popular"])
     model.save_pretrained(tmp_path)
     wanted, theirs = of_peft(model, *batch())
@@ -254,13 +254,14 @@ def test_loss_and_gradients_are_pefts(base, tmp_path):
     found, ours = of_ours(backbone, *batch())
     assert found == pytest.approx(wanted, rel=1e-5)
     for _, gradient, there in pairs_of(backbone, ours, theirs):
-        # Both round: from what both are in float64, 1.6e-5 was seen of each.
+        # Both round: each differed from its float64 value by 1.6e-5, as
+        # measured.
         assert error(gradient, there) < 2e-5
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs JAX alone")
 def test_loss_and_gradients_are_pefts_where_nothing_rounds():
-    """The same function: in float64, 2e-14 was seen of the gradients."""
+    """In float64 the gradients differed by 2e-14, as measured."""
     result = subprocess.run(
         [sys.executable, "-m", "tests.checkpoints.peft_in_double"],
         cwd=Path(__file__).parents[2],
@@ -310,7 +311,7 @@ def test_what_does_not_fit_changes_nothing(base, tmp_path):
 
 
 def change_arrays(folder, change):
-    """Rewrite the arrays of an adapter by a function of their dict."""
+    """Rewrite an adapter's arrays with a function of their dict."""
     path = folder / "adapter_model.safetensors"
     arrays = load_file(path)
     change(arrays)
@@ -407,12 +408,12 @@ def test_what_is_in_few_bits_has_no_whole_weights(base, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:PiSSA changes the base:UserWarning")
 def test_an_initialisation_that_changed_the_base(base, tmp_path):
-    """Refused, and right once PEFT has converted it."""
+    """Such an adapter is refused, and loads after PEFT has converted it."""
     kind = {"target_modules": POPULAR, "init_lora_weights": "pissa"}
     model = peft.get_peft_model(
         copy.deepcopy(base), peft.LoraConfig(r=3, lora_alpha=5, **kind)
     )
-    # PEFT asks for the initial adapter so.
+    # This makes PEFT save the initial adapter.
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "initial")
     model.peft_config["default"].init_lora_weights = "pissa"

@@ -1,4 +1,4 @@
-"""What `adapter_config.json` may say, and what its fields mean."""
+"""Accepted values of `adapter_config.json`, and what its fields mean."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ def read(folder, **changes):
 
 
 def test_every_field_of_the_installed_peft_is_known():
-    """A newer PEFT's fields are looked at, and put into one of the lists."""
+    """Fields that a newer PEFT adds must be put into one of the lists."""
     peft = pytest.importorskip("peft")
     lists = [
         {"peft_type", *peft_config.READ},
@@ -107,7 +107,7 @@ def test_initialisations_that_have_to_be_merged(tmp_path, name):
 
 @pytest.mark.parametrize("name", peft_config.PLAIN_INITIALISATIONS)
 def test_initialisations_that_leave_the_base_alone(tmp_path, name):
-    """PEFT is asked: the kernel is the same before and after."""
+    """With PEFT itself, the kernel is the same before and after."""
     assert read(tmp_path, init_lora_weights=name)["init_lora_weights"] == name
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")

@@ -1,4 +1,4 @@
-"""Safetensors files: shards, their index, and files that are damaged."""
+"""Safetensors files: shards, their index, and damaged files."""
 
 import json
 import struct
@@ -69,7 +69,7 @@ def test_shards_hold_what_fits(tmp_path, size, shards):
 
 
 def test_arrays_are_asked_for_one_shard_at_a_time(tmp_path):
-    """When an array is made, the shards before it are on disk already."""
+    """When an array is requested, all earlier shards are on disk."""
     seen = []
 
     def arrays():
@@ -162,7 +162,7 @@ def test_an_index_of_very_many_files(tmp_path):
 
 
 def test_links_out_of_the_folder_are_followed(tmp_path):
-    """The cache of a hub is a folder of links to files named by hash."""
+    """A hub's cache is a folder of links to files named by their hash."""
     write_safetensors(tmp_path, ARRAYS.items())
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / SINGLE).symlink_to(tmp_path / SINGLE)
@@ -230,7 +230,7 @@ def test_every_truncation_is_an_error(tmp_path):
 
 
 def test_flipped_bytes_are_an_error_or_arrays(tmp_path):
-    """What is damaged in the values alone cannot be noticed."""
+    """Damaged values alone cannot be detected."""
     write_safetensors(tmp_path, ARRAYS.items())
     path = tmp_path / SINGLE
     whole = path.read_bytes()
@@ -248,7 +248,7 @@ def test_flipped_bytes_are_an_error_or_arrays(tmp_path):
             assert str(path) in str(error)
             refused += 1
             continue
-        # Names and, of the same size, shapes and dtypes may be others.
+        # Names may change, and so may shapes and dtypes of the same size.
         assert sum(array.nbytes for array in arrays.values()) == (
             len(whole) - start
         )

@@ -1,4 +1,4 @@
-"""Weights are loaded from the file straight to their shards."""
+"""Weights are loaded from the file directly to their shards."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from tests.helpers.checks import reported
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each check found: each device gets only its own shard."""
+    """Return the result of each check: each device gets only its shard."""
 
     def compute(folder):
         result = subprocess.run(

@@ -1,4 +1,4 @@
-"""What `fit`, `evaluate` and `predict` take: raw examples from anywhere."""
+"""Inputs of `fit`, `evaluate` and `predict`: raw examples from any source."""
 
 import keras
 import numpy as np
@@ -27,7 +27,7 @@ def grains(examples):
     )
 
 
-# Four examples as two batches, twice over at least.
+# Four examples as two batches, repeated at least once.
 SOURCES = {
     "dict": lambda examples: examples,
     "dict of arrays": lambda examples: {
@@ -54,7 +54,7 @@ SOURCES = {
 
 @pytest.fixture(scope="module")
 def model():
-    """A model that training leaves as it is, and quick to compile."""
+    """Return a model that compiles fast and is not changed by training."""
     model = build_tiny_model(form="scanned")
     model.backbone.vision_encoder.trainable = False
     model.backbone.text_decoder.blocks.trainable = False
@@ -64,10 +64,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def losses(model):
-    """Function that gives the loss of examples, in batches of two."""
+    """Return a function that gives the loss of examples, in batches of two."""
 
     def measure(examples):
-        # Other batches would be other programs to compile.
+        # Other batch sizes would compile other programs.
         return model.evaluate(examples, batch_size=2, verbose=0)[0]
 
     return measure
@@ -87,7 +87,7 @@ def test_raw_examples_of_any_kind_train_alike(model, losses, examples, kind):
     wanted = [losses(examples)] * 2
     np.testing.assert_allclose(history["loss"], wanted, rtol=1e-5)
     np.testing.assert_allclose(history["val_loss"], wanted, rtol=1e-5)
-    # KerasHub's name, beside ours.
+    # KerasHub's metric name is reported too.
     names = "sparse_categorical_accuracy", "val_sparse_categorical_accuracy"
     ours = "token_accuracy", "val_token_accuracy"
     for name, own in zip(names, ours, strict=True):
@@ -95,7 +95,7 @@ def test_raw_examples_of_any_kind_train_alike(model, losses, examples, kind):
 
 
 def test_an_iterable_begins_anew_each_epoch(model, losses, examples):
-    """Of unknown length, which Keras notices at the end of the first epoch."""
+    """Keras finds the unknown length at the end of the first epoch."""
     dataset = grains(examples).to_iter_dataset().batch(2)
     with pytest.warns(UserWarning, match="ran out of data"):
         history = model.fit(dataset, epochs=2, verbose=0).history
@@ -110,7 +110,7 @@ def test_evaluate_and_predict(model, losses, examples, kind):
     np.testing.assert_allclose(logs["loss"], losses(examples), rtol=1e-5)
     logits = model.predict(x, batch_size=2, verbose=0)
     assert logits.shape == (4, 20, 2048)
-    # What training sees: the loss of these logits is the one above.
+    # In training, the loss of these logits is the one above.
     _, y, weights = model.preprocessor(examples)
     log_BRV = ops.log_softmax(logits[:, 11:-1])
     chosen_BR = ops.take_along_axis(log_BRV, y[..., None], axis=-1)[..., 0]
@@ -131,7 +131,7 @@ def test_the_last_batch_may_be_smaller(model, losses, examples):
 def test_no_graph_is_traced_for_raw_batches(
     model, losses, examples, monkeypatch
 ):
-    """But for the one that TensorFlow's own training makes of batches."""
+    """The only graph is the one that TensorFlow's training makes of batches."""
     data = slices(examples).batch(2)
 
     def refuse(*args, **kwargs):
@@ -147,7 +147,7 @@ def test_no_graph_is_traced_for_raw_batches(
 
 @pytest.mark.parametrize("attached", [True, False])
 def test_preprocessed_data_passes(model, losses, examples, attached):
-    """With the preprocessor and without, in a dict and in a pipeline."""
+    """Preprocessed data is accepted as a dict and as a pipeline."""
     wanted = losses(examples)
     preprocessor = model.preprocessor
     x, y, weights = preprocessor(examples)
@@ -171,7 +171,7 @@ def test_preprocessed_data_passes(model, losses, examples, attached):
 
 
 def test_weights_of_examples(model, losses, examples):
-    """A weight of 0 is an example less, in a dict and in a tuple."""
+    """An example with weight 0 is ignored, in a dict and in a tuple."""
     pair = rows_of(examples, 0, 2)
     weights = np.array([1.0, 0.0])
     wanted = losses({key: value[:1] * 2 for key, value in pair.items()})

@@ -1,4 +1,4 @@
-"""COCO: boxes and masks as text, and annotations that do not fit."""
+"""COCO: boxes and masks as text, and invalid annotations."""
 
 import json
 
@@ -28,7 +28,7 @@ def annotation(id, image, category, box, **fields):
 
 @pytest.fixture
 def write(tmp_path):
-    """Function that writes annotations of three pictures of three classes."""
+    """Return a function that writes annotations of three pictures."""
 
     def write(*annotations, **changes):
         data = {
@@ -115,7 +115,7 @@ def test_box_outside(write, box):
 
 @pytest.mark.parametrize("task", ["detect", "segment"])
 def test_crowds_are_objects(write, task):
-    """CVAT and Datumaro mark every mask of a brush as a crowd."""
+    """CVAT and Datumaro mark every brush mask as a crowd."""
     path = write(
         annotation(1, 7, 4, [20, 10, 20, 20], segmentation=[[20, 10, 40, 30]]),
         annotation(2, 7, 2, [0, 0, 1, 4], iscrowd=1, segmentation=CROWD),
@@ -154,7 +154,7 @@ def test_crowds_without_a_mask_are_told(write):
     }
 
 
-# Pictures of 40 × 80 pixels, where a pixel is more than 1 %.
+# In pictures of 40 × 80 pixels, one pixel is more than 1 %.
 @pytest.mark.parametrize(
     "box, tokens",
     [
@@ -190,7 +190,7 @@ def test_what_becomes_of_boxes_further_outside(write):
     )
     source = COCOSource(path, "", outside="clip")
     assert "<loc0895><loc0256><loc1023> dog" in source[1]["responses"]
-    # Of the last one nothing would be left.
+    # Clipping the last box would leave nothing.
     with pytest.raises(ExampleError, match="annotation 17: The box does not"):
         source[0]
     source = COCOSource(path, "", outside="drop")
@@ -204,7 +204,7 @@ def test_what_becomes_of_boxes_further_outside(write):
 
 
 def test_a_bad_object_loses_no_picture(write):
-    """Under `skip_errors` the others are trained on, and it is counted."""
+    """With `skip_errors`, bad objects are counted and the others are used."""
     path = write(
         BOXES[1],
         annotation(15, 3, 2, [70, 0, 20, 10]),
@@ -282,7 +282,8 @@ def test_masks(write):
         seen.append(mask)
         return np.arange(16) * 8
 
-    # A triangle of 20 × 20, a square of 4 in run lengths, the same packed.
+    # A triangle of 20 × 20, a square of 4 × 4 in run lengths, and the same run
+    # lengths compressed.
     polygon = [[20, 10, 40, 10, 20, 30]]
     runs = {"size": SIZE, "counts": [6 * 40 + 8, 4] + [36, 4] * 3 + [2828]}
     box = [6, 8, 4, 4]
@@ -367,12 +368,12 @@ def test_twins_of_an_id(write, kind, entry):
         ((160, 81), 1, True),
         ((40, 80), 6, True),
         ((80, 40), 6, False),
-        ((80, 40), 9, True),  # No orientation: Pillow does not turn it.
+        ((80, 40), 9, True),  # Not a valid orientation: Pillow ignores it.
         ((40, 40), 1, False),
     ],
 )
 def test_sizes_of_files(write, tmp_path, size, orientation, fits):
-    """Boxes belong to the picture as its EXIF turns it, at any scale."""
+    """Boxes refer to the picture after its EXIF rotation, at any scale."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", size).save(tmp_path / "7.jpg", exif=exif)

@@ -1,4 +1,4 @@
-"""Conversations: LLaVA's and ms-swift's, of one question and one answer."""
+"""Conversations of LLaVA and ms-swift, with one question and one answer."""
 
 import json
 
@@ -13,7 +13,7 @@ PICTURE = np.zeros((2, 3, 3), "uint8")
 
 
 def llava(*texts, image="cat.jpg", tag="<image>\n", **more):
-    """A record of LLaVA, whose turns are of human and gpt by turns."""
+    """Return a LLaVA record, in which human and gpt take turns."""
     turns = [
         {"from": ("human", "gpt")[number % 2], "value": text}
         for number, text in enumerate(texts)
@@ -23,7 +23,7 @@ def llava(*texts, image="cat.jpg", tag="<image>\n", **more):
 
 
 def swift(question, answer, images=("cat.jpg",)):
-    """A record of ms-swift."""
+    """Return an ms-swift record."""
     turns = [
         {"role": "user", "content": question},
         {"role": "assistant", "content": answer},

@@ -1,4 +1,4 @@
-"""One data set through every format, and what is wrong in data sets."""
+"""One data set converted to every format, and errors in data sets."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def box_of(polygon):
 
 @pytest.fixture
 def coco(tmp_path):
-    """A COCO file in a folder of its own: two pictures, one without objects."""
+    """Write a COCO file in its own folder: two pictures, one is empty."""
     home = tmp_path / "coco"
     pictures(home / "images", "a.jpg", "b.jpg")
     common = {"iscrowd": 0, "image_id": 7}
@@ -85,7 +85,7 @@ def masks_of(objects):
 
 
 def boxes_of(objects):
-    """Label and box in pixels of each object of each picture."""
+    """Return label and box in pixels of each object of each picture."""
     return {
         picture.name[-5:]: [
             (
@@ -123,13 +123,13 @@ def test_coco_comes_back_as_it_was(coco, tmp_path):
         assert other == annotation | {"bbox": pytest.approx(annotation["bbox"])}
     del before["annotations"], after["annotations"]
     assert after == before
-    # A reader of its own.
+    # An independent reader.
     from pycocotools.coco import COCO
 
     assert sorted(COCO(str(made.path)).getCatIds()) == [2, 5, 9]
 
 
-# What each format keeps of boxes, in pixels, and what is said to be lost.
+# The boxes, in pixels, that each format keeps, and the losses it reports.
 @pytest.mark.parametrize(
     ("to", "task", "target", "atol", "lost"),
     [
@@ -181,7 +181,7 @@ def test_round_trips(coco, tmp_path, to, task, target, atol, lost):
     right = boxes_of(wanted)
     if to == "jsonl":
         del right["b.jpg"]
-        # By class, as answers are.
+        # Objects are grouped by class, as in answers.
         right["a.jpg"] = [right["a.jpg"][i] for i in (0, 2, 1)]
     check_boxes(boxes_of(found), right, atol)
     if task == "segment":
@@ -190,7 +190,7 @@ def test_round_trips(coco, tmp_path, to, task, target, atol, lost):
             place = (key[0], (0, 2, 1)[key[1]]) if to == "jsonl" else key
             true = masks_of(wanted)[place]
             assert (mask & true).sum() / (mask | true).sum() >= least, key
-    # And back: what it holds is what it gave.
+    # Converting back gives the same boxes.
     again = convert(made.path, tmp_path / "back.json", "coco")
     check_boxes(boxes_of(open_objects(again.path)), boxes_of(found), 1e-9)
     source = open_source(made.path, task=task or "detect")
@@ -266,7 +266,7 @@ YOLO_LINES = {
 
 @pytest.fixture
 def yolo(tmp_path):
-    """Roboflow's layout, with a level too much in the names of folders."""
+    """Write Roboflow's layout, with an extra level of folders."""
     home = tmp_path / "yolo"
     pictures(home / "train" / "images", "a.jpg", "b.jpg")
     (home / "train" / "labels").mkdir()
@@ -317,12 +317,12 @@ def test_splits_and_names_of_yolo(yolo, tmp_path):
     made = convert(yolo, yolo / "a.json", "coco")
     assert "a.txt: The labels cannot be read" in made.skipped[0]
     made.path.unlink()
-    # Label Studio's and CVAT's: a list of names, no YAML.
+    # Label Studio and CVAT write a list of names instead of YAML.
     head.unlink()
     (yolo / "train" / "classes.txt").write_text("owl\ncat\n")
     (yolo / "train" / "labels" / "a.txt").write_text("1 0.5 0.5 0.25 0.5")
     assert open_source(yolo)[0]["responses"].endswith(" cat")
-    # The picture goes after its labels were listed.
+    # The picture is removed after its labels were listed.
     objects = open_source(yolo)
     (yolo / "train" / "images" / "a.jpg").unlink()
     with pytest.raises(ExampleError, match="a.txt: The picture cannot be read"):

@@ -1,4 +1,4 @@
-"""Data sets of others: fields, prompts, and what cannot be read by number."""
+"""Third-party data sets: fields, prompts, and unreadable examples by index."""
 
 import io
 
@@ -33,7 +33,7 @@ def test_fields_prompts_and_functions():
     assert len(source[0]["images"]) == 2
     assert source[0]["prompts"] == "count to 3"
     assert source[0]["responses"] == "3"
-    # A prompt is its own text, even where a field has that name.
+    # A prompt is used literally, even if a field has that name.
     assert FieldSource(ROWS, prompts="question", responses="answers")[0][
         "prompts"
     ] == ("question")
@@ -94,7 +94,7 @@ def test_streams_and_dictionaries_are_refused():
 
 
 def test_pictures_as_hugging_face_stores_them():
-    """Bytes and path, as parquet files hold them; also several of them."""
+    """Dicts of bytes and path, as in parquet files; one or several of them."""
     file = io.BytesIO()
     Image.fromarray(PICTURE).save(file, "PNG")
     stored = {"bytes": file.getvalue(), "path": None}

@@ -21,7 +21,7 @@ from tests.helpers.tiny_models import PRESETS
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Six examples, the fourth without its picture, the fifth torn."""
+    """Write six examples; the fourth lacks its picture, the fifth is cut."""
     folder = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
     lines = []
@@ -57,7 +57,7 @@ def model():
         prompt_length=9,
         response_length=6,
     )
-    # A short backward pass compiles in half the time.
+    # A shorter backward pass halves the compile time.
     model.backbone.vision_encoder.trainable = False
     model.backbone.text_decoder.blocks.trainable = False
     model.backbone.text_decoder.token_embedding.trainable = False
@@ -66,7 +66,7 @@ def model():
 
 
 class Losses(keras.callbacks.Callback):
-    """The loss of each step alone."""
+    """Record the loss of each step separately."""
 
     def on_train_begin(self, logs=None):
         self.losses = []
@@ -93,14 +93,14 @@ def test_fit_goes_on_where_it_was(model, source):
     wanted = fit(batches, epochs=2)
     assert len(wanted) == 6 and np.isfinite(wanted).all()
     assert len(set(wanted)) > 4
-    # Two of each epoch; TensorFlow takes batches before they are used.
+    # Two steps per epoch. TensorFlow prefetches batches.
     assert 4 <= batches.skipped <= 8
     assert set(batches.problems) == {3, 4}
-    # Exactly these batches, from the middle of an epoch on.
+    # Exactly these batches, from the middle of an epoch onwards.
     batches = Batches(source, model.preprocessor, 2, skip_errors=True)
     batches.set_state(json.loads(json.dumps(batches.get_state(2))))
     assert fit(batches, steps_per_epoch=4) == wanted[2:]
-    # And by a callback, which acts once `fit` has begun.
+    # The same with a callback, which runs once `fit` has begun.
     late = Batches(source, model.preprocessor, 2, skip_errors=True)
     restore = keras.callbacks.LambdaCallback(
         on_train_begin=lambda logs: late.set_state(batches.get_state(1))
@@ -165,7 +165,7 @@ def test_bad_pictures_are_told_by_line(source, preprocessor):
     assert weights.any(axis=1).tolist() == [True] * 3 + [False] * 2 + [True]
     assert not x["images"][3:5].any() and not y[3:5].any()
     assert "line 5: " in batches.problems[4]
-    # Worker processes get it so.
+    # Worker processes receive it pickled.
     copy = pickle.loads(pickle.dumps(preprocessor))
     for mine, theirs in zip(
         preprocessor(source[0]), copy(source[0]), strict=True

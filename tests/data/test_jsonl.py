@@ -1,4 +1,4 @@
-"""JSONL: every bad line is told by its number, and no text is held."""
+"""JSONL: every bad line is reported by number, and no text is kept."""
 
 import json
 
@@ -17,7 +17,7 @@ GOOD = {"image": "a.png", "prefix": "caption en", "suffix": "a cat"}
 
 @pytest.fixture
 def write(tmp_path):
-    """Function that writes lines to a file, and pictures beside it."""
+    """Return a function that writes lines to a file, and pictures beside it."""
     pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), "uint8")
     Image.fromarray(pixels).save(tmp_path / "a.png")
     (tmp_path / "broken.png").write_bytes(
@@ -109,7 +109,7 @@ def test_bad_lines(write, line, message):
     "token", ["<loc1024>", "<loc-001>", "<loc12>", "<loc00500>", "<seg128>"]
 )
 def test_places_outside_of_the_picture(write, token):
-    """They are no tokens, and would be learned as letters."""
+    """Such locations are not tokens, and would be learned as plain text."""
     box = "<loc0000><loc0000><loc1023>"
     fine = GOOD | {"suffix": f"{box}<loc1019> a <local> cat <seg000><seg127>"}
     source = JSONLSource(write(fine, fine | {"suffix": f"{box}{token} cat"}))
@@ -167,7 +167,7 @@ def test_objects_of_too_many_or_few_tokens(write, task, answer, received):
     (problem,) = check(source)
     assert "train.jsonl, line 3: An object is neither a box" in problem
     assert "4 <loc…> and 16 <seg…>" in problem and received in problem
-    # Other tasks have formats of their own, such as points.
+    # Other tasks have their own formats, such as points.
     assert not check(JSONLSource(write(GOOD | {"suffix": f"{answer} cat"})))
 
 
@@ -176,14 +176,14 @@ PAIR = GOOD | {"image": ["a.png", "a.png"]}
 
 
 def stack(example):
-    """Arrays as a preprocessor makes them of a picture or of frames."""
+    """Stack arrays as a preprocessor makes them of a picture or of frames."""
     images = np.array(example["images"])
     pixels = np.ones((*images.shape, 2, 2, 3), "float32")
     return {"images": pixels}, np.ones(3, "int32"), np.ones(3, "float32")
 
 
 def test_numbers_of_frames_that_differ(write):
-    """Told by line, and left out on request; one frame is a picture."""
+    """Mismatched frames are reported or skipped; one frame is a picture."""
     source = JSONLSource(write(*FRAMES, PAIR, GOOD))
     (problem,) = check(source)
     assert "line 3: The example has 2 frames, and" in problem
@@ -197,7 +197,7 @@ def test_numbers_of_frames_that_differ(write):
         rows = [(x["images"].shape, weights) for x, _, weights in batches]
     assert [shape for shape, _ in rows] == [(2, 2, 2, 3)] * 2
     assert [w[:, 0].tolist() for _, w in rows] == [[1, 1], [0, 1]]
-    # What comes first decides, whichever batch is read.
+    # The first line decides, whichever batch is read.
     source = JSONLSource(write(PAIR, PAIR, PAIR, GOOD, PAIR))
     assert ["line 4" in problem for problem in check(source)] == [True]
     batches = Batches(source, stack, 1, skip_errors=True, **kwargs)
@@ -232,7 +232,7 @@ def test_objects_of_several_lines_are_told_in_one_sentence(write):
     for text in (pretty, "\ufeff" + pretty, f"{pretty}\n{pretty}"):
         with pytest.raises(ValueError, match="several lines an object.*jq"):
             JSONLSource(write(text))
-    # One line that was cut off is a line that was cut off.
+    # A truncated line is reported once.
     cut = json.dumps(GOOD)[:-1]
     assert len(check(JSONLSource(write(cut, GOOD)))) == 1
     assert len(check(JSONLSource(write(cut)))) == 1
@@ -278,7 +278,7 @@ def test_check_tells_all_at_once(write):
 
 
 def test_check_tells_typed_special_tokens(write):
-    """Not in front of a prompt, where nothing is lost by dropping them."""
+    """Tokens before a prompt are not reported, since nothing is lost."""
     source = JSONLSource(
         write(
             GOOD | {"prefix": "<image>detect cat"},

@@ -1,4 +1,4 @@
-"""Data sets as the libraries themselves make them, read into batches."""
+"""Data sets made by the libraries themselves, read into batches."""
 
 import numpy as np
 import pytest
@@ -19,12 +19,12 @@ ANSWERS = [["1", "one"], ["2"], ["3", "three", "a few"], ["tree"]]
 
 
 def pixels(number):
-    """A picture of one colour, which no format changes, of its own size."""
+    """Return a picture of one colour, which every format preserves."""
     return np.full((20 + number, 30, 3), COLOURS[number], "uint8")
 
 
 def batches_of(dataset):
-    """What a data set of images, questions and answers becomes."""
+    """Return the batches of a data set of images, questions and answers."""
     source = FieldSource(
         dataset,
         images="image",
@@ -76,7 +76,7 @@ def test_hugging_face(tmp_path, monkeypatch):
         "image", datasets.Image()
     )
     assert_read(dataset)
-    # From disk, where it may be larger than memory.
+    # From disk, where a data set may be larger than memory.
     dataset.save_to_disk(tmp_path / "saved")
     assert_read(datasets.load_from_disk(tmp_path / "saved"))
     with pytest.raises(ValueError, match="by number.*streaming"):
@@ -89,7 +89,7 @@ def test_tensorflow_datasets(tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
 
     class Questions(tfds.core.GeneratorBasedBuilder):
-        """A builder of its own: nothing is downloaded."""
+        """A local builder that downloads nothing."""
 
         VERSION = tfds.core.Version("1.0.0")
 

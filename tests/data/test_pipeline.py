@@ -1,4 +1,4 @@
-"""Batches: one order for all workers and hosts, and no example lost."""
+"""Batches: one order for all workers and hosts, with no example lost."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from keras_paligemma.data.reader import _shuffled
 
 
 class Numbers:
-    """Examples 0, 1, 2 … whose answers are their numbers; some are bad."""
+    """Examples 0, 1, 2 … whose answers are their numbers; some are invalid."""
 
     def __init__(self, count, bad=(), answers=1):
         self.count, self.bad, self.answers = count, bad, answers
@@ -37,7 +37,7 @@ def preprocessor(example):
 
 
 def take(batches, count=None):
-    """The answers of batches, -1 for blank rows."""
+    """Return the answers of the next batches, with -1 for blank rows."""
     rows = []
     for x, y, weights in itertools.islice(batches, count):
         assert ((x["number"] == 0) == (weights == 0)).all()
@@ -58,7 +58,7 @@ def test_order_is_a_function_of_seed_and_epoch():
     epochs = [sum(first[i : i + 3], []) for i in (0, 3, 6)]
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert all(len(set(epoch)) == 9 and max(epoch) < 10 for epoch in epochs)
-    # Not the epochs of the seed before, one later.
+    # The second epoch of seed 4 differs from the first epoch of seed 5.
     assert take(make(seed=4), 6)[3:] != first[:3]
 
 
@@ -84,7 +84,8 @@ def test_hosts_share_nothing_and_are_one_host_together():
     first = sum(alone[:3], [])
     assert sorted(first) == [-1, *range(11)]
     assert hosts[0].get_state(2) == hosts[1].get_state(2)
-    # Without a remainder both have equally many, and still no example twice.
+    # The remainder is dropped: both hosts have equally many examples, and none
+    # is repeated.
     parts = [take(make(11, 2, shard=(i, 2), epochs=1)) for i in range(2)]
     assert [len(part) for part in parts] == [2, 2]
     assert len(set(sum(parts[0] + parts[1], []))) == 8
@@ -97,7 +98,7 @@ def test_answers_are_drawn_anew_each_epoch():
     drawn = np.array(rows) // 1000
     assert set(drawn.ravel()) == {0, 1, 2, 3}
     assert (drawn != drawn[0]).any(axis=0).all()
-    # A host draws what one host alone would.
+    # A host draws the same answers as a single host would.
     half = take(make(8, 4, answers=4, shuffle=False, shard=(1, 2)), 6)
     assert half == [row[4:] for row in rows]
 
@@ -114,12 +115,12 @@ def test_resume_is_exact():
             fresh = make(seed=1, bad=(4,), skip_errors=True)
             fresh.set_state(state)
             assert take(fresh, 12 - count) == wanted[count:]
-            # Backwards too, to a batch without a blank row, so that the
+            # Going backwards works too. The batch has no blank row, so that the
             # count stays below the next warning.
             clean = next(i for i in range(12) if -1 not in wanted[i])
             iterator.set_state(batches.get_state(clean))
             assert take(iterator, 1) == [wanted[clean]]
-    # What training has used counts from where it began.
+    # Batches used in training count from the restored position.
     fresh.set_state(batches.get_state(5))
     assert fresh.get_state(3) == batches.get_state(8)
     ended = make(epochs=1)
@@ -135,7 +136,7 @@ def test_workers_change_nothing():
         several = make(workers=2, **changes)
         iterator = iter(several)
         assert take(iterator, 9) == wanted[:9]
-        # What workers have read ahead is not counted.
+        # Examples that workers have only prefetched are not counted.
         assert several.skipped == sum(row.count(-1) for row in wanted[:9])
         state = iterator.get_state()
         iterator.close()
@@ -149,7 +150,7 @@ def test_workers_do_not_outlive_a_killed_run():
         "batches = iter(make(workers=2)); next(batches); print('read');"
         "os.sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    # Workers have the run's output: its end is seen when all are gone.
+    # Workers inherit stdout, so it ends when all of them have exited.
     done = subprocess.run(
         [sys.executable, "-c", run],
         stdout=subprocess.PIPE,

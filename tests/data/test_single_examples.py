@@ -1,4 +1,4 @@
-"""One example: what it holds, and what is left of it."""
+"""A single example: its fields, and how they are checked."""
 
 import doctest
 import pickle

@@ -1,4 +1,4 @@
-"""Pascal VOC's pictures of masks, in and out."""
+"""Pascal VOC's mask pictures, read and written."""
 
 import doctest
 import json
@@ -19,7 +19,7 @@ from keras_paligemma.tasks.masks import from_segmentation
 from keras_paligemma.tasks.masks import to_rle
 
 SIZE = (20, 30)
-# Label, and (y1, x1, y2, x2) in pixels.
+# A label, and (y1, x1, y2, x2) in pixels.
 CAT, DOG, OWL = (
     ("cat", 2, 3, 12, 9),
     ("dog", 4, 12, 16, 20),
@@ -32,7 +32,7 @@ OBJECT = (
 
 
 def mask_of(mark):
-    """The box without its upper left quarter."""
+    """Return a mask of the box without its upper left quarter."""
     _, y1, x1, y2, x2 = mark
     mask = np.zeros(SIZE, bool)
     mask[y1:y2, x1:x2] = True
@@ -41,7 +41,7 @@ def mask_of(mark):
 
 
 def write_xml(folder, marks, name="a"):
-    """The XML of a picture and the picture."""
+    """Write the XML of a picture, and the picture."""
     for part in ("Annotations", "JPEGImages"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     Image.new("RGB", SIZE[::-1]).save(folder / "JPEGImages" / f"{name}.jpg")
@@ -53,7 +53,7 @@ def write_xml(folder, marks, name="a"):
 
 
 def write_map(folder, values, colours=False, name="a.png"):
-    """A picture of indices, or of the colours of VOC's palette."""
+    """Write a picture of indices, or one of the colours of VOC's palette."""
     folder.mkdir(exist_ok=True)
     picture = Image.fromarray(np.asarray(values, "uint8"))
     picture.putpalette(np.ravel(voc_masks.palette()).tolist())
@@ -62,7 +62,7 @@ def write_map(folder, values, colours=False, name="a.png"):
 
 def values_of(marks, numbers):
     values = np.zeros(SIZE, int)
-    # A border around all, as the challenge has it.
+    # A border around all objects, as in the challenge.
     values[0, :] = values[:, 0] = 255
     for mark, number in zip(marks, numbers, strict=True):
         values[mask_of(mark)] = number
@@ -83,7 +83,7 @@ def test_examples_of_the_docstrings_run():
 
 
 def test_the_palette_is_that_of_the_challenge():
-    """Its first colours are in the development kit's documentation."""
+    """The development kit's documentation lists its first colours."""
     palette = voc_masks.palette()
     assert len(set(palette)) == 256
     assert palette[1:8] == [
@@ -106,13 +106,13 @@ def test_each_object_has_the_pixels_of_its_number(tmp_path, colours):
     assert not source.left_out
     assert source[0]["prompts"] == "segment cat ; dog"
     assert source[0]["responses"].count("<seg") == 3 * 16
-    # Boxes alone need no masks: their pictures are not opened.
+    # Boxes alone need no masks, so the mask pictures are not opened.
     (tmp_path / "SegmentationObject" / "a.png").write_bytes(b"")
     assert not open_source(tmp_path).left_out
 
 
 def test_numbers_that_fit_no_object_are_counted(tmp_path):
-    """The second object has no pixels, and the third is another's."""
+    """The second object has no pixels, and the third is another object's."""
     marks = [CAT, DOG, OWL]
     write_xml(tmp_path, marks)
     values = values_of([CAT, DOG, OWL], (1, 3, 4))
@@ -163,7 +163,7 @@ def test_a_mask_of_another_size_is_an_error_of_its_object(tmp_path):
 def test_classes_where_there_are_no_numbers_of_objects(
     tmp_path, colours, listed
 ):
-    """By a list of names, by CVAT's with the background, or VOC's own."""
+    """Classes come from a list of names, from CVAT's, or from VOC's own."""
     marks = [CAT, DOG, OWL]
     write_xml(tmp_path, marks)
     numbers = {"": (8, 12, 8), "challenge": (2, 1, 2), "cvat": (1, 2, 1)}
@@ -221,7 +221,7 @@ def test_masks_are_trained_on_where_they_are_listed(tmp_path):
 
 @pytest.fixture
 def coco(tmp_path):
-    """Overlapping masks, a run length, a box alone: what VOC may not hold."""
+    """Write overlapping masks, a run length, and a box without a mask."""
     Image.new("RGB", SIZE[::-1]).save(tmp_path / "a.jpg")
     Image.new("RGB", SIZE[::-1]).save(tmp_path / "b.jpg")
     big = [0.0, 0.0, 20.0, 0.0, 20.0, 15.0, 0.0, 15.0]

@@ -1,7 +1,7 @@
-"""Evaluations that are killed: `… killed_evaluation FOLDER KILLS SEED`.
+"""Kill evaluations: `… killed_evaluation FOLDER KILLS SEED`.
 
-Each is a process of its own, forked after all imports and killed at a random
-moment. The last one runs to its end.
+Each evaluation runs in its own process, which is forked after all imports and
+killed at a random moment. The last one runs to its end.
 """
 
 import os
@@ -18,7 +18,7 @@ from tests.helpers.oracle import Oracle
 
 
 class Slow(Oracle):
-    """A slow model: 100 batches take longer than 20 runs until a kill."""
+    """A slow model: 100 batches take longer than 20 killed runs together."""
 
     def generate(self, inputs, max_new_tokens):
         time.sleep(0.01)

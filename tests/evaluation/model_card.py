@@ -1,10 +1,11 @@
 """Read the tables of the model card, to write `golden/model_card.tsv`.
 
-By hand, when the card changes:
+Run it by hand when the card changes:
 
     python -m tests.evaluation.model_card model_card.md
 
-The file has a line per number: row, column, number; "-" if the card has none.
+The file has a line for each number: row, column, number; or "-" if the card has
+no number.
 """
 
 import re

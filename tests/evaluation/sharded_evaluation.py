@@ -1,4 +1,4 @@
-"""One device and eight write the same file: `… sharded_evaluation FOLDER`."""
+"""Compare files of one and eight devices: `… sharded_evaluation FOLDER`."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Answers to many pictures in a file: read, resumed, and what is unreadable."""
+"""Writing the answers to many pictures to a file: resuming and errors."""
 
 import json
 
@@ -18,7 +18,7 @@ def model():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five pictures, one of them below another folder."""
+    """Write five pictures, one of them in a subfolder."""
     place = tmp_path / "photos"
     (place / "more").mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -48,7 +48,7 @@ def test_a_folder_is_answered_in_order_and_resumed(model, folder, tmp_path):
     forced = tmp_path / "forced.jsonl"
     answer_file(model, pictures, forced, **how, choices=["a cat"])
     assert set(rows_of(forced).values()) == {"a cat"}
-    # Killed within the second batch, in the middle of a line.
+    # As if killed within the second batch, in the middle of a line.
     lines = whole.split(b"\n")
     path.write_bytes(b"\n".join(lines[:3]) + lines[3][:9])
     answer_file(model, pictures, path, **how)

@@ -1,4 +1,4 @@
-"""A benchmark's record as settings of a fine-tune and of its plan."""
+"""Fine-tuning settings and plans derived from a benchmark's record."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def test_finetune_takes_the_record_and_the_command_line_wins(data, tmp_path):
         *("--data", data, "--output", tmp_path / "run", "--dry-run"),
         *("--batch-size", 4),
     )
-    # 12 examples in batches of 4, ten epochs of the record, 48 tokens.
+    # 12 examples in batches of 4. The record has ten epochs and 48 tokens.
     assert "12 examples, 3 steps an epoch of 4, 30 steps" in output
     assert "prompts of 48 tokens, responses of 48" in output
 
@@ -109,7 +109,7 @@ def test_refcoco_is_learned_in_the_codes_of_a_codec(tmp_path):
         [samples.truth(0)["masks"]],
         MaskCodec.embedded().decode,
     ).columns["miou"]
-    # The last location is 1023 of 1024: a row and a column are cut off.
+    # The last location is 1023 of 1024, so one row and one column are cut off.
     assert iou == 0.9
     with pytest.raises(ValueError, match="split 'train'"):
         for_run("refcoco_val", given)

@@ -1,4 +1,4 @@
-"""Readers of official archives, on made-up miniatures of three samples."""
+"""Readers of official archives, on synthetic archives of three samples."""
 
 import hashlib
 import pickle
@@ -44,7 +44,7 @@ def vqav2(folder):
     put(folder, "v2_mscoco_val2014_annotations.json", {"annotations": answers})
     for id in ids:
         put(folder, f"val2014/COCO_val2014_{id // 1000:012d}.jpg", (8, 6))
-    # In the order of TensorFlow Datasets, a hash of split and key.
+    # The order of TensorFlow Datasets is a hash of split and key.
     order = sorted(
         ids, key=lambda id: hashlib.md5(f"validation{id}".encode()).hexdigest()
     )
@@ -189,7 +189,7 @@ def test_official_layout(make, tmp_path):
     assert found == wanted
     assert samples.missing_pictures() == []
     assert len(samples[0].images) == 2 or benchmark.pictures == 1
-    # The same file is learned from.
+    # The same file can be used for training.
     if benchmark.response is not None:
         example = TrainingSource(samples)[0]
         assert example["responses"] == wanted[0][2]

@@ -1,9 +1,9 @@
-"""One small data set a kind of task, from its files to the metric.
+"""One small data set for each kind of task, from its files to the metric.
 
-Made of what package registries carry: scenes of sprites, easy-vqa, rendered
-text, RDKit's drawings, scores by verovio, charts by matplotlib, tables,
-pairs and clips. A perfect oracle gets the metric's best value, a shuffled one
-what the metric gives for the shuffled answers.
+The data sets are made with packages from registries: scenes of sprites,
+easy-vqa, rendered text, RDKit's drawings, scores by verovio, charts by
+matplotlib, tables, pairs and clips. A perfect oracle gets the metric's best
+value. A shuffled oracle gets the metric's value of the shuffled answers.
 """
 
 import functools
@@ -33,7 +33,7 @@ ROWS = 6
 
 @functools.cache
 def scene(number):
-    """A picture, and (name, box) of what is on it, from left to right."""
+    """Return a picture, and (name, box) of its objects from left to right."""
     random = np.random.default_rng([21, number])
     count = 1 + number % 3
     names = scenes.draw(random, CLASSES, 1) * count
@@ -52,7 +52,7 @@ def picture_of(array):
 
 
 def caption():
-    """Sprites: what is seen, from left to right."""
+    """Make a caption of the sprites in a scene."""
     for number in range(ROWS):
         image, objects = scene(number)
         words = " and ".join(f"a small {name}" for name, *_ in objects)
@@ -61,7 +61,7 @@ def caption():
 
 
 def count():
-    """Sprites: how many."""
+    """Make a counting question about sprites."""
     for number in range(ROWS):
         image, objects = scene(number)
         fields = {"question": f"how many {objects[0][0]} ?"}
@@ -75,7 +75,7 @@ def count():
 
 
 def choice():
-    """Sprites: one of four names."""
+    """Make a multiple-choice question with four names."""
     for number in range(ROWS):
         image, objects = scene(number)
         name = objects[0][0]
@@ -85,7 +85,7 @@ def choice():
 
 
 def object_():
-    """Boxes whose edges are thirds, so that pixels are met exactly."""
+    """Make boxes whose edges are thirds, so that pixels match exactly."""
     for number in range(ROWS):
         y, x = divmod(number, 3)
         box = (y / 3, x / 3, (y + 1) / 3, (x + 1) / 3)
@@ -102,7 +102,7 @@ def object_():
 
 
 def question():
-    """easy-vqa: shapes and colours, thirteen answers."""
+    """Make a question of easy-vqa: shapes and colours, thirteen answers."""
     import easy_vqa
 
     paths = easy_vqa.get_test_image_paths()
@@ -121,7 +121,7 @@ def question():
 
 
 def reading():
-    """Rendered text."""
+    """Make a picture of rendered text."""
     for number in range(ROWS):
         word = f"Shop {number * 37 + 11}"
         fields = {"question": "what is written?", "answers": [word] * 10}
@@ -129,7 +129,7 @@ def reading():
 
 
 def words():
-    """Rendered words at known places."""
+    """Make a picture of rendered words at known places."""
     for number in range(ROWS):
         picture = Image.new("RGB", (160, 64), "white")
         pen = ImageDraw.Draw(picture)
@@ -150,7 +150,7 @@ def words():
 
 
 def chart():
-    """Bars by matplotlib."""
+    """Make a bar chart by matplotlib."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -175,7 +175,7 @@ def chart():
 
 
 def table():
-    """A table as its cells are read, and drawn."""
+    """Make a table: its cells in reading order, and a drawing."""
     for number in range(ROWS):
         cells = [["Name", "Score"], [f"no {number}", str(90 - number)]]
         rows = "".join(
@@ -188,7 +188,7 @@ def table():
 
 
 def music():
-    """Bars of piano music, engraved by verovio."""
+    """Make bars of piano music, engraved by verovio."""
     import io
 
     import resvg_py
@@ -215,7 +215,7 @@ def music():
 
 
 def molecule():
-    """Drawings by RDKit; the oracle spells them in its own way."""
+    """Make a drawing by RDKit; the oracle uses a spelling of its own."""
     from rdkit import Chem
     from rdkit.Chem import Draw
 
@@ -228,7 +228,7 @@ def molecule():
 
 
 def pair():
-    """Two scenes: have they as many?"""
+    """Make two scenes, and ask whether they have equally many objects."""
     for number in range(ROWS):
         left, right = scene(number), scene(number + 1 + number % 2 * 2)
         same = str(len(left[1]) == len(right[1]))
@@ -237,7 +237,7 @@ def pair():
 
 
 def video():
-    """Clips of a square that moves."""
+    """Make a clip of a moving square."""
     for number in range(ROWS):
         frames = []
         ends = number % 2
@@ -254,7 +254,7 @@ def video():
         )
 
 
-# A kind, its maker, a benchmark of that kind, and the best value.
+# A kind of task, its maker, a benchmark of that kind, and the best value.
 KINDS = {
     "caption": (caption, "screen2words", 1000),
     "chart": (chart, "chartqa_human", 100),
@@ -279,7 +279,7 @@ def test_each_kind_has_a_proof():
 
 
 def write(folder, made):
-    """Write a data set in our own layout; give the oracle's answers."""
+    """Write a data set in our own layout, and return the oracle's answers."""
     answers = []
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
         for number, (image, fields, answer) in enumerate(made):
@@ -343,7 +343,7 @@ def test_kind_end_to_end(kind, tmp_path):
 
 
 def score_of(benchmark, texts, columns, decode):
-    """The metric of the shuffled answers, told apart from the run's code."""
+    """Compute the metric of the shuffled answers without the run's code."""
     pairs = list(zip(texts, columns.get("answers", texts), strict=True))
     simple = columns.get("simple")
     by_hand = {

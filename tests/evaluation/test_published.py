@@ -1,8 +1,9 @@
-"""Published data sets by their fields: fakes of dtype and nesting.
+"""Fields of published data sets: fakes with the same dtypes and nesting.
 
-The features are those of the original's TensorFlow Datasets builders, and of
-Hugging Face's data sets; of NLVR2, MaRVL and OCR-VQA, whose builders are not
-public, those that the original's transfers name. The values are made up.
+The features are those of the original's TensorFlow Datasets builders and of
+Hugging Face's data sets. The builders of NLVR2, MaRVL and OCR-VQA are not
+public, so their features are those that the original's transfers name. The
+values are synthetic.
 """
 
 import datasets
@@ -42,7 +43,7 @@ SPOKEN = {"image/id": TEXT, "image": PICTURE, "captions": TEXTS}
 CHART = {"question_id": INT, "image/filename": TEXT, "image": PICTURE}
 CHART |= {"question": TEXT, "answer": TEXT}
 
-# By the name that the registry has.
+# By the names of the registry.
 FEATURES = {
     "ai2d": {
         **{"id": TEXT, "question": TEXT, "label": INT, "answer": TEXT},
@@ -122,7 +123,7 @@ VALUES = {"answer_type": b"other", "question_type": b"comp"}
 
 
 def fake(feature, name, number):
-    """A value as `tfds.data_source` gives it."""
+    """Return a value as `tfds.data_source` gives it."""
     if isinstance(feature, dict):
         return {k: fake(v, k, number) for k, v in feature.items()}
     if isinstance(feature, tfds.features.Sequence):
@@ -142,7 +143,7 @@ def fake(feature, name, number):
 
 
 def distinct(example, path, number):
-    """Set an example's own id, as the published ones have."""
+    """Set an example's own id, as in published data sets."""
     old = example[path]
     text = b"%d" % number
     return example | {
@@ -247,7 +248,7 @@ def test_frames(tmp_path):
     video = np.arange(7)[:, None, None, None] * np.ones((1, 2, 2, 3), "uint8")
     first = [int(frame[0, 0, 0]) for frame in pick_frames(video, 3, 3)]
     assert first == [0, 3, 6]
-    # As the original repeats what a short video has.
+    # The original repeats frames of a short video in the same way.
     assert pick_frames(list("abcde"), 5, 2) == list("aceac")
     from PIL import Image
 
@@ -266,10 +267,10 @@ def test_frames(tmp_path):
 
 
 def test_tensorflow_datasets_from_disk(tmp_path):
-    """A data set of two languages, written and read by the library itself."""
+    """TensorFlow Datasets itself writes and reads a set of two languages."""
 
     class Xgqa(tfds.core.GeneratorBasedBuilder):
-        """Made-up questions."""
+        """Synthetic questions."""
 
         VERSION = tfds.core.Version("1.0.0")
 

@@ -1,4 +1,4 @@
-"""Every row and number of the card is in the registry, and can be run."""
+"""Every row and number of the model card is in the registry and can be run."""
 
 import csv
 import inspect
@@ -25,7 +25,7 @@ from tests.evaluation.model_card import FIXTURE
 
 DOCS = Path(__file__).parents[2] / "docs"
 
-# The card's names of the additional benchmarks' values.
+# The card's names for the values of the additional benchmarks.
 VALUES = {
     **{"Precision": "precision", "Recall": "recall", "F1": "f1"},
     **{"S-TEDS": "s_teds", "TEDS": "teds"},
@@ -40,7 +40,7 @@ VALUES = {
 
 
 def numbers_of(benchmark):
-    """What the registry has of a row, as the card's fixture has it."""
+    """Return the registry's values of a row, in the format of the fixture."""
     for value, numbers in benchmark.card.items():
         for column, number in numbers.items():
             yield benchmark.title, value, column, number
@@ -78,7 +78,7 @@ def test_record_can_be_run(benchmark):
     names = [column.strip("[]") for column in columns]
     parameters = inspect.signature(function).parameters
     assert set(names) | set(benchmark.arguments) < set(parameters)
-    # What the prompt and the metric ask for, the data give.
+    # The data provides the fields that the prompt and the metric require.
     fields = [
         name
         for _, name, _, _ in string.Formatter().parse(benchmark.prompt)
@@ -100,8 +100,8 @@ def test_record_can_be_run(benchmark):
     }
 
 
-# As `paligemma2.md`, section 6, has them: rate, decay, epochs, batch, at 224
-# and 448, then tokens.
+# From section 6 of `paligemma2.md`: learning rate, decay, epochs and batch
+# size, at 224 and 448, then tokens.
 TRANSFERS = """
 ai2d 1e-5/1e-6/10/256 1e-5/1e-6/10/256 128
 aokvqa_mc 5e-6/0/15/128 5e-6/0/15/128 128

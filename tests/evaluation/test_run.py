@@ -1,4 +1,4 @@
-"""Runs that end early, bad data, and what is written at the end."""
+"""Interrupted runs, invalid data, and the files written at the end."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_run_that_ended_computes_nothing_again(data, tmp_path):
 def test_every_length_of_a_file_is_gone_on_with(tmp_path, monkeypatch):
     data = make_data(tmp_path / "data", rows=5)
     run(data, tmp_path / "whole", batch_size=2)
-    # Some hundred files need not be on the disk.
+    # Hundreds of small files do not need to reach the disk.
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     whole = (tmp_path / "whole" / "predictions.jsonl").read_bytes()
     ids = open_samples(BENCHMARK, data).ids
@@ -137,14 +137,14 @@ def test_eight_devices_write_the_same_file(tmp_path):
 
 
 def test_two_hosts_write_a_part_each(data, tmp_path, monkeypatch):
-    """The parts of two hosts, one after another, and what the first joins."""
+    """Write the parts of two hosts in turn; the first host joins them."""
     from keras_paligemma import compat
 
     samples = open_samples(BENCHMARK, data)
     monkeypatch.setattr(compat, "wait_for_all", lambda place: None)
     monkeypatch.setattr(compat, "least", lambda value: value)
     run(data, tmp_path / "one", batch_size=4)
-    # The second host's part: its piece of each batch of both.
+    # The second host's part is its share of each global batch.
     for index in (1, 0):
         monkeypatch.setattr(compat, "process", lambda index=index: (index, 2))
         result = evaluate(
@@ -214,7 +214,7 @@ def test_picture_that_cannot_be_read_is_named(data, tmp_path):
     (data / "7.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="id 'q7': .*cannot be read|id 'q7'"):
         evaluate(oracle, BENCHMARK, data, tmp_path / "run", batch_size=5)
-    # The first batch is kept.
+    # The first batch is saved.
     done = read_predictions(tmp_path / "run" / "predictions.jsonl")
     assert list(done) == samples.ids[:5]
 
@@ -327,7 +327,7 @@ def test_mean_over_languages_is_not_that_over_samples(data):
     values = scores.values()
     assert values["acc"] == pytest.approx(1 / 7)
     assert (values["acc/de"], values["acc/bn"]) == (1, 0)
-    # A draw may lack a language, of which its mean knows nothing.
+    # A resample may lack a language, which its mean then ignores.
     low, high = scores.intervals(draws=32)["acc"]
     assert 1 / 7 <= low <= high <= 1
 
@@ -357,7 +357,7 @@ def test_command_on_the_nano_preset(data, tmp_path):
 
 
 def test_two_hosts_on_the_command_line(tmp_path):
-    """Processes that share one run write what one process writes."""
+    """Processes that share a run write the same files as one process."""
     scenes = Path(__file__).parents[2] / "examples" / "pictures"
     lines = [
         {"id": path.stem, "images": str(path), "question": "how many objects?"}

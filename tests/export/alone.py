@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ABSENT = ["keras_paligemma", "keras_hub", "keras", "tensorflow", "torch"]
-ABSENT.append("openvino_telemetry")  # Without telemetry.
+ABSENT.append("openvino_telemetry")  # Its telemetry package.
 if sys.argv[1] != "stablehlo":
     ABSENT.append("jax")
 sys.modules.update(dict.fromkeys(ABSENT))
@@ -43,7 +43,7 @@ def onnx(folder):
 def openvino(folder):
     import openvino
 
-    # Otherwise it computes in half precision on processors that support it.
+    # By default it uses half precision on processors that support it.
     model = openvino.Core().compile_model(
         folder / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
@@ -53,7 +53,7 @@ def openvino(folder):
 def litert(folder, name="model.tflite"):
     from ai_edge_litert.interpreter import Interpreter
 
-    # It keeps a view of the file until it is deleted.
+    # The interpreter keeps a view of the file until it is deleted.
     interpreter = Interpreter(str(folder / name), num_threads=1)
     run = interpreter.get_signature_runner()
     return lambda inputs: run(**inputs)["logits"], None
@@ -64,7 +64,7 @@ def litert_int8(folder):
 
 
 def answer(forward, inputs, responses):
-    """Write the likeliest token of each pass into rows without a response."""
+    """Write each pass's most probable token into rows without a response."""
     inputs = {name: value.copy() for name, value in inputs.items()}
     prompt = inputs["token_ids"].shape[1] - responses
     for number in range(responses):

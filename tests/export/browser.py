@@ -1,4 +1,4 @@
-"""Drive a headless Chromium by WebDriver: JSON over HTTP, no package."""
+"""Drive a headless Chromium by WebDriver, JSON over HTTP, without a package."""
 
 import base64
 import contextlib
@@ -27,12 +27,12 @@ FLAGS = (
     "--no-first-run",
     "--window-size=800,900",
 )
-# WebDriver's key of an element's name.
+# WebDriver's key for element references.
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
 def missing():
-    """Name the programs that are not installed."""
+    """List the programs that are not installed."""
     wanted = ("chromium", "chromedriver")
     return [name for name in wanted if shutil.which(name) is None]
 
@@ -41,7 +41,7 @@ class Browser:
     """One page in one window; see https://www.w3.org/TR/webdriver2.
 
     Args:
-        address: str, of the session: "http://127.0.0.1:…/session/…".
+        address: str, the session: "http://127.0.0.1:…/session/…".
     """
 
     def __init__(self, address):
@@ -51,7 +51,7 @@ class Browser:
         _call(f"{self.address}/url", {"url": url})
 
     def type(self, css, text):
-        """Type into a field, or choose the file of a path."""
+        """Type into a field, or choose a file by its path."""
         _call(f"{self._element(css)}/value", {"text": text})
 
     def clear(self, css):
@@ -61,12 +61,12 @@ class Browser:
         _call(f"{self._element(css)}/click", {})
 
     def run(self, script, *arguments):
-        """Run the body of a JavaScript function; return its result."""
+        """Run the body of a JavaScript function and return its result."""
         body = {"script": script, "args": arguments}
         return _call(f"{self.address}/execute/sync", body)
 
     def wait(self, script, *arguments, seconds=30):
-        """Wait until a function's result is true; return it."""
+        """Wait until a function's result is true, and return it."""
         end = time.monotonic() + seconds
         while not (found := self.run(script, *arguments)):
             if time.monotonic() > end:
@@ -92,21 +92,21 @@ class Browser:
 
 
 def check_mask(before, after, one, colour):
-    """Compare a canvas with the mask that the page should have drawn on it.
+    """Compare a canvas with the mask that the page should have drawn.
 
     Args:
-        before, after: arrays of `Browser.canvas`.
+        before, after: arrays, from `Browser.canvas`.
         one: `Object` with a mask.
-        colour: (red, green, blue) of the object.
+        colour: tuple (red, green, blue), the object's colour.
     """
     size = before.shape[:2]
     mask = Image.fromarray(one.mask_in(size))
     y1, x1, y2, x2 = one.pixels(size)
-    # The browser blends the mask's pixels at its edges, 64 a side.
+    # The browser blends the edges of the 64 × 64 mask.
     blur = 2 * (2 + max(y2 - y1, x2 - x1) // 64) + 1
     inner = np.asarray(mask.convert("L").filter(ImageFilter.MinFilter(blur)))
     outer = np.asarray(mask.convert("L").filter(ImageFilter.MaxFilter(blur)))
-    # The box has lines, and the label may be within it at the upper edge.
+    # The box is drawn as lines, and its label may cover the upper edge.
     inside = np.zeros(size, bool)
     inside[max(y1 + blur, 40) : y2 - blur, x1 + blur : x2 - blur] = True
     coloured = inside & (inner > 0)
@@ -119,7 +119,7 @@ def check_mask(before, after, one, colour):
 
 @contextlib.contextmanager
 def browser():
-    """Start Chromium and its driver; both end with the context."""
+    """Start Chromium and its driver, and stop both on exit."""
     with tempfile.TemporaryDirectory() as profile:
         driver = subprocess.Popen(
             [shutil.which("chromedriver"), "--port=0"],
@@ -148,7 +148,7 @@ def browser():
 
 
 def _call(url, body=None, method=None):
-    """Send one command; return its value."""
+    """Send one command and return its value."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, method=method)
     try:

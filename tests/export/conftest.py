@@ -1,4 +1,4 @@
-"""Encoded pictures of every kind that a server is sent, and the server."""
+"""Encoded pictures of every kind that a server receives, and the server."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from tests.helpers.tiny_models import PRESETS
 
 @pytest.fixture(scope="session")
 def bare(tmp_path_factory):
-    """The nano preset as the command line exports it: no adapters."""
+    """Export the nano preset without adapters, as the command line does."""
     folder = tmp_path_factory.mktemp("serve") / "served"
     cli = [sys.executable, "-m", "keras_paligemma", "export"]
     subprocess.run(
@@ -49,6 +49,6 @@ def serving(folder, *arguments, path=""):
 
 @pytest.fixture(scope="session")
 def address(bare):
-    """The address of a server of the exported nano preset."""
+    """Return the address of a server of the exported nano preset."""
     with serving(bare) as address:
         yield address

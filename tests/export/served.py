@@ -6,7 +6,7 @@ python served.py REQUESTS.pickle ANSWERS.pickle
 import pickle
 import sys
 
-# Prevents their import: TensorFlow itself would try JAX.
+# Block these imports: TensorFlow itself would try to import JAX.
 ABSENT = ("keras_paligemma", "keras_hub", "jax", "torch", "sentencepiece")
 sys.modules.update(dict.fromkeys(ABSENT))
 

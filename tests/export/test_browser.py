@@ -1,4 +1,4 @@
-"""The example server's page in a real browser, as a person uses it."""
+"""The example server's page in a real browser, as a user operates it."""
 
 import base64
 import io
@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 BELL = Path(__file__).parents[2] / "examples" / "pictures" / "scene_1.png"
-# What the page says, once it waits for nothing; not what it said before.
+# The page's new text, once it is not waiting for a reply.
 SAID = """
 const text = document.getElementById("text");
 if (document.getElementById("go").disabled || !text.textContent) return null;
@@ -37,7 +37,7 @@ if (text.textContent === arguments[0]) return null;
 return [text.textContent, text.className];
 """
 SHOWN = "return !document.getElementById('view').hidden"
-# Where the colour of the first box is: left, top, right, bottom, in pixels.
+# The bounds of the first box's colour in pixels: left, top, right, bottom.
 BOX = """
 const view = document.getElementById("view");
 const {width, height} = view;
@@ -69,13 +69,13 @@ def chromium():
 
 @pytest.fixture
 def page(chromium, address):
-    """The page, freshly opened."""
+    """Open the page."""
     chromium.open(address)
     return chromium
 
 
 def ask(page, prompt):
-    """Type a prompt, press the button; give what the page then says."""
+    """Type a prompt, press the button, and return the page's new text."""
     page.clear("#prompt")
     page.type("#prompt", prompt)
     page.click("#go")
@@ -92,7 +92,7 @@ def test_a_chosen_picture_gets_text_and_boxes(page, tmp_path):
     assert kind == ""
     y1, x1, y2, x2 = (int(text[4 + 9 * n : 8 + 9 * n]) for n in range(4))
     wanted = np.array([x1, y1, x2, y2]) / 1023 * 448
-    # Above the box, and perhaps beyond its right, stands its label.
+    # The label is above the box, and may extend beyond its right edge.
     left, top, right, bottom = page.run(BOX)
     assert abs(left - wanted[0]) <= 3
     assert abs(bottom - wanted[3]) <= 3
@@ -105,7 +105,7 @@ def test_a_chosen_picture_gets_text_and_boxes(page, tmp_path):
 
 
 def test_a_mask_is_drawn_where_the_codec_says(chromium, bare):
-    """Which object the model finds, and how well, is not looked at."""
+    """The test ignores which object the model finds, and how well."""
     codec = PRESETS / "pali_gemma2_nano_112" / "mask_codec.npz"
     arguments = ("--codec", codec)
     with serving(bare, *arguments, path=str(ROOT)) as address:
@@ -120,7 +120,7 @@ def test_a_mask_is_drawn_where_the_codec_says(chromium, bare):
 
 
 def test_labels_can_all_be_read(page):
-    """Ten boxes, some of them the same and at the picture's edges."""
+    """Check ten boxes, some of them equal or at the picture's edges."""
     page.run(DROP, base64.b64encode(BELL.read_bytes()).decode())
     page.wait(SHOWN)
     boxes = [
@@ -158,7 +158,7 @@ def test_what_is_wrong_is_said(page, tmp_path):
     text, kind = page.wait(SAID, text)
     assert "not a picture" in text
     assert kind == "error"
-    # The browser shows it, the model does not read it.
+    # The browser can show this file, but the model cannot read it.
     (tmp_path / "bitmap.bmp").write_bytes(encode(picture(), "BMP"))
     page.type("#file", str(tmp_path / "bitmap.bmp"))
     page.wait(SHOWN)

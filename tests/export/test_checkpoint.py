@@ -1,4 +1,4 @@
-"""Values that follow a SavedModel into its files, part by part."""
+"""Writing values to the files of a SavedModel, part by part."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ VALUES = [
 
 @pytest.fixture
 def prefix(tmp_path):
-    """The variables of a SavedModel that have no size."""
+    """Return the variables of a SavedModel that have no size."""
     module = tf.Module()
     module.weights = [
         tf.Variable(
@@ -36,7 +36,7 @@ def test_values_are_written_in_parts(prefix, tmp_path, part, shards):
 
     def values():
         for pair in reversed([*zip(KEYS, VALUES, strict=True)]):
-            # What came before is on disk when the next is made.
+            # When the next value is made, the previous one is on disk.
             seen.append(len(list((tmp_path / "served/variables").iterdir())))
             yield pair
 

@@ -1,4 +1,4 @@
-"""The nano preset in bfloat16 and in few bits, exported and served."""
+"""The nano preset in bfloat16, int8 and int4, exported and served."""
 
 import keras
 import numpy as np
@@ -15,8 +15,8 @@ pytest.importorskip("tensorflow_text")
 pytestmark = pytest.mark.slow
 
 NANO = PRESETS / "pali_gemma2_nano_112"
-# How far log-likelihoods may be off, as a share of the largest. A process of
-# TensorFlow writes them all, whichever backend hands them over.
+# Tolerance of log-likelihoods, as a share of the largest. A TensorFlow process
+# writes all models, whichever backend exports them.
 if keras.backend.backend() == "tensorflow":
     MODELS = {
         "int4": ({"quantize": "int4", "form": "scanned"}, 1e-5),
@@ -36,13 +36,13 @@ RESPONSES = ["a lion, a butterfly and a snail", "1", "<loc0221> apple"]
 
 @pytest.fixture(scope="module")
 def models():
-    """Models that are exported, each with an adapter in use."""
+    """Return exported models, each with an active adapter."""
     random = np.random.default_rng(0)
     models = {}
     for name, (options, _) in MODELS.items():
         model = PaliGemmaCausalLM.from_preset(NANO, **options)
         if keras.backend.backend() == "tensorflow":
-            # XLA rounds to bfloat16 in other places than single operations.
+            # XLA rounds to bfloat16 in other places than eager operations.
             model.compile(jit_compile=False)
         model.backbone.enable_lora(2, targets="all", name="style")
         for variable in model.trainable_variables:
@@ -61,7 +61,7 @@ def folders(models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scored(models):
-    """The preprocessor's arrays of given answers."""
+    """Return the preprocessor's arrays for given answers."""
     model, *_ = models.values()
     return model.preprocessor(BATCH | {"responses": RESPONSES})
 
@@ -90,8 +90,8 @@ def answers(folders, scored, tmp_path_factory):
 @pytest.mark.parametrize("name", MODELS)
 def test_texts_are_generates(answers, models, name):
     model = models[name]
-    # In bfloat16 the edges of a box are near ties: one call of TensorFlow at a
-    # time, a graph and XLA give three boxes. The next test is about those.
+    # In bfloat16, the edges of a box are near ties. TensorFlow's eager mode, a
+    # graph and XLA give three different boxes, which the next test covers.
     rows = slice(2 if name == "bfloat16" else 3)
     texts = answers[f"{name} text"]["text"].tolist()
     assert texts[rows] == model.generate(BATCH)[rows]
@@ -99,7 +99,7 @@ def test_texts_are_generates(answers, models, name):
     bare = answers[f"{name} bare"]["text"].tolist()
     assert bare[rows] == model.generate(BATCH)[rows]
     model.adapters.select("style")
-    # Texts may agree; how likely they are does not.
+    # The texts may agree, but their probabilities differ.
     each = [
         answers[f"{name} {kind}"]["log_probabilities"]
         for kind in ("text", "bare")

@@ -1,4 +1,4 @@
-"""Pixels of the graph beside those of Python."""
+"""Pixels decoded by the graph, compared with Python's."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ tf = pytest.importorskip("tensorflow")
 
 @pytest.fixture(scope="module")
 def read():
-    """Function of files and a rule: arrays and errors."""
+    """Return a function that decodes files under a given resize rule."""
     from keras_paligemma.export.pictures import read_pictures
 
     compiled = {

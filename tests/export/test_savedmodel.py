@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 NANO = PRESETS / "pali_gemma2_nano_112"
 SCENES = Path(__file__).parents[2] / "examples" / "pictures"
-# Special pieces, unknown letters and blanks, as people write them.
+# Special pieces, unknown letters and whitespace, as users type them.
 PROMPTS = (
     "caption en",
     "detect cat\n",
@@ -44,7 +44,7 @@ BAD = {
 }
 
 
-# The first makes the room that the second shares.
+# The first adapter's slots are large enough for the second one.
 LORAS = {
     "first": {
         "rank": 3,
@@ -77,7 +77,7 @@ SPARE = 10
 
 @pytest.fixture(scope="module")
 def model():
-    """The nano preset, bare, with two adapters that it can switch to."""
+    """Return the nano preset with two adapters that it can switch to."""
     model = PaliGemmaCausalLM.from_preset(NANO)
     random = np.random.default_rng(0)
     for name, lora in LORAS.items():
@@ -103,7 +103,7 @@ def folder(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Pictures of every kind with prompts of every kind."""
+    """Return pictures of every kind with prompts of every kind."""
     files = list(pictures().values())
     files += [(SCENES / f"scene_{n}.png").read_bytes() for n in range(3)]
     prompts = [PROMPTS[n % len(PROMPTS)] for n in range(len(files))]
@@ -112,13 +112,13 @@ def batch():
 
 @pytest.fixture(scope="module")
 def scored(model, batch):
-    """The preprocessor's arrays of three answers."""
+    """Return the preprocessor's arrays for three answers."""
     some = {key: value[-3:] for key, value in batch.items()}
     return model.preprocessor(some | {"responses": ["a cat", "", "two dogs"]})
 
 
 def without_columns(arrays, count):
-    """Cut columns of text off from the left, or put some there."""
+    """Remove text columns on the left, or add some there."""
     return {
         name: value
         if name == "images"
@@ -129,7 +129,7 @@ def without_columns(arrays, count):
 
 @pytest.fixture(scope="module")
 def answers(folder, model, batch, scored, tmp_path_factory):
-    """What a process answers that has nothing but TensorFlow."""
+    """Return the answers of a process that has only TensorFlow."""
     good = batch["images"][0]
     mixed = [(good, "caption en", "")] * 2
     mixed[1:1] = [
@@ -277,7 +277,7 @@ def test_a_request_chooses_its_adapter(answers, model, batch, name):
     wanted = model.generate(some, max_new_tokens=12)
     model.adapters.select(None)
     assert answers[name]["text"].tolist() == wanted
-    # Texts may agree; how likely they are does not.
+    # The texts may agree, but their probabilities differ.
     first, bare = (
         answers[kind]["log_probabilities"][-3:, 0] for kind in (name, "good")
     )
@@ -313,7 +313,7 @@ def test_score_is_the_models(answers, model, scored):
     largest = np.abs(wanted).max()
     assert np.abs(served["log_probabilities"] - wanted).max() < 1e-5 * largest
     assert np.abs(served["log_likelihood"] - wanted.sum(1)).max() < 1e-4
-    # A file gives no logits; these states hold all of them.
+    # A SavedModel returns no logits, but these states determine them.
     assert error(served["hidden_states"], np.array(hidden)) < 1e-5
     assert error(model.backbone.logits(served["hidden_states"]), logits) < 1e-5
 
@@ -338,13 +338,13 @@ def test_weights_are_stored_once(folder, model):
     stored = sum(
         path.stat().st_size for path in (folder / "variables").iterdir()
     )
-    # The model has room for one adapter, its slots, and the file holds two.
+    # The model has the slots of one adapter, and the file holds two adapters.
     slots = model.trainable_variables
     weights = [*model.backbone.variables, *slots]
     weights = sum(to_host(weight).nbytes for weight in weights)
     assert stored < 1.02 * weights
-    # That of the bare preset is in test_server; here it has two adapters, and
-    # four signatures.
+    # test_server checks the size for the bare preset. This one has two adapters
+    # and four signatures.
     assert (folder / "saved_model.pb").stat().st_size < 6_000_000
 
 

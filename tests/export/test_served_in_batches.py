@@ -1,4 +1,4 @@
-"""`keras_paligemma.serve` around a SavedModel's folder."""
+"""`keras_paligemma.serve` with a SavedModel's folder."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_a_batch_is_what_its_rows_are(bare):
     assert second.text == alone.text
     assert second.finish == alone.finish
     assert "".join(second.tokens) == second.text
-    # The same, of inputs that all have rows: what other servers batch.
+    # The same inputs with a batch axis, which other servers batch.
     batched = model.loaded.signatures["batched"]
     inputs = batched.structured_input_signature[1]
     assert {name: input.shape.rank for name, input in inputs.items()} == {

@@ -1,4 +1,4 @@
-"""The example server over HTTP, as a process of its own."""
+"""The example server over HTTP, in its own process."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ SCENE = (ROOT / "examples" / "pictures" / "scene_0.png").read_bytes()
 
 
 def send(url, body=None, **headers):
-    """Return status and JSON of a reply."""
+    """Return the status and JSON of a reply."""
     try:
         request = urllib.request.Request(url, body, headers)
         with urllib.request.urlopen(request, timeout=60) as reply:
@@ -45,7 +45,7 @@ def ask(address, image=SCENE, prompt="caption en", **options):
 
 
 def test_the_graph_is_small(bare):
-    # It grows with layers and adapters, not with their widths.
+    # The graph grows with layers and adapters, not with their widths.
     assert (bare / "saved_model.pb").stat().st_size < 4_000_000
 
 
@@ -76,7 +76,7 @@ def test_answers(address):
 
 
 def test_boxes_masks_and_scores_of_tokens():
-    """As the package reads them; words in bytes and separators too."""
+    """Compare with the package, including byte tokens and separators."""
     codec = MaskCodec.embedded()
     place = ["<loc0010>", "<loc0020>", "<loc0300>", "<loc0400>"]
     masks = [f"<seg{7 * i:03d}>" for i in range(16)]
@@ -105,7 +105,7 @@ def test_concurrent_answers_are_generates(address):
     model = PaliGemmaCausalLM.from_preset(PRESETS / "pali_gemma2_nano_112")
     wanted = model.generate({"images": files, "prompts": prompts})
     assert len(set(wanted)) > 3
-    # Bad requests among them, the last file's.
+    # The last file is invalid, so some requests fail.
     files, prompts = [*files, bomb()], [*prompts, "caption en"]
     alone = [
         ask(address, *request) for request in zip(files, prompts, strict=True)

@@ -1,4 +1,4 @@
-"""Every further target, run by its own runtime and nothing else of ours."""
+"""Every other export target, run by its own runtime alone."""
 
 import importlib.util
 import subprocess
@@ -39,7 +39,7 @@ PROMPTS = ["caption en", "answer en how many snail?", "detect apple"]
 
 @pytest.fixture(scope="module")
 def model():
-    """A model of few layers, which converters have done with soon."""
+    """Return a model with few layers, which converters process quickly."""
     with without_values():
         backbone = PaliGemmaBackbone(
             28,
@@ -60,24 +60,24 @@ def model():
 
 @pytest.fixture(scope="module")
 def asked(model, tmp_path_factory):
-    """File of a batch with answers and one without; what they give here."""
+    """Return a file of batches with and without answers, and our results."""
     batch = {"images": PICTURES, "prompts": PROMPTS}
     begun = {"responses": ["a lion", "2", "<loc0012> apple"]}
     scored, targets, _ = model.preprocessor(batch | begun)
-    # Another number of rows.
+    # Another batch size.
     batch = {name: value[:2] for name, value in batch.items()}
     arrays = {f"scored/{name}": value for name, value in scored.items()}
     for name, value in model.preprocessor.generate_preprocess(batch).items():
         arrays[f"asked/{name}"] = value
     path = tmp_path_factory.mktemp("asked") / "inputs.npz"
     np.savez(path, **arrays)
-    # A token's logits are those of the place before it.
+    # A token's logits are at the position before it.
     logits = run(lambda x: model(x), scored)[:, -targets.shape[1] - 1 : -1]
     return path, keras.ops.convert_to_numpy(logits), model.generate(batch)
 
 
 def alone(format, folder, inputs):
-    """Run an exported model in a process that has its runtime alone."""
+    """Run an exported model in a process that has only its runtime."""
     outputs = folder.parent / f"{format}.npz"
     program = Path(__file__).parent / "alone.py"
     subprocess.run(
@@ -88,7 +88,7 @@ def alone(format, folder, inputs):
 
 
 def texts_of(model, ids):
-    """Convert ids, up to their stops, to texts."""
+    """Convert ids to texts, up to their stop tokens."""
     stop = model.preprocessor.tokenizer.end_token_id
     goes_on = np.cumsum(ids == stop, axis=1) == 0
     ids = np.where(goes_on, ids, 0)
@@ -112,7 +112,7 @@ def test_stablehlo_answers_as_generate(model, asked, tmp_path):
     assert texts_of(model, found["ids"]) == texts
     np.testing.assert_array_equal(found["generated"], found["ids"])
     assert stored(folder) - weights_of(model) < 200_000
-    # Axes as in every other file, whatever order suits this machine.
+    # The axes are in the standard order, whichever order this machine uses.
     with safe_open(folder / "model.safetensors", "numpy") as file:
         [name] = [key for key in file.keys() if "projector/kernel" in key]
         kernel = file.get_tensor(name)
@@ -138,7 +138,7 @@ def test_onnx_has_the_models_logits(model, asked, onnx_folder):
 
 
 def test_openvino_has_the_models_logits(model, asked, onnx_folder, tmp_path):
-    if importlib.util.find_spec("openvino") is None:  # Importing it reports it.
+    if importlib.util.find_spec("openvino") is None:  # Import sends telemetry.
         pytest.skip("openvino is not installed")
     from keras_paligemma.export import onnx_files
 

@@ -1,4 +1,4 @@
-"""Answers as objects, and how often they are compiled."""
+"""Answers as objects, and how often they compile."""
 
 import dataclasses
 import gc
@@ -60,7 +60,7 @@ def test_log_probabilities_are_those_of_a_pass_without_a_cache(
 
 
 def test_log_probabilities_are_the_originals(model, inputs, expected):
-    """But for the first, whose logits the original does not cap."""
+    """The first token differs, since the original does not cap its logits."""
     answers = model.generate(inputs, stop_token_ids=None, details=True)
     found = [answer.log_probabilities[1:] for answer in answers[:3]]
     wanted = expected["f32/decode/logp"][:3, 1:]
@@ -86,7 +86,7 @@ def test_a_bucket_is_compiled_once(golden_backbone, inputs):
         model.generate(inputs, stop_token_ids=None), wanted
     )
     before = programs.compilations()
-    # Torch records the prefill and the step, in the second run.
+    # Torch records the prefill and the step in the second run.
     assert before == (2 if keras.backend.backend() == "torch" else 1)
     three = {key: value[:3] for key, value in inputs.items()}
     np.testing.assert_array_equal(
@@ -112,7 +112,7 @@ def test_a_bucket_is_compiled_once(golden_backbone, inputs):
 
 
 def test_functions_that_are_new_each_time_are_forgotten(golden_backbone):
-    """As hooks that are lambdas in a loop."""
+    """For example, hooks that are lambdas in a loop."""
     programs = Programs(PaliGemmaCausalLM(golden_backbone()))
     compiles = keras.backend.backend() != "torch"
     rows = ops.ones((2,))
@@ -131,7 +131,7 @@ def test_functions_that_are_new_each_time_are_forgotten(golden_backbone):
     for number in range(len(hooks)):
         assert ask(hooks[number]) == 2 * number
         hooks[number] = None
-        assert ask(kept) == 2  # Used again and again: stays.
+        assert ask(kept) == 2  # Kept because it is reused.
         assert len(programs) <= MOST_PROGRAMS
         assert programs.compilations() <= MOST_PROGRAMS * compiles
     gc.collect()

@@ -1,4 +1,4 @@
-"""Beams: the original's answers, and what the search promises."""
+"""Beam search: the original's answers, and properties of the search."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_beams_are_the_originals(model, expected, beams):
     inputs = golden_prompts(expected, response=11)
     found = model.generate(inputs, 11, stop_token_ids=eos, beams=beams)
     np.testing.assert_array_equal(found[:3, :8], wanted[:3])
-    # Row 3's response had begun with three tokens.
+    # Row 3 starts with a response of three tokens.
     np.testing.assert_array_equal(found[3, 3:], wanted[3])
 
 
@@ -37,7 +37,7 @@ def test_all_beams_have_scores(model, expected):
         assert len({beam.token_ids for beam in answer.beams}) == len(
             answer.beams
         )
-    # A penalty makes long answers the better ones.
+    # The length penalty favours long answers.
     longer = model.generate(inputs, **options, length_penalty=3.0)
     lengths = [
         [len(result.token_ids) for result in all] for all in (answers, longer)

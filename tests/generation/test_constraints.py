@@ -1,4 +1,4 @@
-"""Answers that cannot be but what is allowed."""
+"""Answers that are restricted to allowed texts."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ from keras_paligemma.generation.automata import objects_of
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    """A random model: nothing that it says is right by itself."""
+    """Return a random model, which gives no correct answer by itself."""
     return tiny_model()
 
 
@@ -25,7 +25,8 @@ def test_answers_are_choices(model, examples):
     choices = ["yes", "no", "yes please", "an owl"]
     found = model.generate(asked, choices=choices)
     assert set(found) <= set(choices)
-    # The likeliest of them, token by token: with beams the likeliest of all.
+    # Without beams the choice is greedy. With beams it is the most probable
+    # choice.
     best = model.generate(asked, choices=choices, beams=4)
     repeated = {
         key: [item for item in value for _ in choices]
@@ -111,7 +112,7 @@ def test_an_extra_that_is_missing_is_named(model, examples, monkeypatch):
 
 
 def test_objects_that_do_not_fit_do_not_begin(model, examples):
-    """The model would never stop by itself: what is left decides."""
+    """The model never stops by itself, so the remaining length decides."""
     tokenizer = model.preprocessor.tokenizer
     asked = {"images": examples["images"][0], "prompts": "detect cat"}
     options = {"legal_objects": True, "details": True}
@@ -137,7 +138,7 @@ def test_objects_that_do_not_fit_do_not_begin(model, examples):
         assert re.fullmatch(rf"({OBJECT}( ; {OBJECT})*)?", answer.text)
     best = model.generate(asked, two, beams=3, **options)
     assert best.finish == "stop_token"
-    # A begun object that cannot end is cut.
+    # A begun object that cannot be completed is cut.
     begun = asked | {"responses": "<loc0001>" * 4}
     answer = model.generate(begun, 5, **options)
     assert answer.finish == "length"

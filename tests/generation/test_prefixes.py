@@ -1,4 +1,4 @@
-"""One prefix, many continuations: equal to starting anew, and never written."""
+"""One prefix with many continuations: same results, prefix never modified."""
 
 import keras
 import numpy as np
@@ -73,7 +73,7 @@ def test_one_prefix_and_many_responses(model, asked, examples):
     assert_same(model.score(given, details=True, batch_size=2), wanted)
     single = model.score({"prefix": prefix, "responses": responses[0]})
     assert single == pytest.approx(wanted[0].log_probability, abs=1e-4)
-    # Begun answers; one answer; several drawn.
+    # Answers with begun responses, a single answer, and several samples.
     options = {"details": True, "stop_token_ids": None}
     begun = model.generate(whole, **options)
     assert_same(model.generate(given, **options), begun)
@@ -104,7 +104,7 @@ def test_hidden_states_behind_a_prefix(model, asked, examples):
 
 
 def test_keys_and_values_are_those_of_every_layer(model, asked):
-    """What a policy reads: those of a layer's own projections."""
+    """A policy receives a layer's own projected keys and values."""
     prefix = model.prefill(asked)
     assert prefix.num_layers == 3
     tokens = 9 + model.preprocessor.prompt_length

@@ -1,4 +1,4 @@
-"""Programs that run again: the same answers, with the weights of today."""
+"""Programs that run again give the same answers, with the current weights."""
 
 import keras
 import numpy as np
@@ -19,7 +19,7 @@ def asked(examples):
 
 
 def log_probabilities(model, asked, **options):
-    """Return the tokens of each answer, and their log-probabilities."""
+    """Return the tokens of each answer and their log-probabilities."""
     answers = model.generate(
         asked, stop_token_ids=None, details=True, **options
     )
@@ -62,7 +62,7 @@ def test_later_runs_follow_the_weights(model, asked):
 
 
 def test_later_runs_do_not_mind_what_is_trainable(tiny_model, asked):
-    """Kernels of one shape, of which another one is frozen each time."""
+    """Kernels have the same shape, and another one is frozen each time."""
     model = tiny_model()
     [block, *_] = model.backbone.text_decoder.blocks.each_block()
     key, value = (

@@ -1,4 +1,4 @@
-"""How tokens are chosen: draws by options, refusals when they are given."""
+"""Token sampling: draws by options, and invalid options."""
 
 import keras_hub
 import numpy as np
@@ -67,7 +67,7 @@ def test_noise_is_gumbels_and_no_neighbour_matters():
     )
     assert noise.mean() == pytest.approx(0.5772, abs=0.03)
     assert noise.std() == pytest.approx(np.pi / 6**0.5, abs=0.03)
-    # Rows and columns know nothing of one another.
+    # Rows and columns are independent.
     near = np.corrcoef(noise[:-1].ravel(), noise[1:].ravel())[0, 1]
     assert abs(near) < 0.03
     one = gumbel(ops.convert_to_tensor(seeds[7:8]), place, 997)
@@ -87,7 +87,7 @@ def test_a_seed_repeats_its_answers_in_any_batch(model, inputs):
         model.generate(one, seed=3, **options), wanted[0]
     )
     assert (model.generate(inputs, seed=4, **options) != wanted).any()
-    # A seed and a temperature for each prompt.
+    # Each prompt has its own seed and temperature.
     greedy = model.generate(inputs, stop_token_ids=None)
     mixed = options | {"temperature": [0, 2.0, 0, 2.0]}
     found = model.generate(inputs, seed=3, **mixed)
@@ -152,7 +152,7 @@ def test_hidden_states_are_what_tokens_are_chosen_from(model, inputs):
         log_RV = ops.log_softmax(head(result.hidden_states), axis=-1)
         found = ops.convert_to_numpy(log_RV)[range(8), result.token_ids]
         np.testing.assert_allclose(found, result.log_probabilities, atol=1e-5)
-    # Of several samples each its own, no longer than its tokens.
+    # With several samples, each has its own values, as many as its tokens.
     rows = model.generate(
         inputs,
         hidden_states=True,
@@ -212,7 +212,7 @@ def test_samplers_that_cannot_choose(model, sampler, message):
 
 
 def test_samplers_of_keras_hub_draw_on(golden_backbone, inputs):
-    """Their generator goes on from call to call; temperature 0 is greedy."""
+    """The generator's state continues; temperature 0 is greedy."""
     model = PaliGemmaCausalLM(golden_backbone())
     greedy = model.generate(inputs, stop_token_ids=None)
     sampler = keras_hub.samplers.RandomSampler(temperature=2.0, seed=1)

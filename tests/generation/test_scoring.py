@@ -1,4 +1,4 @@
-"""Scores, embeddings, pictures that are encoded once, text alone."""
+"""Scores, embeddings, pictures encoded once, and text alone."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def model(tiny_model):
 
 def test_scores_are_what_the_loss_is(model, examples):
     scores = model.score(examples)
-    # One example, since the loss is a mean of means.
+    # One example at a time, since the loss is a mean of means.
     for row in range(2):
         one = {key: value[row : row + 1] for key, value in examples.items()}
         loss = model.evaluate(one, verbose=0, return_dict=True)["loss"]
@@ -31,7 +31,7 @@ def test_scores_are_what_the_loss_is(model, examples):
 
 
 def test_scores_are_log_probabilities_of_answers(model, examples):
-    """An answer that ends where `score` ends it: with eos as the last token."""
+    """The answer ends as in `score`: with eos as its last token."""
     asked = {key: examples[key] for key in ("images", "prompts")}
     wanted = [*model.preprocessor.tokenizer.tokenize("a cat"), 1]
 

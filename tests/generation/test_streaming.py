@@ -1,4 +1,4 @@
-"""Text as it comes, and text that ends an answer."""
+"""Streamed text, and stop texts."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Folders of data in the layouts of benchmarks."""
+"""Data folders in the layouts of benchmarks."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ def make_data(folder, rows=12):
 
 
 def change_sample(data, row, **fields):
-    """Change a sample's line; `None` removes a field."""
+    """Change a sample's line; the value `None` removes a field."""
     lines = (data / "samples.jsonl").read_text("utf-8").splitlines()
     one = json.loads(lines[row]) | fields
     lines[row] = json.dumps({k: v for k, v in one.items() if v is not None})
@@ -31,7 +31,7 @@ def change_sample(data, row, **fields):
 
 
 def put(folder, name, data):
-    """Write a file of JSON, or of JSON lines, or a picture."""
+    """Write a JSON file, a JSON Lines file or a picture."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(data, tuple):

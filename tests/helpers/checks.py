@@ -1,4 +1,4 @@
-"""Checks that a process of its own reports, each of them a test's item."""
+"""Checks that a separate process reports, each of them as a test's item."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ MARK = "check "
 
 @contextlib.contextmanager
 def check(name):
-    """Report a block of assertions by name; what follows it runs anyway."""
+    """Report a block of assertions by name, and continue after a failure."""
     try:
         yield
     except Exception:
@@ -24,15 +24,15 @@ def check(name):
 
 
 def reported(lines):
-    """Return a dict of name to "passed" or a traceback, from printed lines."""
+    """Convert printed lines to a dict of name to "passed" or a traceback."""
     checks = [line for line in lines if line.startswith(MARK)]
     return dict(json.loads(line.removeprefix(MARK)) for line in checks)
 
 
 def once(tmp_path_factory, name, compute):
-    """Return the result of a function that one of pytest's workers runs.
+    """Compute a result in one of pytest's workers, and return it in all.
 
-    A module's fixture runs in each worker that takes some of its tests.
+    A module's fixture runs in each worker that runs some of its tests.
 
     Args:
         tmp_path_factory: pytest's fixture.
@@ -41,12 +41,12 @@ def once(tmp_path_factory, name, compute):
     """
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # Which the workers of a run share.
+        root = root.parent  # The workers of a run share it.
     result = root / f"{name}.json"
     with open(root / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not result.exists():
-            # Not of a fixed name: it may be the second try, after an error.
+            # The name is unique, since this may be a retry after an error.
             folder = Path(tempfile.mkdtemp(prefix=name, dir=root))
             result.write_text(json.dumps(compute(folder)))
     return json.loads(result.read_text())

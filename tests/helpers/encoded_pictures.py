@@ -1,4 +1,4 @@
-"""Encoded pictures of every kind, and a process that answers on them."""
+"""Encoded pictures of every kind, and a process that answers with them."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def turned(number):
 
 
 def pictures():
-    """Name to encoded file: formats, modes, sizes and orientations."""
+    """Return a dict of name to file: formats, modes, sizes, rotations."""
     image = picture()
     clear = image.copy()
     clear.putalpha(image.convert("L"))
@@ -92,7 +92,8 @@ def ask_alone(requests, home):
         home: path of a folder for requests and answers.
 
     Returns:
-        Dict of name to a dict of outputs, or of "raised", an error's message.
+        Dict of name to a dict of outputs; after an error, to a dict of
+        "raised" to its message.
     """
     with open(home / "requests", "wb") as file:
         pickle.dump(requests, file)

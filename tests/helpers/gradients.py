@@ -8,15 +8,15 @@ from keras_paligemma.layers.weight import inputs_first
 
 
 def gradients(function, model):
-    """Differentiate a function of no arguments by a model's trained weights.
+    """Differentiate a function with respect to a model's trained weights.
 
     Args:
-        function: function that returns a scalar.
+        function: function of no arguments that returns a scalar.
         model: object with `weights_by_name`.
 
     Returns:
-        dict of name to array: layer axis first, and inputs of kernels before
-        outputs.
+        Dict of name to array, with the layer axis first, and the inputs of
+        kernels before their outputs.
     """
     weights = {
         name: weight
@@ -45,8 +45,8 @@ def gradients(function, model):
     return result
 
 
-# With XLA's default optimizations, whatever XLA_FLAGS are set to save time:
-# sums of optimized code round less.
+# Use XLA's default optimizations, whatever XLA_FLAGS are set to save time. Sums
+# in optimized code have smaller rounding errors.
 OPTIMIZED = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
@@ -60,7 +60,7 @@ def differentiate(loss, values):
         import jax
 
         options = dict(OPTIMIZED)
-        # JAX 0.12 has no such option, and raises on it.
+        # JAX 0.12 lacks this option, and raises an error.
         if jax.__version_info__ < (0, 12):
             options["xla_cpu_use_fusion_emitters"] = True
         compiled = jax.jit(jax.grad(loss), compiler_options=options)

@@ -1,14 +1,14 @@
-"""Tiny models of KerasHub in a process of their own, and their outputs.
+"""Tiny KerasHub models in their own process, and their outputs.
 
 The first functional model of KerasHub in a process changes the bases of a class
-that it shares with our models. So KerasHub runs in another process, and neither
-depends on the state that the other leaves behind:
+that it shares with our models. KerasHub therefore runs in another process, so
+that neither depends on the state that the other leaves behind:
 
     python -m tests.helpers.keras_hub_reference make FOLDER
     python -m tests.helpers.keras_hub_reference read FOLDER…
 
-`make` saves presets, each beside an `.npz` of weights and outputs; `read`
-loads presets and saves the same of each.
+`make` saves presets, each with an `.npz` of weights and outputs. `read` loads
+presets and saves the same data for each.
 """
 
 import json
@@ -31,7 +31,7 @@ from tests.helpers.tiny_models import TEXT
 from tests.helpers.tiny_models import VISION
 from tests.helpers.tiny_models import run
 
-# Caps and a window that change results at this size.
+# With these caps and this window, results change at this size.
 SECOND = {
     "attention_logit_soft_cap": 5.0,
     "final_logit_soft_cap": 3.0,
@@ -44,7 +44,7 @@ FIRST = {
     "sliding_window_size": None,
     "use_post_norms": False,
 }
-# The fields of both, by KerasHub's names.
+# Fields that both models share, by KerasHub's names.
 HUB = {
     "vocabulary_size": 320,
     "image_size": 42,
@@ -68,13 +68,13 @@ HUB_SECOND = HUB | {
     "use_sliding_window_attention": True,
     "sliding_window_size": 6,
 }
-# Bytes, below the size of the tiny model and above that of its largest array.
+# In bytes: smaller than the tiny model and larger than its largest array.
 SHARD_SIZE = 120_000
 PREPROCESSOR = PreprocessorConfig("bilinear", 12, 8)
 
 
 def expected_config(version, dtype="float32"):
-    """Return a model's config, by this package's names."""
+    """Return a model's config by this package's names."""
     return BackboneConfig(
         image_size=IMAGE_SIZE,
         dtype=dtype,
@@ -86,7 +86,7 @@ def expected_config(version, dtype="float32"):
 
 
 def tokenizer():
-    """The toy tokenizer with Gemma's names of the special pieces."""
+    """Return the toy tokenizer with Gemma's names for the special pieces."""
     proto = (GOLDEN / "toy_sp.model").read_bytes()
     model = sentencepiece_model_pb2.ModelProto.FromString(proto)
     model.pieces[1].piece, model.pieces[2].piece = "<eos>", "<bos>"
@@ -96,8 +96,8 @@ def tokenizer():
 def make_inputs():
     """Return two rows with padding on the right, and the valid positions.
 
-    KerasHub's rotary positions count padding, and padding attends to other
-    tokens than here. With padding at the end, valid positions are the same.
+    KerasHub's rotary positions count padding, and its padding attends to other
+    tokens than ours. With padding at the end, the valid positions agree.
     """
     random = np.random.default_rng(7)
     valid = np.array([[1] * 9, [1] * 6 + [0] * 3], bool)
@@ -112,7 +112,7 @@ def make_inputs():
 
 
 def in_a_process(*args):
-    """Run this file with arguments."""
+    """Run this file in a process, with arguments."""
     result = subprocess.run(
         [sys.executable, "-m", __name__, *map(str, args)],
         capture_output=True,
@@ -123,7 +123,7 @@ def in_a_process(*args):
 
 
 def _backbone(seed, **fields):
-    """KerasHub's own backbone; no weight keeps an initial zero or one."""
+    """Build KerasHub's backbone; no weight keeps an initial zero or one."""
     from keras_hub.models import PaliGemmaBackbone
 
     keras.utils.set_random_seed(seed)
@@ -146,7 +146,7 @@ def _save(path, model, **more):
         "hidden": hidden,
         "logits": model.token_embedding(hidden, reverse=True),
     }
-    # Names of layers depend on what was built before.
+    # Layer names depend on the layers built before.
     weights = {
         f"weights/{number}": _numpy(variable)
         for number, variable in enumerate(model.variables)

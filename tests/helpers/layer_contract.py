@@ -1,4 +1,4 @@
-"""The contract of every layer whose arguments are JSON."""
+"""Checks that hold for every layer whose arguments are JSON values."""
 
 import keras
 import numpy as np
@@ -6,13 +6,13 @@ from keras import ops
 
 
 def assert_layer_contract(layer, inputs, output_dtype="bfloat16", **call):
-    """Check that a layer follows its dtype policy, as does its copy by config.
+    """Check that a layer and its copy by config follow the dtype policy.
 
     Args:
-        layer: Keras layer of dtype bfloat16, not built yet.
-        inputs: tuple of arrays, arguments of the call.
+        layer: Keras layer with dtype bfloat16, not built yet.
+        inputs: tuple of arrays, positional arguments of the call.
         output_dtype: str, dtype of the output.
-        **call: further arguments of the call.
+        **call: keyword arguments of the call.
     """
     layer.build()
     again = type(layer).from_config(layer.get_config())
@@ -28,5 +28,5 @@ def assert_layer_contract(layer, inputs, output_dtype="bfloat16", **call):
     )
     assert np.isfinite(ops.convert_to_numpy(ops.cast(found, "float32"))).all()
     assert keras.backend.standardize_dtype(found.dtype) == output_dtype
-    # Only a quantised kernel is of integers; floats are of the policy's dtype.
+    # Only a quantised kernel has integers. All floats have the policy's dtype.
     assert {weight.dtype for weight in layer.weights} <= {"bfloat16", "int8"}

@@ -1,8 +1,8 @@
-"""PaliGemma's forward pass in NumPy, to compare the package with.
+"""PaliGemma's forward pass in NumPy, as a reference for the package.
 
-Written from the description of the architecture and checked against numbers
-of the original implementation (`golden/`). It shares no code with the package
-and prefers plainness to speed: loops over layers, no cache, no options.
+It is written from the description of the architecture and checked against
+numbers of the original implementation (`golden/`). It shares no code with the
+package and is simple rather than fast: loops over layers, no cache, no options.
 
 Shapes: B batch, F frames, I image tokens of one frame, T text tokens,
 L = F·I + T, N query heads, K key/value heads, G = N/K, H head size, D width.
@@ -17,7 +17,7 @@ MASKED = -1e30
 
 
 def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Read a `.npz`; bfloat16, which NumPy stores as `|V2`, as float32."""
+    """Read an `.npz`, converting bfloat16, which NumPy stores as `|V2`."""
     with np.load(path) as file:
         arrays = {key: file[key] for key in file}
     for key, array in arrays.items():
@@ -29,7 +29,7 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def settings_of(config) -> dict[str, float | None]:
-    """Spell a decoder's configuration as `forward` takes it."""
+    """Convert a decoder's configuration to the settings of `forward`."""
     return {
         "query_scale": config.query_pre_attention_scalar**-0.5,
         "attention_soft_cap": config.attention_logit_soft_cap,
@@ -51,21 +51,21 @@ def forward(
     """Run the whole model.
 
     Args:
-        arrays: A checkpoint in big_vision's layout with stacked layers; the
-            prefix `params/` may be absent. Without post norms it is read as
+        arrays: dict, a checkpoint in big_vision's layout with stacked layers.
+            The prefix `params/` is optional. Without post norms it is read as
             PaliGemma 1.
-        settings: `query_scale`, `attention_soft_cap` (or None),
-            `final_soft_cap` (or None), `embedding_scale`, `rope_base`.
-        images: `(B, h, w, 3)` or `(B, F, h, w, 3)`, in [-1, 1].
-        token_ids: `(B, T)`.
-        padding_mask: `(B, T)`, True where a token is not padding.
-        response_mask: `(B, T)`, True on answer tokens, which are causal.
-        dtype: Type of every computation.
+        settings: dict of `query_scale`, `attention_soft_cap` (or None),
+            `final_soft_cap` (or None), `embedding_scale` and `rope_base`.
+        images: array `(B, h, w, 3)` or `(B, F, h, w, 3)`, in [-1, 1].
+        token_ids: array `(B, T)`.
+        padding_mask: array `(B, T)`, True where a token is not padding.
+        response_mask: array `(B, T)`, True on answer tokens, which are causal.
+        dtype: dtype of every computation.
 
     Returns:
         `image_embeddings` `(B, F·I, D)`, `hidden_states` `(B, L, D)` after
         the final norm, `logits` and `capped_logits` `(B, L, V)`, `attention`
-        (layers, B, N, L, L). What stands at padded positions has no meaning.
+        (layers, B, N, L, L). Values at padded positions have no meaning.
     """
     arrays = {
         key.removeprefix("params/"): np.asarray(array, dtype)
@@ -102,7 +102,7 @@ def forward(
 def layers(
     arrays: dict[str, np.ndarray], prefix: str
 ) -> list[dict[str, np.ndarray]]:
-    """One dictionary a layer, from arrays with the layers on axis 0."""
+    """Return a dictionary for each layer; the arrays have layers on axis 0."""
     stacked = {
         key.removeprefix(prefix): array
         for key, array in arrays.items()
@@ -120,7 +120,7 @@ def layers(
 def encode_images(
     arrays: dict[str, np.ndarray], images: np.ndarray
 ) -> np.ndarray:
-    """Images to `(B, F·I, D)`: frames one after another, no separator."""
+    """Encode images to `(B, F·I, D)`: concatenated frames, no separator."""
     x = embed_patches(arrays, images.reshape(-1, *images.shape[-3:]))
     for block in layers(arrays, "img/Transformer/encoderblock/"):
         x = encoder_block(block, x)
@@ -132,7 +132,7 @@ def encode_images(
 def embed_patches(
     arrays: dict[str, np.ndarray], images: np.ndarray
 ) -> np.ndarray:
-    """A convolution whose stride is its size: one product a patch."""
+    """Apply a convolution whose stride is its size, as a matrix product."""
     kernel = arrays["img/embedding/kernel"]
     size = kernel.shape[0]
     batch, height, width, channels = images.shape
@@ -170,10 +170,10 @@ def encoder_block(block: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
 
 
 def attention_mask(causal: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Who sees whom: True at `[b, i, j]` where token i attends to token j.
+    """Build the mask: True at `[b, i, j]` if token i attends to token j.
 
-    Tokens that are not causal share the count of the causal tokens before
-    them, so each one sees its whole run and everything earlier.
+    Tokens that are not causal share the count of the causal tokens before them.
+    Each one therefore attends to its whole run and to everything earlier.
     """
     count = np.cumsum(causal, axis=1)
     visible = count[:, None, :] <= count[:, :, None]
@@ -191,7 +191,7 @@ def decoder_block(
         return rms_norm(x, block[f"{name}_norm/scale"])
 
     def post_norm(x: np.ndarray, name: str) -> np.ndarray:
-        # PaliGemma 1 has none.
+        # PaliGemma 1 has no post norms.
         return norm(x, name) if f"{name}_norm/scale" in block else x
 
     y = attend(block, settings, norm(x, "pre_attention"), positions, mask)
@@ -237,7 +237,7 @@ def attention_weights(
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, base: float) -> np.ndarray:
-    """Rotary embedding: channel c is paired with channel c + H/2."""
+    """Apply the rotary embedding: channel c is paired with channel c + H/2."""
     half = x.shape[-1] // 2
     frequencies = base ** -(np.arange(half) / half)
     angles = positions[:, :, None, None] * frequencies
@@ -247,7 +247,7 @@ def rotate(x: np.ndarray, positions: np.ndarray, base: float) -> np.ndarray:
     return np.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-# What both towers use
+# Shared by both towers
 
 
 def dense(
@@ -271,7 +271,7 @@ def rms_norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """The tanh approximation; the exact form gives other logits."""
+    """Compute the tanh approximation; the exact form gives other logits."""
     inner = (2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)
     return 0.5 * x * (1 + np.tanh(inner))
 

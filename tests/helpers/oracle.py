@@ -1,7 +1,7 @@
-"""A stand-in for a model, which returns given answers.
+"""A stand-in for a model that returns given answers.
 
-It preprocesses pictures and prompts as a model does and looks its answers up by
-the resulting arrays, so a run that mixes up rows is detected.
+It preprocesses pictures and prompts as a model does. It looks up its answers by
+the resulting arrays, so that a run that mixes up rows is detected.
 """
 
 import types
@@ -26,7 +26,7 @@ def make_preprocessor():
 
 
 class Oracle:
-    """Answers the samples of a benchmark.
+    """An oracle that answers the samples of a benchmark.
 
     Args:
         samples: `Samples`.
@@ -39,7 +39,7 @@ class Oracle:
         self.backbone = types.SimpleNamespace(
             text_config=types.SimpleNamespace(hidden_dim=2304),
             image_size=224,
-            # NumPy's: JAX's threads do not survive a fork.
+            # A NumPy array, because JAX's threads do not survive a fork.
             weights=[np.array([float(weight)])],
         )
         self.sampler = self.generate_function = None

@@ -1,4 +1,4 @@
-"""Random answers for metrics, some right and some wrong."""
+"""Random answers for metrics, some correct and some wrong."""
 
 import random
 
@@ -8,7 +8,7 @@ WORDS = "a the man dog cat riding on of wave street red blue two people".split()
 
 
 def captions_for(seed, rows=60, least=0):
-    """Return captions, and the references of each."""
+    """Return captions, and references for each of them."""
     draw = random.Random(seed)
 
     def caption():
@@ -17,7 +17,7 @@ def captions_for(seed, rows=60, least=0):
     right = [
         [caption() for _ in range(draw.randint(1, 5))] for _ in range(rows)
     ]
-    # Some are right, so that 4-grams agree.
+    # Some captions are correct, so that 4-grams match.
     found = [
         draw.choice(some) if draw.random() < 0.4 else caption()
         for some in right
@@ -26,7 +26,7 @@ def captions_for(seed, rows=60, least=0):
 
 
 def objects_for(seed):
-    """Objects of ten pictures, and detections near and far from them."""
+    """Return objects of ten pictures, and detections near and far from them."""
     random_state = np.random.RandomState(seed)
     right, found = [], []
     for _ in range(10):

@@ -15,7 +15,8 @@ from tests.helpers.tiny_models import PRESETS
 from tests.helpers.tiny_models import TEXT
 from tests.helpers.tiny_models import VISION
 
-# More layers than the decoder has, as in a 3b; the tokenizer's vocabulary.
+# The tower has more layers than the decoder, as in 3b. The vocabulary is the
+# tokenizer's.
 DEEP_VISION = VISION | {"num_layers": 4}
 TEXT_2048 = TEXT | {"vocabulary_size": 2048}
 TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
@@ -25,7 +26,7 @@ def build_tiny_model(**changes):
     """Build a random model that reads and writes text."""
     keras.utils.set_random_seed(0)
     backbone = PaliGemmaBackbone(IMAGE_SIZE, DEEP_VISION, TEXT_2048, **changes)
-    # The projector starts at zero, where pictures would change nothing.
+    # The projector starts at zero, where pictures would have no effect.
     backbone.weights_by_name()["vision_encoder/projector/kernel"].assign(
         np.random.default_rng(0).normal(size=(48, 64)) * 0.3
     )

@@ -1,4 +1,4 @@
-"""Tiny models of unequal sizes, golden inputs, errors between arrays."""
+"""Tiny models of unequal sizes, golden inputs, and errors between arrays."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 PRESETS = Path(__file__).parents[2] / "presets"
 
 # The sizes of the goldens: query heads differ from key-value heads, the width
-# from heads × head_dim, and the MLP from twice the width.
+# from heads × head_dim, and the MLP's width from twice the width.
 VISION = {
     "patch_size": 14,
     "num_layers": 3,
@@ -50,7 +50,7 @@ def fill(backbone, arrays, prefix="params/"):
 
 
 def arrays_of(backbone):
-    """All weights by name as NumPy arrays; those of blocks are stacked."""
+    """Return all weights as NumPy arrays by name; blocks are stacked."""
     return {
         name: weight.read()
         for name, weight in backbone.weights_by_name().items()
@@ -58,7 +58,7 @@ def arrays_of(backbone):
 
 
 def assert_same_weights(found, wanted):
-    """Compare all weights of two backbones, bit by bit."""
+    """Check that two backbones have bitwise equal weights."""
     found, wanted = arrays_of(found), arrays_of(wanted)
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
@@ -66,7 +66,7 @@ def assert_same_weights(found, wanted):
 
 
 def randomize_adapters(backbone, seed):
-    """Set values of the active adapter, as training would."""
+    """Set random values for the active adapter, as if it were trained."""
     random = np.random.default_rng(seed)
     for name, weight in backbone.weights_by_name().items():
         if name.endswith(("adapter_a", "adapter_b")):
@@ -75,12 +75,12 @@ def randomize_adapters(backbone, seed):
 
 
 def run(function, inputs):
-    """Call a model; jitted on JAX, which otherwise compiles each operation."""
+    """Call a model; jit on JAX, which otherwise compiles each operation."""
     return jitted(function)(inputs)
 
 
 def jitted(function):
-    """Compile a function of tensors on JAX; the function itself elsewhere."""
+    """Compile a function of tensors on JAX; return it unchanged elsewhere."""
     if keras.backend.backend() != "jax":
         return function
     import jax
@@ -89,13 +89,13 @@ def jitted(function):
 
 
 def error(actual, wanted):
-    """The largest difference, as a share of the largest wanted value."""
+    """Return the largest difference divided by the largest expected value."""
     actual = keras.ops.convert_to_numpy(actual)
     return np.abs(actual - wanted).max() / np.abs(wanted).max()
 
 
 def golden_inputs(expected):
-    """The golden training batch: prompts left-packed, padding is valid."""
+    """Return the golden training batch, left-packed, with valid padding."""
     ids = expected["in/train/text"][:, :-1]
     return {
         "images": expected["in/image"][:4],
@@ -108,7 +108,7 @@ def golden_inputs(expected):
 def golden_training(expected):
     """Return the golden training batch for `fit`: inputs, targets, weights.
 
-    The original's forward pass omits the last token; ours embeds it after all
+    The original's forward pass omits the last token. Ours embeds it after all
     positions that are compared.
     """
     ids = expected["in/train/text"]
@@ -123,10 +123,10 @@ def golden_training(expected):
 
 
 def golden_prompts(expected, room=10, response=8):
-    """The golden evaluation prompts, aligned to the right.
+    """Return the golden evaluation prompts, aligned to the right.
 
-    Four prompts of different lengths; the fourth has a begun response. (The
-    fifth row of the goldens is empty: it only fills a batch.)
+    There are four prompts of different lengths. The fourth has a begun
+    response. (The goldens' fifth row is empty and only fills a batch.)
     """
     ids = np.zeros((4, room + response), "int32")
     valid, begun = np.zeros(ids.shape, bool), np.zeros(ids.shape, bool)
@@ -187,7 +187,7 @@ def transformers_backbone(model, **changes):
 
 
 def transformers_inputs():
-    """Return two rows of different padding, and the valid positions."""
+    """Return two rows with different padding, and the valid positions."""
     random = np.random.default_rng(5)
     valid = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]], bool)
     response = np.array([[0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 0, 0]], bool)

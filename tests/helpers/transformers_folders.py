@@ -1,4 +1,4 @@
-"""Small models of ours, as folders of transformers."""
+"""Small models of ours as transformers folders."""
 
 import numpy as np
 
@@ -74,7 +74,7 @@ def random_backbone(seed=7, **changes):
         matrix = len(shape) > 1
         scale = 2.5 * shape[-1] ** -0.5 if matrix else 0.3
         if "embed_tokens" in key:
-            # Small enough that a token does not merely repeat itself.
+            # Small enough that the model does not only repeat a token.
             scale = 0.05
         arrays[key] = random.normal(0, scale, shape).astype("float32")
     engine.load(backbone.weights_by_name(), rows, engine.Arrays(arrays))
@@ -82,7 +82,7 @@ def random_backbone(seed=7, **changes):
 
 
 def export(folder, backbone, tokenizer=None, resize="bicubic", **how):
-    """Write a backbone as a folder of transformers."""
+    """Write a backbone as a transformers folder."""
     config = ModelConfig(
         backbone=backbone.architecture(),
         preprocessor=PreprocessorConfig(resize),
@@ -95,7 +95,7 @@ def export(folder, backbone, tokenizer=None, resize="bicubic", **how):
 
 
 def load_theirs(folder):
-    """Load a folder by transformers; its weights must match exactly."""
+    """Load a folder with transformers; its weights must match exactly."""
     from transformers import PaliGemmaForConditionalGeneration
 
     model, info = PaliGemmaForConditionalGeneration.from_pretrained(

@@ -1,8 +1,8 @@
-"""A tiny random PaliGemma in `transformers`, and its converted weights.
+"""A tiny random PaliGemma of `transformers`, and its converted weights.
 
-The second independent implementation to compare with: `run` returns its logits,
-`transformers_to_big_vision` its weights in the layout that the NumPy reference
-and the package's own checkpoint reader take.
+This is the second independent implementation to compare with. `run` returns its
+logits. `transformers_to_big_vision` returns its weights in the layout that the
+NumPy reference and the package's checkpoint reader use.
 """
 
 import numpy as np
@@ -21,8 +21,8 @@ VISION = {
     "num_attention_heads": 4,
     "vision_use_head": False,
 }
-# No two sizes are equal, heads times head size is not the width, and the
-# query scale is not that of the head size, as in the 28b model.
+# All sizes differ, heads times head size is not the width, and the query scale
+# does not follow from the head size, as in the 28b model.
 TEXT = {
     "vocab_size": 101,
     "hidden_size": 48,
@@ -49,11 +49,11 @@ PALIGEMMA_2 = TEXT | {
 def tiny_transformers_model(
     seed: int, version: int = 2
 ) -> transformers.PaliGemmaForConditionalGeneration:
-    """A random model in float32, in evaluation mode, with plain attention."""
+    """Build a random float32 model in evaluation mode with eager attention."""
     config = transformers.PaliGemmaConfig(
         vision_config=VISION,
         text_config=PALIGEMMA_2 if version == 2 else PALIGEMMA_1,
-        # As published, the image's id follows the vocabulary.
+        # As in published models, the image's id follows the vocabulary.
         image_token_index=TEXT["vocab_size"],
         vocab_size=TEXT["vocab_size"],
         hidden_size=TEXT["hidden_size"],
@@ -64,8 +64,9 @@ def tiny_transformers_model(
     )
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        # Norms and biases too, which otherwise are ones and zeros. The scale
-        # is large enough for logits to reach the bend of both soft caps.
+        # Norms and biases are drawn too; they would be ones and zeros
+        # otherwise. The scale is large enough for logits to reach both soft
+        # caps.
         kernel_scale = 2.5 * parameter.shape[-1] ** -0.5
         scale = kernel_scale if parameter.ndim > 1 else 0.3
         parameter.data.normal_(0, scale, generator=generator)
@@ -73,7 +74,7 @@ def tiny_transformers_model(
 
 
 def run(model, *arrays, **inputs) -> np.ndarray:
-    """The logits of `forward` as an array."""
+    """Return the logits of `forward` as an array."""
     with torch.no_grad():
         return forward(model, *arrays, **inputs).numpy()
 
@@ -85,11 +86,12 @@ def forward(
     padding_mask: np.ndarray,
     response_mask: np.ndarray,
 ) -> torch.Tensor:
-    """Logits `(B, L, V)` of images `(B, h, w, 3)` or `(B, F, h, w, 3)`.
+    """Compute logits `(B, L, V)` of images or of frames.
 
-    The masks are as in the NumPy reference. Position ids are given: by
-    default `transformers` counts padding, too. They start at 1, as it has
-    them; rotary embeddings see differences only, so 0 would do as well.
+    Images are `(B, h, w, 3)` or `(B, F, h, w, 3)`. The masks are those of the
+    NumPy reference. Position ids are given, since `transformers` counts padding
+    by default. They start at 1, as in `transformers`; rotary embeddings depend
+    only on differences, so 0 would give the same result.
     """
     vision = model.config.vision_config
     frames = images.shape[1] if images.ndim == 5 else 1
@@ -105,7 +107,7 @@ def forward(
         pixel_values=torch.tensor(pixels, dtype=torch.float32),
         attention_mask=torch.tensor(valid.astype(np.int64)),
         position_ids=torch.tensor(valid.cumsum(axis=1)),
-        # Without these the prompt silently becomes causal.
+        # Without these ids, the prompt silently becomes causal.
         token_type_ids=torch.tensor(causal.astype(np.int64)),
     ).logits
 
@@ -113,7 +115,7 @@ def forward(
 def numpy_settings(
     config: transformers.PaliGemmaConfig,
 ) -> dict[str, float | None]:
-    """The NumPy reference's settings of a model."""
+    """Return the NumPy reference's settings for a model."""
     text = config.text_config
     scalar = getattr(text, "query_pre_attn_scalar", text.head_dim)
     return {
@@ -129,7 +131,7 @@ def transformers_to_big_vision(
     state_dict: dict[str, torch.Tensor],
     config: transformers.PaliGemmaConfig,
 ) -> dict[str, np.ndarray]:
-    """Weights in big_vision's layout: layers stacked, kernels transposed."""
+    """Convert weights to big_vision's layout: stacked, kernels transposed."""
     state = {key: value.numpy() for key, value in state_dict.items()}
     vision = _vision_arrays(state, config.vision_config)
     text = _text_arrays(state, config.text_config)
@@ -189,14 +191,14 @@ def _text_arrays(state: dict[str, np.ndarray], config) -> dict:
         "post_ffw": "post_feedforward",
     }
     if config.model_type == "gemma":
-        # There `post_attention` means: after attention, before the MLP.
+        # There, `post_attention` is the norm between attention and MLP.
         norms = {"pre_attention": "input", "pre_ffw": "post_attention"}
 
     def stack(name: str) -> np.ndarray:
         return _stack(state, f"{prefix}.layers", name)
 
     def heads(name: str, number: int) -> np.ndarray:
-        """`(layers, N·H, D)` to `(layers, N, D, H)`."""
+        """Convert `(layers, N·H, D)` to `(layers, N, D, H)`."""
         kernel = stack(f"self_attn.{name}_proj.weight")
         return _split(kernel, 1, (number, -1)).mT
 

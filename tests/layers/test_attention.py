@@ -1,4 +1,4 @@
-"""The mask rule, rotary positions and attention by themselves."""
+"""The mask rule, rotary positions and attention in isolation."""
 
 import numpy as np
 import pytest
@@ -68,8 +68,8 @@ def test_attention_is_in_float32_whatever_the_inputs():
     one = attend(*half, mask, cap=50.0)
     two = attend(*full, mask, cap=50.0)
     assert one.dtype == half[0].dtype
-    # The weights and the result are rounded to bfloat16, nothing before them:
-    # logits in bfloat16 would be off by whole units here.
+    # Only the weights and the result are rounded to bfloat16. Logits in
+    # bfloat16 would differ by whole units here.
     np.testing.assert_allclose(
         ops.convert_to_numpy(ops.cast(one, "float32")),
         ops.convert_to_numpy(two),

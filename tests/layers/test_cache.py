@@ -1,4 +1,4 @@
-"""The cache in int8: rounding, attention to it, and answers with it."""
+"""The int8 cache: rounding, attention to it, and answers with it."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ from keras_paligemma.layers.cache import write_cache
 
 
 def to_float(heads):
-    """Return keys or values, without rounding them again."""
+    """Return keys or values without rounding them again."""
     codes, scales = (ops.convert_to_numpy(array) for array in heads)
     return codes.astype("float32") * scales
 
@@ -43,7 +43,7 @@ def test_attention_reads_the_rounded_heads(layer):
     seen[:, :, 0] = True
     shape = (2, 6, 2, 8) if layer is None else (2, 3, 6, 2, 8)
     cache = empty_heads(shape, "int8"), empty_heads(shape, "int8"), layer
-    # Two writes: a prompt of four tokens, and two tokens behind it.
+    # Two writes: a prompt of four tokens, and then two more tokens.
     for start, stop in ((0, 4), (4, 6)):
         new = [ops.array(array[:, start:stop]) for array in (keys, values)]
         cache = write_cache(cache, *new, start)
@@ -63,7 +63,7 @@ def test_attention_reads_the_rounded_heads(layer):
 
 
 def rounding(write):
-    """Return `write_cache` for a float cache, with rounded values."""
+    """Return `write_cache` for a float cache that receives rounded values."""
 
     def write_rounded(cache, key_BTKH, value_BTKH, index):
         rounded = []

@@ -1,4 +1,4 @@
-"""Attention head by head, beside the plain form."""
+"""Attention computed head by head, compared with the plain form."""
 
 import keras
 import numpy as np
@@ -33,7 +33,7 @@ def draw(seed=0):
 
 
 def plain(query, key, value, mask, cap):
-    """Attend as on a machine that has no CPU's form."""
+    """Compute attention as on a machine without the CPU form."""
     with compiling_for("gpu"):
         return attend(query, key, value, mask, cap)
 
@@ -87,7 +87,7 @@ def test_bfloat16_is_rounded_where_the_plain_form_rounds():
     theirs = plain(*half, mask, CAP)
     assert ours.dtype == theirs.dtype == half[0].dtype
     ours, theirs = (np.asarray(array, "float32") for array in (ours, theirs))
-    # A last bit of a weight, where sums were made in another order.
+    # Another order of summation changes the last bit of some weights.
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2**-8)
     assert (ours == theirs).mean() > 0.98
 
@@ -127,7 +127,7 @@ def test_nothing_is_as_large_as_the_logits_of_all_heads():
     step = jax.jit(jax.grad(step, (0, 1, 2)))
     made = step.lower(*arrays[:3]).compile()
     one_head = T * T * 4 * N // K
-    # Of one head at most four arrays, and the inputs heads first.
+    # At most four arrays of one head, plus the transposed inputs.
     most = 4 * one_head + 8 * arrays[0].nbytes
     assert made.memory_analysis().temp_size_in_bytes < most
     assert most < 2 * B * N * T * T * 4

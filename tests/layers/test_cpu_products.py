@@ -44,7 +44,7 @@ def test_product_is_numpys(rows):
 @only_jax
 @pytest.mark.parametrize("rows", [1, 5])
 def test_bfloat16_is_rounded_once(rows):
-    """The sums are float32, so that only the result is rounded."""
+    """Sums are computed in float32, and only the result is rounded."""
     kernel, x = kernel_and_rows(rows)
     kernel, x = (array.astype(ml_dtypes.bfloat16) for array in (kernel, x))
     with cpu_products.answering_scope():
@@ -60,7 +60,7 @@ def test_bfloat16_is_rounded_once(rows):
 @only_jax
 @pytest.mark.parametrize("rows", [1, 2, 7])
 def test_integers_err_by_half_a_step(rows):
-    """A value is off by half a step of its row at most."""
+    """The error of a value is at most half a quantization step of its row."""
     random = np.random.default_rng(0)
     _, x = kernel_and_rows(rows)
     x[0] *= 1000
@@ -75,7 +75,7 @@ def test_integers_err_by_half_a_step(rows):
     bound = step / 2 * np.abs(kernel.astype("float64")).sum((0, 1)) * scale
     error = np.abs(np.asarray(found, "float64") - exact * scale)
     assert np.all(error <= 1.001 * bound)
-    # Two digits, not one.
+    # Rows are rounded to two 8-bit digits, so there is an error.
     assert error.max() > 0
 
 
@@ -92,7 +92,7 @@ def test_rows_of_zeros_stay_zeros():
 
 @only_jax
 def test_only_answers_are_of_integers():
-    """Training's products have the gradient of what they compute."""
+    """Training uses float products, which have the correct gradient."""
     _, x = kernel_and_rows(2)
     assert not cpu_products.should_use_integers(x, INPUTS)
     with cpu_products.answering_scope():
@@ -118,7 +118,7 @@ def test_only_programs_of_this_machine_have_outputs_first():
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_files_keep_their_order(form, quantization):
-    """What `Weight` reads and assigns has inputs first everywhere."""
+    """`Weight` always reads and assigns kernels with inputs first."""
     stack = LayerStack(
         lambda: Projection(
             INPUTS, OUTPUTS, quantization=quantization, name="block"
@@ -176,7 +176,7 @@ def test_gradients_are_those_of_inputs_first(rows):
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_keras_files_have_one_order(quantization):
-    """What is saved with one order of axes loads into the other."""
+    """Weights saved with one order of axes load into the other."""
 
     def built():
         layer = Projection(INPUTS, OUTPUTS, True, quantization=quantization)

@@ -1,4 +1,4 @@
-"""Each layer, of bfloat16: made again of its configuration; its dtypes."""
+"""Each layer in bfloat16: recreation from its config, and its dtypes."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ X = ops.cast(np.random.default_rng(0).normal(size=(2, 3, 8)), "bfloat16")
 MASK = attention_mask(np.ones((2, 3), bool), np.zeros((2, 3), bool))
 ANGLES = rotary_angles(np.tile(np.arange(3), (2, 1)), 4)
 HEADS = {"num_query_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
-# Arguments that differ from their defaults, and what each is called with.
+# Arguments that differ from their defaults, and the inputs of the call.
 LAYERS = [
     (RMSNorm, {"dim": 8, "epsilon": 1e-3}, (X,)),
     (Projection, {"input_axes": (8,), "output_axes": (2, 5)}, (X,)),

@@ -1,4 +1,4 @@
-"""What a backward pass keeps, and what it computes again."""
+"""What a backward pass stores, and what it recomputes."""
 
 import keras
 import numpy as np
@@ -31,7 +31,7 @@ def test_attention_keeps_no_weights():
         key + 1,
     )
     kept = [leaf.size for leaf in jax.tree.leaves(backward)]
-    # The mask is the largest; weights have an axis of heads besides.
+    # The mask is the largest array. Weights would also have an axis of heads.
     assert max(kept) <= B * T * max(T, N * H) < B * N * T * T
 
 

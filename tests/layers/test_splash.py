@@ -1,4 +1,4 @@
-"""The fused kernel: by an interpreter beside the plain form, and for a TPU."""
+"""The fused kernel: compared in an interpreter, and compiled for a TPU."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_kernel_is_the_plain_form(cap):
     for our, their, other in zip(ours, theirs, others, strict=True):
         scale = np.abs(their).max()
         np.testing.assert_allclose(our, their, atol=1e-5 * scale, rtol=0)
-        # With another cap, or none, it would be far off.
+        # With another cap or none, the difference would be large.
         assert np.abs(our - other).max() > 0.05 * scale
 
 
@@ -185,7 +185,7 @@ def test_prefill_traced_for_a_tpu_has_the_kernel():
     with compiling_for("tpu"):
         found = str(jax.make_jaxpr(answer)(arrays))
     assert "pallas_call" in found
-    # One layer's code, in the prefill and not in the loop.
+    # The code of one layer, in the prefill and not in the loop.
     assert found.count("pallas_call") == 1
 
 

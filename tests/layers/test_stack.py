@@ -1,4 +1,4 @@
-"""Both forms of repetition: same results, same gradients, same files."""
+"""Both forms of a stack: same results, same gradients, same files."""
 
 import keras
 import numpy as np
@@ -15,15 +15,16 @@ from tests.helpers.tiny_models import run
 
 
 def gradients_of(backbone, inputs):
-    """Gradients of a mean over hidden states."""
+    """Return the gradients of a mean over hidden states."""
     return gradients(lambda: ops.mean(ops.square(backbone(inputs))), backbone)
 
 
 def compare(found, wanted):
-    # Gradients of norms sum over all tokens, in another order in each form:
-    # 2.3e-5 of the largest was seen.
-    # A bias of SigLIP's keys adds the same to all logits of a query: its
-    # gradient is zero but for rounding, so it is compared with its kernel's.
+    # Gradients of norms are sums over all tokens, in a different order in each
+    # form. A difference of 2.3e-5 of the largest was measured. A bias of
+    # SigLIP's keys adds the same value to all logits of a query. Its gradient
+    # is zero except for rounding, so the scale is that of its kernel's
+    # gradient.
     for name, gradient in wanted.items():
         larger = wanted[name.replace("key/bias", "key/kernel")]
         scale = max(np.abs(gradient).max(), np.abs(larger).max())
@@ -58,7 +59,7 @@ def test_outputs_and_gradients_are_equal(golden_backbone, inputs, remat):
 def test_pairs_keep_half_and_change_nothing(inputs):
     from keras_paligemma import PaliGemmaBackbone
 
-    # The encoder's blocks are odd in number: they stay single.
+    # The encoder has an odd number of blocks, so they are not paired.
     sizes = IMAGE_SIZE, VISION, TEXT | {"num_layers": 4}
     plain = PaliGemmaBackbone(*sizes, form="scanned", remat="block")
     other = PaliGemmaBackbone(*sizes, form="scanned", remat="pair")
@@ -79,7 +80,7 @@ def test_pairs_keep_half_and_change_nothing(inputs):
 
 
 def kept_by_layer(backbone):
-    """First axes of what the backward pass keeps of the decoder's x."""
+    """Return the first axes of the stored activations of the decoder."""
     import jax
 
     x_BTD = np.ones((2, 5, 64), "float32")
@@ -154,7 +155,7 @@ def test_unknown_choice(golden_backbone, argument):
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
 @pytest.mark.parametrize("last", [1, 3])
 def test_last_tokens_are_those_of_all(golden_backbone, inputs, form, last):
-    """The others give keys and values alone, and the cache is the same."""
+    """Other tokens only give keys and values; the cache is the same."""
     backbone = golden_backbone(form=form)
     decoder = backbone.text_decoder
     x_BTD = backbone.embed(inputs)

@@ -1,4 +1,4 @@
-"""One weight in each form: the same shape, values and errors."""
+"""A weight has the same shape, values and errors in each form."""
 
 import keras
 import numpy as np
@@ -27,7 +27,7 @@ def variables(form, value, dtype="float32"):
 
 
 def quantized(form):
-    """The integers and scales of a kernel of zeros, as a model has them."""
+    """Return integers and scales of a zero kernel, as in a model."""
     layout = QuantizedFormat("int8", SHAPE, (0,))
     layers = () if form is None else (LAYERS,)
     weights = {}

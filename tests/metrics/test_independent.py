@@ -1,4 +1,4 @@
-"""Metrics without golden numbers, against implementations of others."""
+"""Metrics without golden numbers, compared with other implementations."""
 
 import csv
 import random
@@ -38,10 +38,11 @@ def test_captions_equal_pycocoevalcap():
 
 
 def test_caption_tokens_are_javas():
-    """`caption_tokens.tsv` holds what Stanford's tokenizer made of captions.
+    """Compare with the Java tokens in `caption_tokens.tsv`.
 
-    Made by stanford-corenlp 3.4.1, as pycocoevalcap ships and runs it, of
-    sentences written for this test; the last column is COCO's, after its list.
+    stanford-corenlp 3.4.1 made them, as pycocoevalcap ships and runs it, from
+    sentences written for this test. The last column is COCO's, after COCO's
+    punctuation list is removed.
     """
     with open(GOLDEN / "caption_tokens.tsv", encoding="utf-8") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -100,7 +101,7 @@ def test_error_rates_equal_jiwer():
 
 def test_published_character_rate_splits_marks_alone():
     values = metrics.music(["4c\t4e"], ["4c\t4d"]).values()
-    # "4c", "<", "t", ">", "4d": one symbol of five is wrong.
+    # "4c", "<", "t", ">", "4d": one of five symbols is wrong.
     assert values["cer"] == 1 / 5
     assert values["ser"] == 1 / 3
     assert values["ler"] == 1
@@ -128,7 +129,8 @@ def test_teds_has_the_edits_of_the_package(structure_only):
     for cells in CELLS:
         for two in CELLS:
             ours = metrics.teds(page(cells), page(two), structure_only)
-            # The package divides by the trees' nodes, PubTabNet by elements.
+            # The package divides by the number of tree nodes, PubTabNet by the
+            # number of elements.
             nodes = max(text.count("<t") + 1 for text in (cells, two))
             elements = max(
                 text.count("<t") + text.count("<b>") for text in (cells, two)
@@ -228,7 +230,7 @@ def test_mean_average_precision_of_few():
     )
     assert set(compute([[]], [[]]).values()) == {-1}
     assert compute([[(box, "cat", 0.5)]], [[]])["map"] == -1
-    # A crowd is neither met nor missed.
+    # A crowd counts neither as a match nor as a miss.
     assert compute([[(box, "cat", 0.5)]], [[(box, "cat", True)]])["map"] == -1
     with pytest.raises(ValueError, match="Received: nan of 'cat' in picture 0"):
         compute([[(box, "cat", float("nan"))]], [[(box, "cat")]])
@@ -255,7 +257,7 @@ def test_box_f1():
 def test_refcoco_equals_the_original():
     """The original's loop gave these numbers for the tokens of `seg.npz`.
 
-    Its decoder's masks are in the file; tokens that have none are invalid.
+    The file includes its decoder's masks. Tokens without a mask are invalid.
     """
     golden = dict(np.load(GOLDEN / "seg.npz"))
     masks = dict(
@@ -265,7 +267,8 @@ def test_refcoco_equals_the_original():
             strict=True,
         )
     )
-    # Their locations begin at id 500, their codes at 1600; 1 ends an answer.
+    # In the original, locations start at id 500 and codes at 1600; 1 ends an
+    # answer.
     texts = [
         "".join(f"<loc{token - 500:04d}>" for token in row[:4])
         + "".join(f"<seg{token - 1600:03d}>" for token in row[4:20])
@@ -307,7 +310,7 @@ def test_refcoco_reads_run_lengths():
 
 
 def spotted(match_text=True):
-    """Two readable words, one that nobody can read, three boxes."""
+    """Score two readable words, an unreadable one, and three boxes."""
 
     def square(x):
         return [(x, 10), (x + 20, 10), (x + 20, 30), (x, 30)]

@@ -1,4 +1,4 @@
-"""Every evaluator of the original, to the last digit of its numbers."""
+"""Every evaluator gives exactly the original's numbers."""
 
 import json
 
@@ -18,7 +18,7 @@ CASES = json.loads((GOLDEN / "metrics.json").read_text())
 
 
 def check(scores, wanted):
-    """Compare values, and counts under the original's names, exactly."""
+    """Check that values, and counts under the original's names, are equal."""
     counts = scores.counts()
     found = scores.values() | {"num": len(scores)}
     found |= {

@@ -1,4 +1,4 @@
-"""Means, intervals and the worst rows; metrics fed batch by batch."""
+"""Means, intervals and the worst rows; metrics computed batch by batch."""
 
 import numpy as np
 import pytest

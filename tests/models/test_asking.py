@@ -1,4 +1,4 @@
-"""One call a task: what is asked, and what becomes of the answers."""
+"""One call per task: the prompts, and the parsed answers."""
 
 import math
 
@@ -25,7 +25,7 @@ def model():
 
 @pytest.fixture
 def says(model, monkeypatch):
-    """Function that sets what the model answers to prompts, call by call."""
+    """Return a function that sets the model's answers, call by call."""
     asked = []
 
     def says(*calls):
@@ -67,13 +67,13 @@ def test_text(model, says):
 
 @pytest.fixture
 def answers(model, monkeypatch):
-    """Function that sets answers, and how probable each of their tokens is."""
+    """Return a function that sets answers and their token probabilities."""
     asked = []
 
     def answer(text, probability):
         ids = model.preprocessor.tokenizer.tokenize(text)
         values = [math.log(probability)] * len(ids)
-        # The token that ends it would make any score small.
+        # If the stop token counted, every score would be small.
         return Answer(text, (*ids, 1), (*values, -50.0), "stop_token")
 
     def answers(*rows):
@@ -114,7 +114,7 @@ def test_scores_of_what_was_asked_for(model, answers):
 
 
 def test_alternatives_add_neighbouring_locations(model):
-    """The model itself: scores are higher, and all else is the same."""
+    """In a real model, scores are higher and everything else is the same."""
     begin = {"max_new_tokens": 8, "legal_objects": True}
     every = model.backbone.vocabulary_size
     prompt = {"images": PICTURE, "prompts": "detect cat"}
@@ -178,7 +178,7 @@ def test_samples_are_merged_on_request(model, answers):
 
 
 def test_beams_and_samples_of_the_model_itself(model):
-    """Random weights name nothing; the options reach `generate`."""
+    """Random weights detect nothing, but the options reach `generate`."""
     some = {"max_new_tokens": 3, "overlap": 0.5}
     inputs = {"images": [PICTURE], "prompts": ["detect cat"]}
     (wanted,) = model.generate(inputs, 3, beams=2, details=True)

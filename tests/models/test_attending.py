@@ -1,4 +1,4 @@
-"""Attention over the picture beside a NumPy softmax; what is drawn of it."""
+"""Attention to the picture compared with a NumPy softmax, and its drawing."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,10 @@ from tests.helpers.tiny_models import FORMS
 
 
 def reference(model, examples, folder):
-    """Weights by NumPy, (B, R, layers, heads, L), of what predicts a token."""
+    """Return the attention weights of predicting positions, by NumPy.
+
+    The shape is (B, R, layers, heads, L).
+    """
     model.export_to_big_vision(folder / "model.npz")
     x, *_ = model.preprocessor(examples)
     found = forward(
@@ -38,7 +41,7 @@ def test_shares_are_the_softmaxs(tiny_model, examples, tmp_path, form):
         assert weights.shares.shape == (count, 3, 4, 3, 3)
         pictures = wanted[row, :count, :, :, :9].reshape(weights.shares.shape)
         np.testing.assert_allclose(weights.shares, pictures, atol=1e-6)
-        # The rest is attention to text.
+        # The rest of the weights attends to text.
         assert weights.shares.sum(axis=(-1, -2)).max() < 1
     for average, axes in (("layers", 1), (("heads",), 2), (None, (1, 2))):
         options = {} if average is None else {"average": average}
@@ -91,7 +94,7 @@ def test_overlays_are_bright_where_attention_is():
     assert (drawn.mode, drawn.size) == ("RGB", (896, 448))
     assert drawn.getpixel((890, 4)) == (200, 200, 200)
     assert drawn.getpixel((4, 440)) == (40, 40, 40)
-    # A word without attention to the picture is dark, and no division by 0.
+    # A word without attention to the picture is dark, without a division by 0.
     assert np.unique(np.asarray(found.overlay("a"))).tolist() == [40]
     np.testing.assert_array_equal(found.overlay(), drawn)
     assert found.overlay().size == Image.fromarray(picture).size

@@ -1,4 +1,4 @@
-"""The backbone against the original, NumPy and transformers; its errors."""
+"""The backbone compared with the original, NumPy and transformers; errors."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_equals_the_original(golden_backbone, expected, form):
     assert error(images, expected["f32/img/zimg"]) < 2e-5
     assert error(hidden, expected["f32/llm/pre_logits"]) < 2e-5
     assert error(backbone.logits(hidden), expected["f32/llm/logits"]) < 2e-5
-    # What the original trains on: the head without the final cap.
+    # The logits that the original trains on, without the final cap.
     uncapped = backbone.token_embedding.logits(hidden[:, 9:])
     assert error(uncapped, expected["f32/text_logits"]) < 2e-5
 
@@ -82,7 +82,7 @@ def test_equals_numpy_wherever_padding_lies(
     golden_backbone, arrays, expected, form
 ):
     inputs = golden_prompts(expected)
-    # Holes too: any prefix, whatever its padding, before any response.
+    # Gaps are allowed too: any prefix, with any padding, before any response.
     inputs["padding_mask"][1, 4] = False
     inputs["padding_mask"][0, 10:13] = True
     inputs["response_mask"][0, 10:13] = True
@@ -148,8 +148,8 @@ def test_bfloat16_is_close(golden_backbone, expected, policy):
     assert keras.backend.standardize_dtype(hidden.dtype) == "bfloat16"
     logits = backbone.logits(hidden)
     assert keras.backend.standardize_dtype(logits.dtype) == "float32"
-    # Rounding the weights alone moves the original's logits by 2.4 % of their
-    # deviation; rounding the activations too was seen to give 6.1 %.
+    # Rounding only the weights moves the original's logits by 2.4 % of their
+    # standard deviation. Rounding the activations too gave 6.1 %, as measured.
     weights_alone = expected["bf16/text_logits"] - expected["f32/text_logits"]
     found = ops.convert_to_numpy(logits) - expected["f32/llm/logits"]
     assert np.std(found) < 3 * np.std(weights_alone)
@@ -181,7 +181,8 @@ def test_norms_are_in_float32():
     norm = RMSNorm(4, dtype="bfloat16")
     norm.build()
     norm.scale.assign([0.0, 0.001, -0.5, 1.0])
-    # 1.001 is no bfloat16; times 300 it must still not be 1.
+    # 1.001 is not representable in bfloat16. Times 300 it must still differ
+    # from 300.
     x = ops.cast([[300.0, 300.0, 300.0, 300.0]], "float32")
     full = RMSNorm(4, dtype="float32")
     full.build()
@@ -233,7 +234,7 @@ def test_changes_walk_all_fields():
 
 
 def patterned(backbone):
-    """Set weights that depend on their name and index alone."""
+    """Set weights that depend only on their name and index."""
     for name, weight in backbone.weights_by_name().items():
         for layer, variable in enumerate(weight.variables):
             count = int(np.prod(variable.shape))
@@ -245,7 +246,7 @@ def patterned(backbone):
 
 
 def answer(inputs, vision, text):
-    """Logits of a fixed number of entries, whatever the sizes."""
+    """Return a fixed number of logits, whatever the sizes."""
     shallow = {"num_layers": 2}
     backbone = patterned(
         PaliGemmaBackbone(

@@ -1,4 +1,4 @@
-"""The task: loss, fit, generate, adapters, saving; and its errors."""
+"""The task model: loss, fit, generate, adapters, saving and errors."""
 
 import copy
 
@@ -24,7 +24,7 @@ def test_greedy_tokens_are_the_originals(golden_backbone, expected, form):
     tokens = model.generate(inputs, stop_token_ids=None)
     wanted = expected["f32/cache_f32/tokens"]
     np.testing.assert_array_equal(tokens[:3], wanted[:3])
-    # Row 3's response had begun with three tokens.
+    # Row 3 starts with a response of three tokens.
     np.testing.assert_array_equal(tokens[3, 3:], wanted[3, :5])
     begun = inputs["response_mask"][3]
     np.testing.assert_array_equal(tokens[3, :3], inputs["token_ids"][3][begun])
@@ -42,7 +42,7 @@ def test_cached_equals_uncached_and_each_row_alone(golden_backbone, expected):
         np.testing.assert_array_equal(
             model.generate(alone, stop_token_ids=None), tokens[row]
         )
-    # Every token is the best guess of a pass without a cache over all tokens.
+    # Every token is the argmax of a pass over all tokens without a cache.
     complete = {
         "images": inputs["images"],
         "token_ids": np.concatenate(
@@ -175,7 +175,8 @@ def test_fit_learns(tiny_model, examples, policy, monkeypatch):
     )
     history = model.fit(examples, batch_size=2, epochs=12, verbose=0).history
     assert history["loss"][-1] < 0.5 * history["loss"][0]
-    # Two batches an epoch, of a step that others trace once.
+    # There are two batches an epoch. Other backends than Torch trace the step
+    # once.
     assert len(steps) == (24 if keras.backend.backend() == "torch" else 1)
     answers = model.generate(prompts_of(examples), max_new_tokens=3)
     assert all(isinstance(answer, str) for answer in answers)
@@ -183,7 +184,7 @@ def test_fit_learns(tiny_model, examples, policy, monkeypatch):
 
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_fit_with_remat_is_fit(tiny_model, examples, form):
-    """In a compiled step too, where masks of bool are among the arguments."""
+    """The compiled step also takes bool masks as arguments."""
     histories = []
     for remat in (None, "block"):
         model = tiny_model(form=form, remat=remat)
@@ -236,7 +237,7 @@ def test_preset_round_trip_is_exact(
     model.save_to_preset(tmp_path / "preset")
     for form in ("unrolled", "scanned"):
         read = PaliGemmaCausalLM.from_preset(tmp_path / "preset", form=form)
-        # The dtype of the file is kept.
+        # The dtype of the saved file is kept.
         assert read.backbone.dtype_policy.name == policy
         if form == "unrolled":
             np.testing.assert_array_equal(
@@ -276,7 +277,7 @@ def test_keras_file_round_trip_is_exact(tiny_model, examples, tmp_path):
 
 
 def test_saving_over_a_preset_replaces_it(tiny_model, tmp_path):
-    """Shards of a larger model go too, notes of the user do not."""
+    """Shards of a larger model are deleted; the user's notes are kept."""
     model = tiny_model()
     (tmp_path / "notes.txt").write_text("mine")
     model.save_to_preset(tmp_path)

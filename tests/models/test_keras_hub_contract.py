@@ -1,7 +1,7 @@
-"""A notebook of KerasHub with one changed import.
+"""KerasHub notebooks run with one changed import.
 
-The cases are those that KerasHub's own tests of PaliGemma look at, and what
-its users type.
+The cases are those that KerasHub's own tests of PaliGemma cover, and common
+usage.
 """
 
 import inspect
@@ -37,8 +37,8 @@ PAIRS = [
     (keras_hub.layers.PaliGemmaImageConverter, PaliGemmaImageConverter),
     (keras_hub.models.PaliGemmaTokenizer, PaliGemmaTokenizer),
 ]
-# Where our meaning differs on purpose; docs/migrating_from_keras_hub.md says
-# why. `max_length` counts the prompt, which here has a length of its own.
+# Methods that differ on purpose; docs/migrating_from_keras_hub.md explains why.
+# `max_length` includes the prompt, which has its own length here.
 DIFFERENT = {
     "PaliGemmaBackbone.__init__",
     "PaliGemmaImageConverter.__init__",
@@ -47,7 +47,7 @@ DIFFERENT = {
 
 
 def shared_methods(theirs, ours):
-    """Names of what KerasHub defines, and we have: no part of Keras itself."""
+    """Yield names of KerasHub's methods that we have, without Keras's own."""
     classes = [cls for cls in theirs.__mro__ if "keras_hub" in cls.__module__]
     for name in sorted(
         {name for class_name in classes for name in vars(class_name)}
@@ -59,7 +59,7 @@ def shared_methods(theirs, ours):
 
 
 def positions(cls, name):
-    """Names of a method's parameters that have a place, `self` left out."""
+    """List a method's positional parameters, without `self`."""
     is_bound = inspect.ismethod(getattr(cls, name))
     parameters = inspect.signature(getattr(cls, name)).parameters.values()
     names = [
@@ -72,7 +72,7 @@ def positions(cls, name):
 
 @pytest.mark.parametrize(("theirs", "ours"), PAIRS)
 def test_signatures_are_keras_hubs(theirs, ours):
-    """KerasHub's parameters have the same places and names here."""
+    """KerasHub's parameters have the same positions and names here."""
     names = list(shared_methods(theirs, ours))
     assert {"__init__", "from_preset", "save_to_preset"} <= set(names)
     other = {}
@@ -105,7 +105,7 @@ def test_base_classes_find_ours(base, ours):
     found = base.from_preset(NANO)
     assert type(found) is ours
     wanted = ours.from_preset(NANO)
-    # Keras numbers the names of what is made twice.
+    # Keras appends numbers to the names of repeated layers.
     configs = [
         re.sub(r"_\d+'", "'", str(cls.get_config())) for cls in (found, wanted)
     ]
@@ -127,7 +127,7 @@ def test_other_folders_are_keras_hubs_own(tmp_path):
 
 @pytest.mark.parametrize("first", ["backbone", "preprocessor"])
 def test_a_backbone_and_a_preprocessor_make_a_preset(first, tmp_path):
-    """Saved by themselves, in any order."""
+    """Both parts may be saved separately and in any order."""
     model = build_tiny_model()
     parts = [model.backbone, model.preprocessor]
     for part in parts if first == "backbone" else parts[::-1]:
@@ -203,7 +203,7 @@ def test_token_embedding_reversed_is_the_head(golden_backbone, expected):
     found = backbone.token_embedding(hidden, reverse=True)
     found, wanted = map(ops.convert_to_numpy, (found, backbone.logits(hidden)))
     np.testing.assert_array_equal(found, wanted)
-    # Capped, and float32.
+    # Capped and in float32.
     assert 20 < np.abs(found).max() <= 30
 
 
@@ -225,7 +225,7 @@ def test_without_a_response_mask_nothing_is_response(golden_backbone):
     "policy", ["float32", "mixed_float16", "mixed_bfloat16", "bfloat16"]
 )
 def test_shapes_are_inferred(policy):
-    """With dimensions that are unknown, and pictures that are missing."""
+    """Some dimensions are unknown, and some inputs lack pictures."""
     backbone = PaliGemmaBackbone(
         IMAGE_SIZE,
         VISION | {"num_layers": 1},
@@ -294,7 +294,7 @@ def test_lora_weights_in_one_file(form, tmp_path):
     backbone.save_lora_weights(str(path))
     wanted = adapter(backbone)
     assert [path.name for path in tmp_path.iterdir()] == ["a.lora.h5"]
-    # Into a model without adapters, and into one with the same.
+    # Load into a model without adapters, and into one with the same adapters.
     bare, same = (build_tiny_model().backbone for _ in range(2))
     same.enable_lora(2, ["query", "vision.up"], alpha=3, dropout=0.5)
     for read in (bare, same):
@@ -322,7 +322,7 @@ def test_lora_weights_that_do_not_fit(tmp_path):
     with h5py.File(tmp_path / "hub.lora.h5", "w") as file:
         file.create_group("lora")
     (tmp_path / "torn.lora.h5").write_bytes(path.read_bytes()[:1000])
-    # Of a model of another width: nothing is filled up by zeros.
+    # In a model of another width, nothing is filled up with zeros.
     wide = PaliGemmaBackbone(
         IMAGE_SIZE,
         VISION | {"num_layers": 4},

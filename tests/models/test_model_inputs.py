@@ -1,4 +1,4 @@
-"""What `generate` and the backbone are given: accepted, or told clearly."""
+"""Inputs of `generate` and the backbone: accepted, or refused clearly."""
 
 import keras
 import keras_hub
@@ -17,7 +17,7 @@ from tests.helpers.tiny_models import golden_prompts
 
 
 class Never(keras_hub.samplers.GreedySampler):
-    """A sampler that is never asked: errors come before anything is run."""
+    """A sampler that must not be called: errors are raised before running."""
 
     def get_next_token(self, probabilities):
         raise AssertionError("The model was run.")
@@ -41,7 +41,7 @@ def silent(tiny_model):
 
 @pytest.fixture
 def asked(silent, examples):
-    """Function that asks it, with other inputs and options."""
+    """Return a function that calls `silent` with other inputs and options."""
 
     def ask(changes, **options):
         inputs = {key: examples[key] for key in ("images", "prompts")}
@@ -52,7 +52,7 @@ def asked(silent, examples):
 
 @pytest.fixture
 def floatx():
-    """Keras with a floatx and a policy of bfloat16."""
+    """Set floatx and the dtype policy to bfloat16."""
     policy = keras.config.dtype_policy()
     keras.config.set_floatx("bfloat16")
     keras.config.set_dtype_policy("bfloat16")
@@ -62,7 +62,7 @@ def floatx():
 
 
 def test_answers_are_those_of_the_policy(golden_backbone, expected, floatx):
-    """TensorFlow makes int16 of integers, JAX floats, where floatx is short."""
+    """With this floatx, TensorFlow casts integers to int16, JAX to floats."""
     model = PaliGemmaCausalLM(golden_backbone(form="scanned"))
     assert model.backbone.compute_dtype == floatx
     inputs = golden_prompts(expected)
@@ -75,7 +75,7 @@ def test_answers_are_those_of_the_policy(golden_backbone, expected, floatx):
 
 @pytest.mark.parametrize("dtype", ["int64", "float64", "tensor"])
 def test_ids_and_masks_pass_no_float(bare, floatx, monkeypatch, dtype):
-    """bfloat16 has no 257: ids that passed through it would be 256 or 258."""
+    """bfloat16 cannot represent 257: a cast would give 256 or 258."""
     ids = np.array([[257, 259]])
     x = {"token_ids": ids.astype("int32")}
     x |= {name: ids > 258 for name in ("padding_mask", "response_mask")}
@@ -97,7 +97,7 @@ def test_ids_and_masks_pass_no_float(bare, floatx, monkeypatch, dtype):
 
 
 def test_fit_counts_in_float32(tiny_model, examples, floatx):
-    """A mean of bfloat16 stands still after 256 examples."""
+    """A running mean in bfloat16 does not change after 256 examples."""
     model = tiny_model()
     model.compile("sgd")
     for _ in range(3):
@@ -115,7 +115,7 @@ def test_from_preset_takes_the_global_policy(tiny_model, tmp_path, floatx):
     assert read(tmp_path, dtype="float32").backbone.compute_dtype == "float32"
     keras.config.set_dtype_policy("mixed_bfloat16")
     assert read(tmp_path).backbone.dtype_policy.name == "mixed_bfloat16"
-    # Keras remembers the policy that it made of another floatx before.
+    # Keras caches the policy that was made under another floatx.
     keras.config.set_dtype_policy("float32")
     assert read(tmp_path).backbone.dtype_policy.name == "bfloat16"
     keras.config.set_floatx("float32")
@@ -271,7 +271,7 @@ def test_arrays_that_are_none(bare, expected, change, message):
 
 
 def test_arrays_in_other_dtypes(expected, bare):
-    """Floats that are whole, masks of numbers, no mask of the response."""
+    """Floats with whole values, numeric masks, and no response mask."""
     inputs = golden_prompts(expected)
     config = bare.backbone.text_config
     wanted, single = prompt_batch(inputs, IMAGE_SIZE, config)

@@ -1,4 +1,4 @@
-"""Every published preset is built without values and has its exact shapes."""
+"""Every published preset is built without values and has exact shapes."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ PUBLISHED = [
 
 
 def official_size(name):
-    """The key of the size in the goldens; `None` for PaliGemma 1."""
+    """Return the preset's key in the goldens, or `None` for PaliGemma 1."""
     if name.startswith("pali_gemma_3b"):
         return None
     size = next(size for size in ("3b", "10b", "28b") if f"_{size}_" in name)
@@ -43,7 +43,7 @@ def test_count_and_shapes(name, form):
     text = backbone.text_config
     rows = big_vision.rows(text.use_post_norms)
     shapes = engine.shapes(weights, rows)
-    # All weights have a place in the file and the file has no other place.
+    # Weights and the file's arrays correspond one to one.
     assert {row.name for row in rows} == set(weights)
     assert sum(map(math.prod, shapes.values())) == config["parameters"]
     size = official_size(name)
@@ -60,7 +60,7 @@ def test_presets_are_listed():
 
 
 def test_no_value_is_drawn_after_the_scope():
-    """Keras remembers variables without values: a later scope must not fill."""
+    """A later scope must not fill variables that Keras has recorded."""
     import keras
 
     with without_values():
@@ -81,7 +81,7 @@ def test_unknown_preset_names_the_nearest():
     "name", ["pali_gemma2_pt_28b_448", "pali_gemma_3b_224"]
 )
 def test_every_format_has_a_place_for_all(name, form):
-    """Names and shapes of each format, there and back, without values."""
+    """Check names and shapes of each format, both ways, without values."""
     known = presets.describe(name)
     with without_values():
         backbone = PaliGemmaBackbone(**known["backbone"], form=form)
@@ -108,7 +108,7 @@ def test_every_format_has_a_place_for_all(name, form):
     if "28b" in name:
         key = "language_model.model.layers.45.self_attn.q_proj.weight"
         assert engine.shapes(weights, padded)[key] == (32 * 128, 4608)
-    # What transformers published is recognised as such.
+    # transformers' published arrays are recognised as such.
     found = engine.shapes(weights, padded)
     rows = hugging_face.rows(config, found)
     assert engine.problems(weights, rows, found) == []

@@ -1,4 +1,4 @@
-"""Models of few bits: loaded, saved, adapted, answering; and how large."""
+"""Quantized models: loading, saving, adapters, answers and sizes."""
 
 import tracemalloc
 
@@ -33,7 +33,7 @@ COMPILED = (
 
 
 def plain_twin(backbone):
-    """The same model with its rounded kernels as floats."""
+    """Build the same model with its rounded kernels as floats."""
     config = backbone.get_config() | {"quantization": None, "name": "twin"}
     with without_values():
         twin = PaliGemmaBackbone.from_config(config)
@@ -45,7 +45,7 @@ def plain_twin(backbone):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_quantized_while_loading(random_preset, mode):
-    """Both forms hold the same numbers, near the floats they came from."""
+    """Both forms have the same values, close to the original floats."""
     found = {}
     for form in FORMS:
         backbone = PaliGemmaBackbone.from_preset(
@@ -55,7 +55,8 @@ def test_quantized_while_loading(random_preset, mode):
     kernels = {
         name for name in found["scanned"] if f"{name}_scale" in found["scanned"]
     }
-    # 7 kernels a decoder block, 6 of the vision tower, projector and table.
+    # 7 kernels per decoder block, 6 per block of the vision tower, the
+    # projector and the table.
     assert len(kernels) == 7 + 6 + 2
     floats = {name for name in found["scanned"] if name.endswith("/kernel")}
     assert floats - kernels == {"vision_encoder/patch_embedding/kernel"}
@@ -93,7 +94,7 @@ def test_other_formats_are_quantized_alike(random_preset, tmp_path, form):
 
 
 def test_no_float_array_is_larger_than_a_blocks(random_preset, monkeypatch):
-    """What is rounded is one block's tensor at a time, in both forms."""
+    """Both forms quantize one block's tensor at a time."""
     sizes, quantize = [], QuantizedFormat.quantize
 
     def watched(layout, array):
@@ -115,7 +116,7 @@ def test_no_float_array_is_larger_than_a_blocks(random_preset, monkeypatch):
 
 
 def test_adapters_learn_as_on_the_float_kernels(random_preset, expected):
-    """Stacked, where a scope lends the kernels; unrolled is `Projection`s."""
+    """This is the stacked form; other tests cover the unrolled form."""
     form, mode = "scanned", "int4"
     backbone = PaliGemmaBackbone.from_preset(
         random_preset, form=form, quantize=mode
@@ -218,7 +219,7 @@ def test_bytes_of_28b(mode, largest, form):
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="XLA is asked")
 @pytest.mark.parametrize("form, mode", COMPILED)
 def test_a_step_holds_no_second_float_kernel(mode, form):
-    """Temporaries of a compiled gradient: one layer's kernels, not all."""
+    """A compiled gradient's temporaries hold one layer's kernels, not all."""
     import jax
 
     text = {
@@ -244,7 +245,7 @@ def test_a_step_holds_no_second_float_kernel(mode, form):
             quantization=mode,
             lora={"rank": 1},
         )
-    # As arguments, so that no kernel is a constant.
+    # Weights are arguments, so that no kernel is a constant.
     trained, frozen = (
         [
             jax.ShapeDtypeStruct(variable.shape, variable.dtype)
@@ -263,7 +264,7 @@ def test_a_step_holds_no_second_float_kernel(mode, form):
     compiled = jax.jit(jax.grad(loss)).lower(trained, frozen).compile()
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     one_layer = 4 * 256 * (3 * 1024 + 6 * 16)
-    # Measured: 0.7 to 1.1; with all layers' kernels it would be 3.
+    # 0.7 to 1.1 were measured. With all layers' kernels it would be 3.
     assert temporaries < 1.5 * one_layer, temporaries / one_layer
 
 

@@ -1,4 +1,4 @@
-"""`transformers` against the NumPy reference, and the weights' conversion."""
+"""`transformers` compared with the NumPy reference; weight conversion."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ RESPONSE_LENGTHS, RESPONSE_SPACE = (1, 4, 0), 4
 
 @pytest.fixture
 def inputs():
-    """Prompts end at the same index, answers begin there; padding around."""
+    """Return rows whose responses begin at one index, padded on both sides."""
     random = np.random.default_rng(0)
     index = np.arange(PROMPT_SPACE + RESPONSE_SPACE)
     start = PROMPT_SPACE - np.array(PROMPT_LENGTHS)[:, None]
@@ -69,7 +69,7 @@ def test_logits_equal(inputs, version, frames):
     ids=lambda change: next(iter(change)),
 )
 def test_every_setting_is_felt(inputs, change):
-    """Else the agreement would say nothing about the setting."""
+    """Each setting changes the outputs; otherwise agreement proves nothing."""
     model = tiny_transformers_model(seed=0)
     arrays = transformers_to_big_vision(model.state_dict(), model.config)
     settings = numpy_settings(model.config) | change
@@ -86,7 +86,7 @@ def test_every_setting_is_felt(inputs, change):
 def test_conversion_takes_every_weight():
     model = tiny_transformers_model(seed=0)
     arrays = transformers_to_big_vision(model.state_dict(), model.config)
-    # `parameters` counts the head, which is tied to the embedding, once.
+    # `parameters` counts the head once, since it is tied to the embedding.
     assert sum(array.size for array in arrays.values()) == sum(
         parameter.numel() for parameter in model.parameters()
     )

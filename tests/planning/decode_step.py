@@ -1,8 +1,8 @@
-"""Bytes that a decoding step moves on a v5e chip, by the TPU's compiler.
+"""Bytes moved by a decoding step on a v5e chip, from the TPU's compiler.
 
 `python -m tests.planning.decode_step PRESET BATCH [QUANTIZE [CACHE_DTYPE]]`
-prints JSON, in an environment that has `planning.compiled.ENVIRONMENT`; "-" is
-no quantisation.
+prints JSON. It must run in an environment with `planning.compiled.ENVIRONMENT`
+set. "-" means no quantization.
 """
 
 import json
@@ -28,10 +28,10 @@ def main(preset, batch, quantize="-", cache_dtype=None):
     config = backbone.text_config
     length = backbone.image_sequence_length + job.prompt_length + 32 - 1
     heads = int(batch) * length * config.num_key_value_heads
-    # A head in int8 has a float32 scale.
+    # In int8, each head has a float32 scale.
     head = config.head_dim + 4 if cache_dtype else 2 * config.head_dim
-    # The loop over tokens is the one that contains one loop over layers; a
-    # prefill in groups of rows contains both towers'.
+    # The loop over tokens contains exactly one loop over layers. A prefill in
+    # groups of rows contains the loops of both towers.
     [step] = [
         body
         for body in computations

@@ -1,8 +1,9 @@
-"""Memory budgets of training steps and answers on a v5e chip, by its compiler.
+"""Memory of training steps and answers on a v5e chip, by its compiler.
 
 `python -m tests.planning.hbm_budgets` writes the table that tests compare with,
-`hbm_budgets.json`. Run it after a change that needs less memory, or knowingly
-more. It needs `keras_paligemma[plan]` on Linux x86-64, and a minute.
+`hbm_budgets.json`. Run it after a change that needs less memory, or after one
+that is meant to need more. It needs `keras_paligemma[plan]` on Linux x86-64,
+and takes a minute.
 """
 
 import json
@@ -17,8 +18,9 @@ from keras_paligemma.sharding.layouts import Layout
 
 TABLE = Path(__file__).with_suffix(".json")
 ATTENTION = ("query", "value")
-# job, slice, layout, remat or "answers": one chip, weights shared, low bits;
-# and many large pictures, whose prefill runs in groups, with either cache.
+# Job, slice, layout, and remat or "answers". The plans cover one chip, sharded
+# weights, and quantized weights. The large batches of pictures run their
+# prefill in groups, one with each cache dtype.
 PLANS = (
     (
         Job("pali_gemma2_pt_3b_224", lora_targets=ATTENTION),
@@ -69,7 +71,7 @@ def compile_plans():
 
 
 def main():
-    # Rounded up to the next hundredth, so that the measured value is within.
+    # Rounded up to the next hundredth, so that the measured value fits.
     table = {
         name: math.ceil(gib * 100) / 100
         for name, gib in compile_plans().items()

@@ -1,4 +1,4 @@
-"""How many bytes a compiled program reads and writes, from its text."""
+"""Bytes that a compiled program reads and writes, computed from its text."""
 
 import re
 from typing import NamedTuple
@@ -11,7 +11,7 @@ BITS = {
     **dict.fromkeys(("bf16", "s16", "u16"), 16),
     **dict.fromkeys(("f32", "s32", "u32"), 32),
 }
-# Operations that move nothing.
+# Operations that move no data.
 FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
     *("after-all", "iota", "partition-id"),
@@ -30,7 +30,7 @@ class Instruction(NamedTuple):
 
 
 def read(text):
-    """Return a dict of names of computations to their instructions."""
+    """Return a dict of the names of computations to their instructions."""
     computations, body = {}, []
     for line in text.splitlines():
         header = re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line)
@@ -39,7 +39,7 @@ def read(text):
         found = re.match(r"\s+(?:ROOT )?%([\w.-]+) = (.*)", line)
         if not found:
             continue
-        # Layouts may contain parentheses; types of tuples do.
+        # Layouts may contain parentheses, and tuple types do.
         rest = re.sub(r"\{[^{}]*\}", "", found[2].split(", metadata=")[0])
         kind = re.match(r"(\([^()]*\)|\S+) ([\w-]+)\(([^()]*)\)", rest)
         source = re.search(r'op_name="([^"]*)"', line)
@@ -48,7 +48,7 @@ def read(text):
                 found[1],
                 size_of(kind[1]),
                 kind[2],
-                # The number of a parameter; otherwise the names of operands.
+                # The number of a parameter, or the names of operands.
                 re.findall(r"%([\w.-]+)", kind[3]) or [kind[3]],
                 re.findall(r"(?:calls|body|condition)=%([\w.-]+)", rest),
                 source[1] if source else "",
@@ -78,13 +78,13 @@ def size_of(type_text):
 def moved(computations, name, layers):
     """Return the bytes that a computation reads and writes.
 
-    Only the slice counts of an operand that is sliced, and only the written
-    part of one that is updated in place.
+    Of a sliced operand, only the slice counts. Of an operand that is updated in
+    place, only the written part counts.
 
     Args:
         computations: dict, from `read`.
         name: str, one of its keys.
-        layers: int, iterations of the loop over layers; others count once.
+        layers: int, iterations of a loop over layers; other loops count once.
     """
     total, sizes = 0, {}
     for instruction in computations[name]:
@@ -119,13 +119,14 @@ def _read_of(computations, fused, place):
 
 
 def _views(computations, fused, place):
-    """Follow a parameter through a fusion, where nothing is written.
+    """Follow a parameter through a fusion without counting views.
 
-    What only changes shape or tiling, by itself or in a fusion within the
-    fusion, is a view: what reads it decides how much of it is read.
+    An operation that only changes shape or tiling is a view, whether by itself
+    or in a nested fusion. Only the bytes that the view's readers use count.
 
     Returns:
-        Set of the names of the views, and the bytes that others read of them.
+        Set of the names of the views, and the bytes that other operations read
+        of them.
     """
     views = {
         instruction.name
@@ -160,7 +161,7 @@ def _views(computations, fused, place):
 
 
 def _outputs(fused):
-    """Return the names of what a fusion writes; its root is its last line."""
+    """Return the names of a fusion's outputs; its root is its last line."""
     root = fused[-1]
     return set(root.operands if root.operation == "tuple" else [root.name])
 

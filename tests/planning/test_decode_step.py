@@ -1,4 +1,4 @@
-"""A decoding step reads the weights once, and copies no cache."""
+"""A decoding step reads the weights once and does not copy the cache."""
 
 import json
 import os
@@ -41,16 +41,16 @@ MODULE = """
 
 def test_what_is_moved_is_counted_from_the_text():
     computations = hlo.read(MODULE)
-    # The copy reads 4 bytes and writes 16. The update writes and reads 16.
-    # The fusion reads 64 of the stack, 4 and 16, and writes 8.
+    # The copy reads 4 bytes and writes 16. The update writes and reads 16. The
+    # fusion reads 64 bytes of the stack, 4 and 16, and writes 8.
     each = 4 + 16 + 2 * 16 + 64 + 4 + 16 + 8
     assert hlo.moved(computations, "layer", 2) == each
     assert hlo.moved(computations, "body", 26) == 26 * each
     assert hlo.copied(computations, "body") == 16
 
 
-# A TPU's view of integers in tiles of another height, within fusions; and the
-# same as a fusion of its own, which is a copy.
+# Fusions that view integers in tiles of another height, as on a TPU. The same
+# operation as a fusion of its own is a copy.
 TILES = """
 %tiled (p: s8[4,32,128]) -> s8[4,32,128] {
   %p = s8[4,32,128]{2,1,0:T(32,128)(4,1)} parameter(0)
@@ -96,9 +96,9 @@ TILES = """
 
 def test_another_tiling_within_a_fusion_moves_nothing():
     computations = hlo.read(TILES)
-    # Two rows of the table, gathered and written, and their indices.
+    # Two rows of the table, read and written, and their indices.
     rows = 2 * 2 * 32 * 128 + 8
-    # One layer, its index, the tokens, and what is written.
+    # One layer, its index, the tokens, and the output.
     product = 32 * 128 + 4 + 2 * 128 + 2 * 32
     assert hlo.moved(computations, "reads", 4) == rows + product
     assert hlo.copied(computations, "reads") == 0
@@ -128,6 +128,6 @@ def test_a_step_reads_the_weights_once(quantize, most):
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["weights"] < found["moved"] <= most * found["weights"]
-    # A layer's keys are 1/52 of the cache: nothing near that is copied, nor
-    # the table of the embedding.
+    # A layer's keys are 1/52 of the cache. No copy is nearly as large, so
+    # neither the cache nor the embedding table is copied.
     assert found["copied"] < found["cached"] / 200

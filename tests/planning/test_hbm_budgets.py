@@ -1,4 +1,4 @@
-"""A training step needs no more of a chip than it did."""
+"""A training step stays within its recorded memory budget."""
 
 import json
 

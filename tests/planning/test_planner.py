@@ -38,7 +38,7 @@ def test_the_command_writes_json():
     )
     found = json.loads(result.output)
     assert found["fits"] and found["source"] == "estimate"
-    # Copies fit: no weight is shared.
+    # Full copies fit, so no weight is sharded.
     assert found["best"]["layout"] == "data 8x1"
     assert 5.6 < found["best"]["hbm_gib"] < 15.75
     assert found["best"]["split_gib"]["weights"] == pytest.approx(5.648)
@@ -134,10 +134,10 @@ def test_generating_is_planned():
     assert found["fits"] and found["source"] == "estimate"
     split = found["best"]["split_gib"]
     assert split["weights"] == pytest.approx(5.66, abs=0.02)
-    # Keys and values of 26 layers, 4 heads of 256, in two bytes.
+    # Keys and values of 26 layers, 4 heads of 256, two bytes each.
     cache = 2 * 26 * (256 + 64 + 63) * 4 * 256 * 2
     assert split["cache"] == pytest.approx(cache / 2**30, abs=1e-3)
-    # A token reads all weights once.
+    # Each token reads all weights once.
     weights = split["weights"] * 2**30
     assert found["best"]["bounds_s"]["decode"] == pytest.approx(
         64 * weights / 819e9, rel=0.01
@@ -146,7 +146,7 @@ def test_generating_is_planned():
     compile(found["code"], "paste", "exec")
     job = Job("pali_gemma2_pt_3b_224", 1, cache_dtype="int8")
     found = by_arithmetic(job, "v5e-1", generate=True)
-    # In int8 a head of 256 has a float32 scale.
+    # In int8, a head of 256 has a float32 scale.
     assert found.best.split_gib["cache"] == pytest.approx(
         cache * 260 / 512 / 2**30, abs=1e-3
     )
@@ -168,7 +168,7 @@ def test_flops_of_a_forward_pass_are_twice_the_parameters():
         if "kernel" in variable.path
     )
     plain, again = training.flops(None), training.flops("block")
-    # 256 image and 128 text tokens; attention adds little.
+    # 256 image tokens and 128 text tokens; attention adds little.
     assert again - plain == pytest.approx(2 * 384 * values, rel=0.03)
     full = Job("pali_gemma2_pt_3b_224", batch_size=1, lora_rank=0)
     assert Training(full, ("block",)).flops(None) > 1.4 * plain
@@ -178,7 +178,7 @@ def test_state_is_counted_by_its_dtype():
     job = Job("pali_gemma2_pt_3b_224", lora_rank=0)
     found = Training(job, ("block",)).memory(Candidate(Layout("data"), "block"))
     values = 3_032_094_960
-    # Weights and gradients in bfloat16, two moments in float32.
+    # Weights and gradients are bfloat16, and the two moments are float32.
     assert found["trained weights and optimizer"] == pytest.approx(
         values * (2 + 2 + 8), rel=1e-4
     )
@@ -207,7 +207,7 @@ def test_auto_refuses_what_fits_nowhere():
 
 
 def test_auto_asks_a_device_of_this_host(monkeypatch):
-    """Another host's device, the first of all, cannot be asked."""
+    """The first device belongs to another host and cannot be queried."""
     import jax
 
     far = types.SimpleNamespace(id=0, device_kind="a GPU")
@@ -227,7 +227,7 @@ def test_auto_asks_a_device_of_this_host(monkeypatch):
     ],
 )
 def test_a_compiler_that_stops(installed, error, message, monkeypatch):
-    """Of other versions it is told what to do; else it is a fault."""
+    """The error says which versions to install, or reports a failure."""
     monkeypatch.setattr(
         compiled.importlib.metadata,
         "requires",
@@ -265,7 +265,7 @@ def test_the_compiler_signs_generating():
     job = Job("pali_gemma2_pt_3b_224", batch_size=1)
     found = make_plan(job, "v5e-1", smallest=False, generate=True)
     assert found.fits and found.best.source == "compiler"
-    # Little more than weights and cache.
+    # Little more than the weights and the cache.
     assert 5.6 < found.details_gib["first token"] <= found.best.hbm_gib < 6
 
 
@@ -277,5 +277,6 @@ def test_pairs_compute_half_a_pass_more_whatever_model_is_asked():
     ]
     (none, same), (block, again), (pair, other) = found
     assert (none, block, pair) == (same, again, other)
-    # The frozen encoder is the same; the decoder's 26 blocks are even.
+    # The frozen encoder's cost is the same. The decoder has an even number of
+    # blocks, 26.
     assert pair - none == pytest.approx(1.5 * (block - none))

@@ -27,7 +27,7 @@ TOY = pathlib.Path(__file__).parents[1] / "golden" / "toy_sp.model"
 )
 def test_classes(documented, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # A toy: the published tokenizers may not be handed on.
+    # A toy model: the published tokenizers may not be redistributed.
     for name in ("paligemma_tokenizer.model", "tokenizer.model"):
         shutil.copy(TOY, name)
     for name in ("cat.jpg", "dog.png", "a.jpg", "b.jpg"):

@@ -57,7 +57,7 @@ def test_maps_batches_and_examples(preprocessor, kind, tmp_path):
     for mapped in (
         data.batch(4).map(preprocess),
         data.map(preprocess).batch(4),
-        # What is preprocessed passes.
+        # Preprocessed data is returned unchanged.
         data.batch(4).map(preprocess).map(preprocessor),
     ):
         (found,) = mapped.as_numpy_iterator()
@@ -93,7 +93,7 @@ def test_errors(preprocessor):
         data.map(lambda x: preprocessor({"responses": x["responses"]}))
     with pytest.raises(ValueError, match="Targets are made from"):
         data.map(lambda x: preprocessor(x, x["prompts"]))
-    # What is not mapped by itself shows the line to write.
+    # The error shows the line to write when another function is mapped.
     line = r"`dataset.map\(lambda x: tf.numpy_function\("
     with pytest.raises(ValueError, match=line):
         data.map(preprocessor.generate_preprocess)

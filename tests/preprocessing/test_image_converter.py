@@ -107,7 +107,7 @@ def test_arrays_of_batches_and_frames(converter, size, channels):
 
 
 def test_floats_of_a_batch_are_judged_together(converter):
-    # One almost black picture among others is no sign of [0, 1].
+    # One almost black picture in a batch does not mean a range of [0, 1].
     batch = np.stack([np.ones((28, 28, 3)), np.full((28, 28, 3), 255)])
     assert converter(batch)[1].min() == 1
     with pytest.raises(ValueError, match="`?images`?.*almost black"):

@@ -79,7 +79,7 @@ def test_files_within_strings_dictionaries_and_objects(tmp_path, type):
             io.BytesIO(file),
             bytearray(file),
             opened,
-            opened,  # It is left open, and read from its start.
+            opened,  # Kept open, and read from its start.
             path.as_uri(),
             f"file://localhost{path}".replace(" ", "%20"),
             str(path).replace("/", "\\"),
@@ -94,7 +94,7 @@ def test_paths_of_data_files(tmp_path):
         "a.png": f"{folder}/a.png",
         "/data/a.png": "/data/a.png",
         "./train\\cats\\a.png": f"{folder}/./train/cats/a.png",
-        "a\\b.png": f"{folder}/a\\b.png",  # A file of that name.
+        "a\\b.png": f"{folder}/a\\b.png",  # A file with that name.
         "file:///data/50%25.png": "/data/50%.png",
         "file://train/a.png": f"{folder}/train/a.png",
         "https://example.org/a.png": "https://example.org/a.png",
@@ -127,7 +127,7 @@ def test_first_frame_of_an_animation():
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
 def test_alpha_is_dropped(mode):
-    # A colour of the palette that older Pillows convert to.
+    # A palette colour that older Pillow versions convert to.
     image = Image.new("RGBA", (3, 2), (204, 204, 204, 255)).convert(mode)
     assert read_image(image).tolist() == [[[204] * 3] * 3] * 2
 
@@ -171,7 +171,7 @@ def test_other_modes():
 def test_exif_rotation_is_applied():
     image = Image.fromarray(PIXELS)
     exif = Image.Exif()
-    exif[0x0112] = 6  # Turned by 90° to the left.
+    exif[0x0112] = 6  # Rotated by 90° to the left.
     received = read_image(encoded(image, exif=exif))
     np.testing.assert_array_equal(received, np.rot90(PIXELS, -1))
 

@@ -16,7 +16,7 @@ def test_numbers_and_tensors_become_arrays():
         assert type(array) is np.ndarray and array.tolist() == [[1, 2]]
 
 
-# Keras itself warns on Torch, where bfloat16 has no way to NumPy of its own.
+# Keras itself warns on Torch, where bfloat16 tensors cannot convert to NumPy.
 @pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning")
 def test_bfloat16_tensors_become_arrays():
     array = to_numpy(keras.ops.convert_to_tensor([1, 2], "bfloat16"))

@@ -1,4 +1,4 @@
-"""Tokenizer, converter and preprocessor by themselves in a folder."""
+"""Saving and loading tokenizer, converter and preprocessor separately."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ NANO = PRESETS / "pali_gemma2_nano_112"
 
 @pytest.fixture(scope="module")
 def parts():
-    """One of each class, with other settings than the defaults."""
+    """Return one of each class, with settings that differ from the defaults."""
     tokenizer = PaliGemmaTokenizer(GOLDEN / "toy_sp.model", add_eos=True)
     converter = PaliGemmaImageConverter((28, 42), resize="bicubic")
     preprocessor = PaliGemmaCausalLMPreprocessor(
@@ -37,7 +37,7 @@ def test_saved_and_read_by_themselves(parts, which, tmp_path):
     part.save_to_preset(tmp_path)
     read = type(part).from_preset(tmp_path)
     assert read.get_config() == part.get_config()
-    # The configuration alone is JSON, and enough but for the vocabulary.
+    # The config is JSON and complete, except for the vocabulary.
     config = json.loads(json.dumps(part.get_config()))
     assert type(part).from_config(config).get_config() == part.get_config()
 
@@ -54,7 +54,7 @@ def test_what_is_read_does_the_same(parts, tmp_path):
     }
     for key, value in preprocessor(example)[0].items():
         np.testing.assert_array_equal(read(example)[0][key], value)
-    # And each of its parts is there.
+    # Each of its parts can be loaded too.
     read = PaliGemmaTokenizer.from_preset(tmp_path, add_eos=False)
     assert read.tokenize("a") == tokenizer.tokenize("a")[:-1]
     read = PaliGemmaImageConverter.from_preset(tmp_path, resize="bilinear")
@@ -74,7 +74,7 @@ def test_parts_of_a_whole_preset():
     converter = PaliGemmaImageConverter.from_preset(str(NANO))
     assert converter.image_size == (112, 112)
     assert converter.resize == "bilinear_antialias"
-    # Known without a file.
+    # Known presets need no file.
     converter = PaliGemmaImageConverter.from_preset("pali_gemma2_pt_3b_448")
     assert converter.image_size == (448, 448)
     with pytest.raises(ValueError, match="Did you mean 'pali_gemma2_nano_112'"):
@@ -90,7 +90,7 @@ def test_a_whole_preset_is_no_place_for_a_part(parts, tmp_path):
 
 
 def test_files_of_others_stay(parts, tmp_path):
-    """A tokenizer.json of transformers has the name of ours."""
+    """A tokenizer.json of transformers has the same name as ours."""
     for name, text in (
         ("tokenizer.json", '{"version": "1.0"}'),
         ("config.json", '{"model_type": "paligemma"}'),
@@ -103,7 +103,7 @@ def test_files_of_others_stay(parts, tmp_path):
                 part.save_to_preset(folder)
         assert (folder / name).read_text() == text
         assert len(list(folder.iterdir())) == 1
-    # A new folder is made, and parts may be saved again.
+    # A new folder is created, and parts may be saved again.
     for _ in range(2):
         parts[2].save_to_preset(tmp_path / "new" / "folder")
 

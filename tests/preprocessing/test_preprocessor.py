@@ -17,7 +17,7 @@ from keras_paligemma.preprocessing.preprocessor import (
 from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-# What the rows of the golden were made of, read back from its ids.
+# The texts of the golden's rows, decoded from their ids.
 PROMPTS = [
     "caption en",
     "answer en what is the number?",
@@ -65,16 +65,17 @@ def batch(size=2, **kwargs):
 
 
 def to_the_left(row, mask, length):
-    """The valid tokens of a row, packed to the left as the original does."""
+    """Pack the valid tokens of a row to the left, as the original does."""
     row = row[mask][:length]
     return np.pad(row, (0, length - len(row)))
 
 
 @pytest.mark.parametrize("length", [12, 32])
 def test_training_equals_the_original_packed_left(make, length):
-    # The original packs prompt and response to the left and cuts both; ours
-    # are compared after the same packing. `mask_loss` is the sample weight,
-    # `mask_ar` is 0 on the prompt and 1 on all that follows, padding too.
+    # The original packs prompt and response to the left and cuts both. Ours are
+    # compared after the same packing. `mask_loss` is the sample weight.
+    # `mask_ar` is 0 on the prompt and 1 on everything after it, including
+    # padding.
     golden = np.load(GOLDEN / "pp.npz")
     x, y, sample_weight = make(images=False)(
         {"prompts": PROMPTS, "responses": RESPONSES}
@@ -83,7 +84,7 @@ def test_training_equals_the_original_packed_left(make, length):
     loss = np.concatenate([on_prompts, sample_weight], 1)
     for i, mask in enumerate(x["padding_mask"]):
         expected = f"text/{length}/train/{i}"
-        # The original takes one token more to train, for the shift.
+        # For training, the original takes one more token, for the shift.
         np.testing.assert_array_equal(
             to_the_left(x["token_ids"][i], mask, length + 1),
             golden[f"{expected}/text"],
@@ -102,7 +103,7 @@ def test_training_equals_the_original_packed_left(make, length):
 @pytest.mark.parametrize("length", [12, 32])
 @pytest.mark.parametrize("started", [False, True])
 def test_generation_equals_the_original_packed_left(make, length, started):
-    # `mask_input` is the padding mask; a begun answer has no eos.
+    # `mask_input` is the padding mask; a begun response has no eos.
     golden = np.load(GOLDEN / "pp.npz")
     x = {"prompts": PROMPTS}
     if started:
@@ -132,7 +133,7 @@ def test_layout(make):
     assert (sample_weight.dtype, sample_weight.shape) == (np.float32, (2, R))
     arrays = keras.tree.flatten((x, y, sample_weight))
     assert all(type(array) is np.ndarray for array in arrays)
-    # All prompts end in the separator at P - 1; responses begin at P.
+    # All prompts end with the separator at P - 1, and responses start at P.
     assert (x["token_ids"][:, P - 1] == 5).all()
     assert y[1].tolist() == [410, 408, 1] + [0] * (R - 3)
     assert sample_weight[1].tolist() == [1] * 3 + [0] * (R - 3)
@@ -186,7 +187,7 @@ def test_the_separator_and_bos_are_not_doubled(make, tokenizer):
 
 
 def test_typed_image_tokens_and_bos_change_nothing(make):
-    """As transformers' snippets type them: boxes changed without a word."""
+    """transformers' snippets include such tokens, which must not move boxes."""
     preprocessor = make()
     wanted = preprocessor(batch())
     typed = [f"<image>{PROMPTS[0]}", f"<image> <bos>{PROMPTS[1]}\n"]
@@ -379,7 +380,7 @@ def test_other_misuse(make):
         {"response_length": True},
         {"on_long_prompt": "cut"},
         {"on_long_response": "truncate"},
-        {"sequence_length": 128},  # Not the sum of the parts.
+        {"sequence_length": 128},  # Not the sum of its parts.
         {"sequence_length": 3, "prompt_length": None},
         {"add_start_token": False},
         {"add_end_token": False},
@@ -441,7 +442,7 @@ def test_config_round_trips(make, tokenizer):
     )
     again = keras.saving.deserialize_keras_object(config)
     assert again.get_config() == preprocessor.get_config()
-    # The vocabulary is an asset; the config has none.
+    # The vocabulary is an asset and is not in the config.
     again.tokenizer.set_proto(tokenizer.proto)
     np.testing.assert_array_equal(
         again(batch())[0]["token_ids"], preprocessor(batch())[0]["token_ids"]
@@ -450,7 +451,7 @@ def test_config_round_trips(make, tokenizer):
 
 @keras.saving.register_keras_serializable(package="test")
 class Holder(keras.Model):
-    """A model that has a preprocessor, as tasks do."""
+    """A model with a preprocessor, like a task model."""
 
     def __init__(self, preprocessor, **kwargs):
         super().__init__(**kwargs)

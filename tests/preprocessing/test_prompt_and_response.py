@@ -1,4 +1,4 @@
-"""Prompt and response: cut apart, put together, and laid out anew."""
+"""Prompt and response: splitting, joining and realigning."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ RESPONSES = [[11, 12, 1], [13, 1]]
 
 
 def packed_to_the_left(length=9):
-    """Arrays as the original and KerasHub lay them out."""
+    """Return arrays in the layout of the original and of KerasHub."""
     shape = (len(PROMPTS), length)
     ids = np.zeros(shape, "int32")
     valid, response = np.zeros((2, *shape), bool)
@@ -46,7 +46,7 @@ def test_cut_and_whole_are_inverse():
 
 def test_the_states_before_the_response_predict_it():
     text = PromptAndResponse.cut(pack(PROMPTS, RESPONSES, 6, 4, pad=0), 4)
-    hidden_BLD = np.arange(13)[None, :, None]  # Three of a picture.
+    hidden_BLD = np.arange(13)[None, :, None]  # Three image tokens.
     assert text.predicting(hidden_BLD).ravel().tolist() == [8, 9, 10, 11]
 
 
@@ -80,7 +80,7 @@ def test_what_lies_as_it_should_is_not_copied():
 def test_targets_count_where_responses_are():
     arrays = packed_to_the_left()
     _, targets, weights = realign(arrays, arrays["token_ids"][:, 4:], None)
-    # The first token of the first response is no target.
+    # The first token of the first response is not a target.
     assert targets[0, :4].tolist() == [0, 12, 1, 0]
     assert weights[0, :4].tolist() == [0, 1, 1, 0]
 

@@ -28,7 +28,7 @@ def test_pixels_equal_those_of_the_original(name, size):
 def test_pixels_equal_those_of_tensorflow(size):
     tf = pytest.importorskip("tensorflow")
     image = np.random.default_rng(0).integers(0, 256, (61, 83, 3), "uint8")
-    image[:20] = 255  # Flat parts show the rounding of the weights' sum.
+    image[:20] = 255  # Flat areas show rounding of weight sums.
     for resize, antialias in ((bilinear, False), (bilinear_antialias, True)):
         expected = tf.image.resize(image, size, antialias=antialias)
         np.testing.assert_array_equal(
@@ -38,8 +38,9 @@ def test_pixels_equal_those_of_tensorflow(size):
 
 
 def test_bicubic_is_a_weighted_sum_with_antialias():
-    # Pillow's filter is a cubic with a = -0.5, stretched by the factor of
-    # shrinking, here in float64 without its rounding between the two axes.
+    # Pillow's filter is a cubic with a = -0.5, stretched by the downscaling
+    # factor. Here it is computed in float64, without rounding between the two
+    # axes.
     image = np.random.default_rng(0).integers(60, 200, (12, 9, 3), "uint8")
 
     def weights(source, target):
@@ -80,7 +81,7 @@ def test_size_is_height_then_width(resize):
     resized = resize(image, (8, 4))
     assert resized.shape == (8, 4, 3)
     expected = np.where(np.arange(8)[:, None, None] < 4, 200, 0)
-    assert abs(resized - expected).max() < 30  # Antialias blurs the edge.
+    assert abs(resized - expected).max() < 30  # Antialiasing blurs the edge.
 
 
 @pytest.mark.parametrize("resize", [bilinear, bilinear_antialias, bicubic])

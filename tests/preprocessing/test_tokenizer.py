@@ -29,7 +29,7 @@ def edited(edit):
 
 
 def test_pieces_are_appended_once_and_in_order(tokenizer):
-    # The toy model ends at 420, as the golden's `<loc0010>` = 430 needs.
+    # The toy model has 420 pieces, so that the golden's `<loc0010>` is 430.
     assert tokenizer.location_token_ids == range(420, 1444)
     assert tokenizer.segment_token_ids == range(1444, 1572)
     assert tokenizer.get_vocabulary()[420:] == LOCATION_PIECES + SEGMENT_PIECES

@@ -1,4 +1,4 @@
-"""int4 that is rounded for examples, against int4 rounded to the nearest."""
+"""int4 rounded for examples, compared with rounding to the nearest."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ WORDS = "a cat and dog two owl tree detect caption en".split()
 
 
 def draw(seed, count):
-    """Examples of noise and words; those of two seeds share none."""
+    """Draw examples of noise and words; two seeds share none."""
     random = np.random.default_rng(seed)
 
     def text(most):
@@ -30,7 +30,7 @@ def draw(seed, count):
 
 
 def outputs(model, examples):
-    """Image tokens, and the logits that predict the responses."""
+    """Return image tokens, and the logits that predict the responses."""
     x, y, weights = model.preprocessor(examples)
     backbone = model.backbone
     logits = backbone.logits(run(backbone, x)[:, -y.shape[1] - 1 : -1])
@@ -43,7 +43,7 @@ def outputs(model, examples):
 
 @pytest.fixture(scope="module")
 def calibrated(random_preset):
-    """A model in each form, of the same examples."""
+    """Return a model in each form, calibrated with the same examples."""
     return {
         form: PaliGemmaCausalLM.from_preset(
             random_preset, form=form, quantize="int4", calibration=draw(0, 40)
@@ -82,7 +82,7 @@ def test_other_formats_and_text_alone(random_preset, tmp_path):
     x, y, weights = floats.preprocessor(draw(0, 3))
     given = {"quantize": "int4", "calibration": [(x, y, weights)]}
     wanted = PaliGemmaBackbone.from_preset(random_preset, **given)
-    # One array a block, where ours has one of all.
+    # These files have one array per block, while ours stack all blocks.
     exports.export(tmp_path / "hf", "transformers", floats.backbone)
     read = PaliGemmaBackbone.from_preset(tmp_path / "hf", **given)
     assert_same_weights(read, wanted)
@@ -99,7 +99,7 @@ def test_other_formats_and_text_alone(random_preset, tmp_path):
 
 @pytest.mark.any_backend
 def test_adapters_count(random_preset, tmp_path):
-    """Kernels are rounded for what blocks with their adapters are given."""
+    """Kernels are rounded for inputs of blocks whose adapters are active."""
     floats = PaliGemmaCausalLM.from_preset(random_preset)
     floats.enable_lora(2)
     for number, variable in enumerate(floats.trainable_variables):

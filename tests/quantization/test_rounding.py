@@ -1,4 +1,4 @@
-"""Rounding as examples ask for it, against rounding to the nearest."""
+"""Rounding for given examples, compared with rounding to the nearest."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from keras_paligemma.quantization.rounding import order_and_factor
 from keras_paligemma.quantization.rounding import round_for
 from keras_paligemma.quantization.storage import QuantizedFormat
 
-# One group, several, a last one of another length, heads, a table.
+# One group, several, a last group of another length, heads, a table.
 SHAPES = [
     ((24, 40), (0,)),
     ((256, 6), (0,)),
@@ -30,7 +30,7 @@ def floats(layout, parts):
 
 
 def inputs_of(layout, count, seed):
-    """Inputs that depend on each other, as activations do."""
+    """Return correlated inputs, as activations are."""
     size = np.prod([layout.shape[axis] for axis in layout.axes])
     random = np.random.default_rng(0)
     mixed = random.normal(size=(size // 3, size)) * np.linspace(0.1, 3, size)
@@ -66,7 +66,7 @@ def test_independent_inputs_are_rounded_to_the_nearest():
         found = round_for(layout, array, *order_and_factor(moment))
         wanted = layout.quantize(array, found[1])
         np.testing.assert_array_equal(found[0], wanted[0])
-    # Scales are those that round best, not those of the peaks.
+    # Scales minimize the rounding error, instead of covering the peaks.
     peaks = layout.quantize(array)
     assert (found[1] <= peaks[1]).all()
     plain, best = (
@@ -103,7 +103,7 @@ def test_given_scales_are_kept():
     found = layout.quantize(array, scale)
     np.testing.assert_array_equal(found[1], scale)
     np.testing.assert_array_equal(floats(layout, found), array)
-    # What is beyond the largest integer is cut.
+    # Values beyond the largest integer are clipped.
     np.testing.assert_array_equal(
         floats(layout, layout.quantize(9 * np.ones_like(array), scale)),
         7 * np.ones_like(array) * scale[0].astype("float32"),

@@ -1,4 +1,4 @@
-"""Kernels of few bits: rounding, packing, gradients, memory."""
+"""Quantized kernels: rounding, packing, gradients, memory."""
 
 import keras
 import ml_dtypes
@@ -15,9 +15,9 @@ from keras_paligemma.quantization.storage import QuantizedFormat
 from tests.helpers.gradients import differentiate
 from tests.helpers.tiny_models import run
 
-# Shapes and the axes that are summed: several groups, one short group, a last
-# group that is filled up, an odd axis, two axes, a table, groups that are no
-# whole tile, one value each.
+# Shapes and their summed axes: several groups, one short group, a padded last
+# group, an odd axis, two axes, a table, groups that do not fill a tile, and one
+# value each.
 SHAPES = [
     ((256, 6), (0,)),
     ((24, 3, 4), (0,)),
@@ -49,23 +49,23 @@ def test_rounding_is_to_the_nearest(shape, axes, mode):
     )
     scale = scale.astype("float32")
     if mode == "int4":
-        # Ten groups have sixteen scales.
+        # Ten groups are padded to sixteen scales.
         assert layout.scales == {10: 16}.get(layout.groups, layout.groups)
         scale = np.repeat(scale, layout.group, axes[-1])
         scale = np.take(scale, range(shape[axes[-1]]), axes[-1])
     assert (np.abs(found - array) <= scale / 2).all()
     np.testing.assert_array_equal(found[..., :1], array[..., :1])
-    # Steps are no wider than they must be, but for the scale's 8 bits.
+    # Steps are as small as possible, except for the scale's 8 significant bits.
     largest = {"int8": 127, "int4": 7}[mode]
     assert scale.max() <= np.abs(array).max() / largest * (1 + 2**-7)
     assert np.abs(found / scale).max() > 0.99 * largest - 1
 
 
 def test_packing_is_exact():
-    """All pairs of 4-bit values, in a byte each, and back."""
+    """Pack all pairs of 4-bit values into bytes, and unpack them."""
     low, high = np.meshgrid(np.arange(-7, 8), np.arange(-7, 8))
     array = np.stack([low, high]).reshape(2, -1).astype("float32")
-    # The scale of a column is one where its largest value is seven.
+    # The scale of a column is one if its largest value is seven.
     array = np.concatenate([array, np.full_like(array, 7)])
     layout = QuantizedFormat("int4", array.shape, (0,))
     stored, scale = layout.quantize(array)
@@ -77,7 +77,7 @@ def test_packing_is_exact():
 
 
 def test_scales_of_bfloat16_cost_nothing():
-    """Rounded first, they widen the steps by 0.4 % on average, no more."""
+    """Rounding the scales first widens the steps by only 0.4 % on average."""
     array = np.random.default_rng(0).normal(size=(512, 64)).astype("float32")
     peak = np.abs(array).max(0) / 127
     wanted = array - np.rint(array / peak) * peak
@@ -99,7 +99,7 @@ def test_errors():
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 @pytest.mark.parametrize("part", [2**24, 60])
 def test_projection_is_that_of_its_float_kernel(mode, part, monkeypatch):
-    """Whether the kernel becomes floats at once or in parts."""
+    """The kernel is dequantized at once or in parts."""
     monkeypatch.setattr(products, "PART", part)
     monkeypatch.setattr(products, "ALIGNED", (1,))
     keras.utils.set_random_seed(0)
@@ -143,7 +143,7 @@ def test_projection_is_that_of_its_float_kernel(mode, part, monkeypatch):
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 @pytest.mark.parametrize("part", [2**24, 300])
 def test_table_embeds_and_is_the_head(mode, part, monkeypatch):
-    """Whether the head takes all rows at once or some at a time."""
+    """The head uses all rows at once or some at a time."""
     monkeypatch.setattr(products, "PART", part)
     monkeypatch.setattr(products, "ALIGNED", (1,))
     layer = TokenEmbedding(12, 140, mode)
@@ -180,7 +180,7 @@ def test_table_embeds_and_is_the_head(mode, part, monkeypatch):
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 @pytest.mark.parametrize("part", [2**24, 300])
 def test_a_stack_lends_its_layers(mode, part, monkeypatch):
-    """Whether layers become floats as a whole, or in parts of the stack."""
+    """Layers are dequantized as a whole, or in parts of the stack."""
     monkeypatch.setattr(products, "PART", part)
 
     def stack(form):

@@ -1,4 +1,4 @@
-"""The recipe on discs and rings: it needs neither sprites nor minutes."""
+"""The recipe on discs and rings, without sprites and in little time."""
 
 import numpy as np
 import pytest
@@ -50,5 +50,5 @@ def test_training_learns_shapes_and_uses_codes(monkeypatch):
     codec = MaskCodec(recipe.train(pool).weights())
     codes = codec.encode(pool)
     assert len(np.unique(codes)) > 30
-    # Grey would be off by 0.92, and the mean of all shapes by 0.47.
+    # A constant grey would have an error of 0.92, and the mean shape 0.47.
     assert np.square(codec.decode(codes) - (2 * pool - 1)).mean() < 0.3

@@ -1,4 +1,4 @@
-"""Tests of what the nano preset is asked and of a step's arrays."""
+"""Tests of the nano preset's questions and of a training step's arrays."""
 
 import keras
 import numpy as np
@@ -26,7 +26,7 @@ BOXES = [location_tokens(placed.box, 112) for placed in OBJECTS]
 
 
 def ask_all(task, objects=OBJECTS, seeds=40):
-    """All questions of a task that some seeds give, by their prompts."""
+    """Return a task's questions for several seeds, by their prompts."""
     asked = [
         questions.TASKS[task](
             np.random.default_rng(seed), objects, list(CLASSES), 112, CODES
@@ -148,7 +148,7 @@ def test_places_follow_the_answer(preprocessor):
 
 
 def test_a_lesson_computes_what_the_model_does(preprocessor):
-    """All patches, several questions: logits are those of the backbone."""
+    """With all patches and several questions, logits equal the backbone's."""
     keras.utils.set_random_seed(0)
     narrow = {"num_layers": 2, "hidden_dim": 16, "intermediate_dim": 16}
     backbone = PaliGemmaBackbone(
@@ -157,7 +157,7 @@ def test_a_lesson_computes_what_the_model_does(preprocessor):
         train.TEXT_DECODER | narrow | {"head_dim": 4},
         form="unrolled",
     )
-    # The projector starts at zero: pictures would not matter.
+    # The projector starts at zero, where pictures would have no effect.
     projector = backbone.vision_encoder.projector
     projector.kernel.assign(
         np.random.default_rng(0).normal(size=projector.kernel.shape)

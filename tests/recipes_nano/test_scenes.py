@@ -109,8 +109,8 @@ def test_box_is_where_the_object_is_drawn(sprites, monkeypatch, name, size):
         "background",
         lambda rng, size: np.full((size, size, 3), 128, "uint8"),
     )
-    # A white shape keeps far from the grey around it, whatever the jitter, so
-    # that more than half of the way to its colour means an alpha above half.
+    # A white shape stays far from the surrounding grey, whatever the jitter.
+    # More than half the way to its colour therefore means an alpha above half.
     array = np.asarray(sprites["one"][name].convert("RGBA")).copy()
     array[..., :3] = 255
     white = {"one": {name: scenes.premultiplied(array)}}
@@ -334,7 +334,8 @@ def test_perfect_and_useless_models(sprites):
         )["all"]
         for generate in (perfect, useless)
     )
-    # The codec loses a little of ellipses that it was never trained on.
+    # The codec was not trained on ellipses, and is a little less accurate on
+    # them.
     assert good.pop("segment iou") > 0.8
     overlaps = {key: good.pop(key) for key in list(good) if "iou" in key}
     assert len(overlaps) == 5 and min(overlaps.values()) > 0.98

@@ -1,4 +1,4 @@
-"""A run that is killed goes on as if it had not been."""
+"""A killed run resumes exactly."""
 
 import json
 
@@ -17,7 +17,7 @@ NARROW = {"num_layers": 2, "hidden_dim": 16, "intermediate_dim": 16}
 
 @pytest.fixture
 def small(monkeypatch):
-    """A small model; two epochs of the encoder, one of both, of a step."""
+    """Use a small model: two encoder epochs, one joint epoch, one step each."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(256, size=(len(CLASSES), 20, 20, 4), dtype="uint8")
     pixels[..., 3] = 255

@@ -1,4 +1,4 @@
-"""Fixtures of applications: with a tiny model, and with a stand-in."""
+"""Fixtures of applications with a tiny model and with a stand-in."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tests.serve.plain_model import PlainModel
 
 @pytest.fixture(scope="package")
 def model():
-    """A tiny model with an adapter, "styled", that changes its answers."""
+    """Return a tiny model with an adapter, "styled", that changes answers."""
     model = build_tiny_model()
     model.backbone.enable_lora(2, name="styled", targets="decoder")
     random = np.random.default_rng(0)
@@ -24,7 +24,7 @@ def model():
 
 
 class OnUse(PresetModel):
-    """A model without warm-up: programs are compiled when they are used."""
+    """A model without warm-up: programs are compiled on first use."""
 
     def warm_ups(self):
         return [], []
@@ -38,7 +38,7 @@ def client(model):
 
 @pytest.fixture(scope="package")
 def plain():
-    """Return a client of a model that answers with its prompt."""
+    """Return a client of a model that answers with the prompt."""
     app = make_app(PlainModel(), "plain", limits=Limits(body=65_536))
     with TestClient(app) as client:
         yield client

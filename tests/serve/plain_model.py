@@ -7,7 +7,7 @@ from keras_paligemma.serve.requests import decode_picture
 
 
 class PlainModel:
-    """A stand-in with the interface that `Batches` calls.
+    """A stand-in with the interface that `Batches` uses.
 
     Args:
         held: bool, whether to wait for `go` before each batch.

@@ -1,4 +1,4 @@
-"""All around the model: queue, limits, refusals, and the process."""
+"""The application around the model: queue, limits, errors, the process."""
 
 import base64
 import json
@@ -127,7 +127,7 @@ def test_bombs_and_failures(plain):
 
 
 def test_no_other_site_reads_an_answer(plain):
-    """What a browser asks before it lets a page of another site ask."""
+    """Include the preflight request that browsers send for other sites."""
     asks = {
         "Origin": "https://evil.example",
         "Access-Control-Request-Method": "POST",
@@ -177,7 +177,7 @@ def test_batches_and_a_full_queue():
 
 
 def test_who_is_alone_waits_for_nobody():
-    """A minute's wait would end the test if anybody waited it."""
+    """The test would time out if a request waited for the full minute."""
     model = PlainModel(held=True, largest=2)
     app = make_app(model, "plain", milliseconds=60_000)
     with TestClient(app) as client, ThreadPoolExecutor(3) as threads:
@@ -189,7 +189,7 @@ def test_who_is_alone_waits_for_nobody():
         model.go.set()
         assert first.result().status_code == 200
         assert [wait.result().status_code for wait in waits] == [200, 200]
-        # The batch before had two: the next waits until it has them, too.
+        # The previous batch had two requests, so the next one waits for two.
         waits = [threads.submit(ask, client)]
         while "queue 1.0" not in client.get("/metrics").text:
             time.sleep(0.01)
@@ -199,7 +199,7 @@ def test_who_is_alone_waits_for_nobody():
 
 
 class Fails(PlainModel):
-    """Cannot compile what it compiles before, or after, it is ready."""
+    """A model whose compilation fails before or after it is ready."""
 
     def __init__(self, before):
         super().__init__(held=True)

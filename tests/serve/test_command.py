@@ -1,4 +1,4 @@
-"""`keras-paligemma serve` with adapters, asked by OpenAI's client."""
+"""`keras-paligemma serve` with adapters, used by OpenAI's client."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ NAMES = ("tiny", "first", "second")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny model, its preset, and the folders of two adapters."""
+    """Return a tiny model, and the folder of its preset and two adapters."""
     folder = tmp_path_factory.mktemp("serve")
     model = build_tiny_model()
     model.save_to_preset(folder / "tiny")
@@ -49,7 +49,7 @@ def test_who_names_an_adapter_gets_its_answers(model):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             address = server.stdout.readline().strip()
-            # Nobody else's machine, unless an option says so.
+            # By default, other machines cannot connect.
             assert address.startswith("http://127.0.0.1:")
             asked = NAMES * 4
             with (

@@ -1,4 +1,4 @@
-"""OpenAI's own client, against a tiny model."""
+"""OpenAI's own client with a tiny model."""
 
 import base64
 
@@ -15,9 +15,9 @@ URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
 
 def api_of(client):
-    """Return OpenAI's client of a `TestClient`'s application."""
+    """Return OpenAI's client for a `TestClient`'s application."""
 
-    # The client of Starlette is one of httpx; openai wants its own kind.
+    # Starlette's client is an httpx client, but openai needs its own type.
     def handle(request):
         reply = client.request(
             request.method,

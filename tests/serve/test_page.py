@@ -1,4 +1,4 @@
-"""The server's page in a real browser: pieces as they come, boxes, masks."""
+"""The server's page in a real browser: streamed text, boxes, masks."""
 
 import base64
 
@@ -29,7 +29,7 @@ MASK = "".join(
     f"<seg{code:03}>" for code in MaskCodec.embedded().encode_mask(DISC)
 )
 VALUES = (-0.5, -0.1, -0.25)
-# Says a box, and the rest when the standard input is closed.
+# Sends a box, and the rest when the standard input is closed.
 SEGMENTS = SERVER.replace(
     "limits = ",
     f"""
@@ -61,7 +61,7 @@ SHOWN = "return !document.getElementById('view').hidden"
 TEXT = "return document.getElementById('text').textContent"
 ENABLED = "return !document.getElementById('go').disabled"
 
-# Keeps the words that are drawn on the picture.
+# Records the words that are drawn on the picture.
 WORDS = """
 const pen = CanvasRenderingContext2D.prototype, {fillText} = pen;
 window.words = [];

@@ -1,4 +1,4 @@
-"""Batches of requests of all kinds, and what is compiled for them."""
+"""Batches of requests of all kinds, and the programs compiled for them."""
 
 import numpy as np
 
@@ -27,7 +27,8 @@ def test_requests_of_all_kinds_share_a_batch(model):
     ]
     assert len({served.key(request) for request in requests}) == 1
     together = served.answer(requests, None)
-    # The likeliest by a program of their own; the drawn beside themselves.
+    # Greedy requests run alone in their own program. Sampled requests run
+    # beside a copy of themselves.
     alone = [served.answer([request], None)[0] for request in requests[:2]]
     alone += [served.answer([request] * 2, None)[0] for request in requests[2:]]
     assert [answer.text for answer in together] == [

@@ -1,4 +1,4 @@
-"""The process of a server: what comes over sockets, and how it ends."""
+"""The server process: behaviour over sockets, and shutdown."""
 
 import base64
 import contextlib
@@ -17,7 +17,7 @@ import pytest
 from tests.helpers.encoded_pictures import encode
 from tests.helpers.encoded_pictures import picture
 
-# Answers to "hold" come when the standard input is closed.
+# Requests with "hold" are answered when the standard input is closed.
 SERVER = """
 import sys
 from keras_paligemma.serve.app import make_app
@@ -63,7 +63,7 @@ def port():
 
 
 def send(port, *parts):
-    """Send bytes, and give all that comes back until the end."""
+    """Send bytes, and return everything received until the connection ends."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as link:
         for part in parts:
             link.sendall(part)
@@ -71,7 +71,7 @@ def send(port, *parts):
 
 
 def post(body=b"{}", path="/answer", **changes):
-    """Spell a request, whose headers may be wrong."""
+    """Build a request, whose headers may be wrong."""
     headers = {
         "Host": "localhost",
         "Content-Type": "application/json",
@@ -135,7 +135,7 @@ def test_who_sends_nothing_is_let_go(port):
     with ThreadPoolExecutor(4) as threads:
         silent = threads.submit(send, port)
         slow = threads.submit(send, port, b"GET / HT")
-        # The second request of a connection is as slow.
+        # The second request of the connection is also slow.
         second = threads.submit(send, port, GET + b"\r\n", b"GET / HT")
     assert silent.result() == slow.result() == b""
     assert second.result().count(b"HTTP/1.1") == 1
@@ -197,7 +197,7 @@ def test_more_connections_than_allowed_are_refused():
             idle.enter_context(link)
         assert status(port, check) == 503
         idle.close()
-        # As soon as the server sees that they have gone.
+        # The server must first notice that the connections were closed.
         while status(port, check) == 503:
             time.sleep(0.02)
         assert status(port, check) == 200

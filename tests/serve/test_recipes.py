@@ -1,4 +1,4 @@
-"""The unit, the container file and the configurations in `docs/serving.md`."""
+"""The unit, container file and configurations in `docs/serving.md`."""
 
 import json
 import re
@@ -20,20 +20,20 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
 def block(language, holds):
-    """Return the only block of a language that holds a text."""
+    """Return the only block of a language that contains a text."""
     found = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
     [one] = [code for code in found if holds in code]
     return one
 
 
 def instructions():
-    """Return pairs of an instruction of the container file and its rest."""
+    """Return (instruction, arguments) pairs of the container file."""
     lines = block("dockerfile", "FROM").splitlines()
     return [line.split(" ", 1) for line in lines if not line.startswith("#")]
 
 
 def check_command(words):
-    """Check a command against the options that it has."""
+    """Check that a command's options exist."""
     name, command, *rest = words
     assert name in PROJECT["scripts"]
     shown = CliRunner().invoke(cli.app, [command, "--help"]).output
@@ -46,7 +46,7 @@ def test_the_container_file_is_one():
     known = {"FROM", "ARG", "RUN", "USER", "ENV", "EXPOSE", "ENTRYPOINT", "CMD"}
     assert kinds[0] == "FROM"
     assert set(kinds) <= known
-    # Who serves is not root, and has been made.
+    # The server's user is not root and was created before.
     assert kinds.index("USER") > max(
         place for place, kind in enumerate(kinds) if kind == "RUN"
     )

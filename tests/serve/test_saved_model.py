@@ -1,4 +1,4 @@
-"""A SavedModel's options, tokens and errors, around a graph of few lines."""
+"""A SavedModel's options, tokens and errors, with a minimal graph."""
 
 import pytest
 from starlette.testclient import TestClient
@@ -17,14 +17,14 @@ from tests.serve.test_openai import openai
 tf = pytest.importorskip("tensorflow")
 pytest.importorskip("tensorflow_text")
 
-# What the graph answers, whatever it is asked: "é" is two tokens, of bytes.
+# The graph's fixed answer: "é" is two byte tokens.
 PIECES = ("▁a", "▁cat", "<0xC3>", "<0xA9>", "▁sits", "<eos>")
 SPELT = ("a", " cat", "<0xC3>", "<0xA9>", " sits", "")
 IDS = (10, 11, 12, 13, 14, 1)
 
 
 def outputs(images, length, options, error=""):
-    """Return an export's outputs, whose log-probabilities are its options."""
+    """Return an export's outputs, with the options as log-probabilities."""
     rows = tf.shape(images)[0]
     told = [tf.cast(tensor, tf.float32) for tensor in (rows, *options)]
     told = tf.pad(tf.stack(told), [[0, len(IDS) - len(told)]])
@@ -60,7 +60,7 @@ FULL = [
     spec("seed", tf.int32),
     spec("adapter", tf.string),
 ]
-# What each option is unless it is given, in the file.
+# The default of each option in the file.
 SIX, ZERO = tf.constant(6), tf.constant(0)
 GREEDY, ALL, NONE = tf.constant(0.0), tf.constant(1.0), tf.constant("")
 
@@ -99,7 +99,7 @@ class Graph(tf.Module):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two SavedModels: one takes few options, and one takes all."""
+    """Return two SavedModels: one takes few options, and one takes all."""
 
     def load(name):
         folder = tmp_path_factory.mktemp(name)
@@ -126,7 +126,7 @@ def test_the_graph_gets_the_options_that_it_has(models):
     assert (answer.text, answer.finish) == ("a caté sits", "stop")
     [greedy] = model.answer([request(model)], None)
     assert greedy.log_probabilities == (1, 6, 0, 0, 1, 0)
-    # Draws without a seed are others each time.
+    # Samples without a seed differ each time.
     drawn = [request(model, temperature=1.0)] * 2
     seeds = {
         model.answer([drawing], None)[0].log_probabilities[5]
@@ -160,7 +160,7 @@ def test_requests_of_other_lengths_and_stops_share_a_batch(models):
     short, cut, stopped, whole = model.answer(requests, None)
     assert short.tokens == SPELT[:2]
     assert (short.text, short.finish) == ("a cat", "length")
-    # Four rows, computed to the length of the longest.
+    # Four rows, generated to the length of the longest.
     assert short.log_probabilities == (4, 6)
     assert (cut.text, cut.finish) == ("a caté", "length")
     assert (whole.text, whole.finish) == ("a caté sits", "stop")

@@ -1,8 +1,8 @@
-"""One host of two, of four virtual devices: `… host FOLDER NUMBER PORT`.
+"""Run one of two hosts with four virtual devices: `… host FOLDER NUMBER PORT`.
 
-Run by its test after `sharded_runs`, whose losses and files in the same folder
-two hosts must repeat. What both take part in is outside of the checks, so that
-a check that fails on one of them does not halt the other.
+Its test runs it after `sharded_runs`. Two hosts must reproduce the losses and
+files of that run in the same folder. Collective operations are outside of the
+checks, so that a check that fails on one host does not block the other.
 """
 
 import os
@@ -21,7 +21,7 @@ from keras_paligemma.sharding import distribute
 from keras_paligemma.training import RunCheckpoint
 from tests.helpers.checks import check
 
-# Overrides the other module's setting, before JAX reads it.
+# Override the other module's setting before JAX reads it.
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", "count=4")
 
 
@@ -38,11 +38,12 @@ def main(folder, number, port):
     if number:
         safetensors.save_file = peft.save_file = forbidden
 
-    # The eight chips of both hosts share each example: the data has one part.
+    # The eight chips of both hosts share each example, so the data has one
+    # part.
     keras.distribution.set_distribution(distribute("tensor", (1, 8)))
     with check("one part of the data"):
         assert data_shard() == (0, 1)
-    # The four chips of a host are a group; storage is split over both hosts.
+    # The four chips of a host are a group. Weights are sharded over both hosts.
     chosen = distribute("both", (2, 4), small=64)
     keras.distribution.set_distribution(chosen)
     index, parts = data_shard()
@@ -55,7 +56,7 @@ def main(folder, number, port):
         assert difference <= 1e-5, (losses, wanted)
 
     with check("checkpoints"):
-        # Both hosts see one folder per step.
+        # Both hosts write to one folder per step.
         steps = sorted(path.name for path in (folder / "hosts").iterdir())
         assert steps == ["2", "4"], steps
     trained = sharded_runs.values(model)

@@ -1,14 +1,14 @@
 """Load, adapt, resume and save a model on eight virtual devices.
 
-Run by its test, with a folder for files. A model in int8 with adapters, under
-a layout that splits everything, must do the same as on one device.
+Its test runs it with a folder for files. An int8 model with adapters, under a
+layout that shards all weights, must give the same results as on one device.
 """
 
 import shutil
 import sys
 from pathlib import Path
 
-# It sets the environment, which JAX reads when it is first used.
+# It sets environment variables, which JAX reads on first use.
 from tests.sharding import sharded_training  # isort: skip
 
 import jax
@@ -34,7 +34,7 @@ STEPS, BATCH = 4, 8
 
 
 def preprocess(example):
-    """Return an example, arrays of one row, as the model takes it."""
+    """Return an example's arrays of one row, as inputs of the model."""
     ids = example["responses"]
     weights = np.ones(RESPONSE, "float32")
     return tokens(example["images"], ids), ids[-RESPONSE:], weights
@@ -59,7 +59,7 @@ def batches(parts=1, index=0):
 
 
 class Watched:
-    """Counts the bytes on each device whenever a weight has been placed."""
+    """Record the most bytes on a device after each weight is placed."""
 
     def __init__(self):
         self.before = self.on_devices()
@@ -67,7 +67,8 @@ class Watched:
 
     def on_devices(self):
         held = {device: {} for device in jax.devices()}
-        # By address: a shard that was read is another array of the same memory.
+        # Compare addresses: reading a shard gives another array for the same
+        # memory.
         for array in jax.live_arrays():
             for shard in array.addressable_shards:
                 place = shard.data.unsafe_buffer_pointer()
@@ -82,7 +83,7 @@ class Watched:
 
 
 def load(preset, adapter=None):
-    """Return an int8 model with adapters, its variables, and the most bytes."""
+    """Return an int8 model with adapters, its variables, and the peak bytes."""
     watched = Watched()
     weight.fill = watched
     model = PaliGemmaCausalLM.from_preset(
@@ -128,10 +129,10 @@ def assert_same(found, wanted):
 
 def main(folder):
     folder = Path(folder)
-    # The step is compiled once; a resumed run finds it in the cache.
+    # The step is compiled once; a resumed run reads it from the cache.
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    # One device: weights in float32, and the losses to compare.
+    # One device: float32 weights, and the losses to compare.
     model = sharded_training.build("scanned", "full")
     model.save_to_preset(folder / "preset")
     model, _, _ = load(folder / "preset")
@@ -139,7 +140,7 @@ def main(folder):
 
     chosen = distribute("both", (4, 2), small=64)
     keras.distribution.set_distribution(chosen)
-    # Adapters that are created under a layout follow it, like all variables.
+    # Adapters that are created under a layout follow it, like other variables.
     model, bare, most = load(folder / "preset")
     with check("shards of weights"):
         split = check_shards(model, chosen.layout)
@@ -149,7 +150,8 @@ def main(folder):
         assert most <= 1.02 * share, (most, share)
     whole = sum(variable.value.nbytes for variable in bare)
     with check("bytes of a device"):
-        # The largest weight here, the kernel of the patches, is halved.
+        # The largest weight, the patch embedding's kernel, is only split in
+        # two.
         assert share < 0.4 * whole, (share, whole)
 
     losses = train(model, folder / "whole")
@@ -161,7 +163,7 @@ def main(folder):
         assert difference <= 1e-5, (losses, wanted)
     trained = values(model)
 
-    # As if killed after the second step: only its checkpoint is left.
+    # As after a kill following the second step: only its checkpoint remains.
     shutil.copytree(folder / "whole" / "2", folder / "killed" / "2")
     resumed, _, _ = load(folder / "preset")
     again = train(resumed, folder / "killed")
@@ -172,7 +174,7 @@ def main(folder):
     with check("a killed run's weights"):
         assert_same(values(resumed), trained)
 
-    # Saved from shards, and loaded as shards.
+    # Saved from shards and loaded as shards.
     model.save_adapter(folder / "trained")
     model.save_to_preset(folder / "saved")
     with check("a saved preset"):

@@ -1,6 +1,6 @@
 """Train on one device and on eight virtual ones; run by its test.
 
-Every layout, in both forms, must give the losses and tokens of one device. The
+Every layout must give the losses and tokens of one device, in both forms. The
 arguments are names of checks.
 """
 
@@ -36,7 +36,8 @@ from tests.helpers.attention import fused
 from tests.helpers.attention import plain
 from tests.helpers.checks import check
 
-# Three key-value heads do not divide over a group; six query heads over two.
+# Three key-value heads are not divisible by a group. Six query heads are
+# divisible by two.
 VISION = {
     "patch_size": 14,
     "num_layers": 1,
@@ -54,7 +55,7 @@ TEXT = {
     "head_dim": 16,
     "query_pre_attention_scalar": 24,
 }
-# Axes of every kind, few enough to compile quickly.
+# Kernels with all kinds of axes, but few enough to compile quickly.
 TARGETS = ("query", "value", "down", "vision.output")
 STEPS, BATCH, PROMPT, RESPONSE = 3, 8, 4, 3
 
@@ -75,7 +76,7 @@ class Batches(keras.utils.PyDataset):
 
 
 def tokens(images, ids):
-    """Return the model's inputs; the last tokens of ids are the response."""
+    """Return the model's inputs; the last ids are the response."""
     response = np.arange(ids.shape[-1]) >= PROMPT
     return {
         "images": images,
@@ -86,7 +87,7 @@ def tokens(images, ids):
 
 
 class Losses(keras.callbacks.Callback):
-    """Keep each step's loss (Keras's logs are means of all steps so far)."""
+    """Record each step's loss. (Keras's logs are means of all steps so far.)"""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +109,7 @@ def draw(backbone):
 
 
 def build(form, trained):
-    """Build a model whose weights come from the host, none from a draw."""
+    """Build a model whose weights come from the host, without initializers."""
     quantization = "int4" if trained == "int4" else None
     with without_values():
         backbone = PaliGemmaBackbone(
@@ -156,7 +157,7 @@ def check_shards(model, layout):
 
 
 def refused(function, message):
-    """Check that a call raises a `ValueError` with a message."""
+    """Check that a call raises a `ValueError` with a given message."""
     try:
         function()
     except ValueError as error:
@@ -180,10 +181,10 @@ def check_kernel():
         np.testing.assert_allclose(found[valid], wanted[valid], atol=5e-5)
 
 
-# Order of axes and products of one device must be those of eight.
+# One device must use the same order of axes and products as eight.
 @compiling_for("cpu")
 def check_parts():
-    """Compare products whose parts are gathered from the chips that share."""
+    """Compare products whose kernels are gathered in parts from all chips."""
     x = np.random.default_rng(0).normal(size=(8, 3, 1024)).astype("float32")
     table = TokenEmbedding(1024, 1024, "int8", name="table")
     table.build()
@@ -202,7 +203,7 @@ def check_parts():
             name="blocks",
         )
         stack.build()
-        # An int8 kernel is an operand of its product.
+        # An int8 kernel is used directly in its product.
         cases.append((stack, "blocks/kernel", axes, mode == "int4"))
     for layer, path, axes, in_parts in cases:
 
@@ -214,7 +215,7 @@ def check_parts():
         chosen = distribute("weights", (2, 4))
         chosen.layout_map[path] = chosen.layout_map[f"{path}_scale"] = axes
         with chosen.scope():
-            # A new function: the traced one is for one device.
+            # A new function, since the other is already traced for one device.
             lowered = jax.jit(lambda x, both=both: both(x)).lower(x)
             found = lowered.compile()(x)
         assert ("all_gather" in lowered.as_text()) == in_parts
@@ -241,7 +242,7 @@ def check_layout(case, wanted):
 
 
 def check_answers(wanted):
-    """Check that the compared answers are not trivial."""
+    """Check that the compared answers vary."""
     assert len(np.unique(wanted["lora"][1])) > 3, wanted["lora"][1]
 
 
@@ -252,7 +253,7 @@ def check_meshes():
 
 
 def main(*names):
-    # Small quantised weights are dequantised in parts, too.
+    # Small quantized weights are dequantized in parts, too.
     products.PART = 2**10
     wanted = {}
     for trained in ("lora", "full", "int4"):

@@ -1,4 +1,4 @@
-"""The table of layouts against every official size, without a value."""
+"""The layouts' table checked with every official size, without values."""
 
 import math
 import re
@@ -29,7 +29,7 @@ LAYOUTS = (
 
 
 def official(size, resolution=224, form="scanned", lora=None):
-    """An official model with no values and the variables that train it."""
+    """Return an official model without values and its training variables."""
     known = presets.describe(f"pali_gemma2_pt_{size}_{resolution}")["backbone"]
     optimizer = Adam()
     with without_values():
@@ -109,8 +109,8 @@ def test_every_row_has_a_weight():
     names = set(backbone.weights_by_name())
     low_bit = {name for name in layouts.TABLE if name.endswith("_scale")}
     low_bit -= {name for name in layouts.TABLE if "adapter" in name}
-    # No adapter is put on the patches. This one has no gain, no bias and no
-    # head: those of others are beside it.
+    # The patch embedding never has adapters. This adapter has no gain, bias or
+    # head, which other adapters may have.
     no_adapter = {
         name
         for name in layouts.TABLE
@@ -132,7 +132,7 @@ def test_heads_that_do_not_divide():
     shape = (26, 2304, 4, 256)
     tensor = Layout("tensor", 1, 4)
     assert tensor.axes(name, shape) == (None, None, "model", None)
-    # Four heads over eight chips: what is summed over is split.
+    # With four heads on eight chips, the summed axis is sharded instead.
     tensor = Layout("tensor", 1, 8)
     assert tensor.axes(name, shape) == (None, "model", None, None)
     adapter = name.replace("kernel", "adapter_b")
@@ -143,7 +143,7 @@ def test_heads_that_do_not_divide():
 def test_low_bit_storage_lies_as_its_kernel(layout):
     name = "text_decoder/blocks/mlp/down/kernel"
     kernel = layout.axes(name, (46, 36864, 4608))
-    # Two values a byte, and a scale for every 128.
+    # Two values per byte, and a scale for every 128 values.
     assert layout.axes(name, (46, 18432, 4608)) == kernel
     assert layout.axes(f"{name}_scale", (46, 288, 4608)) == kernel
     table = "text_decoder/token_embedding/table"

@@ -1,4 +1,4 @@
-"""Losses and tokens do not depend on where the weights lie."""
+"""Losses and tokens do not depend on the weights' sharding."""
 
 import socket
 import subprocess
@@ -14,8 +14,8 @@ from tests.helpers.checks import reported
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="layouts are JAX's alone"
 )
-# Strategy, mesh, form, what is trained (int4: LoRA over it), and whether the
-# model answers then.
+# Strategy, mesh, form, trained weights (int4: LoRA on an int4 model), and
+# whether the model then answers.
 LAYOUTS = [
     "data 8x1 unrolled lora",
     "weights 4x2 scanned lora generate",
@@ -25,7 +25,7 @@ LAYOUTS = [
     "weights 2x4 scanned int4 generate",
 ]
 OTHERS = ["answers", "fused attention", "products in parts", "meshes"]
-# Of a model in int8 with adapters.
+# For an int8 model with adapters.
 OF_ONE_PROCESS = [
     "shards of weights",
     "bytes while loading",
@@ -61,7 +61,7 @@ def start(script, *arguments):
 
 
 def finish(*processes):
-    """Wait for processes that end together; return the checks of each."""
+    """Wait for cooperating processes; return the checks of each."""
     found = []
     try:
         for process in processes:
@@ -77,7 +77,7 @@ def finish(*processes):
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
-    """What each check found, by name: one process starts all."""
+    """Return the checks' results by name; one process runs all of them."""
     script = "sharded_training"
     (found,) = once(
         tmp_path_factory,
@@ -89,10 +89,10 @@ def layouts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What each check found: of one process, then of two hosts."""
+    """Return the checks' results of one process and then of two hosts."""
 
     def compute(folder):
-        # The files of the first are what the hosts have to repeat.
+        # The hosts must reproduce the first process's files.
         one = finish(start("sharded_runs", folder))
         with socket.socket() as free:
             free.bind(("localhost", 0))

@@ -17,7 +17,7 @@ BOX = "<loc0100><loc0200><loc0300><loc0400>"
 WHOLE = "<loc0000><loc0000><loc1023><loc1023>"
 MASK = "".join(f"<seg{7 * i:03d}>" for i in range(16))
 
-# What a model's answers are made of, and what they should not be.
+# Parts of a model's answers, and invalid ones.
 SOUP = (
     *("<loc0000>", "<loc0100>", "<loc0511>", "<loc1023>", "<loc1024>"),
     *("<loc1>", "<loc>", "<loc00000>", "<seg000>", "<seg127>", "<seg128>"),
@@ -181,7 +181,7 @@ def test_labels_that_could_not_be_read_again_are_refused():
 
 
 def test_scores_come_from_the_tokens_of_the_object():
-    """Tokens as SentencePiece cuts them: the space belongs to the word."""
+    """SentencePiece's tokens: a space belongs to the following word."""
     box = ["<loc0000>", "<loc0000>", "<loc1023>", "<loc1023>"]
     tokens = [*box, " black", " cat", " ;", " ", *box, *["<seg000>"] * 16]
     tokens += [" dog"]
@@ -229,7 +229,7 @@ def test_log_probabilities_that_do_not_fit_are_refused(answer, values, message):
 
 
 def boxes_of(text):
-    """The boxes of a text, found character by character."""
+    """Find the boxes of a text character by character."""
     boxes, run, i = [], [], 0
     while i <= len(text):
         end = text.find(">", i)
@@ -289,7 +289,7 @@ def test_any_text_is_read(text):
     found = read_objects(text, MaskCodec.embedded())
     assert [item.box for item in found] == boxes_of(text)
     assert all(item.label in text for item in found)
-    # Nothing disappears: what is in no object is told.
+    # Nothing is lost: text outside of objects is reported.
     told = sum(len(part.text) for part in found.skipped)
     said = sum(
         4 * 9 + 16 * 8 * (item.mask is not None) + len(item.label)

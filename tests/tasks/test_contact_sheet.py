@@ -1,4 +1,4 @@
-"""Pictures side by side: captions stay below their own."""
+"""Contact sheets: each caption stays below its own picture."""
 
 import numpy as np
 from PIL import Image

@@ -1,4 +1,4 @@
-"""supervision's detections: of the package itself, not of a stand-in."""
+"""supervision's detections, with the real package."""
 
 import doctest
 import sys
@@ -13,7 +13,7 @@ from keras_paligemma.tasks.detections import to_detections
 from keras_paligemma.tasks.objects import Object
 
 with warnings.catch_warnings():
-    # It says that OpenCV, which it can do without, is missing.
+    # supervision warns that OpenCV, an optional dependency, is missing.
     warnings.simplefilter("ignore", UserWarning)
     import supervision
 

@@ -29,7 +29,7 @@ def random_objects(count, words=("cat", "a traffic light", "x")):
 
 @pytest.fixture
 def patches(monkeypatch):
-    """Where labels were drawn, of each call: (y1, x1, y2, x2)."""
+    """Record where each call drew labels: (y1, x1, y2, x2)."""
     calls = []
 
     def spy(labels, boxes, size):
@@ -47,7 +47,7 @@ def patches(monkeypatch):
 
 
 def check_patches(patches, height, width):
-    """Inside of the picture, and none over another."""
+    """Check that labels are inside the picture and do not overlap."""
     covered = np.zeros((height, width), int)
     for y1, x1, y2, x2 in patches:
         assert 0 <= y1 < y2 <= height and 0 <= x1 < x2 <= width
@@ -84,7 +84,7 @@ def test_a_label_keeps_near_to_its_box(patches):
 
 
 def test_text_shrinks_and_the_surest_labels_stay(patches):
-    """More labels than a picture holds, all of one box."""
+    """There are more labels than a picture can hold, all for one box."""
     items = [
         Object((0.4, 0.4, 0.6, 0.6), f"number {i}", 1 - i / 1000)
         for i in range(200)
@@ -101,7 +101,7 @@ def test_a_label_that_is_wider_than_the_picture_is_cut(patches):
     for words in ("word " * 99, "W" * 5000, "two\nlines\tand more"):
         picture = draw_objects(grey(112, 112), [Object((0, 0, 1, 1), words)])
         check_patches(patches[-1], *picture.size)
-    # The score is never cut off.
+    # The score is never truncated.
     font = ImageFont.load_default(16)
     for room in (0, 60, 200):
         assert drawing._fit("a long label", "0.93", font, room).endswith("0.93")
@@ -120,14 +120,14 @@ def test_objects_without_words_have_no_label(patches):
 
 @pytest.mark.parametrize("side", [112, 4000])
 def test_text_is_legible(patches, side):
-    """16 pixels at 448, and when a large picture is shown 1,000 wide."""
+    """Text has 16 pixels at 448, also for large pictures shown 1,000 wide."""
     picture = draw_objects(
         grey(side, side), [Object((0.2, 0.2, 0.4, 0.4), "m")]
     )
     ((y1, x1, y2, x2),) = patches[-1]
     shown = (y2 - y1) * min(1, 1000 / picture.width)
     assert shown >= 16
-    # Text and its ground differ: white on red.
+    # Text is white on a red background.
     patch = np.asarray(picture)[y1:y2, x1:x2]
     ink = (patch == 255).all(-1)
     assert 0.05 < ink.mean() < 0.5 and (patch == RED).all(-1).mean() > 0.3
@@ -181,11 +181,11 @@ def test_masks_are_blended_and_outlined():
     pixels = np.asarray(draw_objects(grey(500, 500), [one])).astype(float)
     opacity = drawing.MASK_OPACITY
     blend = 128 * (1 - opacity) + opacity * RED
-    # The mask is 150 to 299 of rows and columns; lines are 2 wide.
+    # The mask covers rows and columns 150 to 299; lines are 2 pixels wide.
     inside, outside = pixels[154:296, 154:296], pixels[105:150, 105:345]
     assert np.abs(inside - blend).max() <= 0.5
     assert (outside == 128).all()
-    # Its corners are rounded, as it is resized.
+    # Its corners are rounded by the resizing.
     assert (pixels[152:298, 150:152] == RED).all()
     assert (pixels[298:300, 152:298] == RED).all()
 

@@ -29,7 +29,7 @@ def test_label_maps_come_back(tmp_path, values):
 
 
 def test_palettes_and_panoptic_colours():
-    """VOC's masks are indices with colours, COCO's are numbers in colours."""
+    """VOC's masks are palette indices, COCO's are ids encoded as colours."""
     picture = Image.new("P", (3, 1))
     picture.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
     picture.putdata([0, 2, 255])

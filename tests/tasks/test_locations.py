@@ -29,7 +29,7 @@ def test_100_000_boxes_come_back():
 
 
 def test_100_000_boxes_of_whole_pixels_come_back():
-    """Half a bin is less than half a pixel on sides of up to 1022 pixels."""
+    """Half a bin is less than half a pixel for sides of up to 1022 pixels."""
     random = np.random.default_rng(1)
     sides = np.tile(random.integers(1, 1023, (100_000, 2)), 2)
     pixels = (random_boxes(100_000) * sides).astype(int)

@@ -14,12 +14,12 @@ from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.tasks.mask_codec import layout
 from keras_paligemma.tasks.mask_codec import square
 
-# Everything of another size, so that a swapped axis shows.
+# All sizes differ, so that swapped axes are detected.
 UNEQUAL = (3, 5, 7, 11), 13
 
 
 def random_weights(widths, features):
-    """Weights that keep values near 1 and let no bias prevail."""
+    """Draw weights that keep values near 1, with no dominating bias."""
     random = np.random.default_rng(0)
     weights = {}
     for name, shape in layout(widths, features).items():
@@ -35,7 +35,7 @@ def test_examples_of_the_docstrings_run():
 
 
 def test_the_layout_is_that_of_the_published_file():
-    """To the byte: its size is known, and the names and shapes decide it."""
+    """The size in bytes is known; names and shapes determine it."""
     shapes = layout() | {
         "_vq_vae._ema_cluster_size": (128,),
         "_vq_vae._ema_w": (128, 512),
@@ -52,7 +52,7 @@ def test_the_layout_is_that_of_the_published_file():
 
 @pytest.mark.parametrize("sizes", [UNEQUAL, ((16, 32, 64, 128), 512)])
 def test_equals_pytorch(sizes):
-    """The same weights in PyTorch's own layers, which share no code."""
+    """Compare with PyTorch's own layers with the same weights."""
     import torch
 
     from recipes.mask_codec import Autoencoder
@@ -98,7 +98,7 @@ def test_a_square_is_the_share_of_each_pixel():
     mask = np.random.default_rng(0).random((64, 64)) < 0.4
     np.testing.assert_array_equal(square(mask), mask)
     assert square(mask).dtype == np.float32
-    # Larger than 64 × 64, each pixel weighs its neighbours by a triangle.
+    # Above 64 × 64, each pixel averages its neighbours with a triangle filter.
     stripes = np.tile([True, False], (50, 64))
     np.testing.assert_allclose(square(stripes)[:, 1:-1], 0.5, atol=1e-6)
     assert square(np.ones((1, 1), bool)).min() > 0.999
@@ -119,7 +119,7 @@ def true_masks():
 
 
 def test_the_ceiling_of_the_embedded_codec():
-    """Codes of true masks decode to most of their pixels, at any style."""
+    """Codes of true masks decode to most of their pixels, in every style."""
     codec, overlaps = MaskCodec.embedded(), {}
     for style, mask in true_masks():
         (part,) = codec.decode([codec.encode_mask(mask)])

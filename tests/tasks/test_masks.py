@@ -10,7 +10,7 @@ from keras_paligemma.tasks import outlines
 
 
 def random_masks(count):
-    """Noise of any density: many parts, holes, and touching corners."""
+    """Draw noise of any density: many parts, holes, and touching corners."""
     random = np.random.default_rng(0)
     for _ in range(count):
         size = tuple(random.integers(1, 25, 2))
@@ -58,11 +58,11 @@ def test_polygons_are_few_and_short():
 
 
 def test_polygons_cover_the_pixels_within():
-    """Points between pixels, and outside of the picture."""
+    """Points may be between pixels and outside of the picture."""
     flat = [10.5, -3, 30.2, 5.5, 45, 22, 12, 18.7]
     points = np.array(flat).reshape(-1, 2)
     mask = masks.from_polygons([flat], (20, 40))
-    # Distances of pixels' centres to the four sides, positive inside.
+    # Distances of pixel centres to the four sides, positive inside.
     y, x = np.mgrid[:20, :40] + 0.5
     ways = np.roll(points, -1, 0) - points
     distance = np.min(
@@ -130,7 +130,7 @@ def test_run_lengths_come_back():
 
 
 def test_run_lengths_as_numbers():
-    """COCO's crowds: column by column, the background first."""
+    """COCO's crowds are encoded by columns, starting with the background."""
     mask = masks.from_rle({"size": [2, 3], "counts": [1, 2, 3]})
     np.testing.assert_array_equal(mask, [[0, 1, 0], [1, 0, 0]])
 
@@ -150,7 +150,7 @@ def test_run_lengths_as_numbers():
         {"size": [2, 3], "counts": [6.0]},
         {"size": [2, 3], "counts": [[6]]},
         {"size": [2, 3], "counts": []},
-        # pycocotools gives pixels of these, or ends the process.
+        # pycocotools gives pixels for these, or crashes.
         {"size": [2, 3], "counts": ""},
         {"size": [2, 3], "counts": "0"},
         {"size": [2, 3], "counts": "zzzz"},
@@ -183,7 +183,7 @@ def test_missing_pycocotools_is_said(monkeypatch):
 
 
 def test_paste_as_the_original_does():
-    """Its evaluator's lines: resize by Pillow, and the sign."""
+    """Use the lines of its evaluator: resize by Pillow, then the sign."""
     random = np.random.default_rng(0)
     part = random.normal(size=(64, 64)).astype("float32")
     edges, size = (3, 5, 40, 90), (50, 100)

@@ -40,7 +40,7 @@ def test_boxes_in_other_forms():
 
 
 def test_whole_pixels_come_back_at_any_size():
-    """`int` would turn 1 / 49 * 49 into 0."""
+    """With `int`, 1 / 49 * 49 would become 0."""
     for side in range(1, 300):
         for edge in {0, 1, side // 3, side - 1, side}:
             one = Object.from_xyxy((edge, 0, side, side), (side, side))

@@ -11,9 +11,9 @@ def test_examples_of_the_docstrings_run():
 
 
 def test_the_published_languages():
-    """COCO-35L's 35 codes, and Quechua of XM3600."""
+    """Check the 35 codes of COCO-35L, and Quechua of XM3600."""
     assert len(set(prompts.LANGUAGES)) == len(prompts.LANGUAGES) == 36
-    # What the original trains most often, asks of xGQA and evaluates by.
+    # Languages of the original's training, of xGQA, and of its evaluation.
     assert {"en", "zh", "he", "fil", "quz", "sw", "te"} <= set(
         prompts.LANGUAGES
     )

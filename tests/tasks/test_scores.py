@@ -45,7 +45,7 @@ def test_the_three_differ_where_they_say():
         np.testing.assert_allclose(
             scores.joint_probability(box, label), 0.5**4 * 0.25**count
         )
-    # A long label outweighs the box in one, and not in the other.
+    # A long label dominates one score and not the other.
     np.testing.assert_allclose(
         scores.mean_probability(box, long), (0.5**4 * 0.25**4) ** (1 / 8)
     )
@@ -56,7 +56,7 @@ def test_the_three_differ_where_they_say():
 
 
 def test_neighbours_share_an_edge():
-    """Of all tokens in its place, those within reach count, and once each."""
+    """Each location token within reach counts once."""
     chosen, near, far = (math.log(p) for p in (0.3, 0.2, 0.1))
     others = [
         ("<loc0500>", chosen),
@@ -73,7 +73,7 @@ def test_neighbours_share_an_edge():
     assert math.exp(found[0]) == pytest.approx(0.7)
     (alone,) = scores.with_neighbours(tokens[:1], [chosen], [others], reach=0)
     assert alone == pytest.approx(chosen)
-    # What was sampled need not be among the likeliest.
+    # A sampled token need not be among the most probable ones.
     (sampled,) = scores.with_neighbours(["<loc0509>"], [far], [others])
     assert math.exp(sampled) == pytest.approx(0.1 + 0.3 + 0.2 + 0.1)
     sure = [("<loc0500>", 0.0), ("<loc0501>", -9.0)]
@@ -111,7 +111,7 @@ def test_suppression_keeps_the_surest():
 
 
 def test_what_is_suppressed_does_not_suppress():
-    """A chain: the first covers the second, the second the third."""
+    """In this chain, the first covers the second, and the second the third."""
     chain = [
         Object((0, 0.1 * i, 1, 0.1 * i + 0.4), "cat", 0.9 - 0.1 * i)
         for i in range(3)

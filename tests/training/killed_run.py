@@ -1,4 +1,4 @@
-"""A small run that may kill itself: `tests.training.killed_run DIR [STEP]`."""
+"""A small run that can kill itself: `tests.training.killed_run DIR [STEP]`."""
 
 import json
 import os
@@ -54,14 +54,14 @@ def set_up():
 
 
 class Watch(keras.callbacks.Callback):
-    """Write each step's loss, and kill the process before a step's end."""
+    """Write each step's loss, and kill the process before a given step ends."""
 
     def __init__(self, folder, kill_at):
         super().__init__()
         self.folder, self.kill_at = folder, kill_at
 
     def on_train_batch_end(self, batch, logs=None):
-        # The running mean of the epoch, which must continue as well.
+        # The epoch's running mean, which must continue as well.
         step = int(self.model.optimizer.iterations)
         with open(self.folder / "losses.jsonl", "a") as file:
             line = {"step": step, "loss": float(logs["loss"])}

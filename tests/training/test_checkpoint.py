@@ -1,4 +1,4 @@
-"""Runs that are killed: they go on as if they had not been."""
+"""Killed runs resume exactly."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(folder, kill_at=None):
-    """Train in a process of its own, which may kill itself at a step."""
+    """Train in a separate process, which may kill itself at a step."""
     result = subprocess.run(
         [sys.executable, "-m", "tests.training.killed_run", str(folder)]
         + ([] if kill_at is None else [str(kill_at)]),
@@ -36,7 +36,7 @@ def run(folder, kill_at=None):
 
 
 def losses(folder):
-    """The last loss written of each step, and what was trained in the end."""
+    """Return the last loss written for each step, and the final values."""
     lines = (folder / "losses.jsonl").read_text().splitlines()
     return {
         row["step"]: row["loss"] for row in (json.loads(line) for line in lines)
@@ -49,10 +49,10 @@ def test_a_killed_run_goes_on_exactly(tmp_path):
     whole.mkdir()
     killed.mkdir()
     killed_run.main(whole)
-    # In the first epoch between checkpoints, and in the second one.
+    # Between checkpoints of the first epoch, and in the second epoch.
     run(killed, kill_at=4)
     run(killed, kill_at=8)
-    # What a writer left that was killed: never taken for a checkpoint.
+    # The remains of a killed writer are never taken for a checkpoint.
     half = killed / "run" / "9.orbax-checkpoint-tmp"
     half.mkdir()
     (half / "state").write_bytes(b"half")
@@ -91,12 +91,13 @@ def test_metrics_of_an_epoch_go_on(tmp_path):
 
     with pytest.raises(InterruptedError):
         train("stopped", Stop())
-    # Of the epoch so far, not of the steps since the checkpoint.
+    # The metrics cover the whole epoch, not only the steps since the
+    # checkpoint.
     assert train("stopped") == train("whole")
 
 
 def test_means_of_weights_go_on(tmp_path):
-    """Keras ends each of a resumed run's two fits with them."""
+    """Keras assigns the averages at the end of a resumed run's two fits."""
 
     def train(folder, *callbacks):
         model, batches = killed_run.set_up()
@@ -115,7 +116,7 @@ def test_means_of_weights_go_on(tmp_path):
     with pytest.raises(InterruptedError):
         train("stopped", Stop())
     whole = train("whole")
-    # The second call restores alone.
+    # The second call only restores.
     for found in (train("stopped"), train("stopped")):
         for value, other in zip(found, whole, strict=True):
             np.testing.assert_array_equal(value, other)
@@ -170,7 +171,7 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(tmp_path):
     keras.backend.backend() != "jax", reason="Others have one order of axes."
 )
 def test_a_run_of_another_order_of_axes_is_refused(model_and_batches, tmp_path):
-    """Even if a kernel is square, and has the same shape in both."""
+    """The run is refused even if a kernel is square, so that shapes agree."""
     model, batches = model_and_batches
     model.backbone.unfreeze("*/kernel")
     model.compile("sgd")

@@ -1,4 +1,4 @@
-"""Checkpoints on a disk that fails, then or later."""
+"""Checkpoints on a disk that fails, during writing or later."""
 
 import contextlib
 import resource
@@ -12,7 +12,7 @@ from keras_paligemma.training.checkpoint_files import CheckpointFiles
 
 ARRAYS = {
     step: {
-        # Too large to lie within an index, which has checksums of its own.
+        # Too large to be stored in the index, which has its own checksums.
         "state": [np.random.default_rng(step).normal(size=(60, 70))],
         "more": {"few": np.arange(step, dtype="float32")},
     }
@@ -47,7 +47,7 @@ def read(folder):
 
 
 def flip(path):
-    """Change one bit in the middle."""
+    """Flip one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -67,7 +67,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_one_damaged_file_of_the_newest(written, tmp_path, damage):
-    """Any file, in any way: right values, and a warning if they are older."""
+    """Values are correct for any damage, with a warning if they are older."""
     names = [
         path.relative_to(written)
         for path in (written / "2").rglob("*")
@@ -85,7 +85,7 @@ def test_one_damaged_file_of_the_newest(written, tmp_path, damage):
             assert "step 2 (" in told[0] and "goes on after step 1" in told[0]
             assert (folder / "damaged-2.0").is_dir()
             assert not (folder / "2").exists()
-    # What Orbax does not read may be damaged.
+    # Files that Orbax does not read may be damaged.
     assert 1 in steps
 
 
@@ -96,7 +96,7 @@ def test_a_flipped_bit_of_values_is_seen(written, tmp_path):
     flip(max(files, key=lambda path: path.stat().st_size))
     step, (told,) = read(folder)
     assert step == 1 and "Values of 'state' are not those written" in told
-    # Its number can be written again, and damaged again.
+    # The same step can be written and damaged again.
     again = CheckpointFiles(folder, keep=2)
     again.write(2, {"batches": 2}, ARRAYS[2])
     assert read(folder) == (2, [])
@@ -110,7 +110,7 @@ def test_none_is_whole(written, tmp_path):
     shutil.copytree(written, folder)
     for step in "12":
         (folder / step / "place" / "metadata").write_text("{")
-    # Nothing is moved, so that the next start does not begin anew.
+    # No files are moved, so that the next start does not train from scratch.
     for _ in range(2):
         with pytest.raises(ValueError, match="can be read.*step 2.*step 1"):
             read(folder)

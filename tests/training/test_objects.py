@@ -1,4 +1,4 @@
-"""Average precision during a fit, of a model that is a stand-in."""
+"""Average precision during `fit`, with a stand-in for a model."""
 
 import types
 
@@ -14,7 +14,7 @@ OBJECTS = [[(LEFT, "cat"), (RIGHT, "dog")], [(RIGHT, "cat")], []]
 
 
 class Detecting(keras.Sequential):
-    """Finds everything from the second epoch on, and counts its calls."""
+    """A model that detects everything after one epoch; it counts its calls."""
 
     sizes = ()
 
@@ -73,6 +73,6 @@ def test_the_models_own_detect_in_a_fit():
     pictures = [np.zeros((9, 9, 3), "uint8")] * 2
     seen = EvaluateObjects(pictures, [[(LEFT, "cat")]] * 2)
     history = model.fit(batches, epochs=1, verbose=0, callbacks=[seen])
-    # Random weights find nothing, without falling over it.
+    # Random weights detect nothing, which raises no error.
     assert history.history["val_map"] == [0]
     assert seen.labels == ["cat"]

@@ -1,4 +1,4 @@
-"""Fine-tunes from settings and from the command line."""
+"""Fine-tuning from settings and from the command line."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ NANO = "pali_gemma2_nano_112"
 
 @pytest.fixture
 def data(tmp_path):
-    """Four pictures, a line each, and a line that is broken."""
+    """Write four pictures with a line each, and one invalid line."""
     random = np.random.default_rng(0)
     lines = []
     for number in range(4):
@@ -71,13 +71,13 @@ def test_from_the_command_line_and_again(data):
     model = PaliGemmaCausalLM.from_preset(NANO)
     model.load_adapter(data / "run" / "adapter")
     assert model.adapters.configs["default"].targets == ("query",)
-    # The same command again has nothing to do, and loses nothing.
+    # Running the same command again changes nothing.
     adapter = data / "run" / "adapter" / "adapter_model.safetensors"
     before = adapter.read_bytes()
     code, output = call(*arguments)
     assert code == 0, output
     assert adapter.read_bytes() == before
-    # With more epochs it goes on.
+    # With more epochs, training continues.
     code, output = call(*arguments, "--epochs", 2)
     assert code == 0, output
     lines = (data / "run" / "log.csv").read_text().splitlines()
@@ -103,11 +103,11 @@ def test_empty_answers_from_the_command_line(data, monkeypatch):
     code, output = call(*arguments, "--allow-empty")
     assert code == 0, output
     (_, _, weights) = read[0]
-    assert weights.sum() == 1  # The end of the answer is learnt.
+    assert weights.sum() == 1  # The end of the answer is learned.
 
 
 def test_runs_of_earlier_versions_go_on(data):
-    """Their settings lack those that came later."""
+    """Their settings lack fields that were added later."""
     settings = Settings(NANO, "train.jsonl", str(data / "run"))
     run._keep_settings(settings, data / "run")
     (data / "run" / "checkpoints" / "3").mkdir(parents=True)
@@ -227,7 +227,7 @@ def test_runs_that_would_train_nothing(data):
 
 def test_another_runs_output_is_kept(data):
     settings = Settings(NANO, "train.jsonl", str(data / "run"))
-    # What failed before a checkpoint may be mended.
+    # Settings may still change if a run failed before its first checkpoint.
     bad = dataclasses.replace(settings, batch_size=999)
     run._keep_settings(bad, data / "run")
     run._keep_settings(settings, data / "run")
@@ -263,7 +263,7 @@ def test_sums_of_gradients_are_planned():
 def test_the_plan_counts_updates():
     settings = Settings(NANO, "", "", gradient_accumulation=4, epochs=2)
     text = run.plan(build(settings), settings, 24, 3)
-    # The last two steps make no update.
+    # The last two steps cause no update.
     assert "6 steps, 1 updates of 4 steps" in text
 
 

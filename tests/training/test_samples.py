@@ -1,4 +1,4 @@
-"""Answers after an epoch: kept, printed and drawn."""
+"""Answers after each epoch: stored, printed and drawn."""
 
 import numpy as np
 import pytest

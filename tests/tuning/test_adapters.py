@@ -1,4 +1,4 @@
-"""Adapters: what they train, how they are switched, merged and saved."""
+"""Adapters: training, switching, merging and saving."""
 
 import keras
 import numpy as np
@@ -38,13 +38,14 @@ def test_lora_trains_adapters_alone(tiny_model, examples):
         )
         before = ops.convert_to_numpy(run(model, x))
         model.enable_lora(rank=2, alpha=4)
-        # B starts at zero: nothing has changed yet.
+        # B starts at zero, so the output is unchanged.
         np.testing.assert_array_equal(
             ops.convert_to_numpy(run(model, x)), before
         )
         trained = {v.path.rsplit("_", 1)[0] for v in model.trainable_variables}
         assert trained and all("adapter" in path for path in trained)
-        # A: D×r, B: r×(heads × head_dim), of q, k, v and o in three layers.
+        # A is D×r and B is r×(heads × head_dim), for q, k, v and o in three
+        # layers.
         size = (64 + 96 + 64 + 48 + 64 + 48 + 96 + 64) * 2 * 3
         count = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
         assert count == size
@@ -75,7 +76,7 @@ def test_targets_by_tower_and_the_table(tiny_model, capsys):
         assert any("vision" in path for path in paths) == (
             target.startswith(("vision", "all"))
         )
-    # The projector too: rank × (width of the tower + that of the decoder).
+    # The projector adds rank × (width of the tower + width of the decoder).
     everything = sizes["decoder"] + sizes["vision"] + 2 * (48 + 64)
     assert sizes["all"] == sizes["all-linear"] == everything
     for tower in ("decoder", "vision"):
@@ -115,7 +116,7 @@ def test_several_adapters_are_switched(tiny_model, examples, tmp_path, form):
     first = output(model, x)
     model.enable_lora(2, alpha=6, rslora=True, name="two")
     randomize_adapters(model.backbone, 2)
-    # Only what the second one has room for may be there.
+    # The slots may contain only values of the second adapter.
     values = model.adapters.values("two")
     model.save_adapter(tmp_path / "two")
     model.adapters.select("one")
@@ -126,7 +127,7 @@ def test_several_adapters_are_switched(tiny_model, examples, tmp_path, form):
     again = model.adapters.values("two")
     for name, value in values.items():
         np.testing.assert_array_equal(again[name], value)
-    # From a file, alone on a base: the same adapter.
+    # Loaded from a file into a bare model, the adapter is the same.
     alone = tiny_model(form=form)
     alone.load_adapter(tmp_path / "two")
     for name, value in alone.adapters.values("default").items():
@@ -190,7 +191,7 @@ def test_merge_and_unmerge(tiny_model, examples, tmp_path, form):
     assert error(output(model, x), wanted) < 1e-5
     with pytest.raises(ValueError, match="is merged"):
         model.adapters.merge()
-    # What is written holds the adapter in its kernels, and no adapter.
+    # The saved kernels include the adapter, and no adapter is saved.
     model.save_to_preset(tmp_path / "merged")
     read = PaliGemmaCausalLM.from_preset(tmp_path / "merged")
     assert read.adapters.capacity is None
@@ -227,7 +228,7 @@ def test_dropout_is_in_training_alone(tiny_model, examples, form):
     assert model.test_on_batch(x, y, weights)[0] == tested
     model.compile(keras.optimizers.SGD(0.0))
     losses = [float(model.train_on_batch(x, y, weights)[0]) for _ in range(3)]
-    # Another mask each step; none of them is the full adapter.
+    # Each step has another mask, and no mask is full.
     assert len({*losses, float(tested)}) == 4
 
 
@@ -262,7 +263,7 @@ def test_dropout_differs_by_layer_and_projection():
 
 
 def trained(model, examples):
-    """The values of an adapter after a few steps that made it better."""
+    """Return an adapter's values after a few steps that improved the loss."""
     model.compile(keras.optimizers.Adam(1e-2))
     losses = model.fit(examples, epochs=3, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
@@ -278,7 +279,7 @@ def test_layers_train_at_ranks_of_their_own(tiny_model, examples, tmp_path):
     values = trained(model, examples)
     place = "text_decoder/blocks/attention/query"
     for layer, rank in enumerate(ranks["query"]):
-        # What a layer has not stays zero; what it has is trained.
+        # Values above a layer's rank stay zero, and all others are trained.
         a = values[f"{place}/adapter_a"][layer]
         b = values[f"{place}/adapter_b"][layer]
         assert not a[:, rank:].any() and not b[rank:].any()
@@ -289,7 +290,7 @@ def test_layers_train_at_ranks_of_their_own(tiny_model, examples, tmp_path):
     wanted = output(model, x)
     model.save_to_preset(tmp_path / "preset")
     model.save_adapter(tmp_path / "adapter")
-    # Of the same form, and thereby the same program, to the last bit.
+    # The same form runs the same program, so results are bitwise equal.
     read = PaliGemmaCausalLM.from_preset(tmp_path / "preset", form="scanned")
     assert read.backbone.lora == model.backbone.lora
     np.testing.assert_array_equal(output(read, x), wanted)
@@ -312,7 +313,7 @@ def test_gains_are_trained(tiny_model, examples):
     assert values["vision_encoder/projector/adapter_gain"].any()
     model.adapters.select(None)
     np.testing.assert_array_equal(output(model, x), before)
-    # An adapter that has none learns them too, and nothing is lost.
+    # A later adapter is also given gains, and no values are lost.
     model.enable_lora(1, targets=["down"], name="other")
     assert model.adapters.configs["other"].dora
 
@@ -330,7 +331,7 @@ def test_whole_weights_change_places(tiny_model, examples, tmp_path):
     np.testing.assert_array_equal(output(model, x), bare)
     model.adapters.select("one")
     np.testing.assert_array_equal(output(model, x), first)
-    # What was trained of it waits, and comes back.
+    # Its trained values are stored, and restored when it is selected.
     model.backbone.weights_by_name()[name].assign(2 * kernel)
     model.adapters.select(None)
     np.testing.assert_array_equal(output(model, x), bare)
@@ -347,7 +348,7 @@ def test_whole_weights_change_places(tiny_model, examples, tmp_path):
 
 
 def test_a_head_of_an_adapters_own(tiny_model, examples, tmp_path):
-    """It has a place in the adapter's file, and in no model's."""
+    """The head is written to the adapter's file, and to no model's."""
     model = tiny_model()
     table = model.backbone.token_embedding.table
     random = np.random.default_rng(3).normal(size=table.shape)
@@ -370,7 +371,7 @@ def test_a_head_of_an_adapters_own(tiny_model, examples, tmp_path):
 
 
 def test_full_rank_is_a_full_update(golden_backbone, expected):
-    """A step on B alone, with A the identity, is a step on the kernel."""
+    """If A is the identity, a step on B equals a step on the kernel."""
     x, targets, weights = golden_training(expected)
     place = "text_decoder/blocks/mlp/up"
     loss = StreamedCrossEntropy()
@@ -404,7 +405,7 @@ def test_full_rank_is_a_full_update(golden_backbone, expected):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_low_rank_gradients_are_the_kernels(golden_backbone, expected, form):
-    """A's and B's gradients follow from the kernel's, by the chain rule."""
+    """Gradients of A and B follow from the kernel's by the chain rule."""
     x, targets, weights = golden_training(expected)
     loss = StreamedCrossEntropy()
 
@@ -432,8 +433,8 @@ def test_low_rank_gradients_are_the_kernels(golden_backbone, expected, form):
             wanted = 2 * kernel @ b.transpose(0, 2, 1)
         else:
             wanted = 2 * a.transpose(0, 2, 1) @ kernel
-        # Two compiled programs: on JAX their rounding differs by 1.3e-5 with
-        # the inputs of kernels first, by 3.1e-5 with their outputs first.
+        # The two compiled programs round differently: on JAX by 1.3e-5 with the
+        # inputs of kernels first, and by 3.1e-5 with their outputs first.
         assert error(gradient, wanted) < 5e-5, name
 
 
@@ -454,7 +455,7 @@ def test_bfloat16_base_has_float32_adapters(tiny_model, examples):
 
 
 def test_adapters_that_take_no_part_are_not_trained(tiny_model, examples):
-    """The optimizer's moments would move them, or what they are merged in."""
+    """The optimizer's moments would change them or the merged kernels."""
     model = tiny_model()
     model.enable_lora(2)
     model.fit(examples, batch_size=2, verbose=0)

@@ -1,4 +1,4 @@
-"""The loss: the original's numbers, the plain loss's values and gradients."""
+"""The loss compared with the original's numbers and with a plain loss."""
 
 import os
 
@@ -19,16 +19,17 @@ from tests.helpers.tiny_models import golden_training
 from tests.helpers.tiny_models import jitted
 from tests.helpers.tiny_models import run
 
-# Of the largest gradient. oneDNN's products round by their shapes: 1.3e-6 was
-# seen. The Makefile has TensorFlow do these tests without it as well, where
-# all but one gradient were the same bits, and that one was 6e-8 off.
+# A share of the largest gradient. Rounding in oneDNN's products depends on
+# their shapes; 1.3e-6 was measured. The Makefile also runs these tests with
+# TensorFlow without oneDNN. There, all gradients but one were bitwise equal,
+# and that one differed by 6e-8.
 ONEDNN = os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
 IS_TENSORFLOW = keras.backend.backend() == "tensorflow"
 ROUNDING = 2e-6 if IS_TENSORFLOW and ONEDNN else 1e-6
 
 
 def responses(backbone, x, targets):
-    """The hidden states that predict the responses."""
+    """Return the hidden states that predict the responses."""
     return backbone(x)[:, -targets.shape[1] - 1 : -1]
 
 
@@ -66,7 +67,7 @@ def test_loss_of_a_batch_is_the_originals(golden_backbone, expected):
 def test_gradient_norms_are_the_originals(golden_backbone, expected, form):
     backbone = golden_backbone(form=form)
     x, targets, weights = golden_training(expected)
-    # With the smoothing of the golden trajectory.
+    # With the label smoothing of the golden trajectory.
     loss = StreamedCrossEntropy(0.1, final_soft_cap=False, chunk_tokens=16)
 
     def function():
@@ -84,12 +85,12 @@ def test_gradient_norms_are_the_originals(golden_backbone, expected, form):
         squares[row.key] = squares.get(row.key, 0.0) + square
     for key, square in squares.items():
         wanted = expected["f32/grad_l2/full/" + key.removeprefix("params/")]
-        # A key's bias moves no softmax: its gradient is rounding alone.
+        # A key's bias does not change a softmax: its gradient is only rounding.
         assert np.sqrt(square) == pytest.approx(wanted, rel=2e-4, abs=2e-4), key
 
 
 def plain(hidden, table, targets, weights, smoothing, mean):
-    """The loss in NumPy, float64, over all logits at once."""
+    """Compute the loss in NumPy in float64, over all logits at once."""
     logits = hidden.astype("float64") @ table.T.astype("float64")
     log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     hot = np.eye(len(table))[targets]
@@ -109,7 +110,7 @@ def test_streamed_loss_is_the_plain_loss(smoothing, mean):
     table = random.normal(size=(11, 6)).astype("float32")
     targets = random.integers(0, 11, (3, 7))
     weights = (random.random((3, 7)) > 0.4).astype("float32")
-    # A row that fills a batch, and one that counts twice.
+    # One row only fills the batch, and one counts twice.
     weights[2] = 0
     weights[1] *= 2
 
@@ -128,10 +129,10 @@ def test_streamed_loss_is_the_plain_loss(smoothing, mean):
 
 
 def test_streamed_gradients_are_the_plain_ones(golden_backbone, expected):
-    """By what the loss reads: hidden states, and the table of the tied head.
+    """Compare gradients of the loss's inputs: hidden states and the tied table.
 
-    The backward pass of the towers would enlarge their rounding tenfold; it is
-    in `test_gradient_norms_are_the_originals`.
+    The backward pass of the towers would amplify the rounding tenfold. It is
+    tested in `test_gradient_norms_are_the_originals`.
     """
     backbone = golden_backbone()
     x, targets, weights = golden_training(expected)
@@ -170,7 +171,7 @@ def test_gradients_beside_a_frozen_head(
     assert head.frozen
     width = backbone.text_config.hidden_dim
     hidden = np.random.default_rng(0).normal(size=(*targets.shape, width))
-    # So large that the cap matters.
+    # Large enough for the cap to matter.
     hidden = ops.convert_to_tensor(100 * hidden.astype("float32"))
     assert float(ops.max(head(hidden))) > 10
 
@@ -182,7 +183,7 @@ def test_gradients_beside_a_frozen_head(
 
         return differentiate(function, [hidden])[0]
 
-    # A function of the same values, that the backend differentiates.
+    # The same function, differentiated by the backend.
     plain = with_head(lambda hidden: head(hidden), 1000)
     for chunk_tokens in (9, 1000):
         found = with_head(head, chunk_tokens)
@@ -192,11 +193,11 @@ def test_gradients_beside_a_frozen_head(
 
 def test_auto_loss_equals_keras_loss_on_full_logits(tiny_model, examples):
     model = tiny_model()
-    # Responses of one length, so that both means weigh tokens the same.
+    # Responses have equal lengths, so that both means weight tokens equally.
     examples["responses"] = ["a cat"] * 4
     model.compile(optimizer="sgd")
     auto = model.evaluate(examples, verbose=0, return_dict=True)
-    # The accuracy under KerasHub's name too.
+    # The accuracy also has KerasHub's name.
     accuracy = auto.pop("sparse_categorical_accuracy")
     assert accuracy == auto["token_accuracy"]
     assert set(auto) == {"loss", "token_accuracy"}
@@ -248,12 +249,12 @@ def test_padding_and_order_of_tokens_leak_nothing(golden_backbone, expected):
         changed = x | {"token_ids": x["token_ids"].copy()}
         changed["token_ids"][0, position] = 7
         found, _ = measure(changed)
-        # Logits at i predict token i + 1, and see tokens up to i.
+        # Logits at i predict token i + 1 and depend on tokens up to i.
         np.testing.assert_array_equal(
             found[0, : position - 1], logits[0, : position - 1]
         )
         assert (found[0, position] != logits[0, position]).any()
-    # Padding: what stands there, in a row or for a row, changes no loss.
+    # Values in padded positions and padded rows do not change the loss.
     padded = {
         "images": x["images"],
         "token_ids": np.pad(x["token_ids"], ((0, 0), (0, 3)))[:, :],
@@ -324,13 +325,13 @@ def test_no_step_holds_the_logits_of_all_tokens(golden_backbone, expected):
 
 
 def test_fit_of_all_weights_in_chunks_is_fit(tiny_model, examples):
-    """The table too, in a batch whose size a graph does not know."""
+    """The table is trained too, and the graph does not know the batch size."""
     losses = []
     for tokens in (4, 4096):
         model = tiny_model()
         loss = StreamedCrossEntropy(chunk_tokens=tokens)
         model.compile(keras.optimizers.SGD(0.1), loss=loss)
-        # Eight steps of a chunk, or one of all.
+        # Eight steps with a chunk each, or one step with all tokens.
         done = model.fit(
             examples, batch_size=4, shuffle=False, epochs=3, verbose=0
         )
@@ -341,7 +342,7 @@ def test_fit_of_all_weights_in_chunks_is_fit(tiny_model, examples):
 
 @pytest.mark.parametrize("mean", ["example", "token"])
 def test_means_over_batches_are_those_of_all(tiny_model, examples, mean):
-    """Whatever the sizes of batches, and with one that is blank."""
+    """The means do not depend on batch sizes, or on blank batches."""
     model = tiny_model()
     model.compile("sgd", loss=StreamedCrossEntropy(mean=mean))
     x, y, weights = model.preprocessor(examples)

@@ -1,4 +1,4 @@
-"""The optimizer: the original's trajectory, float32 moments, patterns."""
+"""The optimizer: the original's trajectory, float32 moments and patterns."""
 
 import keras
 import numpy as np
@@ -21,8 +21,8 @@ def test_trajectory_is_the_originals(golden_backbone, expected, frozen):
         backbone.freeze("vision_encoder/*")
     x, targets, weights = golden_training(expected)
     model = PaliGemmaCausalLM(backbone)
-    # The goldens do not say their settings: learning rate and weight decay
-    # are those, to two digits, at which 37 norms of weights agree.
+    # The goldens do not record their settings. With this learning rate and
+    # weight decay, to two digits, 37 norms of weights agree.
     model.compile(
         transfer_recipe(10, 3e-3, weight_decay=0.5, warmup=0.2),
         loss=StreamedCrossEntropy(0.1, final_soft_cap=False),
@@ -38,10 +38,10 @@ def test_trajectory_is_the_originals(golden_backbone, expected, frozen):
     run = "frozen_img" if frozen else "full"
     wanted = expected[f"f32/traj/{run}/loss"]
     if not frozen:
-        # Adam turns the rounding of a gradient that is zero (a bias of keys)
-        # into full steps, and a loss that falls by half in a step spreads it:
-        # by 5e-5 in the third one, on one processor and not on another. So the
-        # median of starts that are half a unit in the last place apart.
+        # Adam turns rounding errors of a zero gradient (of a key bias) into
+        # full steps. A loss that halves in one step amplifies them: by 5e-5 in
+        # the third step, on some processors only. The test therefore takes the
+        # median of runs whose starts differ by half a unit in the last place.
         model.optimizer.build(model.trainable_variables)
         starts = [np.array(variable) for variable in model.trainable_variables]
         state = [np.array(variable) for variable in model.optimizer.variables]
@@ -147,7 +147,7 @@ def test_multipliers_by_pattern(golden_backbone, expected, form):
 
 def test_accumulated_gradients_are_a_large_batch(golden_backbone, expected):
     x, targets, weights = golden_training(expected)
-    # So large an epsilon that rounding is not made a step.
+    # Epsilon is so large that rounding errors do not become steps.
     whole = PaliGemmaCausalLM(golden_backbone())
     whole.compile(Adam(1e-2, epsilon=10.0))
     whole.train_on_batch(x, targets, weights)
@@ -181,7 +181,8 @@ def test_moving_average_of_weights(golden_backbone, expected):
     model.optimizer.finalize_variable_values(model.trainable_variables)
     found = np.array(backbone.text_decoder.final_norm.scale)
     assert np.abs(found - seen[3]).max() > 1e-4
-    # Keras weighs the first steps by its own rule: between first and last.
+    # Keras weights the first steps differently; the result is between the first
+    # and last.
     low, high = np.minimum.reduce(seen), np.maximum.reduce(seen)
     assert ((low - 1e-6 <= found) & (found <= high + 1e-6)).all()
 

@@ -1,4 +1,4 @@
-"""Freezing by patterns, and the table of what is trained."""
+"""Freezing by patterns, and the table of trainable weights."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_frozen_by_pattern_stays(tiny_model, examples, form):
             name.startswith("vision_encoder/") or "embedding" in name
         )
         if name.endswith("key/bias") and not frozen:
-            continue  # Moves no softmax.
+            continue  # It does not change a softmax.
         assert (value == before[name]).all() == frozen, name
 
 

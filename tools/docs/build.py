@@ -1,12 +1,12 @@
 """Build the documentation site into build/site: `make docs`.
 
-Pages in `docs` are read on GitHub too, where they link to files beside that
-folder, such as `../notebooks/x.ipynb`. So the site is built from a copy, in
-which such links lead to the repository. Nothing is fetched. Any warning ends
-the build: links that lead nowhere, names that have no docstring's object,
+Pages in `docs` are also read on GitHub, where they link to files outside of
+that folder, such as `../notebooks/x.ipynb`. The site is therefore built from a
+copy in which such links lead to the repository. Nothing is downloaded. The
+build fails on any warning: broken links, names without a documented object,
 arguments that a signature lacks, public names that no page lists, and pages
-that would load something from elsewhere. Links to other sites are followed by
-a workflow, `.github/workflows/docs.yml`.
+that load resources from other sites. The workflow `.github/workflows/docs.yml`
+checks links to other sites.
 """
 
 import ast
@@ -23,15 +23,15 @@ ROOT = Path(__file__).parents[2]
 DOCS, BUILD = ROOT / "docs", ROOT / "build"
 PAGES, SITE = BUILD / "pages", BUILD / "site"
 LINK = re.compile(r"(?<=\]\()(?P<path>[^)#:\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
-# What a browser would fetch from another place as it opens a page.
+# Resources that a browser would load from another site with the page.
 REMOTE = re.compile(r'<(?:link|script|img)\b[^>]*\b(?:href|src)="https?://')
 
 
 def main():
-    """Build, and say what is wrong."""
+    """Build the site and print its problems."""
     problems = copy_pages(repository()) + lost_links()
     warnings = build()
-    # A site that is not whole tells nothing of its pages.
+    # The pages of an incomplete site are not checked.
     problems += warnings or remote_parts() + unlisted_names(listed_names())
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -50,7 +50,7 @@ def repository():
 
 
 def copy_pages(address):
-    """Copy `docs` to `PAGES`; list links that lead nowhere."""
+    """Copy `docs` to `PAGES`; return a list of broken links."""
     shutil.rmtree(PAGES, ignore_errors=True)
     shutil.copytree(DOCS, PAGES, ignore=shutil.ignore_patterns("*.py"))
     changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
@@ -66,22 +66,22 @@ def copy_pages(address):
 
 
 def to_repository(text, folder, address):
-    """Convert links that leave `docs` to links to the repository.
+    """Convert links to files outside of `docs` to links to the repository.
 
     Args:
         text: str, a page.
-        folder: path that its links are relative to.
-        address: str, the repository's.
+        folder: path, the folder that the page's links are relative to.
+        address: str, the repository's address.
 
     Returns:
-        The page, and a list of the links that lead nowhere.
+        The page, and a list of the broken links.
     """
     wrong = []
 
     def resolve(match):
         target = Path(os.path.normpath(folder / match["path"]))
         if target.is_relative_to(DOCS):
-            return match[0]  # The builder's own check.
+            return match[0]  # The builder checks it.
         if not target.exists():
             wrong.append(match["path"])
         kind = "tree" if target.is_dir() else "blob"
@@ -103,9 +103,9 @@ def lost_links():
 
 
 def has_anchor(page, anchor):
-    """Return whether a page has the heading that a link names.
+    """Return whether a page has the heading that a link refers to.
 
-    GitHub's anchors are headings in small letters, with hyphens for spaces.
+    GitHub's anchors are lower-case headings with hyphens instead of spaces.
     """
     if not anchor or page.suffix != ".md":
         return True
@@ -115,9 +115,9 @@ def has_anchor(page, anchor):
 
 
 def build():
-    """Run the builder; list what it warns of."""
+    """Run the builder and list its warnings."""
     shutil.rmtree(SITE, ignore_errors=True)
-    # Its cache knows pages, not the docstrings that they show.
+    # Its cache tracks pages, but not the docstrings that they show.
     command = [sys.executable, "-m", "zensical", "build", "--clean"]
     result = subprocess.run(
         [*command, "--strict"], cwd=ROOT, text=True, capture_output=True

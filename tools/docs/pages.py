@@ -1,9 +1,9 @@
-"""The code blocks of README and docs, run page by page and in their order.
+"""Run the code blocks of README and docs, page by page and in order.
 
-A block that cannot run says why, in a comment above it that readers do not
-see: `<!-- not run: the reason -->`. `text` below `python` is what that prints.
-Python's library alone is imported, so that any environment runs a page:
-`python tools/docs/pages.py docs/guides/ask.md`.
+A block that cannot run states the reason in a comment above it, which readers
+do not see: `<!-- not run: the reason -->`. A `text` block below a `python`
+block is the expected output. Only the standard library is imported, so that any
+environment can run a page: `python tools/docs/pages.py docs/guides/ask.md`.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ DATA = ("", "dockerfile", "ini", "json", "proto", "text", "toml", "yaml")
 
 
 class Block(NamedTuple):
-    """Code on a page, as a reader copies it."""
+    """A code block of a page, as a reader copies it."""
 
     line: int
     language: str
@@ -51,7 +51,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def run_page(page: Path, run_shell: Callable[[str], object]) -> None:
-    """Run the blocks of a page, and compare what they print.
+    """Run the blocks of a page and compare their output.
 
     Args:
         page: path of a Markdown file.
@@ -74,7 +74,7 @@ def run_page(page: Path, run_shell: Callable[[str], object]) -> None:
 
 
 def run_python(block: Block, page: Path, names: dict) -> str:
-    """Run a block after those above it; give what it prints."""
+    """Run a block after the blocks above it, and return its output."""
     code = compile("\n" * block.line + block.code, str(page), "exec")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, names)
@@ -82,7 +82,7 @@ def run_python(block: Block, page: Path, names: dict) -> str:
 
 
 def in_bash(code: str) -> None:
-    """Run the code of a block as a reader pastes it."""
+    """Run code as a reader pastes it into a terminal."""
     subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True)
 
 

@@ -1,6 +1,6 @@
 """Draw the pictures of the documentation: `python tools/docs/pictures.py`.
 
-They are what the nano preset, which comes with the repository, answers.
+They show answers of the nano preset, which is part of the repository.
 """
 
 import os
@@ -26,7 +26,7 @@ ASKED = {"scene_0": "lion", "scene_1": "bell", "scene_2": "guitar"}
 
 
 def answers():
-    """Captions and boxes of three scenes."""
+    """Draw captions and boxes of three scenes."""
     model = PaliGemmaCausalLM.from_preset("pali_gemma2_nano_112")
     scenes = [SCENES / f"{name}.png" for name in ASKED]
     captions = model.generate(
@@ -46,7 +46,7 @@ def answers():
 
 
 def masks():
-    """A mask, and what is left of it after its 16 codes."""
+    """Draw a mask, and the mask decoded from its 16 codes."""
     codec = MaskCodec.embedded()
     rows, columns = np.mgrid[-1:1:112j, -1:1:112j]
     ring = np.abs(np.hypot(rows - 0.2, columns - 0.05) - 0.45) < 0.15

@@ -1,9 +1,9 @@
-"""Lets mkdocstrings see what the source alone does not tell it.
+"""Show mkdocstrings the public names, which are not visible in the source.
 
-Public names are loaded on first use: a stub beside a package's `__init__.py`
-imports each from the module that defines it. Here each becomes an alias of the
-package, and `__all__` their list. Pages then name public names alone, wherever
-their code lies.
+Public names are loaded on first use. A stub beside a package's `__init__.py`
+imports each name from the module that defines it. This extension makes each
+name an alias in its package and lists it in `__all__`. Pages then refer only to
+public names, wherever their code is.
 """
 
 import ast
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import griffe
 
-# A paragraph that begins as a session of Python does.
+# A paragraph that begins like a Python session.
 SESSION = re.compile(r"(?m)^>>> .*(?:\n.+)*")
 
 
 class PublicNames(griffe.Extension):
-    """Adds names that are assigned, and shows sessions as code."""
+    """A Griffe extension that adds aliases and shows sessions as code."""
 
     def on_module(self, *, mod, **kwargs):
         stub = Path(mod.filepath).with_suffix(".pyi")
@@ -31,7 +31,7 @@ class PublicNames(griffe.Extension):
             for alias in node.names
         }
         found = {name: mod[f"{home}.{name}"] for name, home in places.items()}
-        # A name may be that of its module, which it hides here as in Python.
+        # A name may equal its module's, which it then hides, as in Python.
         for name, target in found.items():
             mod.members[name] = griffe.Alias(name, target, parent=mod)
         mod.exports = list(places)
