@@ -21,10 +21,10 @@ def whole_folder(folder, entry, replaced=()):
     current directory, or hold a user's notes.
 
     If the writer is killed at any time, `current` finds either all old or all
-    new files. A reader that does not call `current` finds the same or, during
-    the last steps, no entry. A killed writer may leave a hidden folder
-    `.draft-*`, which is never read; the next writer completes the installation
-    of a left `.ENTRY.new`. There is no lock against a second writer.
+    new files. A reader that does not call `current` finds the same files or,
+    during the last steps, no entry. A killed writer may leave a hidden folder
+    `.draft-*`, which is never read. If it leaves `.ENTRY.new`, the next writer
+    completes the installation. There is no lock against a second writer.
 
     Args:
         folder: path.
@@ -117,7 +117,7 @@ def _install(folder, entry, replaced):
     complete = _complete(folder, entry)
     if not complete.is_dir():
         return
-    # First: otherwise the entry would refer to files of two writes.
+    # The entry is first: else it would refer to files of two writes.
     (folder / entry).unlink(missing_ok=True)
     for pattern in replaced:
         for old in folder.glob(pattern):

@@ -23,8 +23,8 @@ def _is_number(value):
     return isinstance(value, numbers.Real) and type(value) is not bool
 
 
-# A field's validation: a description for errors, and a predicate. Returned as
-# `Any`, since the annotation of the field is its type.
+# A field's validation: a description for errors, and a predicate. The result is
+# `Any`, since the field's annotation declares its type.
 
 
 def _field(expected, fits, default, optional=False, hash=None) -> Any:
@@ -92,7 +92,7 @@ def texts(default=MISSING, optional=False):
 
 
 def by_target(default=None):
-    """Return a field for a dict of target name to one number a layer."""
+    """Return a field for a dict of target name to one number per layer."""
 
     def fits(value):
         return isinstance(value, dict) and all(

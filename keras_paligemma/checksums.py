@@ -21,7 +21,7 @@ KNOWN = {
 
 
 def check_published(content: bytes, source: object) -> None:
-    """Raise `ValueError` if a file has a published file's size only.
+    """Raise `ValueError` if a file has a published file's size, not its hash.
 
     A SentencePiece model has no checksum of its own: with a flipped bit it
     still loads, and returns other ids. Files of other sizes are not checked.

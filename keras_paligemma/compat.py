@@ -26,8 +26,8 @@ def without_values() -> Iterator[None]:
     """Build layers whose variables have shapes and dtypes but no values.
 
     A 28b backbone is built in seconds, without memory for its weights. `fill`
-    then assigns values, for example from a file, without a random
-    initialisation before.
+    then assigns values, for example from a file, without a previous random
+    initialisation.
 
     `keras.StatelessScope(initialize_variables=False)` creates such variables
     but adds them to a global list; the next plain scope that closes would
@@ -60,14 +60,14 @@ def fill(variable, value):
 
     `Variable.assign` needs an existing value, so the value is passed as the
     initializer, and no random value is drawn. Under a distribution an
-    initializer would place the whole array on the first device: there each
-    shard is sliced and cast on the host, one at a time, without a second
-    whole array. A variable that has a value is assigned as usual, and in a
-    stateless scope the scope takes the value.
+    initializer would place the whole array on the first device. So each shard
+    is sliced and cast on the host, one at a time, without a second whole
+    array. A variable that has a value is assigned as usual, and in a stateless
+    scope the scope takes the value.
 
     JAX receives the array itself, even a transposed view, and copies and casts
-    it: `jnp.asarray`, as Keras uses it, makes NumPy copy such views first,
-    which for bfloat16 is several times slower and a second copy.
+    it. Keras uses `jnp.asarray`, which makes NumPy copy such views first: for
+    bfloat16 this is several times slower, and a second copy.
     """
     if in_stateless_scope() or variable._value is not None:
         variable.assign(value)
@@ -98,7 +98,7 @@ def _place_by_jax(value, dtype):
 
 
 def _sharded(variable, array):
-    """Return an array sharded as its variable's layout says."""
+    """Return an array sharded by its variable's layout."""
     import jax  # No other backend has layouts.
 
     layout = keras.distribution.distribution().get_variable_layout(variable)
@@ -217,8 +217,8 @@ def never_functional(cls):
 
     The first functional model of KerasHub in a process inserts Keras's
     `Functional` into the bases of KerasHub's `Backbone` and `Task`, and so of
-    all their subclasses. A decorated class keeps the methods of `keras.Model`
-    whichever model was built first; its `__init__` calls `init_model`.
+    all their subclasses. A decorated class always keeps the methods of
+    `keras.Model`; its `__init__` calls `init_model`.
     """
     for name in {*vars(Functional), *vars(Function)}:
         owners = [base for base in cls.__mro__ if name in vars(base)]
@@ -227,7 +227,7 @@ def never_functional(cls):
             continue
         if owners[0] in keras.Model.__mro__:
             setattr(cls, name, vars(owners[0])[name])
-    # `summary` reads these of an instance of `Functional`.
+    # `summary` reads these attributes of an instance of `Functional`.
     cls._operations = property(lambda self: self.layers)
     cls._nodes_by_depth = property(lambda self: {})
     return cls
@@ -251,7 +251,7 @@ class classproperty(property):
     """A property of the class itself, as KerasHub's `presets` are."""
 
     def __get__(self, instance, owner):
-        # Declared as `None` for a property that can be set alone.
+        # Declared as possibly `None`, for properties without a getter.
         return self.fget(owner)  # pyright: ignore[reportOptionalCall]
 
 

@@ -201,7 +201,7 @@ class BackboneConfig(Checked):
         return self.vision_encoder.num_image_tokens(self.image_size)
 
     def with_fields(self, **values: Any) -> Self:
-        """Return a copy with other values of fields of the towers.
+        """Return a copy with new values of fields of the towers.
 
         Args:
             **values: values by field; only fields that exist in one of the
@@ -226,7 +226,7 @@ class BackboneConfig(Checked):
 
 
 def _tower_of():
-    """Return a dict of the fields that only one tower has to its name."""
+    """Return a dict of fields that only one tower has to the tower's name."""
     towers = {
         "vision_encoder": {field.name for field in fields(VisionEncoderConfig)},
         "text_decoder": {field.name for field in fields(TextDecoderConfig)},

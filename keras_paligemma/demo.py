@@ -30,7 +30,7 @@ from keras_paligemma.tasks.objects import Object
 NANO = "pali_gemma2_nano_112"
 EXAMPLES = shipped.folder("examples")
 
-# The same for all batches: another size would be compiled again.
+# The same for all batches: another size needs another compilation.
 BATCH_SIZE = 8
 
 # Enough for the examples to be learnt; `examples/finetune/README.md` has more.
@@ -115,7 +115,7 @@ def ask(model, questions: list[tuple], title: str) -> list[str]:
         title: str, title of the progress bar.
 
     Returns:
-        list of answers, one a question.
+        list of answers, one per question.
     """
     answers = []
     for start in track(range(0, len(questions), BATCH_SIZE), title):
@@ -135,7 +135,7 @@ def look(model, paths: list[Path]) -> list[Sight]:
         paths: list of paths of pictures.
 
     Returns:
-        list of `Sight`, one a picture.
+        list of `Sight`, one per picture.
     """
     captions = ask(model, [(p, "caption en") for p in paths], "Captions")
     named = [
@@ -178,7 +178,7 @@ def draw(sights: list[Sight], folder: Path) -> list[Path]:
 
 
 def finetune(model, examples: dict[str, list], epochs: int) -> list[float]:
-    """Train low-rank adapters on a few examples, one batch an epoch.
+    """Train low-rank adapters on a few examples, one batch per epoch.
 
     Args:
         model: `PaliGemmaCausalLM` without adapters.
@@ -190,7 +190,7 @@ def finetune(model, examples: dict[str, list], epochs: int) -> list[float]:
     """
     import keras
 
-    # A fixed seed: about one in a few random adapters learns badly.
+    # A fixed seed, since some random adapters learn badly.
     keras.utils.set_random_seed(0)
     model.enable_lora(LORA_RANK, alpha=LORA_ALPHA)
     model.compile(keras.optimizers.Adam(LEARNING_RATE))
@@ -327,8 +327,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
-    # Before Keras is imported, which reads its backend then. TensorFlow's
-    # start-up messages are not about this package.
+    # Before Keras is imported, since it then reads its backend. TensorFlow's
+    # start-up messages do not concern this package.
     os.environ.setdefault("KERAS_BACKEND", "jax")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     console = Console()

@@ -15,8 +15,8 @@ from keras_paligemma.config import JSON_LIMIT
 # The files of a model in any format; hubs hold other files too.
 SMALL = ("*.json", "*.model", "*.spm")
 PATTERNS = (*SMALL, "*.safetensors", "*.npz*", "*.h5")
-# Kaggle's client cannot list files. KerasHub writes these beside weights; the
-# first always exists.
+# Kaggle's client cannot list files. KerasHub writes these files beside weights;
+# the first always exists.
 KERAS_HUB_SMALL = (
     "config.json",
     "preprocessor.json",
@@ -75,7 +75,7 @@ def headers(handle: str) -> dict[str, tuple[str, tuple[int, ...]]]:
 
     Returns:
         dict of key to dtype, as the format names it, and shape; empty without
-        such files, and for Kaggle, which cannot read parts of files.
+        such files, and for Kaggle, whose client cannot read parts of files.
     """
     return _ask(handle, _headers)
 
@@ -181,7 +181,7 @@ def _kaggle(path, weights):
     first, *others = KERAS_HUB_SMALL
     folder = Path(model_download(path, path=first)).parent
     for name in others:
-        # The preset of a backbone has none of them.
+        # The preset of a backbone does not have these files.
         with contextlib.suppress(Exception):
             model_download(path, path=name)
     return folder

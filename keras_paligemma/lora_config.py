@@ -136,7 +136,7 @@ class LoraConfig(Checked):
                     f"Received: {target!r} of {ranks}."
                 )
         for target, alphas in self.alphas.items():
-            # A scale of 0 is how an adapter is turned off.
+            # A scale of 0 means that an adapter is turned off.
             if not all(1e-30 <= abs(alpha) <= 1e30 for alpha in alphas):
                 raise ValueError(
                     "The alpha of a layer is a number other than 0 whose size "
@@ -175,7 +175,7 @@ class LoraConfig(Checked):
 
     def scales(self, target: str, num_layers: int) -> "np.ndarray":
         """Return the scale of each layer's adapter, an array (num_layers,)."""
-        # Here: the command line reads this file for its help.
+        # Imported here: the command line reads this file for its help.
         import numpy as np
 
         ranks = np.array(self.ranks_of(target, num_layers))

@@ -1,7 +1,7 @@
 """Presets: from a name, folder or hub handle to a config and its files.
 
 A preset is data: `presets/<name>.json` describes a published model, a folder
-holds one in this package's own format. No model class is imported here.
+holds a model in this package's own format. No model class is imported here.
 """
 
 import difflib
@@ -89,14 +89,14 @@ def describe_all() -> dict[str, dict]:
 
 
 def variant(backbone: dict) -> str | None:
-    """Find the published model whose sizes a configuration has.
+    """Find the published model with the sizes of a configuration.
 
     Args:
-        backbone: dict of fields, see `BackboneConfig`; those of the towers
-            that are missing are not compared.
+        backbone: dict of fields, see `BackboneConfig`; missing fields of the
+            towers are not compared.
 
     Returns:
-        Name of a preset, preferably one of the same picture size; `None` if no
+        Name of a preset, preferably of the same picture size; `None` if no
         published model has these sizes.
     """
     matching = []
@@ -275,7 +275,7 @@ def _read_config(path: Path) -> ModelConfig:
     ]
     if not problems:
         fields = {key: fields[key] for key in fields.keys() - HEADER}
-        # Our files have all fields of the published presets.
+        # Files of this package have all fields of the published presets.
         example = describe("pali_gemma2_pt_3b_224")
         wanted = {
             "name": "",

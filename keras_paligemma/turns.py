@@ -12,8 +12,8 @@ class Turns:
     """A fair, reentrant lock for a model's variables.
 
     `fit` holds it from its first batch to its last and gives way between
-    batches; a plain lock would return to the same thread at once, however long
-    others have waited.
+    batches. A plain lock would return to the same thread at once, however long
+    other threads have waited.
 
     Example:
         >>> turns = Turns()
@@ -115,8 +115,8 @@ def alone(method):
 class GiveWay(keras.callbacks.Callback):
     """Callback that gives way to waiting threads before each batch.
 
-    Not after it: callbacks at the end of a batch make JAX wait for the loss of
-    each step.
+    It does so before a batch, since callbacks at the end of a batch make JAX
+    wait for the loss of each step.
 
     Args:
         turns: `Turns`, which this thread holds.
@@ -161,7 +161,7 @@ def batches_in_turn(model, name, callbacks):
         try:
             yield callbacks
         finally:
-            # Keras leaves variables without values if `evaluate` raises.
+            # If `evaluate` raises, Keras leaves variables without values.
             write_back(model)
 
 

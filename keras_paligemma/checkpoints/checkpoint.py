@@ -13,8 +13,8 @@ from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints.finite import Finite
 from keras_paligemma.config import ModelConfig
 
-# Dtype of computation for dtypes that are only stored. float16 ends at 65,504,
-# and activations beyond that become NaN.
+# Dtype of computation for dtypes that are only stored. The largest float16 is
+# 65,504, and activations beyond that become NaN.
 COMPUTED = {"float16": "bfloat16", "float64": "float32"}
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -26,7 +26,7 @@ class Checkpoint:
     Args:
         format: str, one of `FORMATS`.
         config: `ModelConfig`.
-        rows: list of `engine.Row`, or `None` if the names are ours.
+        rows: list of `engine.Row`, or `None` for names of this package.
         files: list of `pathlib.Path`, the files of the weights.
         tokenizer: `pathlib.Path` for `read_tokenizer`, or `None`.
         open_files: function that returns a context manager of the tensors.
@@ -34,7 +34,7 @@ class Checkpoint:
         added_tokens: dict of id to str, tokens that are not in the
             SentencePiece model.
         assumed: dict of an argument of `from_preset` to a sentence about the
-            value that was assumed, since the checkpoint has none.
+            value that was assumed, since the checkpoint lacks it.
     """
 
     format: str | None

@@ -2,7 +2,7 @@
 
 A format is a table of rows. The engine compares names and shapes, reports all
 differences, and moves arrays in either direction. It handles names and arrays,
-and no model class.
+not model classes.
 
 The tensors of a checkpoint are any object with `shapes` and `dtypes`, dicts by
 key, and `read(key)`, which returns one NumPy array.

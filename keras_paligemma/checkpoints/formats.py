@@ -45,8 +45,8 @@ def resolve(source, load_weights=True, fields=None, tokenizer=False):
             of the checkpoint's.
 
     Returns:
-        `Checkpoint`; that of a published model has no files if
-        `load_weights` is `False`.
+        `Checkpoint`. If `load_weights` is `False`, it has no files for a
+        published model.
     """
     given = None if isinstance(tokenizer, bool) else tokenizer
     path = presets.locate(source, load_weights, tokenizer is True)
@@ -106,7 +106,7 @@ def find(path, fields=None, load_weights=True, headers=None):
         if not path.is_dir():
             checkpoint = READERS["big_vision"](path, fields)
         else:
-            # Every format of a folder has this file.
+            # Folders of every format have `config.json`.
             path = atomic.current(path, presets.CONFIG)
             format = _recognise(path)
             checkpoint = READERS[format](path, fields, load_weights, headers)
@@ -117,7 +117,7 @@ def find(path, fields=None, load_weights=True, headers=None):
     if checkpoint.format != "keras" and config.preprocessor is not None:
         _set_preprocessor(checkpoint, config.preprocessor.resize)
     elif checkpoint.format == "transformers":
-        # The default of its processor.
+        # The default of transformers' processor.
         _assume_preprocessor(checkpoint, "bicubic", path)
     elif checkpoint.format == "keras_hub" and checkpoint.tokenizer is not None:
         _assume_preprocessor(checkpoint, PUBLISHED_RESIZE, path)
@@ -148,8 +148,8 @@ def _assume_preprocessor(checkpoint, resize, source):
 def _set_preprocessor(checkpoint, resize):
     """Set a preprocessor with a resize rule.
 
-    Other formats do not store the lengths of prompt and response: they are
-    those of the published model of the same sizes.
+    Other formats do not store the lengths of prompt and response. The lengths
+    of the published model with the same sizes are used.
     """
     preprocessor = PreprocessorConfig(resize)
     if checkpoint.variant is not None:

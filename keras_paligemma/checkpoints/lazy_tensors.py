@@ -14,8 +14,8 @@ class LazyTensor:
     Args:
         row: `Row`.
         tensors: the checkpoint.
-        shape: tuple, shape of the weight, with the layer axis first if it is
-            one of the blocks.
+        shape: tuple, shape of the weight, with the layer axis first for
+            weights of the blocks.
         on_read: function that is called with each array that was read, or
             `None`.
     """
@@ -48,7 +48,7 @@ class LazyTensor:
 
 
 class Last:
-    """Tensors that cache the last array: layers of a stack are read in a row.
+    """Tensors that cache the last array: layers are read one after another.
 
     Args:
         tensors: the checkpoint.

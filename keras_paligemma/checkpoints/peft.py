@@ -31,7 +31,7 @@ PIECES = {
     "lora_B.bias": "adapter_bias",
     "lora_magnitude_vector": "adapter_magnitude",
 }
-# Names in transformers 5 of the parts whose older names the rows have.
+# Names of parts in transformers 5; the rows have the older names.
 _NEWEST = {
     hugging_face.VISION[0]: "model.vision_tower.",
     hugging_face.PROJECTOR[0]: "model.multi_modal_projector.linear.",
@@ -65,8 +65,8 @@ def rows(architecture):
         architecture: see `hugging_face.rows`.
 
     Returns:
-        dict of name to `Row`, whose key is the oldest of the published
-        ones, without `ROOT`. A is shared by all heads in both.
+        dict of name to `Row`, whose key is the oldest published name, without
+        `ROOT`. In both formats all heads share one A.
 
     Source: PEFT, `tuners/lora/layer.py` and `tuners/lora/dora.py`.
     """
@@ -214,7 +214,7 @@ def _entries(shapes, table, weights, folder):
 
 
 def _oldest(name):
-    """Return a name as in `rows`, whichever version wrote it."""
+    """Return a name as in `rows`, from the name of any version."""
     if name in hugging_face.HEADS:
         return hugging_face.HEADS[0]
     parts = (hugging_face.VISION, hugging_face.PROJECTOR, hugging_face.TEXT)
@@ -234,7 +234,7 @@ def newest(name):
 
 
 def _sizes(name, weights):
-    """Return a weight's (or its kernel's) number of layers, and one's shape."""
+    """Return a weight's (or its kernel's) number of layers, and layer shape."""
     place, last = name.rsplit("/", 1)
     if last in PIECES.values():
         name = f"{place}/kernel"
@@ -351,9 +351,9 @@ def _check_fits(config, lora, entries, weights, found):
 def _tie(config, whole, weights):
     """Keep a separate table of the head only if it differs.
 
-    PEFT copies the modules that it saves, which unties them by default: if the
-    embedding is saved, the head keeps the base's table. A table that was only
-    resized stays tied.
+    PEFT copies the modules that it saves, and this unties them by default: if
+    the embedding is saved, the head keeps the base's table. A table that was
+    only resized stays tied.
     """
     if HEAD in whole and TABLE not in whole:
         if not peft_config.saves(config, "lm_head"):

@@ -46,8 +46,8 @@ HARMLESS = frozenset(
         "task_type",
     }
 )
-# Fields of functions that are not implemented: an error unless they are off.
-# So is a field that is in no list, such as one of a newer PEFT.
+# Fields of features that are not implemented: an error unless they are off. So
+# is a field that is in none of these lists, such as a field of a newer PEFT.
 UNSUPPORTED = frozenset(
     {
         "alora_invocation_tokens",
@@ -147,7 +147,7 @@ def read(path):
 
     Raises:
         ValueError: not a low-rank adapter, a value of a wrong type, an
-            initialisation that changed the base, or a function that is not
+            initialisation that changed the base, or a feature that is not
             implemented.
     """
     config = presets.read_json(path)
@@ -235,7 +235,7 @@ def rank_and_alpha(config, module):
 def names_layers(config):
     """Return whether the configuration limits the adapter to some layers."""
     modules = [config.get(key) for key in ("target_modules", "exclude_modules")]
-    # Digits are numbers of layers, except in two names.
+    # Digits are layer numbers, except in the names `fc1` and `fc2`.
     named = re.search(r"\d", re.sub(r"fc[12]", "", json.dumps(modules)))
     patterns = config.get("layers_to_transform") is not None
     return patterns or named is not None

@@ -112,7 +112,7 @@ def _describe_whole(lora, whole, table):
         if last in _BESIDE and f"{place}/{_BESIDE[last]}" not in whole:
             biases.append(place)
         elif name != TABLE or HEAD in whole:
-            # A table alone is not listed: it is then tied to the head.
+            # A table without its own head is tied to the head, and not listed.
             keys = table[name].keys(len(value))
             modules += [newest(key).rpartition(".")[0] for key in keys]
     targets = {TARGETS[target] for target in lora.targets}

@@ -36,13 +36,13 @@ def write(
 
     Args:
         path: str or path of a folder; for big_vision, of a file "….npz". An
-            older preset of ours is replaced, and other files are kept; for
-            the other formats a folder must be new or empty.
+            older preset of this package is replaced, and other files are kept;
+            for the other formats a folder must be new or empty.
         to: str, one of `formats.FORMATS`.
         config: `ModelConfig`.
         weights: dict of name to `Weight` or `LazyTensor`.
         proto: bytes of the SentencePiece model; `None` writes no tokenizer.
-        name: str, name of the model in our config; that of the folder if
+        name: str, name of the model in `config.json`; that of the folder if
             `None`.
         dtype: "float32", "bfloat16", "float16", or `None` for the dtype of
             the weights.

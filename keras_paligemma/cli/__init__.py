@@ -1,8 +1,8 @@
 """The command line: `keras-paligemma inspect | convert | finetune | …`.
 
 Each command is a function in a module of its name, added to `app` below. Until
-it runs, only typer is imported, so help and completion are fast and no command
-loads what another needs.
+a command runs, only typer is imported, so help and completion are fast and no
+command loads what another needs.
 """
 
 from typing import Annotated

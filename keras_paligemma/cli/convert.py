@@ -102,7 +102,7 @@ def progress(weights, target):
         disable=not sys.stdout.isatty(),
     )
     with bar:
-        # The dtype is known with the first array.
+        # The dtype is known when the first array is read.
         task = bar.add_task(target.name, total=None)
 
         def show(array):

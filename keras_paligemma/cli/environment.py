@@ -12,8 +12,8 @@ import sys
 def command_environment():
     """Silence log messages, and hide TensorFlow if it is not the backend.
 
-    Users are informed by Python's errors and warnings; log messages are those
-    of Orbax, absl and TensorFlow.
+    Python's errors and warnings are for the user. Log messages come from Orbax,
+    absl and TensorFlow.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.disable(logging.ERROR)
@@ -43,7 +43,7 @@ class NoTensorFlow(importlib.abc.MetaPathFinder):
         if name in HIDDEN and backend != "tensorflow":
             # With this, `find_spec` reports it as not installed. An error
             # there would turn off JAX's compilation cache.
-            # `None` is Python's word for it, which typeshed does not declare.
+            # Python accepts `None` here, which typeshed does not declare.
             sys.modules[name] = None  # pyright: ignore[reportArgumentType]
             raise ModuleNotFoundError(
                 f"{name} is hidden: the backend is {backend}.", name=name

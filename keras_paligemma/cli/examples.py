@@ -1,4 +1,4 @@
-"""`keras-paligemma examples`: the pictures that the pages ask about."""
+"""`keras-paligemma examples`: the pictures used in the documentation."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ def examples(
     """
     for name in ("pictures", "finetune"):
         source, target = shipped.folder("examples") / name, folder / name
-        # In a checkout the two may be the same.
+        # In a checkout both folders may be the same.
         if target.resolve() != source.resolve():
             shutil.copytree(source, target, dirs_exist_ok=True)
         typer.echo(f"wrote {target}")

@@ -103,7 +103,7 @@ def with_settings(cls: type) -> Callable:
             given = {k: v for k, v in given.items() if v is not None}
             return command(given, **values)
 
-        # What `inspect` reads; no function declares it.
+        # Read by `inspect`, but not declared for functions.
         run.__signature__ = signature.replace(  # pyright: ignore[reportAttributeAccessIssue]
             parameters=[*others, *options]
         )

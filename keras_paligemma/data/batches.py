@@ -102,10 +102,10 @@ class PreprocessedBatches(keras.utils.PyDataset):
 class Numbered(keras.utils.PyDataset):
     """Access to the batches of a `Batches` by number, for Keras.
 
-    Keras also takes a Grain data set, but reads its first batches for their
-    shapes, restarts it each epoch, in the same order, and knows no length.
-    Here a batch is a function of its number, so reading one twice is harmless,
-    and `fit` with `steps_per_epoch` continues across epochs.
+    Keras also takes a Grain data set, but it reads the first batches for their
+    shapes, restarts in the same order each epoch, and does not know the
+    length. Here a batch is a function of its number, so reading it twice is
+    harmless, and `fit` with `steps_per_epoch` continues across epochs.
     """
 
     def __init__(self, batches: Batches):
@@ -147,8 +147,8 @@ class Iterated(GeneratorDataAdapter):
     """
 
     def __init__(self, dataset, preprocess):
-        # A generator has one pass: the base class looks at the first batches
-        # and then returns them.
+        # A generator can be read only once: the base class reads the first
+        # batches for their shapes and then returns them.
         super().__init__(_preprocessed(_iterator(dataset), preprocess))
         if not isinstance(dataset, Iterator):
             self.generator = lambda: _preprocessed(
@@ -189,12 +189,12 @@ def _length(dataset):
         length = len(dataset)
     except TypeError:
         return None
-    # Grain's length of a data set that repeats infinitely.
+    # The length that Grain gives a data set that repeats infinitely.
     return length if length < sys.maxsize else None
 
 
 def steps_of(x) -> int | None:
-    """Return the steps per epoch of `Batches`, which have no end."""
+    """Return the steps per epoch of `Batches`, whose iteration is endless."""
     return len(x) if isinstance(x, Batches) else None
 
 
@@ -307,7 +307,7 @@ def as_dataset(
     shuffle=False,
     apart=True,
 ):
-    """Return what `fit` was given as a data set of preprocessed batches.
+    """Return the inputs of `fit` as a data set of preprocessed batches.
 
     Args:
         x: as `PaliGemmaCausalLM.fit` takes it.

@@ -35,9 +35,9 @@ class ConversationSource:
 
     `<image>` at either end of a question is dropped, since the model reads
     pictures before the prompt. PaliGemma is trained on single turns, so a
-    conversation of several raises an error with their number; so does a system
-    prompt. Of JSONL only line offsets are kept in memory; an array is read
-    whole.
+    conversation of several turns raises an error with their number; so does a
+    system prompt. For JSONL only line offsets are kept in memory; an array is
+    read whole.
 
     Args:
         data: str or path of a JSONL file or of a JSON array; or a data set

@@ -104,11 +104,11 @@ def answers_of(example: dict[str, Any]) -> list[str]:
         list of at least one string.
 
     Raises:
-        ValueError: if there is none; one has an invalid location, which would
-            be tokenized as letters, or a box with reversed edges; or, for the
-            prompts `detect …` and `segment …`, its rows of tokens are neither
-            a box nor a box and a mask, or contain spaces. Answers to other
-            prompts may contain any tokens, such as points.
+        ValueError: if there is no answer; an answer has an invalid location,
+            which would be tokenized as letters, or a box with reversed edges;
+            or, for the prompts `detect …` and `segment …`, its rows of tokens
+            are neither a box nor a box and a mask, or contain spaces. Answers
+            to other prompts may contain any tokens, such as points.
 
     Example:
 
@@ -179,7 +179,7 @@ def frames_of(images: Any) -> list[Any]:
         list of pictures.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no picture.
 
     Example:
 
@@ -202,9 +202,9 @@ def check(
 ) -> list[str]:
     """Read every example and report all errors at once.
 
-    Pictures are decoded one at a time, and nothing is trained. What is only a
-    warning in training is reported too, such as `<image>` in front of a
-    prompt.
+    Pictures are decoded one at a time, and nothing is trained. Problems that
+    are only warnings in training are reported too, such as `<image>` in front
+    of a prompt.
 
     Args:
         source: any source.
@@ -230,7 +230,7 @@ def check(
             with located(place), warnings.catch_warnings():
                 # Only a warning in training, such as an answer that is cut.
                 warnings.simplefilter("error")
-                # The preprocessor adds what is dropped: nothing is lost.
+                # The preprocessor adds the dropped tokens: nothing is lost.
                 warnings.filterwarnings("ignore", re.escape(DROPPED))
                 count = _check_example(source[index], preprocessor)
                 first = first or (count, place)

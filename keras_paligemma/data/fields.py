@@ -11,10 +11,10 @@ from keras_paligemma.data.examples import located
 class FieldSource:
     """Examples of any data set with a length and `[index]`.
 
-    Such as those of Hugging Face (`datasets.load_dataset(…, split="train")`,
-    memory-mapped, so it may exceed memory), TensorFlow Datasets
-    (`tfds.data_source(…, split="train")`, without TensorFlow), Grain or Torch,
-    or a list of dictionaries.
+    For example those of Hugging Face (`datasets.load_dataset(…,
+    split="train")`, memory-mapped, so it may exceed memory), TensorFlow
+    Datasets (`tfds.data_source(…, split="train")`, without TensorFlow), Grain
+    or Torch, or a list of dictionaries.
 
     Args:
         dataset: the data set; its examples are dictionaries.

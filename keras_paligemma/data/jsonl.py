@@ -192,7 +192,7 @@ def _check_lines(path, starts):
     try:
         json.loads(first)
     except json.JSONDecodeError as error:
-        # Cut off at the end of the line, and the next line is no object.
+        # The line ends within its JSON, and the next line is not an object.
         if error.pos >= len(first) and not second.startswith(b"{"):
             raise ValueError(
                 f"{path} is JSON of several lines an object. Expected: JSONL, "
@@ -213,7 +213,7 @@ def _lines(path):
             data = np.frombuffer(chunk, "uint8")
             ends = np.flatnonzero(data == ord("\n"))
             parts.append(ends + (size + 1))
-            # By its first byte; clipping makes a line past the chunk "\n".
+            # By the first byte; clipping makes a line past the chunk "\n".
             maybe_blank.append(data.take(ends + 1, mode="clip") <= ord(" "))
             size += len(chunk)
         starts = np.concatenate(parts)

@@ -39,7 +39,7 @@ class Annotation:
     Args:
         label: str, the name of its class.
         box: (y1, x1, y2, x2); `None` if the file has no valid box, in which
-            case `problem` says why.
+            case `problem` has the reason.
         segmentation: COCO's polygons, a list, or run lengths, a dict; `None`
             if there is no mask.
         is_crowd: bool, whether it represents a group of objects.
@@ -163,7 +163,7 @@ def in_pixels(picture: Picture, folder: str) -> Picture:
 
 
 def size_of_file(path: PathLike) -> tuple[int, int]:
-    """Return (height, width) of a picture, rotated as EXIF says.
+    """Return (height, width) of a picture, rotated by its EXIF orientation.
 
     Args:
         path: str or path, or a URI as `picture_path` returns it.
@@ -193,8 +193,8 @@ def opened_size(path: PathLike) -> tuple[tuple[int, int], bool]:
 def check_size(path: str, size: tuple[float, float]):
     """Raise if a picture's shape differs from that of its annotations.
 
-    It may be rotated, or another picture. A resized copy is accepted: boxes
-    become fractions of the sides.
+    The file may be rotated, or a different picture. A resized copy is accepted:
+    boxes become fractions of the sides.
 
     Args:
         path: str, path of the picture; one that cannot be read raises later,

@@ -40,9 +40,9 @@ class ObjectSource:
     class in the order of the file. Pictures are not decoded here.
 
     A box that exceeds its picture by up to one pixel or 1 % of the side is
-    clipped: exporters' rounding causes that. A crowd with a mask is an object
-    like others: CVAT and Datumaro mark all brush masks as crowds, and COCO
-    marks groups.
+    clipped: the rounding of exporters causes that. A crowd with a mask is an
+    object like others: CVAT and Datumaro mark all brush masks as crowds, and
+    COCO marks groups.
 
     Args:
         data: `ObjectSet`, as `open_objects` returns it.
@@ -318,9 +318,9 @@ def clip_boxes(boxes, sizes, pixels, limit):
         limit: float, clip boxes that exceed by up to this many tolerances.
 
     Returns:
-        Array (N, 4) of boxes; array (N,) of how far each exceeded, in
-        tolerances, infinite if no part of it is inside; and a bool array (N,)
-        of which were clipped.
+        Array (N, 4) of boxes; array (N,) of the excess of each, in tolerances,
+        infinite if no part of it is inside; and a bool array (N,), True for
+        clipped boxes.
     """
     sides = np.concatenate([sizes, sizes], axis=1)
     inside = np.clip(boxes, 0, sides)

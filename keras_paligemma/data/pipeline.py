@@ -12,7 +12,7 @@ from keras_paligemma.data.examples import ExampleError
 from keras_paligemma.data.reader import Reader
 from keras_paligemma.data.reader import grain_or_error
 
-# The number of batches without `epochs`; larger ones do not fit into `len`.
+# The number of batches without `epochs`; larger numbers do not fit into `len`.
 _ENDLESS = 2**62
 # Messages stored in `problems`; all are counted.
 _MOST_PROBLEMS = 1000
@@ -22,10 +22,10 @@ class Batches:
     """Preprocessed batches of a source, each determined by its number.
 
     Number, seed and source determine a batch. The order is therefore the same
-    with any number of worker processes, and a run resumes at the exact
-    example, even with another number of workers, from one integer. The order,
-    and the answers drawn from several, change with each epoch. Grain reads
-    batches ahead, in a thread or in processes.
+    with any number of worker processes. One integer is enough to resume a run
+    at the exact example, even with another number of workers. The order, and
+    the answers drawn from several, change with each epoch. Grain reads batches
+    ahead, in a thread or in processes.
 
     An invalid example raises an error with file and line. With
     `skip_errors=True` it is counted and its row is blank: zeros with weight 0,
@@ -41,7 +41,7 @@ class Batches:
             example to `(x, y, sample_weight)`, with `x` a dict of arrays.
         batch_size: int, examples per batch on this host.
         shuffle: bool, whether to shuffle the order in each epoch.
-        seed: int, of the order and of drawn answers.
+        seed: int, for the order and the drawn answers.
         epochs: int, passes over the data; endless if `None`.
         workers: int, number of processes; 0 reads in a thread. Processes are
             spawned: a script needs `if __name__ == "__main__":`, and each
@@ -61,8 +61,8 @@ class Batches:
 
     Attributes:
         skipped: int, examples skipped since this object was created, counted
-            in each epoch when their batch is returned, not when a worker reads
-            it (`fit` on TensorFlow requests batches before it uses them). The
+            in each epoch. They count when their batch is returned, not when a
+            worker reads it (`fit` on TensorFlow requests batches early). The
             1st, 10th, 100th … raise a warning.
         incomplete: int, examples used without their invalid objects, counted
             and reported in the same way.
@@ -313,7 +313,7 @@ def _start_worker(worker, workers):
 def _end_with(parent):
     """Exit when the parent process has died.
 
-    Grain stops its workers from the parent, which a killed one cannot do.
+    Grain stops its workers from the parent. A killed parent cannot do this.
     """
     parent.join()
     os._exit(1)

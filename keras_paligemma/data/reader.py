@@ -1,4 +1,4 @@
-"""Read the batch of a number: select its examples, preprocess and stack."""
+"""Read a batch by its number: select its examples, preprocess and stack."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ class Problem(NamedTuple):
 
     Args:
         index: int, its number.
-        message: str, what is wrong, with its place.
+        message: str, the problem and its place.
         used: bool, whether the example without its invalid objects is in the
             batch.
     """
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass
 class Reader:
-    """Function from a number to its batch, which worker processes run.
+    """A function from a batch's number to the batch; runs in worker processes.
 
     Args:
         source, preprocessor, batch_size, shuffle, seed, shard, skip_errors:
@@ -124,7 +124,7 @@ class Reader:
 
     @functools.cached_property
     def _blank(self):
-        """Zeros in the shapes of the first valid example, and its place."""
+        """Return zeros shaped as the first valid example, and its place."""
         problem = None
         for index in range(len(self.source)):
             try:

@@ -221,7 +221,7 @@ def _read_file(file, folder, existing):
 
 
 def _name(root, place, existing):
-    """Return the existing picture: the file's `filename`, or its own name."""
+    """Return the existing picture: by `filename`, or by the XML file's name."""
     named = (root.findtext("filename") or "").replace("\\", "/")
     beside = place.with_suffix("").as_posix()
     suffixes = (".jpg", ".jpeg", ".png", ".JPG", ".webp", ".bmp")

@@ -93,8 +93,8 @@ def add_masks(
 ) -> tuple[Picture, Counter]:
     """Add masks to the objects of a picture.
 
-    Where there is only `SegmentationClass`, the pixels of a class are the mask
-    of an object that is the only one of its class in the picture.
+    If there is only `SegmentationClass`, the pixels of a class are the mask of
+    its object, provided that the class has one object in the picture.
 
     Args:
         picture: `Picture` in pixels; its `place` is the name of its XML file.
@@ -102,7 +102,7 @@ def add_masks(
         values: `ClassValues`, or `None` if they are not known.
 
     Returns:
-        `Picture`, and a Counter of masks that no object got.
+        `Picture`, and a Counter of masks that were not assigned to an object.
 
     Raises:
         ImportError: if pycocotools is not installed.

@@ -28,7 +28,7 @@ def read(
 ) -> ObjectSet:
     """Read boxes or polygons in YOLO's text files as a set of objects.
 
-    Label files are beside their pictures, or in the folder with `labels` in
+    Label files are beside their pictures, or in the same path with `labels` in
     place of `images`. A picture without a label file has no objects.
 
     Args:
@@ -157,7 +157,7 @@ def _head(path, split):
             f"dictionary of 0, 1, …. Received: {names!r:.80}."
         )
     home = folder / str(head.get("path") or ".")
-    # The path is that of the machine that wrote the file.
+    # An absolute path may be that of the machine that wrote the file.
     home = home if home.is_dir() else folder
     entries = head.get(split)
     if not entries:
@@ -172,7 +172,7 @@ def _head(path, split):
 
 
 def _entry(home, entry):
-    """Return the folder or list of a split; Roboflow adds a "../" too many."""
+    """Return the folder or list of a split; Roboflow has a surplus "../"."""
     places = [home / entry, home / entry.removeprefix("../")]
     for place in places:
         if place.exists():
@@ -272,7 +272,7 @@ def _values(annotation, size, masks, lost):
 
 
 def _joined(polygons):
-    """Join polygons to one, by lines from the first to each and back."""
+    """Join polygons to one, by lines from the first to each other and back."""
     first, *others = polygons
     joined = list(first)
     for other in others:

@@ -1,4 +1,4 @@
-"""Answers about any number of pictures, in a file; killed runs resume."""
+"""Write answers about pictures to a file; killed runs resume."""
 
 import json
 import os

@@ -27,7 +27,7 @@ def settings_of(benchmark: Benchmark, image_size: int) -> dict[str, Any]:
     """Return the settings of the original's transfer.
 
     The original's text length covers prompt and response together. Here each
-    of the two gets it, so no text that fits the original is truncated.
+    of the two has this length, so no text that fits the original is truncated.
 
     Args:
         benchmark: `Benchmark`.

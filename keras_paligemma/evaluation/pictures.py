@@ -22,7 +22,7 @@ def pick_frames(video: Any, count: int, stride: int) -> list:
             folder of pictures, which are sorted by name; or path of an
             animated picture (GIF, WebP, APNG).
         count: int, number of frames.
-        stride: int, frames from one to the next.
+        stride: int, distance between sampled frames, in frames.
 
     Returns:
         list of `count` pictures.

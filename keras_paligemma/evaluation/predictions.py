@@ -51,7 +51,7 @@ def check_predictions(
 def resume(
     path: Path, ids: Sequence[str], whole: int, most: int | None = None
 ) -> int:
-    """Truncate a file to the whole batches that a run resumes after.
+    """Truncate a file to whole batches, after which a run resumes.
 
     A killed run may leave an incomplete line or batch. Both are cut off, so
     that the batches are those of a run that was never killed.
@@ -59,8 +59,8 @@ def resume(
     Args:
         path: path of the file, which may be missing.
         ids: list of str, ids of the run's samples, in order.
-        whole: int, rows per batch; unless all rows are there, a multiple of it
-            is kept.
+        whole: int, rows per batch; unless all rows are there, a multiple of
+            `whole` is kept.
         most: int, largest number of rows to keep; `None` for all.
 
     Returns:

@@ -46,7 +46,7 @@ class Benchmark:
         hugging_face: str, name of a data set on the hub, or `None`.
         pictures: int, pictures per prompt.
         frames: int, frames per video, or `None`.
-        stride: int, frames from one that is used to the next.
+        stride: int, distance between sampled frames, in frames.
         beams: int, number of beams; 1 decodes greedily.
         languages: tuple of str, languages that are scored; empty for all.
         average_over: str, a field; the metric is computed for each of its

@@ -147,7 +147,7 @@ def read_in_parts(folder):
         Tuple of a `PaliGemmaCausalLM` of which only adapters have values, and
         an iterator of pairs of a variable and its array.
     """
-    # Graphs run elsewhere too: no order of axes that suits this machine.
+    # Graphs run on other machines too: do not reorder axes for this one.
     with compiling_for("cpu"):
         model = read(folder, load_weights=False)
     weights = model.backbone.weights_by_name()

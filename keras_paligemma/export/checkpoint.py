@@ -48,7 +48,7 @@ def write(prefix, values, part=PART):
         size += value.dtype.size * value.shape.num_elements()
         del value
         if size >= part:
-            # Here, so that it is not in memory while the next value is read.
+            # Written now, to free memory before the next value is read.
             flush()
     if tensors:
         flush()

@@ -20,7 +20,7 @@ def open_bytes(content):
 
 
 def kind_of(data):
-    """Return the format by its first bytes: int32, one of the five above."""
+    """Detect the format from the first bytes: int32, one of the five above."""
     kinds = [
         (JPEG, starts(data, 0, b"\xff\xd8\xff")),
         (PNG, starts(data, 0, b"\x89PNG\r\n\x1a\n")),
@@ -187,7 +187,7 @@ def _riff_size(data, at):
 
 
 def _walk(data, start, found, following, count=MOST_CHUNKS):
-    """Search the chunks for one; return its offset, or 0."""
+    """Search for a chunk; return its offset, or 0 if there is none."""
     end = tf.size(data, tf.int64) - ROOM
     count = tf.minimum(tf.cast(count, tf.int64), MOST_CHUNKS)
 

@@ -78,7 +78,7 @@ def convert_to_openvino(path, folder):
     import openvino
 
     model = openvino.Core().read_model(path)
-    # The reader gives inputs a second name, of the node that uses them.
+    # The reader gives each input a second name: that of the node it feeds.
     for port, name in zip(model.inputs, INPUTS, strict=True):
         port.get_tensor().set_names({name})
     openvino.save_model(model, folder / OPENVINO_ENTRY, compress_to_fp16=False)

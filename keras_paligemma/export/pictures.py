@@ -44,7 +44,7 @@ def read_pictures(contents, size, rule):
     count = tf.size(contents, tf.int64)
     numbered = tf.data.Dataset.from_tensor_slices((tf.range(count), contents))
     good = numbered.map(read, num_parallel_calls=AT_A_TIME).ignore_errors()
-    # An extra row, since no batch can be made of no rows.
+    # An extra row, since a batch needs at least one row.
     blank = tf.zeros((*size, 3), tf.uint8)
     last = tf.data.Dataset.from_tensors((count, blank, ""))
     rows = good.concatenate(last).batch(count + 1).get_single_element()

@@ -24,13 +24,13 @@ def export(model, filepath, format="savedmodel"):
     states. Import `tensorflow_text` before loading it.
 
     "serving_default" and "generate" also take the options `max_new_tokens`,
-    `temperature`, `top_k`, `top_p`, `min_p` and `seed`, which choose the tokens
-    that `generate` chooses. Their defaults are in the file: greedy decoding, up
-    to the preprocessor's `response_length`.
+    `temperature`, `top_k`, `top_p`, `min_p` and `seed`, and choose the same
+    tokens as `model.generate`. The defaults are in the file: greedy decoding,
+    up to the preprocessor's `response_length`.
 
     A model with named adapters also takes `adapter`: a name, or "" for the
     bare model; the active adapter is the default. A model with a merged
-    adapter takes none.
+    adapter does not take it.
 
     Weights are stored once, in floats or low bits, with all adapters. On a
     backend other than TensorFlow, the model is written as a preset beside the

@@ -25,7 +25,7 @@ class Answering(tf.Module):
 
     Args:
         model: `PaliGemmaCausalLM` of the TensorFlow backend with a
-            preprocessor, whose lengths the functions have.
+            preprocessor, which sets the lengths.
     """
 
     def __init__(self, model):
@@ -136,7 +136,7 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
         }
 
     def batched(images, prompts):
-        """Answer as `serve`; servers batch inputs that all have rows."""
+        """Answer as `serve`; without scalar options, servers can batch."""
         given: Any = {option.name: defaults[option.name] for option in options}
         return serve(images, prompts, **given)
 
@@ -195,7 +195,7 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
             text.response_ids, logits_BRV
         )
         each_BR = tf.where(text.response_mask, each_BR, 0.0)
-        # Without the columns that were added by padding.
+        # Without the columns of padding.
         pictures = hidden_BLD.shape[1] - prompt - longest
         given = [hidden_BLD[:, :pictures], hidden_BLD[:, pictures + missing :]]
         return {

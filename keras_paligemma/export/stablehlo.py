@@ -33,7 +33,7 @@ def write(model, folder):
     variables = {
         variable.path: variable for variable in model.backbone.variables
     }
-    # In the order of files, whatever order suits this machine.
+    # In the order of files, not in an order chosen for this machine.
     scanned = {
         id(weight.variables[0])
         for weight in model.backbone.weights_by_name().values()

@@ -30,9 +30,9 @@ class Answer:
     """An answer with its tokens and their log-probabilities.
 
     Args:
-        text: str, without what ended it; "" for a model without preprocessor.
-        token_ids: ints, what the answer was given to begin with and the stop
-            token included.
+        text: str, without its stop; "" for a model without preprocessor.
+        token_ids: ints, including the given start of the answer and the stop
+            token.
         log_probabilities: floats, for each token the natural logarithm of its
             probability given the tokens before it, at temperature 1 and
             regardless of banned tokens; 0 on tokens that were given.
@@ -41,7 +41,7 @@ class Answer:
         alternatives: a tuple of `Alternative` for each token, the likeliest
             first, if they were requested.
         beams: tuple of the answers of a beam search, the best first.
-        score: float that beams are ranked by; otherwise the sum.
+        score: float that beams are ranked by; else `log_probability`.
         hidden_states: float32 array (tokens, D), after the final norm, that
             each token was chosen from, if they were requested.
 
@@ -66,10 +66,10 @@ class Answer:
 
     @property
     def log_probability(self) -> float:
-        """The sum: the logarithm of the whole answer's probability."""
+        """The logarithm of the whole answer's probability."""
         return sum(self.log_probabilities)
 
     @property
     def mean_log_probability(self) -> float:
-        """The mean a token, which answers of other lengths compare by."""
+        """The mean per token, comparable between answers of any length."""
         return self.log_probability / max(len(self.log_probabilities), 1)

@@ -47,8 +47,8 @@ class Automaton:
         """Add a path of token sets and return its last node.
 
         Args:
-            node: int, where the path begins. An existing path is shared as
-                far as it is equal.
+            node: int, where the path begins. A common beginning
+                with an existing path is shared.
             path: list of tuples of int.
             end: int, the last node; a new one if `None`.
         """
@@ -57,7 +57,7 @@ class Automaton:
             if is_last and end is not None:
                 self._nodes[node][tokens] = end
             elif tokens not in self._nodes[node]:
-                # Before the dict is written: this adds a node.
+                # Before the assignment below, since this appends to `_nodes`.
                 following = self.add_node()
                 self._nodes[node][tokens] = following
             node = self._nodes[node][tokens]
@@ -106,7 +106,7 @@ class Automaton:
         # Free nodes have no edges here: they may end at any token.
         ends_in = [NEVER if leads else 0 for leads in self._nodes]
         reached = [node for node, leads in enumerate(self._nodes) if not leads]
-        for node in reached:  # Grows as it is read, the nearest first.
+        for node in reached:  # Breadth-first; grows in the loop.
             for earlier in before[node]:
                 if ends_in[earlier] == NEVER:
                     ends_in[earlier] = ends_in[node] + 1
@@ -130,7 +130,7 @@ def objects_of(automaton, prompt, tokenizer, stops):
         automaton: `Automaton`.
         prompt: str. After "detect", an object is four locations and one of
             the prompt's labels; after "segment", sixteen mask codes stand
-            between them. " ; " separates objects, of which there may be none.
+            between them. " ; " separates objects. There may be no objects.
             Other prompts have no restriction.
         tokenizer: `PaliGemmaTokenizer`.
         stops: tuple of ints that end an answer.

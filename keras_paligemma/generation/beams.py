@@ -20,8 +20,8 @@ from keras_paligemma.generation.loop import restricted
 from keras_paligemma.generation.state import State
 from keras_paligemma.layers.attention import soft_cap
 
-# The score of a missing answer; and a bound below every real score, even
-# after division by its length.
+# The score of a missing answer, and a lower bound of all real scores, even
+# after division by the length.
 NONE_YET = 2 * FORBIDDEN
 LEAST_SCORE = -1.0e20
 
@@ -32,9 +32,9 @@ class Beams(NamedTuple):
     Fields:
         ids_BNR: int32 (B, N, R), finished answers, including their stop.
         log_probabilities_BNR: float32 (B, N, R), of their tokens.
-        scores_BN: float32 (B, N), by which they are ranked: sums over tokens,
-            of the first token without the soft cap of logits, as in the
-            original, divided by length ** penalty.
+        scores_BN: float32 (B, N), for ranking: the sum of log-probabilities
+            divided by length ** penalty. As in the original, the first token
+            is scored without the soft cap of the logits.
         live: `generation.state.State` of B × N rows, beams still decoded.
         sums_BN: float32 (B, N), sums of their log-probabilities.
     """
@@ -130,7 +130,7 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
         log_BV,
         fixed_BN,
     )
-    # Or each beam continues.
+    # The alternative: each beam continues.
     going_BV = ops.where(is_stop_V[None], FORBIDDEN, barred_BV)
     total_BNV = beams.sums_BN[..., None] + by_beam(going_BV, width)
     vocabulary_size = log_BV.shape[1]
@@ -176,7 +176,7 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
 
 
 def _with_stops(rows, shared, beams, stops_BV, log_BV, fixed_BN):
-    """Stop each beam here, by its likeliest stop, and keep the best answers.
+    """End each beam here with its likeliest stop, and keep the best answers.
 
     Args:
         stops_BV: float32 tensor, log-probability of each stop for ranking.
@@ -216,7 +216,7 @@ def _of(values_BV, token_B):
 
 
 def _scores(rows, shared, sums_BN, tokens):
-    """Return scores of answers of `tokens` tokens, given ones not counted."""
+    """Return scores of answers of `tokens` tokens, given tokens excluded."""
     begun_BR = ops.cast(rows["response_mask"], "int32")
     count_B = ops.maximum(tokens - ops.sum(begun_BR, axis=1), 1)
     count_B1 = ops.cast(count_B, "float32")[:, None]
@@ -226,7 +226,7 @@ def _scores(rows, shared, sums_BN, tokens):
 def _has_ended(rows, shared, scores_BN, sums_BN, tokens):
     """Return which rows have found their best answer, bool (B,).
 
-    Sums never grow, and the longest answer is divided by most.
+    Sums never grow, and the longest answer has the largest divisor.
     """
     longest_B = rows["max_new_tokens"]
     within_reach_BN = _scores(rows, shared, sums_BN, longest_B)

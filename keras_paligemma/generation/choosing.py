@@ -6,7 +6,7 @@ from keras import ops
 from keras_paligemma.generation.noise import gumbel
 from keras_paligemma.generation.recording import cond
 
-# As good as minus infinity, but finite.
+# Acts as minus infinity, but is finite.
 OUT = -1.0e30
 
 
@@ -56,7 +56,7 @@ def sampled(logits_BV, options, place):
         int32 tensor (B,).
     """
     warm_B = options["temperature"] > 0
-    # Noise of a vocabulary is many operations: greedy batches do without.
+    # Noise for a whole vocabulary is expensive: greedy batches skip it.
     return cond(
         ops.any(warm_B),
         lambda: ops.where(
@@ -67,7 +67,7 @@ def sampled(logits_BV, options, place):
 
 
 def _drawn(logits_BV, options, place):
-    """Sample each row as if it were warm."""
+    """Sample each row as if its temperature were above 0."""
     warm_B = options["temperature"] > 0
     heat_B = ops.where(warm_B, options["temperature"], 1.0)
     hot_BV = logits_BV / heat_B[:, None]

@@ -6,8 +6,8 @@ from keras import ops
 def legal(shared, node_B, left_B):
     """Return which tokens may follow, bool (B, V).
 
-    Of those that the automaton allows, the ones after which it can still come
-    to an end; all of them, if it cannot in any case.
+    A legal token is allowed by the automaton and leads to an end within
+    `left_B` tokens. If no such token exists, all allowed tokens are legal.
 
     Args:
         shared: as in `follow`, and `ends_in` int32 (nodes,), the least number
@@ -24,7 +24,7 @@ def legal(shared, node_B, left_B):
 
 
 def follow(shared, node, token_B):
-    """Return the node after a token, or after each of the vocabulary.
+    """Return the node after a token, or after each token of the vocabulary.
 
     Args:
         shared: dict of `token_classes` int32 (V,), the class of each token,
@@ -40,5 +40,5 @@ def follow(shared, node, token_B):
     classes = class_V[None] if token_B is None else ops.take(class_V, token_B)
     nodes, count = shared["next_nodes"].shape
     flat = ops.reshape(shared["next_nodes"], (nodes * count,))
-    # Forbidden tokens lead nowhere: a row that took one stays at node 0.
+    # Forbidden tokens have no next node: a row that took one goes to node 0.
     return ops.take(flat, ops.maximum(node, 0) * count + classes)

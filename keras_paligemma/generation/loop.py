@@ -28,7 +28,7 @@ OF_PREFILL = (*READ, "prefix_row")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a decoding program is compiled for; everything else is data.
+    """Compile-time parameters of a decoding program; everything else is data.
 
     Args:
         samples: bool, whether to sample by the options of each row;
@@ -56,7 +56,7 @@ class Plan:
     def is_pure(self):
         """Whether decoding depends on its tensors alone.
 
-        Hooks and samplers may do anything.
+        Hooks and samplers are arbitrary code.
         """
         return self.sampler is None and not self.hooks
 
@@ -67,14 +67,14 @@ def answer(backbone, plan, rows, shared):
     Args:
         backbone: `PaliGemmaBackbone`.
         plan: `Plan`.
-        rows: dict of arrays with the batch first: what `prefill` takes, or
-            `prefix_row`, which row of the prefix each row continues;
-            `response_ids` and `response_mask` (B, R), what answers begin with
-            and True where they do; and of `row_defaults`.
-        shared: dict of arrays without a batch: `stop_ids`, int32, what ends an
-            answer, -1 for nothing; `sampler`, list of the values of its
-            variables; if given, `prefix`, of `Prefix.arrays`, `allowed`, bool
-            (V,), and what `constraints.follow` reads.
+        rows: dict of arrays with the batch first: the inputs of `prefill`, or
+            `prefix_row`, the row of the prefix that each row continues;
+            `response_ids` and `response_mask` (B, R), the given starts of the
+            answers and True on them; and the arrays of `row_defaults`.
+        shared: dict of arrays without a batch axis: `stop_ids`, int32, tokens
+            that end an answer, -1 for none; `sampler`, list of the values of
+            its variables; optional are `prefix`, from `Prefix.arrays`,
+            `allowed`, bool (V,), and the arrays of `constraints.follow`.
 
     Returns:
         The last `State`.
@@ -121,7 +121,7 @@ def advance(backbone, plan, rows, shared, state, until=None):
 
 
 def part(plan, name, function, *arguments):
-    """Call a part of a program, recorded where that is of use."""
+    """Call a part of a program; Torch records it if the plan is pure."""
     if not plan.is_pure:
         return function(*arguments)
     return recorded(name, function, *arguments)
@@ -193,7 +193,7 @@ def repeated(tree, copies):
 
     def repeat(array):
         array = ops.repeat(array, copies, axis=0)
-        # A view if there is one row, and a view cannot be written.
+        # Torch returns a view for a single row, and a view is not writable.
         is_torch = keras.backend.backend() == "torch"
         return array.contiguous() if is_torch else array
 
@@ -201,7 +201,7 @@ def repeated(tree, copies):
 
 
 def _rows_of_copies(rows, copies):
-    """Repeat the rows for their copies, each with its own seed."""
+    """Repeat each row for its copies; each copy has its own seed."""
     seeds_BC = rows.get("seed")
     before = (*OF_PREFILL, "seed")
     rows = {name: array for name, array in rows.items() if name not in before}
@@ -301,8 +301,8 @@ def row_defaults(inputs):
     """Return the row entries that `answer` reads, for greedy decoding.
 
     Args:
-        inputs: dict of `prompt_ids`, `response_ids` and what else `prefill`
-            takes, with the batch first.
+        inputs: dict of `prompt_ids`, `response_ids` and the other inputs of
+            `prefill`, with the batch first.
 
     Returns:
         dict of tensors (B,): bool `wanted`, rows whose answer is used, int32

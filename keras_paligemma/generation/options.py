@@ -35,8 +35,8 @@ class Options:
         num_samples: int n; returns n answers per prompt, sampled at
             temperature 1 unless set otherwise.
         best_of: int n; samples n answers and returns the likeliest.
-        banned_token_ids: ints, never chosen. Log-probabilities do not know of
-            it.
+        banned_token_ids: ints, never chosen. Log-probabilities ignore the
+            ban.
         stop_strings: str or strs that end an answer and are cut from it.
         beams: int, width of a beam search.
         length_penalty: float; beams are ranked by the sum of log-probabilities
@@ -52,7 +52,8 @@ class Options:
             extra `regex`.
         legal_objects: bool; answers to "detect" and "segment" are restricted
             to objects with labels of their prompt, or none; other prompts are
-            unrestricted. No object begins that `max_new_tokens` would cut.
+            unrestricted. An object does not begin if `max_new_tokens` would
+            cut it.
         logits_hook: function from float32 logits (B, V) and `State` to
             logits, or a sequence of them, applied in order. It is compiled
             with the loop, so pass the same function each time.
@@ -271,7 +272,7 @@ class Options:
         }
 
     def check_rows(self, count):
-        """Raise on lists that are not as long as the prompts."""
+        """Raise on lists whose length is not the number of prompts."""
         for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
             value = getattr(self, name)
             if np.ndim(value) and len(value) != count:

@@ -10,11 +10,11 @@ from keras_paligemma.compat import platform
 from keras_paligemma.layers.attention import token_positions
 from keras_paligemma.layers.cache import to_int8
 
-# What a prefill reads of its rows.
+# Row entries that a prefill reads.
 READ = ("images", "image_embeddings", "prompt_ids", "prompt_mask")
-# Tokens that a prefill runs at once, where JAX compiles. More of them take as
-# long each, and more memory: 3 GiB for 32 pictures of 448 pixels in a 3b. The
-# GPU's number is not measured.
+# Tokens that a prefill runs at once, where JAX compiles. Larger groups are not
+# faster per token and take more memory: 3 GiB for 32 pictures of 448 pixels in
+# a 3b. The GPU's number is not measured.
 TOKENS_AT_ONCE = {"cpu": 640, "gpu": 4608, "tpu": 2304}
 
 
@@ -36,7 +36,7 @@ def prefill(backbone, inputs, responses, cache_dtype=None):
         return prefill_group(backbone, rows, responses, cache_dtype)
 
     batch, tokens = inputs["prompt_ids"].shape
-    # Exported programs are for batches and prompts of any size.
+    # Exported programs take batches and prompts of any size.
     if not (isinstance(batch, int) and isinstance(tokens, int)):
         return run(inputs)
     if "image_embeddings" in inputs:
@@ -44,7 +44,7 @@ def prefill(backbone, inputs, responses, cache_dtype=None):
     elif "images" in inputs:
         frames = inputs["images"].shape[1:-3]
         tokens += backbone.image_sequence_length * math.prod(frames)
-    # A group of rows would be on one device.
+    # Grouping rows would place each group on a single device.
     device = "" if batch_is_split() else platform()
     rows = rows_at_once(batch, tokens, device)
     if rows == batch:
@@ -52,8 +52,8 @@ def prefill(backbone, inputs, responses, cache_dtype=None):
     groups = keras.tree.map_structure(
         lambda array: ops.reshape(array, (-1, rows, *array.shape[1:])), inputs
     )
-    # The whole cache is carried. Results stacked group by group would have
-    # another layout than the decoding loop's, and be copied to it.
+    # The whole cache is carried. Results stacked group by group would not have
+    # the layout of the decoding loop and would have to be copied.
     layers = backbone.text_decoder.make_cache(
         batch, tokens + responses - 1, cache_dtype
     )
@@ -79,11 +79,11 @@ def prefill(backbone, inputs, responses, cache_dtype=None):
 
 
 def rows_at_once(batch, tokens, device):
-    """Return how many rows of a batch, a divisor of it, are run together.
+    """Return the number of rows that are run together, a divisor of the batch.
 
     Args:
         batch: int, rows.
-        tokens: int, of a row.
+        tokens: int, tokens per row.
         device: str, "cpu", "gpu", "tpu", or "" for all rows.
     """
     most = TOKENS_AT_ONCE.get(device)
@@ -137,7 +137,7 @@ def prefill_group(backbone, inputs, responses, cache_dtype=None):
         index=0,
         last=1,
     )
-    # Rows are repeated and selected as a whole, so it holds all per-row state.
+    # The cache holds all per-row state: rows are repeated and selected whole.
     cache = {"layers": layers, "valid": valid_BT, "positions": positions_BT}
     return hidden_B1D, cache
 
@@ -173,7 +173,7 @@ def resume(prefix, row_B, responses, cache_dtype=None):
 
 
 def continued(backbone, prefix, row_B, response_ids, response_mask):
-    """Run whole responses behind a prefix.
+    """Run whole responses after a prefix.
 
     Args:
         backbone: `PaliGemmaBackbone`.

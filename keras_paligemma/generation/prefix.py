@@ -9,11 +9,11 @@ from keras_paligemma.types import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Keys and values of pictures and prompts, to be read and never written.
+    """Keys and values of pictures and prompts, read-only.
 
     `generate`, `stream`, `score` and `embed` take it as the input `prefix`,
-    and copy the rows that they continue. It holds what the weights gave when
-    it was made: after training or another adapter, make it again.
+    and copy the rows that they continue. It does not follow the weights: after
+    training, or for another adapter, compute it again.
 
     Args:
         cache: nest of the keys and values of all layers; `layer` reads it.
@@ -23,7 +23,7 @@ class Prefix:
         last_hidden_states: tensor (B, D), after the final norm; the head
             predicts the first token of the response from it.
         prompts: strs, a prompt for each row.
-        single: bool, whether it was made of one example and not of a list.
+        single: bool, whether it was made from one example, not from a list.
 
     Example:
 
@@ -67,7 +67,7 @@ class Prefix:
         return keys[:, number], values[:, number]
 
     def arrays(self) -> dict[str, Any]:
-        """Return what a program reads, as `generation.prefill` takes it."""
+        """Return the arrays that `generation.prefill` takes."""
         return {
             "layers": self.cache,
             "valid": self.padding_mask,

@@ -10,13 +10,13 @@ from keras_paligemma.generation.recording import Recordings
 from keras_paligemma.layers.cpu_products import answering_scope
 from keras_paligemma.types import PathLike
 
-# Programs that a model keeps. A logits hook that is a new function in each call
-# makes a new program in each call.
+# Programs that a model keeps. A new function as logits hook in each call means
+# a new program in each call.
 MOST_PROGRAMS = 32
 
 
 def keep_compilations(folder: PathLike) -> None:
-    """Keep what is compiled in a folder, for the next process.
+    """Keep compiled programs in a folder, for later processes.
 
     Args:
         folder: path; created if missing. Several processes may share it.
@@ -45,7 +45,7 @@ def keep_compilations(folder: PathLike) -> None:
 
 
 class Programs:
-    """The compiled functions of one model, those that were used last.
+    """The most recently used compiled functions of one model.
 
     On JAX, variables are arguments of the compiled function, so that the
     values of another adapter or a later step need no compilation.
@@ -63,7 +63,7 @@ class Programs:
 
         Args:
             function: function of the model, `plan` and nests of tensors.
-            plan: hashable, what the program is compiled for.
+            plan: hashable, compile-time parameters of the program.
             *arguments: nests of tensors.
             donated: int, index of the argument that may be overwritten.
         """
@@ -119,8 +119,8 @@ def _of_jax(model, function, plan, donated):
     import jax
 
     def of_values(values, *arguments):
-        # In an order that freezing does not change: a compiled function is
-        # kept for shapes alone.
+        # Freezing does not change the order of `variables`. A compiled
+        # function is found by the shapes of its arguments alone.
         mapping = list(zip(model.variables, values, strict=True))
         with keras.StatelessScope(state_mapping=mapping), answering_scope():
             return function(model, plan, *arguments)
@@ -132,7 +132,7 @@ def _of_jax(model, function, plan, donated):
         values = [variable.value for variable in model.variables]
         return compiled(values, *arguments)
 
-    # JAX counts, and declares none of it.
+    # JAX counts compilations, but its types do not declare the method.
     return run, compiled._cache_size  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -142,8 +142,8 @@ def _of_tensorflow(model, function, plan, donated):
     compiled = tf.function(
         lambda *arguments: function(model, plan, *arguments),
         jit_compile=model.jit_compile,
-        # Model code branches by `keras.ops`; rewriting its source is half of
-        # the time of a first call.
+        # Model code branches with `keras.ops`. AutoGraph is not needed and
+        # would take half of the time of a first call.
         autograph=False,
     )
     return compiled, compiled.experimental_get_tracing_count

@@ -2,8 +2,8 @@
 
 Torch runs Keras's layers eagerly: in a small model a step of decoding is 20 ms
 of Python around 2 ms of products. In the second run of a program with inputs of
-the same shapes its parts are recorded, as graphs of PyTorch's operations, and
-from then on the graphs run in their place. Other backends compile instead.
+the same shapes, its parts are recorded as graphs of PyTorch's operations. Later
+runs execute the graphs instead. Other backends compile instead.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _IS_RECORDING = contextvars.ContextVar("is_recording", default=False)
 
 
 def recorded(name, part, *arguments):
-    """Call a function, or replay what it did for inputs of these shapes.
+    """Call a function, or replay its recording for inputs of these shapes.
 
     Args:
         name: str, the same for the same function within a program.
@@ -36,7 +36,7 @@ def recorded(name, part, *arguments):
 
 
 def cond(predicate, if_true, if_false):
-    """`ops.cond`, which computes both branches while it is recorded."""
+    """Call `ops.cond`; while recording, compute both branches."""
     if _IS_RECORDING.get():
         return ops.where(predicate, if_true(), if_false())
     return ops.cond(predicate, if_true, if_false)
@@ -60,7 +60,7 @@ class Recordings:
     @contextlib.contextmanager
     def scope(self):
         """Record and replay the parts that are called within this context."""
-        # In an order that freezing does not change.
+        # Freezing does not change the order of `variables`.
         variables = self._model.variables
         values = [variable.value for variable in variables]
         shapes = tuple(_shape(value) for value in values)
@@ -88,7 +88,7 @@ class Recordings:
 
 
 def _record(part, arguments, variables, values):
-    """Return a graph, and the structure of what it returns."""
+    """Return a graph and the structure of its outputs."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     tensors, structure = optree.tree_flatten(arguments)
@@ -105,7 +105,7 @@ def _record(part, arguments, variables, values):
 
     token = _IS_RECORDING.set(True)
     try:
-        # What is written in place is written while recording, too.
+        # Recording executes in-place writes, so it gets copies.
         copies = [tensor.clone() for tensor in tensors]
         graph = make_fx(of_tensors)(*values, *copies)
     finally:

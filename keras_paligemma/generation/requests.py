@@ -1,4 +1,4 @@
-"""Validate what `generate` is given: prompts, stops and samplers."""
+"""Validate the arguments of `generate`: prompts, stops and samplers."""
 
 import contextlib
 
@@ -114,7 +114,7 @@ def plan_of(options, sampler):
         if options.copies > 1 and (
             greedy or isinstance(sampler, samplers.BeamSampler)
         ):
-            draws = True  # Several answers that are all one are no use.
+            draws = True  # Greedy copies would all be equal.
         elif isinstance(sampler, samplers.BeamSampler):
             beams = sampler.num_beams
             options.check_beams(beams)
@@ -188,7 +188,7 @@ def ends_of(
     begun: np.ndarray,
     stop_token_ids: tuple[int, ...] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Count each row's tokens, and say whether a stop token ended it.
+    """Count each row's tokens, and return whether a stop token ended it.
 
     Args:
         ids: int array (B, R).

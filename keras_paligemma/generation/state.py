@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class State(NamedTuple):
-    """The answers so far; B rows, R positions, all at the same position.
+    """The answers so far: B rows of R positions, all at the same position.
 
     A named tuple, since JAX, TensorFlow and Torch can all carry one through a
     loop, and it is immutable. Logits hooks read it.

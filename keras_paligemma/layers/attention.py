@@ -4,7 +4,7 @@ The dimension key that every file here uses:
 
 B batch, I image tokens, P prompt, R response, L = I + P + R, T query tokens,
 S key and value tokens (the cache), N query heads, K key-value heads,
-G = N / K query heads a key-value head, H head dim, D width, F MLP width,
+G = N / K query heads per key-value head, H head dim, D width, F MLP width,
 V vocabulary.
 """
 
@@ -33,8 +33,8 @@ def attention_mask(padding_mask_BL, response_mask_BL):
     Image and prompt tokens see each other in both directions; each response
     token sees them and the response up to itself. A token's block is the
     number of response tokens so far, and token t sees token s if and only if
-    `block[s] <= block[t]` and both are valid. Two image tokens, a prompt of
-    two after one padding, and a response of two give
+    `block[s] <= block[t]` and both are valid. For two image tokens, a padding
+    token, two prompt tokens and two response tokens:
 
     ```
                     s: i i . p p r r    block
@@ -91,7 +91,7 @@ def token_positions(padding_mask_BL):
 def rotary_angles(positions_BT, head_dim, base=10_000.0):
     """Return the cosines and sines that rotate a head at each position.
 
-    Computed once a forward pass and shared by all blocks, in float32.
+    Computed once per forward pass, in float32, and shared by all blocks.
 
     Args:
         positions_BT: int tensor (batch, tokens).
@@ -116,10 +116,10 @@ def rotate(x_BTNH, angles):
 
     Args:
         x_BTNH: tensor (batch, tokens, heads, head_dim).
-        angles: what `rotary_angles` returned.
+        angles: result of `rotary_angles`.
 
     Returns:
-        Tensor of the shape and dtype of `x_BTNH`; the sums are in float32.
+        Tensor of the shape and dtype of `x_BTNH`; computed in float32.
     """
     cosine, sine = angles
     first, second = ops.split(ops.cast(x_BTNH, "float32"), 2, axis=-1)
@@ -182,10 +182,9 @@ def _mix(query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap):
 
 
 def _mix_int8(query_BTNH, keys, values, mask_BTS, cap):
-    """Attend to int8 keys and values, of which no float copy is made.
+    """Attend to int8 keys and values without a float copy of them.
 
-    A token's scale multiplies its logit and its weight: one number instead of
-    one head.
+    A token's scale multiplies its logit and its weight, not its whole head.
     """
 
     def each_logit(scales_BSK1):
@@ -258,7 +257,7 @@ class GroupedQueryAttention(keras.layers.Layer):
         quantization=None,
         **kwargs,
     ):
-        # Keras would cast the rotary angles, which are float32 for a reason.
+        # Keras would cast the rotary angles, which need float32.
         super().__init__(autocast=False, **kwargs)
         self.query_scale = query_scale
         self.logit_soft_cap = logit_soft_cap
@@ -311,8 +310,8 @@ class GroupedQueryAttention(keras.layers.Layer):
         query_BTNH = query_BTNH * ops.cast(self.query_scale, query_BTNH.dtype)
         if cache is not None:
             cache = write_cache(cache, key_BSKH, value_BSKH, index)
-            # A prefill's mask covers its own tokens only, so that the cache,
-            # with its empty end, need not be read back.
+            # A prefill's mask covers its own tokens only. The cache, whose
+            # end is still empty, is not read back.
             is_prefill = (
                 isinstance(mask_BTS, PrefixMask) or mask_BTS.shape[-1] == tokens
             )

@@ -133,7 +133,7 @@ def _gelu(x):
 
 
 class DecoderBlock(keras.layers.Layer):
-    """One block of Gemma 2; of Gemma with `use_post_norms=False`.
+    """One block of Gemma 2, or of Gemma with `use_post_norms=False`.
 
     Args:
         hidden_dim: int D.
@@ -157,8 +157,8 @@ class DecoderBlock(keras.layers.Layer):
         number: int, index of this block; used with `near_mask_BTS` only.
         cache: `None`, or a cache as `write_cache` describes it.
         index: int, first cache position to write.
-        last: int or `None`, number of tokens at the end that are wanted; the
-            others give keys and values alone.
+        last: int or `None`, number of tokens at the end that are returned;
+            for the others only keys and values are computed.
 
     Returns:
         Tensor like `x_BTD`, or its last tokens; with a cache, the tensor and

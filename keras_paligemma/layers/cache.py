@@ -45,7 +45,7 @@ def to_int8(heads):
     """
     heads = ops.cast(heads, "float32")
     largest = ops.max(ops.absolute(heads), axis=-1, keepdims=True)
-    # Zeros, as of padding, keep a scale that can be divided by.
+    # Avoids division by zero where all values are zero, as in padding.
     scales = ops.maximum(largest, 1e-30) / 127
     return Int8Heads(ops.cast(ops.round(heads / scales), "int8"), scales)
 

@@ -1,6 +1,6 @@
 """Attention on CPUs: one head at a time, so that logits stay in the CPU cache.
 
-XLA has no fused attention for CPUs. The logits of all heads (134 MB for the
+XLA has no fused attention on CPUs. The logits of all heads (134 MB for the
 vision tower at 448 px and two rows) are written to memory and read again by
 each operation, forward and backward. Those of one head are 4 MB. Measured on
 two cores; with many, several heads at a time might be faster.
@@ -131,8 +131,8 @@ def _attention(cap, masked):
         """Apply a function to every row and key-value head in turn.
 
         `replaced` are the function's first arguments, and its results
-        overwrite them: XLA would allocate arrays of zeros for all layers
-        before the first one.
+        overwrite them. Otherwise XLA would allocate arrays of zeros for all
+        layers before the first layer runs.
         """
 
         def one(number, replaced):

@@ -1,8 +1,8 @@
-"""Products on CPUs: kernels with their outputs first, left of few rows.
+"""Matrix products on CPUs: outputs-first kernels as the left operand.
 
-Decoding multiplies large kernels with a row for each answer, and XLA:CPU reads
-them at very different rates. Milliseconds for kernels of 85 M values, two
-cores with AVX-512, rows from 1 to 32:
+Decoding multiplies large kernels with one row per answer. The rate at which
+XLA:CPU reads a kernel depends on the order of the operands. Milliseconds for
+kernels of 85 M values, two cores with AVX-512, rows from 1 to 32:
 
 | | 1 | 2 | 8 | 32 |
 | --- | --- | --- | --- | --- |
@@ -11,8 +11,8 @@ cores with AVX-512, rows from 1 to 32:
 | bfloat16 to float32, kernel · xᵀ | 139 | 12 | 13 | 18 |
 | int8 to int32, kernel · xᵀ | 122 | 6 | 8 | 22 |
 
-So kernels are stored outputs first here, few rows stand to the right of them,
-a single row of 16 or 8 bits is padded to two, and sums are float32 or int32.
+So kernels are stored outputs first here, few rows are the right operand, a
+single row of 16 or 8 bits is padded to two, and sums are float32 or int32.
 Files keep their order: `layers.weight` translates.
 """
 
@@ -25,7 +25,7 @@ import keras
 from keras_paligemma.compat import compiles_here
 from keras_paligemma.compat import platform
 
-# With more rows both orders take the same time, and this one transposes.
+# With more rows both orders take the same time, and this order transposes.
 FEW_ROWS = 32
 _ANSWERING = contextvars.ContextVar("answering", default=False)
 
@@ -34,8 +34,8 @@ _ANSWERING = contextvars.ContextVar("answering", default=False)
 def answering_scope():
     """Use special products for few rows within this context.
 
-    Programs that answer run in it. Training does not: a loss in chunks of few
-    tokens is to round as the whole one does.
+    Programs that generate answers run in it. Training does not: a loss in
+    chunks of few tokens must round as the whole loss does.
     """
     token = _ANSWERING.set(True)
     try:
@@ -89,12 +89,12 @@ def integer_product(kernel, scale, x, input_axes):
     """Multiply integers with integers, and scale the sums.
 
     Each row is written as two digits of 8 bits, `x ≈ step · (254 · high +
-    low)`: its values are rounded to 1 / 64,516 of the row's largest, which is
-    finer than what the kernel was rounded to by two orders.
+    low)`: its values are rounded to 1 / 64,516 of the row's largest. This is
+    two orders of magnitude finer than the rounding of the kernel.
 
     Args:
         kernel: int8 tensor (*output axes, *input axes).
-        scale: tensor of one scale an output.
+        scale: tensor of one scale per output.
         x: tensor (..., *input axes).
         input_axes: tuple of ints.
 
@@ -144,13 +144,13 @@ def _multiply(kernel_OI, x_RI, dtype):
         return dot(x_RI, kernel_OI)
     if rows == 1 and x_RI.dtype.itemsize < 4:
         x_RI = jnp.pad(x_RI, ((0, 1), (0, 0)))
-    # XLA would move the transposition into the product, and with it the slow
-    # order.
+    # Without the barrier, XLA would move the transposition into the product
+    # and so restore the slow order.
     y_OR = jax.lax.optimization_barrier(dot(kernel_OI, x_RI))
     return y_OR.T[:rows]
 
 
 def _are_few(rows):
-    """Return whether a number of rows is small; a symbol is not."""
+    """Return whether a number of rows is small; a symbolic one is not."""
     is_small = isinstance(rows, int) and rows <= FEW_ROWS
     return is_small and _ANSWERING.get()

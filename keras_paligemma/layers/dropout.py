@@ -1,8 +1,8 @@
-"""Dropout whose seed comes from outside of the layer.
+"""Dropout with a seed from outside of the layer.
 
-A scanned block cannot hold random state: its changes inside of the loop are
+A scanned block cannot hold random state: changes of it inside of the loop are
 lost, and every layer would use the same dropout mask. So the stack draws one
-seed a call, and each dropout inside of a block derives its own from it.
+seed per call, and each dropout inside of a block derives its own seed from it.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ def dropout_scope(seed, number):
     """
     if seed is not None:
         number = ops.cast(number, seed.dtype)
-        # Large primes: backends that add both halves of a seed must not meet
-        # another layer's seed a few steps later.
+        # A large prime: some backends add both halves of a seed. The sum must
+        # not equal that of another layer a few steps later.
         seed = seed + ops.stack([number * 15_485_863, ops.zeros_like(number)])
     token = _SEED.set(seed)
     try:
@@ -41,7 +41,7 @@ def drop(x, rate, place):
 
     Args:
         x: tensor.
-        rate: float, share that is set to zero.
+        rate: float, fraction that is set to zero.
         place: str, path of the caller; different places of a block drop
             independently.
 
@@ -62,7 +62,7 @@ class _Given(keras.random.SeedGenerator):
 
     def __init__(self, value):
         self.value = value
-        # Not `None`, for which Keras on Torch uses its default generator.
+        # With `None` Keras on Torch would use its default generator.
         self._initial_seed = 0
 
     def next(self, ordered=True):

@@ -82,7 +82,7 @@ class Projection(keras.layers.Layer):
 
     def build(self, input_shape=None):
         layout = self.quantized_format
-        # How many axes of outputs precede those of inputs, if any does.
+        # Number of output axes that precede the input axes; 0 for none.
         outputs_first = 0
         if cpu_products.should_use_cpu_products() and (
             layout is None or layout.mode == "int8"
@@ -135,7 +135,7 @@ class Projection(keras.layers.Layer):
             dropout: float, dropout rate of the adapter's inputs in training;
                 needs a seed, see `layers.dropout`.
             bias: bool, add a bias to the product, initially zero.
-            gain: bool, multiply kernel and product by 1 + gain, one gain an
+            gain: bool, multiply kernel and product by 1 + gain, one gain per
                 output, initially zero.
         """
         self._tracker.unlock()
@@ -210,9 +210,10 @@ class Projection(keras.layers.Layer):
 def contract(x, kernel, input_axes):
     """Sum over the last axes of `x` and the first axes of `kernel`.
 
-    CPUs and GPUs run it as a product of two matrices, forward and backward,
+    On CPUs and GPUs it is a product of two matrices, forward and backward,
     without a copy of the kernel; the gradient of a product over the axes of
-    heads would transpose it. TPUs choose the layout by the axes.
+    heads would transpose the kernel. On TPUs the axes are kept, and the
+    compiler chooses the layout by them.
     """
     kernel = ops.cast(kernel, x.dtype)
     summed = len(input_axes)

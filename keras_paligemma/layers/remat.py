@@ -21,9 +21,9 @@ def rematerialize(function, kind, variables=()):
             is cheap. "pair" is "block", with an even number of scanned blocks
             processed two at a time: half as much is saved, for half a forward
             pass more.
-        variables: trained variables that the function reads by itself. A
-            TensorFlow loop has no gradient of a variable that is read again
-            within it: they are read here and passed to the function.
+        variables: trained variables that the function reads by itself. They
+            are read here and passed to it: in a TensorFlow loop, a variable
+            that is read again has no gradient.
 
     Returns:
         Function of the same arguments.
@@ -49,8 +49,8 @@ def rematerialize(function, kind, variables=()):
 def _of_floats(function, variables):
     """Rematerialise with float arguments only; the others are closed over.
 
-    TensorFlow sums the gradients of arguments that several blocks share, those
-    of a bool mask too, for which it has no sum.
+    TensorFlow sums the gradients of arguments that several blocks share. It
+    has no such sum for a bool mask.
     """
     values = [ops.convert_to_tensor(variable) for variable in variables]
 
@@ -118,11 +118,11 @@ def recompute(function):
 
 
 def after(x, *tensors):
-    """Make tensors depend on `x` without a change of their values.
+    """Make tensors depend on `x` without changing their values.
 
-    Otherwise a compiler may compute what follows from them early, for all
-    layers at once, or merge it with an equal expression of the forward pass
-    and save that. XLA:CPU removes optimization barriers before it merges
+    Otherwise a compiler may compute results of these tensors early, for all
+    layers at once. Or it may merge them with equal expressions of the forward
+    pass, and save those. XLA:CPU removes optimization barriers before it merges
     expressions; elsewhere a barrier is better, since reading an element of `x`
     would cost communication between devices.
 
@@ -140,7 +140,7 @@ def after(x, *tensors):
         import jax
 
         return list(jax.lax.optimization_barrier((x, *tensors))[1:])
-    # Never true, not for NaN either, which no compiler can prove.
+    # Never true, not even for NaN, but no compiler can prove it.
     first, last = (
         ops.cast(ops.absolute(ops.reshape(tensor, (-1,))[0]), "float32")
         for tensor in (x, tensors[-1])

@@ -47,8 +47,8 @@ def shard_spec_of(variable):
 def gather(function, x, shares, *numbers):
     """Apply a function to each device's shard of a tensor, then all-gather.
 
-    By itself the compiler gathers the whole tensor before a part is sliced out
-    of it, in each step of a loop, or sends activations in place of weights.
+    Otherwise the compiler gathers the whole tensor in each step of a loop,
+    before a part is sliced out of it, or sends activations instead of weights.
 
     Args:
         function: function of a tensor and `numbers` that returns a tensor; it
@@ -89,10 +89,10 @@ def gather(function, x, shares, *numbers):
 def as_stored(weight):
     """Constrain one layer's kernel to the memory layout of the whole stack.
 
-    The product over heads prefers another layout. A TPU would copy the whole
-    stack into it for the length of a step: 0.8 GiB for 28b on four chips. With
-    a short last axis, as an adapter's rank, the compiler's choice is better,
-    since that axis would be padded to 128.
+    The product over heads prefers another layout. A TPU would hold a copy of
+    the whole stack in that layout for a step: 0.8 GiB for 28b on four chips.
+    With a short last axis, such as an adapter's rank, the compiler's choice is
+    better, since that axis would be padded to 128.
     """
     if len(weight.shape) < 3 or weight.shape[-1] < 64 or platform() != "tpu":
         return weight

@@ -1,7 +1,8 @@
 """Fused attention on TPUs: no tensor of all logits, forward or backward.
 
 JAX's splash attention takes a mask that is known when a program is compiled.
-The layout of the tokens is, so its kernel skips blocks that no token sees.
+The layout of the tokens is known then, so the kernel skips blocks that no token
+sees.
 """
 
 import functools
@@ -11,7 +12,7 @@ import keras
 
 from keras_paligemma.compat import platform
 
-# Lanes of a TPU's vector unit: block sizes and head_dim are multiples of it.
+# Lanes of a TPU's vector unit: block sizes and head_dim are multiples of this.
 LANES = 128
 # The logits of a block and their gradients must fit into VMEM.
 LARGEST_BLOCK = 512
@@ -104,7 +105,7 @@ def attend_fused(
         mesh=mesh,
         in_specs=(part, part, part, jax.sharding.PartitionSpec(rows)),
         out_specs=part,
-        # A kernel does not declare along which axes its results vary.
+        # A kernel does not declare the axes along which its results vary.
         check_vma=False,
     )(*tensors)
 
@@ -136,7 +137,7 @@ def _attend(
     tokens, num_heads = query_BTNH.shape[1:3]
     length = -(-tokens // LANES) * LANES
     more = length - tokens
-    # Tokens that round the length up are a third segment.
+    # Tokens that pad the length to a multiple are a third segment.
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, more)), constant_values=2)
 
     def heads_first(x_BTNH):
@@ -165,7 +166,7 @@ def _attend(
         heads_first(value_BTKH),
         splash.SegmentIds(segments_BT, segments_BT),
     )
-    # JAX declares what the kernel returns with residuals too.
+    # JAX's return type includes that of a call with residuals.
     mixed_BTNH = jnp.swapaxes(mixed_BNTH, 1, 2)  # pyright: ignore[reportArgumentType]
     return mixed_BTNH[:, :tokens]
 

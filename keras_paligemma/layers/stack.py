@@ -44,7 +44,7 @@ class LayerStack(keras.layers.Layer):
         cache: `None`, or the cache of `make_cache` or of the previous call.
         index: int, first cache position to write.
         last: int or `None`, with a cache: number of tokens at the end that are
-            wanted. The last of unrolled blocks computes no others.
+            needed. In the unrolled form the last block computes only these.
 
     Returns:
         The last block's output; with a cache, the output and the cache.
@@ -126,7 +126,7 @@ class LayerStack(keras.layers.Layer):
     def _stack_of(self, name, variable):
         """Create the stack of all layers for a variable of the template."""
         *parts, last = name.split("/")
-        # Full path, by which layouts and optimizers find weights.
+        # The full path: layouts and optimizers find weights by it.
         with contextlib.ExitStack() as scopes:
             scopes.enter_context(self._open_name_scope())
             for part in parts:
@@ -145,7 +145,7 @@ class LayerStack(keras.layers.Layer):
         return stack
 
     def enable_dropout(self):
-        """Draw one seed a training step for the dropout of the blocks."""
+        """Draw one seed per training step for the dropout of the blocks."""
         if self.seed_generator is None:
             self._tracker.unlock()
             self.seed_generator = keras.random.SeedGenerator()
@@ -254,8 +254,8 @@ class LayerStack(keras.layers.Layer):
             return ops.stack(found)
         block, (scope_of, xs) = self._template(), self._layer_scopes(None)
         numbers = xs[0]
-        # Carried, since Keras's scan of TensorFlow stacks only what has the
-        # carry's shape. Only the shape of this call's result is used.
+        # Results are carried, since Keras's scan on TensorFlow stacks only
+        # outputs of the carry's shape. This call serves for its shape alone.
         with scope_of([stack[0] for stack in xs[1:]], numbers[0]):
             first = function(block, numbers[0], x, *args)
         results = ops.zeros((self.num_layers, *first.shape), first.dtype)
@@ -282,8 +282,8 @@ class LayerStack(keras.layers.Layer):
         """
         template = self._template()
         named = _named(template)
-        # Read here, inside the trainer's `StatelessScope`, which the one of
-        # the block below replaces.
+        # Read here, inside the trainer's `StatelessScope`: the scope of the
+        # block below replaces it.
         values = {
             name: ops.convert_to_tensor(self._stacks[name].value)
             for name in named
@@ -298,7 +298,7 @@ class LayerStack(keras.layers.Layer):
         numbers = ops.arange(self.num_layers, dtype="int32")
 
         def scope_of(slices, number):
-            # Not a generator, which TensorFlow's AutoGraph warns about.
+            # A list, since TensorFlow's AutoGraph warns about generators.
             slices = [as_stored(weight) for weight in slices]
             mapping = list(zip(variables, slices, strict=True))
             scopes = contextlib.ExitStack()
@@ -350,7 +350,7 @@ def _twice(block):
     """Return a function that runs two consecutive blocks."""
 
     def pair(slices, numbers, x, *args):
-        # `args` in a closure: TensorFlow would sum gradients of a mask.
+        # `args` are closed over: TensorFlow would sum gradients of a mask.
         def single(slices, number, x):
             return block(slices, number, x, *args)
 
@@ -395,8 +395,8 @@ def _each_layer(initializer):
     def initialize_layer(shape, dtype):
         if not isinstance(initializer, keras.initializers.Initializer):
             return initializer(shape, dtype=dtype)
-        # A Keras initializer returns the same values each time; a new one of
-        # the same configuration draws others, unless it has a seed.
+        # A Keras initializer returns the same values in each call. A new one
+        # with the same configuration draws others, unless it has a seed.
         new = type(initializer).from_config(initializer.get_config())
         return new(shape, dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""One named weight of a model, whatever form its layers have."""
+"""One named weight of a model, in either form of its layers."""
 
 import dataclasses
 import math
@@ -15,20 +15,20 @@ from keras_paligemma.compat import to_host
 class Weight:
     """A weight of a layer, or one weight of all blocks of a stack.
 
-    Unrolled blocks have a variable each, scanned blocks share one with a layer
-    axis, a quantised weight is stored as integers and scales, and on a CPU
-    kernels have their outputs first. This class hides the difference from code
+    Unrolled blocks have a variable each; scanned blocks share one with a layer
+    axis. A quantised weight is stored as integers and scales. On a CPU, kernels
+    have their outputs first. This class hides the difference from code
     that loads, saves, freezes or adapts weights: there is one shape, with the
     layer axis first for weights of blocks. Nothing is copied until it is read.
 
     Args:
-        variables: tuple of Keras variables: one a layer of unrolled blocks,
-            else a single one. A weight that is only read may have NumPy
-            arrays in their place.
+        variables: tuple of Keras variables: one per layer of unrolled blocks,
+            else a single variable. A weight that is only read may have NumPy
+            arrays instead.
         form: "scanned" or "unrolled", the form of the blocks; `None` outside
             of them, for one layer without a layer axis.
-        scales: tuple of the scales' variables, if integers are to be read and
-            assigned as floats; empty for values as they are stored.
+        scales: tuple of the variables of the scales, to read and assign
+            integers as floats; empty to use values as they are stored.
 
     Example:
         >>> kernels = [keras.Variable(np.ones((2, 3))) for _ in range(4)]
@@ -147,7 +147,7 @@ class Weight:
             self.assign_layers([value] if self.form is None else value)
 
     def assign_layers(self, arrays):
-        """Assign each layer a value, from an iterable of one array a layer.
+        """Assign each layer a value, from an iterable of one array per layer.
 
         Arrays are consumed one at a time. Scanned layers are stacked on the
         host, as they are stored.
@@ -244,23 +244,23 @@ class Weight:
 
 
 def _outputs_first(variable):
-    """Return the number of axes of outputs that come first; 0 for none."""
+    """Return the number of output axes that come first; 0 for none."""
     return getattr(variable, "outputs_first", 0)
 
 
 def inputs_first(array, variable, layers=0):
-    """Return what a variable holds in the order of files.
+    """Return a variable's values with the axes in the order of files.
 
     Args:
         array: NumPy array or tensor, of the variable or one of its layers.
-        variable: Keras variable, or an array that stands for it.
+        variable: Keras variable, or an array in its place.
         layers: int, number of layer axes of the array.
     """
     return _moved(array, _outputs_first(variable), layers)
 
 
 def as_variable(array, variable, layers=0):
-    """Return an array in the order of a variable; see `inputs_first`."""
+    """Return an array with a variable's order of axes; see `inputs_first`."""
     first = _outputs_first(variable)
     return _moved(array, first and len(array.shape) - layers - first, layers)
 

@@ -59,7 +59,7 @@ _SIMPLE = re.compile(r"[a-z ]*\.?")
 
 
 def caption_tokens(caption: str) -> list[str]:
-    """Split a caption into lowered words, without most punctuation.
+    """Split a caption into lower-case words, without most punctuation.
 
     Follows the rules of Stanford's PTB tokenizer, which COCO's evaluator runs
     in Java, and then drops COCO's list of punctuation. Brackets stay, as

@@ -49,7 +49,7 @@ def tables(predictions: Sequence[str], html: Sequence[str]) -> Scores:
 def teds(prediction: str, table: str, structure_only: bool = False) -> float:
     """Return the tree-edit-distance similarity of two tables (TEDS).
 
-    The distance, computed by apted on trees whose leaves are cells, is divided
+    apted computes the distance on trees whose leaves are cells. It is divided
     by the number of elements below the larger table, including those inside
     cells, as in PubTabNet's own evaluator. (The package
     table-recognition-metric divides by the number of tree nodes, including the

@@ -65,7 +65,7 @@ def _rates(means, count):
 
 
 def symbols(text: str) -> list[str]:
-    """Split a text into symbols; a tab and a newline are one each.
+    """Split a text into symbols; a tab or a newline is one symbol.
 
     Args:
         text: str.

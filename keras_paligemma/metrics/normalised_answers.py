@@ -42,8 +42,8 @@ _DOUBLE_CONTRACTIONS = (
 def _replacements():
     """Return the words that the official evaluator replaces, as a dict.
 
-    Its list has keys with capitals, which never match lowered words, and one
-    entry the wrong way round, which has an effect and is kept.
+    Its list has keys with capitals, which never match lower-case words, and one
+    reversed entry, which has an effect and is kept.
     """
     table = {"none": "0"} | {word: str(n) for n, word in enumerate(_NUMBERS)}
     table |= {word.replace("'", ""): word for word in _CONTRACTIONS}

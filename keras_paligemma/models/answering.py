@@ -58,7 +58,7 @@ def chunks(model, asked, size):
 
     Yields:
         dict of arrays as `run` returns it, and bool `finished` (rows,). The
-        first one comes after one token.
+        first dict comes after one token.
     """
     state, found, until = None, None, 1
     try:
@@ -77,7 +77,7 @@ def chunks(model, asked, size):
             yield found
             until += size
     finally:
-        # Only now: the next chunk overwrites the state.
+        # Only at the end: each chunk overwrites the previous state.
         if state is not None:
             _keep(asked.plan, state.sampler)
 

@@ -212,7 +212,7 @@ def _candidates(answer, every):
 
 
 def _read(answer, tokenizer, labels, codec, score):
-    """Return the objects of an answer; a missing label is the requested."""
+    """Return the objects of an answer; fill in a missing single label."""
     # The token that ended the answer is not part of its last label.
     count = len(answer.token_ids) - (answer.finish == "stop_token")
     tokens = texts_of(tokenizer, answer.token_ids[:count])

@@ -1,4 +1,4 @@
-"""The attention of responses to pictures, for people to look at."""
+"""The attention of responses to pictures, for visualisation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ AXES = ("layers", "heads")
 
 @dataclass(frozen=True)
 class Averages:
-    """What the program is compiled for: axes of the weights to average.
+    """Compile-time parameters of the program: axes of the weights to average.
 
     Args:
         layers, heads: bool.
@@ -38,9 +38,9 @@ class Averages:
 def attention(self, inputs, *, average=AXES, batch_size=None):
     """Return how much each token of a response attends to the picture.
 
-    To explain an answer, ask for the answer first, and pass it as the
-    response. A forward pass computes plain attention for the positions that
-    predict the response; no other method pays for it.
+    To explain an answer, generate it first and pass it as the response. A
+    separate forward pass computes plain attention for the positions that
+    predict the response; other methods do not become slower.
 
     Args:
         inputs: dict of `images`, `prompts` and `responses`, as `score` takes
@@ -110,7 +110,7 @@ def attended(model, plan, rows):
     inputs = {**rows, **text.whole()}
     x_BLD = backbone.embed(inputs)
     images = x_BLD.shape[1] - inputs["token_ids"].shape[1]
-    # Not `mask_of`, whose mask is for a kernel that returns no weights.
+    # `mask_of` may return a mask for a kernel that returns no weights.
     valid_BL, response_BL = full_masks(inputs, images)
     arguments = backbone.text_decoder.arguments_of_blocks(
         attention_mask(valid_BL, response_BL), token_positions(valid_BL)
@@ -126,7 +126,7 @@ def attended(model, plan, rows):
             return ops.mean(weights_BNRI, axis=1)
         return ops.moveaxis(weights_BNRI, 1, 2)
 
-    # Layers come first, and in the result after the tokens.
+    # Layers are the first axis here; in the result they follow the tokens.
     shares = backbone.text_decoder.blocks.observe(observed, x_BLD, *arguments)
     shares = ops.mean(shares, 0) if plan.layers else ops.moveaxis(shares, 0, 2)
     side = backbone.image_size // backbone.vision_config.patch_size

@@ -72,7 +72,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
             images: float tensor (B, h, w, 3) in [-1, 1], or (B, frames, h, w,
                 3); or instead image_embeddings (B, I, D) from
                 `encode_images`; or neither, for text alone.
-            token_ids: int tensor (B, tokens); floats that are whole are cast.
+            token_ids: int tensor (B, tokens); whole floats are cast.
             padding_mask: bool tensor (B, tokens), True on valid tokens.
             response_mask: bool tensor (B, tokens), True on the response;
                 without it all tokens are prefix.
@@ -274,8 +274,9 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         """Return the attention mask and the rotary positions (B, L).
 
         Args:
-            inputs: dict of a call's inputs, with whole texts; those split into
-                prompt and response determine where the response begins.
+            inputs: dict of a call's inputs, with whole texts. If it also has
+                prompt and response in two parts, their shapes determine where
+                the response begins.
             num_image_tokens: int I.
         """
         mask = inputs.get("attention_mask")

@@ -49,8 +49,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     Args:
         preprocessor: `PaliGemmaCausalLMPreprocessor`; without one, inputs are
             arrays and outputs token ids.
-        backbone: `PaliGemmaBackbone`. The two may be passed in either order,
-            and the backbone alone: they are recognised by type.
+        backbone: `PaliGemmaBackbone`. Both may be passed in either order, or
+            the backbone alone: they are recognised by type.
         compile: bool, compile with the defaults.
 
     Call arguments:
@@ -244,8 +244,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     ) -> Any:
         """Apply the head to the hidden states of a call and average the loss.
 
-        Metrics on logits are also updated here: in `compute_metrics` the
-        step's sample weights are gone, and the head would run twice.
+        Metrics on logits are also updated here: `compute_metrics` lacks the
+        step's sample weights, and the head would run twice.
         """
         own = self.own_loss
         head = self.backbone.head(own is None or own.final_soft_cap)
@@ -405,7 +405,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 "X.npz", whole or in pieces; or a handle of any of them:
                 "hf://…", "kaggle://…", "gs://…".
             load_weights: bool; `False` initialises the weights at random.
-            dtype: dtype policy; if `None` the global one, where
+            dtype: dtype policy. `None` is the global policy if
                 `keras.config.set_dtype_policy` or `set_floatx` set another
                 than float32, else the file's.
             **kwargs: `image_size` other than the checkpoint's (positions are

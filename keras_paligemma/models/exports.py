@@ -62,12 +62,12 @@ def save_to_preset(model, preset_dir, max_shard_size=10):
     """Write configuration, weights and tokenizer to a preset directory.
 
     An existing preset is replaced atomically: if the process is killed,
-    `from_preset` finds either the old or the new one. Other files stay. Of
+    `from_preset` finds either the old or the new preset. Other files stay. Of
     several adapters, the active one is written; full weights that it replaces
-    are written as the base's. `save_adapter` writes any adapter.
+    are written in place of the base's. `save_adapter` writes any adapter.
 
     Args:
-        preset_dir: str or path; `from_preset` loads it, exactly.
+        preset_dir: str or path; `from_preset` restores it exactly.
         max_shard_size: float, largest file in GiB, at most 2 GB in any case,
             since a file is held in memory while it is written. `None` writes
             one file of any size.

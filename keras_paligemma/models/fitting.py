@@ -54,8 +54,8 @@ def fit(
     check_compiled(model, "fit")
     check_moments(model.optimizer, model.trainable_variables)
     if model.optimizer is not None and not model.optimizer.built:
-        # TensorFlow's trainer leaves it to the first step, which is traced a
-        # second time once that has made variables.
+        # TensorFlow's trainer would create the optimizer's variables in the
+        # first step, which would then be traced a second time.
         model.optimizer.build(model.trainable_variables)
     if validation_split and validation_data is None:
         (x, y, sample_weight), validation_data = split(
@@ -65,15 +65,16 @@ def fit(
     kwargs.setdefault("steps_per_epoch", steps)
     x = _dataset(model, x, y, sample_weight, batch_size, shuffle)
     if validation_data is not None:
-        if not isinstance(validation_data, tuple):  # A list has batches.
+        # A list holds batches: Keras would unpack it as x, y and weights.
+        if not isinstance(validation_data, tuple):
             validation_data = (validation_data,)
         x_y_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
         kwargs.setdefault("validation_steps", steps_of(x_y_weight[0]))
         kwargs["validation_data"] = _dataset(
             model, *x_y_weight, batch_size=batch_size
         )
-    # `Batches` have an order of their own, which Keras must not mix; data
-    # sets of `tf.data` it cannot.
+    # Keras must not shuffle `Batches`, which have their own order, and it
+    # cannot shuffle `tf.data` datasets.
     shuffle = shuffle and steps is None
     shuffle = shuffle and isinstance(x, keras.utils.PyDataset)
     callbacks = kwargs.pop("callbacks", None)
@@ -99,7 +100,7 @@ def evaluate(
 def predict(model, x=None, batch_size=None, callbacks=None, **kwargs):
     """Return the logits of all text tokens; `x` is as in `fit`.
 
-    They are those of training, given responses included; call `generate`
+    These are the logits of training, given responses included; call `generate`
     for answers. The array is float32 (examples, tokens, V), in memory.
     """
     kwargs.setdefault("steps", steps_of(x))

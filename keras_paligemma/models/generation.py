@@ -39,16 +39,16 @@ def generate(
     """Answer prompts about pictures.
 
     Threads take turns, so that an answer is computed with one adapter and the
-    weights of one step; beside `fit` in another thread it runs between two
-    steps. Batches are padded to powers of two and answers to a bucket of
-    lengths. A smaller number of prompts, another length, other stops,
-    temperatures and seeds therefore compile nothing again.
+    weights of one step. If another thread runs `fit`, answers are computed
+    between two steps. Batches are padded to powers of two and answers to a
+    bucket of lengths. A smaller number of prompts, another length, other stops,
+    temperatures and seeds therefore need no recompilation.
 
     Args:
         inputs: dict of `images` and `prompts`: one image and one string, or
             lists of them; `responses` may hold the start of the answers.
-            `image_embeddings` from `encode`, or `prefix` from `prefill`, spare
-            computing it again. The dict is not modified. Without a
+            `image_embeddings` from `encode`, or `prefix` from `prefill`, avoid
+            repeated computation. The dict is not modified. Without a
             preprocessor: arrays, as `preprocessor.generate_preprocess`
             returns them.
         max_new_tokens: int, the longest answer, including its given start.
@@ -148,11 +148,11 @@ def stream(
 
     Args:
         inputs: as `generate` takes them, all at once.
-        max_new_tokens: as there.
-        stop_token_ids: as there.
+        max_new_tokens: as in `generate`.
+        stop_token_ids: as in `generate`.
         chunk: int, tokens per piece.
-        **options: as there, without beams, `num_samples` and `best_of`, whose
-            answers are not known piece by piece.
+        **options: as in `generate`, without beams, `num_samples` and
+            `best_of`, whose answers are not known piece by piece.
 
     Yields:
         The next piece of text, a string that may end within a word; for a list
@@ -223,7 +223,7 @@ def generate_step(self, inputs, stop_token_ids=None, cache_dtype=None):
 
     Returns:
         dict of `token_ids` int32 and `log_probabilities` float32, both (B, R),
-        0 behind the stop.
+        0 after the stop.
     """
     rows = row_defaults(inputs) | inputs
     shared = {"stop_ids": stop_array(stop_token_ids), "sampler": []}

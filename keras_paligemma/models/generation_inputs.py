@@ -1,4 +1,4 @@
-"""Prepare a batch of prompts: from what a user hands in to arrays."""
+"""Prepare a batch of prompts: convert a user's inputs to arrays."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -8,7 +8,7 @@ from keras_paligemma.preprocessing.inputs import is_numeric
 from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.inputs import to_numpy
 
-# Of integers and bools: a dtype policy is about floats alone.
+# Dtypes of integer and bool inputs: a dtype policy is for floats alone.
 DTYPES = {
     "token_ids": "int32",
     "prompt_ids": "int32",
@@ -113,14 +113,14 @@ def prompt_batch(inputs, image_size, text_config):
     Returns:
         arrays: dict of `token_ids` int32, `padding_mask` and `response_mask`
             bool, all (B, T), and float32 `images` or `image_embeddings`. A
-            response mask that is not there is all False: no answer has begun.
+            missing response mask becomes all False: no answer has begun.
         single: bool, `inputs` was one row without a batch axis.
 
     Raises:
         ValueError: if names, shapes, dtypes or values are invalid.
     """
     given = {key: value for key, value in inputs.items() if value is not None}
-    # A misspelt name would be an image that is silently ignored.
+    # An image under a misspelt name would be silently ignored.
     unknown = given.keys() - set(PROMPT_ARRAYS)
     if unknown or not {"token_ids", "padding_mask"} <= given.keys():
         raise ValueError(

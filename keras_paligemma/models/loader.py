@@ -15,8 +15,8 @@ from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
 class PresetLoader:
     """The loader that KerasHub asks for, on top of our `from_preset`.
 
-    A base class asks for the backbone's class, finds the subclass of itself
-    that belongs to it, and passes that to the loader.
+    A base class asks for the backbone's class, finds its own subclass for that
+    backbone, and passes the subclass to the loader.
 
     Args:
         preset: str, a folder or handle.

@@ -1,4 +1,4 @@
-"""One forward pass over what a user hands in, for scores and the like."""
+"""One forward pass over a user's inputs, for example to compute scores."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ def run_on_device(model, function, rows, plan=None, shared=None):
         function: function of the model, `plan`, a dict of tensors and, if not
             `None`, `shared`.
         rows: dict of arrays (B, …).
-        plan: hashable, what the program is compiled for.
+        plan: hashable, compile-time parameters of the program.
         shared: nest of arrays without the batch, or `None`.
 
     Returns:

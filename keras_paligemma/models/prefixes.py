@@ -16,8 +16,8 @@ from keras_paligemma.preprocessing.inputs import to_strings
 def prefill(self, inputs):
     """Run pictures and prompts once, to continue them many times.
 
-    For many responses or samples of one prompt, and for models that read the
-    keys and values of PaliGemma, such as a robot's policy. To ask different
+    Use it for many responses or samples of one prompt, and for models that
+    read PaliGemma's keys and values, such as a robot's policy. To ask different
     questions about a picture, `encode` it: a prompt is part of the prefix.
 
     Args:
@@ -26,9 +26,9 @@ def prefill(self, inputs):
 
     Returns:
         `keras_paligemma.generation.prefix.Prefix`, on the device. `generate`
-        and `stream` take `{"prefix": prefix}`, `score` and `embed` with
-        `responses` beside it. One example is continued by any number of
-        responses; several by one each.
+        and `stream` take `{"prefix": prefix}`; `score` and `embed` take it
+        together with `responses`. A prefix of one example is continued by any
+        number of responses, a prefix of several by one response each.
 
     Raises:
         ValueError: if the model has no preprocessor, or inputs are invalid.

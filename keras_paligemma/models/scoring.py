@@ -126,7 +126,7 @@ def embed(self, inputs, *, batch_size=None):
         dict of float32 `hidden_states` (B, L, D) of image tokens and prompt,
         after the final norm; `image_embeddings` (B, I, D); and bool
         `padding_mask` (B, L), False on padding. Without B for one example.
-        Behind a prefix the L tokens are those of the response, and there are
+        After a prefix, the L tokens are those of the response, and there are
         no `image_embeddings`.
 
     Example:

@@ -87,11 +87,11 @@ class TokenEmbedding(keras.layers.Layer):
         return ops.cast(x_BTD, self.compute_dtype)
 
     def _dequantized_rows(self, layout, ids_BT):
-        """Return rows of the table of integers, as floats."""
+        """Return rows of the quantised table, as floats."""
         alone = platform() == "tpu" and tuple(ids_BT.shape) == (1, 1)
         if alone:
-            # A TPU slices a single row, and lays the whole table out anew for
-            # it, at each token of a loop; two rows it gathers.
+            # For a single row, a TPU uses a slice, and converts the whole table
+            # to another layout at each token of a loop. Two rows are gathered.
             ids_BT = ops.repeat(ids_BT, 2, axis=1)
         stored, scale = (
             ops.take(array, ids_BT, axis=0)
@@ -116,7 +116,7 @@ class TokenEmbedding(keras.layers.Layer):
 
     @property
     def head_table(self):
-        """The head's table: the embedding's, unless an adapter brings one."""
+        """The head's table: the embedding's, unless an adapter has its own."""
         return self.table if self.adapter_head is None else self.adapter_head
 
     def logits(self, hidden_states_BTD):
@@ -134,8 +134,8 @@ class TokenEmbedding(keras.layers.Layer):
             logits_BTV = product(table, hidden_states_BTD, (self.hidden_dim,))
             return ops.cast(logits_BTV, "float32")
         table = ops.cast(self.head_table, hidden_states_BTD.dtype)
-        # Not a matmul with the transpose, which a loop over tokens would keep
-        # as a second table: 1.0 GiB of a 3b on a v5e.
+        # Not a matmul with the transpose: a loop over tokens would keep the
+        # transpose as a second table, 1.0 GiB of a 3b on a v5e.
         logits_BTV = ops.tensordot(hidden_states_BTD, table, axes=[[-1], [1]])
         return ops.cast(logits_BTV, "float32")
 
@@ -292,7 +292,7 @@ class TextDecoder(keras.layers.Layer):
             valid_BT: bool tensor, True on valid tokens.
             response_BT: bool tensor, True on response tokens.
             response_length: int, number of tokens at the end that are the
-                response and nothing else; `None` if only `response_BT` tells.
+                response and nothing else; `None` if not known.
 
         Returns:
             `PrefixMask`, if the response's position is known and attention

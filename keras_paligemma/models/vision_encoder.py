@@ -42,7 +42,7 @@ class VisionEncoder(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        config.num_image_tokens(image_size)  # Refuses a size that does not fit.
+        config.num_image_tokens(image_size)  # Raises on invalid sizes.
         self.config = config
         self.image_size = image_size
         policy = self.dtype_policy
@@ -100,7 +100,7 @@ class VisionEncoder(keras.layers.Layer):
 
     def call(self, images_BhwC, training=None):
         x_BID = self.blocks(self.embed(images_BhwC))
-        # The projector's dropout is seeded as if it were one more block.
+        # The projector's dropout takes the seed of one more block.
         seed = self.blocks.draw_seed(training)
         with dropout_scope(seed, self.config.num_layers):
             return self.project(x_BID, images_BhwC)

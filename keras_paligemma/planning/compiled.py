@@ -27,7 +27,7 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-# Compiles in a sixth of the time; the memory is within 5 %.
+# Compilation takes a sixth of the time; the memory differs by up to 5 %.
 QUICK = {
     "exec_time_optimization_effort": -1.0,
     "memory_fitting_effort": -1.0,
@@ -90,7 +90,7 @@ class Compiler:
         # A stopped process is detected below, by the missing answer.
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(asked), file=self.process.stdin, flush=True)
-        # A pipe, which `Popen` alone does not tell a type checker.
+        # A pipe; a type checker cannot see this from `Popen`.
         line = self.process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
         if not line:
             self.process.wait()

@@ -43,7 +43,7 @@ class Generation:
         return sorted(map(Candidate, layouts_of(machine.chips)), key=slowness)
 
     def thriftiest(self, machine):
-        """Return a list of the candidate with the least memory."""
+        """Return a list with only the candidate of least memory."""
         return [
             min(
                 self.candidates(machine),

@@ -59,7 +59,7 @@ class Plan:
         hbm_limit_gib: float, GiB per chip.
         source: str, "compiler" or "estimate".
         tried: tuple of `Verdict`, lowest bound of time first.
-        best: `Verdict`, the first that fits, or `None`.
+        best: `Verdict`, the first of `tried` that fits, or `None`.
         details_gib: dict of names to floats, further memory of the best, GiB
             per chip.
         smallest: str, smallest machine on which the job fits, or `None`.
@@ -253,7 +253,7 @@ class _Judge:
         workload = self.workload
         split = workload.memory(candidate)
         limit = machine.memory * GIB
-        # All but the last, the activations, are exact.
+        # All are exact except the last, the activations.
         *exact, _ = split.values()
         together, source = sum(split.values()), "estimate"
         fits = together < ESTIMATE_SHARE * limit

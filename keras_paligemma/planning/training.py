@@ -19,8 +19,8 @@ class Training:
     """
 
     trains = True
-    # Estimates of activations are rough: only those above this multiple of the
-    # memory are trusted without compiling.
+    # Estimates of activations are rough: without compiling, a candidate is
+    # rejected only if its estimate exceeds this multiple of the memory.
     believed_beyond = 1.6
 
     def __init__(self, job, remats=REMATS):

@@ -35,7 +35,7 @@ def call_in_python(preprocessor, x, sample_weight=None, sequence_length=None):
     Args:
         preprocessor: `PaliGemmaCausalLMPreprocessor`.
         x: dict of symbolic tensors: one example or a batch.
-        sample_weight: `None`, or a symbolic tensor of one weight an example.
+        sample_weight: `None`, or a symbolic tensor of one weight per example.
         sequence_length: int or `None`, as in the preprocessor's `call`.
 
     Returns:
@@ -67,7 +67,7 @@ def call_in_python(preprocessor, x, sample_weight=None, sequence_length=None):
     }
     images, converter = x.get("images"), preprocessor.image_converter
     if images is not None and converter is not None:
-        # Paths and encoded files are strings, one a picture.
+        # Paths and encoded files are strings, one per picture.
         axes = 0 if images.dtype == tf.string else 3
         frames = images.shape[batch.rank : images.shape.rank - axes]
         size = (*converter.image_size, 3)

@@ -44,7 +44,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
 
     Args:
         image_size: int or `(height, width)`, in pixels.
-        resize: str, the method that the checkpoint was trained with, equal to
+        resize: str, the method that the checkpoint was trained with, exact to
             the pixel: `"bilinear"`, the default of big_vision's `resize`,
             without antialias; `"bilinear_antialias"`, as in big_vision's
             PaliGemma configurations; `"bicubic"`, as in transformers.

@@ -153,7 +153,7 @@ def plain_prompts(prompts: list[str]) -> list[str]:
         prompts, "prompts", [run.end() if run else 0 for run in runs]
     )
     if any(runs):
-        # No number in the text, so that Python shows it once, not each batch.
+        # Without a number in its text, Python shows the warning only once.
         warnings.warn(
             f"{DROPPED} {TEXT_ALONE}Remove it from the prompts.",
             stacklevel=2,
@@ -192,7 +192,7 @@ def check_no_special_tokens(
 
 
 def check_dictionary(x) -> None:
-    """Raise `ValueError` unless inputs are a dict, with the way to make one.
+    """Raise `ValueError` unless inputs are a dict; it shows how to make one.
 
     Args:
         x: inputs of a preprocessor or a model.

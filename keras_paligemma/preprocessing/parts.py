@@ -53,8 +53,8 @@ def refuse_other_files(folder):
     """Raise if a part's files would replace or contradict others.
 
     A model's preset with a preprocessor already has the part's configuration.
-    A backbone's preset has not, so a preprocessor may be saved beside it,
-    before or after.
+    A backbone's preset does not have it, so a preprocessor may be saved beside
+    it, before or after.
 
     Args:
         folder: path, which need not exist.

@@ -293,7 +293,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 `map`, symbolic tensors are processed in Python by
                 `tf.numpy_function`.
             y: `None`; targets come from the responses.
-            sample_weight: `None`, or one weight an example.
+            sample_weight: `None`, or one weight per example.
             sequence_length: int, tokens of both parts in this call: the
                 response gets the rest after `prompt_length`. `None` for the
                 layer's own.
@@ -447,7 +447,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     @property
     def sequence_length(self) -> int:
-        """Text tokens of a row; setting it divides them as in the class."""
+        """Text tokens of a row; a new value is divided as by the class."""
         return self.prompt_length + self.response_length
 
     @sequence_length.setter

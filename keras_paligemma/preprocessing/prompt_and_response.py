@@ -19,7 +19,7 @@ WHOLE_NAMES = ("token_ids", "padding_mask", "response_mask")
 class PromptAndResponse:
     """The two parts of a batch's text, with static shapes.
 
-    The shapes tell where the response begins, so that no mask is needed for
+    The shapes determine where the response begins, so no mask is needed for
     it. `fit` passes the model these four arrays, named like the fields, in
     place of `token_ids`, `padding_mask` and `response_mask`, in which both
     parts are concatenated.

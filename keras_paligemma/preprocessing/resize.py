@@ -1,4 +1,4 @@
-"""The resize methods that checkpoints were trained with, equal to the pixel."""
+"""The resize methods that checkpoints were trained with, exact to the pixel."""
 
 import functools
 
@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 # All arithmetic is float32 and in the order of TensorFlow's kernels: results
-# are truncated, so that one more rounding would change a pixel.
+# are truncated, so one more rounding would change a pixel.
 _HALF = np.float32(0.5)
 _ONE = np.float32(1)
 

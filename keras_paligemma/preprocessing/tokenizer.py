@@ -32,7 +32,7 @@ def append_location_and_segment_pieces(proto: bytes) -> bytes:
     """Append `<loc0000>`…`<loc1023>` and `<seg000>`…`<seg127>` to a model.
 
     This turns Gemma's tokenizer into PaliGemma's, which has the same pieces
-    and then these.
+    followed by these.
 
     Args:
         proto: bytes, a serialized SentencePiece model.

@@ -80,15 +80,15 @@ def batches_of(examples, preprocessor):
 
 
 def calibrate(backbone, floats, batches):
-    """Round the weights of an int4 backbone again, for examples.
+    """Round the weights of an int4 backbone again, calibrated on examples.
 
-    Goes block by block, vision encoder first. The inputs of a block are the
-    outputs of the rounded blocks before it; each of its kernels is rounded
-    to minimise the change of its products with these inputs, and the rounded
-    block's outputs are the inputs of the next. The embedding table comes last,
-    in its role as the output head.
+    The order is block by block, vision encoder first. The inputs of a block are
+    the outputs of the rounded blocks before it. Each of its kernels is rounded
+    to minimise the change of its products with these inputs. The outputs of the
+    rounded block are the inputs of the next. The embedding table comes last, in
+    its role as the output head.
 
-    Memory beside the backbone: one block's outputs for all examples, one block
+    Memory besides the backbone: one block's outputs for all examples, one block
     in float32, and for a kernel of F inputs about 28·F² bytes: 2.4 GB for 3b,
     38 GB for 28b.
 
@@ -107,7 +107,7 @@ def calibrate(backbone, floats, batches):
 
 
 def _one_block(backbone):
-    """Build a float32 backbone of one block a tower, without values."""
+    """Build a float32 backbone of one block per tower, without values."""
     config = backbone.get_config()
     for tower in ("vision_encoder", "text_decoder"):
         config[tower] = config[tower] | {"num_layers": 1}
@@ -180,7 +180,7 @@ def _through_blocks(stack, block, floats, weights, xs, arguments, valid):
         block: a float block, which takes the weights of each block in turn.
         floats: dict of name to `LazyTensor`.
         weights: dict of name to the `Weight` that is rounded.
-        xs: list of arrays (B, T, D), one a batch.
+        xs: list of arrays (B, T, D), one per batch.
         arguments: list of tuples, the other arguments of the blocks.
         valid: list of bool arrays (B, T), the tokens that count; `None`: all.
 
@@ -210,7 +210,7 @@ def _writers(layer, weights):
 
 
 def _calibrate(layer, number, floats, writers, run, valid):
-    """Round the projections of a layer for their inputs.
+    """Round the projections of a layer, calibrated on their inputs.
 
     Args:
         layer: Keras layer of floats; afterwards it holds the rounded kernels.

@@ -30,8 +30,9 @@ def stacked_weights_scope(stacks, number):
     """Let the products of a block read one layer of scanned weights.
 
     Large weights are dequantised in parts, in a loop. A layer's slice as an
-    input of that loop would be a copy, in a backward pass of all kernels of a
-    layer at once; so each part is sliced out of the stack directly.
+    input of that loop would be a copy; in a backward pass, all kernels of a
+    layer would be copied at once. So each part is sliced out of the stack
+    directly.
 
     Args:
         stacks: dict of the `id` of a block's variable to the variable of all
@@ -96,7 +97,7 @@ def quantized_gradient(layout, stored, scale, gradient):
 class _Weight:
     """The tensors of a weight, or of a stack with the index of a layer.
 
-    `shares` is the `ShardSpec` of both tensors, or `None` each.
+    `shares` has a `ShardSpec` or `None` for each of both tensors.
     """
 
     layout: QuantizedFormat
@@ -302,8 +303,8 @@ def _part(x, axis, index, count, runs=1, number=None):
     if number is None and count == 1:
         return x
     if number is None and axis == 0 and runs == 1:
-        # Indexes whole tiles: a slice from any row would make a TPU copy the
-        # table into another layout.
+        # Whole tiles are indexed: a slice that begins at any row would make a
+        # TPU copy the table into another layout.
         x = ops.reshape(x, (count, x.shape[0] // count, *x.shape[1:]))
         return ops.take(x, index, axis=0)
     starts, shape = [0] * len(x.shape), list(ops.shape(x))

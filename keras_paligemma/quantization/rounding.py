@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-# The largest 4-bit integer whose negative is one too.
+# The largest 4-bit integer whose negative also has 4 bits.
 LARGEST = 7
 # Fractions of a peak's scale that are tried.
 SHARES = np.linspace(1, 0.6, 9, dtype="float32")

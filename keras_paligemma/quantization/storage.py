@@ -27,10 +27,10 @@ TILE = 8
 class QuantizedFormat:
     """How a float array is stored as integers and scales.
 
-    "int8" has one scale an output. "int4" packs two values into a byte and has
+    "int8" has one scale per output. "int4" packs two values into a byte and has
     one scale for each 128 values along the last summed axis; a shorter axis is
     one group, and the last group is padded with zeros. Both values of a byte
-    are of the same group, so that an axis can be sharded between groups.
+    belong to the same group, so that an axis can be sharded between groups.
 
     Scales are rounded up to bfloat16 before the integers are chosen: this only
     makes steps up to 0.8 % wider, and the product of an integer and its scale
@@ -76,8 +76,8 @@ class QuantizedFormat:
     def scales(self):
         """Number of scales along the axis of groups.
 
-        Padded to a multiple of 8 if axes of outputs follow; otherwise the TPU
-        lays the stack of all layers out anew in each step.
+        Padded to a multiple of 8 if output axes follow; otherwise the TPU
+        converts the stack of all layers to another layout in each step.
         """
         if self.axes[-1] == -1 or self.groups < TILE:
             return self.groups
@@ -106,7 +106,7 @@ class QuantizedFormat:
 
     @property
     def outputs_first(self):
-        """This format with the axes of outputs before those that are summed."""
+        """This format with the output axes before the summed axes."""
         kept = [
             axis for axis in range(-len(self.shape), 0) if axis not in self.axes
         ]
@@ -120,8 +120,8 @@ class QuantizedFormat:
 
         Args:
             array: NumPy array of `shape`, of any float dtype.
-            scale: bfloat16 array, one a group ("int4") or output ("int8");
-                computed from the largest absolute values if `None`.
+            scale: bfloat16 array, one per group ("int4") or output
+                ("int8"); computed from the largest absolute values if `None`.
 
         Returns:
             int8 array of `stored_shape`, bfloat16 array of `scale_shape`.
@@ -211,10 +211,11 @@ def add_quantized_weight(layer, layout, initializer, name, outputs_first=0):
         layer: Keras layer that is being built.
         layout: `QuantizedFormat`.
         initializer: Keras initializer of the float array. It must return the
-            same values each time, as Keras's do unless given a generator.
+            same values in each call, as Keras initializers do unless they have
+            a generator as seed.
         name: str.
-        outputs_first: int, number of axes of outputs if the variables have
-            them before the others; see `layers.cpu_products`.
+        outputs_first: int, number of output axes that the variables have
+            before the others; see `layers.cpu_products`.
 
     Returns:
         Two variables, int8 and bfloat16.

@@ -43,8 +43,8 @@ class Service:
     def ask(self, picture, prompt, choice, copies=1, streams=False):
         """Start to decode a picture, and then queue a prompt about it.
 
-        The loop is not woken between a request and its answer: on few cores
-        its thread and the model's would take turns at that.
+        The event loop is not woken between a request and its answer: on few
+        cores its thread would compete with the model's.
 
         Args:
             picture: function that returns bytes; called in another thread.
@@ -54,8 +54,8 @@ class Service:
             streams: bool.
 
         Returns:
-            list of `Reply`, one per copy. What is wrong with the picture or
-            the prompt is an event of each.
+            list of `Reply`, one per copy. An error in the picture or the
+            prompt is an event of each reply.
         """
         loop = asyncio.get_running_loop()
         replies = [Reply(loop) for _ in range(copies)]
@@ -84,7 +84,7 @@ async def accepted(replies):
     """Wait until requests of streams are in the queue.
 
     Raises:
-        Exception: whatever was wrong with them.
+        Exception: the error of an invalid request.
     """
     for reply in replies:
         event = await reply.events.get()
@@ -103,7 +103,7 @@ async def answers_of(replies, receive):
         list of `Answered`.
 
     Raises:
-        Disconnected: if the client has gone; its requests are cancelled.
+        Disconnected: if the client disconnects; its requests are cancelled.
     """
     answers = asyncio.gather(*[reply.answer() for reply in replies])
     gone = asyncio.ensure_future(_gone(receive))
@@ -130,7 +130,7 @@ async def events_of(replies):
     """Yield (index, piece or `Answered`) of all copies as they arrive.
 
     Raises:
-        Exception: whatever the model raised.
+        Exception: any exception of the model.
     """
     merged = asyncio.Queue()
 

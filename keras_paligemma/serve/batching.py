@@ -27,7 +27,7 @@ class Reply:
         events: `asyncio.Queue` of str, pieces of text, and at the end an
             `Answered` or an exception. The first piece of a stream is empty:
             its request is in the queue.
-        left: bool, whether the client has gone.
+        left: bool, whether the client has disconnected.
     """
 
     loop: asyncio.AbstractEventLoop

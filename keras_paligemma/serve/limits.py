@@ -61,7 +61,7 @@ def protocol(seconds):
             self._wait(LINGERS)
 
         def on_response_complete(self):
-            # This continues with a request that has already arrived.
+            # The base method continues with a request that has already arrived.
             self._wait()
             super().on_response_complete()
 
@@ -92,7 +92,7 @@ class Guard:
         paths: strs, paths with a label of their own in the metrics.
         token: str, the bearer token that requests must carry, or `None`.
         hosts: strs, names of the server; `None` accepts any. This prevents
-            DNS rebinding: such a page's requests have another name.
+            DNS rebinding, where a page's requests have another host name.
     """
 
     def __init__(self, app, limits, metrics, paths, token=None, hosts=None):
@@ -199,8 +199,9 @@ class Guard:
 async def _refuse(error, scope, receive, send):
     """Refuse a request whose body is not read, and end its connection.
 
-    Who is still sending reads no reply, and loses it when the connection ends:
-    so it ends when the body has, or when nothing more comes.
+    A client that is still sending does not read the reply, and loses it if the
+    connection is closed. So the connection is closed after the end of the
+    body, or when no more data arrives.
     """
     reply = refusal(scope["path"], error)
     # Unread bytes would be taken for the next request.

@@ -3,7 +3,7 @@
 PaliGemma answers one prompt about one picture: a conversation is one user
 message with one `image_url` and one text. Other conversations are refused, not
 shortened. Without a temperature decoding is greedy, as in the models'
-evaluation. `max_tokens` above the model's longest answer means that one.
+evaluation. `max_tokens` is limited to the model's longest answer.
 """
 
 import json

@@ -31,11 +31,11 @@ class PresetModel:
 
     Lengths, temperatures, top-p, top-k, seeds, stops and streaming are data of
     a row, so requests that differ in them share a batch. An adapter is a state
-    of the whole model, and the number of alternatives a shape, so requests that
-    differ in those do not.
+    of the whole model, and the number of alternatives is a shape, so requests
+    that differ in these do not share a batch.
 
-    Batches of greedy answers without streams have 1, 2, 4, … rows. Those that
-    sample or stream have 1 row or `largest`, since each size is a program.
+    Batches of greedy answers without streams have 1, 2, 4, … rows. Batches that
+    sample or stream have 1 row or `largest`, since each size needs a program.
 
     Args:
         model: `PaliGemmaCausalLM` with a preprocessor. Its active adapter
@@ -266,7 +266,7 @@ def _piece(tokenizer, token):
 
 
 def _spelt(tokenizer, ids):
-    """Return the texts of tokens, which joined are the answer; the end is "".
+    """Return the texts of tokens; joined they are the answer; the end is "".
 
     The bytes of a multi-byte character are spelt as "<0xE2>".
     """

@@ -100,7 +100,7 @@ class Answered:
     Args:
         text: str.
         tokens: strs, or () if the model's file does not return them.
-        token_ids: ints, including the one that ended it.
+        token_ids: ints, including the stop token.
         log_probabilities: floats, one per token.
         finish: "stop" or "length".
         alternatives: for each token a tuple of (str, float).

@@ -20,7 +20,7 @@ PIXEL = bytes.fromhex(
 )
 # The end token of all PaliGemma tokenizers.
 END = 1
-# Options that a graph may lack, and the values that do not need them.
+# Options that a graph may lack, and their values if they are not used.
 OPTIONAL = {"top_p": 1.0, "top_k": None, "seed": None, "adapter": None}
 BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")
 
@@ -34,9 +34,9 @@ class SavedModel:
     """An export of `model.export`, with the interface that `Batches` calls.
 
     Its options are inputs of its signature and apply to a whole batch, so
-    requests that differ in them do not share one. Those that differ in length
-    do: the longest is computed and the others are cut. The graph decodes
-    pictures.
+    requests that differ in them do not share a batch. Requests that differ in
+    length do: the longest is computed and the others are cut. The graph
+    decodes pictures.
 
     Args:
         folder: str or path.

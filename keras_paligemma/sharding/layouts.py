@@ -86,8 +86,8 @@ SPLIT = ("V", "N", "K", "F")
 # Axes whose storage is split: the first that divides, never an adapter's rank.
 # Not by size, since a quantised kernel and its scales must be split alike.
 STORED = ("V", "F", "D", "M", "I", "H", "N", "K")
-# Weights of fewer values per layer are replicated: gathering them would cost
-# more time than the memory that it saves is worth.
+# Weights of fewer values per layer are replicated: the saved memory would not
+# be worth the time to gather them.
 SMALL = 2**20
 
 
@@ -185,7 +185,7 @@ class Layout:
             split = [i for i, letter in enumerate(letters) if letter in SPLIT]
             _choose(chosen, sizes, split, self.group, "model")
         if large and "model" not in chosen and self.strategy != "data":
-            # Storage, also of weights whose heads do not divide.
+            # Split storage, also of weights whose heads do not divide.
             _choose(chosen, sizes, _stored(letters), self.group, "model")
         if large and self.strategy == "both":
             _choose(chosen, sizes, _stored(letters), self.groups, "batch")

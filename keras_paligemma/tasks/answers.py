@@ -60,18 +60,18 @@ def read_objects(
       answers.
 
     Args:
-        answer: str, or the list of its tokens as text, which joined are the
-            answer, without the end token. The first byte token of a
-            multi-byte character holds the character, the others are empty.
-        codec: `MaskCodec` that decodes masks: the one the model was trained
-            with. `None` decodes no masks.
-        labels: requested labels; objects of others are skipped. `None` takes
+        answer: str, or the list of its tokens as text, without the end token;
+            joined they are the answer. The first byte token of a multi-byte
+            character holds the character, the others are empty.
+        codec: `MaskCodec` that the model was trained with, to decode masks.
+            `None` decodes no masks.
+        labels: requested labels; objects with others are skipped. `None` takes
             any.
         image: the picture, displayed by notebooks.
         log_probabilities: float per token of `answer`, which is then a list;
             objects get scores.
         score: function from the log-probabilities of locations and label to
-            a score; see `tasks.scores`, whose best one is the default.
+            a score; see `tasks.scores`. The default is the best of them.
         scale: divisor of locations, 1023 or 1024; see `tasks.locations`.
 
     Returns:
@@ -244,7 +244,7 @@ def _refuse(part, labels):
 
 
 def _refuse_mask(part, codec):
-    """Return why the codes of an object are no mask; `None` otherwise."""
+    """Return why the codes of an object are not a mask; `None` if they are."""
     if not part.codes:
         return None
     if len(part.codes) != CODES:

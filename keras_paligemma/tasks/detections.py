@@ -1,4 +1,4 @@
-"""Objects from and to `supervision.Detections`, which holds one picture's."""
+"""Convert the objects of a picture from and to `supervision.Detections`."""
 
 from collections.abc import Iterable
 from collections.abc import Mapping

@@ -48,8 +48,8 @@ def draw_objects(
 
     Each label has one colour. Labels never overlap and never leave the
     picture: a label whose place is taken is moved, with a line to its box.
-    Text shrinks if there is much of it; labels that still do not fit, those of
-    the lowest scores, are left out, and their boxes remain.
+    Text shrinks if there is much of it. Labels that still do not fit are left
+    out, the lowest scores first; their boxes remain.
 
     Args:
         image: any picture that `preprocessing.images.read_image` takes.

@@ -1,4 +1,4 @@
-"""Label maps, pictures whose values are object numbers, from and to masks."""
+"""Convert masks from and to label maps: pictures of object numbers."""
 
 from collections.abc import Iterable
 from collections.abc import Mapping

@@ -11,7 +11,7 @@ LAST = 1023
 
 
 def to_locations(boxes: ArrayLike, scale: int = LAST) -> np.ndarray:
-    """Round edges to the tokens that stand for them.
+    """Round edges to the numbers of location tokens.
 
     Args:
         boxes: float array (…, 4) of y1, x1, y2, x2 as fractions of the
@@ -57,7 +57,7 @@ def from_locations(locations: ArrayLike, scale: int = LAST) -> np.ndarray:
         within one bin at the end of a scale of 1024.
 
     Raises:
-        ValueError: if a number is not of a token, or the scale is invalid.
+        ValueError: if a number belongs to no token, or the scale is invalid.
 
     Example:
 

@@ -39,9 +39,10 @@ def layout(
         features: length of a codebook entry.
 
     Returns:
-        dict of name to shape: convolutions (out, in, height, width), transposed
-        ones (in, out, height, width). The defaults are those of the published
-        file, whose training state, `_vq_vae._ema_*`, is not needed.
+        dict of name to shape: (out, in, height, width) for convolutions, (in,
+        out, height, width) for transposed convolutions. The defaults are those
+        of the published file, whose training state, `_vq_vae._ema_*`, is not
+        needed.
 
     Example:
 
@@ -75,15 +76,15 @@ def layout(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaskCodec:
-    """A VQ-VAE that encodes masks of 64 × 64 values as 16 codes, and decodes.
+    """A VQ-VAE that converts masks of 64 × 64 values to 16 codes and back.
 
     A model learns the `<seg>` tokens of one codec, and its answers can only be
-    decoded with that one: published models use `vae-oid.npz` (`load`), the
-    nano preset the embedded codec (`embedded`).
+    decoded with that codec. Published models use `vae-oid.npz` (`load`), the
+    nano preset uses the embedded codec (`embedded`).
 
     Args:
         weights: dict of name to float array, of the shapes of `layout`;
-            others are ignored.
+            other names are ignored.
 
     Raises:
         ValueError: if weights are missing or do not fit together.
@@ -111,7 +112,7 @@ class MaskCodec:
         """Load a codec from a file, such as the published `vae-oid.npz`.
 
         Args:
-            path: of the `.npz` file, which Google publishes at
+            path: path of the `.npz` file, which Google publishes at
                 `gs://big_vision/paligemma/vae-oid.npz`.
 
         Raises:
@@ -318,7 +319,7 @@ def _in_parts(function, x):
 
 
 def _fitting(weights):
-    """Return the layout with the weights' widths; refuse others."""
+    """Return the layout of the weights' widths; raise if they do not fit."""
     try:
         widths = tuple(weights[f"{name}.bias"].shape[0] for name in _DOWN)
         wanted = layout(widths, weights[_BOOK].shape[1])

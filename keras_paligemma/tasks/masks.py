@@ -279,7 +279,7 @@ def _unpack(packed):
     """Return the run lengths in COCO's string.
 
     Each character holds 5 bits of a number, and a sixth bit if more follow.
-    From the fourth run on, numbers are differences to the run two before.
+    From the fourth run on, a number is the difference from the run two before.
     """
     packed = packed.encode() if isinstance(packed, str) else packed
     runs, number, place = [], 0, 0

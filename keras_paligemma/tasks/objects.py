@@ -153,7 +153,7 @@ class Object:
         """
         mask = masks.check_mask(mask)
         y1, x1, y2, x2 = self.pixels(mask.shape)
-        # One pixel, if the box is rounded to none.
+        # At least one pixel, even if rounding leaves none.
         part = mask[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)]
         if not part.any():
             raise ValueError(
@@ -178,7 +178,7 @@ class Object:
     def xywh(
         self, size: tuple[float, float] = (1, 1)
     ) -> tuple[float, float, float, float]:
-        """Return corner and sides, (x, y, width, height), as COCO has them.
+        """Return corner and sides, (x, y, width, height), as in COCO.
 
         Args:
             size: (height, width) of the picture, such as in pixels.

@@ -19,7 +19,7 @@ class PictureAttention:
             token, the last one, is empty.
         shares: float32 array (tokens, rows, columns), read-only. After the
             tokens come layers and heads, if they were not averaged, and
-            pictures, if the example has several. It is the attention of the
+            pictures, if the example has several. A share is attention of the
             position that predicts the token. The sum over all patches is at
             most 1: the rest is attention to text.
         picture: the example's picture, or its list of pictures; `None` if the
@@ -76,7 +76,7 @@ class PictureAttention:
 
         Args:
             word: str, as `word` takes it; `None` uses the mean of all tokens.
-            number: int, as there.
+            number: int, as in `word`.
 
         Returns:
             `PIL.Image.Image` in RGB; see `tasks.drawing.draw_attention`.

@@ -1,17 +1,17 @@
-"""Scores of objects, and suppression of overlapping ones.
+"""Scores of objects, and suppression of overlapping objects.
 
 A score is a function of the log-probabilities of the four location tokens and
 of the label's tokens. Mask codes do not count.
 
 Scores rank objects; they are not probabilities that an object is right. A model
 spreads the probability of an edge over neighbouring locations, so the score of
-a good box may be 0.02. `with_neighbours` adds them up: the probability that an
-edge is within 1 % of the side. `model.detect` does so if it is called with
-`alternatives=32`.
+a good box may be 0.02. `with_neighbours` adds up the probabilities of these
+locations: the result is the probability that an edge is within 1 % of the side.
+`model.detect` uses it if it is called with `alternatives=32`.
 
 COCO's average precision, 0.50 to 0.95, of the nano preset's greedy answers with
 the weights of November 27, 2026: 500 scenes of trained and held-out styles,
-1,432 prompts, for each class in a scene and for one that is not.
+1,432 prompts, one for each class in a scene and one for an absent class.
 
 | | single locations | with neighbours |
 |---|---|---|
@@ -58,7 +58,7 @@ def joint_probability(locations: np.ndarray, label: np.ndarray) -> float:
 def mean_probability(locations: np.ndarray, label: np.ndarray) -> float:
     """Return the geometric mean of the probabilities of all tokens.
 
-    Labels of any length are comparable, but a long one outweighs the box.
+    Labels of any length are comparable, but a long label outweighs the box.
 
     Args and Returns are those of `joint_probability`.
 
@@ -98,8 +98,8 @@ def with_neighbours(
         tokens: list of str, the tokens of an answer.
         log_probabilities: list of float, one per token.
         alternatives: for each token, the (text, log-probability) of the
-            likeliest tokens in its place. More than 2 × `reach` of them miss
-            little.
+            likeliest tokens in its place. If there are more than 2 × `reach`
+            of them, little probability is missed.
         reach: int, greatest distance of a neighbour; 10 is 1 % of the side.
 
     Returns:
@@ -167,7 +167,7 @@ def box_overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def suppress(
     objects: Iterable[Object], overlap: float = 0.5, by_label: bool = True
 ) -> list[Object]:
-    """Remove objects that overlap one with a higher score.
+    """Remove objects that overlap an object with a higher score.
 
     This non-maximum suppression merges the answers of several samples or
     beams, joined to one list.

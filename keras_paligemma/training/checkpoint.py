@@ -22,17 +22,17 @@ class RunCheckpoint(keras.callbacks.Callback):
     The state is the trained weights, the optimizer, random seeds, the metrics
     of the current epoch, and the number of the next batch. Frozen weights are
     not written: a run that trains adapters writes adapters. Orbax writes
-    checkpoints atomically, so one that was interrupted is ignored, and shards
-    them as the weights are. If the newest checkpoint was damaged later, the
-    newest intact one is restored, with a warning.
+    checkpoints atomically, so an interrupted checkpoint is ignored. It shards
+    them as the weights are sharded. If the newest checkpoint was damaged later,
+    the newest intact checkpoint is restored, with a warning.
 
     `fit` of this module shows how to use it.
 
     Args:
         directory: str or path, a folder for this run alone.
         batches: `keras_paligemma.data.Batches` that the run trains on.
-        every: int, steps between checkpoints; the last step of an epoch writes
-            one too.
+        every: int, steps between checkpoints; the last step of an epoch also
+            writes a checkpoint.
         keep: int, number of the latest checkpoints to keep.
 
     Raises:
@@ -74,8 +74,8 @@ class RunCheckpoint(keras.callbacks.Callback):
     def read_again(self) -> None:
         """Restore the last checkpoint when the next `fit` begins.
 
-        Keras ends each `fit` by replacing weights with their moving averages,
-        if the optimizer has any.
+        At the end of each `fit`, Keras replaces weights with their moving
+        averages, if the optimizer has any.
         """
         self._waits = True
 
@@ -94,7 +94,7 @@ class RunCheckpoint(keras.callbacks.Callback):
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        # Keras has just reset the metrics.
+        # Keras has reset the metrics before this call.
         if self._metrics is not None:
             for variable, value in zip(
                 self.model.metrics_variables, self._metrics, strict=True
@@ -150,7 +150,7 @@ class RunCheckpoint(keras.callbacks.Callback):
 
     def _restore(self):
         if not self.model.optimizer.built:
-            # TensorFlow's trainer builds it only in the first step.
+            # TensorFlow's trainer builds the optimizer in the first step.
             self.model.optimizer.build(self.model.trainable_variables)
         state = self._state()
 
@@ -231,7 +231,7 @@ def fit(
     epoch, rest = divmod(checkpoint.step, len(batches))
     history = {}
     numbers = []
-    # To Keras, the rest of an epoch is an epoch of fewer steps.
+    # For Keras, the rest of an epoch is an epoch with fewer steps.
     parts = []
     if rest and epoch < epochs:
         parts.append((epoch, epoch + 1, len(batches) - rest))
@@ -239,7 +239,7 @@ def fit(
         parts.append((epoch + len(parts), epochs, len(batches)))
     if not parts and checkpoint.step:
         # Training is complete: only replace weights by their averages, as `fit`
-        # would have at its end.
+        # does at its end.
         model.optimizer.finalize_variable_values(model.trainable_variables)
     for first, last, steps in parts:
         if numbers:
@@ -273,10 +273,10 @@ def _values(state):
 
 
 def _shapes(state):
-    # Without names: those of an optimizer's variables depend on how many models
-    # the process has built.
+    # Without names: names of an optimizer's variables depend on the number of
+    # models that the process has built.
     def described(variable):
-        # A square kernel has one shape in both orders of axes.
+        # The shape of a square kernel does not show the order of axes.
         order = getattr(variable, "outputs_first", 0)
         shape = [list(variable.shape), variable.dtype]
         return [*shape, "outputs first"] if order else shape

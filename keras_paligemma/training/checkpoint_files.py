@@ -69,7 +69,7 @@ class CheckpointFiles:
             self._manager.save(step, args=arguments.Composite(**items))
         except (OSError, ValueError) as error:
             free = shutil.disk_usage(self.directory).free
-            # Orbax's tracebacks are 40 kB long and say no more.
+            # Orbax's tracebacks have 40 kB and no further information.
             raise OSError(
                 f"The checkpoint of step {step} could not be written to "
                 f"{self.directory}, where {free:,} bytes are free. Received: "
@@ -121,7 +121,7 @@ class CheckpointFiles:
         # Damage can raise any error, from Orbax or the libraries below it.
         except Exception as error:
             if process()[1] > 1:
-                # Other processes may have read it, and would resume from it.
+                # Other processes may have read it and would resume from it.
                 raise ValueError(
                     f"The checkpoint of step {step} in {self.directory} is "
                     f"damaged. Received: {_shortened(error)} Expected: a "

@@ -12,7 +12,7 @@ from keras_paligemma.metrics import mean_average_precision
 class EvaluateObjects(keras.callbacks.Callback):
     """Compute mean average precision on some pictures after each epoch.
 
-    To the loss, a box that is one pixel off is as wrong as one on the other
+    To the loss, a box that is one pixel off is as wrong as a box on the other
     side of the picture; to average precision it is not. The values are added
     to the epoch's logs as "val_map", "val_map_50" and "val_map_75", for the
     callbacks after this one, such as `CSVLogger` or `EarlyStopping`.

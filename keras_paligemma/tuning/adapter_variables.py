@@ -1,4 +1,4 @@
-"""The variables of a backbone's adapters: made once, shared by all of them."""
+"""The variables of a backbone's adapters, created once and shared by all."""
 
 import dataclasses
 import math
@@ -33,10 +33,10 @@ class AdapterVariables:
 
     @property
     def room(self):
-        """The `capacity`, of a backbone that has adapters.
+        """The `capacity` of a backbone that has adapters.
 
         Raises:
-            ValueError: it has none.
+            ValueError: the backbone has no adapters.
         """
         if self.capacity is None:
             raise ValueError(
@@ -111,7 +111,7 @@ class AdapterVariables:
         return {name: weight.read() for name, weight in weights.items()}
 
     def assign(self, pieces):
-        """Assign arrays by name, filled up with zeros to the capacity."""
+        """Assign arrays by name, padded with zeros to the capacity."""
         weights = self.weights(*self.room.pieces)
         for name, weight in weights.items():
             whole = np.zeros(weight.shape, "float32")

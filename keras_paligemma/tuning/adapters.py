@@ -20,13 +20,13 @@ class Adapters:
     """The named adapters of a backbone, one of which is loaded.
 
     The first adapter creates the variables; the values of adapters that are
-    not loaded are kept on the host. A switch copies values and one scale a
+    not loaded are kept on the host. A switch copies values and one scale per
     projection, without recompilation. Compile before training another adapter:
-    the optimizer's moments belong to the last one.
+    the optimizer's moments belong to the previous adapter.
 
     Weights that an adapter replaces as a whole (PEFT's `modules_to_save` and
-    `bias`) are in the backbone while it is active, and the base's own are kept
-    on the host. They stay frozen unless `unfreeze` names them.
+    `bias`) are in the backbone while the adapter is active, and the base's own
+    are kept on the host. They stay frozen unless `unfreeze` names them.
 
     Args:
         backbone: `PaliGemmaBackbone`.
@@ -87,7 +87,7 @@ class Adapters:
             if pieces is None and lora.ranks:
                 pieces = self.variables.draw(lora)
         elif self.variables.fits(lora):
-            # Parts that it lacks are zeros, trained and saved as well.
+            # Parts that the adapter lacks are zeros, trained and saved too.
             lora = dataclasses.replace(
                 lora, dora=self.capacity.dora, bias=self.capacity.bias
             )
@@ -229,7 +229,7 @@ class Adapters:
     def base_weights(self):
         """Return `weights_by_name` of the base, without replaced weights."""
         base = {
-            # On the host each is one array in both forms of the blocks.
+            # On the host each weight is one array, in both forms of the blocks.
             name: Weight((array,), "scanned" if BLOCKS in name else None)
             for name, array in self._base.items()
         }
@@ -251,7 +251,7 @@ class Adapters:
     def config(self):
         """Return the configuration of the adapter in use, for a preset.
 
-        Weights that it replaces are saved as the base's own.
+        Weights that it replaces are saved in place of the base's.
 
         Returns:
             `LoraConfig`; `None` if there is no adapter, all are off, or it is

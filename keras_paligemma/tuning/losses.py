@@ -29,14 +29,14 @@ class StreamedCrossEntropy(keras.losses.Loss):
     Args:
         label_smoothing: float ε: the target has probability 1 − ε, every
             other piece ε / (V − 1).
-        mean: str, "example" for the mean over examples of each one's mean over
-            its response, as in the original; "token" for the mean over all
-            tokens, in which long responses weigh more.
+        mean: str, "example" averages over the tokens of each response, then
+            over examples, as in the original; "token" averages over all
+            tokens, so that long responses weigh more.
         final_soft_cap: bool; `True` applies the soft cap that `generate` uses,
-            if the variant has one (PaliGemma 2 has, 1 has not); `False` omits
-            it, as the original's trainer does.
+            if the variant has one (PaliGemma 2, but not PaliGemma 1); `False`
+            omits it, as the original's trainer does.
         chunk_tokens: int, tokens whose logits are in memory at a time on a
-            device, at least one a row. `None` for 256, or 32 on a CPU.
+            device, at least one per row. `None` for 256, or 32 on a CPU.
 
     Raises:
         ValueError: unknown mean, or `label_smoothing` outside of [0, 1).
@@ -138,7 +138,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
                 upstream = args[0] if upstream is None else upstream
                 scale_BR1 = ops.cast(upstream[0], gradient_BRD.dtype)[..., None]
                 gradient = scale_BR1 * gradient_BRD
-                # TensorFlow needs gradients of variables, frozen or not.
+                # TensorFlow needs gradients of variables even if frozen.
                 none = [None] * len(variables)
                 return (gradient, none) if variables else gradient
 

@@ -25,7 +25,7 @@ def estimate_memory(
         response_length: int, response tokens.
         chunk_tokens: int, as in `StreamedCrossEntropy`.
         accumulates: bool, whether gradients are accumulated over steps.
-        pictures: int, pictures or frames of an example.
+        pictures: int, pictures or frames per example.
 
     Returns:
         dict of str to int, bytes of "weights", "gradients and moments",

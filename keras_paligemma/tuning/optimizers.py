@@ -13,8 +13,8 @@ from keras_paligemma.layers.stack import stable_name
 from keras_paligemma.types import Config
 from keras_paligemma.types import Tensor
 
-# Weights that the original decays. None of the text decoder: its parameters
-# have other names there, which the original's pattern does not match.
+# Weights that the original decays. It decays none of the text decoder, since
+# its pattern does not match the names of those parameters.
 DECAYED = ("vision_encoder/*kernel",)
 
 
@@ -99,8 +99,8 @@ class Adam(keras.optimizers.Adam):
     ) -> None:
         super().finalize_variable_values(var_list)
         if self.use_ema:
-            # Copies: in the next `fit` JAX cannot donate one array twice, as
-            # the weight and as its average.
+            # Copies: in the next `fit`, JAX cannot donate the same array both
+            # as the weight and as its average.
             for variable in var_list:
                 variable.assign(ops.copy(variable))
 

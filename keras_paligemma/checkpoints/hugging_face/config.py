@@ -63,7 +63,7 @@ VISION_FIELDS = {
     "intermediate_dim": "intermediate_size",
     "layer_norm_epsilon": "layer_norm_eps",
 }
-# Fields that the model does not vary, and the values that a file may have.
+# Fields that are constant in the model, and the values that a file may have.
 TEXT_FIXED = {
     # Gemma's first files have "gelu" but mean its tanh approximation.
     "hidden_act": ("gelu_pytorch_tanh", "gelu", None),
@@ -80,8 +80,8 @@ PROCESSOR_FIXED = {
     "image_std": ([0.5] * 3,),
     "rescale_factor": (1 / 255,),
 }
-# Pillow's numbers. Its bilinear filter is the original's, except that it rounds
-# where the original truncates: a pixel may differ by 1 of 255.
+# Pillow's numbers. Its bilinear filter is that of the original, except that it
+# rounds where the original truncates: a pixel may differ by 1 of 255.
 RESAMPLE = {"bicubic": 3, "bilinear_antialias": 2}
 DTYPES = {
     "float32": np.dtype("float32"),
@@ -93,8 +93,8 @@ DTYPES = {
 def from_transformers(config, processor, source, added_tokens=None):
     """Convert the configs of transformers to ours.
 
-    The published text configs have Gemma 2's sliding window of 4096. The
-    original attends without one, so it is ignored.
+    The published text configs have Gemma 2's sliding window of 4096. It is
+    ignored, since the original attends without a window.
 
     Args:
         config: dict, content of `config.json`.
@@ -230,8 +230,9 @@ def _image_token(config, added_tokens, source):
 def _vocabulary_size(num_rows, image_token, added_tokens, source):
     """Count the tokens: pieces, and those that the tokenizer adds.
 
-    `<image>` follows the pieces. Rows after them count up to the last one that
-    the tokenizer has a name for; the others are unused (64 in published files).
+    `<image>` follows the pieces. Rows after the pieces count up to the last row
+    that the tokenizer has a name for; the others are unused (64 in published
+    files).
     """
     extra = num_rows - image_token
     # In random models of tests, `<image>` may be one of the pieces.

@@ -19,7 +19,7 @@ SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BPE = 2
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
-# Bytes; PaliGemma's tokenizer.json has 34 MB.
+# Maximum bytes; PaliGemma's tokenizer.json has 34 MB.
 TOKENIZER_LIMIT = 200_000_000
 
 
@@ -222,7 +222,7 @@ def with_added_tokens(proto, tokens, size):
     Args:
         proto: bytes, a SentencePiece model.
         tokens: dict of id to str, which may include tokens of the model; an
-            empty one leaves the model unchanged.
+            empty dict leaves the model unchanged.
         size: int, number of pieces of the result.
 
     Returns:
@@ -314,7 +314,7 @@ def _added_token(id, content, special):
 def _merges(model):
     """List the pairs to merge, in order.
 
-    SentencePiece has no such list: it merges the pair that gives the piece of
+    SentencePiece has no such list. It merges the pair that gives the piece with
     the highest score, so every split of a piece into two pieces is a merge.
     """
     pieces = [
@@ -405,7 +405,7 @@ def _config(special, added):
         "additional_special_tokens": [IMAGE],
         "clean_up_tokenization_spaces": False,
         **{f"{name}_token": piece for name, piece in special.items()},
-        # Gemma's class would add a piece of this name if there were none.
+        # Gemma's class adds a piece of this name if there is none.
         "mask_token": None,
         "model_max_length": 10**30,
         "processor_class": "PaliGemmaProcessor",

@@ -18,9 +18,9 @@ from keras_paligemma.checkpoints.storage.safetensors import write_safetensors
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import read_json
 
-# Prefixes in published files. The hub's come first and are written, since every
-# version reads them. Version 4.52 moved all three below `model`, version 5
-# removed a level of the vision tower; mixtures exist.
+# Prefixes in published files. Those of the hub come first and are written,
+# since every version reads them. Version 4.52 moved all three below `model`,
+# version 5 removed a level of the vision tower; mixtures exist.
 VISION = (
     "vision_tower.vision_model.",
     "model.vision_tower.vision_model.",
@@ -67,7 +67,7 @@ def rows(config, shapes=None, most_extra_rows=EXTRA_ROWS):
             shapes[text + EMBEDDING][0] - config.text_decoder.vocabulary_size
         )
         if not 0 <= extra <= most_extra_rows:
-            extra = 0  # The engine reports the shape.
+            extra = 0  # The engine reports the error.
     table = [
         *_linear("projector", projector, "d v -> v d"),
         Row(
@@ -184,7 +184,7 @@ def _prefix(prefixes, name, shapes):
 class _Tied:
     """The tensors of a checkpoint without its heads; see `engine`.
 
-    When the embedding is read, it is compared with them.
+    When the embedding is read, it is compared with the heads.
 
     Args:
         tensors: see `engine`.
@@ -227,7 +227,7 @@ class _Tied:
 
 
 def _equal(array, other):
-    # NaN may be allowed, but the comparison that accepts it is slower.
+    # NaN may be allowed, but the comparison with `equal_nan` is slower.
     return np.array_equal(array, other) or np.array_equal(
         array, other, equal_nan=True
     )
@@ -255,7 +255,7 @@ class _HeadAsTable:
 
 
 def tied(tensors):
-    """Present one table for embedding and head, whichever of them are stored.
+    """Present one table for embedding and head, if one or both are stored.
 
     If both are stored, they are compared when the embedding is read, a few
     thousand rows at a time; reading raises a `ValueError` if they differ.

@@ -81,7 +81,7 @@ RESIZES = {
     "bilinear_antialias": ("bilinear", True),
     "bicubic": ("bicubic", True),
 }
-# KerasHub's classes, by the end of the module's name.
+# KerasHub's classes, by the last part of the module's name.
 CLASSES = {
     "backbone": "PaliGemmaBackbone",
     "causal_lm": "PaliGemmaCausalLM",
@@ -243,7 +243,7 @@ def _preprocessor(folder):
 
 def _gives_minus_one_to_one(fields):
     try:
-        # A value that gives NaN is wrong, too.
+        # Values that give NaN are wrong too, without a warning.
         with np.errstate(all="ignore"):
             ends = _ends(fields)
     except (TypeError, ValueError):
@@ -293,7 +293,7 @@ def files(config, tokenizer=None):
 
     Args:
         config: `ModelConfig`.
-        tokenizer: bytes or `None`, likewise.
+        tokenizer: bytes of the SentencePiece model, or `None`.
 
     Returns:
         dict of name to bytes.

@@ -21,7 +21,7 @@ NORM = ("gamma", "beta")
 def rows(config):
     """List the rows of the format.
 
-    Keras makes the keys from attributes and lists of layers, and the number
+    Keras makes the keys from attributes and lists of layers, and from the index
     of a variable in its layer: a kernel is 0, its bias 1.
 
     Args:
@@ -106,8 +106,8 @@ def write(folder, config, arrays, tokenizer=None, shard_size=h5.SHARD_SIZE):
 
     Args:
         folder: path that does not exist, or of an empty folder.
-        config: `ModelConfig`; of its preprocessor, the resize rule and the sum
-            of the lengths are written, and that nothing is cropped.
+        config: `ModelConfig`; the resize rule and the sum of the lengths of its
+            preprocessor are written, with cropping turned off.
         arrays: iterable of pairs of key and array, from `engine.write`.
         tokenizer: bytes of the SentencePiece model; `None` without a
             preprocessor. KerasHub finds "<pad>", "<bos>" and "<eos>" by name.

@@ -169,7 +169,7 @@ class Tensors:
                 f"{self._pieces.size}"
             )
         stream = self._archive.open(member)
-        # Otherwise zipfile reads ahead 4 kB, into the values.
+        # Otherwise zipfile reads 4 kB ahead, beyond the header.
         stream.MIN_READ_SIZE = 1
         length, shape, dtype, fortran = _read_header(stream)
         expected = length + math.prod(shape) * dtype.itemsize
@@ -236,10 +236,9 @@ def write_npz(path, arrays, piece_size=None):
     """Write an .npz in the original's layout, one array in memory at a time.
 
     Drafts are written beside the target and renamed when they are complete and
-    on disk. If the process is killed, the target is the old file, the new
-    file, or, between the renames of several pieces, an incomplete set of
-    pieces, which `find_pieces` and `open_npz` refuse. Equal arrays give equal
-    bytes.
+    on disk. If the process is killed, the target is the old or the new file.
+    Between the renames of several pieces it is an incomplete set of pieces,
+    which `find_pieces` and `open_npz` refuse. Equal arrays give equal bytes.
 
     Args:
         path: str or path, `X.npz`; a file of that name, or its numbered

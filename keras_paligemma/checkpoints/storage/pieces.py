@@ -119,7 +119,7 @@ class Reader(io.RawIOBase):
         return position
 
     def readinto(self, buffer):
-        # zipfile takes a short read for the end: continue in the next file.
+        # To zipfile a short read means the end: continue in the next file.
         done = 0
         while done < len(buffer) and self._position < self.size:
             index = bisect.bisect_right(self._ends, self._position)
@@ -204,7 +204,7 @@ class Writer(io.RawIOBase):
         ]
         if self._whole:
             os.replace(self._files[0].name, self._path)
-        # Before the new pieces appear: old and new ones must never mix.
+        # Before the new pieces appear: old and new pieces must never mix.
         for piece in old:
             piece.unlink()
         if not self._whole:
