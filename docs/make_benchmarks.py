@@ -39,8 +39,8 @@ keras-paligemma evaluate --benchmark textvqa --preset RUN/preset --data DIR
 keras-paligemma benchmarks show textvqa
 ```
 
-The tables give the model card's numbers, for models that were fine-tuned for each
-task at full size. This project did not measure them.
+The tables give the model card's numbers, for models that were fine-tuned for
+each task at full size. This project did not measure them.
 
 `--data` takes one of:
 
@@ -52,14 +52,15 @@ task at full size. This project did not measure them.
   `id`, `images` (a path or a list) and the fields of the last column.
 
 Predictions are written to disk batch by batch, so the same command resumes a
-killed run. The report compares the measured value and its 95 % bootstrap interval
-with the card's value.
+killed run. The report compares the measured value and its 95 % bootstrap
+interval with the card's value.
 
 Before you compare:
 
-- The prompts of the additional benchmarks are this project's. The original has none.
-- Captions are tokenized without Java; `caption_tokens` describes the differences.
-  For strings that Java has tokenized, pass `tokenize=False`.
+- The prompts of the additional benchmarks are this project's. The original has
+  none.
+- Captions are tokenized without Java; `caption_tokens` describes the
+  differences. For strings that Java has tokenized, pass `tokenize=False`.
 - RefCOCO's masks are encoded by a mask codec. Published sizes need `--masks
   vae-oid.npz`. The nano preset uses the embedded codec.
 - A video is a folder of frames or an animated picture. Cut films with `ffmpeg`.

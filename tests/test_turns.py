@@ -21,7 +21,7 @@ def two_adapters(tiny_model):
     """Return a model with adapters "one" and "two", and the answers of each."""
     model = tiny_model()
     answers = {}
-    for seed, name in enumerate(("one", "two")):
+    for seed, name in enumerate(("one", "two"), 3):
         model.backbone.enable_lora(2, name=name)
         randomize_adapters(model.backbone, seed)
         answers[name] = model.generate(QUESTION)

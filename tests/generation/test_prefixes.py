@@ -106,7 +106,7 @@ def test_hidden_states_behind_a_prefix(model, asked, examples):
 def test_keys_and_values_are_those_of_every_layer(model, asked):
     """A policy receives a layer's own projected keys and values."""
     prefix = model.prefill(asked)
-    assert prefix.num_layers == 3
+    assert prefix.num_layers == 2
     tokens = 9 + model.preprocessor.prompt_length
     assert prefix.padding_mask.shape == prefix.positions.shape == (4, tokens)
     x = model.preprocessor.generate_preprocess(asked)
@@ -122,7 +122,7 @@ def test_keys_and_values_are_those_of_every_layer(model, asked):
     x_BTD = keras.ops.convert_to_numpy(backbone.embed(rows))
     x_BTD = x_BTD / np.sqrt(np.square(x_BTD).mean(-1, keepdims=True) + 1e-6)
     wanted = np.tensordot(x_BTD * (1 + scale), kernel, 1)
-    for number in range(3):
+    for number in range(2):
         keys, values = prefix.layer(number)
         assert keys.shape == values.shape == (4, tokens, 2, 24)
     found = keras.ops.convert_to_numpy(prefix.layer(0)[1])

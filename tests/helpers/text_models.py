@@ -15,17 +15,16 @@ from tests.helpers.tiny_models import PRESETS
 from tests.helpers.tiny_models import TEXT
 from tests.helpers.tiny_models import VISION
 
-# The tower has more layers than the decoder, as in 3b. The vocabulary is the
-# tokenizer's.
-DEEP_VISION = VISION | {"num_layers": 4}
-TEXT_2048 = TEXT | {"vocabulary_size": 2048}
+# The tower has more layers than the decoder, as in 3b. Both have few, since
+# most of a test's time is compiling them. The vocabulary is the tokenizer's.
+TEXT_2048 = TEXT | {"vocabulary_size": 2048, "num_layers": 2}
 TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
 
 
 def build_tiny_model(**changes):
     """Build a random model that reads and writes text."""
     keras.utils.set_random_seed(0)
-    backbone = PaliGemmaBackbone(IMAGE_SIZE, DEEP_VISION, TEXT_2048, **changes)
+    backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT_2048, **changes)
     # The projector starts at zero, where pictures would have no effect.
     backbone.weights_by_name()["vision_encoder/projector/kernel"].assign(
         np.random.default_rng(0).normal(size=(48, 64)) * 0.3
@@ -46,7 +45,7 @@ def tiny_preprocessor():
 def write_random_preset(folder):
     """Write a preset of random floats, drawn by NumPy."""
     with without_values():
-        backbone = PaliGemmaBackbone(IMAGE_SIZE, DEEP_VISION, TEXT_2048)
+        backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT_2048)
     random = np.random.default_rng(0)
     for variable in backbone.variables:
         fan_in = max(np.prod(variable.shape[:-1]), 1)

@@ -38,7 +38,7 @@ def test_shares_are_the_softmaxs(tiny_model, examples, tmp_path, form):
         assert weights.text == examples["responses"][row]
         assert weights.tokens[-1] == ""
         count = len(weights.tokens)
-        assert weights.shares.shape == (count, 3, 4, 3, 3)
+        assert weights.shares.shape == (count, 2, 4, 3, 3)
         pictures = wanted[row, :count, :, :, :9].reshape(weights.shares.shape)
         np.testing.assert_allclose(weights.shares, pictures, atol=1e-6)
         # The rest of the weights attends to text.

@@ -109,7 +109,7 @@ def test_no_float_array_is_larger_than_a_blocks(random_preset, monkeypatch):
             random_preset, form=form, quantize="int8"
         )
         tracemalloc.stop()
-        assert len(sizes) == 3 * 7 + 4 * 6 + 2
+        assert len(sizes) == 2 * 7 + 3 * 6 + 2
         assert max(sizes) == 2048 * 64
         for variable in backbone.variables:
             assert variable._value is not None
