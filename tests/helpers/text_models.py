@@ -42,10 +42,10 @@ def tiny_preprocessor():
     )
 
 
-def write_random_preset(folder):
+def write_random_preset(folder, vision=VISION, text=TEXT_2048):
     """Write a preset of random floats, drawn by NumPy."""
     with without_values():
-        backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT_2048)
+        backbone = PaliGemmaBackbone(IMAGE_SIZE, vision, text)
     random = np.random.default_rng(0)
     for variable in backbone.variables:
         fan_in = max(np.prod(variable.shape[:-1]), 1)

@@ -7,7 +7,10 @@ from keras import ops
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.models import exports
+from tests.helpers.text_models import TEXT_2048
+from tests.helpers.text_models import write_random_preset
 from tests.helpers.tiny_models import FORMS
+from tests.helpers.tiny_models import VISION
 from tests.helpers.tiny_models import arrays_of
 from tests.helpers.tiny_models import assert_same_weights
 from tests.helpers.tiny_models import run
@@ -39,6 +42,19 @@ def outputs(model, examples):
         ops.convert_to_numpy(images),
         ops.convert_to_numpy(logits)[np.asarray(weights) > 0],
     )
+
+
+@pytest.fixture(scope="module")
+def random_preset(tmp_path_factory):
+    """Return the folder of a preset with more blocks than other tests have.
+
+    The token table is not calibrated. With two decoder blocks 0.83 to 0.96 of
+    the error of the logits remain, with three 0.71 to 0.83 (three seeds).
+    """
+    folder = tmp_path_factory.mktemp("presets") / "deep"
+    vision = VISION | {"num_layers": 4}
+    write_random_preset(folder, vision, TEXT_2048 | {"num_layers": 3})
+    return folder
 
 
 @pytest.fixture(scope="module")
