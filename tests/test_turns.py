@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.turns import Turns
 from tests.helpers.tiny_models import randomize_adapters
 
@@ -17,11 +18,11 @@ QUESTION = {
 
 
 @pytest.fixture
-def two_adapters(tiny_model):
+def two_adapters(random_preset):
     """Return a model with adapters "one" and "two", and the answers of each."""
-    model = tiny_model()
+    model = PaliGemmaCausalLM.from_preset(random_preset)
     answers = {}
-    for seed, name in enumerate(("one", "two"), 3):
+    for seed, name in enumerate(("one", "two")):
         model.backbone.enable_lora(2, name=name)
         randomize_adapters(model.backbone, seed)
         answers[name] = model.generate(QUESTION)
