@@ -2,13 +2,12 @@
 
 Prints the scores of its card for each storage of weights and cache, and their
 shares of float32's scores. Needs the sprites of `python -m recipes.nano.fetch`.
-With `--calibrated N`, int4 is also rounded for N scenes.
+With `--calibrated N`, int4 is also calibrated on N scenes of each task.
 """
 
 import argparse
 import functools
 
-from benchmarks.calibration import draw
 from keras_paligemma import PaliGemmaCausalLM
 from recipes.nano import evaluate
 from recipes.nano import scenes
@@ -39,6 +38,30 @@ def scores(model, count, **options):
     )["trained"]
 
 
+def calibration(count):
+    """Return `count` examples of each task, as `fit` takes them.
+
+    The seed differs from that of `scores`, so no scene is measured.
+    """
+    examples = [
+        example
+        for measure in ("caption", "detect", "count", "several", "segment")
+        for example in evaluate.held_out_scenes(
+            scenes.load_sprites(),
+            list(CLASSES),
+            TRAINED_STYLES,
+            measure,
+            seed=2,
+            count=count,
+        )
+    ]
+    return {
+        "images": [example["image"] for example in examples],
+        "prompts": [example["prompt"] for example in examples],
+        "responses": [example["response"] for example in examples],
+    }
+
+
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -51,13 +74,12 @@ def main():
         columns[name] = scores(model, options.count, cache_dtype=cache_dtype)
         print(f"{name} is measured", flush=True)
     if options.calibrated:
-        examples = draw(2, options.calibrated, TRAINED_STYLES)
         model = PaliGemmaCausalLM.from_preset(
-            NANO, quantize="int4", calibration=examples
+            NANO,
+            quantize="int4",
+            calibration=calibration(options.calibrated),
         )
-        columns[f"int4 for {options.calibrated} scenes"] = scores(
-            model, options.count
-        )
+        columns["int4, calibrated"] = scores(model, options.count)
     print(f"\n| {options.count} scenes each | {' | '.join(columns)} |")
     print(f"| --- |{' --- |' * len(columns)}")
     full = columns["float32"]
