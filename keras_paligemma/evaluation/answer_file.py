@@ -13,7 +13,9 @@ from keras_paligemma.data.object_set import picture_files
 from keras_paligemma.evaluation.predicting import predict
 from keras_paligemma.evaluation.samples import Sample
 from keras_paligemma.evaluation.samples import check_unique
+from keras_paligemma.models.generation_inputs import checked
 from keras_paligemma.preprocessing.images import picture_path
+from keras_paligemma.preprocessing.inputs import to_length
 from keras_paligemma.types import PathLike
 
 
@@ -142,7 +144,8 @@ def answer_file(
         int, number of pictures that this call could not read.
 
     Raises:
-        ValueError: the file holds rows of other pictures.
+        ValueError: an option is not valid, or the file holds rows of other
+            pictures.
 
     Example:
 
@@ -150,10 +153,14 @@ def answer_file(
     answer_file(model, open_pictures("photos", "caption en"), "answers.jsonl")
     ```
     """
+    # Later a mistake here would be reported as an error of the first picture.
+    checked(model, options)
+    length = model.preprocessor.response_length
+    if max_new_tokens is not None:
+        length = to_length(max_new_tokens, "max_new_tokens")
+    options = {**options, "max_new_tokens": length}
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    length = max_new_tokens or model.preprocessor.response_length
-    options = {**options, "max_new_tokens": length}
     errors = []
 
     def note(row, error):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keras_paligemma.layers.cache import CACHE_DTYPES
+from keras_paligemma.layers.cache import check_cache_dtype
 from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.inputs import to_length
 
@@ -153,11 +153,7 @@ class Options:
                 "A logits hook is a function of logits and state. Received: "
                 f"logits_hook={self.logits_hook!r}."
             )
-        if self.cache_dtype not in CACHE_DTYPES:
-            raise ValueError(
-                f"Unknown dtype of the cache. Expected: one of {CACHE_DTYPES}. "
-                f"Received: cache_dtype={self.cache_dtype!r}."
-            )
+        check_cache_dtype(self.cache_dtype)
         several = [
             name
             for name in ("num_samples", "best_of", "beams")

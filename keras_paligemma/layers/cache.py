@@ -10,6 +10,15 @@ from keras_paligemma.types import Tensor
 CACHE_DTYPES = (None, "int8")
 
 
+def check_cache_dtype(cache_dtype):
+    """Raise a `ValueError` for a dtype that caches do not have."""
+    if cache_dtype not in CACHE_DTYPES:
+        raise ValueError(
+            f"Unknown dtype of the cache. Expected: one of {CACHE_DTYPES}. "
+            f"Received: cache_dtype={cache_dtype!r}."
+        )
+
+
 class Int8Heads(NamedTuple):
     """Keys or values in int8, with a scale for each token and head.
 

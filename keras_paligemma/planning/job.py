@@ -6,7 +6,7 @@ from typing import Any
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.compat import compiling_for
 from keras_paligemma.compat import without_values
-from keras_paligemma.layers.cache import CACHE_DTYPES
+from keras_paligemma.layers.cache import check_cache_dtype
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.sharding.layouts import Layout
 from keras_paligemma.tuning.optimizers import Adam
@@ -52,11 +52,7 @@ class Job:
                 raise ValueError(
                     f"{name} is at least 1. Received: {getattr(self, name)}."
                 )
-        if self.cache_dtype not in CACHE_DTYPES:
-            raise ValueError(
-                f"Unknown dtype of the cache. Expected: one of {CACHE_DTYPES}. "
-                f"Received: cache_dtype={self.cache_dtype!r}."
-            )
+        check_cache_dtype(self.cache_dtype)
         if self.quantize and not self.lora_rank:
             raise ValueError(
                 "Weights in low bits cannot be trained. Received: quantize="

@@ -10,6 +10,7 @@ from keras_paligemma.generation.options import Options
 from keras_paligemma.generation.requests import bucket
 from keras_paligemma.generation.texts import cut
 from keras_paligemma.generation.texts import settled
+from keras_paligemma.layers.cache import check_cache_dtype
 from keras_paligemma.models.answering import chunks
 from keras_paligemma.models.answering import run
 from keras_paligemma.models.generation_inputs import prepare
@@ -47,8 +48,7 @@ class PresetModel:
     most_alternatives = 5
 
     def __init__(self, model, largest=16, cache_dtype=None):
-        options = Options(cache_dtype=cache_dtype)
-        options.check(model.backbone.vocabulary_size)
+        check_cache_dtype(cache_dtype)
         self.model = model
         self.cache_dtype = cache_dtype
         self.largest = power_of_two(largest)

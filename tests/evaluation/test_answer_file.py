@@ -55,6 +55,23 @@ def test_a_folder_is_answered_in_order_and_resumed(model, folder, tmp_path):
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"cache_dtype": "int4"}, "^Unknown dtype of the cache"),
+        ({"beam": 2}, "^`generate` has no option 'beam'"),
+        ({"max_new_tokens": 0}, "^`max_new_tokens` is no number"),
+    ],
+)
+def test_bad_options_are_no_error_of_a_picture(
+    model, folder, tmp_path, option, message
+):
+    output = tmp_path / "new" / "all.jsonl"
+    with pytest.raises(ValueError, match=message):
+        answer_file(model, open_pictures(folder, "ocr"), output, **option)
+    assert not output.parent.exists()
+
+
 def test_what_cannot_be_read_is_listed_and_skipped(model, folder, tmp_path):
     path = tmp_path / "answers.jsonl"
     how = {"batch_size": 3, "max_new_tokens": 4}
