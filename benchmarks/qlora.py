@@ -21,6 +21,7 @@ from benchmarks.calibration import draw
 from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
 from recipes.nano import scenes
+from recipes.nano.evaluate import Group
 from recipes.nano.evaluate import evaluate
 from recipes.nano.fetch import HELD_OUT_STYLES
 
@@ -70,7 +71,7 @@ def train(base, sprites, classes, arguments):
             model.generate,
             sprites,
             classes,
-            {"new": HELD_OUT_STYLES},
+            {"new": Group(HELD_OUT_STYLES)},
             seed=3,
             count=arguments.count,
         )["new"]

@@ -11,8 +11,9 @@ import functools
 from keras_paligemma import PaliGemmaCausalLM
 from recipes.nano import evaluate
 from recipes.nano import scenes
+from recipes.nano import variants
 from recipes.nano.fetch import CLASSES
-from recipes.nano.fetch import TRAINED_STYLES
+from recipes.nano.fetch import DEFAULT_CACHE
 
 NANO = "pali_gemma2_nano_112"
 # Columns of the table: name, quantization of the weights, cache dtype.
@@ -29,9 +30,9 @@ def scores(model, count, **options):
     """Return a dict such as {"caption exact": 0.9}, for trained styles."""
     return evaluate.evaluate(
         functools.partial(model.generate, **options),
-        scenes.load_sprites(),
+        variants.with_codes(scenes.load_sprites()),
         list(CLASSES),
-        {"trained": TRAINED_STYLES},
+        {"trained": evaluate.load_groups(DEFAULT_CACHE)["trained"]},
         seed=1,
         count=count,
         measures=list(evaluate.MEASURES),
@@ -43,13 +44,16 @@ def calibration(count):
 
     The seed differs from that of `scores`, so no scene is measured.
     """
+    measures = "caption detect count several segment translate read".split()
+    sprites = variants.with_codes(scenes.load_sprites())
+    group = evaluate.load_groups(DEFAULT_CACHE)["trained"]
     examples = [
         example
-        for measure in ("caption", "detect", "count", "several", "segment")
+        for measure in measures
         for example in evaluate.held_out_scenes(
-            scenes.load_sprites(),
+            sprites,
             list(CLASSES),
-            TRAINED_STYLES,
+            group,
             measure,
             seed=2,
             count=count,

@@ -40,7 +40,7 @@ def one_of(sprites, objects, count, seed):
     for index in range(count):
         rng = np.random.default_rng([1, seed, objects, index])
         names = scenes.draw(rng, list(CLASSES), objects)
-        image, placed = scenes.compose(rng, sprites, TRAINED_STYLES, names)
+        image, placed, _ = scenes.compose(rng, sprites, TRAINED_STYLES, names)
         prompt, response = scenes.detect_example(rng, placed, None, len(image))
         examples.append(
             {
@@ -76,7 +76,12 @@ def which_object(examples, responses):
 def patches(examples):
     """Return the object at each patch's centre, (B, I), with -1 for none."""
     return np.stack(
-        [lesson.object_of_patches(example["objects"]) for example in examples]
+        [
+            lesson.object_of_patches(
+                scenes.Scene(example["image"], example["objects"])
+            )
+            for example in examples
+        ]
     )
 
 

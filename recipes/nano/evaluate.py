@@ -13,11 +13,16 @@ from keras_paligemma.tasks import masks
 from keras_paligemma.tasks.answers import read_objects
 from keras_paligemma.tasks.mask_codec import CODES
 from keras_paligemma.tasks.mask_codec import MaskCodec
+from recipes.nano import lettering
 from recipes.nano import questions
 from recipes.nano import scenes
+from recipes.nano.fetch import HELD_OUT_FONTS
+from recipes.nano.fetch import HELD_OUT_STYLES
+from recipes.nano.fetch import TRAINED_FONTS
+from recipes.nano.fetch import TRAINED_STYLES
 
-# The most tokens of a response: three boxes, with the end token.
-MAX_NEW_TOKENS = 24
+# The most tokens of a response: a German caption, with the end token.
+MAX_NEW_TOKENS = 28
 
 BATCH_SIZE = 64
 
@@ -43,6 +48,38 @@ class Measure(NamedTuple):
     most: int
 
 
+class Group(NamedTuple):
+    """What the scenes of a group are made of.
+
+    Args:
+        styles: sequence of str.
+        words: list of str.
+        fonts: list of str, paths.
+    """
+
+    styles: tuple
+    words: list = []
+    fonts: list = []
+
+
+def load_groups(cache):
+    """Return the trained and the held-out `Group`.
+
+    The words of both are held out.
+
+    Args:
+        cache: `pathlib.Path`, the folder of `fetch.py`.
+    """
+    _, words = lettering.load_words(cache)
+    return {
+        name: Group(styles, words, lettering.load_fonts(cache, fonts))
+        for name, styles, fonts in (
+            ("trained", TRAINED_STYLES, TRAINED_FONTS),
+            ("held-out", HELD_OUT_STYLES, HELD_OUT_FONTS),
+        )
+    }
+
+
 MEASURES = {
     "caption_single": Measure("caption of one object", "caption", 0, 1),
     "caption": Measure("caption of one to three", "caption", 0, 3),
@@ -53,6 +90,8 @@ MEASURES = {
     "detect_3": Measure("detection of one of three", "detect", 3, 3),
     "several": Measure("several labels", "detect_several", 2, 3),
     "segment": Measure("segmentation, one to three", "segment", 1, 3),
+    "translate": Measure("caption in de, fr, es or ja", "translate", 1, 3),
+    "read": Measure("reading a word or number, up to five", "read", 1, 2),
 }
 # Names of `score`'s results on the card.
 SCORES = {
@@ -65,13 +104,13 @@ SCORES = {
 PUBLISHED = ("caption_single", "caption", "detect", "count")
 
 
-def held_out_scenes(sprites, classes, styles, measure, seed, count):
+def held_out_scenes(sprites, classes, group, measure, seed, count):
     """Make the scenes of one measure.
 
     Args:
-        sprites: dict, from `scenes.load_sprites`.
+        sprites: dict, from `variants.with_codes`.
         classes: sequence of str.
-        styles: sequence of str, styles of one group.
+        group: `Group`.
         measure: str, key of `MEASURES`.
         seed: int.
         count: int, number of scenes.
@@ -85,25 +124,31 @@ def held_out_scenes(sprites, classes, styles, measure, seed, count):
     if not fewest:
         return [
             scenes.sample(
-                rng, sprites, classes, styles, tasks=(task,), max_objects=most
+                rng,
+                sprites,
+                classes,
+                group.styles,
+                tasks=(task,),
+                max_objects=most,
             )
             for rng in rngs
         ]
-    codes = questions.mask_codes(sprites) if task == "segment" else None
     examples = []
     for rng in rngs:
-        number = rng.integers(fewest, most + 1)
-        names = scenes.draw(rng, classes, number)
-        image, objects = scenes.compose(rng, sprites, styles, names)
-        question = questions.TASKS[task](
-            rng, objects, classes, len(image), codes
-        )
+        scene = scenes.Scene(None, [])
+        while task == "read" and not scene.letters or not scene.objects:
+            number = rng.integers(fewest, most + 1)
+            names = scenes.draw(rng, classes, number)
+            scene = scenes.compose(rng, sprites, group.styles, names)
+            if task == "read":
+                scene = lettering.write(rng, scene, group.words, group.fonts)
+        question = questions.TASKS[task](rng, scene, classes)
         examples.append(
             {
-                "image": image,
+                "image": scene.image,
                 "prompt": question.prompt,
                 "response": question.response,
-                "objects": objects,
+                "objects": scene.objects,
                 "task": task,
             }
         )
@@ -170,7 +215,7 @@ def score(example, response):
         whether the answer's labels are the expected ones in order.
         Segmentation gives `"iou"` of masks.
     """
-    if example["task"] in ("caption", "count"):
+    if example["task"] in ("caption", "count", "translate", "read"):
         return {"exact": [float(response.strip() == example["response"])]}
     if example["task"] == "segment":
         return {"iou": [mask_overlap(example, response)]}
@@ -220,7 +265,7 @@ def evaluate(
     generate,
     sprites,
     classes,
-    style_groups,
+    groups,
     seed=0,
     count=256,
     measures=PUBLISHED,
@@ -232,10 +277,9 @@ def evaluate(
             `(batch, 112, 112, 3)`, and `"prompts"`, a list of str, and
             the keyword `max_new_tokens`; returns the responses, a list of
             str.
-        sprites: dict, from `scenes.load_sprites`.
+        sprites: dict, from `variants.with_codes`.
         classes: sequence of str, classes of the scenes' objects.
-        style_groups: dict of names of groups to their styles, such as
-            `{"trained": TRAINED_STYLES, "held-out": HELD_OUT_STYLES}`.
+        groups: dict of names to `Group`, such as `load_groups` gives.
         seed: int; another seed gives other scenes.
         count: int, number of scenes for each measure and group.
         measures: sequence of keys of `MEASURES`.
@@ -245,19 +289,19 @@ def evaluate(
         `"detect_2 right"`: a measure and a key of `score`.
     """
     results = {}
-    for group, styles in style_groups.items():
-        results[group] = {}
+    for name, group in groups.items():
+        results[name] = {}
         for measure in measures:
             examples = held_out_scenes(
-                sprites, classes, styles, measure, seed, count
+                sprites, classes, group, measure, seed, count
             )
             values = {}
             responses = respond(generate, examples)
             for example, response in zip(examples, responses, strict=True):
-                for name, some in score(example, response).items():
-                    values.setdefault(name, []).extend(some)
-            results[group] |= {
-                f"{measure} {name}": float(np.mean(some))
-                for name, some in values.items()
+                for key, some in score(example, response).items():
+                    values.setdefault(key, []).extend(some)
+            results[name] |= {
+                f"{measure} {key}": float(np.mean(some))
+                for key, some in values.items()
             }
     return results

@@ -1,13 +1,14 @@
-"""Download the emoji pictures of the nano preset and convert them to sprites.
+"""Download the emoji pictures, fonts and words of the nano preset.
 
-The pictures come from public npm packages (see `NOTICE.md` for the licences).
+They come from public npm packages (see `NOTICE.md` for the licences).
 `npm pack` downloads the packages into a cache folder. This script then writes
-`sprites.npz` into the folder, with these arrays:
+into the folder `words.txt`, `fonts/*.ttf`, and `sprites.npz` with these arrays:
 
 - `sprites`: uint8 `(styles, classes, 128, 128, 4)`, RGBA, not premultiplied.
   Each picture is cropped to its alpha box, scaled so that its longer side is
   128 pixels, and padded to the right and below with full transparency.
-- `sizes`: int `(styles, classes, 2)`, the height and width inside the padding.
+- `sizes`: int `(styles, classes, 2)`, the height and width inside the padding;
+  0 where a style lacks a class.
 - `classes`, `styles`: the names along the first two axes.
 
 Run it from the repository's root:
@@ -17,6 +18,7 @@ Run it from the repository's root:
 import argparse
 import io
 import json
+import re
 import shutil
 import subprocess
 import tarfile
@@ -40,12 +42,42 @@ STYLES = {
     "fluent-3d": "@lobehub/fluent-emoji-3d@1.1.0",
     "noto-v1": "@iconify-json/noto-v1@1.2.5",
     "fluent-flat": "@iconify-json/fluent-emoji-flat@1.2.6",
+    "fxemoji": "@iconify-json/fxemoji@1.2.2",
     "noto": "@iconify-json/noto@1.2.9",
 }
-TRAINED_STYLES = ("fluent-3d", "noto-v1", "fluent-flat")
+TRAINED_STYLES = ("fluent-3d", "noto-v1", "fluent-flat", "fxemoji")
 HELD_OUT_STYLES = ("noto",)
 
-# The English labels that the tokenizer is trained on.
+# Font -> npm package and file. The last font is held out from training.
+FONTS = {
+    "DejaVuSans": ("dejavu-fonts-ttf@2.37.3", "ttf/DejaVuSans.ttf"),
+    "DejaVuSans-Bold": ("dejavu-fonts-ttf@2.37.3", "ttf/DejaVuSans-Bold.ttf"),
+    "DejaVuSerif": ("dejavu-fonts-ttf@2.37.3", "ttf/DejaVuSerif.ttf"),
+    "DejaVuSansMono-Bold": (
+        "dejavu-fonts-ttf@2.37.3",
+        "ttf/DejaVuSansMono-Bold.ttf",
+    ),
+    "Roboto_500Medium": (
+        "@expo-google-fonts/roboto@0.4.3",
+        "500Medium/Roboto_500Medium.ttf",
+    ),
+    "Roboto_900Black": (
+        "@expo-google-fonts/roboto@0.4.3",
+        "900Black/Roboto_900Black.ttf",
+    ),
+    "Lora_700Bold": (
+        "@expo-google-fonts/lora@0.4.2",
+        "700Bold/Lora_700Bold.ttf",
+    ),
+    "OpenSans_600SemiBold": (
+        "@expo-google-fonts/open-sans@0.4.2",
+        "600SemiBold/OpenSans_600SemiBold.ttf",
+    ),
+}
+TRAINED_FONTS = tuple(FONTS)[:-1]
+HELD_OUT_FONTS = tuple(FONTS)[-1:]
+
+# The English labels that the tokenizer is trained on, and the words to read.
 LABELS_PACKAGE = "emojibase-data@17.0.0"
 
 # Class -> Unicode code point of its emoji.
@@ -154,6 +186,12 @@ def read_labels(cache):
     return [entry["label"] for entry in entries]
 
 
+def short_words(labels):
+    """Return the words of two to five letters of labels, in order."""
+    words = re.findall(r"\b[a-z]{2,5}\b", " ".join(labels).lower())
+    return sorted(set(words))
+
+
 def read_bitmaps(tarball):
     """Return the classes' pictures from the package of webp files."""
     pictures = []
@@ -177,14 +215,18 @@ def read_icons(tarball, names):
         names: dict of code points to names of icons.
 
     Returns:
-        list of RGBA pictures in the order of `CLASSES`.
+        list of RGBA pictures in the order of `CLASSES`, `None` for those that
+        the set lacks.
     """
     from resvg_py import svg_to_bytes
 
     icons = json.loads(read_member(tarball, "icons.json"))
     pictures = []
     for code_point in CLASSES.values():
-        icon = icons["icons"][names[code_point]]
+        icon = icons["icons"].get(names.get(code_point))
+        if icon is None:
+            pictures.append(None)
+            continue
         width = icon.get("width", icons.get("width", 16))
         height = icon.get("height", icons.get("height", 16))
         svg = (
@@ -203,18 +245,20 @@ def crop(picture):
     """Crop a picture to its alpha box and scale it to a sprite.
 
     Args:
-        picture: RGBA `PIL.Image.Image`.
+        picture: RGBA `PIL.Image.Image`, or `None`.
 
     Returns:
         tuple of the sprite, uint8 `(128, 128, 4)`, and its `(height,
-        width)` inside the padding.
+        width)` inside the padding, `(0, 0)` without a picture.
     """
+    sprite = np.zeros((SPRITE_SIZE, SPRITE_SIZE, 4), "uint8")
+    if picture is None:
+        return sprite, (0, 0)
     mask = picture.getchannel("A").point(lambda a: a > ALPHA_THRESHOLD)
     picture = picture.crop(mask.getbbox())
     scale = SPRITE_SIZE / max(picture.size)
     width, height = (max(1, round(edge * scale)) for edge in picture.size)
     picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    sprite = np.zeros((SPRITE_SIZE, SPRITE_SIZE, 4), "uint8")
     sprite[:height, :width] = np.asarray(picture)
     return sprite, (height, width)
 
@@ -229,7 +273,8 @@ def build_sprites(cache):
         if style == "fluent-3d":
             pictures = read_bitmaps(tarball)
         else:
-            pictures = read_icons(tarball, names)
+            own = json.loads(read_member(tarball, "chars.json"))
+            pictures = read_icons(tarball, own or names)
         cropped = [crop(picture) for picture in pictures]
         sprites.append([sprite for sprite, _ in cropped])
         sizes.append([size for _, size in cropped])
@@ -248,7 +293,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     cache = parser.parse_args().cache
-    fetch_package(LABELS_PACKAGE, cache)
+    words = short_words(read_labels(cache))
+    (cache / "words.txt").write_text("\n".join(words))
+    (cache / "fonts").mkdir(exist_ok=True)
+    for name, (package, member) in FONTS.items():
+        data = read_member(fetch_package(package, cache), member)
+        (cache / "fonts" / f"{name}.ttf").write_bytes(data)
     print(build_sprites(cache))
 
 

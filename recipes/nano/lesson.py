@@ -10,10 +10,13 @@ Captions have no labels; their targets are the position of the object in the
 row. The heads for these targets are dropped after training.
 """
 
+from typing import NamedTuple
+
 import keras
 import numpy as np
 from keras import ops
 
+from recipes.nano import lettering
 from recipes.nano import questions
 from recipes.nano import scenes
 from recipes.nano.fetch import CLASSES
@@ -23,8 +26,14 @@ SIZE, PATCH = 112, 14
 SIDE = SIZE // PATCH
 
 # The number of classes of a place target: the index of a label, or of a
-# position in a row; 0 means none.
-PLACES = 1 + max(questions.MAX_LABELS, questions.MAX_BOXES)
+# position in a row or a word; 0 means none.
+PLACES = 1 + max(questions.MAX_LABELS, questions.MAX_BOXES, lettering.LONGEST)
+
+# What a patch may show, after nothing.
+NAMES = (*CLASSES, *lettering.CHARACTERS)
+
+# The minimum area of a letter in its patch, in pixels.
+LETTER_AREA = 30
 
 # The decoder block after which image tokens predict these places.
 PLACES_AFTER = 1
@@ -53,22 +62,35 @@ OF_PATCHES = ("names", "boxes")
 PATCHES_KEPT = 5
 
 
+class Material(NamedTuple):
+    """What scenes are made of.
+
+    Args:
+        sprites: dict, from `variants.all_variants`.
+        words: list of str.
+        fonts: list of str, paths.
+    """
+
+    sprites: dict
+    words: list
+    fonts: list
+
+
 class Lessons(keras.utils.PyDataset):
     """Endless scenes with questions, identical in every run.
 
     Args:
-        sprites: dict, from `scenes.load_sprites`.
+        material: `Material`.
         preprocessor: `PaliGemmaCausalLMPreprocessor` without images.
         stage: `recipes.nano.train.Stage`.
         seed: int, the number of the stage.
         steps: int, batches per epoch.
     """
 
-    def __init__(self, sprites, preprocessor, stage, seed, steps):
+    def __init__(self, material, preprocessor, stage, seed, steps):
         super().__init__(workers=1, max_queue_size=4)
-        self.sprites, self.preprocessor = sprites, preprocessor
+        self.material, self.preprocessor = material, preprocessor
         self.stage, self.seed, self.steps = stage, seed, steps
-        self.codes = questions.mask_codes(sprites)
         self.epoch = 0
 
     def __len__(self):
@@ -76,46 +98,50 @@ class Lessons(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         rng = np.random.default_rng([0, self.seed, self.epoch, index])
-        pictures, asked = [], []
-        classes = list(CLASSES)
-        for _ in range(self.stage.pictures):
-            if rng.random() < self.stage.repeats:
-                names = scenes.choose_names("count", rng, classes, 5)
-            else:
-                number = rng.integers(self.stage.fewest, 4)
-                names = scenes.draw(rng, classes, number)
-            image, objects = scenes.compose(
-                rng, self.sprites, TRAINED_STYLES, names, SIZE
+        made = [self._scene(rng) for _ in range(self.stage.pictures)]
+        asked = [
+            questions.ask(
+                rng,
+                scene,
+                list(CLASSES),
+                self.stage.shares,
+                self.stage.questions,
             )
-            pictures.append((image, objects))
-            asked.append(
-                questions.ask(
-                    rng,
-                    objects,
-                    classes,
-                    SIZE,
-                    self.codes,
-                    self.stage.shares,
-                    self.stage.questions,
-                )
-            )
-        which = [object_of_patches(objects) for _, objects in pictures]
+            for scene in made
+        ]
+        which = [object_of_patches(scene) for scene in made]
         kept = [
             some_patches(rng, picture, self.stage.patches) for picture in which
         ]
         x, y, w = batch(
-            pictures, asked, np.stack(which), np.stack(kept), self.preprocessor
+            made, asked, np.stack(which), np.stack(kept), self.preprocessor
         )
         if self.stage.trains == "encoder":
             y, w = ({name: d[name] for name in OF_PATCHES} for d in (y, w))
         return x, y, w
 
+    def _scene(self, rng):
+        stage, classes = self.stage, list(CLASSES)
+        written = rng.random() < stage.written
+        if written:
+            names = scenes.draw(rng, classes, rng.integers(1, 3))
+        elif rng.random() < stage.repeats:
+            names = scenes.choose_names("count", rng, classes, 5)
+        else:
+            number = rng.integers(stage.fewest, 4)
+            names = scenes.draw(rng, classes, number)
+        sprites, words, fonts = self.material
+        scene = scenes.compose(
+            rng, sprites, TRAINED_STYLES, names, SIZE, varied=True
+        )
+        return lettering.write(rng, scene, words, fonts) if written else scene
 
-def batch(pictures, asked, which, kept, preprocessor):
+
+def batch(made, asked, which, kept, preprocessor):
     """Make the arrays of a step.
 
     Args:
-        pictures: list of (image, objects).
+        made: list of `scenes.Scene`.
         asked: list of lists of `Question`, equally many for each picture.
         which: int array (pictures, patches), from `object_of_patches`.
         kept: int array (pictures, patches that the decoder sees), from
@@ -144,19 +170,21 @@ def batch(pictures, asked, which, kept, preprocessor):
                 place_BQI[row, column, np.isin(seen[row], numbers)] = place
     name_BI = np.zeros(which.shape, "int32")
     box_BI4 = np.zeros((*which.shape, 4), "int32")
-    for row, (_, objects) in enumerate(pictures):
-        for number, placed in enumerate(objects):
+    boxed_BI = np.zeros(which.shape, "float32")
+    for row, scene in enumerate(made):
+        for number, shown in enumerate([*scene.objects, *scene.letters]):
             here = which[row] == number
-            name_BI[row, here] = 1 + list(CLASSES).index(placed.name)
-            share = np.array(placed.box) / SIZE
-            box_BI4[row, here] = np.round(share * (scenes.LOCATIONS - 1))
-    shows_BI = (which >= 0).astype("float32")
+            name_BI[row, here] = 1 + NAMES.index(shown.name)
+            if number < len(scene.objects):
+                share = np.array(shown.box) / SIZE
+                box_BI4[row, here] = np.round(share * (scenes.LOCATIONS - 1))
+                boxed_BI[row, here] = 1
 
     def by_picture(array):
         return np.reshape(array, (count, each, *np.shape(array)[1:]))
 
     x = {name: by_picture(inputs[name]) for name in inputs}
-    x["images"] = np.stack([image for image, _ in pictures])
+    x["images"] = np.stack([scene.image for scene in made])
     x["kept"] = kept.astype("int32")
     y = {
         "tokens": by_picture(targets),
@@ -168,26 +196,38 @@ def batch(pictures, asked, which, kept, preprocessor):
         "tokens": by_picture(weights).astype("float32"),
         "places": np.where(place_BQI > 0, 1.0, BACKGROUND_WEIGHT),
         "names": np.where(which >= 0, 1.0, BACKGROUND_WEIGHT),
-        "boxes": shows_BI,
+        "boxes": boxed_BI,
     }
     return x, y, {name: value.astype("float32") for name, value in w.items()}
 
 
-def object_of_patches(objects):
+def object_of_patches(scene):
     """Return the object at the centre of each patch, -1 for none.
 
+    A patch with enough of a letter, which may miss the centre, has the letter
+    with the largest part in it.
+
     Args:
-        objects: list of `scenes.Placed`.
+        scene: `scenes.Scene`.
 
     Returns:
-        int array (patches,), row by row.
+        int array (patches,), row by row. Letters are counted after objects.
     """
     middles = np.arange(PATCH / 2, SIZE, PATCH)
     y, x = (g.ravel() for g in np.meshgrid(middles, middles, indexing="ij"))
     which = np.full(SIDE**2, -1)
-    for number, placed in enumerate(objects):
+    for number, placed in enumerate(scene.objects):
         y1, x1, y2, x2 = placed.box
         which[(y1 <= y) & (y < y2) & (x1 <= x) & (x < x2)] = number
+    largest = np.full(SIDE**2, float(LETTER_AREA))
+    half = PATCH / 2
+    for number, letter in enumerate(scene.letters, len(scene.objects)):
+        y1, x1, y2, x2 = letter.box
+        height = np.minimum(y2, y + half) - np.maximum(y1, y - half)
+        width = np.minimum(x2, x + half) - np.maximum(x1, x - half)
+        area = np.maximum(height, 0) * np.maximum(width, 0)
+        which[area > largest] = number
+        largest = np.maximum(largest, area)
     return which
 
 
@@ -227,7 +267,7 @@ class Lesson(keras.Model):
         self.backbone = backbone
         self.encoder_alone = False
         width = backbone.hidden_dim
-        self.names = keras.layers.Dense(1 + len(CLASSES), name="names")
+        self.names = keras.layers.Dense(1 + len(NAMES), name="names")
         self.boxes = keras.layers.Dense(4 * width, name="boxes")
         self.places = keras.layers.Dense(PLACES, name="places")
         for head in (self.names, self.boxes, self.places):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_paligemma.tasks.mask_codec import MaskCodec
+from recipes.nano import languages
 from recipes.nano import scenes
 
 # The most boxes of an answer, and the most labels of a prompt.
@@ -27,7 +27,8 @@ class Question(NamedTuple):
         response: str.
         mentioned: list of lists of ints, the indices of the scene's objects
             for each label of the prompt. A caption has no labels, so it lists
-            one object after another.
+            one object after another. A word's letters are counted after the
+            objects.
     """
 
     prompt: str
@@ -35,54 +36,34 @@ class Question(NamedTuple):
     mentioned: list
 
 
-def mask_codes(sprites):
-    """Encode the outline of each sprite at its full size.
-
-    A sprite has the same codes at every size, so that a model only has to
-    recognise the sprite.
-
-    Args:
-        sprites: dict, from `scenes.load_sprites`.
-
-    Returns:
-        Dict of (style, name) to a string of 16 `<seg>` tokens.
-    """
-    codec = MaskCodec.embedded()
-    texts = {}
-    for style, pictures in sprites.items():
-        for name, picture in pictures.items():
-            alpha = np.asarray(picture.getchannel("a"))
-            y1, x1, y2, x2 = scenes.alpha_box(alpha, 0, 0)
-            mask = alpha[y1:y2, x1:x2] > scenes.ALPHA_THRESHOLD
-            codes = codec.encode_mask(mask)
-            texts[style, name] = "".join(f"<seg{code:03d}>" for code in codes)
-    return texts
-
-
-def caption(rng, objects, classes, size, codes):
+def caption(rng, scene, classes):
     """Ask for the names of all objects; `None` if a class occurs twice."""
-    names = [placed.name for placed in objects]
-    if len(set(names)) < len(names) or len(names) > MAX_BOXES:
-        return None
-    prompt, response = scenes.caption_example(rng, objects, classes, size)
-    return Question(prompt, response, [[i] for i in range(len(objects))])
+    return _caption(scene, "en")
 
 
-def count(rng, objects, classes, size, codes):
+def translate(rng, scene, classes):
+    """Ask for a caption in one of the other languages."""
+    choices = languages.TRANSLATED
+    return _caption(scene, choices[rng.integers(len(choices))])
+
+
+def count(rng, scene, classes):
     """Ask how many objects of a class there are, sometimes an absent one."""
-    prompt, response = scenes.count_example(rng, objects, classes, size)
+    prompt, response = scenes.count_example(
+        rng, scene.objects, classes, scene.size
+    )
     asked = prompt.split()[-1].removesuffix("?")
-    return Question(prompt, response, [_numbers(objects, asked)])
+    return Question(prompt, response, [_numbers(scene, asked)])
 
 
-def detect(rng, objects, classes, size, codes):
+def detect(rng, scene, classes):
     """Ask for the boxes of one class."""
-    return _boxes(rng, objects, [_one(rng, objects)], size, "detect", None)
+    return _boxes(scene, [_one(rng, scene)], "detect")
 
 
-def detect_several(rng, objects, classes, size, codes):
+def detect_several(rng, scene, classes):
     """Ask for two or three classes, in any order, some of them absent."""
-    present = list(dict.fromkeys(placed.name for placed in objects))
+    present = list(dict.fromkeys(placed.name for placed in scene.objects))
     absent = [name for name in classes if name not in present]
     asked = [
         present.pop(rng.integers(len(present)))
@@ -90,59 +71,82 @@ def detect_several(rng, objects, classes, size, codes):
         else absent[rng.integers(len(absent))]
         for _ in range(rng.integers(2, MAX_LABELS + 1))
     ]
-    asked = list(dict.fromkeys(asked))
-    return _boxes(rng, objects, asked, size, "detect", None)
+    return _boxes(scene, list(dict.fromkeys(asked)), "detect")
 
 
-def segment(rng, objects, classes, size, codes):
+def segment(rng, scene, classes):
     """Ask for the outline of one class; `None` if it occurs twice."""
-    asked = _one(rng, objects)
-    if len(_numbers(objects, asked)) > 1:
+    asked = _one(rng, scene)
+    if len(_numbers(scene, asked)) > 1:
         return None
-    return _boxes(rng, objects, [asked], size, "segment", codes)
+    return _boxes(scene, [asked], "segment")
 
 
-def _one(rng, objects):
-    return objects[rng.integers(len(objects))].name
+def read(rng, scene, classes):
+    """Ask for the written word; `None` if there is none."""
+    if not scene.letters:
+        return None
+    first = len(scene.objects)
+    return Question(
+        "ocr",
+        "".join(letter.name for letter in scene.letters),
+        [[first + i] for i in range(len(scene.letters))],
+    )
 
 
-def _numbers(objects, name):
-    return [i for i, placed in enumerate(objects) if placed.name == name]
+def _one(rng, scene):
+    return scene.objects[rng.integers(len(scene.objects))].name
 
 
-def _boxes(rng, objects, asked, size, verb, codes):
+def _numbers(scene, name):
+    return [i for i, placed in enumerate(scene.objects) if placed.name == name]
+
+
+def _caption(scene, language):
+    names = [placed.name for placed in scene.objects]
+    if len(set(names)) < len(names) or len(names) > MAX_BOXES:
+        return None
+    return Question(
+        f"caption {language}",
+        languages.caption(names, language),
+        [[i] for i in range(len(names))],
+    )
+
+
+def _boxes(scene, asked, verb):
     """Answer with boxes in the order of the labels, then left to right."""
-    mentioned = [_numbers(objects, name) for name in asked]
+    mentioned = [_numbers(scene, name) for name in asked]
     numbers = [i for several in mentioned for i in several]
     if len(numbers) > MAX_BOXES:
         return None
     found = []
     for i in numbers:
-        name, box, style, _ = objects[i]
-        outline = codes[style, name] if codes else ""
-        found.append(f"{scenes.location_tokens(box, size)}{outline} {name}")
+        placed = scene.objects[i]
+        outline = placed.codes if verb == "segment" else ""
+        location = scenes.location_tokens(placed.box, scene.size)
+        found.append(f"{location}{outline} {placed.name}")
     prompt = f"{verb} {' ; '.join(asked)}"
     return Question(prompt, " ; ".join(found), mentioned)
 
 
 TASKS = {
     "caption": caption,
+    "translate": translate,
     "count": count,
     "detect": detect,
     "detect_several": detect_several,
     "segment": segment,
+    "read": read,
 }
 
 
-def ask(rng, objects, classes, size, codes, shares, number):
+def ask(rng, scene, classes, shares, number):
     """Ask different questions about one scene.
 
     Args:
         rng: `numpy.random.Generator`.
-        objects: list of `scenes.Placed`.
+        scene: `scenes.Scene` with at least one object.
         classes: sequence of str.
-        size: int, edge of the picture in pixels.
-        codes: dict, from `mask_codes`.
         shares: dict of names of `TASKS` to their approximate frequencies.
         number: int, number of questions.
 
@@ -151,12 +155,14 @@ def ask(rng, objects, classes, size, codes, shares, number):
     """
     names, weights = list(shares), np.array(list(shares.values()), "float64")
     found, tries = {}, 0
-    while len(found) < number and tries < 8 * number:
+    while len(found) < number and tries < 16 * number:
+        # A class with four or more objects can only be counted.
+        only_counts = tries >= 8 * number
         tries += 1
-        task = names[rng.choice(len(names), p=weights / weights.sum())]
-        question = TASKS[task](rng, objects, classes, size, codes)
+        pick = rng.choice(len(names), p=weights / weights.sum())
+        task = "count" if only_counts else names[pick]
+        question = TASKS[task](rng, scene, classes)
         if question is not None:
             found.setdefault(question.prompt, question)
-    # A class with four or more objects can only be counted.
-    asked = list(found.values()) or [count(rng, objects, classes, size, codes)]
+    asked = list(found.values())
     return [asked[i % len(asked)] for i in range(number)]

@@ -2,7 +2,8 @@
 
 A scene is a background with one to five sprites on it. All randomness comes
 from the `numpy.random.Generator` that the caller passes, so the same seed
-gives the same scene. Objects are `Placed`, from left to right.
+gives the same scene. Objects are `Placed`, from left to right. A scene may also
+have a written word.
 """
 
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from recipes.nano import languages
 from recipes.nano.fetch import ALPHA_THRESHOLD
 from recipes.nano.fetch import DEFAULT_CACHE
 
@@ -31,6 +33,13 @@ PAIR_SHARE = 0.25
 
 LOCATIONS = 1024
 
+# Changes of a varied picture's colours: turn of the hue in degrees, and factor
+# of the saturation.
+HUE_TURN = 25
+SATURATION = (0.5, 1.5)
+# Change of the ratio of a varied picture's sides.
+STRETCH = 0.15
+
 
 class Placed(NamedTuple):
     """An object of a scene.
@@ -38,14 +47,52 @@ class Placed(NamedTuple):
     Args:
         name: str, its class.
         box: `(y1, x1, y2, x2)` in whole pixels, the ends exclusive.
-        style: str, style of its picture.
         mask: bool array, its visible part within its box.
+        codes: str, `<seg>` tokens of its outline.
     """
 
     name: str
     box: tuple
-    style: str = ""
     mask: np.ndarray | None = None
+    codes: str = ""
+
+
+class Letter(NamedTuple):
+    """A letter or digit of a scene's word; its box is like an object's."""
+
+    name: str
+    box: tuple
+
+
+class Scene(NamedTuple):
+    """A picture and what it shows.
+
+    Args:
+        image: uint8 array `(size, size, 3)`.
+        objects: list of `Placed`, from left to right.
+        letters: list of `Letter`, the written word.
+    """
+
+    image: np.ndarray
+    objects: list
+    letters: list = []
+
+    @property
+    def size(self):
+        return len(self.image)
+
+
+class Sprite(NamedTuple):
+    """A picture of a class.
+
+    Args:
+        picture: `PIL.Image.Image` cropped to its alpha box, with premultiplied
+            colours (mode "RGBa"), as resizing needs them.
+        codes: str, `<seg>` tokens of its outline.
+    """
+
+    picture: Image.Image
+    codes: str = ""
 
 
 def load_sprites(cache=DEFAULT_CACHE):
@@ -55,18 +102,18 @@ def load_sprites(cache=DEFAULT_CACHE):
         cache: `pathlib.Path`, the folder of `sprites.npz`.
 
     Returns:
-        Dict of a style's name to a dict of a class's name to its picture: a
-        `PIL.Image.Image` cropped to its alpha box, with premultiplied colours
-        (mode "RGBa"), as resizing needs them.
+        Dict of a style's name to a dict of a class's name to a list with its
+        `Sprite`, without codes. A style may lack some classes.
     """
     with np.load(cache / "sprites.npz") as data:
         sprites, sizes = data["sprites"], data["sizes"]
         classes, styles = data["classes"].tolist(), data["styles"].tolist()
     return {
         style: {
-            name: premultiplied(sprites[i, j, :height, :width])
+            name: [Sprite(premultiplied(sprites[i, j, :height, :width]))]
             for j, name in enumerate(classes)
             for height, width in [sizes[i, j]]
+            if height
         }
         for i, style in enumerate(styles)
     }
@@ -213,40 +260,66 @@ def alpha_box(alpha, y, x):
     return (y + rows[0], x + columns[0], y + rows[-1] + 1, x + columns[-1] + 1)
 
 
-def compose(rng, sprites, styles, names, size=112):
+def other_colours(rng, pixels):
+    """Turn the hue and scale the saturation of a premultiplied picture.
+
+    Both are linear and keep greys, so alpha needs no care but its limit.
+    """
+    angle = np.deg2rad(rng.uniform(-HUE_TURN, HUE_TURN))
+    factor = rng.uniform(*SATURATION)
+    third, root = 1 / 3, 1 / np.sqrt(3)
+    axis = np.array([[0, -root, root], [root, 0, -root], [-root, root, 0]])
+    turn = (
+        np.cos(angle) * (np.eye(3) - third) + np.sin(angle) * axis
+    ) * factor + third
+    colours = pixels[..., :3] @ turn.T.astype("float32")
+    changed = np.clip(colours, 0, pixels[..., 3:])
+    return np.concatenate([changed, pixels[..., 3:]], axis=-1)
+
+
+def compose(rng, sprites, styles, names, size=112, varied=False):
     """Draw a scene.
 
     Args:
         rng: `numpy.random.Generator`.
-        sprites: dict, from `load_sprites`.
+        sprites: dict, from `load_sprites` or `variants.all_variants`.
         styles: sequence of str; every object gets one of these styles.
         names: list of str, class of each object.
         size: int, edge of the picture in pixels.
+        varied: bool, whether pictures change their colours and the ratio of
+            their sides.
 
     Returns:
-        tuple of the image, uint8 `(size, size, 3)`, and the list of its
-        objects, `Placed` from left to right.
+        `Scene`.
     """
     image = background(rng, size)
-    chosen = [styles[rng.integers(len(styles))] for _ in names]
-    pictures = [sprites[s][n] for s, n in zip(chosen, names, strict=True)]
-    shapes = [(picture.height, picture.width) for picture in pictures]
+    chosen = []
+    for name in names:
+        having = [style for style in styles if name in sprites[style]]
+        some = sprites[having[rng.integers(len(having))]][name]
+        chosen.append(some[rng.integers(len(some))])
+    shapes = []
+    for sprite in chosen:
+        stretch = np.exp(rng.uniform(-STRETCH, STRETCH)) if varied else 1
+        shapes.append((sprite.picture.height * stretch, sprite.picture.width))
     boxes = layout(rng, shapes, size)
     objects = []
-    for name, style, picture, (y1, x1, y2, x2) in zip(
-        names, chosen, pictures, boxes, strict=True
+    for name, (picture, codes), (y1, x1, y2, x2) in zip(
+        names, chosen, boxes, strict=True
     ):
         resized = picture.resize(
             (x2 - x1, y2 - y1), Image.Resampling.BILINEAR, reducing_gap=2.0
         )
         pixels = np.asarray(resized)
-        paste(rng, image, pixels, y1, x1)
         alpha = pixels[..., 3]
+        if varied:
+            pixels = other_colours(rng, pixels)
+        paste(rng, image, pixels, y1, x1)
         top, left, bottom, right = box = alpha_box(alpha, y1, x1)
         mask = alpha[top - y1 : bottom - y1, left - x1 : right - x1]
-        objects.append(Placed(name, box, style, mask > ALPHA_THRESHOLD))
+        objects.append(Placed(name, box, mask > ALPHA_THRESHOLD, codes))
     objects.sort(key=lambda placed: placed.box[1] + placed.box[3])
-    return image, objects
+    return Scene(image, objects)
 
 
 def choose_names(task, rng, classes, max_objects):
@@ -280,11 +353,6 @@ def draw(rng, classes, count):
     return [classes[pick] for pick in picks]
 
 
-def with_article(name):
-    """Return a noun with its indefinite article."""
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
 def location_tokens(box, size):
     """Write a box as four location tokens, in the order y1 x1 y2 x2."""
     last = LOCATIONS - 1
@@ -294,9 +362,8 @@ def location_tokens(box, size):
 
 def caption_example(rng, objects, classes, size):
     """Ask for the objects from left to right."""
-    *others, last = [with_article(placed.name) for placed in objects]
-    response = f"{', '.join(others)} and {last}" if others else last
-    return "caption en", response
+    names = [placed.name for placed in objects]
+    return "caption en", languages.caption(names, "en")
 
 
 def detect_example(rng, objects, classes, size):
@@ -355,7 +422,7 @@ def sample(
     """
     task = tasks[rng.integers(len(tasks))]
     names = choose_names(task, rng, classes, max_objects)
-    image, objects = compose(rng, sprites, styles, names, size)
+    image, objects, _ = compose(rng, sprites, styles, names, size)
     prompt, response = TASKS[task](rng, objects, classes, size)
     return {
         "image": image,

@@ -2,8 +2,9 @@
 
 The settings are those of Gemma's tokenizer at a small size. Text is not
 normalized, unknown characters fall back to bytes, and every digit is a piece.
-The first 896 pieces are learned. 1024 location and 128 segmentation pieces
-follow, 2048 in all.
+An English word of the tasks is one piece, and a noun of another language
+consists of a few. The first 896 pieces are learned. 1024 location and 128
+segmentation pieces follow, 2048 in all.
 
 Run it from the repository's root:
 `python -m recipes.nano.tokenizer [--cache FOLDER] [--output FILE]`.
@@ -21,12 +22,17 @@ import sentencepiece as spm
 from keras_paligemma.preprocessing.tokenizer import (
     append_location_and_segment_pieces,
 )
+from recipes.nano import languages
 from recipes.nano import scenes
 from recipes.nano.fetch import CLASSES
 from recipes.nano.fetch import DEFAULT_CACHE
 from recipes.nano.fetch import read_labels
 
-OUTPUT = Path(__file__).parents[1] / "pali_gemma2_nano_112" / "tokenizer.model"
+OUTPUT = (
+    Path(__file__).parents[2]
+    / "presets/pali_gemma2_nano_112"
+    / "tokenizer.model"
+)
 
 LEARNED_PIECES = 896
 
@@ -50,6 +56,9 @@ TASK_WORDS = ["caption", "detect", "answer", "segment", "describe"] + [
     "is",
     "in",
 ]
+
+# The number of captions in each of the other languages.
+TRANSLATIONS = 6000
 
 # Free text has one sentence for each combination of these.
 SUBJECTS = ["The boy", "A woman", "My friend", "The old man", "She", "He"]
@@ -90,6 +99,22 @@ def task_texts(rng):
     return texts
 
 
+def translations(rng):
+    """Return prompts and captions in the languages other than English."""
+    classes = list(CLASSES)
+    return [
+        text
+        for language in languages.TRANSLATED
+        for _ in range(TRANSLATIONS)
+        for text in (
+            f"caption {language}",
+            languages.caption(
+                scenes.draw(rng, classes, rng.integers(1, 4)), language
+            ),
+        )
+    ]
+
+
 def corpus(labels):
     """Return the texts that the pieces are learned from.
 
@@ -109,6 +134,7 @@ def corpus(labels):
     return (
         task_texts(np.random.default_rng(0))
         + (words + [f" {word}" for word in words]) * NAME_COPIES
+        + translations(np.random.default_rng(1))
         + labels
         + sentences
         + QUESTIONS * 10
@@ -143,15 +169,26 @@ def train(texts):
         bos_id=2,
         unk_id=3,
         user_defined_symbols=["\n"],
-        # Plain English text never needs bytes.
+        # Plain English text and captions never need bytes.
         required_chars=string.ascii_letters
         + string.digits
-        + string.punctuation,
+        + string.punctuation
+        + "".join(sorted(letters_of_captions())),
         character_coverage=0.9999,
         num_threads=1,
         minloglevel=1,
     )
     return model.getvalue()
+
+
+def letters_of_captions():
+    """Return the letters of the captions in all languages as a set."""
+    texts = [
+        languages.caption([name, name, name], language)
+        for name in CLASSES
+        for language in languages.LANGUAGES
+    ]
+    return set("".join(texts)) - {" "}
 
 
 def split_words(model_bytes):

@@ -37,7 +37,10 @@ def scene(number):
     random = np.random.default_rng([21, number])
     count = 1 + number % 3
     names = scenes.draw(random, CLASSES, 1) * count
-    return scenes.compose(random, make_sprites(), STYLES, names, size=84)
+    image, objects, _ = scenes.compose(
+        random, make_sprites(), STYLES, names, size=84
+    )
+    return image, objects
 
 
 def text_picture(lines, size=(160, 64)):

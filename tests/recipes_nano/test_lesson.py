@@ -13,24 +13,34 @@ from recipes.nano import lesson
 from recipes.nano import questions
 from recipes.nano import train
 from recipes.nano.fetch import CLASSES
+from recipes.nano.scenes import Letter
 from recipes.nano.scenes import Placed
+from recipes.nano.scenes import Scene
 from recipes.nano.scenes import location_tokens
 
+CODES = "<seg001>" * 16
 OBJECTS = [
-    Placed("cat", (0, 0, 42, 28), "flat"),
-    Placed("owl", (56, 42, 84, 70), "flat"),
-    Placed("cat", (28, 84, 56, 112), "flat"),
+    Placed("cat", (0, 0, 42, 28)),
+    Placed("owl", (56, 42, 84, 70), codes=CODES),
+    Placed("cat", (28, 84, 56, 112)),
 ]
-CODES = {("flat", "owl"): "<seg001>" * 16, ("flat", "cat"): "<seg002>" * 16}
 BOXES = [location_tokens(placed.box, 112) for placed in OBJECTS]
+IMAGE = np.random.default_rng(0).integers(256, size=(112, 112, 3))
+SCENE = Scene(IMAGE.astype("uint8"), OBJECTS)
+WORD = SCENE._replace(
+    objects=OBJECTS[1:2],
+    letters=[
+        Letter("h", (90, 10.0, 112, 24.5)),
+        Letter("i", (90, 24.5, 112, 29.0)),
+        Letter("7", (90, 29.0, 112, 43.0)),
+    ],
+)
 
 
-def ask_all(task, objects=OBJECTS, seeds=40):
+def ask_all(task, scene=SCENE, seeds=40):
     """Return a task's questions for several seeds, by their prompts."""
     asked = [
-        questions.TASKS[task](
-            np.random.default_rng(seed), objects, list(CLASSES), 112, CODES
-        )
+        questions.TASKS[task](np.random.default_rng(seed), scene, list(CLASSES))
         for seed in range(seeds)
     ]
     return {question.prompt: question for question in asked if question}
@@ -43,7 +53,7 @@ def preprocessor():
         tokenizer,
         None,
         prompt_length=lesson.PROMPT_LENGTH,
-        response_length=24,
+        response_length=28,
         on_long_response="error",
     )
 
@@ -74,9 +84,7 @@ def test_labels_are_answered_in_their_order_and_absent_ones_left_out():
 def test_a_segmentation_is_of_one_object():
     asked = ask_all("segment")
     assert set(asked) == {"segment owl"}
-    assert asked["segment owl"].response == (
-        f"{BOXES[1]}{CODES['flat', 'owl']} owl"
-    )
+    assert asked["segment owl"].response == (f"{BOXES[1]}{CODES} owl")
 
 
 def test_a_count_mentions_all_of_a_class():
@@ -85,11 +93,32 @@ def test_a_count_mentions_all_of_a_class():
     assert asked["answer en how many cat?"].response == "2"
 
 
+def test_words_are_read_and_captions_translated():
+    assert ask_all("read") == {}
+    asked = ask_all("read", WORD)
+    assert asked == {"ocr": questions.Question("ocr", "hi7", [[1], [2], [3]])}
+    asked = ask_all("translate", WORD)
+    assert asked["caption fr"].response == "une chouette"
+    assert len(asked) == 4
+    # A class that occurs twice has no caption.
+    assert ask_all("translate") == {}
+
+
+def test_patches_show_the_largest_part_of_a_letter():
+    which = lesson.object_of_patches(WORD).reshape(8, 8)
+    # The narrow "i" has the largest part of no patch.
+    for row in (6, 7):
+        np.testing.assert_array_equal(which[row, :4], [1, 1, 3, -1])
+    assert set(which[:4].ravel()) == {-1}
+
+
 def test_four_of_a_class_can_only_be_counted():
     crowd = [Placed("cat", (0, i, 9, i + 9)) for i in range(0, 90, 20)]
+    scene = Scene(IMAGE, crowd)
     asked = questions.ask(
-        np.random.default_rng(0), crowd, CLASSES, 112, {}, {"detect": 1}, 2
+        np.random.default_rng(0), scene, CLASSES, {"detect": 1}, 2
     )
+    assert asked[0] != asked[1]
     assert [question.prompt[:15] for question in asked] == [
         "answer en how m",
         "answer en how m",
@@ -97,7 +126,7 @@ def test_four_of_a_class_can_only_be_counted():
 
 
 def test_patches_belong_to_the_object_around_their_middle():
-    which = lesson.object_of_patches(OBJECTS).reshape(8, 8)
+    which = lesson.object_of_patches(SCENE).reshape(8, 8)
     wanted = np.full((8, 8), -1)
     wanted[:3, :2], wanted[4:6, 3:5], wanted[2:4, 6:8] = 0, 1, 2
     np.testing.assert_array_equal(which, wanted)
@@ -105,7 +134,7 @@ def test_patches_belong_to_the_object_around_their_middle():
 
 @pytest.mark.parametrize("number", [16, 64])
 def test_patches_that_are_kept_show_each_object(number):
-    which = lesson.object_of_patches(OBJECTS)
+    which = lesson.object_of_patches(SCENE)
     kept = lesson.some_patches(np.random.default_rng(0), which, number)
     assert len(set(kept.tolist())) == number
     assert np.all(np.diff(kept) > 0)
@@ -116,15 +145,14 @@ def test_patches_that_are_kept_show_each_object(number):
 
 
 def arrays(preprocessor, number):
-    which = lesson.object_of_patches(OBJECTS)
+    which = lesson.object_of_patches(SCENE)
     kept = lesson.some_patches(np.random.default_rng(0), which, number)
-    image = np.random.default_rng(0).integers(256, size=(112, 112, 3))
     asked = [
         ask_all("detect_several")["detect owl ; cat"],
         ask_all("count")["answer en how many cat?"],
     ]
     return lesson.batch(
-        [(image.astype("uint8"), OBJECTS)],
+        [SCENE],
         [asked],
         which[None],
         kept[None],
@@ -134,7 +162,7 @@ def arrays(preprocessor, number):
 
 def test_places_follow_the_answer(preprocessor):
     x, y, w = arrays(preprocessor, 24)
-    which = lesson.object_of_patches(OBJECTS)[x["kept"][0]]
+    which = lesson.object_of_patches(SCENE)[x["kept"][0]]
     several, counted = y["places"][0]
     for kind, place in ((-1, 0), (0, 2), (1, 1), (2, 2)):
         assert set(several[which == kind]) == {place}
@@ -171,7 +199,7 @@ def test_a_lesson_computes_what_the_model_does(preprocessor):
         }
         images = x["images"].astype("float32") / 127.5 - 1
         hidden = backbone({"images": images, **inputs})
-        wanted = backbone.logits(hidden[:, -25:-1])
+        wanted = backbone.logits(hidden[:, -29:-1])
         valid = inputs["response_mask"][:, lesson.PROMPT_LENGTH :]
         np.testing.assert_allclose(
             keras.ops.convert_to_numpy(found["tokens"])[:, row][valid],

@@ -11,13 +11,17 @@ import pytest
 import sentencepiece as spm
 from PIL import Image
 from PIL import ImageDraw
+from PIL import ImageFont
 
 from recipes.nano import card
 from recipes.nano import evaluate
 from recipes.nano import fetch
+from recipes.nano import languages
+from recipes.nano import lettering
 from recipes.nano import scenes
+from recipes.nano import variants
 
-CLASSES = ["apple", "box", "circle", "disc", "egg", "fan", "gem", "hut"]
+CLASSES = ["apple", "bus", "car", "drum", "fish", "house", "key", "star"]
 STYLES = ["one", "two"]
 TOKENIZER = (
     Path(__file__).parents[2] / "presets/pali_gemma2_nano_112/tokenizer.model"
@@ -35,13 +39,22 @@ def make_sprites():
             shape = draw.ellipse if j % 2 else draw.rectangle
             colour = (255 - 20 * j, 30 * j, 200 * i, 255)
             shape([0, 0, width - 1, height - 1], fill=colour)
-            sprites[style][name] = scenes.premultiplied(np.asarray(picture))
+            pixels = scenes.premultiplied(np.asarray(picture))
+            sprites[style][name] = [scenes.Sprite(pixels)]
     return sprites
 
 
 @pytest.fixture(scope="module")
 def sprites():
     return make_sprites()
+
+
+@pytest.fixture
+def font(monkeypatch):
+    """Write with the font that Pillow contains."""
+    monkeypatch.setattr(
+        lettering, "font_of", lambda path, size: ImageFont.load_default(size)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +80,7 @@ def test_same_seed_same_scene(sprites):
     for scene, other in zip(
         first.pop("objects"), second.pop("objects"), strict=True
     ):
-        assert scene[:3] == other[:3]
+        assert scene[:2] == other[:2]
         np.testing.assert_array_equal(scene.mask, other.mask)
     assert first == second
 
@@ -81,7 +94,7 @@ def test_other_seed_other_scene(sprites):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_layout(sprites, size, count):
     for seed in range(20):
-        image, objects = scenes.compose(
+        image, objects, _ = scenes.compose(
             np.random.default_rng([4, seed]),
             sprites,
             STYLES,
@@ -111,11 +124,12 @@ def test_box_is_where_the_object_is_drawn(sprites, monkeypatch, name, size):
     )
     # A white shape stays far from the surrounding grey, whatever the jitter.
     # More than half the way to its colour therefore means an alpha above half.
-    array = np.asarray(sprites["one"][name].convert("RGBA")).copy()
+    (sprite,) = sprites["one"][name]
+    array = np.asarray(sprite.picture.convert("RGBA")).copy()
     array[..., :3] = 255
-    white = {"one": {name: scenes.premultiplied(array)}}
+    white = {"one": {name: [scenes.Sprite(scenes.premultiplied(array))]}}
     for seed in range(5):
-        image, [(_, box, *_)] = scenes.compose(
+        image, [(_, box, *_)], _ = scenes.compose(
             np.random.default_rng([5, seed]), white, ["one"], [name], size
         )
         shade = image[..., 0].astype(float)
@@ -146,6 +160,110 @@ def test_caption_grammar(names, caption):
     objects = [scenes.Placed(name, (0, 0, 1, 1)) for name in names]
     example = scenes.caption_example(None, objects, names, 112)
     assert example == ("caption en", caption)
+
+
+@pytest.mark.parametrize(
+    ("language", "wanted"),
+    [
+        ("de", "ein Hund, eine Katze und ein Löwe"),
+        ("fr", "un chien, un chat et un lion"),
+        ("es", "un perro, un gato y un león"),
+        ("ja", "犬、猫とライオン"),
+    ],
+)
+def test_captions_in_other_languages(language, wanted):
+    names = ["dog", "cat", "lion"]
+    assert languages.caption(names, language) == wanted
+    first = wanted.split(", ")[0].split("、")[0]
+    assert languages.caption(names[:1], language) == first
+
+
+def test_every_class_has_a_noun_in_every_language():
+    assert list(languages.NOUNS) == list(fetch.CLASSES)
+    for nouns in languages.NOUNS.values():
+        assert len(nouns) == len(languages.TRANSLATED)
+
+
+def test_variants_have_the_codes_of_their_own_outlines(sprites):
+    found = variants.all_variants({"one": {"bus": sprites["one"]["bus"]}})
+    pictures = found["one"]["bus"]
+    assert len(pictures) == 2 * len(variants.ANGLES)
+    plain, turned = pictures[0], pictures[1]
+    assert plain.picture.size == sprites["one"]["bus"][0].picture.size
+    # A turned oblong is higher, and has another outline in its box.
+    assert turned.picture.height > plain.picture.height
+    assert turned.codes != plain.codes
+    assert all(
+        re.fullmatch(r"(<seg\d{3}>){16}", sprite.codes) for sprite in pictures
+    )
+
+
+def test_other_colours_keep_greys_and_alpha():
+    pixels = np.full((2, 2, 4), 200, "uint8")
+    pixels[0, 0] = (90, 20, 0, 100)
+    changed = scenes.other_colours(np.random.default_rng(0), pixels)
+    np.testing.assert_allclose(changed[1], 200, atol=0.1)
+    np.testing.assert_array_equal(changed[..., 3], pixels[..., 3])
+    assert np.abs(changed[0, 0, :3] - pixels[0, 0, :3]).max() > 1
+    assert changed.min() >= 0 and changed[0, 0].max() <= 100
+
+
+def test_words_stand_beside_objects_and_differ_from_them(sprites, font):
+    written = 0
+    for seed in range(40):
+        rng = np.random.default_rng([6, seed])
+        scene = scenes.compose(rng, sprites, STYLES, CLASSES[:1])
+        before = scene.image.copy()
+        scene = lettering.write(rng, scene, ["boot"], ["a font"])
+        changed = (scene.image != before).any(-1)
+        if not scene.letters:
+            assert not changed.any()
+            continue
+        written += 1
+        boxes = np.array([letter.box for letter in scene.letters])
+        assert np.all(np.diff(boxes[:, 1]) > 0)
+        y1, x1, y2, x2 = scene.objects[0].box
+        assert not changed[y1:y2, x1:x2].any()
+        rows, columns = np.nonzero(changed)
+        assert boxes[0, 0] <= rows.min() and rows.max() < boxes[0, 2]
+        assert boxes[0, 1] - 3 <= columns.min()
+        assert columns.max() <= boxes[-1, 3] + 3
+    assert written > 20
+
+
+def test_words_of_evaluation_are_not_trained(tmp_path):
+    words = [f"w{number}" for number in range(30)]
+    (tmp_path / "words.txt").write_text("\n".join(words))
+    trained, held_out = lettering.load_words(tmp_path)
+    assert not set(trained) & set(held_out)
+    assert sorted(trained + held_out) == sorted(words)
+    assert len(held_out) == 3
+
+
+def test_drawn_texts_are_short_and_of_known_characters():
+    rng = np.random.default_rng(0)
+    texts = {lettering.draw_text(rng, ["boot"]) for _ in range(200)}
+    assert "boot" in texts and any(text.isdigit() for text in texts)
+    for text in texts:
+        assert 1 <= len(text) <= lettering.LONGEST
+        assert set(text) <= set(lettering.CHARACTERS)
+
+
+def test_short_words_of_labels():
+    labels = ["Red apple", "T-shirt", "kiss: man, man", "ab"]
+    assert fetch.short_words(labels) == (
+        ["ab", "apple", "kiss", "man", "red", "shirt"]
+    )
+
+
+def test_a_style_without_a_class_is_not_drawn_for_it(sprites):
+    one = {"one": sprites["one"], "two": {}}
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        scene = scenes.compose(rng, one, STYLES, ["bus"])
+        assert scene.objects[0].name == "bus"
+    _, size = fetch.crop(None)
+    assert size == (0, 0)
 
 
 def test_captions_name_distinct_objects_from_left_to_right(sprites):
@@ -194,18 +312,20 @@ def test_max_objects(sprites):
 
 
 def test_load_sprites(tmp_path):
-    pixels = np.zeros((1, 1, 128, 128, 4), "uint8")
+    pixels = np.zeros((1, 2, 128, 128, 4), "uint8")
     pixels[0, 0, :50, :128] = (200, 100, 0, 255)
     np.savez(
         tmp_path / "sprites.npz",
         sprites=pixels,
-        sizes=[[[50, 128]]],
-        classes=["bar"],
+        sizes=[[[50, 128], [0, 0]]],
+        classes=["bar", "a class that the style lacks"],
         styles=["plain"],
     )
-    picture = scenes.load_sprites(tmp_path)["plain"]["bar"]
-    assert picture.size == (128, 50)
-    assert picture.getpixel((127, 49)) == (200, 100, 0, 255)
+    loaded = scenes.load_sprites(tmp_path)
+    assert set(loaded["plain"]) == {"bar"}
+    (sprite,) = loaded["plain"]["bar"]
+    assert sprite.picture.size == (128, 50)
+    assert sprite.picture.getpixel((127, 49)) == (200, 100, 0, 255)
 
 
 def test_crop_is_tight():
@@ -302,11 +422,13 @@ def test_digits_are_split(tokenizer):
     assert tokenizer.encode("123", out_type=str) == ["1", "2", "3"]
 
 
-def test_perfect_and_useless_models(sprites):
+def test_perfect_and_useless_models(sprites, font):
     answers = {}
+    sprites = variants.with_codes(sprites)
+    group = evaluate.Group(STYLES, ["boot", "knot"], ["a font"])
     for measure in evaluate.MEASURES:
         for example in evaluate.held_out_scenes(
-            sprites, CLASSES, STYLES, measure, seed=0, count=8
+            sprites, CLASSES, group, measure, seed=0, count=8
         ):
             key = example["image"].tobytes(), example["prompt"]
             answers[key] = example["response"]
@@ -322,7 +444,7 @@ def test_perfect_and_useless_models(sprites):
     def useless(inputs, max_new_tokens):
         return ["<loc0001> ; nothing" for _ in inputs["prompts"]]
 
-    groups = {"all": STYLES}
+    groups = {"all": group}
     good, bad = (
         evaluate.evaluate(
             generate,
@@ -392,14 +514,14 @@ def test_boxes_of_other_classes_do_not_count():
 
 def test_the_card_and_its_sheet(sprites, monkeypatch):
     monkeypatch.setattr(card, "CLASSES", dict.fromkeys(CLASSES))
-    monkeypatch.setattr(card, "TRAINED_STYLES", STYLES)
     answers = iter(["a gem", "1 of them"])
 
     def generate(inputs, max_new_tokens):
         return [next(answers, "") for _ in inputs["prompts"]]
 
     monkeypatch.setattr(card, "SHOWN", {"caption": 1, "count": 1})
-    picture = card.sheet(SimpleNamespace(generate=generate), sprites)
+    model = SimpleNamespace(generate=generate)
+    picture = card.sheet(model, sprites, evaluate.Group(STYLES))
     assert picture.size == (2 * 456 + 8, 508)
     scores = {"trained": {"several iou": 0.5}, "held-out": {"several iou": 0.2}}
     assert card.table(scores) == "| several labels: mean IoU | 0.500 | 0.200 |"

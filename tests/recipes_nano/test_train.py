@@ -2,13 +2,18 @@
 
 import json
 
+import keras
 import numpy as np
 import pytest
+import sentencepiece
+from PIL import ImageFont
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from recipes.nano import lesson
-from recipes.nano import questions
+from recipes.nano import lettering
 from recipes.nano import scenes
 from recipes.nano import train
+from recipes.nano import variants
 from recipes.nano.fetch import CLASSES
 from recipes.nano.fetch import TRAINED_STYLES
 
@@ -22,22 +27,30 @@ def small(monkeypatch):
     pixels = rng.integers(256, size=(len(CLASSES), 20, 20, 4), dtype="uint8")
     pixels[..., 3] = 255
     pictures = {
-        name: scenes.premultiplied(pixel)
+        name: [scenes.Sprite(scenes.premultiplied(pixel), "<seg001>" * 16)]
         for name, pixel in zip(CLASSES, pixels, strict=True)
     }
     sprites = dict.fromkeys(TRAINED_STYLES, pictures)
-    codes = {(s, n): "<seg001>" * 16 for s in sprites for n in CLASSES}
     stages = [
-        train.Stage(trains, epochs, (1e-3, 1e-3), *sizes, 1, 0.5, train.ALL)
+        train.Stage(
+            trains, epochs, (1e-3, 1e-3), *sizes, 1, 0.5, 0.5, train.MORE
+        )
         for trains, epochs, *sizes in (
-            ("encoder", 2, 2, 1, 64, 24),
-            ("both", 1, 2, 2, 24, 24),
+            ("encoder", 2, 2, 1, 64, 28),
+            ("both", 1, 2, 2, 24, 28),
         )
     ]
     vision = train.VISION_ENCODER | NARROW | {"num_heads": 2}
     for target, name, value in (
         (scenes, "load_sprites", lambda cache: sprites),
-        (questions, "mask_codes", lambda sprites: codes),
+        (variants, "all_variants", lambda sprites: sprites),
+        (lettering, "load_words", lambda cache: (["boot"], [])),
+        (lettering, "load_fonts", lambda cache, names: ["a font"]),
+        (
+            lettering,
+            "font_of",
+            lambda path, size: ImageFont.load_default(size),
+        ),
         (train, "STAGES", stages),
         (train, "STEPS_AN_EPOCH", 1),
         (train, "WARMUP_STEPS", 0),
@@ -75,3 +88,38 @@ def test_a_killed_run_goes_on_where_it_was(small, tmp_path, monkeypatch):
     assert len(set(losses(whole))) == 3
     names = {path.name for path in (killed / "after-1").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.model"} <= names
+
+
+def test_a_run_goes_on_from_a_preset_with_other_pieces(small, tmp_path):
+    """Rows follow their pieces; a new piece starts as the mean of its text."""
+    source = train.build()
+    proto = ModelProto.FromString(
+        (train.FOLDER / "tokenizer.model").read_bytes()
+    )
+    number = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    cat, key = number["\u2581cat"], number["\u2581key"]
+    proto.pieces[cat].piece, proto.pieces[key].piece = "\u2581key", "\u2581zq"
+    source.save_to_preset(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.model").write_bytes(
+        proto.SerializeToString()
+    )
+    found = train.go_on_from(str(tmp_path / "source"))
+    table, before = (
+        keras.ops.convert_to_numpy(model.backbone.token_embedding.table)
+        for model in (found, source)
+    )
+    np.testing.assert_array_equal(table[key], before[cat])
+    tokenizer = sentencepiece.SentencePieceProcessor(
+        model_proto=proto.SerializeToString()
+    )
+    np.testing.assert_allclose(
+        table[cat], before[tokenizer.encode(" cat")].mean(0), rtol=1e-6
+    )
+    others = [i for i in range(len(table)) if i not in (cat, key)]
+    np.testing.assert_array_equal(table[others], before[others])
+    for new, old in zip(
+        found.backbone.vision_encoder.weights,
+        source.backbone.vision_encoder.weights,
+        strict=True,
+    ):
+        np.testing.assert_array_equal(new, old)
