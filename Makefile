@@ -5,7 +5,9 @@
 #   make dist   source distribution and wheel, into dist, checked
 PYTHON ?= python3
 RUN := .venv/bin/python
-PIP := $(RUN) -m pip --disable-pip-version-check
+# A module is compiled when it is first imported; compiling all that is installed
+# takes half of the installation's time.
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --no-compile
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 # The TPU's compiler is installed for plans; nothing looks for a TPU.
 test: export JAX_PLATFORMS ?= cpu
@@ -73,16 +75,16 @@ notebooks: .venv/for-test
 	$(PYTHON) -m venv .venv
 
 .venv/for-demo: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) install --quiet -c constraints.txt -e ".[jax]"
+	$(PIP) -c constraints.txt -e ".[jax]"
 	touch $@
 
 # Names and docstrings are read, not imported: no backend is needed.
 .venv/for-docs: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
+	$(PIP) -c constraints.txt -e ".[docs]"
 	touch $@
 
 EXTRAS := jax,torch,export,targets,train,data,plan,eval,metrics,hf,serve,ray,regex
 .venv/for-test: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) install --quiet -c constraints.txt \
+	$(PIP) -c constraints.txt \
 		-e ".[$(EXTRAS),notebooks,dev]"
 	touch $@

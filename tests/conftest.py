@@ -25,9 +25,19 @@ gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_finish():
-    """Exclude imported objects from garbage collection."""
+    """Exclude imported objects from garbage collection.
+
+    TensorFlow also leaves its graphs as they are traced: optimizing them takes
+    longer than the tests' small models run.
+    """
     gc.collect()
     gc.freeze()
+    if os.environ["KERAS_BACKEND"] == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.optimizer.set_experimental_options(
+            {"disable_meta_optimizer": True}
+        )
 
 
 @pytest.fixture(scope="module", autouse=True)
