@@ -12,6 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.helpers.graphs import leave_unoptimized  # noqa: E402
 from tests.helpers.numpy_reference import load_arrays  # noqa: E402
 from tests.helpers.tiny_models import GOLDEN  # noqa: E402
 from tests.helpers.tiny_models import IMAGE_SIZE  # noqa: E402
@@ -25,19 +26,10 @@ gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_finish():
-    """Exclude imported objects from garbage collection.
-
-    TensorFlow also leaves its graphs as they are traced: optimizing them takes
-    longer than the tests' small models run.
-    """
+    """Exclude imported objects from garbage collection."""
     gc.collect()
     gc.freeze()
-    if os.environ["KERAS_BACKEND"] == "tensorflow":
-        import tensorflow as tf
-
-        tf.config.optimizer.set_experimental_options(
-            {"disable_meta_optimizer": True}
-        )
+    leave_unoptimized()
 
 
 @pytest.fixture(scope="module", autouse=True)

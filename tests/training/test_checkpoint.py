@@ -122,6 +122,7 @@ def test_means_of_weights_go_on(tmp_path):
             np.testing.assert_array_equal(value, other)
 
 
+@pytest.mark.any_backend
 def test_what_stops_an_epochs_rest_stops_the_run(tmp_path):
     model, batches = killed_run.set_up()
     with pytest.raises(InterruptedError):
@@ -135,6 +136,7 @@ def test_what_stops_an_epochs_rest_stops_the_run(tmp_path):
     assert done.epoch == [0]
 
 
+@pytest.mark.any_backend
 def test_steps_that_are_not_told_are_refused(tmp_path):
     model, batches = killed_run.set_up()
     model.compile(Adam(1e-2), steps_per_execution=2)
@@ -142,6 +144,7 @@ def test_steps_that_are_not_told_are_refused(tmp_path):
         fit(model, batches, tmp_path, 1, verbose=0)
 
 
+@pytest.mark.any_backend
 def test_a_finished_run_trains_no_more(model_and_batches, tmp_path):
     model, batches = model_and_batches
     first = fit(model, batches, tmp_path, 1, every=3, verbose=0)
@@ -153,6 +156,7 @@ def test_a_finished_run_trains_no_more(model_and_batches, tmp_path):
         np.testing.assert_array_equal(np.array(variable), two)
 
 
+@pytest.mark.any_backend
 def test_a_damaged_checkpoint_costs_its_steps_alone(tmp_path):
     def train():
         model, batches = killed_run.set_up()
@@ -182,6 +186,7 @@ def test_a_run_of_another_order_of_axes_is_refused(model_and_batches, tmp_path):
         fit(model, batches, tmp_path, 2, every=3, verbose=0)
 
 
+@pytest.mark.any_backend
 def test_another_runs_checkpoint_is_refused(model_and_batches, tmp_path):
     model, batches = model_and_batches
     fit(model, batches, tmp_path, 1, every=3, verbose=0)
@@ -200,6 +205,7 @@ def test_a_loss_that_is_no_number_stops(model_and_batches, tmp_path):
         fit(model, batches, tmp_path, 1, verbose=0)
 
 
+@pytest.mark.any_backend
 def test_arguments_out_of_range(model_and_batches, tmp_path):
     _, batches = model_and_batches
     with pytest.raises(ValueError, match="every=0"):
