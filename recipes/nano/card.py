@@ -27,18 +27,18 @@ FOLDER = ROOT / "presets/pali_gemma2_nano_112"
 SHEET = ROOT / "docs/pictures/nano_preset.png"
 
 # Number of scenes on the sheet for each measure.
-SHOWN = {"caption": 2, "several": 4, "count": 2, "translate": 2, "read": 2}
+SHOWN = {"caption": 3, "several": 6, "count": 3}
 
 CARD = """# pali_gemma2_nano_112
 
 A PaliGemma 2 of {parameters:,} parameters that keras_paligemma trained from
 scratch: it names, finds, outlines and counts 50 kinds of emoji objects on
-pictures of 112 pixels, and reads short words and numbers. It is for demos,
-tests and notebooks; it knows nothing of photographs.
+pictures of 112 pixels. It is for demos, tests and notebooks; it knows nothing
+of photographs, and cannot read.
 
 Prompts: `caption en` (or `de`, `fr`, `es`, `ja`), `detect {{class}}`,
 `detect {{class}} ; {{class}} ; …`, `segment {{class}}`,
-`answer en how many {{class}}?`, `ocr`, with the classes
+`answer en how many {{class}}?`, with the classes
 {classes}.
 Masks are codes of the codec beside the weights, `MaskCodec.embedded()`.
 
@@ -47,9 +47,8 @@ Masks are codes of the codec beside the weights, `MaskCodec.embedded()`.
 {rows}
 
 A box is right if its intersection over union with the named object is at least
-{on_object}. Trained styles: {trained}; held out: {held_out}. The words to read
-were not trained, nor was the last column's font. Pictures and licences are in
-[the notice](NOTICE.md), pictures of answers and the recipe on
+{on_object}. Trained styles: {trained}; held out: {held_out}. Pictures and
+licences are in [the notice](NOTICE.md), pictures of answers and the recipe on
 [its page](../../docs/nano_preset.md). The weights are under Apache-2.0.
 
 Written by `python -m recipes.nano.card`.
@@ -114,7 +113,7 @@ def main():
         groups,
         seed=1,
         count=options.count,
-        measures=list(evaluate.MEASURES),
+        measures=evaluate.ON_CARD,
     )
     card = CARD.format(
         parameters=model.backbone.count_params(),

@@ -5,6 +5,7 @@ from `np.random.default_rng([1, ...])`, so that the two never overlap.
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,13 +54,13 @@ class Group(NamedTuple):
 
     Args:
         styles: sequence of str.
-        words: list of str.
-        fonts: list of str, paths.
+        words: sequence of str.
+        fonts: sequence of str, paths.
     """
 
-    styles: tuple
-    words: list = []
-    fonts: list = []
+    styles: Sequence
+    words: Sequence = ()
+    fonts: Sequence = ()
 
 
 def load_groups(cache):
@@ -100,6 +101,8 @@ SCORES = {
     "right": "right object",
     "labels": "labels in their order",
 }
+# The preset does not learn to read, so `read` is not on the card.
+ON_CARD = tuple(measure for measure in MEASURES if measure != "read")
 # Measures that every version of the preset supports.
 PUBLISHED = ("caption_single", "caption", "detect", "count")
 

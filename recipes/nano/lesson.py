@@ -1,6 +1,6 @@
 """The computation of a training step: batches, a model with heads, losses.
 
-The published preset's decoder did not attend to the object that the prompt
+An earlier preset's decoder did not attend to the object that the prompt
 named (`recipes.nano.diagnose`). Location tokens provide only four targets per
 box, and another object's box is nearly as good a guess. This model therefore
 has a second kind of target beside the answer's tokens. Each image token inside
@@ -131,8 +131,9 @@ class Lessons(keras.utils.PyDataset):
             number = rng.integers(stage.fewest, 4)
             names = scenes.draw(rng, classes, number)
         sprites, words, fonts = self.material
+        varied = stage.varied == 1 or rng.random() < stage.varied
         scene = scenes.compose(
-            rng, sprites, TRAINED_STYLES, names, SIZE, varied=True
+            rng, sprites, TRAINED_STYLES, names, SIZE, varied
         )
         return lettering.write(rng, scene, words, fonts) if written else scene
 

@@ -1,7 +1,7 @@
 """Words in pictures, for the task `ocr`.
 
-Words are English nouns of up to five letters from emoji labels, other strings
-of letters, and numbers. They are written in one of several fonts beside the
+A text is a word of two to five letters from the emoji labels, random letters or
+a number. It is written in one of several fonts beside the
 objects of a scene, sometimes on a plate.
 """
 
@@ -14,6 +14,7 @@ from PIL import ImageDraw
 from PIL import ImageFont
 
 from recipes.nano import scenes
+from recipes.nano.fetch import CLASSES
 from recipes.nano.fetch import DEFAULT_CACHE
 
 CHARACTERS = string.ascii_lowercase + string.digits
@@ -36,9 +37,12 @@ TRIES = 12
 
 
 def load_words(cache=DEFAULT_CACHE):
-    """Return the words for training and those for evaluation."""
+    """Return the words for training and those for evaluation.
+
+    Names of classes are for training, as captions have them.
+    """
     words = (cache / "words.txt").read_text().split()
-    held_out = words[::HELD_OUT_EVERY]
+    held_out = [w for w in words if w not in CLASSES][::HELD_OUT_EVERY]
     return [word for word in words if word not in held_out], held_out
 
 
@@ -97,10 +101,10 @@ def write(rng, scene, words, fonts):
             continue
         paint(rng, scene.image, text, font, plate, (x + 2 - left, y + 2 - top))
         ends = [font.getlength(text[:i]) for i in range(len(text) + 1)]
+        start = x + 2 - left
         letters = [
             scenes.Letter(
-                name,
-                (y, x + 2 + ends[i], y + height, x + 2 + ends[i + 1]),
+                name, (y, start + ends[i], y + height, start + ends[i + 1])
             )
             for i, name in enumerate(text)
         ]

@@ -6,6 +6,7 @@ gives the same scene. Objects are `Placed`, from left to right. A scene may also
 have a written word.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,12 +71,12 @@ class Scene(NamedTuple):
     Args:
         image: uint8 array `(size, size, 3)`.
         objects: list of `Placed`, from left to right.
-        letters: list of `Letter`, the written word.
+        letters: sequence of `Letter`, the written word.
     """
 
     image: np.ndarray
     objects: list
-    letters: list = []
+    letters: Sequence = ()
 
     @property
     def size(self):
@@ -263,7 +264,8 @@ def alpha_box(alpha, y, x):
 def other_colours(rng, pixels):
     """Turn the hue and scale the saturation of a premultiplied picture.
 
-    Both are linear and keep greys, so alpha needs no care but its limit.
+    Both are linear, so they apply to premultiplied colours directly. Results
+    are clipped to alpha.
     """
     angle = np.deg2rad(rng.uniform(-HUE_TURN, HUE_TURN))
     factor = rng.uniform(*SATURATION)
@@ -286,8 +288,8 @@ def compose(rng, sprites, styles, names, size=112, varied=False):
         styles: sequence of str; every object gets one of these styles.
         names: list of str, class of each object.
         size: int, edge of the picture in pixels.
-        varied: bool, whether pictures change their colours and the ratio of
-            their sides.
+        varied: bool, whether pictures are any variant, in other colours and
+            with another ratio of their sides.
 
     Returns:
         `Scene`.
@@ -297,7 +299,8 @@ def compose(rng, sprites, styles, names, size=112, varied=False):
     for name in names:
         having = [style for style in styles if name in sprites[style]]
         some = sprites[having[rng.integers(len(having))]][name]
-        chosen.append(some[rng.integers(len(some))])
+        # The first variant is the plain sprite.
+        chosen.append(some[rng.integers(len(some))] if varied else some[0])
     shapes = []
     for sprite in chosen:
         stretch = np.exp(rng.uniform(-STRETCH, STRETCH)) if varied else 1

@@ -184,18 +184,44 @@ def test_every_class_has_a_noun_in_every_language():
         assert len(nouns) == len(languages.TRANSLATED)
 
 
-def test_variants_have_the_codes_of_their_own_outlines(sprites):
-    found = variants.all_variants({"one": {"bus": sprites["one"]["bus"]}})
+def test_variants_have_the_codes_of_their_own_outlines():
+    pixels = np.zeros((60, 100, 4), "uint8")
+    pixels[:, :40] = pixels[40:] = 255
+    sprite = scenes.Sprite(scenes.premultiplied(pixels))
+    found = variants.all_variants({"one": {"bus": [sprite]}})
     pictures = found["one"]["bus"]
     assert len(pictures) == 2 * len(variants.ANGLES)
-    plain, turned = pictures[0], pictures[1]
-    assert plain.picture.size == sprites["one"]["bus"][0].picture.size
-    # A turned oblong is higher, and has another outline in its box.
+    plain, turned, mirrored = (pictures[i] for i in (0, 1, 3))
+    np.testing.assert_array_equal(plain.picture, pixels)
+    np.testing.assert_array_equal(mirrored.picture, pixels[:, ::-1])
+    # What is turned is higher, and has another outline in its box.
     assert turned.picture.height > plain.picture.height
-    assert turned.codes != plain.codes
+    assert len({plain.codes, turned.codes, mirrored.codes}) == 3
     assert all(
         re.fullmatch(r"(<seg\d{3}>){16}", sprite.codes) for sprite in pictures
     )
+
+
+def test_only_varied_scenes_have_variants():
+    plain, other = (
+        scenes.Sprite(
+            scenes.premultiplied(np.full((9, 9 * n, 4), 255, "uint8")), f"{n}"
+        )
+        for n in (1, 2)
+    )
+    sprites = {"one": {"bus": [plain, other]}}
+    codes = [
+        {
+            scenes.compose(
+                np.random.default_rng(seed), sprites, ["one"], ["bus"], 112, on
+            )
+            .objects[0]
+            .codes
+            for seed in range(12)
+        }
+        for on in (False, True)
+    ]
+    assert codes == [{"1"}, {"1", "2"}]
 
 
 def test_other_colours_keep_greys_and_alpha():
@@ -238,6 +264,15 @@ def test_words_of_evaluation_are_not_trained(tmp_path):
     assert not set(trained) & set(held_out)
     assert sorted(trained + held_out) == sorted(words)
     assert len(held_out) == 3
+
+
+def test_groups_are_of_what_was_not_trained(tmp_path):
+    (tmp_path / "words.txt").write_text("boot\ncat\nknot")
+    groups = evaluate.load_groups(tmp_path)
+    trained, held_out = groups["trained"], groups["held-out"]
+    assert trained.words == held_out.words == ["boot"]
+    assert not set(trained.fonts) & set(held_out.fonts)
+    assert not set(trained.styles) & set(held_out.styles)
 
 
 def test_drawn_texts_are_short_and_of_known_characters():

@@ -22,7 +22,7 @@ NARROW = {"num_layers": 2, "hidden_dim": 16, "intermediate_dim": 16}
 
 @pytest.fixture
 def small(monkeypatch):
-    """Use a small model: two encoder epochs, one joint epoch, one step each."""
+    """Use a small model and three stages of one or two epochs of one step."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(256, size=(len(CLASSES), 20, 20, 4), dtype="uint8")
     pixels[..., 3] = 255
@@ -33,11 +33,21 @@ def small(monkeypatch):
     sprites = dict.fromkeys(TRAINED_STYLES, pictures)
     stages = [
         train.Stage(
-            trains, epochs, (1e-3, 1e-3), *sizes, 1, 0.5, 0.5, train.MORE
+            trains,
+            epochs,
+            2,
+            (1e-3, 1e-3),
+            *sizes,
+            1,
+            0.5,
+            0.5,
+            0.5,
+            train.MORE,
         )
         for trains, epochs, *sizes in (
             ("encoder", 2, 2, 1, 64, 28),
             ("both", 1, 2, 2, 24, 28),
+            ("both", 2, 2, 2, 24, 28),
         )
     ]
     vision = train.VISION_ENCODER | NARROW | {"num_heads": 2}
@@ -65,7 +75,10 @@ def losses(folder):
     return [json.loads(line)["logs"]["loss"] for line in lines]
 
 
-def test_a_killed_run_goes_on_where_it_was(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("stage", "before"), [(0, 1), (2, 4)])
+def test_a_killed_run_goes_on_where_it_was(
+    small, tmp_path, monkeypatch, stage, before
+):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.train(None, whole)
 
@@ -73,7 +86,7 @@ def test_a_killed_run_goes_on_where_it_was(small, tmp_path, monkeypatch):
         pass
 
     def get(self, index):
-        if self.epoch == 1:
+        if (self.seed, self.epoch) == (stage, 1):
             raise Killed
         return arrays(self, index)
 
@@ -82,11 +95,11 @@ def test_a_killed_run_goes_on_where_it_was(small, tmp_path, monkeypatch):
         patch.setattr(lesson.Lessons, "__getitem__", get)
         with pytest.raises(Killed):
             train.train(None, killed)
-    assert len(losses(killed)) == 1
+    assert len(losses(killed)) == before
     train.train(None, killed)
     np.testing.assert_allclose(losses(killed), losses(whole), rtol=1e-5)
-    assert len(set(losses(whole))) == 3
-    names = {path.name for path in (killed / "after-1").iterdir()}
+    assert len(set(losses(whole))) == 5
+    names = {path.name for path in (killed / "after-2").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.model"} <= names
 
 
