@@ -1,8 +1,8 @@
 """The package in three minutes: `python -m keras_paligemma.demo`.
 
-The embedded nano preset captions a few small pictures, detects objects and
-counts them. Then it is fine-tuned on a handful of examples that it gets wrong.
-Drawings are written to a folder, answers to the terminal.
+The embedded nano preset captions a few small pictures in several languages,
+detects objects and counts them. Then it is fine-tuned on a handful of examples
+that it gets wrong. Drawings are written to a folder, answers to the terminal.
 """
 
 import argparse
@@ -238,6 +238,15 @@ def sights_table(sights: list[Sight], truth: dict[str, str]) -> Table:
     return table
 
 
+def prompts_table(examples: dict[str, list], answers: list[str]) -> Table:
+    """Return a table of answers to further prompts, right or wrong."""
+    table = Table("picture", "prompt", "answer", title="Other prompts")
+    rows = zip(*examples.values(), answers, strict=True)
+    for image, prompt, wanted, answer in rows:
+        table.add_row(Text(image.name), Text(prompt), judged(answer, wanted))
+    return table
+
+
 def ask_all(model, examples: dict[str, list], title: str) -> list[str]:
     """Generate the answers to the prompts of examples."""
     questions = zip(examples["images"], examples["prompts"], strict=True)
@@ -271,6 +280,12 @@ def show_sights(console, model, paths, truth, output) -> list[Sight]:
     for path in draw(sights, output):
         console.print(f"wrote {path}", highlight=False)
     return sights
+
+
+def show_prompts(console, model, examples) -> None:
+    """Print a model's answers to further prompts."""
+    answers = ask_all(model, examples, "Other prompts")
+    console.print(prompts_table(examples, answers))
 
 
 def show_learning(console, model, seen, unseen) -> None:
@@ -324,6 +339,8 @@ def main(arguments: list[str] | None = None) -> None:
         truth = read_truth(options.pictures)
         seen = read_examples(EXAMPLES / "finetune" / "train.jsonl")
         unseen = read_examples(EXAMPLES / "finetune" / "test.jsonl")
+        file = options.pictures / "prompts.jsonl"
+        others = read_examples(file) if file.is_file() else None
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -348,6 +365,8 @@ def main(arguments: list[str] | None = None) -> None:
             "nothing else: what it says of a photograph is a guess."
         )
     sights = show_sights(console, model, paths, truth, options.output)
+    if others:
+        show_prompts(console, model, others)
     show_learning(console, model, seen, unseen)
     if truth:
         show_memory(console, model, sights, truth)

@@ -148,6 +148,16 @@ def test_the_table_of_sights_marks_what_is_wrong():
     assert "[red]fox[/]" in text
 
 
+def test_other_prompts_are_answered_right_or_wrong():
+    examples = demo.read_examples(demo.EXAMPLES / "pictures" / "prompts.jsonl")
+    assert all(path.is_file() for path in examples["images"])
+    answers = ["nonsense", *examples["responses"][1:]]
+    text = printed(demo.prompts_table(examples, answers))
+    assert "✗ nonsense" in text and "not une cloche" in text
+    assert text.count("✓") == len(answers) - 1
+    assert "caption de" in text and "eine Gitarre" in text
+
+
 def test_says_how_many_captions_are_still_right(paths):
     console = Console(file=io.StringIO(), width=200)
     sights = [Sight(path, "a pig", [], "", "") for path in paths]
@@ -194,6 +204,7 @@ def test_the_whole_demo_runs_with_any_preset(
     assert len(list(output.iterdir())) == len(pictures) + 1
     assert all(path.name in text for path in pictures)
     assert "2 steps" in text and "Done in" in text
+    assert "Other prompts" in text and "caption ja" in text
     # The note about the nano preset is not shown for other models.
     assert "emoji" not in text
 
