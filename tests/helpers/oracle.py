@@ -11,9 +11,9 @@ import numpy as np
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
-from tests.helpers.tiny_models import PRESETS
+from tests.helpers.tiny_models import GOLDEN
 
-TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
+TOKENIZER = GOLDEN / "english_sp.model"
 
 
 def make_preprocessor():

@@ -10,15 +10,15 @@ from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma import without_values
 from keras_paligemma.compat import fill
+from tests.helpers.tiny_models import GOLDEN
 from tests.helpers.tiny_models import IMAGE_SIZE
-from tests.helpers.tiny_models import PRESETS
 from tests.helpers.tiny_models import TEXT
 from tests.helpers.tiny_models import VISION
 
 # The tower has more layers than the decoder, as in 3b. Both have few, since
 # most of a test's time is compiling them. The vocabulary is the tokenizer's.
 TEXT_2048 = TEXT | {"vocabulary_size": 2048, "num_layers": 2}
-TOKENIZER = PRESETS / "pali_gemma2_nano_112" / "tokenizer.model"
+TOKENIZER = GOLDEN / "english_sp.model"
 
 
 def build_tiny_model(**changes):

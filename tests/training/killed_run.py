@@ -18,8 +18,8 @@ from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma.data import Batches
 from keras_paligemma.training import fit
 from tests.helpers.graphs import leave_unoptimized
+from tests.helpers.tiny_models import GOLDEN
 from tests.helpers.tiny_models import IMAGE_SIZE
-from tests.helpers.tiny_models import PRESETS
 from tests.helpers.tiny_models import TEXT
 from tests.helpers.tiny_models import VISION
 
@@ -34,7 +34,7 @@ def set_up():
         VISION | {"num_layers": 1},
         TEXT | {"vocabulary_size": 2048, "num_layers": 1},
     )
-    proto = (PRESETS / "pali_gemma2_nano_112" / "tokenizer.model").read_bytes()
+    proto = (GOLDEN / "english_sp.model").read_bytes()
     preprocessor = PaliGemmaCausalLMPreprocessor(
         PaliGemmaTokenizer(proto),
         PaliGemmaImageConverter(IMAGE_SIZE),
