@@ -37,12 +37,7 @@ def changed(picture, mirrored, angle):
     if mirrored:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if angle:
-        # Pillow turns no premultiplied pictures as such; four channels are.
-        channels = [
-            channel.rotate(angle, Image.Resampling.BILINEAR, expand=True)
-            for channel in picture.split()
-        ]
-        picture = Image.merge("RGBa", channels)
+        picture = picture.rotate(angle, Image.Resampling.BILINEAR, expand=True)
     alpha = np.asarray(picture.getchannel("a"))
     y1, x1, y2, x2 = scenes.alpha_box(alpha, 0, 0)
     return picture.crop((x1, y1, x2, y2))
