@@ -8,6 +8,9 @@ RUN := .venv/bin/python
 # A module is compiled when it is first imported; compiling all that is installed
 # takes half of the installation's time.
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --no-compile
+# What a process compiled must reach the next one: containers often forbid it, and
+# each of the many processes of the tests would take 15 s more to start.
+unexport PYTHONDONTWRITEBYTECODE
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 # The TPU's compiler is installed for plans; nothing looks for a TPU.
 test: export JAX_PLATFORMS ?= cpu
