@@ -13,6 +13,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from tests.helpers.graphs import leave_unoptimized  # noqa: E402
+from tests.helpers.graphs import run_eagerly  # noqa: E402
 from tests.helpers.numpy_reference import load_arrays  # noqa: E402
 from tests.helpers.tiny_models import GOLDEN  # noqa: E402
 from tests.helpers.tiny_models import IMAGE_SIZE  # noqa: E402
@@ -97,6 +98,17 @@ def random_preset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("presets") / "floats"
     write_random_preset(folder)
     return folder
+
+
+@pytest.fixture
+def eager():
+    """Run without graphs on TensorFlow, for tests of arithmetic.
+
+    Tracing a train step takes ten times as long as the steps of such a test.
+    Graphs are covered by the other tests of `fit`.
+    """
+    with run_eagerly():
+        yield
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""TensorFlow's graphs as they are traced."""
+"""TensorFlow's graphs: left as they are traced, or not made at all."""
+
+import contextlib
 
 import keras
 
@@ -14,3 +16,18 @@ def leave_unoptimized():
         tf.config.optimizer.set_experimental_options(
             {"disable_meta_optimizer": True}
         )
+
+
+@contextlib.contextmanager
+def run_eagerly():
+    """Run TensorFlow's functions without tracing; other backends as they do."""
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(False)

@@ -370,6 +370,7 @@ def test_a_head_of_an_adapters_own(tiny_model, examples, tmp_path):
     assert read.backbone.token_embedding.adapter_head is None
 
 
+@pytest.mark.usefixtures("eager")
 def test_full_rank_is_a_full_update(golden_backbone, expected):
     """If A is the identity, a step on B equals a step on the kernel."""
     x, targets, weights = golden_training(expected)
@@ -438,6 +439,7 @@ def test_low_rank_gradients_are_the_kernels(golden_backbone, expected, form):
         assert error(gradient, wanted) < 5e-5, name
 
 
+@pytest.mark.usefixtures("eager")
 def test_bfloat16_base_has_float32_adapters(tiny_model, examples):
     model = tiny_model(dtype="bfloat16")
     model.enable_lora(2, targets=[*TARGETS])
@@ -454,6 +456,7 @@ def test_bfloat16_base_has_float32_adapters(tiny_model, examples):
     assert all(moved)
 
 
+@pytest.mark.usefixtures("eager")
 def test_adapters_that_take_no_part_are_not_trained(tiny_model, examples):
     """The optimizer's moments would change them or the merged kernels."""
     model = tiny_model()
@@ -471,6 +474,7 @@ def test_adapters_that_take_no_part_are_not_trained(tiny_model, examples):
         np.testing.assert_array_equal(np.array(variable), other)
 
 
+@pytest.mark.usefixtures("eager")
 def test_moments_are_one_adapters(tiny_model, examples):
     model = tiny_model()
     model.enable_lora(2)

@@ -215,6 +215,7 @@ def test_auto_loss_equals_keras_loss_on_full_logits(tiny_model, examples):
     )
 
 
+@pytest.mark.usefixtures("eager")
 def test_own_loss_beside_metrics(tiny_model, examples):
     model = tiny_model()
     for capped in (True, False):

@@ -113,6 +113,7 @@ def test_what_would_stand_still_is_refused(tiny_model, examples, optimizer):
         model.fit(examples, verbose=0)
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_multipliers_by_pattern(golden_backbone, expected, form):
     x, targets, weights = golden_training(expected)
@@ -145,6 +146,7 @@ def test_multipliers_by_pattern(golden_backbone, expected, form):
         model.train_on_batch(x, targets, weights)
 
 
+@pytest.mark.usefixtures("eager")
 def test_accumulated_gradients_are_a_large_batch(golden_backbone, expected):
     x, targets, weights = golden_training(expected)
     # Epsilon is so large that rounding errors do not become steps.
@@ -164,6 +166,7 @@ def test_accumulated_gradients_are_a_large_batch(golden_backbone, expected):
     assert any((wanted[name] != before[name]).any() for name in wanted)
 
 
+@pytest.mark.usefixtures("eager")
 def test_moving_average_of_weights(golden_backbone, expected):
     x, targets, weights = golden_training(expected)
     backbone = golden_backbone()

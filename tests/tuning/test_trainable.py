@@ -6,6 +6,7 @@ import pytest
 from tests.helpers.tiny_models import arrays_of
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_frozen_by_pattern_stays(tiny_model, examples, form):
     model = tiny_model(form=form)
