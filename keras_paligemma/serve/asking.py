@@ -1,7 +1,6 @@
 """Pass a client's request to the model's thread, and the answer back."""
 
 import asyncio
-import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import field
@@ -105,25 +104,21 @@ async def answers_of(replies, receive):
     Raises:
         Disconnected: if the client disconnects; its requests are cancelled.
     """
-    answers = asyncio.gather(*[reply.answer() for reply in replies])
-    gone = asyncio.ensure_future(_gone(receive))
+    gone = asyncio.ensure_future(_tell_when_gone(receive, replies))
     try:
-        await asyncio.wait([answers, gone], return_when=asyncio.FIRST_COMPLETED)
-        if answers.done():
-            return answers.result()
-        raise Disconnected
+        return [await reply.answer() for reply in replies]
     finally:
         for reply in replies:
             reply.left = True
-        for task in (answers, gone):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
+        gone.cancel()
 
 
-async def _gone(receive):
+async def _tell_when_gone(receive, replies):
+    """End the wait for answers when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    for reply in replies:
+        reply.events.put_nowait(Disconnected())
 
 
 async def events_of(replies):
