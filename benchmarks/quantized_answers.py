@@ -2,7 +2,8 @@
 
 Prints the scores of its card for each storage of weights and cache, and their
 shares of float32's scores. Needs the sprites of `python -m recipes.nano.fetch`.
-With `--calibrated N`, int4 is also calibrated on N scenes of each task.
+With `--calibrated N`, int4 is also calibrated on N scenes of each task. The
+last lines are the scores of segmentation with `legal_objects=True`.
 """
 
 import argparse
@@ -26,7 +27,7 @@ STORAGES = (
 )
 
 
-def scores(model, count, **options):
+def scores(model, count, measures=evaluate.ON_CARD, **options):
     """Return a dict such as {"caption exact": 0.9}, for trained styles."""
     return evaluate.evaluate(
         functools.partial(model.generate, **options),
@@ -35,7 +36,7 @@ def scores(model, count, **options):
         {"trained": evaluate.load_groups(DEFAULT_CACHE)["trained"]},
         seed=1,
         count=count,
-        measures=evaluate.ON_CARD,
+        measures=measures,
     )["trained"]
 
 
@@ -72,18 +73,30 @@ def main():
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--calibrated", type=int, default=0)
     options = parser.parse_args()
-    columns = {}
+    columns, legal = {}, {}
+
+    def measure(name, model, cache_dtype=None):
+        count = options.count
+        columns[name] = scores(model, count, cache_dtype=cache_dtype)
+        legal[name] = scores(
+            model,
+            count,
+            ["segment"],
+            cache_dtype=cache_dtype,
+            legal_objects=True,
+        )["segment iou"]
+        print(f"{name} is measured", flush=True)
+
     for name, quantize, cache_dtype in STORAGES:
         model = PaliGemmaCausalLM.from_preset(NANO, quantize=quantize)
-        columns[name] = scores(model, options.count, cache_dtype=cache_dtype)
-        print(f"{name} is measured", flush=True)
+        measure(name, model, cache_dtype)
     if options.calibrated:
         model = PaliGemmaCausalLM.from_preset(
             NANO,
             quantize="int4",
             calibration=calibration(options.calibrated),
         )
-        columns["int4, calibrated"] = scores(model, options.count)
+        measure("int4, calibrated", model)
     print(f"\n| {options.count} scenes each | {' | '.join(columns)} |")
     print(f"| --- |{' --- |' * len(columns)}")
     full = columns["float32"]
@@ -98,6 +111,8 @@ def main():
     for name, values in columns.items():
         share = sum(values[key] / full[key] for key in full) / len(full)
         print(f"{name}: {share:.1%} of float32's scores, the mean of the rows")
+    for name, value in legal.items():
+        print(f"{name}, segmentation of legal objects: mean IoU {value:.3f}")
 
 
 if __name__ == "__main__":

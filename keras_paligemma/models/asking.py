@@ -159,7 +159,8 @@ def segment(
             `MaskCodec.load("vae-oid.npz")`.
 
     The other arguments, the return value and the errors are those of
-    `detect`. An object whose codes do not form a mask has only its box.
+    `detect`. An object whose codes do not form a mask has only its box;
+    `legal_objects=True` prevents that.
 
     Example:
 
