@@ -104,8 +104,9 @@ def random_preset(tmp_path_factory):
 def eager():
     """Run without graphs on TensorFlow, for tests of arithmetic.
 
-    Tracing a train step takes ten times as long as the steps of such a test.
-    Graphs are covered by the other tests of `fit`.
+    Tracing a train step takes longer than the one or two steps of such a test.
+    Not for what a graph could keep between steps: accumulated gradients,
+    moments and switches of adapters.
     """
     with run_eagerly():
         yield

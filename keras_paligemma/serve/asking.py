@@ -103,6 +103,7 @@ async def answers_of(replies, receive):
 
     Raises:
         Disconnected: if the client disconnects; its requests are cancelled.
+        Exception: the error of a reply, when those before it have answered.
     """
     gone = asyncio.ensure_future(_tell_when_gone(receive, replies))
     try:

@@ -107,7 +107,9 @@ def test_texts_are_generates(answers, models, name):
     assert np.abs(each[0] - each[1]).max() > 1e-2
 
 
-@pytest.mark.skipif("bfloat16" not in MODELS, reason="once is enough")
+@pytest.mark.skipif(
+    "bfloat16" not in MODELS, reason="exported by TensorFlow alone"
+)
 def test_tokens_of_bfloat16_are_the_likeliest_but_for_rounding(answers, models):
     model = models["bfloat16"]
     ids = answers["bfloat16 text"]["token_ids"]

@@ -49,7 +49,9 @@ def test_who_disconnects_is_not_waited_for():
     assert all(reply.left for reply in replies)
 
 
-def test_an_error_of_one_copy_ends_the_wait():
-    found, replies = waited(stays, [[Refused(429, "full")], []])
+@pytest.mark.parametrize("answers", [[], [1]])
+def test_an_error_of_any_copy_is_raised(answers):
+    events = [[answer] for answer in answers]
+    found, replies = waited(stays, [*events, [Refused(429, "full")]])
     assert found.status == 429
     assert all(reply.left for reply in replies)

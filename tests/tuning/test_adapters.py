@@ -456,7 +456,6 @@ def test_bfloat16_base_has_float32_adapters(tiny_model, examples):
     assert all(moved)
 
 
-@pytest.mark.usefixtures("eager")
 def test_adapters_that_take_no_part_are_not_trained(tiny_model, examples):
     """The optimizer's moments would change them or the merged kernels."""
     model = tiny_model()
@@ -474,7 +473,6 @@ def test_adapters_that_take_no_part_are_not_trained(tiny_model, examples):
         np.testing.assert_array_equal(np.array(variable), other)
 
 
-@pytest.mark.usefixtures("eager")
 def test_moments_are_one_adapters(tiny_model, examples):
     model = tiny_model()
     model.enable_lora(2)

@@ -146,7 +146,6 @@ def test_multipliers_by_pattern(golden_backbone, expected, form):
         model.train_on_batch(x, targets, weights)
 
 
-@pytest.mark.usefixtures("eager")
 def test_accumulated_gradients_are_a_large_batch(golden_backbone, expected):
     x, targets, weights = golden_training(expected)
     # Epsilon is so large that rounding errors do not become steps.
