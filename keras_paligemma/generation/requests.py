@@ -167,8 +167,9 @@ def filled_up(arrays, rows, prompt, response):
             after = response - width
         if before or after:
             array = np.pad(array, ((0, 0), (before, after)))
-        more = rows - len(array)
-        return np.concatenate([array, np.repeat(array[-1:], more, 0)])
+        if more := rows - len(array):
+            array = np.concatenate([array, np.repeat(array[-1:], more, 0)])
+        return array
 
     return {name: padded(name, array) for name, array in arrays.items()}
 

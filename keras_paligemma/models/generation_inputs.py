@@ -1,5 +1,6 @@
 """Prepare a batch of prompts: convert a user's inputs to arrays."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,18 +84,62 @@ def prepare(
     Returns:
         `Asked`.
     """
+    arrays, single = arrays_of(model, inputs, max_new_tokens)
+    shared = {}
+    if prefix is not None:
+        shared["prefix"] = continue_rows(prefix, inputs, arrays)
+    asked = padded(model, arrays, count, first, stops, options)
+    if options.is_constrained:
+        count = len(asked.begun)
+        starts, automaton = _constraint(model, inputs, count, stops, options)
+        shared |= automaton
+        asked.rows["start_node"][:count] = starts
+    return dataclasses.replace(
+        asked, shared=asked.shared | shared, single=single
+    )
+
+
+def arrays_of(model, inputs, max_new_tokens=None):
+    """Convert a user's inputs to the arrays of prompts and responses.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        inputs: dict as `generate` takes it.
+        max_new_tokens: int or `None`.
+
+    Returns:
+        dict of arrays (B, …) of `split_prompt`, and whether the prompt came
+        without a batch axis.
+    """
     preprocessor, backbone = model.preprocessor, model.backbone
-    arrays = inputs
     if preprocessor is not None:
-        arrays = preprocessor.generate_preprocess(
+        inputs = preprocessor.generate_preprocess(
             inputs, max_new_tokens=max_new_tokens
         )
     arrays, single = prompt_batch(
-        arrays, backbone.image_size, backbone.text_config
+        inputs, backbone.image_size, backbone.text_config
     )
     arrays = split_prompt(arrays, max_new_tokens)
     if preprocessor is not None:
         check_begun(arrays, preprocessor)
+    return arrays, single
+
+
+def padded(model, arrays, count, first, stops, options):
+    """Pad the arrays of prompts and responses to a bucket.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        arrays: dict, from `arrays_of`.
+        count: as in `prepare`.
+        first: as in `prepare`.
+        stops: as in `prepare`.
+        options: `Options`; constraints are added by `prepare`.
+
+    Returns:
+        `Asked` of a batch.
+    """
+    preprocessor = model.preprocessor
     size, prompt = arrays["prompt_ids"].shape
     length = arrays["response_ids"].shape[1]
     if count is None:
@@ -107,8 +152,6 @@ def prepare(
     elif length <= preprocessor.response_length:
         response = preprocessor.response_length
     shared: dict[str, Any] = {"stop_ids": stop_array(stops)}
-    if prefix is not None:
-        shared["prefix"] = continue_rows(prefix, inputs, arrays)
     begun = arrays["response_mask"][:count]
     rows = filled_up(arrays, size, prompt, response)
     rows |= {
@@ -117,7 +160,7 @@ def prepare(
         "start_node": np.zeros(size, "int32"),
     }
     plan = plan_of(options, model.sampler)
-    vocabulary_size = backbone.vocabulary_size
+    vocabulary_size = model.backbone.vocabulary_size
     if plan.samples:
         rows |= filled_up(
             options.rows(first, count, plan.copies, vocabulary_size), size, 0, 0
@@ -126,10 +169,6 @@ def prepare(
         allowed = np.ones(vocabulary_size, bool)
         allowed[np.asarray(options.banned_token_ids, "int32")] = False
         shared["allowed"] = allowed
-    if options.is_constrained:
-        starts, arrays = _constraint(model, inputs, count, stops, options)
-        shared |= arrays
-        rows["start_node"][:count] = starts
     if plan.beams:
         shared["length_penalty"] = np.array(options.length_penalty, "float32")
     return Asked(
@@ -139,8 +178,8 @@ def prepare(
         begun,
         stops,
         length,
-        single,
-        tuple(options.stop_strings),
+        single=False,
+        stop_strings=tuple(options.stop_strings),
     )
 
 

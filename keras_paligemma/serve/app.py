@@ -119,11 +119,12 @@ def make_app(
         "/metrics": counts,
         "/v1/models": openai.models(service),
     }
-    routes = [Route(path, endpoint) for path, endpoint in gets.items()]
-    routes += [
+    # Routes are tried in turn: first those that models answer.
+    routes = [
         Route(path, make(service), methods=["POST"])
         for path, (make, _) in posts.items()
     ]
+    routes += [Route(path, endpoint) for path, endpoint in gets.items()]
 
     def refused(request, error):
         return refusal(request.url.path, error)

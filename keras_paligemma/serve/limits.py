@@ -7,79 +7,17 @@ import logging
 import time
 from urllib.parse import urlsplit
 
-import h11
 from starlette.responses import JSONResponse
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from keras_paligemma.serve.protocol import LINGERS
 from keras_paligemma.serve.requests import Refused
 
 log = logging.getLogger("keras_paligemma.serve")
 
 OPEN = ("/healthz", "/readyz")
-# Seconds to read the rest of a refused request; the longest pause in it.
-LINGERS, QUIET = 30, 1
-INVALID = (
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\n"
-    b"Connection: close\r\n\r\n"
-)
+# The longest pause in the rest of a refused request, in seconds.
+QUIET = 1
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
-def protocol(seconds):
-    """Return uvicorn's protocol class that drops connections without request.
-
-    Bytes that are not HTTP get a 400, and the rest of them is read: closing a
-    connection with unread bytes would discard the reply.
-
-    Args:
-        seconds: float, maximum time from the connection, or from the previous
-            reply, to the end of a request's headers.
-    """
-
-    class Protocol(H11Protocol):
-        waits = None
-        refused = False
-
-        def connection_made(self, transport):
-            super().connection_made(transport)
-            self._wait()
-
-        def data_received(self, data):
-            if not self.refused:
-                super().data_received(data)
-
-        def send_400_response(self, msg):
-            self.refused = True
-            if self.cycle is not None:
-                # The end of its body is unknown.
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
-            if self.conn.our_state is not h11.SEND_BODY:
-                self.transport.write(INVALID + msg.encode())
-            # The client sees the end of the reply and closes in turn.
-            self.transport.write_eof()
-            self._wait(LINGERS)
-
-        def on_response_complete(self):
-            # The base method continues with a request that has already arrived.
-            self._wait()
-            super().on_response_complete()
-
-        def connection_lost(self, exc):
-            super().connection_lost(exc)
-            if self.waits is not None:
-                self.waits.cancel()
-
-        def _wait(self, seconds=seconds):
-            if self.waits is not None:
-                self.waits.cancel()
-            self.waits = self.loop.call_later(seconds, self._let_go, self.cycle)
-
-        def _let_go(self, last):
-            if self.cycle is last and not self.transport.is_closing():
-                self.transport.close()
-
-    return Protocol
 
 
 class Guard:
@@ -145,6 +83,9 @@ class Guard:
     def _check(self, scope, headers):
         if scope["http_version"] not in ("1.0", "1.1", "2"):
             raise Refused(505, "Expected: HTTP/1.1.")
+        hosts = [name for name, _ in scope["headers"]].count(b"host")
+        if hosts > 1 or hosts == 0 and scope["http_version"] != "1.0":
+            raise Refused(400, f"Expected: one Host header. Received: {hosts}.")
         host = headers.get("host", "")
         name = urlsplit(f"//{host}").hostname if _is_host(host) else None
         if self.hosts is not None and name not in self.hosts:

@@ -1,6 +1,7 @@
 """This package's own endpoints: answers, and objects with scores."""
 
 import base64
+import dataclasses
 import io
 import json
 
@@ -132,23 +133,28 @@ async def _stream(service, replies):
 
 
 def _content(service, found, labels=None):
-    """Return an answer as JSON; the page draws `boxes`."""
-    spelt = "".join(found.tokens) == found.text and found.tokens
-    objects_ = read_objects(
-        found.tokens if spelt else found.text,
-        codec=service.codec,
-        labels=labels,
-        log_probabilities=found.log_probabilities if spelt else None,
-    )
+    """Return an answer as JSON; the page draws `boxes`.
+
+    An answer without any token of an object is not read for objects, unless
+    `labels` were asked for.
+    """
+    boxes, skipped = [], []
+    if labels is not None or "<" in found.text:
+        spelt = "".join(found.tokens) == found.text and found.tokens
+        objects_ = read_objects(
+            found.tokens if spelt else found.text,
+            codec=service.codec,
+            labels=labels,
+            log_probabilities=found.log_probabilities if spelt else None,
+        )
+        boxes = [_object(item) for item in objects_]
+        skipped = [dataclasses.asdict(part) for part in objects_.skipped]
     return {
         "text": found.text,
         "log_probabilities": found.log_probabilities,
         "finish": found.finish,
-        "boxes": [_object(item) for item in objects_],
-        "skipped": [
-            {"text": fragment.text, "reason": fragment.reason}
-            for fragment in objects_.skipped
-        ],
+        "boxes": boxes,
+        "skipped": skipped,
     }
 
 

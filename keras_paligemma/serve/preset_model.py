@@ -13,7 +13,8 @@ from keras_paligemma.generation.texts import settled
 from keras_paligemma.layers.cache import check_cache_dtype
 from keras_paligemma.models.answering import chunks
 from keras_paligemma.models.answering import run
-from keras_paligemma.models.generation_inputs import prepare
+from keras_paligemma.models.generation_inputs import arrays_of
+from keras_paligemma.models.generation_inputs import padded
 from keras_paligemma.models.generation_outputs import answers_of
 from keras_paligemma.serve.requests import Answered
 from keras_paligemma.serve.requests import Choice
@@ -67,7 +68,7 @@ class PresetModel:
             field: str, name of the request's field with the picture.
 
         Returns:
-            dict of arrays of one row.
+            dict of arrays (1, …) of `arrays_of`.
 
         Raises:
             Refused: if the request is invalid.
@@ -81,9 +82,10 @@ class PresetModel:
             )
         pixels = decode_picture(picture, limits, field)
         try:
-            return self.model.preprocessor.generate_preprocess(
-                {"images": pixels, "prompts": prompt}
+            arrays, _ = arrays_of(
+                self.model, {"images": [pixels], "prompts": [prompt]}
             )
+            return arrays
         except ValueError as error:
             raise Refused(400, str(error)[:300], "prompt") from error
 
@@ -100,8 +102,12 @@ class PresetModel:
             is ready, and those to answer when it is idle.
         """
         size = self.model.preprocessor.image_converter.image_size
-        inputs = self.model.preprocessor.generate_preprocess(
-            {"images": np.zeros((*size, 3), "uint8"), "prompts": "caption en"}
+        inputs, _ = arrays_of(
+            self.model,
+            {
+                "images": np.zeros((1, *size, 3), "uint8"),
+                "prompts": ["caption en"],
+            },
         )
 
         def batch(rows, temperature, streams):
@@ -153,11 +159,13 @@ class PresetModel:
 
     def _asked(self, requests, rows):
         choices = [request.choice for request in requests]
-        filled = [*requests, *[requests[-1]] * (rows - len(requests))]
-        inputs = {
-            name: np.stack([request.inputs[name] for request in filled])
-            for name in requests[0].inputs
-        }
+        inputs = requests[0].inputs
+        if rows > 1:
+            filled = [*requests, *[requests[-1]] * (rows - len(requests))]
+            inputs = {
+                name: np.concatenate([each.inputs[name] for each in filled])
+                for name in inputs
+            }
         alternatives = any(choice.alternatives for choice in choices)
         options: dict[str, Any] = {
             "alternatives": self.most_alternatives if alternatives else 0,
@@ -183,14 +191,8 @@ class PresetModel:
         stop = self.model.preprocessor.tokenizer.end_token_id
         chosen = Options(**options)
         chosen.check(self.model.backbone.vocabulary_size)
-        asked = prepare(
-            self.model,
-            inputs,
-            len(requests),
-            0,
-            None,
-            (stop,),
-            chosen.seeded(),
+        asked = padded(
+            self.model, inputs, len(requests), 0, (stop,), chosen.seeded()
         )
         lengths = asked.rows["max_new_tokens"].copy()
         lengths[: len(choices)] = [self._length(choice) for choice in choices]
@@ -239,7 +241,6 @@ class PresetModel:
                 if cut(begun, request.choice.stop) != begun:
                     break
             ids = ids[:count]
-        pad = tokenizer.pad_token_id
         return Answered(
             text,
             tuple(_spelt(tokenizer, ids)),
@@ -256,7 +257,7 @@ class PresetModel:
                 )
                 for place in answer.alternatives[: len(ids)]
             ),
-            int((request.inputs["token_ids"] != pad).sum()),
+            int(request.inputs["prompt_mask"].sum()),
         )
 
 

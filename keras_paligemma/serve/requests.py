@@ -273,19 +273,25 @@ def read_base64(text, field="image"):
         )
 
 
-def check_picture(data, limits, field="image"):
-    """Raise on a file with too many pixels, before it is decoded.
+def open_picture(data, limits, field="image"):
+    """Open a file and check its number of pixels; nothing is decoded yet.
 
     Args:
         data: bytes of an encoded picture.
         limits: `Limits`.
         field: str, name of the request's field.
+
+    Returns:
+        `PIL.Image.Image`, which reads its pixels when they are needed.
+
+    Raises:
+        Refused: if it is not a picture, or too large.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
+        image = Image.open(io.BytesIO(data))
+        pixels = image.width * image.height
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        width = height = limits.pixels
+        pixels = math.inf
     # Pillow has no common base class for errors of broken files.
     except Exception as error:  # noqa: BLE001
         raise Refused(
@@ -293,13 +299,14 @@ def check_picture(data, limits, field="image"):
             "The picture cannot be read. Expected: a JPEG, PNG, WebP or GIF.",
             field,
         ) from error
-    if width * height > limits.pixels:
+    if pixels > limits.pixels:
         raise Refused(
             413,
             f"The picture is too large. Expected: at most {limits.pixels:,} "
             "pixels.",
             field,
         )
+    return image
 
 
 def decode_picture(data, limits, field="image") -> np.ndarray:
@@ -316,9 +323,9 @@ def decode_picture(data, limits, field="image") -> np.ndarray:
     Raises:
         Refused: if it is not a picture, or too large.
     """
-    check_picture(data, limits, field)
     try:
-        return read_image(data, field)
+        with open_picture(data, limits, field) as image:
+            return read_image(image, field)
     except ValueError as error:
         raise Refused(400, str(error)[:300], field) from error
 

@@ -6,7 +6,7 @@ import socket
 
 import uvicorn
 
-from keras_paligemma.serve.limits import protocol
+from keras_paligemma.serve.protocol import protocol
 
 
 def run(app, host, port, limits):

@@ -9,7 +9,7 @@ from keras_paligemma.serve.requests import Answered
 from keras_paligemma.serve.requests import Choice
 from keras_paligemma.serve.requests import Refused
 from keras_paligemma.serve.requests import Request
-from keras_paligemma.serve.requests import check_picture
+from keras_paligemma.serve.requests import open_picture
 from keras_paligemma.serve.requests import power_of_two
 from keras_paligemma.serve.requests import sizes
 
@@ -81,7 +81,7 @@ class SavedModel:
                     f"{', '.join(sorted(self.defaults))}.",
                     name,
                 )
-        check_picture(picture, limits, field)
+        open_picture(picture, limits, field).close()
         return picture, prompt
 
     def key(self, request):

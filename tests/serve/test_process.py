@@ -94,6 +94,13 @@ def chunked(*chunks):
     return post(**headers, body=content + b"0\r\n\r\n")
 
 
+def trailing(size):
+    """Build a request in chunks whose last one never ends."""
+    headers = {"Content_Length": None, "Transfer_Encoding": "chunked"}
+    trailers = b"x: yyyyyyyyyyyyyyyyyy\r\n" * (size // 23)
+    return post(**headers, body=b"1\r\n{\r\n0\r\n" + trailers)
+
+
 MIB = b" " * 2**20
 GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 BAD = {
@@ -115,10 +122,21 @@ BAD = {
     "HTTP/9": (b"GET / HTTP/9\r\n\r\n", 400),
     "HTTP/9.9": (b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n", 505),
     "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
+    "two hosts": (GET + b"Host: another\r\n\r\n", 400),
+    "two lengths": (post(content_length="2"), 400),
+    "a length and chunks": (post(Transfer_Encoding="chunked"), 400),
+    "a proxy's request": (b"CONNECT localhost:80 HTTP/1.1\r\n\r\n", 400),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
     "no HTTP": (b"\x00\xff nonsense\r\n\r\n", 400),
     "a header of 4 MB": (post(X="x" * 4_000_000), 400),
+    "trailers of 4 MB": (trailing(4_000_000), 400),
     "what is good": (post(body()), 200),
     "what is good, in chunks": (chunked(body()[:9], body()[9:]), 200),
+    # Java's client asks for HTTP/2 so, and sends the body.
+    "what is good, and an upgrade": (
+        post(body(), Connection="Upgrade, close", Upgrade="h2c"),
+        200,
+    ),
 }
 
 
@@ -129,6 +147,14 @@ def test_each_request_gets_its_status(port):
     statuses = {name: int(reply.split()[1]) for name, reply in found.items()}
     assert statuses == {name: status for name, (_, status) in BAD.items()}
     assert not [value for value in found.values() if b"Traceback" in value]
+
+
+def test_what_comes_before_bad_bytes_is_answered(port):
+    good = post(body("first"), Connection="keep-alive")
+    reply = send(port, good + b"nonsense\r\n\r\n")
+    first, second = reply.split(b"HTTP/1.1 ")[1:]
+    assert first.startswith(b"200") and b"first" in first
+    assert second.startswith(b"400")
 
 
 def test_who_sends_nothing_is_let_go(port):

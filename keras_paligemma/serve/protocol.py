@@ -1,0 +1,127 @@
+"""HTTP/1.1 connections: what is invalid, and how long they may wait."""
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+# Maximum bytes of a request's headers, or between two parts of its body.
+HEAD = 65536
+# Seconds to read the rest of a refused request.
+LINGERS = 30
+STATUSES = {400: "Bad Request", 505: "HTTP Version Not Supported"}
+
+
+def protocol(seconds):
+    """Return uvicorn's protocol class that drops connections without request.
+
+    Bytes that are not HTTP get a 400, and the rest of them is read: closing a
+    connection with unread bytes would discard the reply. Requests before them
+    are answered first. The parser has no limit for headers, so this class has
+    one. A request to change the protocol is answered in this one.
+
+    Args:
+        seconds: float, maximum time from the connection, or from the previous
+            reply, to the end of a request's headers.
+    """
+
+    class Protocol(HttpToolsProtocol):
+        waits = None
+        refused = False
+        # Status and text of a reply that waits for the replies before it.
+        invalid = None
+        # Bytes since the last part of a body, or the last request.
+        unread = 0
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self._wait()
+
+        def data_received(self, data):
+            if self.refused or self.invalid:
+                return
+            self._unset_keepalive_if_required()
+            self.unread += len(data)
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._ignore_upgrade(data[upgrade.args[0] :])
+            except httptools.HttpParserError as error:
+                version = str(error) == "Invalid HTTP version"
+                self._refuse(505 if version else 400, str(error))
+            else:
+                if self.unread > HEAD:
+                    self._refuse(400, f"Expected: headers of {HEAD} bytes.")
+
+        def on_headers_complete(self):
+            if not self.parser.should_upgrade():
+                super().on_headers_complete()
+
+        def on_body(self, body):
+            self.unread = 0
+            super().on_body(body)
+
+        def on_message_complete(self):
+            self.unread = 0
+            if not self.parser.should_upgrade():
+                super().on_message_complete()
+
+        def on_response_complete(self):
+            # The base method continues with a request that has already arrived.
+            self._wait()
+            super().on_response_complete()
+            if self.invalid and not self.transport.is_closing():
+                self._refuse(*self.invalid)
+
+        def connection_lost(self, exc):
+            super().connection_lost(exc)
+            if self.waits is not None:
+                self.waits.cancel()
+
+        def _ignore_upgrade(self, rest):
+            """Parse a request again, as one that stays with this protocol.
+
+            The parser leaves the body unread, which clients send nevertheless.
+            """
+            method = self.parser.get_method()
+            if method == b"CONNECT":
+                return self._refuse(400, "This is no proxy.")
+            version = self.parser.get_http_version().encode()
+            head = [b"%b %b HTTP/%b\r\n" % (method, self.url, version)]
+            head += [
+                b"%b: %b\r\n" % header
+                for header in self.headers
+                if header[0] != b"upgrade"
+            ]
+            self.parser = httptools.HttpRequestParser(self)
+            self.data_received(b"".join(head) + b"\r\n" + rest)
+
+        def _refuse(self, status, message):
+            cycle = self.cycle
+            answering = cycle is not None and not cycle.response_complete
+            if self.pipeline or (answering and not cycle.more_body):
+                self.invalid = status, message
+                return
+            self.refused = True
+            if answering:
+                # The end of its body is unknown.
+                cycle.disconnected = True
+                cycle.message_event.set()
+            if not (answering and cycle.response_started):
+                self.transport.write(
+                    f"HTTP/1.1 {status} {STATUSES[status]}\r\n"
+                    "Content-Type: text/plain\r\nConnection: close\r\n\r\n"
+                    f"{message}".encode()
+                )
+            # The client sees the end of the reply and closes in turn.
+            self.transport.write_eof()
+            self._wait(LINGERS)
+
+        def _wait(self, seconds=seconds):
+            if self.waits is not None:
+                self.waits.cancel()
+            self.waits = self.loop.call_later(seconds, self._let_go, self.cycle)
+
+        def _let_go(self, last):
+            if self.cycle is last and not self.transport.is_closing():
+                self.transport.close()
+
+    return Protocol
