@@ -91,6 +91,9 @@ def test_tensorflow_datasets(tmp_path):
     class Questions(tfds.core.GeneratorBasedBuilder):
         """A local builder that downloads nothing."""
 
+        # For a module within a package it imports `importlib_resources`, which
+        # it does not require.
+        __module__ = "builders"
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):

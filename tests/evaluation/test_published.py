@@ -272,6 +272,9 @@ def test_tensorflow_datasets_from_disk(tmp_path):
     class Xgqa(tfds.core.GeneratorBasedBuilder):
         """Synthetic questions."""
 
+        # For a module within a package it imports `importlib_resources`, which
+        # it does not require.
+        __module__ = "builders"
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
