@@ -5,9 +5,7 @@
 #   make dist   source distribution and wheel, into dist, checked
 PYTHON ?= python3
 RUN := .venv/bin/python
-# A module is compiled when it is first imported; compiling all that is installed
-# takes half of the installation's time.
-PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --no-compile
+INSTALL := $(RUN) tools/install.py
 # What a process compiled must reach the next one: containers often forbid it, and
 # each of the many processes of the tests would take 15 s more to start.
 unexport PYTHONDONTWRITEBYTECODE
@@ -78,16 +76,15 @@ notebooks: .venv/for-test
 	$(PYTHON) -m venv .venv
 
 .venv/for-demo: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) -c constraints.txt -e ".[jax]"
+	$(INSTALL) jax
 	touch $@
 
 # Names and docstrings are read, not imported: no backend is needed.
 .venv/for-docs: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) -c constraints.txt -e ".[docs]"
+	$(INSTALL) docs
 	touch $@
 
 EXTRAS := jax,torch,export,targets,train,data,plan,eval,metrics,hf,serve,ray,regex
 .venv/for-test: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) -c constraints.txt \
-		-e ".[$(EXTRAS),notebooks,dev]"
+	$(INSTALL) $(EXTRAS),notebooks,dev
 	touch $@
