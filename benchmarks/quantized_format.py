@@ -44,7 +44,7 @@ def layouts(fields, mode):
     """Map the name of each quantized weight to the format of a layer."""
     with without_values():
         backbone = PaliGemmaBackbone(
-            **fields, form="unrolled", quantization=mode
+            **fields | {"form": "unrolled", "quantization": mode}
         )
     return {
         name: weight.quantized_format

@@ -121,3 +121,13 @@ def examples():
         "prompts": ["caption en", "detect cat", "answer en how many dog?", "a"],
         "responses": ["a cat and a dog", "cat", "2", "an owl"],
     }
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Store int4 as in published models, whose layers are wide."""
+    from keras_paligemma.quantization import storage
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "SMALL", 1)
+        yield

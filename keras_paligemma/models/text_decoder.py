@@ -21,6 +21,7 @@ from keras_paligemma.quantization.products import quantized_gradient
 from keras_paligemma.quantization.products import quantized_product
 from keras_paligemma.quantization.storage import QuantizedFormat
 from keras_paligemma.quantization.storage import add_quantized_weight
+from keras_paligemma.quantization.storage import table_mode
 
 
 class TokenEmbedding(keras.layers.Layer):
@@ -223,7 +224,7 @@ class TextDecoder(keras.layers.Layer):
         self.token_embedding = TokenEmbedding(
             config.vocabulary_size,
             config.hidden_dim,
-            quantization,
+            table_mode(quantization, config.hidden_dim),
             config.final_logit_soft_cap,
             dtype=policy,
             name="token_embedding",

@@ -85,8 +85,8 @@ def calibrate(backbone, floats, batches):
     The order is block by block, vision encoder first. The inputs of a block are
     the outputs of the rounded blocks before it. Each of its kernels is rounded
     to minimise the change of its products with these inputs. The outputs of the
-    rounded block are the inputs of the next. The embedding table comes last, in
-    its role as the output head.
+    rounded block are the inputs of the next. The embedding table, if it is
+    int4, comes last, in its role as the output head.
 
     Memory besides the backbone: one block's outputs for all examples, one block
     in float32, and for a kernel of F inputs about 28·F² bytes: 2.4 GB for 3b,
@@ -160,6 +160,9 @@ def _through_text(backbone, twin, floats, weights, batches, images):
     xs = _through_blocks(
         decoder.blocks, block, floats, weights, xs, arguments, valid
     )
+    layout = weights[TABLE].quantized_format
+    if layout.mode != "int4":
+        return
     moment = 0
     for x, (_, y, sample_weight) in zip(xs, batches, strict=True):
         # The states that predict the responses: all inputs of the head.
@@ -167,7 +170,6 @@ def _through_text(backbone, twin, floats, weights, batches, images):
         states = states[np.asarray(sample_weight) > 0]
         moment = moment + states.T @ states
     table = floats[TABLE].read_layer(0)
-    layout = weights[TABLE].quantized_format
     rounded = round_for(layout, np.asarray(table), *order_and_factor(moment))
     weights[TABLE].layer_writer()(0, *rounded)
 

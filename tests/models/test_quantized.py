@@ -23,6 +23,8 @@ from tests.helpers.tiny_models import arrays_of
 from tests.helpers.tiny_models import assert_same_weights
 from tests.helpers.tiny_models import golden_inputs
 
+pytestmark = pytest.mark.usefixtures("wide")
+
 MODES = ("int8", "int4")
 PROBED = ("output", "down", "token_embedding")
 COMPILED = (

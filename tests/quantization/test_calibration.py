@@ -15,6 +15,8 @@ from tests.helpers.tiny_models import arrays_of
 from tests.helpers.tiny_models import assert_same_weights
 from tests.helpers.tiny_models import run
 
+pytestmark = pytest.mark.usefixtures("wide")
+
 WORDS = "a cat and dog two owl tree detect caption en".split()
 
 

@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.stack import LayerStack
 from keras_paligemma.layers.weight import Weight
+from keras_paligemma.models.text_decoder import TextDecoder
 from keras_paligemma.models.text_decoder import TokenEmbedding
 from keras_paligemma.quantization import products
 from keras_paligemma.quantization.storage import QuantizedFormat
+from keras_paligemma.quantization.storage import table_mode
 from tests.helpers.gradients import differentiate
+from tests.helpers.tiny_models import TEXT
 from tests.helpers.tiny_models import run
 
 # Shapes and their summed axes: several groups, one short group, a padded last
@@ -26,6 +30,7 @@ SHAPES = [
     ((3, 6, 5), (0, 1)),
     ((5000, 12), (1,)),
     ((1160, 2), (0,)),
+    ((9, 130, 2), (0, 1)),
     ((1, 2), (0,)),
 ]
 
@@ -49,8 +54,9 @@ def test_rounding_is_to_the_nearest(shape, axes, mode):
     )
     scale = scale.astype("float32")
     if mode == "int4":
-        # Ten groups are padded to sixteen scales.
-        assert layout.scales == {10: 16}.get(layout.groups, layout.groups)
+        # Ten groups are padded to sixteen scales, and nineteen to 24.
+        padded = {10: 16, 19: 24}
+        assert layout.scales == padded.get(layout.groups, layout.groups)
         scale = np.repeat(scale, layout.group, axes[-1])
         scale = np.take(scale, range(shape[axes[-1]]), axes[-1])
     assert (np.abs(found - array) <= scale / 2).all()
@@ -59,6 +65,26 @@ def test_rounding_is_to_the_nearest(shape, axes, mode):
     largest = {"int8": 127, "int4": 7}[mode]
     assert scale.max() <= np.abs(array).max() / largest * (1 + 2**-7)
     assert np.abs(found / scale).max() > 0.99 * largest - 1
+
+
+def test_narrow_layers_have_small_groups():
+    def group(shape, axes):
+        return QuantizedFormat("int4", shape, axes).group
+
+    # Of the nano preset, and of published models.
+    assert group((128, 384), (0,)) == group((4, 32, 128), (0, 1)) == 16
+    assert group((2304, 9216), (0,)) == group((8, 256, 2304), (0, 1)) == 128
+    assert group((16, 72, 1152), (0, 1)) == 72
+    assert group((1023, 8), (0,)) == 16
+    assert group((1024, 8), (0,)) == 128
+
+
+def test_a_narrow_table_of_int4_is_int8():
+    assert table_mode("int4", 128) == "int8"
+    assert table_mode("int4", 2304) == "int4"
+    assert table_mode(None, 128) is None
+    decoder = TextDecoder(TextDecoderConfig(**TEXT), quantization="int4")
+    assert decoder.token_embedding.quantized_format.mode == "int8"
 
 
 def test_packing_is_exact():

@@ -30,11 +30,15 @@ from keras_paligemma.layers.stack import stable_name
 from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.models.text_decoder import TokenEmbedding
 from keras_paligemma.quantization import products
+from keras_paligemma.quantization import storage
 from keras_paligemma.sharding import distribute
 from tests.helpers.attention import draw_attention
 from tests.helpers.attention import fused
 from tests.helpers.attention import plain
 from tests.helpers.checks import check
+
+# As in published models, whose layers are wide.
+storage.SMALL = 1
 
 # Three key-value heads are not divisible by a group. Six query heads are
 # divisible by two.
