@@ -29,11 +29,11 @@ SIDE = SIZE // PATCH
 # position in a row or a word; 0 means none.
 PLACES = 1 + max(questions.MAX_LABELS, questions.MAX_BOXES, lettering.LONGEST)
 
-# What a patch may show, after nothing.
-NAMES = (*CLASSES, *lettering.CHARACTERS)
-
 # The minimum area of a letter in its patch, in pixels.
 LETTER_AREA = 30
+
+# Maximum texts of a scene with words, where the encoder is trained alone.
+TEXTS = 8
 
 # The decoder block after which image tokens predict these places.
 PLACES_AFTER = 1
@@ -55,7 +55,7 @@ BACKGROUND_WEIGHT = 0.3
 LOCATION_SPREAD = 6.0
 
 # Targets of the encoder's tokens.
-OF_PATCHES = ("names", "boxes")
+OF_PATCHES = ("names", "boxes", "letters")
 
 # The minimum number of an object's patches that a decoder sees, if it does not
 # see all.
@@ -123,8 +123,13 @@ class Lessons(keras.utils.PyDataset):
     def _scene(self, rng):
         stage, classes = self.stage, list(CLASSES)
         written = rng.random() < stage.written
+        # `ocr` asks for the only text, but an encoder learns from many.
+        texts = TEXTS if stage.trains == "encoder" else 1
         if written:
-            names = scenes.draw(rng, classes, rng.integers(1, 3))
+            # Two objects are smaller than one.
+            names = scenes.draw(
+                rng, classes, 2 if texts > 1 else rng.integers(1, 3)
+            )
         elif rng.random() < stage.repeats:
             names = scenes.choose_names("count", rng, classes, 5)
         else:
@@ -136,7 +141,9 @@ class Lessons(keras.utils.PyDataset):
         scene = scenes.compose(
             rng, sprites, TRAINED_STYLES, names, SIZE, varied
         )
-        return lettering.write(rng, scene, words, fonts) if written else scene
+        for _ in range(texts * written):
+            scene = lettering.write(rng, scene, words, fonts)
+        return scene
 
 
 def batch(made, asked, which, kept, preprocessor):
@@ -161,6 +168,7 @@ def batch(made, asked, which, kept, preprocessor):
             "responses": [question.response for question in flat],
         }
     )
+    spell(flat, inputs, targets, weights, preprocessor.tokenizer)
     weights = weights * (
         MEAN_TOKENS / np.maximum(weights.sum(1, keepdims=True), 1)
     )
@@ -173,14 +181,17 @@ def batch(made, asked, which, kept, preprocessor):
     name_BI = np.zeros(which.shape, "int32")
     box_BI4 = np.zeros((*which.shape, 4), "int32")
     boxed_BI = np.zeros(which.shape, "float32")
+    classes = list(CLASSES)
     for row, scene in enumerate(made):
         for number, shown in enumerate([*scene.objects, *scene.letters]):
             here = which[row] == number
-            name_BI[row, here] = 1 + NAMES.index(shown.name)
             if number < len(scene.objects):
+                name_BI[row, here] = 1 + classes.index(shown.name)
                 share = np.array(shown.box) / SIZE
                 box_BI4[row, here] = np.round(share * (scenes.LOCATIONS - 1))
                 boxed_BI[row, here] = 1
+
+    letter_BI2 = np.stack([letters_of_halves(scene) for scene in made])
 
     def by_picture(array):
         return np.reshape(array, (count, each, *np.shape(array)[1:]))
@@ -193,14 +204,43 @@ def batch(made, asked, which, kept, preprocessor):
         "places": place_BQI,
         "names": name_BI,
         "boxes": box_BI4,
+        "letters": letter_BI2,
     }
     w = {
         "tokens": by_picture(weights).astype("float32"),
         "places": np.where(place_BQI > 0, 1.0, BACKGROUND_WEIGHT),
-        "names": np.where(which >= 0, 1.0, BACKGROUND_WEIGHT),
+        "names": np.where(name_BI > 0, 1.0, BACKGROUND_WEIGHT),
         "boxes": boxed_BI,
+        "letters": np.where(letter_BI2 > 0, 1.0, BACKGROUND_WEIGHT),
     }
     return x, y, {name: value.astype("float32") for name, value in w.items()}
+
+
+def spell(asked, inputs, targets, weights, tokenizer):
+    """Write the answers that read a word letter by letter, in place.
+
+    The tokenizer has pieces of several letters, whose boundaries no picture
+    shows. The text of the answer is the same.
+
+    Args:
+        asked: list of `Question`, one per row.
+        inputs: dict of arrays of a preprocessor.
+        targets: int array (rows, response length).
+        weights: float array (rows, response length).
+        tokenizer: `PaliGemmaTokenizer`.
+    """
+    length = targets.shape[1]
+    for row, question in enumerate(asked):
+        if question.prompt != questions.READ:
+            continue
+        ids = [tokenizer.token_to_id(letter) for letter in question.response]
+        count = len(ids) + 1
+        targets[row] = 0
+        targets[row, :count] = [*ids, tokenizer.end_token_id]
+        weights[row] = np.arange(length) < count
+        inputs["token_ids"][row, -length:] = targets[row]
+        for mask in ("padding_mask", "response_mask"):
+            inputs[mask][row, -length:] = np.arange(length) < count
 
 
 def object_of_patches(scene):
@@ -231,6 +271,30 @@ def object_of_patches(scene):
         which[area > largest] = number
         largest = np.maximum(largest, area)
     return which
+
+
+def letters_of_halves(scene):
+    """Return the letter in the left and right half of each patch, 0 for none.
+
+    Letters are narrower than patches, so a patch has up to two.
+
+    Args:
+        scene: `scenes.Scene`.
+
+    Returns:
+        int array (patches, 2), row by row.
+    """
+    top = np.arange(0, SIZE, PATCH)[:, None]
+    left = np.arange(0, SIZE, PATCH // 2)[None]
+    found = np.zeros((SIDE, 2 * SIDE), "int32")
+    largest = np.full(found.shape, LETTER_AREA / 2)
+    for name, (y1, x1, y2, x2) in scene.letters:
+        height = np.minimum(y2, top + PATCH) - np.maximum(y1, top)
+        width = np.minimum(x2, left + PATCH // 2) - np.maximum(x1, left)
+        area = np.maximum(height, 0) * np.maximum(width, 0)
+        found[area > largest] = 1 + lettering.CHARACTERS.index(name)
+        largest = np.maximum(largest, area)
+    return found.reshape(SIDE**2, 2)
 
 
 def some_patches(rng, which, number):
@@ -269,10 +333,13 @@ class Lesson(keras.Model):
         self.backbone = backbone
         self.encoder_alone = False
         width = backbone.hidden_dim
-        self.names = keras.layers.Dense(1 + len(NAMES), name="names")
+        self.names = keras.layers.Dense(1 + len(CLASSES), name="names")
         self.boxes = keras.layers.Dense(4 * width, name="boxes")
+        self.letters = keras.layers.Dense(
+            2 * (1 + len(lettering.CHARACTERS)), name="letters"
+        )
         self.places = keras.layers.Dense(PLACES, name="places")
-        for head in (self.names, self.boxes, self.places):
+        for head in (self.names, self.boxes, self.letters, self.places):
             head.build((None, None, width))
         self.built = True
 
@@ -283,6 +350,9 @@ class Lesson(keras.Model):
         of_patches = {
             "names": self.names(image_NID),
             "boxes": self.boxes(image_NID),
+            "letters": ops.reshape(
+                self.letters(image_NID), (*image_NID.shape[:2], 2, -1)
+            ),
         }
         if self.encoder_alone:
             return of_patches

@@ -25,7 +25,7 @@ LONGEST = 5
 NUMBER_SHARE, RANDOM_SHARE = 0.25, 0.25
 
 # Sizes of fonts in pixels of a picture of 112.
-SIZES = (20, 44)
+SIZES = (24, 48)
 
 # Every tenth word is left for evaluation.
 HELD_OUT_EVERY = 10
@@ -97,7 +97,8 @@ def write(rng, scene, words, fonts):
         y = int(rng.integers(size - height + 1))
         x = int(rng.integers(size - width + 1))
         plate = (y, x, y + height, x + width)
-        if any(scenes.overlap(plate, o.box) > 0 for o in scene.objects):
+        shown = [*scene.objects, *scene.letters]
+        if any(scenes.overlap(plate, other.box) > 0 for other in shown):
             continue
         paint(rng, scene.image, text, font, plate, (x + 2 - left, y + 2 - top))
         ends = [font.getlength(text[:i]) for i in range(len(text) + 1)]
@@ -108,7 +109,7 @@ def write(rng, scene, words, fonts):
             )
             for i, name in enumerate(text)
         ]
-        return scene._replace(letters=letters)
+        return scene._replace(letters=[*scene.letters, *letters])
     return scene
 
 

@@ -18,6 +18,9 @@ MAX_LABELS = 3
 # In prompts of several labels, the share of labels that are not in the scene.
 ABSENT_LABELS = 0.15
 
+# The prompt that asks for a word.
+READ = "ocr"
+
 
 class Question(NamedTuple):
     """A prompt and its answer.
@@ -88,7 +91,7 @@ def read(rng, scene, classes):
         return None
     first = len(scene.objects)
     return Question(
-        "ocr",
+        READ,
         "".join(letter.name for letter in scene.letters),
         [[first + i] for i in range(len(scene.letters))],
     )

@@ -6,8 +6,9 @@ trained first, as SigLIP was before PaliGemma. Each patch learns which object it
 shows and the location tokens of that object's box. Then the decoder learns to
 find the named object, with few patches and short answers. All tasks of objects
 follow, with both towers. The fifth stage adds words to read, captions in other
-languages and varied pictures; the last has no words. `Lesson` contains the
-computation of a step.
+languages and varied pictures; the sixth has no words. Three more teach to read:
+the encoder sees many letters, the decoder learns to spell, and both learn all
+tasks. `Lesson` contains the computation of a step.
 
 The run writes a checkpoint after every epoch, and resumes from it when it is
 started again on the same device. On a CPU, `Stage` sets the pictures per step.
@@ -87,7 +88,8 @@ class Stage:
         fewest: int, minimum objects of a scene, of at most three.
         repeats: float, share of the other scenes with a class that occurs up
             to five times.
-        written: float, share of scenes with a word.
+        written: float, share of scenes with a word; with several if the
+            encoder is trained alone.
         varied: float, share of scenes with varied pictures.
         shares: dict of task to its approximate frequency; see
             `questions.TASKS`.
@@ -128,6 +130,8 @@ LAST = {
     "count": 3.5,
     "segment": 3.0,
 }
+READ = LAST | {"translate": 1.0, "count": 2.0, "read": 20.0}
+# The published weights are those after the sixth stage.
 STAGES = (
     Stage("encoder", 120, 120, (1.5e-3, 1e-4), 48, 1, 64, 6, 1, 0, 0, 0, FIND),
     Stage("decoder", 18, 18, (1.2e-3, 8e-4), 16, 2, 16, 6, 2, 0, 0, 0, FIND),
@@ -135,10 +139,25 @@ STAGES = (
     Stage("both", 40, 40, (4e-4, 1e-5), 16, 3, 64, 24, 1, 0.35, 0, 0, ALL),
     Stage("both", 147, 180, (6e-4, 1e-5), 16, 3, 64, 28, 1, 0.45, 0.4, 1, MORE),
     Stage("both", 40, 40, (3e-4, 1e-5), 16, 3, 64, 28, 1, 0.45, 0, 0.5, LAST),
+    Stage(
+        "encoder", 160, 160, (1e-3, 2e-5), 32, 1, 64, 24, 1, 0.3, 0.6, 0.5, FIND
+    ),
+    Stage(
+        "decoder", 40, 40, (8e-4, 1e-4), 24, 2, 64, 28, 1, 0.3, 0.9, 0.5, READ
+    ),
+    Stage(
+        "both", 100, 100, (4e-4, 1e-5), 16, 3, 64, 28, 1, 0.45, 0.5, 0.5, READ
+    ),
 )
 
 # The dense targets have larger weights: answers follow once objects are found.
-LOSS_WEIGHTS = {"tokens": 1.0, "places": 3.0, "names": 1.0, "boxes": 3.0}
+LOSS_WEIGHTS = {
+    "tokens": 1.0,
+    "places": 3.0,
+    "names": 1.0,
+    "boxes": 3.0,
+    "letters": 1.0,
+}
 
 
 def build():
@@ -237,6 +256,7 @@ def compile_for(trained, stage, model):
     losses = {
         "names": cross_entropy,
         "boxes": lesson.RowLoss(rows / rows.std()),
+        "letters": cross_entropy,
     }
     if stage.trains != "encoder":
         losses["tokens"] = lesson.SoftLocationLoss(location)
@@ -304,6 +324,8 @@ def train(cache, folder, start=None, first_stage=0):
         stage = STAGES[number]
         stage = dataclasses.replace(stage, pictures=scale * stage.pictures)
         model.backbone.vision_encoder.trainable = stage.trains != "decoder"
+        # The optimizer would decay weights without gradients.
+        model.backbone.text_decoder.trainable = stage.trains != "encoder"
         trained.encoder_alone = stage.trains == "encoder"
         goes_on = number == done["stage"] and done["epochs"]
         if goes_on and (folder / f"after-{number - 1}").exists():

@@ -10,6 +10,7 @@ from keras_paligemma.preprocessing.preprocessor import (
 )
 from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
 from recipes.nano import lesson
+from recipes.nano import lettering
 from recipes.nano import questions
 from recipes.nano import train
 from recipes.nano.fetch import CLASSES
@@ -110,6 +111,45 @@ def test_patches_show_the_largest_part_of_a_letter():
     for row in (6, 7):
         np.testing.assert_array_equal(which[row, :4], [1, 1, 3, -1])
     assert set(which[:4].ravel()) == {-1}
+
+
+def test_half_patches_show_the_largest_part_of_a_letter():
+    letters = lesson.letters_of_halves(WORD).reshape(8, 16)
+    h, seven = (1 + lettering.CHARACTERS.index(name) for name in "h7")
+    expected = [0, h, h, h, seven, seven, 0, 0]
+    for row in (6, 7):
+        np.testing.assert_array_equal(letters[row, :8], expected)
+    assert not letters[:6].any() and not letters[:, 8:].any()
+
+
+def test_words_are_spelled(preprocessor):
+    asked = [
+        questions.Question("caption en", "a lion", [[0]]),
+        questions.Question("ocr", "lion7", []),
+    ]
+    columns = {
+        "prompts": [question.prompt for question in asked],
+        "responses": [question.response for question in asked],
+    }
+    inputs, targets, weights = preprocessor(columns)
+    before = {name: array.copy() for name, array in inputs.items()}
+    lesson.spell(asked, inputs, targets, weights, preprocessor.tokenizer)
+    tokenizer = preprocessor.tokenizer
+    ids = [tokenizer.token_to_id(letter) for letter in "lion7"]
+    ids += [tokenizer.end_token_id]
+    assert targets[1].tolist() == ids + [0] * 22
+    assert weights[1].tolist() == [1.0] * 6 + [0.0] * 22
+    whole = inputs["token_ids"][1], inputs["padding_mask"][1]
+    np.testing.assert_array_equal(whole[0][-28:], targets[1])
+    np.testing.assert_array_equal(whole[1][-28:], weights[1] > 0)
+    np.testing.assert_array_equal(
+        inputs["response_mask"][1][-28:], weights[1] > 0
+    )
+    assert tokenizer.detokenize(ids[:-1]) == "lion7"
+    # The prompt, and other rows, stay.
+    for name, array in before.items():
+        np.testing.assert_array_equal(inputs[name][0], array[0])
+        np.testing.assert_array_equal(inputs[name][1, :8], array[1, :8])
 
 
 def test_four_of_a_class_can_only_be_counted():

@@ -257,6 +257,19 @@ def test_words_stand_beside_objects_and_differ_from_them(sprites, font):
     assert written > 20
 
 
+def test_several_texts_stand_beside_one_another(sprites, font):
+    rng = np.random.default_rng(7)
+    scene = scenes.compose(rng, sprites, STYLES, CLASSES[:2])
+    counts = [0]
+    for _ in range(8):
+        scene = lettering.write(rng, scene, ["boot"], ["a font"])
+        counts.append(len(scene.letters))
+    assert np.count_nonzero(np.diff(counts)) > 1
+    for number, letter in enumerate(scene.letters):
+        for other in [*scene.objects, *scene.letters[number + 2 :]]:
+            assert scenes.overlap(letter.box, other.box) == 0
+
+
 def test_words_of_evaluation_are_not_trained(tmp_path):
     words = [f"w{number}" for number in range(30)]
     (tmp_path / "words.txt").write_text("\n".join(words))
