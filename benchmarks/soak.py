@@ -184,7 +184,10 @@ def bad_kinds(image):
         "a bad picture in chunks": Kind(chunked(ask(b"hello")), 400),
         "chunks of no length": Kind((chunked()[0], b"zz\r\n"), 400),
         "chunks that end": Kind((chunked()[0], b"5\r\nab"), GONE),
-        "a slow head": Kind((slow[:20],) * 99, LET_GO, pause=1, every=4),
+        "a slow head": Kind(
+            tuple(slow[i : i + 1] for i in range(99)), LET_GO, pause=1, every=4
+        ),
+        "a broken head": Kind((slow[:20],) * 99, 400, every=4),
         "silence": Kind((b"GET / HT",), LET_GO, every=4),
         "a slow body": Kind((slow, *[b" "] * 99), 408, pause=1, every=4),
         "no body": Kind((slow,), 408, every=4),
