@@ -183,14 +183,12 @@ def batch(made, asked, which, kept, preprocessor):
     boxed_BI = np.zeros(which.shape, "float32")
     classes = list(CLASSES)
     for row, scene in enumerate(made):
-        for number, shown in enumerate([*scene.objects, *scene.letters]):
+        for number, placed in enumerate(scene.objects):
             here = which[row] == number
-            if number < len(scene.objects):
-                name_BI[row, here] = 1 + classes.index(shown.name)
-                share = np.array(shown.box) / SIZE
-                box_BI4[row, here] = np.round(share * (scenes.LOCATIONS - 1))
-                boxed_BI[row, here] = 1
-
+            name_BI[row, here] = 1 + classes.index(placed.name)
+            share = np.array(placed.box) / SIZE
+            box_BI4[row, here] = np.round(share * (scenes.LOCATIONS - 1))
+            boxed_BI[row, here] = 1
     letter_BI2 = np.stack([letters_of_halves(scene) for scene in made])
 
     def by_picture(array):
@@ -264,13 +262,24 @@ def object_of_patches(scene):
     largest = np.full(SIDE**2, float(LETTER_AREA))
     half = PATCH / 2
     for number, letter in enumerate(scene.letters, len(scene.objects)):
-        y1, x1, y2, x2 = letter.box
-        height = np.minimum(y2, y + half) - np.maximum(y1, y - half)
-        width = np.minimum(x2, x + half) - np.maximum(x1, x - half)
-        area = np.maximum(height, 0) * np.maximum(width, 0)
+        area = area_within(letter.box, y - half, x - half, PATCH, PATCH)
         which[area > largest] = number
         largest = np.maximum(largest, area)
     return which
+
+
+def area_within(box, top, left, height, width):
+    """Return the area of a box within rectangles, in pixels.
+
+    Args:
+        box: `(y1, x1, y2, x2)`.
+        top, left: arrays, corners of the rectangles.
+        height, width: int, their size.
+    """
+    y1, x1, y2, x2 = box
+    rows = np.minimum(y2, top + height) - np.maximum(y1, top)
+    columns = np.minimum(x2, left + width) - np.maximum(x1, left)
+    return np.maximum(rows, 0) * np.maximum(columns, 0)
 
 
 def letters_of_halves(scene):
@@ -288,10 +297,8 @@ def letters_of_halves(scene):
     left = np.arange(0, SIZE, PATCH // 2)[None]
     found = np.zeros((SIDE, 2 * SIDE), "int32")
     largest = np.full(found.shape, LETTER_AREA / 2)
-    for name, (y1, x1, y2, x2) in scene.letters:
-        height = np.minimum(y2, top + PATCH) - np.maximum(y1, top)
-        width = np.minimum(x2, left + PATCH // 2) - np.maximum(x1, left)
-        area = np.maximum(height, 0) * np.maximum(width, 0)
+    for name, box in scene.letters:
+        area = area_within(box, top, left, PATCH, PATCH // 2)
         found[area > largest] = 1 + lettering.CHARACTERS.index(name)
         largest = np.maximum(largest, area)
     return found.reshape(SIDE**2, 2)

@@ -1,7 +1,9 @@
 """Streamed text, and stop texts."""
 
+import numpy as np
 import pytest
 
+from keras_paligemma.generation.requests import bucket
 from keras_paligemma.generation.texts import cut
 from keras_paligemma.generation.texts import settled
 
@@ -28,6 +30,17 @@ def test_pieces_are_the_answers(nano, asked):
     pieces = list(nano.stream(one, max_new_tokens=12, chunk=3))
     assert all(isinstance(piece, str) for piece in pieces)
     assert "".join(pieces) == wanted[0]
+
+
+def test_arrays_of_a_user_are_not_overwritten(nano, asked):
+    """A full bucket is passed on as it is, and chunks overwrite their state."""
+    arrays = nano.preprocessor.generate_preprocess(asked)
+    assert len(arrays["token_ids"]) == bucket(len(arrays["token_ids"]))
+    before = {name: np.array(array) for name, array in arrays.items()}
+    list(nano.stream(arrays, max_new_tokens=12, chunk=3))
+    nano.generate(arrays, max_new_tokens=12)
+    for name, array in before.items():
+        np.testing.assert_array_equal(arrays[name], array)
 
 
 def test_who_does_not_stream_has_one_program(nano, asked):

@@ -1,3 +1,5 @@
+"""The wait for answers: their order, errors, and clients that leave."""
+
 import asyncio
 
 import pytest
