@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -69,7 +70,9 @@ class Batches:
     A batch is the oldest request and the later ones that can share a batch
     with it. The next batch fills up while the current one is computed. A batch
     that is not full waits for more requests only if the previous one had
-    several: a single client is answered at once.
+    several: a single client is answered at once. If the model's thread has
+    nothing to do, the thread that queues a request runs the model, since to
+    wake another thread takes time.
 
     If the first programs of a model cannot be compiled, `closed` is set and
     waiting requests are refused.
@@ -91,6 +94,11 @@ class Batches:
         # The reason why requests are refused, or `None`.
         self.closed = None
         self._several = False
+        # Whether the model's thread waits for requests, whether another one
+        # runs the model meanwhile, and when that last ended.
+        self._waits = False
+        self._lent = False
+        self._used = -math.inf
         self._queue = deque()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="model")
@@ -108,7 +116,7 @@ class Batches:
         self._thread.join()
 
     def put(self, waiting):
-        """Queue all of the requests or none; from any thread.
+        """Queue all of the requests or none, and answer them if none waited.
 
         Args:
             waiting: list of `Waiting`.
@@ -128,8 +136,21 @@ class Batches:
             for entry in waiting:
                 if entry.request.streams:
                     entry.reply.tell("")
+            busy = self._lent or self._queue or self._several
             self._queue.extend(waiting)
-            self._changed.notify_all()
+            batch = self._together() if self._waits and not busy else []
+            if not batch:
+                self._changed.notify_all()
+                return
+            self._take(batch)
+            self._lent = True
+        try:
+            self._answer(batch)
+        finally:
+            with self._changed:
+                self._lent, self._used = False, time.monotonic()
+                if self._queue or not self._waits:
+                    self._changed.notify_all()
 
     def _run(self):
         try:
@@ -196,29 +217,48 @@ class Batches:
         """
         with self._changed:
             while True:
-                while self._queue and self._queue[0].reply.left:
-                    self._queue.popleft()
-                if not self._queue and self.closed:
-                    return []
-                if not self._queue:
-                    quiet = not self._changed.wait(None if idles else QUIET)
-                    if quiet:
-                        return None
+                if self._lent:
+                    self._changed.wait()
                     continue
                 batch = self._together()
+                if not batch and self.closed:
+                    return []
+                if not batch and not self._wait(None if idles else QUIET):
+                    return None
+                if not batch:
+                    continue
                 rest = self._queue[0].since + self.seconds - time.monotonic()
                 waits = self._several and len(batch) < self.model.largest
                 if not waits or rest <= 0 or self.closed:
-                    self._several = len(batch) > 1
-                    taken = set(map(id, batch))
-                    self._queue = deque(
-                        entry for entry in self._queue if id(entry) not in taken
-                    )
+                    self._take(batch)
                     return batch
                 self._changed.wait(rest)
 
+    def _wait(self, seconds):
+        """Wait for a request; return whether any came within some seconds."""
+        self._waits = True
+        self._changed.wait(seconds)
+        self._waits = False
+        used = time.monotonic() - self._used < QUIET
+        return seconds is None or used or self._lent or bool(self._queue)
+
+    def _take(self, batch):
+        """Remove a batch from the queue."""
+        self._several = len(batch) > 1
+        taken = set(map(id, batch))
+        self._queue = deque(
+            entry for entry in self._queue if id(entry) not in taken
+        )
+
     def _together(self):
-        """Return the oldest requests that can share a batch."""
+        """Return the oldest requests that can share a batch.
+
+        Requests before them whose clients have disconnected are dropped.
+        """
+        while self._queue and self._queue[0].reply.left:
+            self._queue.popleft()
+        if not self._queue:
+            return []
         key = self.model.key(self._queue[0].request)
         batch = []
         for entry in self._queue:
