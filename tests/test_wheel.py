@@ -35,6 +35,7 @@ def test_it_carries_data_and_no_recipe(installed):
     assert "presets/pali_gemma2_pt_3b_224.json" in names
     assert "examples/pictures/scenes.json" in names
     assert "examples/finetune/train.jsonl" in names
+    assert "examples/words/word_0.png" in names
     assert not [name for name in names if name.endswith(".py")]
     assert {path.name for path in installed.iterdir() if path.is_dir()} == {
         "keras_paligemma",

@@ -27,18 +27,18 @@ FOLDER = ROOT / "presets/pali_gemma2_nano_112"
 SHEET = ROOT / "docs/pictures/nano_preset.png"
 
 # Number of scenes on the sheet for each measure.
-SHOWN = {"caption": 3, "several": 6, "count": 3}
+SHOWN = {"caption": 3, "several": 6, "count": 3, "read": 3}
 
 CARD = """# pali_gemma2_nano_112
 
 A PaliGemma 2 of {parameters:,} parameters that keras_paligemma trained from
-scratch: it names, finds, outlines and counts 50 kinds of emoji objects on
-pictures of 112 pixels. It is for demos, tests and notebooks; it knows nothing
-of photographs, and cannot read.
+scratch: on pictures of 112 pixels, it names, finds, outlines and counts 50 kinds
+of emoji objects, and reads words and numbers of up to five characters. It is for
+demos, tests and notebooks; it knows nothing of photographs.
 
 Prompts: `caption en` (or `de`, `fr`, `es`, `ja`), `detect {{class}}`,
 `detect {{class}} ; {{class}} ; …`, `segment {{class}}`,
-`answer en how many {{class}}?`, with the classes
+`answer en how many {{class}}?`, `ocr`, with the classes
 {classes}.
 Masks are codes of the codec beside the weights, `MaskCodec.embedded()`.
 
@@ -113,7 +113,7 @@ def main():
         groups,
         seed=1,
         count=options.count,
-        measures=evaluate.ON_CARD,
+        measures=tuple(evaluate.MEASURES),
     )
     card = CARD.format(
         parameters=model.backbone.count_params(),

@@ -101,8 +101,6 @@ SCORES = {
     "right": "right object",
     "labels": "labels in their order",
 }
-# The preset does not learn to read, so `read` is not on the card.
-ON_CARD = tuple(measure for measure in MEASURES if measure != "read")
 # Measures that every version of the preset supports.
 PUBLISHED = ("caption_single", "caption", "detect", "count")
 

@@ -131,7 +131,7 @@ LAST = {
     "segment": 3.0,
 }
 READ = LAST | {"translate": 1.0, "count": 2.0, "read": 20.0}
-# The published weights are those after the sixth stage.
+CLOSE = READ | {"segment": 6.0, "read": 24.0}
 STAGES = (
     Stage("encoder", 120, 120, (1.5e-3, 1e-4), 48, 1, 64, 6, 1, 0, 0, 0, FIND),
     Stage("decoder", 18, 18, (1.2e-3, 8e-4), 16, 2, 16, 6, 2, 0, 0, 0, FIND),
@@ -147,6 +147,9 @@ STAGES = (
     ),
     Stage(
         "both", 100, 100, (4e-4, 1e-5), 16, 3, 64, 28, 1, 0.45, 0.5, 0.5, READ
+    ),
+    Stage(
+        "both", 30, 30, (2e-4, 1e-5), 16, 3, 64, 28, 1, 0.45, 0.5, 0.5, CLOSE
     ),
 )
 
