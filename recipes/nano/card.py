@@ -32,9 +32,9 @@ SHOWN = {"caption": 3, "several": 6, "count": 3, "read": 3}
 CARD = """# pali_gemma2_nano_112
 
 A PaliGemma 2 of {parameters:,} parameters that keras_paligemma trained from
-scratch: on pictures of 112 pixels, it names, finds, outlines and counts 50 kinds
-of emoji objects, and reads words and numbers of up to five characters. It is for
-demos, tests and notebooks; it knows nothing of photographs.
+scratch: on pictures of 112 pixels, it names, finds, outlines and counts 50
+kinds of emoji objects, and reads words and numbers of up to five characters.
+It is for demos, tests and notebooks; it knows nothing of photographs.
 
 Prompts: `caption en` (or `de`, `fr`, `es`, `ja`), `detect {{class}}`,
 `detect {{class}} ; {{class}} ; …`, `segment {{class}}`,
