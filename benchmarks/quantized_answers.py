@@ -27,7 +27,7 @@ STORAGES = (
 )
 
 
-def scores(model, count, measures=evaluate.ON_CARD, **options):
+def scores(model, count, measures=tuple(evaluate.MEASURES), **options):
     """Return a dict such as {"caption exact": 0.9}, for trained styles."""
     return evaluate.evaluate(
         functools.partial(model.generate, **options),
@@ -45,7 +45,7 @@ def calibration(count):
 
     The seed differs from that of `scores`, so no scene is measured.
     """
-    measures = "caption detect count several segment translate".split()
+    measures = "caption detect count several segment translate read".split()
     sprites = variants.with_codes(scenes.load_sprites())
     group = evaluate.load_groups(DEFAULT_CACHE)["trained"]
     examples = [

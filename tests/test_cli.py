@@ -179,10 +179,11 @@ def test_inspect_names_what_is_missing(arrays, tmp_path):
 
 def test_examples_are_written(tmp_path, monkeypatch):
     code, output = call("examples", tmp_path / "examples")
-    assert code == 0 and output.count("wrote ") == 2
+    assert code == 0 and output.count("wrote ") == 3
     source = JSONLSource(tmp_path / "examples" / "finetune" / "train.jsonl")
     assert len(source) == 8 and check(source) == []
     assert (tmp_path / "examples" / "pictures" / "scene_0.png").exists()
+    assert (tmp_path / "examples" / "words" / "word_0.png").exists()
     # In a checkout, the written files are the files that are read.
     monkeypatch.chdir(shipped.folder("examples").parent)
     assert call("examples")[0] == 0
