@@ -217,14 +217,24 @@ def contract(x, kernel, input_axes):
     """
     kernel = ops.cast(kernel, x.dtype)
     summed = len(input_axes)
-    if len(kernel.shape) == 2 or platform() == "tpu":
-        return ops.tensordot(x, kernel, axes=summed)
     rows, columns = kernel.shape[:summed], kernel.shape[summed:]
-    others = ops.shape(x)[: len(x.shape) - summed]
+    others = tuple(x.shape)[: len(x.shape) - summed]
+    if keras.backend.backend() == "tensorflow":
+        # Its product of three axes and two transposes `x` if an axis has no
+        # static size, and is 15 operations more in the graph.
+        kept = (-1,)
+    elif len(kernel.shape) == 2 or platform() == "tpu":
+        return ops.tensordot(x, kernel, axes=summed)
+    else:
+        kept = others
     y = ops.matmul(
-        ops.reshape(x, (*others, math.prod(rows))),
+        ops.reshape(x, (*kept, math.prod(rows))),
         ops.reshape(kernel, (math.prod(rows), math.prod(columns))),
     )
+    if sum(size is None for size in others) == 1:
+        others = [-1 if size is None else size for size in others]
+    elif any(size is None for size in others):
+        others = ops.shape(x)[: len(others)]
     return ops.reshape(y, (*others, *columns))
 
 

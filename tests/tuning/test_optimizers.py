@@ -114,6 +114,20 @@ def test_what_would_stand_still_is_refused(tiny_model, examples, optimizer):
 
 
 @pytest.mark.usefixtures("eager")
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="counts of JAX")
+def test_scalars_of_a_step_are_computed_once():
+    import jax
+
+    weights = [keras.Variable(np.ones(3)) for _ in range(4)]
+    optimizer = Adam()
+    optimizer.build(weights)
+    values = [variable.value for variable in weights]
+    state = [variable.value for variable in optimizer.variables]
+    step = str(jax.make_jaxpr(optimizer.stateless_apply)(state, values, values))
+    assert step.count("sqrt ") == 4
+    assert step.count("pow ") == 2
+
+
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_multipliers_by_pattern(golden_backbone, expected, form):
     x, targets, weights = golden_training(expected)
