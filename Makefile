@@ -40,16 +40,16 @@ dist: .venv/for-test
 # emitters of fusions and what it does for many threads another third less, and
 # what one process compiled the others read from a cache, as the next run does.
 # Each process takes neighbouring tests, which share fixtures and compiled
-# functions. Demo, notebooks and benchmarks run with the optimizations.
-backends: export XLA_FLAGS ?= --xla_backend_optimization_level=0 \
+# functions. Demo and benchmarks run with the optimizations.
+backends notebooks: export XLA_FLAGS ?= --xla_backend_optimization_level=0 \
 	--xla_llvm_disable_expensive_passes=true \
 	--xla_cpu_use_fusion_emitters=false \
 	--xla_cpu_parallel_codegen_split_count=1 \
 	--xla_cpu_enable_concurrency_optimized_scheduler=false
-backends: export JAX_COMPILATION_CACHE_DIR ?= \
+backends notebooks: export JAX_COMPILATION_CACHE_DIR ?= \
 	$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/keras_paligemma/compiled
-backends: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
-backends: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+backends notebooks: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+backends notebooks: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 BY_BACKEND := tests/layers tests/generation tests/models tests/quantization \
 	tests/tuning \

@@ -4,10 +4,10 @@ import keras
 import numpy as np
 import pytest
 
-from tests.helpers.tiny_models import FORMS
+from tests.helpers.tiny_models import FORMS_OF_BACKEND
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=FORMS_OF_BACKEND)
 def model(tiny_model, request):
     return tiny_model(form=request.param)
 

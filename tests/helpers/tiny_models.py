@@ -32,6 +32,12 @@ TEXT = {
 }
 IMAGE_SIZE = 42
 FORMS = ("unrolled", "scanned")
+# For tests of something else than the form. TensorFlow traces for most of a
+# test's time, and the form that it is used in is the first one; the tests of
+# layers and backbones run both forms there too.
+FORMS_OF_BACKEND = (
+    FORMS[:1] if keras.backend.backend() == "tensorflow" else FORMS
+)
 # Fields of the golden model that its shapes do not determine.
 NOT_IN_SHAPES = {
     "query_pre_attention_scalar": 24,

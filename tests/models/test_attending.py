@@ -9,7 +9,7 @@ from keras_paligemma.tasks.picture_attention import PictureAttention
 from tests.helpers.numpy_reference import forward
 from tests.helpers.numpy_reference import load_arrays
 from tests.helpers.numpy_reference import settings_of
-from tests.helpers.tiny_models import FORMS
+from tests.helpers.tiny_models import FORMS_OF_BACKEND
 
 
 def reference(model, examples, folder):
@@ -29,7 +29,7 @@ def reference(model, examples, folder):
     return np.transpose(weights, (1, 3, 0, 2, 4))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_OF_BACKEND)
 def test_shares_are_the_softmaxs(tiny_model, examples, tmp_path, form):
     model = tiny_model(form=form)
     wanted = reference(model, examples, tmp_path)

@@ -12,6 +12,7 @@ from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from tests.helpers.text_models import prompts_of
+from tests.helpers.tiny_models import FORMS_OF_BACKEND
 from tests.helpers.tiny_models import error
 from tests.helpers.tiny_models import golden_prompts
 from tests.helpers.tiny_models import run
@@ -84,7 +85,7 @@ def test_sliding_window_in_the_cache(golden_backbone, expected):
     ],
     ids=["beam", "top_k"],
 )
-@pytest.mark.parametrize("form", ["unrolled", "scanned"])
+@pytest.mark.parametrize("form", FORMS_OF_BACKEND)
 def test_samplers_of_one_choice_are_greedy(
     golden_backbone, expected, sampler, form
 ):

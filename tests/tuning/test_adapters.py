@@ -14,6 +14,7 @@ from keras_paligemma.lora_config import TARGETS
 from keras_paligemma.lora_config import LoraConfig
 from tests.helpers.gradients import gradients
 from tests.helpers.tiny_models import FORMS
+from tests.helpers.tiny_models import FORMS_OF_BACKEND
 from tests.helpers.tiny_models import error
 from tests.helpers.tiny_models import golden_training
 from tests.helpers.tiny_models import randomize_adapters
@@ -106,7 +107,7 @@ def test_arguments_that_mean_nothing(tiny_model, arguments, words):
     assert all(variable.trainable for variable in model.trainable_variables)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_OF_BACKEND)
 def test_several_adapters_are_switched(tiny_model, examples, tmp_path, form):
     model = tiny_model(form=form)
     x = inputs_of(model, examples)
@@ -176,7 +177,7 @@ def test_adapters_that_do_not_fit_the_variables(tiny_model):
     assert list(model.adapters.configs) == ["default"]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_OF_BACKEND)
 def test_merge_and_unmerge(tiny_model, examples, tmp_path, form):
     model = tiny_model(form=form)
     x = inputs_of(model, examples)
@@ -218,7 +219,7 @@ def test_an_adapter_that_is_off_is_not_written(tiny_model, examples, tmp_path):
     np.testing.assert_array_equal(output(read, x), bare)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_OF_BACKEND)
 def test_dropout_is_in_training_alone(tiny_model, examples, form):
     model = tiny_model(form=form)
     model.enable_lora(2, dropout=0.5, targets="all")
