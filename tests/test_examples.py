@@ -12,6 +12,7 @@ import pytest
 
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.data import convert
+from tests.helpers.processes import WITHOUT_TENSORFLOW
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PICTURES = EXAMPLES / "pictures"
@@ -60,7 +61,7 @@ def test_caption_on_a_ray_cluster(tmp_path):
         [sys.executable, EXAMPLES.parent / "tests" / "ray_cluster.py"]
         + [EXAMPLES / "ray_captions.py", PICTURES, tmp_path]
         + ["--workers", "2", "--batch-size", "2"],
-        env=os.environ | {"KERAS_BACKEND": "jax"},
+        env=os.environ | WITHOUT_TENSORFLOW | {"KERAS_BACKEND": "jax"},
         check=True,
         timeout=600,
     )
@@ -160,7 +161,10 @@ def test_multi_host_starts(tmp_path):
     subprocess.run(
         [sys.executable, EXAMPLES / "multi_host.py", LINES, tmp_path]
         + ["--memory-gib", "1", "--batch-size", "4"],
-        env=os.environ | distribution | {"KERAS_BACKEND": "jax"},
+        env=os.environ
+        | WITHOUT_TENSORFLOW
+        | distribution
+        | {"KERAS_BACKEND": "jax"},
         check=True,
     )
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

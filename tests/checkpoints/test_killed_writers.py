@@ -1,11 +1,14 @@
 """A killed writer leaves a folder that is absent, complete or unchanged."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.processes import WITHOUT_TENSORFLOW
 
 CASES = [
     "keras absent",
@@ -30,6 +33,7 @@ def outcomes(tmp_path_factory):
             *CASES,
         ],
         cwd=Path(__file__).parents[2],
+        env=os.environ | WITHOUT_TENSORFLOW,
         capture_output=True,
         text=True,
     )

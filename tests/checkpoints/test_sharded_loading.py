@@ -1,5 +1,6 @@
 """Weights are loaded from the file directly to their shards."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from tests.helpers.checks import once
 from tests.helpers.checks import reported
+from tests.helpers.processes import WITHOUT_TENSORFLOW
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +21,7 @@ def found(tmp_path_factory):
         result = subprocess.run(
             [sys.executable, "-m", "tests.checkpoints.sharded_loading"],
             cwd=Path(__file__).parents[2],
+            env=os.environ | WITHOUT_TENSORFLOW,
             capture_output=True,
             text=True,
         )

@@ -1,5 +1,6 @@
 """`keras-paligemma serve` with adapters, used by OpenAI's client."""
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from keras_paligemma import cli
+from tests.helpers.processes import WITHOUT_TENSORFLOW
 from tests.helpers.text_models import build_tiny_model
 from tests.serve.test_openai import PNG
 from tests.serve.test_openai import messages
@@ -46,7 +48,12 @@ def test_who_names_an_adapter_gets_its_answers(model):
     command += [folder / "tiny", "--port", "0", "--batch", "2"]
     for name in NAMES[1:]:
         command += ["--adapter", folder / name]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        command,
+        env=os.environ | WITHOUT_TENSORFLOW,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
         try:
             address = server.stdout.readline().strip()
             # By default, other machines cannot connect.

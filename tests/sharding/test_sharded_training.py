@@ -1,5 +1,6 @@
 """Losses and tokens do not depend on the weights' sharding."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from tests.helpers.checks import once
 from tests.helpers.checks import reported
+from tests.helpers.processes import WITHOUT_TENSORFLOW
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="layouts are JAX's alone"
@@ -54,6 +56,7 @@ def start(script, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=Path(__file__).parents[2],
+        env=os.environ | WITHOUT_TENSORFLOW,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
