@@ -6,9 +6,10 @@ trained first, as SigLIP was before PaliGemma. Each patch learns which object it
 shows and the location tokens of that object's box. Then the decoder learns to
 find the named object, with few patches and short answers. All tasks of objects
 follow, with both towers. The fifth stage adds words to read, captions in other
-languages and varied pictures; the sixth has no words. Three more teach to read:
-the encoder sees many letters, the decoder learns to spell, and both learn all
-tasks. `Lesson` contains the computation of a step.
+languages and varied pictures; the sixth has no words. The last six teach to
+read: the encoder sees many letters, the decoder learns to spell, both learn all
+tasks in two stages, then mostly words, and finally all tasks again. `Lesson`
+contains the computation of a step.
 
 The run writes a checkpoint after every epoch, and resumes from it when it is
 started again on the same device. On a CPU, `Stage` sets the pictures per step.
@@ -132,6 +133,9 @@ LAST = {
 }
 READ = LAST | {"translate": 1.0, "count": 2.0, "read": 20.0}
 CLOSE = READ | {"segment": 6.0, "read": 24.0}
+SPELL = CLOSE | {"read": 80.0}
+FINISH = CLOSE | {"caption": 2.5, "translate": 2.5, "detect_several": 3.0}
+FINISH |= {"segment": 5.0}
 STAGES = (
     Stage("encoder", 120, 120, (1.5e-3, 1e-4), 48, 1, 64, 6, 1, 0, 0, 0, FIND),
     Stage("decoder", 18, 18, (1.2e-3, 8e-4), 16, 2, 16, 6, 2, 0, 0, 0, FIND),
@@ -150,6 +154,14 @@ STAGES = (
     ),
     Stage(
         "both", 30, 30, (2e-4, 1e-5), 16, 3, 64, 28, 1, 0.45, 0.5, 0.5, CLOSE
+    ),
+    # Most questions of this stage read a word: one question per picture gives
+    # five times as many of them in the same time as three.
+    Stage(
+        "both", 90, 90, (6e-4, 1e-4), 48, 1, 64, 28, 1, 0.45, 0.75, 0.5, SPELL
+    ),
+    Stage(
+        "both", 30, 30, (2e-4, 1e-5), 24, 2, 64, 28, 1, 0.45, 0.6, 0.5, FINISH
     ),
 )
 
