@@ -155,8 +155,8 @@ STAGES = (
     Stage(
         "both", 30, 30, (2e-4, 1e-5), 16, 3, 64, 28, 1, 0.45, 0.5, 0.5, CLOSE
     ),
-    # Most questions of this stage read a word: one question per picture gives
-    # five times as many of them in the same time as three.
+    # Most questions of this stage read a word. A word is asked for once, so
+    # many pictures with one question have more words than few with three.
     Stage(
         "both", 90, 90, (6e-4, 1e-4), 48, 1, 64, 28, 1, 0.45, 0.75, 0.5, SPELL
     ),

@@ -113,7 +113,6 @@ def test_what_would_stand_still_is_refused(tiny_model, examples, optimizer):
         model.fit(examples, verbose=0)
 
 
-@pytest.mark.usefixtures("eager")
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="counts of JAX")
 def test_scalars_of_a_step_are_computed_once():
     import jax
@@ -128,6 +127,7 @@ def test_scalars_of_a_step_are_computed_once():
     assert step.count("pow ") == 2
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_multipliers_by_pattern(golden_backbone, expected, form):
     x, targets, weights = golden_training(expected)
