@@ -8,23 +8,23 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-# The largest 4-bit integer whose negative also has 4 bits.
-LARGEST = 7
-# Fractions of a peak's scale that are tried.
+# The smallest and the largest integer of each format.
+RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
+# Fractions of the plain scale that are tried.
 SHARES = np.linspace(1, 0.6, 9, dtype="float32")
 # Inputs and outputs that `round_for` processes at a time.
 ROWS, COLUMNS = 128, 2048
 
 
-def round_to(array, axes, largest, scale=None):
-    """Round to the nearest integers of a symmetric range.
+def round_to(array, axes, integers, scale=None):
+    """Round to the nearest integers of a range.
 
     Args:
         array: float32 NumPy array.
         axes: tuple of ints, the axes that share a scale.
-        largest: int, the largest integer.
-        scale: bfloat16 array, `axes` of size 1; computed from the largest
-            absolute values if `None`.
+        integers: pair of ints, one of `RANGES`.
+        scale: bfloat16 array, `axes` of size 1; computed from the smallest and
+            the largest values if `None`.
 
     Returns:
         int8 array like `array`, and the scale.
@@ -33,23 +33,41 @@ def round_to(array, axes, largest, scale=None):
         ValueError: the array has NaN or infinity.
     """
     if scale is None:
-        scale = _scale_of(array, axes, largest)
+        low = array.min(axes, keepdims=True)
+        high = array.max(axes, keepdims=True)
+        if not (np.isfinite(low) & np.isfinite(high)).all():
+            raise ValueError(
+                "A weight that is NaN or infinite has no scale. Expected: "
+                "finite weights. Is the checkpoint damaged?"
+            )
+        scale = _scale_of(low, high, integers)
     values = array / scale.astype("float32")
-    np.clip(np.rint(values, out=values), -largest, largest, out=values)
+    np.clip(np.rint(values, out=values), *integers, out=values)
     return values.astype("int8"), scale
 
 
-def _scale_of(array, axes, largest):
-    """Return bfloat16 scales that map the peaks to the largest integer."""
-    peak = np.maximum(
-        array.max(axes, keepdims=True), -array.min(axes, keepdims=True)
+def _scale_of(low, high, integers, share=1.0):
+    """Return the smallest bfloat16 scales that round to the nearest.
+
+    The value farthest from zero becomes the smallest integer. In a range with
+    more integers below zero than above, its scale is negative if the value is
+    positive.
+
+    Args:
+        low, high: float32 arrays, the smallest and the largest values.
+        integers: pair of ints, one of `RANGES`.
+        share: float, factor of the scales; below 1, the farthest values are
+            clipped.
+    """
+    smallest, largest = integers
+    peak, other = np.maximum(high, -low), np.minimum(high, -low)
+    # Half a step beyond the largest integer is still rounded to the nearest.
+    scale = np.maximum(
+        peak / np.float32(-smallest), other / np.float32(largest + 0.5)
     )
-    if not np.isfinite(peak).all():
-        raise ValueError(
-            "A weight that is NaN or infinite has no scale. Expected: finite "
-            "weights. Is the checkpoint damaged?"
-        )
-    return _bfloat16_above(peak / np.float32(largest))
+    scale = _bfloat16_above(np.float32(share) * scale)
+    flipped = (high > -low) & (-smallest > largest)
+    return np.where(flipped, -scale, scale)
 
 
 def _bfloat16_above(scale):
@@ -87,8 +105,9 @@ def round_for(layout, array, order, factor):
 
     Inputs are rounded one by one, and those not rounded yet compensate for the
     error so far. The error of a single value may exceed half a step. A group's
-    scale is the fraction in `SHARES` of its peak's scale that rounds its
-    values best; values beyond the largest integer are clipped.
+    scale is the fraction in `SHARES` of the plain scale that rounds its values
+    best, with squared errors weighted by the second moments of their inputs;
+    values beyond the range are clipped.
 
     Args:
         layout: `QuantizedFormat` of "int4".
@@ -109,12 +128,15 @@ def round_for(layout, array, order, factor):
     kernel = array.reshape(len(order), -1)
     outer, inner = np.divmod(np.arange(len(order)), size)
     group = outer * layout.groups + inner // layout.group
+    # The diagonal of R·Rᵀ.
+    moment = np.empty(len(order), "float32")
+    moment[order] = np.square(factor).sum(1)
     rounded = np.empty(kernel.shape, "float32")
     scale = np.empty((group[-1] + 1, kernel.shape[1]), ml_dtypes.bfloat16)
     for start in range(0, kernel.shape[1], COLUMNS):
         part = slice(start, start + COLUMNS)
         columns = kernel[:, part].astype("float32")
-        scale[:, part] = _best_scale(columns, group)
+        scale[:, part] = _best_scale(columns, group, moment)
         rounded[order, part] = _push_errors(
             columns[order], scale[group[order], part], factor
         )
@@ -126,16 +148,24 @@ def round_for(layout, array, order, factor):
     )
 
 
-def _best_scale(kernel: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Return the best scale for each group of rows, in each column."""
+def _best_scale(kernel: np.ndarray, group, moment) -> np.ndarray:
+    """Return the best scale for each group of rows, in each column.
+
+    Args:
+        kernel: array (inputs, outputs).
+        group: int array (inputs,), number of the group.
+        moment: array (inputs,), by which squared errors are weighted.
+    """
     first = np.flatnonzero(np.diff(group, prepend=-1))
-    peak = np.maximum.reduceat(np.abs(kernel), first) / np.float32(LARGEST)
+    low = np.minimum.reduceat(kernel, first)
+    high = np.maximum.reduceat(kernel, first)
     best: Any = None
     least: Any = None
     for share in SHARES:
-        scale = _bfloat16_above(share * peak)
-        values, steps = round_to(kernel, (), LARGEST, scale[group])
+        scale = _scale_of(low, high, RANGES["int4"], share)
+        values, steps = round_to(kernel, (), RANGES["int4"], scale[group])
         error = np.square(kernel - values * steps.astype("float32"))
+        error *= moment[:, None]
         error = np.add.reduceat(error, first)
         if best is None:
             best, least = scale, error
@@ -159,7 +189,7 @@ def _push_errors(kernel, scales, factor):
             here = slice(start, row)
             moved = before[row - start] + factor[here, row] @ errors[here]
             wanted = kernel[row] + moved / factor[row, row]
-            values, _ = round_to(wanted, (), LARGEST, scales[row])
+            values, _ = round_to(wanted, (), RANGES["int4"], scales[row])
             rounded[row] = values * scales[row].astype("float32")
             errors[row] = kernel[row] - rounded[row]
     return rounded

@@ -1,8 +1,8 @@
 """Frozen weights as 8-bit or 4-bit integers with scales.
 
 Weights are quantised on the host, in NumPy, while a checkpoint is read, and
-dequantised inside the layer that uses them. Rounding is symmetric and to the
-nearest, `|w - dequantize(quantize(w))| <= scale / 2`, unless the weights are
+dequantised inside the layer that uses them. Rounding is to the nearest,
+`|w - dequantize(quantize(w))| <= |scale| / 2`, unless the weights are
 calibrated on examples, see `rounding`.
 """
 
@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from keras import ops
 
+from keras_paligemma.quantization.rounding import RANGES
 from keras_paligemma.quantization.rounding import round_to
 
 MODES = (None, "int8", "int4")
@@ -46,10 +47,10 @@ class QuantizedFormat:
     """How a float array is stored as integers and scales.
 
     "int8" has one scale per output. "int4" packs two values into a byte and has
-    one scale for each 128 values along the last summed axis, or for each 16 if
-    a product sums over fewer than 1,024. A shorter axis is one group, and the
-    last group is padded with zeros. Both values of a byte belong to the same
-    group, so that an axis can be sharded between groups.
+    one scale, positive or negative, for each 128 values along the last summed
+    axis, or for each 16 if a product sums over fewer than 1,024. A shorter axis
+    is one group, and the last group is padded with zeros. Both values of a byte
+    belong to the same group, so that an axis can be sharded between groups.
 
     Scales are rounded up to bfloat16 before the integers are chosen: this only
     makes steps up to 0.8 % wider, and the product of an integer and its scale
@@ -141,8 +142,8 @@ class QuantizedFormat:
 
         Args:
             array: NumPy array of `shape`, of any float dtype.
-            scale: bfloat16 array, one per group ("int4") or output
-                ("int8"); computed from the largest absolute values if `None`.
+            scale: bfloat16 array, one per group ("int4", of either sign) or
+                output ("int8"); computed from the values if `None`.
 
         Returns:
             int8 array of `stored_shape`, bfloat16 array of `scale_shape`.
@@ -163,7 +164,7 @@ class QuantizedFormat:
             rows = np.asarray(array[part], "float32")
             given = None if scale is None else scale[part]
             if self.mode == "int8":
-                found = round_to(rows, self.axes, 127, given)
+                found = round_to(rows, self.axes, RANGES["int8"], given)
             else:
                 found = self._round_groups(rows, given)
             stored[part], scales[part] = found
@@ -175,7 +176,7 @@ class QuantizedFormat:
         lead, tail = _split(array.shape, axis)
         array = array.reshape(*lead, self.groups, self.group, *tail)
         scale = None if scale is None else np.expand_dims(scale, axis)
-        values, scale = round_to(array, (axis,), 7, scale)
+        values, scale = round_to(array, (axis,), RANGES["int4"], scale)
         low, high = np.split(values.view("uint8"), 2, axis)
         packed = ((low & 15) | (high << 4)).view("int8")
         scale = _filled(scale.squeeze(axis), axis, self.scales)

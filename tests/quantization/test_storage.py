@@ -59,12 +59,28 @@ def test_rounding_is_to_the_nearest(shape, axes, mode):
         assert layout.scales == padded.get(layout.groups, layout.groups)
         scale = np.repeat(scale, layout.group, axes[-1])
         scale = np.take(scale, range(shape[axes[-1]]), axes[-1])
-    assert (np.abs(found - array) <= scale / 2).all()
+    assert (np.abs(found - array) <= np.abs(scale) / 2).all()
     np.testing.assert_array_equal(found[..., :1], array[..., :1])
     # Steps are as small as possible, except for the scale's 8 significant bits.
-    largest = {"int8": 127, "int4": 7}[mode]
-    assert scale.max() <= np.abs(array).max() / largest * (1 + 2**-7)
+    largest = {"int8": 127, "int4": 7.5}[mode]
+    assert np.abs(scale).max() <= np.abs(array).max() / largest * (1 + 2**-7)
     assert np.abs(found / scale).max() > 0.99 * largest - 1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_farthest_value_of_int4_is_the_smallest_integer(sign):
+    """There is one more integer below zero than above."""
+    layout = QuantizedFormat("int4", (4, 1), (0,))
+    array = sign * np.array([[4.0], [0.5], [-3.5], [-1.0]], "float32")
+    stored, scale = layout.quantize(array)
+    assert scale.item() == -0.5 * sign
+    np.testing.assert_array_equal(
+        stored.view("uint8"), [[8 | 7 << 4], [15 | 2 << 4]]
+    )
+    # On the other side, half a step beyond 7 is still rounded to 7.
+    array = sign * np.array([[3.75], [0], [-3.75], [0]], "float32")
+    stored, scale = layout.quantize(array)
+    assert abs(scale.item()) == 0.5
 
 
 def test_narrow_layers_have_small_groups():
@@ -89,13 +105,13 @@ def test_a_narrow_table_of_int4_is_int8():
 
 def test_packing_is_exact():
     """Pack all pairs of 4-bit values into bytes, and unpack them."""
-    low, high = np.meshgrid(np.arange(-7, 8), np.arange(-7, 8))
+    low, high = np.meshgrid(np.arange(-8, 8), np.arange(-8, 8))
     array = np.stack([low, high]).reshape(2, -1).astype("float32")
-    # The scale of a column is one if its largest value is seven.
-    array = np.concatenate([array, np.full_like(array, 7)])
+    # The scale of a column is one if its smallest value is -8.
+    array = np.concatenate([array, np.full_like(array, -8)])
     layout = QuantizedFormat("int4", array.shape, (0,))
     stored, scale = layout.quantize(array)
-    assert stored.shape == (2, 225) and (scale == 1).all()
+    assert stored.shape == (2, 256) and (scale == 1).all()
     found = layout.dequantize(
         ops.convert_to_tensor(stored), ops.ones(scale.shape), "float32"
     )
