@@ -58,7 +58,7 @@ def test_bfloat16_is_rounded_once(rows):
 
 
 @only_jax
-@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("rows", [1, 2, 7, cpu_products.FEW_ROWS + 1])
 def test_integers_err_by_half_a_step(rows):
     """The error of a value is at most half a quantization step of its row."""
     random = np.random.default_rng(0)
@@ -91,14 +91,17 @@ def test_rows_of_zeros_stay_zeros():
 
 
 @only_jax
-def test_only_answers_are_of_integers():
+@pytest.mark.parametrize("tiles", [False, True])
+def test_only_answers_are_of_integers(tiles, monkeypatch):
     """Training uses float products, which have the correct gradient."""
-    _, x = kernel_and_rows(2)
-    assert not cpu_products.should_use_integers(x, INPUTS)
-    with cpu_products.answering_scope():
-        assert cpu_products.should_use_integers(x, INPUTS)
-        _, x = kernel_and_rows(cpu_products.FEW_ROWS + 1)
+    monkeypatch.setattr(cpu_products, "has_integer_tiles", lambda: tiles)
+    for rows in (2, cpu_products.FEW_ROWS + 1):
+        _, x = kernel_and_rows(rows)
         assert not cpu_products.should_use_integers(x, INPUTS)
+        with cpu_products.answering_scope():
+            few = rows == 2
+            used = cpu_products.should_use_integers(x, INPUTS)
+            assert used == (few or tiles)
 
 
 @only_jax
