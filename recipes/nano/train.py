@@ -6,9 +6,9 @@ trained first, as SigLIP was before PaliGemma. Each patch learns which object it
 shows and the location tokens of that object's box. Then the decoder learns to
 find the named object, with few patches and short answers. All tasks of objects
 follow, with both towers. The fifth stage adds words to read, captions in other
-languages and varied pictures; the sixth has no words. The last six teach to
+languages and varied pictures; the sixth has no words. The last eight teach to
 read: the encoder sees many letters, the decoder learns to spell, both learn all
-tasks in two stages, then mostly words, and finally all tasks again. `Lesson`
+tasks in two stages, then twice mostly words and all tasks again. `Lesson`
 contains the computation of a step.
 
 The run writes a checkpoint after every epoch, and resumes from it when it is
@@ -159,6 +159,12 @@ STAGES = (
     # many pictures with one question have more words than few with three.
     Stage(
         "both", 90, 90, (6e-4, 1e-4), 48, 1, 64, 28, 1, 0.45, 0.75, 0.5, SPELL
+    ),
+    Stage(
+        "both", 30, 30, (2e-4, 1e-5), 24, 2, 64, 28, 1, 0.45, 0.6, 0.5, FINISH
+    ),
+    Stage(
+        "both", 84, 84, (6e-4, 6e-5), 48, 1, 64, 28, 1, 0.45, 0.75, 0.5, SPELL
     ),
     Stage(
         "both", 30, 30, (2e-4, 1e-5), 24, 2, 64, 28, 1, 0.45, 0.6, 0.5, FINISH
