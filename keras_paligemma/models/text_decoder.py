@@ -13,6 +13,7 @@ from keras_paligemma.layers.blocks import DecoderBlock
 from keras_paligemma.layers.blocks import RMSNorm
 from keras_paligemma.layers.cpu_products import product
 from keras_paligemma.layers.cpu_products import should_use_cpu_products
+from keras_paligemma.layers.cpu_products import take_rows
 from keras_paligemma.layers.projection import normal
 from keras_paligemma.layers.splash import PrefixMask
 from keras_paligemma.layers.splash import should_use_splash
@@ -78,10 +79,12 @@ class TokenEmbedding(keras.layers.Layer):
     def call(self, inputs, reverse=False):
         if reverse:
             return soft_cap(self.logits(inputs), self.logit_soft_cap)
-        if self.quantized_format is None:
-            x_BTD = ops.take(self.table, inputs, axis=0)
-        else:
+        if self.quantized_format is not None:
             x_BTD = self._dequantized_rows(self.quantized_format, inputs)
+        elif should_use_cpu_products():
+            x_BTD = take_rows(self.table, inputs)
+        else:
+            x_BTD = ops.take(self.table, inputs, axis=0)
         # The scale is rounded to the table's dtype, as in the original: in
         # bfloat16 it is 48 for 3b, 59.75 for 10b and 68 for 28b.
         x_BTD = x_BTD * ops.cast(self.hidden_dim**0.5, x_BTD.dtype)

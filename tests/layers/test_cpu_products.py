@@ -105,6 +105,26 @@ def test_only_answers_are_of_integers(tiles, monkeypatch):
 
 
 @only_jax
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_rows_are_taken_without_a_copy_of_the_table(dtype):
+    """XLA:CPU would take rows of 16 bits from a float32 copy."""
+    import jax
+
+    table = np.random.default_rng(0).normal(size=(300, 7)).astype(dtype)
+    ids = np.array([[1, 299], [0, 1]])
+
+    def rows(table, ids):
+        with cpu_products.answering_scope():
+            # Not the last operation, as in a model.
+            taken = cpu_products.take_rows(table, ids)
+            return taken, ops.matmul(taken, ops.transpose(taken, (0, 2, 1)))
+
+    program = jax.jit(rows).lower(table, ids).compile()
+    np.testing.assert_array_equal(program(table, ids)[0], table[ids])
+    assert "f32[300,7]" not in program.as_text() or dtype == "float32"
+
+
+@only_jax
 def test_only_programs_of_this_machine_have_outputs_first():
     def shape():
         layer = Projection(INPUTS, OUTPUTS)
