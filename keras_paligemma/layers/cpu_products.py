@@ -119,8 +119,9 @@ def should_use_integers(x, input_axes):
 def has_integer_tiles():
     """Return whether the CPU multiplies tiles of 8-bit integers (AMX).
 
-    XLA uses them without an option. Other CPUs multiply many rows faster as
-    floats.
+    XLA uses them without an option: with two cores, the prompts of an int8
+    model take a third of the time of float products. Other CPUs, where this
+    was not measured, multiply many rows as floats.
     """
     described = Path("/proc/cpuinfo")
     return described.exists() and "amx_int8" in described.read_text()
