@@ -98,7 +98,7 @@ def take_rows(table, ids):
     from jax import lax
 
     table = ops.convert_to_tensor(table)
-    if table.dtype.itemsize != 2 or not _ANSWERING.get():
+    if table.dtype != "bfloat16" or not _ANSWERING.get():
         return ops.take(table, ids, axis=0)
     bits = lax.bitcast_convert_type(table, "uint16")
     return lax.bitcast_convert_type(ops.take(bits, ids, axis=0), table.dtype)
@@ -112,7 +112,7 @@ def should_use_integers(x, input_axes):
     if not (should_use_cpu_products() and _ANSWERING.get()):
         return False
     rows = math.prod(x.shape[: len(x.shape) - len(input_axes)])
-    return _are_few(rows) or isinstance(rows, int) and has_integer_tiles()
+    return isinstance(rows, int) and (rows <= FEW_ROWS or has_integer_tiles())
 
 
 @functools.cache

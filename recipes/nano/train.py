@@ -136,6 +136,14 @@ CLOSE = READ | {"segment": 6.0, "read": 24.0}
 SPELL = CLOSE | {"read": 80.0}
 FINISH = CLOSE | {"caption": 2.5, "translate": 2.5, "detect_several": 3.0}
 FINISH |= {"segment": 5.0}
+# Most questions of the first of these stages read a word. A word is asked for
+# once, so many pictures with one question have more words than few with three.
+WORDS = Stage(
+    "both", 90, 90, (6e-4, 1e-4), 48, 1, 64, 28, 1, 0.45, 0.75, 0.5, SPELL
+)
+TASKS = Stage(
+    "both", 30, 30, (2e-4, 1e-5), 24, 2, 64, 28, 1, 0.45, 0.6, 0.5, FINISH
+)
 STAGES = (
     Stage("encoder", 120, 120, (1.5e-3, 1e-4), 48, 1, 64, 6, 1, 0, 0, 0, FIND),
     Stage("decoder", 18, 18, (1.2e-3, 8e-4), 16, 2, 16, 6, 2, 0, 0, 0, FIND),
@@ -155,20 +163,10 @@ STAGES = (
     Stage(
         "both", 30, 30, (2e-4, 1e-5), 16, 3, 64, 28, 1, 0.45, 0.5, 0.5, CLOSE
     ),
-    # Most questions of this stage read a word. A word is asked for once, so
-    # many pictures with one question have more words than few with three.
-    Stage(
-        "both", 90, 90, (6e-4, 1e-4), 48, 1, 64, 28, 1, 0.45, 0.75, 0.5, SPELL
-    ),
-    Stage(
-        "both", 30, 30, (2e-4, 1e-5), 24, 2, 64, 28, 1, 0.45, 0.6, 0.5, FINISH
-    ),
-    Stage(
-        "both", 84, 84, (6e-4, 6e-5), 48, 1, 64, 28, 1, 0.45, 0.75, 0.5, SPELL
-    ),
-    Stage(
-        "both", 30, 30, (2e-4, 1e-5), 24, 2, 64, 28, 1, 0.45, 0.6, 0.5, FINISH
-    ),
+    WORDS,
+    TASKS,
+    dataclasses.replace(WORDS, epochs=84, decay=84, rates=(6e-4, 6e-5)),
+    TASKS,
 )
 
 # The dense targets have larger weights: answers follow once objects are found.
