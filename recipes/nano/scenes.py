@@ -35,11 +35,13 @@ PAIR_SHARE = 0.25
 LOCATIONS = 1024
 
 # Changes of a varied picture's colours: turn of the hue in degrees, and factor
-# of the saturation.
+# of the saturation. Some have any hue, or none, so that a class is not known by
+# the colours that the trained styles share.
 HUE_TURN = 25
 SATURATION = (0.5, 1.5)
+RECOLOURED_SHARE = 0.5
 # Change of the ratio of a varied picture's sides.
-STRETCH = 0.15
+STRETCH = 0.2
 
 
 class Placed(NamedTuple):
@@ -267,8 +269,11 @@ def other_colours(rng, pixels):
     Both are linear, so they apply to premultiplied colours directly. Results
     are clipped to alpha.
     """
-    angle = np.deg2rad(rng.uniform(-HUE_TURN, HUE_TURN))
-    factor = rng.uniform(*SATURATION)
+    recoloured = rng.random() < RECOLOURED_SHARE
+    hue = 180 if recoloured else HUE_TURN
+    angle = np.deg2rad(rng.uniform(-hue, hue))
+    low, high = SATURATION
+    factor = rng.uniform(0 if recoloured else low, high)
     third, root = 1 / 3, 1 / np.sqrt(3)
     axis = np.array([[0, -root, root], [root, 0, -root], [-root, root, 0]])
     turn = (

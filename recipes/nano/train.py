@@ -6,10 +6,12 @@ trained first, as SigLIP was before PaliGemma. Each patch learns which object it
 shows and the location tokens of that object's box. Then the decoder learns to
 find the named object, with few patches and short answers. All tasks of objects
 follow, with both towers. The fifth stage adds words to read, captions in other
-languages and varied pictures; the sixth has no words. The last eight teach to
+languages and varied pictures; the sixth has no words. The next eight teach to
 read: the encoder sees many letters, the decoder learns to spell, both learn all
-tasks in two stages, then twice mostly words and all tasks again. `Lesson`
-contains the computation of a step.
+tasks in two stages, then twice mostly words and all tasks again. The last has
+more varied pictures. The result is the mean of the weights before and after it,
+which is better in trained and in held-out styles than either. `Lesson` contains
+the computation of a step.
 
 The run writes a checkpoint after every epoch, and resumes from it when it is
 started again on the same device. On a CPU, `Stage` sets the pictures per step.
@@ -136,6 +138,7 @@ CLOSE = READ | {"segment": 6.0, "read": 24.0}
 SPELL = CLOSE | {"read": 80.0}
 FINISH = CLOSE | {"caption": 2.5, "translate": 2.5, "detect_several": 3.0}
 FINISH |= {"segment": 5.0}
+VARY = FINISH | {"caption": 4.0, "read": 40.0}
 # Most questions of the first of these stages read a word. A word is asked for
 # once, so many pictures with one question have more words than few with three.
 WORDS = Stage(
@@ -167,6 +170,7 @@ STAGES = (
     TASKS,
     dataclasses.replace(WORDS, epochs=84, decay=84, rates=(6e-4, 6e-5)),
     TASKS,
+    Stage("both", 62, 62, (5e-4, 1e-5), 48, 1, 64, 28, 1, 0.45, 0.6, 0.7, VARY),
 )
 
 # The dense targets have larger weights: answers follow once objects are found.
@@ -315,7 +319,7 @@ class Progress(keras.callbacks.Callback):
 
 
 def train(cache, folder, start=None, first_stage=0):
-    """Run all stages, or the remaining ones, and return the model.
+    """Run all stages, or the remaining ones, and average the last two.
 
     Args:
         cache: path of the sprites.
@@ -324,7 +328,8 @@ def train(cache, folder, start=None, first_stage=0):
         first_stage: int, the stage to start with.
 
     Returns:
-        `PaliGemmaCausalLM` of the last stage.
+        `PaliGemmaCausalLM` with the mean of the weights after the last two
+        stages; it is also written to the folder `mean`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     material = lesson.Material(
@@ -375,7 +380,24 @@ def train(cache, folder, start=None, first_stage=0):
             callbacks=[Progress(data, folder, number)],
         )
         model.save_to_preset(folder / f"after-{number}")
+    before = folder / f"after-{len(STAGES) - 2}"
+    average(model, before if before.exists() else start)
+    model.save_to_preset(folder / "mean")
     return model
+
+
+def average(model, preset):
+    """Assign the mean of a model's weights and those of a preset.
+
+    The later weights are those of the earlier ones' training continued, so
+    that the mean is as good as both, and errors that differ cancel.
+
+    Source: https://arxiv.org/abs/2109.01903.
+    """
+    later = [ops.convert_to_numpy(w) for w in model.backbone.weights]
+    take_weights(model, preset)
+    for weight, value in zip(model.backbone.weights, later, strict=True):
+        weight.assign((ops.convert_to_numpy(weight) + value) / 2)
 
 
 if __name__ == "__main__":

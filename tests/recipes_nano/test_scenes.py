@@ -234,6 +234,28 @@ def test_other_colours_keep_greys_and_alpha():
     assert changed.min() >= 0 and changed[0, 0].max() <= 100
 
 
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_share_of_other_colours_has_any_hue(monkeypatch, share):
+    monkeypatch.setattr(scenes, "RECOLOURED_SHARE", share)
+    # A medium red, which no turn clips.
+    pixels = np.full((1, 1, 4), (140, 110, 110, 255), "uint8")
+    angles, factors = [], []
+    for seed in range(60):
+        changed = scenes.other_colours(np.random.default_rng(seed), pixels)
+        red, green, blue = changed[0, 0, :3]
+        angles.append(
+            np.arctan2(3**0.5 * (green - blue), 2 * red - green - blue)
+        )
+        factors.append(np.std(changed[0, 0, :3]) / np.std(pixels[0, 0, :3]))
+    angles, factors = np.abs(np.rad2deg(angles)), np.array(factors)
+    if share:
+        assert angles.max() > 150 and factors.min() < 0.3
+    else:
+        assert 15 < angles.max() < scenes.HUE_TURN + 0.1
+        assert factors.min() > scenes.SATURATION[0] - 0.01
+    assert factors.max() < scenes.SATURATION[1] + 0.01
+
+
 def test_words_stand_beside_objects_and_differ_from_them(sprites, font):
     written = 0
     for seed in range(40):

@@ -99,7 +99,15 @@ def test_a_killed_run_goes_on_where_it_was(
     train.train(None, killed)
     np.testing.assert_allclose(losses(killed), losses(whole), rtol=1e-5)
     assert len(set(losses(whole))) == 5
-    names = {path.name for path in (killed / "after-2").iterdir()}
+    second, third, mean = (
+        keras.ops.convert_to_numpy(
+            train.go_on_from(killed / name).backbone.token_embedding.table
+        )
+        for name in ("after-1", "after-2", "mean")
+    )
+    assert np.abs(third - second).max() > 1e-4
+    np.testing.assert_allclose(mean, (second + third) / 2, atol=1e-7)
+    names = {path.name for path in (killed / "mean").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.model"} <= names
 
 
