@@ -66,7 +66,7 @@ backends: .venv/for-test
 	KERAS_BACKEND=torch $(PYTEST) $(BY_BACKEND) -m "not any_backend"
 	KERAS_BACKEND=tensorflow $(PYTEST) $(BY_BACKEND) $(SERVED) \
 		tests/training/test_checkpoint.py -m "not any_backend"
-	KERAS_BACKEND=tensorflow TF_ENABLE_ONEDNN_OPTS=0 $(PYTEST) \
+	KERAS_BACKEND=tensorflow TF_ENABLE_ONEDNN_OPTS=0 $(PYTEST) -n 0 \
 		tests/tuning/test_losses.py -k gradients
 
 notebooks: .venv/for-test

@@ -45,8 +45,7 @@ def gradients(function, model):
     return result
 
 
-# Use XLA's default optimizations, whatever XLA_FLAGS are set to save time. Sums
-# in optimized code have smaller rounding errors.
+# XLA's default optimizations.
 OPTIMIZED = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
@@ -54,14 +53,19 @@ OPTIMIZED = {
 }
 
 
-def differentiate(loss, values):
+def differentiate(loss, values, optimized=False):
+    """Return the gradients of a function of a list of tensors, as arrays.
+
+    `optimized` compiles as users do on JAX, whatever XLA_FLAGS are set to save
+    time. Sums have smaller rounding errors then.
+    """
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
 
-        options = dict(OPTIMIZED)
+        options = dict(OPTIMIZED) if optimized else {}
         # JAX 0.12 lacks this option, and raises an error.
-        if jax.__version_info__ < (0, 12):
+        if optimized and jax.__version_info__ < (0, 12):
             options["xla_cpu_use_fusion_emitters"] = True
         compiled = jax.jit(jax.grad(loss), compiler_options=options)
         found = compiled(values)

@@ -32,12 +32,14 @@ TEXT = {
 }
 IMAGE_SIZE = 42
 FORMS = ("unrolled", "scanned")
-# For tests of something else than the form. TensorFlow traces for most of a
-# test's time, and the form that it is used in is the first one; the tests of
-# layers and backbones run both forms there too.
-FORMS_OF_BACKEND = (
-    FORMS[:1] if keras.backend.backend() == "tensorflow" else FORMS
-)
+# For tests of something else than the form: each runs in both forms, but not on
+# each backend, since most of its time is tracing. The tests of layers,
+# backbones, losses and quantization run both forms everywhere.
+FORMS_OF_BACKEND = {
+    "jax": FORMS[1:],
+    "tensorflow": FORMS[:1],
+    "torch": FORMS,
+}[keras.backend.backend()]
 # Fields of the golden model that its shapes do not determine.
 NOT_IN_SHAPES = {
     "query_pre_attention_scalar": 24,
@@ -86,12 +88,24 @@ def run(function, inputs):
 
 
 def jitted(function):
-    """Compile a function of tensors on JAX; return it unchanged elsewhere."""
+    """Compile a function of tensors on JAX; return it unchanged elsewhere.
+
+    The variables of a model are arguments. As constants they would be folded,
+    and each model would have a program of its own in JAX's cache.
+    """
     if keras.backend.backend() != "jax":
         return function
     import jax
 
-    return jax.jit(lambda inputs: function(inputs))
+    variables = getattr(function, "variables", [])
+
+    @jax.jit
+    def of_values(values, inputs):
+        mapping = list(zip(variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping):
+            return function(inputs)
+
+    return lambda inputs: of_values([v.value for v in variables], inputs)
 
 
 def error(actual, wanted):

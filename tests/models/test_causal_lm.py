@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from tests.helpers.text_models import prompts_of
@@ -183,7 +182,7 @@ def test_fit_learns(tiny_model, examples, policy, monkeypatch):
     assert all(isinstance(answer, str) for answer in answers)
 
 
-@pytest.mark.parametrize("form", ["unrolled", "scanned"])
+@pytest.mark.parametrize("form", FORMS_OF_BACKEND)
 def test_fit_with_remat_is_fit(tiny_model, examples, form):
     """The compiled step also takes bool masks as arguments."""
     histories = []
@@ -197,14 +196,7 @@ def test_fit_with_remat_is_fit(tiny_model, examples, form):
     assert histories[0][1] < histories[0][0]
 
 
-def test_default_optimizer_moves_bfloat16_weights(tiny_model, examples):
-    model = tiny_model(dtype="bfloat16")
-    before = np.array(model.backbone.token_embedding.table)
-    model.compile(Adam(1e-3))
-    model.fit(examples, verbose=0)
-    assert (np.array(model.backbone.token_embedding.table) != before).any()
-
-
+@pytest.mark.usefixtures("eager")
 def test_fit_takes_batches_and_datasets(tiny_model, examples):
     model = tiny_model()
     model.compile(optimizer="sgd")

@@ -271,6 +271,7 @@ def trained(model, examples):
     return model.adapters.values("default")
 
 
+@pytest.mark.usefixtures("eager")
 def test_layers_train_at_ranks_of_their_own(tiny_model, examples, tmp_path):
     model = tiny_model(form="scanned")
     ranks = {"query": [3, 0], "projector": [2]}
@@ -304,6 +305,7 @@ def test_layers_train_at_ranks_of_their_own(tiny_model, examples, tmp_path):
         read.adapters.merge()
 
 
+@pytest.mark.usefixtures("eager")
 def test_gains_are_trained(tiny_model, examples):
     model = tiny_model()
     model.enable_lora(2, targets=["down", "projector"], dora=True)
