@@ -389,8 +389,8 @@ def train(cache, folder, start=None, first_stage=0):
 def average(model, preset):
     """Assign the mean of a model's weights and those of a preset.
 
-    The later weights are those of the earlier ones' training continued, so
-    that the mean is as good as both, and errors that differ cancel.
+    The model continued the training of the preset, so the mean of their weights
+    still works, and their different errors cancel.
 
     Source: https://arxiv.org/abs/2109.01903.
     """
