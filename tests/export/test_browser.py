@@ -110,13 +110,13 @@ def test_a_mask_is_drawn_where_the_codec_says(chromium, bare):
     arguments = ("--codec", codec)
     with serving(bare, *arguments, path=str(ROOT)) as address:
         chromium.open(address)
-        chromium.type("#file", str(BELL))
+        chromium.type("#file", str(BELL.with_name("scene_2.png")))
         chromium.wait(SHOWN)
         before = chromium.canvas()
-        text, kind = ask(chromium, "segment bell")
+        text, kind = ask(chromium, "segment guitar")
         assert kind == ""
-        (bell,) = read_objects(text, MaskCodec.embedded())
-        browser.check_mask(before, chromium.canvas(), bell, (230, 25, 75))
+        (guitar,) = read_objects(text, MaskCodec.embedded())
+        browser.check_mask(before, chromium.canvas(), guitar, (230, 25, 75))
 
 
 def test_labels_can_all_be_read(page):
