@@ -330,6 +330,9 @@ def train(cache, folder, start=None, first_stage=0):
     Returns:
         `PaliGemmaCausalLM` with the mean of the weights after the last two
         stages; it is also written to the folder `mean`.
+
+    Raises:
+        ValueError: the last stage is the first, without weights before it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     material = lesson.Material(
@@ -343,6 +346,13 @@ def train(cache, folder, start=None, first_stage=0):
     done = {"stage": first_stage, "epochs": 0}
     if (folder / "last.json").exists():
         done = json.loads((folder / "last.json").read_text())
+    before = folder / f"after-{len(STAGES) - 2}"
+    if done["stage"] == len(STAGES) - 1 and not (start or before.exists()):
+        raise ValueError(
+            "The result is the mean of the weights before and after the last "
+            f"stage. Expected: `start`, a preset, or {before}. Received: "
+            "neither."
+        )
     scale = 1 if platform() == "cpu" else SCALE
     for number in range(done["stage"], len(STAGES)):
         stage = STAGES[number]
@@ -380,7 +390,6 @@ def train(cache, folder, start=None, first_stage=0):
             callbacks=[Progress(data, folder, number)],
         )
         model.save_to_preset(folder / f"after-{number}")
-    before = folder / f"after-{len(STAGES) - 2}"
     average(model, before if before.exists() else start)
     model.save_to_preset(folder / "mean")
     return model

@@ -20,7 +20,7 @@ NANO = PRESETS / "pali_gemma2_nano_112"
 if keras.backend.backend() == "tensorflow":
     MODELS = {
         "int4": ({"quantize": "int4", "form": "scanned"}, 1e-5),
-        # The spacing of bfloat16: 0.125 for a logit of 18.
+        # The spacing of bfloat16: both round hidden states, in other places.
         "bfloat16": ({"dtype": "bfloat16"}, 2**-7),
     }
 else:

@@ -111,6 +111,11 @@ def test_a_killed_run_goes_on_where_it_was(
     assert {"config.json", "model.safetensors", "tokenizer.model"} <= names
 
 
+def test_the_last_stage_alone_has_nothing_to_average(small, tmp_path):
+    with pytest.raises(ValueError, match="Expected: `start`, a preset, or"):
+        train.train(None, tmp_path, first_stage=2)
+
+
 def test_a_run_goes_on_from_a_preset_with_other_pieces(small, tmp_path):
     """Rows follow their pieces; a new piece starts as the mean of its text."""
     source = train.build()
