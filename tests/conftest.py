@@ -15,6 +15,7 @@ import pytest  # noqa: E402
 from tests.helpers.graphs import leave_unoptimized  # noqa: E402
 from tests.helpers.graphs import run_eagerly  # noqa: E402
 from tests.helpers.numpy_reference import load_arrays  # noqa: E402
+from tests.helpers.tiny_models import FORMS_OF_BACKEND  # noqa: E402
 from tests.helpers.tiny_models import GOLDEN  # noqa: E402
 from tests.helpers.tiny_models import IMAGE_SIZE  # noqa: E402
 from tests.helpers.tiny_models import TEXT  # noqa: E402
@@ -70,6 +71,7 @@ def golden_backbone(arrays):
         from keras_paligemma import PaliGemmaBackbone
 
         text = TEXT | changes.pop("text", {})
+        changes.setdefault("form", FORMS_OF_BACKEND[0])
         backbone = PaliGemmaBackbone(
             changes.pop("image_size", IMAGE_SIZE),
             VISION | changes.pop("vision", {}),

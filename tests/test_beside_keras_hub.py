@@ -3,6 +3,7 @@
 KerasHub's first model puts `Functional` among our base classes.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from tests.helpers.checks import once
 from tests.helpers.checks import reported
+from tests.helpers.processes import WITHOUT_TENSORFLOW
 
 CHECKS = [
     "a task of KerasHub",
@@ -32,6 +34,7 @@ def found(request, tmp_path_factory):
         result = subprocess.run(
             [sys.executable, "-m", module, order, str(folder)],
             cwd=Path(__file__).parents[1],
+            env=os.environ | WITHOUT_TENSORFLOW,
             capture_output=True,
             text=True,
         )

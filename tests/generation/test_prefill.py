@@ -25,6 +25,9 @@ def test_groups_of_rows_answer_as_all_at_once(
     tiny_model, examples, monkeypatch, form, options
 ):
     model = tiny_model(form=form)
+    # Products of other shapes round differently, so that a value between two
+    # steps of an int8 cache falls on either: 4e-4, as measured on one CPU.
+    bound = 1e-3 if "cache_dtype" in options else 1e-5
     asked = {key: examples[key] for key in ("images", "prompts")}
 
     def numbers():
@@ -55,7 +58,7 @@ def test_groups_of_rows_answer_as_all_at_once(
             found, wanted, strict=True
         ):
             assert ids == wanted_ids
-            np.testing.assert_allclose(log, wanted_log, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(log, wanted_log, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize(

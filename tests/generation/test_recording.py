@@ -63,7 +63,7 @@ def test_later_runs_follow_the_weights(model, asked):
 
 def test_later_runs_do_not_mind_what_is_trainable(tiny_model, asked):
     """Kernels have the same shape, and another one is frozen each time."""
-    model = tiny_model()
+    model = tiny_model(form="unrolled")
     [block, *_] = model.backbone.text_decoder.blocks.each_block()
     key, value = (
         layer.kernel for layer in (block.attention.key, block.attention.value)

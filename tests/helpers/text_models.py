@@ -10,6 +10,7 @@ from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma import without_values
 from keras_paligemma.compat import fill
+from tests.helpers.tiny_models import FORMS_OF_BACKEND
 from tests.helpers.tiny_models import GOLDEN
 from tests.helpers.tiny_models import IMAGE_SIZE
 from tests.helpers.tiny_models import TEXT
@@ -21,10 +22,12 @@ TEXT_2048 = TEXT | {"vocabulary_size": 2048, "num_layers": 2}
 TOKENIZER = GOLDEN / "english_sp.model"
 
 
-def build_tiny_model(**changes):
+def build_tiny_model(form=FORMS_OF_BACKEND[0], **changes):
     """Build a random model that reads and writes text."""
     keras.utils.set_random_seed(0)
-    backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT_2048, **changes)
+    backbone = PaliGemmaBackbone(
+        IMAGE_SIZE, VISION, TEXT_2048, form=form, **changes
+    )
     # The projector starts at zero, where pictures would have no effect.
     backbone.weights_by_name()["vision_encoder/projector/kernel"].assign(
         np.random.default_rng(0).normal(size=(48, 64)) * 0.3

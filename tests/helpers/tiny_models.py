@@ -34,7 +34,8 @@ IMAGE_SIZE = 42
 FORMS = ("unrolled", "scanned")
 # For tests of something else than the form: each runs in both forms, but not on
 # each backend, since most of its time is tracing. The tests of layers,
-# backbones, losses and quantization run both forms everywhere.
+# backbones, losses and quantization run both forms everywhere. The first form
+# is the one of models that a test builds without naming one.
 FORMS_OF_BACKEND = {
     "jax": FORMS[1:],
     "tensorflow": FORMS[:1],

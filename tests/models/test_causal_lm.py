@@ -219,7 +219,7 @@ def test_fit_takes_batches_and_datasets(tiny_model, examples):
 def test_preset_round_trip_is_exact(
     tiny_model, examples, tmp_path, policy, lora
 ):
-    model = tiny_model(dtype=policy)
+    model = tiny_model(dtype=policy, form="unrolled")
     if lora:
         model.enable_lora(2)
         for variable in model.trainable_variables:

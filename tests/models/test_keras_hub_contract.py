@@ -156,7 +156,7 @@ def test_files_are_of_the_size_that_is_asked_for(tmp_path):
 
 
 def test_names_of_sizes():
-    backbone = build_tiny_model().backbone
+    backbone = build_tiny_model(form="unrolled").backbone
     for name in (
         "vocabulary_size",
         "num_layers",
