@@ -10,7 +10,6 @@ import pytest
 
 from keras_paligemma.planning.compiled import ENVIRONMENT
 from keras_paligemma.planning.compiled import has_compiler
-from tests.helpers.processes import WITHOUT_TENSORFLOW
 from tests.planning import hlo
 
 MODULE = """
@@ -122,7 +121,7 @@ def test_a_step_reads_the_weights_once(quantize, most):
     program = [sys.executable, "-m", "tests.planning.decode_step"]
     done = subprocess.run(
         [*program, "pali_gemma2_pt_3b_224", "1", *quantize],
-        env=os.environ | WITHOUT_TENSORFLOW | ENVIRONMENT,
+        env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,
         check=True,
         text=True,
