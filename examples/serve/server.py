@@ -1,29 +1,20 @@
-"""Serve an exported PaliGemma: a page and a JSON API, in one file.
+"""Serve an exported PaliGemma from TensorFlow alone: a page and a JSON API.
 
     pip install tensorflow tensorflow-text
-    python server.py FOLDER [--port 8000] [--codec vae-oid.npz]
+    python server.py FOLDER [--port 8000]
 
-Needs TensorFlow and tensorflow-text, but not keras_paligemma, except for the
-masks of `segment`: `--codec` decodes them with `keras_paligemma.tasks`, which
-does not load Keras.
+This file shows how to call the SavedModel. `keras-paligemma serve FOLDER` adds
+batches, streams, scores, masks and limits.
 
 POST /answer takes JSON with `image` (base64 of a JPEG, PNG, WebP or GIF),
-`prompt`, optionally `max_new_tokens` and `temperature`, and `adapter` where the
-model has named adapters. It returns `text`, `boxes`, and `log_probabilities` of
-the tokens. A box has its edges as shares of height and width, its `label`, and
-its `score`. It has the 16 `codes` of its mask if the answer contains them, and
-with `--codec` also `mask`, the URI of a PNG that fills the box and is opaque on
-the object. Errors of a request are returned as {"error": …} with a status from
-400 to 499.
+`prompt`, and inputs of the graph that have a default, such as `max_new_tokens`.
+It returns `text`, `log_probabilities` of the tokens, and `boxes`: edges as
+shares of height and width, and a label.
 """
 
 import argparse
 import base64
-import binascii
-import bisect
-import itertools
 import json
-import math
 import re
 import threading
 from http.server import BaseHTTPRequestHandler
@@ -32,214 +23,86 @@ from pathlib import Path
 
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  registers the tokenizer's operations
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 PAGE = Path(__file__).with_name("page.html")
 MOST_BYTES = 20 * 2**20
-OBJECT = re.compile(
-    r"(?<!<loc\d{4}>)((?:<loc\d{4}>){4})(?!<loc)((?:<seg\d{3}>)*)\s*([^;<]*)"
-)
-NUMBER = re.compile(r"\d+")
-ENDS = (b"<eos>", b"</s>")
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-LAST_LOCATION, CODES = 1023, 16
+BOX = re.compile(r"((?:<loc\d{4}>){4})(?:<seg\d{3}>)*\s*([^;<]*)")
 
 
-class Refused(Exception):
-    """A request that is answered with an error."""
-
-    def __init__(self, status, message):
-        super().__init__(message)
-        self.status = status
+class Refused(ValueError):
+    """A request that is answered with a status of 400 to 499."""
 
 
 class Model:
-    """A SavedModel that answers one picture and prompt at a time.
+    """A SavedModel that answers one prompt about one picture at a time."""
 
-    Args:
-        folder: str or path, a folder written by `model.export`.
-        at_once: int, maximum requests computed at the same time; others wait.
-        codec: `keras_paligemma.tasks.mask_codec.MaskCodec`, or `None` to
-            return masks as codes.
-    """
-
-    def __init__(self, folder, at_once=2, codec=None):
-        self.loaded = tf.saved_model.load(str(folder))
+    def __init__(self, folder):
+        self.loaded = tf.saved_model.load(folder)
         self.function = self.loaded.signatures["serving_default"]
-        self.codec = codec
-        self.room = threading.BoundedSemaphore(at_once)
-        self.defaults = self._defaults(folder)
-
-    def _defaults(self, folder):
-        """Read the defaults from the file, as TensorFlow Serving does."""
-        from tensorflow.core.protobuf import saved_model_pb2
-
-        content = (Path(folder) / "saved_model.pb").read_bytes()
-        graph = saved_model_pb2.SavedModel.FromString(content).meta_graphs[0]
+        # TensorFlow Serving fills in defaults by itself, Python does not.
+        content = Path(folder, "saved_model.pb").read_bytes()
+        graph = SavedModel.FromString(content).meta_graphs[0]
         defaults = graph.signature_def["serving_default"].defaults
-        return {
+        self.defaults = {
             name: tf.constant(tf.make_ndarray(value))
             for name, value in defaults.items()
         }
+        # More at once would only share the same cores.
+        self.room = threading.BoundedSemaphore(2)
 
-    def answer(self, image, prompt, **options):
-        """Answer one prompt about one picture.
-
-        Args:
-            image: bytes of an encoded picture.
-            prompt: str.
-            **options: `max_new_tokens`, by default the maximum;
-                `temperature`; `adapter`, where the model has adapters.
-
-        Returns:
-            Dict of `text`, `boxes` and `log_probabilities`.
-
-        Raises:
-            Refused: the model refuses the inputs.
-        """
-        unknown = sorted(options.keys() - self.defaults.keys())
-        if unknown:
-            raise Refused(400, f"This model has no {', '.join(unknown)}.")
-        given = {
-            name: tf.constant(value, self.defaults[name].dtype)
-            for name, value in options.items()
-        }
+    def answer(self, body):
+        """Answer a request's body; returns a dict for JSON."""
+        try:
+            fields = json.loads(body)
+            image = base64.b64decode(
+                fields.pop("image").rpartition(",")[2], validate=True
+            )
+            inputs = self.defaults | {
+                name: scalar(value, self.defaults[name].dtype)
+                for name, value in fields.items()
+                if name != "prompt"
+            }
+            prompt = fields["prompt"].encode()
+        except (
+            *(AttributeError, KeyError, OverflowError),
+            *(RecursionError, TypeError, ValueError),
+        ) as error:
+            raise Refused(
+                400,
+                "Expected: JSON with `image` (base64), `prompt`, and any of "
+                f"{[*self.defaults]}. Received: {error!r:.200}",
+            ) from error
         with self.room:
-            outputs = self.function(
+            found = self.function(
                 images=tf.constant([image]),
                 prompts=tf.constant([prompt]),
-                **self.defaults | given,
+                **inputs,
             )
-        error, text = (
-            outputs[name].numpy()[0].decode() for name in ("error", "text")
-        )
-        if error:
-            raise Refused(422, error)
-        written = outputs["token_ids"].numpy()[0] != 0
-        values = outputs["log_probabilities"].numpy()[0][written].tolist()
-        tokens = outputs["tokens"].numpy()[0][written]
-        # An end token is not part of the answer's last word.
-        texts = ["" if token in ENDS else token.decode() for token in tokens]
-        return {
-            "text": text,
-            "boxes": boxes(texts, values, self.codec),
-            "log_probabilities": values,
-        }
+        row = {name: values.numpy()[0] for name, values in found.items()}
+        if row["error"]:
+            raise Refused(422, row["error"].decode())
+        text = row["text"].decode()
+        values = row["log_probabilities"][row["token_ids"] != 0].tolist()
+        return {"text": text, "boxes": boxes(text), "log_probabilities": values}
 
 
-def boxes(tokens, log_probabilities, codec=None):
-    """Read the boxes of an answer.
+def scalar(value, dtype):
+    """Convert a number or text; TensorFlow would take 2**32 + 1 for 1."""
+    is_large = isinstance(value, int) and abs(value) >= 2**31
+    if is_large or isinstance(value, bool | list):
+        raise ValueError(f"{value!r:.40}")
+    return tf.constant(value, dtype)
 
-    A score is the geometric mean of the probabilities of the four location
-    tokens, times that of the label's tokens.
 
-    Args:
-        tokens: list of str, SentencePiece pieces.
-        log_probabilities: list of floats, at least one per token.
-        codec: `MaskCodec` or `None`.
-
-    Returns:
-        List of dicts that can be converted to JSON.
-    """
-    texts = spell(tokens)
-    ends = list(itertools.accumulate(map(len, texts)))
+def boxes(text):
+    """Read the boxes of an answer, "<loc0010>… cat ; <loc0200>… dog"."""
     found = []
-    for match in OBJECT.finditer("".join(texts)):
-        numbers = [int(number) for number in NUMBER.findall(match[1])]
-        y1, x1, y2, x2 = (number / LAST_LOCATION for number in numbers)
-        if not (y1 <= y2 <= 1 and x1 <= x2 <= 1):
-            continue
-        label = match[3].strip()
-        start = match.start(3)
-        places = log_probabilities[tokens_of(ends, *match.span(1))]
-        words = log_probabilities[tokens_of(ends, start, start + len(label))]
-        means = [sum(part) / len(part) for part in (places, words) if part]
-        codes = [int(number) for number in NUMBER.findall(match[2])]
-        box = {"y1": y1, "x1": x1, "y2": y2, "x2": x2}
-        box |= {"label": label, "score": math.exp(sum(means))}
-        if len(codes) == CODES and max(codes) < 128:
-            box["codes"] = codes
-            if codec is not None:
-                box["mask"] = picture_of(codec.decode([codes])[0] > 0)
-        found.append(box)
+    for places, label in BOX.findall(text):
+        shares = [int(number) / 1023 for number in re.findall(r"\d+", places)]
+        box = dict(zip(("y1", "x1", "y2", "x2"), shares, strict=True))
+        found.append(box | {"label": label.strip()})
     return found
-
-
-def tokens_of(ends, first, end):
-    """Return the slice of the tokens with characters from first to end."""
-    last = bisect.bisect_left(ends, end) + 1 if end > first else 0
-    # All bytes of the last character but its first have no text.
-    last += sum(other == ends[last - 1] for other in ends[last:]) if last else 0
-    return slice(bisect.bisect_right(ends, first), last)
-
-
-def spell(tokens):
-    """Return the text of each token; a character's first byte has its text."""
-    texts, waiting = [], b""
-    for token in tokens:
-        byte = BYTE.fullmatch(token)
-        if byte is None:
-            texts.append(token.replace("\u2581", " "))
-            waiting = b""
-            continue
-        texts.append("")
-        waiting += bytes.fromhex(byte[1])
-        try:
-            text = waiting.decode()
-        except UnicodeDecodeError:
-            continue
-        texts[-len(waiting)] = text
-        waiting = b""
-    return texts
-
-
-def picture_of(mask):
-    """Return a bool array as a PNG's URI: white, opaque where it is true."""
-    alpha = tf.cast(mask, tf.uint8)[..., None] * 255
-    white = tf.ones([*mask.shape, 3], tf.uint8) * 255
-    pixels = tf.concat([white, alpha], -1)
-    encoded = base64.b64encode(tf.io.encode_png(pixels).numpy()).decode()
-    return f"data:image/png;base64,{encoded}"
-
-
-def read_request(body):
-    """Convert the body of a request to the arguments of `Model.answer`."""
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, f"The body is not JSON: {error}") from error
-    if not isinstance(request, dict):
-        raise Refused(400, "Expected: a JSON object with image and prompt.")
-    known = {
-        "image": str,
-        "prompt": str,
-        "max_new_tokens": int,
-        "temperature": (int, float),
-        "adapter": str,
-    }
-    for key, value in request.items():
-        if key not in known:
-            raise Refused(400, f"Unknown field {key!r}. Expected: {[*known]}.")
-        if not isinstance(value, known[key]) or isinstance(value, bool):
-            raise Refused(400, f"{key!r} has the wrong type: {value!r:.40}.")
-    if not {"image", "prompt"} <= request.keys():
-        raise Refused(400, "Expected: `image`, in base64, and `prompt`.")
-    if abs(request.get("max_new_tokens", 1)) >= 2**31:
-        raise Refused(400, "`max_new_tokens` is out of range.")
-    try:
-        float(request.get("temperature", 0))
-        # JSON can contain lone surrogates, which UTF-8 cannot encode.
-        for key in {"prompt", "adapter"} & request.keys():
-            request[key] = request[key].encode()
-    except (OverflowError, UnicodeEncodeError) as error:
-        raise Refused(400, f"A value cannot be read: {error}") from error
-    data = request["image"]
-    if data.startswith("data:"):  # As browsers write files.
-        data = data.partition(",")[2]
-    try:
-        image = base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise Refused(400, f"`image` is not base64: {error}") from error
-    return request | {"image": image}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -251,45 +114,40 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/":
-            self._send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
+            self._send(200, PAGE.read_bytes())
         elif self.path == "/health":
-            self._send_json(200, {"status": "ok"})
+            self._send(200, {"status": "ok"})
         else:
-            self._send_json(404, {"error": "Expected: / or /health."})
+            self._send(404, {"error": "Expected: / or /health."})
 
     def do_POST(self):
         try:
-            answer = self.server.model.answer(**read_request(self._body()))
+            self._send(200, self.server.model.answer(self._body()))
         except Refused as error:
-            self._send_json(error.status, {"error": str(error)})
+            status, message = error.args
+            self._send(status, {"error": message})
         except Exception as error:  # noqa: BLE001  keeps serving
             self.log_error("%r", error)
-            self._send_json(500, {"error": "The server failed to answer."})
-        else:
-            self._send_json(200, answer)
+            self._send(500, {"error": "The server failed to answer."})
 
     def _body(self):
         # Unread bytes would be taken for the next request.
         self.close_connection = True
+        length = self.headers.get("Content-Length", "")
         if self.path != "/answer":
             raise Refused(404, "Expected: POST /answer.")
-        length = self.headers.get("Content-Length")
-        if length is None:
-            raise Refused(411, "Expected: a Content-Length.")
-        if not length.isascii() or not length.isdigit():
-            raise Refused(400, f"Not a length: {length!r:.40}.")
+        if not re.fullmatch(r"\d{1,20}", length, re.ASCII):
+            raise Refused(400, f"Not a Content-Length: {length!r:.40}.")
         if int(length) > MOST_BYTES:
             raise Refused(413, f"Expected: at most {MOST_BYTES} bytes.")
         body = self.rfile.read(int(length))
-        if len(body) < int(length):
-            raise Refused(400, "The body ends before its Content-Length.")
-        self.close_connection = False
+        self.close_connection = len(body) < int(length)
         return body
 
-    def _send_json(self, status, answer):
-        self._send(status, json.dumps(answer).encode(), "application/json")
-
-    def _send(self, status, body, kind):
+    def _send(self, status, answer):
+        is_page = isinstance(answer, bytes)
+        body = answer if is_page else json.dumps(answer).encode()
+        kind = "text/html; charset=utf-8" if is_page else "application/json"
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -300,14 +158,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """A server with a thread per connection, and one model for all of them."""
+    """A thread per connection."""
 
-    daemon_threads = True
     request_queue_size = 64
-
-    def __init__(self, address, model):
-        super().__init__(address, Handler)
-        self.model = model
 
 
 def main():
@@ -315,21 +168,12 @@ def main():
     parser.add_argument("folder")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--codec", help="npz file that decodes masks")
-    arguments = parser.parse_args()
-    codec = None
-    if arguments.codec is not None:
-        from keras_paligemma.tasks.mask_codec import MaskCodec
-
-        codec = MaskCodec.load(arguments.codec)
-    model = Model(arguments.folder, codec=codec)
-    server = Server((arguments.host, arguments.port), model)
+    given = parser.parse_args()
+    server = Server((given.host, given.port), Handler)
+    server.model = Model(given.folder)
     host, port = server.server_address
     print(f"http://{host}:{port}", flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        server.server_close()
+    server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Encoded pictures of every kind that a server receives, and the server."""
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -25,19 +24,20 @@ def bare(tmp_path_factory):
     return folder
 
 
-@contextlib.contextmanager
-def serving(folder, *arguments, path=""):
-    """Start the example's server, and yield its address."""
+@pytest.fixture(scope="session")
+def address(bare):
+    """Start the example's server of the exported nano preset."""
     server = subprocess.Popen(
         [
             sys.executable,
             ROOT / "examples" / "serve" / "server.py",
-            *(folder, "--port", "0", *arguments),
+            *(bare, "--port", "0"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=os.environ | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": path},
-        cwd=folder.parent,
+        # Without this package.
+        env=os.environ | {"PYTHONPATH": ""},
+        cwd=bare.parent,
         text=True,
     )
     with server:
@@ -45,10 +45,3 @@ def serving(folder, *arguments, path=""):
             yield server.stdout.readline().strip()
         finally:
             server.kill()
-
-
-@pytest.fixture(scope="session")
-def address(bare):
-    """Return the address of a server of the exported nano preset."""
-    with serving(bare) as address:
-        yield address

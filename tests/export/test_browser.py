@@ -8,14 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_paligemma.tasks.answers import read_objects
-from keras_paligemma.tasks.mask_codec import MaskCodec
 from tests.export import browser
-from tests.export.conftest import serving
-from tests.helpers.encoded_pictures import ROOT
 from tests.helpers.encoded_pictures import encode
 from tests.helpers.encoded_pictures import picture
-from tests.helpers.tiny_models import PRESETS
 
 pytest.importorskip("tensorflow_text")
 pytestmark = [
@@ -102,21 +97,6 @@ def test_a_chosen_picture_gets_text_and_boxes(page, tmp_path):
     shot.save(tmp_path / "page.png")
     colours = np.asarray(shot.convert("RGB")).reshape(-1, 3)
     assert (colours == [230, 25, 75]).all(1).sum() > 100
-
-
-def test_a_mask_is_drawn_where_the_codec_says(chromium, bare):
-    """The test ignores which object the model finds, and how well."""
-    codec = PRESETS / "pali_gemma2_nano_112" / "mask_codec.npz"
-    arguments = ("--codec", codec)
-    with serving(bare, *arguments, path=str(ROOT)) as address:
-        chromium.open(address)
-        chromium.type("#file", str(BELL.with_name("scene_2.png")))
-        chromium.wait(SHOWN)
-        before = chromium.canvas()
-        text, kind = ask(chromium, "segment guitar")
-        assert kind == ""
-        (guitar,) = read_objects(text, MaskCodec.embedded())
-        browser.check_mask(before, chromium.canvas(), guitar, (230, 25, 75))
 
 
 def test_labels_can_all_be_read(page):
