@@ -110,9 +110,10 @@ def test_answers_are_those_of_a_rounded_cache(
     wanted_ids, wanted = answers(model, **options)
     np.testing.assert_array_equal(ids, wanted_ids)
     away = np.abs(numbers - wanted)
-    assert np.mean(away < 1e-5) > 0.9
     # The last bit of a sum differs between two programs, and decides how a
-    # value halfway between two codes is rounded.
+    # value halfway between two codes is rounded. It changes the later tokens of
+    # its row: of four rows, one may have such a value.
+    assert np.mean(away < 1e-5) >= 0.75
     assert away.max() < 2e-4
     assert np.median(np.abs(numbers - full)) > 5e-4
 
