@@ -14,6 +14,7 @@ shares of height and width, and a label.
 
 import argparse
 import base64
+import contextlib
 import json
 import re
 import threading
@@ -27,10 +28,12 @@ from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 PAGE = Path(__file__).with_name("page.html")
 MOST_BYTES = 20 * 2**20
-BOX = re.compile(r"((?:<loc\d{4}>){4})(?:<seg\d{3}>)*\s*([^;<]*)")
+BOX = re.compile(
+    r"(?<!<loc\d{4}>)((?:<loc\d{4}>){4})(?!<loc)(?:<seg\d{3}>)*\s*([^;<]*)"
+)
 
 
-class Refused(ValueError):
+class Refused(Exception):
     """A request that is answered with a status of 400 to 499."""
 
 
@@ -96,12 +99,14 @@ def scalar(value, dtype):
 
 
 def boxes(text):
-    """Read the boxes of an answer, "<loc0010>… cat ; <loc0200>… dog"."""
+    """Read an answer's boxes, but for those with edges out of order."""
     found = []
     for places, label in BOX.findall(text):
-        shares = [int(number) / 1023 for number in re.findall(r"\d+", places)]
-        box = dict(zip(("y1", "x1", "y2", "x2"), shares, strict=True))
-        found.append(box | {"label": label.strip()})
+        edges = [int(number) / 1023 for number in re.findall(r"\d+", places)]
+        y1, x1, y2, x2 = edges
+        if y1 <= y2 <= 1 and x1 <= x2 <= 1:
+            box = {"y1": y1, "x1": x1, "y2": y2, "x2": x2}
+            found.append(box | {"label": label.strip()})
     return found
 
 
@@ -173,7 +178,8 @@ def main():
     server.model = Model(given.folder)
     host, port = server.server_address
     print(f"http://{host}:{port}", flush=True)
-    server.serve_forever()
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -70,10 +70,12 @@ def test_answers(address):
 
 
 def test_boxes_of_an_answer():
-    """Compare with the package, with and without masks."""
+    """Compare with the package: a mask, another script, boxes to leave out."""
     place = "<loc0010><loc0020><loc0300><loc0400>"
     masks = "".join(f"<seg{7 * i:03d}>" for i in range(16))
-    text = f"{place}{masks} black cat ; {place} 猫"
+    reversed_place = "<loc0400><loc0300><loc0020><loc0010>"
+    text = f"{place}{masks} black cat ; {place} 猫 ; {reversed_place} x"
+    text += f" ; {place}<loc0500> y ; <loc9999>{place[9:]} z"
     found, wanted = server.boxes(text), read_objects(text)
     assert len(wanted) == 2
     for box, item in zip(found, wanted, strict=True):
