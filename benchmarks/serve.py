@@ -170,7 +170,7 @@ def _is_ready(port):
     link = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         link.request("GET", "/readyz")
-        # The example only has /health, and is ready once it responds.
+        # The example has no /readyz, and is ready once it responds.
         return link.getresponse().status in (200, 404)
     except OSError:
         return False

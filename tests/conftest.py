@@ -12,9 +12,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from tests.helpers.graphs import leave_unoptimized  # noqa: E402
-from tests.helpers.graphs import run_eagerly  # noqa: E402
 from tests.helpers.numpy_reference import load_arrays  # noqa: E402
+from tests.helpers.programs import make_programs_quickly  # noqa: E402
+from tests.helpers.programs import run_eagerly  # noqa: E402
 from tests.helpers.tiny_models import FORMS_OF_BACKEND  # noqa: E402
 from tests.helpers.tiny_models import GOLDEN  # noqa: E402
 from tests.helpers.tiny_models import IMAGE_SIZE  # noqa: E402
@@ -31,7 +31,7 @@ def pytest_collection_finish():
     """Exclude imported objects from garbage collection."""
     gc.collect()
     gc.freeze()
-    leave_unoptimized()
+    make_programs_quickly()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,13 +3,11 @@
     pip install tensorflow tensorflow-text
     python server.py FOLDER [--port 8000]
 
-This file shows how to call the SavedModel. `keras-paligemma serve FOLDER` adds
-batches, streams, scores, masks and limits.
-
 POST /answer takes JSON with `image` (base64 of a JPEG, PNG, WebP or GIF),
 `prompt`, and inputs of the graph that have a default, such as `max_new_tokens`.
 It returns `text`, `log_probabilities` of the tokens, and `boxes`: edges as
-shares of height and width, and a label.
+shares of height and width, and a label. `keras-paligemma serve FOLDER` adds
+batches, streams, scores, masks and limits.
 """
 
 import argparse
@@ -28,17 +26,20 @@ from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 PAGE = Path(__file__).with_name("page.html")
 MOST_BYTES = 20 * 2**20
+EXPECTED = (
+    f"Expected: POST /answer with at most {MOST_BYTES} bytes of JSON: `image` "
+    "(base64), `prompt`, and inputs of the graph that have a default."
+)
+# What a request that is not as expected raises.
+INVALID = (AttributeError, KeyError, OverflowError, RecursionError)
+INVALID += (TypeError, ValueError)
 BOX = re.compile(
     r"(?<!<loc\d{4}>)((?:<loc\d{4}>){4})(?!<loc)(?:<seg\d{3}>)*\s*([^;<]*)"
 )
 
 
-class Refused(Exception):
-    """A request that is answered with a status of 400 to 499."""
-
-
 class Model:
-    """A SavedModel that answers one prompt about one picture at a time."""
+    """The graph of a SavedModel, and its inputs that have a default."""
 
     def __init__(self, folder):
         self.loaded = tf.saved_model.load(folder)
@@ -51,51 +52,29 @@ class Model:
             name: tf.constant(tf.make_ndarray(value))
             for name, value in defaults.items()
         }
-        # More at once would only share the same cores.
+        # More answers at once would only share the same cores.
         self.room = threading.BoundedSemaphore(2)
 
-    def answer(self, body):
-        """Answer a request's body; returns a dict for JSON."""
-        try:
-            fields = json.loads(body)
-            image = base64.b64decode(
-                fields.pop("image").rpartition(",")[2], validate=True
-            )
-            inputs = self.defaults | {
-                name: scalar(value, self.defaults[name].dtype)
-                for name, value in fields.items()
-                if name != "prompt"
-            }
-            prompt = fields["prompt"].encode()
-        except (
-            *(AttributeError, KeyError, OverflowError),
-            *(RecursionError, TypeError, ValueError),
-        ) as error:
-            raise Refused(
-                400,
-                "Expected: JSON with `image` (base64), `prompt`, and any of "
-                f"{[*self.defaults]}. Received: {error!r:.200}",
-            ) from error
+    def answer(self, image, prompt, **options):
+        """Return a status and the reply."""
+        for name, value in options.items():
+            # TensorFlow would take 2**32 + 1 for 1.
+            is_large = isinstance(value, int) and abs(value) >= 2**31
+            if is_large or isinstance(value, bool | list):
+                raise ValueError(f"{name}={value!r:.40}")
+            options[name] = tf.constant(value, self.defaults[name].dtype)
+        picture = base64.b64decode(image.rpartition(",")[2], validate=True)
+        options["images"] = tf.constant([picture])
+        options["prompts"] = tf.constant([prompt.encode()])
         with self.room:
-            found = self.function(
-                images=tf.constant([image]),
-                prompts=tf.constant([prompt]),
-                **inputs,
-            )
-        row = {name: values.numpy()[0] for name, values in found.items()}
+            outputs = self.function(**self.defaults | options)
+        row = {name: values.numpy()[0] for name, values in outputs.items()}
         if row["error"]:
-            raise Refused(422, row["error"].decode())
+            return 422, {"error": row["error"].decode()}
         text = row["text"].decode()
         values = row["log_probabilities"][row["token_ids"] != 0].tolist()
-        return {"text": text, "boxes": boxes(text), "log_probabilities": values}
-
-
-def scalar(value, dtype):
-    """Convert a number or text; TensorFlow would take 2**32 + 1 for 1."""
-    is_large = isinstance(value, int) and abs(value) >= 2**31
-    if is_large or isinstance(value, bool | list):
-        raise ValueError(f"{value!r:.40}")
-    return tf.constant(value, dtype)
+        reply = {"text": text, "boxes": boxes(text)}
+        return 200, reply | {"log_probabilities": values}
 
 
 def boxes(text):
@@ -119,40 +98,29 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/":
-            self._send(200, PAGE.read_bytes())
-        elif self.path == "/health":
-            self._send(200, {"status": "ok"})
+            self._send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
         else:
-            self._send(404, {"error": "Expected: / or /health."})
+            self._reply(404, {"error": EXPECTED})
 
     def do_POST(self):
-        try:
-            self._send(200, self.server.model.answer(self._body()))
-        except Refused as error:
-            status, message = error.args
-            self._send(status, {"error": message})
-        except Exception as error:  # noqa: BLE001  keeps serving
-            self.log_error("%r", error)
-            self._send(500, {"error": "The server failed to answer."})
-
-    def _body(self):
         # Unread bytes would be taken for the next request.
         self.close_connection = True
-        length = self.headers.get("Content-Length", "")
-        if self.path != "/answer":
-            raise Refused(404, "Expected: POST /answer.")
-        if not re.fullmatch(r"\d{1,20}", length, re.ASCII):
-            raise Refused(400, f"Not a Content-Length: {length!r:.40}.")
-        if int(length) > MOST_BYTES:
-            raise Refused(413, f"Expected: at most {MOST_BYTES} bytes.")
-        body = self.rfile.read(int(length))
-        self.close_connection = len(body) < int(length)
-        return body
+        try:
+            length = int(self.headers["Content-Length"])
+            if self.path != "/answer" or not 0 <= length <= MOST_BYTES:
+                raise ValueError(f"{length} bytes for {self.path:.40}")
+            fields = json.loads(self.rfile.read(length))
+            self.close_connection = False
+            self._reply(*self.server.model.answer(**fields))
+        except Exception as error:  # noqa: BLE001  keeps serving
+            status = 400 if isinstance(error, INVALID) else 500
+            message = f"{EXPECTED} Received: {error!r:.200}"
+            self._reply(status, {"error": message})
 
-    def _send(self, status, answer):
-        is_page = isinstance(answer, bytes)
-        body = answer if is_page else json.dumps(answer).encode()
-        kind = "text/html; charset=utf-8" if is_page else "application/json"
+    def _reply(self, status, fields):
+        self._send(status, json.dumps(fields).encode(), "application/json")
+
+    def _send(self, status, body, kind):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -162,22 +130,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-class Server(ThreadingHTTPServer):
-    """A thread per connection."""
-
-    request_queue_size = 64
-
-
 def main():
     parser = argparse.ArgumentParser(description="Serve an exported model.")
     parser.add_argument("folder")
-    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     given = parser.parse_args()
-    server = Server((given.host, given.port), Handler)
+    ThreadingHTTPServer.request_queue_size = 64
+    server = ThreadingHTTPServer(("127.0.0.1", given.port), Handler)
     server.model = Model(given.folder)
-    host, port = server.server_address
-    print(f"http://{host}:{port}", flush=True)
+    print(f"http://127.0.0.1:{server.server_port}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
 

@@ -36,7 +36,9 @@ from tests.helpers.attention import draw_attention
 from tests.helpers.attention import fused
 from tests.helpers.attention import plain
 from tests.helpers.checks import check
+from tests.helpers.programs import make_programs_quickly
 
+make_programs_quickly()
 # As in published models, whose layers are wide.
 storage.SMALL = 1
 

@@ -17,7 +17,7 @@ from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma.data import Batches
 from keras_paligemma.training import fit
-from tests.helpers.graphs import leave_unoptimized
+from tests.helpers.programs import make_programs_quickly
 from tests.helpers.tiny_models import GOLDEN
 from tests.helpers.tiny_models import IMAGE_SIZE
 from tests.helpers.tiny_models import TEXT
@@ -27,7 +27,7 @@ from tests.helpers.tiny_models import VISION
 def set_up():
     """Return a model with adapter dropout, and five batches per epoch."""
     # Numbers of processes are compared bit by bit.
-    leave_unoptimized()
+    make_programs_quickly()
     keras.utils.set_random_seed(0)
     backbone = PaliGemmaBackbone(
         IMAGE_SIZE,
