@@ -16,7 +16,9 @@ NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 def main():
     """Start the nodes, run the script, and stop them."""
-    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    # Without a dashboard, whose processes take seconds to start.
+    head = NODE | {"include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(2):
             cluster.add_node(**NODE)
