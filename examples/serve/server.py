@@ -104,13 +104,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         # Unread bytes would be taken for the next request.
-        self.close_connection = True
+        is_last, self.close_connection = self.close_connection, True
         try:
             length = int(self.headers["Content-Length"])
             if self.path != "/answer" or not 0 <= length <= MOST_BYTES:
                 raise ValueError(f"{length} bytes for {self.path:.40}")
             fields = json.loads(self.rfile.read(length))
-            self.close_connection = False
+            self.close_connection = is_last
             self._reply(*self.server.model.answer(**fields))
         except Exception as error:  # noqa: BLE001  keeps serving
             status = 400 if isinstance(error, INVALID) else 500
