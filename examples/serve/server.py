@@ -55,8 +55,8 @@ class Model:
         # More answers at once would only share the same cores.
         self.room = threading.BoundedSemaphore(2)
 
-    def answer(self, image, prompt, **options):
-        """Return a status and the reply."""
+    def inputs(self, image, prompt, **options):
+        """Convert the fields of a request to inputs of the graph."""
         for name, value in options.items():
             # TensorFlow would take 2**32 + 1 for 1.
             is_large = isinstance(value, int) and abs(value) >= 2**31
@@ -66,8 +66,12 @@ class Model:
         picture = base64.b64decode(image.rpartition(",")[2], validate=True)
         options["images"] = tf.constant([picture])
         options["prompts"] = tf.constant([prompt.encode()])
+        return self.defaults | options
+
+    def answer(self, inputs):
+        """Return a status and the reply."""
         with self.room:
-            outputs = self.function(**self.defaults | options)
+            outputs = self.function(**inputs)
         row = {name: values.numpy()[0] for name, values in outputs.items()}
         if row["error"]:
             return 422, {"error": row["error"].decode()}
@@ -105,17 +109,26 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         # Unread bytes would be taken for the next request.
         is_last, self.close_connection = self.close_connection, True
+        length = self.headers.get("Content-Length", "")
+        if self.path != "/answer":
+            return self._reply(404, {"error": EXPECTED})
+        if not re.fullmatch(r"\d{1,20}", length, re.ASCII):
+            message = f"Expected: a Content-Length. Received: {length!r:.40}."
+            return self._reply(400, {"error": message})
+        if int(length) > MOST_BYTES:
+            return self._reply(413, {"error": EXPECTED})
+        body = self.rfile.read(int(length))
+        self.close_connection = is_last or len(body) < int(length)
         try:
-            length = int(self.headers["Content-Length"])
-            if self.path != "/answer" or not 0 <= length <= MOST_BYTES:
-                raise ValueError(f"{length} bytes for {self.path:.40}")
-            fields = json.loads(self.rfile.read(length))
-            self.close_connection = is_last
-            self._reply(*self.server.model.answer(**fields))
-        except Exception as error:  # noqa: BLE001  keeps serving
-            status = 400 if isinstance(error, INVALID) else 500
+            inputs = self.server.model.inputs(**json.loads(body))
+        except INVALID as error:
             message = f"{EXPECTED} Received: {error!r:.200}"
-            self._reply(status, {"error": message})
+            return self._reply(400, {"error": message})
+        try:
+            return self._reply(*self.server.model.answer(inputs))
+        except tf.errors.OpError as error:
+            self.log_error("%r", error)
+            return self._reply(500, {"error": "The server failed to answer."})
 
     def _reply(self, status, fields):
         self._send(status, json.dumps(fields).encode(), "application/json")

@@ -151,8 +151,10 @@ def test_bad_requests_are_told(address, name):
 def test_bad_pictures_and_prompts(address):
     assert "20000×20000" in ask(address, bomb())[1]["error"]
     assert "does not fit" in ask(address, prompt="word " * 400)[1]["error"]
-    assert send(f"{address}/other", b"{}")[0] == 400
-    for wrong in ("x", "-1", "1" * 5000, str(2**30)):
+    assert send(f"{address}/other", b"{}")[0] == 404
+    large = {"Content-Length": str(2**30)}
+    assert send(f"{address}/answer", b"", **large)[0] == 413
+    for wrong in ("x", "-1", "1_0", "1" * 5000):
         length = {"Content-Length": wrong}
         assert send(f"{address}/answer", b"", **length)[0] == 400
     assert ask(address)[0] == 200

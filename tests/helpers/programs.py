@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 
 import keras
 import numpy as np
@@ -13,8 +14,7 @@ from keras import ops
 def make_programs_quickly():
     """Leave out what takes longer than it saves, or what only messages need.
 
-    It lasts as long as the process. Together it is a quarter of the time of a
-    test that builds models.
+    It lasts as long as the process.
     """
     draw_with_numpy()
     if keras.backend.backend() == "jax":
@@ -57,15 +57,15 @@ def share_mlir_context(programs=500):
     """
     from jax._src.interpreters import mlir
 
-    make, made = mlir.make_ir_context, []
+    make, numbers = mlir.make_ir_context, itertools.count()
 
-    def shared():
-        if len(made) == programs:
-            made.clear()
-        made.append(made[0] if made else make())
-        return made[0]
+    # Models of servers are compiled in threads, so nothing here has a state of
+    # its own that two of them could change.
+    @functools.lru_cache(maxsize=1)
+    def context(number):
+        return make()
 
-    mlir.make_ir_context = shared
+    mlir.make_ir_context = lambda: context(next(numbers) // programs)
 
 
 def leave_unoptimized():
@@ -80,7 +80,7 @@ def leave_unoptimized():
 def leave_out_stacks():
     """Make operations of TensorFlow's graphs without their Python stacks.
 
-    They take a quarter of the time of tracing, for messages of errors alone.
+    Each operation would read it anew, for messages of errors alone.
     """
     from tensorflow.python.framework import ops as framework
 
