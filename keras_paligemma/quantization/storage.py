@@ -21,7 +21,7 @@ MODES = (None, "int8", "int4")
 GROUP = 128
 # Where a product sums over fewer values than this, fewer errors cancel out, so
 # groups are smaller. Published models have no such layers.
-SMALL, SMALL_GROUP = 1024, 16
+SMALL, SMALL_GROUP = 1024, 8
 # Rows of a table that are quantised at a time.
 ROWS = 4096
 # Rows of a TPU's memory tile, to which scales are padded.
@@ -48,7 +48,7 @@ class QuantizedFormat:
 
     "int8" has one scale per output. "int4" packs two values into a byte and has
     one scale, positive or negative, for each 128 values along the last summed
-    axis, or for each 16 if a product sums over fewer than 1,024. A shorter axis
+    axis, or for each 8 if a product sums over fewer than 1,024. A shorter axis
     is one group, and the last group is padded with zeros. Both values of a byte
     belong to the same group, so that an axis can be sharded between groups.
 

@@ -67,7 +67,7 @@ def test_independent_inputs_are_rounded_to_the_nearest():
         wanted = layout.quantize(array, found[1])
         np.testing.assert_array_equal(found[0], wanted[0])
     # Scales minimize the rounding error, instead of covering the peaks.
-    groups = array.reshape(16, 16, 6)
+    groups = array.reshape(32, 8, 6)
     covering = (np.abs(groups).max(1) / 7).astype(found[1].dtype)
     assert (np.abs(found[1]) <= covering).all()
     covered, plain, best = (
