@@ -77,7 +77,9 @@ class Generation:
         # One block's activations, and the logits of its attention.
         block = 2 * tokens * wide + 4 * text.num_query_heads * tokens**2
         device = "tpu" if layout.groups == 1 else ""
-        rows = rows_at_once(job.batch_size, tokens, device)
+        rows = rows_at_once(
+            job.batch_size, tokens, text.intermediate_dim, device
+        )
         logits = 2 * 4 * text.vocabulary_size
         return {
             "weights": chip_bytes(layout, backbone.variables),

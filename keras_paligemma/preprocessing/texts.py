@@ -33,7 +33,8 @@ def tokenize_texts(
             f"'images' and 'prompts'. Received: {sorted(x)}."
         )
     strings, batched = to_strings(x["prompts"], "prompts")
-    separator = _plain_rows(tokenizer, ["\n"])[0]
+    # One call: SentencePiece starts threads in each.
+    separator, *rows = _plain_rows(tokenizer, ["\n", *plain_prompts(strings)])
     if not separator:
         raise ValueError(
             "The tokenizer drops newlines, which separate prompt and "
@@ -41,7 +42,7 @@ def tokenize_texts(
             "keeps them, such as 'identity'. Received: no token."
         )
     prompts = fit_prompts(
-        _plain_rows(tokenizer, plain_prompts(strings)),
+        rows,
         [tokenizer.start_token_id],
         separator,
         prompt_length,

@@ -50,6 +50,7 @@ def test_groups_of_rows_answer_as_all_at_once(
         return run(backbone, inputs, *others)
 
     monkeypatch.setattr(prefill, "prefill_group", noted)
+    monkeypatch.setattr(prefill, "WIDTH", 1)
     for tokens, rows in ((1, 1), (50, 2)):
         monkeypatch.setitem(prefill.TOKENS_AT_ONCE, "cpu", tokens)
         found = numbers()
@@ -62,16 +63,20 @@ def test_groups_of_rows_answer_as_all_at_once(
 
 
 @pytest.mark.parametrize(
-    ("batch", "tokens", "device", "rows"),
+    ("batch", "tokens", "width", "device", "rows"),
     [
-        (32, 1040, "tpu", 2),
-        (8, 272, "cpu", 2),
-        (1, 4112, "tpu", 1),
-        (6, 272, "cpu", 2),
-        (7, 272, "cpu", 1),
-        (32, 1040, "", 32),
-        (4, 10, "gpu", 4),
+        (32, 1040, 9216, "tpu", 2),
+        (8, 272, 9216, "cpu", 2),
+        (1, 4112, 9216, "tpu", 1),
+        (6, 272, 9216, "cpu", 2),
+        (7, 272, 9216, "cpu", 1),
+        (32, 1040, 9216, "", 32),
+        (4, 10, 9216, "gpu", 4),
+        # A wider model takes as many, and a narrower one more.
+        (8, 272, 36_864, "cpu", 2),
+        (8, 272, 4608, "cpu", 4),
+        (16, 96, 384, "cpu", 16),
     ],
 )
-def test_rows_of_a_group_divide_the_batch(batch, tokens, device, rows):
-    assert prefill.rows_at_once(batch, tokens, device) == rows
+def test_rows_of_a_group_divide_the_batch(batch, tokens, width, device, rows):
+    assert prefill.rows_at_once(batch, tokens, width, device) == rows
