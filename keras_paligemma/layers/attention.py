@@ -170,15 +170,10 @@ def attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None):
 
 
 def _mix(query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap):
-    B, T, N, H = ops.shape(query_BTNH)
     logits_BKGTS = _logits(query_BTNH, key_BSKH)
     weights_BKGTS = _weights(logits_BKGTS, mask_BTS, cap)
-    mixed_BTKGH = ops.einsum(
-        "bkgts,bskh->btkgh",
-        ops.cast(weights_BKGTS, value_BSKH.dtype),
-        value_BSKH,
-    )
-    return ops.reshape(mixed_BTKGH, (B, T, N, H))
+    weights_BKGTS = ops.cast(weights_BKGTS, value_BSKH.dtype)
+    return _mixed(weights_BKGTS, value_BSKH, ops.shape(query_BTNH))
 
 
 def _mix_int8(query_BTNH, keys, values, mask_BTS, cap):
@@ -190,21 +185,19 @@ def _mix_int8(query_BTNH, keys, values, mask_BTS, cap):
     def each_logit(scales_BSK1):
         return ops.transpose(scales_BSK1, (0, 2, 3, 1))[:, :, None]
 
-    B, T, N, H = ops.shape(query_BTNH)
-    dtype = query_BTNH.dtype
     logits_BKGTS = _logits(query_BTNH, keys.codes) * each_logit(keys.scales)
     weights_BKGTS = _weights(logits_BKGTS, mask_BTS, cap)
     weights_BKGTS = weights_BKGTS * each_logit(values.scales)
-    mixed_BTKGH = ops.einsum(
-        "bkgts,bskh->btkgh",
-        ops.cast(weights_BKGTS, dtype),
-        ops.cast(values.codes, dtype),
-    )
-    return ops.reshape(mixed_BTKGH, (B, T, N, H))
+    weights_BKGTS = ops.cast(weights_BKGTS, query_BTNH.dtype)
+    return _mixed(weights_BKGTS, values.codes, ops.shape(query_BTNH))
 
 
 def _logits(query_BTNH, key_BSKH):
     """Return the float32 logits (B, K, G, T, S) before the cap."""
+    if cpu_attention.should_use_cpu_decoding(
+        query_BTNH.shape, key_BSKH
+    ):
+        return cpu_attention.token_logits(query_BTNH, key_BSKH)
     B, T, N, H = ops.shape(query_BTNH)
     K = key_BSKH.shape[2]
     query_BTKGH = ops.reshape(query_BTNH, (B, T, K, N // K, H))
@@ -213,6 +206,19 @@ def _logits(query_BTNH, key_BSKH):
         ops.cast(query_BTKGH, "float32"),
         ops.cast(key_BSKH, "float32"),
     )
+
+
+def _mixed(weights_BKGTS, value_BSKH, shape_BTNH):
+    """Return the sums of the values, of a shape and the weights' dtype."""
+    if cpu_attention.should_use_cpu_decoding(shape_BTNH, value_BSKH):
+        mixed_BTKGH = cpu_attention.token_mix(weights_BKGTS, value_BSKH)
+    else:
+        mixed_BTKGH = ops.einsum(
+            "bkgts,bskh->btkgh",
+            weights_BKGTS,
+            ops.cast(value_BSKH, weights_BKGTS.dtype),
+        )
+    return ops.reshape(mixed_BTKGH, shape_BTNH)
 
 
 def _weights(logits_BKGTS, mask_BTS, cap):

@@ -9,6 +9,7 @@ from keras_paligemma.compat import compiling_for
 from keras_paligemma.layers import cpu_attention
 from keras_paligemma.layers.attention import attend
 from keras_paligemma.layers.attention import attention_mask
+from keras_paligemma.layers.cache import to_int8
 from keras_paligemma.layers.remat import rematerialize
 
 pytestmark = pytest.mark.skipif(
@@ -78,6 +79,48 @@ def test_queries_may_be_fewer_than_keys():
     theirs = value_and_gradients(plain, arrays, mask[:, -180:], CAP)
     for our, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(our, other, rtol=0, atol=3e-5)
+
+
+def one_token(dtype):
+    """Return a query of one token, and a cache of a dtype, with its mask."""
+    query, key, value, _, mask = draw()
+    query, mask = query[:, -1:], mask[:, -1:]
+    if dtype == "int8":
+        return query, to_int8(key), to_int8(value), mask
+    return *(ops.cast(array, dtype) for array in (query, key, value)), mask
+
+
+@pytest.mark.parametrize("cap", [None, CAP])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_one_token_attends_by_sums(monkeypatch, dtype, cap):
+    import jax
+
+    query, key, value, mask = one_token(dtype)
+    used = []
+    for name in ("token_logits", "token_mix"):
+        function = getattr(cpu_attention, name)
+        monkeypatch.setattr(
+            cpu_attention,
+            name,
+            lambda *inputs, function=function: (
+                used.append(function.__name__) or function(*inputs)
+            ),
+        )
+    attend_once = jax.jit(lambda *inputs: attend(*inputs, cap))
+    found = attend_once(query, key, value, mask)
+    assert used == ["token_logits", "token_mix"]
+    wanted = plain(query, key, value, mask, cap)
+    assert used == ["token_logits", "token_mix"]
+    largest = float(np.abs(wanted).max())
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=3e-6 * largest)
+
+
+def test_one_token_of_bfloat16_attends_by_products():
+    query, key, value, mask = one_token("bfloat16")
+    found, wanted = (f(query, key, value, mask, CAP) for f in (attend, plain))
+    np.testing.assert_array_equal(
+        *(np.asarray(array, "float32") for array in (found, wanted))
+    )
 
 
 def test_bfloat16_is_rounded_where_the_plain_form_rounds():
