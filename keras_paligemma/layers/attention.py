@@ -194,9 +194,7 @@ def _mix_int8(query_BTNH, keys, values, mask_BTS, cap):
 
 def _logits(query_BTNH, key_BSKH):
     """Return the float32 logits (B, K, G, T, S) before the cap."""
-    if cpu_attention.should_use_cpu_decoding(
-        query_BTNH.shape, key_BSKH
-    ):
+    if cpu_attention.should_use_cpu_decoding(query_BTNH.shape, key_BSKH):
         return cpu_attention.token_logits(query_BTNH, key_BSKH)
     B, T, N, H = ops.shape(query_BTNH)
     K = key_BSKH.shape[2]
