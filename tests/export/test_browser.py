@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_paligemma.tasks.answers import read_objects
 from tests.export import browser
 from tests.helpers.encoded_pictures import encode
 from tests.helpers.encoded_pictures import picture
@@ -97,6 +98,23 @@ def test_a_chosen_picture_gets_text_and_boxes(page, tmp_path):
     shot.save(tmp_path / "page.png")
     colours = np.asarray(shot.convert("RGB")).reshape(-1, 3)
     assert (colours == [230, 25, 75]).all(1).sum() > 100
+
+
+def test_boxes_of_an_answer(page):
+    """Compare with the package: a mask, another script, boxes to leave out."""
+    place = "<loc0010><loc0020><loc0300><loc0400>"
+    masks = "".join(f"<seg{7 * i:03d}>" for i in range(16))
+    reversed_place = "<loc0400><loc0300><loc0020><loc0010>"
+    text = f"{place}{masks} black cat ; {place} 猫 ; {reversed_place} x"
+    text += f" ; {place}<loc0500> y ; <loc9999>{place[9:]} z"
+    found = page.run("return boxesOf(arguments[0])", text)
+    wanted = read_objects(text)
+    assert len(wanted) == 2
+    for box, item in zip(found, wanted, strict=True):
+        edges = [box[edge] for edge in ("y1", "x1", "y2", "x2")]
+        np.testing.assert_allclose(edges, item.box, rtol=1e-15)
+        assert box["label"] == item.label
+    assert page.run("return boxesOf('a cat <loc0010>')") == []
 
 
 def test_labels_can_all_be_read(page):

@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.serve import server
 from keras_paligemma import PaliGemmaCausalLM
-from keras_paligemma.tasks.answers import read_objects
 from tests.helpers.encoded_pictures import bomb
 from tests.helpers.encoded_pictures import pictures
 from tests.helpers.tiny_models import PRESETS
@@ -63,28 +61,6 @@ def test_answers(address):
     assert len(caption["log_probabilities"]) > 1
     short = ask(address, max_new_tokens=2)[1]
     assert len(short["log_probabilities"]) == 2
-    bell = (ROOT / "examples" / "pictures" / "scene_1.png").read_bytes()
-    status, found = ask(address, bell, prompt="detect bell")
-    assert status == 200
-    (box,) = found["boxes"]
-    (wanted,) = read_objects(found["text"])
-    assert tuple(box[edge] for edge in ("y1", "x1", "y2", "x2")) == wanted.box
-    assert box["label"] == wanted.label == "bell"
-
-
-def test_boxes_of_an_answer():
-    """Compare with the package: a mask, another script, boxes to leave out."""
-    place = "<loc0010><loc0020><loc0300><loc0400>"
-    masks = "".join(f"<seg{7 * i:03d}>" for i in range(16))
-    reversed_place = "<loc0400><loc0300><loc0020><loc0010>"
-    text = f"{place}{masks} black cat ; {place} 猫 ; {reversed_place} x"
-    text += f" ; {place}<loc0500> y ; <loc9999>{place[9:]} z"
-    found, wanted = server.boxes(text), read_objects(text)
-    assert len(wanted) == 2
-    for box, item in zip(found, wanted, strict=True):
-        edges = [box[edge] for edge in ("y1", "x1", "y2", "x2")]
-        assert (tuple(edges), box["label"]) == (item.box, item.label)
-    assert server.boxes("a cat <loc0010>") == []
 
 
 def test_concurrent_answers_are_generates(address):
