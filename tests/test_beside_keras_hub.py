@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.checks import once
 from tests.helpers.checks import reported
-from tests.helpers.processes import WITHOUT_TENSORFLOW
+from tests.helpers.processes import LEAN
 
 CHECKS = [
     "a task of KerasHub",
@@ -34,7 +34,7 @@ def found(request, tmp_path_factory):
         result = subprocess.run(
             [sys.executable, "-m", module, order, str(folder)],
             cwd=Path(__file__).parents[1],
-            env=os.environ | WITHOUT_TENSORFLOW,
+            env=os.environ | LEAN,
             capture_output=True,
             text=True,
         )

@@ -12,7 +12,7 @@ import pytest
 
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.data import convert
-from tests.helpers.processes import WITHOUT_TENSORFLOW
+from tests.helpers.processes import LEAN
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PICTURES = EXAMPLES / "pictures"
@@ -57,11 +57,13 @@ def test_a_ray_worker_captions_a_batch():
 def test_caption_on_a_ray_cluster(tmp_path):
     """Two nodes run models; a third one, the head, reads and writes."""
     pytest.importorskip("ray")
+    # Ray's datasets need pandas.
+    environment = LEAN | {"HIDDEN_PACKAGES": "tensorflow matplotlib"}
     subprocess.run(
         [sys.executable, EXAMPLES.parent / "tests" / "ray_cluster.py"]
         + [EXAMPLES / "ray_captions.py", PICTURES, tmp_path]
         + ["--workers", "2", "--batch-size", "2"],
-        env=os.environ | WITHOUT_TENSORFLOW | {"KERAS_BACKEND": "jax"},
+        env=os.environ | environment | {"KERAS_BACKEND": "jax"},
         check=True,
         timeout=600,
     )
@@ -161,10 +163,7 @@ def test_multi_host_starts(tmp_path):
     subprocess.run(
         [sys.executable, EXAMPLES / "multi_host.py", LINES, tmp_path]
         + ["--memory-gib", "1", "--batch-size", "4"],
-        env=os.environ
-        | WITHOUT_TENSORFLOW
-        | distribution
-        | {"KERAS_BACKEND": "jax"},
+        env=os.environ | LEAN | distribution | {"KERAS_BACKEND": "jax"},
         check=True,
     )
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import WITHOUT_TENSORFLOW
+from tests.helpers.processes import LEAN
 
 CASES = [
     "keras absent",
@@ -33,7 +33,7 @@ def outcomes(tmp_path_factory):
             *CASES,
         ],
         cwd=Path(__file__).parents[2],
-        env=os.environ | WITHOUT_TENSORFLOW,
+        env=os.environ | LEAN,
         capture_output=True,
         text=True,
     )

@@ -19,7 +19,7 @@ from keras_paligemma.checkpoints.peft import ROOT
 from keras_paligemma.checkpoints.peft import newest
 from keras_paligemma.checkpoints.peft import rows
 from tests.helpers.gradients import gradients
-from tests.helpers.processes import WITHOUT_TENSORFLOW
+from tests.helpers.processes import LEAN
 from tests.helpers.tiny_models import error
 from tests.helpers.tiny_models import jitted
 from tests.helpers.tiny_models import run
@@ -269,7 +269,7 @@ def test_loss_and_gradients_are_pefts_where_nothing_rounds():
     result = subprocess.run(
         [sys.executable, "-m", "tests.checkpoints.peft_in_double"],
         cwd=Path(__file__).parents[2],
-        env=os.environ | WITHOUT_TENSORFLOW,
+        env=os.environ | LEAN,
         capture_output=True,
         text=True,
     )

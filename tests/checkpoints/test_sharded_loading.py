@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.checks import once
 from tests.helpers.checks import reported
-from tests.helpers.processes import WITHOUT_TENSORFLOW
+from tests.helpers.processes import LEAN
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def found(tmp_path_factory):
         result = subprocess.run(
             [sys.executable, "-m", "tests.checkpoints.sharded_loading"],
             cwd=Path(__file__).parents[2],
-            env=os.environ | WITHOUT_TENSORFLOW,
+            env=os.environ | LEAN,
             capture_output=True,
             text=True,
         )

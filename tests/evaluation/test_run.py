@@ -25,7 +25,7 @@ from keras_paligemma.evaluation.predictions import resume
 from tests.helpers.benchmark_data import change_sample
 from tests.helpers.benchmark_data import make_data
 from tests.helpers.oracle import Oracle
-from tests.helpers.processes import WITHOUT_TENSORFLOW
+from tests.helpers.processes import LEAN
 
 BENCHMARK = find_benchmark("vizwizvqa")
 
@@ -114,7 +114,7 @@ def test_killed_at_random_moments(tmp_path):
             *(sys.executable, "-m", "tests.evaluation.killed_evaluation"),
             *(str(tmp_path), "20", "7"),
         ],
-        env=os.environ | WITHOUT_TENSORFLOW,
+        env=os.environ | LEAN,
         capture_output=True,
         text=True,
     )
@@ -132,7 +132,7 @@ def test_eight_devices_write_the_same_file(tmp_path):
         ],
         capture_output=True,
         text=True,
-        env=os.environ | WITHOUT_TENSORFLOW | {"KERAS_BACKEND": "jax"},
+        env=os.environ | LEAN | {"KERAS_BACKEND": "jax"},
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.endswith("same\n")
@@ -372,7 +372,7 @@ def test_two_hosts_on_the_command_line(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    shared = WITHOUT_TENSORFLOW | {
+    shared = LEAN | {
         "KERAS_BACKEND": "jax",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "KERAS_DISTRIBUTION_JOB_ADDRESSES": address,

@@ -3,15 +3,15 @@
 import os
 from pathlib import Path
 
-# For a process on JAX, most of whose users have no TensorFlow. KerasHub imports
-# it where it is installed, which is half of the time that such a process takes
-# to start.
-WITHOUT_TENSORFLOW = {
+# For a process on JAX, most of whose users have no TensorFlow. Keras and
+# KerasHub import it, matplotlib and pandas where they are installed, which is
+# more than half of the time that such a process takes to start.
+LEAN = {
     "PYTHONPATH": os.pathsep.join(
         filter(
             None,
             [
-                str(Path(__file__).parent / "without_tensorflow"),
+                str(Path(__file__).parent / "users_packages"),
                 os.environ.get("PYTHONPATH"),
             ],
         )

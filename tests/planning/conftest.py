@@ -1,11 +1,11 @@
-"""The compiler's processes start without TensorFlow."""
+"""The compiler's processes start without packages that few users have."""
 
 import pytest
 
-from tests.helpers.processes import WITHOUT_TENSORFLOW
+from tests.helpers.processes import LEAN
 
 
 @pytest.fixture(autouse=True)
-def without_tensorflow(monkeypatch):
-    for name, value in WITHOUT_TENSORFLOW.items():
+def lean_processes(monkeypatch):
+    for name, value in LEAN.items():
         monkeypatch.setenv(name, value)

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from keras_paligemma import cli
-from tests.helpers.processes import WITHOUT_TENSORFLOW
+from tests.helpers.processes import LEAN
 from tests.helpers.text_models import build_tiny_model
 from tests.serve.test_openai import PNG
 from tests.serve.test_openai import messages
@@ -50,7 +50,7 @@ def test_who_names_an_adapter_gets_its_answers(model):
         command += ["--adapter", folder / name]
     with subprocess.Popen(
         command,
-        env=os.environ | WITHOUT_TENSORFLOW,
+        env=os.environ | LEAN,
         stdout=subprocess.PIPE,
         text=True,
     ) as server:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.checks import once
 from tests.helpers.checks import reported
-from tests.helpers.processes import WITHOUT_TENSORFLOW
+from tests.helpers.processes import LEAN
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="layouts are JAX's alone"
@@ -56,7 +56,7 @@ def start(script, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=Path(__file__).parents[2],
-        env=os.environ | WITHOUT_TENSORFLOW,
+        env=os.environ | LEAN,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -14,7 +14,7 @@ import pytest
 from keras_paligemma import Adam
 from keras_paligemma.training import RunCheckpoint
 from keras_paligemma.training import fit
-from tests.helpers.processes import WITHOUT_TENSORFLOW
+from tests.helpers.processes import LEAN
 from tests.training import killed_run
 
 ROOT = Path(__file__).parents[2]
@@ -26,9 +26,7 @@ def run(folder, kill_at=None):
         [sys.executable, "-m", "tests.training.killed_run", str(folder)]
         + ([] if kill_at is None else [str(kill_at)]),
         cwd=ROOT,
-        env=os.environ
-        | WITHOUT_TENSORFLOW
-        | {"KERAS_BACKEND": keras.backend.backend()},
+        env=os.environ | LEAN | {"KERAS_BACKEND": keras.backend.backend()},
         capture_output=True,
         text=True,
     )
