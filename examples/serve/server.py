@@ -18,13 +18,14 @@ from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 PAGE = Path(__file__).with_name("page.html")
 EXPECTED = "Expected: POST /answer with JSON: `image` (base64) and `prompt`."
 MOST_BYTES = 20 * 2**20
+# What a body raises that is not as expected.
 INVALID = (AttributeError, ArithmeticError, LookupError, RecursionError)
 INVALID += (TypeError, ValueError)
 # More answers at once would only share the same cores.
 ROOM = threading.BoundedSemaphore(2)
 
 
-def defaults(folder, name):
+def read_defaults(folder, name):
     """Read a signature's optional inputs; TensorFlow Serving does it itself."""
     content = Path(folder, "saved_model.pb").read_bytes()
     signatures = SavedModel.FromString(content).meta_graphs[0].signature_def
@@ -96,7 +97,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     ThreadingHTTPServer.request_queue_size = 64
     server = ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler)
-    server.defaults = defaults(arguments.folder, "serving_default")
+    server.defaults = read_defaults(arguments.folder, "serving_default")
     loaded = tf.saved_model.load(arguments.folder)
     server.graph = loaded.signatures["serving_default"]
     print(f"http://127.0.0.1:{server.server_port}", flush=True)

@@ -207,7 +207,7 @@ def _logits(query_BTNH, key_BSKH):
 
 
 def _mixed(weights_BKGTS, value_BSKH, shape_BTNH):
-    """Return the sums of the values, of a shape and the weights' dtype."""
+    """Return the weighted sums of the values, in the dtype of the weights."""
     if cpu_attention.should_use_cpu_decoding(shape_BTNH, value_BSKH):
         mixed_BTKGH = cpu_attention.token_mix(weights_BKGTS, value_BSKH)
     else:
