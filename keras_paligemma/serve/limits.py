@@ -51,9 +51,7 @@ class Guard:
         async def sending(message):
             if message["type"] == "http.response.start":
                 status[0] = message["status"]
-            # A client that does not read its answer must not block others.
-            async with asyncio.timeout(self.limits.seconds):
-                await send(message)
+            await send(message)
 
         try:
             headers = {
@@ -67,8 +65,6 @@ class Guard:
             await _refuse(error, scope, receive, sending)
         except Disconnected:
             status[0] = 499
-        except TimeoutError:
-            status[0] = status[0] or 408
         except Exception:  # noqa: BLE001  keeps serving
             log.exception("a request failed")
             if status[0] is None:

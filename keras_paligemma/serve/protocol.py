@@ -16,15 +16,18 @@ def protocol(seconds):
     Bytes that are not HTTP get a 400, and the rest of them is read: closing a
     connection with unread bytes would discard the reply. Requests before them
     are answered first. The parser has no limit for headers, so this class has
-    one. A request to change the protocol is answered in this one.
+    one. A request to change the protocol is answered in this one. A client that
+    does not read its reply is disconnected, so that it cannot block others.
 
     Args:
         seconds: float, maximum time from the connection, or from the previous
-            reply, to the end of a request's headers.
+            reply, to the end of a request's headers; and for which a client
+            may leave a full buffer of its reply unread.
     """
 
     class Protocol(HttpToolsProtocol):
         waits = None
+        unwritten = None
         refused = False
         # Status and text of a reply that waits for the replies before it.
         invalid = None
@@ -68,13 +71,26 @@ def protocol(seconds):
             # The base method continues with a request that has already arrived.
             self._wait()
             super().on_response_complete()
+            # It also reads on, so requests would pile up that each wait.
+            if self.pipeline:
+                self.flow.pause_reading()
             if self.invalid and not self.transport.is_closing():
                 self._refuse(*self.invalid)
 
         def connection_lost(self, exc):
             super().connection_lost(exc)
-            if self.waits is not None:
-                self.waits.cancel()
+            for timer in (self.waits, self.unwritten):
+                if timer is not None:
+                    timer.cancel()
+
+        def pause_writing(self):
+            super().pause_writing()
+            self.unwritten = self.loop.call_later(seconds, self.transport.abort)
+
+        def resume_writing(self):
+            super().resume_writing()
+            if self.unwritten is not None:
+                self.unwritten.cancel()
 
         def _ignore_upgrade(self, rest):
             """Parse a request again, as one that stays with this protocol.

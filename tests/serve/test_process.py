@@ -170,6 +170,17 @@ def test_who_sends_nothing_is_let_go(port):
     assert second.result().count(b"HTTP/1.1") == 1
 
 
+def test_who_does_not_read_is_disconnected(port):
+    ask = (GET + b"\r\n").replace(b"/healthz", b"/openapi.json") * 10
+    with socket.socket() as link, pytest.raises(ConnectionError):
+        # A small buffer is full soon.
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        link.settimeout(30)
+        link.connect(("127.0.0.1", port))
+        while True:
+            link.sendall(ask)
+
+
 def test_who_hangs_up_stops_nothing(port):
     for data in (post(body()), post(body())[:99], post(body(stream=True))):
         with socket.create_connection(("127.0.0.1", port)) as link:
