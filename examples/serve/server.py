@@ -1,7 +1,4 @@
-"""Serve an exported PaliGemma from TensorFlow alone: `server.py FOLDER`.
-
-It needs `pip install tensorflow tensorflow-text`. See README.md.
-"""
+"""Serve an exported PaliGemma with TensorFlow alone; README.md says how."""
 
 import argparse
 import base64
@@ -15,14 +12,12 @@ import tensorflow as tf
 import tensorflow_text  # noqa: F401  registers the tokenizer's operations
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
-PAGE = Path(__file__).with_name("page.html")
 EXPECTED = "Expected: POST /answer with JSON: `image` (base64) and `prompt`."
 MOST_BYTES = 20 * 2**20
-# What a body raises that is not as expected.
-INVALID = (AttributeError, ArithmeticError, LookupError, RecursionError)
-INVALID += (TypeError, ValueError)
+BODY_ERRORS = (AttributeError, ArithmeticError, LookupError, RecursionError)
+BODY_ERRORS += (TypeError, ValueError)
 # More answers at once would only share the same cores.
-ROOM = threading.BoundedSemaphore(2)
+ROOM = threading.Semaphore(2)
 
 
 def read_defaults(folder, name):
@@ -53,9 +48,10 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self):
-        if self.path == "/":
-            return self._send(200, PAGE.read_bytes(), "text/html")
-        self._refuse(404, EXPECTED)
+        if self.path != "/":
+            return self._refuse(404, EXPECTED)
+        page = Path(__file__).with_name("page.html")
+        self._send(200, page.read_bytes(), "text/html")
 
     def do_POST(self):
         length = self.headers.get("Content-Length", "")
@@ -68,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             body = json.loads(self.rfile.read(int(length)))
             given = inputs(self.server.defaults, **body)
-        except INVALID as error:
+        except BODY_ERRORS as error:
             return self._refuse(400, f"{EXPECTED} Received: {error!r:.200}.")
         with ROOM:
             outputs = self.server.graph(**given)
@@ -91,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Serve an exported model.")
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
