@@ -106,9 +106,15 @@ def serve(
         from keras_paligemma.tasks.mask_codec import MaskCodec
 
         masks = MaskCodec.load(codec)
-    hosts = allow_host
-    if hosts is None and host in LOOPBACK:
-        hosts = LOOPBACK
+    hosts = None
+    if allow_host or host in LOOPBACK:
+        hosts = {*LOOPBACK, *(name.lower() for name in allow_host or ())}
+    token = os.environ.get("KERAS_PALIGEMMA_TOKEN")
+    if token is not None and not token.strip():
+        raise ValueError(
+            "KERAS_PALIGEMMA_TOKEN is set, but empty. Expected: a token, or no "
+            "such variable, with which the server takes all requests."
+        )
     limits = Limits(
         max_body, max_pixels, max_prompt, max_seconds, max_connections
     )
@@ -119,7 +125,7 @@ def serve(
         room=queue,
         limits=limits,
         codec=masks,
-        token=os.environ.get("KERAS_PALIGEMMA_TOKEN"),
+        token=token,
         hosts=hosts,
         fetches=fetch_images,
     )

@@ -108,7 +108,7 @@ def make_app(
         batches.start()
         yield
         await asyncio.to_thread(batches.stop)
-        service.readers.shutdown()
+        service.readers.shutdown(wait=False, cancel_futures=True)
 
     gets = {
         "/": page,
@@ -118,6 +118,7 @@ def make_app(
         "/readyz": readiness,
         "/metrics": counts,
         "/v1/models": openai.models(service),
+        "/v1/models/{name:path}": openai.model(service),
     }
     # Routes are tried in turn: first those that models answer.
     routes = [
@@ -132,12 +133,21 @@ def make_app(
     def missing(request, error):
         known = ", ".join([*posts, *gets])
         message = f"{error.detail}. Expected: one of {known}."
-        return refused(request, Refused(error.status_code, message))
+        return refused(
+            request, Refused(error.status_code, message, headers=error.headers)
+        )
+
+    def failed(request, error):
+        return refused(request, Refused(500, "The server failed to answer."))
 
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        exception_handlers={Refused: refused, HTTPException: missing},
+        exception_handlers={
+            Refused: refused,
+            HTTPException: missing,
+            Exception: failed,
+        },
     )
     app.state.failed = batches.failed
     return Guard(app, limits, metrics, {*gets, *posts}, token, hosts)

@@ -1,6 +1,7 @@
 """Pass a client's request to the model's thread, and the answer back."""
 
 import asyncio
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import field
@@ -55,40 +56,54 @@ class Service:
         Returns:
             list of `Reply`, one per copy. An error in the picture or the
             prompt is an event of each reply.
+
+        Raises:
+            Refused: the queue is full, or closed.
         """
+        self.batches.reserve(copies)
         loop = asyncio.get_running_loop()
         replies = [Reply(loop) for _ in range(copies)]
 
         def read():
+            waiting = []
             try:
-                inputs = self.model.read(picture(), prompt, choice, self.limits)
-                self.batches.put(
-                    [
+                # Its client may have left while it waited for a thread.
+                if not all(reply.left for reply in replies):
+                    inputs = self.model.read(
+                        picture(), prompt, choice, self.limits
+                    )
+                    waiting = [
                         Waiting(
                             Request(inputs, with_seed(choice, number), streams),
                             reply,
                         )
                         for number, reply in enumerate(replies)
                     ]
-                )
             except Exception as error:  # noqa: BLE001  raised in the loop
                 for reply in replies:
                     reply.tell(error)
+            self.batches.put(waiting, copies)
 
         self.readers.submit(read)
         return replies
 
 
-async def accepted(replies):
+async def accepted(replies, receive):
     """Wait until requests of streams are in the queue.
 
+    Args:
+        replies: list of `Reply`.
+        receive: ASGI's `receive`; the body has been read.
+
     Raises:
+        Disconnected: if the client disconnects; its requests are cancelled.
         Exception: the error of an invalid request.
     """
-    for reply in replies:
-        event = await reply.events.get()
-        if isinstance(event, BaseException):
-            raise event
+    with _while_connected(replies, receive):
+        for reply in replies:
+            event = await reply.events.get()
+            if isinstance(event, BaseException):
+                raise event
 
 
 async def answers_of(replies, receive):
@@ -105,12 +120,21 @@ async def answers_of(replies, receive):
         Disconnected: if the client disconnects; its requests are cancelled.
         Exception: the error of a reply, when those before it have answered.
     """
+    with _while_connected(replies, receive):
+        return [await reply.answer() for reply in replies]
+
+
+@contextlib.contextmanager
+def _while_connected(replies, receive):
+    """End a wait when the client disconnects; cancel what is not answered."""
     gone = asyncio.ensure_future(_tell_when_gone(receive, replies))
     try:
-        return [await reply.answer() for reply in replies]
-    finally:
+        yield
+    except BaseException:
         for reply in replies:
             reply.left = True
+        raise
+    finally:
         gone.cancel()
 
 

@@ -80,7 +80,8 @@ class Batches:
     Args:
         model: `PresetModel` or `SavedModel`.
         milliseconds: float, maximum time that a request waits for others.
-        room: int, maximum number of waiting requests; more are refused.
+        room: int, maximum number of waiting requests, those included whose
+            pictures are read; more are refused.
         metrics: `Metrics`.
     """
 
@@ -100,6 +101,8 @@ class Batches:
         self._lent = False
         self._used = -math.inf
         self._queue = deque()
+        # Requests that `put` will queue.
+        self._reserved = 0
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="model")
         metrics.queue.set_function(lambda: len(self._queue))
@@ -115,11 +118,11 @@ class Batches:
             self._changed.notify_all()
         self._thread.join()
 
-    def put(self, waiting):
-        """Queue all of the requests or none, and answer them if none waited.
+    def reserve(self, count):
+        """Take places in the queue, or none, for requests that are read now.
 
         Args:
-            waiting: list of `Waiting`.
+            count: int.
 
         Raises:
             Refused: the queue is full, or closed.
@@ -127,12 +130,28 @@ class Batches:
         with self._changed:
             if self.closed:
                 raise Refused(503, self.closed)
-            if len(self._queue) + len(waiting) > self.room:
+            waiting = len(self._queue) + self._reserved
+            if waiting + count > self.room:
                 raise Refused(
                     429,
-                    f"{len(self._queue)} requests wait already. Try again.",
+                    f"{waiting} requests wait already. Try again.",
                     headers={"Retry-After": "1"},
                 )
+            self._reserved += count
+
+    def put(self, waiting, reserved):
+        """Queue requests, and answer them if none waited.
+
+        Args:
+            waiting: list of `Waiting`, empty if they could not be read.
+            reserved: int, the places taken for them.
+        """
+        with self._changed:
+            self._reserved -= reserved
+            if self.closed:
+                for entry in waiting:
+                    entry.reply.tell(Refused(503, self.closed))
+                return
             for entry in waiting:
                 if entry.request.streams:
                     entry.reply.tell("")

@@ -6,9 +6,10 @@ shortened. Without a temperature decoding is greedy, as in the models'
 evaluation. `max_tokens` is limited to the model's longest answer.
 """
 
+import asyncio
 import json
+import re
 import time
-import urllib.request
 import uuid
 from typing import NoReturn
 
@@ -53,19 +54,43 @@ def models(service):
     """Return the endpoint that lists the model and its adapters."""
 
     async def endpoint(request):
-        names = [service.name, *(service.model.adapters or ())]
-        data = [
-            {
-                "id": name,
-                "object": "model",
-                "created": 0,
-                "owned_by": "keras_paligemma",
-            }
-            for name in names
-        ]
+        data = [_model(name) for name in _names(service)]
         return JSONResponse({"object": "list", "data": data})
 
     return endpoint
+
+
+def model(service):
+    """Return the endpoint that describes the model, or an adapter."""
+
+    async def endpoint(request):
+        name = request.path_params["name"]
+        if name not in _names(service):
+            raise _unknown(service, name)
+        return JSONResponse(_model(name))
+
+    return endpoint
+
+
+def _names(service):
+    return [service.name, *(service.model.adapters or ())]
+
+
+def _model(name):
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "keras_paligemma",
+    }
+
+
+def _unknown(service, name):
+    return Refused(
+        404,
+        f"No model {name[:60]!r}. Expected: one of {_names(service)}.",
+        "model",
+    )
 
 
 def chat(service):
@@ -77,10 +102,14 @@ def chat(service):
         address, prompt = _message(fields["messages"])
         read_prompt(prompt, service.limits, "messages")
         choice = _choice(service, fields)
-        if fields["n"] > service.limits.copies:
-            raise Refused(400, f"`n` is at most {service.limits.copies}.", "n")
+        most = min(service.limits.copies, service.batches.room)
+        if fields["n"] > most:
+            raise Refused(400, f"`n` is at most {most}.", "n")
+        fetched = None
+        if address.startswith(("http://", "https://")):
+            fetched = await _fetched(service, address)
         replies = service.ask(
-            lambda: _picture(service, address),
+            lambda: fetched or _inside(address),
             prompt,
             choice,
             fields["n"],
@@ -92,7 +121,7 @@ def chat(service):
             "model": fields["model"],
         }
         if fields["stream"]:
-            await accepted(replies)
+            await accepted(replies, request.receive)
             return StreamingResponse(
                 _stream(reply, replies, fields),
                 media_type="text/event-stream",
@@ -121,15 +150,9 @@ def chat(service):
 
 def _choice(service, fields):
     # `None`: only the model knows the names of its adapters.
-    adapters = service.model.adapters
     name = fields["model"]
-    if adapters is not None and name not in (service.name, *adapters):
-        raise Refused(
-            404,
-            f"No model {name[:60]!r}. Expected: one of "
-            f"{[service.name, *adapters]}.",
-            "model",
-        )
+    if service.model.adapters is not None and name not in _names(service):
+        raise _unknown(service, name)
     if fields["top_logprobs"] and not fields["logprobs"]:
         raise Refused(
             400, "`top_logprobs` needs logprobs=true.", "top_logprobs"
@@ -187,28 +210,43 @@ def _message(messages):
     return addresses[0], texts[0]
 
 
-def _picture(service, address):
-    """Return the bytes behind a URL; runs in another thread."""
-    if address[:5].lower() == "data:":
-        return read_base64(address, "messages")
-    if not address.startswith(("http://", "https://")):
+def _inside(address):
+    """Return the bytes inside a data: URI."""
+    if address[:5].lower() != "data:":
         raise Refused(400, "Expected: a data: URI.", "messages")
+    return read_base64(address, "messages")
+
+
+async def _fetched(service, address):
+    """Return the bytes behind a URL, within the limits for a body."""
     if not service.fetches:
         raise Refused(
             400,
             "This server fetches no pictures. Expected: a data: URI.",
             "messages",
         )
+    import httpx
+
+    data = bytearray()
     try:
-        with urllib.request.urlopen(address, timeout=10) as file:
-            data = file.read(service.limits.body + 1)
-    except (OSError, ValueError) as error:
+        async with (
+            asyncio.timeout(service.limits.seconds),
+            httpx.AsyncClient(follow_redirects=True) as client,
+            # What is not compressed does not grow.
+            client.stream(
+                "GET", address, headers={"Accept-Encoding": "identity"}
+            ) as reply,
+        ):
+            reply.raise_for_status()
+            async for part in reply.aiter_raw():
+                data += part
+                if len(data) > service.limits.body:
+                    raise Refused(413, "The picture is too large.", "messages")
+    except (OSError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
         raise Refused(
             400, "The picture could not be fetched.", "messages"
         ) from error
-    if len(data) > service.limits.body:
-        raise Refused(413, "The picture is too large.", "messages")
-    return data
+    return bytes(data)
 
 
 def _usage(answers):
@@ -223,10 +261,12 @@ def _usage(answers):
 
 def _logprobs(answer):
     def entry(token, value):
+        # A part of a character that is no token of its own.
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
         return {
             "token": token,
             "logprob": value,
-            "bytes": list(token.encode()),
+            "bytes": [int(byte[1], 16)] if byte else list(token.encode()),
         }
 
     places = answer.alternatives or [[]] * len(answer.tokens)

@@ -54,7 +54,7 @@ def answer(service):
         ] or "text/event-stream" in request.headers.get("accept", "")
         replies = _ask(service, fields, fields["prompt"], streams)
         if streams:
-            await accepted(replies)
+            await accepted(replies, request.receive)
             return StreamingResponse(
                 _stream(service, replies), media_type="text/event-stream"
             )

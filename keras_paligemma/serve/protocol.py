@@ -22,12 +22,15 @@ def protocol(seconds):
     Args:
         seconds: float, maximum time from the connection, or from the previous
             reply, to the end of a request's headers; and for which a client
-            may leave a full buffer of its reply unread.
+            may leave a full buffer, or its last reply, unread.
     """
 
     class Protocol(HttpToolsProtocol):
+        # Timers: until a request must have come, until there must be room for
+        # more of a reply, and until the end of a connection that is closed.
         waits = None
         unwritten = None
+        closes = None
         refused = False
         # Status and text of a reply that waits for the replies before it.
         invalid = None
@@ -42,17 +45,18 @@ def protocol(seconds):
             if self.refused or self.invalid:
                 return
             self._unset_keepalive_if_required()
-            self.unread += len(data)
-            try:
-                self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._ignore_upgrade(data[upgrade.args[0] :])
-            except httptools.HttpParserError as error:
-                version = str(error) == "Invalid HTTP version"
-                self._refuse(505 if version else 400, str(error))
-            else:
-                if self.unread > HEAD:
-                    self._refuse(400, f"Expected: headers of {HEAD} bytes.")
+            while data:
+                self.unread += len(data)
+                try:
+                    self.parser.feed_data(data)
+                    data = b""
+                except httptools.HttpParserUpgrade as upgrade:
+                    data = self._without_upgrade(data[upgrade.args[0] :])
+                except httptools.HttpParserError as error:
+                    version = str(error) == "Invalid HTTP version"
+                    return self._refuse(505 if version else 400, str(error))
+            if self.unread > HEAD:
+                self._refuse(400, f"Expected: headers of {HEAD} bytes.")
 
         def on_headers_complete(self):
             if not self.parser.should_upgrade():
@@ -74,14 +78,26 @@ def protocol(seconds):
             # It also reads on, so requests would pile up that each wait.
             if self.pipeline:
                 self.flow.pause_reading()
-            if self.invalid and not self.transport.is_closing():
+            if self.transport.is_closing():
+                self._end()
+            elif self.invalid:
                 self._refuse(*self.invalid)
 
         def connection_lost(self, exc):
             super().connection_lost(exc)
-            for timer in (self.waits, self.unwritten):
+            for timer in (self.waits, self.unwritten, self.closes):
                 if timer is not None:
                     timer.cancel()
+
+        def shutdown(self):
+            super().shutdown()
+            if self.transport.is_closing():
+                self._end()
+
+        def timeout_keep_alive_handler(self):
+            super().timeout_keep_alive_handler()
+            if self.transport.is_closing():
+                self._end()
 
         def pause_writing(self):
             super().pause_writing()
@@ -92,14 +108,15 @@ def protocol(seconds):
             if self.unwritten is not None:
                 self.unwritten.cancel()
 
-        def _ignore_upgrade(self, rest):
-            """Parse a request again, as one that stays with this protocol.
+        def _without_upgrade(self, rest):
+            """Return a request to parse again, which keeps this protocol.
 
             The parser leaves the body unread, which clients send nevertheless.
             """
             method = self.parser.get_method()
             if method == b"CONNECT":
-                return self._refuse(400, "This is no proxy.")
+                self._refuse(400, "This is no proxy.")
+                return b""
             version = self.parser.get_http_version().encode()
             head = [b"%b %b HTTP/%b\r\n" % (method, self.url, version)]
             head += [
@@ -108,7 +125,7 @@ def protocol(seconds):
                 if header[0] != b"upgrade"
             ]
             self.parser = httptools.HttpRequestParser(self)
-            self.data_received(b"".join(head) + b"\r\n" + rest)
+            return b"".join(head) + b"\r\n" + rest
 
         def _refuse(self, status, message):
             cycle = self.cycle
@@ -137,7 +154,17 @@ def protocol(seconds):
             self.waits = self.loop.call_later(seconds, self._let_go, self.cycle)
 
         def _let_go(self, last):
-            if self.cycle is last and not self.transport.is_closing():
-                self.transport.close()
+            # The last request may have been sent before the reply to another.
+            answering = last is not None and not last.response_complete
+            if self.cycle is last and (self.refused or not answering):
+                self._end()
+
+        def _end(self):
+            """Close the connection; what is unread may delay it, but ends."""
+            self.transport.close()
+            if self.closes is None:
+                self.closes = self.loop.call_later(
+                    seconds, self.transport.abort
+                )
 
     return Protocol

@@ -14,6 +14,15 @@ from PIL import Image
 
 from keras_paligemma.preprocessing.images import read_image
 
+# Pillow reads other formats too, some by running another program (EPS), or
+# decodes them while it opens them (ICO).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+# Each scan of a JPEG is a pass over all of its pixels. Encoders write about 10.
+MOST_SCANS = 64
+# Commas and brackets of a JSON body. 20 MB of them would take a second to read,
+# in which the server does nothing else.
+MOST_VALUES = 10_000
+
 
 class Refused(Exception):
     """A request that is answered with an error.
@@ -143,6 +152,8 @@ class Field:
             "strings": (str, list),
             "any": (object,),
         }[self.kind]
+        if isinstance(value, str):
+            check_text(value, name)
         is_bool = isinstance(value, bool)
         good = isinstance(value, kinds) and (
             not is_bool or self.kind in ("boolean", "any")
@@ -176,6 +187,11 @@ def read_json(body):
     Raises:
         Refused: if it is anything else.
     """
+
+    if sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise Refused(
+            400, f"The body has more than {MOST_VALUES:,} values of JSON."
+        )
 
     def no_number(text):
         raise ValueError(f"{text} is no number of JSON")
@@ -213,7 +229,7 @@ def read_fields(body, fields, ignores=()):
             raise Refused(
                 400,
                 f"Unknown field {name[:60]!r}. Expected: {', '.join(fields)}.",
-                name[:60],
+                ascii(name[:60])[1:-1],
             )
     found = {}
     for name, field in fields.items():
@@ -236,14 +252,18 @@ def read_prompt(prompt, limits, field="prompt"):
             f"characters. Received: {len(prompt)}.",
             field,
         )
+    check_text(prompt, field)
+    return prompt
+
+
+def check_text(text, field):
+    """Raise on lone surrogates: JSON can hold them, UTF-8 cannot."""
     try:
-        # JSON can hold lone surrogates, which UTF-8 cannot encode.
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise Refused(
-            400, f"The prompt is no text: {error.reason}.", field
+            400, f"`{field}` is no text: {error.reason}.", field
         ) from error
-    return prompt
 
 
 def read_stop(stop):
@@ -287,8 +307,11 @@ def open_picture(data, limits, field="image"):
     Raises:
         Refused: if it is not a picture, or too large.
     """
+    # Other bytes 255 of a JPEG's data are followed by a zero.
+    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MOST_SCANS:
+        raise Refused(400, f"The JPEG has more than {MOST_SCANS} scans.", field)
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         pixels = image.width * image.height
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pixels = math.inf

@@ -99,6 +99,7 @@ def test_objects_have_scores_and_masks():
         (b'{"image": "AAAA", "prompt": "a"}', {}, 400),
         (b'{"image": "AAAA", "prompt": "\\ud800"}', {}, 400),
         (b'{"image": "AAAA", "prompt": "a", "other": 1}', {}, 400),
+        (b'{"image": "\\ud800", "prompt": "a"}', {}, 400),
         (b"{}", {"Content-Type": "text/plain"}, 415),
         (b"{}", {"Content-Type": ""}, 415),
         (b"{}", {"Origin": "https://evil.example"}, 403),
@@ -113,6 +114,21 @@ def test_bad_requests(plain, content, headers, status):
     assert ask(plain).status_code == 200
 
 
+def test_what_json_cannot_say_and_what_takes_long_to_parse(plain):
+    for path in ("/answer", "/v1/chat/completions"):
+        for content, error in (
+            (b'{"\\ud800": 1}', "Unknown field"),
+            (b'{"image": [' + b"1," * 10_000 + b"1]}", "10,000 values"),
+        ):
+            reply = plain.post(
+                path,
+                content=content,
+                headers={"Content-Type": "application/json"},
+            )
+            assert reply.status_code == 400
+            assert error in reply.text
+
+
 def test_bombs_and_failures(plain):
     content = bytearray(bomb())
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
@@ -120,10 +136,28 @@ def test_bombs_and_failures(plain):
     assert ask(plain, image=data).status_code == 413
     failed = ask(plain, "fail")
     assert failed.status_code == 500
-    assert "secret" not in failed.text
+    assert failed.json() == {"error": "The server failed to answer."}
     assert plain.get("/nothing").status_code == 404
-    assert plain.get("/answer").status_code == 405
+    wrong = plain.get("/answer")
+    assert (wrong.status_code, wrong.headers["Allow"]) == (405, "POST")
     assert ask(plain).status_code == 200
+
+
+# Pillow would run Ghostscript for an EPS, and decode an ICO to open it.
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "BMP"])
+def test_pictures_of_other_formats_are_refused(plain, kind):
+    data = base64.b64encode(encode(picture(), kind)).decode()
+    reply = ask(plain, image=data)
+    assert reply.status_code == 400
+    assert "Expected: a JPEG, PNG, WebP or GIF" in reply.json()["error"]
+
+
+def test_a_jpeg_of_many_scans_is_refused(plain):
+    """Each would cost a pass over all pixels, for a few bytes."""
+    content = encode(picture(), "JPEG")
+    for scans, status in ((60, 200), (64, 400)):
+        more = base64.b64encode(content + b"\xff\xda" * scans).decode()
+        assert ask(plain, image=more).status_code == status
 
 
 def test_no_other_site_reads_an_answer(plain):

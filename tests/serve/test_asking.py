@@ -1,13 +1,21 @@
 """The wait for answers: their order, errors, and clients that leave."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from keras_paligemma.serve.asking import Service
+from keras_paligemma.serve.asking import accepted
 from keras_paligemma.serve.asking import answers_of
+from keras_paligemma.serve.batching import Batches
 from keras_paligemma.serve.batching import Reply
 from keras_paligemma.serve.limits import Disconnected
+from keras_paligemma.serve.metrics import Metrics
+from keras_paligemma.serve.requests import Choice
+from keras_paligemma.serve.requests import Limits
 from keras_paligemma.serve.requests import Refused
+from tests.serve.plain_model import PlainModel
 
 pytestmark = pytest.mark.any_backend
 
@@ -42,7 +50,49 @@ def waited(receive, events):
 def test_answers_come_in_the_order_of_the_copies():
     found, replies = waited(stays, [["", "a", 1], [2]])
     assert found == [1, 2]
-    assert all(reply.left for reply in replies)
+    assert not any(reply.left for reply in replies)
+
+
+def test_who_left_before_a_thread_was_free_is_not_read():
+    """The client of the second request leaves while the first is read."""
+
+    class Slow(PlainModel):
+        asked = ()
+
+        def read(self, picture, prompt, choice, limits, field="image"):
+            self.asked += (prompt,)
+            self.go.wait()
+            return prompt
+
+    async def ask():
+        model = Slow(held=True)
+        batches = Batches(model, 0, 4, Metrics())
+        service = Service(
+            "plain",
+            model,
+            batches,
+            Limits(),
+            None,
+            readers=ThreadPoolExecutor(1),
+        )
+        batches.start()
+        [first], [second] = (
+            service.ask(bytes, prompt, Choice()) for prompt in ("a", "b")
+        )
+        with pytest.raises(Disconnected):
+            await accepted([second], leaves)
+        # A place in the queue is taken while a picture is read.
+        for _ in range(2):
+            service.ask(bytes, "c", Choice())
+        with pytest.raises(Refused, match="4 requests wait already"):
+            service.ask(bytes, "d", Choice())
+        model.go.set()
+        await first.answer()
+        await asyncio.to_thread(service.readers.shutdown)
+        await asyncio.to_thread(batches.stop)
+        return model.asked
+
+    assert asyncio.run(ask()) == ("a", "c", "c")
 
 
 def test_who_disconnects_is_not_waited_for():

@@ -59,11 +59,13 @@ class AtOnce:
 def asked(batches, *prompts, left=False):
     """Put requests, and return a function that waits for their answers."""
     events = [queue.SimpleQueue() for _ in prompts]
+    batches.reserve(len(prompts))
     batches.put(
         [
             Waiting(Request(prompt, Choice()), Reply(AtOnce(), of_reply, left))
             for prompt, of_reply in zip(prompts, events, strict=True)
-        ]
+        ],
+        len(prompts),
     )
 
     def wait():

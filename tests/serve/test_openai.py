@@ -1,12 +1,22 @@
 """OpenAI's own client with a tiny model."""
 
 import base64
+import contextlib
+import threading
+import time
+from http.server import BaseHTTPRequestHandler
+from http.server import ThreadingHTTPServer
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
+from keras_paligemma.serve.app import make_app
+from keras_paligemma.serve.requests import Answered
+from keras_paligemma.serve.requests import Limits
 from tests.helpers.encoded_pictures import encode
 from tests.helpers.encoded_pictures import picture
+from tests.serve.plain_model import PlainModel
 
 openai = pytest.importorskip("openai")
 
@@ -58,6 +68,82 @@ def ask(api, prompt="caption en", **options):
     return api.chat.completions.create(
         model="tiny", messages=messages(prompt), **options
     )
+
+
+class Pictures(BaseHTTPRequestHandler):
+    """A site with a picture, one that is sent slowly, and a large file."""
+
+    def do_GET(self):
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/picture")
+            return self.end_headers()
+        self.send_response(404 if self.path == "/none" else 200)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            if self.path == "/slow":
+                while True:
+                    self.wfile.write(PNG[:1])
+                    time.sleep(0.1)
+            if self.path == "/large":
+                self.wfile.write(bytes(2**20))
+            self.wfile.write(PNG)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    threading.Thread(target=server.serve_forever).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("fetches", [True, False])
+def test_pictures_are_fetched_within_limits(site, fetches):
+    limits = Limits(seconds=1, body=2**19)
+    app = make_app(PlainModel(), "tiny", limits=limits, fetches=fetches)
+    statuses = {}
+    with TestClient(app) as client:
+        for path in ("picture", "moved", "none", "slow", "large"):
+            body = {"model": "tiny", "messages": messages(url=f"{site}/{path}")}
+            reply = client.post("/v1/chat/completions", json=body)
+            statuses[path] = reply.status_code
+        for url in ("http://localhost:port/", "http://local host/", "file:/a"):
+            body = {"model": "tiny", "messages": messages(url=url)}
+            reply = client.post("/v1/chat/completions", json=body)
+            assert reply.status_code == 400
+    wanted = dict(picture=200, moved=200, none=400, slow=400, large=413)
+    assert statuses == (wanted if fetches else dict.fromkeys(wanted, 400))
+
+
+def test_models_are_described(api):
+    assert api.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="No model 'large'"):
+        api.models.retrieve("large")
+
+
+def test_errors_of_the_server_are_in_openais_form():
+    with TestClient(make_app(PlainModel(), "tiny")) as client:
+        with api_of(client) as api, pytest.raises(openai.APIError) as raised:
+            ask(api, "fail")
+    assert raised.value.type == "server_error"
+
+
+def test_bytes_of_a_character_are_its_own():
+    class Bytes(PlainModel):
+        def answer(self, requests, tell):
+            tokens = ("<0xE2>", "<0x82>", "<0xAC>", " a")
+            return [Answered(" \u20ac a", tokens, (7,) * 4, (0.0,) * 4, "stop")]
+
+    with TestClient(make_app(Bytes(), "tiny")) as client:
+        with api_of(client) as api:
+            [choice] = ask(api, logprobs=True).choices
+    found = [token.bytes for token in choice.logprobs.content]
+    assert bytes(sum(found, [])).decode() == "\u20ac a"
 
 
 def test_answers_are_those_of_generate(api, model):

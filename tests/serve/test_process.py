@@ -9,17 +9,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import uvicorn
 
+from keras_paligemma.serve.protocol import protocol
 from tests.helpers.encoded_pictures import encode
 from tests.helpers.encoded_pictures import picture
 
 # Requests with "hold" are answered when the standard input is closed.
 SERVER = """
 import sys
+import time
 from keras_paligemma.serve.app import make_app
 from keras_paligemma.serve.requests import Limits
 from keras_paligemma.serve.running import run
@@ -29,6 +33,8 @@ class Model(PlainModel):
     def answer(self, requests, tell):
         if requests[0].inputs == "hold":
             sys.stdin.read()
+        if requests[0].inputs == "late":
+            time.sleep(2)
         return super().answer(requests, tell)
 
     def warm_ups(self):
@@ -158,6 +164,51 @@ def test_what_comes_before_bad_bytes_is_answered(port):
         for name, reply in zip(names[:count], replies, strict=True):
             assert reply.startswith(b"200") and name in reply
         assert last.startswith(b"400")
+
+
+def test_a_request_behind_another_may_take_longer_than_the_limit(port):
+    """The limit of a second is for clients, not for answers."""
+    sent = [
+        post(body(prompt), Connection=connection)
+        for prompt, connection in (("first", "keep-alive"), ("late", "close"))
+    ]
+    replies = send(port, b"".join(sent)).split(b"HTTP/1.1 ")[1:]
+    assert [reply[:3] for reply in replies] == [b"200", b"200"]
+    assert b"late" in replies[1]
+
+
+def test_many_requests_that_would_change_the_protocol(port):
+    """Each is parsed again, and none as deep as those before it."""
+    ask = GET + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    replies = send(port, ask * 1500 + GET + b"Connection: close\r\n\r\n")
+    assert replies.count(b"HTTP/1.1 200") == 1501
+
+
+def test_a_server_ends_though_a_client_does_not_read():
+    """Closing a connection waits for what is unread, even if it is little."""
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": b"a" * 50_000})
+
+    config = uvicorn.Config(app, http=protocol(1), lifespan="off")
+    server = uvicorn.Server(config)
+    with socket.socket() as listening, socket.socket() as link:
+        # Small buffers of the system leave bytes to the server's own.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        thread = threading.Thread(
+            target=server.run, kwargs={"sockets": [listening]}, daemon=True
+        )
+        thread.start()
+        link.connect(listening.getsockname())
+        link.sendall(GET + b"\r\n")
+        assert link.recv(8) == b"HTTP/1.1"
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_who_sends_nothing_is_let_go(port):
