@@ -77,6 +77,59 @@ def size_of(kind, content, data):
     return tf.switch_case(kind, [jpeg, png, gif, webp])
 
 
+def gif_frames(data, most):
+    """Read the frames of a GIF, which TensorFlow decodes all.
+
+    Args:
+        data: uint8 tensor, as `open_bytes` returns it.
+        most: int, pixels of all frames after which no more are read.
+
+    Returns:
+        int64 tensors: the largest height and width of a frame, and the pixels
+        of the frames that were read.
+    """
+    end = tf.size(data, tf.int64) - ROOM
+
+    def table(at):
+        """Return the length of the colour table that flags describe."""
+        flags: Any = integer(data, at, 1)
+        length = tf.bitwise.left_shift(tf.constant(6, tf.int64), flags & 7)
+        return tf.where(flags >= 128, length, tf.constant(0, tf.int64))
+
+    def step(at, inside, height, width, pixels):
+        # Parts of a frame or extension have a length each; the last has none.
+        byte: Any = integer(data, at, 1)
+        is_frame = ~inside & (byte == 0x2C)
+        is_extension = ~inside & (byte == 0x21)
+        following = tf.where(is_frame, at + 11 + table(at + 9), end)
+        following = tf.where(is_extension, at + 2, following)
+        following = tf.where(inside, at + 1 + byte, following)
+        found = tf.cast(is_frame, tf.int64)
+        wide, high = (found * integer(data, at + n, 2) for n in (5, 7))
+        return (
+            following,
+            tf.where(inside, byte > 0, is_frame | is_extension),
+            tf.maximum(height, high),
+            tf.maximum(width, wide),
+            pixels + wide * high,
+        )
+
+    zero = tf.constant(0, tf.int64)
+    _, _, *found = tf.while_loop(
+        lambda at, inside, height, width, pixels: (at < end) & (pixels <= most),
+        step,
+        (13 + table(10), tf.constant(False), zero, zero, zero),
+    )
+    return found
+
+
+def scans(data):
+    """Return the number of scans of a JPEG: each is a pass over its pixels."""
+    # Other bytes 255 of its data are followed by a zero.
+    starts_ = (data[:-1] == 0xFF) & (data[1:] == 0xDA)
+    return tf.reduce_sum(tf.cast(starts_, tf.int64))
+
+
 def webp_frame(data):
     """Return the offset of a WebP's first frame chunk; 0 if there is none.
 

@@ -9,6 +9,10 @@ from keras_paligemma.export import headers
 
 # Above this, Pillow warns of a decompression bomb.
 MOST_PIXELS = 89_478_485
+# The pixels of a GIF's frames take a byte each, those of a picture three.
+MOST_OF_FRAMES = 3 * MOST_PIXELS
+# Encoders write about 10.
+MOST_SCANS = 64
 AT_A_TIME = 4
 BITS = 22
 UNREADABLE = (
@@ -69,10 +73,18 @@ def _read(content, resize):
 
     def known():
         height, width = headers.size_of(kind, content, data)
+        high, wide, pixels = tf.cond(
+            kind == headers.GIF,
+            lambda: headers.gif_frames(data, MOST_OF_FRAMES),
+            lambda: [tf.constant(0, tf.int64)] * 3,
+        )
+        height, width = tf.maximum(height, high), tf.maximum(width, wide)
         text = tf.strings.join([tf.as_string(width), tf.as_string(height)], "×")
         # Each on its own first: the product can overflow 64 bits.
         limit = tf.constant(MOST_PIXELS, tf.int64)
         fits = (height < limit) & (width < limit) & (height * width <= limit)
+        fits &= pixels <= MOST_OF_FRAMES
+        fits &= (kind != headers.JPEG) | (headers.scans(data) <= MOST_SCANS)
 
         def decoded():
             image = _turned(_decoded(kind, content, data), kind, data)
@@ -82,9 +94,10 @@ def _read(content, resize):
             return resize(tf.zeros((1, 1, 3), tf.uint8)), tf.strings.join(
                 [
                     "The picture is too large. Expected: at most "
-                    f"{MOST_PIXELS:,} pixels. Received: ",
+                    f"{MOST_PIXELS:,} pixels, {MOST_OF_FRAMES:,} in all frames "
+                    f"of a GIF, and {MOST_SCANS} scans of a JPEG. Received: ",
                     text,
-                    " pixels.",
+                    " pixels, or more frames or scans.",
                 ]
             )
 

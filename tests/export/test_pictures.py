@@ -5,6 +5,8 @@ import pytest
 
 from keras_paligemma import PaliGemmaImageConverter
 from tests.helpers.encoded_pictures import bomb
+from tests.helpers.encoded_pictures import encode
+from tests.helpers.encoded_pictures import picture
 from tests.helpers.encoded_pictures import pictures
 
 tf = pytest.importorskip("tensorflow")
@@ -86,6 +88,36 @@ def test_bad_files_spoil_no_others(read):
     assert "20000×20000" in named["bomb"]
     assert "too large" in named["overflow"]
     assert "damaged" in named["cut"]
+
+
+def moving(*sizes):
+    """Return a GIF of frames of some sizes, each of one byte of pixels."""
+    content = encode(picture(1, 1).convert("P"), "GIF")
+    head, frame = content[: content.index(b"\x2c")], b""
+    for width, height in sizes:
+        frame += b"\x2c\0\0\0\0" + width.to_bytes(2, "little")
+        # A colour table of two colours, then the pixels.
+        frame += height.to_bytes(2, "little") + b"\x80" + bytes(6)
+        frame += b"\2\2\x44\1\0"
+    return head + frame + b";"
+
+
+def test_what_takes_long_to_decode_is_refused(read):
+    """TensorFlow decodes all frames of a GIF, whose header has one size."""
+    jpeg = pictures()["jpeg"]
+    files = {
+        "small": moving((1, 1), (1, 1)),
+        "a large frame": moving((1, 1), (14_000, 14_000)),
+        "many frames": moving((1, 1), *[(9000, 9000)] * 4),
+        "scans": jpeg + b"\xff\xda" * 60,
+        "many scans": jpeg + b"\xff\xda" * 64,
+    }
+    _, errors = read(list(files.values()))
+    found = dict(zip(files, errors, strict=True))
+    assert found["small"] == found["scans"] == ""
+    for name in ("a large frame", "many frames", "many scans"):
+        assert "too large" in found[name], (name, found[name])
+    assert "14000×14000" in found["a large frame"]
 
 
 def test_no_pictures(read):
