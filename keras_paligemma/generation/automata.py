@@ -63,15 +63,22 @@ class Automaton:
             node = self._nodes[node][tokens]
         return node
 
-    def arrays(self):
+    def arrays(self, banned=()):
         """Return the arrays that `constraints.legal` reads.
 
         The dimensions of `next_nodes` are padded to powers of two, so that
         constraints of similar size share a compiled program.
 
+        Args:
+            banned: ints, tokens that lead nowhere.
+
         Returns:
             dict of `token_classes`, `next_nodes` and `ends_in`.
+
+        Raises:
+            ValueError: two different sets of tokens overlap.
         """
+        banned = set(banned)
         classes = {
             tokens: number
             for number, tokens in enumerate(
@@ -81,28 +88,38 @@ class Automaton:
         }
         token_classes = np.zeros(self.vocabulary_size, "int32")
         for tokens, number in classes.items():
+            if token_classes[list(tokens)].any():
+                raise ValueError(
+                    "A stop token is also a part of what the constraint "
+                    "allows, so that an answer's end is not known. Expected: "
+                    "other stop_token_ids. Received: the tokens "
+                    f"{[*tokens][:8]}."
+                )
             token_classes[list(tokens)] = number
         shape = bucket(len(self._nodes), 32), bucket(len(classes) + 1, 32)
         next_nodes = np.full(shape, -1, "int32")
+        token_classes[list(banned)] = 0
         for node, leads in enumerate(self._nodes):
             for tokens, following in leads.items():
-                next_nodes[node, classes[tokens]] = following
+                if not banned.issuperset(tokens):
+                    next_nodes[node, classes[tokens]] = following
         for node in self._free:
             next_nodes[node] = node
         ends_in = np.zeros(shape[0], "int32")
-        ends_in[: len(self._nodes)] = self._ends_in()
+        ends_in[: len(self._nodes)] = self._ends_in(banned)
         return {
             "token_classes": token_classes,
             "next_nodes": next_nodes,
             "ends_in": ends_in,
         }
 
-    def _ends_in(self):
+    def _ends_in(self, banned):
         """Return the least number of tokens from each node to an end."""
         before = [[] for _ in self._nodes]
         for node, leads in enumerate(self._nodes):
-            for following in leads.values():
-                before[following].append(node)
+            for tokens, following in leads.items():
+                if not banned.issuperset(tokens):
+                    before[following].append(node)
         # Free nodes have no edges here: they may end at any token.
         ends_in = [NEVER if leads else 0 for leads in self._nodes]
         reached = [node for node, leads in enumerate(self._nodes) if not leads]
@@ -112,6 +129,21 @@ class Automaton:
                     ends_in[earlier] = ends_in[node] + 1
                     reached.append(earlier)
         return ends_in
+
+
+def node_after(arrays, node, ids):
+    """Return the node after some tokens, or -1 if they are not allowed.
+
+    Args:
+        arrays: dict, from `Automaton.arrays`.
+        node: int.
+        ids: ints.
+    """
+    for token in ids:
+        node = arrays["next_nodes"][node, arrays["token_classes"][token]]
+        if node < 0:
+            return -1
+    return node
 
 
 def one_of(automaton, choices, tokenizer, stops):

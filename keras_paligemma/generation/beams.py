@@ -12,6 +12,7 @@ from keras_paligemma.generation.loop import FORBIDDEN
 from keras_paligemma.generation.loop import column
 from keras_paligemma.generation.loop import first_hidden
 from keras_paligemma.generation.loop import going
+from keras_paligemma.generation.loop import hooked
 from keras_paligemma.generation.loop import next_hidden
 from keras_paligemma.generation.loop import part
 from keras_paligemma.generation.loop import put
@@ -115,8 +116,10 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
     begun_B = repeated(ops.sum(ops.cast(begun_BR, "int32"), axis=1), width)
     searched_BV = ops.where((begun_B == place)[:, None], raw_BV, logits_BV)
     left_B = repeated(rows["max_new_tokens"], width) - place
-    choice_BV = restricted(plan, shared, searched_BV, live, left_B)
-    barred_BV = choice_BV - ops.logsumexp(searched_BV, axis=-1, keepdims=True)
+    searched_BV = hooked(plan, searched_BV, live)
+    total_B1 = ops.logsumexp(searched_BV, axis=-1, keepdims=True)
+    # What is forbidden still counts: it does not make the rest more probable.
+    barred_BV = restricted(shared, searched_BV, live, left_B) - total_B1
     is_stop_V = ops.any(
         ops.arange(log_BV.shape[1], dtype="int32")[:, None]
         == shared["stop_ids"][None],
@@ -248,18 +251,26 @@ def _best(ids_BMR, log_probabilities_BMR, scores_BM, width):
 
 
 def _with_live(rows, shared, beams):
-    """Append live beams where fewer than N have finished."""
+    """Append the best live beams where fewer than N have finished."""
     live, width = beams.live, beams.scores_BN.shape[1]
-    live_BN = _scores(rows, shared, beams.sums_BN, live.position)
     none_BN = beams.scores_BN < LEAST_SCORE
+    # The first empty place is for the first live beam.
+    index_BN = ops.cumsum(ops.cast(none_BN, "int32"), axis=1) - 1
+    index_BN = ops.maximum(index_BN, 0)
+
+    def filled(answers, beam):
+        empty, index = none_BN, index_BN
+        if len(answers.shape) == 3:
+            empty, index = empty[..., None], index[..., None]
+        beam = ops.take_along_axis(beam, index, axis=1)
+        return ops.where(empty, beam, answers)
+
+    each_BNR = by_beam(live.log_probabilities_BR, width)
     return beams._replace(
-        ids_BNR=ops.where(
-            none_BN[..., None], by_beam(live.ids_BR, width), beams.ids_BNR
+        ids_BNR=filled(beams.ids_BNR, by_beam(live.ids_BR, width)),
+        log_probabilities_BNR=filled(beams.log_probabilities_BNR, each_BNR),
+        scores_BN=filled(
+            beams.scores_BN,
+            _scores(rows, shared, beams.sums_BN, live.position),
         ),
-        log_probabilities_BNR=ops.where(
-            none_BN[..., None],
-            by_beam(live.log_probabilities_BR, width),
-            beams.log_probabilities_BNR,
-        ),
-        scores_BN=ops.where(none_BN, live_BN, beams.scores_BN),
     )

@@ -211,14 +211,19 @@ def _rows_of_copies(rows, copies):
     return rows
 
 
-def restricted(plan, shared, logits_BV, state, left_B):
-    """Return logits after hooks, the constraint and banned tokens.
+def hooked(plan, logits_BV, state):
+    """Return logits after the hooks."""
+    for hook in plan.hooks:
+        logits_BV = hook(logits_BV, state)
+    return logits_BV
+
+
+def restricted(shared, logits_BV, state, left_B):
+    """Return logits without banned tokens and what the constraint forbids.
 
     Args:
         left_B: int32 tensor, how many tokens each answer may still have.
     """
-    for hook in plan.hooks:
-        logits_BV = hook(logits_BV, state)
     allowed_V = shared.get("allowed")
     if allowed_V is not None:
         logits_BV = ops.where(allowed_V[None], logits_BV, FORBIDDEN)
@@ -234,7 +239,8 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, state):
     logits_BV = backbone.logits(hidden_BD)
     total_B1 = ops.logsumexp(logits_BV, axis=-1, keepdims=True)
     left_B = rows["max_new_tokens"] - place
-    choice_BV = restricted(plan, shared, logits_BV, state, left_B)
+    choice_BV = hooked(plan, logits_BV, state)
+    choice_BV = restricted(shared, choice_BV, state, left_B)
     variables = state.sampler
     if plan.sampler is not None:
         token_B, variables = by_sampler(plan.sampler, choice_BV, variables)

@@ -32,6 +32,7 @@ class Options:
         seed: int; the same seed gives the same samples, whatever the batch
             size, and row for row on all backends. `None` draws one from
             NumPy's global generator, which `keras.utils.set_random_seed` seeds.
+            With a seed, a compiled sampler of KerasHub's draws by it too.
         num_samples: int n; returns n answers per prompt, sampled at
             temperature 1 unless set otherwise.
         best_of: int n; samples n answers and returns the likeliest.
@@ -45,7 +46,9 @@ class Options:
         alternatives: int, number of likeliest tokens to return per position.
         hidden_states: bool, whether to return the hidden states that each
             token is chosen from.
-        choices: strs; the answer is one of them.
+        choices: strs; the answer is one of them. As for `regex`, it is an
+            error if none fits `max_new_tokens`, the banned tokens or an answer
+            that was begun.
         regex: str; the whole answer matches this regular expression, which
             has no look-around and no back-references. `\\d` and `\\w` are
             digits and letters of all scripts; write `[0-9]`. It needs the
@@ -144,7 +147,14 @@ class Options:
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         to_length(self.alternatives, "alternatives", 0, vocabulary_size)
-        to_ids(self.banned_token_ids, "banned_token_ids", vocabulary_size)
+        banned = to_ids(
+            self.banned_token_ids, "banned_token_ids", vocabulary_size
+        )
+        if banned.ndim != 1:
+            raise ValueError(
+                "`banned_token_ids` is a list of token ids. Received: "
+                f"{self.banned_token_ids!r}."
+            )
         for name in ("stop_strings", "choices"):
             self._check_strings(name)
         self._check_constraints()

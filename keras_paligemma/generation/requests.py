@@ -1,6 +1,7 @@
 """Validate the arguments of `generate`: prompts, stops and samplers."""
 
 import contextlib
+import dataclasses
 
 import keras_hub
 import numpy as np
@@ -100,6 +101,39 @@ def check_sampler(sampler, vocabulary_size):
     return found
 
 
+def with_compiled_draws(options, sampler):
+    """Return options that draw as the compiled sampler does, if seeded.
+
+    A sampler has its own generator, to which the seed of a call is unknown.
+
+    Args:
+        options: `Options`.
+        sampler: `keras_hub.samplers.Sampler`, used if no option overrides it.
+
+    Raises:
+        ValueError: the sampler is not one of KerasHub's.
+    """
+    samplers = keras_hub.samplers
+    quiet = options.seed is None or options.draws or options.beams
+    if quiet or isinstance(
+        sampler, samplers.GreedySampler | samplers.BeamSampler
+    ):
+        return options
+    kind = type(sampler)
+    draws = {"temperature": sampler.temperature}
+    if kind is samplers.TopKSampler:
+        draws["top_k"] = sampler.k
+    elif kind is samplers.TopPSampler:
+        draws |= {"top_p": sampler.p, "top_k": sampler.k}
+    elif kind is not samplers.RandomSampler:
+        raise ValueError(
+            f"`{kind.__name__}` draws by a generator of its own, which takes "
+            f"no seed of a call. Received: seed={options.seed!r}. Expected: a "
+            "sampler that was created with a seed, and no `seed` here."
+        )
+    return dataclasses.replace(options, **draws)
+
+
 def plan_of(options, sampler):
     """Return the `Plan` for options and the compiled sampler.
 
@@ -111,7 +145,7 @@ def plan_of(options, sampler):
     beams, chooser, draws = options.beams or 0, None, options.draws
     if not draws and not beams:
         greedy = type(sampler) is samplers.GreedySampler
-        if options.copies > 1 and (
+        if (options.num_samples or options.best_of) and (
             greedy or isinstance(sampler, samplers.BeamSampler)
         ):
             draws = True  # Greedy copies would all be equal.

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from keras_paligemma.generation.automata import NEVER
 from keras_paligemma.generation.automata import Automaton
+from keras_paligemma.generation.automata import node_after
 from keras_paligemma.generation.automata import objects_of
 from keras_paligemma.generation.automata import one_of
 from keras_paligemma.generation.loop import Plan
@@ -17,6 +19,7 @@ from keras_paligemma.generation.requests import check_begun
 from keras_paligemma.generation.requests import filled_up
 from keras_paligemma.generation.requests import plan_of
 from keras_paligemma.generation.requests import stop_array
+from keras_paligemma.generation.requests import with_compiled_draws
 from keras_paligemma.models.inputs import prompt_batch
 from keras_paligemma.models.prefixes import continue_rows
 from keras_paligemma.preprocessing.inputs import prompt_text
@@ -53,6 +56,7 @@ def checked(model, options):
     """Return validated `Options` for this model from keyword arguments."""
     options = Options.of(options)
     options.check(model.backbone.vocabulary_size)
+    options = with_compiled_draws(options, model.sampler)
     reads = options.stop_strings or options.is_constrained
     if model.preprocessor is None and reads:
         raise ValueError(
@@ -94,6 +98,7 @@ def prepare(
         starts, automaton = _constraint(model, inputs, count, stops, options)
         shared |= automaton
         asked.rows["start_node"][:count] = starts
+        _check_possible(model, asked, automaton, options)
     return dataclasses.replace(
         asked, shared=asked.shared | shared, single=single
     )
@@ -190,14 +195,14 @@ def _constraint(model, inputs, count, stops, options):
             "A constraint ends by a stop token. Received: no stop_token_ids. "
             "Expected: 'auto', or ids."
         )
-    tokenizer = model.preprocessor.tokenizer
+    tokenizer, banned = model.preprocessor.tokenizer, options.banned_token_ids
     automaton = Automaton(model.backbone.vocabulary_size)
     if options.choices:
         starts = one_of(automaton, options.choices, tokenizer, stops)
-        return starts, automaton.arrays()
+        return starts, automaton.arrays(banned)
     if options.regex:
         starts = matches_of(automaton, options.regex, tokenizer, stops)
-        return starts, automaton.arrays()
+        return starts, automaton.arrays(banned)
     if inputs.get("prompts") is None:
         raise ValueError(
             "Labels are read from prompts. Received: arrays, with "
@@ -209,4 +214,32 @@ def _constraint(model, inputs, count, stops, options):
         for prompt in dict.fromkeys(map(prompt_text, prompts))
     }
     rows = [starts[prompt_text(prompt)] for prompt in prompts[:count]]
-    return rows, automaton.arrays()
+    return rows, automaton.arrays(banned)
+
+
+def _check_possible(model, asked, automaton, options):
+    """Raise if no answer to a row meets its constraint.
+
+    A begun list of objects that is too long for `max_new_tokens` is cut, as
+    without a constraint.
+    """
+    for row, begun in enumerate(asked.begun):
+        ids = asked.rows["response_ids"][row, : len(begun)][begun]
+        node = node_after(automaton, asked.rows["start_node"][row], ids)
+        least, left = automaton["ends_in"][node], asked.length - len(ids)
+        if node < 0:
+            text = model.preprocessor.tokenizer.detokenize(ids)
+            reason = f"the begun answer {text!r}, which does not fit"
+        elif least == NEVER:
+            reason = "banned_token_ids that leave no way to its end"
+        elif least > left and not options.legal_objects:
+            reason = (
+                f"room for {left} tokens, where the shortest answer has {least}"
+            )
+        else:
+            continue
+        raise ValueError(
+            f"Prompt {row} has no answer that meets the constraint. Received: "
+            f"{reason}. Expected: another beginning, fewer banned tokens, or a "
+            "larger max_new_tokens."
+        )

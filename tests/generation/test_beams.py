@@ -45,6 +45,32 @@ def test_all_beams_have_scores(model, expected):
     assert sum(lengths[0]) < sum(lengths[1])
 
 
+def test_a_hook_that_changes_no_probability_changes_no_beam(model, expected):
+    inputs = golden_prompts(expected)
+    options = {"stop_token_ids": 160, "details": True, "beams": 3}
+    wanted = model.generate(inputs, **options)
+    found = model.generate(
+        inputs, logits_hook=lambda logits_BV, state: logits_BV - 3.0, **options
+    )
+    for answer, other in zip(found, wanted, strict=True):
+        for beam, same in zip(answer.beams, other.beams, strict=True):
+            assert beam.token_ids == same.token_ids
+            assert beam.score == pytest.approx(same.score, abs=1e-4)
+
+
+def test_the_best_live_beams_stand_behind_ended_ones(model, expected):
+    # The last prompt has a begun answer.
+    inputs = {key: x[:3] for key, x in golden_prompts(expected).items()}
+    options = {"stop_token_ids": 160, "details": True}
+    likeliest = model.generate(inputs, 1, alternatives=3, **options)
+    answers = model.generate(inputs, 1, beams=3, **options)
+    for answer, greedy in zip(answers, likeliest, strict=True):
+        ended, *live = (beam.token_ids for beam in answer.beams)
+        wanted = [(token.token_id,) for token in greedy.alternatives[0]]
+        assert ended == (160,)
+        assert live == [ids for ids in wanted if ids != (160,)][:2]
+
+
 def test_beams_that_never_stop_are_whole(model, expected):
     inputs = golden_prompts(expected)
     answers = model.generate(inputs, stop_token_ids=None, beams=2, details=True)

@@ -36,6 +36,34 @@ def test_answers_are_choices(model, examples):
     assert best == [choices[i] for i in scores.reshape(4, 4).argmax(axis=1)]
 
 
+def test_what_is_banned_is_no_way_through_a_constraint(model, examples):
+    tokenizer = model.preprocessor.tokenizer
+    asked = {key: examples[key] for key in ("images", "prompts")}
+    choices = ["yes", "yes please", "no"]
+    *_, yes = tokenizer.tokenize("yes")
+    found = model.generate(asked, choices=choices, banned_token_ids=[yes])
+    assert set(found) == {"no"}
+    banned = [i for text in choices for i in tokenizer.tokenize(text)]
+    with pytest.raises(ValueError, match="Prompt 0 has no answer.*banned"):
+        model.generate(asked, choices=choices, banned_token_ids=banned)
+
+
+def test_a_constraint_that_no_answer_can_meet_is_refused(model, examples):
+    asked = {key: examples[key] for key in ("images", "prompts")}
+    begun = asked | {"responses": ["", "yes", "owl", ""]}
+    with pytest.raises(ValueError, match="Prompt 2 .*begun answer 'owl'"):
+        model.generate(begun, choices=["yes please", "no"])
+    long = "yes please, an owl"
+    with pytest.raises(ValueError, match="room for 2 tokens.*answer has"):
+        model.generate(asked, 2, choices=[long])
+    with pytest.raises(ValueError, match="stop token is also a part"):
+        model.generate(
+            asked,
+            choices=["no"],
+            stop_token_ids=[1, model.preprocessor.tokenizer.tokenize("no")[0]],
+        )
+
+
 @pytest.mark.parametrize("drawn", [{}, {"temperature": 3.0, "seed": 0}])
 def test_answers_are_legal_objects(model, examples, drawn):
     prompts = [

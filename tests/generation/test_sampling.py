@@ -105,6 +105,16 @@ def test_several_answers_a_prompt(model, inputs):
         assert result.log_probability == max(x.log_probability for x in row)
 
 
+def test_one_answer_is_drawn_as_the_first_of_several(model, inputs):
+    options = {"stop_token_ids": None, "seed": 1}
+    one, two = (
+        model.generate(inputs, num_samples=count, **options) for count in (1, 2)
+    )
+    np.testing.assert_array_equal(np.squeeze(one), np.asarray(two)[:, 0])
+    best = model.generate(inputs, best_of=1, **options)
+    np.testing.assert_array_equal(best, np.squeeze(one))
+
+
 def test_banned_tokens_are_the_originals(model, inputs, expected):
     banned = expected["f32/decode_banned/mask_logits"]
     found = model.generate(inputs, stop_token_ids=None, banned_token_ids=banned)
@@ -183,6 +193,7 @@ def test_hidden_states_are_what_tokens_are_chosen_from(model, inputs):
         ({"beams": 2, "temperature": 1.0}, "exclude each other"),
         ({"length_penalty": 1.0}, "without beams"),
         ({"banned_token_ids": [320]}, "`banned_token_ids`.*Received: 320"),
+        ({"banned_token_ids": 5}, "a list of token ids. Received: 5"),
         ({"temperature": [1.0]}, "`temperature` does not match.*Received: 1"),
         ({"logits_hook": 3}, "function of logits and state"),
         ({"stop_strings": [""]}, "`stop_strings`"),
@@ -211,6 +222,10 @@ def test_samplers_that_cannot_choose(model, sampler, message):
     assert model.sampler is before
 
 
+class Own(keras_hub.samplers.RandomSampler):
+    """A sampler of a user's, which may draw in any way."""
+
+
 def test_samplers_of_keras_hub_draw_on(golden_backbone, inputs):
     """The generator's state continues; temperature 0 is greedy."""
     model = PaliGemmaCausalLM(golden_backbone())
@@ -221,6 +236,22 @@ def test_samplers_of_keras_hub_draw_on(golden_backbone, inputs):
         model.generate(inputs, stop_token_ids=None) for _ in range(2)
     )
     assert (first != second).any()
+    # A seed replaces the generator's state.
+    for seeded in (
+        sampler,
+        keras_hub.samplers.TopPSampler(p=0.9, k=50, temperature=2.0),
+    ):
+        options = {"temperature": 2.0, "stop_token_ids": None, "seed": 5}
+        if seeded is not sampler:
+            options |= {"top_p": 0.9, "top_k": 50}
+        wanted = model.generate(inputs, **options)
+        model.compile(sampler=seeded)
+        for _ in range(2):
+            found = model.generate(inputs, stop_token_ids=None, seed=5)
+            np.testing.assert_array_equal(found, wanted)
+    model.compile(sampler=Own())
+    with pytest.raises(ValueError, match="`Own` draws by.*seed=5"):
+        model.generate(inputs, stop_token_ids=None, seed=5)
     model.compile(sampler=keras_hub.samplers.RandomSampler(temperature=0.0))
     np.testing.assert_array_equal(
         model.generate(inputs, stop_token_ids=None), greedy
