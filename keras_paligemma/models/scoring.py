@@ -13,6 +13,7 @@ from keras_paligemma.models.passes import parts_of
 from keras_paligemma.models.passes import run_pass
 from keras_paligemma.models.prefixes import continue_rows
 from keras_paligemma.models.prefixes import unpacked
+from keras_paligemma.preprocessing.inputs import to_length
 from keras_paligemma.preprocessing.prompt_and_response import PART_NAMES
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 
@@ -51,6 +52,7 @@ def score(self, inputs, *, details=False, batch_size=None):
     """
     check_preprocessor(self, "score")
     answers, single = [], False
+    end = self.preprocessor.tokenizer.end_token_id
     prefix, inputs = unpacked(inputs)
     for part, count in parts_of(inputs, batch_size):
         x, y, weights = self.preprocessor(part)
@@ -71,7 +73,8 @@ def score(self, inputs, *, details=False, batch_size=None):
                     text,
                     tuple(ids.tolist()),
                     tuple(each_R[real_R].tolist()),
-                    "stop_token",
+                    # A response that is too long is cut, as in `fit`.
+                    "stop_token" if end in ids[-1:] else "length",
                 )
             )
     if details:
@@ -103,7 +106,10 @@ def encode(self, images, *, batch_size=None):
     found = []
     single = not isinstance(images, (list, tuple)) and np.ndim(images) <= 3
     images = [images] if single else images
-    size = batch_size or len(images)
+    if not len(images):
+        raise ValueError("`encode` got no images. Expected: one or more.")
+    size = len(images) if batch_size is None else batch_size
+    size = to_length(size, "batch_size")
     for first in range(0, len(images), size):
         pixels = self.preprocessor.image_converter(
             list(images[first : first + size])

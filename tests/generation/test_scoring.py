@@ -30,6 +30,22 @@ def test_scores_are_what_the_loss_is(model, examples):
     assert model.score(single) == pytest.approx(scores[0], rel=1e-5)
 
 
+def test_a_response_that_is_cut_has_no_end(model, examples):
+    long = examples | {"responses": ["yes please " * 40, "no", "no", "no"]}
+    with pytest.warns(UserWarning, match="1 of 4 responses do not fit"):
+        answers = model.score(long, details=True)
+    finishes = [answer.finish for answer in answers]
+    assert finishes == ["length", *["stop_token"] * 3]
+
+
+def test_nothing_to_encode_is_an_error(model, examples):
+    with pytest.raises(ValueError, match="got no images"):
+        model.encode([])
+    for size in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="`batch_size`.*Received: "):
+            model.encode(examples["images"], batch_size=size)
+
+
 def test_scores_are_log_probabilities_of_answers(model, examples):
     """The answer ends as in `score`: with eos as its last token."""
     asked = {key: examples[key] for key in ("images", "prompts")}
