@@ -11,8 +11,15 @@ from keras_paligemma import compat
 from keras_paligemma.data.object_set import SUFFIXES
 from keras_paligemma.data.object_set import picture_files
 from keras_paligemma.evaluation.predicting import predict
+from keras_paligemma.evaluation.run_record import RunRecord
+from keras_paligemma.evaluation.run_record import describe_image
+from keras_paligemma.evaluation.run_record import describe_model
+from keras_paligemma.evaluation.run_record import plain
+from keras_paligemma.evaluation.run_record import record_path
 from keras_paligemma.evaluation.samples import Sample
 from keras_paligemma.evaluation.samples import check_unique
+from keras_paligemma.evaluation.unread import Unread
+from keras_paligemma.evaluation.unread import errors_path
 from keras_paligemma.models.generation_inputs import checked
 from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.preprocessing.inputs import to_length
@@ -124,10 +131,16 @@ def answer_file(
     """Answer all pictures, batch by batch, into a JSONL file.
 
     Each batch is on the disk before the next starts, and the same call resumes
-    a killed run, without losing or repeating rows. A picture that cannot be
-    read has the answer "" and is listed in `output`.errors.jsonl. If a
-    `keras.distribution` is active, each batch is split over its devices; with
-    several hosts, each writes its part, and the first merges them.
+    a killed run, without losing or repeating rows. `output`.run.json records
+    the model, the options, and the path and prompt of each picture. A call
+    resumes if these are the same for all rows that there are, so pictures may
+    be added at the end; it refuses rows of another call, and those without a
+    record. The contents of picture files are not compared.
+
+    A picture that cannot be read has the answer "" and is listed in
+    `output`.errors.jsonl. If a `keras.distribution` is active, each batch is
+    split over its devices; with several hosts, each writes its part, and the
+    first merges them.
 
     Args:
         model: `PaliGemmaCausalLM`.
@@ -144,8 +157,8 @@ def answer_file(
         int, number of pictures that this call could not read.
 
     Raises:
-        ValueError: an option is not valid, or the file holds rows of other
-            pictures.
+        ValueError: an option is not valid, or the file holds something else
+            than rows of this call.
 
     Example:
 
@@ -160,17 +173,10 @@ def answer_file(
         length = to_length(max_new_tokens, "max_new_tokens")
     options = {**options, "max_new_tokens": length}
     output = Path(output)
+    _check_output(output, pictures.place)
     output.parent.mkdir(parents=True, exist_ok=True)
-    errors = []
-
-    def note(row, error):
-        errors.append(row)
-        line = {"id": pictures.ids[row], "error": str(error)}
-        path = output.with_name(f"{output.name}.errors.jsonl")
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    predict(
+    record = _record(model, pictures, options)
+    failed = predict(
         model,
         output.name,
         options,
@@ -179,13 +185,36 @@ def answer_file(
         batch_size,
         shard,
         progress,
-        note,
+        record,
+        Unread(output, pictures.ids),
     )
-    if errors and not compat.process()[0]:
+    if failed and not compat.process()[0]:
         warnings.warn(
-            f"{len(errors)} pictures could not be read, the first: "
-            f"{pictures.where(errors[0])}. They are listed in "
-            f"{output.name}.errors.jsonl.",
+            f"{len(failed)} pictures could not be read, the first: "
+            f"{pictures.where(failed[0])}. They are listed in "
+            f"{errors_path(output).name}.",
             stacklevel=2,
         )
-    return len(errors)
+    return len(failed)
+
+
+def _check_output(output, data):
+    """Raise if a file that is written is that of the pictures."""
+    for path in (output, errors_path(output), record_path(output)):
+        if path.exists() and os.path.exists(data) and path.samefile(data):
+            raise ValueError(
+                f"The output would overwrite the data. Received: {path}, which "
+                f"is {data}. Choose another output."
+            )
+
+
+def _record(model, pictures, options):
+    """Return what the answers of all pictures depend on."""
+    given = {
+        name: value for name, value in options.items() if value is not None
+    }
+    rows = [
+        [describe_image(image), plain(prompt)]
+        for image, prompt in zip(pictures.images, pictures.prompts, strict=True)
+    ]
+    return RunRecord({**describe_model(model), **plain(given)}, rows)
