@@ -1,11 +1,14 @@
 """Write answers about pictures to a file; killed runs resume."""
 
 import json
+import numbers
 import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from keras_paligemma import compat
 from keras_paligemma.data.object_set import SUFFIXES
@@ -20,6 +23,7 @@ from keras_paligemma.evaluation.samples import Sample
 from keras_paligemma.evaluation.samples import check_unique
 from keras_paligemma.evaluation.unread import Unread
 from keras_paligemma.evaluation.unread import errors_path
+from keras_paligemma.generation.options import prompt_seeds
 from keras_paligemma.models.generation_inputs import checked
 from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.preprocessing.inputs import to_length
@@ -60,7 +64,9 @@ def open_pictures(data: PathLike, prompt: str | None = None) -> Pictures:
         data: path of a folder, whose pictures, including those of subfolders,
             are sorted by name, and have their relative paths as ids; or of a
             JSONL file with `image` and, optionally, `prefix` and `id` in each
-            line. The default id is the number of the line.
+            line. `image` may be a list of frames; paths are relative to the
+            file. The default id is the number of the line. `null` is the same
+            as a missing field.
         prompt: str, prompt of pictures without `prefix`.
 
     Returns:
@@ -85,7 +91,8 @@ def open_pictures(data: PathLike, prompt: str | None = None) -> Pictures:
             f"{path} has no pictures. Expected: a folder of "
             f"{', '.join(SUFFIXES)}, or a JSONL file with `image` a line."
         )
-    prompts: list[Any] = [record.get("prefix", prompt) for record in records]
+    given = [record.get("prefix") for record in records]
+    prompts: list[Any] = [prompt if each is None else each for each in given]
     if None in prompts:
         raise ValueError(
             f"{path}: what to ask about {records[prompts.index(None)]['id']!r} "
@@ -105,16 +112,24 @@ def _read_lines(path):
         try:
             record = json.loads(line)
             image = record["image"]
+            if image is None:
+                raise KeyError("image")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number} names no picture. Expected: "
                 f'{{"image": "…", "prefix": "…"}}. Received: {line[:80]!r}.'
             ) from error
-        if isinstance(image, str):
-            image = picture_path(image, os.fspath(path.parent))
-        id = str(record.get("id", number))
-        records.append({**record, "id": id, "image": image})
+        image = _in_folder(image, os.fspath(path.parent))
+        id = number if record.get("id") is None else record["id"]
+        records.append({**record, "id": str(id), "image": image})
     return records
+
+
+def _in_folder(image, folder):
+    """Return a picture or frames with paths relative to a folder."""
+    if isinstance(image, list):
+        return [_in_folder(frame, folder) for frame in image]
+    return picture_path(image, folder) if isinstance(image, str) else image
 
 
 def answer_file(
@@ -151,7 +166,9 @@ def answer_file(
             `response_length` if `None`.
         shard: tuple (index, count), this host's part of each batch.
         progress: bool, whether to show a bar if standard error is a terminal.
-        **options: how tokens are chosen, as `generate` takes it.
+        **options: how tokens are chosen, as `generate` takes it. A seed gives
+            the same answers whatever the batch size. A list has one value per
+            picture.
 
     Returns:
         int, number of pictures that this call could not read.
@@ -167,7 +184,8 @@ def answer_file(
     ```
     """
     # Later a mistake here would be reported as an error of the first picture.
-    checked(model, options)
+    found = checked(model, options)
+    _check(found, batch_size, len(pictures))
     length = model.preprocessor.response_length
     if max_new_tokens is not None:
         length = to_length(max_new_tokens, "max_new_tokens")
@@ -176,6 +194,8 @@ def answer_file(
     _check_output(output, pictures.place)
     output.parent.mkdir(parents=True, exist_ok=True)
     record = _record(model, pictures, options)
+    if found.seed is not None or found.draws or found.copies > 1:
+        options["seed"] = _seeds(found, len(pictures))
     failed = predict(
         model,
         output.name,
@@ -198,6 +218,23 @@ def answer_file(
     return len(failed)
 
 
+def _check(options, batch_size, count):
+    """Raise on options that a file of one answer per picture cannot follow."""
+    whole = isinstance(batch_size, numbers.Integral)
+    if not whole or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(
+            "`batch_size` is no number of pictures. Expected: an integer, at "
+            f"least 1. Received: {batch_size!r}."
+        )
+    if options.num_samples is not None:
+        raise ValueError(
+            "The file has one answer per picture. Expected: `best_of`, the "
+            "likeliest of several samples, or a file for each seed. Received: "
+            f"num_samples={options.num_samples!r}."
+        )
+    options.check_rows(count)
+
+
 def _check_output(output, data):
     """Raise if a file that is written is that of the pictures."""
     for path in (output, errors_path(output), record_path(output)):
@@ -218,3 +255,11 @@ def _record(model, pictures, options):
         for image, prompt in zip(pictures.images, pictures.prompts, strict=True)
     ]
     return RunRecord({**describe_model(model), **plain(given)}, rows)
+
+
+def _seeds(options, count):
+    """Return a seed for each picture, whatever batch it is in."""
+    seed = options.seeded().seed
+    if np.ndim(seed):
+        return seed
+    return prompt_seeds(seed, np.arange(count)) % 2**31

@@ -4,10 +4,15 @@ import contextlib
 import os
 import sys
 
+import numpy as np
+
 from keras_paligemma import compat
 from keras_paligemma.data.examples import ExampleError
 from keras_paligemma.data.examples import located
 from keras_paligemma.evaluation import predictions as files
+
+# Options of `generate` that may have one value per prompt.
+OF_ROWS = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 def predict(
@@ -26,7 +31,8 @@ def predict(
 
     Args:
         title: str, shown beside the progress bar.
-        options: dict, keyword arguments of `generate`.
+        options: dict, keyword arguments of `generate`; an option of rows, see
+            `OF_ROWS`, may have one value per sample.
         path: `pathlib.Path` of the file.
         model, samples, batch_size, shard, progress: as `evaluate`
             takes them, on this host.
@@ -106,7 +112,7 @@ def _answers(model, options, samples, rows, skips):
     """
     try:
         found = [samples[row] for row in rows]
-        texts = model.generate(_inputs(found), **options)
+        texts = model.generate(_inputs(found), **_options_of(options, rows))
         return texts, {}
     except ValueError as error:
         length = options["max_new_tokens"]
@@ -128,9 +134,19 @@ def _answers(model, options, samples, rows, skips):
     # Padded to the same size, for which the program is compiled already.
     padded = (good + good[:1] * len(rows))[: len(rows)]
     inputs = _inputs([found[row] for row in padded])
-    texts = model.generate(inputs, **options)
+    texts = model.generate(inputs, **_options_of(options, padded))
     by_row = dict(zip(padded, texts, strict=True))
     return [by_row.get(row, "") for row in rows], errors
+
+
+def _options_of(options, rows):
+    """Return the options of some rows, from those of all."""
+    return {
+        name: [value[row] for row in rows]
+        if name in OF_ROWS and np.ndim(value)
+        else value
+        for name, value in options.items()
+    }
 
 
 def _readable(model, samples, row, length):

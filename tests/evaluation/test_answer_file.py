@@ -360,3 +360,67 @@ def test_two_hosts_keep_a_record_of_each_file(folder, tmp_path, monkeypatch):
     path.write_bytes(b"".join(lines[:2]))
     assert run("caption en") == 0
     assert path.read_bytes() == b"".join(lines)
+
+
+def test_samples_do_not_depend_on_the_batch(model, folder, tmp_path):
+    same = [{"image": "a.png", "prefix": "ocr"}] * 6
+    pictures = open_pictures(write_list(folder / "list.jsonl", *same))
+    how = {"temperature": 9.0, "seed": 1, "max_new_tokens": 4}
+    found = []
+    for size in (2, 3):
+        path = tmp_path / f"{size}.jsonl"
+        answer_file(model, pictures, path, batch_size=size, **how)
+        found.append(rows_of(path))
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) > 4
+    inputs = {"images": [pictures.images[0]] * 6, "prompts": ["ocr"] * 6}
+    whole = model.generate(inputs, batch_size=3, **how)
+    assert list(found[0].values()) == whole
+
+
+def test_lists_of_options_have_one_value_per_picture(folder, tmp_path):
+    model, pictures = Echo(), open_pictures(folder, "ocr")
+    path = tmp_path / "answers.jsonl"
+    how = {"temperature": [1.0, 2.0, 3.0, 4.0, 5.0], "seed": [5, 4, 3, 2, 1]}
+    answer_file(model, pictures, path, batch_size=2, **how)
+    assert [call["seed"] for call in model.calls] == [[5, 4], [3, 2], [1, 1]]
+    assert model.calls[1]["temperature"] == [3.0, 4.0]
+    with pytest.raises(ValueError, match="Expected: a number, or 5"):
+        answer_file(model, pictures, path, seed=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"batch_size": 0}, "^`batch_size` is no number.*Received: 0"),
+        ({"batch_size": -1}, "^`batch_size` is no number.*Received: -1"),
+        ({"batch_size": True}, "^`batch_size` is no number.*Received: True"),
+        ({"num_samples": 2}, "one answer per picture.*num_samples=2"),
+    ],
+)
+def test_options_that_give_no_file(folder, tmp_path, option, message):
+    path = tmp_path / "new" / "answers.jsonl"
+    with pytest.raises(ValueError, match=message):
+        answer_file(Echo(), open_pictures(folder, "ocr"), path, **option)
+    assert not path.parent.exists()
+
+
+def test_null_is_a_missing_field(folder):
+    rows = [
+        {"image": "a.png", "prefix": None, "id": None},
+        {"image": "b.jpg", "prefix": "ocr", "id": None},
+    ]
+    file = write_list(folder / "list.jsonl", *rows)
+    pictures = open_pictures(file, "caption en")
+    assert pictures.ids == ["1", "2"]
+    assert pictures.prompts == ["caption en", "ocr"]
+    with pytest.raises(ValueError, match="'1' is not said"):
+        open_pictures(file)
+    with pytest.raises(ValueError, match="line 1 names no picture"):
+        open_pictures(write_list(file, {"image": None}), "ocr")
+
+
+def test_frames_are_relative_to_their_list(folder):
+    row = {"image": ["a.png", str(folder / "b.jpg")], "prefix": "ocr"}
+    pictures = open_pictures(write_list(folder / "list.jsonl", row))
+    assert pictures.images == [[str(folder / "a.png"), str(folder / "b.jpg")]]
