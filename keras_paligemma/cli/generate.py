@@ -29,7 +29,7 @@ def generate(
         str | None, typer.Option(help="Prompt of all pictures without prefix")
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Pictures per batch on this host")
+        int, typer.Option(min=1, help="Pictures per batch on this host")
     ] = 8,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer, in tokens")

@@ -10,9 +10,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from PIL import Image
-from PIL.ExifTags import Base
 
 from keras_paligemma.preprocessing.images import openable
+from keras_paligemma.preprocessing.images import orientation
 from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.tasks.masks import from_rle
 from keras_paligemma.tasks.masks import from_segmentation
@@ -180,7 +180,7 @@ def opened_size(path: PathLike) -> tuple[tuple[int, int], bool]:
     try:
         with Image.open(openable(path)) as opened:
             width, height = opened.size
-            is_turned = opened.getexif().get(Base.Orientation) in _TURNED
+            is_turned = orientation(opened) in _TURNED
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(

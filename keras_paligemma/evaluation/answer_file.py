@@ -1,18 +1,29 @@
 """Write answers about pictures to a file; killed runs resume."""
 
 import json
+import numbers
 import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from keras_paligemma import compat
 from keras_paligemma.data.object_set import SUFFIXES
 from keras_paligemma.data.object_set import picture_files
 from keras_paligemma.evaluation.predicting import predict
+from keras_paligemma.evaluation.run_record import RunRecord
+from keras_paligemma.evaluation.run_record import describe_image
+from keras_paligemma.evaluation.run_record import describe_model
+from keras_paligemma.evaluation.run_record import plain
+from keras_paligemma.evaluation.run_record import record_path
 from keras_paligemma.evaluation.samples import Sample
 from keras_paligemma.evaluation.samples import check_unique
+from keras_paligemma.evaluation.unread import Unread
+from keras_paligemma.evaluation.unread import errors_path
+from keras_paligemma.generation.options import prompt_seeds
 from keras_paligemma.models.generation_inputs import checked
 from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.preprocessing.inputs import to_length
@@ -53,7 +64,9 @@ def open_pictures(data: PathLike, prompt: str | None = None) -> Pictures:
         data: path of a folder, whose pictures, including those of subfolders,
             are sorted by name, and have their relative paths as ids; or of a
             JSONL file with `image` and, optionally, `prefix` and `id` in each
-            line. The default id is the number of the line.
+            line. `image` may be a list of frames; paths are relative to the
+            file. The default id is the number of the line. `null` is the same
+            as a missing field.
         prompt: str, prompt of pictures without `prefix`.
 
     Returns:
@@ -78,7 +91,8 @@ def open_pictures(data: PathLike, prompt: str | None = None) -> Pictures:
             f"{path} has no pictures. Expected: a folder of "
             f"{', '.join(SUFFIXES)}, or a JSONL file with `image` a line."
         )
-    prompts: list[Any] = [record.get("prefix", prompt) for record in records]
+    given = [record.get("prefix") for record in records]
+    prompts: list[Any] = [prompt if each is None else each for each in given]
     if None in prompts:
         raise ValueError(
             f"{path}: what to ask about {records[prompts.index(None)]['id']!r} "
@@ -98,16 +112,24 @@ def _read_lines(path):
         try:
             record = json.loads(line)
             image = record["image"]
+            if image is None:
+                raise KeyError("image")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number} names no picture. Expected: "
                 f'{{"image": "…", "prefix": "…"}}. Received: {line[:80]!r}.'
             ) from error
-        if isinstance(image, str):
-            image = picture_path(image, os.fspath(path.parent))
-        id = str(record.get("id", number))
-        records.append({**record, "id": id, "image": image})
+        image = _in_folder(image, os.fspath(path.parent))
+        id = number if record.get("id") is None else record["id"]
+        records.append({**record, "id": str(id), "image": image})
     return records
+
+
+def _in_folder(image, folder):
+    """Return a picture or frames with paths relative to a folder."""
+    if isinstance(image, list):
+        return [_in_folder(frame, folder) for frame in image]
+    return picture_path(image, folder) if isinstance(image, str) else image
 
 
 def answer_file(
@@ -124,10 +146,16 @@ def answer_file(
     """Answer all pictures, batch by batch, into a JSONL file.
 
     Each batch is on the disk before the next starts, and the same call resumes
-    a killed run, without losing or repeating rows. A picture that cannot be
-    read has the answer "" and is listed in `output`.errors.jsonl. If a
-    `keras.distribution` is active, each batch is split over its devices; with
-    several hosts, each writes its part, and the first merges them.
+    a killed run, without losing or repeating rows. `output`.run.json records
+    the model, the options, and the path and prompt of each picture. A call
+    resumes if these are the same for all rows that there are, so pictures may
+    be added at the end; it refuses rows of another call, and those without a
+    record. The contents of picture files are not compared.
+
+    A picture that cannot be read has the answer "" and is listed in
+    `output`.errors.jsonl. If a `keras.distribution` is active, each batch is
+    split over its devices; with several hosts, each writes its part, and the
+    first merges them.
 
     Args:
         model: `PaliGemmaCausalLM`.
@@ -138,14 +166,16 @@ def answer_file(
             `response_length` if `None`.
         shard: tuple (index, count), this host's part of each batch.
         progress: bool, whether to show a bar if standard error is a terminal.
-        **options: how tokens are chosen, as `generate` takes it.
+        **options: how tokens are chosen, as `generate` takes it. A seed gives
+            the same answers whatever the batch size. A list has one value per
+            picture.
 
     Returns:
         int, number of pictures that this call could not read.
 
     Raises:
-        ValueError: an option is not valid, or the file holds rows of other
-            pictures.
+        ValueError: an option is not valid, or the file holds something else
+            than rows of this call.
 
     Example:
 
@@ -154,23 +184,19 @@ def answer_file(
     ```
     """
     # Later a mistake here would be reported as an error of the first picture.
-    checked(model, options)
+    found = checked(model, options)
+    _check(found, batch_size, len(pictures))
     length = model.preprocessor.response_length
     if max_new_tokens is not None:
         length = to_length(max_new_tokens, "max_new_tokens")
     options = {**options, "max_new_tokens": length}
     output = Path(output)
+    _check_output(output, pictures.place)
     output.parent.mkdir(parents=True, exist_ok=True)
-    errors = []
-
-    def note(row, error):
-        errors.append(row)
-        line = {"id": pictures.ids[row], "error": str(error)}
-        path = output.with_name(f"{output.name}.errors.jsonl")
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    predict(
+    record = _record(model, pictures, options)
+    if found.seed is not None or found.draws or found.copies > 1:
+        options["seed"] = _seeds(found, len(pictures))
+    failed = predict(
         model,
         output.name,
         options,
@@ -179,13 +205,61 @@ def answer_file(
         batch_size,
         shard,
         progress,
-        note,
+        record,
+        Unread(output, pictures.ids),
     )
-    if errors and not compat.process()[0]:
+    if failed and not compat.process()[0]:
         warnings.warn(
-            f"{len(errors)} pictures could not be read, the first: "
-            f"{pictures.where(errors[0])}. They are listed in "
-            f"{output.name}.errors.jsonl.",
+            f"{len(failed)} pictures could not be read, the first: "
+            f"{pictures.where(failed[0])}. They are listed in "
+            f"{errors_path(output).name}.",
             stacklevel=2,
         )
-    return len(errors)
+    return len(failed)
+
+
+def _check(options, batch_size, count):
+    """Raise on options that a file of one answer per picture cannot follow."""
+    whole = isinstance(batch_size, numbers.Integral)
+    if not whole or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(
+            "`batch_size` is no number of pictures. Expected: an integer, at "
+            f"least 1. Received: {batch_size!r}."
+        )
+    if options.num_samples is not None:
+        raise ValueError(
+            "The file has one answer per picture. Expected: `best_of`, the "
+            "likeliest of several samples, or a file for each seed. Received: "
+            f"num_samples={options.num_samples!r}."
+        )
+    options.check_rows(count)
+
+
+def _check_output(output, data):
+    """Raise if a file that is written is that of the pictures."""
+    for path in (output, errors_path(output), record_path(output)):
+        if path.exists() and os.path.exists(data) and path.samefile(data):
+            raise ValueError(
+                f"The output would overwrite the data. Received: {path}, which "
+                f"is {data}. Choose another output."
+            )
+
+
+def _record(model, pictures, options):
+    """Return what the answers of all pictures depend on."""
+    given = {
+        name: value for name, value in options.items() if value is not None
+    }
+    rows = [
+        [describe_image(image), plain(prompt)]
+        for image, prompt in zip(pictures.images, pictures.prompts, strict=True)
+    ]
+    return RunRecord({**describe_model(model), **plain(given)}, rows)
+
+
+def _seeds(options, count):
+    """Return a seed for each picture, whatever batch it is in."""
+    seed = options.seeded().seed
+    if np.ndim(seed):
+        return seed
+    return prompt_seeds(seed, np.arange(count)) % 2**31

@@ -4,10 +4,15 @@ import contextlib
 import os
 import sys
 
+import numpy as np
+
 from keras_paligemma import compat
 from keras_paligemma.data.examples import ExampleError
 from keras_paligemma.data.examples import located
 from keras_paligemma.evaluation import predictions as files
+
+# Options of `generate` that may have one value per prompt.
+OF_ROWS = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 def predict(
@@ -19,35 +24,51 @@ def predict(
     batch_size,
     shard=(0, 1),
     progress=True,
-    on_error=None,
-) -> None:
+    record=None,
+    unread=None,
+) -> list[int]:
     """Predict all samples that have no prediction in a file yet.
 
     Args:
         title: str, shown beside the progress bar.
-        options: dict, keyword arguments of `generate`.
+        options: dict, keyword arguments of `generate`; an option of rows, see
+            `OF_ROWS`, may have one value per sample.
         path: `pathlib.Path` of the file.
         model, samples, batch_size, shard, progress: as `evaluate`
             takes them, on this host.
-        on_error: function of a sample's index and the error of its picture or
-            prompt, whose prediction becomes ""; `None` raises the error.
+        record: `RunRecord` of all samples, kept beside the file: only the same
+            run resumes. `None` compares the ids alone.
+        unread: `Unread`, to which samples are added whose picture or prompt
+            cannot be read; their prediction is "". `None` raises the error.
+
+    Returns:
+        list of int, the samples of this host that could not be read now.
 
     Raises:
-        ExampleError: a sample cannot be read, without `on_error`.
+        ValueError: the file holds rows of another run, or something else.
+        ExampleError: a sample cannot be read, without `unread`.
     """
     index, parts = shard
     own = _rows_of(len(samples), batch_size, index, parts)
     ids = [samples.ids[row] for row in own]
     steps = -(-len(samples) // (batch_size * parts))
-    together = path
+    together, of_all = path, record
     if parts > 1:
-        if path.is_file():
-            return
+        if path.is_file() and files.is_whole(path, samples.ids, record):
+            return []
         path = _part(together, index, parts)
-    done = files.resume(path, ids, batch_size)
+        record = record and record.part(own)
+    done = files.resume(path, ids, batch_size, record=record)
     # Hosts compute each batch together, so all start where the slowest stopped.
     begun = compat.least(steps if done == len(ids) else done // batch_size)
-    files.resume(path, ids, batch_size, begun * batch_size)
+    files.resume(path, ids, batch_size, begun * batch_size, record)
+    if unread is not None:
+        if compat.process()[0] == 0:
+            unread.resume(begun * batch_size * parts)
+        compat.wait_for_all("list of what could not be read")
+    if record is not None and _writes(parts):
+        record.write(path)
+    failed = []
     bar = _bar(title, steps, progress)
     with bar as advance:
         advance(begun)
@@ -56,13 +77,20 @@ def predict(
             # The last batch is padded, so that only one shape is compiled.
             fill = rows or [len(samples) - 1]
             padded = (rows + fill * batch_size)[:batch_size]
-            texts = _answers(model, options, samples, padded, on_error)
+            texts, errors = _answers(
+                model, options, samples, padded, unread is not None
+            )
             pairs = zip((samples.ids[row] for row in rows), texts, strict=False)
+            failed += [row for row in rows if row in errors]
             if _writes(parts):
+                for row in rows:
+                    if row in errors:
+                        unread.add(row, errors[row])
                 files.append(path, pairs)
             advance(1)
     if parts > 1:
-        _merge(together, samples.ids, parts)
+        _merge(together, samples.ids, parts, of_all)
+    return failed
 
 
 def _rows_of(count, batch_size, index, parts):
@@ -75,11 +103,17 @@ def _rows_of(count, batch_size, index, parts):
     ]
 
 
-def _answers(model, options, samples, rows, on_error):
-    """Predict some samples; an error names the sample that caused it."""
+def _answers(model, options, samples, rows, skips):
+    """Predict some samples; an error names the sample that caused it.
+
+    Returns:
+        list of str, and dict of the rows that cannot be read to their errors,
+        which are raised unless `skips`.
+    """
     try:
         found = [samples[row] for row in rows]
-        return model.generate(_inputs(found), **options)
+        texts = model.generate(_inputs(found), **_options_of(options, rows))
+        return texts, {}
     except ValueError as error:
         length = options["max_new_tokens"]
         found = {row: _readable(model, samples, row, length) for row in rows}
@@ -92,18 +126,27 @@ def _answers(model, options, samples, rows, on_error):
             raise ExampleError(
                 f"{samples.where(rows[0])} and those behind it: {error}"
             ) from error
-        if on_error is None:
+        if not skips:
             raise next(iter(errors.values())) from error
-    for row, error in errors.items():
-        on_error(row, error)
     good = [row for row in rows if row not in errors]
     if not good:
-        return [""] * len(rows)
+        return [""] * len(rows), errors
     # Padded to the same size, for which the program is compiled already.
     padded = (good + good[:1] * len(rows))[: len(rows)]
-    texts = model.generate(_inputs([found[row] for row in padded]), **options)
+    inputs = _inputs([found[row] for row in padded])
+    texts = model.generate(inputs, **_options_of(options, padded))
     by_row = dict(zip(padded, texts, strict=True))
-    return [by_row.get(row, "") for row in rows]
+    return [by_row.get(row, "") for row in rows], errors
+
+
+def _options_of(options, rows):
+    """Return the options of some rows, from those of all."""
+    return {
+        name: [value[row] for row in rows]
+        if name in OF_ROWS and np.ndim(value)
+        else value
+        for name, value in options.items()
+    }
 
 
 def _readable(model, samples, row, length):
@@ -136,7 +179,7 @@ def _part(path, index, parts):
     return path.with_name(f"{path.stem}-{index}-of-{parts}{path.suffix}")
 
 
-def _merge(path, ids, parts):
+def _merge(path, ids, parts, record):
     """Merge the files of all hosts, in the order of the samples."""
     compat.wait_for_all("predictions of all parts")
     if compat.process()[0] == 0:
@@ -149,6 +192,8 @@ def _merge(path, ids, parts):
         draft = path.with_name(f".{path.name}")
         draft.unlink(missing_ok=True)
         files.append(draft, ((id, found[id]) for id in ids))
+        if record is not None:
+            record.write(path)
         os.replace(draft, path)
     compat.wait_for_all("predictions in one file")
 

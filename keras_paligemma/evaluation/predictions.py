@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 
+from keras_paligemma.evaluation.run_record import RunRecord
 from keras_paligemma.evaluation.samples import check_unique
 
 
@@ -48,13 +49,32 @@ def check_predictions(
         )
 
 
+def is_whole(
+    path: Path, ids: Sequence[str], record: RunRecord | None = None
+) -> bool:
+    """Return whether a file has all rows of a run.
+
+    Args:
+        path, ids, record: as in `resume`.
+
+    Raises:
+        ValueError: the file holds rows of another run, or something else.
+    """
+    return len(_own_lines(path, ids, record)[0]) == len(ids)
+
+
 def resume(
-    path: Path, ids: Sequence[str], whole: int, most: int | None = None
+    path: Path,
+    ids: Sequence[str],
+    whole: int,
+    most: int | None = None,
+    record: RunRecord | None = None,
 ) -> int:
     """Truncate a file to whole batches, after which a run resumes.
 
     A killed run may leave an incomplete line or batch. Both are cut off, so
-    that the batches are those of a run that was never killed.
+    that the batches are those of a run that was never killed. Nothing is cut
+    off that this run cannot have written.
 
     Args:
         path: path of the file, which may be missing.
@@ -62,18 +82,54 @@ def resume(
         whole: int, rows per batch; unless all rows are there, a multiple of
             `whole` is kept.
         most: int, largest number of rows to keep; `None` for all.
+        record: `RunRecord` of the rows of `ids`, with which the file's is
+            compared, or `None`.
 
     Returns:
         int, number of rows kept.
 
     Raises:
-        ValueError: the file holds rows of another run.
+        ValueError: the file holds rows of another run, or something else.
     """
-    if not path.is_file():
-        return 0
+    lines, there = _own_lines(path, ids, record)
+    done = len(lines)
+    if done < len(ids):
+        done -= done % whole
+    done = done if most is None else min(done, most)
+    size = sum(len(line) + 1 for line in lines[:done])
+    if size < there:
+        with open(path, "r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+    return done
+
+
+def append(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    """Append rows, and wait until they are on the disk."""
+    data = b"".join(_line(id, text) for id, text in rows)
+    with open(path, "ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(id, text):
+    line = json.dumps({"id": id, "prediction": text}, ensure_ascii=False)
+    # A model can write half of a character, which is not valid UTF-8.
+    return f"{line}\n".encode("utf-8", "backslashreplace")
+
+
+def _own_lines(path, ids, record):
+    """Return the lines of a file of this run, and the size of the file.
+
+    Raises:
+        ValueError: the file holds rows of another run, or something else.
+    """
+    if not path.exists():
+        return [], 0
     data = path.read_bytes()
     # Anything after the last newline is an incomplete line.
-    *lines, _ = data.split(b"\n")
+    *lines, tail = data.split(b"\n")
     found = [
         _parse(line, f"{path}, line {number}")[0]
         for number, line in enumerate(lines, 1)
@@ -87,30 +143,24 @@ def resume(
                 f"Expected: {'nothing more' if id is None else repr(id)}. "
                 "Choose another output, or remove the file."
             )
-    done = len(found)
-    if done < len(ids):
-        done -= done % whole
-    done = done if most is None else min(done, most)
-    size = sum(len(line) + 1 for line in lines[:done])
-    if size < len(data):
-        with open(path, "r+b") as file:
-            file.truncate(size)
-            os.fsync(file.fileno())
-    return done
+    if tail and not _begins(tail, ids[len(found) : len(found) + 1]):
+        raise ValueError(
+            f"{path} ends with what is no row of this run. Received: "
+            f"{tail[:80]!r}. Expected: whole lines, or the start of the next "
+            "row, as a killed run leaves it. Choose another output, or remove "
+            "the file."
+        )
+    if data and record is not None:
+        record.check(path, found)
+    return lines, len(data)
 
 
-def append(path: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """Append rows, and wait until they are on the disk."""
-    lines = [
-        json.dumps({"id": id, "prediction": text}, ensure_ascii=False) + "\n"
-        for id, text in rows
-    ]
-    # A model can write half of a character, which is not valid UTF-8.
-    data = "".join(lines).encode("utf-8", "backslashreplace")
-    with open(path, "ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _begins(tail, following):
+    """Return whether an incomplete line is one of the row that follows."""
+    starts = [_line(id, "").removesuffix(b'"}\n') for id in following]
+    return any(
+        tail.startswith(start) or start.startswith(tail) for start in starts
+    )
 
 
 def _parse(line, place):

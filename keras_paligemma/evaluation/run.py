@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -19,14 +18,13 @@ from keras_paligemma.evaluation.predictions import read_predictions
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.registry import find_benchmark
 from keras_paligemma.evaluation.report import write_report
+from keras_paligemma.evaluation.run_record import fingerprint
 from keras_paligemma.evaluation.scoring import score
 from keras_paligemma.evaluation.scoring import truth_columns
 from keras_paligemma.evaluation.sources import open_samples
 from keras_paligemma.metrics.judges import JUDGES
 
 PREDICTIONS = "predictions.jsonl"
-# Largest weight, in values, that a model's fingerprint includes.
-_SMALL = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,26 +198,6 @@ def _check_data(benchmark, samples, decode):
             f"{samples.place}. Unpack all of {benchmark.data}."
         )
     truth_columns(benchmark, samples, decode)
-
-
-def fingerprint(model: Any) -> str:
-    """Hash a model's small weights: norms, biases, adapters.
-
-    Any training changes some of them, and even those of a 28b model are only
-    megabytes. Every process must call this, since shards are gathered.
-
-    Args:
-        model: `PaliGemmaCausalLM`.
-
-    Returns:
-        str, a hash in hexadecimal.
-    """
-    found = hashlib.sha256()
-    for variable in model.backbone.weights:
-        if math.prod(variable.shape) <= _SMALL:
-            values = compat.to_host(variable).astype("float32")
-            found.update(values.tobytes())
-    return found.hexdigest()
 
 
 def _keep_settings(output, benchmark, samples, model):

@@ -10,22 +10,32 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image
-from PIL import ImageOps
+from PIL.ExifTags import Base
 
 from keras_paligemma.preprocessing.inputs import to_numpy
 
 # Longer names are shortened in errors: a data: URI may have megabytes.
 _LONGEST_NAME = 300
+# How a picture of each EXIF orientation is turned upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_image(image, name: str = "image") -> np.ndarray:
     """Read a picture of any kind as 8-bit RGB.
 
-    Files are decoded, rotated by their EXIF orientation, and converted to
-    three channels. Transparency is dropped, not blended, as in the original:
-    transparent pixels become visible. 16-bit pictures are scaled to 8 bits,
-    not clipped. Animations are read as their first frame. Training, generation
-    and drawing all read pictures with this function.
+    Files are decoded, rotated by their EXIF orientation, unless it is broken,
+    and converted to three channels. Transparency is dropped, not blended, as
+    in the original: transparent pixels become visible. 16-bit pictures are
+    scaled to 8 bits, not clipped. Animations are read as their first frame.
+    Training, generation and drawing all read pictures with this function.
 
     Args:
         image: a path or URI, see `picture_path`; bytes of an encoded file; a
@@ -120,6 +130,27 @@ def openable(
     if isinstance(image, (bytes, bytearray)):
         return io.BytesIO(image)
     return image
+
+
+def orientation(image: Image.Image) -> int:
+    """Return a picture's EXIF orientation.
+
+    Args:
+        image: `PIL.Image.Image`.
+
+    Returns:
+        int, 2 to 8; 1 if the picture is upright, or its EXIF is missing or
+        broken.
+    """
+    try:
+        value = image.getexif().get(Base.Orientation)
+    except (MemoryError, OSError):
+        raise
+    except Exception:
+        # Pillow parses EXIF without checks, so that broken EXIF raises errors
+        # of many types. The pixels do not depend on it.
+        return 1
+    return value if value in _TURNS else 1
 
 
 def to_bytes(array: np.ndarray, name: str) -> np.ndarray:
@@ -227,15 +258,12 @@ def _decode(source, name):
             return _pixels(source)
         with Image.open(openable(source)) as image:
             return _pixels(image)
-    except (
-        OSError,
-        SyntaxError,
-        EOFError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:
-        # Pillow has no common base class for errors of broken files.
-        # `strerror` lacks the file name, which may be long.
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Pillow has no common base class for errors of broken files; its
+        # AVIF plugin, say, raises a RuntimeError. `strerror` lacks the file
+        # name, which may be long.
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
             f"{name} could not be read. Expected: a whole PNG, JPEG, WebP, "
@@ -245,7 +273,10 @@ def _decode(source, name):
 
 
 def _pixels(image):
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    turn = orientation(image)
+    if turn != 1:
+        image = image.transpose(_TURNS[turn])
     if image.mode == "F":
         return np.asarray(image)
     if image.mode.startswith("I"):

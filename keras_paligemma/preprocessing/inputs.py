@@ -70,7 +70,8 @@ def to_strings(x, name: str) -> tuple[list[str], bool]:
         `(strings, batched)`: list of str, and `False` if `x` is one string.
 
     Raises:
-        ValueError: an element is not text or not UTF-8, or `x` is empty.
+        ValueError: an element is not text, not UTF-8, or has a lone
+            surrogate, which no Unicode text has; or `x` is empty.
 
     Example:
 
@@ -108,6 +109,15 @@ def _to_string(x, name, index):
             f"or a list of strings. Received: {x!r} of type "
             f"{type(x).__name__} at index {index}."
         )
+    try:
+        x.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`{name}` holds half of a character, a lone surrogate. Expected: "
+            f"Unicode text. Received: {x[error.start]!r} at character "
+            f"{error.start} of {x!r:.80} at index {index}. Remove it, or "
+            "replace it by '?': text.encode('utf-8', 'replace').decode()."
+        ) from error
     return x
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_paligemma.data.object_set import size_of_file
 from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.preprocessing.images import read_image
 
@@ -174,6 +175,35 @@ def test_exif_rotation_is_applied():
     exif[0x0112] = 6  # Rotated by 90° to the left.
     received = read_image(encoded(image, exif=exif))
     np.testing.assert_array_equal(received, np.rot90(PIXELS, -1))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "turned"),
+    [
+        (17, 0, True),  # Type of a text's tag: struct.error in Pillow.
+        (17, 26, True),  # TypeError in Pillow.
+        (9, 0, False),  # Header: SyntaxError in Pillow.
+    ],
+)
+def test_broken_exif_is_ignored(place, value, turned):
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    exif[0x0112] = 6
+    damaged = bytearray(exif.tobytes())
+    damaged[place] = value
+    file = encoded(Image.fromarray(PIXELS), exif=bytes(damaged))
+    expected = np.rot90(PIXELS, -1) if turned else PIXELS
+    np.testing.assert_array_equal(read_image(file), expected)
+    assert size_of_file(file) == expected.shape[:2]
+
+
+def test_errors_of_any_type_in_pillow_are_those_of_a_picture(monkeypatch):
+    def fail(file):
+        raise RuntimeError("Failed to decode image")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(ValueError, match="could not be read.*Failed to decode"):
+        read_image(b"damaged AVIF")
 
 
 def test_the_input_stays_as_it_is():

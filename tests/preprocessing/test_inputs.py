@@ -63,6 +63,7 @@ def test_text(x, expected):
         (["a", None], "not text.*NoneType at index 1"),
         ([["a"]], "not text.*list at index 0"),
         (["a", b"\xff"], "not UTF-8.*at index 1"),
+        (["a", "b\ud800"], r"'\\ud800' at character 1 of .* at index 1"),
     ],
 )
 def test_what_is_no_text_is_an_error(x, message):
