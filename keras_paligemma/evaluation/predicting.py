@@ -83,9 +83,10 @@ def predict(
             pairs = zip((samples.ids[row] for row in rows), texts, strict=False)
             failed += [row for row in rows if row in errors]
             if _writes(parts):
-                for row in rows:
-                    if row in errors:
-                        unread.add(row, errors[row])
+                if unread is not None:
+                    for row in rows:
+                        if row in errors:
+                            unread.add(row, errors[row])
                 files.append(path, pairs)
             advance(1)
     if parts > 1:

@@ -5,12 +5,11 @@ import contextlib
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client import generate_latest
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 from starlette.responses import JSONResponse
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.routing import Router
 
 import keras_paligemma
 from keras_paligemma import shipped
@@ -20,7 +19,6 @@ from keras_paligemma.serve import pages
 from keras_paligemma.serve.asking import Service
 from keras_paligemma.serve.batching import Batches
 from keras_paligemma.serve.limits import Guard
-from keras_paligemma.serve.limits import refusal
 from keras_paligemma.serve.metrics import Metrics
 from keras_paligemma.serve.requests import Limits
 from keras_paligemma.serve.requests import Refused
@@ -54,7 +52,7 @@ def make_app(
         fetches: bool, whether to fetch pictures from http(s) URLs.
 
     Returns:
-        `Guard` around a `starlette.applications.Starlette`.
+        `Guard` around a `starlette.routing.Router`.
 
     Raises:
         ValueError: if sizes are invalid.
@@ -127,27 +125,12 @@ def make_app(
     ]
     routes += [Route(path, endpoint) for path, endpoint in gets.items()]
 
-    def refused(request, error):
-        return refusal(request.url.path, error)
-
-    def missing(request, error):
-        known = ", ".join([*posts, *gets])
-        message = f"{error.detail}. Expected: one of {known}."
-        return refused(
-            request, Refused(error.status_code, message, headers=error.headers)
-        )
-
-    def failed(request, error):
-        return refused(request, Refused(500, "The server failed to answer."))
-
-    app = Starlette(
-        routes=routes,
-        lifespan=lifespan,
-        exception_handlers={
-            Refused: refused,
-            HTTPException: missing,
-            Exception: failed,
-        },
+    return Guard(
+        Router(routes, lifespan=lifespan),
+        limits,
+        metrics,
+        [*posts, *gets],
+        token,
+        hosts,
+        batches.failed,
     )
-    app.state.failed = batches.failed
-    return Guard(app, limits, metrics, {*gets, *posts}, token, hosts)

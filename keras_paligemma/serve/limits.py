@@ -7,6 +7,7 @@ import logging
 import time
 from urllib.parse import urlsplit
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from keras_paligemma.serve.protocol import LINGERS
@@ -23,23 +24,30 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 class Guard:
     """ASGI middleware that rejects invalid requests and counts them all.
 
+    It reads the body, since it limits it, and gives it to the application in
+    the scope.
+
     Args:
-        app: ASGI application.
+        app: ASGI application; it may raise `Refused` and `HTTPException`.
         limits: `Limits`.
         metrics: `Metrics`.
         paths: strs, paths with a label of their own in the metrics.
         token: str, the bearer token that requests must carry, or `None`.
         hosts: strs, names of the server; `None` accepts any. This prevents
             DNS rebinding, where a page's requests have another host name.
+        failed: `threading.Event`, set when the server cannot go on.
     """
 
-    def __init__(self, app, limits, metrics, paths, token=None, hosts=None):
+    def __init__(
+        self, app, limits, metrics, paths, token=None, hosts=None, failed=None
+    ):
         self.app = app
         self.limits = limits
         self.metrics = metrics
         self.paths = paths
         self.token = token
         self.hosts = hosts
+        self.failed = failed
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -54,15 +62,7 @@ class Guard:
             await send(message)
 
         try:
-            headers = {
-                name.decode("latin-1"): value.decode("latin-1")
-                for name, value in scope["headers"]
-            }
-            self._check(scope, headers)
-            body = await self._body(scope, headers, receive)
-            await self.app(scope, _Replay(body, receive), sending)
-        except Refused as error:
-            await _refuse(error, scope, receive, sending)
+            await self._answer(scope, receive, sending)
         except Disconnected:
             status[0] = 499
         except Exception:  # noqa: BLE001  keeps serving
@@ -75,6 +75,27 @@ class Guard:
             self.metrics.latency.labels(path).observe(
                 time.monotonic() - started
             )
+
+    async def _answer(self, scope, receive, send):
+        try:
+            headers = {
+                name.decode("latin-1"): value.decode("latin-1")
+                for name, value in scope["headers"]
+            }
+            self._check(scope, headers)
+            scope["body"] = await self._body(scope, headers, receive)
+        except Refused as error:
+            return await _refuse(error, scope, receive, send)
+        # Without an application, the router would answer 404 itself.
+        scope["app"] = self.app
+        try:
+            return await self.app(scope, receive, send)
+        except Refused as error:
+            refused = error
+        except HTTPException as error:
+            message = f"{error.detail}. Expected: {', '.join(self.paths)}."
+            refused = Refused(error.status_code, message, headers=error.headers)
+        await refusal(scope["path"], refused)(scope, receive, send)
 
     def _check(self, scope, headers):
         if scope["http_version"] not in ("1.0", "1.1", "2"):
@@ -161,20 +182,6 @@ async def _refuse(error, scope, receive, send):
 
 class Disconnected(Exception):
     """The client disconnected before its request was complete."""
-
-
-class _Replay:
-    """`receive` that returns a body already read, and then later events."""
-
-    def __init__(self, body, receive):
-        self.body = body
-        self.receive = receive
-
-    async def __call__(self):
-        if self.body is None:
-            return await self.receive()
-        body, self.body = self.body, None
-        return {"type": "http.request", "body": body, "more_body": False}
 
 
 def _is_host(host):

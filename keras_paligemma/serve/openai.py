@@ -97,7 +97,7 @@ def chat(service):
     """Return the endpoint of chat completions."""
 
     async def endpoint(request):
-        body = read_json(await request.body())
+        body = read_json(request.scope["body"])
         fields = read_fields(body, FIELDS, IGNORED)
         address, prompt = _message(fields["messages"])
         read_prompt(prompt, service.limits, "messages")

@@ -47,7 +47,7 @@ def answer(service):
     """Return the endpoint that answers a prompt."""
 
     async def endpoint(request):
-        fields = read_fields(read_json(await request.body()), ANSWER)
+        fields = read_fields(read_json(request.scope["body"]), ANSWER)
         # The page requests a stream by a header, which other servers ignore.
         streams = fields[
             "stream"
@@ -74,7 +74,7 @@ def objects(service, prompt_of):
     """
 
     async def endpoint(request):
-        fields = read_fields(read_json(await request.body()), OBJECTS)
+        fields = read_fields(read_json(request.scope["body"]), OBJECTS)
         try:
             prompt = prompt_of(fields["labels"])
         except ValueError as error:

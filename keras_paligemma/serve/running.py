@@ -13,7 +13,7 @@ def run(app, host, port, limits):
     """Serve until SIGTERM or SIGINT; finish the accepted requests.
 
     Args:
-        app: ASGI application, from `make_app`.
+        app: `Guard`, from `make_app`.
         host: str.
         port: int; 0 selects a free one, which is printed.
         limits: `Limits`.
@@ -21,7 +21,7 @@ def run(app, host, port, limits):
     Raises:
         SystemExit: the model could not be warmed up; the log says why.
     """
-    failed = app.app.state.failed
+    failed = app.failed
 
     async def end_what_failed():
         server.should_exit = server.should_exit or failed.is_set()

@@ -114,19 +114,22 @@ def test_bad_requests(plain, content, headers, status):
     assert ask(plain).status_code == 200
 
 
-def test_what_json_cannot_say_and_what_takes_long_to_parse(plain):
-    for path in ("/answer", "/v1/chat/completions"):
-        for content, error in (
-            (b'{"\\ud800": 1}', "Unknown field"),
-            (b'{"image": [' + b"1," * 10_000 + b"1]}", "10,000 values"),
-        ):
-            reply = plain.post(
-                path,
-                content=content,
-                headers={"Content-Type": "application/json"},
-            )
-            assert reply.status_code == 400
-            assert error in reply.text
+@pytest.mark.parametrize("path", ["/answer", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (b'{"\\ud800": 1}', "Unknown field"),
+        (b'{"image": [' + b"1," * 100_000 + b"1]}", "100,000 values"),
+    ],
+)
+def test_what_json_cannot_say_and_what_takes_long_to_parse(
+    path, content, error
+):
+    headers = {"Content-Type": "application/json"}
+    with TestClient(make_app(PlainModel(), "plain")) as client:
+        reply = client.post(path, content=content, headers=headers)
+    assert reply.status_code == 400
+    assert error in reply.text
 
 
 def test_bombs_and_failures(plain):
