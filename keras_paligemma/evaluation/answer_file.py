@@ -194,7 +194,7 @@ def answer_file(
     _check_output(output, pictures.place)
     output.parent.mkdir(parents=True, exist_ok=True)
     record = _record(model, pictures, options)
-    if found.seed is not None or found.draws or found.copies > 1:
+    if found.seed is not None or found.draws or found.best_of is not None:
         options["seed"] = _seeds(found, len(pictures))
     failed = predict(
         model,
