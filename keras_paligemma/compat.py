@@ -17,6 +17,21 @@ from keras.src.models.functional import Functional
 from keras.src.ops.function import Function
 from keras.src.trainers.data_adapters import generator_data_adapter
 
+# What JAX's trainer takes from a model's variables, in the order in which its
+# `_get_jax_state` returns it, and the names of `_jax_state`.
+JAX_STATE = (
+    "trainable_variables",
+    "non_trainable_variables",
+    "optimizer_variables",
+    "metrics_variables",
+)
+
+
+def optimizer_targets(optimizer: Any) -> list[Any]:
+    """Return the variables that an optimizer was built for."""
+    return optimizer._trainable_variables
+
+
 # Base class of iterables that `fit` restarts each epoch.
 GeneratorDataAdapter: Any = generator_data_adapter.GeneratorDataAdapter
 

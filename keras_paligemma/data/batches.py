@@ -32,6 +32,8 @@ class Examples(keras.utils.PyDataset):
 
     def __init__(self, x, y, sample_weight, batch_size, shuffle=False):
         super().__init__()
+        # `images=None` says that there are none, and so do its batches.
+        self.empty = {k: None for k in ("images",) if x.get(k, k) is None}
         columns = x | {"y": y, "sample_weight": sample_weight}
         self.columns = {
             # Tensors are converted once, not in each batch.
@@ -65,7 +67,8 @@ class Examples(keras.utils.PyDataset):
             else [column[i] for i in chosen]
             for key, column in self.columns.items()
         }
-        return x, x.pop("y", None), x.pop("sample_weight", None)
+        y, sample_weight = x.pop("y", None), x.pop("sample_weight", None)
+        return x | self.empty, y, sample_weight
 
     def on_epoch_end(self):
         if self.shuffle:

@@ -225,7 +225,8 @@ def _link(path, place):
     if not os.path.isfile(path):
         return False
     try:
-        os.link(path, place)
+        # Of a symbolic link, the file: its own target may be relative.
+        os.link(os.path.realpath(path), place)
     except OSError:  # Another file system, or one without links.
         shutil.copy(path, place)
     return True

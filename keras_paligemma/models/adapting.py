@@ -108,9 +108,13 @@ def save_adapter(
 ) -> None:
     """Write an adapter in PEFT's format, for the model of transformers.
 
+    Other weights are not written. If some are trainable, such as norms that
+    were unfrozen, a warning names them: `save_to_preset` writes them.
+
     Args:
         folder: str or path.
-        name: str, the adapter; `None` is the active one.
+        name: str, the adapter; `None` is the active one, or the one that was
+            active last.
         base: str or `None`, name of the base model.
     """
     adapter_files.save(self, folder, name, base)

@@ -9,6 +9,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_paligemma.compat import JAX_STATE
 from keras_paligemma.compat import classproperty
 from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
@@ -102,6 +103,20 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self.built = True
         if compile:
             self.compile()
+
+    def _get_jax_state(self, *, purge_model_variables=False, **parts):
+        """Keep what Keras's JAX trainer takes from the variables.
+
+        Keras keeps the result of a step alone. If the first step raises, as on
+        Ctrl-C while it is traced, `turns.write_back` returns these values.
+        """
+        state = super()._get_jax_state(
+            purge_model_variables=purge_model_variables, **parts
+        )
+        if purge_model_variables:
+            names = [name for name in JAX_STATE if parts.get(name)]
+            self._jax_state = dict(zip(names, state, strict=True))
+        return state
 
     @alone
     def compile(

@@ -7,6 +7,7 @@ from keras_paligemma.data.batches import in_parts
 from keras_paligemma.data.batches import split
 from keras_paligemma.data.batches import steps_of
 from keras_paligemma.models.inputs import check_compiled
+from keras_paligemma.tuning.optimizers import check_built_for
 from keras_paligemma.tuning.optimizers import check_moments
 from keras_paligemma.turns import batches_in_turn
 
@@ -53,6 +54,7 @@ def fit(
     """
     check_compiled(model, "fit")
     check_moments(model.optimizer, model.trainable_variables)
+    check_built_for(model.optimizer, model.trainable_variables)
     if model.optimizer is not None and not model.optimizer.built:
         # TensorFlow's trainer would create the optimizer's variables in the
         # first step, which would then be traced a second time.
@@ -113,6 +115,7 @@ def predict(model, x=None, batch_size=None, callbacks=None, **kwargs):
 
 def train_on_batch(model, x, y=None, sample_weight=None, **kwargs):
     """Train on one batch, given as in `fit`."""
+    check_built_for(model.optimizer, model.trainable_variables)
     batch = _training_batch(model, x, y, sample_weight)
     return keras.Model.train_on_batch(model, *batch, **kwargs)
 

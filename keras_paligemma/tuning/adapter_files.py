@@ -1,6 +1,7 @@
 """Loading and saving a backbone's adapters as PEFT's files."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 from keras import ops
@@ -11,6 +12,7 @@ from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.compat import process
 from keras_paligemma.compat import to_host
 from keras_paligemma.compat import wait_for_all
+from keras_paligemma.layers.stack import stable_name
 from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.lora_config import TARGETS
 from keras_paligemma.tuning.merging import with_adapter
@@ -55,6 +57,7 @@ def save(backbone, folder, name=None, base=None):
         )
     lora = adapters.configs[name]
     pieces, whole = adapters.values(name), adapters.whole(name)
+    _warn_of_others(backbone, whole)
     if lora.dora:
         if adapters.merged is not None:
             raise ValueError(
@@ -78,6 +81,22 @@ def save(backbone, folder, name=None, base=None):
             peft_write.arrays(lora, pieces, whole, architecture),
         )
     wait_for_all("an adapter is written")
+
+
+def _warn_of_others(backbone, whole):
+    """Warn of trained weights that an adapter's file does not hold."""
+    names = {stable_name(v.path) for v in backbone.trainable_variables}
+    others = sorted(
+        name for name in names - set(whole) if "/adapter_" not in name
+    )
+    if others:
+        warnings.warn(
+            "Weights beside the adapter are trainable, and its file does not "
+            "hold them. Expected: `save_to_preset`, which writes the whole "
+            "model, or frozen weights. Received: "
+            f"{', '.join(others[:3])}, {len(others)} in all.",
+            stacklevel=4,
+        )
 
 
 def _lengths(lora, pieces, weights):

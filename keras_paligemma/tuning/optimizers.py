@@ -8,6 +8,7 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_paligemma.compat import optimizer_targets
 from keras_paligemma.compat import platform
 from keras_paligemma.layers.remat import after
 from keras_paligemma.layers.stack import stable_name
@@ -228,6 +229,37 @@ def transfer_recipe(
         global_clipnorm=clip,
         **kwargs,
     )
+
+
+def check_built_for(optimizer, variables):
+    """Raise if an optimizer was built for other weights than are trained.
+
+    On JAX a step takes exactly the optimizer's weights. On other backends the
+    weights may also be some of them.
+
+    Args:
+        optimizer: Keras optimizer, or `None`.
+        variables: list of the trained variables.
+
+    Raises:
+        ValueError: says how many weights there are, and what to do.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if optimizer is None or not optimizer.built:
+        return
+    built_for = [id(v) for v in optimizer_targets(optimizer)]
+    trained = [id(v) for v in variables]
+    if keras.backend.backend() == "jax":
+        known = built_for == trained
+    else:
+        known = set(trained) <= set(built_for)
+    if not known:
+        raise ValueError(
+            "The optimizer was built for other weights than are trained now. "
+            f"Received: an optimizer of {len(built_for)} weights, and "
+            f"{len(trained)} trained ones. Call `compile` again after "
+            "`enable_lora`, `load_adapter`, `freeze` or `unfreeze`."
+        )
 
 
 def check_moments(optimizer, variables):

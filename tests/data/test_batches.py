@@ -119,6 +119,15 @@ def test_evaluate_and_predict(model, losses, examples, kind):
     np.testing.assert_allclose(loss, logs["loss"], rtol=1e-4)
 
 
+def test_no_images_are_none_in_each_batch(model, examples):
+    text = {key: examples[key] for key in ("prompts", "responses")}
+    whole = text | {"images": None}
+    batches = [rows_of(text, i, i + 2) | {"images": None} for i in (0, 2)]
+    wanted = model.evaluate(batches, verbose=0)
+    found = model.evaluate(whole, batch_size=2, verbose=0)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
 def test_the_last_batch_may_be_smaller(model, losses, examples):
     three = rows_of(examples, 0, 3)
     batches = [rows_of(three, 0, 2), rows_of(three, 2, 3)]

@@ -1,6 +1,7 @@
 """One data set converted to every format, and errors in data sets."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -107,6 +108,23 @@ def check_boxes(found, wanted, atol):
         np.testing.assert_allclose(
             edges, [item[1:] for item in objects], rtol=0, atol=atol
         )
+
+
+@pytest.mark.parametrize("to", ["yolo", "voc"])
+def test_relative_links_to_pictures_are_followed(coco, tmp_path, to):
+    """As in the cache of Hugging Face: snapshots are links to blobs."""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    wanted = set()
+    for picture in [*coco.parent.rglob("*.jpg")]:
+        blob = blobs / picture.stem
+        wanted.add(picture.read_bytes())
+        picture.rename(blob)
+        picture.symlink_to(os.path.relpath(blob, picture.parent))
+    made = convert(coco, tmp_path / "deep" / "x" / to, to)
+    assert not made.lost.get("pictures that are missing")
+    folder = tmp_path / "deep" / "x" / to
+    assert {p.read_bytes() for p in folder.rglob("*.jpg")} == wanted
 
 
 def test_coco_comes_back_as_it_was(coco, tmp_path):

@@ -206,6 +206,55 @@ def test_merge_and_unmerge(tiny_model, examples, tmp_path, form):
         model.adapters.unmerge()
 
 
+def test_an_optimizer_of_other_weights_is_refused(tiny_model, examples):
+    model = tiny_model()
+    model.fit(examples, verbose=0)
+    model.enable_lora(2)
+    wanted = model.evaluate(examples, verbose=0)
+    for train in (model.fit, model.train_on_batch):
+        with pytest.raises(ValueError, match="Call `compile` again"):
+            train(examples)
+    assert model.evaluate(examples, verbose=0) == wanted
+    model.compile(Adam(1e-2))
+    model.fit(examples, verbose=0)
+
+
+def test_a_first_step_that_is_interrupted_loses_no_weights(
+    tiny_model, examples, monkeypatch
+):
+    """On JAX, Keras takes the values before the step, and keeps its result."""
+    model = tiny_model()
+    wanted = [ops.convert_to_numpy(w) for w in model.backbone.weights]
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PaliGemmaCausalLM, "compute_loss", interrupted)
+        for run_ in (model.fit, model.evaluate):
+            with pytest.raises(KeyboardInterrupt):
+                run_(examples, verbose=0)
+    found = [ops.convert_to_numpy(w) for w in model.backbone.weights]
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+    model.compile(Adam(1e-2))
+    model.fit(examples, verbose=0)
+
+
+def test_trained_weights_beside_an_adapter_are_named(tiny_model, tmp_path):
+    model = tiny_model()
+    model.enable_lora(2)
+    model.save_adapter(tmp_path / "alone")
+    model.unfreeze("*norm*")
+    with pytest.warns(UserWarning, match="attention_norm.*11 in all"):
+        model.save_adapter(tmp_path / "beside")
+    names = [
+        {p.name for p in (tmp_path / name).iterdir()}
+        for name in ("alone", "beside")
+    ]
+    assert names[0] == names[1]
+
+
 def test_an_adapter_that_is_off_is_not_written(tiny_model, examples, tmp_path):
     model = tiny_model()
     x = inputs_of(model, examples)
