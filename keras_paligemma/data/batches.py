@@ -150,10 +150,13 @@ class Iterated(GeneratorDataAdapter):
     """
 
     def __init__(self, dataset, preprocess):
-        # A generator can be read only once: the base class reads the first
-        # batches for their shapes and then returns them.
-        super().__init__(_preprocessed(_iterator(dataset), preprocess))
-        if not isinstance(dataset, Iterator):
+        batches = _preprocessed(_iterator(dataset), preprocess)
+        if isinstance(dataset, Iterator):
+            batches = _Once(batches)
+        super().__init__(batches)
+        if isinstance(batches, _Once):
+            self.generator = batches.epoch
+        else:
             self.generator = lambda: _preprocessed(
                 _iterator(dataset), preprocess
             )
@@ -162,6 +165,47 @@ class Iterated(GeneratorDataAdapter):
     @property
     def num_batches(self):
         return self._length
+
+
+class _Once(Iterator):
+    """Batches of a generator, which can be read only once.
+
+    Keras reads the first ones for their shapes, and perhaps to build the
+    optimizer, before the first epoch. They are repeated until one behind them
+    is read.
+
+    Args:
+        batches: iterator of batches.
+    """
+
+    def __init__(self, batches):
+        self.batches = batches
+        self.first = []
+
+    def __next__(self):
+        """Return one of the first batches, which is also kept."""
+        batch = next(self.batches)
+        self.first.append(batch)
+        return batch
+
+    def epoch(self):
+        """Yield the batches of an epoch.
+
+        Raises:
+            ValueError: an earlier epoch has read them all.
+        """
+        is_empty = not self.first
+        yield from self.first
+        for batch in self.batches:
+            is_empty, self.first = False, []
+            yield batch
+        if is_empty:
+            raise ValueError(
+                "The generator is used up: an earlier epoch has read all of "
+                "its batches. Expected: an iterable that begins anew, such as "
+                "a list of batches, `Batches` or a `PyDataset`; or a generator "
+                "without end, and `steps_per_epoch`. Received: a generator."
+            )
 
 
 def _preprocessed(batches, preprocess):

@@ -103,6 +103,33 @@ def test_an_iterable_begins_anew_each_epoch(model, losses, examples):
     np.testing.assert_allclose(history["loss"], wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_generator_is_read_once(model, examples, count):
+    """One of two batches, which Keras reads for shapes, can be repeated."""
+
+    def batches():
+        for i in range(count):
+            yield rows_of(examples, i % 4, i % 4 + 1)
+
+    seen = []
+
+    class Counted(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(batch)
+
+    options = {"callbacks": [Counted()], "epochs": 2, "verbose": 0}
+    # Keras finds the unknown length at the end of the first epoch.
+    with pytest.warns(UserWarning, match="ran out of data"):
+        if count == 2:
+            model.fit(batches(), **options)
+        else:
+            # TensorFlow raises what a generator raises as its own error.
+            kinds = ValueError, tf.errors.InvalidArgumentError
+            with pytest.raises(kinds, match="The generator is used up"):
+                model.fit(batches(), **options)
+    assert seen == ([0, 1] * 2 if count == 2 else [0, 1, 2, 3])
+
+
 @pytest.mark.parametrize("kind", ["dict", "tf.data", "list", "grain"])
 def test_evaluate_and_predict(model, losses, examples, kind):
     x = SOURCES[kind](examples)
