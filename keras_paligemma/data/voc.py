@@ -1,6 +1,7 @@
 """Read and write Pascal VOC: an XML file per picture, boxes in pixels."""
 
 import os
+import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,8 @@ from keras_paligemma.data.object_set import plain_name
 
 # Class names, one per line, in a file that CVAT adds.
 LABEL_MAP = "labelmap.txt"
+# Name, colour, parts and actions.
+_LABEL = re.compile(r"(.*?):(\d+,\d+,\d+)?(?::.*)?")
 
 # VOC's other fields of an object.
 _FIELDS = ("pose", "truncated", "difficult", "occluded")
@@ -164,6 +167,7 @@ def write(objects: ObjectSet, folder: Path) -> Counter:
         )
     colours = voc_masks.palette()
     names = ["background", *objects.classes]
+    lost["blanks around names"] += sum(name != name.strip() for name in names)
     lines = ["# label:color_rgb:parts:actions"]
     for number, name in enumerate(names):
         colour = colours[min(number, voc_masks.VOID)]
@@ -184,12 +188,13 @@ def _read_label_map(path):
         return []
     classes = []
     for line in path.read_text("utf-8-sig").split("\n"):
-        if not line.strip() or line.startswith("#"):
+        # A name may have colons, and begin with "#" if a colour follows.
+        found = _LABEL.fullmatch(line.strip())
+        name, colour = found.groups() if found else (line.strip(), None)
+        if not name or (name.startswith("#") and colour is None):
             continue
-        name, colour, *_ = [*line.strip().split(":"), ""]
-        parts = colour.split(",")
-        is_colour = len(parts) == 3 and all(map(str.isdigit, parts))
-        classes.append((name, tuple(map(int, parts)) if is_colour else None))
+        parts = colour and tuple(map(int, colour.split(",")))
+        classes.append((name, parts))
     return classes
 
 

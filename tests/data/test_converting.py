@@ -270,6 +270,21 @@ def test_fields_of_voc(tmp_path):
     assert not made.lost
 
 
+def test_odd_names_of_classes_come_back_from_voc(coco, tmp_path):
+    data = json.loads(coco.read_text())
+    names = ["traffic:light", "#hash", "cat", " lead"]
+    data["categories"] = [
+        {"id": number, "name": name} for number, name in enumerate(names, 1)
+    ]
+    for annotation, number in zip(data["annotations"], (1, 2, 4), strict=True):
+        annotation["category_id"] = number
+    coco.write_text(json.dumps(data))
+    made = convert(coco, tmp_path / "voc", "voc")
+    assert made.lost["blanks around names"] == 1
+    found = open_objects(made.path)
+    assert [*found.classes] == [name.strip() for name in names]
+
+
 YOLO_LINES = {
     "0 0.5 0.5 0.25 0.5": "",
     "0 0.1 0.1 0.4 0.1 0.4 0.4": "",
