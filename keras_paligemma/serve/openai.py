@@ -109,7 +109,7 @@ def chat(service):
         if address.startswith(("http://", "https://")):
             fetched = await _fetched(service, address)
         replies = service.ask(
-            lambda: fetched or _inside(address),
+            lambda: _inside(address) if fetched is None else fetched,
             prompt,
             choice,
             fields["n"],
