@@ -115,8 +115,13 @@ def variant(backbone: dict) -> str | None:
 
 
 def published(source: str | Path) -> str | None:
-    """Return the published model's name for a name or handle, else `None`."""
-    name = str(_handles().get(str(source), source))
+    """Return the published model's name for a name or handle, else `None`.
+
+    A `Path` is a folder, even if a model has its name.
+    """
+    if not isinstance(source, str):
+        return None
+    name = _handles().get(source, source)
     return name if name in _described() else None
 
 
@@ -203,7 +208,7 @@ def replaced(folder: str | Path) -> AbstractContextManager[Path]:
     Raises:
         ValueError: the folder holds another format.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file. Expected: a folder.")
     path = atomic.current(folder, CONFIG) / CONFIG

@@ -229,6 +229,8 @@ def test_name_without_weights():
     assert presets.locate(name, load_weights=False) is None
     for handle in presets.describe(name)["handles"].values():
         assert presets.published(handle) == name
+        # A path is a folder, even if a model has its name.
+        assert presets.published(Path(name)) is None
         assert presets.locate(handle, load_weights=False) is None
 
 
@@ -328,8 +330,9 @@ def test_write_config_replaces_the_file(folder, config):
     assert copy.read_bytes() == path.read_bytes()
 
 
-def test_a_folder_of_others_is_not_written_over(folder, config):
+def test_a_folder_of_others_is_not_written_over(folder, config, monkeypatch):
     """A folder with a damaged config is not overwritten, either."""
+    monkeypatch.setenv("HOME", str(folder.parent))
     before = {path: path.read_bytes() for path in folder.iterdir()}
     for text in ('{"model_type": "paligemma"}', "{", None):
         if text is None:
@@ -338,8 +341,9 @@ def test_a_folder_of_others_is_not_written_over(folder, config):
         else:
             (folder / presets.CONFIG).write_text(text)
             before[folder / presets.CONFIG] = text.encode()
-        with pytest.raises(ValueError, match="did not write and would replace"):
-            presets.replaced(folder)
+        for path in (folder, f"~/{folder.name}"):
+            with pytest.raises(ValueError, match="did not write and would"):
+                presets.replaced(path)
         assert before == {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match="is a file"):
         presets.replaced(folder / presets.WEIGHTS)

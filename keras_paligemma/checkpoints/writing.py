@@ -17,6 +17,9 @@ from keras_paligemma.checkpoints.storage import safetensors
 from keras_paligemma.compat import process
 from keras_paligemma.compat import wait_for_all
 
+# Dtypes of a file, unless it keeps those of the weights.
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def write(
     path,
@@ -62,7 +65,17 @@ def write(
             "Only big_vision's files and our own come in pieces. Received: "
             f"piece_size={piece_size} for {to!r}."
         )
-    path = Path(path)
+    if piece_size is not None and piece_size < 1:
+        raise ValueError(
+            "`piece_size` is a positive number of bytes. Received: "
+            f"{piece_size!r}."
+        )
+    if dtype not in (None, *DTYPES):
+        raise ValueError(
+            f"Unknown dtype of a file. Expected: one of {', '.join(DTYPES)}, "
+            f"or None for that of the weights. Received: {dtype!r}."
+        )
+    path = Path(path).expanduser()
     backbone = config.backbone
     quantization = backbone.quantization
     if quantization is not None and (to != "keras" or dtype is not None):

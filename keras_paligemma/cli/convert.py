@@ -26,7 +26,8 @@ def convert(
         typer.Option(help="float32 | bfloat16 | float16; default: source's"),
     ] = None,
     piece_size: Annotated[
-        int | None, typer.Option(help="Bytes per piece of a .npz file")
+        int | None,
+        typer.Option(min=1, help="Bytes per .npz piece, or shard of keras"),
     ] = None,
     tokenizer: Annotated[
         str | None,

@@ -102,7 +102,8 @@ def _table(text):
     if "<body" not in text:
         text = f"<html><body>{text}</body></html>"
     parser = lxml.HTMLParser(remove_comments=True, encoding="utf-8")
-    page = lxml.fromstring(text.encode("utf-8"), parser=parser)
+    # A model may write half of a character.
+    page = lxml.fromstring(text.encode("utf-8", "replace"), parser=parser)
     found = page.xpath("body/table")
     return found[0] if found else None
 
@@ -115,11 +116,15 @@ def _tree(element, structure_only):
             "text": [],
             "children": [_tree(child, structure_only) for child in element],
         }
-    spans = [
-        int(element.attrib.get(f"{axis}span", 1)) for axis in ("col", "row")
-    ]
+    spans = [_span(element, axis) for axis in ("col", "row")]
     text = [] if structure_only else _symbols(element)[1:-1]
     return {"kind": ("td", *spans), "text": text, "children": []}
+
+
+def _span(element, axis):
+    """Return the columns or rows of a cell; 1 if it names no number."""
+    text = element.attrib.get(f"{axis}span", "").strip()
+    return int(text) if text.isdecimal() else 1
 
 
 def _symbols(element):

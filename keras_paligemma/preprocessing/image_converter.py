@@ -1,6 +1,7 @@
 """Conversion of pictures to the inputs of the vision encoder."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from typing import Self
 
@@ -146,8 +147,9 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
             ValueError: the folder holds a preset with a preprocessor, or
                 another library's files.
         """
-        parts.refuse_other_files(preset_dir)
-        super().save_to_preset(preset_dir)
+        folder = Path(preset_dir).expanduser()
+        parts.refuse_other_files(folder)
+        super().save_to_preset(str(folder))
 
     @classproperty
     def presets(cls) -> dict[str, Any]:

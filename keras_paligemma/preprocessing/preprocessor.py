@@ -1,6 +1,7 @@
 """The preprocessor, which defines how text is laid out in a sequence."""
 
 import os
+from pathlib import Path
 from typing import Any
 from typing import Self
 
@@ -202,7 +203,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             config["tokenizer"] = PaliGemmaTokenizer.from_file(path)
             return cls.from_config(config)
         preprocessor = cls.from_config(config)
-        preprocessor.load_preset_assets(os.fspath(folder))
+        preprocessor.load_preset_assets(os.path.expanduser(folder))
         return preprocessor
 
     @classmethod
@@ -250,8 +251,9 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             ValueError: the folder holds a preset with a preprocessor, or
                 another library's files.
         """
-        parts.refuse_other_files(preset_dir)
-        super().save_to_preset(preset_dir)
+        folder = Path(preset_dir).expanduser()
+        parts.refuse_other_files(folder)
+        super().save_to_preset(str(folder))
 
     @classproperty
     def presets(cls) -> dict[str, Any]:

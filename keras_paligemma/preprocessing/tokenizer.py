@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 from typing import Self
 
@@ -156,7 +157,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             checkpoint = formats.resolve(preset, False, tokenizer=True)
             return cls.from_file(checkpoint.tokenizer, **kwargs)
         tokenizer = cls.from_config(config | kwargs)
-        tokenizer.load_preset_assets(os.fspath(preset))
+        tokenizer.load_preset_assets(os.path.expanduser(preset))
         return tokenizer
 
     @classmethod
@@ -196,8 +197,9 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             ValueError: the folder holds a preset with a preprocessor, or
                 another library's files.
         """
-        parts.refuse_other_files(preset_dir)
-        super().save_to_preset(preset_dir)
+        folder = Path(preset_dir).expanduser()
+        parts.refuse_other_files(folder)
+        super().save_to_preset(str(folder))
 
     @classproperty
     def presets(cls) -> dict[str, Any]:

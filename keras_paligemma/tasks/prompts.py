@@ -19,7 +19,7 @@ SEPARATOR = " ; "
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # Separators of labels, and tokens of boxes and masks, are not part of a label.
-_NO_LABEL = re.compile(r"[;\n]|<(loc|seg)\d*>")
+_NO_LABEL = re.compile(r"[;\n]|<(loc|seg)\w*>")
 
 
 def caption(lang: str = "en") -> str:

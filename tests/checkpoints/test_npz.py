@@ -118,6 +118,12 @@ def cut(path, count, numbered=True):
 # Reading and writing.
 
 
+def test_the_home_folder_and_new_folders(tmp_path, arrays, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_npz("~/new/x.npz", arrays.items())
+    assert (tmp_path / "new" / "x.npz").is_file()
+
+
 @pytest.mark.parametrize("piece_size", [None, 700, 10**9])
 def test_roundtrip(tmp_path, arrays, piece_size):
     path = tmp_path / "x.npz"

@@ -153,6 +153,10 @@ def test_tables():
         ]
         assert values[f"grits_{name}"] == sum(each) / 4
     assert values["teds"] < values["s_teds"] < 1
+    # An answer that is no good table costs its own score alone.
+    odd = "<table><tr><td colspan='100%' rowspan=''>\ud8001</td></tr></table>"
+    worse = metrics.tables([*found, odd], [*right, right[0]]).values()
+    assert 0 < worse["teds"] < 1
     bare = CELLS[0].join(["<table>", "</table>"])
     assert set(metrics.tables([bare], right[:1]).values().values()) == {1.0}
 

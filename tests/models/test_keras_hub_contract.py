@@ -141,6 +141,26 @@ def test_a_backbone_and_a_preprocessor_make_a_preset(first, tmp_path):
     )
 
 
+def test_parts_are_saved_and_read_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    preprocessor = build_tiny_model().preprocessor
+    for part in (
+        preprocessor,
+        preprocessor.tokenizer,
+        preprocessor.image_converter,
+    ):
+        folder = f"~/{type(part).__name__}"
+        part.save_to_preset(folder)
+        assert type(part).from_preset(folder).get_config() == part.get_config()
+        with pytest.raises(ValueError, match="of another library"):
+            path = tmp_path / "home" / folder[2:]
+            for file in path.glob("*.json"):
+                file.write_text("{}")
+            part.save_to_preset(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_files_are_of_the_size_that_is_asked_for(tmp_path):
     model = build_tiny_model()
     model.save_to_preset(tmp_path / "one", max_shard_size=None)
@@ -151,8 +171,9 @@ def test_files_are_of_the_size_that_is_asked_for(tmp_path):
         files = list((tmp_path / folder).glob("*.safetensors"))
         assert len(files) > 1
         assert all(file.stat().st_size < 1.1 * 2**19 for file in files)
-    with pytest.raises(ValueError, match="positive number of GiB"):
-        model.save_to_preset(tmp_path / "none", max_shard_size=0)
+    for size in (0, float("inf"), "10KB"):
+        with pytest.raises(ValueError, match="positive number of GiB"):
+            model.save_to_preset(tmp_path / "none", max_shard_size=size)
 
 
 def test_names_of_sizes():

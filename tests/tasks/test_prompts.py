@@ -82,6 +82,6 @@ def test_labels(build):
     assert build(labels) == f"{name} cat ; the dog, black ; 猫"
     with pytest.raises(ValueError, match="nothing to look for"):
         build([])
-    for wrong in ("cat ; dog", "cat\ndog", "<loc0001>", "a <seg001>"):
+    for wrong in ("cat ; dog", "cat\ndog", "<locomotive>", "a <seg001>"):
         with pytest.raises(ValueError, match="separates labels"):
             build(wrong)

@@ -251,12 +251,13 @@ def write_npz(path, arrays, piece_size=None):
         ValueError: an array that is not of numbers, or a key that is a
             duplicate or not a valid name; drafts are then removed.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix != ".npz" or (piece_size is not None and piece_size < 1):
         raise ValueError(
             f"Expected a path that ends in .npz and a piece_size of at least "
             f"one byte, received {path} and {piece_size}."
         )
+    path.parent.mkdir(parents=True, exist_ok=True)
     drafts = Writer(path, piece_size)
     try:
         with zipfile.ZipFile(drafts, "w") as archive:
