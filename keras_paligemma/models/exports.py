@@ -1,7 +1,6 @@
 """Export models to other formats."""
 
 import math
-import numbers
 import sys
 from dataclasses import replace
 
@@ -92,7 +91,7 @@ def _piece_size(max_shard_size):
     """Return the bytes of a file from GiB, or from `None` for one file."""
     if max_shard_size is None:
         return sys.maxsize
-    is_number = isinstance(max_shard_size, numbers.Real)
+    is_number = isinstance(max_shard_size, (int, float))
     if not is_number or not 0 < max_shard_size < math.inf:
         raise ValueError(
             "`max_shard_size` is a positive number of GiB, or None. Received: "
