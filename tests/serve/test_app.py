@@ -9,7 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from starlette.testclient import TestClient
 
+from keras_paligemma.cli.serve import serve
+from keras_paligemma.serve import app
+from keras_paligemma.serve import running
 from keras_paligemma.serve.app import make_app
+from keras_paligemma.serve.limits import LOOPBACK
 from keras_paligemma.serve.requests import Answered
 from keras_paligemma.serve.requests import Choice
 from keras_paligemma.serve.requests import Request
@@ -271,3 +275,18 @@ def test_what_cannot_be_compiled(caplog):
         model.go.set()
         assert ask(client).status_code == 200
         assert client.get("/readyz").status_code == 200
+
+
+def test_names_and_token_of_the_command(random_preset, monkeypatch):
+    made = {}
+    monkeypatch.setattr(app, "make_app", lambda *_, **options: options)
+    monkeypatch.setattr(
+        running, "run", lambda options, *_: made.update(options)
+    )
+    monkeypatch.delenv("KERAS_PALIGEMMA_TOKEN", raising=False)
+    serve(str(random_preset), allow_host=["Example.ORG"])
+    assert made["hosts"] == {*LOOPBACK, "example.org"}
+    assert made["token"] is None
+    monkeypatch.setenv("KERAS_PALIGEMMA_TOKEN", " ")
+    with pytest.raises(ValueError, match="KERAS_PALIGEMMA_TOKEN is set, but"):
+        serve(str(random_preset))
