@@ -33,7 +33,8 @@ class Examples(keras.utils.PyDataset):
     def __init__(self, x, y, sample_weight, batch_size, shuffle=False):
         super().__init__()
         # `images=None` says that there are none, and so do its batches.
-        self.empty = {k: None for k in ("images",) if x.get(k, k) is None}
+        is_text = "images" in x and x["images"] is None
+        self.empty = {"images": None} if is_text else {}
         columns = x | {"y": y, "sample_weight": sample_weight}
         self.columns = {
             # Tensors are converted once, not in each batch.

@@ -61,7 +61,7 @@ def predict(
     done = files.resume(path, ids, batch_size, record=record)
     # Hosts compute each batch together, so all start where the slowest stopped.
     begun = compat.least(steps if done == len(ids) else done // batch_size)
-    files.resume(path, ids, batch_size, begun * batch_size, record)
+    files.resume(path, ids, batch_size, begun * batch_size)
     if unread is not None:
         if compat.process()[0] == 0:
             unread.resume(begun * batch_size * parts)

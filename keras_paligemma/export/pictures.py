@@ -6,13 +6,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_paligemma.export import headers
+from keras_paligemma.preprocessing.images import MOST_SCANS
 
 # Above this, Pillow warns of a decompression bomb.
 MOST_PIXELS = 89_478_485
 # The pixels of a GIF's frames take a byte each, those of a picture three.
 MOST_OF_FRAMES = 3 * MOST_PIXELS
-# Encoders write about 10.
-MOST_SCANS = 64
 AT_A_TIME = 4
 BITS = 22
 UNREADABLE = (

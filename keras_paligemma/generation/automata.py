@@ -88,38 +88,41 @@ class Automaton:
         }
         token_classes = np.zeros(self.vocabulary_size, "int32")
         for tokens, number in classes.items():
-            if token_classes[list(tokens)].any():
+            ids = list(tokens)
+            if token_classes[ids].any():
                 raise ValueError(
                     "A stop token is also a part of what the constraint "
                     "allows, so that an answer's end is not known. Expected: "
                     "other stop_token_ids. Received: the tokens "
-                    f"{[*tokens][:8]}."
+                    f"{ids[:8]}."
                 )
-            token_classes[list(tokens)] = number
+            token_classes[ids] = number
         shape = bucket(len(self._nodes), 32), bucket(len(classes) + 1, 32)
         next_nodes = np.full(shape, -1, "int32")
         token_classes[list(banned)] = 0
-        for node, leads in enumerate(self._nodes):
-            for tokens, following in leads.items():
-                if not banned.issuperset(tokens):
-                    next_nodes[node, classes[tokens]] = following
+        edges = [
+            (node, tokens, following)
+            for node, leads in enumerate(self._nodes)
+            for tokens, following in leads.items()
+            if not banned.issuperset(tokens)
+        ]
+        for node, tokens, following in edges:
+            next_nodes[node, classes[tokens]] = following
         for node in self._free:
             next_nodes[node] = node
         ends_in = np.zeros(shape[0], "int32")
-        ends_in[: len(self._nodes)] = self._ends_in(banned)
+        ends_in[: len(self._nodes)] = self._ends_in(edges)
         return {
             "token_classes": token_classes,
             "next_nodes": next_nodes,
             "ends_in": ends_in,
         }
 
-    def _ends_in(self, banned):
+    def _ends_in(self, edges):
         """Return the least number of tokens from each node to an end."""
         before = [[] for _ in self._nodes]
-        for node, leads in enumerate(self._nodes):
-            for tokens, following in leads.items():
-                if not banned.issuperset(tokens):
-                    before[following].append(node)
+        for node, _, following in edges:
+            before[following].append(node)
         # Free nodes have no edges here: they may end at any token.
         ends_in = [NEVER if leads else 0 for leads in self._nodes]
         reached = [node for node, leads in enumerate(self._nodes) if not leads]

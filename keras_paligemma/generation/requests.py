@@ -92,13 +92,18 @@ def check_sampler(sampler, vocabulary_size):
             "'top_k', 'top_p', or a sampler with a `get_next_token`. "
             f"Received: {sampler!r}."
         )
-    options = {"temperature": found.temperature}
-    if isinstance(found, samplers.TopKSampler):
-        options["top_k"] = found.k
-    if isinstance(found, samplers.TopPSampler):
-        options |= {"top_p": found.p, "top_k": found.k}
-    Options(**options).check(vocabulary_size)
+    Options(**_settings_of(found)).check(vocabulary_size)
     return found
+
+
+def _settings_of(sampler):
+    """Return a sampler's settings as options of `generate`."""
+    settings = {"temperature": sampler.temperature}
+    if isinstance(sampler, keras_hub.samplers.TopKSampler):
+        settings["top_k"] = sampler.k
+    if isinstance(sampler, keras_hub.samplers.TopPSampler):
+        settings |= {"top_p": sampler.p, "top_k": sampler.k}
+    return settings
 
 
 def with_compiled_draws(options, sampler):
@@ -119,19 +124,19 @@ def with_compiled_draws(options, sampler):
         sampler, samplers.GreedySampler | samplers.BeamSampler
     ):
         return options
-    kind = type(sampler)
-    draws = {"temperature": sampler.temperature}
-    if kind is samplers.TopKSampler:
-        draws["top_k"] = sampler.k
-    elif kind is samplers.TopPSampler:
-        draws |= {"top_p": sampler.p, "top_k": sampler.k}
-    elif kind is not samplers.RandomSampler:
+    # A user's own may draw in any way.
+    if type(sampler) not in (
+        samplers.RandomSampler,
+        samplers.TopKSampler,
+        samplers.TopPSampler,
+    ):
         raise ValueError(
-            f"`{kind.__name__}` draws by a generator of its own, which takes "
-            f"no seed of a call. Received: seed={options.seed!r}. Expected: a "
-            "sampler that was created with a seed, and no `seed` here."
+            f"`{type(sampler).__name__}` draws by a generator of its own, "
+            "which takes no seed of a call. Received: "
+            f"seed={options.seed!r}. Expected: a sampler that was created with "
+            "a seed, and no `seed` here."
         )
-    return dataclasses.replace(options, **draws)
+    return dataclasses.replace(options, **_settings_of(sampler))
 
 
 def plan_of(options, sampler):

@@ -16,6 +16,9 @@ from keras_paligemma.preprocessing.inputs import to_numpy
 
 # Longer names are shortened in errors: a data: URI may have megabytes.
 _LONGEST_NAME = 300
+# Each scan of a JPEG is a pass over all of its pixels. Encoders write about 10;
+# servers refuse more than this.
+MOST_SCANS = 64
 # How a picture of each EXIF orientation is turned upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -7,6 +7,7 @@ evaluation. `max_tokens` is limited to the model's longest answer.
 """
 
 import asyncio
+import functools
 import json
 import re
 import time
@@ -217,6 +218,14 @@ def _inside(address):
     return read_base64(address, "messages")
 
 
+@functools.cache
+def _certificates():
+    """Read the certificates of known authorities once, not in each request."""
+    import httpx
+
+    return httpx.create_ssl_context()
+
+
 async def _fetched(service, address):
     """Return the bytes behind a URL, within the limits for a body."""
     if not service.fetches:
@@ -231,7 +240,9 @@ async def _fetched(service, address):
     try:
         async with (
             asyncio.timeout(service.limits.seconds),
-            httpx.AsyncClient(follow_redirects=True) as client,
+            httpx.AsyncClient(
+                follow_redirects=True, verify=_certificates()
+            ) as client,
             # What is not compressed does not grow.
             client.stream(
                 "GET", address, headers={"Accept-Encoding": "identity"}

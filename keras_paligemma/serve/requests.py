@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from keras_paligemma.preprocessing.images import MOST_SCANS
 from keras_paligemma.preprocessing.images import read_image
 
 # Pillow reads other formats too, some by running another program (EPS), or
 # decodes them while it opens them (ICO).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-# Each scan of a JPEG is a pass over all of its pixels. Encoders write about 10.
-MOST_SCANS = 64
 # Commas and brackets of a JSON body. 20 MB of them would take a second to read,
 # in which the server does nothing else.
 MOST_VALUES = 100_000
