@@ -5,6 +5,7 @@ import os
 from collections import OrderedDict
 
 import keras
+from keras import ops
 
 from keras_paligemma.generation.recording import Recordings
 from keras_paligemma.layers.cpu_products import answering_scope
@@ -64,7 +65,7 @@ class Programs:
         Args:
             function: function of the model, `plan` and nests of tensors.
             plan: hashable, compile-time parameters of the program.
-            *arguments: nests of tensors.
+            *arguments: nests of arrays or tensors; ids int32, masks bool.
             donated: int, index of the argument that may be overwritten.
         """
         key = function, plan
@@ -92,9 +93,19 @@ class Programs:
 def _eagerly(model, function, plan, donated):
     def run(*arguments):
         with _without_gradients():
-            return function(model, plan, *arguments)
+            return function(model, plan, *_tensors(arguments))
 
     return run, lambda: 0
+
+
+def _tensors(nest):
+    """Convert arrays to tensors of the same dtypes, whatever floatx is."""
+    return keras.tree.map_structure(
+        lambda array: ops.convert_to_tensor(
+            array, dtype=keras.backend.standardize_dtype(array.dtype)
+        ),
+        nest,
+    )
 
 
 def _without_gradients():
@@ -110,7 +121,7 @@ def _of_torch(model, function, plan, donated):
 
     def run(*arguments):
         with _without_gradients(), recordings.scope():
-            return function(model, plan, *arguments)
+            return function(model, plan, *_tensors(arguments))
 
     return run, recordings.__len__
 
@@ -128,6 +139,7 @@ def _of_jax(model, function, plan, donated):
     numbers = () if donated is None else (donated + 1,)
     compiled = jax.jit(of_values, donate_argnums=numbers)
 
+    # A compiled function places arrays of the host faster than Keras does.
     def run(*arguments):
         values = [variable.value for variable in model.variables]
         return compiled(values, *arguments)
@@ -146,7 +158,11 @@ def _of_tensorflow(model, function, plan, donated):
         # would take half of the time of a first call.
         autograph=False,
     )
-    return compiled, compiled.experimental_get_tracing_count
+
+    def run(*arguments):
+        return compiled(*_tensors(arguments))
+
+    return run, compiled.experimental_get_tracing_count
 
 
 _COMPILERS = {

@@ -11,8 +11,6 @@ from keras_paligemma.generation.loop import advance
 from keras_paligemma.generation.loop import answer
 from keras_paligemma.generation.loop import begin
 from keras_paligemma.models.generation_outputs import has_stop_string
-from keras_paligemma.models.inputs import tensors
-from keras_paligemma.models.inputs import typed
 from keras_paligemma.turns import write_back
 
 
@@ -30,10 +28,9 @@ def run(model, asked):
     with model.turns:
         write_back(model)
         rows, here = rows_to_devices(asked.rows)
-        rows = typed(rows, model.backbone.vocabulary_size)
         shared = asked.shared | {"sampler": _variables(asked.plan)}
         found = model.make_generate_function()(
-            _answered, asked.plan, *tensors((rows, shared))
+            _answered, asked.plan, rows, shared
         )
         _keep(asked.plan, found.pop("sampler"))
     return _to_host(asked, found, here)
@@ -72,7 +69,7 @@ def chunks(model, asked, size):
             stopped = has_stop_string(model, asked, found, until)
             if stopped.any():
                 found["finished"] = found["finished"] | stopped
-                (finished,) = tensors([found["finished"]])
+                finished = ops.convert_to_tensor(found["finished"], "bool")
                 state = state._replace(finished_B=finished)
             yield found
             until += size
@@ -91,18 +88,16 @@ def _next_state(model, asked, state, until):
     """Run the next chunk; return the state and this process's rows."""
     programs = model.make_generate_function()
     rows, here = rows_to_devices(asked.rows)
-    rows = typed(rows, model.backbone.vocabulary_size)
     if state is None:
         shared = asked.shared | {"sampler": _variables(asked.plan)}
-        arguments = tensors((rows, shared))
-        return programs(begun_state, asked.plan, *arguments), here
+        return programs(begun_state, asked.plan, rows, shared), here
     rows = {
         name: array for name, array in rows.items() if name not in OF_PREFILL
     }
     shared = {
         name: array for name, array in asked.shared.items() if name != "prefix"
     }
-    rows, shared, limit = tensors((rows, shared, np.int32(until)))
+    limit = np.array(until, "int32")
     state = programs(
         later_state, asked.plan, rows, shared, state, limit, donated=2
     )

@@ -92,16 +92,6 @@ def typed(inputs, vocabulary_size):
     return inputs
 
 
-def tensors(nest):
-    """Convert arrays to tensors of the same dtypes, whatever floatx is."""
-    return keras.tree.map_structure(
-        lambda array: ops.convert_to_tensor(
-            array, dtype=keras.backend.standardize_dtype(array.dtype)
-        ),
-        nest,
-    )
-
-
 def prompt_batch(inputs, image_size, text_config):
     """Validate the arrays given to `generate`, and convert them to NumPy.
 

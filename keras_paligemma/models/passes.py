@@ -8,7 +8,6 @@ from keras_paligemma.compat import rows_to_devices
 from keras_paligemma.compat import to_host
 from keras_paligemma.data.batches import in_batches
 from keras_paligemma.generation.requests import bucket
-from keras_paligemma.models.inputs import tensors
 from keras_paligemma.models.inputs import typed
 from keras_paligemma.turns import write_back
 
@@ -84,4 +83,4 @@ def run_on_device(model, function, rows, plan=None, shared=None):
         rows = typed(rows, model.backbone.vocabulary_size)
         given = [rows] if shared is None else [rows, shared]
         programs = model.make_generate_function()
-        return programs(function, plan, *tensors(given)), here
+        return programs(function, plan, *given), here
