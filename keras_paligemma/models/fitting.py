@@ -50,11 +50,10 @@ def fit(
         `keras.callbacks.History`.
 
     Raises:
-        ValueError: if the model is not compiled, or `x` is of another type.
+        ValueError: if the model is not compiled or all its weights are frozen,
+            or `x` is of another type.
     """
-    check_compiled(model, "fit")
-    check_moments(model.optimizer, model.trainable_variables)
-    check_built_for(model.optimizer, model.trainable_variables)
+    _check_training(model, "fit")
     if model.optimizer is not None and not model.optimizer.built:
         # TensorFlow's trainer would create the optimizer's variables in the
         # first step, which would then be traced a second time.
@@ -115,15 +114,35 @@ def predict(model, x=None, batch_size=None, callbacks=None, **kwargs):
 
 def train_on_batch(model, x, y=None, sample_weight=None, **kwargs):
     """Train on one batch, given as in `fit`."""
-    check_built_for(model.optimizer, model.trainable_variables)
+    _check_training(model, "train_on_batch")
     batch = _training_batch(model, x, y, sample_weight)
     return keras.Model.train_on_batch(model, *batch, **kwargs)
 
 
 def test_on_batch(model, x, y=None, sample_weight=None, **kwargs):
     """Compute loss and metrics of one batch, given as in `evaluate`."""
+    check_compiled(model, "test_on_batch")
     batch = _training_batch(model, x, y, sample_weight)
     return keras.Model.test_on_batch(model, *batch, **kwargs)
+
+
+def _check_training(model, method):
+    """Raise `ValueError` if a step would change nothing, or the wrong weights.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        method: str, name of the method that was called.
+    """
+    check_compiled(model, method)
+    trained = model.trainable_variables
+    if not trained:
+        raise ValueError(
+            f"`{method}` would train nothing. Received: a model whose weights "
+            "are all frozen. Expected: `unfreeze` or `enable_lora` first, and "
+            "`compile` again."
+        )
+    check_moments(model.optimizer, trained)
+    check_built_for(model.optimizer, trained)
 
 
 def _training_batch(model, x, y, sample_weight):

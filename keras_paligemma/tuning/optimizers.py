@@ -18,6 +18,11 @@ from keras_paligemma.types import Tensor
 # Weights that the original decays. It decays none of the text decoder, since
 # its pattern does not match the names of those parameters.
 DECAYED = ("vision_encoder/*kernel",)
+# Attributes of Keras's optimizers: the share of a moment that a step keeps.
+MOMENT_RATES = (
+    *("beta_1", "beta_2", "rho", "momentum"),
+    *("adam_beta_1", "adam_beta_2"),
+)
 
 
 class AdamStep(NamedTuple):
@@ -48,11 +53,16 @@ class Adam(keras.optimizers.Adam):
         multipliers: dict of pattern to float, a factor of the learning rate
             and of the weight decay for weights whose name matches the pattern
             ("vision_encoder/*": 0.1); the first match counts.
-        decayed: patterns of the weights that are decayed; `None` for all.
+        decayed: pattern or patterns of the weights that are decayed; `None`
+            for all.
         epsilon: float, added to the denominator.
-        **kwargs: as `keras.optimizers.Adam` takes them: `beta_2`,
-            `weight_decay`, `global_clipnorm`, `use_ema`,
+        **kwargs: as `keras.optimizers.Adam` takes them, without `amsgrad`:
+            `beta_2`, `weight_decay`, `global_clipnorm`, `use_ema`,
             `gradient_accumulation_steps`, …
+
+    Raises:
+        ValueError: `amsgrad`; or when it is built, a pattern that matches no
+            trained weight, other than those of `DECAYED`.
 
     Source: https://arxiv.org/abs/1412.6980.
     """
@@ -66,18 +76,27 @@ class Adam(keras.optimizers.Adam):
         name: str = "adam",
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("amsgrad"):
+            raise ValueError(
+                "This Adam keeps no maximum of its moments. Received: "
+                "amsgrad=True. Expected: False, or `keras.optimizers.Adam`."
+            )
         super().__init__(learning_rate, epsilon=epsilon, name=name, **kwargs)
         self.multipliers = dict(multipliers or {})
+        if isinstance(decayed, str):
+            decayed = (decayed,)
         self.decayed = decayed and tuple(decayed)
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         names = [stable_name(variable.path) for variable in variables]
-        for pattern in self.multipliers:
+        # The original's recipe also trains adapters, without decay.
+        decayed = {*(self.decayed or ())} - {*DECAYED}
+        for pattern in (*self.multipliers, *sorted(decayed)):
             if not fnmatch.filter(names, pattern):
                 raise ValueError(
-                    "No trained weight matches a learning-rate multiplier. "
-                    f"Received: {pattern!r}. Expected: a pattern of names such "
-                    f"as {names[0]!r}."
+                    "No trained weight matches a pattern of `multipliers` or "
+                    f"`decayed`. Received: {pattern!r}. Expected: a pattern of "
+                    f"names such as {names[0]!r}."
                 )
         super().build(variables)
         # By index: TensorFlow passes its own variables, which have no path.
@@ -277,7 +296,7 @@ def check_moments(optimizer, variables):
     for variable in variables:
         if variable.dtype not in ("bfloat16", "float16"):
             continue
-        for name in ("beta_1", "beta_2", "rho", "momentum"):
+        for name in MOMENT_RATES:
             beta = getattr(optimizer, name, None)
             if not isinstance(beta, float) or beta >= 1:
                 continue

@@ -3,6 +3,8 @@
 import difflib
 import fnmatch
 
+import keras
+
 from keras_paligemma.layers.weight import dequantized
 
 
@@ -11,8 +13,9 @@ def set_trainable(backbone, patterns, value):
 
     Args:
         backbone: `PaliGemmaBackbone`.
-        patterns: list of str such as "vision_encoder/*" or "*/mlp/*", matched
-            with the names of `weights_by_name`; "*" matches "/" too.
+        patterns: list of str, or of lists of them, such as "vision_encoder/*"
+            or "*/mlp/*", matched with the names of `weights_by_name`; "*"
+            matches "/" too.
         value: bool, the new value of `trainable`.
 
     Raises:
@@ -21,12 +24,11 @@ def set_trainable(backbone, patterns, value):
     """
     weights = backbone.weights_by_name()
     chosen = []
-    for pattern in patterns:
+    for pattern in keras.tree.flatten(patterns):
         names = [
             name
             for name in fnmatch.filter(weights, pattern)
-            # Switches adapters on and off; never learned.
-            if not name.endswith("/adapter_scale")
+            if not _is_constant(name, weights)
         ]
         if not names:
             near = difflib.get_close_matches(pattern, weights, 3, 0.3)
@@ -45,6 +47,20 @@ def set_trainable(backbone, patterns, value):
             )
     for name in chosen:
         weights[name].set_trainable(value)
+
+
+def _is_constant(name, weights):
+    """Return whether a weight is never learned.
+
+    These are the switch of an adapter, and the scales of a quantised weight,
+    whose products define no gradient of them.
+    """
+    if name.endswith("/adapter_scale"):
+        return True
+    scaled = weights.get(name.removesuffix("_scale"))
+    return (
+        name.endswith("_scale") and scaled is not None and "int" in scaled.dtype
+    )
 
 
 def check_trainable(backbone, trained=None):

@@ -103,14 +103,37 @@ def test_default_optimizer_moves_bfloat16_weights(tiny_model, examples):
         keras.optimizers.Adam(),
         keras.optimizers.RMSprop(rho=0.999),
         keras.optimizers.AdamW(beta_2=0.9999),
+        keras.optimizers.Muon(),
     ],
-    ids=["adam", "rmsprop", "adamw"],
+    ids=["adam", "rmsprop", "adamw", "muon"],
 )
 def test_what_would_stand_still_is_refused(tiny_model, examples, optimizer):
     model = tiny_model(dtype="bfloat16")
     model.compile(optimizer)
-    with pytest.raises(ValueError, match="is 1 in bfloat16.*mixed_bfloat16"):
-        model.fit(examples, verbose=0)
+    for train in model.fit, model.train_on_batch:
+        with pytest.raises(ValueError, match="is 1 in bfloat16.*mixed_bf"):
+            train(examples)
+
+
+def test_patterns_of_decay(golden_backbone):
+    model = PaliGemmaCausalLM(golden_backbone())
+    variables = model.trainable_variables
+    optimizer = Adam(decayed="vision_encoder/*kernel", weight_decay=0.1)
+    optimizer.build(variables)
+    assert 0 < sum(optimizer._is_decayed) < len(variables)
+    with pytest.raises(ValueError, match="Received: 'vision/"):
+        Adam(decayed=["vision/*kernel"]).build(variables)
+    # Adapters are trained by the original's recipe too, and not decayed.
+    model.enable_lora(2)
+    recipe = transfer_recipe(10, weight_decay=1e-7)
+    recipe.build(model.trainable_variables)
+    assert not any(recipe._is_decayed)
+
+
+def test_amsgrad_is_refused():
+    with pytest.raises(ValueError, match="Received: amsgrad=True"):
+        Adam(amsgrad=True)
+    assert Adam.from_config(Adam().get_config()).amsgrad is False
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="counts of JAX")

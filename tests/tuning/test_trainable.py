@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from keras_paligemma import PaliGemmaCausalLM
 from tests.helpers.tiny_models import arrays_of
 
 
@@ -29,6 +30,31 @@ def test_pattern_without_a_match_changes_nothing(tiny_model):
     with pytest.raises(ValueError, match="Received: 'vision_tower/"):
         backbone.freeze("text_decoder/*", "vision_tower/*")
     assert all(variable.trainable for variable in backbone.variables)
+
+
+def test_nothing_to_train_is_refused(tiny_model, examples):
+    model = tiny_model()
+    model.freeze(["*"])
+    model.compile()
+    for train in model.fit, model.train_on_batch:
+        with pytest.raises(ValueError, match="would train nothing"):
+            train(examples)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_scales_of_low_bits_are_not_trained(random_preset, mode):
+    model = PaliGemmaCausalLM.from_preset(random_preset, quantize=mode)
+    model.enable_lora(2)
+    before = {variable.path for variable in model.trainable_variables}
+    model.unfreeze("text_decoder/*norm/scale", "text_decoder/*scale")
+    added = {
+        variable.path.rsplit("/", 1)[1]
+        for variable in model.trainable_variables
+        if variable.path not in before
+    }
+    assert added == {"scale"}
+    with pytest.raises(ValueError, match="No weight matches"):
+        model.unfreeze("*/kernel_scale")
 
 
 def test_table_counts(tiny_model):
