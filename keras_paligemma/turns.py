@@ -13,7 +13,8 @@ class Turns:
 
     `fit` holds it from its first batch to its last and gives way between
     batches. A plain lock would return to the same thread at once, however long
-    other threads have waited.
+    other threads have waited. Whoever takes it meanwhile, be it a callback of
+    `fit`, finds the values of the last step in the variables.
 
     Example:
         >>> turns = Turns()
@@ -27,13 +28,36 @@ class Turns:
         self._owner = None
         self._depth = 0
         self._paused = None
+        self._trained = []
 
     def __enter__(self):
         self._take(1)
+        try:
+            if self._trained:
+                write_back(self._trained[-1])
+        except BaseException:
+            self._leave(1)
+            raise
         return self
 
     def __exit__(self, *error):
         self._leave(1)
+
+    @contextlib.contextmanager
+    def held_by(self, model):
+        """Hold the lock while Keras trains or evaluates a model.
+
+        Args:
+            model: `PaliGemmaCausalLM`.
+        """
+        with self:
+            self._trained.append(model)
+            try:
+                yield
+            finally:
+                self._trained.pop()
+                # If `evaluate` raises, Keras leaves variables without values.
+                write_back(model)
 
     def wanted(self):
         """Return whether another thread waits."""
@@ -130,7 +154,6 @@ class GiveWay(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         if self.turns.wanted():
-            write_back(self.model)
             self.turns.give_way(self.name)
 
     on_test_batch_begin = on_train_batch_begin
@@ -158,11 +181,8 @@ def batches_in_turn(model, name, callbacks):
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = keras.tree.flatten(callbacks or [])
             callbacks = [*callbacks, GiveWay(turns, name)]
-        try:
+        with turns.held_by(model):
             yield callbacks
-        finally:
-            # If `evaluate` raises, Keras leaves variables without values.
-            write_back(model)
 
 
 def write_back(model):

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.turns import Turns
 from tests.helpers.tiny_models import randomize_adapters
@@ -180,3 +181,38 @@ def test_a_failed_evaluation_leaves_the_weights(tiny_model, examples):
     with pytest.raises(InterruptedError):
         model.evaluate(examples, batch_size=2, callbacks=[Fail()], verbose=0)
     assert model.generate(QUESTION) == before
+
+
+def test_a_callback_finds_the_values_of_its_step(
+    tiny_model, examples, tmp_path
+):
+    # On JAX, Keras keeps the values of a step apart from the variables.
+    model = tiny_model()
+    bare = model.generate(QUESTION)
+    model.enable_lora(2)
+    model.compile(Adam(5e-2))
+    answers, saved = [], []
+
+    def look(batch, logs):
+        with model.adapters.using(None):
+            answers.append(model.generate(QUESTION))
+        saved.append(tmp_path / str(batch))
+        model.save_adapter(saved[-1])
+        model.save_to_preset(tmp_path / f"preset{batch}")
+
+    model.fit(
+        examples,
+        batch_size=2,
+        verbose=0,
+        callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=look)],
+    )
+    assert len(answers) > 1 and {*answers} == {bare}
+    written = [model.adapters.values("default")]
+    for number, folder in enumerate(saved[-2:]):
+        model.load_adapter(folder, name=f"saved{number}")
+        written.append(model.adapters.values(f"saved{number}"))
+    last, before, same = written
+    changed = [name for name in last if (last[name] != before[name]).any()]
+    assert any(name.endswith("adapter_b") for name in changed)
+    for name, array in last.items():
+        np.testing.assert_array_equal(same[name], array)

@@ -52,7 +52,7 @@ class Programs:
     values of another adapter or a later step need no compilation.
 
     Args:
-        model: `keras.Model`; its `run_eagerly` and `jit_compile` apply.
+        model: `PaliGemmaCausalLM`; its `run_eagerly` and `jit_compile` apply.
     """
 
     def __init__(self, model):
@@ -68,7 +68,8 @@ class Programs:
             *arguments: nests of arrays or tensors; ids int32, masks bool.
             donated: int, index of the argument that may be overwritten.
         """
-        key = function, plan
+        # TensorFlow does not trace again for variables that were added.
+        key = function, plan, self._model.backbone.adapters.structure()
         if key not in self._compiled:
             compiled = _COMPILERS.get(keras.backend.backend(), _eagerly)
             if self._model.run_eagerly:

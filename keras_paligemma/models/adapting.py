@@ -117,33 +117,38 @@ def save_adapter(
             active last.
         base: str or `None`, name of the base model.
     """
-    adapter_files.save(self, folder, name, base)
+    with self.turns:
+        adapter_files.save(self, folder, name, base)
 
 
 def save_lora_weights(self, filepath: PathLike) -> None:
-    """Write the active adapter to one file, for `load_lora_weights`.
+    """Write an adapter to one file, for `load_lora_weights`.
 
+    It is the active adapter, or if all are off, the one that was active last.
     `save_adapter` writes the format of PEFT and transformers.
 
     Args:
         filepath: str or path, "….lora.h5".
 
     Raises:
-        ValueError: if no adapter is active, or the suffix is another.
+        ValueError: if there is no adapter, or the suffix is another.
     """
-    lora_weights.save(self, filepath)
+    with self.turns:
+        lora_weights.save(self, filepath)
 
 
 def load_lora_weights(self, filepath: PathLike) -> None:
-    """Load a file of `save_lora_weights` into the active adapter.
+    """Load a file of `save_lora_weights`.
+
+    Its values replace those of the adapter that is loaded. A model without
+    adapters gets one, named "default".
 
     Args:
         filepath: str or path.
 
     Raises:
-        ValueError: if the file holds no such adapter, or one of another
-            rank or other targets than the active one. If none is active,
-            the message says which one to create.
+        ValueError: if the file holds no such adapter, or one of another rank
+            or other targets than the loaded one.
     """
     lora_weights.load(self, filepath)
 

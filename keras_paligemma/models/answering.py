@@ -11,7 +11,6 @@ from keras_paligemma.generation.loop import advance
 from keras_paligemma.generation.loop import answer
 from keras_paligemma.generation.loop import begin
 from keras_paligemma.models.generation_outputs import has_stop_string
-from keras_paligemma.turns import write_back
 
 
 def run(model, asked):
@@ -26,7 +25,6 @@ def run(model, asked):
         *_, found = chunks(model, asked, 8)
         return found
     with model.turns:
-        write_back(model)
         rows, here = rows_to_devices(asked.rows)
         shared = asked.shared | {"sampler": _variables(asked.plan)}
         found = model.make_generate_function()(
@@ -61,7 +59,6 @@ def chunks(model, asked, size):
     try:
         while found is None or _goes_on(found, asked, until - size):
             with model.turns:
-                write_back(model)
                 state, here = _next_state(model, asked, state, until)
                 found = _arrays(state) | {"finished": state.finished_B}
                 del found["sampler"]

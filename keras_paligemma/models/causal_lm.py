@@ -100,6 +100,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         )
         self.own_loss = None
         self.trained_adapter = None
+        self.compiled_for = None
         self.built = True
         if compile:
             self.compile()
@@ -300,7 +301,29 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         self.trained_adapter = trainable.check_trainable(
             self.backbone, self.trained_adapter
         )
+        self._drop_stale_functions()
         return super().make_train_function(force)
+
+    def make_test_function(self, force: bool = False) -> Any:
+        self._drop_stale_functions()
+        return super().make_test_function(force)
+
+    def make_predict_function(self, force: bool = False) -> Any:
+        self._drop_stale_functions()
+        return super().make_predict_function(force)
+
+    def _drop_stale_functions(self):
+        """Drop the functions of Keras if they were traced for other variables.
+
+        The backbone's own methods can add adapters and freeze weights, too.
+        TensorFlow traces neither again.
+        """
+        trained = [variable.trainable for variable in self.backbone.variables]
+        structure = self.adapters.structure(), trained
+        if structure != self.compiled_for:
+            self.train_function = self.test_function = None
+            self.predict_function = None
+            self.compiled_for = structure
 
     def quantize(self, mode: Any = None, **kwargs: Any) -> None:
         """Raise an error: weights are quantised while they are loaded."""
@@ -364,10 +387,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         Compile again afterwards, so that the optimizer sees the new variables.
         """
         self.backbone.enable_lora(rank, target_layer_names, **kwargs)
-        self._structure_changed()
         print(self.backbone.trainable_table())
 
-    @alone
     def load_adapter(
         self,
         folder: PathLike,
@@ -376,28 +397,18 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
     ) -> None:
         """Load an adapter from a folder; see `PaliGemmaBackbone`."""
         self.backbone.load_adapter(folder, name, allow_nonfinite)
-        self._structure_changed()
 
     def save_adapter(self, folder: PathLike, **kwargs: Any) -> None:
         """Write an adapter to a folder; see `PaliGemmaBackbone`."""
-        with self.turns:
-            self.backbone.save_adapter(folder, **kwargs)
+        self.backbone.save_adapter(folder, **kwargs)
 
-    @alone
     def freeze(self, *patterns: str | Sequence[str]) -> None:
         """Freeze weights by name patterns; see `PaliGemmaBackbone`."""
         self.backbone.freeze(*patterns)
-        self._structure_changed()
 
-    @alone
     def unfreeze(self, *patterns: str | Sequence[str]) -> None:
         """Make weights trainable by patterns; see `PaliGemmaBackbone`."""
         self.backbone.unfreeze(*patterns)
-        self._structure_changed()
-
-    def _structure_changed(self):
-        self.train_function = self.test_function = None
-        self.predict_function = self.generate_function = None
 
     @classproperty
     def presets(cls) -> Any:

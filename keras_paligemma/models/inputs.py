@@ -1,6 +1,5 @@
 """Validation of a model's inputs, and the masks of the image tokens."""
 
-import keras
 import numpy as np
 from keras import ops
 

@@ -9,7 +9,6 @@ from keras_paligemma.compat import to_host
 from keras_paligemma.data.batches import in_batches
 from keras_paligemma.generation.requests import bucket
 from keras_paligemma.models.inputs import typed
-from keras_paligemma.turns import write_back
 
 
 def check_preprocessor(model, method):
@@ -78,7 +77,6 @@ def run_on_device(model, function, rows, plan=None, shared=None):
         for name, array in rows.items()
     }
     with model.turns:
-        write_back(model)
         rows, here = rows_to_devices(rows)
         rows = typed(rows, model.backbone.vocabulary_size)
         given = [rows] if shared is None else [rows, shared]

@@ -59,6 +59,11 @@ class Adapters:
         """
         return self.variables.capacity
 
+    def structure(self):
+        """Return a hashable value that changes if variables are added."""
+        head = self.backbone.token_embedding.adapter_head
+        return self.capacity, head is not None
+
     @alone
     def add(self, name, lora, pieces=None, whole=None):
         """Add an adapter and switch to it.
@@ -122,7 +127,7 @@ class Adapters:
         """Use an adapter, or the bare model, within a context.
 
         Other threads wait until it ends. A `fit` that waits continues with
-        the adapter that it trains.
+        the adapter that it trains. What is merged within is subtracted again.
 
         Args:
             name: str, or `None` for the bare model.
@@ -141,6 +146,8 @@ class Adapters:
             try:
                 yield
             finally:
+                if self.merged is not None:
+                    self.unmerge()
                 self._switch(*before)
 
     def _switch(self, loaded, active):

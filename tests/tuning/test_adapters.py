@@ -15,6 +15,7 @@ from keras_paligemma.lora_config import LoraConfig
 from tests.helpers.gradients import gradients
 from tests.helpers.tiny_models import FORMS
 from tests.helpers.tiny_models import FORMS_OF_BACKEND
+from tests.helpers.tiny_models import arrays_of
 from tests.helpers.tiny_models import error
 from tests.helpers.tiny_models import golden_training
 from tests.helpers.tiny_models import randomize_adapters
@@ -204,6 +205,47 @@ def test_merge_and_unmerge(tiny_model, examples, tmp_path, form):
     assert error(output(model, x), bare) < 1e-5
     with pytest.raises(ValueError, match="No adapter is merged"):
         model.adapters.unmerge()
+
+
+def test_programs_follow_adapters_added_to_the_backbone(
+    tiny_model, examples, tmp_path
+):
+    model = tiny_model()
+    weights = model.backbone.get_weights()
+    model.enable_lora(2)
+    randomize_adapters(model.backbone, 1)
+    file = tmp_path / "one.lora.h5"
+    model.backbone.save_lora_weights(file)
+
+    def results(model):
+        return (
+            model.score(examples),
+            model.predict(examples, batch_size=4, verbose=0),
+            model.evaluate(examples, verbose=0),
+        )
+
+    wanted = results(model)
+    other = tiny_model()
+    other.backbone.set_weights(weights)
+    bare = results(other)
+    other.backbone.load_lora_weights(file)
+    found = results(other)
+    for value, before, expected in zip(found, bare, wanted, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
+        assert np.abs(np.subtract(value, before)).max() > 1e-2
+
+
+def test_merged_within_a_context_is_unmerged_after_it(tiny_model):
+    model = tiny_model()
+    for seed, name in enumerate("ab"):
+        model.enable_lora(2, alpha=8, name=name)
+        randomize_adapters(model.backbone, seed)
+    before = arrays_of(model.backbone)
+    with model.adapters.using("a"):
+        model.adapters.merge()
+    assert (model.adapters.active, model.adapters.merged) == ("b", None)
+    for name, array in arrays_of(model.backbone).items():
+        np.testing.assert_allclose(array, before[name], atol=1e-6)
 
 
 def test_an_optimizer_of_other_weights_is_refused(tiny_model, examples):
