@@ -400,10 +400,19 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         """Raise an error: weights are quantised while they are loaded."""
         raise ValueError(files.QUANTIZE)
 
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        config = dict(config)
+        active, merged = config.pop("active", True), config.pop("merged", False)
+        backbone = cls(**config)
+        if config.get("lora") is not None:
+            backbone.adapters.set_state(active, merged)
+        return backbone
+
     def get_config(self) -> Config:
         return super().get_config() | {
             **self.architecture().to_dict(),
-            "lora": self.adapters.capacity and self.adapters.capacity.to_dict(),
+            **self.adapters.get_config(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "form": self.form,
             "remat": self.remat,

@@ -266,6 +266,40 @@ class Adapters:
         """
         if self.active is None or self.merged is not None:
             return None
+        return self._stored_config()
+
+    def get_config(self):
+        """Return the state that a `.keras` file holds beside the variables.
+
+        Of several adapters it holds the loaded one.
+
+        Returns:
+            dict of `lora`, the arguments of `enable_lora` or `None`; `active`
+            and `merged`, bools.
+        """
+        lora = None
+        if self.loaded is not None:
+            lora = self._stored_config().to_dict() | {"name": self.loaded}
+        return {
+            "lora": lora,
+            "active": self.active is not None,
+            "merged": self.merged is not None,
+        }
+
+    def set_state(self, active, merged):
+        """Turn the only adapter off, or note that it is merged.
+
+        Args:
+            active, merged: bools, as `get_config` returns them.
+        """
+        if not active:
+            self.select(None)
+        elif merged:
+            self._assign_scales(None)
+            self.merged = self.active
+
+    def _stored_config(self):
+        """Return the loaded adapter's `LoraConfig` for the whole variables."""
         lora, capacity = self.configs[self.loaded], self.variables.room
         if (lora.rank, lora.targets) != (capacity.rank, capacity.targets):
             ranks = {

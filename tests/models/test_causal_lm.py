@@ -14,6 +14,7 @@ from tests.helpers.text_models import prompts_of
 from tests.helpers.tiny_models import FORMS_OF_BACKEND
 from tests.helpers.tiny_models import error
 from tests.helpers.tiny_models import golden_prompts
+from tests.helpers.tiny_models import randomize_adapters
 from tests.helpers.tiny_models import run
 
 
@@ -267,6 +268,46 @@ def test_keras_file_round_trip_is_exact(tiny_model, examples, tmp_path):
         ops.convert_to_numpy(run(read, x)), ops.convert_to_numpy(run(model, x))
     )
     assert read.generate(inputs) == model.generate(inputs)
+
+
+@pytest.mark.parametrize("state", ["active", "off", "merged"])
+def test_keras_file_keeps_the_adapter(tiny_model, examples, tmp_path, state):
+    model = tiny_model()
+    model.enable_lora(3, ["query", "key"], name="first")
+    layers = model.backbone.text_config.num_layers
+    model.enable_lora(
+        2,
+        ["query"],
+        alpha=16,
+        name="second",
+        ranks={"query": [2, *[1] * (layers - 1)]},
+        alphas={"query": [8.0, *[16.0] * (layers - 1)]},
+    )
+    randomize_adapters(model.backbone, 3)
+    if state == "off":
+        model.adapters.select(None)
+    if state == "merged":
+        model.adapters.merge()
+    model.save(tmp_path / "model.keras")
+    read = keras.saving.load_model(tmp_path / "model.keras")
+    assert (read.adapters.loaded, read.adapters.active) == (
+        "second",
+        model.adapters.active,
+    )
+    assert read.adapters.merged == model.adapters.merged
+    wanted = model.score(examples)
+    np.testing.assert_allclose(read.score(examples), wanted, rtol=1e-5)
+    for each in model, read:
+        if state == "merged":
+            each.adapters.unmerge()
+        each.adapters.select(None)
+    bare = model.score(examples)
+    np.testing.assert_allclose(read.score(examples), bare, rtol=1e-4)
+    for each in model, read:
+        each.adapters.select("second")
+    again = model.score(examples)
+    np.testing.assert_allclose(read.score(examples), again, rtol=1e-4)
+    assert np.abs(again - bare).max() > 1e-2
 
 
 def test_saving_over_a_preset_replaces_it(tiny_model, tmp_path):
