@@ -51,8 +51,8 @@ def enable_lora(
         alphas: dict of target to list of float, likewise.
 
     Raises:
-        ValueError: if targets are unknown or given by both names, the name
-            exists, or the adapter exceeds the space of the first one.
+        ValueError: if targets are unknown, none, or given by both names, the
+            name exists, or the adapter exceeds the space of the first one.
     """
     if targets is not None and target_layer_names is not None:
         raise ValueError(
@@ -63,6 +63,11 @@ def enable_lora(
         targets = target_layer_names
     if isinstance(targets, str):
         targets = (targets,)
+    if targets is not None and not targets:
+        raise ValueError(
+            "An adapter needs targets. Received: an empty list. Expected: "
+            "names, or None for the decoder's attention."
+        )
     lora = LoraConfig(
         rank,
         alpha,

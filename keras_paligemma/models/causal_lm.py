@@ -152,6 +152,12 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             weighted_metrics = None
         # Metrics on logits materialise them anyway: streaming saves nothing.
         is_own = isinstance(loss, StreamedCrossEntropy)
+        if is_own and kwargs.get("loss_weights") is not None:
+            raise ValueError(
+                "`StreamedCrossEntropy` is the only loss. Received: "
+                f"loss_weights={kwargs['loss_weights']!r}. Expected: another "
+                "learning rate, or `sample_weight` in `fit`."
+            )
         self.own_loss = loss if is_own else None
         self.streams = is_own and not (metrics or weighted_metrics)
         if optimizer is not getattr(self, "optimizer", None):

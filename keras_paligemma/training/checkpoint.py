@@ -16,23 +16,30 @@ if TYPE_CHECKING:
     from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
 
 
+# Weights of adapters that begin with random or constant values.
+DRAWN = ("/adapter_a", "/adapter_b", "/adapter_bias", "/adapter_gain")
+
+
 class RunCheckpoint(keras.callbacks.Callback):
     """Write the state of training at intervals, and restore it.
 
     The state is the trained weights, the optimizer, random seeds, the metrics
-    of the current epoch, and the number of the next batch. Frozen weights are
-    not written: a run that trains adapters writes adapters. Orbax writes
-    checkpoints atomically, so an interrupted checkpoint is ignored. It shards
-    them as the weights are sharded. If the newest checkpoint was damaged later,
-    the newest intact checkpoint is restored, with a warning.
+    of the current epoch, and the number of the next batch. Frozen weights of
+    the model are not written: a run that trains adapters writes adapters. Orbax
+    writes checkpoints atomically, so an interrupted checkpoint is ignored. It
+    shards them as the weights are sharded. If the newest checkpoint was damaged
+    later, the newest intact checkpoint is restored, with a warning.
 
-    `fit` of this module shows how to use it.
+    It is the last of the callbacks, so that a checkpoint has what the others
+    changed, such as the learning rate. `fit` of this module shows how to use
+    it.
 
     Args:
         directory: str or path, a folder for this run alone.
         batches: `keras_paligemma.data.Batches` that the run trains on.
-        every: int, steps between checkpoints; the last step of an epoch also
-            writes a checkpoint.
+        every: int, steps between checkpoints. Others are written at the end of
+            an epoch, and one step before: if the run is killed while it
+            validates, this step and the end of the epoch are repeated.
         keep: int, number of the latest checkpoints to keep.
 
     Raises:
@@ -58,7 +65,8 @@ class RunCheckpoint(keras.callbacks.Callback):
         self.every = every
         self._files = CheckpointFiles(directory, keep)
         self.step = 0
-        self._metrics = None
+        # Variables and their values in the middle of an epoch.
+        self._begun = []
         self._waits = self._files.latest() is not None
 
     def restore(self, model: "PaliGemmaCausalLM") -> None:
@@ -94,13 +102,11 @@ class RunCheckpoint(keras.callbacks.Callback):
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        # Keras has reset the metrics before this call.
-        if self._metrics is not None:
-            for variable, value in zip(
-                self.model.metrics_variables, self._metrics, strict=True
-            ):
-                variable.assign(value)
-            self._metrics = None
+        # Keras has reset the metrics, and callbacks may have set the learning
+        # rate, as at the beginning of an epoch.
+        for variable, value in self._begun:
+            variable.assign(value)
+        self._begun = []
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
@@ -115,7 +121,14 @@ class RunCheckpoint(keras.callbacks.Callback):
                 "examples of that step."
             )
         self.step += 1
-        if self.step % self.every == 0 or self.step % len(self.batches) == 0:
+        left = -self.step % len(self.batches)
+        if left == 1 or left and self.step % self.every == 0:
+            self._save()
+
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        if self.step % len(self.batches) == 0:
             self._save()
 
     def _place(self, step):
@@ -132,8 +145,11 @@ class RunCheckpoint(keras.callbacks.Callback):
         return {
             "trained": model.trainable_variables,
             "optimizer": model.optimizer.variables,
+            # An adapter's frozen weights are drawn, not read from a file.
             "random": [
-                variable for variable in frozen if "seed" in variable.path
+                variable
+                for variable in frozen
+                if "seed" in variable.path or variable.path.endswith(DRAWN)
             ],
         }
 
@@ -169,7 +185,18 @@ class RunCheckpoint(keras.callbacks.Callback):
             values = found["state"][group]
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
-        self._metrics = found.get("epoch_metrics")
+        self._begun = []
+        if self.step % len(self.batches):
+            metrics = self.model.metrics_variables
+            values = found["epoch_metrics"], found["state"]["optimizer"]
+            self._begun += zip(metrics, values[0], strict=True)
+            self._begun += [
+                (variable, value)
+                for variable, value in zip(
+                    state["optimizer"], values[1], strict=True
+                )
+                if variable.path.endswith("learning_rate")
+            ]
         self._waits = False
 
     def _check_run(self, step, place, shapes):
@@ -191,15 +218,16 @@ def fit(
     *,
     every: int = 1000,
     keep: int = 2,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
+    callbacks: Sequence[keras.callbacks.Callback] | None = (),
     **kwargs: Any,
 ) -> keras.callbacks.History:
     """Train, or resume a killed run in this directory.
 
     The losses of all steps, the weights and the optimizer are those of an
-    uninterrupted run, bit for bit on the same devices. Other callbacks start
-    anew when a run resumes, such as the patience of early stopping, and again
-    after the rest of an interrupted epoch: let `CSVLogger` append.
+    uninterrupted run, bit for bit on the same devices. Callbacks keep the
+    learning rate that they have set, but else start anew when a run resumes,
+    such as the patience of early stopping, and again after the rest of an
+    interrupted epoch: let `CSVLogger` append.
 
     Args:
         model: `PaliGemmaCausalLM`, compiled, and set up as when the run was
@@ -209,7 +237,7 @@ def fit(
         epochs: int, total number of epochs.
         every: int, steps between checkpoints.
         keep: int, number of checkpoints to keep.
-        callbacks: list of Keras callbacks.
+        callbacks: list of Keras callbacks, or `None`.
         **kwargs: further arguments of `model.fit`.
 
     Returns:
@@ -217,7 +245,7 @@ def fit(
 
     Raises:
         ValueError: the directory holds another run, or no checkpoint in it is
-            intact; or the loss is not finite.
+            intact; `batches` end before `epochs`; or the loss is not finite.
         OSError: a checkpoint cannot be written.
 
     Example:
@@ -226,6 +254,12 @@ def fit(
     fit(model, batches, "runs/ghosts", epochs=3, every=200)
     ```
     """
+    if batches.epochs is not None and batches.epochs < epochs:
+        raise ValueError(
+            f"The batches end before the run. Received: Batches(…, epochs="
+            f"{batches.epochs}) for epochs={epochs}. Expected: batches without "
+            "`epochs`, which have no end."
+        )
     checkpoint = RunCheckpoint(directory, batches, every, keep)
     checkpoint.restore(model)
     epoch, rest = divmod(checkpoint.step, len(batches))
@@ -251,7 +285,7 @@ def fit(
             initial_epoch=first,
             epochs=last,
             steps_per_epoch=steps,
-            callbacks=[checkpoint, *callbacks],
+            callbacks=[*(callbacks or ()), checkpoint],
             **kwargs,
         )
         numbers += done.epoch

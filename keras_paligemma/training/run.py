@@ -198,6 +198,14 @@ def build(settings):
         name: value for name, value in chosen.items() if value is not None
     }
     model = PaliGemmaCausalLM.from_preset(settings.preset, **chosen)
+    if model.adapters.capacity is not None:
+        raise ValueError(
+            "A preset with an adapter is not fine-tuned by settings. Received: "
+            f"preset={settings.preset!r}, with {model.adapters.capacity}. "
+            "Expected: one without, as `adapters.merge()` and then "
+            "`save_to_preset` write it; or `fit` in Python, which trains the "
+            "adapter that is there."
+        )
     if settings.lora_rank:
         model.enable_lora(
             settings.lora_rank,

@@ -39,7 +39,8 @@ class StreamedCrossEntropy(keras.losses.Loss):
             device, at least one per row. `None` for 256, or 32 on a CPU.
 
     Raises:
-        ValueError: unknown mean, or `label_smoothing` outside of [0, 1).
+        ValueError: unknown mean, another `reduction`, or `label_smoothing`
+            outside of [0, 1).
 
     Example:
 
@@ -60,6 +61,11 @@ class StreamedCrossEntropy(keras.losses.Loss):
         **kwargs: Any,
     ) -> None:
         super().__init__(name=name, **kwargs)
+        if self.reduction != "sum_over_batch_size":
+            raise ValueError(
+                "The loss is a mean over a batch. Received: reduction="
+                f"{self.reduction!r}. Expected: `mean`, one of {MEANS}."
+            )
         if mean not in MEANS:
             raise ValueError(
                 f"Unknown mean. Received: {mean!r}. Expected one of {MEANS}."

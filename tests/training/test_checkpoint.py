@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from keras_paligemma import Adam
+from keras_paligemma.lora_config import LoraConfig
 from keras_paligemma.training import RunCheckpoint
 from keras_paligemma.training import fit
 from tests.helpers.processes import LEAN
@@ -65,7 +66,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path):
         for name in one.files:
             np.testing.assert_array_equal(one[name], two[name])
     kept = [int(path.name) for path in (whole / "run").iterdir()]
-    assert sorted(kept) == [9, 12]
+    assert sorted(kept) == [11, 12]
 
 
 @pytest.fixture
@@ -123,6 +124,109 @@ def test_means_of_weights_go_on(tmp_path):
             np.testing.assert_array_equal(value, other)
 
 
+def test_the_learning_rate_of_callbacks_goes_on(tmp_path):
+    """Callbacks halve it as an epoch begins, and again as it ends."""
+
+    def train(folder, *callbacks):
+        model, batches = killed_run.set_up()
+        model.compile(Adam(1e-2))
+        halve = keras.callbacks.LearningRateScheduler(
+            lambda epoch, rate: rate * 0.5
+        )
+        rates = []
+
+        def look(batch, logs):
+            with model.turns:
+                rates.append(float(model.optimizer.learning_rate))
+
+        def lower(epoch, logs):
+            rate = model.optimizer.learning_rate
+            model.optimizer.learning_rate = float(rate) * 0.5
+
+        look = keras.callbacks.LambdaCallback(
+            on_train_batch_end=look, on_epoch_end=lower
+        )
+        try:
+            fit(
+                model,
+                batches,
+                tmp_path / folder,
+                2,
+                every=3,
+                callbacks=[halve, look, *callbacks],
+                verbose=0,
+            )
+        except InterruptedError:
+            return train(folder)
+        return rates
+
+    assert train("stopped", Stop()) == train("whole")[3:]
+
+
+@pytest.mark.any_backend
+def test_a_validation_that_is_killed_is_repeated(tmp_path):
+    class Kill(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            raise InterruptedError
+
+    def train(*callbacks):
+        model, batches = killed_run.set_up()
+        return fit(
+            model,
+            batches,
+            tmp_path,
+            1,
+            callbacks=callbacks,
+            validation_data=batches,
+            validation_steps=1,
+            verbose=0,
+        )
+
+    with pytest.raises(InterruptedError):
+        train(Kill())
+    done = train()
+    assert done.epoch == [0] and "val_loss" in done.history
+    assert train().epoch == []
+
+
+@pytest.mark.any_backend
+def test_frozen_adapters_go_on(tmp_path):
+    def train(seed, *callbacks):
+        model, batches = killed_run.set_up()
+        keras.utils.set_random_seed(seed)
+        model.adapters.assign(model.adapters.variables.draw(LoraConfig(2)))
+        model.freeze("*/adapter_a")
+        model.compile(Adam(1e-2))
+        fit(
+            model,
+            batches,
+            tmp_path,
+            1,
+            every=3,
+            callbacks=callbacks,
+            verbose=0,
+        )
+        return model.adapters.values("default")
+
+    with pytest.raises(InterruptedError):
+        train(1, Stop())
+    found = train(2)
+    [path] = {name for name in found if name.endswith("query/adapter_a")}
+    keras.utils.set_random_seed(1)
+    model, _ = killed_run.set_up()
+    keras.utils.set_random_seed(1)
+    drawn = model.adapters.variables.draw(LoraConfig(2))
+    np.testing.assert_array_equal(found[path], drawn[path])
+
+
+@pytest.mark.any_backend
+def test_batches_that_end_before_the_run(model_and_batches, tmp_path):
+    model, batches = model_and_batches
+    batches.epochs = 1
+    with pytest.raises(ValueError, match="end before the run.*epochs=2"):
+        fit(model, batches, tmp_path, 2, verbose=0)
+
+
 @pytest.mark.any_backend
 def test_what_stops_an_epochs_rest_stops_the_run(tmp_path):
     model, batches = killed_run.set_up()
@@ -166,7 +270,7 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(tmp_path):
 
     wanted = train()
     (tmp_path / "run" / "6" / "place" / "metadata").write_text("{")
-    with pytest.warns(UserWarning, match="step 6 .*goes on after step 3"):
+    with pytest.warns(UserWarning, match="step 6 .*goes on after step 5"):
         found = train()
     for value, other in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(value, other)

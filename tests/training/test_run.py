@@ -225,6 +225,16 @@ def test_runs_that_would_train_nothing(data):
         assert not (data / "run").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_preset_with_an_adapter_is_refused(random_preset, tmp_path, rank):
+    model = PaliGemmaCausalLM.from_preset(random_preset)
+    model.enable_lora(2)
+    model.save_to_preset(tmp_path / "adapted")
+    settings = Settings(str(tmp_path / "adapted"), "d", "o", lora_rank=rank)
+    with pytest.raises(ValueError, match=r"with LoraConfig.*merge\(\)"):
+        run.build(settings)
+
+
 def test_another_runs_output_is_kept(data):
     settings = Settings(NANO, "train.jsonl", str(data / "run"))
     # Settings may still change if a run failed before its first checkpoint.

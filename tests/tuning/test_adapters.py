@@ -90,6 +90,7 @@ def test_targets_by_tower_and_the_table(tiny_model, capsys):
     ("arguments", "words"),
     [
         ({"rank": 2, "targets": ["q_proj"]}, r"Received: \['q_proj'\]"),
+        ({"rank": 2, "targets": []}, "Received: an empty list"),
         ({"rank": 0}, "rank must be an integer of 1"),
         ({"rank": 2, "dropout": 1.0}, "dropout must be a number of 0"),
         ({"rank": 2, "alpha": 0}, "a number other than 0"),
@@ -233,6 +234,16 @@ def test_programs_follow_adapters_added_to_the_backbone(
     for value, before, expected in zip(found, bare, wanted, strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
         assert np.abs(np.subtract(value, before)).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss": {"reduction": "sum"}}, {"loss_weights": [0.5]}]
+)
+def test_options_of_the_loss_that_mean_nothing(tiny_model, options):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="Received: (reduction|loss_weights)="):
+        loss = StreamedCrossEntropy(**options.pop("loss", {}))
+        model.compile(loss=loss, **options)
 
 
 def test_merged_within_a_context_is_unmerged_after_it(tiny_model):
