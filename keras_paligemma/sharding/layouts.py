@@ -383,8 +383,8 @@ def data_shard() -> tuple[int, int]:
     index, processes = process()
     chosen = distribution.distribution()
     parts = processes
-    if isinstance(chosen, Sharded):
-        parts = min(processes, chosen.layout.replicas)
+    if chosen is not None:
+        parts = min(processes, chosen.num_model_replicas)
     return index * parts // processes, parts
 
 
