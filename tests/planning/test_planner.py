@@ -158,6 +158,32 @@ def test_generating_is_planned():
     assert "Fewer prompts" in str(found)
 
 
+def test_a_chip_holds_its_share_of_the_answers():
+    def split(batch_size, layout, dtype="bfloat16"):
+        job = Job("pali_gemma2_pt_3b_224", batch_size, dtype=dtype)
+        found = by_arithmetic(
+            job, "v5e-8", layout, generate=True, smallest=False
+        )
+        return found.tried[0].split_gib, found.tried[0].bounds_s
+
+    (tensor, bounds), (floats, _) = (
+        split(64, "tensor 1x8", dtype) for dtype in ("bfloat16", "float32")
+    )
+    # Four key-value heads do not divide by eight.
+    cache = 2 * 26 * (256 + 64 + 63) * 4 * 256 * 2 * 64 / 2**30
+    assert tensor["cache"] == pytest.approx(cache, abs=1e-3)
+    assert floats["cache"] == pytest.approx(2 * cache, abs=1e-3)
+    for layout in ("data 8x1", "weights 1x8", "weights 2x4"):
+        # 60 prompts are run as 64 rows.
+        for batch in (60, 64):
+            rows, times = split(batch, layout)
+            assert rows["cache"] == pytest.approx(cache / 8, abs=1e-3)
+            assert times["prefill"] == bounds["prefill"]
+        # Fewer rows than chips: each chip runs them all.
+        rows, _ = split(4, layout)
+        assert rows["cache"] == pytest.approx(cache / 16, abs=1e-3)
+
+
 def test_flops_of_a_forward_pass_are_twice_the_parameters():
     job = Job("pali_gemma2_pt_3b_224", batch_size=1)
     training = Training(job, ("block",))
@@ -267,6 +293,22 @@ def test_the_compiler_signs_generating():
     assert found.fits and found.best.source == "compiler"
     # Little more than the weights and the cache.
     assert 5.6 < found.details_gib["first token"] <= found.best.hbm_gib < 6
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
+def test_the_compiler_splits_the_rows_of_answers():
+    """As `generate` places them: four chips hold what one holds of a fourth."""
+    found = {}
+    with compiled.Compiler() as compiler:
+        for batch, layout, topology in (
+            (256, Layout("weights", 1, 4), "v5e:2x2"),
+            (64, Layout("data"), "v5e:1x1"),
+        ):
+            job = Job("pali_gemma2_nano_112", batch)
+            found[batch] = compiler.compile(job, layout, None, topology, 32)
+    assert found[256]["together"] < 1.2 * found[64]["together"]
 
 
 def test_pairs_compute_half_a_pass_more_whatever_model_is_asked():
