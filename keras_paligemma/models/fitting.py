@@ -112,14 +112,14 @@ def predict(model, x=None, batch_size=None, callbacks=None, **kwargs):
     for answers. The array is float32 (examples, tokens, V), in memory.
     """
     kwargs.setdefault("steps", steps_of(x))
-    columns = x.values() if isinstance(x, dict) else ()
-    counts = [len(column) for column in columns if column is not None]
-    x = as_dataset(
+    data = as_dataset(
         x, None, None, batch_size, model.preprocess_samples, apart=False
     )
     with batches_in_turn(model, "predict", callbacks) as callbacks:
-        found = keras.Model.predict(model, x, callbacks=callbacks, **kwargs)
+        found = keras.Model.predict(model, data, callbacks=callbacks, **kwargs)
     # The last batch of a dictionary may have been filled up.
+    columns = x.values() if isinstance(x, dict) else ()
+    counts = [len(column) for column in columns if column is not None]
     return found[: counts[0]] if counts else found
 
 
