@@ -23,6 +23,17 @@ def _is_number(value):
     return isinstance(value, numbers.Real) and type(value) is not bool
 
 
+def _plain(value):
+    """Return a value with Python's numbers in the place of NumPy's."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if not _is_number(value):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 # A field's validation: a description for errors, and a predicate. The result is
 # `Any`, since the field's annotation declares its type.
 
@@ -116,12 +127,15 @@ class Checked:
     """Base of dataclasses whose fields are validated, by `whole` and others.
 
     Fields are validated whenever an instance is created, so that code that
-    takes an instance need not validate again.
+    takes an instance need not validate again. Numbers of NumPy become
+    Python's, which JSON can hold.
     """
 
     def __post_init__(self):
         values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         _refuse(self.problems(values), type(self).__name__)
+        for name, value in values.items():
+            object.__setattr__(self, name, _plain(value))
 
     @classmethod
     def problems(

@@ -217,14 +217,10 @@ def rows_to_devices(arrays):
     return placed, rows
 
 
-def batch_is_split():
-    """Return whether the distribution splits a batch over its devices."""
+def replicas():
+    """Return the number of parts that the distribution splits a batch into."""
     distribution = keras.distribution.distribution()
-    if distribution is None or distribution.batch_dim_name is None:
-        return False
-    mesh = distribution.device_mesh
-    axis = mesh.axis_names.index(distribution.batch_dim_name)
-    return mesh.shape[axis] > 1
+    return 1 if distribution is None else distribution.num_model_replicas
 
 
 def never_functional(cls):

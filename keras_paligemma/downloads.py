@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from keras_paligemma.config import JSON_LIMIT
 
 # The files of a model in any format; hubs hold other files too.
 SMALL = ("*.json", "*.model", "*.spm")
-PATTERNS = (*SMALL, "*.safetensors", "*.npz*", "*.h5")
+LARGE = ("*.safetensors", "*.npz*", "*.h5")
+PATTERNS = (*SMALL, *LARGE)
 # Kaggle's client cannot list files. KerasHub writes these files beside weights;
 # the first always exists.
 KERAS_HUB_SMALL = (
@@ -26,6 +28,11 @@ KERAS_HUB_SMALL = (
 CHUNK = 1 << 24
 # Bytes of a read when headers are fetched.
 BLOCK = 1 << 20
+# Owner and model, revision, file. Only revisions of pull requests and of
+# conversions contain slashes.
+HUGGING_FACE = re.compile(
+    r"([^/@]+/[^/@]+)(?:@(refs/[^/@]+/[^/@]+|[^/@]+))?(?:/([^@]*))?"
+)
 
 
 def download(handle: str, weights: bool = True) -> Path:
@@ -36,8 +43,9 @@ def download(handle: str, weights: bool = True) -> Path:
     `$KERAS_PALIGEMMA_CACHE`, by default `~/.cache/keras_paligemma`.
 
     Args:
-        handle: str: `hf://owner/model`, optionally followed by `@revision` or
-            `/file`; `kaggle://owner/model/framework/variation/version`; or
+        handle: str: `hf://owner/model`, optionally followed by `@revision`,
+            by `/file` or by both;
+            `kaggle://owner/model/framework/variation/version`; or
             `gs://bucket/path` of a file, of the stem of its pieces, or of a
             folder.
         weights: bool; `False` downloads only the small files beside the
@@ -49,7 +57,7 @@ def download(handle: str, weights: bool = True) -> Path:
     Raises:
         ImportError: the hub's client is not installed.
         OSError: the download failed.
-        ValueError: unknown hub.
+        ValueError: unknown hub, or no model on it.
     """
     return _ask(handle, _fetch, weights)
 
@@ -88,6 +96,12 @@ def _ask(handle, function, *args) -> Any:
             "A handle starts with its hub. Expected: 'hf://owner/model', "
             "'kaggle://owner/model/framework/variation' or "
             f"'gs://bucket/path'. Received: {handle!r}."
+        )
+    if hub == "hf" and not HUGGING_FACE.fullmatch(path):
+        raise ValueError(
+            "A model of this hub has an owner and a name. Expected: "
+            "'hf://owner/model', 'hf://owner/model@revision' or "
+            f"'hf://owner/model@revision/file'. Received: {handle!r}."
         )
     client, _ = _CLIENTS[hub]
     try:
@@ -159,18 +173,24 @@ def _hugging_face(path, weights):
     """Download with the hub's client, whose cache other libraries share."""
     from huggingface_hub import snapshot_download
 
-    owner, model, *file = path.split("/")
-    model, _, revision = model.partition("@")
-    file = "/".join(file)
-    patterns: list[str] = list(PATTERNS if weights else SMALL)
-    if file and weights:
-        patterns = [f"{file}*"]
-    folder = snapshot_download(
-        f"{owner}/{model}",
-        revision=revision or None,
-        allow_patterns=patterns,
+    # `_ask` has matched it.
+    model, revision, file = HUGGING_FACE.fullmatch(path).groups("")  # pyright: ignore[reportOptionalMemberAccess]
+    wanted = [f"{file}*"] if file else [*LARGE]
+    patterns = [] if file and weights else [*SMALL]
+    if weights:
+        patterns += wanted
+    folder = Path(
+        snapshot_download(
+            model, revision=revision or None, allow_patterns=patterns
+        )
     )
-    return Path(folder) / file
+    # Offline, the client returns what is there.
+    if weights and not any(any(folder.rglob(name)) for name in wanted):
+        raise FileNotFoundError(
+            f"{folder} has no {' or '.join(wanted)}: the model has none, or "
+            "its download was not complete and must go on, online"
+        )
+    return folder / file
 
 
 def _kaggle(path, weights):
@@ -193,12 +213,16 @@ def _bucket(path, weights):
 
 def cache() -> Path:
     """Return the cache folder for downloads without a client's own cache."""
-    default = Path.home() / ".cache" / "keras_paligemma"
-    return Path(os.environ.get("KERAS_PALIGEMMA_CACHE", default))
+    default = "~/.cache/keras_paligemma"
+    given = os.environ.get("KERAS_PALIGEMMA_CACHE") or default
+    return Path(given).expanduser()
 
 
 def fetch_files(filesystem, path, folder, weights=True):
     """Copy a file, its pieces or a folder, resuming an interrupted copy.
+
+    Files that were overwritten since are copied again. What tells them apart,
+    if the filesystem has it, is in a hidden file beside the copy.
 
     Args:
         filesystem: `fsspec` filesystem.
@@ -247,14 +271,21 @@ def _listed(filesystem, path):
 
 def _fetch_file(filesystem, path, target):
     info = filesystem.info(path)
-    if target.exists() and target.stat().st_size == info["size"]:
+    version = _version(info)
+    note = target.with_name(f".{target.name}.version")
+    if (
+        target.exists()
+        and target.stat().st_size == info["size"]
+        and (not version or _text(note) == version)
+    ):
         return
     from tqdm import tqdm
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The size is in the draft's name, so that a copy is not resumed from
-    # another version of the file.
-    draft = target.with_name(f"{target.name}.{info['size']}.incomplete")
+    # Size and version are in the draft's name, so that a copy is not resumed
+    # from another version of the file.
+    known = f"{info['size']}.{version}".rstrip(".")
+    draft = target.with_name(f"{target.name}.{known}.incomplete")
     with (
         filesystem.open(path, "rb") as source,
         open(draft, "ab") as copy,
@@ -275,6 +306,20 @@ def _fetch_file(filesystem, path, target):
         draft.unlink()
         raise OSError(f"{path} arrived damaged and was removed: {problem}")
     os.replace(draft, target)
+    if version:
+        note.write_text(version, encoding="utf-8")
+
+
+def _version(info):
+    """Return a str that changes when a file is overwritten; "" if unknown."""
+    for name in ("md5Hash", "etag", "generation"):
+        if info.get(name):
+            return hashlib.sha256(str(info[name]).encode()).hexdigest()[:16]
+    return ""
+
+
+def _text(path):
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _difference(draft, info):

@@ -117,9 +117,29 @@ def test_all_problems_are_listed_and_short():
     assert "vision_encoder.num_layers must be" in message
 
 
-def test_integers_of_numpy_are_integers():
-    assert TextDecoderConfig(num_layers=np.int64(3)).num_layers == 3
-    assert TextDecoderConfig(rope_base=np.float32(3)).rope_base == 3
+def test_numbers_of_numpy_are_written_as_numbers():
+    ranks, alphas = np.array([2, 4]), np.array([2.0, 8.0], "float32")
+    backbone = BackboneConfig(
+        np.int64(28),
+        text_decoder=TextDecoderConfig(
+            num_layers=np.int64(3), rope_base=np.float32(3)
+        ),
+        lora=LoraConfig(
+            np.int64(4),
+            np.float32(2),
+            ("query",),
+            ranks={"query": list(ranks)},
+            alphas={"query": tuple(alphas)},
+        ),
+    )
+    found = json.loads(json.dumps(backbone.to_dict() | {"lora": None}))
+    assert found["image_size"] == 28
+    assert found["text_decoder"]["num_layers"] == 3
+    assert found["text_decoder"]["rope_base"] == 3
+    lora = json.loads(json.dumps(backbone.lora.to_dict()))
+    assert (lora["rank"], lora["alpha"]) == (4, 2)
+    assert lora["ranks"] == {"query": [2, 4]}
+    assert lora["alphas"] == {"query": [2, 8]}
 
 
 def test_fields_by_the_names_of_their_source():

@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import sys
+import types
 
 import fsspec
 import numpy as np
@@ -137,6 +139,92 @@ def test_the_right_hash(bucket, tmp_path, monkeypatch):
         bucket, "bucket/model/tokenizer.model", tmp_path
     )
     assert path.read_bytes() == b"pieces"
+
+
+def test_what_was_overwritten_is_fetched_again(bucket, tmp_path, monkeypatch):
+    """The new object has the size of the old one."""
+    info = bucket.info
+    path = "bucket/model/tokenizer.model"
+
+    def with_hash(path):
+        digest = hashlib.md5(bucket.cat_file(path)).digest()
+        return info(path) | {"md5Hash": base64.b64encode(digest).decode()}
+
+    monkeypatch.setattr(bucket, "info", with_hash)
+    downloads.fetch_files(bucket, path, tmp_path)
+    bucket.pipe(f"/{path}", b"others")
+    found = downloads.fetch_files(bucket, path, tmp_path)
+    assert found.read_bytes() == b"others"
+    monkeypatch.setattr(bucket, "open", None)
+    assert downloads.fetch_files(bucket, path, tmp_path) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("~/kept", "kept"),
+        ("", ".cache/keras_paligemma"),
+        (None, ".cache/keras_paligemma"),
+    ],
+)
+def test_the_cache_is_a_folder_of_the_user(
+    given, wanted, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KERAS_PALIGEMMA_CACHE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("KERAS_PALIGEMMA_CACHE", given)
+    assert downloads.cache() == tmp_path / wanted
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A client that is offline; returns what it was asked for."""
+    (tmp_path / "config.json").touch()
+    (tmp_path / "pt_224.npz").touch()
+    asked = []
+
+    def snapshot_download(model, revision, allow_patterns):
+        asked.append((model, revision, allow_patterns))
+        return str(tmp_path)
+
+    client = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", client)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("handle", "revision", "file"),
+    [
+        ("hf://me/m", None, ""),
+        ("hf://me/m/", None, ""),
+        ("hf://me/m@main", "main", ""),
+        ("hf://me/m@refs/pr/1", "refs/pr/1", ""),
+        ("hf://me/m/pt_224.npz", None, "pt_224.npz"),
+        ("hf://me/m@main/pt_224.npz", "main", "pt_224.npz"),
+        ("hf://me/m@refs/pr/1/pt_224.npz", "refs/pr/1", "pt_224.npz"),
+    ],
+)
+def test_revision_and_file_of_a_handle(hub, tmp_path, handle, revision, file):
+    assert downloads.download(handle) == tmp_path / file
+    patterns = [f"{file}*"] if file else list(downloads.PATTERNS)
+    assert hub == [("me/m", revision, patterns)]
+
+
+@pytest.mark.parametrize(
+    "handle", ["hf://", "hf://me", "hf://me/m/pt_224.npz@main", "hf://me/m@"]
+)
+def test_a_handle_that_names_no_model(handle):
+    with pytest.raises(ValueError, match="Expected: 'hf://owner/model'"):
+        downloads.download(handle)
+
+
+def test_an_incomplete_download_is_told(hub, tmp_path):
+    (tmp_path / "pt_224.npz").unlink()
+    downloads.download("hf://me/m", weights=False)
+    for handle in ("hf://me/m", "hf://me/m/pt_224.npz"):
+        with pytest.raises(OSError, match="download was not complete"):
+            downloads.download(handle)
 
 
 def test_nothing_there(bucket, tmp_path):

@@ -74,6 +74,11 @@ def plan(
         )
     if generate and full:
         raise ValueError("Received: --generate and --full. Expected: one.")
+    if full and (lora_rank or lora_targets):
+        raise ValueError(
+            "A full fine-tune has no adapters. Received: --full and "
+            "--lora-rank or --lora-targets. Expected: one."
+        )
     given: dict[str, Any] = {
         "batch_size": batch_size,
         "prompt_length": prompt_length,

@@ -7,6 +7,8 @@ import keras
 import numpy as np
 
 from keras_paligemma.compat import GeneratorDataAdapter
+from keras_paligemma.compat import process
+from keras_paligemma.compat import replicas
 from keras_paligemma.data.pipeline import Batches
 from keras_paligemma.preprocessing.graph import is_symbolic
 from keras_paligemma.preprocessing.inputs import to_numpy
@@ -346,6 +348,45 @@ def in_parts(x, y=None, sample_weight=None):
     return others | text.arrays(), y, sample_weight
 
 
+def rows_divide_by():
+    """Return what the rows of this process's batches must divide by."""
+    return max(1, replicas() // process()[1])
+
+
+def filled(x, y=None, sample_weight=None):
+    """Fill up a batch, so that a distribution can split it.
+
+    Keras places all batches as the first, so the last must divide, too. The
+    new rows repeat the last one and have weight 0.
+
+    Args:
+        x: dict of preprocessed arrays.
+        y: int array (B, R) or `None`.
+        sample_weight: array (B, R) or `None`.
+
+    Returns:
+        `(x, y, sample_weight)`.
+    """
+    arrays = {name: array for name, array in x.items() if array is not None}
+    count = len(next(iter(arrays.values())))
+    more = -count % rows_divide_by()
+    if not more:
+        return x, y, sample_weight
+
+    def longer(array):
+        array = to_numpy(array)
+        return np.concatenate([array, np.repeat(array[-1:], more, 0)])
+
+    x = x | {name: longer(array) for name, array in arrays.items()}
+    if y is None:
+        return x, y, sample_weight
+    if sample_weight is None:
+        sample_weight = np.ones(y.shape, "float32")
+    sample_weight = longer(sample_weight)
+    sample_weight[count:] = 0
+    return x, longer(y), sample_weight
+
+
 def as_dataset(
     x,
     y,
@@ -366,24 +407,38 @@ def as_dataset(
         preprocess: function of `(x, y, sample_weight)`.
         shuffle: bool, whether to shuffle the examples of a dict each epoch.
         apart: bool, whether to split prompts and responses, see `in_parts`.
+            `False` is for results of each example: of a dictionary, only the
+            end of the last batch may be filled up.
 
     Returns:
         What `keras.Model.fit` takes.
     """
 
     def prepared(*batch):
-        batch = preprocess(*batch)
-        if apart:
-            batch = in_parts(*keras.utils.unpack_x_y_sample_weight(batch))
-        return batch
+        batch = keras.utils.unpack_x_y_sample_weight(preprocess(*batch))
+        batch = in_parts(*batch) if apart else batch
+        full = filled(*batch)
+        if full[0] is not batch[0] and not (apart or is_dict):
+            raise ValueError(
+                "The rows that fill up a batch can only be cut off the end of "
+                "a dictionary's results. Received: a batch that does not "
+                f"divide by the {rows_divide_by()} parts that the distribution "
+                "splits it into. Expected: a dictionary, or other batches."
+            )
+        return keras.utils.pack_x_y_sample_weight(*full)
 
-    if isinstance(x, dict):
+    is_dict = isinstance(x, dict)
+    if is_dict:
         if y is not None and "token_ids" not in x:
             raise ValueError(
                 "Targets come from the responses. Received: y. Expected: "
                 "a dict with 'images', 'prompts' and 'responses', no y."
             )
-        x = Examples(x, y, sample_weight, batch_size or 32, shuffle)
+        batch_size = batch_size or 32
+        if not apart:
+            # Only the last batch is filled up.
+            batch_size += -batch_size % rows_divide_by()
+        x = Examples(x, y, sample_weight, batch_size, shuffle)
     elif y is not None or sample_weight is not None:
         raise ValueError(
             "The batches of a data set hold their own targets and weights: "
@@ -395,8 +450,11 @@ def as_dataset(
         x = Numbered(x)
     if isinstance(x, keras.utils.PyDataset):
         return PreprocessedBatches(x, prepared)
-    if "token_ids" in str(getattr(x, "element_spec", "")):
-        # A `tf.data` pipeline of preprocessed batches is kept as one.
+    if "token_ids" in str(getattr(x, "element_spec", "")) and (
+        rows_divide_by() == 1
+    ):
+        # A `tf.data` pipeline of preprocessed batches is kept as one, if
+        # none must be filled up.
         return x.map(in_parts) if apart else x
     if hasattr(x, "__iter__") and not hasattr(x, "shape"):
         return Iterated(x, prepared)

@@ -5,8 +5,8 @@ import math
 import keras
 from keras import ops
 
-from keras_paligemma.compat import batch_is_split
 from keras_paligemma.compat import platform
+from keras_paligemma.compat import replicas
 from keras_paligemma.layers.attention import token_positions
 from keras_paligemma.layers.cache import to_int8
 
@@ -48,7 +48,7 @@ def prefill(backbone, inputs, responses, cache_dtype=None):
         frames = inputs["images"].shape[1:-3]
         tokens += backbone.image_sequence_length * math.prod(frames)
     # Grouping rows would place each group on a single device.
-    device = "" if batch_is_split() else platform()
+    device = "" if replicas() > 1 else platform()
     width = backbone.text_config.intermediate_dim
     rows = rows_at_once(batch, tokens, width, device)
     if rows == batch:

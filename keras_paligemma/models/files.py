@@ -70,14 +70,9 @@ def load_backbone(
         checkpoint.say_assumed("dtype")
     fields = config.to_dict() | {"dtype": dtype or config.dtype} | kwargs
     stored = config.quantization
-    if stored is not None and quantize not in (None, stored):
-        raise ValueError(
-            f"The checkpoint is quantised already: {stored}. Received: "
-            f"quantize={quantize!r}. Expected: none, or a checkpoint of floats."
-        )
+    fields["quantization"] = quantization_of(config, quantize)
     if calibration is not None:
         calibrating.check_can_calibrate(stored, quantize, load_weights)
-    fields["quantization"] = stored or quantize
     if not load_weights:
         return cls(**fields)
     # Weights are cast and placed as they are read, without a random
@@ -99,6 +94,25 @@ def load_backbone(
             floats = lazy_tensors(weights, rows, tensors)
             calibrating.calibrate(backbone, floats, calibration)
     return backbone
+
+
+def quantization_of(config, quantize):
+    """Return how weights are stored once they are loaded, `None` for floats.
+
+    Args:
+        config: `BackboneConfig` of the checkpoint.
+        quantize: "int8", "int4" or `None`.
+
+    Raises:
+        ValueError: the checkpoint is quantised in another way.
+    """
+    stored = config.quantization
+    if stored is not None and quantize not in (None, stored):
+        raise ValueError(
+            f"The checkpoint is quantised already: {stored}. Received: "
+            f"quantize={quantize!r}. Expected: none, or a checkpoint of floats."
+        )
+    return stored or quantize
 
 
 def _global_policy():

@@ -3,6 +3,7 @@
 import keras
 
 from keras_paligemma.data.batches import as_dataset
+from keras_paligemma.data.batches import filled
 from keras_paligemma.data.batches import in_parts
 from keras_paligemma.data.batches import split
 from keras_paligemma.data.batches import steps_of
@@ -27,6 +28,11 @@ def fit(
 
     Raw examples are preprocessed in Python, batch by batch, whatever the
     container; JAX and Torch trace no TensorFlow graph.
+
+    Under a distribution, a batch that does not divide by its replicas, such as
+    the last one, is filled up with rows of weight 0. The package's loss and
+    weighted metrics leave them out; a Keras loss of your own counts them in its
+    mean, unless its `reduction` is "mean_with_sample_weight".
 
     Args:
         x: dict of equally long lists (or arrays) `images`, `prompts`,
@@ -105,11 +111,15 @@ def predict(model, x=None, batch_size=None, callbacks=None, **kwargs):
     for answers. The array is float32 (examples, tokens, V), in memory.
     """
     kwargs.setdefault("steps", steps_of(x))
-    x = as_dataset(
+    data = as_dataset(
         x, None, None, batch_size, model.preprocess_samples, apart=False
     )
     with batches_in_turn(model, "predict", callbacks) as callbacks:
-        return keras.Model.predict(model, x, callbacks=callbacks, **kwargs)
+        found = keras.Model.predict(model, data, callbacks=callbacks, **kwargs)
+    # The last batch of a dictionary may have been filled up.
+    columns = x.values() if isinstance(x, dict) else ()
+    counts = [len(column) for column in columns if column is not None]
+    return found[: counts[0]] if counts else found
 
 
 def train_on_batch(model, x, y=None, sample_weight=None, **kwargs):
@@ -147,7 +157,7 @@ def _check_training(model, method):
 
 def _training_batch(model, x, y, sample_weight):
     batch = model.preprocess_samples(x, y, sample_weight)
-    return in_parts(*keras.utils.unpack_x_y_sample_weight(batch))
+    return filled(*in_parts(*keras.utils.unpack_x_y_sample_weight(batch)))
 
 
 def _dataset(model, x, y, sample_weight, batch_size, shuffle=False):

@@ -31,18 +31,20 @@ def inspect(source, fields=None):
     """Inspect a checkpoint without reading its weights.
 
     Args:
-        source: str, as `from_preset` takes it. On a hub, it is not downloaded.
+        source: str or path, as `from_preset` takes it. On a hub, it is not
+            downloaded.
         fields: dict of configuration that the files lack, see `formats.find`.
 
     Returns:
         `Inspection`.
     """
-    if presets.published(source) and "://" not in source:
+    is_handle = "://" in str(source)
+    if presets.published(source) and not is_handle:
         checkpoint = formats.resolve(source, False, fields)
         handles = presets.describe(source)["handles"].values()
         facts = describe(checkpoint, empty_weights(checkpoint))
         return Inspection(facts | {"published at": ", ".join(handles)}, None)
-    if "://" in source:
+    if is_handle:
         sizes = downloads.sizes(source)
         checkpoint, has_headers = inspect_handle(source, sizes, fields)
     else:

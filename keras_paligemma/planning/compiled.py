@@ -191,12 +191,18 @@ def lower_generation(job, layout, responses, topology):
             # The end token is 1 in all PaliGemma tokenizers.
             return model.generate_step(inputs, (1,), job.cache_dtype)
 
-    # As in `generate`, the compiler chooses the sharding of the inputs.
+    def given(shape, dtype):
+        # As in `generate`: rows that do not divide are not split.
+        if job.batch_size % layout.replicas:
+            return jax.ShapeDtypeStruct(shape, dtype)
+        sharding = distribution.get_data_layout(shape).backend_layout
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
     prompts = (job.batch_size, job.prompt_length)
     answers = (job.batch_size, responses)
     size = model.backbone.image_size
     inputs = {
-        name: jax.ShapeDtypeStruct(shape, dtype)
+        name: given(shape, dtype)
         for name, shape, dtype in (
             ("images", job.images_shape(size), "float32"),
             ("prompt_ids", prompts, "int32"),

@@ -1,8 +1,12 @@
 """Memory and time of `generate` on a layout."""
 
+import dataclasses
 import math
 
+import numpy as np
+
 from keras_paligemma.generation.prefill import rows_at_once
+from keras_paligemma.generation.requests import bucket
 from keras_paligemma.planning.job import Candidate
 from keras_paligemma.planning.job import layouts_of
 from keras_paligemma.sharding.layouts import Layout
@@ -24,7 +28,9 @@ class Generation:
     believed_beyond = math.inf
 
     def __init__(self, job):
-        self.job = job
+        self.prompts = job.batch_size
+        # `generate` fills up a batch to its bucket.
+        self.job = dataclasses.replace(job, batch_size=bucket(job.batch_size))
         self.backbone, _ = job.model()
 
     def candidates(self, machine):
@@ -51,6 +57,11 @@ class Generation:
             )
         ]
 
+    def rows(self, layout):
+        """Return the number of prompts on a chip, all if they do not divide."""
+        batch, replicas = self.job.batch_size, layout.replicas
+        return batch // (1 if batch % replicas else replicas)
+
     def memory(self, candidate):
         """Estimate the memory of a chip by purpose.
 
@@ -69,22 +80,22 @@ class Generation:
         heads = text.num_key_value_heads
         heads //= split if heads % split == 0 else 1
         cached = tokens + job.response_length - 1
+        size = np.dtype(backbone.compute_dtype).itemsize
         # A head in int8 has a float32 scale.
-        head = text.head_dim + 4 if job.cache_dtype else 2 * text.head_dim
+        head = text.head_dim + 4 if job.cache_dtype else size * text.head_dim
         cache = 2 * text.num_layers * cached * heads * head
         wide = 2 * text.hidden_dim + 2 * text.num_query_heads * text.head_dim
         wide += 2 * text.intermediate_dim
         # One block's activations, and the logits of its attention.
-        block = 2 * tokens * wide + 4 * text.num_query_heads * tokens**2
-        device = "tpu" if layout.groups == 1 else ""
-        rows = rows_at_once(
-            job.batch_size, tokens, text.intermediate_dim, device
-        )
+        block = size * tokens * wide + 4 * text.num_query_heads * tokens**2
+        device = "tpu" if layout.replicas == 1 else ""
+        rows = self.rows(layout)
+        group = rows_at_once(rows, tokens, text.intermediate_dim, device)
         logits = 2 * 4 * text.vocabulary_size
         return {
             "weights": chip_bytes(layout, backbone.variables),
-            "cache": job.batch_size * cache,
-            "activations": (rows * block + job.batch_size * logits) // split,
+            "cache": rows * cache,
+            "activations": (group * block + rows * logits) // split,
         }
 
     def flops(self, remat):
@@ -114,8 +125,9 @@ class Generation:
         part = whole / layout.tensor_chips
         reads = part / machine.bandwidth
         receives = part * (1 - 1 / layout.storage_chips) / machine.link
+        work *= self.rows(layout)
         return {
-            "prefill": job.batch_size * work / (machine.chips * machine.flops),
+            "prefill": work / (layout.tensor_chips * machine.flops),
             "decode": job.response_length * max(reads, receives),
         }
 
@@ -147,8 +159,7 @@ class Generation:
 
     def title(self):
         """Return the beginning of a plan's title."""
-        job = self.job
-        return f"{job.preset} answers {job.batch_size} prompts on"
+        return f"{self.job.preset} answers {self.prompts} prompts on"
 
     def advice(self):
         """Return advice on how to need less memory."""

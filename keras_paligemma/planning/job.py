@@ -1,13 +1,18 @@
 """The job to plan: preset, batch, lengths, adapters, quantisation."""
 
 import dataclasses
+import functools
+from numbers import Integral
 from typing import Any
 
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.compat import compiling_for
 from keras_paligemma.compat import without_values
+from keras_paligemma.config import BackboneConfig
 from keras_paligemma.layers.cache import check_cache_dtype
+from keras_paligemma.lora_config import LoraConfig
 from keras_paligemma.models.backbone import PaliGemmaBackbone
+from keras_paligemma.models.files import quantization_of
 from keras_paligemma.sharding.layouts import Layout
 from keras_paligemma.tuning.optimizers import Adam
 
@@ -22,7 +27,8 @@ class Job:
         prompt_length: int, tokens.
         response_length: int, tokens.
         pictures: int, pictures or frames per prompt.
-        lora_rank: int; 0 trains all weights.
+        lora_rank: int; 0 trains all weights. `None` is the adapter that the
+            preset has, or a new one of rank 8.
         lora_targets: tuple of str, see `enable_lora`; the decoder's attention
             if `None`.
         quantize: "int8", "int4" or `None`.
@@ -30,8 +36,8 @@ class Job:
         cache_dtype: "int8" or `None`, of keys and values in generation.
 
     Raises:
-        ValueError: a number below 1, `quantize` without adapters, or an
-            unknown `cache_dtype`.
+        ValueError: a number that is no integer or below 1, or an unknown
+            `cache_dtype`.
     """
 
     preset: str
@@ -39,7 +45,7 @@ class Job:
     prompt_length: int = 64
     response_length: int = 64
     pictures: int = 1
-    lora_rank: int = 8
+    lora_rank: int | None = None
     lora_targets: tuple[Any, ...] | None = None
     quantize: str | None = None
     dtype: str = "bfloat16"
@@ -47,22 +53,56 @@ class Job:
 
     def __post_init__(self):
         counts = ("batch_size", "prompt_length", "response_length", "pictures")
-        for name in counts:
-            if getattr(self, name) < 1:
+        for name in (*counts, "lora_rank"):
+            value = getattr(self, name)
+            least = int(name in counts)
+            if value is None and not least:
+                continue
+            if not isinstance(value, Integral) or value < least:
                 raise ValueError(
-                    f"{name} is at least 1. Received: {getattr(self, name)}."
+                    f"{name} is at least {least}, and an integer. Received: "
+                    f"{value!r}."
                 )
+            object.__setattr__(self, name, int(value))
+        if isinstance(self.lora_targets, str):
+            object.__setattr__(self, "lora_targets", (self.lora_targets,))
         check_cache_dtype(self.cache_dtype)
-        if self.quantize and not self.lora_rank:
-            raise ValueError(
-                "Weights in low bits cannot be trained. Received: quantize="
-                f"{self.quantize!r} for a full fine-tune. Expected: adapters "
-                "(lora_rank=8), or no quantize."
-            )
 
     @property
     def text_length(self) -> int:
         return self.prompt_length + self.response_length
+
+    @functools.cached_property
+    def config(self) -> BackboneConfig:
+        """The preset's configuration."""
+        return formats.resolve(self.preset, False).config.backbone
+
+    @property
+    def quantization(self) -> str | None:
+        """How the loaded weights are stored, `None` for floats."""
+        return quantization_of(self.config, self.quantize)
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter, the preset's own or a new one; `None` without one."""
+        stored = self.config.lora
+        if stored is None and self.lora_rank == 0:
+            return None
+        default = 8 if stored is None else stored.rank
+        asked = LoraConfig(
+            self.lora_rank or default, targets=self.lora_targets or ()
+        )
+        if stored is None:
+            return asked
+        same = self.lora_targets is None or asked.targets == stored.targets
+        if asked.rank != stored.rank or not same:
+            raise ValueError(
+                f"{self.preset!r} has an adapter of rank {stored.rank} for "
+                f"{stored.targets}. Received: lora_rank={self.lora_rank}, "
+                f"lora_targets={self.lora_targets}. Expected: none, to go on "
+                "with this adapter, or a preset without one."
+            )
+        return stored
 
     def image_tokens(self, backbone: PaliGemmaBackbone) -> int:
         """Return the number of image tokens of one prompt."""
@@ -85,15 +125,17 @@ class Job:
         Returns:
             Tuple of `PaliGemmaBackbone` and built `Adam`.
         """
-        config = formats.resolve(self.preset, False).config.backbone.to_dict()
-        fields = {**config, "dtype": self.dtype, "remat": remat, "form": form}
-        if self.quantize:
-            fields["quantization"] = self.quantize
+        lora = self.lora
+        fields = self.config.to_dict() | {
+            "dtype": self.dtype,
+            "remat": remat,
+            "form": form,
+            "quantization": self.quantization,
+            "lora": lora and lora.to_dict(),
+        }
         optimizer = Adam()
         with without_values(), compiling_for("tpu"):
             backbone = PaliGemmaBackbone(**fields)
-            if self.lora_rank:
-                backbone.enable_lora(self.lora_rank, targets=self.lora_targets)
             optimizer.build(backbone.trainable_variables)
         return backbone, optimizer
 
@@ -134,12 +176,12 @@ class Job:
             f"    response_length={self.response_length},",
             ")",
         ]
-        if self.lora_rank:
+        if self.lora is not None and self.config.lora is None:
             targets = ""
             if self.lora_targets:
                 named = ", ".join(f'"{name}"' for name in self.lora_targets)
                 targets = f", targets=[{named}]"
-            lines.append(f"model.enable_lora(rank={self.lora_rank}{targets})")
+            lines.append(f"model.enable_lora(rank={self.lora.rank}{targets})")
         return "\n".join(lines + last_lines)
 
 

@@ -78,9 +78,9 @@ def find(name):
                 f"{[f'v5e-{size}' for size in V5E]}."
             )
         return Machine(name, chips, *_CHIPS["v5e"], f"v5e:{V5E[chips]}")
-    kind, _, count = name.partition("x")
-    if kind in _CHIPS and kind != "v5e" and (not count or count.isdigit()):
-        return Machine(name, int(count or 1), *_CHIPS[kind])
+    gpus = re.fullmatch(r"(.+?)(?:x([1-9][0-9]{0,3}))?", name)
+    if gpus and gpus[1] in _CHIPS and gpus[1] != "v5e":
+        return Machine(name, int(gpus[2] or 1), *_CHIPS[gpus[1]])
     known = [f"v5e-{size}" for size in V5E] + list(_CHIPS)[1:]
     near = difflib.get_close_matches(name, known, 1, 0.0)
     raise ValueError(
@@ -90,11 +90,12 @@ def find(name):
 
 
 def larger(machine):
-    """Return all slices by size, or 1, 2, 4, … up to 64 of a GPU."""
+    """Return all slices by size, or 1, 2, 4, … 64 of a GPU and as many."""
     if machine.topology:
         return [find(f"v5e-{chips}") for chips in V5E]
     kind = machine.name.partition("x")[0]
-    return [find(f"{kind}x{2**i}" if i else kind) for i in range(7)]
+    counts = sorted({2**i for i in range(7)} | {machine.chips})
+    return [find(f"{kind}x{n}" if n > 1 else kind) for n in counts]
 
 
 # JAX's `device_kind` to GiB per chip.

@@ -24,6 +24,7 @@ class Training:
     believed_beyond = 1.6
 
     def __init__(self, job, remats=REMATS):
+        _check_trainable(job)
         self.job = job
         # One model per `remat`, which is part of a model's structure.
         self.models = {remat: job.model(remat) for remat in remats}
@@ -106,7 +107,7 @@ class Training:
         gathered = 0
         if layout.replicas > 1 and layout.strategy != "data":
             gathered = 2 * _largest_layer(backbone)
-        kind = "adapters" if job.lora_rank else "trained weights"
+        kind = "trained weights" if job.lora is None else "adapters"
         return {
             "weights": chip_bytes(layout, frozen),
             # Twice: gradients are as large as the trained weights.
@@ -132,10 +133,9 @@ class Training:
         vision, text = backbone.vision_config, backbone.text_config
         patches = backbone.image_sequence_length
         tokens = job.image_tokens(backbone) + job.text_length
-        full = not job.lora_rank
+        full = job.lora is None
         vision_trained = full or any(
-            target.startswith(("vision", "all"))
-            for target in job.lora_targets or ()
+            target.startswith("vision") for target in job.lora.targets
         )
         vision_flops = job.pictures * _tower_flops(
             patches,
@@ -222,16 +222,33 @@ class Training:
     def advice(self):
         """Return advice on how to need less memory."""
         lines = []
-        if not self.job.lora_rank:
+        if self.job.lora is None:
             lines.append(
                 "Adapters (lora_rank=8) need less than a full fine-tune."
             )
-        elif self.job.quantize != "int4":
+        elif not self.job.config.quantization and self.job.quantize != "int4":
             better = "int8" if self.job.quantize is None else "int4"
             lines.append(f"quantize={better!r} needs less.")
         if self.job.batch_size > 1:
             lines.append("So does a smaller batch.")
         return " ".join(lines)
+
+
+def _check_trainable(job):
+    """Raise on a full fine-tune that the preset does not allow."""
+    if job.lora is None and job.quantization:
+        raise ValueError(
+            "Weights in low bits cannot be trained. Received: "
+            f"{job.quantization!r} for a full fine-tune. Expected: adapters "
+            "(lora_rank=8), or weights as floats, without quantize."
+        )
+    if job.lora is not None and job.lora_rank == 0:
+        raise ValueError(
+            f"{job.preset!r} has an adapter, and its weights are frozen. "
+            "Received: lora_rank=0, to train all weights. Expected: no "
+            "lora_rank, to train the adapter; or a preset that was saved "
+            "after `model.adapters.merge()`."
+        )
 
 
 def _largest_layer(backbone):

@@ -13,6 +13,7 @@ from keras_paligemma.planning.planner import GIB
 from keras_paligemma.planning.training import Training
 from keras_paligemma.sharding.layouts import Sharded
 from keras_paligemma.sharding.layouts import distribute
+from keras_paligemma.sharding.layouts import listed
 
 
 def auto(
@@ -53,7 +54,7 @@ def auto(
     )
     ```
     """
-    devices = distribution.list_devices() if devices is None else list(devices)
+    devices = listed(devices)
     if memory_gib is None:
         memory_gib = _memory(devices[0])
     training = Training(Job(preset, **job), (remat,))

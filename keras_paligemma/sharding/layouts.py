@@ -14,6 +14,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import ml_dtypes  # noqa: F401, registers bfloat16 with NumPy.
@@ -103,7 +104,7 @@ class Layout:
             storage.
 
     Raises:
-        ValueError: an unknown strategy.
+        ValueError: an unknown strategy, or a mesh without chips.
 
     Example:
         >>> layout = Layout("weights", groups=2, group=4)
@@ -121,6 +122,12 @@ class Layout:
             raise ValueError(
                 f"Unknown strategy. Received: {self.strategy!r}. Expected one "
                 f"of {STRATEGIES}."
+            )
+        shape = (self.groups, self.group)
+        if not all(isinstance(n, Integral) and n > 0 for n in shape):
+            raise ValueError(
+                f"A mesh has a shape of positive integers. Received: {shape}. "
+                "Expected: (groups, chips per group)."
             )
 
     def __str__(self):
@@ -341,8 +348,8 @@ def distribute(
         `keras.distribution.DataParallel` for "data", else `Sharded`.
 
     Raises:
-        ValueError: an unknown strategy, or a mesh that does not match the
-            devices.
+        ValueError: an unknown strategy, a mesh that does not match the
+            devices, or devices that are no list.
 
     Example:
 
@@ -351,9 +358,14 @@ def distribute(
     model = PaliGemmaCausalLM.from_preset("pali_gemma2_pt_10b_448")
     ```
     """
-    devices = distribution.list_devices() if devices is None else list(devices)
+    devices = listed(devices)
     if shape is None:
         shape = (len(devices), 1) if strategy == "data" else (1, len(devices))
+    if np.shape(shape) != (2,):
+        raise ValueError(
+            f"A mesh has two axes. Received: shape={shape!r}. Expected: "
+            f"(groups, chips per group), such as (1, {len(devices)})."
+        )
     sharded = Sharded(Layout(strategy, *shape, small), devices)
     if strategy != "data":
         return sharded
@@ -361,6 +373,16 @@ def distribute(
         (len(devices),), ["batch"], np.array(devices)
     )
     return distribution.DataParallel(mesh, auto_shard_dataset=False)
+
+
+def listed(devices):
+    """Return a list of devices; all if `None`."""
+    if isinstance(devices, str):
+        raise ValueError(
+            f"Devices are a list. Received: devices={devices!r}. Expected: "
+            f"devices=[{devices!r}]."
+        )
+    return distribution.list_devices() if devices is None else list(devices)
 
 
 def data_shard() -> tuple[int, int]:
@@ -383,8 +405,8 @@ def data_shard() -> tuple[int, int]:
     index, processes = process()
     chosen = distribution.distribution()
     parts = processes
-    if isinstance(chosen, Sharded):
-        parts = min(processes, chosen.layout.replicas)
+    if chosen is not None:
+        parts = min(processes, chosen.num_model_replicas)
     return index * parts // processes, parts
 
 

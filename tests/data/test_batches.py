@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_paligemma.data import batches
 from tests.helpers.text_models import build_tiny_model
 
 tf = pytest.importorskip("tensorflow")
@@ -162,6 +163,36 @@ def test_the_last_batch_may_be_smaller(model, losses, examples):
     np.testing.assert_allclose(found, losses(three), rtol=1e-5)
     history = model.fit(batches, epochs=2, verbose=0).history
     np.testing.assert_allclose(history["loss"], [found] * 2, rtol=1e-5)
+
+
+def test_a_batch_that_replicas_cannot_share_is_filled_up(
+    model, losses, examples, monkeypatch
+):
+    """Blank rows change no result, and give all batches one shape."""
+    three = rows_of(examples, 0, 3)
+    pairs = [rows_of(three, 0, 2), rows_of(three, 2, 3)]
+    stacked = three | {"images": np.stack(three["images"])}
+    pipeline = tf.data.Dataset.from_tensor_slices(stacked).batch(2)
+    wanted, rest = losses(three), losses(pairs[1])
+    logits = model.predict(three, batch_size=2, verbose=0)
+    monkeypatch.setattr(batches, "replicas", lambda: 2)
+    options = {"batch_size": 2, "shuffle": False, "verbose": 0}
+    for x in (three, pairs, pipeline.map(model.preprocessor)):
+        history = model.fit(x, validation_data=x, **options).history
+        np.testing.assert_allclose(history["loss"], [wanted], rtol=1e-5)
+        np.testing.assert_allclose(history["val_loss"], [wanted], rtol=1e-5)
+    x, y, weights = model.preprocessor(pairs[1])
+    x, _, weights = batches.filled(x, y, weights)
+    assert weights.any(axis=1).tolist() == [True, False]
+    assert len(x["images"]) == len(x["token_ids"]) == 2
+    found = model.test_on_batch(pairs[1])[0]
+    np.testing.assert_allclose(found, rest, rtol=1e-5)
+    found = model.predict(three, batch_size=1, verbose=0)
+    np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-4)
+    # TensorFlow raises what a generator raises as its own error.
+    kinds = ValueError, tf.errors.InvalidArgumentError
+    with pytest.raises(kinds, match="divide by the 2 parts"):
+        model.predict(pairs, verbose=0)
 
 
 def test_no_graph_is_traced_for_raw_batches(

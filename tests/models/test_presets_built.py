@@ -13,7 +13,9 @@ from keras_paligemma.checkpoints import big_vision
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints.hugging_face import weights as hugging_face
 from keras_paligemma.checkpoints.keras_hub import weights as keras_hub
+from keras_paligemma.models.inspection import inspect
 from tests.helpers.tiny_models import GOLDEN
+from tests.helpers.tiny_models import PRESETS
 
 OFFICIAL = json.loads((GOLDEN / "official_shapes.json").read_text())
 PUBLISHED = [
@@ -112,3 +114,9 @@ def test_every_format_has_a_place_for_all(name, form):
     found = engine.shapes(weights, padded)
     rows = hugging_face.rows(config, found)
     assert engine.problems(weights, rows, found) == []
+
+
+def test_a_path_is_inspected_as_its_name():
+    name = "pali_gemma2_nano_112"
+    found = inspect(PRESETS / name)
+    assert found == inspect(name) and found.problems == ()

@@ -1,14 +1,17 @@
 """Plans by arithmetic, and by the TPU's compiler where it is installed."""
 
+import dataclasses
 import json
 import math
 import shutil
 import types
 
 import keras
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import cli
 from keras_paligemma.planning import Job
 from keras_paligemma.planning import compiled
@@ -20,6 +23,9 @@ from keras_paligemma.planning.training import Training
 from keras_paligemma.sharding import auto
 from keras_paligemma.sharding import auto_distribution
 from keras_paligemma.sharding.layouts import Layout
+from tests.helpers.tiny_models import IMAGE_SIZE
+from tests.helpers.tiny_models import TEXT
+from tests.helpers.tiny_models import VISION
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="JAX's step is planned"
@@ -71,8 +77,51 @@ def test_low_bits_fit_where_floats_do_not():
     job = Job("pali_gemma2_pt_10b_224", batch_size=1, quantize="int8")
     found = by_arithmetic(job, "v5e-1", smallest=False)
     assert found.fits and 'quantize="int8"' in found.code
+    job = Job("pali_gemma2_pt_10b_224", lora_rank=0, quantize="int8")
     with pytest.raises(ValueError, match="adapters"):
-        Job("pali_gemma2_pt_10b_224", lora_rank=0, quantize="int8")
+        by_arithmetic(job, "v5e-1")
+    # Answers need no adapters.
+    found = by_arithmetic(job, "v5e-1", generate=True, smallest=False)
+    assert found.fits and "enable_lora" not in found.code
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return folders of a tiny backbone: with an adapter, and in int8."""
+    folder = tmp_path_factory.mktemp("saved")
+    backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT)
+    backbone.save_to_preset(folder / "floats")
+    backbone.enable_lora(2, targets=("query", "vision.up"))
+    backbone.save_to_preset(folder / "adapter")
+    PaliGemmaBackbone.from_preset(
+        folder / "floats", quantize="int8"
+    ).save_to_preset(folder / "int8")
+    return {path.name: str(path) for path in folder.iterdir()}
+
+
+def test_a_presets_own_adapter_is_trained(saved):
+    found = by_arithmetic(Job(saved["adapter"]), "v5e-1")
+    new = Job(saved["floats"], lora_rank=2, lora_targets=("query", "vision.up"))
+    assert found.best == by_arithmetic(new, "v5e-1").best
+    assert "enable_lora" not in found.code
+    assert by_arithmetic(Job(saved["adapter"], lora_rank=2), "v5e-1").fits
+    for changes, message in (
+        ({"lora_rank": 4}, "has an adapter of rank 2"),
+        ({"lora_targets": ("key",)}, "has an adapter of rank 2"),
+        ({"lora_rank": 0}, r"saved after `model.adapters.merge\(\)`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            by_arithmetic(Job(saved["adapter"], **changes), "v5e-1")
+
+
+def test_a_preset_in_low_bits_is_planned_as_it_loads(saved):
+    found = by_arithmetic(Job(saved["int8"], dtype="float32"), "v5e-1")
+    same = Job(saved["floats"], dtype="float32", quantize="int8")
+    assert found.best == by_arithmetic(same, "v5e-1").best
+    with pytest.raises(ValueError, match="quantised already: int8"):
+        by_arithmetic(Job(saved["int8"], quantize="int4"), "v5e-1")
+    with pytest.raises(ValueError, match="Weights in low bits.*'int8' for"):
+        by_arithmetic(Job(saved["int8"], lora_rank=0), "v5e-1")
 
 
 def test_gpus_are_estimated():
@@ -87,8 +136,37 @@ def test_machines_that_do_not_exist_name_the_nearest():
         machines.find("v5e-7")
     with pytest.raises(ValueError, match="'a100-40'"):
         machines.find("a100-41")
-    with pytest.raises(ValueError, match="machine. Received: 'v5e-'"):
-        machines.find("v5e-")
+    for name in ("v5e-", "l4x0", "l4x", "l4x²", "l4x10000"):
+        with pytest.raises(ValueError, match=f"machine. Received: '{name}'"):
+            machines.find(name)
+
+
+def test_the_smallest_machine_is_no_larger_than_one_that_fits():
+    job = Job("pali_gemma2_pt_3b_224", batch_size=6, lora_rank=0)
+    found = by_arithmetic(job, "t4x3")
+    assert found.fits and found.smallest == "t4x3"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"batch_size": "8"},
+        {"batch_size": 2.5},
+        {"prompt_length": 10.5},
+        {"pictures": 0},
+        {"lora_rank": -1},
+    ],
+)
+def test_counts_are_integers(values):
+    [(name, value)] = values.items()
+    message = f"{name} is at least .*integer. Received: {value!r}"
+    with pytest.raises(ValueError, match=message):
+        Job("pali_gemma2_pt_3b_224", **values)
+
+
+def test_integers_of_numpy_reach_the_compiler():
+    job = Job("pali_gemma2_pt_3b_224", np.int64(4), lora_rank=np.int64(2))
+    assert json.loads(json.dumps(dataclasses.asdict(job)))["batch_size"] == 4
 
 
 @pytest.mark.parametrize(
@@ -102,6 +180,7 @@ def test_machines_that_do_not_exist_name_the_nearest():
         ("--quantize int3", "'int8', 'int4'"),
         ("--quantize int8 --full", "lora_rank=8"),
         ("--generate --full", "Expected: one"),
+        ("--full --lora-rank 16", "Received: --full and --lora-rank"),
         ("--cache-dtype int8", "Expected: --generate with it"),
         ("--generate --cache-dtype int4", "Expected: one of (None, 'int8')"),
         ("--generate --layout data.2x4", "'data 8x1', the nearest"),
@@ -158,6 +237,32 @@ def test_generating_is_planned():
     assert "Fewer prompts" in str(found)
 
 
+def test_a_chip_holds_its_share_of_the_answers():
+    def split(batch_size, layout, dtype="bfloat16"):
+        job = Job("pali_gemma2_pt_3b_224", batch_size, dtype=dtype)
+        found = by_arithmetic(
+            job, "v5e-8", layout, generate=True, smallest=False
+        )
+        return found.tried[0].split_gib, found.tried[0].bounds_s
+
+    (tensor, bounds), (floats, _) = (
+        split(64, "tensor 1x8", dtype) for dtype in ("bfloat16", "float32")
+    )
+    # Four key-value heads do not divide by eight.
+    cache = 2 * 26 * (256 + 64 + 63) * 4 * 256 * 2 * 64 / 2**30
+    assert tensor["cache"] == pytest.approx(cache, abs=1e-3)
+    assert floats["cache"] == pytest.approx(2 * cache, abs=1e-3)
+    for layout in ("data 8x1", "weights 1x8", "weights 2x4"):
+        # 60 prompts are run as 64 rows.
+        for batch in (60, 64):
+            rows, times = split(batch, layout)
+            assert rows["cache"] == pytest.approx(cache / 8, abs=1e-3)
+            assert times["prefill"] == bounds["prefill"]
+        # Fewer rows than chips: each chip runs them all.
+        rows, _ = split(4, layout)
+        assert rows["cache"] == pytest.approx(cache / 16, abs=1e-3)
+
+
 def test_flops_of_a_forward_pass_are_twice_the_parameters():
     job = Job("pali_gemma2_pt_3b_224", batch_size=1)
     training = Training(job, ("block",))
@@ -202,6 +307,8 @@ def test_auto_shares_weights_among_few():
 def test_auto_refuses_what_fits_nowhere():
     with pytest.raises(ValueError, match="Expected: 32 devices"):
         auto("pali_gemma2_pt_28b_224", DEVICES, memory_gib=4)
+    with pytest.raises(ValueError, match=r"Expected: devices=\['cpu:0'\]"):
+        auto("pali_gemma2_pt_3b_224", "cpu:0", memory_gib=16)
     with pytest.raises(ValueError, match="Expected: a batch of 16"):
         auto("pali_gemma2_pt_3b_448", DEVICES[:1], memory_gib=11, batch_size=64)
 
@@ -267,6 +374,22 @@ def test_the_compiler_signs_generating():
     assert found.fits and found.best.source == "compiler"
     # Little more than the weights and the cache.
     assert 5.6 < found.details_gib["first token"] <= found.best.hbm_gib < 6
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
+def test_the_compiler_splits_the_rows_of_answers():
+    """As `generate` places them: four chips hold what one holds of a fourth."""
+    found = {}
+    with compiled.Compiler() as compiler:
+        for batch, layout, topology in (
+            (256, Layout("weights", 1, 4), "v5e:2x2"),
+            (64, Layout("data"), "v5e:1x1"),
+        ):
+            job = Job("pali_gemma2_nano_112", batch)
+            found[batch] = compiler.compile(job, layout, None, topology, 32)
+    assert found[256]["together"] < 1.2 * found[64]["together"]
 
 
 def test_pairs_compute_half_a_pass_more_whatever_model_is_asked():

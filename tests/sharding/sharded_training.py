@@ -21,6 +21,7 @@ import numpy as np
 from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma import compat
 from keras_paligemma import without_values
 from keras_paligemma.compat import compiling_for
 from keras_paligemma.layers.projection import Projection
@@ -32,6 +33,7 @@ from keras_paligemma.models.text_decoder import TokenEmbedding
 from keras_paligemma.quantization import products
 from keras_paligemma.quantization import storage
 from keras_paligemma.sharding import distribute
+from keras_paligemma.sharding import layouts
 from tests.helpers.attention import draw_attention
 from tests.helpers.attention import fused
 from tests.helpers.attention import plain
@@ -252,6 +254,52 @@ def check_answers(wanted):
     assert len(np.unique(wanted["lora"][1])) > 3, wanted["lora"][1]
 
 
+def check_last_batches():
+    """Compare what eleven examples give in batches of eight."""
+    parts = [Batches()[index] for index in range(2)]
+    x, y, weights = jax.tree.map(lambda *a: np.concatenate(a)[:11], *parts)
+    options = {"batch_size": BATCH, "verbose": 0}
+
+    def results():
+        model = build("scanned", "lora")
+        model.compile(Adam(1e-2))
+        found = model.fit(
+            x, y, sample_weight=weights, shuffle=False, **options
+        ).history["loss"]
+        found += model.evaluate(x, y, sample_weight=weights, **options)
+        return np.array(found), model.predict(x, **options)
+
+    wanted, logits = results()
+    for chosen in (distribute("data"), distribute("weights", (2, 4), small=64)):
+        with chosen.scope():
+            found, others = results()
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+        assert others.shape == logits.shape == (11, 7, 320)
+        np.testing.assert_allclose(others, logits, atol=1e-4)
+
+
+def check_replicas():
+    """Compare how many parts a batch is split into, of layouts and Keras's."""
+    mesh = keras.distribution.DeviceMesh(
+        (2, 4), ["batch", "model"], keras.distribution.list_devices()
+    )
+    own = keras.distribution.ModelParallel(
+        layout_map=keras.distribution.LayoutMap(mesh), batch_dim_name="batch"
+    )
+    assert layouts.data_shard() == (0, 1) and compat.replicas() == 1
+    layouts.process = lambda: (3, 4)
+    for chosen, parts, shard in (
+        (distribute("data"), 8, (3, 4)),
+        (distribute("weights", (1, 8)), 8, (3, 4)),
+        (distribute("tensor", (2, 4)), 2, (1, 2)),
+        (own, 2, (1, 2)),
+    ):
+        with chosen.scope():
+            assert compat.replicas() == parts
+            assert layouts.data_shard() == shard
+    layouts.process = compat.process
+
+
 def check_meshes():
     chosen = distribute("weights", (1, 8))
     refused(lambda: chosen.get_data_layout((6, 4)), "Expected: 8")
@@ -268,6 +316,8 @@ def main(*names):
         "answers": lambda: check_answers(wanted),
         "fused attention": check_kernel,
         "products in parts": check_parts,
+        "last batches": check_last_batches,
+        "replicas": check_replicas,
         "meshes": check_meshes,
     }
     for name in names:

@@ -165,3 +165,13 @@ def test_bad_meshes_and_batches_name_what_works():
         layouts.check_batch(9, 8, "weights 1x8")
     with pytest.raises(ValueError, match="Expected: 8"):
         layouts.check_batch(3, 8, "weights 1x8")
+    for shape, message in (
+        ((4,), r"two axes. Received: shape=\(4,\)"),
+        (4, "two axes. Received: shape=4"),
+        ((4, 0), r"positive integers. Received: \(4, 0\)"),
+        ((1, 0.5), "positive integers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layouts.distribute("weights", shape, ["cpu:0"])
+    with pytest.raises(ValueError, match=r"Expected: devices=\['cpu:0'\]"):
+        layouts.distribute("data", devices="cpu:0")

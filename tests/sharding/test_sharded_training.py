@@ -26,7 +26,14 @@ LAYOUTS = [
     "weights 2x4 scanned full",
     "weights 2x4 scanned int4 generate",
 ]
-OTHERS = ["answers", "fused attention", "products in parts", "meshes"]
+OTHERS = [
+    "answers",
+    "fused attention",
+    "products in parts",
+    "last batches",
+    "replicas",
+    "meshes",
+]
 # For an int8 model with adapters.
 OF_ONE_PROCESS = [
     "shards of weights",
