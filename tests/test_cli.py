@@ -313,6 +313,21 @@ def test_weights_that_are_not_finite(tmp_path):
     assert code == 0 and target.exists()
 
 
+@pytest.mark.parametrize("to", ["big_vision", "transformers", "keras_hub"])
+def test_adapters_are_converted_to_presets_alone(tiny_model, tmp_path, to):
+    """No other format has a place for them, so they would be lost."""
+    model = tiny_model()
+    model.enable_lora(2)
+    model.save_to_preset(tmp_path / "source")
+    convert = ("convert", tmp_path / "source", tmp_path / "target.npz", "--to")
+    with pytest.raises(ValueError, match=f"'{to}' has no place for adapters"):
+        call(*convert, to)
+    assert not (tmp_path / "target.npz").exists()
+    assert call(*convert, "keras")[0] == 0
+    copy = formats.find(tmp_path / "target.npz")
+    assert copy.config.backbone.lora == model.adapters.config()
+
+
 @pytest.mark.parametrize("to", formats.FORMATS)
 def test_there_and_back(tmp_path, to):
     """Convert the nano preset to another format and back, unchanged."""

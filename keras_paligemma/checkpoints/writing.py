@@ -53,7 +53,8 @@ def write(
             of our preset.
 
     Raises:
-        ValueError: an unknown format, or an option that the format lacks.
+        ValueError: an unknown format, or an option or a part of the model that
+            the format lacks.
     """
     if to not in formats.FORMATS:
         raise ValueError(
@@ -84,6 +85,13 @@ def write(
             f"alone. Received: a model of {quantization} for {to!r} with "
             f"dtype={dtype}. Load the checkpoint that it was made from without "
             "`quantize`, and write that."
+        )
+    if backbone.lora is not None and to != "keras":
+        raise ValueError(
+            f"The format {to!r} has no place for adapters. Received: a model "
+            f"with {backbone.lora}. Load it with `from_preset`, then write the "
+            "adapter apart with `save_adapter`, or call `adapters.merge()` and "
+            "export the model."
         )
     if dtype is not None:
         config = replace(config, backbone=replace(backbone, dtype=dtype))

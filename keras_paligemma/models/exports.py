@@ -27,12 +27,6 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
     """
     with backbone.turns:
         lora = None if bare else backbone.adapters.config()
-        if lora is not None and to != "keras":
-            raise ValueError(
-                f"The format {to!r} has no place for adapters. Received: a "
-                f"model with {lora}. Write them apart with `save_adapter`, or "
-                "call `adapters.merge()` first."
-            )
         if backbone.adapters.has_own_head() and not bare:
             raise ValueError(
                 "The adapter in use brings a head that is not the embedding's "
