@@ -34,6 +34,8 @@ pytestmark = [
 
 NANO = PRESETS / "pali_gemma2_nano_112"
 PICTURES = [ROOT / "examples" / "pictures" / f"scene_{n}.png" for n in range(3)]
+# Smaller than a text, so that the two layers have different masks.
+WINDOW = {"sliding_window_size": 6}
 PROMPTS = ["caption en", "answer en how many snail?", "detect apple"]
 
 
@@ -44,7 +46,7 @@ def model():
         backbone = PaliGemmaBackbone(
             28,
             VISION | {"num_layers": 1},
-            TEXT | {"num_layers": 2, "vocabulary_size": 2048},
+            TEXT | {"num_layers": 2, "vocabulary_size": 2048, **WINDOW},
         )
     random = np.random.default_rng(0)
     for variable in backbone.variables:
