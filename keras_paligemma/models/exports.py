@@ -117,8 +117,12 @@ def export_to_big_vision(model, path, dtype=None, piece_size=None):
 
     Args:
         path: str or path of the file, "….npz".
-        dtype: "float32" or "bfloat16"; that of the weights if `None`.
+        dtype: "float32", "bfloat16" or "float16"; that of the weights if
+            `None`.
         piece_size: int, bytes of a piece; one file if `None`.
+
+    Raises:
+        ValueError: an adapter is active, or float16 cannot hold a value.
     """
     export(
         path,
