@@ -68,7 +68,8 @@ def save_to_preset(model, preset_dir, max_shard_size=10):
             one file of any size.
 
     Raises:
-        ValueError: if the directory holds a checkpoint of another format.
+        ValueError: if the directory holds a checkpoint of another format, or
+            the preprocessor has no image converter.
     """
     size = _piece_size(max_shard_size)
     parts = model.backbone, model.preprocessor
@@ -151,6 +152,15 @@ def export_to_serve(model, filepath, format="savedmodel"):
 def _config_of(preprocessor):
     if preprocessor is None:
         return None
+    if preprocessor.image_converter is None:
+        raise ValueError(
+            "A model's files say how pictures are resized. Received: a "
+            "preprocessor without an image converter. Expected: one with a "
+            "`PaliGemmaImageConverter`. For text alone, write the two parts "
+            "into one folder, which `from_preset` reads: "
+            "`model.backbone.save_to_preset(folder)`, then "
+            "`model.preprocessor.save_to_preset(folder)`."
+        )
     return PreprocessorConfig(
         resize=preprocessor.image_converter.resize,
         prompt_length=preprocessor.prompt_length,
