@@ -1,5 +1,6 @@
 """Calibration: int4 kernels rounded for the activations of examples."""
 
+import contextlib
 import functools
 import math
 
@@ -49,7 +50,8 @@ def batches_of(examples, preprocessor):
         list of `(x, y, sample_weight)`.
 
     Raises:
-        ValueError: not a dict, unknown keys, no examples or no preprocessor.
+        ValueError: not a dict of lists, unknown keys, no examples or no
+            preprocessor.
     """
     if preprocessor is None:
         raise ValueError(
@@ -57,7 +59,11 @@ def batches_of(examples, preprocessor):
             "preprocessor=None. Pass `tokenizer=` or a preprocessor."
         )
     keys = set(examples) if isinstance(examples, dict) else None
-    lengths = {len(values) for values in examples.values()} if keys else set()
+    lengths = set()
+    if keys:
+        # An iterator, for example, has no length.
+        with contextlib.suppress(TypeError):
+            lengths = {len(values) for values in examples.values()}
     if (
         keys not in (set(EXPECTED), set(EXPECTED[1:]))
         or len(lengths) != 1

@@ -157,6 +157,8 @@ def test_errors(random_preset, tmp_path):
         {key: [] for key in examples},
         {"prompts": ["a"]},
         examples | {"prompts": ["a"]},
+        examples | {"images": iter(examples["images"])},
+        examples | {"images": None},
         "pictures",
     ):
         with pytest.raises(ValueError, match="equally long lists"):
