@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import replace
+from numbers import Real
 
 from keras_paligemma.checkpoints.peft import HEAD
 from keras_paligemma.checkpoints.storage import safetensors
@@ -86,13 +87,14 @@ def _piece_size(max_shard_size):
     """Return the bytes of a file from GiB, or from `None` for one file."""
     if max_shard_size is None:
         return sys.maxsize
-    is_number = isinstance(max_shard_size, (int, float))
-    if not is_number or not 0 < max_shard_size < math.inf:
+    is_number = isinstance(max_shard_size, Real) and max_shard_size < math.inf
+    size = float(min(max_shard_size, 2)) * 2**30 if is_number else 0
+    if size < 1:
         raise ValueError(
-            "`max_shard_size` is a positive number of GiB, or None. Received: "
-            f"{max_shard_size!r}."
+            "`max_shard_size` is a positive number of GiB, of one byte at "
+            f"least, or None. Received: {max_shard_size!r}."
         )
-    return min(int(max_shard_size * 2**30), safetensors.SHARD_SIZE)
+    return min(int(size), safetensors.SHARD_SIZE)
 
 
 def export_to_transformers(model, path):
