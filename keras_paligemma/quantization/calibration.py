@@ -43,7 +43,8 @@ def batches_of(examples, preprocessor):
     """Preprocess the examples of a calibration.
 
     Args:
-        examples: dict of equally long lists `images`, `prompts`, `responses`.
+        examples: dict of equally long lists `images`, `prompts`, `responses`;
+            `images` is `None` for text alone.
         preprocessor: `PaliGemmaCausalLMPreprocessor`.
 
     Returns:
@@ -58,14 +59,15 @@ def batches_of(examples, preprocessor):
             "A calibration's examples are preprocessed. Received: "
             "preprocessor=None. Pass `tokenizer=` or a preprocessor."
         )
-    keys = set(examples) if isinstance(examples, dict) else None
+    columns = examples if isinstance(examples, dict) else {}
+    # Text alone has "images": None, as in `fit`.
+    columns = {key: rows for key, rows in columns.items() if rows is not None}
     lengths = set()
-    if keys:
-        # An iterator, for example, has no length.
-        with contextlib.suppress(TypeError):
-            lengths = {len(values) for values in examples.values()}
+    # An iterator, for example, has no length.
+    with contextlib.suppress(TypeError):
+        lengths = {len(rows) for rows in columns.values()}
     if (
-        keys not in (set(EXPECTED), set(EXPECTED[1:]))
+        set(columns) not in (set(EXPECTED), set(EXPECTED[1:]))
         or len(lengths) != 1
         or 0 in lengths
     ):
@@ -77,11 +79,8 @@ def batches_of(examples, preprocessor):
     (length,) = lengths
     for start in range(0, length, BATCH):
         part = slice(start, start + BATCH)
-        batches.append(
-            preprocessor(
-                {key: list(columns[part]) for key, columns in examples.items()}
-            )
-        )
+        batch = {key: list(rows[part]) for key, rows in columns.items()}
+        batches.append(preprocessor(examples | batch))
     return batches
 
 
