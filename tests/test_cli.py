@@ -25,6 +25,7 @@ from keras_paligemma.cli.convert import progress
 from keras_paligemma.cli.options import read_fields
 from keras_paligemma.data import JSONLSource
 from keras_paligemma.data import check
+from keras_paligemma.export import targets
 from keras_paligemma.layers.weight import Weight
 from tests.helpers.tiny_models import GOLDEN
 from tests.helpers.tiny_models import PRESETS
@@ -313,6 +314,21 @@ def test_weights_that_are_not_finite(tmp_path):
     assert code == 0 and target.exists()
 
 
+@pytest.mark.parametrize("to", ["big_vision", "transformers", "keras_hub"])
+def test_adapters_are_converted_to_presets_alone(tiny_model, tmp_path, to):
+    """No other format has a place for them, so they would be lost."""
+    model = tiny_model()
+    model.enable_lora(2)
+    model.save_to_preset(tmp_path / "source")
+    convert = ("convert", tmp_path / "source", tmp_path / "target.npz", "--to")
+    with pytest.raises(ValueError, match=f"'{to}' has no place for adapters"):
+        call(*convert, to)
+    assert not (tmp_path / "target.npz").exists()
+    assert call(*convert, "keras")[0] == 0
+    copy = formats.find(tmp_path / "target.npz")
+    assert copy.config.backbone.lora == model.adapters.config()
+
+
 @pytest.mark.parametrize("to", formats.FORMATS)
 def test_there_and_back(tmp_path, to):
     """Convert the nano preset to another format and back, unchanged."""
@@ -360,6 +376,23 @@ def test_another_dtype_in_pieces(tmp_path):
     found = formats.find(tmp_path / "x.npz", read_fields(NANO_SET[1::2]))
     assert len(found.files) == 3
     assert found.config.backbone.dtype == "bfloat16"
+
+
+def test_export_counts_parameters_and_takes_every_number(tmp_path, monkeypatch):
+    exported = []
+    monkeypatch.setenv("KERAS_BACKEND", "")  # The command sets it.
+    monkeypatch.setattr(
+        targets, "export", lambda *given: exported.append(given)
+    )
+    export = ("export", NANO, tmp_path / "served", "--quantize", "int4")
+    code, output = call(*export)
+    assert code == 0
+    # Not the bytes of two integers each.
+    assert "2,092,464 parameters as savedmodel" in output
+    for name in ("prompt", "response"):
+        with pytest.raises(ValueError, match=f"{name}_length.*Received: 0"):
+            call(*export, f"--{name}-length", 0)
+    assert len(exported) == 1
 
 
 @pytest.mark.parametrize(

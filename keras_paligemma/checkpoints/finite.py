@@ -1,5 +1,6 @@
-"""Detection of NaN and infinite values while a checkpoint is read."""
+"""Detection of NaN and infinite values while arrays are read and cast."""
 
+import ml_dtypes
 import numpy as np
 
 # The bits of infinity without the sign; the bits of NaN are greater.
@@ -43,6 +44,36 @@ def all_finite(array):
         and unsigned[start : start + step].max() < negative
         for start in range(0, flat.size, step)
     )
+
+
+def cast(key, array, dtype):
+    """Cast an array of floats, unless values would become infinite.
+
+    Args:
+        key: str, named in the error.
+        array: `np.ndarray`; its own NaN and infinite values are kept.
+        dtype: NumPy dtype.
+
+    Returns:
+        `np.ndarray`; `array` itself if it has that dtype.
+
+    Raises:
+        ValueError: a value is larger than any of the dtype.
+    """
+    with np.errstate(over="ignore"):
+        found = array.astype(dtype, copy=False)
+    if found is array or all_finite(found):
+        return found
+    lost = np.abs(array[np.isinf(found) & np.isfinite(array)])
+    if lost.size:
+        most = float(ml_dtypes.finfo(found.dtype).max)
+        raise ValueError(
+            f"{key!r} holds {lost.size} values of {array.size} that "
+            f"{found.dtype} cannot hold. Received: up to "
+            f"{float(lost.max()):.6g}. Expected: at most {most:.6g}. Use "
+            "bfloat16, which has the range of float32, or float32 itself."
+        )
+    return found
 
 
 class Finite:

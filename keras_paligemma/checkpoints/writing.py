@@ -3,13 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
-
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import big_vision
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.finite import cast
 from keras_paligemma.checkpoints.hugging_face import weights as hugging_face
 from keras_paligemma.checkpoints.keras_hub import weights as keras_hub
 from keras_paligemma.checkpoints.storage import npz
@@ -53,7 +51,8 @@ def write(
             of our preset.
 
     Raises:
-        ValueError: an unknown format, or an option that the format lacks.
+        ValueError: an unknown format, an option or a part of the model that
+            the format lacks, or values out of the range of `dtype`.
     """
     if to not in formats.FORMATS:
         raise ValueError(
@@ -85,12 +84,19 @@ def write(
             f"dtype={dtype}. Load the checkpoint that it was made from without "
             "`quantize`, and write that."
         )
+    if backbone.lora is not None and to != "keras":
+        raise ValueError(
+            f"The format {to!r} has no place for adapters. Received: a model "
+            f"with {backbone.lora}. Load it with `from_preset`, then write the "
+            "adapter apart with `save_adapter`, or call `adapters.merge()` and "
+            "export the model."
+        )
     if dtype is not None:
         config = replace(config, backbone=replace(backbone, dtype=dtype))
 
     def arrays(rows):
         for key, array in engine.write(weights, rows):
-            yield key, array if dtype is None else _cast(array, dtype)
+            yield key, array if dtype is None else cast(key, array, dtype)
             del array  # Free the array before the next one is made.
 
     if to == "big_vision":
@@ -125,9 +131,3 @@ def _write_preset(folder, config, arrays, proto, piece_size):
         if proto is not None:
             (draft / presets.TOKENIZER).write_bytes(proto)
         presets.write_config(draft, config)
-
-
-def _cast(array, dtype):
-    """Cast an array of floats to another dtype, including bfloat16."""
-    wanted = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    return array.astype(wanted, copy=False)

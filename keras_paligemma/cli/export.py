@@ -47,6 +47,8 @@ def export(
     os.environ["KERAS_BACKEND"] = writer.backend if writer else "tensorflow"
     targets.check_target(target, format)
     with quiet_imports():
+        from keras_paligemma.checkpoints import engine
+        from keras_paligemma.layers.weight import dequantized
         from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
 
     options = {
@@ -55,9 +57,12 @@ def export(
         "prompt_length": prompt_length,
         "response_length": response_length,
     }
-    options = {key: value for key, value in options.items() if value}
+    options = {
+        key: value for key, value in options.items() if value is not None
+    }
     model = PaliGemmaCausalLM.from_preset(source, compile=False, **options)
     for folder in adapter or []:
         model.load_adapter(folder, folder.resolve().name)
     targets.export(model, target, format)
-    typer.echo(f"{target}: {model.count_params():,} parameters as {format}")
+    count = engine.count(dequantized(model.backbone.weights_by_name()))
+    typer.echo(f"{target}: {count:,} parameters as {format}")

@@ -20,7 +20,16 @@ def write(model, folder):
         model: `PaliGemmaCausalLM` of the TensorFlow backend, with a
             preprocessor.
         folder: path of an empty folder.
+
+    Raises:
+        ValueError: the blocks are scanned.
     """
+    if model.backbone.text_decoder.blocks.scanned:
+        raise ValueError(
+            "LiteRT has no loop over the blocks for batches of any size. "
+            "Received: a model of form 'scanned'. Expected: one that is "
+            "loaded with form='unrolled'."
+        )
 
     @tf.function(
         input_signature=[

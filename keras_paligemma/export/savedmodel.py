@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 from keras_paligemma.atomic import refuse_in_use
 from keras_paligemma.atomic import whole_folder
@@ -9,6 +10,8 @@ from keras_paligemma.export import backend_process
 
 ENTRY = "saved_model.pb"
 FORMATS = ("savedmodel", "tf_saved_model")
+# Characters by which a path stands for others.
+PATTERNS = "*?[\\"
 
 
 def export(model, filepath, format="savedmodel"):
@@ -43,7 +46,8 @@ def export(model, filepath, format="savedmodel"):
 
     Raises:
         ValueError: an unknown format, no preprocessor, an adapter that
-            replaces whole weights, or a folder in use.
+            replaces whole weights, a folder in use, or a path that TensorFlow
+            would take as a pattern.
         ImportError: TensorFlow or tensorflow-text is not installed.
         RuntimeError: the TensorFlow process failed; the message has its error
             output.
@@ -119,6 +123,14 @@ def check_target(filepath, format="savedmodel"):
                 f"An export needs {package}, which is not installed. Run: pip "
                 "install 'keras_paligemma[export]'."
             )
+    path = Path(filepath).expanduser().resolve().as_posix()
+    found = [character for character in PATTERNS if character in path]
+    if found:
+        raise ValueError(
+            "TensorFlow takes the path of a SavedModel as a pattern of file "
+            f"names. Received: {path!r}, with {' '.join(found)}. Expected: a "
+            f"path without any of {' '.join(PATTERNS)}."
+        )
     refuse_in_use(filepath)
 
 

@@ -72,6 +72,22 @@ def attention_mask(padding_mask_BL, response_mask_BL):
     )
 
 
+def mask_of_block(number, mask_BTS, near_mask_BTS):
+    """Return a block's mask if every other block, from the first, sees near.
+
+    Args:
+        number: int or scalar int tensor, index of the block.
+        mask_BTS: bool tensor.
+        near_mask_BTS: bool tensor, the part of `mask_BTS` within the window.
+
+    Returns:
+        Bool tensor (batch, tokens, cached tokens).
+    """
+    # Not `where`, which ONNX Runtime lacks for booleans.
+    is_wide = number % 2 == 1
+    return ops.logical_or(near_mask_BTS, ops.logical_and(mask_BTS, is_wide))
+
+
 def token_positions(padding_mask_BL):
     """Count the valid tokens before each token: its rotary position.
 

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_paligemma.layers.attention import GroupedQueryAttention
+from keras_paligemma.layers.attention import mask_of_block
 from keras_paligemma.layers.dropout import drop
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.remat import recompute
@@ -238,7 +239,7 @@ class DecoderBlock(keras.layers.Layer):
         last: int | None = None,
     ) -> Any:
         if near_mask_BTS is not None:
-            mask_BTS = ops.where(number % 2 == 0, near_mask_BTS, mask_BTS)
+            mask_BTS = mask_of_block(number, mask_BTS, near_mask_BTS)
         y_BTD = self.pre_attention_norm(x_BTD)
         y_BTD = self.attention(
             y_BTD, mask_BTS, angles, cache=cache, index=index, last=last

@@ -9,6 +9,7 @@ from keras_paligemma.data.batches import in_parts
 from keras_paligemma.generation.texts import texts_of
 from keras_paligemma.layers.attention import MASKED
 from keras_paligemma.layers.attention import attention_mask
+from keras_paligemma.layers.attention import mask_of_block
 from keras_paligemma.layers.attention import rotate
 from keras_paligemma.layers.attention import soft_cap
 from keras_paligemma.layers.attention import token_positions
@@ -119,7 +120,7 @@ def attended(model, plan, rows):
 
     def observed(block, number, x_BLD, mask_BLL, angles, near_mask_BLL=None):
         if near_mask_BLL is not None:
-            mask_BLL = ops.where(number % 2 == 0, near_mask_BLL, mask_BLL)
+            mask_BLL = mask_of_block(number, mask_BLL, near_mask_BLL)
         weights_BNRL = _weights(block, x_BLD, mask_BLL, angles, queries)
         weights_BNRI = weights_BNRL[..., :images]
         if plan.heads:

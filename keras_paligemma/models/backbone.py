@@ -14,6 +14,7 @@ from keras_paligemma.checkpoints import formats
 from keras_paligemma.compat import classproperty
 from keras_paligemma.compat import init_model
 from keras_paligemma.compat import never_functional
+from keras_paligemma.config import DTYPES
 from keras_paligemma.config import BackboneConfig
 from keras_paligemma.config import TextDecoderConfig
 from keras_paligemma.config import VisionEncoderConfig
@@ -65,7 +66,8 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         dropout: float, dropout rate of the residual branches of the decoder
             blocks in training. Like `remat` it belongs to a run; presets do
             not store it.
-        dtype: dtype policy of weights and computation.
+        dtype: dtype policy of weights and computation, or its name, one of
+            `config.DTYPES`.
 
     Call arguments:
         inputs: dict of
@@ -129,6 +131,14 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
     ) -> None:
         # The policy is set first: the towers below inherit it.
         init_model(self, dtype or keras.config.dtype_policy(), **kwargs)
+        policy = self.dtype_policy
+        if policy.name not in DTYPES:
+            raise ValueError(
+                "Unknown dtype policy of a model. Received: "
+                f"{policy.name!r}. Expected: one of {DTYPES}. For kernels of "
+                "few bits, load a checkpoint of floats with "
+                "`from_preset(…, quantize='int8')` or 'int4'."
+            )
         if not 0 <= dropout < 1:
             raise ValueError(
                 "`dropout` is a share of at least 0 and below 1. Received: "
@@ -141,7 +151,6 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         self.dropout = dropout
         self.vision_config = _config(VisionEncoderConfig, vision_encoder)
         self.text_config = _config(TextDecoderConfig, text_decoder)
-        policy = self.dtype_policy
         self.vision_encoder = VisionEncoder(
             self.vision_config,
             image_size,

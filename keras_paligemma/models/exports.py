@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import replace
+from numbers import Real
 
 from keras_paligemma.checkpoints.peft import HEAD
 from keras_paligemma.checkpoints.storage import safetensors
@@ -27,12 +28,6 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
     """
     with backbone.turns:
         lora = None if bare else backbone.adapters.config()
-        if lora is not None and to != "keras":
-            raise ValueError(
-                f"The format {to!r} has no place for adapters. Received: a "
-                f"model with {lora}. Write them apart with `save_adapter`, or "
-                "call `adapters.merge()` first."
-            )
         if backbone.adapters.has_own_head() and not bare:
             raise ValueError(
                 "The adapter in use brings a head that is not the embedding's "
@@ -74,7 +69,8 @@ def save_to_preset(model, preset_dir, max_shard_size=10):
             one file of any size.
 
     Raises:
-        ValueError: if the directory holds a checkpoint of another format.
+        ValueError: if the directory holds a checkpoint of another format, or
+            the preprocessor has no image converter.
     """
     size = _piece_size(max_shard_size)
     parts = model.backbone, model.preprocessor
@@ -91,13 +87,14 @@ def _piece_size(max_shard_size):
     """Return the bytes of a file from GiB, or from `None` for one file."""
     if max_shard_size is None:
         return sys.maxsize
-    is_number = isinstance(max_shard_size, (int, float))
-    if not is_number or not 0 < max_shard_size < math.inf:
+    is_number = isinstance(max_shard_size, Real) and max_shard_size < math.inf
+    size = float(min(max_shard_size, 2)) * 2**30 if is_number else 0
+    if size < 1:
         raise ValueError(
-            "`max_shard_size` is a positive number of GiB, or None. Received: "
-            f"{max_shard_size!r}."
+            "`max_shard_size` is a positive number of GiB, of one byte at "
+            f"least, or None. Received: {max_shard_size!r}."
         )
-    return min(int(max_shard_size * 2**30), safetensors.SHARD_SIZE)
+    return min(int(size), safetensors.SHARD_SIZE)
 
 
 def export_to_transformers(model, path):
@@ -123,8 +120,12 @@ def export_to_big_vision(model, path, dtype=None, piece_size=None):
 
     Args:
         path: str or path of the file, "….npz".
-        dtype: "float32" or "bfloat16"; that of the weights if `None`.
+        dtype: "float32", "bfloat16" or "float16"; that of the weights if
+            `None`.
         piece_size: int, bytes of a piece; one file if `None`.
+
+    Raises:
+        ValueError: an adapter is active, or float16 cannot hold a value.
     """
     export(
         path,
@@ -153,6 +154,15 @@ def export_to_serve(model, filepath, format="savedmodel"):
 def _config_of(preprocessor):
     if preprocessor is None:
         return None
+    if preprocessor.image_converter is None:
+        raise ValueError(
+            "A model's files say how pictures are resized. Received: a "
+            "preprocessor without an image converter. Expected: one with a "
+            "`PaliGemmaImageConverter`. For text alone, write the two parts "
+            "into one folder, which `from_preset` reads: "
+            "`model.backbone.save_to_preset(folder)`, then "
+            "`model.preprocessor.save_to_preset(folder)`."
+        )
     return PreprocessorConfig(
         resize=preprocessor.image_converter.resize,
         prompt_length=preprocessor.prompt_length,

@@ -1,5 +1,6 @@
 """Calibration: int4 kernels rounded for the activations of examples."""
 
+import contextlib
 import functools
 import math
 
@@ -42,24 +43,31 @@ def batches_of(examples, preprocessor):
     """Preprocess the examples of a calibration.
 
     Args:
-        examples: dict of equally long lists `images`, `prompts`, `responses`.
+        examples: dict of equally long lists `images`, `prompts`, `responses`;
+            `images` is `None` for text alone.
         preprocessor: `PaliGemmaCausalLMPreprocessor`.
 
     Returns:
         list of `(x, y, sample_weight)`.
 
     Raises:
-        ValueError: not a dict, unknown keys, no examples or no preprocessor.
+        ValueError: not a dict of lists, unknown keys, no examples or no
+            preprocessor.
     """
     if preprocessor is None:
         raise ValueError(
             "A calibration's examples are preprocessed. Received: "
             "preprocessor=None. Pass `tokenizer=` or a preprocessor."
         )
-    keys = set(examples) if isinstance(examples, dict) else None
-    lengths = {len(values) for values in examples.values()} if keys else set()
+    columns = examples if isinstance(examples, dict) else {}
+    # Text alone has "images": None, as in `fit`.
+    columns = {key: rows for key, rows in columns.items() if rows is not None}
+    lengths = set()
+    # An iterator, for example, has no length.
+    with contextlib.suppress(TypeError):
+        lengths = {len(rows) for rows in columns.values()}
     if (
-        keys not in (set(EXPECTED), set(EXPECTED[1:]))
+        set(columns) not in (set(EXPECTED), set(EXPECTED[1:]))
         or len(lengths) != 1
         or 0 in lengths
     ):
@@ -71,11 +79,8 @@ def batches_of(examples, preprocessor):
     (length,) = lengths
     for start in range(0, length, BATCH):
         part = slice(start, start + BATCH)
-        batches.append(
-            preprocessor(
-                {key: list(columns[part]) for key, columns in examples.items()}
-            )
-        )
+        batch = {key: list(rows[part]) for key, rows in columns.items()}
+        batches.append(preprocessor(examples | batch))
     return batches
 
 

@@ -1,4 +1,6 @@
-"""NaN and infinite weights are found in every format during reading."""
+"""NaN and infinite weights are found while reading and while casting."""
+
+import json
 
 import ml_dtypes
 import numpy as np
@@ -8,6 +10,8 @@ from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma.checkpoints import finite
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.finite import all_finite
+from keras_paligemma.checkpoints.finite import cast
+from keras_paligemma.models import conversion
 from keras_paligemma.models import exports
 from tests.helpers.tiny_models import NOT_IN_SHAPES
 
@@ -61,3 +65,50 @@ def test_they_are_refused_unless_asked_for(
     found = PaliGemmaBackbone.from_preset(path, allow_nonfinite=True, **fields)
     found = found.weights_by_name()[name].read()
     np.testing.assert_array_equal(found, values)
+
+
+def test_a_cast_makes_no_infinity():
+    array = np.array([1e5, -3e5, 65519, np.nan, np.inf], "float32")
+    with pytest.raises(ValueError, match="'a'.*2 values.*300000.*65504"):
+        cast("a", array, "float16")
+    np.testing.assert_array_equal(cast("a", array, "float32"), array)
+    # Those of the source are the reader's concern.
+    found = cast("a", array[2:], "float16")
+    np.testing.assert_array_equal(found, [65504, np.nan, np.inf])
+    half = array.astype(ml_dtypes.bfloat16)
+    with pytest.raises(ValueError, match="3 values.*299008"):
+        cast("a", half, "float16")
+    largest = np.full((), np.finfo("float32").max)
+    with pytest.raises(ValueError, match="1 values.*bfloat16 cannot hold"):
+        cast("a", largest, ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("to", formats.FORMATS)
+def test_no_format_is_written_with_values_out_of_range(
+    golden_backbone, tmp_path, to
+):
+    backbone = golden_backbone()
+    weight = backbone.weights_by_name()["text_decoder/final_norm/scale"]
+    weight.assign(np.full(weight.shape, 1e5, "float32"))
+    path = tmp_path / ("x.npz" if to == "big_vision" else "model")
+    with pytest.raises(ValueError, match="norm.*float16.*bfloat16"):
+        exports.export(path, to, backbone, dtype="float16")
+    assert not list(tmp_path.iterdir())
+    exports.export(path, to, backbone, dtype="bfloat16")
+
+
+def test_a_configuration_of_float16_and_values_out_of_its_range(
+    golden_backbone, tmp_path
+):
+    backbone = golden_backbone()
+    weight = backbone.weights_by_name()["text_decoder/final_norm/scale"]
+    weight.assign(np.full(weight.shape, 1e5, "float32"))
+    backbone.save_to_preset(tmp_path / "floats")
+    path = tmp_path / "floats" / "config.json"
+    config = json.loads(path.read_text())
+    config["backbone"]["dtype"] = "float16"
+    path.write_text(json.dumps(config))
+    found = conversion.find(tmp_path / "floats")
+    with pytest.raises(ValueError, match="norm.weight.*float16"):
+        conversion.write(*found, tmp_path / "theirs", "transformers")
+    assert not (tmp_path / "theirs").exists()

@@ -412,4 +412,7 @@ def test_bad_exports_are_refused(model, folder, tmp_path):
     bare = PaliGemmaCausalLM(model.backbone, compile=False)
     with pytest.raises(ValueError, match="preprocessor"):
         bare.export(tmp_path / "x")
+    for name in ("x [1]", "x*", "is it?/x", "back\\slash"):
+        with pytest.raises(ValueError, match="pattern of file names"):
+            model.export(tmp_path / name)
     assert not list(tmp_path.iterdir())

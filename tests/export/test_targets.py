@@ -17,6 +17,7 @@ from keras_paligemma import PaliGemmaImageConverter
 from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma.compat import fill
 from keras_paligemma.compat import without_values
+from keras_paligemma.export import targets
 from tests.helpers.encoded_pictures import ROOT
 from tests.helpers.tiny_models import PRESETS
 from tests.helpers.tiny_models import TEXT
@@ -34,6 +35,8 @@ pytestmark = [
 
 NANO = PRESETS / "pali_gemma2_nano_112"
 PICTURES = [ROOT / "examples" / "pictures" / f"scene_{n}.png" for n in range(3)]
+# Smaller than a text, so that the two layers have different masks.
+WINDOW = {"sliding_window_size": 6}
 PROMPTS = ["caption en", "answer en how many snail?", "detect apple"]
 
 
@@ -44,7 +47,7 @@ def model():
         backbone = PaliGemmaBackbone(
             28,
             VISION | {"num_layers": 1},
-            TEXT | {"num_layers": 2, "vocabulary_size": 2048},
+            TEXT | {"num_layers": 2, "vocabulary_size": 2048, **WINDOW},
         )
     random = np.random.default_rng(0)
     for variable in backbone.variables:
@@ -183,6 +186,9 @@ def test_bad_targets_are_refused(model, tmp_path, monkeypatch):
         other = PaliGemmaCausalLM.from_preset(NANO, **{name: kind})
         with pytest.raises(ValueError, match=f"{format}' has no {kind}"):
             other.export(tmp_path / "made", format=format)
+    scanned = PaliGemmaCausalLM.from_preset(NANO, form="scanned")
+    with pytest.raises(ValueError, match="form='unrolled'"):
+        targets.write(scanned, tmp_path / "made", "litert")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"keras_paligemma\[targets\]"):
         model.export(tmp_path / "made", format="onnx")

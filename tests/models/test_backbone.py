@@ -317,6 +317,9 @@ def test_token_outside_the_vocabulary(golden_backbone, expected, token):
         ({"text_decoder": {"head_dim": 5}}, "even"),
         ({"text_decoder": {"depth": 5}}, "depth is unknown"),
         ({"vision_encoder": {"num_heads": 5}}, "num_heads=5"),
+        ({"dtype": "uint8"}, "Received: 'uint8'.*mixed_bfloat16"),
+        ({"dtype": "int8_from_float32"}, "_from_float32'.*quantize='int8'"),
+        ({"dtype": "float8_from_bfloat16"}, "quantize='int8'"),
     ],
 )
 def test_wrong_configuration(arguments, message):

@@ -326,6 +326,24 @@ def test_saving_over_a_preset_replaces_it(tiny_model, tmp_path):
     ]
 
 
+def test_text_alone_is_saved_in_two_parts(tiny_model, tmp_path):
+    model = tiny_model()
+    model.preprocessor.image_converter = None
+    for write in (
+        model.save_to_preset,
+        model.export_to_transformers,
+        model.export_to_keras_hub,
+    ):
+        with pytest.raises(ValueError, match="without an image converter"):
+            write(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    model.backbone.save_to_preset(tmp_path)
+    model.preprocessor.save_to_preset(tmp_path)
+    read = PaliGemmaCausalLM.from_preset(tmp_path)
+    assert read.preprocessor.image_converter is None
+    assert read.preprocessor.get_config() == model.preprocessor.get_config()
+
+
 @pytest.mark.parametrize(
     "file", ["config.json", "model.safetensors", "tokenizer.model"]
 )

@@ -164,14 +164,16 @@ def test_parts_are_saved_and_read_in_the_home_folder(tmp_path, monkeypatch):
 def test_files_are_of_the_size_that_is_asked_for(tmp_path):
     model = build_tiny_model()
     model.save_to_preset(tmp_path / "one", max_shard_size=None)
-    model.save_to_preset(tmp_path / "many", max_shard_size=2**-11)
+    model.save_to_preset(tmp_path / "many", max_shard_size=np.float32(2**-11))
+    model.save_to_preset(tmp_path / "large", max_shard_size=np.int8(100))
     model.backbone.save_to_preset(tmp_path / "backbone", 2**-11)
-    assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
+    for folder in ("one", "large"):
+        assert len(list((tmp_path / folder).glob("*.safetensors"))) == 1
     for folder in ("many", "backbone"):
         files = list((tmp_path / folder).glob("*.safetensors"))
         assert len(files) > 1
         assert all(file.stat().st_size < 1.1 * 2**19 for file in files)
-    for size in (0, float("inf"), "10KB"):
+    for size in (0, -1, 1e-10, float("nan"), float("inf"), "10KB"):
         with pytest.raises(ValueError, match="positive number of GiB"):
             model.save_to_preset(tmp_path / "none", max_shard_size=size)
 

@@ -7,6 +7,7 @@ from keras import ops
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.models import exports
+from keras_paligemma.quantization.calibration import batches_of
 from tests.helpers.text_models import TEXT_2048
 from tests.helpers.text_models import write_random_preset
 from tests.helpers.tiny_models import FORMS
@@ -105,8 +106,9 @@ def test_other_formats_and_text_alone(random_preset, tmp_path):
     read = PaliGemmaBackbone.from_preset(tmp_path / "hf", **given)
     assert_same_weights(read, wanted)
 
-    text = {key: value for key, value in x.items() if key != "images"}
-    given["calibration"] = [(text, y, weights)]
+    given["calibration"] = batches_of(
+        draw(0, 3) | {"images": None}, floats.preprocessor
+    )
     blind = arrays_of(PaliGemmaBackbone.from_preset(random_preset, **given))
     plain = arrays_of(
         PaliGemmaBackbone.from_preset(random_preset, quantize="int4")
@@ -157,6 +159,8 @@ def test_errors(random_preset, tmp_path):
         {key: [] for key in examples},
         {"prompts": ["a"]},
         examples | {"prompts": ["a"]},
+        examples | {"images": iter(examples["images"])},
+        examples | {"prompts": None},
         "pictures",
     ):
         with pytest.raises(ValueError, match="equally long lists"):

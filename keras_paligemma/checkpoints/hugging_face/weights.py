@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_paligemma import atomic
 from keras_paligemma.checkpoints.engine import Row
+from keras_paligemma.checkpoints.finite import cast
 from keras_paligemma.checkpoints.hugging_face.config import EXTRA_ROWS
 from keras_paligemma.checkpoints.hugging_face.config import from_transformers
 from keras_paligemma.checkpoints.hugging_face.config import to_transformers
@@ -360,8 +361,8 @@ def write(folder, config, arrays, tokenizer=None, max_shard_size=2_000_000_000):
     with atomic.whole_folder(folder, "config.json") as draft:
         for name, content in files.items():
             (draft / name).write_bytes(content)
-        cast = ((key, array.astype(dtype, copy=False)) for key, array in arrays)
-        written = write_safetensors(draft, cast, max_shard_size)
+        arrays = ((key, cast(key, array, dtype)) for key, array in arrays)
+        written = write_safetensors(draft, arrays, max_shard_size)
         _check_keys(written, backbone)
 
 
