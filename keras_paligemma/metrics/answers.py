@@ -25,9 +25,9 @@ def vqa(
         lower: bool, whether to ignore case.
 
     Returns:
-        `Scores` of "acc", which is 1 for a match with a single answer, and
-        min(1, n/3) for matches with n of several; "acc_any", 1 for a match
-        with any; and "anls".
+        `Scores` of "acc", which is 1 for a match with an answer that is a
+        string, and min(1, n/3) for matches with n answers of a list, even of
+        a list of one; "acc_any", 1 for a match with any; and "anls".
 
     Raises:
         ValueError: columns of different lengths, or a row without answers.

@@ -41,7 +41,8 @@ def mean_average_precision(
         These are not means over pictures, so they have no interval.
 
     Raises:
-        ValueError: lists of different lengths, or a score that is no number.
+        ValueError: lists of different lengths, a prediction without a score,
+            or a score or an edge that is no number.
 
     Example:
 
@@ -55,7 +56,8 @@ def mean_average_precision(
     _check_pictures(predictions, right, sizes)
     coco_format = needed("pycocotools.coco", "Mean average precision", "eval")
     evaluation = needed("pycocotools.cocoeval", "Mean average precision")
-    sizes = sizes or [(1000, 1000)] * len(right)
+    if sizes is None:
+        sizes = [(1000, 1000)] * len(right)
     # COCO's category ids, from 1, in order of first appearance.
     labels = {}
     right = [
@@ -83,7 +85,8 @@ def mean_average_precision(
     for image, (objects, size) in enumerate(
         zip(predictions, sizes, strict=True), 1
     ):
-        for box, label, score in objects:
+        for box, label, *more in objects:
+            score = more[0] if more else None
             if score is None or not np.isfinite(score):
                 raise ValueError(
                     "A score orders the objects. Expected: a number. "
@@ -212,6 +215,12 @@ def _parts(item):
 
 
 def _xywh(box, size):
+    # pycocotools takes an overlap of NaN for a match.
+    if len(box) != 4 or not np.isfinite(np.asarray(box, "float64")).all():
+        raise ValueError(
+            "A box has four finite edges. Expected: (y1, x1, y2, x2), relative "
+            f"to the picture's size. Received: {box}."
+        )
     y1, x1, y2, x2 = (
         float(edge) * side
         for edge, side in zip(box, (*size, *size), strict=True)

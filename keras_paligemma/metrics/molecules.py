@@ -55,7 +55,8 @@ def canonical(text: str) -> str | None:
     """Return RDKit's canonical SMILES string, or `None` if invalid."""
     chem = needed("rdkit.Chem", "A molecule's canonical form")
     logs = needed("rdkit.rdBase", "A molecule's canonical form")
-    if not text.strip():
+    # RDKit takes what follows a space for the molecule's name.
+    if len(text.split()) != 1:
         return None
     with logs.BlockLogs():
         molecule = chem.MolFromSmiles(text.strip())

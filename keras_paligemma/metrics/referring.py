@@ -127,8 +127,28 @@ def _decode(parsed, decode):
 
 
 def to_mask(mask: Any) -> np.ndarray:
-    """Convert a mask, an array or COCO's run lengths, to a bool array."""
-    return from_rle(mask) if isinstance(mask, dict) else np.asarray(mask) > 0
+    """Convert a mask, an array or COCO's run lengths, to a bool array.
+
+    Args:
+        mask: array (height, width), positive within the object; or dict of
+            `counts` and `size`.
+
+    Returns:
+        bool array (height, width).
+
+    Raises:
+        ValueError: it is neither, such as COCO's polygons.
+    """
+    if isinstance(mask, dict):
+        return from_rle(mask)
+    if isinstance(mask, np.ndarray) and mask.ndim == 2:
+        return mask > 0
+    given = getattr(mask, "shape", None) or type(mask).__name__
+    raise ValueError(
+        "A mask is an array of the picture's size or COCO's run lengths. "
+        f"Expected: an array (height, width), or a dict. Received: {given}. "
+        "`from_polygons` draws COCO's polygons."
+    )
 
 
 def _mask_iou(decoded, box, mask):

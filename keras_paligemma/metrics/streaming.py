@@ -27,7 +27,8 @@ class Streamed(keras.metrics.Metric):
         **kwargs: options of the function, such as `lower=True`.
 
     Raises:
-        ValueError: the function is `cider` or `captions`.
+        ValueError: the function's value is no mean of rows: `cider`,
+            `captions` or `mean_average_precision`.
 
     Example:
 
@@ -50,6 +51,12 @@ class Streamed(keras.metrics.Metric):
                 f"{function.__name__} weighs n-grams by how many rows have "
                 "them, so it cannot stream. Collect predictions and references "
                 "and call the function, or stream `bleu` or `rouge`."
+            )
+        if function.__name__ == "mean_average_precision":
+            raise ValueError(
+                "mean_average_precision orders the objects of all pictures, so "
+                "it cannot stream. Collect predictions and truth and call the "
+                "function, or stream `box_f1`."
             )
         self.function = function
         self.arguments = kwargs

@@ -168,12 +168,14 @@ def multiple_choice(
     Example:
 
     >>> multiple_choice("what eats grass?", ["cow", "wolf"])
-    'answer en what eats grass? choose from: cow \\t wolf'
+    'answer en  what eats grass? choose from: cow \\t wolf'
 
     Source: big_vision `configs/proj/paligemma/transfers/ai2d.py`.
     """
     joined = " \t ".join(_options(options))
-    return f"{answer(question, lang)} choose from: {joined}"
+    # Two spaces, as in the original's prompts.
+    asked = f"answer {_language(lang)}  {_text(question, 'question')}"
+    return f"{asked} choose from: {joined}"
 
 
 def science_qa(question: str, options: Sequence[str], context: str = "") -> str:

@@ -228,7 +228,10 @@ def test_hugging_face_from_disk(tmp_path):
 
 def test_labels_become_words():
     example = {"image": "1.jpg", "caption": "The cat is on it.", "label": 1}
-    sample = open_samples(find_benchmark("vsr_random"), [example])[0]
+    # A picture has several captions.
+    samples = open_samples(find_benchmark("vsr_random"), [example] * 2)
+    assert samples.ids == ["0", "1"]
+    sample = samples[0]
     assert sample.truth["answers"] == "true"
     assert sample.prompt == "answer en The cat is on it."
 

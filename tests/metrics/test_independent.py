@@ -163,11 +163,11 @@ def test_tables():
 
 def test_smiles():
     scores = metrics.smiles(
-        ["OCC", "c1ccccc1", "C[C@H](N)O", "none", ""],
-        ["CCO", "C1=CC=CC=C1", "C[C@@H](N)O", "C", "C"],
+        ["OCC", "c1ccccc1", "C[C@H](N)O", "none", "", "CCO it is"],
+        ["CCO", "C1=CC=CC=C1", "C[C@@H](N)O", "C", "C", "CCO"],
     )
-    assert scores.columns["full_match"].tolist() == [1, 1, 0, 0, 0]
-    assert scores.columns["valid"].tolist() == [1, 1, 1, 0, 0]
+    assert scores.columns["full_match"].tolist() == [1, 1, 0, 0, 0, 0]
+    assert scores.columns["valid"].tolist() == [1, 1, 1, 0, 0, 0]
     assert scores.columns["exact"].sum() == 0
     with pytest.raises(ValueError, match="row 1 is no SMILES"):
         metrics.smiles(["C", "C"], ["C", "what"])
@@ -238,8 +238,17 @@ def test_mean_average_precision_of_few():
     assert compute([[(box, "cat", 0.5)]], [[(box, "cat", True)]])["map"] == -1
     with pytest.raises(ValueError, match="Received: nan of 'cat' in picture 0"):
         compute([[(box, "cat", float("nan"))]], [[(box, "cat")]])
+    with pytest.raises(ValueError, match="Received: None of 'cat'"):
+        compute([[(box, "cat")]], [[(box, "cat")]])
+    lost = (float("nan"), 0, 1, 1)
+    for found, right in ((lost, box), (box, lost)):
+        with pytest.raises(ValueError, match="four finite edges"):
+            compute([[(found, "cat", 0.5)]], [[(right, "cat")]])
     with pytest.raises(ValueError, match="1 of predictions, 2 of right"):
         compute([[]], [[], []])
+    sizes = np.array([[20, 10]])
+    found = compute([[(box, "cat", 0.5)]], [[(box, "cat")]], sizes)
+    assert found["map_small"] == pytest.approx(1)
 
 
 def test_box_f1():
@@ -311,6 +320,14 @@ def test_refcoco_reads_run_lengths():
     each = scores.columns["miou"]
     assert each[0] == each[1] > 0.9
     assert each[2] == 0
+    polygons = [[1, 1, 99, 1, 1, 99]]
+    with pytest.raises(ValueError, match="Received: list. `from_polygons`"):
+        metrics.refcoco(
+            [text],
+            [(0, 0, 1, 1)],
+            [polygons],
+            lambda codes: np.ones((len(codes), 64, 64), "float32"),
+        )
 
 
 def spotted(match_text=True):

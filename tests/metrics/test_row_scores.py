@@ -75,3 +75,5 @@ def test_streamed_boxes():
 def test_cider_does_not_stream():
     with pytest.raises(ValueError, match="cider weighs n-grams"):
         metrics.Streamed(metrics.cider)
+    with pytest.raises(ValueError, match="orders the objects of all"):
+        metrics.Streamed(metrics.mean_average_precision)

@@ -41,7 +41,7 @@ def test_questions_and_answers():
     assert prompts.question("42", "fr") == "question fr 42"
     assert (
         prompts.multiple_choice("which?", ["1 a", "b"], "id")
-        == "answer id which? choose from: 1 a \t b"
+        == "answer id  which? choose from: 1 a \t b"
     )
     assert prompts.science_qa("Why?", ["x", "y", "z"]) == (
         "Question: Why?\nContext: \nOptions: (A) x, (B) y, (C) z\nAnswer:"
