@@ -32,6 +32,7 @@ def main(arguments=None):
     keras.utils.set_random_seed(0)  # equal adapters on all hosts
     keras.distribution.initialize()  # before devices are used
 
+    from keras_paligemma import Adam
     from keras_paligemma import PaliGemmaCausalLM
     from keras_paligemma.data import Batches
     from keras_paligemma.data import JSONLSource
@@ -49,7 +50,7 @@ def main(arguments=None):
         options.preset, form="scanned", remat="block"
     )
     model.enable_lora(8)
-    model.compile()
+    model.compile(Adam(1e-3))
     index, count = data_shard()
     batches = Batches(
         JSONLSource(options.data),

@@ -1,4 +1,4 @@
-"""The package in three minutes: `python -m keras_paligemma.demo`.
+"""The package in a minute: `python -m keras_paligemma.demo`.
 
 The embedded nano preset captions a few small pictures in several languages,
 detects objects and counts them. Then it is fine-tuned on a handful of examples

@@ -22,8 +22,12 @@ def plan(
     batch_size: Annotated[
         int | None, typer.Option(help="Examples per step, over all chips")
     ] = None,
-    prompt_length: Annotated[int | None, typer.Option(help="Tokens")] = None,
-    response_length: Annotated[int | None, typer.Option(help="Tokens")] = None,
+    prompt_length: Annotated[
+        int | None, typer.Option(help="Tokens; 64 if not given")
+    ] = None,
+    response_length: Annotated[
+        int | None, typer.Option(help="Tokens; 64 if not given")
+    ] = None,
     pictures: Annotated[
         int | None, typer.Option(help="Pictures or frames per prompt")
     ] = None,

@@ -49,8 +49,8 @@ class Batches:
         skip_errors: bool, whether to count invalid examples and continue.
         drop_remainder: bool, whether to leave out the examples that do not
             fill a batch; otherwise blank rows fill it up.
-        shard: `(index, count)` of this host, such as `(jax.process_index(),
-            jax.process_count())`. Within an epoch, no example is on two hosts,
+        shard: `(index, count)` of this host, as `sharding.data_shard()`
+            returns it. Within an epoch, no example is on two hosts,
             and all have the same number of batches. Together they are the
             batches of a single host with the total batch size.
 

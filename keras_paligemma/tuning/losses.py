@@ -55,7 +55,7 @@ class StreamedCrossEntropy(keras.losses.Loss):
         self,
         label_smoothing: float = 0.0,
         mean: str = "example",
-        final_soft_cap: float | None = True,
+        final_soft_cap: bool = True,
         chunk_tokens: int | None = None,
         name: str = "streamed_cross_entropy",
         **kwargs: Any,
