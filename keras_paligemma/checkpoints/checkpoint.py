@@ -62,12 +62,14 @@ class Checkpoint:
             )
 
     @contextlib.contextmanager
-    def open(self, allow_nonfinite=False):
+    def open(self, allow_nonfinite=False, dtype=None):
         """Open the tensors, see `engine`.
 
         Args:
             allow_nonfinite: bool; if `False`, reading a tensor with NaN or
                 infinite values raises a `ValueError`.
+            dtype: str, the dtype that they are cast to later; values that it
+                cannot hold are refused, too.
         """
         if self.open_files is None:
             raise ValueError(
@@ -79,7 +81,7 @@ class Checkpoint:
                 source = (
                     self.files[0].parent if self.files else "The checkpoint"
                 )
-                tensors = Finite(tensors, source)
+                tensors = Finite(tensors, source, dtype)
             yield tensors
 
     def set_dtype(self, tensors, source):

@@ -82,10 +82,12 @@ class Finite:
     Args:
         tensors: see `engine`.
         source: str or path, named in errors.
+        dtype: str, the dtype that they are cast to later, or `None`.
     """
 
-    def __init__(self, tensors, source):
+    def __init__(self, tensors, source, dtype=None):
         self._tensors, self._source = tensors, source
+        self._dtype = dtype
         self.shapes, self.dtypes = tensors.shapes, tensors.dtypes
         if hasattr(tensors, "read_rows"):
             self.read_rows = self._read_rows
@@ -99,6 +101,8 @@ class Finite:
 
     def _checked(self, key, array):
         if all_finite(array):
+            if self._dtype == "float16":  # All others have a larger range.
+                cast(key, array, self._dtype)
             return array
         count = array.size - np.count_nonzero(np.isfinite(array))
         raise ValueError(

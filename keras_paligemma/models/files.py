@@ -84,7 +84,7 @@ def load_backbone(
     if stored is None:
         weights = dequantized(weights)
     rows = checkpoint.rows_for(weights)
-    with checkpoint.open(allow_nonfinite) as tensors:
+    with checkpoint.open(allow_nonfinite, backbone.variable_dtype) as tensors:
         if image_size is not None:
             (key,) = [row.key for row in rows if row.name == POSITIONS]
             count = weights[POSITIONS].shape[0]

@@ -104,6 +104,8 @@ def test_a_configuration_of_float16_and_values_out_of_its_range(
     weight = backbone.weights_by_name()["text_decoder/final_norm/scale"]
     weight.assign(np.full(weight.shape, 1e5, "float32"))
     backbone.save_to_preset(tmp_path / "floats")
+    with pytest.raises(ValueError, match="final_norm.*float16.*bfloat16"):
+        PaliGemmaBackbone.from_preset(tmp_path / "floats", dtype="float16")
     path = tmp_path / "floats" / "config.json"
     config = json.loads(path.read_text())
     config["backbone"]["dtype"] = "float16"
