@@ -342,6 +342,11 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                     f"shape {weights.shape[:-1]}, one weight an example. "
                     f"Received: shape {sample_weight.shape}."
                 )
+            if not (0 <= sample_weight).all() or np.isinf(sample_weight).any():
+                raise ValueError(
+                    "A sample weight is a finite number of at least 0. "
+                    f"Received: {sample_weight.tolist()}."
+                )
             weights = weights * sample_weight[..., None]
         return x, y, weights
 

@@ -236,6 +236,9 @@ def test_sample_weight_of_the_user_multiplies(make):
     np.testing.assert_array_equal(weighted, plain * [[0.5], [2.0]])
     with pytest.raises(ValueError, match=r"`sample_weight`.*shape \(2,\)"):
         make()(batch(), sample_weight=np.ones((2, R)))
+    for weight in (np.nan, np.inf, -1):
+        with pytest.raises(ValueError, match="finite number of at least 0"):
+            make()(batch(), sample_weight=[1, weight])
 
 
 def test_tensors_beside_strings(make):
