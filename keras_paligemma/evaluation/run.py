@@ -18,7 +18,10 @@ from keras_paligemma.evaluation.predictions import read_predictions
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.registry import find_benchmark
 from keras_paligemma.evaluation.report import write_report
+from keras_paligemma.evaluation.run_record import RunRecord
+from keras_paligemma.evaluation.run_record import describe_image
 from keras_paligemma.evaluation.run_record import fingerprint
+from keras_paligemma.evaluation.run_record import plain
 from keras_paligemma.evaluation.scoring import score
 from keras_paligemma.evaluation.scoring import truth_columns
 from keras_paligemma.evaluation.sources import open_samples
@@ -95,8 +98,10 @@ def evaluate(
 
     Predictions are appended to `output`/predictions.jsonl batch by batch, in
     the order of the samples, and are on the disk before the next batch starts.
-    The same call resumes a killed run. At the end, `output`/results.json and
-    `output`/report.html are written.
+    The same call resumes a killed run: `output` records the model, the
+    settings, and the path and prompt of each sample, and a call that differs
+    in them is refused. The contents of picture files are not compared. At the
+    end, `output`/results.json and `output`/report.html are written.
 
     If a `keras.distribution` is active, each batch is split over its devices.
     With several hosts, each writes a file of its own into `output`, which all
@@ -149,13 +154,24 @@ def evaluate(
     output = Path(output)
     on_card = split in (None, benchmark.split)
     benchmark = benchmark if on_card else replace(benchmark, split=split)
-    _keep_settings(output, benchmark, samples, model)
+    settings = _settings(benchmark, samples, model)
+    record = RunRecord(settings, _asked(samples))
+    _keep_settings(output, settings)
     path = output / PREDICTIONS
     options = {"max_new_tokens": benchmark.text_length}
     if benchmark.beams > 1:
         options["beams"] = benchmark.beams
-    name = benchmark.name
-    predict(model, name, options, samples, path, batch_size, shard, progress)
+    predict(
+        model,
+        benchmark.name,
+        options,
+        samples,
+        path,
+        batch_size,
+        shard,
+        progress,
+        record,
+    )
     if compat.process()[0]:
         return None
     predictions = read_predictions(path)
@@ -200,19 +216,40 @@ def _check_data(benchmark, samples, decode):
     truth_columns(benchmark, samples, decode)
 
 
-def _keep_settings(output, benchmark, samples, model):
-    """Write the run's settings; raise if the folder holds another run."""
+def _settings(benchmark, samples, model):
+    """Return what all answers of a run depend on, ready for JSON."""
     listed = hashlib.sha256("\n".join(samples.ids).encode()).hexdigest()
-    here = {
+    return {
         "benchmark": benchmark.name,
         "split": benchmark.split,
         "samples": len(samples),
         "ids_sha256": listed,
+        "frames": benchmark.frames,
+        "stride": benchmark.stride,
         "beams": benchmark.beams,
         "max_new_tokens": benchmark.text_length,
         "image_size": model.backbone.image_size,
         "model_sha256": fingerprint(model),
     }
+
+
+def _asked(samples):
+    """Return the picture and prompt of each sample, ready for JSON.
+
+    Every prompt is filled, so one that lacks a field is found here.
+    """
+    rows = []
+    for row in range(len(samples)):
+        sample = samples.unopened(row)
+        image = describe_image(sample.images)
+        if sample.truth.get("red_box") is not None:
+            image = [image, plain(sample.truth["red_box"])]
+        rows.append([image, sample.prompt])
+    return rows
+
+
+def _keep_settings(output, here):
+    """Write the run's settings; raise if the folder holds another run."""
     path = output / "settings.json"
     if path.is_file():
         there = json.loads(path.read_text("utf-8"))

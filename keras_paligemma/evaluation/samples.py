@@ -73,6 +73,16 @@ class Samples:
         return f"{self.place}, id {self.ids[index]!r}"
 
     def __getitem__(self, index: int) -> Sample:
+        sample = self.unopened(index)
+        with located(self.where(index)):
+            images = _opened(sample, self.benchmark)
+        return dataclasses.replace(sample, images=images)
+
+    def unopened(self, index: int) -> Sample:
+        """Return a sample with its pictures as they are in the data.
+
+        Paths are not read, no frames are picked and no box is drawn.
+        """
         with located(self.where(index)):
             record = dict(self.records[index])
             return Sample(
@@ -151,16 +161,10 @@ def _listed(images):
 
 
 def _images(record, benchmark):
-    """Return a sample's picture, its pictures, or frames of its video."""
+    """Return a sample's picture, its pictures, or its video, unopened."""
     images = record.get("images")
     if images is None:
         raise ValueError("The sample has no picture. Expected: 'images'.")
-    # Imported here, since reading pictures imports Keras.
-    from keras_paligemma.evaluation.pictures import draw_red_box
-    from keras_paligemma.evaluation.pictures import pick_frames
-
-    if benchmark.frames is not None:
-        return pick_frames(images, benchmark.frames, benchmark.stride)
     if benchmark.pictures > 1 and (
         not isinstance(images, (list, tuple))
         or len(images) != benchmark.pictures
@@ -169,9 +173,20 @@ def _images(record, benchmark):
             f"{benchmark.name} has {benchmark.pictures} pictures a prompt. "
             f"Received: {images!r:.80}."
         )
-    if record.get("red_box") is not None:
-        return draw_red_box(images, record["red_box"])
     return images
+
+
+def _opened(sample, benchmark):
+    """Pick the frames of a sample's video, or draw the box it asks about."""
+    # Imported here, since reading pictures imports Keras.
+    from keras_paligemma.evaluation.pictures import draw_red_box
+    from keras_paligemma.evaluation.pictures import pick_frames
+
+    if benchmark.frames is not None:
+        return pick_frames(sample.images, benchmark.frames, benchmark.stride)
+    if sample.truth.get("red_box") is not None:
+        return draw_red_box(sample.images, sample.truth["red_box"])
+    return sample.images
 
 
 def _fill(template: str, record: Mapping[str, Any]) -> str:

@@ -261,6 +261,43 @@ def test_folder_of_another_run_is_refused(data, tmp_path):
         run(data, tmp_path / "run")
 
 
+def test_answers_to_other_pictures_or_prompts_are_not_scored(data, tmp_path):
+    output = tmp_path / "run"
+    run(data, output)
+    path = output / "predictions.jsonl"
+    before = path.read_bytes()
+    change_sample(data, 3, question="which?")
+    with pytest.raises(ValueError, match="another run.*'q3': prompt .*which"):
+        run(data, output)
+    change_sample(data, 3, question="what?", images="4.png")
+    samples = open_samples(BENCHMARK, data).first(3)
+    model = Oracle(samples, ["", "", ""])
+    with pytest.raises(ValueError, match="another run.*'q3': image .*4.png"):
+        evaluate(model, BENCHMARK, data, output)
+    change_sample(data, 3, images="3.png")
+    record = output / "predictions.jsonl.run.json"
+    record.rename(tmp_path / "record.json")
+    with pytest.raises(ValueError, match="or of an earlier version"):
+        run(data, output)
+    (tmp_path / "record.json").rename(record)
+    again, _ = run(data, output)
+    assert again.calls == 0 and path.read_bytes() == before
+
+
+def test_the_box_that_is_asked_about_belongs_to_a_run(data, tmp_path):
+    widgets = find_benchmark("widgetcap")
+    for row in range(12):
+        change_sample(
+            data, row, references=["a"], red_box=[0, 0, 0.5, row / 12 + 0.01]
+        )
+    samples = open_samples(widgets, data)
+    model = Oracle(samples, ["a"] * 12)
+    evaluate(model, widgets, data, tmp_path / "run")
+    change_sample(data, 2, red_box=[0.5, 0.5, 1, 1])
+    with pytest.raises(ValueError, match="another run.*id 'q2': image"):
+        evaluate(model, widgets, data, tmp_path / "run")
+
+
 def test_empty_split(tmp_path):
     (tmp_path / "samples.jsonl").write_text("")
     with pytest.raises(
