@@ -115,7 +115,8 @@ def evaluate(
         output: path, folder of this run.
         batch_size: int, prompts per batch on this host.
         limit: int, use only the first `limit` samples.
-        split: str, split to use instead of the benchmark's.
+        split: str, split to use instead of the benchmark's, of a source that
+            has several.
         decode: function of mask codes to masks, for RefCOCO; `None` takes the
             embedded codec's, unless the model is of a published size.
         judges: dict of value names to judges, see `metrics.judged`.
@@ -152,8 +153,9 @@ def evaluate(
     samples = samples if limit is None else samples.first(limit)
     _check_data(benchmark, samples, decode)
     output = Path(output)
-    on_card = split in (None, benchmark.split)
-    benchmark = benchmark if on_card else replace(benchmark, split=split)
+    opened = samples.benchmark.split
+    on_card = opened == benchmark.split
+    benchmark = replace(benchmark, split=opened)
     settings = _settings(benchmark, samples, model)
     record = RunRecord(settings, _asked(samples))
     _keep_settings(output, settings)

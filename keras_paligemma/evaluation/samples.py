@@ -59,10 +59,7 @@ class Samples:
         self.benchmark = benchmark
         self.place = place
         self.records = records
-        self.ids = [
-            str(row if record.get("id") is None else record["id"])
-            for row, record in enumerate(records)
-        ]
+        self.ids = [record_id(row, each) for row, each in enumerate(records)]
         check_unique(self.ids, f"{place}, split {benchmark.split!r},")
 
     def __len__(self):
@@ -140,6 +137,11 @@ class Samples:
         text = self.benchmark.answer_words.get(text, text)
         form = self.benchmark.answer_form
         return form.format(text) if form and "answer is" not in text else text
+
+
+def record_id(row: int, record: Mapping[str, Any]) -> str:
+    """Return the id of a record, which is its row if it has none."""
+    return str(row if record.get("id") is None else record["id"])
 
 
 def check_unique(ids: Sequence[str], what: str) -> None:
