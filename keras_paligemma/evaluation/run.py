@@ -22,8 +22,8 @@ from keras_paligemma.evaluation.run_record import RunRecord
 from keras_paligemma.evaluation.run_record import describe_image
 from keras_paligemma.evaluation.run_record import fingerprint
 from keras_paligemma.evaluation.run_record import plain
+from keras_paligemma.evaluation.scoring import check_truth
 from keras_paligemma.evaluation.scoring import score
-from keras_paligemma.evaluation.scoring import truth_columns
 from keras_paligemma.evaluation.sources import open_samples
 from keras_paligemma.metrics.judges import JUDGES
 
@@ -207,7 +207,7 @@ def card_column(model: Any) -> str | None:
 
 
 def _check_data(benchmark, samples, decode):
-    """Raise for missing pictures or answers before anything is predicted."""
+    """Raise for what cannot be scored before anything is predicted."""
     missing = samples.missing_pictures()
     if missing:
         raise ValueError(
@@ -215,7 +215,7 @@ def _check_data(benchmark, samples, decode):
             f"have no picture at their path. Received: ids {missing[:5]} in "
             f"{samples.place}. Unpack all of {benchmark.data}."
         )
-    truth_columns(benchmark, samples, decode)
+    check_truth(benchmark, samples, decode)
 
 
 def _settings(benchmark, samples, model):

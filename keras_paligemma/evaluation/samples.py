@@ -125,12 +125,17 @@ class Samples:
             for name, value in record.items()
             if name not in ("id", "images")
         }
-        if truth.get("answers") is not None:
+        if "answers" in truth:
             truth["answers"] = self._answers(truth["answers"])
         return truth
 
     def _answers(self, answers):
-        """Return one or more reference answers as text in the answer form."""
+        """Return one or more reference answers as text in the answer form.
+
+        An answer that is missing stays `None`.
+        """
+        if answers is None:
+            return None
         if isinstance(answers, (list, tuple)):
             return [self._answers(answer) for answer in answers]
         text = str(int(answers)) if isinstance(answers, bool) else str(answers)

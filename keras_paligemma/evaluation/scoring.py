@@ -1,5 +1,6 @@
 """Compute a benchmark's metric from predictions and samples."""
 
+import functools
 from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,8 @@ from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.samples import Samples
 from keras_paligemma.metrics.scores import Scores
 
+# What metrics raise for ground truth that they cannot read.
+_REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 # Ground truth columns of each metric; those in brackets may be missing.
 COLUMNS = {
     "captions": ("references",),
@@ -64,19 +67,50 @@ def score(
     check_predictions(predictions, samples.ids)
     texts = [predictions[id] for id in samples.ids]
     columns, groups = truth_columns(benchmark, samples, decode)
-    arguments = dict(benchmark.arguments)
-    if benchmark.metric == "refcoco":
-        arguments["decode"] = decode
-    function = getattr(metrics, benchmark.metric)
-    if groups is None:
-        scores = function(texts, **columns, **arguments)
-    else:
-        scores = _averaged(function, texts, columns, arguments, groups)
+    scores = _computed(_metric(benchmark, decode), texts, columns, groups)
     for name in benchmark.judges:
         if judges and name in judges:
             judged = metrics.judged(name, texts, _any(columns), judges[name])
             scores = _joined(scores, judged)
     return scores
+
+
+def check_truth(
+    benchmark: Benchmark,
+    samples: Samples,
+    decode: Callable[..., Any] | None = None,
+) -> None:
+    """Score empty answers, so that what cannot be scored is found at once.
+
+    Args:
+        benchmark, samples, decode: as `score` takes them.
+
+    Raises:
+        ValueError: reference answers are missing, or none that the metric can
+            score; the message lists ids. Or no sample has a field without
+            which the benchmark's value is not defined.
+    """
+    columns, groups = truth_columns(benchmark, samples, decode)
+    metric = _metric(benchmark, decode)
+    try:
+        texts = [""] * len(samples)
+        values = _computed(metric, texts, columns, groups).values()
+    except _REFUSALS as error:
+        # A library that is not installed is no fault of the samples.
+        if isinstance(error.__cause__, ImportError):
+            raise
+        ids = _refused(metric, samples, columns)
+        raise ValueError(
+            f"Samples of {benchmark.name} in {samples.place} cannot be scored "
+            f"by {benchmark.metric}. Received: ids {ids}. {error}"
+        ) from error
+    names = [name.strip("[]") for name in COLUMNS[benchmark.metric]]
+    absent = [name for name in names if name not in columns]
+    if absent and benchmark.value not in values:
+        raise ValueError(
+            f"{benchmark.name} reports {benchmark.value!r}, which needs a "
+            f"field that no sample has. Expected: {absent} in {samples.place}."
+        )
 
 
 def truth_columns(
@@ -108,17 +142,18 @@ def truth_columns(
         needed = not name.startswith("[")
         name = name.strip("[]")
         values = [row.get(name) for row in rows]
+        if not needed:
+            # A row may lack it: the row is then of no kind.
+            if any(value is not None for value in values):
+                columns[name] = values
+            continue
+        # A picture may be without words.
+        may_be_empty = name in ("polygons", "texts")
         missing = [
             id
             for id, value in zip(samples.ids, values, strict=True)
-            if value is None or (isinstance(value, list) and not value)
+            if _lacks(value, may_be_empty)
         ]
-        if not needed and missing:
-            continue
-        if name in ("polygons", "texts"):
-            missing = [
-                i for i, v in zip(samples.ids, values, strict=True) if v is None
-            ]
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(samples)} samples of "
@@ -129,6 +164,14 @@ def truth_columns(
             values = [[v] if isinstance(v, str) else v for v in values]
         columns[name] = values
     return columns, _groups(benchmark, samples, rows)
+
+
+def _lacks(value, may_be_empty):
+    """Return whether ground truth, or a part of it, is missing."""
+    if not isinstance(value, list):
+        return value is None
+    empty = not value and not may_be_empty
+    return empty or any(part is None for part in value)
 
 
 def _groups(benchmark, samples, rows):
@@ -144,21 +187,48 @@ def _groups(benchmark, samples, rows):
     return groups
 
 
-def _averaged(function, texts, columns, arguments, groups):
+def _metric(benchmark, decode):
+    """Return the metric as a function of texts and columns."""
+    arguments = dict(benchmark.arguments)
+    if benchmark.metric == "refcoco":
+        arguments["decode"] = decode
+    return functools.partial(getattr(metrics, benchmark.metric), **arguments)
+
+
+def _computed(metric, texts, columns, groups):
+    if groups is None:
+        return metric(texts, **columns)
+    return _averaged(metric, texts, columns, groups)
+
+
+def _refused(metric, samples, columns):
+    """Return ids, five at most, of samples that alone cannot be scored."""
+    ids = []
+    for row, id in enumerate(samples.ids):
+        try:
+            metric([""], **_at(columns, [row]))
+        except _REFUSALS:
+            ids.append(id)
+        if len(ids) == 5:
+            break
+    return ids
+
+
+def _at(columns, rows):
+    """Return columns at some rows."""
+    return {
+        name: [values[row] for row in rows] for name, values in columns.items()
+    }
+
+
+def _averaged(metric, texts, columns, groups):
     """Compute a metric for each group, and the mean over groups."""
     rows = {}
     for row, group in enumerate(groups):
         rows.setdefault(group, []).append(row)
     parts, quality = {}, np.full(len(texts), np.nan)
     for group, here in rows.items():
-        part = function(
-            [texts[row] for row in here],
-            **{
-                name: [values[row] for row in here]
-                for name, values in columns.items()
-            },
-            **arguments,
-        )
+        part = metric([texts[row] for row in here], **_at(columns, here))
         parts[group] = part
         first = next(iter(part.columns.values()))
         quality[here] = first if part.quality is None else part.quality

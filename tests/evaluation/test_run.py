@@ -197,6 +197,8 @@ def test_captions_are_searched_with_beams(data, tmp_path):
     [
         (3, {"answers": None}, r"1 of 12 .* no right 'answers'.*\['q3'\]"),
         (3, {"answers": []}, r"no right 'answers'.*\['q3'\]"),
+        (3, {"answers": ["a", None]}, r"no right 'answers'.*\['q3'\]"),
+        (4, {"question": None}, "id 'q4': The prompt .* needs .*'question'"),
         (4, {"id": "q2"}, r"1 ids more than once.*\['q2'\]"),
         (5, {"images": "none.png"}, r"no picture at their path.*\['q5'\]"),
         (5, {"images": None}, "line 6: a sample has `images`"),
@@ -211,6 +213,71 @@ def test_bad_samples_are_named_before_anything_runs(
     with pytest.raises(ValueError, match=message):
         evaluate(oracle, BENCHMARK, data, tmp_path / "run")
     assert not oracle.calls and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "wrong", "message"),
+    [
+        ("textvqa", {}, {"answers": ["a"] * 9}, "ten answers"),
+        ("gqa", {}, {"answers": [["a"]]}, "'answers' is no text"),
+        ("vqav2", {}, {"answer_types": "Other"}, r"\['Other'\]"),
+        ("pubchem", {"molecules": "C"}, {"molecules": "what"}, "no SMILES"),
+        ("grandstaff", {"scores": "4c"}, {"scores": 5}, "'scores' is no text"),
+        (
+            "coco_captions",
+            {"references": ["a cat"]},
+            {"references": 5},
+            "no list|no text",
+        ),
+        (
+            "xgqa",
+            {"answers": "a", "language": "de"},
+            {"answers": [["a"]]},
+            "'answers' is no text",
+        ),
+    ],
+)
+def test_answers_that_no_metric_reads_are_named_before_anything_runs(
+    name, fields, wrong, message, data, tmp_path
+):
+    benchmark = find_benchmark(name)
+    for row in range(12):
+        change_sample(data, row, **fields)
+    for row, code in enumerate(benchmark.languages):
+        change_sample(data, row, language=code)
+    model = make_oracle(open_samples(BENCHMARK, make_data(tmp_path / "right")))
+    change_sample(data, 7, **wrong)
+    with pytest.raises(ValueError, match=rf"ids \['q7'\].*({message})"):
+        evaluate(model, benchmark, data, tmp_path / "run")
+    assert not model.calls and not (tmp_path / "run").exists()
+
+
+def test_library_that_lacks_is_no_fault_of_the_samples(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "rdkit.Chem", None)
+    for row in range(12):
+        change_sample(data, row, molecules="C")
+    with pytest.raises(ValueError, match="^A molecule's canonical form is"):
+        evaluate(None, "pubchem", data, tmp_path / "run")
+
+
+def test_one_sample_without_an_optional_field_keeps_that_of_others(
+    data, tmp_path
+):
+    simple = find_benchmark("tallyqa_simple")
+    for row in range(12):
+        change_sample(data, row, answers=str(row))
+    with pytest.raises(ValueError, match=r"'acc/simple'.*\['simple'\] in"):
+        evaluate(None, simple, data, tmp_path / "run")
+    for row in range(1, 12):
+        change_sample(data, row, simple=row % 2)
+    samples = open_samples(simple, data)
+    model = Oracle(samples, ["0", *["1"] * 11])
+    result = evaluate(model, simple, data, tmp_path / "run")
+    assert result.values["acc/simple"] == pytest.approx(100 / 6)
+    assert result.values["acc/complex"] == 0
+    assert "no sample counts" not in str(result)
 
 
 @pytest.mark.parametrize("images", [None, 5, [], ["0.png", None]])
