@@ -1,8 +1,6 @@
 """Run a benchmark: predict, resume if killed, score, report."""
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -18,10 +16,8 @@ from keras_paligemma.evaluation.predictions import read_predictions
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.registry import find_benchmark
 from keras_paligemma.evaluation.report import write_report
-from keras_paligemma.evaluation.run_record import RunRecord
-from keras_paligemma.evaluation.run_record import describe_image
-from keras_paligemma.evaluation.run_record import fingerprint
-from keras_paligemma.evaluation.run_record import plain
+from keras_paligemma.evaluation.run_folder import claim_folder
+from keras_paligemma.evaluation.run_folder import record_of
 from keras_paligemma.evaluation.scoring import check_truth
 from keras_paligemma.evaluation.scoring import score
 from keras_paligemma.evaluation.sources import open_samples
@@ -156,9 +152,8 @@ def evaluate(
     opened = samples.benchmark.split
     on_card = opened == benchmark.split
     benchmark = replace(benchmark, split=opened)
-    settings = _settings(benchmark, samples, model)
-    record = RunRecord(settings, _asked(samples))
-    _keep_settings(output, settings)
+    record = record_of(benchmark, samples, model)
+    claim_folder(output, record.settings)
     path = output / PREDICTIONS
     options = {"max_new_tokens": benchmark.text_length}
     if benchmark.beams > 1:
@@ -216,58 +211,3 @@ def _check_data(benchmark, samples, decode):
             f"{samples.place}. Unpack all of {benchmark.data}."
         )
     check_truth(benchmark, samples, decode)
-
-
-def _settings(benchmark, samples, model):
-    """Return what all answers of a run depend on, ready for JSON."""
-    listed = hashlib.sha256("\n".join(samples.ids).encode()).hexdigest()
-    return {
-        "benchmark": benchmark.name,
-        "split": benchmark.split,
-        "samples": len(samples),
-        "ids_sha256": listed,
-        "frames": benchmark.frames,
-        "stride": benchmark.stride,
-        "beams": benchmark.beams,
-        "max_new_tokens": benchmark.text_length,
-        "image_size": model.backbone.image_size,
-        "model_sha256": fingerprint(model),
-    }
-
-
-def _asked(samples):
-    """Return the picture and prompt of each sample, ready for JSON.
-
-    Every prompt is filled, so one that lacks a field is found here.
-    """
-    rows = []
-    for row in range(len(samples)):
-        sample = samples.unopened(row)
-        image = describe_image(sample.images)
-        if sample.truth.get("red_box") is not None:
-            image = [image, plain(sample.truth["red_box"])]
-        rows.append([image, sample.prompt])
-    return rows
-
-
-def _keep_settings(output, here):
-    """Write the run's settings; raise if the folder holds another run."""
-    path = output / "settings.json"
-    if path.is_file():
-        there = json.loads(path.read_text("utf-8"))
-        changed = {
-            name: (there.get(name), value)
-            for name, value in here.items()
-            if there.get(name) != value
-        }
-        if changed:
-            raise ValueError(
-                f"{output} holds an evaluation of another kind. Received "
-                f"(there, now): {changed}. Choose another output."
-            )
-    output.mkdir(parents=True, exist_ok=True)
-    if compat.process()[0]:
-        return
-    draft = output / ".settings.json"
-    draft.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)

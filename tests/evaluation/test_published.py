@@ -16,7 +16,7 @@ from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
 from keras_paligemma.evaluation.pictures import pick_frames
 from keras_paligemma.evaluation.records import at_path
-from keras_paligemma.evaluation.scoring import truth_columns
+from keras_paligemma.evaluation.truth import truth_columns
 from keras_paligemma.preprocessing.images import read_image
 
 TEXT, INT, LONG = tfds.features.Text(), np.int32, np.int64
