@@ -131,7 +131,12 @@ def training_samples(benchmark: Benchmark, source: Any) -> Samples:
         )
     if benchmark.task == "chartqa":
         benchmark = dataclasses.replace(benchmark, subset=None)
-    return open_samples(benchmark, source, benchmark.train_split)
+    if benchmark.train_split is not None:
+        # Any source may hold it, so it is no choice among a source's splits.
+        benchmark = dataclasses.replace(
+            benchmark, split=benchmark.train_split, tfds_split=None
+        )
+    return open_samples(benchmark, source)
 
 
 class TrainingSource:

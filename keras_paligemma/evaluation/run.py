@@ -1,8 +1,6 @@
 """Run a benchmark: predict, resume if killed, score, report."""
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -18,9 +16,10 @@ from keras_paligemma.evaluation.predictions import read_predictions
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.registry import find_benchmark
 from keras_paligemma.evaluation.report import write_report
-from keras_paligemma.evaluation.run_record import fingerprint
+from keras_paligemma.evaluation.run_folder import claim_folder
+from keras_paligemma.evaluation.run_folder import record_of
+from keras_paligemma.evaluation.scoring import check_truth
 from keras_paligemma.evaluation.scoring import score
-from keras_paligemma.evaluation.scoring import truth_columns
 from keras_paligemma.evaluation.sources import open_samples
 from keras_paligemma.metrics.judges import JUDGES
 
@@ -95,8 +94,10 @@ def evaluate(
 
     Predictions are appended to `output`/predictions.jsonl batch by batch, in
     the order of the samples, and are on the disk before the next batch starts.
-    The same call resumes a killed run. At the end, `output`/results.json and
-    `output`/report.html are written.
+    The same call resumes a killed run: `output` records the model, the
+    settings, and the path and prompt of each sample, and a call that differs
+    in them is refused. The contents of picture files are not compared. At the
+    end, `output`/results.json and `output`/report.html are written.
 
     If a `keras.distribution` is active, each batch is split over its devices.
     With several hosts, each writes a file of its own into `output`, which all
@@ -110,7 +111,8 @@ def evaluate(
         output: path, folder of this run.
         batch_size: int, prompts per batch on this host.
         limit: int, use only the first `limit` samples.
-        split: str, split to use instead of the benchmark's.
+        split: str, split to use instead of the benchmark's, of a source that
+            has several.
         decode: function of mask codes to masks, for RefCOCO; `None` takes the
             embedded codec's, unless the model is of a published size.
         judges: dict of value names to judges, see `metrics.judged`.
@@ -147,15 +149,26 @@ def evaluate(
     samples = samples if limit is None else samples.first(limit)
     _check_data(benchmark, samples, decode)
     output = Path(output)
-    on_card = split in (None, benchmark.split)
-    benchmark = benchmark if on_card else replace(benchmark, split=split)
-    _keep_settings(output, benchmark, samples, model)
+    opened = samples.benchmark.split
+    on_card = opened == benchmark.split
+    benchmark = replace(benchmark, split=opened)
+    record = record_of(benchmark, samples, model)
+    claim_folder(output, record.settings)
     path = output / PREDICTIONS
     options = {"max_new_tokens": benchmark.text_length}
     if benchmark.beams > 1:
         options["beams"] = benchmark.beams
-    name = benchmark.name
-    predict(model, name, options, samples, path, batch_size, shard, progress)
+    predict(
+        model,
+        benchmark.name,
+        options,
+        samples,
+        path,
+        batch_size,
+        shard,
+        progress,
+        record,
+    )
     if compat.process()[0]:
         return None
     predictions = read_predictions(path)
@@ -189,7 +202,7 @@ def card_column(model: Any) -> str | None:
 
 
 def _check_data(benchmark, samples, decode):
-    """Raise for missing pictures or answers before anything is predicted."""
+    """Raise for what cannot be scored before anything is predicted."""
     missing = samples.missing_pictures()
     if missing:
         raise ValueError(
@@ -197,38 +210,4 @@ def _check_data(benchmark, samples, decode):
             f"have no picture at their path. Received: ids {missing[:5]} in "
             f"{samples.place}. Unpack all of {benchmark.data}."
         )
-    truth_columns(benchmark, samples, decode)
-
-
-def _keep_settings(output, benchmark, samples, model):
-    """Write the run's settings; raise if the folder holds another run."""
-    listed = hashlib.sha256("\n".join(samples.ids).encode()).hexdigest()
-    here = {
-        "benchmark": benchmark.name,
-        "split": benchmark.split,
-        "samples": len(samples),
-        "ids_sha256": listed,
-        "beams": benchmark.beams,
-        "max_new_tokens": benchmark.text_length,
-        "image_size": model.backbone.image_size,
-        "model_sha256": fingerprint(model),
-    }
-    path = output / "settings.json"
-    if path.is_file():
-        there = json.loads(path.read_text("utf-8"))
-        changed = {
-            name: (there.get(name), value)
-            for name, value in here.items()
-            if there.get(name) != value
-        }
-        if changed:
-            raise ValueError(
-                f"{output} holds an evaluation of another kind. Received "
-                f"(there, now): {changed}. Choose another output."
-            )
-    output.mkdir(parents=True, exist_ok=True)
-    if compat.process()[0]:
-        return
-    draft = output / ".settings.json"
-    draft.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    check_truth(benchmark, samples, decode)

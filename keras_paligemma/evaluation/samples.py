@@ -59,10 +59,7 @@ class Samples:
         self.benchmark = benchmark
         self.place = place
         self.records = records
-        self.ids = [
-            str(row if record.get("id") is None else record["id"])
-            for row, record in enumerate(records)
-        ]
+        self.ids = [record_id(row, each) for row, each in enumerate(records)]
         check_unique(self.ids, f"{place}, split {benchmark.split!r},")
 
     def __len__(self):
@@ -73,6 +70,16 @@ class Samples:
         return f"{self.place}, id {self.ids[index]!r}"
 
     def __getitem__(self, index: int) -> Sample:
+        sample = self.unopened(index)
+        with located(self.where(index)):
+            images = _opened(sample, self.benchmark)
+        return dataclasses.replace(sample, images=images)
+
+    def unopened(self, index: int) -> Sample:
+        """Return a sample with its pictures as they are in the data.
+
+        Paths are not read, no frames are picked and no box is drawn.
+        """
         with located(self.where(index)):
             record = dict(self.records[index])
             return Sample(
@@ -118,18 +125,28 @@ class Samples:
             for name, value in record.items()
             if name not in ("id", "images")
         }
-        if truth.get("answers") is not None:
+        if "answers" in truth:
             truth["answers"] = self._answers(truth["answers"])
         return truth
 
     def _answers(self, answers):
-        """Return one or more reference answers as text in the answer form."""
+        """Return one or more reference answers as text in the answer form.
+
+        An answer that is missing stays `None`.
+        """
+        if answers is None:
+            return None
         if isinstance(answers, (list, tuple)):
             return [self._answers(answer) for answer in answers]
         text = str(int(answers)) if isinstance(answers, bool) else str(answers)
         text = self.benchmark.answer_words.get(text, text)
         form = self.benchmark.answer_form
         return form.format(text) if form and "answer is" not in text else text
+
+
+def record_id(row: int, record: Mapping[str, Any]) -> str:
+    """Return the id of a record, which is its row if it has none."""
+    return str(row if record.get("id") is None else record["id"])
 
 
 def check_unique(ids: Sequence[str], what: str) -> None:
@@ -151,16 +168,10 @@ def _listed(images):
 
 
 def _images(record, benchmark):
-    """Return a sample's picture, its pictures, or frames of its video."""
+    """Return a sample's picture, its pictures, or its video, unopened."""
     images = record.get("images")
     if images is None:
         raise ValueError("The sample has no picture. Expected: 'images'.")
-    # Imported here, since reading pictures imports Keras.
-    from keras_paligemma.evaluation.pictures import draw_red_box
-    from keras_paligemma.evaluation.pictures import pick_frames
-
-    if benchmark.frames is not None:
-        return pick_frames(images, benchmark.frames, benchmark.stride)
     if benchmark.pictures > 1 and (
         not isinstance(images, (list, tuple))
         or len(images) != benchmark.pictures
@@ -169,9 +180,20 @@ def _images(record, benchmark):
             f"{benchmark.name} has {benchmark.pictures} pictures a prompt. "
             f"Received: {images!r:.80}."
         )
-    if record.get("red_box") is not None:
-        return draw_red_box(images, record["red_box"])
     return images
+
+
+def _opened(sample, benchmark):
+    """Pick the frames of a sample's video, or draw the box it asks about."""
+    # Imported here, since reading pictures imports Keras.
+    from keras_paligemma.evaluation.pictures import draw_red_box
+    from keras_paligemma.evaluation.pictures import pick_frames
+
+    if benchmark.frames is not None:
+        return pick_frames(sample.images, benchmark.frames, benchmark.stride)
+    if sample.truth.get("red_box") is not None:
+        return draw_red_box(sample.images, sample.truth["red_box"])
+    return sample.images
 
 
 def _fill(template: str, record: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Compute a benchmark's metric from predictions and samples."""
 
+import functools
 from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
@@ -10,25 +11,12 @@ from keras_paligemma import metrics
 from keras_paligemma.evaluation.predictions import check_predictions
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.samples import Samples
+from keras_paligemma.evaluation.truth import COLUMNS
+from keras_paligemma.evaluation.truth import truth_columns
 from keras_paligemma.metrics.scores import Scores
 
-# Ground truth columns of each metric; those in brackets may be missing.
-COLUMNS = {
-    "captions": ("references",),
-    "cider": ("references",),
-    "description_lengths": (),
-    "music": ("scores",),
-    "refcoco": ("boxes", "masks"),
-    "relaxed_accuracy": ("answers", "[kinds]"),
-    "rsvqa": ("answers", "question_types"),
-    "science_qa": ("answers",),
-    "smiles": ("molecules",),
-    "tables": ("html",),
-    "tallyqa": ("answers", "[simple]"),
-    "text_detection": ("polygons", "texts", "sizes"),
-    "vqa": ("answers",),
-    "vqav2": ("answers", "[answer_types]"),
-}
+# What metrics raise for ground truth that they cannot read.
+_REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 
 def score(
@@ -64,14 +52,7 @@ def score(
     check_predictions(predictions, samples.ids)
     texts = [predictions[id] for id in samples.ids]
     columns, groups = truth_columns(benchmark, samples, decode)
-    arguments = dict(benchmark.arguments)
-    if benchmark.metric == "refcoco":
-        arguments["decode"] = decode
-    function = getattr(metrics, benchmark.metric)
-    if groups is None:
-        scores = function(texts, **columns, **arguments)
-    else:
-        scores = _averaged(function, texts, columns, arguments, groups)
+    scores = _computed(_metric(benchmark, decode), texts, columns, groups)
     for name in benchmark.judges:
         if judges and name in judges:
             judged = metrics.judged(name, texts, _any(columns), judges[name])
@@ -79,86 +60,86 @@ def score(
     return scores
 
 
-def truth_columns(
+def check_truth(
     benchmark: Benchmark,
     samples: Samples,
     decode: Callable[..., Any] | None = None,
-) -> tuple[dict[str, Any], list[Any] | None]:
-    """Collect the ground truth that a metric compares with.
+) -> None:
+    """Score empty answers, so that what cannot be scored is found at once.
 
     Args:
         benchmark, samples, decode: as `score` takes them.
 
-    Returns:
-        Tuple of a dict of the metric's columns, and a list of each row's
-        group, or `None` if no mean over groups is reported.
-
     Raises:
-        ValueError: reference answers are missing, with the ids; or the metric
-            needs `decode`.
+        ValueError: reference answers are missing, or none that the metric can
+            score; the message lists ids. Or no sample has a field without
+            which the benchmark's value is not defined.
     """
-    if benchmark.metric == "refcoco" and decode is None:
+    columns, groups = truth_columns(benchmark, samples, decode)
+    metric = _metric(benchmark, decode)
+    try:
+        texts = [""] * len(samples)
+        values = _computed(metric, texts, columns, groups).values()
+    except _REFUSALS as error:
+        # A library that is not installed is no fault of the samples.
+        if isinstance(error.__cause__, ImportError):
+            raise
+        ids = _refused(metric, samples, columns)
         raise ValueError(
-            f"{benchmark.name} compares masks. Expected: `decode`, a function "
-            "of 16 codes a row to masks of 64 by 64. Received: None."
-        )
-    rows = [samples.truth(row) for row in range(len(samples))]
-    columns = {}
-    for name in COLUMNS[benchmark.metric]:
-        needed = not name.startswith("[")
-        name = name.strip("[]")
-        values = [row.get(name) for row in rows]
-        missing = [
-            id
-            for id, value in zip(samples.ids, values, strict=True)
-            if value is None or (isinstance(value, list) and not value)
-        ]
-        if not needed and missing:
-            continue
-        if name in ("polygons", "texts"):
-            missing = [
-                i for i, v in zip(samples.ids, values, strict=True) if v is None
-            ]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(samples)} samples of "
-                f"{benchmark.name} have no right {name!r}, such as those of a "
-                f"test split that is kept back. Received: ids {missing[:5]}."
-            )
-        if name == "references":
-            values = [[v] if isinstance(v, str) else v for v in values]
-        columns[name] = values
-    return columns, _groups(benchmark, samples, rows)
-
-
-def _groups(benchmark, samples, rows):
-    field = benchmark.average_over
-    if field is None:
-        return None
-    groups = [row.get(field) for row in rows]
-    if None in groups:
+            f"Samples of {benchmark.name} in {samples.place} cannot be scored "
+            f"by {benchmark.metric}. Received: ids {ids}. {error}"
+        ) from error
+    names = [name.strip("[]") for name in COLUMNS[benchmark.metric]]
+    absent = [name for name in names if name not in columns]
+    if absent and benchmark.value not in values:
         raise ValueError(
-            f"{benchmark.name} is a mean over each {field!r}, which samples "
-            f"lack. Received: id {samples.ids[groups.index(None)]!r} without."
+            f"{benchmark.name} reports {benchmark.value!r}, which needs a "
+            f"field that no sample has. Expected: {absent} in {samples.place}."
         )
-    return groups
 
 
-def _averaged(function, texts, columns, arguments, groups):
+def _metric(benchmark, decode):
+    """Return the metric as a function of texts and columns."""
+    arguments = dict(benchmark.arguments)
+    if benchmark.metric == "refcoco":
+        arguments["decode"] = decode
+    return functools.partial(getattr(metrics, benchmark.metric), **arguments)
+
+
+def _computed(metric, texts, columns, groups):
+    if groups is None:
+        return metric(texts, **columns)
+    return _averaged(metric, texts, columns, groups)
+
+
+def _refused(metric, samples, columns):
+    """Return ids, five at most, of samples that alone cannot be scored."""
+    ids = []
+    for row, id in enumerate(samples.ids):
+        try:
+            metric([""], **_at(columns, [row]))
+        except _REFUSALS:
+            ids.append(id)
+        if len(ids) == 5:
+            break
+    return ids
+
+
+def _at(columns, rows):
+    """Return columns at some rows."""
+    return {
+        name: [values[row] for row in rows] for name, values in columns.items()
+    }
+
+
+def _averaged(metric, texts, columns, groups):
     """Compute a metric for each group, and the mean over groups."""
     rows = {}
     for row, group in enumerate(groups):
         rows.setdefault(group, []).append(row)
     parts, quality = {}, np.full(len(texts), np.nan)
     for group, here in rows.items():
-        part = function(
-            [texts[row] for row in here],
-            **{
-                name: [values[row] for row in here]
-                for name, values in columns.items()
-            },
-            **arguments,
-        )
+        part = metric([texts[row] for row in here], **_at(columns, here))
         parts[group] = part
         first = next(iter(part.columns.values()))
         quality[here] = first if part.quality is None else part.quality

@@ -12,6 +12,8 @@ from keras_paligemma.evaluation.records import Mapped
 from keras_paligemma.evaluation.records import Picked
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.samples import Samples
+from keras_paligemma.evaluation.selection import check_split
+from keras_paligemma.evaluation.selection import selected
 
 # The file of our own layout, which any benchmark can be stored in.
 OWN = "samples.jsonl"
@@ -32,14 +34,16 @@ def open_samples(
             - TensorFlow Datasets' data under the original's name;
             or a data set in memory with the published fields; or `Samples`,
             which are returned unchanged.
-        split: str, name of a split; the benchmark's if `None`.
+        split: str, name of a split; the benchmark's if `None`. Only archives
+            and TensorFlow Datasets have several.
 
     Returns:
-        `Samples`.
+        `Samples`. If records have a `language` or, for ChartQA, `kinds`, they
+        are those that the benchmark scores.
 
     Raises:
-        ValueError: the source is none of these; the message says where to get
-            the data.
+        ValueError: the source is none of these, and the message says where to
+            get the data; it has no such split; or a language or kind lacks.
 
     Example:
 
@@ -49,9 +53,13 @@ def open_samples(
     ```
     """
     if isinstance(source, Samples):
+        check_split(source.benchmark, split, source.place)
         return source
     if not isinstance(source, (str, os.PathLike)):
-        return _in_memory(benchmark, source)
+        place = type(source).__name__
+        check_split(benchmark, split, place)
+        records = selected(benchmark, _in_memory(benchmark, source), place)
+        return Samples(benchmark, records, place)
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise ValueError(
@@ -61,16 +69,17 @@ def open_samples(
         )
     split = split or benchmark.split
     records = _records(benchmark, folder, split)
-    if benchmark.languages and len(records):
-        records = _spoken(benchmark, records, folder)
+    records = selected(benchmark, records, folder)
     opened = dataclasses.replace(benchmark, split=split)
     return Samples(opened, records, os.fspath(folder))
 
 
 def _records(benchmark, folder, split):
     if (folder / OWN).is_file():
+        check_split(benchmark, split, folder / OWN)
         return _own(folder)
     if (folder / "state.json").is_file():
+        check_split(benchmark, split, folder)
         return _hugging_face(benchmark, folder)
     tfds_name = benchmark.tfds or ""
     if tfds_name and (folder / tfds_name.partition("/")[0]).is_dir():
@@ -107,10 +116,13 @@ def _own(folder):
                 )
             images = record["images"]
             several = isinstance(images, list)
-            paths = [
-                str(folder / image)
-                for image in (images if several else [images])
-            ]
+            named = images if several else [images]
+            if not named or not all(isinstance(each, str) for each in named):
+                raise ValueError(
+                    f"{folder / OWN}, line {number}: `images` is a path or a "
+                    f"list of paths. Received: {images!r:.80}."
+                )
+            paths = [str(folder / image) for image in named]
             records.append(record | {"images": paths if several else paths[0]})
     return records
 
@@ -181,27 +193,6 @@ def _pictures(benchmark):
     )
 
 
-def _spoken(benchmark, records, folder):
-    """Keep the benchmark's languages; raise if one is missing."""
-    if "language" not in records[0]:
-        return records
-    spoken = [record["language"] for record in records]
-    missing = set(benchmark.languages) - set(spoken)
-    if missing:
-        raise ValueError(
-            f"{folder} lacks languages of {benchmark.name}. Expected: "
-            f"{list(benchmark.languages)}. Missing: {sorted(missing)}."
-        )
-    rows = [
-        n
-        for n, language in enumerate(spoken)
-        if language in benchmark.languages
-    ]
-    if isinstance(records, list):
-        return [records[row] for row in rows]
-    return Picked([records], rows)
-
-
 def _in_memory(benchmark, dataset):
     if (
         isinstance(dataset, Mapping)
@@ -213,6 +204,4 @@ def _in_memory(benchmark, dataset):
             "folder, a split of `datasets.load_dataset`, `tfds.data_source`, "
             f"or a list. Received: {type(dataset).__name__}."
         )
-    place = type(dataset).__name__
-    dataset = _undecoded(benchmark, dataset)
-    return Samples(benchmark, Mapped(dataset, benchmark.fields), place)
+    return Mapped(_undecoded(benchmark, dataset), benchmark.fields)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from keras_paligemma.metrics.edits import edit_distance
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import check_texts
 from keras_paligemma.metrics.scores import column
 
 # Number of equal reference answers from which a prediction counts in full.
@@ -30,7 +31,8 @@ def vqa(
         a list of one; "acc_any", 1 for a match with any; and "anls".
 
     Raises:
-        ValueError: columns of different lengths, or a row without answers.
+        ValueError: columns of different lengths, or a row without answers or
+            with one that is no text.
 
     Example:
 
@@ -41,6 +43,7 @@ def vqa(
     threshold is https://visualqa.org/evaluation.html without its ten subsets.
     """
     check_rows(predictions, answers=answers)
+    check_texts("answers", answers, several=True)
     rows = {"acc": [], "acc_any": [], "anls": []}
     for row, (text, right) in enumerate(zip(predictions, answers, strict=True)):
         enough = 1.0 if isinstance(right, str) else _ENOUGH
@@ -96,7 +99,7 @@ def yes_or_no(predictions: Sequence[str], answers: Sequence[str]) -> Scores:
         are "yes" or "no" (0 to 1, despite the original's name).
 
     Raises:
-        ValueError: columns of different lengths.
+        ValueError: an answer is no text, or columns are of different lengths.
 
     Example:
 
@@ -106,6 +109,7 @@ def yes_or_no(predictions: Sequence[str], answers: Sequence[str]) -> Scores:
     Source: big_vision `evaluators/proj/paligemma/transfers/pope.py`.
     """
     check_rows(predictions, answers=answers)
+    check_texts("answers", answers)
     lowered = [text.lower() for text in predictions]
     pairs = zip(lowered, answers, strict=True)
     return Scores(

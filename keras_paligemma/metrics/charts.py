@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import by_kind
+from keras_paligemma.metrics.scores import check_kinds
 from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import check_texts
 from keras_paligemma.metrics.scores import column
 
 KINDS = {"augmented": "augmented", "human": "human"}
@@ -21,7 +23,8 @@ def relaxed_accuracy(
     Args:
         predictions: list of str.
         answers: list of str.
-        kinds: list of "augmented" or "human", one per row, or `None`.
+        kinds: list of "augmented" or "human", one per row, or `None`, which
+            a row may be too.
         lower: bool, whether to ignore case.
 
     Returns:
@@ -30,7 +33,8 @@ def relaxed_accuracy(
         "relaxed_acc/mean".
 
     Raises:
-        ValueError: columns of different lengths.
+        ValueError: an answer is no text, a kind is unknown, or columns are of
+            different lengths.
 
     Example:
 
@@ -40,6 +44,7 @@ def relaxed_accuracy(
     Source: big_vision `evaluators/proj/paligemma/transfers/chartqa.py`.
     """
     check_rows(predictions, answers=answers, kinds=kinds)
+    check_texts("answers", answers)
     if lower:
         predictions = [text.lower() for text in predictions]
         answers = [text.lower() for text in answers]
@@ -50,6 +55,7 @@ def relaxed_accuracy(
         "relaxed_acc": relaxed,
     }
     if kinds is not None:
+        check_kinds("kinds of charts", kinds, [*KINDS, None])
         columns |= by_kind("relaxed_acc", relaxed, kinds, KINDS)
     return Scores(columns, _with_mean, relaxed)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import check_texts
 from keras_paligemma.metrics.scores import column
 
 _ANSWER = re.compile(r"the answer is ([a-z])\.")
@@ -24,7 +25,7 @@ def science_qa(predictions: Sequence[str], answers: Sequence[str]) -> Scores:
         original.)
 
     Raises:
-        ValueError: columns of different lengths.
+        ValueError: an answer is no text, or columns are of different lengths.
 
     Example:
 
@@ -34,6 +35,7 @@ def science_qa(predictions: Sequence[str], answers: Sequence[str]) -> Scores:
     Source: big_vision `evaluators/proj/paligemma/transfers/science_qa.py`.
     """
     check_rows(predictions, answers=answers)
+    check_texts("answers", answers)
     letters = [choice(text) for text in predictions]
     right = [choice(text) for text in answers]
     pairs = zip(letters, right, strict=True)

@@ -11,6 +11,7 @@ from keras_paligemma.metrics.ngrams import counted
 from keras_paligemma.metrics.ngrams import ngram_counts
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import check_texts
 from keras_paligemma.metrics.scores import column
 
 _ORDERS = 4
@@ -42,7 +43,8 @@ def captions(
         by CIDEr.
 
     Raises:
-        ValueError: columns of different lengths, or a row without references.
+        ValueError: columns of different lengths, or a row without references or
+            with one that is no text.
 
     Example:
 
@@ -80,7 +82,8 @@ def cider(
         `Scores` of "cider", 0 to 10; reports multiply it by 100.
 
     Raises:
-        ValueError: columns of different lengths, or a row without references.
+        ValueError: columns of different lengths, or a row without references or
+            with one that is no text.
 
     Source: https://arxiv.org/abs/1411.5726, in the form of its section 6.
     """
@@ -102,7 +105,8 @@ def bleu(
         `Scores` of "bleu-1" to "bleu-4"; rows are sorted by 4-gram precision.
 
     Raises:
-        ValueError: columns of different lengths, or a row without references.
+        ValueError: columns of different lengths, or a row without references or
+            with one that is no text.
 
     Source: https://aclanthology.org/P02-1040, with the closest reference
     length.
@@ -126,7 +130,8 @@ def rouge(
         `Scores` of "rouge".
 
     Raises:
-        ValueError: columns of different lengths, or a row without references.
+        ValueError: columns of different lengths, or a row without references or
+            with one that is no text.
 
     Source: https://aclanthology.org/W04-1013.
     """
@@ -141,6 +146,7 @@ def _tokens(predictions, references, tokenize):
     share is tokenised once.
     """
     check_rows(predictions, references=references)
+    check_texts("references", references, several=True)
     known, numbers = {}, {}
 
     def cut(text):

@@ -7,6 +7,7 @@ import numpy as np
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import by_kind
 from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import check_texts
 from keras_paligemma.metrics.scores import column
 
 _WORDS = (
@@ -34,7 +35,7 @@ def tallyqa(
         with `simple` also of "acc/simple" and "acc/complex".
 
     Raises:
-        ValueError: columns of different lengths.
+        ValueError: an answer is no text, or columns are of different lengths.
 
     Example:
 
@@ -44,6 +45,7 @@ def tallyqa(
     Source: big_vision `evaluators/proj/paligemma/transfers/tallyqa.py`.
     """
     check_rows(predictions, answers=answers, simple=simple)
+    check_texts("answers", answers)
     counts = [numeral(answer) for answer in answers]
     pairs = zip(predictions, counts, strict=True)
     right = column([numeral(text) == count for text, count in pairs])

@@ -6,6 +6,7 @@ from keras_paligemma.metrics.edits import edit_distance
 from keras_paligemma.metrics.needs import needed
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import check_texts
 from keras_paligemma.metrics.scores import column
 
 
@@ -22,7 +23,8 @@ def tables(predictions: Sequence[str], html: Sequence[str]) -> Scores:
         rows are sorted by "teds".
 
     Raises:
-        ValueError: columns of different lengths, or a library is missing.
+        ValueError: a reference is no text, columns are of different lengths,
+            or a library is missing.
 
     Example:
 
@@ -31,6 +33,7 @@ def tables(predictions: Sequence[str], html: Sequence[str]) -> Scores:
     1.0
     """
     check_rows(predictions, html=html)
+    check_texts("html", html)
     grits = needed("grits", "GriTS")
     rows = {"teds": [], "s_teds": [], "grits_top": [], "grits_con": []}
     for text, right in zip(predictions, html, strict=True):

@@ -7,6 +7,7 @@ import numpy as np
 from keras_paligemma.metrics.edits import edit_distance
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import check_texts
 from keras_paligemma.metrics.scores import column
 
 _MARKS = {"\n": " <b> ", "\t": " <t> "}
@@ -27,7 +28,8 @@ def music(predictions: Sequence[str], scores: Sequence[str]) -> Scores:
         symbols; "cer_characters" is the usual character error rate.
 
     Raises:
-        ValueError: columns of different lengths, or an empty reference.
+        ValueError: columns of different lengths, or a reference that is empty
+            or no text.
 
     Example:
 
@@ -37,6 +39,7 @@ def music(predictions: Sequence[str], scores: Sequence[str]) -> Scores:
     Source: https://github.com/multiscore/e2e-pianoform.
     """
     check_rows(predictions, scores=scores)
+    check_texts("scores", scores)
     empty = [row for row, text in enumerate(scores) if not text]
     if empty:
         raise ValueError(

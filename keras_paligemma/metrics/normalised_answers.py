@@ -7,7 +7,9 @@ import numpy as np
 
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import by_kind
+from keras_paligemma.metrics.scores import check_kinds
 from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import check_texts
 from keras_paligemma.metrics.scores import column
 
 TYPES = {"yes/no": "yesno", "number": "number", "other": "other"}
@@ -76,7 +78,8 @@ def vqav2(
     Args:
         predictions: list of str.
         answers: list of ten str per row.
-        answer_types: list of one of `TYPES` per row, or `None`.
+        answer_types: list of one of `TYPES` per row, or `None`, which a row
+            may be too.
 
     Returns:
         `Scores` of "acc" and, with types, "acc/yesno", "acc/number" and
@@ -95,6 +98,7 @@ def vqav2(
     https://visualqa.org/evaluation.html.
     """
     check_rows(predictions, answers=answers, answer_types=answer_types)
+    check_texts("answers", answers, several=True)
     rows = []
     for row, (text, ten) in enumerate(zip(predictions, answers, strict=True)):
         if len(ten) != 10 or isinstance(ten, str):
@@ -105,12 +109,7 @@ def vqav2(
         rows.append(_accuracy(text, ten))
     columns = {"acc": column(rows)}
     if answer_types is not None:
-        unknown = sorted(set(answer_types) - TYPES.keys())
-        if unknown:
-            raise ValueError(
-                f"Unknown types of answers. Expected: {list(TYPES)}. "
-                f"Received: {unknown[:5]}."
-            )
+        check_kinds("types of answers", answer_types, [*TYPES, None])
         columns |= by_kind("acc", columns["acc"], answer_types, TYPES)
     return Scores(columns)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from keras_paligemma.metrics.answers import vqa
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import by_kind
+from keras_paligemma.metrics.scores import check_kinds
 from keras_paligemma.metrics.scores import check_rows
 
 TYPES = ("comp", "count", "presence", "rural_urban", "area")
@@ -44,12 +45,7 @@ def rsvqa(
     Source: big_vision `evaluators/proj/paligemma/transfers/rsvqa.py`.
     """
     check_rows(predictions, answers=answers, question_types=question_types)
-    unknown = sorted(set(question_types) - set(TYPES))
-    if unknown:
-        raise ValueError(
-            f"Unknown types of questions. Expected: {list(TYPES)}. Received: "
-            f"{unknown[:5]}."
-        )
+    check_kinds("types of questions", question_types, TYPES)
     columns = dict(vqa(predictions, answers, lower).columns)
     any_met = columns["acc_any"]
     split = by_kind("acc", any_met, question_types, {t: t for t in TYPES})

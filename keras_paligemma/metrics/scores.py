@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -174,6 +175,51 @@ def by_kind(
         for kind, shown in names.items()
         if (kinds == kind).any()
     }
+
+
+def check_kinds(
+    what: str, kinds: Sequence[Any] | np.ndarray, known: Sequence[Any]
+) -> None:
+    """Check the kinds of rows.
+
+    Args:
+        what: str, what the kinds are of, for the message.
+        kinds: sequence, the kind of each row.
+        known: sequence of the kinds that there are.
+
+    Raises:
+        ValueError: a kind is unknown.
+    """
+    unknown = [kind for kind in kinds if kind not in known]
+    if unknown:
+        raise ValueError(
+            f"Unknown {what}. Expected: {list(known)}. Received: {unknown[:5]}."
+        )
+
+
+def check_texts(
+    name: str, values: Sequence[Any], several: bool = False
+) -> None:
+    """Check that the rows of a column of references are text.
+
+    Args:
+        name: str, name of the column.
+        values: sequence, one entry per row.
+        several: bool, whether an entry may also be a list of texts.
+
+    Raises:
+        ValueError: an entry is something else.
+    """
+    for row, value in enumerate(values):
+        if isinstance(value, str):
+            continue
+        listed = several and isinstance(value, Collection)
+        if not listed or not all(isinstance(part, str) for part in value):
+            raise ValueError(
+                f"Row {row} of {name!r} is no text. Expected: a string"
+                f"{' or a list of strings' if several else ''}. Received: "
+                f"{value!r:.80}."
+            )
 
 
 def check_rows(

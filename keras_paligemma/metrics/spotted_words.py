@@ -7,6 +7,7 @@ from keras_paligemma.metrics.detection import quotients
 from keras_paligemma.metrics.needs import needed
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import check_texts
 from keras_paligemma.metrics.scores import column
 from keras_paligemma.tasks.answers import read_objects
 
@@ -49,6 +50,7 @@ def text_detection(
     """
     shapely = needed("shapely", "Overlap of polygons")
     check_rows(predictions, polygons=polygons, texts=texts, sizes=sizes)
+    check_texts("texts", texts, several=True)
     met, predicted, wanted = [], [], []
     for row, text in enumerate(predictions):
         found = [

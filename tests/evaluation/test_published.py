@@ -16,7 +16,7 @@ from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
 from keras_paligemma.evaluation.pictures import pick_frames
 from keras_paligemma.evaluation.records import at_path
-from keras_paligemma.evaluation.scoring import truth_columns
+from keras_paligemma.evaluation.truth import truth_columns
 from keras_paligemma.preprocessing.images import read_image
 
 TEXT, INT, LONG = tfds.features.Text(), np.int32, np.int64
@@ -122,10 +122,10 @@ FEATURES = {
 VALUES = {"answer_type": b"other", "question_type": b"comp"}
 
 
-def fake(feature, name, number):
+def fake(feature, name, number, languages=("en",)):
     """Return a value as `tfds.data_source` gives it."""
     if isinstance(feature, dict):
-        return {k: fake(v, k, number) for k, v in feature.items()}
+        return {k: fake(v, k, number, languages) for k, v in feature.items()}
     if isinstance(feature, tfds.features.Sequence):
         if isinstance(feature.feature, tfds.features.FeaturesDict):
             inner = {"id": np.array([1, 2]), "text": [b"a cat", b"cats"]}
@@ -136,7 +136,7 @@ def fake(feature, name, number):
     if isinstance(feature, tfds.features.BBoxFeature):
         return np.array([0.1, 0.2, 0.5, 0.6], "float32")
     if isinstance(feature, tfds.features.Text):
-        language = b"%b" % (b"en", b"id", b"bn")[number % 3]
+        language = languages[number % len(languages)].encode()
         text = VALUES.get(name, b"text %d" % number)
         return language if name == "language" else text
     return np.dtype(feature).type(number % 2)
@@ -158,7 +158,9 @@ def distinct(example, path, number):
 )
 def test_features_of_the_original(benchmark):
     features = FEATURES[benchmark.tfds]
-    examples = [fake(features, "", number) for number in range(3)]
+    languages = benchmark.languages or ("en",)
+    count = max(3, len(languages))
+    examples = [fake(features, "", n, languages) for n in range(count)]
     id = benchmark.fields.get("id")
     if id is not None:
         examples = [
@@ -170,7 +172,7 @@ def test_features_of_the_original(benchmark):
             truth_columns(benchmark, samples)
     else:
         truth_columns(benchmark, samples)
-    assert samples.ids == ["0", "1", "2"]
+    assert samples.ids == [str(number) for number in range(count)]
     sample = samples[1]
     assert "{" not in sample.prompt and "b'" not in sample.prompt
     answers = sample.truth.get("answers", ["text"])
@@ -188,6 +190,19 @@ def test_every_name_has_its_features():
     assert {benchmark.tfds for benchmark in benchmarks().values()} - {
         None
     } == set(FEATURES)
+
+
+def test_languages_in_memory_are_those_of_the_benchmark():
+    features = FEATURES["xm3600"]
+    examples = [fake(features, "", n, ("en", "de")) for n in range(4)]
+    examples = [
+        distinct(each, "image/id", n) for n, each in enumerate(examples)
+    ]
+    english = open_samples(find_benchmark("xm3600_en"), examples)
+    assert english.ids == ["0", "2"]
+    assert english.truth(1)["language"] == "en"
+    with pytest.raises(ValueError, match=r"list lacks .*Missing: \['ar', 'bn'"):
+        open_samples(find_benchmark("xm3600"), examples)
 
 
 def test_multiple_choice_answers_with_the_text_of_the_choice():
@@ -222,6 +237,8 @@ def test_hugging_face_from_disk(tmp_path):
         assert samples[0].truth["descriptions"] == "A cat. It sits."
         assert isinstance(samples[0].images, bytes)
         assert read_image(samples[0].images).shape == (6, 8, 3)
+        with pytest.raises(ValueError, match="one split.*Received: 'dev'"):
+            open_samples(docci, source, "dev")
     with pytest.raises(ValueError, match="Received: dict"):
         open_samples(docci, {"test": made})
 

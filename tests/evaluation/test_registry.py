@@ -20,7 +20,7 @@ from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import settings_of
 from keras_paligemma.evaluation.layouts import LAYOUTS
 from keras_paligemma.evaluation.registry import COLUMNS
-from keras_paligemma.evaluation.scoring import COLUMNS as METRICS
+from keras_paligemma.evaluation.truth import COLUMNS as METRICS
 from tests.evaluation.model_card import FIXTURE
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -1,5 +1,6 @@
 """Interrupted runs, invalid data, and the files written at the end."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -20,10 +21,12 @@ from keras_paligemma.evaluation import open_samples
 from keras_paligemma.evaluation import read_predictions
 from keras_paligemma.evaluation import score
 from keras_paligemma.evaluation import settings_of
+from keras_paligemma.evaluation import training_samples
 from keras_paligemma.evaluation.predictions import append
 from keras_paligemma.evaluation.predictions import resume
 from tests.helpers.benchmark_data import change_sample
 from tests.helpers.benchmark_data import make_data
+from tests.helpers.benchmark_data import put
 from tests.helpers.oracle import Oracle
 from tests.helpers.processes import LEAN
 
@@ -194,6 +197,8 @@ def test_captions_are_searched_with_beams(data, tmp_path):
     [
         (3, {"answers": None}, r"1 of 12 .* no right 'answers'.*\['q3'\]"),
         (3, {"answers": []}, r"no right 'answers'.*\['q3'\]"),
+        (3, {"answers": ["a", None]}, r"no right 'answers'.*\['q3'\]"),
+        (4, {"question": None}, "id 'q4': The prompt .* needs .*'question'"),
         (4, {"id": "q2"}, r"1 ids more than once.*\['q2'\]"),
         (5, {"images": "none.png"}, r"no picture at their path.*\['q5'\]"),
         (5, {"images": None}, "line 6: a sample has `images`"),
@@ -208,6 +213,79 @@ def test_bad_samples_are_named_before_anything_runs(
     with pytest.raises(ValueError, match=message):
         evaluate(oracle, BENCHMARK, data, tmp_path / "run")
     assert not oracle.calls and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "wrong", "message"),
+    [
+        ("textvqa", {}, {"answers": ["a"] * 9}, "ten answers"),
+        ("gqa", {}, {"answers": [["a"]]}, "'answers' is no text"),
+        ("vqav2", {}, {"answer_types": "Other"}, r"\['Other'\]"),
+        ("pubchem", {"molecules": "C"}, {"molecules": "what"}, "no SMILES"),
+        ("grandstaff", {"scores": "4c"}, {"scores": 5}, "'scores' is no text"),
+        (
+            "coco_captions",
+            {"references": ["a cat"]},
+            {"references": 5},
+            "no list|no text",
+        ),
+        (
+            "xgqa",
+            {"answers": "a", "language": "de"},
+            {"answers": [["a"]]},
+            "'answers' is no text",
+        ),
+    ],
+)
+def test_answers_that_no_metric_reads_are_named_before_anything_runs(
+    name, fields, wrong, message, data, tmp_path
+):
+    benchmark = find_benchmark(name)
+    for row in range(12):
+        change_sample(data, row, **fields)
+    for row, code in enumerate(benchmark.languages):
+        change_sample(data, row, language=code)
+    model = make_oracle(open_samples(BENCHMARK, make_data(tmp_path / "right")))
+    change_sample(data, 7, **wrong)
+    with pytest.raises(ValueError, match=rf"ids \['q7'\].*({message})"):
+        evaluate(model, benchmark, data, tmp_path / "run")
+    assert not model.calls and not (tmp_path / "run").exists()
+
+
+def test_library_that_lacks_is_no_fault_of_the_samples(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "rdkit.Chem", None)
+    for row in range(12):
+        change_sample(data, row, molecules="C")
+    with pytest.raises(ValueError, match="^A molecule's canonical form is"):
+        evaluate(None, "pubchem", data, tmp_path / "run")
+
+
+def test_one_sample_without_an_optional_field_keeps_that_of_others(
+    data, tmp_path
+):
+    simple = find_benchmark("tallyqa_simple")
+    for row in range(12):
+        change_sample(data, row, answers=str(row))
+    with pytest.raises(ValueError, match=r"'acc/simple'.*\['simple'\] in"):
+        evaluate(None, simple, data, tmp_path / "run")
+    for row in range(1, 12):
+        change_sample(data, row, simple=row % 2)
+    samples = open_samples(simple, data)
+    model = Oracle(samples, ["0", *["1"] * 11])
+    result = evaluate(model, simple, data, tmp_path / "run")
+    assert result.values["acc/simple"] == pytest.approx(100 / 6)
+    assert result.values["acc/complex"] == 0
+    assert "no sample counts" not in str(result)
+
+
+@pytest.mark.parametrize("images", [None, 5, [], ["0.png", None]])
+def test_pictures_that_are_no_paths_are_named(images, tmp_path):
+    line = {"id": 1, "images": images, "question": "what?", "answers": ["a"]}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(line))
+    with pytest.raises(ValueError, match="line 1: `images` is a path or a"):
+        open_samples(BENCHMARK, tmp_path)
 
 
 def test_picture_that_cannot_be_read_is_named(data, tmp_path):
@@ -247,9 +325,14 @@ def test_folder_of_another_run_is_refused(data, tmp_path):
             data,
             tmp_path / "run",
         )
-    with pytest.raises(ValueError, match=r"'split': \('val', 'test'\)"):
-        run(data, tmp_path / "run", split="test")
     samples = open_samples(BENCHMARK, data)
+    with pytest.raises(ValueError, match=r"'split': \('val', 'test'\)"):
+        evaluate(
+            make_oracle(samples),
+            dataclasses.replace(BENCHMARK, split="test"),
+            data,
+            tmp_path / "run",
+        )
     right = [samples.truth(row)["answers"][0] for row in range(12)]
     tuned = Oracle(samples, right, weight=1e-3)
     with pytest.raises(ValueError, match="'model_sha256': "):
@@ -259,6 +342,43 @@ def test_folder_of_another_run_is_refused(data, tmp_path):
     append(path, [("q99", "")])
     with pytest.raises(ValueError, match="holds rows of another run.*'q99'"):
         run(data, tmp_path / "run")
+
+
+def test_answers_to_other_pictures_or_prompts_are_not_scored(data, tmp_path):
+    output = tmp_path / "run"
+    run(data, output)
+    path = output / "predictions.jsonl"
+    before = path.read_bytes()
+    change_sample(data, 3, question="which?")
+    with pytest.raises(ValueError, match="another run.*'q3': prompt .*which"):
+        run(data, output)
+    change_sample(data, 3, question="what?", images="4.png")
+    samples = open_samples(BENCHMARK, data).first(3)
+    model = Oracle(samples, ["", "", ""])
+    with pytest.raises(ValueError, match="another run.*'q3': image .*4.png"):
+        evaluate(model, BENCHMARK, data, output)
+    change_sample(data, 3, images="3.png")
+    record = output / "predictions.jsonl.run.json"
+    record.rename(tmp_path / "record.json")
+    with pytest.raises(ValueError, match="or of an earlier version"):
+        run(data, output)
+    (tmp_path / "record.json").rename(record)
+    again, _ = run(data, output)
+    assert again.calls == 0 and path.read_bytes() == before
+
+
+def test_the_box_that_is_asked_about_belongs_to_a_run(data, tmp_path):
+    widgets = find_benchmark("widgetcap")
+    for row in range(12):
+        change_sample(
+            data, row, references=["a"], red_box=[0, 0, 0.5, row / 12 + 0.01]
+        )
+    samples = open_samples(widgets, data)
+    model = Oracle(samples, ["a"] * 12)
+    evaluate(model, widgets, data, tmp_path / "run")
+    change_sample(data, 2, red_box=[0.5, 0.5, 1, 1])
+    with pytest.raises(ValueError, match="another run.*id 'q2': image"):
+        evaluate(model, widgets, data, tmp_path / "run")
 
 
 def test_empty_split(tmp_path):
@@ -294,11 +414,59 @@ def test_values_without_a_judge_are_said_to_need_one(data, tmp_path):
         metrics.judged("radgraph_f1", ["a"], ["a"])
 
 
-def test_another_split_has_no_number_beside_it(data, tmp_path):
-    _, result = run(data, tmp_path / "run", split="test")
+def test_another_split_has_no_number_beside_it(tmp_path):
+    texts = find_benchmark("textvqa")
+    entry = {"question_id": 1, "image_id": "a", "question": "what?"}
+    entry |= {"answers": ["it"] * 10}
+    put(tmp_path, "TextVQA_0.5.1_test.json", {"data": [entry]})
+    put(tmp_path, "test_images/a.jpg", (8, 6))
+    samples = open_samples(texts, tmp_path, "test")
+    model = Oracle(samples, ["it"])
+    result = evaluate(model, texts, tmp_path, tmp_path / "run", split="test")
     assert result.card == {} and result.benchmark.split == "test"
+    # Samples know their split, which may not be another.
+    again = evaluate(model, texts, samples, tmp_path / "run")
+    assert again.card == {} and again.benchmark.split == "test"
+    with pytest.raises(ValueError, match="one split.*Received: 'val'"):
+        evaluate(model, texts, samples, tmp_path / "run", split="val")
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "of the split test" in page and "the card has no number" in page
+
+
+def test_a_split_that_data_cannot_have_is_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="samples.jsonl holds one split.*'x'"):
+        run(data, tmp_path / "run", split="x")
+    rows = [{"image": "1.png", "question": "what?", "answer": "it"}]
+    with pytest.raises(ValueError, match="list holds one split.*'x'"):
+        open_samples(find_benchmark("activitynet_qa"), rows, "x")
+    assert len(open_samples(BENCHMARK, data, "val")) == 12
+
+
+def test_kinds_of_charts_are_those_of_the_benchmark(data):
+    human = find_benchmark("chartqa_human")
+    assert len(open_samples(human, data)) == 12
+    for row in range(12):
+        kind = "human" if row % 3 else "augmented"
+        change_sample(data, row, answers=str(row), kinds=kind)
+    assert open_samples(human, data).ids[:3] == ["q1", "q2", "q4"]
+    assert open_samples(find_benchmark("chartqa_augmented"), data).ids == [
+        *("q0", "q3", "q6", "q9")
+    ]
+    # Training mixes both.
+    assert len(training_samples(human, data)) == 12
+    change_sample(data, 4, kinds=None)
+    with pytest.raises(ValueError, match=r"1 of 12 .*'kinds'.*\['q4'\]"):
+        open_samples(human, data)
+
+
+def test_a_sample_without_a_language_is_named(data):
+    english = find_benchmark("xm3600_en")
+    for row in range(12):
+        change_sample(data, row, references=["a"], language="en")
+    for row in (0, 5):
+        change_sample(data, row, language=None)
+        with pytest.raises(ValueError, match=rf"'language'.*'q{row}'"):
+            open_samples(english, data)
 
 
 def test_refcoco_of_a_published_size_asks_for_its_codec(data, tmp_path):

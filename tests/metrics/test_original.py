@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from keras_paligemma import metrics
 from keras_paligemma.metrics import answers
 from keras_paligemma.metrics import charts
 from keras_paligemma.metrics import choices
@@ -120,8 +121,29 @@ def test_edit_distance_needs_no_library():
         (vqav2.vqav2, [["a"], [["a"] * 9]], "ten answers"),
         (vqav2.vqav2, [["a"], [["a"] * 10], ["word"]], r"\['word'\]"),
         (remote_sensing.rsvqa, [["a"], [["a"]], ["size"]], r"\['size'\]"),
+        (remote_sensing.rsvqa, [["a"], [["a"]], [None]], r"\[None\]"),
+        (charts.relaxed_accuracy, [["a"], ["a"], ["Human"]], r"\['Human'\]"),
+        (charts.relaxed_accuracy, [["3"], [3]], "Row 0 .*a string. .*: 3"),
+        (counting.tallyqa, [["3"], [3]], "Row 0 of 'answers' .*: 3"),
+        (choices.science_qa, [["a"], [["a"]]], r"a string. .*: \['a'\]"),
+        (answers.yes_or_no, [["yes"], [True]], "Received: True"),
+        (answers.vqa, [["3"], [3]], "a string or a list of .*: 3"),
+        (answers.vqa, [["3"], [["3", None]]], r"Received: \['3', None\]"),
+        (vqav2.vqav2, [["3"], [[3] * 10]], "Row 0 of 'answers' is no text"),
+        (metrics.captions, [["a"], [["a", None]]], "'references' is no text"),
+        (metrics.music, [["a"], [5]], "'scores' is no text"),
+        (metrics.tables, [["a"], [None]], "'html' is no text"),
     ],
 )
 def test_bad_columns_are_refused(function, columns, message):
     with pytest.raises(ValueError, match=message):
         function(*columns)
+
+
+def test_a_row_may_be_of_no_kind():
+    kinds = ["human", None, "human"]
+    scores = charts.relaxed_accuracy(["1", "1", "1"], ["1", "1", "2"], kinds)
+    assert scores.values()["relaxed_acc/human"] == 0.5
+    types = ["other", None]
+    values = vqav2.vqav2(["a", "b"], [["a"] * 10] * 2, types).values()
+    assert values == {"acc": 0.5, "acc/other": 1}
