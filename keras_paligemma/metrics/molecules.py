@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from keras_paligemma.metrics.needs import needed
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
+from keras_paligemma.metrics.scores import check_texts
 from keras_paligemma.metrics.scores import column
 
 
@@ -32,6 +33,7 @@ def smiles(predictions: Sequence[str], molecules: Sequence[str]) -> Scores:
     Source: https://www.rdkit.org/docs/GettingStartedInPython.html.
     """
     check_rows(predictions, molecules=molecules)
+    check_texts("molecules", molecules)
     wanted = [canonical(text) for text in molecules]
     if None in wanted:
         row = wanted.index(None)

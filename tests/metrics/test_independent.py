@@ -171,6 +171,8 @@ def test_smiles():
     assert scores.columns["exact"].sum() == 0
     with pytest.raises(ValueError, match="row 1 is no SMILES"):
         metrics.smiles(["C", "C"], ["C", "what"])
+    with pytest.raises(ValueError, match="molecules.*None"):
+        metrics.smiles(["C"], [None])
 
 
 def test_mean_average_precision_equals_faster_coco_eval():
