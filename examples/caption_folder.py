@@ -26,15 +26,23 @@ def main(arguments=None):
     parser.add_argument("--batch-size", type=int, default=8)
     options = parser.parse_args(arguments)
 
+    if not options.folder.is_dir():
+        parser.error(f"no folder {options.folder}")
     paths = sorted(
         path
         for path in options.folder.rglob("*")
         if path.suffix.lower() in KINDS
     )
-    done = set()
+    text = ""
     if options.output.exists():
-        lines = options.output.read_text("utf-8").splitlines()
-        done = {json.loads(line)["image"] for line in lines}
+        text = options.output.read_text("utf-8")
+        # A kill may have cut the last line.
+        text = text[: text.rfind("\n") + 1]
+        options.output.write_text(text, "utf-8")
+    rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    if any(row.get("prefix", options.prompt) != options.prompt for row in rows):
+        parser.error(f"{options.output} has answers to another prompt")
+    done = {row["image"] for row in rows}
     paths = [path for path in paths if str(path) not in done]
     if not paths:
         return

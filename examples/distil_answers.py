@@ -23,7 +23,8 @@ from keras_paligemma.training import fit
 
 def write_answers(teacher, data, output, batch_size):
     """Write the file's examples again, with the teacher's answers."""
-    rows = [json.loads(line) for line in data.read_text("utf-8").splitlines()]
+    lines = data.read_text("utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line.strip()]
     images = [str((data.parent / row["image"]).resolve()) for row in rows]
     prompts = [row["prefix"] for row in rows]
     model = PaliGemmaCausalLM.from_preset(teacher)

@@ -30,12 +30,19 @@ def test_caption_a_folder_and_go_on(tmp_path):
     done = {"image": str(PICTURES / "chelsea.jpg"), "suffix": "a cat"}
     output.write_text(json.dumps(done) + "\n")
     run("caption_folder", PICTURES, output, "--batch-size", 3)
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    lines = output.read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines]
     captions = {Path(row["image"]).name: row["suffix"] for row in rows}
     assert len(rows) == 6 and captions["chelsea.jpg"] == "a cat"
     assert captions["scene_1.png"] == "a bell"
+    # The last line is cut by a kill.
+    output.write_text("".join(lines[:-1]) + lines[-1][:20])
     run("caption_folder", PICTURES, output)
-    assert len(output.read_text().splitlines()) == 6
+    assert output.read_text() == "".join(lines)
+    with pytest.raises(SystemExit):
+        run("caption_folder", PICTURES, output, "--prompt", "caption de")
+    with pytest.raises(SystemExit):
+        run("caption_folder", tmp_path / "none", output)
 
 
 def test_a_ray_worker_captions_a_batch():

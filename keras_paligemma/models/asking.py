@@ -2,18 +2,21 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 import keras
 
 from keras_paligemma.generation.answer import Answer
 from keras_paligemma.generation.texts import texts_of
+from keras_paligemma.preprocessing.inputs import to_pictures
 from keras_paligemma.tasks import prompts
 from keras_paligemma.tasks.answers import Score
 from keras_paligemma.tasks.answers import read_objects
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.tasks.objects import Objects
 from keras_paligemma.tasks.scores import box_and_label
+from keras_paligemma.tasks.scores import check_overlap
 from keras_paligemma.tasks.scores import suppress
 from keras_paligemma.tasks.scores import with_neighbours
 
@@ -168,6 +171,11 @@ def segment(
     model.segment("farm.jpg", "cow", codec)[0].mask_in((480, 640))
     ```
     """
+    if isinstance(codec, (str, PurePath)):
+        raise ValueError(
+            "A codec is read first. Expected: "
+            f"codec=MaskCodec.load({str(codec)!r}). Received: its path."
+        )
     return _find(
         *(model, images, labels, prompts.segment),
         *(codec or MaskCodec.embedded(),),
@@ -179,8 +187,9 @@ def _find(
     model, images, labels, prompt_of, codec, one_by_one, overlap, score, options
 ):
     """Detect objects: generate, parse and merge the answers."""
-    several = _is_several(images)
-    pictures = list(images) if several else [images]
+    if overlap is not None:
+        check_overlap(overlap)
+    pictures, several = to_pictures(images)
     asked = [
         (row, wanted)
         for row, names in enumerate(_labels_of(labels, len(pictures)))
@@ -247,17 +256,13 @@ def _merged(parts, picture, overlap):
 
 def _generate(model, images, prompt, options):
     """Answer one prompt about each picture, or one prompt per picture."""
-    if _is_several(images):
-        images = list(images)
+    pictures, several = to_pictures(images)
+    if several:
+        images = pictures
         prompt = [prompt] * len(images) if isinstance(prompt, str) else prompt
     elif not isinstance(prompt, str):
-        images = [images] * len(prompt)
+        images = pictures * len(prompt)
     return model.generate({"images": images, "prompts": prompt}, **options)
-
-
-def _is_several(images):
-    """Return whether `images` is several pictures."""
-    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
 
 
 def _labels_of(labels, count):
@@ -270,4 +275,7 @@ def _labels_of(labels, count):
             "Lists of labels go with pictures. Expected: one a picture, "
             f"{count}. Received: {len(labels)}."
         )
-    return [list(wanted) for wanted in labels]
+    return [
+        [wanted] if isinstance(wanted, str) else list(wanted)
+        for wanted in labels
+    ]

@@ -14,6 +14,7 @@ from keras_paligemma.models.passes import run_pass
 from keras_paligemma.models.prefixes import continue_rows
 from keras_paligemma.models.prefixes import unpacked
 from keras_paligemma.preprocessing.inputs import to_length
+from keras_paligemma.preprocessing.inputs import to_pictures
 from keras_paligemma.preprocessing.prompt_and_response import PART_NAMES
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 
@@ -104,20 +105,15 @@ def encode(self, images, *, batch_size=None):
     """
     check_preprocessor(self, "encode")
     found = []
-    single = not isinstance(images, (list, tuple)) and np.ndim(images) <= 3
-    images = [images] if single else images
-    if not len(images):
-        raise ValueError("`encode` got no images. Expected: one or more.")
+    images, several = to_pictures(images)
     size = len(images) if batch_size is None else batch_size
     size = to_length(size, "batch_size")
     for first in range(0, len(images), size):
-        pixels = self.preprocessor.image_converter(
-            list(images[first : first + size])
-        )
+        pixels = self.preprocessor.image_converter(images[first : first + size])
         found.append(run_pass(self, encoded, {"images": pixels}))
     found = np.concatenate(found)
     found.flags.writeable = False
-    return found[0] if single else found
+    return found if several else found[0]
 
 
 def embed(self, inputs, *, batch_size=None):
@@ -150,6 +146,12 @@ def embed(self, inputs, *, batch_size=None):
             "The hidden states behind a prefix are those of responses. "
             "Received: a prefix alone. Expected: 'responses' beside it, or "
             "`prefix.last_hidden_states`."
+        )
+    if prefix is None and inputs.get("responses") is not None:
+        raise ValueError(
+            "The hidden states are those of images and prompts. Received: "
+            "'responses'. Expected: none; or `prefill`, and 'responses' behind "
+            "its prefix."
         )
     for part, count in parts_of(inputs, batch_size):
         arrays = self.preprocessor.generate_preprocess(part)

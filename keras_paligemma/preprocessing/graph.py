@@ -66,10 +66,24 @@ def call_in_python(preprocessor, x, sample_weight=None, sequence_length=None):
         "response_mask": tf.TensorSpec(text, "bool"),
     }
     images, converter = x.get("images"), preprocessor.image_converter
+    embeddings = x.get("image_embeddings")
+    for name, tensor in (("images", images), ("image_embeddings", embeddings)):
+        if tensor is not None and tensor.shape.rank is None:
+            raise ValueError(
+                f"In a graph the preprocessor needs {name} of a known rank. "
+                f"Received: {tensor}. Call `tf.io.decode_image` with "
+                "expand_animations=False, or `tensor.set_shape`."
+            )
+    if embeddings is not None:
+        outputs["image_embeddings"] = tf.TensorSpec(
+            batch + embeddings.shape[-2:], embeddings.dtype
+        )
     if images is not None and converter is not None:
-        # Paths and encoded files are strings, one per picture.
+        # Encoded files are strings, one per picture. Grey pictures have no
+        # axis of colours.
         axes = 0 if images.dtype == tf.string else 3
-        frames = images.shape[batch.rank : images.shape.rank - axes]
+        last = max(images.shape.rank - axes, batch.rank)
+        frames = images.shape[batch.rank : last]
         size = (*converter.image_size, 3)
         outputs["images"] = tf.TensorSpec(batch + frames + size, "float32")
     outputs = (

@@ -24,16 +24,30 @@ def convert_images(
 
     Raises:
         ValueError: pictures without a converter, a converter without pictures,
-            or another number of pictures than of prompts.
+            pictures and embeddings, or another number of either than of
+            prompts.
     """
     images = x.get("images")
     embeddings = x.get("image_embeddings")
-    if images is None and embeddings is not None:
+    if images is not None and embeddings is not None:
+        raise ValueError(
+            "Embeddings stand for pictures. Received: 'images' and "
+            "'image_embeddings'. Expected: one of them."
+        )
+    if embeddings is not None:
         embeddings = to_numpy(embeddings)
         # Embeddings of one picture are used for all prompts.
         if batched and embeddings.ndim == 2:
             shape = (num_prompts, *embeddings.shape)
             embeddings = np.broadcast_to(embeddings, shape)
+        if embeddings.ndim - batched != 2 or (
+            batched and len(embeddings) != num_prompts
+        ):
+            raise ValueError(
+                "Image embeddings and prompts do not match. Expected: shape "
+                f"({f'{num_prompts}, ' if batched else ''}image tokens, hidden "
+                f"dim). Received: {embeddings.shape}."
+            )
         return {"image_embeddings": embeddings}
     # A missing key may be a mistake: text alone needs "images": None.
     if images is None and (image_converter is None or "images" in x):

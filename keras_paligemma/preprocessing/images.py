@@ -268,6 +268,8 @@ def _decode(source, name):
         # AVIF plugin, say, raises a RuntimeError. `strerror` lacks the file
         # name, which may be long.
         reason = getattr(error, "strerror", None) or error
+        if isinstance(source, bytes) and len(source) < 4096 and b"." in source:
+            reason = f"{reason}. Bytes are a file's contents, not its path"
         raise ValueError(
             f"{name} could not be read. Expected: a whole PNG, JPEG, WebP, "
             "GIF or other picture that Pillow reads; base64 as a data: URI. "
@@ -290,6 +292,12 @@ def _pixels(image):
             raise ValueError(
                 f"values from {pixels.min()} to {pixels.max()}, more than 16 "
                 "bits hold"
+            )
+        if image.mode == "I" and 0 < pixels.max() <= 255:
+            raise ValueError(
+                f"values of 0 to {pixels.max()} in Pillow's mode 'I', which "
+                "would be almost black in 16 bits; convert it by "
+                "`Image.fromarray(np.asarray(image).astype('uint8'))`"
             )
         return pixels.astype("uint16")
     if "transparency" in image.info:

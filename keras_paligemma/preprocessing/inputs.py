@@ -51,11 +51,46 @@ def to_numpy(x) -> np.ndarray:
             "part, [x], dtype))`."
         ) from error
     except (TypeError, RuntimeError):
-        # Torch tensors on a GPU, in bfloat16 or with a gradient. Keras is
-        # imported here: reading a data set or drawing a box does not need it.
-        import keras
+        if not hasattr(x, "detach"):
+            raise
+        # A tensor of Torch on a GPU, in bfloat16 or with a gradient, whatever
+        # the backend.
+        x = x.detach().cpu()
+        return np.asarray(x.float() if "bfloat16" in str(x.dtype) else x)
 
-        return keras.ops.convert_to_numpy(x)
+
+def to_pictures(images) -> tuple[list, bool]:
+    """Return pictures as a list, however many there are.
+
+    Args:
+        images: a picture, or a list, tuple or column of them, such as a Pandas
+            series or an array of paths; or an array of rank 4.
+
+    Returns:
+        `(pictures, several)`: a list, and `False` if `images` is one picture.
+
+    Raises:
+        ValueError: there is no picture, as after `cv2.imread` of a missing
+            file.
+
+    Example:
+
+    >>> to_pictures(np.array(["cat.jpg", "dog.jpg"]))[1]
+    True
+    """
+    # A column has rank 1, a picture 2 or 3.
+    several = isinstance(images, (list, tuple)) or (
+        getattr(images, "ndim", 3) in (1, 4)
+    )
+    pictures = list(images) if several else [images]
+    if not pictures or any(picture is None for picture in pictures):
+        raise ValueError(
+            "A picture is missing. Expected: one or more pictures. Received: "
+            f"{'none' if not pictures else 'None'}, which `cv2.imread` returns "
+            "for a file that is missing. For text alone, call `generate` with "
+            "'images': None."
+        )
+    return pictures, several
 
 
 def to_strings(x, name: str) -> tuple[list[str], bool]:

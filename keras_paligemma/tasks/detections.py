@@ -29,8 +29,8 @@ def from_detections(
         list of `Object`, in the same order.
 
     Raises:
-        ValueError: if a box is outside the picture, or a mask is empty within
-            its box or not of the picture's size.
+        ValueError: if a box is outside the picture, a class has no name, or a
+            mask is empty within its box or not of the picture's size.
 
     Example:
 
@@ -46,6 +46,14 @@ def from_detections(
     names = (getattr(detections, "data", None) or {}).get(_NAME)
     ids = detections.class_id
     if names is None and ids is not None:
+        known = () if classes is None else classes
+        known = known if isinstance(known, Mapping) else range(len(known))
+        strange = {*ids.tolist()} - {*known} if classes is not None else ()
+        if strange:
+            raise ValueError(
+                "Detections have classes without a name. Received: "
+                f"{sorted(strange)}. Expected: of {list(known)}."
+            )
         names = [
             str(id) if classes is None else classes[id] for id in ids.tolist()
         ]

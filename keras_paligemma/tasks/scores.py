@@ -24,6 +24,7 @@ with neighbours. The nano preset's labels are one token, so that the mean and
 the product rank alike.
 """
 
+import numbers
 import re
 from collections.abc import Iterable
 from collections.abc import Sequence
@@ -164,6 +165,15 @@ def box_overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.divide(common, union, where=union > 0, out=np.zeros_like(union))
 
 
+def check_overlap(overlap):
+    """Raise a `ValueError` on an overlap that is no fraction."""
+    if not (isinstance(overlap, numbers.Real) and 0 <= overlap <= 1):
+        raise ValueError(
+            "`overlap` is an intersection over union. Expected: a number of 0 "
+            f"to 1. Received: {overlap!r}."
+        )
+
+
 def suppress(
     objects: Iterable[Object], overlap: float = 0.5, by_label: bool = True
 ) -> list[Object]:
@@ -181,7 +191,7 @@ def suppress(
         list of `Object`, by descending score; equal scores keep their order.
 
     Raises:
-        ValueError: if an object has no score.
+        ValueError: if an object has no score, or `overlap` is no fraction.
 
     Example:
 
@@ -190,6 +200,7 @@ def suppress(
     >>> [item.score for item in suppress(both)]
     [0.9]
     """
+    check_overlap(overlap)
     objects = sorted(objects, key=_falling)
     boxes = np.array([item.box for item in objects]).reshape(-1, 4)
     kept = []

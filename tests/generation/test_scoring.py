@@ -39,7 +39,7 @@ def test_a_response_that_is_cut_has_no_end(model, examples):
 
 
 def test_nothing_to_encode_is_an_error(model, examples):
-    with pytest.raises(ValueError, match="got no images"):
+    with pytest.raises(ValueError, match="Received: none"):
         model.encode([])
     for size in (0, -1, 1.5):
         with pytest.raises(ValueError, match="`batch_size`.*Received: "):
@@ -111,3 +111,16 @@ def test_embeddings(model, examples):
 def test_what_reads_text_needs_a_preprocessor(model, method):
     with pytest.raises(ValueError, match="preprocessor.*Expected"):
         getattr(PaliGemmaCausalLM(model.backbone), method)({})
+
+
+def test_embeddings_that_fit_no_prompt(model, examples):
+    found = model.encode(examples["images"][:2])
+    inputs = {"prompts": ["caption en"] * 3, "image_embeddings": found}
+    for method in model.embed, model.prefill, model.generate:
+        with pytest.raises(ValueError, match=r"Expected: shape \(3, "):
+            method(inputs)
+    both = {"prompts": ["ocr"] * 2, "image_embeddings": found}
+    with pytest.raises(ValueError, match="Expected: one of them"):
+        model.generate(both | {"images": examples["images"][:2]})
+    with pytest.raises(ValueError, match="Received: 'responses'"):
+        model.embed(both | {"responses": ["a"] * 2})

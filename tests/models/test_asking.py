@@ -224,3 +224,41 @@ def test_a_picture_of_pillow_is_one(model, says):
     asked = says("a")
     assert model.caption(Image.new("RGB", (4, 4))) == "a"
     assert asked[-1]["prompts"] == "caption en"
+
+
+def test_columns_of_pictures_are_several(model, says):
+    pandas = pytest.importorskip("pandas")
+    column = np.array(["a.png", "b.png"])
+    asked = says(*[["a", "b"]] * 3)
+    for images in (column, column.astype(object), pandas.Series(column)[::-1]):
+        assert model.caption(images) == ["a", "b"]
+        assert len(asked[-1]["prompts"]) == 2
+
+
+@pytest.mark.parametrize("images", [None, [PICTURE, None], []])
+def test_a_missing_picture_is_an_error(model, images):
+    for ask in (
+        model.caption,
+        model.encode,
+        lambda images: model.ask(images, ["why?"]),
+        lambda images: model.detect(images, "cat"),
+    ):
+        with pytest.raises(ValueError, match="picture is missing"):
+            ask(images)
+
+
+def test_one_label_among_lists_of_labels(model, answers):
+    asked = answers((f"{HALF} cat", 0.5), (f"{HALF} dog", 0.5))
+    model.detect([PICTURE] * 2, [["cat"], "dog"])
+    assert asked[-1]["prompts"] == ["detect cat", "detect dog"]
+
+
+@pytest.mark.parametrize("overlap", [50, -1, "0.5", math.nan])
+def test_an_overlap_is_a_fraction(model, overlap):
+    with pytest.raises(ValueError, match="number of 0 to 1. Received"):
+        model.detect(PICTURE, "cat", overlap=overlap)
+
+
+def test_a_codec_is_read_first(model):
+    with pytest.raises(ValueError, match=r"MaskCodec.load\('vae.npz'\)"):
+        model.segment(PICTURE, "cat", "vae.npz")

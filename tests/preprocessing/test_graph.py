@@ -101,3 +101,30 @@ def test_errors(preprocessor):
         data.map(lambda x: preprocessor.tokenizer.tokenize(x["prompts"]))
     with pytest.raises(tf.errors.OpError, match="go together"):
         list(data.map(preprocessor))
+
+
+def test_maps_grey_pictures_and_embeddings(preprocessor):
+    grey = TEXTS | {"images": np.stack([PICTURE[..., 0]] * 4)}
+    wanted = preprocessor(
+        TEXTS | {"images": [picture for picture in grey["images"]]}
+    )
+    mapped = tf.data.Dataset.from_tensor_slices(grey).map(preprocessor)
+    assert_equal(next(iter(mapped.batch(4))), wanted)
+    seen = TEXTS | {"image_embeddings": np.ones((4, 4, 8), "float32")}
+    data = tf.data.Dataset.from_tensor_slices(seen)
+    for mapped in (
+        data.map(preprocessor).batch(4),
+        data.batch(4).map(preprocessor),
+    ):
+        assert_equal(next(iter(mapped)), preprocessor(seen))
+
+
+def test_pictures_of_unknown_rank_are_an_error(preprocessor, tmp_path):
+    columns = TEXTS | {"images": pictures("files", tmp_path)}
+    data = tf.data.Dataset.from_tensor_slices(columns)
+
+    def decoded(x):
+        return preprocessor(x | {"images": tf.io.decode_image(x["images"])})
+
+    with pytest.raises(ValueError, match="expand_animations=False"):
+        data.map(decoded)

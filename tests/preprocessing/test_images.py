@@ -160,6 +160,9 @@ def test_16_bits_are_scaled():
     assert read_image(png).tolist() == expected
     wide = Image.fromarray(values.astype("int32"))
     assert wide.mode == "I" and read_image(wide).tolist() == expected
+    dark = Image.fromarray(np.array([[0, 200]], "int32"))
+    with pytest.raises(ValueError, match="0 to 200 in Pillow's mode 'I'"):
+        read_image(dark)
 
 
 def test_other_modes():

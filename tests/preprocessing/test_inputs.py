@@ -23,6 +23,14 @@ def test_bfloat16_tensors_become_arrays():
     assert array.tolist() == [1, 2]
 
 
+def test_tensors_of_torch_work_on_every_backend():
+    torch = pytest.importorskip("torch")
+    for options in ({"dtype": torch.bfloat16}, {"requires_grad": True}):
+        found = to_numpy(torch.full((2, 3), 7.0, **options))
+        np.testing.assert_array_equal(found, np.full((2, 3), 7, "float32"))
+        assert found.dtype == "float32"
+
+
 def test_tensors_of_tensorflow_work_on_every_backend():
     tf = pytest.importorskip("tensorflow")
     assert to_numpy(tf.constant([1, 2])).tolist() == [1, 2]

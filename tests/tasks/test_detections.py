@@ -68,6 +68,16 @@ def test_names_of_classes():
         from_detections(made, SIZE)
 
 
+@pytest.mark.parametrize("classes", [["cat"], {0: "cat"}])
+@pytest.mark.parametrize("number", [-1, 1])
+def test_a_class_without_a_name(classes, number):
+    found = supervision.Detections(
+        np.array([[0, 0, 9, 9.0]]), class_id=np.array([number])
+    )
+    with pytest.raises(ValueError, match=rf"\[{number}\]. Expected: of \[0\]"):
+        from_detections(found, SIZE, classes)
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ImportError, match="pip install supervision"):
