@@ -167,7 +167,7 @@ def box_overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def check_overlap(overlap):
     """Raise a `ValueError` on an overlap that is no fraction."""
-    if not (isinstance(overlap, numbers.Real) and 0 <= overlap <= 1):
+    if not (isinstance(overlap, numbers.Real) and 0 <= float(overlap) <= 1):
         raise ValueError(
             "`overlap` is an intersection over union. Expected: a number of 0 "
             f"to 1. Received: {overlap!r}."
