@@ -15,6 +15,7 @@ from keras_paligemma.layers.attention import soft_cap
 from keras_paligemma.layers.attention import token_positions
 from keras_paligemma.models.inputs import full_masks
 from keras_paligemma.models.passes import batched
+from keras_paligemma.models.passes import check_has_prompts
 from keras_paligemma.models.passes import check_preprocessor
 from keras_paligemma.models.passes import parts_of
 from keras_paligemma.models.passes import run_pass
@@ -68,6 +69,7 @@ def attention(self, inputs, *, average=AXES, batch_size=None):
     ```
     """
     check_preprocessor(self, "attention")
+    check_has_prompts(inputs, "attention")
     average = (average,) if isinstance(average, str) else tuple(average)
     if not set(average) <= set(AXES):
         raise ValueError(
@@ -89,14 +91,15 @@ def attention(self, inputs, *, average=AXES, batch_size=None):
         rows, *_ = in_parts(rows, targets)
         shares = run_pass(self, attended, rows, plan)[:count]
         pictures = part.get("images")
-        pictures = [pictures] if single else pictures
+        if pictures is None or single:
+            pictures = [pictures] * len(shares)
+        pictures = [*pictures]  # A column may have labels, not positions.
         for row, each in enumerate(shares):
             ids = targets[row][weights[row] > 0].tolist()
             each = each[: len(ids)]
             each.flags.writeable = False
-            picture = None if pictures is None else pictures[row]
             tokens = texts_of(self.preprocessor.tokenizer, ids)
-            found.append(PictureAttention(tuple(tokens), each, picture))
+            found.append(PictureAttention(tuple(tokens), each, pictures[row]))
     return found[0] if single else found
 
 

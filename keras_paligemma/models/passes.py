@@ -9,6 +9,7 @@ from keras_paligemma.compat import to_host
 from keras_paligemma.data.batches import in_batches
 from keras_paligemma.generation.requests import bucket
 from keras_paligemma.models.inputs import typed
+from keras_paligemma.preprocessing.inputs import check_dictionary
 
 
 def check_preprocessor(model, method):
@@ -23,6 +24,22 @@ def check_preprocessor(model, method):
             f"`{method}` reads text and pictures. Received: a model without a "
             "preprocessor. Expected: `model.preprocessor`, or calls of the "
             "backbone with arrays."
+        )
+
+
+def check_has_prompts(inputs, method):
+    """Raise on a dict of arrays where prompts are needed.
+
+    Args:
+        inputs: dict, a user's.
+        method: str, name of the method that was called.
+    """
+    check_dictionary(inputs)
+    if inputs.get("prompts") is None:
+        raise ValueError(
+            f"`{method}` reads text. Expected: 'prompts'. Received: "
+            f"{sorted(inputs)}. Preprocessed arrays go to `generate`, or to "
+            "calls of the model."
         )
 
 

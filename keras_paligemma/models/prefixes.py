@@ -6,6 +6,7 @@ import numpy as np
 from keras_paligemma.generation.prefill import prefill as run_prompts
 from keras_paligemma.generation.prefix import Prefix
 from keras_paligemma.models.passes import batched
+from keras_paligemma.models.passes import check_has_prompts
 from keras_paligemma.models.passes import check_preprocessor
 from keras_paligemma.models.passes import run_on_device
 from keras_paligemma.preprocessing.inputs import check_dictionary
@@ -42,7 +43,7 @@ def prefill(self, inputs):
     ```
     """
     check_preprocessor(self, "prefill")
-    check_dictionary(inputs)
+    check_has_prompts(inputs, "prefill")
     if inputs.get("responses") is not None:
         raise ValueError(
             "A prefix ends with the prompt. Received: 'responses'. Expected: "

@@ -8,6 +8,7 @@ from keras_paligemma.generation.answer import Answer
 from keras_paligemma.generation.prefill import continued
 from keras_paligemma.models.inputs import full_masks
 from keras_paligemma.models.passes import batched
+from keras_paligemma.models.passes import check_has_prompts
 from keras_paligemma.models.passes import check_preprocessor
 from keras_paligemma.models.passes import parts_of
 from keras_paligemma.models.passes import run_pass
@@ -55,6 +56,7 @@ def score(self, inputs, *, details=False, batch_size=None):
     answers, single = [], False
     end = self.preprocessor.tokenizer.end_token_id
     prefix, inputs = unpacked(inputs)
+    check_has_prompts(inputs, "score")
     for part, count in parts_of(inputs, batch_size):
         x, y, weights = self.preprocessor(part)
         single = y.ndim == 1

@@ -124,3 +124,12 @@ def test_embeddings_that_fit_no_prompt(model, examples):
         model.generate(both | {"images": examples["images"][:2]})
     with pytest.raises(ValueError, match="Received: 'responses'"):
         model.embed(both | {"responses": ["a"] * 2})
+
+
+@pytest.mark.parametrize("method", ["score", "attention", "prefill"])
+def test_arrays_where_text_is_read(model, examples, method):
+    arrays = model.preprocessor.generate_preprocess(
+        {key: examples[key] for key in ("images", "prompts")}
+    )
+    with pytest.raises(ValueError, match=f"`{method}` reads text"):
+        getattr(model, method)(arrays)
