@@ -28,6 +28,7 @@ import numbers
 import re
 from collections.abc import Iterable
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -165,7 +166,7 @@ def box_overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.divide(common, union, where=union > 0, out=np.zeros_like(union))
 
 
-def check_overlap(overlap):
+def check_overlap(overlap: Any) -> None:
     """Raise a `ValueError` on an overlap that is no fraction."""
     if not (isinstance(overlap, numbers.Real) and 0 <= float(overlap) <= 1):
         raise ValueError(

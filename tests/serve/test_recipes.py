@@ -57,7 +57,7 @@ def test_its_command_exists():
     check_command(json.loads(found["ENTRYPOINT"]) + json.loads(found["CMD"]))
 
 
-@pytest.mark.parametrize("jax", ["jax", "jax[cuda12]"])
+@pytest.mark.parametrize("jax", ["jax", "jax[cuda13]"])
 def test_what_it_installs_exists(jax):
     [install] = [
         shlex.split(rest.replace("$JAX", jax))
