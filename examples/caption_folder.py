@@ -13,6 +13,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 from keras_paligemma import PaliGemmaCausalLM
 
 KINDS = {".jpeg", ".jpg", ".png", ".webp"}
+BEGIN = b'{"image": "'
 
 
 def main(arguments=None):
@@ -33,15 +34,16 @@ def main(arguments=None):
         for path in options.folder.rglob("*")
         if path.suffix.lower() in KINDS
     )
-    text = ""
-    if options.output.exists():
-        text = options.output.read_text("utf-8")
-        # A kill may have cut the last line.
-        text = text[: text.rfind("\n") + 1]
-        options.output.write_text(text, "utf-8")
-    rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    data = options.output.read_bytes() if options.output.exists() else b""
+    end = data.rfind(b"\n") + 1
+    rows = [json.loads(line) for line in data[:end].split(b"\n")[:-1]]
     if any(row.get("prefix", options.prompt) != options.prompt for row in rows):
         parser.error(f"{options.output} has answers to another prompt")
+    if data[end:]:
+        # A kill has cut the last line, if it is one of this script.
+        if data[end : end + len(BEGIN)] != BEGIN[: len(data) - end]:
+            parser.error(f"{options.output} is another file")
+        os.truncate(options.output, end)
     done = {row["image"] for row in rows}
     paths = [path for path in paths if str(path) not in done]
     if not paths:

@@ -36,13 +36,17 @@ def test_caption_a_folder_and_go_on(tmp_path):
     assert len(rows) == 6 and captions["chelsea.jpg"] == "a cat"
     assert captions["scene_1.png"] == "a bell"
     # The last line is cut by a kill.
-    output.write_text("".join(lines[:-1]) + lines[-1][:20])
+    output.write_text("".join(lines[:-1]) + lines[-1][:-9])
     run("caption_folder", PICTURES, output)
     assert output.read_text() == "".join(lines)
     with pytest.raises(SystemExit):
         run("caption_folder", PICTURES, output, "--prompt", "caption de")
     with pytest.raises(SystemExit):
         run("caption_folder", tmp_path / "none", output)
+    (tmp_path / "notes").write_text("no line end")
+    with pytest.raises(SystemExit):
+        run("caption_folder", PICTURES, tmp_path / "notes")
+    assert (tmp_path / "notes").read_text() == "no line end"
 
 
 def test_a_ray_worker_captions_a_batch():

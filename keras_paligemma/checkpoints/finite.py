@@ -10,6 +10,8 @@ INFINITY = {
     "float32": 0x7F80_0000,
     "float64": 0x7FF0_0000_0000_0000,
 }
+# The largest value of float16.
+HALF = 65504
 # Bytes per step, which stay in a core's cache between two passes.
 CHUNK = 1 << 20
 
@@ -44,6 +46,10 @@ def all_finite(array):
         and unsigned[start : start + step].max() < negative
         for start in range(0, flat.size, step)
     )
+
+
+def _is_within(array, most):
+    return max(array.max(initial=0), -array.min(initial=0)) <= most
 
 
 def cast(key, array, dtype):
@@ -101,7 +107,9 @@ class Finite:
 
     def _checked(self, key, array):
         if all_finite(array):
-            if self._dtype == "float16":  # All others have a larger range.
+            # All other dtypes have a larger range. Most arrays are within this
+            # one, and need no copy.
+            if self._dtype == "float16" and not _is_within(array, HALF):
                 cast(key, array, self._dtype)
             return array
         count = array.size - np.count_nonzero(np.isfinite(array))

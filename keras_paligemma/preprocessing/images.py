@@ -268,7 +268,8 @@ def _decode(source, name):
         # AVIF plugin, say, raises a RuntimeError. `strerror` lacks the file
         # name, which may be long.
         reason = getattr(error, "strerror", None) or error
-        if isinstance(source, bytes) and len(source) < 4096 and b"." in source:
+        # No path holds a zero byte, and nearly all pictures do.
+        if isinstance(source, bytes) and b"\0" not in source[:4096]:
             reason = f"{reason}. Bytes are a file's contents, not its path"
         raise ValueError(
             f"{name} could not be read. Expected: a whole PNG, JPEG, WebP, "
