@@ -8,8 +8,8 @@ from keras_paligemma.evaluation.registry import COLUMNS
 
 FILE = Path(__file__).parent / "benchmarks.md"
 
-# What `tests/evaluation/test_offline.py` proves each kind of task on.
-PROOFS = {
+# The data of `tests/evaluation/test_offline.py`, by kind of task.
+TEST_DATA = {
     "caption": "scenes of sprites",
     "chart": "bars by matplotlib",
     "choice": "scenes of sprites, four names",
@@ -67,6 +67,11 @@ Before you compare:
 - Values with "needs a judge" are decided by people or another model, passed as
   `evaluate(…, judges={…})`.
 - On several hosts, each host runs the same command with `--multi-host`.
+
+"""
+
+TESTED = """The official data cannot be part of the tests. They run each benchmark's kind of
+task, from data to report, on the data in the column "tested on".
 
 """
 
@@ -137,9 +142,10 @@ def page():
             for at, (value, numbers) in enumerate(benchmark.card.items())
         ],
     )
-    text += "## Data, prompts and proofs\n\n"
+    text += "## Data and prompts\n\n"
+    text += TESTED
     text += table(
-        ["`--benchmark`", "data", "split", "prompt", "proof", "fields"],
+        ["`--benchmark`", "data", "split", "prompt", "tested on", "fields"],
         [
             [
                 f"`{benchmark.name}`",
@@ -148,7 +154,7 @@ def page():
                 and f"{benchmark.subset} {benchmark.split}"
                 or benchmark.split,
                 f"`{benchmark.prompt!r}`",
-                PROOFS[benchmark.kind],
+                TEST_DATA[benchmark.kind],
                 ", ".join(
                     f for f in benchmark.fields if f not in ("id", "images")
                 ),

@@ -246,5 +246,5 @@ def test_page_is_made_of_the_registry():
     made = runpy.run_path(str(DOCS / "make_benchmarks.py"))
     assert made["FILE"].read_text("utf-8") == made["page"]()
     assert {benchmark.kind for benchmark in benchmarks().values()} == set(
-        made["PROOFS"]
+        made["TEST_DATA"]
     )
