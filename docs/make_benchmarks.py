@@ -70,8 +70,8 @@ Before you compare:
 
 """
 
-TESTED = """The official data cannot be part of the tests. They run each kind of task,
-from data to report, on the data in the column "tested on".
+TESTED = """The official data cannot be part of the tests. They run each kind
+of task, from data to report, on the data in the column "tested on".
 
 """
 
