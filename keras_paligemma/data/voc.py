@@ -19,6 +19,9 @@ LABEL_MAP = "labelmap.txt"
 # Name, colour, parts and actions.
 _LABEL = re.compile(r"(.*?):(\d+,\d+,\d+)?(?::.*)?")
 
+# Whether a picture shows a class, in the challenge's lists of that class.
+_FLAG = re.compile(r"\s+(?:-1|0|1)$")
+
 # VOC's other fields of an object.
 _FIELDS = ("pose", "truncated", "difficult", "occluded")
 _EDGES = ("ymin", "xmin", "ymax", "xmax")
@@ -61,8 +64,8 @@ def read(
     files = sorted(folder.rglob("*.xml"))
     if listed is not None:
         lines = listed.read_text("utf-8-sig").split("\n")
-        stems = [line.split()[0] for line in lines if line.strip()]
-        files = [folder / f"{stem}.xml" for stem in stems]
+        stems = [line.strip() for line in lines if line.strip()]
+        files = [_listed_file(folder, stem) for stem in stems]
     if not files:
         raise ValueError(
             f"There is nothing to read. Expected: *.xml in {folder}. Received: "
@@ -174,6 +177,12 @@ def write(objects: ObjectSet, folder: Path) -> Counter:
         lines.append(f"{name}:{','.join(map(str, colour))}::")
     _write_list(folder / LABEL_MAP, lines)
     return +lost
+
+
+def _listed_file(folder, stem):
+    """Return the XML file of a line; the name may have blanks, or a flag."""
+    file = folder / f"{stem}.xml"
+    return file if file.is_file() else folder / f"{_FLAG.sub('', stem)}.xml"
 
 
 def _write_list(path, lines):

@@ -285,6 +285,20 @@ def test_odd_names_of_classes_come_back_from_voc(coco, tmp_path):
     assert [*found.classes] == [name.strip() for name in names]
 
 
+def test_blanks_in_names_of_pictures_come_back_from_voc(coco, tmp_path):
+    coco.write_text(coco.read_text().replace("a.jpg", "cat 1.jpg"))
+    image = coco.parent / "images" / "a.jpg"
+    image.rename(image.with_name("cat 1.jpg"))
+    made = convert(coco, tmp_path / "voc", "voc")
+    (example,) = open_source(made.path)
+    assert example["images"] == str(made.path / "JPEGImages" / "cat 1.jpg")
+    # The lines of the challenge's lists of a class end in 1, 0 or -1.
+    listed = made.path / "ImageSets" / "Main" / "cat_train.txt"
+    listed.write_text("cat 1  1\nb -1\n")
+    found = open_objects(made.path, split="cat_train").pictures
+    assert [picture.name for picture in found] == ["cat 1.jpg", "b.jpg"]
+
+
 YOLO_LINES = {
     "0 0.5 0.5 0.25 0.5": "",
     "0 0.1 0.1 0.4 0.1 0.4 0.4": "",
