@@ -64,6 +64,11 @@ class Annotation:
         return bool(mask.get("counts") if isinstance(mask, Mapping) else mask)
 
 
+# The objects of a picture whose own file of labels cannot be read. Without
+# them it would be a picture without objects, which training leaves out.
+UNKNOWN = (Annotation("", None, problem="The objects cannot be read."),)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Picture:
     """A picture as a file describes it, with its objects.

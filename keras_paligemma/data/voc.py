@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from keras_paligemma.data import voc_masks
+from keras_paligemma.data.object_set import UNKNOWN
 from keras_paligemma.data.object_set import Annotation
 from keras_paligemma.data.object_set import ObjectSet
 from keras_paligemma.data.object_set import Picture
@@ -211,9 +212,12 @@ def _read_file(file, folder, existing):
     place = os.path.relpath(file, folder)
     try:
         root = ElementTree.parse(file).getroot()
-    except (OSError, ElementTree.ParseError) as error:
-        problem = f"The file is no XML. Received: {error}."
-        return Picture("", (), place=place, problem=problem)
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
+        problem = (
+            "The file is no XML that Python reads. Expected: XML, such as in "
+            f"UTF-8. Received: {error}."
+        )
+        return Picture("", UNKNOWN, place=place, problem=problem)
     edges = [root.findtext(f"size/{side}") for side in ("height", "width")]
     height, width = map(_number, edges)
     size, problem = None, ""

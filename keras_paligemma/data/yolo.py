@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from keras_paligemma.data.object_set import UNKNOWN
 from keras_paligemma.data.object_set import Annotation
 from keras_paligemma.data.object_set import ObjectSet
 from keras_paligemma.data.object_set import Picture
@@ -201,19 +202,18 @@ def _labels_of(file):
 
 
 def _read_picture(file, label, home, classes):
-    lines, problem = [], ""
+    name, place = (os.path.relpath(path, home) for path in (file, label))
     try:
-        if label.is_file():
-            lines = label.read_text("utf-8-sig").split("\n")
+        text = label.read_text("utf-8-sig") if label.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
         problem = f"The labels cannot be read. Received: {error}."
+        return Picture(name, UNKNOWN, place=place, problem=problem)
     annotations = tuple(
         _annotation(line.split(), f"line {number}", classes)
-        for number, line in enumerate(lines, 1)
+        for number, line in enumerate(text.split("\n"), 1)
         if line.strip()
     )
-    name, place = (os.path.relpath(path, home) for path in (file, label))
-    return Picture(name, annotations, place=place, problem=problem)
+    return Picture(name, annotations, place=place)
 
 
 def _annotation(words, place, classes):

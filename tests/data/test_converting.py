@@ -431,6 +431,25 @@ def test_bad_xml(tmp_path, text, message):
     assert message in made.skipped[0] and made.pictures == 0
 
 
+@pytest.mark.parametrize(
+    "text", ["", "<?xml version='1.0' encoding='gb2312'?><annotation/>"]
+)
+def test_unreadable_xml_is_no_picture_without_objects(tmp_path, text):
+    (tmp_path / "a.xml").write_text(text)
+    source = open_source(tmp_path)
+    with pytest.raises(ExampleError, match="a.xml: The file is no XML"):
+        source[0]
+
+
+def test_unreadable_text_files_are_no_pictures_without_objects(yolo):
+    label = yolo / "train" / "labels" / "b.txt"
+    label.write_bytes("0 0.5 0.5 0.25 0.5 caf\xe9".encode("latin-1"))
+    source = open_source(yolo)
+    assert "pictures without an object" not in source.left_out
+    with pytest.raises(ExampleError, match="b.txt: The labels cannot be read"):
+        source[1]
+
+
 def test_folders_are_recognised(coco, tmp_path):
     home = tmp_path / "export"
     for split in ("train", "valid"):
