@@ -146,12 +146,15 @@ def _head(path, split):
         return folder, names, [images if images.is_dir() else folder]
     yaml = _yaml()
     try:
-        head = yaml.safe_load(file.read_text("utf-8-sig"))
+        # Values stay text: a class may be called no, which is False in YAML.
+        head = yaml.load(file.read_text("utf-8-sig"), yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no YAML: {error}.") from error
     names = head.get("names") if isinstance(head, dict) else None
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
-        names = [names[number] for number in range(len(names))]
+    if isinstance(names, dict):
+        numbers = [str(number) for number in range(len(names))]
+        if sorted(names) == sorted(numbers):
+            names = [names[number] for number in numbers]
     if not isinstance(names, list):
         raise ValueError(
             f"{file} has no names of classes. Expected: `names`, a list, or a "

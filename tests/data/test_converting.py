@@ -376,6 +376,13 @@ def test_splits_and_names_of_yolo(yolo, tmp_path):
         objects[0]
 
 
+@pytest.mark.parametrize("names", ["[no, 007, ~]", "{0: no, 1: 007, 2: ~}"])
+def test_names_of_yolo_are_text(yolo, names):
+    """YAML reads no as False, 007 as 7, and ~ as None."""
+    (yolo / "data.yaml").write_text(f"train: train/images\nnames: {names}\n")
+    assert open_objects(yolo).classes == ("no", "007", "~")
+
+
 def test_turned_pictures_of_yolo(yolo):
     exif = Image.Exif()
     exif[0x0112] = 6
