@@ -385,6 +385,14 @@ def test_sizes_of_files(write, tmp_path, size, orientation, fits):
         source[0]
 
 
+def test_a_crowd_is_no_text(write):
+    """The text "0" is true, and would make each object a crowd."""
+    path = write(annotation(15, 3, 2, [0, 0, 9, 9], iscrowd="0"))
+    source = COCOSource(path, "")
+    with pytest.raises(ExampleError, match="annotation 15: .*crowd.*'0'"):
+        source[0]
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
