@@ -519,6 +519,7 @@ def test_lines_that_are_no_objects_are_counted(tmp_path):
     rows = [
         ("a.jpg", "detect cat ; owl", f"{box} cat ; <loc0001> owl"),
         ("a.jpg", "detect hat", ""),
+        ("a.jpg", "detect hat", ["", f"{box} hat"]),
         ("a.jpg", "caption en", "a cat"),
         ("gone.jpg", "detect cat", f"{box} cat"),
     ]
@@ -530,6 +531,7 @@ def test_lines_that_are_no_objects_are_counted(tmp_path):
     assert [len(picture.annotations) for picture in objects.pictures] == [1]
     assert objects.skipped == {
         "parts of answers that are no object": 1,
+        "answers beside the first of a line": 1,
         "lines that do not ask for objects": 1,
         "lines of missing pictures": 1,
         "damaged lines": 1,
