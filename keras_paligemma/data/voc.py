@@ -45,8 +45,8 @@ def read(
     Args:
         path: path of a folder with `Annotations` and `JPEGImages`, or with
             XML files beside their pictures.
-        image_folder: str, folder of pictures; `JPEGImages` or that of the XML
-            files if `None`.
+        image_folder: str, folder of pictures; `JPEGImages`, `images`, as Label
+            Studio has it, or that of the XML files if `None`.
         listed: path of a text file that lists pictures, see `split_file`;
             `None` reads all XML files.
         with_masks: bool, whether to read masks.
@@ -73,8 +73,8 @@ def read(
             "none."
         )
     if image_folder is None:
-        images = path / "JPEGImages"
-        image_folder = os.fspath(images if images.is_dir() else folder)
+        places = [path / "JPEGImages", path / "images", folder]
+        image_folder = os.fspath(next(filter(Path.is_dir, places)))
     existing = {
         os.path.relpath(file, image_folder).replace(os.sep, "/")
         for file in picture_files(Path(image_folder))
