@@ -206,6 +206,12 @@ def _labels_of(file):
 
 def _read_picture(file, label, home, classes):
     name, place = (os.path.relpath(path, home) for path in (file, label))
+    if not (label.is_file() or file.is_file()):
+        problem = (
+            "There is neither a picture nor its labels. Expected: files at "
+            f"the listed path. Received: {name}, {place} in {home}."
+        )
+        return Picture(name, UNKNOWN, place=place, problem=problem)
     try:
         text = label.read_text("utf-8-sig") if label.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:

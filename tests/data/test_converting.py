@@ -486,6 +486,17 @@ def test_folders_are_recognised(coco, tmp_path):
         open_objects(file)
 
 
+def test_listed_pictures_that_are_missing(yolo):
+    head = "train: train.txt\nnames: [cat, dog]\n"
+    (yolo / "data.yaml").write_text(head)
+    names = "train/images/b.jpg\ndata/train/images/b.jpg\n"
+    (yolo / "train.txt").write_text(names)
+    source = open_source(yolo)
+    assert source.left_out["pictures without an object"] == 1
+    with pytest.raises(ExampleError, match="neither.*data/train/images/b.jpg"):
+        source[0]
+
+
 def test_objects_that_lines_cannot_hold(coco, tmp_path):
     data = json.loads(coco.read_text())
     del data["annotations"][0]["segmentation"]
