@@ -350,6 +350,19 @@ def polygons_of(
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Return the paths of all pictures below a folder, sorted."""
-    files = folder.rglob("*")
+    """Return the paths of all pictures below a folder, sorted.
+
+    Links to folders are followed, but not to one that contains them.
+    """
+    files, above = [], {os.fspath(folder): frozenset()}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = above.pop(place) | {os.path.realpath(place)}
+        paths = {name: os.path.join(place, name) for name in folders}
+        folders[:] = [
+            name
+            for name, path in paths.items()
+            if os.path.realpath(path) not in here
+        ]
+        above |= {paths[name]: here for name in folders}
+        files += [Path(place, name) for name in names]
     return sorted(file for file in files if file.suffix.lower() in SUFFIXES)

@@ -29,3 +29,21 @@ def test_exports_of_label_studio(tmp_path):
         (example,) = open_source(tmp_path / kind)
         assert example["images"] == str(tmp_path / kind / "images" / "a.jpg")
         assert example["responses"].endswith("<loc0639> cat")
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    """As of a data set that was made of others; a loop of links ends."""
+    other, home = tmp_path / "other", tmp_path / "yolo"
+    picture(other / "images")
+    (other / "images" / "folder.jpg").mkdir()
+    (other / "labels").mkdir()
+    (other / "labels" / "a.txt").write_text("0 0.5 0.5 0.25 0.5")
+    for kind in ("images", "labels"):
+        (home / kind).mkdir(parents=True)
+        (home / kind / "other").symlink_to(other / kind)
+    (home / "images" / "loop").symlink_to(home)
+    (home / "classes.txt").write_text("cat\n")
+    source = open_source(home)
+    (example,) = source
+    assert example["images"] == str(home / "images" / "other" / "a.jpg")
+    assert not source.left_out
