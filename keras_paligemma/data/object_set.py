@@ -239,7 +239,8 @@ def object_of(
         with_mask: bool, whether the object must have a mask.
 
     Returns:
-        `Object` with the label and score of the annotation.
+        `Object` with the label and score of the annotation, the label without
+        blanks around it.
 
     Raises:
         ValueError: if the annotation has a problem, its box is outside the
@@ -254,7 +255,8 @@ def object_of(
             "There is no box. Expected: (y1, x1, y2, x2). Received: None."
         )
     y1, x1, y2, x2 = map(float, box)
-    fields = {"label": annotation.label, "score": annotation.score}
+    # Answers have no blanks around their labels.
+    fields = {"label": annotation.label.strip(), "score": annotation.score}
     try:
         found = Object.from_xyxy((x1, y1, x2, y2), size, **fields)
     except ValueError as error:

@@ -81,6 +81,14 @@ def test_boxes(write, tmp_path):
     assert source.where(1) == f"{tmp_path / 'instances.json'}, image 3"
 
 
+def test_blanks_around_a_class_are_in_no_label(write):
+    """Otherwise no answer would be of the class, when answers are scored."""
+    categories = [{"id": 2, "name": " cat "}, {"id": 4, "name": "dog"}]
+    source = COCOSource(write(BOXES[0], categories=categories), "")
+    labels = [item.label for item in source.objects(0)]
+    assert labels == [i.label for i in read_objects(source[0]["responses"])]
+
+
 def test_chosen_classes(write):
     path = write(*BOXES)
     source = COCOSource(path, "", classes=["dog", "hat"])
