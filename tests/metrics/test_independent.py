@@ -171,6 +171,8 @@ def test_smiles():
     assert scores.columns["full_match"].tolist() == [1, 1, 0, 0, 0, 0]
     assert scores.columns["valid"].tolist() == [1, 1, 1, 0, 0, 0]
     assert scores.columns["exact"].sum() == 0
+    # Half of a character, as a model may write it.
+    assert metrics.smiles(["C\ud800"], ["C"]).values()["valid"] == 0
     with pytest.raises(ValueError, match="row 1 is no SMILES"):
         metrics.smiles(["C", "C"], ["C", "what"])
     with pytest.raises(ValueError, match="molecules.*None"):
