@@ -220,12 +220,18 @@ def _annotation(entry, label):
             "numbers [x, y, width, height] in pixels. Received: "
             f"{entry.get('bbox')!r:.80}."
         )
+    is_crowd = entry.get("iscrowd")
+    if is_crowd not in (None, 0, 1):
+        problem = (
+            "Whether this is a crowd is not told. Expected: 'iscrowd', 0 or "
+            f"1. Received: {is_crowd!r:.80}."
+        )
     score = entry.get("score")
     return Annotation(
         label,
         box,
         entry.get("segmentation") or None,
-        bool(entry.get("iscrowd")),
+        is_crowd == 1,
         float(score) if _is_number(score) else None,
         f"annotation {entry.get('id')}",
         {name: entry[name] for name in entry if name not in _OWN_FIELDS},

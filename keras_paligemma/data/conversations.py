@@ -137,11 +137,11 @@ class _Records:
         return len(self.rows)
 
     def where(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"There is no example {index} of {len(self)}.")
         return f"{self.name}[{index}]"
 
     def record(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(f"There is no example {index} of {len(self)}.")
         return self.rows[int(index)]
 
 

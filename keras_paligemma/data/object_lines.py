@@ -41,8 +41,8 @@ def read(
 
     Returns:
         `ObjectSet`. `skipped` counts lines with other prompts, damaged lines,
-        lines of pictures that cannot be read, and parts of answers that are
-        not objects.
+        lines of pictures that cannot be read, answers beside the first of a
+        line, and parts of answers that are not objects.
 
     Raises:
         ValueError: if the file does not exist.
@@ -73,8 +73,10 @@ def read(
             label.strip() for label in asked[1].split(";") if label.strip()
         ]
         classes |= dict.fromkeys(labels)
-        answer = example["responses"]
-        answer = answer[0] if isinstance(answer, list) else answer
+        answers = example["responses"]
+        answers = answers if isinstance(answers, list) else [answers]
+        answer, *others = answers
+        skipped["answers beside the first of a line"] += len(others)
         objects = read_objects(answer, codec, labels)
         skipped["parts of answers that are no object"] += len(objects.skipped)
         place = f"line {source.lines[index] + 1}"

@@ -64,6 +64,11 @@ class Annotation:
         return bool(mask.get("counts") if isinstance(mask, Mapping) else mask)
 
 
+# The objects of a picture whose own file of labels cannot be read. Without
+# them it would be a picture without objects, which training leaves out.
+UNKNOWN = (Annotation("", None, problem="The objects cannot be read."),)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Picture:
     """A picture as a file describes it, with its objects.
@@ -234,7 +239,8 @@ def object_of(
         with_mask: bool, whether the object must have a mask.
 
     Returns:
-        `Object` with the label and score of the annotation.
+        `Object` with the label and score of the annotation, the label without
+        blanks around it.
 
     Raises:
         ValueError: if the annotation has a problem, its box is outside the
@@ -249,7 +255,8 @@ def object_of(
             "There is no box. Expected: (y1, x1, y2, x2). Received: None."
         )
     y1, x1, y2, x2 = map(float, box)
-    fields = {"label": annotation.label, "score": annotation.score}
+    # Answers have no blanks around their labels.
+    fields = {"label": annotation.label.strip(), "score": annotation.score}
     try:
         found = Object.from_xyxy((x1, y1, x2, y2), size, **fields)
     except ValueError as error:
@@ -345,6 +352,19 @@ def polygons_of(
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Return the paths of all pictures below a folder, sorted."""
-    files = folder.rglob("*")
+    """Return the paths of all pictures below a folder, sorted.
+
+    Links to folders are followed, but not to one that contains them.
+    """
+    files, above = [], {os.fspath(folder): frozenset()}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = above.pop(place) | {os.path.realpath(place)}
+        paths = {name: os.path.join(place, name) for name in folders}
+        folders[:] = [
+            name
+            for name, path in paths.items()
+            if os.path.realpath(path) not in here
+        ]
+        above |= {paths[name]: here for name in folders}
+        files += [Path(place, name) for name in names]
     return sorted(file for file in files if file.suffix.lower() in SUFFIXES)

@@ -24,6 +24,9 @@ _KNOWN = (
     "folder of Pascal VOC's XML files, or a folder that holds one of these"
 )
 
+# What Label Studio and Datumaro write beside a data set of another format.
+_NOTES = ("notes.json", "dataset_meta.json")
+
 # Roboflow names the folder of the validation split "valid".
 _SPLIT_FOLDERS = {"val": ("val", "valid"), "validation": ("valid", "val")}
 
@@ -182,6 +185,7 @@ def _in_folder(folder, split):
     files = _of_split(folder.glob("*.jsonl"), split)
     found += [(_kind_of_file(file), file) for file in files]
     files = [*folder.glob("*.json"), *(folder / "annotations").glob("*.json")]
+    files = [file for file in files if file.name not in _NOTES]
     return found + [("coco", file) for file in _of_split(files, split)]
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from keras_paligemma.data import voc_masks
+from keras_paligemma.data.object_set import UNKNOWN
 from keras_paligemma.data.object_set import Annotation
 from keras_paligemma.data.object_set import ObjectSet
 from keras_paligemma.data.object_set import Picture
@@ -18,6 +19,9 @@ from keras_paligemma.data.object_set import plain_name
 LABEL_MAP = "labelmap.txt"
 # Name, colour, parts and actions.
 _LABEL = re.compile(r"(.*?):(\d+,\d+,\d+)?(?::.*)?")
+
+# Whether a picture shows a class, in the challenge's lists of that class.
+_FLAG = re.compile(r"\s+(?:-1|0|1)$")
 
 # VOC's other fields of an object.
 _FIELDS = ("pose", "truncated", "difficult", "occluded")
@@ -41,8 +45,8 @@ def read(
     Args:
         path: path of a folder with `Annotations` and `JPEGImages`, or with
             XML files beside their pictures.
-        image_folder: str, folder of pictures; `JPEGImages` or that of the XML
-            files if `None`.
+        image_folder: str, folder of pictures; `JPEGImages`, `images`, as Label
+            Studio has it, or that of the XML files if `None`.
         listed: path of a text file that lists pictures, see `split_file`;
             `None` reads all XML files.
         with_masks: bool, whether to read masks.
@@ -61,16 +65,16 @@ def read(
     files = sorted(folder.rglob("*.xml"))
     if listed is not None:
         lines = listed.read_text("utf-8-sig").split("\n")
-        stems = [line.split()[0] for line in lines if line.strip()]
-        files = [folder / f"{stem}.xml" for stem in stems]
+        stems = [line.strip() for line in lines if line.strip()]
+        files = [_listed_file(folder, stem) for stem in stems]
     if not files:
         raise ValueError(
             f"There is nothing to read. Expected: *.xml in {folder}. Received: "
             "none."
         )
     if image_folder is None:
-        images = path / "JPEGImages"
-        image_folder = os.fspath(images if images.is_dir() else folder)
+        places = [path / "JPEGImages", path / "images", folder]
+        image_folder = os.fspath(next(filter(Path.is_dir, places)))
     existing = {
         os.path.relpath(file, image_folder).replace(os.sep, "/")
         for file in picture_files(Path(image_folder))
@@ -176,6 +180,12 @@ def write(objects: ObjectSet, folder: Path) -> Counter:
     return +lost
 
 
+def _listed_file(folder, stem):
+    """Return the XML file of a line; the name may have blanks, or a flag."""
+    file = folder / f"{stem}.xml"
+    return file if file.is_file() else folder / f"{_FLAG.sub('', stem)}.xml"
+
+
 def _write_list(path, lines):
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(f"{line}\n" for line in lines)
@@ -202,9 +212,12 @@ def _read_file(file, folder, existing):
     place = os.path.relpath(file, folder)
     try:
         root = ElementTree.parse(file).getroot()
-    except (OSError, ElementTree.ParseError) as error:
-        problem = f"The file is no XML. Received: {error}."
-        return Picture("", (), place=place, problem=problem)
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
+        problem = (
+            "The file is no XML that Python reads. Expected: XML, such as in "
+            f"UTF-8. Received: {error}."
+        )
+        return Picture("", UNKNOWN, place=place, problem=problem)
     edges = [root.findtext(f"size/{side}") for side in ("height", "width")]
     height, width = map(_number, edges)
     size, problem = None, ""

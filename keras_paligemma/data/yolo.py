@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from keras_paligemma.data.object_set import UNKNOWN
 from keras_paligemma.data.object_set import Annotation
 from keras_paligemma.data.object_set import ObjectSet
 from keras_paligemma.data.object_set import Picture
@@ -145,12 +146,15 @@ def _head(path, split):
         return folder, names, [images if images.is_dir() else folder]
     yaml = _yaml()
     try:
-        head = yaml.safe_load(file.read_text("utf-8-sig"))
+        # Values stay text: a class may be called no, which is False in YAML.
+        head = yaml.load(file.read_text("utf-8-sig"), yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no YAML: {error}.") from error
     names = head.get("names") if isinstance(head, dict) else None
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
-        names = [names[number] for number in range(len(names))]
+    if isinstance(names, dict):
+        numbers = [str(number) for number in range(len(names))]
+        if sorted(names) == sorted(numbers):
+            names = [names[number] for number in numbers]
     if not isinstance(names, list):
         raise ValueError(
             f"{file} has no names of classes. Expected: `names`, a list, or a "
@@ -201,19 +205,24 @@ def _labels_of(file):
 
 
 def _read_picture(file, label, home, classes):
-    lines, problem = [], ""
+    name, place = (os.path.relpath(path, home) for path in (file, label))
+    if not (label.is_file() or file.is_file()):
+        problem = (
+            "There is neither a picture nor its labels. Expected: files at "
+            f"the listed path. Received: {name}, {place} in {home}."
+        )
+        return Picture(name, UNKNOWN, place=place, problem=problem)
     try:
-        if label.is_file():
-            lines = label.read_text("utf-8-sig").split("\n")
+        text = label.read_text("utf-8-sig") if label.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
         problem = f"The labels cannot be read. Received: {error}."
+        return Picture(name, UNKNOWN, place=place, problem=problem)
     annotations = tuple(
         _annotation(line.split(), f"line {number}", classes)
-        for number, line in enumerate(lines, 1)
+        for number, line in enumerate(text.split("\n"), 1)
         if line.strip()
     )
-    name, place = (os.path.relpath(path, home) for path in (file, label))
-    return Picture(name, annotations, place=place, problem=problem)
+    return Picture(name, annotations, place=place)
 
 
 def _annotation(words, place, classes):

@@ -7,7 +7,9 @@ the benchmark's field names.
 import hashlib
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from keras_paligemma.metrics.needs import needed
 
@@ -32,6 +34,25 @@ def read_json(folder: Path, *names: str):
         f"{folder} lacks a file of the official archive. Expected: "
         f"{' or '.join(names)}."
     )
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the JSON of each line that is not blank.
+
+    Raises:
+        ValueError: a line is not JSON.
+    """
+    # Bytes, as text may have other ends of lines within a string.
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{place}, is not JSON: {error}.") from error
+            yield place, record
 
 
 def vqav2(folder, split, subset=None):
@@ -126,8 +147,14 @@ def science_qa(folder, split, subset=None):
     hint is "N/A".
     """
     problems = read_json(folder, "problems.json")
+    splits = read_json(folder, "pid_splits.json")
+    if split not in splits:
+        raise ValueError(
+            f"{folder / 'pid_splits.json'} has no such split. Expected: one "
+            f"of {list(splits)}. Received: {split!r}."
+        )
     records = []
-    for id in read_json(folder, "pid_splits.json")[split]:
+    for id in splits[split]:
         entry = problems[id]
         if not entry["image"]:
             continue
@@ -156,8 +183,7 @@ def nlvr2(folder, split, subset=None):
             f"data/{part}.json."
         )
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+    for _, entry in read_json_lines(path):
         # Sentences about the same pair differ in the last number.
         pair = entry["identifier"].rpartition("-")[0]
         places = [folder / part, folder / "images" / part]
@@ -224,28 +250,35 @@ def coco_captions(folder, split, subset=None):
 
 
 def xm3600(folder, split, subset=None):
-    """XM3600: `captions.jsonl`, one picture per line, and `images/`."""
+    """XM3600: `captions.jsonl`, one picture per line, and `images/`.
+
+    The file has all languages, of which the benchmark names those it scores,
+    and no splits.
+    """
     path = folder / "captions.jsonl"
     if not path.is_file():
         raise ValueError(
             f"{folder} lacks a file of the official archive. Expected: "
             "captions.jsonl."
         )
+    if split != "{language}":
+        raise ValueError(
+            f"{path} holds all languages, and no splits. Expected: `split` "
+            f"None. Received: {split!r}."
+        )
     records = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            entry = json.loads(line)
-            key = entry["image/key"]
-            records += [
-                {
-                    "id": f"{key}_{language}",
-                    "images": str(folder / "images" / f"{key}.jpg"),
-                    "language": language,
-                    "references": texts["caption"],
-                }
-                for language, texts in entry.items()
-                if isinstance(texts, dict) and "caption" in texts
-            ]
+    for _, entry in read_json_lines(path):
+        key = entry["image/key"]
+        records += [
+            {
+                "id": f"{key}_{language}",
+                "images": str(folder / "images" / f"{key}.jpg"),
+                "language": language,
+                "references": texts["caption"],
+            }
+            for language, texts in entry.items()
+            if isinstance(texts, dict) and "caption" in texts
+        ]
     return records
 
 

@@ -1,13 +1,13 @@
 """Where a benchmark's samples come from: folders and published data sets."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from keras_paligemma.evaluation.layouts import LAYOUTS
+from keras_paligemma.evaluation.layouts import read_json_lines
 from keras_paligemma.evaluation.records import Mapped
 from keras_paligemma.evaluation.records import Picked
 from keras_paligemma.evaluation.registry import Benchmark
@@ -99,31 +99,21 @@ def _records(benchmark, folder, split):
 def _own(folder):
     """Read our own layout; paths of pictures are relative to the folder."""
     records = []
-    with open(folder / OWN, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{folder / OWN}, line {number}, is not JSON: {error}."
-                ) from error
-            if not isinstance(record, dict) or "images" not in record:
-                raise ValueError(
-                    f"{folder / OWN}, line {number}: a sample has `images`. "
-                    f"Received: {line[:80]!r}."
-                )
-            images = record["images"]
-            several = isinstance(images, list)
-            named = images if several else [images]
-            if not named or not all(isinstance(each, str) for each in named):
-                raise ValueError(
-                    f"{folder / OWN}, line {number}: `images` is a path or a "
-                    f"list of paths. Received: {images!r:.80}."
-                )
-            paths = [str(folder / image) for image in named]
-            records.append(record | {"images": paths if several else paths[0]})
+    for place, record in read_json_lines(folder / OWN):
+        if not isinstance(record, dict) or "images" not in record:
+            raise ValueError(
+                f"{place}: a sample has `images`. Received: {record!r:.80}."
+            )
+        images = record["images"]
+        several = isinstance(images, list)
+        named = images if several else [images]
+        if not named or not all(isinstance(each, str) for each in named):
+            raise ValueError(
+                f"{place}: `images` is a path or a list of paths. Received: "
+                f"{images!r:.80}."
+            )
+        paths = [str(folder / image) for image in named]
+        records.append(record | {"images": paths if several else paths[0]})
     return records
 
 
@@ -137,7 +127,19 @@ def _hugging_face(benchmark, folder):
             f"{folder} holds several splits. Expected: the folder of one. "
             f"Received: {sorted(found)}."
         )
-    return Mapped(_undecoded(benchmark, found), benchmark.fields)
+    return _mapped(benchmark, found)
+
+
+def _mapped(benchmark, dataset):
+    """Return the records of a data set, with the benchmark's field names.
+
+    ChartQA's `kinds`, which the published data lack, are kept under this name.
+    """
+    dataset = _undecoded(benchmark, dataset)
+    fields = benchmark.fields
+    if benchmark.task == "chartqa" and len(dataset) and "kinds" in dataset[0]:
+        fields = {**fields, "kinds": "kinds"}
+    return Mapped(dataset, fields)
 
 
 def _undecoded(benchmark, found):
@@ -204,4 +206,4 @@ def _in_memory(benchmark, dataset):
             "folder, a split of `datasets.load_dataset`, `tfds.data_source`, "
             f"or a list. Received: {type(dataset).__name__}."
         )
-    return Mapped(_undecoded(benchmark, dataset), benchmark.fields)
+    return _mapped(benchmark, dataset)

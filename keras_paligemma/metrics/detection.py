@@ -42,7 +42,7 @@ def mean_average_precision(
 
     Raises:
         ValueError: lists of different lengths, a prediction without a score,
-            or a score or an edge that is no number.
+            a score or an edge that is no number, or a box upside down.
 
     Example:
 
@@ -166,7 +166,7 @@ def match_boxes(
     left, shares = [_parts(box) for box in right], []
     for box, label, *_ in map(_parts, predictions):
         overlaps = [
-            box_iou(box, other) if other_label == label else 0.0
+            box_iou(box, other) if other_label == label else -1.0
             for other, other_label, *_ in left
         ]
         best = int(np.argmax(overlaps)) if overlaps else 0
@@ -215,11 +215,17 @@ def _parts(item):
 
 
 def _xywh(box, size):
-    # pycocotools takes an overlap of NaN for a match.
-    if len(box) != 4 or not np.isfinite(np.asarray(box, "float64")).all():
+    # pycocotools takes an overlap of NaN for a match, and ignores objects of
+    # negative area.
+    edges = np.asarray(box, "float64")
+    if not (
+        edges.shape == (4,)
+        and np.isfinite(edges).all()
+        and (edges[:2] <= edges[2:]).all()
+    ):
         raise ValueError(
             "A box has four finite edges. Expected: (y1, x1, y2, x2), relative "
-            f"to the picture's size. Received: {box}."
+            f"to the picture's size, y1 <= y2 and x1 <= x2. Received: {box}."
         )
     y1, x1, y2, x2 = (
         float(edge) * side

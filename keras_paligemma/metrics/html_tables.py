@@ -102,11 +102,15 @@ def _costs(apted):
 def _table(text):
     """Parse the first table of a page; return `None` if it has none."""
     lxml = needed("lxml.html", "TEDS")
+    empty = needed("lxml.etree", "TEDS").ParserError
     if "<body" not in text:
         text = f"<html><body>{text}</body></html>"
     parser = lxml.HTMLParser(remove_comments=True, encoding="utf-8")
     # A model may write half of a character.
-    page = lxml.fromstring(text.encode("utf-8", "replace"), parser=parser)
+    try:
+        page = lxml.fromstring(text.encode("utf-8", "replace"), parser=parser)
+    except empty:  # Such as a comment that does not end.
+        return None
     found = page.xpath("body/table")
     return found[0] if found else None
 

@@ -57,8 +57,9 @@ def canonical(text: str) -> str | None:
     """Return RDKit's canonical SMILES string, or `None` if invalid."""
     chem = needed("rdkit.Chem", "A molecule's canonical form")
     logs = needed("rdkit.rdBase", "A molecule's canonical form")
-    # RDKit takes what follows a space for the molecule's name.
-    if len(text.split()) != 1:
+    # RDKit takes what follows a space for the molecule's name, and cannot take
+    # half of a character, which a model may write.
+    if len(text.split()) != 1 or not text.isascii():
         return None
     with logs.BlockLogs():
         molecule = chem.MolFromSmiles(text.strip())

@@ -49,12 +49,14 @@ def refcoco(
         of answers without a mask (the original reports their number).
 
     Raises:
-        ValueError: columns of different lengths, or `decode` returned an array
-            of another shape.
+        ValueError: columns of different lengths, a row without such a box, or
+            `decode` returned an array of another shape.
 
     Source: big_vision `evaluators/proj/paligemma/transfers/segmentation.py`.
     """
     check_rows(predictions, boxes=boxes, masks=masks)
+    for row, box in enumerate(boxes):
+        _check_box(box, row)
     parsed = [_parse(text) for text in predictions]
     decoded = _decode(parsed, decode)
     rows = {"miou": [], "invalid": []}
@@ -96,6 +98,22 @@ def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
 
 def _area(y1, x1, y2, x2):
     return max(x2 - x1, 0.0) * max(y2 - y1, 0.0)
+
+
+def _check_box(box, row):
+    """Raise if ground truth is no box relative to the picture's size."""
+    edges = np.asarray(box, "float64")
+    # Annotated boxes may stick out of their picture by a hundredth.
+    if not (
+        edges.shape == (4,)
+        and (np.abs(edges - 0.5) <= 0.51).all()
+        and (edges[:2] <= edges[2:]).all()
+    ):
+        raise ValueError(
+            f"Row {row} has no box to compare with. Expected: (y1, x1, y2, "
+            "x2), shares of the picture's height and width, y1 <= y2 and x1 "
+            f"<= x2. Received: {box}."
+        )
 
 
 def _parse(text):

@@ -12,7 +12,7 @@ from keras_paligemma.tasks.masks import check_mask
 
 def from_label_map(
     picture: str | Path | Image.Image | np.ndarray,
-    ignore: Iterable[int] = (0, 255),
+    ignore: Iterable[int] | None = None,
 ) -> dict[int, np.ndarray]:
     """Read the masks of a label map.
 
@@ -20,7 +20,8 @@ def from_label_map(
         picture: path, Pillow image or array: grey values or palette indices,
             8 or 16 bits; with three channels, red + 256 green + 65536 blue,
             as in COCO's panoptic maps.
-        ignore: values that are not objects: background, and VOC's border.
+        ignore: values that are not objects. `None` ignores the background, 0,
+            and in maps of one channel VOC's border, 255.
 
     Returns:
         dict of value to bool array (height, width), sorted by value.
@@ -34,7 +35,9 @@ def from_label_map(
     >>> {value: int(mask.sum()) for value, mask in found.items()}
     {7: 2}
     """
-    values = _values(picture)
+    values, is_panoptic = _values(picture)
+    if ignore is None:
+        ignore = (0,) if is_panoptic else (0, 255)
     ignored = set(ignore)
     found = [v for v in np.unique(values).tolist() if v not in ignored]
     return {value: values == value for value in found}
@@ -81,7 +84,7 @@ def to_label_map(masks: Mapping[int, np.ndarray]) -> Image.Image:
 
 
 def _values(picture):
-    """Return the values of a map, (height, width)."""
+    """Return the values of a map, (height, width), and whether from colours."""
     try:
         if isinstance(picture, (str, Path)):
             with Image.open(picture) as opened:
@@ -90,7 +93,8 @@ def _values(picture):
             values = np.asarray(picture)
     except OSError as error:
         raise ValueError(f"The map cannot be read: {error}.") from error
-    if values.ndim == 3 and values.shape[-1] == 3:
+    is_panoptic = values.ndim == 3 and values.shape[-1] == 3
+    if is_panoptic:
         values = values.astype("int64") @ (1, 256, 65536)
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise ValueError(
@@ -98,4 +102,4 @@ def _values(picture):
             "or three, of whole numbers. Received: "
             f"{values.dtype} {values.shape}."
         )
-    return values
+    return values, is_panoptic

@@ -17,6 +17,10 @@ from PIL import Image
 from keras_paligemma.tasks.outlines import area_of
 from keras_paligemma.tasks.outlines import loops_of
 
+# The farthest corner of a polygon, pixels. pycocotools draws the edges outside
+# of the picture too: for want of memory, it ends the process.
+_FARTHEST = 1_000_000
+
 
 def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
     """Return the smallest box around a mask, in whole pixels.
@@ -317,10 +321,12 @@ def _flat(number, polygon):
         flat = np.asarray(polygon, "float64").reshape(-1).tolist()
     except (TypeError, ValueError):
         flat = []
-    if len(flat) < 6 or len(flat) % 2 or not np.isfinite(flat).all():
+    is_near = all(abs(edge) <= _FARTHEST for edge in flat)  # False for NaN.
+    if len(flat) < 6 or len(flat) % 2 or not is_near:
         raise ValueError(
             f"Polygon {number} is none. Expected: numbers x, y of three "
-            f"points or more. Received: {polygon!r:.80}."
+            f"points or more, up to {_FARTHEST:,} pixels. Received: "
+            f"{polygon!r:.80}."
         )
     return flat
 

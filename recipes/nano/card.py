@@ -47,7 +47,9 @@ Masks are codes of the codec beside the weights, `MaskCodec.embedded()`.
 {rows}
 
 A box is right if its intersection over union with the named object is at least
-{on_object}. Trained styles: {trained}; held out: {held_out}. Pictures and
+{on_object}. Each named object counts with its best box. More boxes than objects
+do not lower these scores, but the average precision in `tasks/scores.py`.
+Trained styles: {trained}; held out: {held_out}. Pictures and
 licences are in [the notice](NOTICE.md), pictures of answers and the recipe on
 [its page](../../docs/nano_preset.md). The weights are under Apache-2.0.
 

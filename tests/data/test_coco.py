@@ -81,6 +81,14 @@ def test_boxes(write, tmp_path):
     assert source.where(1) == f"{tmp_path / 'instances.json'}, image 3"
 
 
+def test_blanks_around_a_class_are_in_no_label(write):
+    """Otherwise no answer would be of the class, when answers are scored."""
+    categories = [{"id": 2, "name": " cat "}, {"id": 4, "name": "dog"}]
+    source = COCOSource(write(BOXES[0], categories=categories), "")
+    labels = [item.label for item in source.objects(0)]
+    assert labels == [i.label for i in read_objects(source[0]["responses"])]
+
+
 def test_chosen_classes(write):
     path = write(*BOXES)
     source = COCOSource(path, "", classes=["dog", "hat"])
@@ -382,6 +390,14 @@ def test_sizes_of_files(write, tmp_path, size, orientation, fits):
         assert source[0]["responses"].endswith("cat")
         return
     with pytest.raises(ExampleError, match="image 7.*not of the size"):
+        source[0]
+
+
+def test_a_crowd_is_no_text(write):
+    """The text "0" is true, and would make each object a crowd."""
+    path = write(annotation(15, 3, 2, [0, 0, 9, 9], iscrowd="0"))
+    source = COCOSource(path, "")
+    with pytest.raises(ExampleError, match="annotation 15: .*crowd.*'0'"):
         source[0]
 
 

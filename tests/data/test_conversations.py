@@ -45,7 +45,8 @@ EXPECTED = {"images": "cat.jpg", "prompts": "what?", "responses": "A cat."}
     ],
 )
 def test_one_question_and_one_answer(record):
-    assert ConversationSource([record])[0] == EXPECTED
+    # A loop ends with the `IndexError` of the example behind the last one.
+    assert [*ConversationSource([record])] == [EXPECTED]
 
 
 @pytest.mark.parametrize("lines", [False, True])

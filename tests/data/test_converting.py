@@ -285,6 +285,20 @@ def test_odd_names_of_classes_come_back_from_voc(coco, tmp_path):
     assert [*found.classes] == [name.strip() for name in names]
 
 
+def test_blanks_in_names_of_pictures_come_back_from_voc(coco, tmp_path):
+    coco.write_text(coco.read_text().replace("a.jpg", "cat 1.jpg"))
+    image = coco.parent / "images" / "a.jpg"
+    image.rename(image.with_name("cat 1.jpg"))
+    made = convert(coco, tmp_path / "voc", "voc")
+    (example,) = open_source(made.path)
+    assert example["images"] == str(made.path / "JPEGImages" / "cat 1.jpg")
+    # The lines of the challenge's lists of a class end in 1, 0 or -1.
+    listed = made.path / "ImageSets" / "Main" / "cat_train.txt"
+    listed.write_text("cat 1  1\nb -1\n")
+    found = open_objects(made.path, split="cat_train").pictures
+    assert [picture.name for picture in found] == ["cat 1.jpg", "b.jpg"]
+
+
 YOLO_LINES = {
     "0 0.5 0.5 0.25 0.5": "",
     "0 0.1 0.1 0.4 0.1 0.4 0.4": "",
@@ -362,6 +376,13 @@ def test_splits_and_names_of_yolo(yolo, tmp_path):
         objects[0]
 
 
+@pytest.mark.parametrize("names", ["[no, 007, ~]", "{0: no, 1: 007, 2: ~}"])
+def test_names_of_yolo_are_text(yolo, names):
+    """YAML reads no as False, 007 as 7, and ~ as None."""
+    (yolo / "data.yaml").write_text(f"train: train/images\nnames: {names}\n")
+    assert open_objects(yolo).classes == ("no", "007", "~")
+
+
 def test_turned_pictures_of_yolo(yolo):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -417,6 +438,25 @@ def test_bad_xml(tmp_path, text, message):
     assert message in made.skipped[0] and made.pictures == 0
 
 
+@pytest.mark.parametrize(
+    "text", ["", "<?xml version='1.0' encoding='gb2312'?><annotation/>"]
+)
+def test_unreadable_xml_is_no_picture_without_objects(tmp_path, text):
+    (tmp_path / "a.xml").write_text(text)
+    source = open_source(tmp_path)
+    with pytest.raises(ExampleError, match="a.xml: The file is no XML"):
+        source[0]
+
+
+def test_unreadable_text_files_are_no_pictures_without_objects(yolo):
+    label = yolo / "train" / "labels" / "b.txt"
+    label.write_bytes("0 0.5 0.5 0.25 0.5 caf\xe9".encode("latin-1"))
+    source = open_source(yolo)
+    assert "pictures without an object" not in source.left_out
+    with pytest.raises(ExampleError, match="b.txt: The labels cannot be read"):
+        source[1]
+
+
 def test_folders_are_recognised(coco, tmp_path):
     home = tmp_path / "export"
     for split in ("train", "valid"):
@@ -444,6 +484,17 @@ def test_folders_are_recognised(coco, tmp_path):
     assert open_source(file)[0]["responses"] == "!"
     with pytest.raises(ValueError, match="no objects on pictures"):
         open_objects(file)
+
+
+def test_listed_pictures_that_are_missing(yolo):
+    head = "train: train.txt\nnames: [cat, dog]\n"
+    (yolo / "data.yaml").write_text(head)
+    names = "train/images/b.jpg\ndata/train/images/b.jpg\n"
+    (yolo / "train.txt").write_text(names)
+    source = open_source(yolo)
+    assert source.left_out["pictures without an object"] == 1
+    with pytest.raises(ExampleError, match="neither.*data/train/images/b.jpg"):
+        source[0]
 
 
 def test_objects_that_lines_cannot_hold(coco, tmp_path):
@@ -479,6 +530,7 @@ def test_lines_that_are_no_objects_are_counted(tmp_path):
     rows = [
         ("a.jpg", "detect cat ; owl", f"{box} cat ; <loc0001> owl"),
         ("a.jpg", "detect hat", ""),
+        ("a.jpg", "detect hat", ["", f"{box} hat"]),
         ("a.jpg", "caption en", "a cat"),
         ("gone.jpg", "detect cat", f"{box} cat"),
     ]
@@ -490,6 +542,7 @@ def test_lines_that_are_no_objects_are_counted(tmp_path):
     assert [len(picture.annotations) for picture in objects.pictures] == [1]
     assert objects.skipped == {
         "parts of answers that are no object": 1,
+        "answers beside the first of a line": 1,
         "lines that do not ask for objects": 1,
         "lines of missing pictures": 1,
         "damaged lines": 1,

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -239,6 +240,36 @@ def test_missing_files_are_named(name, message, tmp_path):
         open_samples(find_benchmark(name), tmp_path)
     with pytest.raises(ValueError, match="does not exist.*Get the data"):
         open_samples(find_benchmark(name), tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("make", "split", "message"),
+    [
+        (science_qa, "val", r"pid_splits.json.*\['test', 'train'\].*'val'"),
+        (xm3600_en, "de", "captions.jsonl holds all languages.*'de'"),
+    ],
+)
+def test_splits_that_lack_are_named(make, split, message, tmp_path):
+    make(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        open_samples(find_benchmark(make.__name__), tmp_path, split)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(nlvr2, "data/test1.json"), (xm3600_en, "captions.jsonl")],
+)
+def test_lines_end_at_line_feeds_alone(make, name, tmp_path):
+    wanted = make(tmp_path)
+    file = tmp_path / name
+    text = file.read_text().replace("\n", "\r\n\r\n")
+    text = re.sub("Of |a ", "\\g<0>\u2028", text)
+    file.write_bytes(text.encode("utf-8-sig"))
+    samples = open_samples(find_benchmark(make.__name__), tmp_path)
+    assert samples.ids == [row[0] for row in wanted]
+    file.write_text(text + "{", "utf-8")
+    with pytest.raises(ValueError, match=f"{file.name}, line 7, is not JSON"):
+        open_samples(find_benchmark(make.__name__), tmp_path)
 
 
 def test_languages_that_lack_are_named(tmp_path):

@@ -454,6 +454,14 @@ def test_kinds_of_charts_are_those_of_the_benchmark(data):
     ]
     # Training mixes both.
     assert len(training_samples(human, data)) == 12
+    published = [
+        {
+            **{"question_id": row, "image": "1.png", "question": "how many?"},
+            **{"answer": "2", "kinds": "human" if row else "augmented"},
+        }
+        for row in range(3)
+    ]
+    assert open_samples(human, published).ids == ["1", "2"]
     change_sample(data, 4, kinds=None)
     with pytest.raises(ValueError, match=r"1 of 12 .*'kinds'.*\['q4'\]"):
         open_samples(human, data)

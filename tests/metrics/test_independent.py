@@ -157,6 +157,8 @@ def test_tables():
     odd = "<table><tr><td colspan='100%' rowspan=''>\ud8001</td></tr></table>"
     worse = metrics.tables([*found, odd], [*right, right[0]]).values()
     assert 0 < worse["teds"] < 1
+    cut = metrics.tables([*found, "<!--<body>"], [*right, right[0]])
+    assert cut.values() == values
     bare = CELLS[0].join(["<table>", "</table>"])
     assert set(metrics.tables([bare], right[:1]).values().values()) == {1.0}
 
@@ -169,6 +171,8 @@ def test_smiles():
     assert scores.columns["full_match"].tolist() == [1, 1, 0, 0, 0, 0]
     assert scores.columns["valid"].tolist() == [1, 1, 1, 0, 0, 0]
     assert scores.columns["exact"].sum() == 0
+    # Half of a character, as a model may write it.
+    assert metrics.smiles(["C\ud800"], ["C"]).values()["valid"] == 0
     with pytest.raises(ValueError, match="row 1 is no SMILES"):
         metrics.smiles(["C", "C"], ["C", "what"])
     with pytest.raises(ValueError, match="molecules.*None"):
@@ -246,6 +250,10 @@ def test_mean_average_precision_of_few():
     for found, right in ((lost, box), (box, lost)):
         with pytest.raises(ValueError, match="four finite edges"):
             compute([[(found, "cat", 0.5)]], [[(right, "cat")]])
+    # pycocotools ignores objects of negative area.
+    for turned in ((0.5, 0.1, 0.1, 0.5), (0.1, 0.5, 0.5, 0.1)):
+        with pytest.raises(ValueError, match="y1 <= y2.*Received: .0.[15], 0."):
+            compute([[]], [[(turned, "cat")]])
     with pytest.raises(ValueError, match="1 of predictions, 2 of right"):
         compute([[]], [[], []])
     sizes = np.array([[20, 10]])
@@ -267,6 +275,8 @@ def test_box_f1():
         "iou": 1.0,
     }
     assert scores.quality.tolist() == [2 / 5, 0]
+    of_labels = metrics.box_f1([[(left, "cat")]], [[(left, "dog")]], 0.0)
+    assert of_labels.values()["f1"] == 0
 
 
 def test_refcoco_equals_the_original():

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from keras_paligemma import metrics
@@ -111,6 +112,11 @@ def test_edit_distance_needs_no_library():
         assert plain_edit_distance(second, first) == fast
 
 
+def refcoco(predictions, boxes):
+    masks = [np.ones((8, 8), bool)] * len(boxes)
+    return metrics.refcoco(predictions, boxes, masks, lambda codes: codes)
+
+
 @pytest.mark.parametrize(
     ("function", "columns", "message"),
     [
@@ -133,6 +139,9 @@ def test_edit_distance_needs_no_library():
         (metrics.captions, [["a"], [["a", None]]], "'references' is no text"),
         (metrics.music, [["a"], [5]], "'scores' is no text"),
         (metrics.tables, [["a"], [None]], "'html' is no text"),
+        (refcoco, [[""], [(0, 0, 9, 9)]], r"Row 0 .*\(0, 0, 9, 9\)"),
+        (refcoco, [[""], [(0, 0.5, 1, 0.1)]], "Row 0 .*y1 <= y2"),
+        (refcoco, [[""], [(0, 0, 1)]], "Row 0 has no box"),
     ],
 )
 def test_bad_columns_are_refused(function, columns, message):

@@ -40,6 +40,10 @@ def test_palettes_and_panoptic_colours():
     assert list(from_label_map(picture, ignore=())) == [0, 2, 255]
     colours = np.array([[[0, 0, 0], [7, 1, 2]]], "uint8")
     assert list(from_label_map(colours)) == [7 + 256 + 2 * 65536]
+    # Red alone is segment 255, not VOC's border.
+    colours[0, 0] = 255, 0, 0
+    assert list(from_label_map(colours)) == [255, 7 + 256 + 2 * 65536]
+    assert list(from_label_map(colours, (0, 255))) == [7 + 256 + 2 * 65536]
 
 
 def test_what_a_label_map_cannot_hold_is_refused():
