@@ -287,6 +287,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         else:
             each = token_losses(logits_BRV, y, own.label_smoothing)
             loss, accuracy, _ = own.average(*each, sample_weight)
+        for extra in self.losses:  # Of `add_loss` and of regularizers.
+            loss = loss + ops.cast(ops.sum(extra), loss.dtype)
         count, total = own.counts(sample_weight)
         self.loss_tracker.update_state(loss, sample_weight=count)
         self.accuracy_tracker.update_state(accuracy, sample_weight=total)
