@@ -23,9 +23,9 @@ from keras_paligemma.layers.weight import Weight
 from keras_paligemma.models import adapting
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
+from keras_paligemma.models.call_inputs import call_inputs
 from keras_paligemma.models.inputs import check_images
 from keras_paligemma.models.inputs import full_masks
-from keras_paligemma.models.inputs import typed
 from keras_paligemma.models.text_decoder import TextDecoder
 from keras_paligemma.models.vision_encoder import VisionEncoder
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
@@ -91,8 +91,8 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         after the final norm. `logits` applies the head.
 
     Raises:
-        ValueError: if a rank, size or dtype is wrong, or an id is outside the
-            vocabulary.
+        ValueError: if a name, rank, size or dtype is wrong, or an id is
+            outside the vocabulary.
 
     Example:
         >>> import numpy as np
@@ -185,7 +185,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Tensor:
         # Before Keras casts ids and masks to the policy's dtype.
-        inputs = typed(inputs, self.text_config.vocabulary_size)
+        inputs = call_inputs(inputs, self)
         return super().__call__(inputs, **kwargs)
 
     def call(self, inputs: Any, training: bool | None = None) -> Tensor:

@@ -24,8 +24,8 @@ from keras_paligemma.models import loader
 from keras_paligemma.models import prefixes
 from keras_paligemma.models import scoring
 from keras_paligemma.models.backbone import PaliGemmaBackbone
+from keras_paligemma.models.call_inputs import call_inputs
 from keras_paligemma.models.inputs import check_targets
-from keras_paligemma.models.inputs import typed
 from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.preprocessor import (
     PaliGemmaCausalLMPreprocessor,
@@ -230,7 +230,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         # As in the backbone: Keras casts the inputs of a call.
-        inputs = typed(inputs, self.backbone.text_config.vocabulary_size)
+        inputs = call_inputs(inputs, self.backbone)
         return super().__call__(inputs, **kwargs)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
