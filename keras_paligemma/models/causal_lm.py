@@ -238,7 +238,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         text = PromptAndResponse.among(inputs)
         if text is not None:
             return text.predicting(hidden_BLD)
-        tokens = inputs["token_ids"].shape[1]
+        tokens = ops.shape(inputs["token_ids"])[1]
         return self.backbone.logits(hidden_BLD[:, -tokens:])
 
     def compute_output_spec(
