@@ -192,12 +192,23 @@ def rows_to_devices(arrays):
     Returns:
         The dict of placed arrays, and the slice of this process's rows in the
         results.
+
+    Raises:
+        ValueError: processes pass different numbers of rows.
     """
     distribution = keras.distribution.distribution()
     if distribution is None or keras.backend.backend() != "jax":
         return arrays, slice(None)
     import jax
 
+    count = len(next(iter(arrays.values())))
+    if least(count) != -least(-count):
+        raise ValueError(
+            "Hosts compute a batch together, so each has as many rows. "
+            f"Received: {count} rows on this host, and another number on "
+            "others. Expected: equal numbers, such as by repeating the last "
+            "prompt."
+        )
     placed, rows = {}, slice(None)
     for name, array in arrays.items():
         array = np.asarray(array)

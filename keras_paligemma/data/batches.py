@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_paligemma.compat import GeneratorDataAdapter
+from keras_paligemma.compat import least
 from keras_paligemma.compat import process
 from keras_paligemma.compat import replicas
 from keras_paligemma.data.pipeline import Batches
@@ -353,7 +354,24 @@ def rows_divide_by():
     return max(1, replicas() // process()[1])
 
 
-def filled(x, y=None, sample_weight=None):
+def check_steps(steps):
+    """Raise if the hosts would not all take part in each step.
+
+    Args:
+        steps: int, number of batches on this host.
+    """
+    fewest, most = least(steps), -least(-steps)
+    if fewest != most:
+        raise ValueError(
+            "Hosts run each step together, so each needs as many batches. "
+            f"Received: {steps} batches on this host, and from {fewest} to "
+            f"{most} on all. Expected: dictionaries of one length, or "
+            "`Batches(…, shard=data_shard())`, which share any number of "
+            "examples."
+        )
+
+
+def filled(x, y=None, sample_weight=None, multiple=None):
     """Fill up a batch, so that a distribution can split it.
 
     Keras places all batches as the first, so the last must divide, too. The
@@ -363,13 +381,15 @@ def filled(x, y=None, sample_weight=None):
         x: dict of preprocessed arrays.
         y: int array (B, R) or `None`.
         sample_weight: array (B, R) or `None`.
+        multiple: int, what the rows must divide by; `None` is
+            `rows_divide_by()`.
 
     Returns:
         `(x, y, sample_weight)`.
     """
     arrays = {name: array for name, array in x.items() if array is not None}
     count = len(next(iter(arrays.values())))
-    more = -count % rows_divide_by()
+    more = -count % (multiple or rows_divide_by())
     if not more:
         return x, y, sample_weight
 
@@ -417,7 +437,7 @@ def as_dataset(
     def prepared(*batch):
         batch = keras.utils.unpack_x_y_sample_weight(preprocess(*batch))
         batch = in_parts(*batch) if apart else batch
-        full = filled(*batch)
+        full = filled(*batch, multiple=multiple)
         if full[0] is not batch[0] and not (apart or is_dict):
             raise ValueError(
                 "The rows that fill up a batch can only be cut off the end of "
@@ -428,6 +448,7 @@ def as_dataset(
         return keras.utils.pack_x_y_sample_weight(*full)
 
     is_dict = isinstance(x, dict)
+    multiple = rows_divide_by()
     if is_dict:
         if y is not None and "token_ids" not in x:
             raise ValueError(
@@ -439,6 +460,10 @@ def as_dataset(
             # Only the last batch is filled up.
             batch_size += -batch_size % rows_divide_by()
         x = Examples(x, y, sample_weight, batch_size, shuffle)
+        if process()[1] > 1:
+            # The last batches of hosts may differ in length.
+            multiple = batch_size + -batch_size % multiple
+            check_steps(len(x))
     elif y is not None or sample_weight is not None:
         raise ValueError(
             "The batches of a data set hold their own targets and weights: "

@@ -67,7 +67,8 @@ def should_use_cpu_decoding(query_shape, cached):
         "float32",
         "int8",
     )
-    return query_shape[1] == 1 and is_wide and should_use_cpu_products()
+    # The size last: in TensorFlow's graphs it may be a tensor.
+    return should_use_cpu_products() and is_wide and query_shape[1] == 1
 
 
 def token_logits(query_B1NH, key_BSKH):

@@ -175,8 +175,20 @@ class LayerStack(keras.layers.Layer):
             store[name.replace("/", ".")] = weight.read()
 
     def load_own_variables(self, store):
-        for name, weight in self.weights_by_name().items():
-            weight.assign(store[name.replace("/", ".")])
+        weights = {
+            name.replace("/", "."): weight
+            for name, weight in self.weights_by_name().items()
+        }
+        if set(store.keys()) != weights.keys():
+            # Without names: where Keras fails, it looks again in an empty
+            # store, and shows the second error.
+            raise ValueError(
+                f"The file does not fit {self.path!r}. Received: weights of "
+                "a model of other sizes, norms or adapters. Expected: those "
+                f"of a model with the same {len(weights)} names and shapes."
+            )
+        for name, weight in weights.items():
+            weight.assign(store[name])
 
     def make_cache(self, shape_BSKH, dtype):
         """Allocate an empty key-value cache for this stack.

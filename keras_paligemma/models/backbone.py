@@ -23,9 +23,9 @@ from keras_paligemma.layers.weight import Weight
 from keras_paligemma.models import adapting
 from keras_paligemma.models import exports
 from keras_paligemma.models import files
+from keras_paligemma.models.call_inputs import call_inputs
 from keras_paligemma.models.inputs import check_images
 from keras_paligemma.models.inputs import full_masks
-from keras_paligemma.models.inputs import typed
 from keras_paligemma.models.text_decoder import TextDecoder
 from keras_paligemma.models.vision_encoder import VisionEncoder
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
@@ -91,8 +91,8 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         after the final norm. `logits` applies the head.
 
     Raises:
-        ValueError: if a rank, size or dtype is wrong, or an id is outside the
-            vocabulary.
+        ValueError: if a name, rank, size or dtype is wrong, or an id is
+            outside the vocabulary.
 
     Example:
         >>> import numpy as np
@@ -185,15 +185,17 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Tensor:
         # Before Keras casts ids and masks to the policy's dtype.
-        inputs = typed(inputs, self.text_config.vocabulary_size)
+        inputs = call_inputs(inputs, self)
         return super().__call__(inputs, **kwargs)
 
     def call(self, inputs: Any, training: bool | None = None) -> Tensor:
         text = PromptAndResponse.among(inputs)
         if text is not None:
             inputs = {**inputs, **text.whole()}
-        x_BLD = self.embed(inputs)
-        num_image_tokens = x_BLD.shape[1] - inputs["token_ids"].shape[1]
+        image_BID = self._image_tokens(inputs)
+        x_BLD = self.embed({**inputs, "image_embeddings": image_BID})
+        # Not the difference of the lengths: that of a text may be unknown.
+        num_image_tokens = 0 if image_BID is None else image_BID.shape[1]
         mask, positions_BL = self.mask_and_positions(inputs, num_image_tokens)
         return self.text_decoder(x_BLD, mask, positions_BL)
 
@@ -256,13 +258,18 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         tokens are not.
         """
         text_BTD = self.token_embedding(inputs["token_ids"])
-        image_BID = inputs.get("image_embeddings")
-        if image_BID is None and inputs.get("images") is not None:
-            image_BID = self.encode_images(inputs["images"])
+        image_BID = self._image_tokens(inputs)
         if image_BID is None:
             return text_BTD
         image_BID = ops.cast(image_BID, text_BTD.dtype)
         return ops.concatenate([image_BID, text_BTD], axis=1)
+
+    def _image_tokens(self, inputs):
+        """Return the image tokens, given or encoded; `None` for text alone."""
+        image_BID = inputs.get("image_embeddings")
+        if image_BID is None and inputs.get("images") is not None:
+            return self.encode_images(inputs["images"])
+        return image_BID
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode images as image tokens, with the vision tower alone.
@@ -313,6 +320,12 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
         Returns:
             float32 tensor (..., V).
         """
+        if isinstance(hidden_states, keras.KerasTensor):
+            # A layer of the functional model, which without it would keep the
+            # values that the table has now.
+            return self.token_embedding(
+                hidden_states, reverse=True, capped=capped
+            )
         return self.head(capped)(hidden_states)
 
     def head(self, capped: Any = True) -> Callable[[Tensor], Tensor]:

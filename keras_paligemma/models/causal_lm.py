@@ -24,8 +24,8 @@ from keras_paligemma.models import loader
 from keras_paligemma.models import prefixes
 from keras_paligemma.models import scoring
 from keras_paligemma.models.backbone import PaliGemmaBackbone
+from keras_paligemma.models.call_inputs import call_inputs
 from keras_paligemma.models.inputs import check_targets
-from keras_paligemma.models.inputs import typed
 from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.preprocessor import (
     PaliGemmaCausalLMPreprocessor,
@@ -230,7 +230,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         # As in the backbone: Keras casts the inputs of a call.
-        inputs = typed(inputs, self.backbone.text_config.vocabulary_size)
+        inputs = call_inputs(inputs, self.backbone)
         return super().__call__(inputs, **kwargs)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
@@ -238,7 +238,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         text = PromptAndResponse.among(inputs)
         if text is not None:
             return text.predicting(hidden_BLD)
-        tokens = inputs["token_ids"].shape[1]
+        tokens = ops.shape(inputs["token_ids"])[1]
         return self.backbone.logits(hidden_BLD[:, -tokens:])
 
     def compute_output_spec(
@@ -287,6 +287,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         else:
             each = token_losses(logits_BRV, y, own.label_smoothing)
             loss, accuracy, _ = own.average(*each, sample_weight)
+        for extra in self.losses:  # Of `add_loss` and of regularizers.
+            loss = loss + ops.cast(ops.sum(extra), loss.dtype)
         count, total = own.counts(sample_weight)
         self.loss_tracker.update_state(loss, sample_weight=count)
         self.accuracy_tracker.update_state(accuracy, sample_weight=total)

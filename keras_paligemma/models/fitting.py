@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_paligemma.compat import process
 from keras_paligemma.data.batches import as_dataset
 from keras_paligemma.data.batches import filled
 from keras_paligemma.data.batches import in_parts
@@ -109,7 +110,16 @@ def predict(model, x=None, batch_size=None, callbacks=None, **kwargs):
 
     These are the logits of training, given responses included; call `generate`
     for answers. The array is float32 (examples, tokens, V), in memory.
+
+    Raises:
+        ValueError: on several hosts, or as `fit`.
     """
+    if process()[1] > 1:
+        raise ValueError(
+            "`predict` returns the logits of all examples, and no host holds "
+            f"them. Received: {process()[1]} processes. Expected: one, or "
+            "`score` or `generate`, which return those of this host."
+        )
     kwargs.setdefault("steps", steps_of(x))
     data = as_dataset(
         x, None, None, batch_size, model.preprocess_samples, apart=False

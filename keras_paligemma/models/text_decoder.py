@@ -37,10 +37,11 @@ class TokenEmbedding(keras.layers.Layer):
     Call arguments:
         inputs: int tensor of ids; reversed, float tensor (..., D).
         reverse: bool, whether to return logits instead of embeddings.
+        capped: bool, whether to apply the soft cap to logits.
 
     Returns:
-        Tensor (..., D): rows of the table times √D; reversed, soft-capped
-        float32 logits (..., V).
+        Tensor (..., D): rows of the table times √D; reversed, float32 logits
+        (..., V).
     """
 
     def __init__(
@@ -76,9 +77,10 @@ class TokenEmbedding(keras.layers.Layer):
         )
         self.built = True
 
-    def call(self, inputs, reverse=False):
+    def call(self, inputs, reverse=False, capped=True):
         if reverse:
-            return soft_cap(self.logits(inputs), self.logit_soft_cap)
+            cap = self.logit_soft_cap if capped else None
+            return soft_cap(self.logits(inputs), cap)
         if self.quantized_format is not None:
             x_BTD = self._dequantized_rows(self.quantized_format, inputs)
         elif should_use_cpu_products():

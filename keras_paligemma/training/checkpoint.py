@@ -8,16 +8,18 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_paligemma.data.pipeline import Batches
 from keras_paligemma.training.checkpoint_files import CheckpointFiles
 from keras_paligemma.types import PathLike
 
 if TYPE_CHECKING:
-    from keras_paligemma.data.pipeline import Batches
     from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
 
 
 # Weights of adapters that begin with random or constant values.
 DRAWN = ("/adapter_a", "/adapter_b", "/adapter_bias", "/adapter_gain")
+# Arguments of Keras's `fit` that follow from the state of a run.
+OF_A_RUN = {"steps_per_epoch", "initial_epoch"}
 
 
 class RunCheckpoint(keras.callbacks.Callback):
@@ -43,19 +45,27 @@ class RunCheckpoint(keras.callbacks.Callback):
         keep: int, number of the latest checkpoints to keep.
 
     Raises:
-        ValueError: `every` or `keep` is not positive; or when training starts,
-            the checkpoint is of another run, or none is intact.
+        ValueError: `every` or `keep` is not positive, or other data than
+            `Batches`; or when training starts, the checkpoint is of another
+            run, or none is intact.
         OSError: during training, a checkpoint cannot be written.
     """
 
     def __init__(
         self,
         directory: PathLike,
-        batches: "Batches",
+        batches: Batches,
         every: int = 1000,
         keep: int = 2,
     ) -> None:
         super().__init__()
+        if not isinstance(batches, Batches):
+            raise ValueError(
+                "A run that can be resumed takes `Batches`. Received: "
+                f"{type(batches).__name__}. Expected: `keras_paligemma.data."
+                "Batches(source, model.preprocessor, batch_size)`; or "
+                "`model.fit`, which takes other data."
+            )
         if every < 1 or keep < 1:
             raise ValueError(
                 "`every` and `keep` are positive integers. Received: "
@@ -212,7 +222,7 @@ class RunCheckpoint(keras.callbacks.Callback):
 
 def fit(
     model: "PaliGemmaCausalLM",
-    batches: "Batches",
+    batches: Batches,
     directory: PathLike,
     epochs: int = 1,
     *,
@@ -238,14 +248,16 @@ def fit(
         every: int, steps between checkpoints.
         keep: int, number of checkpoints to keep.
         callbacks: list of Keras callbacks, or `None`.
-        **kwargs: further arguments of `model.fit`.
+        **kwargs: further arguments of `model.fit`, without
+            `steps_per_epoch` and `initial_epoch`.
 
     Returns:
         `keras.callbacks.History` of the epochs trained in this call.
 
     Raises:
         ValueError: the directory holds another run, or no checkpoint in it is
-            intact; `batches` end before `epochs`; or the loss is not finite.
+            intact; other data than `Batches`, or batches that end before
+            `epochs`; or the loss is not finite.
         OSError: a checkpoint cannot be written.
 
     Example:
@@ -254,13 +266,19 @@ def fit(
     fit(model, batches, "runs/ghosts", epochs=3, every=200)
     ```
     """
+    for name in OF_A_RUN & kwargs.keys():
+        raise ValueError(
+            "A run that can be resumed counts its steps itself. Received: "
+            f"{name}={kwargs[name]!r}. Expected: `epochs` in all; an epoch is "
+            "as long as the batches."
+        )
+    checkpoint = RunCheckpoint(directory, batches, every, keep)
     if batches.epochs is not None and batches.epochs < epochs:
         raise ValueError(
             f"The batches end before the run. Received: Batches(…, epochs="
             f"{batches.epochs}) for epochs={epochs}. Expected: batches without "
             "`epochs`, which have no end."
         )
-    checkpoint = RunCheckpoint(directory, batches, every, keep)
     checkpoint.restore(model)
     epoch, rest = divmod(checkpoint.step, len(batches))
     history = {}

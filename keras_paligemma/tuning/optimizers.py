@@ -114,8 +114,8 @@ class Adam(keras.optimizers.Adam):
         return 1.0
 
     def add_variable(self, *args: Any, dtype: Any = None, **kwargs: Any) -> Any:
-        half = dtype in ("bfloat16", "float16")
-        dtype = "float32" if half else dtype
+        is_other = dtype in ("bfloat16", "float16", "float64")
+        dtype = "float32" if is_other else dtype
         return super().add_variable(*args, dtype=dtype, **kwargs)
 
     def apply(
@@ -131,15 +131,17 @@ class Adam(keras.optimizers.Adam):
             ]
         return super().apply(grads, trainable_variables)
 
-    def finalize_variable_values(
-        self, var_list: Sequence[keras.Variable]
-    ) -> None:
-        super().finalize_variable_values(var_list)
-        if self.use_ema:
-            # Copies: in the next `fit`, JAX cannot donate the same array both
-            # as the weight and as its average.
-            for variable in var_list:
-                variable.assign(ops.copy(variable))
+    def _overwrite_model_variables_with_average_value(
+        self, trainable_variables
+    ):
+        averages = self._model_variables_moving_average
+        for variable, average in zip(
+            trainable_variables, averages, strict=True
+        ):
+            # TensorFlow does not convert the float32 average. Copies: in the
+            # next `fit`, JAX cannot donate the same array both as the weight
+            # and as its average.
+            variable.assign(ops.copy(ops.cast(average, variable.dtype)))
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         # Once, not per weight: an update is 23 operations on TensorFlow, not

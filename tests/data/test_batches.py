@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 from keras_paligemma.data import batches
+from keras_paligemma.models import fitting
 from tests.helpers.text_models import build_tiny_model
 
 tf = pytest.importorskip("tensorflow")
@@ -193,6 +194,25 @@ def test_a_batch_that_replicas_cannot_share_is_filled_up(
     kinds = ValueError, tf.errors.InvalidArgumentError
     with pytest.raises(kinds, match="divide by the 2 parts"):
         model.predict(pairs, verbose=0)
+
+
+def test_hosts_have_batches_of_one_shape(model, losses, examples, monkeypatch):
+    """Two hosts, each with one of the two replicas, and 3 and 2 examples."""
+    three = rows_of(examples, 0, 3)
+    wanted = losses(three)
+    monkeypatch.setattr(batches, "replicas", lambda: 2)
+    monkeypatch.setattr(batches, "process", lambda: (0, 2))
+    data = batches.as_dataset(three, None, None, 2, model.preprocess_samples)
+    assert {len(data[index][1]) for index in range(2)} == {2}
+    found = model.evaluate(three, batch_size=2, verbose=0)[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    # The other host has one batch.
+    monkeypatch.setattr(batches, "least", lambda value: min(value, 1))
+    with pytest.raises(ValueError, match="Received: 2 batches on this host"):
+        model.evaluate(three, batch_size=2, verbose=0)
+    monkeypatch.setattr(fitting, "process", lambda: (0, 2))
+    with pytest.raises(ValueError, match="`predict`.*Received: 2 processes"):
+        model.predict(three, verbose=0)
 
 
 def test_no_graph_is_traced_for_raw_batches(

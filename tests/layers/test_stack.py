@@ -128,6 +128,31 @@ def test_each_form_loads_the_others_files(
 
 
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
+def test_files_of_other_weights_are_refused(tmp_path, form):
+    """Keras would leave out what the model has no place for."""
+    from keras_paligemma import PaliGemmaBackbone
+
+    def build(**text):
+        return PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT | text, form=form)
+
+    plain, adapted = build(), build()
+    adapted.enable_lora(2)
+    files = {}
+    for name, backbone in (("plain", plain), ("adapted", adapted)):
+        files[name] = tmp_path / f"{name}.weights.h5"
+        backbone.save_weights(files[name])
+    first, shallow = build(use_post_norms=False), build(num_layers=2)
+    for backbone, file in (
+        (plain, "adapted"),
+        (adapted, "plain"),
+        (first, "plain"),
+        (shallow, "plain"),
+    ):
+        with pytest.raises(ValueError, match="other sizes, norms or adapters"):
+            backbone.load_weights(files[file])
+
+
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_layers_begin_with_values_of_their_own(form):
     from keras_paligemma import PaliGemmaBackbone
 

@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from keras_paligemma import PaliGemmaBackbone
+from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import TextDecoderConfig
 from keras_paligemma import VisionEncoderConfig
 from tests.helpers.numpy_reference import forward
@@ -126,6 +127,45 @@ def test_text_alone(golden_backbone, expected):
     inputs = golden_prompts(expected)
     del inputs["images"]
     assert run(golden_backbone(), inputs).shape == (4, 18, 64)
+
+
+def test_logits_of_a_functional_model_follow_the_table(golden_backbone):
+    backbone = golden_backbone()
+    given = {
+        name: keras.Input((5,), dtype="int32", name=name)
+        for name in ("token_ids", "padding_mask")
+    }
+    hidden = backbone(given)
+    outputs = [backbone.logits(hidden, capped) for capped in (True, False)]
+    functional = keras.Model(given, outputs)
+    table = backbone.token_embedding.table
+    table.assign(3 * ops.convert_to_tensor(table))
+    ids = np.array([[2, 7, 9, 11, 5]], "int32")
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    hidden = backbone(inputs)
+    for capped, found in zip((True, False), functional(inputs), strict=True):
+        wanted = ops.convert_to_numpy(backbone.logits(hidden, capped))
+        assert error(found, wanted) < 1e-5
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="Others know all sizes."
+)
+def test_lengths_of_texts_may_be_unknown(golden_backbone, expected):
+    import tensorflow as tf
+
+    model = PaliGemmaCausalLM(golden_backbone(), compile=False)
+    inputs = golden_inputs(expected)
+    signature = {
+        name: tf.TensorSpec(
+            (None, None) if array.ndim == 2 else (None, *array.shape[1:]),
+            array.dtype,
+        )
+        for name, array in inputs.items()
+    }
+    logits = tf.function(model, input_signature=[signature])(inputs)
+    wanted = ops.convert_to_numpy(model(inputs))
+    assert error(logits, wanted) < 2e-5
 
 
 @pytest.mark.parametrize("scale", [(2304, 48.0), (3584, 59.75), (4608, 68.0)])

@@ -123,6 +123,60 @@ def test_from_preset_takes_the_global_policy(tiny_model, tmp_path, floatx):
     assert files._global_policy() is None
 
 
+def without(name, **changes):
+    """Return a function that drops an input of a call and changes others."""
+    return lambda x: (
+        {key: x[key] for key in x.keys() - {name}}
+        | {key: change(x) for key, change in changes.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x["token_ids"], "takes a dictionary.*Received: ndarray"),
+        # The picture would be left out without a word.
+        (without("images", image=lambda x: x["images"]), "Received: .*'image'"),
+        (without("padding_mask"), "'padding_mask'.*Received: .*'token_ids'"),
+        (without("token_ids"), "Expected: 'token_ids'"),
+        (
+            without("", token_ids=lambda x: x["token_ids"][0]),
+            r"`token_ids`.*Received: \(18,\). Expected: \(batch, tokens\)",
+        ),
+        # These would apply to all tokens or rows.
+        (
+            without("images", padding_mask=lambda x: x["padding_mask"][:, :1]),
+            r"`padding_mask`.*Received: \(4, 1\). Expected: \(4, 18\)",
+        ),
+        (
+            without("", response_mask=lambda x: x["response_mask"][:1]),
+            r"`response_mask`.*Received: \(1, 18\). Expected: \(4, 18\)",
+        ),
+        (
+            without("", positions=lambda x: np.zeros((4, 1), int)),
+            r"`positions`.*Received: \(4, 1\). Expected: \(4, 27\)",
+        ),
+        (
+            without("", attention_mask=lambda x: np.ones((4, 18, 18), bool)),
+            r"`attention_mask`.*Expected: \(4, 27, 27\)",
+        ),
+        (
+            without("", images=lambda x: x["images"][:1]),
+            r"`images`.*Received: \(1, 42, 42, 3\). Expected: \(4, 42, 42, 3\)",
+        ),
+        (
+            without("images", image_embeddings=lambda x: np.ones((4, 9, 63))),
+            r"`image_embeddings`.*Expected: \(4, 9, 64\)",
+        ),
+    ],
+)
+def test_calls_that_are_none(bare, expected, change, message):
+    inputs = change(golden_prompts(expected))
+    for model in (bare, bare.backbone):
+        with pytest.raises(ValueError, match=message):
+            model(inputs)
+
+
 @pytest.mark.parametrize(
     ("stop", "wanted"),
     [

@@ -5,6 +5,7 @@ files of that run in the same folder. Collective operations are outside of the
 checks, so that a check that fails on one host does not block the other.
 """
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -51,6 +52,10 @@ def main(folder, number, port):
         assert (index, parts) == (number, 2)
     model, _, _ = sharded_runs.load(folder / "preset")
     losses = sharded_runs.train(model, folder / "hosts", parts, index)
+    with check("a last batch that the hosts do not share evenly"):
+        whole = itertools.islice(sharded_runs.batches(parts, index), 4)
+        *_, (_, _, weights) = whole
+        assert (weights.sum(1) > 0).sum() == (0 if number else 3)
     with check("losses"):
         difference = np.abs(losses / wanted - 1).max()
         assert difference <= 1e-5, (losses, wanted)

@@ -50,6 +50,7 @@ OF_ONE_PROCESS = [
 OF_A_HOST = [
     "one part of the data",
     "two parts of the data",
+    "a last batch that the hosts do not share evenly",
     "losses",
     "checkpoints",
     "a restored run",

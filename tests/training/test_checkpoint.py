@@ -228,6 +228,19 @@ def test_batches_that_end_before_the_run(model_and_batches, tmp_path):
 
 
 @pytest.mark.any_backend
+def test_data_and_steps_that_a_run_cannot_take(model_and_batches, tmp_path):
+    model, batches = model_and_batches
+    for data in ({"prompts": ["a"]}, [batches], None):
+        with pytest.raises(ValueError, match="takes `Batches`. Received"):
+            fit(model, data, tmp_path, verbose=0)
+        with pytest.raises(ValueError, match="takes `Batches`. Received"):
+            RunCheckpoint(tmp_path, data)
+    for name in ("steps_per_epoch", "initial_epoch"):
+        with pytest.raises(ValueError, match=f"itself. Received: {name}=2"):
+            fit(model, batches, tmp_path, verbose=0, **{name: 2})
+
+
+@pytest.mark.any_backend
 def test_what_stops_an_epochs_rest_stops_the_run(tmp_path):
     model, batches = killed_run.set_up()
     with pytest.raises(InterruptedError):

@@ -63,6 +63,21 @@ def test_loss_of_a_batch_is_the_originals(golden_backbone, expected):
     assert float(logs["loss"]) == pytest.approx(wanted, rel=2e-5)
 
 
+def test_losses_of_layers_are_added(golden_backbone, expected):
+    backbone = golden_backbone()
+    scale = backbone.text_decoder.final_norm.scale
+    scale.regularizer = keras.regularizers.L2(1e-2)
+    penalty = 1e-2 * np.square(ops.convert_to_numpy(scale)).sum()
+    assert penalty > 1
+    model = PaliGemmaCausalLM(backbone)
+    loss = StreamedCrossEntropy(0.3, final_soft_cap=False, chunk_tokens=16)
+    model.compile("sgd", loss=loss)
+    x, targets, weights = golden_training(expected)
+    logs = model.test_on_batch(x, targets, weights, return_dict=True)
+    wanted = float(expected["f32/loss/ls0.3/mean"]) + penalty
+    assert float(logs["loss"]) == pytest.approx(wanted, rel=2e-5)
+
+
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
 def test_gradient_norms_are_the_originals(golden_backbone, expected, form):
     backbone = golden_backbone(form=form)

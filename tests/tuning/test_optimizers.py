@@ -226,6 +226,25 @@ def test_moving_average_of_weights(golden_backbone, expected):
     assert ((low - 1e-6 <= found) & (found <= high + 1e-6)).all()
 
 
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(
+    "policy",
+    ["bfloat16"] + ["float64"] * (keras.backend.backend() != "jax"),
+)
+def test_means_of_weights_of_every_dtype(golden_backbone, expected, policy):
+    backbone = golden_backbone(dtype=policy)
+    backbone.freeze("*")
+    backbone.unfreeze("text_decoder/final_norm/scale")
+    model = PaliGemmaCausalLM(backbone)
+    model.compile(Adam(0.1, use_ema=True, ema_momentum=0.5, weight_decay=0.1))
+    for _ in range(2):
+        model.train_on_batch(*golden_training(expected))
+    before = arrays_of(backbone)["text_decoder/final_norm/scale"]
+    model.optimizer.finalize_variable_values(model.trainable_variables)
+    after = arrays_of(backbone)["text_decoder/final_norm/scale"]
+    assert before.dtype == after.dtype and (before != after).any()
+
+
 def test_bfloat16_gradients_add_up(tiny_model, examples):
     model = tiny_model(dtype="bfloat16")
     kernel = model.backbone.text_decoder.token_embedding.table
