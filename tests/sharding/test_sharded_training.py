@@ -55,6 +55,7 @@ OF_A_HOST = [
     "a restored run",
     "a saved adapter",
     "a saved preset",
+    "stop strings",
 ]
 
 
