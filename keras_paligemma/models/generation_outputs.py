@@ -142,7 +142,8 @@ def _alternatives(model, found, row, count):
     def text(token):
         if model.preprocessor is None:
             return ""
-        return model.preprocessor.tokenizer.id_to_token(token)
+        piece = model.preprocessor.tokenizer.id_to_token(token)
+        return piece.replace("\u2581", " ")  # SentencePiece's blank.
 
     return tuple(
         tuple(
