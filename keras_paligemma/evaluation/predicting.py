@@ -58,19 +58,22 @@ def predict(
             return []
         path = _part(together, index, parts)
         record = record and record.part(own)
-    done = files.resume(path, ids, batch_size, record=record)
-    # Hosts compute each batch together, so all start where the slowest stopped.
-    begun = compat.least(steps if done == len(ids) else done // batch_size)
-    files.resume(path, ids, batch_size, begun * batch_size)
-    if unread is not None:
-        if compat.process()[0] == 0:
-            unread.resume(begun * batch_size * parts)
-        compat.wait_for_all("list of what could not be read")
-    if record is not None and _writes(parts):
-        record.write(path)
+    writes = _writes(parts)
+    alone = files.only_writer(path) if writes else contextlib.nullcontext()
     failed = []
-    bar = _bar(title, steps, progress)
-    with bar as advance:
+    with alone, _bar(title, steps, progress) as advance:
+        done = files.resume(path, ids, batch_size, record=record)
+        # Hosts compute each batch together, so all start where the slowest
+        # stopped.
+        begun = steps if done == len(ids) else done // batch_size
+        begun = compat.least(begun)
+        files.resume(path, ids, batch_size, begun * batch_size)
+        if unread is not None:
+            if compat.process()[0] == 0:
+                unread.resume(begun * batch_size * parts)
+            compat.wait_for_all("list of what could not be read")
+        if record is not None and writes:
+            record.write(path)
         advance(begun)
         for step in range(begun, steps):
             rows = own[step * batch_size : (step + 1) * batch_size]
@@ -82,7 +85,7 @@ def predict(
             )
             pairs = zip((samples.ids[row] for row in rows), texts, strict=False)
             failed += [row for row in rows if row in errors]
-            if _writes(parts):
+            if writes:
                 if unread is not None:
                     for row in rows:
                         if row in errors:

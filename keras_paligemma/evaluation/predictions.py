@@ -1,8 +1,10 @@
 """The file of predictions, from which a killed run resumes."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,6 +104,38 @@ def resume(
             file.truncate(size)
             os.fsync(file.fileno())
     return done
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Lock a file, created if missing, against runs in other processes.
+
+    The lock ends with its process, however that dies. Windows and some network
+    file systems have none; there, nobody is kept out.
+
+    Args:
+        path: path of the file.
+
+    Raises:
+        ValueError: another run holds the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{path} is in use. Received: the output of a run that still "
+                "writes it. Expected: another output, or to wait until that "
+                "run has ended."
+            ) from error
+        except OSError:
+            pass
+        yield
 
 
 def append(path: Path, rows: Iterable[tuple[str, str]]) -> None:

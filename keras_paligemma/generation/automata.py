@@ -63,7 +63,7 @@ class Automaton:
             node = self._nodes[node][tokens]
         return node
 
-    def arrays(self, banned=()):
+    def arrays(self, banned=(), stops=()):
         """Return the arrays that `constraints.legal` reads.
 
         The dimensions of `next_nodes` are padded to powers of two, so that
@@ -71,14 +71,29 @@ class Automaton:
 
         Args:
             banned: ints, tokens that lead nowhere.
+            stops: ints, tokens that end an answer.
 
         Returns:
             dict of `token_classes`, `next_nodes` and `ends_in`.
 
         Raises:
-            ValueError: two different sets of tokens overlap.
+            ValueError: an answer goes on behind a stop, or two different sets
+                of tokens overlap.
         """
-        banned = set(banned)
+        banned, stops = set(banned), set(stops)
+        edges = [
+            (node, tokens, following)
+            for node, leads in enumerate(self._nodes)
+            for tokens, following in leads.items()
+        ]
+        for _, tokens, following in edges:
+            if self._nodes[following] and not stops.isdisjoint(tokens):
+                raise ValueError(
+                    "A stop token is also a part of what the constraint "
+                    "allows, so that an answer's end is not known. Expected: "
+                    "other stop_token_ids. Received: the tokens "
+                    f"{sorted(stops.intersection(tokens))[:8]}."
+                )
         classes = {
             tokens: number
             for number, tokens in enumerate(
@@ -91,21 +106,15 @@ class Automaton:
             ids = list(tokens)
             if token_classes[ids].any():
                 raise ValueError(
-                    "A stop token is also a part of what the constraint "
-                    "allows, so that an answer's end is not known. Expected: "
-                    "other stop_token_ids. Received: the tokens "
-                    f"{ids[:8]}."
+                    "Sets of tokens overlap, so that the next node is not "
+                    "known. Expected: labels without <loc> and <seg>. "
+                    f"Received: the tokens {ids[:8]}."
                 )
             token_classes[ids] = number
         shape = bucket(len(self._nodes), 32), bucket(len(classes) + 1, 32)
         next_nodes = np.full(shape, -1, "int32")
         token_classes[list(banned)] = 0
-        edges = [
-            (node, tokens, following)
-            for node, leads in enumerate(self._nodes)
-            for tokens, following in leads.items()
-            if not banned.issuperset(tokens)
-        ]
+        edges = [edge for edge in edges if not banned.issuperset(edge[1])]
         for node, tokens, following in edges:
             next_nodes[node, classes[tokens]] = following
         for node in self._free:
@@ -171,7 +180,9 @@ def objects_of(automaton, prompt, tokenizer, stops):
         stops: tuple of ints that end an answer.
     """
     found = re.fullmatch(r"(detect|segment) (.+)", prompt.strip(), re.DOTALL)
-    if found is None:
+    labels = [] if found is None else map(str.strip, found[2].split(";"))
+    labels = [label for label in labels if label]
+    if found is None or not labels:
         return automaton.add_free_node()
     locations = _numbered(tokenizer, "<loc{:04}>", 1024)
     place = [locations] * 4
@@ -180,14 +191,14 @@ def objects_of(automaton, prompt, tokenizer, stops):
     start = automaton.add_node()
     automaton.add_path(start, [stops])
     labelled = automaton.add_path(start, place)
-    for label in found[2].split(";"):
+    for label in labels:
         # Tokenized within an answer, which may differ from the label alone.
-        text = f"<loc0000> {label.strip()} ; <loc0000>"
+        text = f"<loc0000> {label} ; <loc0000>"
         _, *between, _ = ((token,) for token in tokenizer.tokenize(text))
         # After the separator the next object begins with its first location.
         second = automaton.add_path(start, [locations])
         automaton.add_path(labelled, [*between, locations], end=second)
-        _, *alone = tokenizer.tokenize(f"<loc0000> {label.strip()}")
+        _, *alone = tokenizer.tokenize(f"<loc0000> {label}")
         automaton.add_path(labelled, [*((token,) for token in alone), stops])
     return start
 

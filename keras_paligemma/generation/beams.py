@@ -21,8 +21,7 @@ from keras_paligemma.generation.loop import restricted
 from keras_paligemma.generation.state import State
 from keras_paligemma.layers.attention import soft_cap
 
-# The score of a missing answer, and a lower bound of all real scores, even
-# after division by the length.
+# The score of a missing answer, and a lower bound of all real scores.
 NONE_YET = 2 * FORBIDDEN
 LEAST_SCORE = -1.0e20
 
@@ -53,8 +52,8 @@ def search(backbone, plan, rows, shared):
     At each position every beam may stop, and then competes with the finished
     answers; the N likeliest continuations without a stop are the next beams.
     A row ends when no live beam can become the best answer any more, or at its
-    maximum length. Beams still live then are not answers, unless no stop was
-    possible.
+    maximum length. Beams that are live then are answers only at the maximum
+    length, behind those that have stopped.
 
     Args:
         backbone, plan, rows, shared: as `loop.answer` takes them; `shared` has
@@ -165,7 +164,12 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
     if "next_nodes" in shared:
         following_B = follow(shared, node_B, token_B)
         node_B = ops.where(live.finished_B, node_B, following_B)
-    ended_B = _has_ended(rows, shared, scores_BN, sums_BN, place + 1)
+    whole_B = place + 1 >= rows["max_new_tokens"]
+    decided_B = _is_decided(rows, shared, scores_BN, sums_BN)
+    # Beams that are given up before their end are not answers.
+    given_up_B = ops.logical_and(decided_B, ops.logical_not(whole_B))
+    sums_BN = ops.where(given_up_B[:, None], NONE_YET, sums_BN)
+    ended_B = ops.logical_or(decided_B, whole_B)
     live = State(
         put(chosen(live.ids_BR), token_B, place),
         put(chosen(live.log_probabilities_BR), each_B, place),
@@ -223,20 +227,17 @@ def _scores(rows, shared, sums_BN, tokens):
     begun_BR = ops.cast(rows["response_mask"], "int32")
     count_B = ops.maximum(tokens - ops.sum(begun_BR, axis=1), 1)
     count_B1 = ops.cast(count_B, "float32")[:, None]
-    return sums_BN / ops.power(count_B1, shared["length_penalty"])
+    scores_BN = sums_BN / ops.power(count_B1, shared["length_penalty"])
+    return ops.where(sums_BN < LEAST_SCORE, NONE_YET, scores_BN)
 
 
-def _has_ended(rows, shared, scores_BN, sums_BN, tokens):
+def _is_decided(rows, shared, scores_BN, sums_BN):
     """Return which rows have found their best answer, bool (B,).
 
     Sums never grow, and the longest answer has the largest divisor.
     """
-    longest_B = rows["max_new_tokens"]
-    within_reach_BN = _scores(rows, shared, sums_BN, longest_B)
-    live_B = ops.max(within_reach_BN, axis=1)
-    return ops.logical_or(
-        live_B < ops.max(scores_BN, axis=1), tokens >= longest_B
-    )
+    within_reach_BN = _scores(rows, shared, sums_BN, rows["max_new_tokens"])
+    return ops.max(within_reach_BN, axis=1) < ops.max(scores_BN, axis=1)
 
 
 def _best(ids_BMR, log_probabilities_BMR, scores_BM, width):
@@ -251,7 +252,10 @@ def _best(ids_BMR, log_probabilities_BMR, scores_BM, width):
 
 
 def _with_live(rows, shared, beams):
-    """Append the best live beams where fewer than N have finished."""
+    """Append the best live beams where fewer than N have finished.
+
+    They have their maximum length; the sums of others are `NONE_YET`.
+    """
     live, width = beams.live, beams.scores_BN.shape[1]
     none_BN = beams.scores_BN < LEAST_SCORE
     # The first empty place is for the first live beam.

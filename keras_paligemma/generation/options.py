@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import numbers
 from collections.abc import Callable
+from collections.abc import Hashable
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,8 @@ class Options:
         best_of: int n; samples n answers and returns the likeliest.
         banned_token_ids: ints, never chosen. Log-probabilities ignore the
             ban.
-        stop_strings: str or strs that end an answer and are cut from it.
+        stop_strings: str or strs that end an answer and are cut from it. Those
+            in the given start of an answer do not end it.
         beams: int, width of a beam search.
         length_penalty: float; beams are ranked by the sum of log-probabilities
             divided by tokens ** `length_penalty`. 0 ranks by the sum, as in
@@ -59,7 +61,8 @@ class Options:
             cut it.
         logits_hook: function from float32 logits (B, V) and `State` to
             logits, or a sequence of them, applied in order. It is compiled
-            with the loop, so pass the same function each time.
+            with the loop, so pass the same function each time; an object that
+            is called has a hash.
         cache_dtype: "int8" keeps keys and values in int8, with a scale for
             each token and head: half the memory of bfloat16 for a batch that
             does not fit. Answers may differ slightly. `None` keeps the
@@ -158,10 +161,14 @@ class Options:
         for name in ("stop_strings", "choices"):
             self._check_strings(name)
         self._check_constraints()
-        if not all(map(callable, self.hooks)):
+        if not all(
+            callable(hook) and isinstance(hook, Hashable) for hook in self.hooks
+        ):
             raise ValueError(
-                "A logits hook is a function of logits and state. Received: "
-                f"logits_hook={self.logits_hook!r}."
+                "A logits hook is a function of logits and state, by whose "
+                "hash its program is found. Received: logits_hook="
+                f"{self.logits_hook!r}. Expected: a function, or an object "
+                "that can be called and hashed."
             )
         check_cache_dtype(self.cache_dtype)
         several = [

@@ -4,18 +4,28 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def cut(text, stop_strings):
+def cut(text, stop_strings, given=0):
     """Return a text up to the first of its stop strings.
+
+    Args:
+        text: str.
+        stop_strings: strs.
+        given: int, characters of the text that were given. A stop string
+            within them does not end it.
 
     Example:
         >>> cut("a cat. A dog", (". ", "dog"))
         'a cat'
+        >>> cut("a cat. A dog", (". ", "dog"), given=7)
+        'a cat. A '
     """
-    places = [text.find(string) for string in stop_strings]
+    places = [
+        text.find(stop, max(0, given - len(stop) + 1)) for stop in stop_strings
+    ]
     return text[: min((place for place in places if place >= 0), default=None)]
 
 
-def settled(text, stop_strings):
+def settled(text, stop_strings, given=0):
     """Return the part of a text that later tokens cannot change.
 
     A multi-byte character may be incomplete, and a stop string may have
@@ -25,7 +35,7 @@ def settled(text, stop_strings):
         >>> settled("a cat.", (". ",))
         'a cat'
     """
-    text = cut(text, stop_strings).rstrip("\ufffd")
+    text = cut(text, stop_strings, given).rstrip("\ufffd")
     begun = [
         length
         for stop in stop_strings

@@ -55,19 +55,22 @@ def chunks(model, asked, size):
         dict of arrays as `run` returns it, and bool `finished` (rows,). The
         first dict comes after one token.
     """
-    state, found, until = None, None, 1
+    state, goes_on, until = None, True, 1
     try:
-        while found is None or _goes_on(found, asked, until - size):
+        while goes_on:
             with model.turns:
                 state, here = _next_state(model, asked, state, until)
                 found = _arrays(state) | {"finished": state.finished_B}
                 del found["sampler"]
                 found = _to_host(asked, found, here)
-            stopped = has_stop_string(model, asked, found, until)
-            if stopped.any():
-                found["finished"] = found["finished"] | stopped
-                finished = ops.convert_to_tensor(found["finished"], "bool")
-                state = state._replace(finished_B=finished)
+                if asked.stop_strings:
+                    finished = found["finished"] | has_stop_string(
+                        model, asked, found, until
+                    )
+                    found["finished"] = finished
+                    state = state._replace(finished_B=_placed(finished))
+                # Processes go on together, until the last row of all ends.
+                goes_on = not to_host(state.finished_B).all()
             yield found
             until += size
     finally:
@@ -76,9 +79,10 @@ def chunks(model, asked, size):
             _keep(asked.plan, state.sampler)
 
 
-def _goes_on(found, asked, decided):
-    """Return whether any row still needs tokens after `decided` of them."""
-    return not found["finished"].all() and decided < asked.length
+def _placed(finished):
+    """Return which rows have ended, as the program takes it."""
+    placed, _ = rows_to_devices({"finished": finished})
+    return ops.convert_to_tensor(placed["finished"], "bool")
 
 
 def _next_state(model, asked, state, until):

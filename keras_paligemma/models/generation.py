@@ -1,6 +1,7 @@
 """The methods of `PaliGemmaCausalLM` that generate answers."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def generate(
     self,
     inputs,
     max_new_tokens=None,
-    stop_token_ids="auto",
+    stop_token_ids: int | Sequence[int] | str | None = "auto",
     strip_prompt=True,
     *,
     details=False,
@@ -53,9 +54,10 @@ def generate(
             returns them.
         max_new_tokens: int, the longest answer, including its given start.
             `None` is the preprocessor's `response_length`.
-        stop_token_ids: int or ints that end an answer; "auto" is the
-            tokenizer's end token; `None` or an empty list never stops early.
-            Ids in the given start of an answer do not end it.
+        stop_token_ids: int or ints that end an answer, and are not part of its
+            text; "auto" is the tokenizer's end token; `None` or an empty list
+            never stops early. Ids in the given start of an answer do not end
+            it.
         strip_prompt: bool; `False` returns prompt, newline and answer, as
             KerasHub does.
         details: bool, whether to return an `Answer` instead of each string,
@@ -90,7 +92,7 @@ def generate(
             "prompt and answer together. Expected: `max_new_tokens`, the "
             f"tokens of the answer. Received: max_length={max_length!r}."
         )
-    prefix, inputs = unpacked(inputs)
+    prefix, inputs = unpacked(self, inputs)
     parts = batch_size is not None and in_batches(inputs, batch_size)
     options = checked(self, options)
     stops = stops_of(
@@ -135,7 +137,7 @@ def stream(
     self,
     inputs,
     max_new_tokens=None,
-    stop_token_ids="auto",
+    stop_token_ids: int | Sequence[int] | str | None = "auto",
     *,
     chunk=4,
     **options,
@@ -171,7 +173,7 @@ def stream(
     ```
     """
     check_compiled(self, "stream")
-    prefix, inputs = unpacked(inputs)
+    prefix, inputs = unpacked(self, inputs)
     chunk = to_length(chunk, "chunk")
     if self.preprocessor is None:
         raise ValueError(

@@ -199,10 +199,10 @@ def _constraint(model, inputs, count, stops, options):
     automaton = Automaton(model.backbone.vocabulary_size)
     if options.choices:
         starts = one_of(automaton, options.choices, tokenizer, stops)
-        return starts, automaton.arrays(banned)
+        return starts, automaton.arrays(banned, stops)
     if options.regex:
         starts = matches_of(automaton, options.regex, tokenizer, stops)
-        return starts, automaton.arrays(banned)
+        return starts, automaton.arrays(banned, stops)
     if inputs.get("prompts") is None:
         raise ValueError(
             "Labels are read from prompts. Received: arrays, with "
@@ -214,7 +214,7 @@ def _constraint(model, inputs, count, stops, options):
         for prompt in dict.fromkeys(map(prompt_text, prompts))
     }
     rows = [starts[prompt_text(prompt)] for prompt in prompts[:count]]
-    return rows, automaton.arrays(banned)
+    return rows, automaton.arrays(banned, stops)
 
 
 def _check_possible(model, asked, automaton, options):

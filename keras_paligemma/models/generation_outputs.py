@@ -29,17 +29,19 @@ def answers_of(model, asked, found):
     rows = len(begun)
     ids = found["ids"][:rows, : asked.length]
     counts, stopped = ends_of(ids, begun, asked.stops)
-    texts = [""] * rows
-    if model.preprocessor is not None:
-        texts = model.preprocessor.generate_postprocess({"token_ids": ids})
     finishes: list[Finish] = [
         "stop_token" if is_stopped else "length" for is_stopped in stopped
     ]
-    for row, text in enumerate(texts):
-        texts[row] = cut(text, asked.stop_strings)
-        if texts[row] != text:
-            finishes[row] = "stop_string"
-            counts[row] = _tokens_until(model, ids[row], asked.stop_strings)
+    texts = [""] * rows
+    if model.preprocessor is not None:
+        texts, given = _texts(model, asked, ids, begun)
+        for row, text in enumerate(texts):
+            texts[row] = cut(text, asked.stop_strings, given[row])
+            if texts[row] != text:
+                finishes[row] = "stop_string"
+                counts[row] = _tokens_until(
+                    model, ids[row], asked.stop_strings, given[row]
+                )
     answers = [
         Answer(
             texts[row],
@@ -61,36 +63,60 @@ def answers_of(model, asked, found):
 def texts_so_far(model, asked, found):
     """Return the part of each text that later tokens do not change."""
     rows = len(asked.begun)
-    texts = model.preprocessor.generate_postprocess(
-        {"token_ids": found["ids"][:rows, : asked.length]}
-    )
+    ids = found["ids"][:rows, : asked.length]
     return [
-        cut(text, asked.stop_strings)
-        if finished
-        else settled(text, asked.stop_strings)
-        for text, finished in zip(texts, found["finished"][:rows], strict=True)
+        (cut if finished else settled)(text, asked.stop_strings, given)
+        for text, given, finished in zip(
+            *_texts(model, asked, ids, asked.begun),
+            found["finished"][:rows],
+            strict=True,
+        )
     ]
 
 
 def has_stop_string(model, asked, found, count):
-    """Return which rows hold a stop string in their first `count` tokens."""
+    """Return which rows hold a stop string in their first `count` tokens.
+
+    One within the given start of an answer does not end it.
+    """
     stopped = np.zeros(len(found["ids"]), bool)
-    if asked.stop_strings:
-        texts = model.preprocessor.generate_postprocess(
-            {"token_ids": found["ids"][:, :count]}
-        )
-        for row, text in enumerate(texts):
-            stopped[row] = cut(text, asked.stop_strings) != text
+    begun = np.repeat(asked.begun, asked.plan.copies, axis=0)[:, :count]
+    ids = found["ids"][: len(begun), : asked.length][:, :count]
+    for row, (text, given) in enumerate(
+        zip(*_texts(model, asked, ids, begun), strict=True)
+    ):
+        stopped[row] = cut(text, asked.stop_strings, given) != text
     return stopped
 
 
-def _tokens_until(model, ids, stop_strings):
+def _texts(model, asked, ids, begun):
+    """Return the texts of answers, without the tokens that ended them.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        asked: `Asked`.
+        ids: int array (rows, tokens).
+        begun: bool array (rows, tokens), True on given tokens.
+
+    Returns:
+        list of str, and list of int, how many characters of each were given.
+    """
+    pad = model.preprocessor.tokenizer.pad_token_id
+    ended = np.isin(ids, asked.stops or ()) & ~begun
+    whole, given = (
+        model.preprocessor.generate_postprocess({"token_ids": tokens})
+        for tokens in (np.where(ended, pad, ids), np.where(begun, ids, pad))
+    )
+    return whole, [len(text) for text in given]
+
+
+def _tokens_until(model, ids, stop_strings, given):
     """Count the tokens up to the first that completes a stop string."""
     for count in range(1, len(ids) + 1):
         text = model.preprocessor.generate_postprocess(
             {"token_ids": ids[:count]}
         )
-        if cut(text, stop_strings) != text:
+        if cut(text, stop_strings, given) != text:
             break
     return count
 
@@ -116,7 +142,8 @@ def _alternatives(model, found, row, count):
     def text(token):
         if model.preprocessor is None:
             return ""
-        return model.preprocessor.tokenizer.id_to_token(token)
+        piece = model.preprocessor.tokenizer.id_to_token(token)
+        return piece.replace("\u2581", " ")  # SentencePiece's blank.
 
     return tuple(
         tuple(

@@ -78,10 +78,11 @@ def prefilled(model, plan, rows):
     )
 
 
-def unpacked(inputs):
+def unpacked(model, inputs):
     """Separate a prefix from a user's inputs.
 
     Args:
+        model: `PaliGemmaCausalLM`.
         inputs: dict, as `generate` takes it.
 
     Returns:
@@ -90,8 +91,8 @@ def unpacked(inputs):
             and `prefix_row`, the row of the prefix that each continues.
 
     Raises:
-        ValueError: if the prefix comes with other inputs than responses, or
-            their numbers differ.
+        ValueError: if the prefix comes with other inputs than responses,
+            their numbers differ, or it is of a model of other sizes.
     """
     check_dictionary(inputs)
     prefix = inputs.get("prefix")
@@ -106,6 +107,7 @@ def unpacked(inputs):
             "`model.prefill` returned, alone or with 'responses'. Received: "
             f"keys {sorted(inputs)}, a prefix of type {type(prefix).__name__}."
         )
+    _check_sizes(prefix, model.backbone)
     responses, count = inputs.get("responses"), len(prefix)
     single = prefix.single
     if responses is not None:
@@ -126,6 +128,26 @@ def unpacked(inputs):
         "responses": responses,
         "prefix_row": row[0] if single else row,
     }
+
+
+def _check_sizes(prefix, backbone):
+    """Raise on a prefix of a model of other sizes, or of the other form."""
+    heads, head_dim = keras.tree.flatten(prefix.cache)[0].shape[-2:]
+    received = {
+        "num_layers": prefix.num_layers,
+        "num_key_value_heads": heads,
+        "head_dim": head_dim,
+        "hidden_dim": prefix.last_hidden_states.shape[-1],
+    }
+    wanted = {name: getattr(backbone.text_config, name) for name in received}
+    received["scanned"] = not isinstance(prefix.cache, list)
+    wanted["scanned"] = backbone.text_decoder.blocks.scanned
+    if received != wanted:
+        raise ValueError(
+            "The prefix is of another model. Received: a prefix with "
+            f"{received}. Expected: {wanted}, as `prefill` of this model "
+            "returns it."
+        )
 
 
 def continue_rows(prefix, inputs, rows):

@@ -55,7 +55,7 @@ def score(self, inputs, *, details=False, batch_size=None):
     check_preprocessor(self, "score")
     answers, single = [], False
     end = self.preprocessor.tokenizer.end_token_id
-    prefix, inputs = unpacked(inputs)
+    prefix, inputs = unpacked(self, inputs)
     check_has_prompts(inputs, "score")
     for part, count in parts_of(inputs, batch_size):
         x, y, weights = self.preprocessor(part)
@@ -142,7 +142,7 @@ def embed(self, inputs, *, batch_size=None):
     """
     check_preprocessor(self, "embed")
     parts, single = [], False
-    prefix, inputs = unpacked(inputs)
+    prefix, inputs = unpacked(self, inputs)
     if prefix is not None and inputs["responses"] is None:
         raise ValueError(
             "The hidden states behind a prefix are those of responses. "

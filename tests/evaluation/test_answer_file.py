@@ -175,6 +175,33 @@ def test_a_list_that_has_grown_is_gone_on_with(folder, tmp_path):
     assert len(model.calls) == 1
 
 
+def test_two_runs_do_not_write_one_file(folder, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    pictures = open_pictures(folder, "ocr")
+    path = tmp_path / "answers.jsonl"
+    second = []
+
+    class Slow(Echo):
+        def generate(self, inputs, max_new_tokens, **options):
+            # Another process has its own open file, as this call has.
+            with pytest.raises(ValueError, match="answers.jsonl is in use"):
+                answer_file(Echo(), pictures, path)
+            second.append(path.read_bytes())
+            return super().generate(inputs, max_new_tokens, **options)
+
+    answer_file(Slow(), pictures, path, batch_size=2)
+    assert second[0] == b"" and len(second) == 3
+    assert list(rows_of(path)) == pictures.ids
+    # The lock has ended, and file systems without locks are written to.
+    with pytest.MonkeyPatch.context() as patch:
+
+        def no_locks(file, kind):
+            raise OSError(95, "Operation not supported")
+
+        patch.setattr(fcntl, "flock", no_locks)
+        answer_file(Echo(), pictures, path, batch_size=2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -71,6 +71,24 @@ def test_the_best_live_beams_stand_behind_ended_ones(model, expected):
         assert live == [ids for ids in wanted if ids != (160,)][:2]
 
 
+def test_beams_that_a_search_gives_up_are_no_answers(model, expected):
+    """A search ends when no live beam can become the best answer any more."""
+    inputs = golden_prompts(expected)
+    stops = [158, 134, 305]  # The likeliest first tokens.
+    options = {"stop_token_ids": stops, "details": True, "beams": 3}
+    for penalty in (0.0, 9.0):
+        answers = model.generate(inputs, length_penalty=penalty, **options)
+        for answer in answers:
+            for beam in answer.beams:
+                if beam.finish == "length":
+                    assert len(beam.token_ids) == 8 and 0 not in beam.token_ids
+        if not penalty:
+            found = [
+                [beam.token_ids for beam in answer.beams] for answer in answers
+            ]
+            assert found[:3] == [[(stop,)] for stop in stops]
+
+
 def test_beams_that_never_stop_are_whole(model, expected):
     inputs = golden_prompts(expected)
     answers = model.generate(inputs, stop_token_ids=None, beams=2, details=True)

@@ -34,6 +34,9 @@ def test_answers_are_choices(model, examples):
     }
     scores = model.score(repeated | {"responses": choices * 4})
     assert best == [choices[i] for i in scores.reshape(4, 4).argmax(axis=1)]
+    newline = model.preprocessor.tokenizer.tokenize("\n")
+    found = model.generate(asked, choices=choices, stop_token_ids=newline)
+    assert set(found) <= set(choices)
 
 
 def test_what_is_banned_is_no_way_through_a_constraint(model, examples):
@@ -56,12 +59,10 @@ def test_a_constraint_that_no_answer_can_meet_is_refused(model, examples):
     long = "yes please, an owl"
     with pytest.raises(ValueError, match="room for 2 tokens.*answer has"):
         model.generate(asked, 2, choices=[long])
-    with pytest.raises(ValueError, match="stop token is also a part"):
-        model.generate(
-            asked,
-            choices=["no"],
-            stop_token_ids=[1, model.preprocessor.tokenizer.tokenize("no")[0]],
-        )
+    no = model.preprocessor.tokenizer.tokenize("no")[0]
+    for stops in ([1, no], [no]):
+        with pytest.raises(ValueError, match="stop token is also a part"):
+            model.generate(asked, choices=["no"], stop_token_ids=stops)
 
 
 @pytest.mark.parametrize("drawn", [{}, {"temperature": 3.0, "seed": 0}])
@@ -213,6 +214,16 @@ def test_what_is_legal(model, answer, legal):
     tokens = [*tokenizer.tokenize(answer), 1]
     assert walk(automaton, start, tokens) == legal
     assert walk(automaton, automaton.add_free_node(), np.arange(50))
+
+
+def test_a_label_is_no_empty_text(model):
+    tokenizer = model.preprocessor.tokenizer
+    automaton = Automaton(2048)
+    start = objects_of(automaton, "detect cat ;", tokenizer, (1,))
+    place = tokenizer.tokenize("<loc0001>" * 4)
+    assert walk(automaton, start, [*place, *tokenizer.tokenize(" cat"), 1])
+    assert not walk(automaton, start, [*place, *tokenizer.tokenize(" "), 1])
+    assert not walk(automaton, start, [*place, 1])
 
 
 def test_constraints_that_cannot_be(model, examples):

@@ -1,5 +1,7 @@
 """One prefix with many continuations: same results, prefix never modified."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -157,3 +159,21 @@ def test_what_continues_no_prefix(model, asked, examples):
         model.prefill(examples)
     with pytest.raises(ValueError, match="those of responses"):
         model.embed({"prefix": prefix})
+
+
+def test_a_prefix_is_of_a_model_of_the_same_sizes(model, asked):
+    prefix = model.prefill(asked)
+    narrow = dataclasses.replace(
+        prefix, last_hidden_states=prefix.last_hidden_states[:, :32]
+    )
+    keys, values = prefix.layer(0)
+    other = [(keys, values)] * 2
+    if isinstance(prefix.cache, list):
+        stack = keras.ops.stack
+        other = tuple(stack([each, each], axis=1) for each in (keys, values))
+    form = dataclasses.replace(prefix, cache=other)
+    for wrong, name in ((narrow, "'hidden_dim': 32"), (form, "'scanned'")):
+        with pytest.raises(ValueError, match=f"of another model.*{name}"):
+            model.generate({"prefix": wrong})
+        with pytest.raises(ValueError, match=f"of another model.*{name}"):
+            model.score({"prefix": wrong, "responses": ["a"] * 4})

@@ -1,5 +1,7 @@
 """Token sampling: draws by options, and invalid options."""
 
+import dataclasses
+
 import keras_hub
 import numpy as np
 import pytest
@@ -20,6 +22,16 @@ def model(golden_backbone):
 @pytest.fixture(scope="module")
 def inputs(expected):
     return golden_prompts(expected)
+
+
+@dataclasses.dataclass
+class Unhashable:
+    """A hook that is compared by its value, as dataclasses are."""
+
+    bias: float = 0.0
+
+    def __call__(self, logits_BV, state):
+        return logits_BV + self.bias
 
 
 def draw(logits, count=4000, **options):
@@ -196,6 +208,7 @@ def test_hidden_states_are_what_tokens_are_chosen_from(model, inputs):
         ({"banned_token_ids": 5}, "a list of token ids. Received: 5"),
         ({"temperature": [1.0]}, "`temperature` does not match.*Received: 1"),
         ({"logits_hook": 3}, "function of logits and state"),
+        ({"logits_hook": Unhashable()}, "that can be called and hashed"),
         ({"stop_strings": [""]}, "`stop_strings`"),
         ({"temprature": 1}, "Did you mean 'temperature'"),
     ],

@@ -78,6 +78,47 @@ def test_stop_strings_end_answers(nano, asked):
     assert texts == [result.text for result in found]
 
 
+def test_a_stop_string_in_the_given_start_ends_nothing(nano, asked):
+    asked["prompts"][-1] = "caption en"
+    asked["responses"] = ["a, b", "a, b", "a", "a lion,"]
+    wanted = nano.generate(asked, max_new_tokens=12)
+    options = {"max_new_tokens": 12, "stop_strings": ", "}
+    found = nano.generate(asked, details=True, **options)
+    given = [len(text) for text in asked["responses"]]
+    texts = [
+        cut(text, (", ",), start)
+        for text, start in zip(wanted, given, strict=True)
+    ]
+    assert [result.text for result in found] == texts
+    assert texts[0].startswith("a, b") and texts[0] != wanted[0]
+    # The last stop string is completed by the first new token.
+    assert texts[-1] == "a lion" and len(wanted[-1]) > 7
+    for result, text in zip(found, wanted, strict=True):
+        assert (result.finish == "stop_string") == (result.text != text)
+    pieces = list(nano.stream(asked, chunk=3, **options))
+    assert ["".join(row) for row in zip(*pieces, strict=True)] == texts
+
+
+def test_the_token_that_ends_an_answer_is_not_in_its_text(nano, asked):
+    whole = nano.generate(asked, max_new_tokens=12, details=True)[0]
+    stops = [whole.token_ids[3], 1]
+    options = {"max_new_tokens": 12, "stop_token_ids": stops}
+    found = nano.generate(asked, details=True, **options)
+    count = len(found[0].token_ids)
+    assert found[0].token_ids == whole.token_ids[:count]
+    assert found[0].finish == "stop_token" and found[0].token_ids[-1] != 1
+    tokenizer = nano.preprocessor.tokenizer
+    texts = [
+        tokenizer.detokenize(list(result.token_ids[:-1]))
+        if result.finish == "stop_token"
+        else result.text
+        for result in found
+    ]
+    assert [result.text for result in found] == texts
+    pieces = list(nano.stream(asked, chunk=3, **options))
+    assert ["".join(row) for row in zip(*pieces, strict=True)] == texts
+
+
 @pytest.mark.parametrize(
     ("text", "stops", "wanted"),
     [

@@ -133,6 +133,8 @@ def test_alternatives_add_neighbouring_locations(model):
                 and abs(other.token_id - chosen) <= 10
             )
         )
+    texts = {other.text for other in answer.alternatives[0]}
+    assert " cat" in texts and not any("\u2581" in text for text in texts)
     label = answer.log_probabilities[4:-1]
     box = math.prod(right) ** (1 / 4)
     wanted = box * math.exp(sum(label) / max(len(label), 1))

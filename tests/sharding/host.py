@@ -9,6 +9,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from tests.sharding import sharded_runs  # isort: skip
 
@@ -17,10 +18,14 @@ import numpy as np
 
 from keras_paligemma.checkpoints import peft
 from keras_paligemma.checkpoints.storage import safetensors
+from keras_paligemma.generation.texts import cut
 from keras_paligemma.sharding import data_shard
 from keras_paligemma.sharding import distribute
 from keras_paligemma.training import RunCheckpoint
 from tests.helpers.checks import check
+from tests.sharding.sharded_training import PROMPT
+from tests.sharding.sharded_training import RESPONSE
+from tests.sharding.sharded_training import tokens
 
 # Override the other module's setting before JAX reads it.
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", "count=4")
@@ -28,6 +33,48 @@ os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", "count=4")
 
 def forbidden(*args, **kwargs):
     raise AssertionError("only the first process writes")
+
+
+class Letters:
+    """Preprocessor of arrays, in whose texts each token is one character."""
+
+    tokenizer = SimpleNamespace(pad_token_id=0, end_token_id=1)
+    response_length = RESPONSE
+
+    def generate_preprocess(self, x, max_new_tokens):
+        return x
+
+    def generate_postprocess(self, x):
+        ids = x["token_ids"]
+        rows = np.atleast_2d(ids)
+        texts = ["".join(map(chr, row[row > 0])) for row in rows]
+        return texts if ids.ndim == 2 else texts[0]
+
+
+def check_stop_strings(model, number):
+    """The answers of one host end, and those of the other go on."""
+    random = np.random.default_rng(number)
+    ids = random.integers(1, 320, (2, PROMPT + RESPONSE)).astype("int32")
+    pictures = random.uniform(-1, 1, (2, 28, 28, 3)).astype("float32")
+    inputs = tokens(pictures, ids) | {"response_mask": np.zeros(ids.shape)}
+    inputs = {
+        name: array if name == "images" else array[:, :PROMPT]
+        for name, array in inputs.items()
+    }
+    model.preprocessor = Letters()
+    options = {"max_new_tokens": 24, "stop_token_ids": None}
+    whole = model.generate(inputs, **options)
+    stops = ["never"] if number else [text[0] for text in whole]
+    found = model.generate(inputs, stop_strings=stops, **options)
+    pieces = [
+        *model.stream(inputs, stop_strings=stops, chunk=2, **options),
+        ["", ""],
+    ]
+    wanted = [cut(text, stops) for text in whole]
+    with check("stop strings"):
+        assert found == wanted, (found, wanted)
+        streamed = ["".join(row) for row in zip(*pieces, strict=True)]
+        assert streamed == wanted, (streamed, wanted)
 
 
 def main(folder, number, port):
@@ -85,6 +132,7 @@ def main(folder, number, port):
         found = sharded_runs.values(read)
         with check(name):
             sharded_runs.assert_same(found, trained)
+    check_stop_strings(adapted, number)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ OF_A_HOST = [
     "a restored run",
     "a saved adapter",
     "a saved preset",
+    "stop strings",
 ]
 
 
