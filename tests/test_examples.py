@@ -97,9 +97,23 @@ def test_a_ray_worker_captions_a_batch():
         "path": [*names],
         "bytes": [(PICTURES / n).read_bytes() for n in names],
     }
-    found = worker("pali_gemma2_nano_112", "caption en", 4)(batch)
+    captions = worker("pali_gemma2_nano_112", "caption en", 4)
+    found = captions(batch)
     assert found["image"] == [*names]
     assert found["suffix"] == ["a bell", "a guitar and a snail"]
+    # A broken picture is none of the others' concern.
+    batch["bytes"][0] = b"no picture"
+    assert captions(batch)["image"] == ["scene_2.png"]
+    batch["bytes"][1] = b"no picture"
+    assert captions(batch) == {"image": [], "suffix": []}
+
+
+def test_ray_adds_no_captions_to_others(tmp_path, capsys):
+    pytest.importorskip("ray")
+    (tmp_path / "1.json").touch()
+    with pytest.raises(SystemExit):
+        run("ray_captions", PICTURES, tmp_path)
+    assert "is in use" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -107,11 +121,15 @@ def test_a_ray_worker_captions_a_batch():
 def test_caption_on_a_ray_cluster(tmp_path):
     """Two nodes run models; a third one, the head, reads and writes."""
     pytest.importorskip("ray")
+    pictures, output = tmp_path / "pictures", tmp_path / "captions"
+    shutil.copytree(PICTURES, pictures)
+    for name in ("a.png", "b.png"):
+        (pictures / name).write_text("no picture")
     # Ray's datasets need pandas.
     environment = LEAN | {"HIDDEN_PACKAGES": "tensorflow matplotlib"}
     subprocess.run(
         [sys.executable, EXAMPLES.parent / "tests" / "ray_cluster.py"]
-        + [EXAMPLES / "ray_captions.py", PICTURES, tmp_path]
+        + [EXAMPLES / "ray_captions.py", pictures, output]
         + ["--workers", "2", "--batch-size", "2"],
         env=os.environ | environment | {"KERAS_BACKEND": "jax"},
         check=True,
@@ -119,7 +137,7 @@ def test_caption_on_a_ray_cluster(tmp_path):
     )
     rows = [
         json.loads(line)
-        for file in tmp_path.glob("*.json")
+        for file in output.glob("*.json")
         for line in file.read_text("utf-8").splitlines()
     ]
     captions = {Path(row["image"]).name: row["suffix"] for row in rows}
