@@ -311,7 +311,7 @@ class Soak:
             self.statuses[status] += 1
             if not is_right:
                 self.wrong[f"{name}: {status}, not {kind.status}"] += 1
-            if number % (self.total // 10) == 0:
+            if number % max(1, self.total // 10) == 0:
                 print(f"{number}: {self.memory():.0f} MiB", flush=True)
 
     def settled(self):

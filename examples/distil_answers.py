@@ -21,21 +21,43 @@ from keras_paligemma.data import JSONLSource
 from keras_paligemma.training import fit
 
 
-def write_answers(teacher, data, output, batch_size):
-    """Write the file's examples again, with the teacher's answers."""
+def read_questions(data, teacher):
+    """Return the file's examples as they are kept, without an answer."""
     lines = data.read_text("utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line.strip()]
-    images = [str((data.parent / row["image"]).resolve()) for row in rows]
-    prompts = [row["prefix"] for row in rows]
+    return [
+        {
+            "image": str((data.parent / row["image"]).resolve()),
+            "prefix": row["prefix"],
+            "teacher": teacher,
+        }
+        for row in rows
+    ]
+
+
+def write_answers(teacher, questions, output, batch_size):
+    """Write the questions with the teacher's answers, all or none."""
+    inputs = {
+        "images": [row["image"] for row in questions],
+        "prompts": [row["prefix"] for row in questions],
+    }
     model = PaliGemmaCausalLM.from_preset(teacher)
-    answers = model.generate(
-        {"images": images, "prompts": prompts}, batch_size=batch_size
-    )
-    with output.open("w", encoding="utf-8") as file:
-        for row in zip(images, prompts, answers, strict=True):
-            keys = ("image", "prefix", "suffix")
-            line = dict(zip(keys, row, strict=True))
-            print(json.dumps(line, ensure_ascii=False), file=file)
+    answers = model.generate(inputs, batch_size=batch_size)
+    draft = output.with_name(f".{output.name}")
+    with draft.open("w", encoding="utf-8") as file:
+        for row, answer in zip(questions, answers, strict=True):
+            line = json.dumps(row | {"suffix": answer}, ensure_ascii=False)
+            print(line, file=file)
+    draft.replace(output)
+
+
+def are_answered(questions, output):
+    """Return whether a file has answers to these questions."""
+    lines = output.read_text("utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line.strip()]
+    unanswered = {"suffix": None}
+    asked = [row | unanswered for row in rows]
+    return asked == [row | unanswered for row in questions]
 
 
 def main(arguments=None):
@@ -51,9 +73,12 @@ def main(arguments=None):
 
     options.output.mkdir(parents=True, exist_ok=True)
     answers = options.output / "answers.jsonl"
+    questions = read_questions(options.data, options.teacher)
     if not answers.exists():  # The teacher is freed before the student loads.
-        write_answers(
-            options.teacher, options.data, answers, options.batch_size
+        write_answers(options.teacher, questions, answers, options.batch_size)
+    elif not are_answered(questions, answers):
+        parser.error(
+            f"{answers} has answers to other questions or of another teacher"
         )
     keras.utils.set_random_seed(0)
     model = PaliGemmaCausalLM.from_preset(options.student)

@@ -4,6 +4,7 @@ python examples/finetune_coco.py instances.json pictures runs/coco
 """
 
 import argparse
+import contextlib
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -14,8 +15,22 @@ from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.data import Batches
 from keras_paligemma.data import COCOSource
+from keras_paligemma.data import ExampleError
+from keras_paligemma.data import check
 from keras_paligemma.training import SamplePredictions
 from keras_paligemma.training import fit
+
+
+def first_readable(source, count):
+    """Return the first examples without an error."""
+    found = []
+    for number in range(len(source)):
+        with contextlib.suppress(ExampleError):
+            example = source[number]
+            found += [] if check([example]) else [example]
+        if len(found) == count:
+            break
+    return found
 
 
 def main(arguments=None):
@@ -44,7 +59,7 @@ def main(arguments=None):
     )
     model.enable_lora(8)
     model.compile(Adam(options.learning_rate))
-    seen = [source[number] for number in range(min(4, len(source)))]
+    seen = first_readable(source, 4)
     samples = {
         key: [example[key] for example in seen]
         for key in ("images", "prompts", "responses")

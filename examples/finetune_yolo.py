@@ -13,6 +13,7 @@ import keras
 from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.data import Batches
+from keras_paligemma.data import check
 from keras_paligemma.data import open_source
 from keras_paligemma.tasks.answers import read_objects
 from keras_paligemma.training import EvaluateObjects
@@ -39,7 +40,10 @@ def main(arguments=None):
     )
     source = open_source(options.data)
     print(source)  # with what was clipped or left out
-    held_out = [*open_source(options.data, split=options.validation)]
+    held_out = open_source(options.data, split=options.validation)
+    if problems := check(held_out):  # Precision would be of other pictures.
+        parser.error("\n".join(problems))
+    held_out = [*held_out]
     precision = EvaluateObjects(
         [example["images"] for example in held_out],
         [read_objects(example["responses"]) for example in held_out],

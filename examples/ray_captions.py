@@ -16,6 +16,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import ray
 
 from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma.preprocessing.images import read_image
 
 
 class Captions:
@@ -26,11 +27,19 @@ class Captions:
         self.prompt, self.batch_size = prompt, batch_size
 
     def __call__(self, batch):
-        pictures = list(batch["bytes"])
-        inputs = {"images": pictures, "prompts": [self.prompt] * len(pictures)}
+        pictures = {}
+        for path, data in zip(batch["path"], batch["bytes"], strict=True):
+            try:
+                pictures[path] = read_image(data, path)
+            except ValueError as error:
+                print(error)
+        if not pictures:
+            return {"image": [], "suffix": []}
+        prompts = [self.prompt] * len(pictures)
+        inputs = {"images": [*pictures.values()], "prompts": prompts}
         # One compiled function also serves the smaller last batch.
         answers = self.model.generate(inputs, batch_size=self.batch_size)
-        return {"image": batch["path"], "suffix": answers}
+        return {"image": [*pictures], "suffix": answers}
 
 
 def main(arguments=None):
@@ -48,6 +57,8 @@ def main(arguments=None):
     parser.add_argument("--gpus", type=float, default=0, help="of each worker")
     options = parser.parse_args(arguments)
 
+    if os.path.isdir(options.output) and os.listdir(options.output):
+        parser.error(f"{options.output} is in use, and Ray would add to it")
     ray.init()
     pictures = ray.data.read_binary_files(
         options.folder,

@@ -2,11 +2,32 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
 DRAFT = ".draft-"
+# What `tempfile` adds to a prefix.
+RANDOM = re.compile("[a-z0-9_]{8}")
+# `Path` makes one slash of the two of an address.
+ADDRESS = re.compile("[a-z][a-z0-9+.-]+:/")
+
+
+def local(path):
+    """Return a path of this machine, with `~` expanded.
+
+    Raises:
+        ValueError: it is an address, such as "gs://bucket/model".
+    """
+    path = Path(path).expanduser()
+    if ADDRESS.match(str(path)):
+        raise ValueError(
+            "Files are written to a path of this machine. Received: an "
+            f"address, '{str(path).replace(':/', '://', 1)}'. Write to a local "
+            "folder and copy it there, or mount the bucket."
+        )
+    return path
 
 
 @contextlib.contextmanager
@@ -23,8 +44,9 @@ def whole_folder(folder, entry, replaced=()):
     If the writer is killed at any time, `current` finds either all old or all
     new files. A reader that does not call `current` finds the same files or,
     during the last steps, no entry. A killed writer may leave a hidden folder
-    `.draft-*`, which is never read. If it leaves `.ENTRY.new`, the next writer
-    completes the installation. There is no lock against a second writer.
+    `.draft-*`, which is never read; the next writer deletes it. If it leaves
+    `.ENTRY.new`, the next writer completes the installation. There is no lock
+    against a second writer.
 
     Args:
         folder: path.
@@ -43,7 +65,7 @@ def whole_folder(folder, entry, replaced=()):
         (draft / "config.json").write_text("{}")
     ```
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = local(folder).resolve()
     there = folder.exists()
     if there:
         _install(folder, entry, replaced)
@@ -51,18 +73,58 @@ def whole_folder(folder, entry, replaced=()):
     else:
         home, prefix = folder.parent, f".{folder.name}{DRAFT}"
         home.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
-    try:
+    with draft_folder(home, prefix) as draft:
         draft.chmod(0o755)
         yield draft
         for path in (*draft.rglob("*"), draft):
             sync(path)
         os.rename(draft, _complete(folder, entry) if there else folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     sync(home)
     _install(folder, entry, replaced)
+
+
+@contextlib.contextmanager
+def draft_folder(home, prefix):
+    """Make a folder that is deleted at the end, unless it was renamed.
+
+    Folders of this prefix that killed processes left are deleted first. They
+    are recognised by a lock, which a process holds for as long as it lives.
+    Where the file system has no locks, nothing is deleted.
+
+    Args:
+        home: path, where the folder is made.
+        prefix: str, beginning of its name.
+
+    Yields:
+        `pathlib.Path`.
+    """
+    for path in home.iterdir():
+        if path.name.startswith(prefix) and RANDOM.fullmatch(
+            path.name[len(prefix) :]
+        ):
+            with contextlib.suppress(OSError), _locked(path):
+                shutil.rmtree(path)
+    draft = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
+    try:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                stack.enter_context(_locked(draft))
+            yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    """Lock a folder; an `OSError` if that cannot be, or another has it."""
+    import fcntl  # Windows has none, and reads presets all the same.
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def current(folder, entry):
@@ -81,7 +143,7 @@ def current(folder, entry):
 
 def refuse_in_use(folder):
     """Raise a `ValueError` unless a folder is empty or does not exist."""
-    folder = Path(folder).expanduser()
+    folder = local(folder)
     if not folder.exists():
         return
     existing = [folder]
@@ -132,6 +194,5 @@ def _install(folder, entry, replaced):
         except OSError:  # Some file systems have no links.
             shutil.copy(file, place)
         sync(place.parent)
-    done = tempfile.mkdtemp(prefix=DRAFT, dir=folder)
-    os.rename(complete, Path(done) / "set")
-    shutil.rmtree(done)
+    with draft_folder(folder, DRAFT) as done:
+        os.rename(complete, done / "set")

@@ -6,7 +6,6 @@ that it gets wrong. Drawings are written to a folder, answers to the terminal.
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn
 from rich.progress import Progress
 from rich.progress import track
@@ -22,6 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from keras_paligemma import shipped
+from keras_paligemma.config import read_json
+from keras_paligemma.data.jsonl import JSONLSource
+from keras_paligemma.data.object_set import SUFFIXES
 from keras_paligemma.tasks.answers import read_objects
 from keras_paligemma.tasks.contact_sheet import contact_sheet
 from keras_paligemma.tasks.drawing import draw_objects
@@ -60,10 +63,10 @@ class Sight(NamedTuple):
 
 def read_pictures(folder: Path) -> list[Path]:
     """List the pictures of a folder, sorted by name."""
-    paths = [p for p in folder.glob("*") if p.suffix in (".png", ".jpg")]
+    paths = [p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES]
     if not paths:
         raise ValueError(
-            "There is nothing to look at. Expected: *.png or *.jpg in "
+            f"There is nothing to look at. Expected: {', '.join(SUFFIXES)} in "
             f"{folder}. Received: none. Pass another folder as --pictures."
         )
     return sorted(paths)
@@ -72,7 +75,7 @@ def read_pictures(folder: Path) -> list[Path]:
 def read_truth(folder: Path) -> dict[str, str]:
     """Return file names with their true captions, from `scenes.json` if any."""
     path = folder / "scenes.json"
-    scenes = json.loads(path.read_text()) if path.is_file() else {}
+    scenes = read_json(path) if path.is_file() else {}
     return {
         name: scene["caption"]
         for name, scene in scenes.items()
@@ -89,11 +92,11 @@ def read_examples(path: Path) -> dict[str, list]:
     Returns:
         dict of lists `images` (paths), `prompts`, `responses`, for `fit`.
     """
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [*JSONLSource(path, allow_empty=True)]
     return {
-        "images": [path.parent / row["image"] for row in rows],
-        "prompts": [row["prefix"] for row in rows],
-        "responses": [row["suffix"] for row in rows],
+        "images": [Path(row["images"]) for row in rows],
+        "prompts": [row["prompts"] for row in rows],
+        "responses": [row["responses"] for row in rows],
     }
 
 
@@ -169,7 +172,8 @@ def draw(sights: list[Sight], folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [draw_objects(sight.path, sight.objects) for sight in sights]
-    paths = [folder / f"{sight.path.stem}_boxes.png" for sight in sights]
+    # Whole names: a folder may have a `cat.png` and a `cat.jpg`.
+    paths = [folder / f"{sight.path.name}_boxes.png" for sight in sights]
     for picture, path in zip(drawn, paths, strict=True):
         picture.save(path)
     sheet = contact_sheet(drawn, [sight.caption for sight in sights])
@@ -278,7 +282,7 @@ def show_sights(console, model, paths, truth, output) -> list[Sight]:
     sights = look(model, paths)
     console.print(sights_table(sights, truth))
     for path in draw(sights, output):
-        console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {path}", highlight=False, markup=False)
     return sights
 
 
@@ -356,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         model = PaliGemmaCausalLM.from_preset(options.preset)
     console.print(
-        f"[bold]{options.preset}[/] on {keras.backend.backend()}: "
+        f"[bold]{escape(options.preset)}[/] on {keras.backend.backend()}: "
         f"{model.count_params() / 1e6:.1f} million parameters"
     )
     if options.preset == NANO:

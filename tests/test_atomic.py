@@ -59,6 +59,8 @@ for number in itertools.count():
     plain = contents(folder)
     found = contents(atomic.current(folder, ENTRY))
     write(folder, OLD)
+    left = [path.name for path in folder.parent.rglob(".*")]
+    assert not left, left
     print(json.dumps([killed, plain, found, contents(folder)]))
     if not killed:
         break
@@ -143,3 +145,40 @@ def test_what_is_in_use(tmp_path):
     for path in (tmp_path, tmp_path / "mine"):
         with pytest.raises(ValueError, match=r"in use.*\['mine'\]"):
             atomic.refuse_in_use(path)
+
+
+def test_drafts_are_deleted_when_their_writer_is_dead(tmp_path):
+    """That of a living writer stays, and what only looks like a draft."""
+    for name in (".a.draft-01234567", ".a.draft-mine", ".b.draft-01234567"):
+        (tmp_path / name).mkdir()
+    with atomic.draft_folder(tmp_path, ".a.draft-") as first:
+        with atomic.draft_folder(tmp_path, ".a.draft-") as second:
+            found = {path.name for path in tmp_path.iterdir()}
+            others = {".a.draft-mine", ".b.draft-01234567"}
+            assert found == {first.name, second.name} | others
+    assert {path.name for path in tmp_path.iterdir()} == others
+
+
+def test_no_draft_is_deleted_where_there_are_no_locks(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / ".a.draft-01234567").mkdir()
+    with atomic.whole_folder(tmp_path / "a", ENTRY) as draft:
+        (draft / ENTRY).touch()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"a", ".a.draft-01234567"}
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/a", Path("hf://me/a"), "s3://b"])
+def test_an_address_is_no_folder(tmp_path, monkeypatch, path):
+    """It would become a local folder of the name "gs:"."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="Received: an address, '[a-z0-9]+://"):
+        with atomic.whole_folder(path, ENTRY):
+            pass
+    with pytest.raises(ValueError, match="of this machine"):
+        atomic.refuse_in_use(path)
+    assert not os.listdir(tmp_path)
+    assert atomic.local("gs/a:b") == Path("gs/a:b")

@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,30 @@ def test_reads_pictures_and_what_is_known_of_them(paths):
     assert demo.read_truth(folder) == {"cat.png": "a cat"}
 
 
+def test_reads_pictures_as_cameras_name_them(tmp_path):
+    names = ["IMG_1.JPG", "IMG_2.jpeg", "cat.webp"]
+    for name in [*names, "notes.txt"]:
+        (tmp_path / name).touch()
+    assert [path.name for path in demo.read_pictures(tmp_path)] == names
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [('{"image": "a.png", "prefix": "ocr"}', "line 2"), ("a", "line 2")],
+)
+def test_a_line_that_is_no_example_ends_in_one_line(
+    paths, tmp_path, capsys, line, match
+):
+    file = paths[0].parent / "prompts.jsonl"
+    whole = '{"image": "cat.png", "prefix": "ocr", "suffix": "a\u2028b"}\n'
+    file.write_text(whole + line)
+    with pytest.raises(SystemExit):
+        demo.main(["--pictures", str(file.parent)])
+    assert match in capsys.readouterr().err
+    file.write_text(whole + "\n")
+    assert demo.read_examples(file)["responses"] == ["a\u2028b"]
+
+
 def test_a_folder_without_pictures_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="--pictures"):
         demo.read_pictures(tmp_path)
@@ -120,8 +145,8 @@ def test_draws_every_picture_and_a_sheet(paths, tmp_path):
     sights = demo.look(Scripted(), paths)
     written = demo.draw(sights, tmp_path / "new" / "output")
     assert [path.name for path in written] == [
-        "cat_boxes.png",
-        "dog_boxes.png",
+        "cat.png_boxes.png",
+        "dog.png_boxes.png",
         "contact_sheet.png",
     ]
     shapes = [read_image(path).shape for path in written]
@@ -131,6 +156,17 @@ def test_draws_every_picture_and_a_sheet(paths, tmp_path):
         and shapes[2][1] > 2 * contact_sheet.CELL
     )
     assert np.ptp(read_image(written[0])) > 0
+
+
+def test_pictures_of_one_name_are_drawn_apart(paths, tmp_path):
+    """The folder's name is no markup, either."""
+    shutil.copy(paths[0], paths[0].with_suffix(".JPG"))
+    found = demo.read_pictures(paths[0].parent)
+    output = tmp_path / "out[red][/blue]"
+    console = Console(file=io.StringIO(), width=200)
+    demo.show_sights(console, Scripted(), found, {}, output)
+    assert len([*output.iterdir()]) == len(found) + 1 == 4
+    assert console.file.getvalue().count(f"wrote {output}") == 4
 
 
 def test_the_table_of_sights_marks_what_is_wrong():

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.data import convert
 from tests.helpers.processes import LEAN
+from tests.helpers.tiny_models import PRESETS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PICTURES = EXAMPLES / "pictures"
@@ -49,6 +51,43 @@ def test_caption_a_folder_and_go_on(tmp_path):
     assert (tmp_path / "notes").read_text() == "no line end"
 
 
+def test_caption_a_folder_with_a_broken_picture(tmp_path, capsys):
+    """Each picture that can be read has a caption, and the others a line."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    shutil.copy(PICTURES / "scene_1.png", pictures)
+    for name in ("a.png", "z.png"):
+        (pictures / name).write_text("no picture")
+    output = tmp_path / "captions.jsonl"
+    for _ in range(2):
+        run("caption_folder", pictures, output, "--batch-size", 1)
+        (line,) = output.read_text().splitlines()
+        assert json.loads(line)["suffix"] == "a bell"
+        printed = capsys.readouterr().err
+        assert printed.count("could not be read") == 2
+        assert "a.png" in printed and "z.png" in printed
+
+
+@pytest.mark.parametrize(
+    "text", ["\n", "[1]\n", '{"a": 1}\n', "two\nlines\n"], ids=repr
+)
+def test_captions_are_not_added_to_another_file(tmp_path, capsys, text):
+    output = tmp_path / "notes"
+    output.write_text(text)
+    with pytest.raises(SystemExit):
+        run("caption_folder", PICTURES, output)
+    assert "is another file" in capsys.readouterr().err
+    assert output.read_text() == text
+
+
+def test_captions_in_batches_of_none(tmp_path, capsys):
+    output = tmp_path / "captions.jsonl"
+    with pytest.raises(SystemExit):
+        run("caption_folder", PICTURES, output, "--batch-size", -1)
+    assert "--batch-size is at least 1" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_a_ray_worker_captions_a_batch():
     """Run without a cluster, which only slow tests start."""
     pytest.importorskip("ray")
@@ -58,9 +97,23 @@ def test_a_ray_worker_captions_a_batch():
         "path": [*names],
         "bytes": [(PICTURES / n).read_bytes() for n in names],
     }
-    found = worker("pali_gemma2_nano_112", "caption en", 4)(batch)
+    captions = worker("pali_gemma2_nano_112", "caption en", 4)
+    found = captions(batch)
     assert found["image"] == [*names]
     assert found["suffix"] == ["a bell", "a guitar and a snail"]
+    # A broken picture is none of the others' concern.
+    batch["bytes"][0] = b"no picture"
+    assert captions(batch)["image"] == ["scene_2.png"]
+    batch["bytes"][1] = b"no picture"
+    assert captions(batch) == {"image": [], "suffix": []}
+
+
+def test_ray_adds_no_captions_to_others(tmp_path, capsys):
+    pytest.importorskip("ray")
+    (tmp_path / "1.json").touch()
+    with pytest.raises(SystemExit):
+        run("ray_captions", PICTURES, tmp_path)
+    assert "is in use" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -68,11 +121,15 @@ def test_a_ray_worker_captions_a_batch():
 def test_caption_on_a_ray_cluster(tmp_path):
     """Two nodes run models; a third one, the head, reads and writes."""
     pytest.importorskip("ray")
+    pictures, output = tmp_path / "pictures", tmp_path / "captions"
+    shutil.copytree(PICTURES, pictures)
+    for name in ("a.png", "b.png"):
+        (pictures / name).write_text("no picture")
     # Ray's datasets need pandas.
     environment = LEAN | {"HIDDEN_PACKAGES": "tensorflow matplotlib"}
     subprocess.run(
         [sys.executable, EXAMPLES.parent / "tests" / "ray_cluster.py"]
-        + [EXAMPLES / "ray_captions.py", PICTURES, tmp_path]
+        + [EXAMPLES / "ray_captions.py", pictures, output]
         + ["--workers", "2", "--batch-size", "2"],
         env=os.environ | environment | {"KERAS_BACKEND": "jax"},
         check=True,
@@ -80,7 +137,7 @@ def test_caption_on_a_ray_cluster(tmp_path):
     )
     rows = [
         json.loads(line)
-        for file in tmp_path.glob("*.json")
+        for file in output.glob("*.json")
         for line in file.read_text("utf-8").splitlines()
     ]
     captions = {Path(row["image"]).name: row["suffix"] for row in rows}
@@ -126,6 +183,35 @@ def test_fine_tune_on_coco(tmp_path, capsys):
     model.load_adapter(tmp_path / "run" / "adapter")
 
 
+def test_an_unreadable_picture_does_not_end_an_epoch(tmp_path):
+    """It is the first one, of those that are drawn after each epoch."""
+    write_coco(tmp_path / "instances.json")
+    pictures = tmp_path / "pictures"
+    shutil.copytree(PICTURES, pictures)
+    (pictures / "scene_0.png").write_text("no picture")
+    options = ("--epochs", 1, "--batch-size", 4, "--response-length", 40)
+    with pytest.warns(UserWarning, match="scene_0.png"):
+        run(
+            "finetune_coco",
+            *(tmp_path / "instances.json", pictures, tmp_path / "run"),
+            *options,
+        )
+    assert (tmp_path / "run" / "samples" / "epoch_0001.png").exists()
+
+
+def test_unreadable_pictures_of_validation_are_told_at_once(tmp_path, capsys):
+    write_coco(tmp_path / "instances.json")
+    yolo = tmp_path / "yolo"
+    convert(tmp_path / "instances.json", yolo, "yolo", PICTURES)
+    for name in ("scene_0.png", "scene_2.png"):
+        (yolo / "images" / name).unlink()
+        (yolo / "images" / name).write_text("no picture")
+    with pytest.raises(SystemExit):
+        run("finetune_yolo", yolo, tmp_path / "run")
+    printed = capsys.readouterr().err
+    assert "scene_0.png" in printed and "scene_2.png" in printed
+
+
 def test_fine_tune_on_yolo(tmp_path, capsys):
     write_coco(tmp_path / "instances.json")
     yolo = tmp_path / "yolo"
@@ -145,7 +231,7 @@ def test_qlora(tmp_path, capsys):
     PaliGemmaCausalLM.from_preset(tmp_path / "preset")
 
 
-def test_distil_answers(tmp_path):
+def test_distil_answers(tmp_path, capsys):
     """The student learns the teacher's answers, not the file's."""
     rows = [json.loads(line) for line in LINES.read_text().splitlines()]
     asked = [row | {"suffix": "never read"} for row in rows[:3]]
@@ -159,6 +245,13 @@ def test_distil_answers(tmp_path):
     assert [row["prefix"] for row in taught] == [row["prefix"] for row in asked]
     assert all(row["suffix"] not in ("", "never read") for row in taught)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    # Answers that are there are not of other questions or another teacher.
+    teacher = PRESETS / "pali_gemma2_nano_112"
+    for changed, options in ((asked, ("--teacher", teacher)), (asked[:2], ())):
+        data.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        with pytest.raises(SystemExit):
+            run("distil_answers", data, tmp_path, *options)
+        assert "other questions" in capsys.readouterr().err
 
 
 def test_multi_host_starts(tmp_path):

@@ -9,13 +9,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 from safetensors.numpy import save_file
 
+from keras_paligemma.atomic import draft_folder
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.storage import safetensors
 from keras_paligemma.compat import compiling_for
@@ -54,12 +54,10 @@ def write_in_backend(model, filepath, backend, module, *arguments):
         "JAX_PLATFORMS": "cpu",
     }
     # Beside the target: the default temporary folder may be in memory.
-    with tempfile.TemporaryDirectory(
-        prefix=f".{target.name}.preset-", dir=target.parent
-    ) as preset:
-        _hand_over(model, Path(preset))
+    with draft_folder(target.parent, f".{target.name}.preset-") as preset:
+        _hand_over(model, preset)
         result = subprocess.run(
-            [sys.executable, "-m", module, preset, str(target), *arguments],
+            [sys.executable, "-m", module, preset, target, *arguments],
             env=environment,
             capture_output=True,
             text=True,

@@ -65,7 +65,7 @@ def write_openvino(model, folder):
         model: as `write` takes it.
         folder: path of an empty folder.
     """
-    with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
+    with tempfile.TemporaryDirectory(dir=folder) as draft:
         write(model, Path(draft))
         convert_to_openvino(Path(draft) / ENTRY, folder)
 

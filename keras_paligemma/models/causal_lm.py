@@ -26,6 +26,7 @@ from keras_paligemma.models import scoring
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.models.call_inputs import call_inputs
 from keras_paligemma.models.inputs import check_targets
+from keras_paligemma.preprocessing.image_converter import check_picture_size
 from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.preprocessor import (
     PaliGemmaCausalLMPreprocessor,
@@ -51,7 +52,8 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         preprocessor: `PaliGemmaCausalLMPreprocessor`; without one, inputs are
             arrays and outputs token ids.
         backbone: `PaliGemmaBackbone`. Both may be passed in either order, or
-            the backbone alone: they are recognised by type.
+            the backbone alone: they are recognised by type. Both are of one
+            picture size.
         compile: bool, compile with the defaults.
 
     Call arguments:
@@ -89,6 +91,7 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
                 "The model needs a `PaliGemmaBackbone`. Received: "
                 f"backbone={backbone!r}."
             )
+        check_picture_size(preprocessor, backbone.image_size)
         init_model(self, backbone.dtype_policy, **kwargs)
         self.backbone = backbone
         self.preprocessor = preprocessor

@@ -10,6 +10,7 @@ from keras_paligemma.checkpoints.storage import safetensors
 from keras_paligemma.checkpoints.writing import write
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import PreprocessorConfig
+from keras_paligemma.preprocessing.image_converter import check_picture_size
 
 
 def export(path, to, backbone, preprocessor=None, bare=False, **options):
@@ -26,6 +27,8 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
     Raises:
         ValueError: if the format cannot hold a part of the model.
     """
+    # A file has one picture size, for both.
+    check_picture_size(preprocessor, backbone.image_size)
     with backbone.turns:
         lora = None if bare else backbone.adapters.config()
         if backbone.adapters.has_own_head() and not bare:

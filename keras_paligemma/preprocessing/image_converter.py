@@ -224,3 +224,23 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
             del config[key]
         config["resize"] = self.resize
         return config
+
+
+def check_picture_size(preprocessor, image_size):
+    """Raise on a preprocessor that makes pictures of another size.
+
+    Args:
+        preprocessor: `PaliGemmaCausalLMPreprocessor` or `None`.
+        image_size: int, the backbone's, in pixels.
+
+    Raises:
+        ValueError: its image converter makes pictures of another size.
+    """
+    converter = getattr(preprocessor, "image_converter", None)
+    if converter is not None and converter.image_size != (image_size,) * 2:
+        raise ValueError(
+            "The preprocessor makes pictures of another size than the "
+            f"backbone takes. Received: {converter.image_size}. Expected: "
+            f"{(image_size,) * 2}. Make its converter for that size, or load "
+            "the model for the other: `from_preset(…, image_size=…)`."
+        )

@@ -6,11 +6,11 @@ import shutil
 import textwrap
 import warnings
 import zlib
-from pathlib import Path
 
 import keras
 import numpy as np
 
+from keras_paligemma import atomic
 from keras_paligemma.compat import process
 
 
@@ -27,14 +27,15 @@ class CheckpointFiles:
 
     Raises:
         ImportError: Orbax is not installed.
-        ValueError: the checkpoints in the directory cannot be listed.
+        ValueError: the directory is an address, or its checkpoints cannot be
+            listed.
 
     Source: https://orbax.readthedocs.io.
     """
 
     def __init__(self, directory, keep):
         self._orbax = _orbax()
-        self.directory = Path(directory).absolute()
+        self.directory = atomic.local(directory).absolute()
         self._keep = keep
         self._manager = self._open()
 

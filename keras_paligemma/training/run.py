@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
+from keras_paligemma import atomic
 from keras_paligemma import presets
 from keras_paligemma.training.settings import Settings
 
@@ -55,7 +55,7 @@ def finetune(
                 f"validation={settings.validation!r} of no examples. "
                 "Expected: at least one; or leave validation out."
             )
-    output = Path(settings.output)
+    output = atomic.local(settings.output)
     _check_output(settings, output)
     model = build(settings)
     batches = Batches(

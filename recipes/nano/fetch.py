@@ -27,6 +27,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from keras_paligemma.atomic import draft_folder
+
 DEFAULT_CACHE = Path("~/.cache/keras_paligemma/nano").expanduser()
 
 SPRITE_SIZE = 128
@@ -159,17 +161,20 @@ def fetch_package(spec, cache):
             f"package's tarball at {tarball}."
         )
     cache.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [npm, "pack", spec, "--pack-destination", str(cache)],
-        capture_output=True,
-        check=False,
-        text=True,
-    )
-    if done.returncode != 0 or not tarball.exists():
-        raise RuntimeError(
-            f"`npm pack {spec}` did not give {tarball}. npm said:\n"
-            f"{done.stderr.strip()}"
+    # A draft: npm leaves a part of the file where it is killed.
+    with draft_folder(cache, f".{tarball.name}.draft-") as draft:
+        done = subprocess.run(
+            [npm, "pack", spec, "--pack-destination", str(draft)],
+            capture_output=True,
+            check=False,
+            text=True,
         )
+        if done.returncode != 0 or not (draft / tarball.name).exists():
+            raise RuntimeError(
+                f"`npm pack {spec}` did not give {tarball.name}. npm said:\n"
+                f"{done.stderr.strip()}"
+            )
+        (draft / tarball.name).replace(tarball)
     return tarball
 
 
@@ -279,13 +284,15 @@ def build_sprites(cache):
         sprites.append([sprite for sprite, _ in cropped])
         sizes.append([size for _, size in cropped])
     path = cache / "sprites.npz"
+    draft = cache / ".sprites.npz"
     np.savez_compressed(
-        path,
+        draft,
         sprites=np.array(sprites, "uint8"),
         sizes=np.array(sizes),
         classes=np.array(list(CLASSES)),
         styles=np.array(list(STYLES)),
     )
+    draft.replace(path)
     return path
 
 

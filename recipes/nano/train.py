@@ -324,7 +324,8 @@ def train(cache, folder, start=None, first_stage=0):
     Args:
         cache: path of the sprites.
         folder: path of the checkpoints.
-        start: path of a preset to start from, or `None` for random weights.
+        start: path of a preset to start from, or `None` for random weights; a
+            run that goes on has it in `folder`.
         first_stage: int, the stage to start with.
 
     Returns:
@@ -346,8 +347,11 @@ def train(cache, folder, start=None, first_stage=0):
     done = {"stage": first_stage, "epochs": 0}
     if (folder / "last.json").exists():
         done = json.loads((folder / "last.json").read_text())
+    elif start:
+        # Where the run looks for them when it goes on.
+        model.save_to_preset(folder / f"after-{first_stage - 1}")
     before = folder / f"after-{len(STAGES) - 2}"
-    if done["stage"] == len(STAGES) - 1 and not (start or before.exists()):
+    if done["stage"] == len(STAGES) - 1 and not before.exists():
         raise ValueError(
             "The result is the mean of the weights before and after the last "
             f"stage. Expected: `start`, a preset, or {before}. Received: "
@@ -390,7 +394,7 @@ def train(cache, folder, start=None, first_stage=0):
             callbacks=[Progress(data, folder, number)],
         )
         model.save_to_preset(folder / f"after-{number}")
-    average(model, before if before.exists() else start)
+    average(model, before)
     model.save_to_preset(folder / "mean")
     return model
 

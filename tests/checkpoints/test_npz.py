@@ -702,6 +702,8 @@ def test_a_killed_writer_leaves_no_target(tmp_path, piece_size):
     assert drafts and all(".draft-" in name for name in drafts)
     refused(path, "does not exist")
     write_npz(path, [("old", np.arange(600))], piece_size or None)
+    # The next writer has deleted the drafts.
+    assert not [name for name in os.listdir(tmp_path) if ".draft-" in name]
     killed(path, piece_size)
     assert_same(load(path), {"old": np.arange(600)})
 

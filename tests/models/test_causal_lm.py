@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
+from keras_paligemma import PaliGemmaImageConverter
 from tests.helpers.text_models import prompts_of
 from tests.helpers.tiny_models import FORMS_OF_BACKEND
 from tests.helpers.tiny_models import error
@@ -342,6 +343,27 @@ def test_text_alone_is_saved_in_two_parts(tiny_model, tmp_path):
     read = PaliGemmaCausalLM.from_preset(tmp_path)
     assert read.preprocessor.image_converter is None
     assert read.preprocessor.get_config() == model.preprocessor.get_config()
+
+
+def test_pictures_of_another_size_are_refused(tiny_model, tmp_path):
+    """A preset has one size: it would be loaded with another preprocessor."""
+    model = tiny_model()
+    size = 2 * model.backbone.image_size
+    other = PaliGemmaCausalLMPreprocessor(
+        model.preprocessor.tokenizer, PaliGemmaImageConverter(size)
+    )
+    match = rf"another size.*Received: \({size}, {size}\)"
+    with pytest.raises(ValueError, match=match):
+        PaliGemmaCausalLM(other, model.backbone)
+    model.preprocessor = other
+    with pytest.raises(ValueError, match=match):
+        model.save_to_preset(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    # Of parts that were saved one by one.
+    model.backbone.save_to_preset(tmp_path)
+    other.save_to_preset(tmp_path)
+    with pytest.raises(ValueError, match=match):
+        PaliGemmaCausalLM.from_preset(tmp_path)
 
 
 @pytest.mark.parametrize(

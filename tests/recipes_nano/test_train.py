@@ -75,15 +75,12 @@ def losses(folder):
     return [json.loads(line)["logs"]["loss"] for line in lines]
 
 
-@pytest.mark.parametrize(("stage", "before"), [(0, 1), (2, 4)])
-def test_a_killed_run_goes_on_where_it_was(
-    small, tmp_path, monkeypatch, stage, before
-):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train.train(None, whole)
+class Killed(Exception):
+    pass
 
-    class Killed(Exception):
-        pass
+
+def train_until(stage, folder, monkeypatch, **options):
+    """Train, and end in the second epoch of a stage."""
 
     def get(self, index):
         if (self.seed, self.epoch) == (stage, 1):
@@ -94,7 +91,16 @@ def test_a_killed_run_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(lesson.Lessons, "__getitem__", get)
         with pytest.raises(Killed):
-            train.train(None, killed)
+            train.train(None, folder, **options)
+
+
+@pytest.mark.parametrize(("stage", "before"), [(0, 1), (2, 4)])
+def test_a_killed_run_goes_on_where_it_was(
+    small, tmp_path, monkeypatch, stage, before
+):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train.train(None, whole)
+    train_until(stage, killed, monkeypatch)
     assert len(losses(killed)) == before
     train.train(None, killed)
     np.testing.assert_allclose(losses(killed), losses(whole), rtol=1e-5)
@@ -109,6 +115,20 @@ def test_a_killed_run_goes_on_where_it_was(
     np.testing.assert_allclose(mean, (second + third) / 2, atol=1e-7)
     names = {path.name for path in (killed / "mean").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.model"} <= names
+
+
+def test_a_killed_run_needs_its_preset_no_more(small, tmp_path, monkeypatch):
+    """The loss of boxes is of the table of the preset."""
+    source = train.build()
+    table = source.backbone.token_embedding.table
+    table.assign(keras.random.normal(table.shape, seed=1))
+    source.save_to_preset(tmp_path / "source")
+    options = {"start": str(tmp_path / "source")}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train.train(None, whole, **options)
+    train_until(0, killed, monkeypatch, **options)
+    train.train(None, killed)
+    np.testing.assert_allclose(losses(killed), losses(whole), rtol=1e-5)
 
 
 def test_the_last_stage_alone_has_nothing_to_average(small, tmp_path):

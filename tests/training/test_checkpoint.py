@@ -328,3 +328,5 @@ def test_arguments_out_of_range(model_and_batches, tmp_path):
     _, batches = model_and_batches
     with pytest.raises(ValueError, match="every=0"):
         RunCheckpoint(tmp_path, batches, every=0)
+    with pytest.raises(ValueError, match="an address, 'gs://bucket/run'"):
+        RunCheckpoint("gs://bucket/run", batches)

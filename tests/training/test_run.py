@@ -285,6 +285,15 @@ def test_an_output_that_is_a_file(data, output):
     assert code == 1 and "The output must be a folder" in output
 
 
+def test_an_output_that_is_an_address(data, monkeypatch):
+    monkeypatch.chdir(data)
+    before = sorted(data.iterdir())
+    arguments = ["--preset", NANO, "--data", "train.jsonl"]
+    code, output = call_error("finetune", *arguments, "--output", "gs://b/run")
+    assert code == 1 and "an address, 'gs://b/run'" in output
+    assert sorted(data.iterdir()) == before
+
+
 def test_encodings_of_a_settings_file(tmp_path):
     given = {"preset": NANO, "data": "d", "output": "o"}
     path = tmp_path / "x.toml"

@@ -12,12 +12,12 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from numpy.lib import format as npy
 
+from keras_paligemma import atomic
 from keras_paligemma.checkpoints.storage.pieces import Reader
 from keras_paligemma.checkpoints.storage.pieces import Writer
 from keras_paligemma.checkpoints.storage.pieces import find_pieces
@@ -235,8 +235,9 @@ def _read_values(stream, shape, dtype, fortran):
 def write_npz(path, arrays, piece_size=None):
     """Write an .npz in the original's layout, one array in memory at a time.
 
-    Drafts are written beside the target and renamed when they are complete and
-    on disk. If the process is killed, the target is the old or the new file.
+    Drafts are written to a hidden folder beside the target and renamed when
+    they are complete and on disk. If the process is killed, the target is the
+    old or the new file, and the next writer deletes the drafts.
     Between the renames of several pieces it is an incomplete set of pieces,
     which `find_pieces` and `open_npz` refuse. Equal arrays give equal bytes.
 
@@ -251,23 +252,24 @@ def write_npz(path, arrays, piece_size=None):
         ValueError: an array that is not of numbers, or a key that is a
             duplicate or not a valid name; drafts are then removed.
     """
-    path = Path(path).expanduser()
+    path = atomic.local(path)
     if path.suffix != ".npz" or (piece_size is not None and piece_size < 1):
         raise ValueError(
             f"Expected a path that ends in .npz and a piece_size of at least "
             f"one byte, received {path} and {piece_size}."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    drafts = Writer(path, piece_size)
-    try:
+    prefix = f".{path.name}{atomic.DRAFT}"
+    with (
+        atomic.draft_folder(path.parent, prefix) as folder,
+        Writer(path, piece_size, folder) as drafts,
+    ):
         with zipfile.ZipFile(drafts, "w") as archive:
             for key, array in arrays:
                 _write_member(archive, key, array)
                 # Free the array before the next one is made.
                 del array
         drafts.publish()
-    finally:
-        drafts.discard()
 
 
 def _write_member(archive, key, array):

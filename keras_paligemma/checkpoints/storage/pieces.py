@@ -154,10 +154,13 @@ class Writer(io.RawIOBase):
     Args:
         path: `pathlib.Path`, the target.
         piece_size: int, bytes of a piece, or `None` for a single file.
+        folder: `pathlib.Path`, where the files are until they are complete;
+            on the target's file system.
     """
 
-    def __init__(self, path, piece_size):
+    def __init__(self, path, piece_size, folder):
         self._path, self._whole = path, piece_size is None
+        self._folder = folder
         self._size = piece_size or sys.maxsize
         self._files = []
         self._position = 0
@@ -179,9 +182,7 @@ class Writer(io.RawIOBase):
         while done < len(data):
             index, start = divmod(self._position, self._size)
             if index == len(self._files):
-                # A draft's name does not match that of a piece.
-                name = f".{self._path.name}.{os.getpid()}.draft-{index:05d}"
-                draft = self._path.with_name(name)
+                draft = self._folder / f"{index:05d}"
                 self._files.append(io.FileIO(draft, "w"))
             file = self._files[index]
             file.seek(start)
@@ -191,7 +192,7 @@ class Writer(io.RawIOBase):
         return done
 
     def publish(self):
-        """Rename the drafts."""
+        """Rename the files."""
         for file in self._files:
             os.fsync(file.fileno())
             file.close()
@@ -215,8 +216,8 @@ class Writer(io.RawIOBase):
             # Last: until all pieces exist, readers use the whole file.
             self._path.unlink(missing_ok=True)
 
-    def discard(self):
-        """Remove drafts that have not been renamed."""
+    def close(self):
+        """Close the files."""
         for file in self._files:
             file.close()
-            Path(file.name).unlink(missing_ok=True)
+        super().close()
