@@ -10,6 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from keras_paligemma.cli.serve import serve
+from keras_paligemma.generation.texts import cut
 from keras_paligemma.serve import app
 from keras_paligemma.serve import running
 from keras_paligemma.serve.app import make_app
@@ -90,6 +91,27 @@ def test_objects_have_scores_and_masks():
     assert found.pop("score") == pytest.approx(0.3679, abs=1e-3)
     assert found == {"label": "cat", "y1": 0, "x1": 0, "y2": 1, "x2": 1}
     assert wrong.status_code == 400
+
+
+def test_objects_with_bytes_and_before_a_stop_have_scores():
+    box = [f"<loc{n:04}>" for n in (0, 0, 1023, 1023)]
+    tokens = (*box, " caf", "<0xC3>", "<0xA9>", " ;", *box, " dog", "")
+
+    class Sees(PlainModel):
+        def answer(self, requests, tell):
+            text = "".join(tokens).replace("<0xC3><0xA9>", "é")
+            text = cut(text, requests[0].choice.stop)
+            values = (-0.5,) * len(tokens)
+            return [Answered(text, tokens, (7,) * len(tokens), values, "stop")]
+
+    fields = {"image": IMAGE, "labels": ["café", "dog"]}
+    with TestClient(make_app(Sees(), "sees")) as client:
+        for stop, labels in ([], ["café", "dog"]), (";", ["café"]):
+            reply = client.post("/detect", json=fields | {"stop": stop})
+            boxes = reply.json()["boxes"]
+            assert [box["label"] for box in boxes] == labels
+            for box in boxes:
+                assert box["score"] == pytest.approx(0.3679, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from keras_paligemma.generation.answer import Alternative
+from keras_paligemma.generation.answer import Answer
 from keras_paligemma.serve.preset_model import PresetModel
 from keras_paligemma.serve.requests import Choice
 from keras_paligemma.serve.requests import Limits
@@ -62,3 +64,24 @@ def test_little_is_compiled_before_the_server_is_ready(model):
     kinds = {(batch[0].streams, batch[0].choice.temperature) for batch in later}
     assert kinds == {(True, 0.0), (False, 1.0), (True, 1.0)}
     assert len(PresetModel(model, largest=1).warm_ups()[1]) == 3
+
+
+def test_tokens_are_spelt_as_in_the_text(model):
+    """PaliGemma's tokenizer keeps a space at the start of a text."""
+    served = PresetModel(model, largest=1)
+    tokenizer = model.preprocessor.tokenizer
+    words = [tokenizer.token_to_id("\u2581cat"), tokenizer.end_token_id]
+    text = tokenizer.detokenize(words[:1])
+    choice = Choice(alternatives=1)
+    inputs = served.read(PNG, "caption en", choice, Limits())
+    found = Answer(
+        text,
+        tuple(words),
+        (-0.5, -0.5),
+        "stop_token",
+        tuple((Alternative(word, "", -0.5),) for word in words),
+    )
+    answer = served._answered(Request(inputs, choice), found)
+    assert "".join(answer.tokens) == answer.text == " cat"
+    # The token that was chosen is among the likeliest.
+    assert answer.alternatives == (((" cat", -0.5),), (("", -0.5),))
