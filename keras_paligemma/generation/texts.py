@@ -7,12 +7,20 @@ from typing import Any
 def cut(text, stop_strings):
     """Return a text up to the first of its stop strings.
 
+    That is the one that ends first, so that later text changes nothing; of
+    those that end together, the longest.
+
     Example:
         >>> cut("a cat. A dog", (". ", "dog"))
         'a cat'
     """
-    places = [text.find(string) for string in stop_strings]
-    return text[: min((place for place in places if place >= 0), default=None)]
+    places = [
+        (text.index(string) + len(string), text.index(string))
+        for string in stop_strings
+        if string in text
+    ]
+    _, start = min(places, default=(None, None))
+    return text[:start]
 
 
 def settled(text, stop_strings):

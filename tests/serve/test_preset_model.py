@@ -42,6 +42,27 @@ def test_requests_of_all_kinds_share_a_batch(model):
     )
 
 
+def test_a_stop_inside_of_another_ends_an_answer_in_any_company(model):
+    """A longer answer beside it goes on for another chunk."""
+    served = PresetModel(model, largest=4)
+
+    def answer(*stops):
+        choices = [Choice(temperature=1.0, seed=3, stop=stop) for stop in stops]
+        inputs = served.read(PNG, "caption en", choices[0], Limits())
+        requests = [Request(inputs, choice, True) for choice in choices]
+        pieces = []
+        found, *_ = served.answer(
+            requests, lambda row, text: pieces.append(text) if not row else None
+        )
+        return found.text, "".join(pieces), found.tokens
+
+    whole, _, tokens = answer(())
+    stop = (whole, tokens[2])
+    text, streamed, _ = answer(stop)
+    assert text == streamed != ""
+    assert answer(stop, ())[:2] == (text, streamed)
+
+
 def test_the_cache_may_be_int8(model):
     """Its rounding changes the numbers, by little."""
     numbers = []
