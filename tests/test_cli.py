@@ -190,6 +190,28 @@ def test_examples_are_written(tmp_path, monkeypatch):
     assert call("examples")[0] == 0
 
 
+def test_files_of_the_home_are_no_files_of_a_folder_named_so(
+    tmp_path, monkeypatch
+):
+    """Shells do not expand `--output=~/x`, and nobody expands it in TOML."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home, here):
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    lines = "~/examples/finetune/train.jsonl"
+    assert call("examples", "~/examples")[0] == 0
+    arguments = ("data", "convert", lines, "~/objects.json", "--to", "coco")
+    assert call(*arguments)[0] == 0
+    (home / "used").write_text("")
+    (home / "run.toml").write_text(f'data = "{lines}"\noutput = "~/used"')
+    with pytest.raises(ValueError, match=f"where {home / 'used'} is a file"):
+        call("finetune", "--config=~/run.toml", "--preset", NANO)
+    wanted = ["examples", "objects.json", "run.toml", "used"]
+    assert sorted(path.name for path in home.iterdir()) == wanted
+    assert not list(here.iterdir())
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """Return the nano preset as a transformers folder."""

@@ -55,7 +55,7 @@ def finetune(
                 f"validation={settings.validation!r} of no examples. "
                 "Expected: at least one; or leave validation out."
             )
-    output = Path(settings.output)
+    output = Path(settings.output).expanduser()
     _check_output(settings, output)
     model = build(settings)
     batches = Batches(
