@@ -22,6 +22,7 @@ from keras_paligemma import shipped
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.storage import npz
 from keras_paligemma.cli.convert import progress
+from keras_paligemma.cli.environment import command_environment
 from keras_paligemma.cli.options import read_fields
 from keras_paligemma.data import JSONLSource
 from keras_paligemma.data import check
@@ -149,6 +150,17 @@ print(importlib.util.find_spec("tensorflow") is not None)
         "tensorflow is hidden: the backend is jax.",
         *("None", "True"),
     ]
+
+
+def test_closed_streams_are_written_to_nevertheless(monkeypatch):
+    """As by `>&-`: libraries ask whether it is a terminal."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with command_environment():
+        opened = [sys.stdout, sys.stderr]
+        assert not any(stream.isatty() for stream in opened)
+    for stream in opened:
+        stream.close()
 
 
 def test_inspect_a_whole_checkpoint():
