@@ -126,7 +126,8 @@ class PresetModel:
 
         Args:
             requests: list of `Request`.
-            tell: function of row and str, called with the pieces of streams.
+            tell: function of row and str, called with the pieces of streams;
+                it returns whether anybody hears more of them.
 
         Returns:
             list of `Answered`.
@@ -205,8 +206,12 @@ class PresetModel:
         return min(choice.max_new_tokens or self.longest, self.longest)
 
     def _in_pieces(self, requests, asked, tell):
-        """Answer in chunks, and pass on the new text of rows that stream."""
+        """Answer in chunks, and pass on the new text of rows that stream.
+
+        A batch ends with its last row that has not ended and is heard.
+        """
         given = [""] * len(requests)
+        heard = [True] * len(requests)
         for found in chunks(self.model, asked, CHUNK):
             texts = self.model.preprocessor.generate_postprocess(
                 {"token_ids": found["ids"][: len(requests)]}
@@ -216,12 +221,12 @@ class PresetModel:
                 stop = request.choice.stop
                 text = cut(texts[row], stop)
                 ended = found["finished"][row] or text != texts[row]
-                done = done and ended
                 if not ended:
                     text = settled(text, stop)
                 if request.streams and text != given[row]:
-                    tell(row, text[len(given[row]) :])
+                    heard[row] = tell(row, text[len(given[row]) :])
                     given[row] = text
+                done = done and (ended or not heard[row])
             if done:
                 break
         return found

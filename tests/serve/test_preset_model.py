@@ -1,6 +1,7 @@
 """Batches of requests of all kinds, and the programs compiled for them."""
 
 import numpy as np
+import pytest
 
 from keras_paligemma.generation.answer import Alternative
 from keras_paligemma.generation.answer import Answer
@@ -50,17 +51,36 @@ def test_a_stop_inside_of_another_ends_an_answer_in_any_company(model):
         choices = [Choice(temperature=1.0, seed=3, stop=stop) for stop in stops]
         inputs = served.read(PNG, "caption en", choices[0], Limits())
         requests = [Request(inputs, choice, True) for choice in choices]
-        pieces = []
-        found, *_ = served.answer(
-            requests, lambda row, text: pieces.append(text) if not row else None
-        )
-        return found.text, "".join(pieces), found.tokens
+        pieces = [""] * len(requests)
+
+        def tell(row, text):
+            pieces[row] += text
+            return True
+
+        found, *_ = served.answer(requests, tell)
+        return found.text, pieces[0], found.tokens
 
     whole, _, tokens = answer(())
     stop = (whole, tokens[2])
     text, streamed, _ = answer(stop)
     assert text == streamed != ""
     assert answer(stop, ())[:2] == (text, streamed)
+
+
+@pytest.mark.parametrize("leaves", [(), (0,), (0, 1)])
+def test_a_stream_that_nobody_hears_ends(model, leaves):
+    served = PresetModel(model, largest=4)
+    choice = Choice(temperature=1.0, seed=3)
+    inputs = served.read(PNG, "caption en", choice, Limits())
+    told = [[], []]
+
+    def tell(row, text):
+        told[row].append(text)
+        return row not in leaves
+
+    served.answer([Request(inputs, choice, True)] * 2, tell)
+    # While one is heard, both go on.
+    assert [len(pieces) > 1 for pieces in told] == [len(leaves) < 2] * 2
 
 
 def test_the_cache_may_be_int8(model):
