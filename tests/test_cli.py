@@ -163,6 +163,13 @@ def test_closed_streams_are_written_to_nevertheless(monkeypatch):
         stream.close()
 
 
+def test_an_empty_backend_is_none(monkeypatch):
+    """Keras would take its default, TensorFlow, which then was hidden."""
+    monkeypatch.setenv("KERAS_BACKEND", "")
+    with command_environment():
+        assert "KERAS_BACKEND" not in os.environ
+
+
 def test_inspect_a_whole_checkpoint():
     code, output = call("inspect", GOLDEN / "tiny_headdim.b16.npz", *SET)
     assert code == 0

@@ -16,6 +16,9 @@ def command_environment():
     absl and TensorFlow.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if not os.environ.get("KERAS_BACKEND"):
+        # For Keras, an empty name is none.
+        os.environ.pop("KERAS_BACKEND", None)
     for name in ("stdin", "stdout", "stderr"):
         # Closed by whoever starts the command. Libraries write to it, and the
         # next file that is opened would get its number.
