@@ -22,6 +22,7 @@ from keras_paligemma import shipped
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.storage import npz
 from keras_paligemma.cli.convert import progress
+from keras_paligemma.cli.environment import command_environment
 from keras_paligemma.cli.options import read_fields
 from keras_paligemma.data import JSONLSource
 from keras_paligemma.data import check
@@ -151,6 +152,24 @@ print(importlib.util.find_spec("tensorflow") is not None)
     ]
 
 
+def test_closed_streams_are_written_to_nevertheless(monkeypatch):
+    """As by `>&-`: libraries ask whether it is a terminal."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with command_environment():
+        opened = [sys.stdout, sys.stderr]
+        assert not any(stream.isatty() for stream in opened)
+    for stream in opened:
+        stream.close()
+
+
+def test_an_empty_backend_is_none(monkeypatch):
+    """Keras would take its default, TensorFlow, which then was hidden."""
+    monkeypatch.setenv("KERAS_BACKEND", "")
+    with command_environment():
+        assert "KERAS_BACKEND" not in os.environ
+
+
 def test_inspect_a_whole_checkpoint():
     code, output = call("inspect", GOLDEN / "tiny_headdim.b16.npz", *SET)
     assert code == 0
@@ -188,6 +207,28 @@ def test_examples_are_written(tmp_path, monkeypatch):
     # In a checkout, the written files are the files that are read.
     monkeypatch.chdir(shipped.folder("examples").parent)
     assert call("examples")[0] == 0
+
+
+def test_files_of_the_home_are_no_files_of_a_folder_named_so(
+    tmp_path, monkeypatch
+):
+    """Shells do not expand `--output=~/x`, and nobody expands it in TOML."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home, here):
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    lines = "~/examples/finetune/train.jsonl"
+    assert call("examples", "~/examples")[0] == 0
+    arguments = ("data", "convert", lines, "~/objects.json", "--to", "coco")
+    assert call(*arguments)[0] == 0
+    (home / "used").write_text("")
+    (home / "run.toml").write_text(f'data = "{lines}"\noutput = "~/used"')
+    with pytest.raises(ValueError, match=f"where {home / 'used'} is a file"):
+        call("finetune", "--config=~/run.toml", "--preset", NANO)
+    wanted = ["examples", "objects.json", "run.toml", "used"]
+    assert sorted(path.name for path in home.iterdir()) == wanted
+    assert not list(here.iterdir())
 
 
 @pytest.fixture(scope="module")

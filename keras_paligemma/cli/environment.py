@@ -16,6 +16,14 @@ def command_environment():
     absl and TensorFlow.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if not os.environ.get("KERAS_BACKEND"):
+        # For Keras, an empty name is none.
+        os.environ.pop("KERAS_BACKEND", None)
+    for name in ("stdin", "stdout", "stderr"):
+        # Closed by whoever starts the command. Libraries write to it, and the
+        # next file that is opened would get its number.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))
     logging.disable(logging.ERROR)
     finder = NoTensorFlow()
     sys.meta_path.insert(0, finder)

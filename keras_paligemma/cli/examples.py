@@ -19,6 +19,7 @@ def examples(
     With them and a few training lines, the code of its pages runs as it is
     printed, without a checkout.
     """
+    folder = folder.expanduser()
     for name in ("pictures", "words", "finetune"):
         source, target = shipped.folder("examples") / name, folder / name
         # In a checkout both folders may be the same.

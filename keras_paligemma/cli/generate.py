@@ -1,5 +1,6 @@
 """`keras-paligemma generate`: answer prompts about many pictures."""
 
+from pathlib import Path
 from typing import Annotated
 from typing import Any
 
@@ -23,7 +24,7 @@ def generate(
         ),
     ],
     output: Annotated[
-        str, typer.Option(help="JSONL file: id and prediction per line")
+        Path, typer.Option(help="JSONL file: id and prediction per line")
     ],
     prompt: Annotated[
         str | None, typer.Option(help="Prompt of all pictures without prefix")
@@ -48,6 +49,7 @@ def generate(
     """Answer prompts about many pictures; the same command resumes a run."""
     from keras_paligemma.evaluation.answer_file import answer_file
     from keras_paligemma.evaluation.answer_file import open_pictures
+    from keras_paligemma.evaluation.unread import errors_path
 
     # Before the model is loaded, so that a typo fails at once.
     pictures = open_pictures(data, prompt)
@@ -60,7 +62,8 @@ def generate(
     model = PaliGemmaCausalLM.from_preset(preset, **given)
     if adapter is not None:
         model.load_adapter(adapter)
-    unread = answer_file(
+    output = output.expanduser()
+    answer_file(
         model,
         pictures,
         output,
@@ -70,4 +73,7 @@ def generate(
         beams=None if beams == 1 else beams,
         cache_dtype=cache_dtype,
     )
+    listed = errors_path(output)
+    # Those of earlier calls too, which this one has not read again.
+    unread = len(listed.read_bytes().splitlines()) if listed.is_file() else 0
     typer.echo(f"{len(pictures) - unread} of {len(pictures)} in {output}")

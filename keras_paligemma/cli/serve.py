@@ -18,7 +18,9 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address; 0.0.0.0 to accept other machines")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 for any free one")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port; 0 for any free one")
+    ] = 8000,
     batch: Annotated[
         int, typer.Option(help="Largest batch of requests, a power of two")
     ] = 16,
@@ -52,13 +54,14 @@ def serve(
     fetch_images: Annotated[
         bool, typer.Option(help="Fetch pictures from http(s) URLs")
     ] = False,
-    max_body: Annotated[int, typer.Option(help="Bytes")] = 20 * 2**20,
-    max_pixels: Annotated[int, typer.Option()] = 40_000_000,
-    max_prompt: Annotated[int, typer.Option(help="Characters")] = 4096,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes")] = 20 * 2**20,
+    max_pixels: Annotated[int, typer.Option(min=1)] = 40_000_000,
+    max_prompt: Annotated[int, typer.Option(min=1, help="Characters")] = 4096,
     max_seconds: Annotated[
-        float, typer.Option(help="Limit for a client to send, and to receive")
+        float,
+        typer.Option(min=1, help="Limit for a client to send, and to receive"),
     ] = 30.0,
-    max_connections: Annotated[int, typer.Option()] = 1024,
+    max_connections: Annotated[int, typer.Option(min=1)] = 1024,
 ) -> None:
     """Serve a checkpoint, or the folder of a SavedModel.
 
@@ -75,6 +78,17 @@ def serve(
             f"`serve` needs {error.name}. Expected: pip install "
             '"keras_paligemma[serve]".'
         ) from error
+    if not host:
+        raise ValueError(
+            "An empty host would be all addresses of this machine. Received: "
+            "--host ''. Expected: 0.0.0.0 for these, or another address."
+        )
+    token = os.environ.get("KERAS_PALIGEMMA_TOKEN")
+    if token is not None and not token.strip():
+        raise ValueError(
+            "KERAS_PALIGEMMA_TOKEN is set, but empty. Expected: a token, or no "
+            "such variable, with which the server takes all requests."
+        )
     options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
     options = {key: value for key, value in options.items() if value}
     if saved_model.is_saved_model(source):
@@ -109,23 +123,19 @@ def serve(
     hosts = None
     if allow_host or host in LOOPBACK:
         hosts = {*LOOPBACK, *(name.lower() for name in allow_host or ())}
-    token = os.environ.get("KERAS_PALIGEMMA_TOKEN")
-    if token is not None and not token.strip():
-        raise ValueError(
-            "KERAS_PALIGEMMA_TOKEN is set, but empty. Expected: a token, or no "
-            "such variable, with which the server takes all requests."
-        )
     limits = Limits(
         max_body, max_pixels, max_prompt, max_seconds, max_connections
     )
     app = make_app(
         model,
-        name or Path(source).name,
+        # The name of "." is that of its folder.
+        name or Path(os.path.abspath(source)).name,
         milliseconds=wait_ms,
         room=queue,
         limits=limits,
         codec=masks,
-        token=token,
+        # Files of tokens end with a line's end, which no header can have.
+        token=token and token.strip(),
         hosts=hosts,
         fetches=fetch_images,
     )

@@ -104,7 +104,7 @@ def convert(
             f"There is no such format. Expected: one of {FORMATS}, task "
             f"'detect', 'segment' or None. Received: {to!r}, task={task!r}."
         )
-    target = Path(target)
+    target = Path(target).expanduser()
     refuse_in_use(target)
     if to not in _FOLDERS and (target.is_dir() or not target.suffix):
         raise ValueError(

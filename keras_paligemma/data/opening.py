@@ -83,9 +83,11 @@ def open_source(
             "data set of objects."
         )
     if kind == "jsonl":
-        return JSONLSource(found, image_folder, allow_empty)
+        return JSONLSource(found, _text(image_folder), allow_empty)
     if kind == "conversations":
-        return ConversationSource(found, image_folder, allow_empty=allow_empty)
+        return ConversationSource(
+            found, _text(image_folder), allow_empty=allow_empty
+        )
     objects = _READERS[kind](found, _text(image_folder), split, codec, task)
     encode_mask = None if codec is None else codec.encode_mask
     return ObjectSource(objects, task, encode_mask=encode_mask, **options)
@@ -128,7 +130,7 @@ def recognise(path: PathLike, split: str) -> tuple[str, Path]:
         ValueError: if the format is not recognised, or the folder contains
             several data sets.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         return _kind_of_file(path), path
     if not path.is_dir():
@@ -239,4 +241,4 @@ _READERS: dict[str, Callable[..., ObjectSet]] = {
 
 
 def _text(path: PathLike | None) -> str | None:
-    return None if path is None else os.fspath(path)
+    return None if path is None else os.path.expanduser(path)

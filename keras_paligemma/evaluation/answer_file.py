@@ -76,7 +76,7 @@ def open_pictures(data: PathLike, prompt: str | None = None) -> Pictures:
         ValueError: there are no pictures, a line is not valid, a picture has
             no prompt, or an id occurs twice.
     """
-    path = Path(data)
+    path = Path(data).expanduser()
     if path.is_dir():
         records = [
             {"id": file.relative_to(path).as_posix(), "image": str(file)}
@@ -190,7 +190,7 @@ def answer_file(
     if max_new_tokens is not None:
         length = to_length(max_new_tokens, "max_new_tokens")
     options = {**options, "max_new_tokens": length}
-    output = Path(output)
+    output = Path(output).expanduser()
     _check_output(output, pictures.place)
     output.parent.mkdir(parents=True, exist_ok=True)
     record = _record(model, pictures, options)

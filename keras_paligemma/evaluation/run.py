@@ -148,7 +148,7 @@ def evaluate(
     whole = len(samples)
     samples = samples if limit is None else samples.first(limit)
     _check_data(benchmark, samples, decode)
-    output = Path(output)
+    output = Path(output).expanduser()
     opened = samples.benchmark.split
     on_card = opened == benchmark.split
     benchmark = replace(benchmark, split=opened)

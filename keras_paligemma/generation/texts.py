@@ -7,6 +7,9 @@ from typing import Any
 def cut(text, stop_strings, given=0):
     """Return a text up to the first of its stop strings.
 
+    That is the one that ends first, so that later text changes nothing; of
+    those that end together, the longest.
+
     Args:
         text: str.
         stop_strings: strs.
@@ -20,9 +23,12 @@ def cut(text, stop_strings, given=0):
         'a cat. A '
     """
     places = [
-        text.find(stop, max(0, given - len(stop) + 1)) for stop in stop_strings
+        (start + len(string), start)
+        for string in stop_strings
+        if (start := text.find(string, max(0, given - len(string) + 1))) >= 0
     ]
-    return text[: min((place for place in places if place >= 0), default=None)]
+    _, start = min(places, default=(None, None))
+    return text[:start]
 
 
 def settled(text, stop_strings, given=0):

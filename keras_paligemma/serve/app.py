@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client import generate_latest
@@ -55,12 +56,17 @@ def make_app(
         `Guard` around a `starlette.routing.Router`.
 
     Raises:
-        ValueError: if sizes are invalid.
+        ValueError: if sizes are invalid, or an adapter has the model's name.
     """
-    if room < 1 or milliseconds < 0:
+    if room < 1 or not 0 <= milliseconds < math.inf:
         raise ValueError(
             "Expected: room for one request or more, and 0 ms or more. "
             f"Received: {room} and {milliseconds} ms."
+        )
+    if name in (model.adapters or ()):
+        raise ValueError(
+            "Clients choose the model or an adapter by name. Received: a model "
+            f"and an adapter named {name!r}. Expected: another --name."
         )
     limits = limits or Limits()
     metrics = Metrics()

@@ -36,8 +36,13 @@ class Reply:
     left: bool = False
 
     def tell(self, event):
-        """Send an event to the client, from any thread."""
+        """Send an event to the client, from any thread.
+
+        Returns:
+            bool, whether it is still connected.
+        """
         self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        return not self.left
 
     async def answer(self):
         """Wait for the `Answered`; pieces of text are skipped."""
@@ -131,6 +136,12 @@ class Batches:
             if self.closed:
                 raise Refused(503, self.closed)
             waiting = len(self._queue) + self._reserved
+            if waiting + count > self.room:
+                # Those who have left do not wait.
+                self._queue = deque(
+                    entry for entry in self._queue if not entry.reply.left
+                )
+                waiting = len(self._queue) + self._reserved
             if waiting + count > self.room:
                 raise Refused(
                     429,
@@ -290,3 +301,4 @@ class Batches:
 
 def _nobody(row, text):
     """Ignore the pieces of an answer that is computed only to compile."""
+    return True

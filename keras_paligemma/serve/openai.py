@@ -9,7 +9,6 @@ evaluation. `max_tokens` is limited to the model's longest answer.
 import asyncio
 import functools
 import json
-import re
 import time
 import uuid
 from typing import NoReturn
@@ -29,6 +28,7 @@ from keras_paligemma.serve.requests import read_fields
 from keras_paligemma.serve.requests import read_json
 from keras_paligemma.serve.requests import read_prompt
 from keras_paligemma.serve.requests import read_stop
+from keras_paligemma.serve.tokens import BYTE
 
 FIELDS = {
     "model": Field("string", "The model's name, or an adapter's", default=...),
@@ -272,8 +272,7 @@ def _usage(answers):
 
 def _logprobs(answer):
     def entry(token, value):
-        # A part of a character that is no token of its own.
-        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+        byte = BYTE.fullmatch(token)
         return {
             "token": token,
             "logprob": value,

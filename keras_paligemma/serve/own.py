@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import itertools
 import json
 
 import numpy as np
@@ -21,6 +22,7 @@ from keras_paligemma.serve.requests import read_fields
 from keras_paligemma.serve.requests import read_json
 from keras_paligemma.serve.requests import read_prompt
 from keras_paligemma.serve.requests import read_stop
+from keras_paligemma.serve.tokens import characters
 from keras_paligemma.tasks import prompts
 from keras_paligemma.tasks.answers import read_objects
 
@@ -140,9 +142,10 @@ def _content(service, found, labels=None):
     """
     boxes, skipped = [], []
     if labels is not None or "<" in found.text:
-        spelt = "".join(found.tokens) == found.text and found.tokens
+        texts = _cut(characters(found.tokens), len(found.text))
+        spelt = found.tokens and "".join(texts) == found.text
         objects_ = read_objects(
-            found.tokens if spelt else found.text,
+            texts if spelt else found.text,
             codec=service.codec,
             labels=labels,
             log_probabilities=found.log_probabilities if spelt else None,
@@ -156,6 +159,15 @@ def _content(service, found, labels=None):
         "boxes": boxes,
         "skipped": skipped,
     }
+
+
+def _cut(texts, length):
+    """Return the texts of tokens up to a stop string, which may be in one."""
+    ends = itertools.accumulate(map(len, texts))
+    return [
+        text[: max(length - end + len(text), 0)]
+        for text, end in zip(texts, ends, strict=True)
+    ]
 
 
 def _object(item):

@@ -126,7 +126,8 @@ class PresetModel:
 
         Args:
             requests: list of `Request`.
-            tell: function of row and str, called with the pieces of streams.
+            tell: function of row and str, called with the pieces of streams;
+                it returns whether anybody hears more of them.
 
         Returns:
             list of `Answered`.
@@ -205,8 +206,12 @@ class PresetModel:
         return min(choice.max_new_tokens or self.longest, self.longest)
 
     def _in_pieces(self, requests, asked, tell):
-        """Answer in chunks, and pass on the new text of rows that stream."""
+        """Answer in chunks, and pass on the new text of rows that stream.
+
+        A batch ends with its last row that has not ended and is heard.
+        """
         given = [""] * len(requests)
+        heard = [True] * len(requests)
         for found in chunks(self.model, asked, CHUNK):
             texts = self.model.preprocessor.generate_postprocess(
                 {"token_ids": found["ids"][: len(requests)]}
@@ -216,12 +221,12 @@ class PresetModel:
                 stop = request.choice.stop
                 text = cut(texts[row], stop)
                 ended = found["finished"][row] or text != texts[row]
-                done = done and ended
                 if not ended:
                     text = settled(text, stop)
                 if request.streams and text != given[row]:
-                    tell(row, text[len(given[row]) :])
+                    heard[row] = tell(row, text[len(given[row]) :])
                     given[row] = text
+                done = done and (ended or not heard[row])
             if done:
                 break
         return found
@@ -243,35 +248,39 @@ class PresetModel:
             ids = ids[:count]
         return Answered(
             text,
-            tuple(_spelt(tokenizer, ids)),
+            tuple(
+                _spelt(tokenizer, token, place)
+                for place, token in enumerate(ids)
+            ),
             ids,
             answer.log_probabilities[: len(ids)],
             finish,
             tuple(
                 tuple(
                     (
-                        _piece(tokenizer, alternative.token_id),
+                        _spelt(tokenizer, alternative.token_id, place),
                         alternative.log_probability,
                     )
-                    for alternative in place[: request.choice.alternatives]
+                    for alternative in likeliest[: request.choice.alternatives]
                 )
-                for place in answer.alternatives[: len(ids)]
+                for place, likeliest in enumerate(
+                    answer.alternatives[: len(ids)]
+                )
             ),
             int(request.inputs["prompt_mask"].sum()),
         )
 
 
-def _piece(tokenizer, token):
-    """Return the text of a token."""
-    return tokenizer.id_to_token(token).replace("\u2581", " ")
+def _spelt(tokenizer, token, place):
+    """Return the text of a token; joined, those of an answer are its text.
 
-
-def _spelt(tokenizer, ids):
-    """Return the texts of tokens; joined they are the answer; the end is "".
-
-    The bytes of a multi-byte character are spelt as "<0xE2>".
+    The end is "". The bytes of a multi-byte character are spelt as "<0xE2>".
     """
-    end = tokenizer.end_token_id
-    for place, token in enumerate(ids):
-        text = "" if token == end else _piece(tokenizer, token)
-        yield text.removeprefix(" ") if place == 0 else text
+    if token == tokenizer.end_token_id:
+        return ""
+    text = tokenizer.id_to_token(token).replace("\u2581", " ")
+    # Some tokenizers drop a space at the start of a text; PaliGemma's keeps it.
+    if place == 0 and text.startswith(" "):
+        kept = tokenizer.detokenize([token]).startswith(" ")
+        return text if kept else text[1:]
+    return text

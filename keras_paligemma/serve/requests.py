@@ -107,7 +107,9 @@ class Answered:
 
     Args:
         text: str.
-        tokens: strs, or () if the model's file does not return them.
+        tokens: strs, or () if the model's file does not return them; joined
+            they are the text, but the bytes of a character are spelt as
+            "<0xE2>", and a stop string is not cut from them.
         token_ids: ints, including the stop token.
         log_probabilities: floats, one per token.
         finish: "stop" or "length".

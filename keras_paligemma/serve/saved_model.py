@@ -1,6 +1,5 @@
 """A SavedModel folder that answers batches, with TensorFlow alone."""
 
-import re
 import secrets
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from keras_paligemma.serve.requests import Request
 from keras_paligemma.serve.requests import open_picture
 from keras_paligemma.serve.requests import power_of_two
 from keras_paligemma.serve.requests import sizes
+from keras_paligemma.serve.tokens import characters
 
 # A GIF of one pixel, as input to warm up.
 PIXEL = bytes.fromhex(
@@ -22,7 +22,6 @@ PIXEL = bytes.fromhex(
 END = 1
 # Options that a graph may lack, and their values if they are not used.
 OPTIONAL = {"top_p": 1.0, "top_k": None, "seed": None, "adapter": None}
-BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")
 
 
 def is_saved_model(source):
@@ -158,8 +157,8 @@ class SavedModel:
         ids = outputs["token_ids"][row]
         written = int((ids != 0).sum())
         count = min(written, self._length(choice))
-        tokens = _spelt(outputs["tokens"][row][:count], ids)
         text = outputs["text"][row].decode()
+        tokens = _spelt(outputs["tokens"][row][:count], ids, text)
         if count < written or choice.stop:
             text = _text(tokens)
         finish = "stop" if END in ids[:count] else "length"
@@ -176,13 +175,15 @@ class SavedModel:
         )
 
 
-def _spelt(pieces, ids):
+def _spelt(pieces, ids, text):
     """Return tokens as `PresetModel` spells them."""
     texts = [
         "" if id == END else piece.decode().replace("\u2581", " ")
         for piece, id in zip(pieces, ids, strict=False)
     ]
-    return tuple([text.removeprefix(" ") for text in texts[:1]] + texts[1:])
+    if not text.startswith(" "):
+        texts[:1] = [first.removeprefix(" ") for first in texts[:1]]
+    return tuple(texts)
 
 
 def _stops(tokens, stop):
@@ -191,10 +192,4 @@ def _stops(tokens, stop):
 
 
 def _text(tokens):
-    """Return the text of tokens; some spell a byte, such as "<0xE2>"."""
-
-    def decode(match):
-        digits = match[0].replace("<0x", "").replace(">", "")
-        return bytes.fromhex(digits).decode(errors="replace")
-
-    return BYTES.sub(decode, "".join(tokens))
+    return "".join(characters(tokens))

@@ -3,13 +3,17 @@
 import json
 import os
 import types
+import warnings
 
 import keras_hub
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import compat
+from keras_paligemma.cli import app
 from keras_paligemma.evaluation import predictions
 from keras_paligemma.evaluation.answer_file import answer_file
 from keras_paligemma.evaluation.answer_file import open_pictures
@@ -336,6 +340,23 @@ def test_an_error_is_listed_once(folder, tmp_path, monkeypatch):
     path.unlink()
     assert answer_file(Echo(), pictures, path) == 0
     assert listed.read_bytes() == b""
+
+
+def test_the_command_counts_the_errors_of_all_its_calls(folder, monkeypatch):
+    """The second call reads nothing again, and its paths are of the home."""
+    monkeypatch.setattr(PaliGemmaCausalLM, "from_preset", lambda name: Echo())
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.chdir(folder)
+    (folder / "b.jpg").write_bytes(b"damaged")
+    arguments = ["generate", "--preset", "any", "--prompt", "ocr"]
+    arguments += ["--data=~/photos", "--output=~/answers.jsonl"]
+    for _ in range(2):
+        with warnings.catch_warnings(action="ignore"):
+            result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.output == (
+            f"4 of 5 in {folder.parent / 'answers.jsonl'}\n"
+        )
+    assert not (folder / "~").exists()
 
 
 def test_another_list_than_that_of_errors_is_kept(folder, tmp_path):

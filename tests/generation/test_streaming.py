@@ -133,6 +133,16 @@ def test_what_is_settled(text, stops, wanted):
     assert settled(text, stops) == wanted
 
 
+@pytest.mark.parametrize(
+    ("stops", "wanted"), [(("xyz", "y"), "-x"), (("yz", "z", "xyz"), "-")]
+)
+def test_what_is_cut_stays_cut_while_the_text_grows(stops, wanted):
+    """The first complete stop string ends a text; of several, the longest."""
+    found = [cut("-xyz-"[:length], stops) for length in range(6)]
+    ended = found.index(wanted, 3)
+    assert set(found[ended:]) == {wanted}
+
+
 def test_streams_that_cannot_be(nano, asked):
     with pytest.raises(ValueError, match="`chunk`.*Received: 0"):
         nano.stream(asked, chunk=0)

@@ -16,7 +16,7 @@ class PlainModel:
 
     longest = 8
     most_alternatives = 0
-    adapters = ()
+    adapters: tuple[str, ...] = ()
 
     def __init__(self, held=False, largest=8):
         self.largest = largest

@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from starlette.testclient import TestClient
 
+from keras_paligemma import cli
 from keras_paligemma.cli.serve import serve
+from keras_paligemma.generation.texts import cut
 from keras_paligemma.serve import app
 from keras_paligemma.serve import running
 from keras_paligemma.serve.app import make_app
@@ -90,6 +92,27 @@ def test_objects_have_scores_and_masks():
     assert found.pop("score") == pytest.approx(0.3679, abs=1e-3)
     assert found == {"label": "cat", "y1": 0, "x1": 0, "y2": 1, "x2": 1}
     assert wrong.status_code == 400
+
+
+def test_objects_with_bytes_and_before_a_stop_have_scores():
+    box = [f"<loc{n:04}>" for n in (0, 0, 1023, 1023)]
+    tokens = (*box, " caf", "<0xC3>", "<0xA9>", " ;", *box, " dog", "")
+
+    class Sees(PlainModel):
+        def answer(self, requests, tell):
+            text = "".join(tokens).replace("<0xC3><0xA9>", "é")
+            text = cut(text, requests[0].choice.stop)
+            values = (-0.5,) * len(tokens)
+            return [Answered(text, tokens, (7,) * len(tokens), values, "stop")]
+
+    fields = {"image": IMAGE, "labels": ["café", "dog"]}
+    with TestClient(make_app(Sees(), "sees")) as client:
+        for stop, labels in ([], ["café", "dog"]), (";", ["café"]):
+            reply = client.post("/detect", json=fields | {"stop": stop})
+            boxes = reply.json()["boxes"]
+            assert [box["label"] for box in boxes] == labels
+            for box in boxes:
+                assert box["score"] == pytest.approx(0.3679, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +302,9 @@ def test_what_cannot_be_compiled(caplog):
 
 def test_names_and_token_of_the_command(random_preset, monkeypatch):
     made = {}
-    monkeypatch.setattr(app, "make_app", lambda *_, **options: options)
+    monkeypatch.setattr(
+        app, "make_app", lambda _, name, **options: options | {"name": name}
+    )
     monkeypatch.setattr(
         running, "run", lambda options, *_: made.update(options)
     )
@@ -287,6 +312,40 @@ def test_names_and_token_of_the_command(random_preset, monkeypatch):
     serve(str(random_preset), allow_host=["Example.ORG"])
     assert made["hosts"] == {*LOOPBACK, "example.org"}
     assert made["token"] is None
+    monkeypatch.chdir(random_preset)
+    # A header has no line's end, which files of tokens have.
+    monkeypatch.setenv("KERAS_PALIGEMMA_TOKEN", "secret\n")
+    serve(".")
+    assert (made["name"], made["token"]) == ("floats", "secret")
     monkeypatch.setenv("KERAS_PALIGEMMA_TOKEN", " ")
     with pytest.raises(ValueError, match="KERAS_PALIGEMMA_TOKEN is set, but"):
         serve(str(random_preset))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "65536"], "--port"),
+        (["--max-connections", "0"], "--max-connections"),
+        (["--host", ""], "Received: --host ''"),
+    ],
+)
+def test_options_of_the_command_are_checked_at_once(
+    monkeypatch, capsys, arguments, message
+):
+    """Before the model is loaded; an empty host would be all addresses."""
+    command = ["keras-paligemma", "serve", "/no/such/preset", *arguments]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_served():
+    for milliseconds in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"Received: .*{milliseconds} ms"):
+            make_app(PlainModel(), "plain", milliseconds=milliseconds)
+    model = PlainModel()
+    model.adapters = ("plain", "styled")
+    with pytest.raises(ValueError, match="adapter named 'plain'.*--name"):
+        make_app(model, "plain")

@@ -129,6 +129,37 @@ def test_who_has_left_is_not_answered():
     assert model.sizes == [1]
 
 
+def test_who_has_left_takes_no_place():
+    model = Traced(held=True)
+    with started(model) as batches:
+        first = threading.Thread(target=lambda: asked(batches, "a"))
+        first.start()
+        assert model.begun.wait(10)
+        asked(batches, *"b" * batches.room, left=True)
+        try:
+            wait = asked(batches, "c")
+        finally:
+            model.go.set()
+        assert wait() == ["c"]
+        first.join()
+
+
+def test_who_leaves_a_stream_is_told_nothing_more():
+    """The model ends what nobody hears."""
+    heard = []
+
+    class Streams(Traced):
+        def answer(self, requests, tell):
+            heard.append(tell(0, "a"))
+            return super().answer(requests, tell)
+
+    batches = Batches(Streams(), 0, 1, Metrics())
+    for left in (False, True):
+        reply = Reply(AtOnce(), queue.SimpleQueue(), left)
+        batches._answer([Waiting(Request("b", Choice()), reply)])
+    assert heard == [True, False]
+
+
 def test_a_stop_waits_for_the_thread_that_runs_the_model():
     model = Traced(held=True)
     answers = []

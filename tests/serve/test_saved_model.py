@@ -23,7 +23,7 @@ SPELT = ("a", " cat", "<0xC3>", "<0xA9>", " sits", "")
 IDS = (10, 11, 12, 13, 14, 1)
 
 
-def outputs(images, length, options, error=""):
+def outputs(images, length, options, error="", text="a caté sits"):
     """Return an export's outputs, with the options as log-probabilities."""
     rows = tf.shape(images)[0]
     told = [tf.cast(tensor, tf.float32) for tensor in (rows, *options)]
@@ -34,7 +34,7 @@ def outputs(images, length, options, error=""):
         "log_probabilities": told,
     }
     return {
-        "text": tf.fill([rows], "a caté sits"),
+        "text": tf.fill([rows], text),
         "error": tf.fill([rows], error),
         **{
             name: tf.tile(column[None, :length], [rows, 1])
@@ -74,7 +74,9 @@ class Graph(tf.Module):
         max_new_tokens=SIX,
         temperature=GREEDY,
     ):
-        return outputs(images, max_new_tokens, [max_new_tokens, temperature])
+        options = [max_new_tokens, temperature]
+        # Its tokenizer keeps the space at the start, as PaliGemma's does.
+        return outputs(images, max_new_tokens, options, text=" a caté sits")
 
     @tf.function(input_signature=FULL)
     def full(
@@ -133,6 +135,13 @@ def test_the_graph_gets_the_options_that_it_has(models):
         for drawing in drawn
     }
     assert len(seeds) == 2
+
+
+def test_a_space_at_the_start_is_kept_if_the_graph_keeps_it(models):
+    model = models["plain"]
+    [answer] = model.answer([request(model)], None)
+    assert answer.text == " a caté sits"
+    assert answer.tokens == (" a", *SPELT[1:])
 
 
 @pytest.mark.parametrize(
