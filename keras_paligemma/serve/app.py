@@ -75,7 +75,7 @@ def make_app(
         name, model, batches, limits, codec or MaskCodec.embedded(), fetches
     )
     posts = {
-        "/v1/chat/completions": (openai.chat, openai.FIELDS),
+        "/v1/chat/completions": (openai.chat, openai.DESCRIBED),
         "/answer": (own.answer, own.ANSWER),
         "/detect": (own.detect, own.OBJECTS),
         "/segment": (own.segment, own.OBJECTS),

@@ -49,6 +49,7 @@ FIELDS = {
 }
 # Fields for OpenAI's own bookkeeping: they change no answer.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier")
+DESCRIBED = FIELDS | {name: Field("any", "Ignored") for name in IGNORED}
 
 
 def models(service):

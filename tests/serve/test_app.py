@@ -6,6 +6,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+import jsonschema
 import pytest
 from starlette.testclient import TestClient
 
@@ -38,13 +39,41 @@ def test_answer_and_pages(plain):
     assert "Drop a picture" in plain.get("/").text
     assert plain.get("/healthz").json() == {"status": "ok"}
     assert plain.get("/readyz").status_code == 200
-    api = plain.get("/openapi.json").json()
-    assert api["paths"]["/detect"]["post"]["requestBody"]
     assert "openapi.json" in plain.get("/docs").text
     counts = plain.get("/metrics").text
     name = "keras_paligemma_requests_total"
     assert f'{name}{{path="/answer",status="200"}} ' in counts
     assert "keras_paligemma_tokens_total 2.0" in counts
+
+
+def test_the_description_is_what_the_server_does(plain):
+    paths = plain.get("/openapi.json").json()["paths"]
+    posts = {
+        path: paths[path]["post"] for path in paths if "post" in paths[path]
+    }
+    assert len(posts) == 4
+    for path, post in posts.items():
+        refused = [
+            plain.post(path, content=b"a"),
+            plain.post(path, json={"unknown": 1}),
+            plain.post(path, json={}, headers={"origin": "http://a.org"}),
+        ]
+        for reply in refused:
+            described = post["responses"][str(reply.status_code)]
+            schema = described["content"]["application/json"]["schema"]
+            jsonschema.validate(reply.json(), schema)
+        assert [reply.status_code for reply in refused] == [415, 400, 403]
+    schema = posts["/answer"]["responses"]["200"]["content"]
+    schema = schema["application/json"]["schema"]
+    found = ask(plain, temperature=None).json()
+    assert found.keys() == schema["properties"].keys()
+    jsonschema.validate(found, schema)
+    [content] = posts["/answer"]["requestBody"]["content"].values()
+    for temperature in (0, None):
+        body = {"image": IMAGE, "prompt": "a", "temperature": temperature}
+        jsonschema.validate(body, content["schema"])
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(body | {"temperature": 101}, content["schema"])
 
 
 def test_own_stream(client):
