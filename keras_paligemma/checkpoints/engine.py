@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import math
 import re
+from typing import Any
 
 import numpy as np
 
@@ -91,7 +92,7 @@ class Row:
         if self.axes is None:
             return array
         groups, axes = _parse(self.axes)
-        flat = [name for group in groups for name in group if name != "1"]
+        flat = _flat(groups)
         sizes = dict(zip(axes, shape, strict=True))
         array = array.reshape([sizes[name] for name in flat])
         return array.transpose([flat.index(name) for name in axes])
@@ -101,8 +102,9 @@ class Row:
         if self.axes is not None:
             shape = self._split_shape(value.shape)
             groups, axes = _parse(self.axes)
-            flat = [name for group in groups for name in group if name != "1"]
-            value = value.transpose([axes.index(name) for name in flat])
+            value = value.transpose(
+                [axes.index(name) for name in _flat(groups)]
+            )
             value = value.reshape(shape)
         if self.extra:
             mean = value.mean(axis=0, keepdims=True, dtype="float64")
@@ -131,9 +133,13 @@ def _parse(axes):
     """Split "(n h) d -> d n h" into [[n, h], [d]] and [d, n, h]."""
     array_axes, weight_axes = axes.split("->")
     groups = re.findall(r"\(([^)]*)\)|(\S+)", array_axes)
-    return [
-        (many or axis).split() for many, axis in groups
-    ], weight_axes.split()
+    groups = [(many or axis).split() for many, axis in groups]
+    return groups, weight_axes.split()
+
+
+def _flat(groups):
+    """List the axes of groups, without those of size one."""
+    return [name for group in groups for name in group if name != "1"]
 
 
 class Arrays:
@@ -229,40 +235,56 @@ def load(weights, rows, tensors):
         tensors: the checkpoint; all shapes are compared before any is read.
     """
     check_names_and_shapes(weights, rows, tensors.shapes)
-    key, array = None, None
+    tensors = Last(tensors)
     # Rows that share an array are adjacent, so it is read only once.
     for row in sorted(rows, key=lambda row: row.key):
-        if row.key != key:
-            array = None  # Free the previous array before the next is read.
         weight = weights[row.name]
-        if row.in_blocks and not row.stacked:
-            keys = row.keys(weight.num_layers)
-            _assign_layers(weight, row, (tensors.read(key) for key in keys))
-            continue
-        if row.stacked and not weight.is_one_array:
-            if hasattr(tensors, "read_rows"):
-                _assign_layers(weight, row, _layers(tensors, row.key))
-                continue
-        if array is None:
-            key, array = row.key, tensors.read(row.key)
-        if not row.stacked:
-            weight.assign(row.read(array, weight.shape))
-        elif row.is_identity:
-            weight.assign(array)
+        is_equal = row.stacked and row.is_identity and weight.is_one_array
+        if row.in_blocks and not is_equal:
+            weight.assign_layers(
+                tensors.read_layer(row, weight.shape, number)
+                for number in range(weight.num_layers)
+            )
         else:
-            _assign_layers(weight, row, array)
+            weight.assign(row.read(tensors.read(row.key), weight.shape))
 
 
-def _layers(tensors, key):
-    """Read an array of all blocks, one block at a time."""
-    for layer in range(tensors.shapes[key][0]):
-        yield tensors.read_rows(key, layer, layer + 1)[0]
+class Last:
+    """Tensors that keep the last array: layers are read one after another.
 
+    Args:
+        tensors: the checkpoint.
+    """
 
-def _assign_layers(weight, row, arrays):
-    """Assign a weight of the blocks from an iterable of one array per block."""
-    shape = weight.layer_shape
-    weight.assign_layers(row.read(array, shape) for array in arrays)
+    def __init__(self, tensors):
+        self._tensors = tensors
+        self._key: str | None = None
+        self._array: Any = None
+
+    def read(self, key):
+        if key != self._key:
+            # Free the previous array before the next is read.
+            self._array = None
+            self._key, self._array = key, self._tensors.read(key)
+        return self._array
+
+    def read_layer(self, row, shape, number):
+        """Return one layer of a weight.
+
+        Args:
+            row: `Row`.
+            shape: tuple, shape of the weight, layer axis first in the blocks.
+            number: int, index of the layer; 0 outside of the blocks.
+        """
+        if not row.in_blocks:
+            return row.read(self.read(row.key), shape)
+        if not row.stacked:
+            array = self.read(row.keys(shape[0])[number])
+        elif row.key != self._key and hasattr(self._tensors, "read_rows"):
+            array = self._tensors.read_rows(row.key, number, number + 1)[0]
+        else:
+            array = self.read(row.key)[number]
+        return row.read(array, shape[1:])
 
 
 def write(weights, rows):

@@ -3,8 +3,6 @@
 A checkpoint is thus converted without a model and with one array in memory.
 """
 
-from typing import Any
-
 from keras_paligemma.checkpoints import engine
 
 
@@ -13,7 +11,7 @@ class LazyTensor:
 
     Args:
         row: `Row`.
-        tensors: the checkpoint.
+        tensors: `engine.Last` of the checkpoint.
         shape: tuple, shape of the weight, with the layer axis first for
             weights of the blocks.
         on_read: function that is called with each array that was read, or
@@ -35,42 +33,10 @@ class LazyTensor:
 
     def read_layer(self, number):
         """Return the array of one layer; number 0 outside of the blocks."""
-        if self.row.stacked:
-            array = self.tensors.read_layer(self.row.key, number)
-        else:
-            key = self.row.keys(self.num_layers)[number]
-            array = self.tensors.read(key)
-        shape = self.shape[1:] if self.row.in_blocks else self.shape
-        array = self.row.read(array, shape)
+        array = self.tensors.read_layer(self.row, self.shape, number)
         if self.on_read is not None:
             self.on_read(array)
         return array
-
-
-class Last:
-    """Tensors that cache the last array: layers are read one after another.
-
-    Args:
-        tensors: the checkpoint.
-    """
-
-    def __init__(self, tensors):
-        self.shapes, self.dtypes = tensors.shapes, tensors.dtypes
-        self._tensors = tensors
-        self._key: str | None = None
-        self._array: Any = None
-
-    def read(self, key):
-        if key != self._key:
-            self._array = None
-            self._key, self._array = key, self._tensors.read(key)
-        return self._array
-
-    def read_layer(self, key, layer):
-        """Return one layer of a stacked array, reading only it if possible."""
-        if key != self._key and hasattr(self._tensors, "read_rows"):
-            return self._tensors.read_rows(key, layer, layer + 1)[0]
-        return self.read(key)[layer]
 
 
 def lazy_tensors(weights, rows, tensors, on_read=None):
@@ -86,7 +52,7 @@ def lazy_tensors(weights, rows, tensors, on_read=None):
         dict of name to `LazyTensor`, for `engine.write`.
     """
     engine.check_names_and_shapes(weights, rows, tensors.shapes)
-    tensors = Last(tensors)
+    tensors = engine.Last(tensors)
     return {
         row.name: LazyTensor(row, tensors, weights[row.name].shape, on_read)
         for row in rows
