@@ -1,4 +1,4 @@
-"""The description of a checkpoint, before any of its values is read."""
+"""What is known of a checkpoint before any of its values is read."""
 
 import contextlib
 import dataclasses
@@ -24,12 +24,14 @@ class Checkpoint:
     """The description of a checkpoint, before any of its values is read.
 
     Args:
-        format: str, one of `FORMATS`.
+        format: str, one of `FORMATS`, or `None` for a published configuration
+            alone.
         config: `ModelConfig`.
         rows: list of `engine.Row`, or `None` for names of this package.
         files: list of `pathlib.Path`, the files of the weights.
         tokenizer: `pathlib.Path` for `read_tokenizer`, or `None`.
-        open_files: function that returns a context manager of the tensors.
+        open_files: function that returns a context manager of the tensors;
+            `None` for a configuration alone.
         variant: str or `None`, a published model of the same sizes.
         added_tokens: dict of id to str, tokens that are not in the
             SentencePiece model.
@@ -39,10 +41,10 @@ class Checkpoint:
 
     format: str | None
     config: ModelConfig
-    rows: list | None
-    files: list
-    tokenizer: Path | None
-    open_files: Callable | None
+    rows: list | None = None
+    files: list = dataclasses.field(default_factory=list)
+    tokenizer: Path | None = None
+    open_files: Callable | None = None
     variant: str | None = None
     added_tokens: dict = dataclasses.field(default_factory=dict)
     assumed: dict = dataclasses.field(default_factory=dict)

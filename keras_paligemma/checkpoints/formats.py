@@ -53,9 +53,7 @@ def resolve(source, load_weights=True, fields=None, tokenizer=False):
     name = presets.published(source)
     if name and not load_weights:
         beside = path and find_tokenizer(path)
-        checkpoint = Checkpoint(
-            None, presets.config(name), None, [], beside, None
-        )
+        checkpoint = Checkpoint(None, presets.config(name), tokenizer=beside)
     else:
         checkpoint = find(path, fields, load_weights)
     if name:

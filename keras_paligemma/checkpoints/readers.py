@@ -37,10 +37,11 @@ def _keras(folder, fields, load_weights, headers):
     return Checkpoint(
         "keras",
         config,
-        None,
-        files,
-        find_tokenizer(folder),
-        _opener(safetensors.open_safetensors, files, headers, quantized),
+        files=files,
+        tokenizer=find_tokenizer(folder),
+        open_files=_opener(
+            safetensors.open_safetensors, files, headers, quantized
+        ),
     )
 
 
@@ -60,10 +61,9 @@ def _transformers(folder, fields, load_weights, headers):
     checkpoint = Checkpoint(
         "transformers",
         found.config,
-        None,
-        files,
-        tokenizer,
-        open_files,
+        files=files,
+        tokenizer=tokenizer,
+        open_files=open_files,
         added_tokens=found.added_tokens,
     )
     if files or headers:
@@ -77,14 +77,14 @@ def _transformers(folder, fields, load_weights, headers):
 
 def _keras_hub(folder, fields, load_weights, headers):
     found = keras_hub_config.read(folder, load_weights)
-    files = found["weights"] if load_weights else []
+    files = found.weights if load_weights else []
     open_files = _opener(h5.open_h5, files, headers)
     checkpoint = Checkpoint(
         "keras_hub",
-        found["config"],
-        keras_hub.rows(found["config"].backbone),
+        found.config,
+        keras_hub.rows(found.config.backbone),
         files,
-        found["tokenizer"],
+        found.tokenizer,
         open_files,
     )
     if files or headers:
@@ -112,55 +112,64 @@ def find_tokenizer(folder):
 
 
 def _big_vision(path, fields, load_weights=True, headers=None):
-    folder = path
-    if path.is_dir():
-        names = sorted(
-            {
-                str(file).partition(".npz")[0] + ".npz"
-                for file in path.glob("*.npz*")
-            }
-        )
-        if len(names) > 1:
-            raise ValueError(
-                f"{path} holds several checkpoints: {', '.join(names)}. Pass "
-                "the path of one."
-            )
-        path = Path(names[0])
-    else:
-        folder = path.parent
+    path = _npz_in(path) if path.is_dir() else path
     files = npz.find_pieces(path)
     open_files = functools.partial(npz.open_npz, files)
     with open_files() as tensors:
         inferred, rows = big_vision.infer(tensors.shapes)
-        found = BackboneConfig.from_dict(inferred, path)
-        known = presets.variant(inferred)
-        config = ModelConfig(
-            name=path.name.partition(".npz")[0],
-            backbone=found,
-            preprocessor=PreprocessorConfig(PUBLISHED_RESIZE),
-        )
-        if known is not None:
-            published = presets.config(known)
-            backbone = replace(published.backbone, image_size=found.image_size)
-            config = replace(published, name=config.name, backbone=backbone)
-        elif unknown := [key for key in NOT_IN_SHAPES if key not in fields]:
-            raise ValueError(
-                f"{path} has the sizes of no published model, and its shapes "
-                f"do not tell {', '.join(unknown)}. Pass them by keyword; "
-                "PaliGemma 2 has soft caps of 50.0 and 30.0 and mostly "
-                f"head_dim ({found.text_decoder.head_dim} here) as the "
-                "scalar; PaliGemma 1 has None, None and head_dim."
-            )
         checkpoint = Checkpoint(
             "big_vision",
-            config,
+            _config_of_sizes(inferred, path, fields),
             rows,
             files,
-            find_tokenizer(folder),
+            find_tokenizer(path.parent),
             open_files,
         )
         checkpoint.set_dtype(tensors, path)
     return checkpoint
+
+
+def _npz_in(folder):
+    """Return the path of the only `.npz`, whole or in pieces, of a folder."""
+    files = map(str, folder.glob("*.npz*"))
+    names = sorted({file.partition(".npz")[0] + ".npz" for file in files})
+    if len(names) > 1:
+        raise ValueError(
+            f"{folder} holds several checkpoints: {', '.join(names)}. Pass "
+            "the path of one."
+        )
+    return Path(names[0])
+
+
+def _config_of_sizes(sizes, path, fields):
+    """Return the configuration of a file that stores none.
+
+    Args:
+        sizes: dict of the backbone's fields, from `big_vision.infer`.
+        path: `pathlib.Path` of the file.
+        fields: dict of the backbone's fields that the caller gives.
+
+    Returns:
+        `ModelConfig` of the published model of these sizes, if there is one.
+    """
+    name = path.name.partition(".npz")[0]
+    backbone = BackboneConfig.from_dict(sizes, path)
+    variant = presets.variant(sizes)
+    if variant is not None:
+        known = presets.config(variant)
+        image_size = backbone.image_size
+        backbone = replace(known.backbone, image_size=image_size)
+        return replace(known, name=name, backbone=backbone)
+    if unknown := [key for key in NOT_IN_SHAPES if key not in fields]:
+        raise ValueError(
+            f"{path} has the sizes of no published model, and its shapes "
+            f"do not tell {', '.join(unknown)}. Pass them by keyword; "
+            "PaliGemma 2 has soft caps of 50.0 and 30.0 and mostly "
+            f"head_dim ({backbone.text_decoder.head_dim} here) as the "
+            "scalar; PaliGemma 1 has None, None and head_dim."
+        )
+    preprocessor = PreprocessorConfig(PUBLISHED_RESIZE)
+    return ModelConfig(name=name, backbone=backbone, preprocessor=preprocessor)
 
 
 READERS = {

@@ -41,9 +41,9 @@ def saved(path):
 def load(folder, **changes):
     """Load our backbone from a KerasHub folder, with changed decoder fields."""
     read = keras_hub_config.read(folder)
-    config = read["config"].backbone.with_fields(**changes)
+    config = read.config.backbone.with_fields(**changes)
     backbone = PaliGemmaBackbone(**config.to_dict())
-    with h5.open_h5(read["weights"]) as found:
+    with h5.open_h5(read.weights) as found:
         engine.load(backbone.weights_by_name(), keras_hub.rows(config), found)
     return backbone
 
@@ -58,7 +58,7 @@ def outputs(backbone):
 
 def write(folder, source, preprocessor, *args):
     """Read a KerasHub preset into our backbone, and write it again."""
-    config = keras_hub_config.read(source)["config"]
+    config = keras_hub_config.read(source).config
     config = replace(config, preprocessor=preprocessor)
     arrays = engine.write(
         load(source).weights_by_name(),
@@ -70,8 +70,8 @@ def write(folder, source, preprocessor, *args):
 @pytest.mark.parametrize("version", [1, 2])
 def test_equals_kerashub(hub, version):
     read = keras_hub_config.read(hub / f"single{version}")
-    assert read["config"].backbone == expected_config(version)
-    assert read["config"].preprocessor is read["tokenizer"] is None
+    assert read.config.backbone == expected_config(version)
+    assert read.config.preprocessor is read.tokenizer is None
     hidden, logits = outputs(load(hub / f"single{version}"))
     wanted = saved(hub / f"single{version}")
     assert error(hidden, wanted["hidden"]) < 1e-5
@@ -98,11 +98,11 @@ def test_every_setting_is_felt(hub, change):
 def test_shards_hold_the_same(hub, version):
     single = keras_hub_config.read(hub / f"single{version}")
     sharded = keras_hub_config.read(hub / f"sharded{version}")
-    assert sharded["config"] == single["config"]
-    assert sharded["weights"][0].name == "model.weights.json"
+    assert sharded.config == single.config
+    assert sharded.weights[0].name == "model.weights.json"
     with (
-        h5.open_h5(single["weights"]) as one,
-        h5.open_h5(sharded["weights"]) as many,
+        h5.open_h5(single.weights) as one,
+        h5.open_h5(sharded.weights) as many,
     ):
         assert many.shapes == one.shapes and many.dtypes == one.dtypes
         assert len(one.shapes) == (84 if version == 1 else 90)
@@ -164,21 +164,21 @@ def test_written_folders(hub, written):
     theirs = json.loads((hub / "single1/metadata.json").read_text())
     assert metadata | {"date_saved": ""} == theirs | {"date_saved": ""}
     found = keras_hub_config.read(written / "single")
-    assert found["config"].backbone == expected_config(2)
-    assert found["config"].preprocessor == PreprocessorConfig("bilinear")
-    assert found["tokenizer"].read_bytes() == tokenizer()
+    assert found.config.backbone == expected_config(2)
+    assert found.config.preprocessor == PreprocessorConfig("bilinear")
+    assert found.tokenizer.read_bytes() == tokenizer()
 
 
 def test_bfloat16_is_exact(hub, tmp_path):
-    config = keras_hub_config.read(hub / "bfloat16")
-    assert config["config"].backbone == expected_config(2, "bfloat16")
+    read = keras_hub_config.read(hub / "bfloat16")
+    assert read.config.backbone == expected_config(2, "bfloat16")
     backbone = load(hub / "bfloat16")
     assert {variable.dtype for variable in backbone.variables} == {"bfloat16"}
     write(tmp_path / "ours", hub / "bfloat16", None)
     again = keras_hub_config.read(tmp_path / "ours")
     with (
-        h5.open_h5(config["weights"]) as theirs,
-        h5.open_h5(again["weights"]) as ours,
+        h5.open_h5(read.weights) as theirs,
+        h5.open_h5(again.weights) as ours,
     ):
         assert set(theirs.dtypes.values()) == {"bfloat16"}
         assert ours.shapes == theirs.shapes and ours.dtypes == theirs.dtypes
@@ -195,7 +195,7 @@ def test_kerashub_ignores_the_scale_of_28b(hub):
 
     When KerasHub does too, the docstrings that mention this are out of date.
     """
-    config = keras_hub_config.read(hub / "scale")["config"]
+    config = keras_hub_config.read(hub / "scale").config
     text = config.backbone.text_decoder
     assert text.query_pre_attention_scalar == 64 / 4
     found, wanted = saved(hub / "scale"), saved(hub / "single2")
@@ -270,10 +270,10 @@ def test_names_and_shapes_of_28b(form):
 
 def test_a_file_of_another_version_is_refused(hub):
     read = keras_hub_config.read(hub / "single2")
-    config = read["config"].backbone.with_fields(use_post_norms=False)
+    config = read.config.backbone.with_fields(use_post_norms=False)
     with without_values():
         backbone = PaliGemmaBackbone(**config.to_dict())
-    with h5.open_h5(read["weights"]) as found:
+    with h5.open_h5(read.weights) as found:
         with pytest.raises(ValueError, match="unused: .*post_ffw_norm"):
             engine.load(
                 backbone.weights_by_name(), keras_hub.rows(config), found

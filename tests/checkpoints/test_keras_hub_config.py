@@ -30,7 +30,7 @@ def test_configs_of_published_models(name, tmp_path):
     content = keras_hub_config.files(config)["config.json"]
     (tmp_path / "config.json").write_bytes(content)
     found = keras_hub_config.read(tmp_path, load_weights=False)
-    assert found["config"] == config
+    assert found.config == config
     theirs = json.loads(content)["config"]
     assert theirs["query_head_dim_normalize"] == ("28b" not in name)
     assert theirs["use_post_ffw_norm"] == ("gemma2" in name or "_2_" in name)
@@ -169,8 +169,8 @@ def test_older_files(tmp_path):
     found = keras_hub_config.read(tmp_path, load_weights=False)
     wanted = expected_config(1)
     vision = replace(wanted.vision_encoder, intermediate_dim=4304)
-    assert found["config"].backbone == replace(wanted, vision_encoder=vision)
-    assert found["config"].preprocessor == PreprocessorConfig("bilinear")
+    assert found.config.backbone == replace(wanted, vision_encoder=vision)
+    assert found.config.preprocessor == PreprocessorConfig("bilinear")
 
 
 def test_a_tokenizer_without_a_preprocessor(tmp_path):

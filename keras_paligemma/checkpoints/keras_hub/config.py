@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -66,11 +67,11 @@ DEFAULTS = {
 EPSILON = 1e-6
 ROPE_BASE = 10_000.0
 FIXED = {
-    "vit_pooling": [None],
-    "vit_classifier_activation": [None, "linear"],
+    "vit_pooling": (None,),
+    "vit_classifier_activation": (None, "linear"),
     # KerasHub's blocks use 1e-6, whatever this field says.
-    "layer_norm_epsilon": [EPSILON],
-    "dropout": [0],
+    "layer_norm_epsilon": (EPSILON,),
+    "dropout": (0,),
 }
 # Fields that do not change results.
 NAMES = ("name", "trainable", "dtype", "vit_name")
@@ -92,6 +93,25 @@ CLASSES = {
 SPECIAL_PIECES = ("<pad>", "<bos>", "<eos>")
 
 
+class Description(NamedTuple):
+    """The content of a preset folder without its values.
+
+    Args:
+        config: `ModelConfig`. `query_pre_attention_scalar` is the original's:
+            hidden_dim / num_query_heads if `query_head_dim_normalize` is
+            false (28b: 144). KerasHub 0.32 ignores that field and runs such a
+            model with head_dim (128). The preprocessor, if there is one, has
+            the resize rule: KerasHub can crop or pad pictures; the original
+            stretches.
+        tokenizer: `pathlib.Path` of the SentencePiece file, or `None`.
+        weights: list of paths for `open_h5`; empty without weights.
+    """
+
+    config: ModelConfig
+    tokenizer: Path | None
+    weights: list
+
+
 def read(folder, load_weights=True):
     """Read the configuration of a preset folder of KerasHub.
 
@@ -100,15 +120,7 @@ def read(folder, load_weights=True):
         load_weights: bool, whether weights are required.
 
     Returns:
-        dict of
-            config: `ModelConfig`. `query_pre_attention_scalar` is the
-                original's: hidden_dim / num_query_heads if
-                `query_head_dim_normalize` is false (28b: 144). KerasHub 0.32
-                ignores that field and runs such a model with head_dim (128).
-                The preprocessor, if there is one, has the resize rule:
-                KerasHub can crop or pad pictures; the original stretches.
-            tokenizer: path of the SentencePiece file or `None`.
-            weights: list of paths for `open_h5`; empty without weights.
+        `Description`.
 
     Raises:
         ValueError: no such preset, or one with features that this package
@@ -125,15 +137,15 @@ def read(folder, load_weights=True):
             f"{h5.INDEX} and its shards. Copy all of the folder."
         )
     tokenizer = folder / TOKENIZER
-    return {
-        "config": ModelConfig(
-            backbone=_backbone(given, path),
-            preprocessor=_preprocessor(folder),
-        ),
-        "tokenizer": tokenizer if tokenizer.is_file() else None,
+    config = ModelConfig(
+        backbone=_backbone(given, path), preprocessor=_preprocessor(folder)
+    )
+    return Description(
+        config,
+        tokenizer if tokenizer.is_file() else None,
         # Like KerasHub, prefer the single file if both exist.
-        "weights": weights[:1],
-    }
+        weights[:1],
+    )
 
 
 def _backbone(given, path):
@@ -191,23 +203,17 @@ def _misfits(given):
             name: given[key] for name, key in names.items() if key in given
         }
         problems += part.problems(values, names)
-    for key, allowed in FIXED.items():
-        if given[key] not in allowed:
-            problems.append(
-                f"{key}={shown(given[key])}, expected {allowed[0]!r}"
-            )
-    pairs = [
-        ("query_head_dim_normalize", (True, False)),
-        ("use_sliding_window_attention", (True, False)),
-        ("use_post_attention_norm", (given["use_post_ffw_norm"],)),
+    expected = FIXED | {
+        "query_head_dim_normalize": (True, False),
+        "use_sliding_window_attention": (True, False),
+        "use_post_attention_norm": (given["use_post_ffw_norm"],),
+    }
+    return problems + [
+        f"{key}={shown(given[key])}, expected "
+        f"{' or '.join(map(shown, allowed))}"
+        for key, allowed in expected.items()
+        if given[key] not in allowed
     ]
-    for key, allowed in pairs:
-        if given[key] not in allowed:
-            problems.append(
-                f"{key}={shown(given[key])}, expected "
-                f"{' or '.join(map(shown, allowed))}"
-            )
-    return problems
 
 
 def _preprocessor(folder):
@@ -328,10 +334,7 @@ def _inexpressible(backbone):
     """List the fields whose values KerasHub does not support."""
     text, vision = backbone.text_decoder, backbone.vision_encoder
     scalar = text.query_pre_attention_scalar
-    scalars = [
-        text.head_dim,
-        text.hidden_dim / text.num_query_heads,
-    ]
+    scalars = [text.head_dim, text.hidden_dim / text.num_query_heads]
     problems = []
     if scalar not in scalars:
         problems.append(
