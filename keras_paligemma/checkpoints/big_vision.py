@@ -51,35 +51,15 @@ def rows(use_post_norms=True, prefix="params/", scanned=True):
             DECODER + "attn/q_einsum/w",
             axes=HEADS_FIRST,
         ),
-        _text(
-            "blocks/attention/key/kernel",
+        *_halves(
+            ("attention/key", "attention/value"),
             DECODER + "attn/kv_einsum/w",
             axes=HEADS_FIRST,
-            part=0,
-            parts=2,
-        ),
-        _text(
-            "blocks/attention/value/kernel",
-            DECODER + "attn/kv_einsum/w",
-            axes=HEADS_FIRST,
-            part=1,
-            parts=2,
         ),
         _text(
             "blocks/attention/output/kernel", DECODER + "attn/attn_vec_einsum/w"
         ),
-        _text(
-            "blocks/mlp/gate/kernel",
-            DECODER + "mlp/gating_einsum",
-            part=0,
-            parts=2,
-        ),
-        _text(
-            "blocks/mlp/up/kernel",
-            DECODER + "mlp/gating_einsum",
-            part=1,
-            parts=2,
-        ),
+        *_halves(("mlp/gate", "mlp/up"), DECODER + "mlp/gating_einsum"),
         _text("blocks/mlp/down/kernel", DECODER + "mlp/linear"),
     ]
     norms = ["pre_attention_norm", "pre_ffw_norm"]
@@ -139,12 +119,10 @@ def infer(shapes):
         "blocks/attention/query/kernel", 4 if scanned else 3, "vision_encoder"
     )
     up = sizes("blocks/mlp/up/kernel", 3 if scanned else 2, "vision_encoder")
-    numbers = {
-        found[1]
-        for key in shapes
-        if (found := re.search(r"/encoderblock_(\d+)/", key))
-    }
-    vision_layers = query[0] if scanned else len(numbers)
+    vision_layers = query[0]
+    if not scanned:
+        numbers = re.findall(r"/encoderblock_(\d+)/", "\n".join(shapes))
+        vision_layers = len(set(numbers))
     vocabulary_size, hidden_dim = sizes("token_embedding/table", 2)
     layers, heads, _, head_dim = sizes("blocks/attention/query/kernel", 4)
     backbone = {
@@ -181,6 +159,14 @@ def _norm(name, key):
     return [
         Row(f"vision_encoder/{name}/gamma", key + "scale"),
         Row(f"vision_encoder/{name}/beta", key + "bias"),
+    ]
+
+
+def _halves(names, key, axes=None):
+    """List the rows of two kernels that lie in one array."""
+    return [
+        _text(f"blocks/{name}/kernel", key, axes=axes, part=part, parts=2)
+        for part, name in enumerate(names)
     ]
 
 
