@@ -11,6 +11,7 @@ from keras_paligemma.checkpoints import peft_config
 from keras_paligemma.checkpoints.engine import BLOCKS
 from keras_paligemma.checkpoints.engine import LAYER
 from keras_paligemma.checkpoints.engine import Row
+from keras_paligemma.checkpoints.finite import Finite
 from keras_paligemma.checkpoints.hugging_face import weights as hugging_face
 from keras_paligemma.checkpoints.storage import safetensors
 from keras_paligemma.lora_config import TARGETS
@@ -143,19 +144,15 @@ def read(folder, architecture, weights, allow_nonfinite=False):
     table = {row.key: row for row in rows(architecture).values()}
     pieces, whole = {}, {}
     with open_files() as tensors:
+        if not allow_nonfinite:
+            tensors = Finite(tensors, folder)
         entries = _entries(tensors.shapes, table, weights, folder)
         lora = _lora(config, entries, weights)
         _check_fits(config, lora, entries, weights, tensors.shapes)
         for entry in entries:
-            array = tensors.read(entry.key)
-            if not allow_nonfinite and not np.isfinite(array).all():
-                raise ValueError(
-                    f"{entry.key} of {folder} holds NaN or infinities. "
-                    "Expected: finite numbers; its training may have "
-                    "diverged. allow_nonfinite=True loads it all the same."
-                )
             name, layer = entry.row.name, entry.layer
-            array = entry.row.read(array, _shape(entry, lora, weights))
+            shape = _shape(entry, lora, weights)
+            array = entry.row.read(tensors.read(entry.key), shape)
             if entry.target is not None:
                 layers, _ = _sizes(name, weights)
                 shape = _shape(entry, lora, weights, lora.rank)
@@ -295,50 +292,17 @@ def _lora(config, entries, weights):
     )
 
 
-def _check_fits(config, lora, entries, weights, found):
+def _check_fits(config, lora, entries, weights, shapes):
     """Raise if entries do not fit the model, and list all of them."""
     needed = ["adapter_a", "adapter_b"]
     needed += ["adapter_bias"] if lora.bias else []
     needed += ["adapter_magnitude"] if lora.dora else []
-    listed, seen = [], set()
-    for entry in entries:
-        key, name = entry.key, entry.row.name
-        place, piece = name.rsplit("/", 1)
-        seen.add((place, piece, entry.layer))
-        layers, _ = _sizes(name, weights)
-        if entry.layer >= layers:
-            listed.append(f"unused: {key}, of {layers} layers")
-        elif entry.target and piece not in needed:
-            listed.append(f"unused: {key}, which {CONFIG} does not tell of")
-        else:
-            shape = _shape(entry, lora, weights)
-            expected = entry.row.checkpoint_shape(shape)
-            if found[key] != expected:
-                listed.append(
-                    f"shape: {key} is {found[key]}, expected {expected}"
-                )
-        if not entry.target and weights.get(name, weights[TABLE]).scales:
-            listed.append(
-                f"whole: {key}, which the model has in few bits: load it "
-                "without `quantize`"
-            )
-    for target in lora.targets:
-        place = TARGETS[target]
-        layers, _ = _sizes(f"{place}/kernel", weights)
-        ranks = lora.ranks_of(target, layers)
-        listed += [
-            f"missing: {piece} of {target}, layer {layer}"
-            for layer, rank in enumerate(ranks)
-            for piece in needed
-            if (place, piece, layer) not in seen
-            and (rank or not peft_config.names_layers(config))
-        ]
-    modules = {f".{entry.module}." for entry in entries if entry.target is None}
-    listed += [
-        f"missing: {name}, of modules_to_save"
-        for name in config.get("modules_to_save") or ()
-        if not any(f"{name}." in module for module in modules)
+    listed = [
+        problem
+        for entry in entries
+        for problem in _misfits(entry, lora, needed, weights, shapes)
     ]
+    listed += _missing(config, lora, entries, needed, weights)
     if listed:
         shown = "\n  ".join(listed)
         raise ValueError(
@@ -346,6 +310,43 @@ def _check_fits(config, lora, entries, weights, found):
             f"nothing was loaded.\n  {shown}\nIs it an adapter of this "
             "variant, and whole?"
         )
+
+
+def _misfits(entry, lora, needed, weights, shapes):
+    """Yield what is wrong with an entry."""
+    key, name = entry.key, entry.row.name
+    layers, _ = _sizes(name, weights)
+    if entry.layer >= layers:
+        yield f"unused: {key}, of {layers} layers"
+    elif entry.target and name.rpartition("/")[2] not in needed:
+        yield f"unused: {key}, which {CONFIG} does not tell of"
+    else:
+        shape = _shape(entry, lora, weights)
+        expected = entry.row.checkpoint_shape(shape)
+        if shapes[key] != expected:
+            yield f"shape: {key} is {shapes[key]}, expected {expected}"
+    if not entry.target and weights.get(name, weights[TABLE]).scales:
+        yield (
+            f"whole: {key}, which the model has in few bits: load it without "
+            "`quantize`"
+        )
+
+
+def _missing(config, lora, entries, needed, weights):
+    """Yield the pieces and whole modules that no entry has."""
+    seen = {(entry.row.name, entry.layer) for entry in entries}
+    for target in lora.targets:
+        place = TARGETS[target]
+        layers, _ = _sizes(f"{place}/kernel", weights)
+        for layer, rank in enumerate(lora.ranks_of(target, layers)):
+            if rank or not peft_config.names_layers(config):
+                for piece in needed:
+                    if (f"{place}/{piece}", layer) not in seen:
+                        yield f"missing: {piece} of {target}, layer {layer}"
+    modules = {f".{entry.module}." for entry in entries if entry.target is None}
+    for name in config.get("modules_to_save") or ():
+        if not any(f"{name}." in module for module in modules):
+            yield f"missing: {name}, of modules_to_save"
 
 
 def _tie(config, whole, weights):

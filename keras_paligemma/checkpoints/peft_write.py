@@ -5,7 +5,6 @@ import json
 import re
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from keras_paligemma import atomic
 from keras_paligemma.checkpoints.engine import BLOCKS
@@ -17,6 +16,7 @@ from keras_paligemma.checkpoints.peft import TABLE
 from keras_paligemma.checkpoints.peft import WEIGHTS
 from keras_paligemma.checkpoints.peft import newest
 from keras_paligemma.checkpoints.peft import rows
+from keras_paligemma.checkpoints.storage.safetensors import write_file
 from keras_paligemma.lora_config import TARGETS
 
 # A module's vector, and the array that is saved with it if the module is whole.
@@ -137,7 +137,5 @@ def write(folder, config, arrays):
     arrays = {key: np.ascontiguousarray(array) for key, array in arrays}
     text = json.dumps(config, indent=2) + "\n"
     with atomic.whole_folder(folder, CONFIG, [WEIGHTS]) as draft:
-        save_file(arrays, draft / WEIGHTS)
-        # safetensors writes files that only their owner can read.
-        (draft / WEIGHTS).chmod(0o644)
+        write_file(draft / WEIGHTS, arrays)
         (draft / CONFIG).write_text(text, encoding="utf-8")

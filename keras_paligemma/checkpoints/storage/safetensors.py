@@ -162,6 +162,18 @@ def find(folder):
     return paths
 
 
+def write_file(path, arrays, metadata=None):
+    """Write a file that all users can read; safetensors' own only its owner.
+
+    Args:
+        path: `pathlib.Path`.
+        arrays: dict of key to contiguous NumPy array.
+        metadata: dict of str to str, or `None`.
+    """
+    save_file(arrays, path, metadata)
+    path.chmod(0o644)
+
+
 def write_safetensors(folder, arrays, max_shard_size: float = SHARD_SIZE):
     """Write the weights of a checkpoint, with one shard in memory.
 
@@ -186,11 +198,8 @@ def write_safetensors(folder, arrays, max_shard_size: float = SHARD_SIZE):
 
     def flush():
         nonlocal size, count
-        path = folder / _shard_name(count, 0)
         # transformers refuses a file without the framework of its tensors.
-        save_file(shard, path, metadata={"format": "pt"})
-        # safetensors writes files that only their owner can read.
-        path.chmod(0o644)
+        write_file(folder / _shard_name(count, 0), shard, {"format": "pt"})
         shard.clear()
         size, count = 0, count + 1
 
