@@ -1,5 +1,6 @@
 """Write weights and a configuration in any format, without a model."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,41 @@ def write(
         ValueError: an unknown format, an option or a part of the model that
             the format lacks, or values out of the range of `dtype`.
     """
+    backbone = config.backbone
+    _check_options(to, backbone, dtype, piece_size)
+    path = Path(path).expanduser()
+    if dtype is not None:
+        config = replace(config, backbone=replace(backbone, dtype=dtype))
+    if to == "big_vision":
+        rows = big_vision.rows(backbone.text_decoder.use_post_norms)
+        save = functools.partial(npz.write_npz, path, piece_size=piece_size)
+    elif to == "transformers":
+        rows = hugging_face.rows(backbone)
+        save = functools.partial(
+            hugging_face.write, path, config, tokenizer=proto
+        )
+    elif to == "keras_hub":
+        rows = keras_hub.rows(backbone)
+        save = functools.partial(keras_hub.write, path, config, tokenizer=proto)
+    else:
+        rows = [engine.Row(key, key) for key in weights]
+        name = config.name or name or path.resolve().name
+        config = replace(config, name=name)
+        save = functools.partial(
+            _write_preset, path, config, proto=proto, piece_size=piece_size
+        )
+    arrays = _arrays(weights, rows, dtype)
+    if process()[0] == 0:
+        save(arrays=arrays)
+    else:
+        # All processes gather the sharded arrays; the first one writes them.
+        for _ in arrays:
+            pass
+    wait_for_all("a checkpoint is written")
+
+
+def _check_options(to, backbone, dtype, piece_size):
+    """Raise if an option is invalid or the format cannot hold the model."""
     if to not in formats.FORMATS:
         raise ValueError(
             f"Unknown format. Received: {to!r}. Expected one of "
@@ -74,13 +110,11 @@ def write(
             f"Unknown dtype of a file. Expected: one of {', '.join(DTYPES)}, "
             f"or None for that of the weights. Received: {dtype!r}."
         )
-    path = Path(path).expanduser()
-    backbone = config.backbone
-    quantization = backbone.quantization
-    if quantization is not None and (to != "keras" or dtype is not None):
+    bits = backbone.quantization
+    if bits is not None and (to != "keras" or dtype is not None):
         raise ValueError(
-            f"Kernels of few bits are written as they are, by `save_to_preset` "
-            f"alone. Received: a model of {quantization} for {to!r} with "
+            "Kernels of few bits are written as they are, by `save_to_preset` "
+            f"alone. Received: a model of {bits} for {to!r} with "
             f"dtype={dtype}. Load the checkpoint that it was made from without "
             "`quantize`, and write that."
         )
@@ -91,37 +125,13 @@ def write(
             "adapter apart with `save_adapter`, or call `adapters.merge()` and "
             "export the model."
         )
-    if dtype is not None:
-        config = replace(config, backbone=replace(backbone, dtype=dtype))
 
-    def arrays(rows):
-        for key, array in engine.write(weights, rows):
-            yield key, array if dtype is None else cast(key, array, dtype)
-            del array  # Free the array before the next one is made.
 
-    if to == "big_vision":
-        rows = big_vision.rows(backbone.text_decoder.use_post_norms)
-    elif to == "transformers":
-        rows = hugging_face.rows(backbone)
-    elif to == "keras_hub":
-        rows = keras_hub.rows(backbone)
-    else:
-        rows = [engine.Row(key, key) for key in weights]
-        name = config.name or name or path.resolve().name
-        config = replace(config, name=name)
-    if process()[0] > 0:
-        # All processes gather the sharded arrays; the first one writes them.
-        for _ in arrays(rows):
-            pass
-    elif to == "big_vision":
-        npz.write_npz(path, arrays(rows), piece_size)
-    elif to == "transformers":
-        hugging_face.write(path, config, arrays(rows), proto)
-    elif to == "keras_hub":
-        keras_hub.write(path, config, arrays(rows), proto)
-    else:
-        _write_preset(path, config, arrays(rows), proto, piece_size)
-    wait_for_all("a checkpoint is written")
+def _arrays(weights, rows, dtype):
+    """Yield the keys and arrays of a checkpoint, cast to a dtype if any."""
+    for key, array in engine.write(weights, rows):
+        yield key, array if dtype is None else cast(key, array, dtype)
+        del array  # Free the array before the next one is made.
 
 
 def _write_preset(folder, config, arrays, proto, piece_size):
