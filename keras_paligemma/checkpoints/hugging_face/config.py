@@ -1,7 +1,6 @@
 """Conversion between transformers' configuration files and our config."""
 
-import ml_dtypes
-import numpy as np
+import json
 
 from keras_paligemma.checked import shown
 from keras_paligemma.config import BackboneConfig
@@ -83,11 +82,7 @@ PROCESSOR_FIXED = {
 # Pillow's numbers. Its bilinear filter is that of the original, except that it
 # rounds where the original truncates: a pixel may differ by 1 of 255.
 RESAMPLE = {"bicubic": 3, "bilinear_antialias": 2}
-DTYPES = {
-    "float32": np.dtype("float32"),
-    "float16": np.dtype("float16"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def from_transformers(config, processor, source, added_tokens=None):
@@ -154,7 +149,7 @@ def from_transformers(config, processor, source, added_tokens=None):
         *BackboneConfig.problems(image_size, prefix="vision_config."),
         *_fixed("text_config", text, TEXT_FIXED),
         *_fixed("vision_config", vision, VISION_FIXED),
-        *_fixed("", {"dtype": dtype}, {"dtype": tuple(DTYPES)}),
+        *_fixed("", {"dtype": dtype}, {"dtype": DTYPES}),
         *_fixed("rope_parameters", rope, {"rope_type": ("default",)}),
         *_window(text),
     ]
@@ -305,16 +300,14 @@ def _resize(processor, image_size, problems):
 
 
 def weight_dtype(backbone):
-    """Return the NumPy dtype of the weights under a backbone's dtype policy.
-
-    It is `None` for a dtype that transformers lacks.
-    """
-    return DTYPES.get(_weight_dtype_name(backbone))
-
-
-def _weight_dtype_name(backbone):
+    """Return the dtype of the weights under a backbone's dtype policy."""
     name = backbone.dtype or "float32"
     return "float32" if name.startswith("mixed_") else name
+
+
+def to_json(content):
+    """Return the bytes of a JSON file in transformers' style."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def to_transformers(config, num_rows):
@@ -335,7 +328,7 @@ def to_transformers(config, num_rows):
     _check_expressible(backbone)
     image_size, width = backbone.image_size, text.hidden_dim
     num_image_tokens = backbone.num_image_tokens()
-    dtype = _weight_dtype_name(backbone)
+    dtype = weight_dtype(backbone)
     special_ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
     text_config = {
         "model_type": "gemma2" if text.use_post_norms else "gemma",
@@ -418,7 +411,7 @@ def _check_expressible(backbone):
     scalar = text.query_pre_attention_scalar
     wanted = {
         "dtype of float32, float16, bfloat16 or mixed": (
-            weight_dtype(backbone) is not None
+            weight_dtype(backbone) in DTYPES
         ),
         "no adapters: merge them first": backbone.lora is None,
         # In transformers, a prompt attends to all of itself despite a window.

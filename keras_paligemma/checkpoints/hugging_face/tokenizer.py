@@ -11,10 +11,14 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[
 
 from keras_paligemma.checked import shown
 from keras_paligemma.checkpoints.hugging_face.config import IMAGE
+from keras_paligemma.checkpoints.hugging_face.config import to_json
 from keras_paligemma.checksums import read_checked
 from keras_paligemma.config import read_json
 
 SPACE = "▁"
+NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+# Names of the pieces with the ids 0 to 3.
+SPECIAL = ("pad", "eos", "bos", "unk")
 # Types of pieces in `sentencepiece_model.proto`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BPE = 2
@@ -49,21 +53,14 @@ def tokenizer_files(proto, vocabulary_size):
             f"bytes of one. Received: {len(proto)} bytes."
         ) from error
     _check_vocabulary(model, vocabulary_size)
-    special = {
-        name: model.pieces[id].piece
-        for id, name in enumerate(("pad", "eos", "bos", "unk"))
-    }
+    special = {name: model.pieces[id].piece for id, name in enumerate(SPECIAL)}
     added = _added_tokens(model)
-    files = {
-        "tokenizer.json": _tokenizer(model, special, added),
-        "tokenizer_config.json": _config(special, added),
-        "special_tokens_map.json": _special_tokens(special),
+    return {
+        "tokenizer.json": to_json(_tokenizer(model, special, added)),
+        "tokenizer_config.json": to_json(_config(special, added)),
+        "special_tokens_map.json": to_json(_special_tokens(special)),
+        "tokenizer.model": proto,
     }
-    files = {
-        name: json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
-        for name, value in files.items()
-    }
-    return files | {"tokenizer.model": proto}
 
 
 def read_tokenizer(path):
@@ -97,8 +94,7 @@ def read_tokenizer(path):
 def _to_sentencepiece(content):
     """Convert the content of a `tokenizer.json` to a SentencePiece model."""
     bpe, normalizer = content["model"], content["normalizer"]
-    replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    if bpe["type"] != "BPE" or normalizer != replaces:
+    if bpe["type"] != "BPE" or normalizer != NORMALIZER:
         raise ValueError("expected BPE over text whose spaces are replaced")
     added = {token["id"]: token["content"] for token in content["added_tokens"]}
     pieces = {id: piece for piece, id in bpe["vocab"].items()} | added
@@ -129,7 +125,7 @@ def _to_sentencepiece(content):
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type, trainer.vocab_size = BPE, size
     trainer.byte_fallback = bpe["byte_fallback"]
-    for id, name in enumerate(("pad", "eos", "bos", "unk")):
+    for id, name in enumerate(SPECIAL):
         setattr(trainer, f"{name}_id", id)
         setattr(trainer, f"{name}_piece", pieces[id])
     normalizer.name = "identity"
@@ -348,11 +344,7 @@ def _tokenizer(model, special, added):
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": {
-            "type": "Replace",
-            "pattern": {"String": " "},
-            "content": SPACE,
-        },
+        "normalizer": NORMALIZER,
         "pre_tokenizer": {
             "type": "Split",
             "pattern": {"String": " "},
@@ -402,9 +394,8 @@ def _config(special, added):
             }
             for token in added
         },
-        "additional_special_tokens": [IMAGE],
+        **_special_tokens(special),
         "clean_up_tokenization_spaces": False,
-        **{f"{name}_token": piece for name, piece in special.items()},
         # Gemma's class adds a piece of this name if there is none.
         "mask_token": None,
         "model_max_length": 10**30,

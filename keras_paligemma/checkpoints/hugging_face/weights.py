@@ -1,7 +1,6 @@
 """Table of names and folders of transformers (`config.json`, safetensors)."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,12 @@ from keras_paligemma.checkpoints.engine import Row
 from keras_paligemma.checkpoints.finite import cast
 from keras_paligemma.checkpoints.hugging_face.config import EXTRA_ROWS
 from keras_paligemma.checkpoints.hugging_face.config import from_transformers
+from keras_paligemma.checkpoints.hugging_face.config import to_json
 from keras_paligemma.checkpoints.hugging_face.config import to_transformers
 from keras_paligemma.checkpoints.hugging_face.config import weight_dtype
 from keras_paligemma.checkpoints.hugging_face.tokenizer import added_tokens
 from keras_paligemma.checkpoints.hugging_face.tokenizer import tokenizer_files
+from keras_paligemma.checkpoints.storage.safetensors import SHARD_SIZE
 from keras_paligemma.checkpoints.storage.safetensors import write_safetensors
 from keras_paligemma.config import ModelConfig
 from keras_paligemma.config import read_json
@@ -37,6 +38,8 @@ HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 PATCHES = "embeddings.patch_embedding.weight"
 EMBEDDING = "embed_tokens.weight"
 FINAL_NORM = "norm.weight"
+QUERY_KEY_VALUE = {"query": "q", "key": "k", "value": "v"}
+# Rows of the embedding and of a head that are compared at a time.
 COMPARED_ROWS = 4096
 
 
@@ -86,8 +89,7 @@ def rows(config, shapes=None, most_extra_rows=EXTRA_ROWS):
         _text("final_norm/scale", text + FINAL_NORM),
     ]
     block = text + "layers.{layer}."
-    axes = {"query": "q", "key": "k", "value": "v"}
-    for name, key in axes.items():
+    for name, key in QUERY_KEY_VALUE.items():
         table.append(
             _text(
                 f"blocks/attention/{name}/kernel",
@@ -131,7 +133,7 @@ def _norm_names(config):
 
 def _vision_blocks(block):
     table = []
-    for name, key in {"query": "q", "key": "k", "value": "v"}.items():
+    for name, key in QUERY_KEY_VALUE.items():
         table += _linear(
             f"blocks/attention/{name}",
             f"{block}self_attn.{key}_proj.",
@@ -264,7 +266,7 @@ def tied(tensors):
     the head's.
 
     Args:
-        tensors: `safetensors_files.Tensors`.
+        tensors: `storage.safetensors.Tensors`.
 
     Returns:
         The tensors without a head, for `rows` and `engine.load`.
@@ -316,8 +318,8 @@ def read_config(folder):
         processor = _read_object(folder / "preprocessor_config.json")
     elif (folder / "processor_config.json").is_file():
         # The file of transformers 5's processor.
-        processor = _read_object(folder / "processor_config.json")
-        processor = processor.get("image_processor")
+        whole = _read_object(folder / "processor_config.json")
+        processor = whole.get("image_processor")
     added = added_tokens(folder)
     found = from_transformers(config, processor, folder, added)
     num_rows = config["text_config"].get("vocab_size", 0)
@@ -331,7 +333,7 @@ def _read_object(path):
     return value
 
 
-def write(folder, config, arrays, tokenizer=None, max_shard_size=2_000_000_000):
+def write(folder, config, arrays, tokenizer=None, max_shard_size=SHARD_SIZE):
     """Write a folder that transformers loads, atomically.
 
     Weights, configs and tokenizer appear together; see `atomic.whole_folder`.
@@ -354,7 +356,7 @@ def write(folder, config, arrays, tokenizer=None, max_shard_size=2_000_000_000):
     size = backbone.text_decoder.vocabulary_size
     # Checked before the weights are written.
     files = to_transformers(config, size + EXTRA_ROWS)
-    files = {name: _to_json(value) for name, value in files.items()}
+    files = {name: to_json(value) for name, value in files.items()}
     dtype = weight_dtype(backbone)
     if tokenizer is not None:
         files |= tokenizer_files(tokenizer, size)
@@ -364,10 +366,6 @@ def write(folder, config, arrays, tokenizer=None, max_shard_size=2_000_000_000):
         arrays = ((key, cast(key, array, dtype)) for key, array in arrays)
         written = write_safetensors(draft, arrays, max_shard_size)
         _check_keys(written, backbone)
-
-
-def _to_json(value):
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _check_keys(written, backbone):
