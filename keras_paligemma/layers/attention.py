@@ -17,14 +17,12 @@ from keras_paligemma.layers import cpu_attention
 from keras_paligemma.layers.cache import Int8Heads
 from keras_paligemma.layers.cache import read_cache
 from keras_paligemma.layers.cache import write_cache
+from keras_paligemma.layers.cpu_attention import MASKED
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.remat import recompute
 from keras_paligemma.layers.splash import PrefixMask
 from keras_paligemma.layers.splash import attend_fused
 from keras_paligemma.types import Tensor
-
-# Finite, so that a fully masked row gives numbers and not NaN.
-MASKED = -2.0e38
 
 
 def attention_mask(padding_mask_BL, response_mask_BL):
@@ -176,7 +174,7 @@ def attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None):
         ops.shape(query_BTNH), ops.shape(key_BSKH)
     ):
         return cpu_attention.attend_on_cpu(
-            query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap, MASKED
+            query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap
         )
 
     def mix(query_BTNH, key_BSKH, value_BSKH, mask_BTS):

@@ -31,6 +31,9 @@ from keras_paligemma.layers.cpu_products import should_use_cpu_products
 # Logits per head; the vision tower has twice as many at 224 px. With fewer, as
 # in decoding, the overhead of the loop exceeds the gain.
 FEWEST_LOGITS = 2**15
+# Added to the logits of unseen tokens. Finite, so that a fully masked row gives
+# numbers and not NaN.
+MASKED = -2.0e38
 
 
 def should_use_cpu_attention(query_shape, key_shape):
@@ -111,9 +114,7 @@ def token_mix(weights_BKG1S, value_BSKH):
     return ops.cast(mixed_BKGH, weights_BKG1S.dtype)[:, None]
 
 
-def attend_on_cpu(
-    query_BTNH, key_BSKH, value_BSKH, mask_BTS=None, cap=None, masked=-2.0e38
-):
+def attend_on_cpu(query_BTNH, key_BSKH, value_BSKH, mask_BTS, cap):
     """Compute `attend` for one row and key-value head at a time.
 
     The backward pass saves the arguments and, for each token, the largest
@@ -126,19 +127,17 @@ def attend_on_cpu(
         value_BSKH: tensor.
         mask_BTS: bool tensor, True where t sees s; `None` for no mask.
         cap: float, soft cap of the logits, or `None`.
-        masked: float, added to masked logits.
 
     Returns:
         Tensor (batch, tokens, query heads, head_dim), dtype of the values.
 
     Source: https://arxiv.org/abs/2205.14135, the backward pass in one block.
     """
-    attention = _attention(cap, masked)
-    return attention(query_BTNH, key_BSKH, value_BSKH, mask_BTS)
+    return _attention(cap)(query_BTNH, key_BSKH, value_BSKH, mask_BTS)
 
 
 @functools.cache
-def _attention(cap, masked):
+def _attention(cap):
     """Build the function once, so that eager calls reuse its compilation."""
     import jax
     import jax.numpy as jnp
@@ -211,7 +210,7 @@ def _attention(cap, masked):
         def one(number, replaced):
             unseen_MS = None
             if mask_BTS is not None:
-                unseen_TS = jnp.where(mask_BTS[number // key_heads], 0, masked)
+                unseen_TS = jnp.where(mask_BTS[number // key_heads], 0, MASKED)
                 unseen_MS = jnp.tile(unseen_TS, (groups, 1))
             head = [array[number] for array in (*replaced, *others_XM)]
             found = function(*head, unseen_MS)
