@@ -47,7 +47,7 @@ class Weight:
     @property
     def num_layers(self):
         """Number of layers that share the name; 1 outside of the blocks."""
-        if self.form == "scanned":
+        if self._layer_axes:
             return self.variables[0].shape[0]
         return len(self.variables)
 
@@ -57,8 +57,7 @@ class Weight:
         if self.quantized_format is not None:
             return self.quantized_format.shape
         variable = self.variables[0]
-        shape = tuple(variable.shape)
-        shape = shape[1:] if self.form == "scanned" else shape
+        shape = tuple(variable.shape)[self._layer_axes :]
         first = _outputs_first(variable)
         return shape[first:] + shape[:first]
 
@@ -117,8 +116,7 @@ class Weight:
         """
         if self.is_one_array:
             variable = self.variables[0]
-            layers = int(self.form == "scanned")
-            return inputs_first(to_host(variable), variable, layers)
+            return inputs_first(to_host(variable), variable, self._layer_axes)
         arrays = list(self.read_layers())
         return arrays[0] if self.form is None else np.stack(arrays)
 
@@ -141,8 +139,7 @@ class Weight:
         self._check_shape(value, self.shape)
         if self.is_one_array:
             variable = self.variables[0]
-            layers = int(self.form == "scanned")
-            fill(variable, as_variable(value, variable, layers))
+            fill(variable, as_variable(value, variable, self._layer_axes))
         else:
             self.assign_layers([value] if self.form is None else value)
 
@@ -215,6 +212,11 @@ class Weight:
         layers = zip(*(weight.variables for weight in weights), strict=True)
         for variables in layers:
             variables[0].assign(changed(*variables))
+
+    @property
+    def _layer_axes(self):
+        """Number of layer axes of a variable: 1 if it holds all layers."""
+        return int(self.form == "scanned")
 
     @property
     def _stored(self):
