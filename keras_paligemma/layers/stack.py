@@ -219,7 +219,8 @@ class LayerStack(keras.layers.Layer):
         x, cache = found
         return x[:, -last:], cache
 
-    def _number(self, number):
+    def number_argument(self, number):
+        """Return the keyword argument by which a block gets its index."""
         return {"number": number} if self.numbered else {}
 
     def _unroll(self, x, args, cache, index, seed, last):
@@ -228,7 +229,7 @@ class LayerStack(keras.layers.Layer):
                 # Defaults bind the block: remat calls the function later.
                 def run(x, *args, block=block, number=number):
                     with dropout_scope(seed, number):
-                        return block(x, *args, **self._number(number))
+                        return block(x, *args, **self.number_argument(number))
 
                 x = rematerialize(run, self.remat)(x, *args)
             return x
@@ -238,7 +239,7 @@ class LayerStack(keras.layers.Layer):
             x, (keys, values, _) = self._layers[number](
                 x,
                 *args,
-                **self._number(number),
+                **self.number_argument(number),
                 last=last if is_last else None,
                 cache=(keys, values, None),
                 index=index,
@@ -262,7 +263,7 @@ class LayerStack(keras.layers.Layer):
             found = []
             for number, block in enumerate(self._layers):
                 found.append(function(block, number, x, *args))
-                x = block(x, *args, **self._number(number))
+                x = block(x, *args, **self.number_argument(number))
             return ops.stack(found)
         block, (scope_of, xs) = self._template(), self._layer_scopes(None)
         numbers = xs[0]
@@ -277,7 +278,7 @@ class LayerStack(keras.layers.Layer):
             number, *slices = number_and_slices
             with scope_of(slices, number):
                 result = function(block, number, x, *args)
-                x = block(x, *args, **self._number(number))
+                x = block(x, *args, **self.number_argument(number))
             here = ops.reshape(
                 numbers == number, (-1,) + (1,) * len(result.shape)
             )
@@ -326,7 +327,7 @@ class LayerStack(keras.layers.Layer):
 
         def block(slices, number, *args, **kwargs):
             with scope_of(slices, number):
-                return template(*args, **self._number(number), **kwargs)
+                return template(*args, **self.number_argument(number), **kwargs)
 
         if cache is None:
             run = block

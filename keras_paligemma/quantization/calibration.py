@@ -131,7 +131,7 @@ def _through_vision(backbone, twin, floats, weights, batches):
     images = [x["images"] for x, _, _ in batches]
     xs = [_to_float(encoder.embed(image)) for image in images]
     arguments, valid = [()] * len(xs), [None] * len(xs)
-    (block,) = twin.vision_encoder.blocks._layers
+    (block,) = twin.vision_encoder.blocks.each_block()
     xs = _through_blocks(
         encoder.blocks, block, floats, weights, xs, arguments, valid
     )
@@ -161,7 +161,7 @@ def _through_text(backbone, twin, floats, weights, batches, images):
         arguments.append(decoder.arguments_of_blocks(mask, positions_BL))
         image_part = ((0, 0), (count, 0))
         valid.append(np.pad(x["padding_mask"], image_part, constant_values=1))
-    (block,) = twin.text_decoder.blocks._layers
+    (block,) = twin.text_decoder.blocks.each_block()
     xs = _through_blocks(
         decoder.blocks, block, floats, weights, xs, arguments, valid
     )
@@ -196,7 +196,7 @@ def _through_blocks(stack, block, floats, weights, xs, arguments, valid):
     """
     writers = _writers(block, weights)
     for number in range(stack.num_layers):
-        more = stack._number(number)
+        more = stack.number_argument(number)
 
         def run(at, xs=xs, more=more):
             return block(xs[at], *arguments[at], **more)
