@@ -15,7 +15,7 @@ class ShardSpec(NamedTuple):
     mesh: Any
     axes: tuple
 
-    def parts(self, axis):
+    def num_shards(self, axis):
         """Return the number of shards of one axis; 1 if it is replicated."""
         names = self.axes[axis] if -len(self.axes) <= axis else None
         names = (names,) if isinstance(names, str) else names or ()
@@ -44,7 +44,7 @@ def shard_spec_of(variable):
     return ShardSpec(mesh, tuple(layout.axes))
 
 
-def gather(function, x, shares, *numbers):
+def gather(function, x, spec, *numbers):
     """Apply a function to each device's shard of a tensor, then all-gather.
 
     Otherwise the compiler gathers the whole tensor in each step of a loop,
@@ -54,19 +54,19 @@ def gather(function, x, shares, *numbers):
         function: function of a tensor and `numbers` that returns a tensor; it
             may drop leading axes, and keeps the order of the others.
         x: tensor.
-        shares: `ShardSpec` of `x`; `None` if `x` is replicated.
+        spec: `ShardSpec` of `x`; `None` if `x` is replicated.
         *numbers: int scalars.
 
     Returns:
         Tensor, replicated on all devices.
     """
-    if shares is None:
+    if spec is None:
         return function(x, *numbers)
     import jax  # No other backend has layouts.
 
     def here(x, *numbers):
         part = function(x, *numbers)
-        for axis, name in enumerate(shares.axes):
+        for axis, name in enumerate(spec.axes):
             if name is not None:
                 axis -= x.ndim - part.ndim
                 part = jax.lax.all_gather(part, name, axis=axis, tiled=True)
@@ -75,9 +75,9 @@ def gather(function, x, shares, *numbers):
     none = jax.sharding.PartitionSpec()
     return jax.shard_map(
         here,
-        mesh=shares.mesh,
+        mesh=spec.mesh,
         in_specs=(
-            jax.sharding.PartitionSpec(*shares.axes),
+            jax.sharding.PartitionSpec(*spec.axes),
             *[none] * len(numbers),
         ),
         out_specs=none,

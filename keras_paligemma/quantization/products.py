@@ -97,29 +97,31 @@ def quantized_gradient(layout, stored, scale, gradient):
 class _Weight:
     """The tensors of a weight, or of a stack with the index of a layer.
 
-    `shares` has a `ShardSpec` or `None` for each of both tensors.
+    `specs` has a `ShardSpec` or `None` for each of both tensors.
     """
 
     layout: QuantizedFormat
     stored: Any
     scale: Any
     number: Any = None
-    shares: tuple = (None, None)
+    specs: tuple = (None, None)
 
     @classmethod
     def of(cls, layout, stored, scale):
         if getattr(stored, "outputs_first", 0):
             layout = layout.outputs_first
         stacks, number = _STACKS.get()
-        if id(stored) not in stacks:
-            shares = shard_spec_of(stored), shard_spec_of(scale)
-            return cls(layout, _value(stored), _value(scale), shares=shares)
-        (stored, stack), (scale, scales) = stacks[id(stored)], stacks[id(scale)]
-        if layout.mode == "int8":
-            # Multiplied without dequantisation, and gathered by the compiler.
-            return cls(layout, stack, scales, number)
-        shares = shard_spec_of(stored), shard_spec_of(scale)
-        return cls(layout, stack, scales, number, shares)
+        if id(stored) in stacks:
+            stored, stored_tensor = stacks[id(stored)]
+            scale, scale_tensor = stacks[id(scale)]
+            if layout.mode == "int8":
+                # Multiplied as integers, and gathered by the compiler.
+                return cls(layout, stored_tensor, scale_tensor, number)
+        else:
+            stored_tensor, scale_tensor = _value(stored), _value(scale)
+            number = None
+        specs = shard_spec_of(stored), shard_spec_of(scale)
+        return cls(layout, stored_tensor, scale_tensor, number, specs)
 
     def holding(self, stored, scale, number=None):
         return dataclasses.replace(
@@ -227,34 +229,34 @@ class _Weight:
         axis, runs = _axes(self.layout)[1][0], self._runs()
         numbers = [] if self.number is None else [self.number]
 
-        def cut(x, shares):
-            shared = self._parts_of(shares)
-            if shared not in (1, runs):
+        def cut(x, spec):
+            shards = self._num_shards(spec)
+            if shards not in (1, runs):
                 # Scales that are sharded along another axis than integers.
-                x = gather(_layer, x, shares, *numbers)
+                x = gather(_layer, x, spec, *numbers)
                 return _part(x, axis, index, count, runs)
             return gather(
                 # Along a sharded axis each device has one run.
                 lambda x, index, *number: _part(
-                    x, axis, index, count, runs // shared, *number
+                    x, axis, index, count, runs // shards, *number
                 ),
                 x,
-                shares,
+                spec,
                 index,
                 *numbers,
             )
 
-        stored, scale = map(cut, (self.stored, self.scale), self.shares)
+        stored, scale = map(cut, (self.stored, self.scale), self.specs)
         return _Weight(self.layout, stored, scale)
 
     def _runs(self):
         """Return the number of runs that a part consists of."""
-        return self._parts_of(self.shares[0])
+        return self._num_shards(self.specs[0])
 
-    def _parts_of(self, shares):
+    def _num_shards(self, spec):
         """Return the number of shards of the axis along which parts lie."""
         axis = _axes(self.layout)[1][0] - len(self.layout.shape)
-        return 1 if shares is None else shares.parts(axis)
+        return 1 if spec is None else spec.num_shards(axis)
 
     def _parts(self):
         """Return the number of equal parts that are dequantised in turn.
@@ -262,8 +264,12 @@ class _Weight:
         A larger kernel of 28b, or an embedding table, would take more memory
         as floats than the rest of a step.
         """
-        is_shared = self.shares[0] is not None
-        if self.layout.mode == "int8" and platform() == "tpu" and not is_shared:
+        is_sharded = self.specs[0] is not None
+        if (
+            self.layout.mode == "int8"
+            and platform() == "tpu"
+            and not is_sharded
+        ):
             return 1
         shape = self.stored.shape[-len(self.layout.shape) :]
         size = shape[_axes(self.layout)[1][0]] // self._runs()
