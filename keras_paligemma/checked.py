@@ -19,7 +19,8 @@ def shown(value: object) -> str:
     return _short.repr(value)
 
 
-def _is_number(value):
+def is_number(value):
+    """Return whether a value is a real number, of Python or NumPy."""
     return isinstance(value, numbers.Real) and type(value) is not bool
 
 
@@ -29,7 +30,7 @@ def _plain(value):
         return type(value)(map(_plain, value))
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if not _is_number(value):
+    if not is_number(value):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
@@ -51,8 +52,8 @@ def _field(expected, fits, default, optional=False, hash=None) -> Any:
 
 def whole(most, default=MISSING, least=1, optional=False):
     def fits(value):
-        whole = isinstance(value, numbers.Integral) and _is_number(value)
-        return whole and least <= int(value) <= most
+        is_integer = isinstance(value, numbers.Integral) and is_number(value)
+        return is_integer and least <= int(value) <= most
 
     expected = f"an integer of {least} to {most}"
     return _field(expected, fits, default, optional)
@@ -61,7 +62,7 @@ def whole(most, default=MISSING, least=1, optional=False):
 def number(least, most, default=MISSING, optional=False):
     def fits(value):
         # No comparison holds for NaN.
-        return _is_number(value) and least <= value <= most
+        return is_number(value) and least <= value <= most
 
     expected = f"a number of {least} to {most}"
     return _field(expected, fits, default, optional)
@@ -69,7 +70,7 @@ def number(least, most, default=MISSING, optional=False):
 
 def scale(default=MISSING, optional=False):
     def fits(value):
-        return _is_number(value) and 1e-30 <= abs(value) <= 1e30
+        return is_number(value) and 1e-30 <= abs(value) <= 1e30
 
     expected = "a number other than 0 whose size a float32 holds"
     return _field(expected, fits, default, optional)
@@ -109,7 +110,7 @@ def by_target(default=None):
         return isinstance(value, dict) and all(
             isinstance(key, str)
             and isinstance(row, (list, tuple))
-            and all(_is_number(number) for number in row)
+            and all(is_number(number) for number in row)
             for key, row in value.items()
         )
 
@@ -161,10 +162,8 @@ class Checked:
         ]
         for key, spec in known.items():
             name = (names or {}).get(key, prefix + key)
-            value, part = (
-                values.get(key, spec.default),
-                spec.metadata.get("part"),
-            )
+            value = values.get(key, spec.default)
+            part = spec.metadata.get("part")
             if value is MISSING:
                 listed.append(f"{name} is missing")
             elif part is None:

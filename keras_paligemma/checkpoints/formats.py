@@ -11,6 +11,7 @@ from keras_paligemma.checkpoints.readers import PUBLISHED_RESIZE
 from keras_paligemma.checkpoints.readers import READERS
 from keras_paligemma.checkpoints.readers import find_tokenizer
 from keras_paligemma.config import PreprocessorConfig
+from keras_paligemma.config import read_json
 
 FORMATS = tuple(READERS)
 
@@ -161,7 +162,7 @@ def _recognise(folder):
     """Return the format of a folder."""
     path = folder / "config.json"
     if path.is_file():
-        config = presets.read_json(path)
+        config = read_json(path)
         if not isinstance(config, dict):
             config = {}
         if "format" in config:

@@ -3,7 +3,8 @@
 import json
 import re
 
-from keras_paligemma import presets
+from keras_paligemma.checked import is_number
+from keras_paligemma.config import read_json
 
 # Initialisations that leave the base unchanged: "eva" sets ranks, which are in
 # the file; the others only set the values that training began with.
@@ -73,14 +74,12 @@ def _is_rank(value):
 
 
 def _is_alpha(value):
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
     # A scale of 0 would remove the adapter; JSON's integers are unbounded.
-    return real and 0 < abs(value) < 1e30
+    return is_number(value) and 0 < abs(value) < 1e30
 
 
 def _is_share(value):
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return real and 0 <= value < 1
+    return is_number(value) and 0 <= value < 1
 
 
 def _is_pattern_of(fits):
@@ -105,9 +104,9 @@ def _are_names(value):
     return listed and all(isinstance(name, str) and name for name in value)
 
 
-# Fields that are read: the expected value, and a function that checks it.
-# `None` means PEFT's default, except for the first two.
+# Other fields may be missing or `None`, which means PEFT's default.
 _REQUIRED = ("r", "lora_alpha")
+# Fields that are read: the expected value, and a function that checks it.
 READ = {
     "r": ("an integer of 1 to 65536", _is_rank),
     "lora_alpha": ("a number other than 0", _is_alpha),
@@ -150,21 +149,20 @@ def read(path):
             initialisation that changed the base, or a feature that is not
             implemented.
     """
-    config = presets.read_json(path)
+    config = read_json(path)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise ValueError(
             f"{path} describes no low-rank adapter. Expected: peft_type "
             f"'LORA', r and lora_alpha. Received: peft_type {kind!r}."
         )
+    given = dict.fromkeys(_REQUIRED) | {
+        key: value for key, value in config.items() if value is not None
+    }
     problems = [
-        f"{key} is {config.get(key)!r}, expected {expected}"
+        f"{key} is {given[key]!r}, expected {expected}"
         for key, (expected, fits) in READ.items()
-        if not (
-            fits(config[key])
-            if config.get(key) is not None
-            else key not in _REQUIRED
-        )
+        if key in given and not fits(given[key])
     ]
     if problems:
         raise ValueError(
