@@ -240,11 +240,7 @@ def fetch_files(filesystem, path, folder, weights=True):
     path = path.rstrip("/")
     found = _listed(filesystem, path)
     if not weights:
-        found = [
-            file
-            for file in found
-            if any(fnmatch.fnmatch(file, pattern) for pattern in SMALL)
-        ]
+        found = _matching(found, SMALL)
         if not found:
             raise FileNotFoundError(f"no configuration is at {path}")
     for file in found:
@@ -261,12 +257,16 @@ def _listed(filesystem, path):
     found = filesystem.find(path) or sorted(filesystem.glob(path + ".part*"))
     if not found:
         raise FileNotFoundError(f"nothing is at {path}")
-    known = [
+    return _matching(found, PATTERNS) or found
+
+
+def _matching(files, patterns):
+    """Return the files that match any of some glob patterns."""
+    return [
         file
-        for file in found
-        if any(fnmatch.fnmatch(file, pattern) for pattern in PATTERNS)
+        for file in files
+        if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
     ]
-    return known or found
 
 
 def _fetch_file(filesystem, path, target):

@@ -99,19 +99,20 @@ def variant(backbone: dict) -> str | None:
         Name of a preset, preferably of the same picture size; `None` if no
         published model has these sizes.
     """
-    matching = []
-    for name in names():
-        known = config(name).backbone.to_dict()
-        towers = ("vision_encoder", "text_decoder")
-        if all(known[key] == known[key] | backbone[key] for key in towers):
-            matching.append(
-                (known["image_size"] != backbone["image_size"], name)
-            )
-    # Pretrained models come before their transfers.
-    matching.sort(
-        key=lambda found: (found[0], "_pt_" not in found[1], found[1])
-    )
-    return matching[0][1] if matching else None
+    towers = ("vision_encoder", "text_decoder")
+    known = {name: config(name).backbone.to_dict() for name in names()}
+    matching = [
+        name
+        for name, fields in known.items()
+        if all(fields[key] == fields[key] | backbone[key] for key in towers)
+    ]
+
+    def order(name):
+        other_size = known[name]["image_size"] != backbone["image_size"]
+        # Pretrained models come before their transfers.
+        return other_size, "_pt_" not in name, name
+
+    return min(matching, key=order, default=None)
 
 
 def published(source: str | Path) -> str | None:
@@ -185,11 +186,11 @@ def _fetch(preset: dict, weights: bool) -> Path:
             return downloads.download(preset["handles"][key], weights)
         except (ImportError, OSError) as error:
             refusals.append(str(error))
-    shown = "\n".join(refusals)
+    listed = "\n".join(refusals)
     raise OSError(
         f"The files of {preset['name']!r} do not come with this package. "
         f"They are published under the {preset['license']}, and no hub gave "
-        f"them:\n{shown}\nTo build the model without its weights, pass "
+        f"them:\n{listed}\nTo build the model without its weights, pass "
         "`load_weights=False`."
     )
 
@@ -323,8 +324,7 @@ def _unknown(source: str | Path) -> str:
     meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return (
         f"There is no preset and no folder {shown(str(source))}.{meant} "
-        "Expected: "
-        "one of `presets.names()`, a handle ('hf://…', 'kaggle://…'), or a "
-        "folder written by `save_to_preset`; a relative path starts at "
-        f"{str(Path.cwd())!r}."
+        "Expected: one of `presets.names()`, a handle ('hf://…', "
+        "'kaggle://…'), or a folder written by `save_to_preset`; a relative "
+        f"path starts at {str(Path.cwd())!r}."
     )
