@@ -48,13 +48,12 @@ def should_use_cpu_attention(query_shape, key_shape):
         `False` under a distribution, whose devices share rows and heads, and
         for a dynamic batch size.
     """
-    if keras.backend.backend() != "jax" or platform() != "cpu":
-        return False
-    if keras.distribution.distribution() is not None:
-        return False
-    if not isinstance(query_shape[0], int):
-        return False
-    return query_shape[1] * key_shape[1] >= FEWEST_LOGITS
+    return (
+        platform() == "cpu"
+        and keras.distribution.distribution() is None
+        and isinstance(query_shape[0], int)
+        and query_shape[1] * key_shape[1] >= FEWEST_LOGITS
+    )
 
 
 def should_use_cpu_decoding(query_shape, cached):

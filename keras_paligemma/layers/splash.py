@@ -48,9 +48,7 @@ def should_use_splash(batch_size, num_key_value_heads, head_dim):
         and rows and heads divide evenly among the devices of an active
         distribution.
     """
-    if keras.backend.backend() != "jax" or platform() != "tpu":
-        return False
-    if head_dim % LANES:
+    if platform() != "tpu" or head_dim % LANES:
         return False
     active = keras.distribution.distribution()
     if active is None:
