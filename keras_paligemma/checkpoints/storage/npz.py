@@ -12,6 +12,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -139,17 +140,17 @@ class Tensors:
                 key = _key(member.orig_filename)
                 if key in self._members:
                     raise ValueError("two members have this name")
-                begun = self._open(member)
-            self._members[key], self._begun[key] = member, begun
-            _, shape, dtype, _ = begun
-            self.shapes[key], self.dtypes[key] = shape, str(dtype)
+                stream, header = self._open(member)
+            self._members[key], self._begun[key] = member, (stream, header)
+            self.shapes[key] = header.shape
+            self.dtypes[key] = str(header.dtype)
 
     def read(self, key):
         member = self._members[key]
         with self._refusing(member):
             # Continue after the header, so that no byte is read twice.
-            begun = self._begun.pop(key, None) or self._open(member)
-            return _read_values(*begun)
+            stream, header = self._begun.pop(key, None) or self._open(member)
+            return _read_values(stream, header)
 
     def _open(self, member):
         """Open a member, check its sizes, and read its header."""
@@ -171,14 +172,15 @@ class Tensors:
         stream = self._archive.open(member)
         # Otherwise zipfile reads 4 kB ahead, beyond the header.
         stream.MIN_READ_SIZE = 1
-        length, shape, dtype, fortran = _read_header(stream)
-        expected = length + math.prod(shape) * dtype.itemsize
+        header = _read_header(stream)
+        shape, dtype = header.shape, header.dtype
+        expected = header.length + math.prod(shape) * dtype.itemsize
         if inside != expected:
             raise ValueError(
                 f"{dtype}{list(shape)} takes {expected} bytes with its "
                 f"header, received {inside}"
             )
-        return stream, shape, dtype, fortran
+        return stream, header
 
     def _refusing(self, member):
         files = self._pieces.holding(member)
@@ -196,8 +198,16 @@ def _key(name):
     return key
 
 
+class _Header(NamedTuple):
+    """The header of a .npy; `fortran` if its first axis is contiguous."""
+
+    length: int
+    shape: tuple
+    dtype: np.dtype
+    fortran: bool
+
+
 def _read_header(stream):
-    """Read the header of a .npy; return its length, shape, dtype and order."""
     version = npy.read_magic(stream)
     if version not in VERSIONS:
         raise ValueError(f"version {version} of NumPy's format is unknown")
@@ -213,23 +223,24 @@ def _read_header(stream):
         )
     if any(size < 0 for size in shape):
         raise ValueError(f"its shape is {shape}")
-    return stream.tell(), shape, DTYPES[dtype.str], fortran
+    return _Header(stream.tell(), shape, DTYPES[dtype.str], fortran)
 
 
-def _read_values(stream, shape, dtype, fortran):
+def _read_values(stream, header):
     """Read the values of one array, which follow its header.
 
     zipfile checks the checksum with the last byte, and the size matches the
     shape: an array that is read completely has been checked.
     """
-    array = np.empty(shape[::-1] if fortran else shape, dtype)
+    shape = header.shape[::-1] if header.fortran else header.shape
+    array = np.empty(shape, header.dtype)
     values = array.reshape(-1).view(np.uint8)
     done = 0
     while got := stream.readinto(values[done : done + CHUNK]):
         done += got
     if done < values.size:
         raise ValueError(f"expected {values.size} bytes, received {done}")
-    return array.T if fortran else array
+    return array.T if header.fortran else array
 
 
 def write_npz(path, arrays, piece_size=None):
