@@ -102,13 +102,12 @@ def find(path, fields=None, load_weights=True, headers=None):
             f"lies in, with its config.json: {path.parent}."
         )
     with _naming(path):
-        if not path.is_dir():
-            checkpoint = READERS["big_vision"](path, fields)
-        else:
-            # Folders of every format have `config.json`.
+        format = "big_vision"
+        if path.is_dir():
+            # Folders of all other formats have `config.json`.
             path = atomic.current(path, presets.CONFIG)
             format = _recognise(path)
-            checkpoint = READERS[format](path, fields, load_weights, headers)
+        checkpoint = READERS[format](path, fields, load_weights, headers)
     config = checkpoint.config
     backbone = config.backbone.with_fields(**fields)
     checkpoint.config = replace(config, backbone=backbone)

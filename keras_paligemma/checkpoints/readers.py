@@ -111,7 +111,7 @@ def find_tokenizer(folder):
     return beside[0] if beside else None
 
 
-def _big_vision(path, fields, load_weights=True, headers=None):
+def _big_vision(path, fields, load_weights, headers):
     path = _npz_in(path) if path.is_dir() else path
     files = npz.find_pieces(path)
     open_files = functools.partial(npz.open_npz, files)

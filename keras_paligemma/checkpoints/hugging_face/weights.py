@@ -72,7 +72,7 @@ def rows(config, shapes=None, most_extra_rows=EXTRA_ROWS):
         )
         if not 0 <= extra <= most_extra_rows:
             extra = 0  # The engine reports the error.
-    table = [
+    return [
         *_linear("projector", projector, "d v -> v d"),
         Row(
             "vision_encoder/position_embedding",
@@ -87,36 +87,39 @@ def rows(config, shapes=None, most_extra_rows=EXTRA_ROWS):
         *_vision_blocks(vision + "encoder.layers.{layer}."),
         _text("token_embedding/table", text + EMBEDDING, extra=extra),
         _text("final_norm/scale", text + FINAL_NORM),
+        *_text_blocks(config, text + "layers.{layer}."),
     ]
-    block = text + "layers.{layer}."
-    for name, key in QUERY_KEY_VALUE.items():
-        table.append(
-            _text(
-                f"blocks/attention/{name}/kernel",
-                f"{block}self_attn.{key}_proj.weight",
-                axes="(n h) d -> d n h",
-            )
+
+
+def _text_blocks(config, block):
+    attention = block + "self_attn."
+    table = [
+        _text(
+            f"blocks/attention/{name}/kernel",
+            f"{attention}{key}_proj.weight",
+            axes="(n h) d -> d n h",
         )
+        for name, key in QUERY_KEY_VALUE.items()
+    ]
     table.append(
         _text(
             "blocks/attention/output/kernel",
-            block + "self_attn.o_proj.weight",
+            attention + "o_proj.weight",
             axes="d (n h) -> n h d",
         )
     )
-    for name in ("gate", "up", "down"):
-        table.append(
-            _text(
-                f"blocks/mlp/{name}/kernel",
-                f"{block}mlp.{name}_proj.weight",
-                axes="o i -> i o",
-            )
+    table += [
+        _text(
+            f"blocks/mlp/{name}/kernel",
+            f"{block}mlp.{name}_proj.weight",
+            axes="o i -> i o",
         )
-    for name, key in _norm_names(config).items():
-        table.append(
-            _text(f"blocks/{name}_norm/scale", f"{block}{key}_layernorm.weight")
-        )
-    return table
+        for name in ("gate", "up", "down")
+    ]
+    return table + [
+        _text(f"blocks/{name}_norm/scale", f"{block}{key}_layernorm.weight")
+        for name, key in _norm_names(config).items()
+    ]
 
 
 def _norm_names(config):
