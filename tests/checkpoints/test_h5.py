@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from keras_paligemma import atomic
 from keras_paligemma.checkpoints.storage import h5
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -85,7 +86,8 @@ def test_nothing_stays_of_an_interrupted_write(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        h5.write_h5(tmp_path, arrays(), shard_size=8)
+        with atomic.whole_folder(tmp_path / "preset", "config.json") as draft:
+            h5.write_h5(draft, arrays(), shard_size=8)
     assert not list(tmp_path.iterdir())
 
 

@@ -2,14 +2,12 @@
 
 import contextlib
 import json
-import os
 from pathlib import Path
 
 import h5py
 import ml_dtypes
 import numpy as np
 
-from keras_paligemma import atomic
 from keras_paligemma.checkpoints.storage.shards import shards
 
 SINGLE = "model.weights.h5"
@@ -121,11 +119,9 @@ def _explained(path):
 def write_h5(folder, arrays, shard_size=SHARD_SIZE):
     """Write the weight files of one model, one array in memory at a time.
 
-    Drafts are written to the folder and renamed, the index last: the folder
-    never contains an incomplete file, nor an index without its shards.
-
     Args:
-        folder: path of a folder without weights.
+        folder: path of a folder without weights, such as a draft of
+            `atomic.whole_folder`.
         arrays: iterable of pairs of key and NumPy array.
         shard_size: int, maximum bytes of arrays in a file; a larger array has
             a file of its own. A single file has no index.
@@ -149,28 +145,28 @@ def write_h5(folder, arrays, shard_size=SHARD_SIZE):
             writer.add(key, array)
             # Free the array before the next one is made.
             del array
-        writer.finish()
     finally:
-        writer.clean()
+        writer.file.close()
+    writer.finish()
     return writer.count
 
 
 class _Writer:
-    """Drafts of shards, and the index of their names."""
+    """Writes arrays to shards, and an index of their names."""
 
     def __init__(self, folder, shard_size):
         self.folder = folder
         self.shard_size = shard_size
-        self.drafts = []
         self.weight_map = {}
+        self.num_shards = 0
         self.count = 0
         self.total = 0
         self._start()
 
     def _start(self):
-        name = f"{SHARD.format(len(self.drafts))}.{os.getpid()}"
-        self.drafts.append(self.folder / name)
-        self.file = h5py.File(self.drafts[-1], "w")
+        self.shard = SHARD.format(self.num_shards)
+        self.file = h5py.File(self.folder / self.shard, "w")
+        self.num_shards += 1
         self.filled = 0
 
     def add(self, key, array):
@@ -182,37 +178,20 @@ class _Writer:
             dataset.attrs["dtype"] = "bfloat16"
         else:
             self.file.create_dataset(key, data=array)
-        shard = SHARD.format(len(self.drafts) - 1)
         shards = self.weight_map.setdefault(f"/{key.rpartition('/')[0]}", [])
-        if shard not in shards:
-            shards.append(shard)
+        if self.shard not in shards:
+            shards.append(self.shard)
         self.filled += array.nbytes
         self.total += array.nbytes
         self.count += array.size
 
     def finish(self):
-        self.file.close()
-        if len(self.drafts) == 1:
-            _publish(self.drafts[0], self.folder / SINGLE)
+        if self.num_shards == 1:
+            (self.folder / self.shard).rename(self.folder / SINGLE)
             return
-        for number, draft in enumerate(self.drafts):
-            _publish(draft, self.folder / SHARD.format(number))
         content = {
             "metadata": {"total_size": self.total},
             "weight_map": self.weight_map,
         }
-        draft = self.folder / f"{INDEX}.{os.getpid()}"
-        self.drafts.append(draft)
-        draft.write_text(json.dumps(content, indent=4), encoding="utf-8")
-        _publish(draft, self.folder / INDEX)
-
-    def clean(self):
-        self.file.close()
-        for draft in self.drafts:
-            draft.unlink(missing_ok=True)
-
-
-def _publish(draft, path):
-    atomic.sync(draft)
-    os.replace(draft, path)
-    atomic.sync(path.parent)
+        text = json.dumps(content, indent=4)
+        (self.folder / INDEX).write_text(text, encoding="utf-8")
