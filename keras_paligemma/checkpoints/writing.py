@@ -135,9 +135,9 @@ def _arrays(weights, rows, dtype):
 
 
 def _write_preset(folder, config, arrays, proto, piece_size):
-    sizes = {} if piece_size is None else {"max_shard_size": piece_size}
+    size = piece_size or safetensors.SHARD_SIZE
     with presets.replaced(folder) as draft:
-        safetensors.write_safetensors(draft, arrays, **sizes)
+        safetensors.write_safetensors(draft, arrays, size)
         if proto is not None:
             (draft / presets.TOKENIZER).write_bytes(proto)
         presets.write_config(draft, config)

@@ -194,6 +194,7 @@ def write_safetensors(folder, arrays, max_shard_size: float = SHARD_SIZE):
         ValueError: a duplicate key, or an unsupported dtype.
     """
     folder = Path(folder)
+    known = sorted({**DTYPES, **QUANTIZED}.values())
     weight_map, total, shard, size, count = {}, 0, {}, 0, 0
 
     def flush():
@@ -206,7 +207,6 @@ def write_safetensors(folder, arrays, max_shard_size: float = SHARD_SIZE):
     for key, array in arrays:
         if key in weight_map:
             raise ValueError(f"{key!r} comes twice. Expected: each key once.")
-        known = sorted({**DTYPES, **QUANTIZED}.values())
         if array.dtype.name not in known:
             raise ValueError(
                 f"{key!r} is an array of {array.dtype.name}. Expected: one of "
