@@ -11,6 +11,7 @@ from typing import Any
 
 from keras_paligemma import compat
 from keras_paligemma.atomic import sync
+from keras_paligemma.preprocessing.images import is_uri
 from keras_paligemma.preprocessing.images import picture_path
 
 # Largest weight, in values, that a model's fingerprint includes.
@@ -158,7 +159,7 @@ def describe_image(image: Any) -> Any:
     path = picture_path(image)
     if path.startswith("data:"):
         return hashlib.sha256(path.encode("utf-8", "replace")).hexdigest()
-    return path if "://" in path[:16] else os.path.abspath(path)
+    return path if is_uri(path) else os.path.abspath(path)
 
 
 def _read(place):
