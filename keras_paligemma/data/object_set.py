@@ -358,6 +358,12 @@ def polygons_of(
     return polygons
 
 
+def lines_of(file: Path) -> list[str]:
+    """Return the lines of a text file, without blank ones and outer blanks."""
+    lines = file.read_text("utf-8-sig").split("\n")
+    return [line.strip() for line in lines if line.strip()]
+
+
 def picture_files(folder: Path) -> list[Path]:
     """Return the paths of all pictures below a folder, sorted.
 
