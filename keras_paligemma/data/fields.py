@@ -88,7 +88,12 @@ class FieldSource:
             if callable(self.prompts):
                 prompt = _text(self.prompts(example), "the prompt")
             else:
-                prompt = _fill(self.prompts, example)
+                prompt = fill(
+                    self.prompts,
+                    lambda field: _text(
+                        _get(example, field), f"field {field!r}"
+                    ),
+                )
             return {
                 "images": _get(example, self.images),
                 "prompts": prompt,
@@ -144,14 +149,26 @@ def _get(example, field):
     return example[field]
 
 
-def _fill(template, example):
-    """Replace the names of fields by their text."""
+def fill(template: str, text_of: Callable[[str], str]) -> str:
+    """Replace the names of fields in a template by their text.
+
+    Args:
+        template: str, such as "answer en {question}".
+        text_of: function from the name of a field to its text.
+
+    Returns:
+        str.
+
+    Example:
+
+    >>> fill("caption {language}", {"language": "en"}.__getitem__)
+    'caption en'
+    """
     parts = []
     for literal, field, _, _ in string.Formatter().parse(template):
         parts.append(literal)
         if field is not None:
-            value = _get(example, field)
-            parts.append(_text(value, f"field {field!r}"))
+            parts.append(text_of(field))
     return "".join(parts)
 
 
