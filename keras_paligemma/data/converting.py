@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_paligemma.atomic import refuse_in_use
+from keras_paligemma.atomic import whole_file
 from keras_paligemma.atomic import whole_folder
 from keras_paligemma.data import coco_file
 from keras_paligemma.data import object_lines
@@ -202,19 +203,12 @@ def _check(annotation, size):
 
 
 def _write_file(objects, target, to, task, codec):
-    """Write a file under a temporary name, then rename it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.draft")
     folder = os.fspath(target.parent)
-    try:
+    with whole_file(target) as draft:
         if to == "coco":
-            lost = coco_file.write(objects, draft, folder)
-        else:
-            lost = object_lines.write(objects, draft, folder, task, codec)
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
-    return lost
+            return coco_file.write(objects, draft, folder)
+        return object_lines.write(objects, draft, folder, task, codec)
 
 
 def _write_folder(objects, target, to, task):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from keras_paligemma import compat
-from keras_paligemma.atomic import sync
+from keras_paligemma.atomic import whole_file
 from keras_paligemma.preprocessing.images import is_uri
 from keras_paligemma.preprocessing.images import picture_path
 
@@ -79,11 +79,8 @@ class RunRecord:
         here = {"settings": self.settings, "rows": self.rows}
         if there is not None and vars(there) == here:
             return
-        draft = place.with_name(f".{place.name}")
-        draft.write_text(json.dumps(here) + "\n", encoding="utf-8")
-        sync(draft)
-        os.replace(draft, place)
-        sync(place.parent)
+        with whole_file(place) as draft:
+            draft.write_text(json.dumps(here) + "\n", encoding="utf-8")
 
 
 def record_path(path: Path) -> Path:
