@@ -176,17 +176,17 @@ def evaluate(
     column = card_column(model)
     scale = benchmark.scale
     result = Evaluation(
-        benchmark,
-        len(samples),
-        {name: scale * value for name, value in scores.values().items()},
-        {
+        benchmark=benchmark,
+        samples=len(samples),
+        values={name: scale * value for name, value in scores.values().items()},
+        intervals={
             name: (scale * low, scale * high)
             for name, (low, high) in scores.intervals().items()
         },
-        benchmark.card_numbers(column) if on_card else {},
-        column,
-        len(samples) < whole,
-        output,
+        card=benchmark.card_numbers(column) if on_card else {},
+        column=column,
+        limited=len(samples) < whole,
+        output=output,
     )
     write_report(result, samples, predictions, scores.worst(worst))
     return result
