@@ -150,26 +150,17 @@ def _get(example, field):
 
 
 def fill(template: str, text_of: Callable[[str], str]) -> str:
-    """Replace the names of fields in a template by their text.
-
-    Args:
-        template: str, such as "answer en {question}".
-        text_of: function from the name of a field to its text.
-
-    Returns:
-        str.
+    """Replace each `{field}` of a template by the field's text.
 
     Example:
 
     >>> fill("caption {language}", {"language": "en"}.__getitem__)
     'caption en'
     """
-    parts = []
-    for literal, field, _, _ in string.Formatter().parse(template):
-        parts.append(literal)
-        if field is not None:
-            parts.append(text_of(field))
-    return "".join(parts)
+    return "".join(
+        literal if field is None else literal + text_of(field)
+        for literal, field, _, _ in string.Formatter().parse(template)
+    )
 
 
 def _text(value, name, allow_empty=False):
