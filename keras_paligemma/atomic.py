@@ -1,4 +1,4 @@
-"""Atomic writes of folders: all files or none, even if the writer is killed."""
+"""Atomic writes: all or nothing, even if the writer is killed."""
 
 import contextlib
 import os
@@ -125,6 +125,35 @@ def _locked(folder):
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Write a file so that it appears all at once, or not at all.
+
+    Args:
+        path: `pathlib.Path` of the file, whose folder exists.
+
+    Yields:
+        `pathlib.Path` of the draft beside it, which does not exist yet. It is
+        deleted if the block raises; that of a killed writer is replaced.
+
+    Example:
+
+    ```python
+    with whole_file(Path("settings.json")) as draft:
+        draft.write_text("{}")
+    ```
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    draft.unlink(missing_ok=True)
+    try:
+        yield draft
+        sync(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 def current(folder, entry):

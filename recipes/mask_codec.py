@@ -29,10 +29,10 @@ WEIGHTS = ROOT / "presets/pali_gemma2_nano_112/mask_codec.npz"
 TRUE_MASKS = ROOT / "tests/tasks/nano_masks.npz"
 
 WIDTHS, FEATURES = (8, 16, 32, 48), 32
-# Masks to draw batches from, masks per step, and steps, which take 8.5 minutes
-# on one core.
 # The styles that have every class.
 STYLES = ("fluent-3d", "noto-v1", "fluent-flat")
+# Masks to draw batches from, masks per step, steps, which take 8.5 minutes on
+# one core, and learning rate.
 POOL, BATCH, STEPS, RATE = 12_000, 64, 4_000, 2e-3
 
 # Steps before the codebook is initialized from the encoder's outputs.

@@ -182,3 +182,18 @@ def test_an_address_is_no_folder(tmp_path, monkeypatch, path):
         atomic.refuse_in_use(path)
     assert not os.listdir(tmp_path)
     assert atomic.local("gs/a:b") == Path("gs/a:b")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "settings.json"
+    for _ in range(2):  # A draft that a killed writer left is replaced.
+        with atomic.whole_file(path) as draft:
+            draft.write_text("old")
+            assert draft.parent == tmp_path
+        (tmp_path / draft.name).write_text("left")
+    with pytest.raises(OSError), atomic.whole_file(path) as draft:
+        assert not draft.exists()
+        draft.write_text("half")
+        raise OSError("the disk is full")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

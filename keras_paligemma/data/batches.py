@@ -154,16 +154,15 @@ class Iterated(GeneratorDataAdapter):
     """
 
     def __init__(self, dataset, preprocess):
-        batches = _preprocessed(_iterator(dataset), preprocess)
+
+        def epoch():
+            return _preprocessed(_iterator(dataset), preprocess)
+
+        batches = epoch()
         if isinstance(dataset, Iterator):
             batches = _Once(batches)
         super().__init__(batches)
-        if isinstance(batches, _Once):
-            self.generator = batches.epoch
-        else:
-            self.generator = lambda: _preprocessed(
-                _iterator(dataset), preprocess
-            )
+        self.generator = batches.epoch if isinstance(batches, _Once) else epoch
         self._length = _length(dataset)
 
     @property
@@ -458,7 +457,7 @@ def as_dataset(
         batch_size = batch_size or 32
         if not apart:
             # Only the last batch is filled up.
-            batch_size += -batch_size % rows_divide_by()
+            batch_size += -batch_size % multiple
         x = Examples(x, y, sample_weight, batch_size, shuffle)
         if process()[1] > 1:
             # The last batches of hosts may differ in length.

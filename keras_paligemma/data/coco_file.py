@@ -1,9 +1,9 @@
 """Read, validate and write COCO's JSON."""
 
-import collections
 import json
 import os
 from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,19 +31,8 @@ _NEEDED = {
 }
 
 
-def read_coco(path: Path) -> dict:
-    """Read a COCO file and check the keys that an index needs.
-
-    Args:
-        path: path of the JSON file.
-
-    Returns:
-        dict of lists `images`, `categories` and `annotations`. Ids are
-        unique, and annotations refer to existing ids.
-
-    Raises:
-        ValueError: if the file is not a COCO file; names the wrong entry.
-    """
+def _checked(path):
+    """Return a file's dict; raise on entries that an index cannot use."""
     data = _read(path)
     try:
         _check_entries(path, data)
@@ -103,7 +92,7 @@ def _check_entries(path, data):
 def _check_ids(path, data):
     """Raise on duplicate ids: annotations would belong to only one of them."""
     for kind in ("images", "categories"):
-        counts = collections.Counter(entry["id"] for entry in data[kind])
+        counts = Counter(entry["id"] for entry in data[kind])
         duplicates = [id for id, count in counts.items() if count > 1]
         if duplicates:
             raise ValueError(
@@ -143,11 +132,11 @@ def read(path: Path, image_folder: str) -> ObjectSet:
     Raises:
         ValueError: if the file is not a COCO file; names the wrong entry.
     """
-    data = read_coco(path)
+    data = _checked(path)
     names = {
         category["id"]: category["name"] for category in data["categories"]
     }
-    annotations = collections.defaultdict(list)
+    annotations = defaultdict(list)
     for annotation in data["annotations"]:
         label = names[annotation["category_id"]]
         annotations[annotation["image_id"]].append(
@@ -213,7 +202,7 @@ def write(objects: ObjectSet, path: Path, image_folder: str) -> Counter:
 
 
 def _annotation(entry, label):
-    box, problem = edges_of(entry.get("bbox")), ""
+    box, problem = _edges(entry.get("bbox")), ""
     if box is None:
         problem = (
             "The box does not fit COCO's format. Expected: 'bbox', four "
@@ -270,18 +259,15 @@ def _entry(annotation):
         "iscrowd": int(annotation.is_crowd),
     }
     entry.setdefault("area", _area(annotation))
-    return (
-        entry
-        if annotation.score is None
-        else entry | {"score": annotation.score}
-    )
+    if annotation.score is not None:
+        entry["score"] = annotation.score
+    return entry
 
 
 def _area(annotation):
     if not annotation.has_mask():
-        return (annotation.box[2] - annotation.box[0]) * (
-            annotation.box[3] - annotation.box[1]
-        )
+        y1, x1, y2, x2 = annotation.box
+        return (y2 - y1) * (x2 - x1)
     if isinstance(annotation.segmentation, Mapping):
         return int(from_rle(annotation.segmentation).sum())
     loops = [
@@ -299,7 +285,7 @@ def _ids(extras):
     return found
 
 
-def edges_of(box):
+def _edges(box):
     """Return (y1, x1, y2, x2) of [x, y, width, height], or `None`."""
     if isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)):
         x, y, width, height = box

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_paligemma.atomic import refuse_in_use
+from keras_paligemma.atomic import whole_file
 from keras_paligemma.atomic import whole_folder
 from keras_paligemma.data import coco_file
 from keras_paligemma.data import object_lines
@@ -21,6 +22,7 @@ from keras_paligemma.data.object_set import check_size
 from keras_paligemma.data.object_set import in_pixels
 from keras_paligemma.data.object_set import object_of
 from keras_paligemma.data.object_set import plain_name
+from keras_paligemma.data.object_source import box_array
 from keras_paligemma.data.object_source import clip_boxes
 from keras_paligemma.data.opening import open_objects
 from keras_paligemma.preprocessing.images import picture_path
@@ -129,8 +131,13 @@ def convert(
         lost += _write_folder(objects, target, to, task)
     else:
         lost += _write_file(objects, target, to, task, codec)
-    counts = len(objects.pictures), len(annotations)
-    return Conversion(target, *counts, tuple(skipped), dict(+lost))
+    return Conversion(
+        target,
+        pictures=len(objects.pictures),
+        objects=len(annotations),
+        skipped=tuple(skipped),
+        lost=dict(+lost),
+    )
 
 
 def usable(objects: ObjectSet) -> tuple[ObjectSet, list[str], int]:
@@ -147,61 +154,61 @@ def usable(objects: ObjectSet) -> tuple[ObjectSet, list[str], int]:
     """
     pictures, skipped, clipped = [], [], 0
     for row, picture in enumerate(objects.pictures):
+        place = objects.where(row)
         try:
-            if picture.problem:
-                raise ValueError(picture.problem)
-            path = picture_path(picture.name, objects.image_folder)
-            picture = in_pixels(picture, objects.image_folder)
-            size = picture.known_size()
-            check_size(path, size)
+            picture, cut = _clipped(picture, objects.image_folder)
         except ValueError as error:
-            skipped.append(f"{objects.where(row)}: {error}")
+            skipped.append(f"{place}: {error}")
             continue
-        boxes = [
-            annotation.box or (np.nan,) * 4
-            for annotation in picture.annotations
-        ]
-        boxes, _, cut = clip_boxes(
-            np.array(boxes, "float64").reshape(-1, 4),
-            np.array([size] * len(boxes), "float64").reshape(-1, 2),
-            np.ones(len(boxes)),
-            1,
-        )
-        clipped += int(cut.sum())
+        clipped += cut
         kept = []
-        for annotation, box, is_cut in zip(
-            picture.annotations, boxes.tolist(), cut, strict=True
-        ):
-            if is_cut:
-                annotation = dataclasses.replace(annotation, box=tuple(box))
+        for annotation in picture.annotations:
             try:
-                object_of(annotation, size, with_mask=False)
-                if annotation.has_mask():
-                    check_segmentation(annotation.segmentation, size)
+                _check(annotation, picture.known_size())
             except ValueError as error:
-                skipped.append(
-                    f"{objects.where(row)}: {annotation.place}: {error}"
-                )
+                skipped.append(f"{place}: {annotation.place}: {error}")
             else:
                 kept.append(annotation)
         pictures.append(dataclasses.replace(picture, annotations=tuple(kept)))
     return dataclasses.replace(objects, pictures=pictures), skipped, clipped
 
 
+def _clipped(picture, folder):
+    """Return a picture in pixels with clipped boxes, and their number."""
+    if picture.problem:
+        raise ValueError(picture.problem)
+    picture = in_pixels(picture, folder)
+    size = picture.known_size()
+    check_size(picture_path(picture.name, folder), size)
+    annotations = list(picture.annotations)
+    boxes, _, cut = clip_boxes(
+        box_array(annotations),
+        np.full((len(annotations), 2), size, "float64"),
+        np.ones(len(annotations)),
+        1,
+    )
+    for number in np.flatnonzero(cut):
+        annotations[number] = dataclasses.replace(
+            annotations[number], box=tuple(boxes[number].tolist())
+        )
+    picture = dataclasses.replace(picture, annotations=annotations)
+    return picture, int(cut.sum())
+
+
+def _check(annotation, size):
+    """Raise on an annotation without a box, or with an unreadable mask."""
+    object_of(annotation, size, with_mask=False)
+    if annotation.has_mask():
+        check_segmentation(annotation.segmentation, size)
+
+
 def _write_file(objects, target, to, task, codec):
-    """Write a file under a temporary name, then rename it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.draft")
     folder = os.fspath(target.parent)
-    try:
+    with whole_file(target) as draft:
         if to == "coco":
-            lost = coco_file.write(objects, draft, folder)
-        else:
-            lost = object_lines.write(objects, draft, folder, task, codec)
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
-    return lost
+            return coco_file.write(objects, draft, folder)
+        return object_lines.write(objects, draft, folder, task, codec)
 
 
 def _write_folder(objects, target, to, task):

@@ -88,7 +88,12 @@ class FieldSource:
             if callable(self.prompts):
                 prompt = _text(self.prompts(example), "the prompt")
             else:
-                prompt = _fill(self.prompts, example)
+                prompt = fill(
+                    self.prompts,
+                    lambda field: _text(
+                        _get(example, field), f"field {field!r}"
+                    ),
+                )
             return {
                 "images": _get(example, self.images),
                 "prompts": prompt,
@@ -144,15 +149,18 @@ def _get(example, field):
     return example[field]
 
 
-def _fill(template, example):
-    """Replace the names of fields by their text."""
-    parts = []
-    for literal, field, _, _ in string.Formatter().parse(template):
-        parts.append(literal)
-        if field is not None:
-            value = _get(example, field)
-            parts.append(_text(value, f"field {field!r}"))
-    return "".join(parts)
+def fill(template: str, text_of: Callable[[str], str]) -> str:
+    """Replace each `{field}` of a template by the field's text.
+
+    Example:
+
+    >>> fill("caption {language}", {"language": "en"}.__getitem__)
+    'caption en'
+    """
+    return "".join(
+        literal if field is None else literal + text_of(field)
+        for literal, field, _, _ in string.Formatter().parse(template)
+    )
 
 
 def _text(value, name, allow_empty=False):

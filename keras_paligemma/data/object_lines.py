@@ -1,7 +1,6 @@
 """Read and write objects in JSONL: answers to `detect` and `segment`."""
 
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,6 +13,7 @@ from keras_paligemma.data.object_set import ObjectSet
 from keras_paligemma.data.object_set import Picture
 from keras_paligemma.data.object_set import has_fields
 from keras_paligemma.data.object_set import relative_name
+from keras_paligemma.data.object_set import relative_path
 from keras_paligemma.data.object_set import size_of_file
 from keras_paligemma.data.object_source import ObjectSource
 from keras_paligemma.tasks.answers import read_objects
@@ -86,7 +86,10 @@ def read(
         ]
     pictures = [
         Picture(
-            _name(image, source.image_folder), annotations, sizes[image], place
+            relative_path(image, source.image_folder),
+            annotations,
+            sizes[image],
+            place,
         )
         for image, (place, annotations) in found.items()
     ]
@@ -155,13 +158,6 @@ def write(
     }
     lost["classes without an object"] += len(set(objects.classes) - used)
     return +lost
-
-
-def _name(image, folder):
-    """Return the path of a picture relative to a folder; a URI unchanged."""
-    if image.startswith("data:") or "://" in image[:16]:
-        return image
-    return os.path.relpath(image, folder)
 
 
 def _annotation(item, size, place):

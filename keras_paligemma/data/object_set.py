@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from keras_paligemma.preprocessing.images import is_uri
 from keras_paligemma.preprocessing.images import openable
 from keras_paligemma.preprocessing.images import orientation
 from keras_paligemma.preprocessing.images import picture_path
@@ -296,8 +297,14 @@ def relative_name(picture: Picture, objects: ObjectSet, folder: str) -> str:
     Returns:
         str, with slashes; a URI is returned unchanged.
     """
-    path = picture_path(picture.name, objects.image_folder)
-    if path.startswith("data:") or "://" in path[:16]:
+    return relative_path(
+        picture_path(picture.name, objects.image_folder), folder
+    )
+
+
+def relative_path(path: str, folder: str) -> str:
+    """Return a picture's path relative to a folder; a URI unchanged."""
+    if is_uri(path):
         return path
     return Path(os.path.relpath(path, folder)).as_posix()
 
@@ -349,6 +356,12 @@ def polygons_of(
     if not polygons:
         raise ValueError("The mask is empty. Expected: one pixel or more.")
     return polygons
+
+
+def lines_of(file: Path) -> list[str]:
+    """Return the lines of a text file, without blank ones and outer blanks."""
+    lines = file.read_text("utf-8-sig").split("\n")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def picture_files(folder: Path) -> list[Path]:

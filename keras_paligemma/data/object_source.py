@@ -133,12 +133,10 @@ class ObjectSource:
             the annotation in it, and a list of `Annotation`.
         """
         places, objects = [], []
+        classes = {*self.classes}
         for row, picture in enumerate(self.data.pictures):
             for number, annotation in enumerate(picture.annotations):
-                if (
-                    annotation.label not in self.classes
-                    and not annotation.problem
-                ):
+                if not annotation.problem and annotation.label not in classes:
                     self.left_out["objects of other classes"] += 1
                 elif annotation.is_crowd and not keep_crowds:
                     self.left_out["crowds"] += 1
@@ -175,9 +173,8 @@ class ObjectSource:
         ]
         # The width of a pixel; unknown if the file does not contain the size.
         pixels = [float(picture.size is not None) for picture in pictures]
-        boxes = [annotation.box or (np.nan,) * 4 for annotation in objects]
         boxes, overhang, cut = clip_boxes(
-            np.array(boxes, "float64").reshape(-1, 4),
+            box_array(objects),
             np.array(sizes, "float64").reshape(-1, 2)[rows],
             np.array(pixels)[rows],
             np.inf if outside == "clip" else 1,
@@ -266,16 +263,14 @@ class ObjectSource:
         size = sized.known_size()
         check_size(path, size)
         scale = np.tile(np.divide(size, unit), 2)
+        with_mask = self.task == "segment"
         found, problems = {}, []
         for i in range(self._starts[row], self._ends[row]):
             annotation = sized.annotations[self._numbers[i]]
             box = self._boxes[i] * scale
             try:
-                with_mask = self.task == "segment"
-                found[i] = (
-                    annotation.place,
-                    object_of(annotation, size, box, with_mask),
-                )
+                item = object_of(annotation, size, box, with_mask)
+                found[i] = (annotation.place, item)
             except ValueError as error:
                 problems.append(f"{annotation.place}: {error}")
         return path, found, problems
@@ -303,6 +298,12 @@ class ObjectSource:
                 f"integers from 0 to {BOOK - 1}. Received: {codes}."
             )
         return codes
+
+
+def box_array(annotations):
+    """Return the boxes of `Annotation`s, (N, 4), NaN where there is none."""
+    boxes = [annotation.box or (np.nan,) * 4 for annotation in annotations]
+    return np.array(boxes, "float64").reshape(-1, 4)
 
 
 def clip_boxes(boxes, sizes, pixels, limit):

@@ -12,6 +12,7 @@ from keras_paligemma.data.object_set import Annotation
 from keras_paligemma.data.object_set import ObjectSet
 from keras_paligemma.data.object_set import Picture
 from keras_paligemma.data.object_set import has_fields
+from keras_paligemma.data.object_set import lines_of
 from keras_paligemma.data.object_set import picture_files
 from keras_paligemma.data.object_set import plain_name
 
@@ -64,9 +65,7 @@ def read(
     folder = folder if folder.is_dir() else path
     files = sorted(folder.rglob("*.xml"))
     if listed is not None:
-        lines = listed.read_text("utf-8-sig").split("\n")
-        stems = [line.strip() for line in lines if line.strip()]
-        files = [_listed_file(folder, stem) for stem in stems]
+        files = [_listed_file(folder, stem) for stem in lines_of(listed)]
     if not files:
         raise ValueError(
             f"There is nothing to read. Expected: *.xml in {folder}. Received: "
@@ -139,17 +138,8 @@ def write(objects: ObjectSet, folder: Path) -> Counter:
         has_masks = any(
             annotation.has_mask() for annotation in picture.annotations
         )
-        root = ElementTree.Element("annotation")
-        _put(root, "folder", "JPEGImages")
-        _put(root, "filename", name)
-        size = ElementTree.SubElement(root, "size")
-        height, width = picture.known_size()
-        for tag, value in (("width", width), ("height", height), ("depth", 3)):
-            _put(size, tag, value)
-        _put(root, "segmented", int(has_masks))
         for annotation in picture.annotations:
             extra = annotation.extra
-            root.append(_element(annotation))
             lost["scores"] += annotation.score is not None
             lost["marks of crowds"] += annotation.is_crowd
             lost["fields of other formats"] += has_fields(extra, _FIELDS)
@@ -159,10 +149,10 @@ def write(objects: ObjectSet, folder: Path) -> Counter:
             lost += voc_masks.write_masks(
                 picture, folder, stem, objects.classes
             )
-        ElementTree.indent(root)
         file = folder / "Annotations" / f"{stem}.xml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        ElementTree.ElementTree(root).write(file, "utf-8")
+        tree = ElementTree.ElementTree(_root(picture, name, has_masks))
+        tree.write(file, "utf-8")
         stems.append(stem)
     _write_list(folder / "ImageSets" / "Main" / "train.txt", stems)
     if with_masks:
@@ -197,10 +187,10 @@ def _read_label_map(path):
     if not path.is_file():
         return []
     classes = []
-    for line in path.read_text("utf-8-sig").split("\n"):
+    for line in lines_of(path):
         # A name may have colons, and begin with "#" if a colour follows.
-        found = _LABEL.fullmatch(line.strip())
-        name, colour = found.groups() if found else (line.strip(), None)
+        found = _LABEL.fullmatch(line)
+        name, colour = found.groups() if found else (line, None)
         if not name or (name.startswith("#") and colour is None):
             continue
         parts = colour and tuple(map(int, colour.split(",")))
@@ -266,6 +256,22 @@ def _annotation(element, place):
         if (text := element.findtext(field)) is not None
     }
     return Annotation(label, box, place=place, extra=extra, problem=problem)
+
+
+def _root(picture, name, has_masks):
+    """Return the content of a picture's file."""
+    root = ElementTree.Element("annotation")
+    _put(root, "folder", "JPEGImages")
+    _put(root, "filename", name)
+    size = ElementTree.SubElement(root, "size")
+    height, width = picture.known_size()
+    for tag, value in (("width", width), ("height", height), ("depth", 3)):
+        _put(size, tag, value)
+    _put(root, "segmented", int(has_masks))
+    for annotation in picture.annotations:
+        root.append(_element(annotation))
+    ElementTree.indent(root)
+    return root
 
 
 def _element(annotation):

@@ -11,6 +11,7 @@ from keras_paligemma.data.object_set import ObjectSet
 from keras_paligemma.data.object_set import Picture
 from keras_paligemma.data.object_set import bounds_of
 from keras_paligemma.data.object_set import has_fields
+from keras_paligemma.data.object_set import lines_of
 from keras_paligemma.data.object_set import picture_files
 from keras_paligemma.data.object_set import plain_name
 from keras_paligemma.data.object_set import polygons_of
@@ -140,10 +141,9 @@ def _head(path, split):
             f"classes.txt. Received: neither in {folder}."
         )
     if file.suffix == ".txt":
-        names = file.read_text("utf-8-sig").split("\n")
-        names = tuple(name.strip() for name in names if name.strip())
         images = folder / "images"
-        return folder, names, [images if images.is_dir() else folder]
+        entries = [images if images.is_dir() else folder]
+        return folder, tuple(lines_of(file)), entries
     yaml = _yaml()
     try:
         # Values stay text: a class may be called no, which is False in YAML.
@@ -190,8 +190,7 @@ def _entry(home, entry):
 def _pictures_of(entry, home):
     if entry.is_dir():
         return picture_files(entry)
-    lines = entry.read_text("utf-8-sig").split("\n")
-    return [home / line.strip() for line in lines if line.strip()]
+    return [home / line for line in lines_of(entry)]
 
 
 def _labels_of(file):

@@ -202,11 +202,11 @@ def answer_file(
         options,
         pictures,
         output,
-        batch_size,
-        shard,
-        progress,
         record,
-        Unread(output, pictures.ids),
+        batch_size=batch_size,
+        shard=shard,
+        progress=progress,
+        unread=Unread(output, pictures.ids),
     )
     if failed and not compat.process()[0]:
         warnings.warn(

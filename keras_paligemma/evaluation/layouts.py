@@ -7,14 +7,31 @@ the benchmark's field names.
 import hashlib
 import json
 import pickle
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from keras_paligemma.metrics.needs import needed
+from keras_paligemma.tasks.prompts import lettered
 
 # Size of the original's "minival", a part of VQAv2's validation split.
 _MINIVAL = 10_240
+
+
+def in_archive(folder: Path, *names: str) -> Path:
+    """Return the path of the first of the files that exists.
+
+    Raises:
+        ValueError: none exists.
+    """
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(
+        f"{folder} lacks a file of the official archive. Expected: "
+        f"{' or '.join(names)}."
+    )
 
 
 def read_json(folder: Path, *names: str):
@@ -23,17 +40,11 @@ def read_json(folder: Path, *names: str):
     Raises:
         ValueError: none exists, or the file is not JSON.
     """
-    for name in names:
-        path = folder / name
-        if path.is_file():
-            try:
-                return json.loads(path.read_bytes())
-            except ValueError as error:
-                raise ValueError(f"{path} is not JSON: {error}.") from error
-    raise ValueError(
-        f"{folder} lacks a file of the official archive. Expected: "
-        f"{' or '.join(names)}."
-    )
+    path = in_archive(folder, *names)
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -158,15 +169,14 @@ def science_qa(folder, split, subset=None):
         entry = problems[id]
         if not entry["image"]:
             continue
-        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(entry["choices"])]
-        pairs = zip(letters, entry["choices"], strict=True)
+        letters = string.ascii_uppercase[: len(entry["choices"])]
         records.append(
             {
                 "id": id,
                 "images": str(folder / split / id / entry["image"]),
                 "question": entry["question"],
                 "hint": entry["hint"] or "N/A",
-                "choices": ", ".join(f"({a}) {text}" for a, text in pairs),
+                "choices": lettered(entry["choices"]),
                 "answers": letters[entry["answer"]],
             }
         )
@@ -176,14 +186,8 @@ def science_qa(folder, split, subset=None):
 def nlvr2(folder, split, subset=None):
     """NLVR2: `data/test1.json`, one sample per line, and `test1/`."""
     part = {"test": "test1"}.get(split, split)
-    path = folder / "data" / f"{part}.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} lacks a file of the official archive. Expected: "
-            f"data/{part}.json."
-        )
     records = []
-    for _, entry in read_json_lines(path):
+    for _, entry in read_json_lines(in_archive(folder, f"data/{part}.json")):
         # Sentences about the same pair differ in the last number.
         pair = entry["identifier"].rpartition("-")[0]
         places = [folder / part, folder / "images" / part]
@@ -255,12 +259,7 @@ def xm3600(folder, split, subset=None):
     The file has all languages, of which the benchmark names those it scores,
     and no splits.
     """
-    path = folder / "captions.jsonl"
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} lacks a file of the official archive. Expected: "
-            "captions.jsonl."
-        )
+    path = in_archive(folder, "captions.jsonl")
     if split != "{language}":
         raise ValueError(
             f"{path} holds all languages, and no splits. Expected: `split` "
@@ -291,13 +290,7 @@ def refcoco(folder, split, subset):
     codec = needed("pycocotools.mask", "Masks of RefCOCO")
     name, _, who = subset.rstrip(")").partition("(")
     data = read_json(folder, f"{name}/instances.json")
-    path = folder / name / f"refs({who}).p"
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} lacks a file of the official archive. Expected: "
-            f"{name}/refs({who}).p."
-        )
-    with open(path, "rb") as file:
+    with open(in_archive(folder, f"{name}/refs({who}).p"), "rb") as file:
         refs = _PlainUnpickler(file, encoding="latin-1").load()
     images = {entry["id"]: entry for entry in data["images"]}
     objects = {entry["id"]: entry for entry in data["annotations"]}

@@ -1,12 +1,12 @@
 """Predictions of all samples, batch by batch, on all devices and hosts."""
 
 import contextlib
-import os
 import sys
 
 import numpy as np
 
 from keras_paligemma import compat
+from keras_paligemma.atomic import whole_file
 from keras_paligemma.data.examples import ExampleError
 from keras_paligemma.data.examples import located
 from keras_paligemma.evaluation import predictions as files
@@ -21,10 +21,11 @@ def predict(
     options,
     samples,
     path,
+    record,
+    *,
     batch_size,
-    shard=(0, 1),
-    progress=True,
-    record=None,
+    shard,
+    progress,
     unread=None,
 ) -> list[int]:
     """Predict all samples that have no prediction in a file yet.
@@ -34,10 +35,10 @@ def predict(
         options: dict, keyword arguments of `generate`; an option of rows, see
             `OF_ROWS`, may have one value per sample.
         path: `pathlib.Path` of the file.
+        record: `RunRecord` of all samples, kept beside the file: only the same
+            run resumes.
         model, samples, batch_size, shard, progress: as `evaluate`
             takes them, on this host.
-        record: `RunRecord` of all samples, kept beside the file: only the same
-            run resumes. `None` compares the ids alone.
         unread: `Unread`, to which samples are added whose picture or prompt
             cannot be read; their prediction is "". `None` raises the error.
 
@@ -56,8 +57,7 @@ def predict(
     if parts > 1:
         if path.is_file() and files.is_whole(path, samples.ids, record):
             return []
-        path = _part(together, index, parts)
-        record = record and record.part(own)
+        path, record = _part(path, index, parts), record.part(own)
     writes = _writes(parts)
     alone = files.only_writer(path) if writes else contextlib.nullcontext()
     failed = []
@@ -65,14 +65,13 @@ def predict(
         done = files.resume(path, ids, batch_size, record=record)
         # Hosts compute each batch together, so all start where the slowest
         # stopped.
-        begun = steps if done == len(ids) else done // batch_size
-        begun = compat.least(begun)
+        begun = compat.least(steps if done == len(ids) else done // batch_size)
         files.resume(path, ids, batch_size, begun * batch_size)
         if unread is not None:
             if compat.process()[0] == 0:
                 unread.resume(begun * batch_size * parts)
             compat.wait_for_all("list of what could not be read")
-        if record is not None and writes:
+        if writes:
             record.write(path)
         advance(begun)
         for step in range(begun, steps):
@@ -84,12 +83,12 @@ def predict(
                 model, options, samples, padded, unread is not None
             )
             pairs = zip((samples.ids[row] for row in rows), texts, strict=False)
-            failed += [row for row in rows if row in errors]
+            wrong = [row for row in rows if row in errors]
+            failed += wrong
+            if writes and unread is not None:
+                for row in wrong:
+                    unread.add(row, errors[row])
             if writes:
-                if unread is not None:
-                    for row in rows:
-                        if row in errors:
-                            unread.add(row, errors[row])
                 files.append(path, pairs)
             advance(1)
     if parts > 1:
@@ -193,12 +192,9 @@ def _merge(path, ids, parts, record):
             if part.is_file():
                 found |= files.read_predictions(part)
         files.check_predictions(found, ids)
-        draft = path.with_name(f".{path.name}")
-        draft.unlink(missing_ok=True)
-        files.append(draft, ((id, found[id]) for id in ids))
-        if record is not None:
+        with whole_file(path) as draft:
+            files.append(draft, ((id, found[id]) for id in ids))
             record.write(path)
-        os.replace(draft, path)
     compat.wait_for_all("predictions in one file")
 
 

@@ -51,9 +51,7 @@ def check_predictions(
         )
 
 
-def is_whole(
-    path: Path, ids: Sequence[str], record: RunRecord | None = None
-) -> bool:
+def is_whole(path: Path, ids: Sequence[str], record: RunRecord) -> bool:
     """Return whether a file has all rows of a run.
 
     Args:

@@ -5,11 +5,10 @@ import html
 import io
 import json
 import math
-import os
-from pathlib import Path
 
 from PIL import Image
 
+from keras_paligemma.atomic import whole_file
 from keras_paligemma.metrics.judges import JUDGES
 from keras_paligemma.preprocessing.images import read_image
 from keras_paligemma.tasks.answers import read_objects
@@ -50,8 +49,24 @@ def write_report(result, samples, predictions, worst) -> None:
         predictions: dict of ids to texts.
         worst: list of int, indices of the samples to show.
     """
+    facts = _facts(result) | {"worst": [samples.ids[row] for row in worst]}
+    _write(result.output / "results.json", json.dumps(facts, indent=2) + "\n")
+    page = _PAGE.format(
+        title=html.escape(result.benchmark.title),
+        facts=html.escape("; ".join(_about(result)) + "."),
+        rows="\n".join(_rows(result)),
+        figures="\n".join(
+            _figure(samples[row], predictions[samples.ids[row]])
+            for row in worst
+        ),
+    )
+    _write(result.output / "report.html", page)
+
+
+def _facts(result):
+    """Return the result for JSON, which has no nan."""
     benchmark = result.benchmark
-    facts = {
+    return {
         "benchmark": benchmark.name,
         "title": benchmark.title,
         "split": benchmark.split,
@@ -66,41 +81,34 @@ def write_report(result, samples, predictions, worst) -> None:
             for k, v in result.intervals.items()
         },
         "card": dict(result.card),
-        "worst": [samples.ids[row] for row in worst],
     }
-    _replace(result.output / "results.json", json.dumps(facts, indent=2) + "\n")
-    lines = []
+
+
+def _about(result):
+    """Yield what the report's first paragraph says."""
+    yield f"{result.samples:,} samples of the split {result.benchmark.split}"
+    yield f"prompt {result.benchmark.prompt!r}"
+    if result.card:
+        yield f"beside the card's {result.column}"
+    else:
+        yield "of which the card has no number"
+    if result.limited:
+        yield "the first samples alone, which the card's number is not of"
+
+
+def _rows(result):
+    """Yield the HTML of each value's row."""
     for name, value in result.values.items():
         low, high = result.intervals[name]
         cells = [name, f"{value:.2f}", f"{low:.2f} to {high:.2f}"]
         cells.append(f"{result.card[name]:g}" if name in result.card else "")
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        lines.append(f"<tr>{cells}</tr>")
+        yield f"<tr>{cells}</tr>"
     for name in result.unjudged:
-        cells = (name, f"needs a judge, {JUDGES[name]}")
-        first, second = map(html.escape, cells)
-        lines.append(f'<tr><td>{first}</td><td colspan="3">{second}</td></tr>')
-    about = [f"{result.samples:,} samples of the split {benchmark.split}"]
-    about.append(f"prompt {benchmark.prompt!r}")
-    about.append(
-        f"beside the card's {result.column}"
-        if result.card
-        else "of which the card has no number"
-    )
-    if result.limited:
-        about.append(
-            "the first samples alone, which the card's number is not of"
+        first, second = map(
+            html.escape, (name, f"needs a judge, {JUDGES[name]}")
         )
-    page = _PAGE.format(
-        title=html.escape(benchmark.title),
-        facts=html.escape("; ".join(about) + "."),
-        rows="\n".join(lines),
-        figures="\n".join(
-            _figure(samples[row], predictions[samples.ids[row]])
-            for row in worst
-        ),
-    )
-    _replace(result.output / "report.html", page)
+        yield f'<tr><td>{first}</td><td colspan="3">{second}</td></tr>'
 
 
 def _figure(sample, text):
@@ -146,8 +154,7 @@ def _number(value):
     return None if math.isnan(value) else value
 
 
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}")
+def _write(path, text):
     # A model can write half of a character, which is not valid UTF-8.
-    draft.write_bytes(text.encode("utf-8", "backslashreplace"))
-    os.replace(draft, path)
+    with whole_file(path) as draft:
+        draft.write_bytes(text.encode("utf-8", "backslashreplace"))

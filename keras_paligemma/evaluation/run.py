@@ -1,9 +1,9 @@
 """Run a benchmark: predict, resume if killed, score, report."""
 
-import dataclasses
 import os
 from collections.abc import Callable
 from collections.abc import Mapping
+from dataclasses import dataclass
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from keras_paligemma.metrics.judges import JUDGES
 PREDICTIONS = "predictions.jsonl"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Evaluation:
     """The result of a run.
 
@@ -164,10 +164,10 @@ def evaluate(
         options,
         samples,
         path,
-        batch_size,
-        shard,
-        progress,
         record,
+        batch_size=batch_size,
+        shard=shard,
+        progress=progress,
     )
     if compat.process()[0]:
         return None
@@ -176,17 +176,17 @@ def evaluate(
     column = card_column(model)
     scale = benchmark.scale
     result = Evaluation(
-        benchmark,
-        len(samples),
-        {name: scale * value for name, value in scores.values().items()},
-        {
+        benchmark=benchmark,
+        samples=len(samples),
+        values={name: scale * value for name, value in scores.values().items()},
+        intervals={
             name: (scale * low, scale * high)
             for name, (low, high) in scores.intervals().items()
         },
-        benchmark.card_numbers(column) if on_card else {},
-        column,
-        len(samples) < whole,
-        output,
+        card=benchmark.card_numbers(column) if on_card else {},
+        column=column,
+        limited=len(samples) < whole,
+        output=output,
     )
     write_report(result, samples, predictions, scores.worst(worst))
     return result

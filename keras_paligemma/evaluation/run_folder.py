@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from keras_paligemma import compat
+from keras_paligemma.atomic import whole_file
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.run_record import RunRecord
 from keras_paligemma.evaluation.run_record import describe_image
@@ -81,6 +81,5 @@ def claim_folder(output: Path, here: Mapping[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if compat.process()[0]:
         return
-    draft = output / ".settings.json"
-    draft.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")

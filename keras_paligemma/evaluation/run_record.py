@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from keras_paligemma import compat
-from keras_paligemma.atomic import sync
+from keras_paligemma.atomic import whole_file
+from keras_paligemma.preprocessing.images import is_uri
 from keras_paligemma.preprocessing.images import picture_path
 
 # Largest weight, in values, that a model's fingerprint includes.
@@ -78,11 +79,8 @@ class RunRecord:
         here = {"settings": self.settings, "rows": self.rows}
         if there is not None and vars(there) == here:
             return
-        draft = place.with_name(f".{place.name}")
-        draft.write_text(json.dumps(here) + "\n", encoding="utf-8")
-        sync(draft)
-        os.replace(draft, place)
-        sync(place.parent)
+        with whole_file(place) as draft:
+            draft.write_text(json.dumps(here) + "\n", encoding="utf-8")
 
 
 def record_path(path: Path) -> Path:
@@ -158,7 +156,7 @@ def describe_image(image: Any) -> Any:
     path = picture_path(image)
     if path.startswith("data:"):
         return hashlib.sha256(path.encode("utf-8", "replace")).hexdigest()
-    return path if "://" in path[:16] else os.path.abspath(path)
+    return path if is_uri(path) else os.path.abspath(path)
 
 
 def _read(place):

@@ -2,17 +2,15 @@
 
 import dataclasses
 import os
-import string
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
 from keras_paligemma.data.examples import located
+from keras_paligemma.data.fields import fill
 from keras_paligemma.evaluation.records import Picked
 from keras_paligemma.evaluation.registry import Benchmark
-
-# The original's separator of a list of choices in a prompt.
-_BETWEEN_CHOICES = " \t "
+from keras_paligemma.tasks.prompts import BETWEEN_OPTIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Samples:
             return Sample(
                 self.ids[index],
                 _images(record, self.benchmark),
-                _fill(self.benchmark.prompt, record),
+                _prompt(self.benchmark.prompt, record),
                 self._truth(record),
             )
 
@@ -196,20 +194,18 @@ def _opened(sample, benchmark):
     return sample.images
 
 
-def _fill(template: str, record: Mapping[str, Any]) -> str:
+def _prompt(template, record):
     """Fill a prompt template with the text of a record's fields."""
-    parts = []
-    for literal, field, _, _ in string.Formatter().parse(template):
-        parts.append(literal)
-        if field is None:
-            continue
+
+    def text_of(field):
         value = record.get(field)
         if isinstance(value, (list, tuple)):
-            value = _BETWEEN_CHOICES.join(map(str, value))
+            value = BETWEEN_OPTIONS.join(map(str, value))
         if not isinstance(value, str) or not value.strip():
             raise ValueError(
                 f"The prompt {template!r} needs the field {field!r}. "
                 f"Expected: text. Received: {value!r:.80}."
             )
-        parts.append(value)
-    return "".join(parts)
+        return value
+
+    return fill(template, text_of)

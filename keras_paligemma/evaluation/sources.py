@@ -163,9 +163,8 @@ def _tfds(benchmark, folder, split):
     """
     import tensorflow_datasets as tfds
 
-    split = (
-        benchmark.tfds_split if split == benchmark.split else None
-    ) or split
+    if split == benchmark.split:
+        split = benchmark.tfds_split or split
     several = "{language}" in split
     parts = []
     for language in benchmark.languages if several else ("",):
@@ -185,14 +184,10 @@ def _tfds(benchmark, folder, split):
 
 def _pictures(benchmark):
     """Return the paths of a data set's picture fields."""
+    if benchmark.frames:
+        return []
     paths = benchmark.fields["images"]
-    return (
-        []
-        if benchmark.frames
-        else paths
-        if isinstance(paths, list)
-        else [paths]
-    )
+    return paths if isinstance(paths, list) else [paths]
 
 
 def _in_memory(benchmark, dataset):

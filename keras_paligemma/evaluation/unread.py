@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from keras_paligemma.atomic import sync
+from keras_paligemma.atomic import whole_file
 
 
 class Unread:
@@ -49,10 +49,8 @@ class Unread:
         ]
         if b"".join(kept) == data:
             return
-        draft = self.path.with_name(f".{self.path.name}")
-        draft.write_bytes(b"".join(kept))
-        sync(draft)
-        os.replace(draft, self.path)
+        with whole_file(self.path) as draft:
+            draft.write_bytes(b"".join(kept))
 
     def add(self, row: int, error: Exception) -> None:
         """Append a picture, and wait until it is on the disk."""

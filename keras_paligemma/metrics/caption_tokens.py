@@ -28,14 +28,12 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-# Words that are split: contractions, and two words written as one.
+# Words that are split: contractions, and two words written as one, with the
+# length of the first.
 _ENDING = re.compile(r"^(.+?)(n't|'(?:s|m|d|re|ve|ll))$")
 _PAIRS = {
-    **dict.fromkeys(("cannot", "gonna", "gotta", "gimme", "lemme"), 3),
-    "wanna": 3,
-    "y'all": 2,
-    "'tis": 2,
-    "'twas": 2,
+    **dict.fromkeys("cannot gonna gotta gimme lemme wanna".split(), 3),
+    **dict.fromkeys("y'all 'tis 'twas".split(), 2),
 }
 # Words that keep their full stop, besides single letters.
 _ABBREVIATIONS = set(

@@ -14,7 +14,7 @@ _WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve "
     "thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
 ).split()
-_NUMERALS = {"none": "0"} | {word: str(n) for n, word in enumerate(_WORDS)}
+NUMERALS = {"none": "0"} | {word: str(n) for n, word in enumerate(_WORDS)}
 
 
 def tallyqa(
@@ -71,4 +71,4 @@ def numeral(text: str) -> str:
     >>> numeral("Seven"), numeral("7."), numeral("many")
     ('7', '7.', 'many')
     """
-    return _NUMERALS.get(text.lower(), text)
+    return NUMERALS.get(text.lower(), text)

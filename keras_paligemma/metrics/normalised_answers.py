@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from keras_paligemma.metrics.counting import NUMERALS
 from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import by_kind
 from keras_paligemma.metrics.scores import check_kinds
@@ -20,8 +21,6 @@ _DIGIT_COMMA = re.compile(r"\d,\d")
 # The official evaluator's lookbehind is misspelt and never matches, so a full
 # stop stays only before a digit.
 _FULL_STOP = re.compile(r"\.(?!\d)")
-
-_NUMBERS = "zero one two three four five six seven eight nine ten".split()
 
 # Contractions whose apostrophe is restored: the only one, or one of two.
 _CONTRACTIONS = (
@@ -47,7 +46,7 @@ def _replacements():
     Its list has keys with capitals, which never match lower-case words, and one
     reversed entry, which has an effect and is kept.
     """
-    table = {"none": "0"} | {word: str(n) for n, word in enumerate(_NUMBERS)}
+    table = {word: text for word, text in NUMERALS.items() if int(text) <= 10}
     table |= {word.replace("'", ""): word for word in _CONTRACTIONS}
     for word in _DOUBLE_CONTRACTIONS:
         base, first, second = word.split("'")

@@ -12,11 +12,13 @@ from keras_paligemma.metrics.scores import Scores
 from keras_paligemma.metrics.scores import check_rows
 from keras_paligemma.metrics.scores import column
 from keras_paligemma.tasks.locations import LAST
+from keras_paligemma.tasks.mask_codec import BOOK
+from keras_paligemma.tasks.mask_codec import CODES
+from keras_paligemma.tasks.mask_codec import SIDE
 from keras_paligemma.tasks.masks import from_rle
 
 # An answer begins with a box and a mask; the rest is ignored.
-_ANSWER = re.compile(r"<loc(\d{4})>" * 4 + r"<seg(\d{3})>" * 16)
-_CODES = 128
+_ANSWER = re.compile(r"<loc(\d{4})>" * 4 + r"<seg(\d{3})>" * CODES)
 # Masks decoded at a time.
 _BATCH = 64
 
@@ -123,7 +125,7 @@ def _parse(text):
         return None
     numbers = [int(number) for number in found.groups()]
     y1, x1, y2, x2 = numbers[:4]
-    inside = max(numbers[:4]) <= LAST and max(numbers[4:]) < _CODES
+    inside = max(numbers[:4]) <= LAST and max(numbers[4:]) < BOOK
     return numbers if inside and y2 > y1 and x2 > x1 else None
 
 
@@ -135,12 +137,13 @@ def _decode(parsed, decode):
         batch = rows[first : first + _BATCH]
         codes = np.array([parsed[row][4:] for row in batch], "int32")
         found = np.asarray(decode(codes), "float32")
-        if found.shape[:1] + found.shape[1:3] != (len(batch), 64, 64):
+        shape = (len(batch), SIDE, SIDE)
+        if found.shape[:3] != shape:
             raise ValueError(
                 "`decode` returned no masks. Expected: an array of shape "
-                f"{(len(batch), 64, 64)}. Received: {found.shape}."
+                f"{shape}. Received: {found.shape}."
             )
-        masks |= zip(batch, found.reshape(len(batch), 64, 64), strict=True)
+        masks |= zip(batch, found.reshape(shape), strict=True)
     return masks
 
 

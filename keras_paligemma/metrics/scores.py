@@ -115,12 +115,12 @@ class Scores:
         found = {}
         for name, drawn in self._combined(means).items():
             drawn = drawn[~np.isnan(drawn)]
-            bounds = (
-                np.percentile(drawn, [tail, 100 - tail])
+            low, high = (
+                np.percentile(drawn, [tail, 100 - tail]).tolist()
                 if len(drawn)
-                else ((np.nan, np.nan))
+                else (np.nan, np.nan)
             )
-            found[name] = (float(bounds[0]), float(bounds[1]))
+            found[name] = (low, high)
         return found
 
     def worst(self, count: int) -> list[int]:
@@ -170,10 +170,11 @@ def by_kind(
     {'acc/first': array([ 1., nan])}
     """
     kinds = np.array(kinds, dtype=object)
+    is_kind = {shown: kinds == kind for kind, shown in names.items()}
     return {
-        f"{name}/{shown}": np.where(kinds == kind, values, np.nan)
-        for kind, shown in names.items()
-        if (kinds == kind).any()
+        f"{name}/{shown}": np.where(rows, values, np.nan)
+        for shown, rows in is_kind.items()
+        if rows.any()
     }
 
 

@@ -71,8 +71,8 @@ class Streamed(keras.metrics.Metric):
             total, count = self._sums.get(name, (0.0, 0))
             counted = values[~np.isnan(values)]
             # Summed one by one, as in `Scores.values`.
-            for gram in counted.tolist():
-                total += gram
+            for value in counted.tolist():
+                total += value
             self._sums[name] = (total, count + len(counted))
         self._combine = scores.combine or self._combine
 

@@ -146,20 +146,9 @@ def compile_step(job, layout, remat, topology):
         sharding = distribution.get_data_layout(shape).backend_layout
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    prompts = (job.batch_size, job.prompt_length)
-    answers = (job.batch_size, job.response_length)
-    size = model.backbone.image_size
-    data = (
-        {
-            "images": given(job.images_shape(size), "float32"),
-            "prompt_ids": given(prompts, "int32"),
-            "prompt_mask": given(prompts, "bool"),
-            "response_ids": given(answers, "int32"),
-            "response_mask": given(answers, "bool"),
-        },
-        given(answers, "int32"),
-        given(answers, "float32"),
-    )
+    inputs = _inputs(job, model, job.response_length, given)
+    targets = inputs["response_ids"]
+    data = (inputs, targets, given(targets.shape, "float32"))
     step = jax.jit(
         model.train_step,
         donate_argnums=0,
@@ -198,19 +187,7 @@ def lower_generation(job, layout, responses, topology):
         sharding = distribution.get_data_layout(shape).backend_layout
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    prompts = (job.batch_size, job.prompt_length)
-    answers = (job.batch_size, responses)
-    size = model.backbone.image_size
-    inputs = {
-        name: given(shape, dtype)
-        for name, shape, dtype in (
-            ("images", job.images_shape(size), "float32"),
-            ("prompt_ids", prompts, "int32"),
-            ("prompt_mask", prompts, "bool"),
-            ("response_ids", answers, "int32"),
-            ("response_mask", answers, "bool"),
-        )
-    }
+    inputs = _inputs(job, model, responses, given)
     values = _abstract(distribution, variables)
     return _lowered(jax.jit(program), (inputs, values), distribution)
 
@@ -232,6 +209,20 @@ def _model(job, layout, remat, topology):
     model = PaliGemmaCausalLM(backbone, compile=False)
     model.compile(optimizer)
     return model, Sharded(layout, list(target.devices))
+
+
+def _inputs(job, model, response_length, given):
+    """Return the model's inputs, each made by `given(shape, dtype)`."""
+    prompts = (job.batch_size, job.prompt_length)
+    responses = (job.batch_size, response_length)
+    size = model.backbone.image_size
+    return {
+        "images": given(job.images_shape(size), "float32"),
+        "prompt_ids": given(prompts, "int32"),
+        "prompt_mask": given(prompts, "bool"),
+        "response_ids": given(responses, "int32"),
+        "response_mask": given(responses, "bool"),
+    }
 
 
 def _abstract(distribution, variables):

@@ -41,8 +41,8 @@ class Verdict:
     fits: bool
     source: str
     hbm_gib: float
-    split_gib: dict[str, Any]
-    bounds_s: dict[str, Any]
+    split_gib: dict[str, float]
+    bounds_s: dict[str, float]
     flops: float | None = None
 
 
@@ -72,9 +72,9 @@ class Plan:
     slice: str
     hbm_limit_gib: float
     source: str
-    tried: tuple[Any, ...]
+    tried: tuple[Verdict, ...]
     best: Verdict | None
-    details_gib: dict[str, Any]
+    details_gib: dict[str, float]
     smallest: str | None
     code: str | None
     advice: str | None

@@ -1,7 +1,6 @@
 """Conversion of pictures to the inputs of the vision encoder."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from typing import Self
 
@@ -147,9 +146,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
             ValueError: the folder holds a preset with a preprocessor, or
                 another library's files.
         """
-        folder = Path(preset_dir).expanduser()
-        parts.refuse_other_files(folder)
-        super().save_to_preset(str(folder))
+        super().save_to_preset(parts.folder_for(preset_dir))
 
     @classproperty
     def presets(cls) -> dict[str, Any]:

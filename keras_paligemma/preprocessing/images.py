@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from PIL.ExifTags import Base
 
+from keras_paligemma.preprocessing.inputs import is_numeric
 from keras_paligemma.preprocessing.inputs import to_numpy
 
 # Longer names are shortened in errors: a data: URI may have megabytes.
@@ -96,12 +97,17 @@ def picture_path(name: str | os.PathLike[str], folder: str = "") -> str:
     if name.startswith("file:"):
         name = name.removeprefix("file:").removeprefix("//")
         name = unquote(name.removeprefix("localhost"))
-    elif name.startswith("data:") or "://" in name[:16]:
+    elif is_uri(name):
         return name
     path = os.path.join(folder, name)
     if "\\" in path and os.sep != "\\" and not os.path.exists(path):
         path = path.replace("\\", "/")
     return path
+
+
+def is_uri(path: str) -> bool:
+    """Return whether a path that `picture_path` returned is a URI."""
+    return path.startswith("data:") or "://" in path[:16]
 
 
 def openable(
@@ -180,12 +186,12 @@ def to_bytes(array: np.ndarray, name: str) -> np.ndarray:
         return array
     if dtype == "uint16":
         return ((array.astype("uint32") + 128) // 257).astype("uint8")
-    is_float = dtype.startswith(("float", "bfloat"))
-    if not is_float and not dtype.startswith(("int", "uint")):
+    if not is_numeric(array):
         raise ValueError(
             f"{name} is not made of numbers. Expected: uint8, uint16, another "
             f"integer type or floats. Received: dtype {dtype}."
         )
+    is_float = "float" in dtype
     # NumPy alone cannot compare bfloat16.
     array = array.astype("float32") if is_float else array
     low, high = (array.min(), array.max()) if array.size else (0, 0)

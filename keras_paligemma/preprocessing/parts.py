@@ -49,21 +49,24 @@ def has_preprocessor(folder) -> bool:
     return isinstance(found, dict) and bool(found.get("preprocessor"))
 
 
-def refuse_other_files(folder):
-    """Raise if a part's files would replace or contradict others.
+def folder_for(preset_dir) -> str:
+    """Return the folder to save a part to, unless it has files of others.
 
     A model's preset with a preprocessor already has the part's configuration.
     A backbone's preset does not have it, so a preprocessor may be saved beside
     it, before or after.
 
     Args:
-        folder: path, which need not exist.
+        preset_dir: path of the folder, which need not exist.
+
+    Returns:
+        str, the path with `~` expanded, as KerasHub takes it.
 
     Raises:
         ValueError: the folder holds a model of another format, a preset with
             a preprocessor, or a foreign file with a part's name.
     """
-    folder = Path(folder)
+    folder = Path(preset_dir).expanduser()
     config = atomic.current(folder, presets.CONFIG) / presets.CONFIG
     if has_preprocessor(folder):
         raise ValueError(
@@ -81,6 +84,7 @@ def refuse_other_files(folder):
             f"{folder} holds {names} of another library, which would be "
             "replaced or contradicted. Expected: another folder."
         )
+    return str(folder)
 
 
 def _is_ours(path):

@@ -1,7 +1,6 @@
 """The preprocessor, which defines how text is laid out in a sequence."""
 
 import os
-from pathlib import Path
 from typing import Any
 from typing import Self
 
@@ -251,9 +250,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             ValueError: the folder holds a preset with a preprocessor, or
                 another library's files.
         """
-        folder = Path(preset_dir).expanduser()
-        parts.refuse_other_files(folder)
-        super().save_to_preset(str(folder))
+        super().save_to_preset(parts.folder_for(preset_dir))
 
     @classproperty
     def presets(cls) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 from typing import Self
 
@@ -197,9 +196,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             ValueError: the folder holds a preset with a preprocessor, or
                 another library's files.
         """
-        folder = Path(preset_dir).expanduser()
-        parts.refuse_other_files(folder)
-        super().save_to_preset(str(folder))
+        super().save_to_preset(parts.folder_for(preset_dir))
 
     @classproperty
     def presets(cls) -> dict[str, Any]:

@@ -60,14 +60,12 @@ def auto(
     training = Training(Job(preset, **job), (remat,))
     # A v5e's speeds stand for all devices: only the order of the layouts
     # depends on their ratios.
-    kind = machines.find("v5e-1")
-    machine = machines.Machine(
-        "here",
-        len(devices),
-        memory_gib,
-        kind.flops,
-        kind.bandwidth,
-        kind.link,
+    machine = dataclasses.replace(
+        machines.find("v5e-1"),
+        name="here",
+        chips=len(devices),
+        memory=memory_gib,
+        topology=None,
     )
     candidates = training.candidates(machine)
     for candidate in candidates:

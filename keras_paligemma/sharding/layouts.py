@@ -208,11 +208,9 @@ def axes_of(name):
         return ["s"]
     # Optimizer variables have the weight's name with "_" for "/".
     found = re.search(_IN_OPTIMIZERS, name)
-    return TABLE[_FLAT[_without_number(found[1])]] if found else None
-
-
-def _without_number(flat):
-    return re.sub(r"blocks_\d+_block_", "blocks_", flat)
+    if found is None:
+        return None
+    return TABLE[_FLAT[re.sub(r"blocks_\d+_block_", "blocks_", found[1])]]
 
 
 _FLAT = {name.replace("/", "_"): name for name in TABLE}

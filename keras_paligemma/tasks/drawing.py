@@ -289,9 +289,8 @@ def _draw_line(pen, box, patch, colour, line):
 def _words(item):
     """Return the label, on one line, and the score."""
     label = item.label[:_LONGEST_LABEL].encode("utf-8", "replace").decode()
-    return " ".join(
-        label.split()
-    ), "" if item.score is None else f"{item.score:.2f}"
+    score = "" if item.score is None else f"{item.score:.2f}"
+    return " ".join(label.split()), score
 
 
 def _fit(label, score, font, room):

@@ -45,10 +45,8 @@ def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
             "An empty mask has no box. Expected: one pixel or more. Received: "
             f"none of {mask.shape[0]} × {mask.shape[1]}."
         )
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    edges = (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1)
-    x1, y1, x2, y2 = (int(edge) for edge in edges)
-    return x1, y1, x2, y2
+    rows, columns = (np.flatnonzero(mask.any(axis)).tolist() for axis in (1, 0))
+    return rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
 
 
 def paste(
@@ -124,12 +122,7 @@ def from_segmentation(
     """
     if isinstance(segmentation, Mapping):
         return from_rle(segmentation, size)
-    if isinstance(segmentation, Sequence) and not isinstance(segmentation, str):
-        return from_polygons(segmentation, size)
-    raise ValueError(
-        "This is no mask. Expected: a list of polygons, or a dictionary of "
-        f"run lengths. Received: {segmentation!r:.80}."
-    )
+    return from_polygons(_check_list(segmentation), size)
 
 
 def check_segmentation(
@@ -142,13 +135,19 @@ def check_segmentation(
     """
     if isinstance(segmentation, Mapping):
         bounds(from_rle(segmentation, size))
-    elif isinstance(segmentation, Sequence) and not isinstance(
-        segmentation, str
-    ):
-        for number, polygon in enumerate(segmentation):
-            _flat(number, polygon)
-    else:
-        from_segmentation(segmentation, size)
+        return
+    for number, polygon in enumerate(_check_list(segmentation)):
+        _flat(number, polygon)
+
+
+def _check_list(segmentation):
+    """Return polygons; raise if there is no list of them."""
+    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str):
+        raise ValueError(
+            "This is no mask. Expected: a list of polygons, or a dictionary of "
+            f"run lengths. Received: {segmentation!r:.80}."
+        )
+    return segmentation
 
 
 def from_polygons(
@@ -351,9 +350,9 @@ def _polygons(mask, left):
         moved = [loop[:, ::-1] + (left, 0) for loop in loops]
         return [loop.reshape(-1).astype(float).tolist() for loop in moved]
     # Cut at the median hole, so that both halves have about the same size.
-    column = (
-        int(sorted(loop[:, 1].min() for loop in holes)[len(holes) // 2]) + 1
-    )
-    return _polygons(mask[:, :column], left) + _polygons(
-        mask[:, column:], left + column
-    )
+    starts = sorted(int(loop[:, 1].min()) for loop in holes)
+    column = starts[len(starts) // 2] + 1
+    return [
+        *_polygons(mask[:, :column], left),
+        *_polygons(mask[:, column:], left + column),
+    ]

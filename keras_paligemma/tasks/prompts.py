@@ -4,6 +4,7 @@ Prompts do not end in "\\n": the preprocessor adds it.
 """
 
 import re
+import string
 from collections.abc import Sequence
 
 # Language codes of WebLI, COCO-35L and XM3600, on which the published models
@@ -16,7 +17,8 @@ LANGUAGES = (
 
 SEPARATOR = " ; "
 
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# Between the options of a multiple choice, as in the original.
+BETWEEN_OPTIONS = " \t "
 
 # Separators of labels, and tokens of boxes and masks, are not part of a label.
 _NO_LABEL = re.compile(r"[;\n]|<(loc|seg)\w*>")
@@ -172,7 +174,7 @@ def multiple_choice(
 
     Source: big_vision `configs/proj/paligemma/transfers/ai2d.py`.
     """
-    joined = " \t ".join(_options(options))
+    joined = BETWEEN_OPTIONS.join(_options(options))
     # Two spaces, as in the original's prompts.
     asked = f"answer {_language(lang)}  {_text(question, 'question')}"
     return f"{asked} choose from: {joined}"
@@ -204,19 +206,28 @@ def science_qa(question: str, options: Sequence[str], context: str = "") -> str:
     Source: big_vision `configs/proj/paligemma/transfers/science_qa.py`.
     """
     options = _options(options)
-    if len(options) > len(_LETTERS):
+    most = len(string.ascii_uppercase)
+    if len(options) > most:
         raise ValueError(
             f"There are more options than letters. Expected: at most "
-            f"{len(_LETTERS)}. Received: {len(options)}."
+            f"{most}. Received: {len(options)}."
         )
-    lettered = ", ".join(
-        f"({letter}) {option}"
-        for letter, option in zip(_LETTERS, options, strict=False)
-    )
     return (
         f"Question: {_text(question, 'question')}\nContext: {context}\n"
-        f"Options: {lettered}\nAnswer:"
+        f"Options: {lettered(options)}\nAnswer:"
     )
+
+
+def lettered(options: Sequence[str]) -> str:
+    """Return up to 26 options, each with its letter, as in ScienceQA.
+
+    Example:
+
+    >>> lettered(["a cow", "a wolf"])
+    '(A) a cow, (B) a wolf'
+    """
+    pairs = zip(string.ascii_uppercase, options, strict=False)
+    return ", ".join(f"({letter}) {option}" for letter, option in pairs)
 
 
 def _language(lang):

@@ -126,8 +126,7 @@ class RunCheckpoint(keras.callbacks.Callback):
             raise ValueError(
                 f"The loss is {loss} after step {self.step + 1}. The latest "
                 f"checkpoint is of step {self._files.latest() or 0}, before "
-                "that. "
-                "Lower the learning rate, clip gradients, or look at the "
+                "that. Lower the learning rate, clip gradients, or look at the "
                 "examples of that step."
             )
         self.step += 1
@@ -143,8 +142,7 @@ class RunCheckpoint(keras.callbacks.Callback):
 
     def _place(self, step):
         """Return the state of the data at a step, as JSON values."""
-        whole = self.batches.get_state(0)
-        return whole | {"batches": step}
+        return self.batches.get_state() | {"batches": step}
 
     def _state(self):
         """Return the variables that a step changes, in groups."""
@@ -198,13 +196,13 @@ class RunCheckpoint(keras.callbacks.Callback):
         self._begun = []
         if self.step % len(self.batches):
             metrics = self.model.metrics_variables
-            values = found["epoch_metrics"], found["state"]["optimizer"]
-            self._begun += zip(metrics, values[0], strict=True)
+            self._begun += zip(metrics, found["epoch_metrics"], strict=True)
+            optimizer = zip(
+                state["optimizer"], found["state"]["optimizer"], strict=True
+            )
             self._begun += [
                 (variable, value)
-                for variable, value in zip(
-                    state["optimizer"], values[1], strict=True
-                )
+                for variable, value in optimizer
                 if variable.path.endswith("learning_rate")
             ]
         self._waits = False

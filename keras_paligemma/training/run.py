@@ -1,6 +1,5 @@
 """Fine-tune by settings: plan, train or resume, save."""
 
-import dataclasses
 import json
 from typing import TYPE_CHECKING
 from typing import Any
@@ -45,16 +44,7 @@ def finetune(
     keras.utils.set_random_seed(settings.seed)
     if source is None:
         source = open_data(settings, settings.data)
-    validation = None
-    if settings.validation is not None:
-        split = "val" if settings.validation == settings.data else "train"
-        validation = open_data(settings, settings.validation, split)
-        if not len(validation):
-            raise ValueError(
-                "There is nothing to validate with. Received: "
-                f"validation={settings.validation!r} of no examples. "
-                "Expected: at least one; or leave validation out."
-            )
+    validation = _open_validation(settings)
     output = atomic.local(settings.output)
     _check_output(settings, output)
     model = build(settings)
@@ -81,9 +71,8 @@ def finetune(
     if dry_run:
         return None
     _keep_settings(settings, output)
-    kwargs = {}
     if validation is not None:
-        kwargs["validation_data"] = Batches(
+        validation = Batches(
             validation,
             model.preprocessor,
             settings.batch_size,
@@ -101,7 +90,7 @@ def finetune(
         callbacks=[
             keras.callbacks.CSVLogger(str(output / "log.csv"), append=True)
         ],
-        **kwargs,
+        validation_data=validation,
     )
     if settings.lora_rank:
         model.save_adapter(output / "adapter", base=settings.preset)
@@ -114,6 +103,21 @@ def finetune(
         for message in list(batches.problems.values())[:5]:
             print(f"  {message}")
     return history
+
+
+def _open_validation(settings):
+    """Open the examples to validate with; return `None` if there are none."""
+    if settings.validation is None:
+        return None
+    split = "val" if settings.validation == settings.data else "train"
+    validation = open_data(settings, settings.validation, split)
+    if not len(validation):
+        raise ValueError(
+            "There is nothing to validate with. Received: "
+            f"validation={settings.validation!r} of no examples. Expected: at "
+            "least one; or leave validation out."
+        )
+    return validation
 
 
 def open_data(settings, path, split="train"):
@@ -175,7 +179,7 @@ def _keep_settings(settings, output):
 
 
 def _as_json(settings):
-    return json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
+    return json.dumps(settings.to_dict(), indent=2) + "\n"
 
 
 def build(settings):
@@ -193,9 +197,10 @@ def build(settings):
         *("quantize", "dtype", "remat", "dropout"),
         *("image_size", "prompt_length", "response_length"),
     )
-    chosen = {name: getattr(settings, name) for name in names}
     chosen = {
-        name: value for name, value in chosen.items() if value is not None
+        name: value
+        for name in names
+        if (value := getattr(settings, name)) is not None
     }
     model = PaliGemmaCausalLM.from_preset(settings.preset, **chosen)
     if model.adapters.capacity is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_paligemma.preprocessing.images import read_image
+from keras_paligemma.data.examples import frames_of
 from keras_paligemma.tasks.answers import read_objects
 from keras_paligemma.tasks.contact_sheet import contact_sheet
 from keras_paligemma.tasks.drawing import draw_objects
@@ -87,18 +87,14 @@ class SamplePredictions(keras.callbacks.Callback):
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             pictures = [
-                draw_objects(_seen(image), read_objects(answer))
+                # Of frames, the first one.
+                draw_objects(frames_of(image)[0], read_objects(answer))
                 for image, answer in zip(inputs["images"], answers, strict=True)
             ]
             # Boxes are drawn, so their tokens are left out of the text.
             words = [
-                re.sub(r"<(loc|seg)\d+>", "", answer) for answer in answers
+                re.sub(r"<(loc|seg)\d+>", "", answer).strip()
+                for answer in answers
             ]
-            sheet = contact_sheet(pictures, [word.strip() for word in words])
+            sheet = contact_sheet(pictures, words)
             sheet.save(self.directory / f"epoch_{epoch + 1:04}.png")
-
-
-def _seen(image):
-    """Return a picture as uint8 RGB; for frames, the first one."""
-    frames = isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4
-    return read_image(image[0] if frames else image)

@@ -14,6 +14,8 @@ from keras_paligemma.types import Tensor
 MEANS = ("example", "token")
 # Assumed size of a batch of unknown size: Keras's default.
 USUAL_BATCH = 32
+# Tokens whose logits an accelerator has in memory at a time.
+CHUNK_TOKENS = 256
 
 
 @keras.saving.register_keras_serializable(package="keras_paligemma")
@@ -171,7 +173,8 @@ class StreamedCrossEntropy(keras.losses.Loss):
         # A chunk has tokens of every row: the batch size may be unknown, as in
         # TensorFlow's graphs, or the batch sharded over devices.
         rows = -(-(B or USUAL_BATCH) // _replicas())
-        tokens = self.chunk_tokens or (32 if platform() == "cpu" else 256)
+        usual = 32 if platform() == "cpu" else CHUNK_TOKENS
+        tokens = self.chunk_tokens or usual
         size = max(1, tokens // rows)
         if size >= R:
             return function(hidden_BRD, targets_BR)

@@ -2,13 +2,14 @@
 
 import ml_dtypes
 
+from keras_paligemma.tuning.losses import CHUNK_TOKENS
+
 
 def estimate_memory(
     backbone,
     batch_size,
     text_length,
     response_length,
-    chunk_tokens=256,
     accumulates=False,
     pictures=1,
 ):
@@ -23,7 +24,6 @@ def estimate_memory(
         batch_size: int, examples on this device.
         text_length: int, prompt and response tokens.
         response_length: int, response tokens.
-        chunk_tokens: int, as in `StreamedCrossEntropy`.
         accumulates: bool, whether gradients are accumulated over steps.
         pictures: int, pictures or frames per example.
 
@@ -69,7 +69,7 @@ def estimate_memory(
         3 * text.intermediate_dim,
         text.num_query_heads,
     )
-    tokens = min(batch_size * response_length, chunk_tokens)
+    tokens = min(batch_size * response_length, CHUNK_TOKENS)
     return {
         "weights": stored,
         "gradients and moments": trained,

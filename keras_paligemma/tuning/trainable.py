@@ -80,29 +80,29 @@ def check_trainable(backbone, trained=None):
             or another adapter than the one whose moments the optimizer has.
     """
     adapters = backbone.adapters
-    if adapters.capacity is not None and (
-        adapters.active is None or adapters.merged is not None
-    ):
+    if adapters.capacity is None:
+        if backbone.quantization:
+            raise ValueError(
+                f"A model of {backbone.quantization} kernels has no gradients "
+                "of them: they are frozen integers. Received: a model without "
+                "adapters to train. Call `enable_lora` and compile again, or "
+                "load it without `quantize`."
+            )
+        return None
+    if adapters.active is None or adapters.merged is not None:
         state = "off" if adapters.active is None else "merged"
         raise ValueError(
             f"An adapter that takes no part is not trained. Received: adapters "
             f"that are {state}. Call `adapters.select({adapters.loaded!r})`, "
             "or `adapters.unmerge()`, first."
         )
-    if adapters.capacity is not None and trained not in (None, adapters.loaded):
+    if trained not in (None, adapters.loaded):
         raise ValueError(
             "The optimizer's moments are another adapter's. Received: "
             f"{adapters.loaded!r} to train, after {trained!r}. Compile with "
             "a new optimizer first."
         )
-    if backbone.quantization and backbone.adapters.capacity is None:
-        raise ValueError(
-            f"A model of {backbone.quantization} kernels has no gradients of "
-            "them: they are frozen integers. Received: a model without "
-            "adapters to train. Call `enable_lora` and compile again, or load "
-            "it without `quantize`."
-        )
-    return None if adapters.capacity is None else adapters.loaded
+    return adapters.loaded
 
 
 def table(backbone):

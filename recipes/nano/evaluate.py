@@ -252,7 +252,7 @@ def mask_overlap(example, response):
 
 
 def read_mask(text, name, size):
-    """Return the mask of an answer's first object with a name, or `None`."""
+    """Return the mask of an answer's only object; empty if it has none."""
     boxes = read_boxes(text, name, size)
     codes = [int(code) for code in re.findall(r"<seg(\d{3})>", text)]
     if not boxes or len(codes) != CODES:

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_paligemma.tasks.locations import to_locations
 from recipes.nano import lettering
 from recipes.nano import questions
 from recipes.nano import scenes
@@ -186,8 +187,7 @@ def batch(made, asked, which, kept, preprocessor):
         for number, placed in enumerate(scene.objects):
             here = which[row] == number
             name_BI[row, here] = 1 + classes.index(placed.name)
-            share = np.array(placed.box) / SIZE
-            box_BI4[row, here] = np.round(share * (scenes.LOCATIONS - 1))
+            box_BI4[row, here] = to_locations(np.divide(placed.box, SIZE))
             boxed_BI[row, here] = 1
     letter_BI2 = np.stack([letters_of_halves(scene) for scene in made])
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from keras_paligemma.tasks.locations import LAST
+from keras_paligemma.tasks.locations import to_locations
 from recipes.nano import languages
 from recipes.nano.fetch import ALPHA_THRESHOLD
 from recipes.nano.fetch import DEFAULT_CACHE
@@ -32,7 +34,7 @@ ABSENT_SHARE = 0.15
 # Of detection scenes with several objects, the share with two of one class.
 PAIR_SHARE = 0.25
 
-LOCATIONS = 1024
+LOCATIONS = LAST + 1
 
 # Changes of a varied picture's colours: turn of the hue in degrees, and factor
 # of the saturation. Some have any hue, or none, so that a class is not known by
@@ -363,8 +365,7 @@ def draw(rng, classes, count):
 
 def location_tokens(box, size):
     """Write a box as four location tokens, in the order y1 x1 y2 x2."""
-    last = LOCATIONS - 1
-    values = (min(max(round(v / size * last), 0), last) for v in box)
+    values = to_locations(np.clip(np.divide(box, size), 0, 1)).tolist()
     return "".join(f"<loc{value:04d}>" for value in values)
 
 

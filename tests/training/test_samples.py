@@ -9,7 +9,6 @@ from keras_paligemma.tasks.contact_sheet import FONT_SIZE
 from keras_paligemma.tasks.contact_sheet import MARGIN
 from keras_paligemma.tasks.contact_sheet import contact_sheet
 from keras_paligemma.training import SamplePredictions
-from keras_paligemma.training import samples
 from tests.training import killed_run
 
 
@@ -79,12 +78,32 @@ def test_pictures_are_drawn_as_the_model_sees_them(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (60, 30)).save(tmp_path / "turned.jpg", exif=exif)
-    for turned in (
-        tmp_path / "turned.jpg",
-        (tmp_path / "turned.jpg").read_bytes(),
-        [tmp_path / "turned.jpg", np.zeros((9, 9, 3), "uint8")],
-    ):
-        assert samples._seen(turned).shape == (60, 30, 3)
-    deep = Image.fromarray(np.full((9, 9), 32768, "uint16"))
-    assert samples._seen(deep)[0, 0, 0] == 128
-    assert samples._seen(np.full((2, 9, 9, 3), 7.0)).shape == (9, 9, 3)
+    turned = tmp_path / "turned.jpg"
+    images = [
+        turned,
+        turned.read_bytes(),
+        [turned, np.zeros((9, 9, 3), "uint8")],
+        Image.fromarray(np.full((9, 9), 32768, "uint16")),
+        np.full((2, 9, 9, 3), 7.0),
+    ]
+
+    class Silent:
+        def generate(self, inputs, max_new_tokens):
+            return [""] * len(inputs["prompts"])
+
+    examples = {"images": images, "prompts": ["caption en"] * len(images)}
+    look = SamplePredictions(examples, tmp_path)
+    look.set_model(Silent())
+    look.on_epoch_end(0)
+    pixels = np.asarray(Image.open(tmp_path / "epoch_0001.png"))
+
+    def cell(row, column):
+        y = MARGIN + row * (MARGIN + CELL + 2 * FONT_SIZE)
+        x = MARGIN + column * (MARGIN + CELL)
+        return pixels[y : y + CELL, x : x + CELL]
+
+    for column in range(3):  # Twice as high as wide.
+        upright = cell(0, column)
+        assert (upright[:, : CELL // 2] == 0).all()
+        assert (upright[:, CELL // 2 :] == 255).all()
+    assert (cell(1, 0) == 128).all() and (cell(1, 1) == 7).all()
