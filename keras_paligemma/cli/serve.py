@@ -3,14 +3,15 @@
 import os
 from pathlib import Path
 from typing import Annotated
-from typing import Any
 
 import typer
 
 from keras_paligemma.cli.environment import quiet_imports
 from keras_paligemma.cli.options import CacheDtype
+from keras_paligemma.cli.options import Dtype
 from keras_paligemma.cli.options import Quantize
 from keras_paligemma.cli.options import Source
+from keras_paligemma.cli.options import given
 
 
 def serve(
@@ -36,7 +37,7 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="Model's name; default: the source's")
     ] = None,
-    dtype: Annotated[str | None, typer.Option()] = None,
+    dtype: Dtype = None,
     quantize: Quantize = None,
     cache_dtype: CacheDtype = None,
     adapter: Annotated[
@@ -89,15 +90,17 @@ def serve(
             "KERAS_PALIGEMMA_TOKEN is set, but empty. Expected: a token, or no "
             "such variable, with which the server takes all requests."
         )
-    options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
-    options = {key: value for key, value in options.items() if value}
     if saved_model.is_saved_model(source):
-        given = options | {"cache_dtype": cache_dtype, "adapter": adapter}
-        given = {key: value for key, value in given.items() if value}
-        if given:
+        unused = given(
+            dtype=dtype,
+            quantize=quantize,
+            cache_dtype=cache_dtype,
+            adapter=adapter or None,
+        )
+        if unused:
             raise ValueError(
                 "A SavedModel is served as it was exported. Received: "
-                f"{source} with {given}. Expected: a checkpoint, or none of "
+                f"{source} with {unused}. Expected: a checkpoint, or none of "
                 "these options."
             )
         # A SavedModel needs TensorFlow, whatever the configured backend.
@@ -108,7 +111,9 @@ def serve(
         with quiet_imports():
             from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
             from keras_paligemma.serve.preset_model import PresetModel
-        loaded = PaliGemmaCausalLM.from_preset(source, **options)
+        loaded = PaliGemmaCausalLM.from_preset(
+            source, **given(dtype=dtype, quantize=quantize)
+        )
         used = loaded.adapters.active
         for folder in adapter or []:
             loaded.load_adapter(folder, folder.resolve().name)
