@@ -8,7 +8,6 @@ evaluation. `max_tokens` is limited to the model's longest answer.
 
 import asyncio
 import functools
-import json
 import time
 import uuid
 from typing import NoReturn
@@ -18,15 +17,16 @@ from starlette.responses import StreamingResponse
 
 from keras_paligemma.serve.asking import accepted
 from keras_paligemma.serve.asking import answers_of
+from keras_paligemma.serve.asking import event_of
 from keras_paligemma.serve.asking import events_of
 from keras_paligemma.serve.limits import openai_error
 from keras_paligemma.serve.requests import Choice
 from keras_paligemma.serve.requests import Field
 from keras_paligemma.serve.requests import Refused
+from keras_paligemma.serve.requests import check_prompt
 from keras_paligemma.serve.requests import read_base64
 from keras_paligemma.serve.requests import read_fields
 from keras_paligemma.serve.requests import read_json
-from keras_paligemma.serve.requests import read_prompt
 from keras_paligemma.serve.requests import read_stop
 from keras_paligemma.serve.tokens import BYTE
 
@@ -102,7 +102,7 @@ def chat(service):
         body = read_json(request.scope["body"])
         fields = read_fields(body, FIELDS, IGNORED)
         address, prompt = _message(fields["messages"])
-        read_prompt(prompt, service.limits, "messages")
+        check_prompt(prompt, service.limits, "messages")
         choice = _choice(service, fields)
         most = min(service.limits.copies, service.batches.room)
         if fields["n"] > most:
@@ -301,7 +301,7 @@ async def _stream(reply, replies, fields):
 
     def chunk(index, delta, **more):
         choice = {"index": index, "delta": delta, "finish_reason": None}
-        return _event(reply | {"choices": [choice | more]})
+        return event_of(reply | {"choices": [choice | more]})
 
     for index in range(len(replies)):
         yield chunk(index, {"role": "assistant", "content": ""})
@@ -315,18 +315,11 @@ async def _stream(reply, replies, fields):
             if fields["logprobs"]:
                 more["logprobs"] = _logprobs(event)
             yield chunk(index, {}, **more)
-    except Refused as error:
-        yield _event({"error": openai_error(error)})
     # The status has been sent already, so the error is an event.
-    except Exception:  # noqa: BLE001
-        failed = Refused(500, "The server failed to answer.")
-        yield _event({"error": openai_error(failed)})
+    except Exception as error:  # noqa: BLE001
+        yield event_of({"error": openai_error(Refused.of(error))})
     else:
         if isinstance(options, dict) and options.get("include_usage"):
             usage = {"choices": [], "usage": _usage(answers)}
-            yield _event(reply | usage)
+            yield event_of(reply | usage)
     yield "data: [DONE]\n\n"
-
-
-def _event(content):
-    return f"data: {json.dumps(content)}\n\n"
