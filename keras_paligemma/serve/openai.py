@@ -31,21 +31,21 @@ from keras_paligemma.serve.requests import read_stop
 from keras_paligemma.serve.tokens import BYTE
 
 FIELDS = {
-    "model": Field("string", "The model's name, or an adapter's", default=...),
-    "messages": Field("any", "One of the user: image_url, text", default=...),
+    "model": Field("string", "Name of the model or an adapter", default=...),
+    "messages": Field("any", "One: a user's image_url and text", default=...),
     "max_tokens": Field("integer", "Longest answer", 1, 2**31),
-    "max_completion_tokens": Field("integer", "The same", 1, 2**31),
-    "temperature": Field("number", "0: likeliest tokens", 0, 2, 0.0),
-    "top_p": Field("number", "Draw among so much probability", 1e-6, 1, 1.0),
-    "n": Field("integer", "Answers", 1, 128, 1),
-    "seed": Field("integer", "The same draws again", -(2**63), 2**63),
+    "max_completion_tokens": Field("integer", "As max_tokens", 1, 2**31),
+    "temperature": Field("number", "0 decodes greedily", 0, 2, 0.0),
+    "top_p": Field("number", "Sample from this probability", 1e-6, 1, 1.0),
+    "n": Field("integer", "Number of answers", 1, 128, 1),
+    "seed": Field("integer", "Repeats samples", -(2**63), 2**63),
     "stop": Field("strings", "Strings that end the answer"),
     "stream": Field("boolean", "Server-sent events", default=False),
-    "stream_options": Field("any", "include_usage"),
-    "logprobs": Field("boolean", "Tell log-probabilities", default=False),
-    "top_logprobs": Field("integer", "Likeliest tokens a place", 0, 20, 0),
-    "frequency_penalty": Field("number", "None", 0, 0, 0),
-    "presence_penalty": Field("number", "None", 0, 0, 0),
+    "stream_options": Field("any", "Object, with include_usage"),
+    "logprobs": Field("boolean", "Return log-probabilities", default=False),
+    "top_logprobs": Field("integer", "Likeliest tokens each", 0, 20, 0),
+    "frequency_penalty": Field("number", "0 alone", 0, 0, 0),
+    "presence_penalty": Field("number", "0 alone", 0, 0, 0),
 }
 # Fields for OpenAI's own bookkeeping: they change no answer.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier")

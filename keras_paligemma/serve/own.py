@@ -29,10 +29,10 @@ from keras_paligemma.tasks.answers import read_objects
 COMMON = {
     "image": Field("string", "Picture in base64, or a data: URI", default=...),
     "max_new_tokens": Field("integer", "Longest answer", 1, 2**31 - 1),
-    "temperature": Field("number", "0: likeliest tokens", 0, 100, 0.0),
-    "top_p": Field("number", "Draw among so much probability", 1e-6, 1, 1.0),
-    "top_k": Field("integer", "Draw among so many tokens", 1, 2**31 - 1),
-    "seed": Field("integer", "The same draws again", 0, 2**31 - 1),
+    "temperature": Field("number", "0 decodes greedily", 0, 100, 0.0),
+    "top_p": Field("number", "Sample from this probability", 1e-6, 1, 1.0),
+    "top_k": Field("integer", "Sample from this many tokens", 1, 2**31 - 1),
+    "seed": Field("integer", "Repeats samples", 0, 2**31 - 1),
     "stop": Field("strings", "Strings that end the answer"),
     "adapter": Field("string", "Name of an adapter"),
 }
