@@ -419,6 +419,15 @@ def test_another_dtype_in_pieces(tmp_path):
     assert found.config.backbone.dtype == "bfloat16"
 
 
+def test_export_chooses_its_backend_before_keras_is_imported():
+    code = """
+import sys
+from keras_paligemma.export import targets
+print("keras" in sys.modules)
+"""
+    assert run(code) == "False\n"
+
+
 def test_export_counts_parameters_and_takes_every_number(tmp_path, monkeypatch):
     exported = []
     monkeypatch.setenv("KERAS_BACKEND", "")  # The command sets it.
