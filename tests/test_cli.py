@@ -152,6 +152,17 @@ print(importlib.util.find_spec("tensorflow") is not None)
     ]
 
 
+def test_torch_is_imported_where_tensorflow_is_hidden():
+    pytest.importorskip("torch")
+    code = """
+from keras_paligemma.cli.environment import command_environment
+with command_environment():
+    import keras
+    print(keras.backend.backend())
+"""
+    assert run(code, KERAS_BACKEND="torch") == "torch\n"
+
+
 def test_closed_streams_are_written_to_nevertheless(monkeypatch):
     """As by `>&-`: libraries ask whether it is a terminal."""
     for name in ("stdout", "stderr"):
