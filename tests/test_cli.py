@@ -152,6 +152,17 @@ print(importlib.util.find_spec("tensorflow") is not None)
     ]
 
 
+def test_torch_is_imported_where_tensorflow_is_hidden():
+    pytest.importorskip("torch")
+    code = """
+from keras_paligemma.cli.environment import command_environment
+with command_environment():
+    import keras
+    print(keras.backend.backend())
+"""
+    assert run(code, KERAS_BACKEND="torch") == "torch\n"
+
+
 def test_closed_streams_are_written_to_nevertheless(monkeypatch):
     """As by `>&-`: libraries ask whether it is a terminal."""
     for name in ("stdout", "stderr"):
@@ -417,6 +428,15 @@ def test_another_dtype_in_pieces(tmp_path):
     found = formats.find(tmp_path / "x.npz", read_fields(NANO_SET[1::2]))
     assert len(found.files) == 3
     assert found.config.backbone.dtype == "bfloat16"
+
+
+def test_export_chooses_its_backend_before_keras_is_imported():
+    code = """
+import sys
+from keras_paligemma.export import targets
+print("keras" in sys.modules)
+"""
+    assert run(code) == "False\n"
 
 
 def test_export_counts_parameters_and_takes_every_number(tmp_path, monkeypatch):

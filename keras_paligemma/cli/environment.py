@@ -48,11 +48,15 @@ class NoTensorFlow(importlib.abc.MetaPathFinder):
 
     def find_spec(self, name, path=None, target=None):
         backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-        if name in HIDDEN and backend != "tensorflow":
-            # With this, `find_spec` reports it as not installed. An error
-            # there would turn off JAX's compilation cache.
+        if backend == "tensorflow" or name not in ("keras", *HIDDEN):
+            return None
+        # From when Keras is imported, `find_spec` reports it as not installed.
+        # An error there would turn off JAX's compilation cache, and Torch could
+        # not be imported.
+        for hidden in HIDDEN:
             # Python accepts `None` here, which typeshed does not declare.
-            sys.modules[name] = None  # pyright: ignore[reportArgumentType]
+            sys.modules.setdefault(hidden, None)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        if name in HIDDEN:
             raise ModuleNotFoundError(
                 f"{name} is hidden: the backend is {backend}.", name=name
             )

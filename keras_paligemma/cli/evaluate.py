@@ -5,14 +5,17 @@ from typing import Annotated
 import typer
 
 from keras_paligemma.cli.environment import data_parallel
+from keras_paligemma.cli.options import Adapter
 from keras_paligemma.cli.options import Dtype
 from keras_paligemma.cli.options import Masks
 from keras_paligemma.cli.options import MultiHost
+from keras_paligemma.cli.options import Preset
 from keras_paligemma.cli.options import Quantize
+from keras_paligemma.cli.options import given
 
 
 def evaluate(
-    preset: Annotated[str, typer.Option(help="As `from_preset` takes it")],
+    preset: Preset,
     benchmark: Annotated[
         str, typer.Option(help="Name, as `benchmarks` lists it")
     ],
@@ -30,9 +33,7 @@ def evaluate(
         str | None, typer.Option(help="Split; default: the card's")
     ] = None,
     masks: Masks = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Folder of a PEFT adapter")
-    ] = None,
+    adapter: Adapter = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
     multi_host: MultiHost = False,
@@ -61,7 +62,7 @@ def evaluate(
         response_length=record.text_length,
         # As in the original.
         on_long_prompt="truncate",
-        **_given(dtype=dtype, quantize=quantize),
+        **given(dtype=dtype, quantize=quantize),
     )
     if adapter is not None:
         model.load_adapter(adapter)
@@ -72,13 +73,8 @@ def evaluate(
         output or f"evaluation-{record.name}",
         decode=decode,
         shard=compat.process(),
-        **_given(batch_size=batch_size, limit=limit),
+        **given(batch_size=batch_size, limit=limit),
     )
     if result is not None:
         typer.echo(result)
         typer.echo(f"  {result.output / 'report.html'}")
-
-
-def _given(**options):
-    """Drop options that are `None`, so that the function's defaults apply."""
-    return {name: value for name, value in options.items() if value is not None}

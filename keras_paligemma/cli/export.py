@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from keras_paligemma.cli.environment import quiet_imports
+from keras_paligemma.cli.options import Dtype
 from keras_paligemma.cli.options import Quantize
 from keras_paligemma.cli.options import Source
+from keras_paligemma.cli.options import given
 
 
 def export(
@@ -18,9 +20,7 @@ def export(
         str,
         typer.Option(help="savedmodel | stablehlo | onnx | openvino | litert"),
     ] = "savedmodel",
-    dtype: Annotated[
-        str | None, typer.Option(help="Default: the source's")
-    ] = None,
+    dtype: Dtype = None,
     quantize: Quantize = None,
     adapter: Annotated[
         list[Path] | None,
@@ -51,16 +51,16 @@ def export(
         from keras_paligemma.layers.weight import dequantized
         from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
 
-    options = {
-        "dtype": dtype,
-        "quantize": quantize,
-        "prompt_length": prompt_length,
-        "response_length": response_length,
-    }
-    options = {
-        key: value for key, value in options.items() if value is not None
-    }
-    model = PaliGemmaCausalLM.from_preset(source, compile=False, **options)
+    model = PaliGemmaCausalLM.from_preset(
+        source,
+        compile=False,
+        **given(
+            dtype=dtype,
+            quantize=quantize,
+            prompt_length=prompt_length,
+            response_length=response_length,
+        ),
+    )
     for folder in adapter or []:
         model.load_adapter(folder, folder.resolve().name)
     targets.export(model, target, format)

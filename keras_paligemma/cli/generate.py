@@ -2,20 +2,22 @@
 
 from pathlib import Path
 from typing import Annotated
-from typing import Any
 
 import typer
 
 from keras_paligemma.cli.environment import data_parallel
 from keras_paligemma.cli.environment import quiet_imports
+from keras_paligemma.cli.options import Adapter
 from keras_paligemma.cli.options import CacheDtype
 from keras_paligemma.cli.options import Dtype
 from keras_paligemma.cli.options import MultiHost
+from keras_paligemma.cli.options import Preset
 from keras_paligemma.cli.options import Quantize
+from keras_paligemma.cli.options import given
 
 
 def generate(
-    preset: Annotated[str, typer.Option(help="As `from_preset` takes it")],
+    preset: Preset,
     data: Annotated[
         str,
         typer.Option(
@@ -38,9 +40,7 @@ def generate(
     beams: Annotated[
         int, typer.Option(help="Beams of the search; 1 decodes greedily")
     ] = 1,
-    adapter: Annotated[
-        str | None, typer.Option(help="Folder of a PEFT adapter")
-    ] = None,
+    adapter: Adapter = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
     cache_dtype: CacheDtype = None,
@@ -57,9 +57,9 @@ def generate(
         from keras_paligemma import compat
         from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
     data_parallel(multi_host)
-    given: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
-    given = {name: value for name, value in given.items() if value is not None}
-    model = PaliGemmaCausalLM.from_preset(preset, **given)
+    model = PaliGemmaCausalLM.from_preset(
+        preset, **given(dtype=dtype, quantize=quantize)
+    )
     if adapter is not None:
         model.load_adapter(adapter)
     output = output.expanduser()

@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from typing import Annotated
+from typing import Any
 from typing import get_origin
 
 import typer
@@ -18,6 +19,7 @@ Source = Annotated[
         "hf://…, kaggle://…, gs://…"
     ),
 ]
+Preset = Annotated[str, typer.Option(help="As `from_preset` takes it")]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -30,6 +32,7 @@ LoraTargets = Annotated[
     list[str] | None,
     typer.Option(help="decoder.attention, decoder, vision, all, …"),
 ]
+Adapter = Annotated[str | None, typer.Option(help="Folder of a PEFT adapter")]
 Quantize = Annotated[str | None, typer.Option(help="int8 | int4")]
 CacheDtype = Annotated[
     str | None, typer.Option(help="Of keys and values: int8")
@@ -37,7 +40,6 @@ CacheDtype = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="Dtype policy; default: the source's")
 ]
-
 Masks = Annotated[
     str | None,
     typer.Option(
@@ -45,7 +47,6 @@ Masks = Annotated[
         "models of published sizes need; default: the embedded one"
     ),
 ]
-
 MultiHost = Annotated[
     bool,
     typer.Option(
@@ -55,6 +56,11 @@ MultiHost = Annotated[
         "hosts of a TPU need none",
     ),
 ]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that are not `None`: others keep their defaults."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def with_settings(cls: type) -> Callable:
@@ -99,9 +105,8 @@ def with_settings(cls: type) -> Callable:
 
         @functools.wraps(command)
         def run(**values):
-            given = {field.name: values.pop(field.name) for field in fields}
-            given = {k: v for k, v in given.items() if v is not None}
-            return command(given, **values)
+            settings = {field.name: values.pop(field.name) for field in fields}
+            return command(given(**settings), **values)
 
         # Read by `inspect`, but not declared for functions.
         run.__signature__ = signature.replace(  # pyright: ignore[reportAttributeAccessIssue]

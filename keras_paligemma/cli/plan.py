@@ -11,11 +11,13 @@ import typer
 from keras_paligemma.cli.options import CacheDtype
 from keras_paligemma.cli.options import Dtype
 from keras_paligemma.cli.options import LoraTargets
+from keras_paligemma.cli.options import Preset
 from keras_paligemma.cli.options import Quantize
+from keras_paligemma.cli.options import given
 
 
 def plan(
-    preset: Annotated[str, typer.Option(help="As `from_preset` takes it")],
+    preset: Preset,
     slice: Annotated[
         str, typer.Option(help="v5e-1, v5e-4, v5e-8, …; a100-40, l4x4, …")
     ] = "v5e-8",
@@ -83,26 +85,20 @@ def plan(
             "A full fine-tune has no adapters. Received: --full and "
             "--lora-rank or --lora-targets. Expected: one."
         )
-    given: dict[str, Any] = {
-        "batch_size": batch_size,
-        "prompt_length": prompt_length,
-        "response_length": response_length,
-        "pictures": pictures,
-        "lora_rank": 0 if full else lora_rank,
-        "lora_targets": tuple(lora_targets) if lora_targets else None,
-        "quantize": quantize,
-        "dtype": dtype,
-        "cache_dtype": cache_dtype,
-    }
-    settings: dict[str, Any] = (
-        {} if benchmark is None else _settings_of(benchmark)
+    settings = {} if benchmark is None else _settings_of(benchmark)
+    settings |= given(
+        batch_size=batch_size,
+        prompt_length=prompt_length,
+        response_length=response_length,
+        pictures=pictures,
+        lora_rank=0 if full else lora_rank,
+        lora_targets=tuple(lora_targets) if lora_targets else None,
+        quantize=quantize,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
     )
-    settings |= {
-        name: value for name, value in given.items() if value is not None
-    }
-    job = Job(preset, **settings)
     found = make_plan(
-        job,
+        Job(preset, **settings),
         slice,
         layout,
         remat or "any",
@@ -112,7 +108,7 @@ def plan(
     typer.echo(dumps(found.to_dict()) if json else found)
 
 
-def _settings_of(benchmark):
+def _settings_of(benchmark) -> dict[str, Any]:
     """Return the fields of a `Job` that a benchmark sets."""
     from keras_paligemma.evaluation import find_benchmark
     from keras_paligemma.evaluation import settings_of

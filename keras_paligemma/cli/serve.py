@@ -3,14 +3,15 @@
 import os
 from pathlib import Path
 from typing import Annotated
-from typing import Any
 
 import typer
 
 from keras_paligemma.cli.environment import quiet_imports
 from keras_paligemma.cli.options import CacheDtype
+from keras_paligemma.cli.options import Dtype
 from keras_paligemma.cli.options import Quantize
 from keras_paligemma.cli.options import Source
+from keras_paligemma.cli.options import given
 
 
 def serve(
@@ -36,7 +37,7 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="Model's name; default: the source's")
     ] = None,
-    dtype: Annotated[str | None, typer.Option()] = None,
+    dtype: Dtype = None,
     quantize: Quantize = None,
     cache_dtype: CacheDtype = None,
     adapter: Annotated[
@@ -83,38 +84,16 @@ def serve(
             "An empty host would be all addresses of this machine. Received: "
             "--host ''. Expected: 0.0.0.0 for these, or another address."
         )
-    token = os.environ.get("KERAS_PALIGEMMA_TOKEN")
-    if token is not None and not token.strip():
-        raise ValueError(
-            "KERAS_PALIGEMMA_TOKEN is set, but empty. Expected: a token, or no "
-            "such variable, with which the server takes all requests."
-        )
-    options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
-    options = {key: value for key, value in options.items() if value}
-    if saved_model.is_saved_model(source):
-        given = options | {"cache_dtype": cache_dtype, "adapter": adapter}
-        given = {key: value for key, value in given.items() if value}
-        if given:
-            raise ValueError(
-                "A SavedModel is served as it was exported. Received: "
-                f"{source} with {given}. Expected: a checkpoint, or none of "
-                "these options."
-            )
-        # A SavedModel needs TensorFlow, whatever the configured backend.
-        os.environ["KERAS_BACKEND"] = "tensorflow"
-        with quiet_imports():
-            model = saved_model.SavedModel(source, batch)
-    else:
-        with quiet_imports():
-            from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
-            from keras_paligemma.serve.preset_model import PresetModel
-        loaded = PaliGemmaCausalLM.from_preset(source, **options)
-        used = loaded.adapters.active
-        for folder in adapter or []:
-            loaded.load_adapter(folder, folder.resolve().name)
-        # Clients name adapters; the source itself answers those that name none.
-        loaded.adapters.select(used)
-        model = PresetModel(loaded, batch, cache_dtype)
+    token = _token()
+    options = given(
+        dtype=dtype,
+        quantize=quantize,
+        cache_dtype=cache_dtype,
+        adapter=adapter or None,
+    )
+    is_saved_model = saved_model.is_saved_model(source)
+    load = _saved_model if is_saved_model else _preset_model
+    model = load(source, batch, **options)
     masks = None
     if codec is not None:
         from keras_paligemma.tasks.mask_codec import MaskCodec
@@ -134,9 +113,50 @@ def serve(
         room=queue,
         limits=limits,
         codec=masks,
-        # Files of tokens end with a line's end, which no header can have.
-        token=token and token.strip(),
+        token=token,
         hosts=hosts,
         fetches=fetch_images,
     )
     run(app, host, port, limits)
+
+
+def _token():
+    """Return the bearer token of the environment, or `None`."""
+    token = os.environ.get("KERAS_PALIGEMMA_TOKEN")
+    if token is not None and not token.strip():
+        raise ValueError(
+            "KERAS_PALIGEMMA_TOKEN is set, but empty. Expected: a token, or no "
+            "such variable, with which the server takes all requests."
+        )
+    # Files of tokens end with a newline, which no header can have.
+    return token and token.strip()
+
+
+def _saved_model(source, batch, **options):
+    """Load the folder of a SavedModel, which takes no options."""
+    if options:
+        raise ValueError(
+            "A SavedModel is served as it was exported. Received: "
+            f"{source} with {options}. Expected: a checkpoint, or none of "
+            "these options."
+        )
+    # A SavedModel needs TensorFlow, whatever the configured backend.
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    with quiet_imports():
+        from keras_paligemma.serve.saved_model import SavedModel
+
+        return SavedModel(source, batch)
+
+
+def _preset_model(source, batch, cache_dtype=None, adapter=(), **options):
+    """Load a checkpoint and its adapters."""
+    with quiet_imports():
+        from keras_paligemma.models.causal_lm import PaliGemmaCausalLM
+        from keras_paligemma.serve.preset_model import PresetModel
+    model = PaliGemmaCausalLM.from_preset(source, **options)
+    used = model.adapters.active
+    for folder in adapter:
+        model.load_adapter(folder, folder.resolve().name)
+    # Clients name adapters; the source itself answers those that name none.
+    model.adapters.select(used)
+    return PresetModel(model, batch, cache_dtype)

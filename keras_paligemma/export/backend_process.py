@@ -4,6 +4,8 @@ The model is written as a preset beside the target: the bare model, and the
 arrays of each named adapter, which can be read without the kernels.
 """
 
+# Keras is imported by functions alone: the command line looks up a format's
+# backend in `targets` before Keras chooses one.
 import contextlib
 import json
 import os
@@ -18,7 +20,6 @@ from safetensors.numpy import save_file
 from keras_paligemma.atomic import draft_folder
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.storage import safetensors
-from keras_paligemma.compat import compiling_for
 
 ADAPTERS = "adapters.json"
 ADAPTER = "adapter_{}.arrays"
@@ -71,7 +72,7 @@ def write_in_backend(model, filepath, backend, module, *arguments):
 
 def _hand_over(model, folder):
     """Write a model where `read` finds it."""
-    from keras_paligemma.models import exports  # It imports Keras.
+    from keras_paligemma.models import exports
 
     adapters = model.adapters
     names = [] if adapters.merged is not None else list(adapters.configs)
@@ -145,6 +146,8 @@ def read_in_parts(folder):
         Tuple of a `PaliGemmaCausalLM` of which only adapters have values, and
         an iterator of pairs of a variable and its array.
     """
+    from keras_paligemma.compat import compiling_for
+
     # Graphs run on other machines too: do not reorder axes for this one.
     with compiling_for("cpu"):
         model = read(folder, load_weights=False)

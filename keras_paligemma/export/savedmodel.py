@@ -14,7 +14,7 @@ FORMATS = ("savedmodel", "tf_saved_model")
 PATTERNS = "*?[\\"
 
 
-def export(model, filepath, format="savedmodel"):
+def export(model, filepath):
     """Write a model as a SavedModel, which TensorFlow serves without Python.
 
     It has four signatures. "serving_default" takes `images`, the bytes of
@@ -41,14 +41,10 @@ def export(model, filepath, format="savedmodel"):
 
     Args:
         model: `PaliGemmaCausalLM` with a preprocessor.
-        filepath: str or path, a folder that is new or empty.
-        format: "savedmodel".
+        filepath: str or path, as `check_target` accepts it.
 
     Raises:
-        ValueError: an unknown format, no preprocessor, an adapter that
-            replaces whole weights, a folder in use, or a path that TensorFlow
-            would take as a pattern.
-        ImportError: TensorFlow or tensorflow-text is not installed.
+        ValueError: an adapter replaces whole weights.
         RuntimeError: the TensorFlow process failed; the message has its error
             output.
 
@@ -71,8 +67,6 @@ def export(model, filepath, format="savedmodel"):
     )
     ```
     """
-    check_target(filepath, format)
-    check_preprocessor(model)
     check_adapters(model.adapters)
     import keras
 
@@ -89,16 +83,6 @@ def export(model, filepath, format="savedmodel"):
         )
 
 
-def check_preprocessor(model):
-    """Check that a model has a preprocessor for pictures and prompts."""
-    if model.preprocessor is None or model.preprocessor.image_converter is None:
-        raise ValueError(
-            "Pictures and prompts are read by the preprocessor. Received: a "
-            "model without one, or without its image converter. Expected: "
-            "one, as `from_preset` makes it."
-        )
-
-
 def check_adapters(adapters):
     """Check that requests can switch between a model's adapters."""
     names = [name for name in adapters.configs if adapters.whole(name)]
@@ -111,12 +95,17 @@ def check_adapters(adapters):
         )
 
 
-def check_target(filepath, format="savedmodel"):
-    """Check format, packages and folder before a model is loaded."""
-    if format not in FORMATS:
-        raise ValueError(
-            f"Unknown format. Received: {format!r}. Expected: {FORMATS[0]!r}."
-        )
+def check_target(filepath):
+    """Check packages and folder before a model is loaded.
+
+    Args:
+        filepath: str or path, a folder that is new or empty.
+
+    Raises:
+        ValueError: the folder is in use, or TensorFlow would take its path as
+            a pattern.
+        ImportError: TensorFlow or tensorflow-text is not installed.
+    """
     for package in ("tensorflow", "tensorflow_text"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(

@@ -13,7 +13,7 @@ from keras_paligemma.export.prompts import read_prompts
 from keras_paligemma.export.weights import BARE
 from keras_paligemma.export.weights import Weights
 from keras_paligemma.generation.loop import Plan
-from keras_paligemma.generation.loop import answer as answered
+from keras_paligemma.generation.loop import answer
 from keras_paligemma.generation.options import copy_seeds
 from keras_paligemma.generation.options import prompt_seeds
 from keras_paligemma.preprocessing.prompt_and_response import WHOLE_NAMES
@@ -30,69 +30,77 @@ class Answering(tf.Module):
 
     def __init__(self, model):
         super().__init__()
-        preprocessor = model.preprocessor
-        tokenizer = preprocessor.tokenizer
-        backbone = model.backbone
         # No Keras objects are attributes: only variables are to be saved.
-        weights = Weights(backbone)
+        weights = Weights(model.backbone)
         self.weights, self.adapters = weights.base, weights.adapters
         self.values = weights.values
-        self.tokenizer = tensorflow_text.SentencepieceTokenizer(tokenizer.proto)
-        self.functions = _signatures(
-            backbone,
-            self.tokenizer,
-            preprocessor,
-            weights,
-            np.array(tokenizer.tokenize("\n")).tolist(),
+        self.tokenizer = tensorflow_text.SentencepieceTokenizer(
+            model.preprocessor.tokenizer.proto
         )
+        self.functions = Functions(model, weights, self.tokenizer).signatures()
 
 
-def _signatures(backbone, tokenizer, preprocessor, weights, separator):
-    """Return a dict of signature names to functions."""
-    size = preprocessor.image_converter.image_size
-    rule = preprocessor.image_converter.resize
-    prompt = preprocessor.prompt_length
-    longest = preprocessor.response_length
-    start = preprocessor.tokenizer.start_token_id
-    stop = preprocessor.tokenizer.end_token_id
-    texts = [
-        tf.TensorSpec([None], tf.string, name) for name in ("images", "prompts")
-    ]
-    chosen = {option.name: option for option in _options(backbone, longest)}
-    options = [
-        tf.TensorSpec([], option.default.dtype, name)
-        for name, option in chosen.items()
-    ]
-    defaults: dict[Any, Any] = {
-        name: option.default for name, option in chosen.items()
-    }
-    defaults["adapter"] = tf.constant(weights.default)
-    adapters = []
-    if len(weights.names) > 1:
-        adapters = [tf.TensorSpec([], tf.string, "adapter")]
-    arrays = [
-        tf.TensorSpec([None, *size, 3], tf.float32, "images"),
-        *(
-            tf.TensorSpec([None, None], dtype, name)
-            for name, dtype in (
-                ("token_ids", tf.int32),
-                ("padding_mask", tf.bool),
-                ("response_mask", tf.bool),
-            )
-        ),
-    ]
+class Functions:
+    """What the signatures compute.
 
-    # Traced once, for both signatures that call it.
-    @tf.function(autograph=False)
-    def answer(inputs, wanted_B, adapter, options):
-        with weights.selected(adapter):
-            return answer_tokens(backbone, inputs, stop, wanted_B, options)
+    Args:
+        model: `PaliGemmaCausalLM`, see `Answering`.
+        weights: `Weights` of its backbone.
+        tokenizer: `tensorflow_text.SentencepieceTokenizer`.
+    """
 
-    def option_error(adapter, options):
-        errors = (chosen[name].error(options[name]) for name in chosen)
-        return _first(*errors, weights.error(adapter))
+    def __init__(self, model, weights, tokenizer):
+        self.backbone = model.backbone
+        self.preprocessor = model.preprocessor
+        self.weights = weights
+        self.tokenizer = tokenizer
+        self.prompt_length = model.preprocessor.prompt_length
+        self.response_length = model.preprocessor.response_length
+        self.end = model.preprocessor.tokenizer.end_token_id
+        # Here, since this tokenizer runs in Python, not in a graph.
+        separator = model.preprocessor.tokenizer.tokenize("\n")
+        self.separator = np.array(separator).tolist()
+        self.options = {
+            option.name: option
+            for option in _options(self.backbone, self.response_length)
+        }
+        # Traced once, for both signatures that call it.
+        self._answer = tf.function(self._answer_eagerly, autograph=False)
 
-    def serve(images, prompts, adapter=BARE, **options):
+    def signatures(self):
+        """Return a dict of signature names to functions."""
+        size = self.preprocessor.image_converter.image_size
+        texts = [
+            tf.TensorSpec([None], tf.string, name)
+            for name in ("images", "prompts")
+        ]
+        arrays = [
+            tf.TensorSpec([None, *size, 3], tf.float32, "images"),
+            tf.TensorSpec([None, None], tf.int32, "token_ids"),
+            tf.TensorSpec([None, None], tf.bool, "padding_mask"),
+            tf.TensorSpec([None, None], tf.bool, "response_mask"),
+        ]
+        adapters = []
+        if len(self.weights.names) > 1:
+            adapters = [tf.TensorSpec([], tf.string, "adapter")]
+        options = [
+            tf.TensorSpec([], option.default.dtype, name)
+            for name, option in self.options.items()
+        ]
+        options += adapters
+        defaults: dict[str, Any] = self._defaults()
+        defaults["adapter"] = tf.constant(self.weights.default)
+        return {
+            "serving_default": _signature(
+                self.serve, texts + options, defaults
+            ),
+            "batched": _signature(self.batched, texts, {}),
+            "generate": _signature(self.generate, arrays + options, defaults),
+            "score": _signature(self.score, arrays + adapters, defaults),
+        }
+
+    def serve(self, images, prompts, adapter=BARE, **options):
+        """Answer encoded pictures and prompts."""
         same = tf.debugging.assert_equal(
             tf.size(images),
             tf.size(prompts),
@@ -100,70 +108,48 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
         )
         with tf.control_dependencies([same]):
             images = tf.identity(images)
-        pixels, image_errors = read_pictures(images, size, rule)
+        converter = self.preprocessor.image_converter
+        pixels, image_errors = read_pictures(
+            images, converter.image_size, converter.resize
+        )
         ids, padding, prompt_errors = read_prompts(
-            tokenizer,
+            self.tokenizer,
             prompts,
-            start,
-            separator,
-            prompt,
-            preprocessor.on_long_prompt,
+            self.preprocessor.tokenizer.start_token_id,
+            self.separator,
+            self.prompt_length,
+            self.preprocessor.on_long_prompt,
         )
         errors = _first(
-            option_error(adapter, options),
-            image_errors,
-            prompt_errors,
+            self._option_error(adapter, options), image_errors, prompt_errors
         )
-        rows = tf.shape(ids)[0]
+        shape = tf.shape(ids)[0], self.response_length
         inputs = {
             "images": pixels,
             "prompt_ids": ids,
             "prompt_mask": padding,
-            "response_ids": tf.zeros((rows, longest), tf.int32),
-            "response_mask": tf.zeros((rows, longest), tf.bool),
+            "response_ids": tf.zeros(shape, tf.int32),
+            "response_mask": tf.zeros(shape, tf.bool),
         }
         good: Any = errors == ""
-        ids, log_probabilities = answer(inputs, good, adapter, options)
-        kept = tf.ragged.boolean_mask(ids, (ids != stop) & (ids != 0))
+        ids, log_probabilities = self._answer(inputs, good, adapter, options)
+        kept = tf.ragged.boolean_mask(ids, (ids != self.end) & (ids != 0))
         return {
-            "text": tf.where(good, tokenizer.detokenize(kept), ""),
+            "text": tf.where(good, self.tokenizer.detokenize(kept), ""),
             "log_probabilities": log_probabilities,
             "token_ids": ids,
             # In SentencePiece's spelling, so that a client that scores words
             # needs no tokenizer.
-            "tokens": tokenizer.id_to_string(ids),
+            "tokens": self.tokenizer.id_to_string(ids),
             "error": errors,
         }
 
-    def batched(images, prompts):
+    def batched(self, images, prompts):
         """Answer as `serve`; without scalar options, servers can batch."""
-        given: Any = {option.name: defaults[option.name] for option in options}
-        return serve(images, prompts, **given)
-
-    def filled_up(*texts):
-        """Pad on the left to the longest prompt; padding is masked."""
-        width = tf.shape(texts[0])[1]
-        check = tf.debugging.Assert(
-            (width > longest) & (width <= prompt + longest),
-            [
-                f"The text does not fit. Expected: 1 to {prompt} columns of "
-                f"prompt, then {longest} of response. Received, together: ",
-                width,
-            ],
-        )
-        with tf.control_dependencies([check]):
-            missing = prompt + longest - width
-        texts = [tf.pad(text, [[0, 0], [missing, 0]]) for text in texts]
-        return missing, *(
-            tf.ensure_shape(text, [None, prompt + longest]) for text in texts
-        )
-
-    def in_parts(*texts):
-        return PromptAndResponse.cut(
-            dict(zip(WHOLE_NAMES, texts, strict=True)), longest
-        )
+        return self.serve(images, prompts, **self._defaults())
 
     def generate(
+        self,
         images,
         token_ids,
         padding_mask,
@@ -171,32 +157,33 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
         adapter=BARE,
         **options,
     ):
-        _, token_ids, padding_mask, response_mask = filled_up(
-            token_ids, padding_mask, response_mask
-        )
-        text = in_parts(token_ids, padding_mask, response_mask)
+        """Answer the preprocessor's arrays."""
+        text, _ = self._in_parts(token_ids, padding_mask, response_mask)
         inputs = {"images": images, **text.arrays()}
-        check = tf.debugging.assert_equal(option_error(adapter, options), "")
+        check = tf.debugging.assert_equal(
+            self._option_error(adapter, options), ""
+        )
         with tf.control_dependencies([check]):
-            wanted = tf.ones_like(token_ids[:, 0], tf.bool)
-        ids, log_probabilities = answer(inputs, wanted, adapter, options)
+            wanted = tf.ones_like(text.prompt_ids[:, 0], tf.bool)
+        ids, log_probabilities = self._answer(inputs, wanted, adapter, options)
         return {"token_ids": ids, "log_probabilities": log_probabilities}
 
-    def score(images, token_ids, padding_mask, response_mask, adapter=BARE):
-        missing, token_ids, padding_mask, response_mask = filled_up(
-            token_ids, padding_mask, response_mask
-        )
-        text = in_parts(token_ids, padding_mask, response_mask)
-        check = tf.debugging.assert_equal(weights.error(adapter), "")
-        with tf.control_dependencies([check]), weights.selected(adapter):
-            hidden_BLD = backbone({"images": images, **text.arrays()})
-            logits_BRV = backbone.logits(text.predicting(hidden_BLD))
+    def score(
+        self, images, token_ids, padding_mask, response_mask, adapter=BARE
+    ):
+        """Return log-probabilities of responses, and hidden states."""
+        text, missing = self._in_parts(token_ids, padding_mask, response_mask)
+        check = tf.debugging.assert_equal(self.weights.error(adapter), "")
+        with tf.control_dependencies([check]), self.weights.selected(adapter):
+            hidden_BLD = self.backbone({"images": images, **text.arrays()})
+            logits_BRV = self.backbone.logits(text.predicting(hidden_BLD))
         each_BR = -tf.nn.sparse_softmax_cross_entropy_with_logits(
             text.response_ids, logits_BRV
         )
         each_BR = tf.where(text.response_mask, each_BR, 0.0)
         # Without the columns of padding.
-        pictures = hidden_BLD.shape[1] - prompt - longest
+        columns = self.prompt_length + self.response_length
+        pictures = hidden_BLD.shape[1] - columns
         given = [hidden_BLD[:, :pictures], hidden_BLD[:, pictures + missing :]]
         return {
             "log_probabilities": each_BR,
@@ -204,13 +191,80 @@ def _signatures(backbone, tokenizer, preprocessor, weights, separator):
             "hidden_states": tf.concat(given, 1),
         }
 
-    options += adapters
-    return {
-        "serving_default": _signature(serve, texts + options, defaults),
-        "batched": _signature(batched, texts, {}),
-        "generate": _signature(generate, arrays + options, defaults),
-        "score": _signature(score, arrays + adapters, defaults),
-    }
+    def _defaults(self):
+        return {name: option.default for name, option in self.options.items()}
+
+    def _answer_eagerly(self, inputs, wanted_B, adapter, options):
+        """Answer by the loop that `model.generate` runs.
+
+        Args:
+            inputs: dict as `generation.prefill.prefill` takes it, with the
+                start of the responses.
+            wanted_B: bool tensor, False on rows that need no answer.
+            adapter: string tensor, see `Weights.selected`.
+            options: dict of the names of `_options` to tensors.
+
+        Returns:
+            int32 ids (B, max_new_tokens), 0 after the end token; and the
+            log-probability of each token at temperature 1, 0 for tokens that
+            were given and after the end.
+        """
+        given_BR = inputs["response_ids"]
+        rows = tf.shape(given_BR)[0]
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+        each = {name: tf.fill([rows], options[name]) for name in names}
+        drawn = tf.random.uniform([], maxval=2**31 - 1, dtype=tf.int32)
+        seed = tf.where(options["seed"] < 0, drawn, options["seed"])
+        each["seed"] = copy_seeds(prompt_seeds(seed, tf.range(rows)), 0)
+        each["wanted"] = wanted_B
+        each["start_node"] = tf.zeros_like(given_BR[:, 0])
+        shared = {"stop_ids": tf.constant([self.end]), "sampler": []}
+        with self.weights.selected(adapter):
+            state = answer(
+                self.backbone, Plan(samples=True), inputs | each, shared
+            )
+        longest = self.response_length
+        width = tf.clip_by_value(options["max_new_tokens"], 0, longest)
+        return state.ids_BR[:, :width], state.log_probabilities_BR[:, :width]
+
+    def _option_error(self, adapter, options):
+        """Return the first error of a request's options: a string tensor."""
+        errors = (
+            option.error(options[name]) for name, option in self.options.items()
+        )
+        return _first(*errors, self.weights.error(adapter))
+
+    def _in_parts(self, *texts):
+        """Pad on the left to the longest prompt, and split off the response.
+
+        Args:
+            *texts: tensors (B, columns) of the names of `WHOLE_NAMES`.
+
+        Returns:
+            `PromptAndResponse`, and an int32 tensor, the columns that were
+            added; they are masked.
+        """
+        columns = self.prompt_length + self.response_length
+        width = tf.shape(texts[0])[1]
+        check = tf.debugging.Assert(
+            (width > self.response_length) & (width <= columns),
+            [
+                f"The text does not fit. Expected: 1 to {self.prompt_length} "
+                f"columns of prompt, then {self.response_length} of response. "
+                "Received, together: ",
+                width,
+            ],
+        )
+        with tf.control_dependencies([check]):
+            missing = columns - width
+        texts = [
+            tf.ensure_shape(
+                tf.pad(text, [[0, 0], [missing, 0]]), [None, columns]
+            )
+            for text in texts
+        ]
+        whole = dict(zip(WHOLE_NAMES, texts, strict=True))
+        return PromptAndResponse.cut(whole, self.response_length), missing
 
 
 def _signature(function, specs, defaults):
@@ -243,36 +297,6 @@ def _signature(function, specs, defaults):
         ]
     )
     return tf.function(called, input_signature=specs, autograph=False)
-
-
-def answer_tokens(backbone, inputs, stop, wanted_B, options):
-    """Answer by the loop that `generate` runs.
-
-    Args:
-        backbone: `PaliGemmaBackbone`.
-        inputs: dict as `generation.prefill.prefill` takes it, with the start
-            of the responses.
-        stop: int, id of the end token.
-        wanted_B: bool tensor, False on rows that need no answer.
-        options: dict of the names of `_options` to tensors.
-
-    Returns:
-        int32 ids (B, max_new_tokens), 0 after the end token; and the
-        log-probability of each token at temperature 1, 0 for tokens that were
-        given and after the end.
-    """
-    given_BR = inputs["response_ids"]
-    rows = tf.shape(given_BR)[0]
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
-    each = {name: tf.fill([rows], options[name]) for name in names}
-    drawn = tf.random.uniform([], maxval=2**31 - 1, dtype=tf.int32)
-    seed = tf.where(options["seed"] < 0, drawn, options["seed"])
-    each["seed"] = copy_seeds(prompt_seeds(seed, tf.range(rows)), 0)
-    each |= {"wanted": wanted_B, "start_node": tf.zeros_like(given_BR[:, 0])}
-    shared = {"stop_ids": tf.constant([stop]), "sampler": []}
-    state = answered(backbone, Plan(samples=True), inputs | each, shared)
-    width = tf.clip_by_value(options["max_new_tokens"], 0, given_BR.shape[1])
-    return state.ids_BR[:, :width], state.log_probabilities_BR[:, :width]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
-from typing import Any
 from typing import NamedTuple
 
 from keras_paligemma.atomic import refuse_in_use
@@ -19,15 +18,22 @@ if TYPE_CHECKING:
 
 
 class Target(NamedTuple):
-    """One format: backend, required packages, the module and function that
-    write it, the last file of a complete folder, and supported dtypes."""
+    """An export format.
+
+    Fields:
+        backend: Keras's name of the backend that writes it.
+        packages: names of the modules that it needs.
+        module, function: what writes it, within this package.
+        entry: the last file of a complete folder.
+        dtypes: supported compute dtypes and quantisations.
+    """
 
     backend: str
-    packages: tuple[Any, ...]
+    packages: tuple[str, ...]
     module: str
     function: str
     entry: str
-    dtypes: tuple[Any, ...] = ("float32",)
+    dtypes: tuple[str, ...] = ("float32",)
 
 
 ONNX = ("torch", "onnx", "onnxscript")
@@ -93,12 +99,16 @@ def export(
     model.export("for_onnx", format="onnx")
     ```
     """
-    if format not in TARGETS:
-        check_target(filepath, format)
-        savedmodel.export(model, filepath, format)
-        return
     check_target(filepath, format)
-    savedmodel.check_preprocessor(model)
+    if model.preprocessor is None or model.preprocessor.image_converter is None:
+        raise ValueError(
+            "Pictures and prompts are read by the preprocessor. Received: a "
+            "model without one, or without its image converter. Expected: "
+            "one, as `from_preset` makes it."
+        )
+    if format in savedmodel.FORMATS:
+        savedmodel.export(model, filepath)
+        return
     _check_dtype(model.backbone, format)
     import keras
 
@@ -114,7 +124,7 @@ def export(
 def check_target(filepath, format):
     """Check format, packages and folder before a model is loaded."""
     if format in savedmodel.FORMATS:
-        savedmodel.check_target(filepath, format)
+        savedmodel.check_target(filepath)
         return
     if format not in TARGETS:
         raise ValueError(

@@ -6,19 +6,19 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_paligemma.generation.choosing import FORBIDDEN
 from keras_paligemma.generation.choosing import likeliest
-from keras_paligemma.generation.constraints import follow
-from keras_paligemma.generation.loop import FORBIDDEN
 from keras_paligemma.generation.loop import column
 from keras_paligemma.generation.loop import first_hidden
 from keras_paligemma.generation.loop import going
 from keras_paligemma.generation.loop import hooked
+from keras_paligemma.generation.loop import is_stop
 from keras_paligemma.generation.loop import next_hidden
+from keras_paligemma.generation.loop import next_node
 from keras_paligemma.generation.loop import part
 from keras_paligemma.generation.loop import put
 from keras_paligemma.generation.loop import repeated
 from keras_paligemma.generation.loop import restricted
-from keras_paligemma.generation.state import State
 from keras_paligemma.layers.attention import soft_cap
 
 # The score of a missing answer, and a lower bound of all real scores.
@@ -119,11 +119,8 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
     total_B1 = ops.logsumexp(searched_BV, axis=-1, keepdims=True)
     # What is forbidden still counts: it does not make the rest more probable.
     barred_BV = restricted(shared, searched_BV, live, left_B) - total_B1
-    is_stop_V = ops.any(
-        ops.arange(log_BV.shape[1], dtype="int32")[:, None]
-        == shared["stop_ids"][None],
-        axis=1,
-    )
+    vocabulary_size = log_BV.shape[1]
+    is_stop_V = is_stop(ops.arange(vocabulary_size, dtype="int32"), shared)
     ids_BNR, log_probabilities_BNR, scores_BN = _with_stops(
         rows,
         shared,
@@ -135,7 +132,6 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
     # The alternative: each beam continues.
     going_BV = ops.where(is_stop_V[None], FORBIDDEN, barred_BV)
     total_BNV = beams.sums_BN[..., None] + by_beam(going_BV, width)
-    vocabulary_size = log_BV.shape[1]
     sums_BN, flat_BN = ops.top_k(
         ops.reshape(total_BNV, (-1, width * vocabulary_size)), width
     )
@@ -160,24 +156,20 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
             lambda array: ops.take(array, parent_B, axis=0), nest
         )
 
-    node_B = chosen(live.node_B)
-    if "next_nodes" in shared:
-        following_B = follow(shared, node_B, token_B)
-        node_B = ops.where(live.finished_B, node_B, following_B)
     whole_B = place + 1 >= rows["max_new_tokens"]
     decided_B = _is_decided(rows, shared, scores_BN, sums_BN)
     # Beams that are given up before their end are not answers.
     given_up_B = ops.logical_and(decided_B, ops.logical_not(whole_B))
     sums_BN = ops.where(given_up_B[:, None], NONE_YET, sums_BN)
     ended_B = ops.logical_or(decided_B, whole_B)
-    live = State(
-        put(chosen(live.ids_BR), token_B, place),
-        put(chosen(live.log_probabilities_BR), each_B, place),
-        ops.logical_or(live.finished_B, repeated(ended_B, width)),
-        node_B,
-        place + 1,
-        chosen(live.cache),
-        live.sampler,
+    log_probabilities_BR = chosen(live.log_probabilities_BR)
+    live = live._replace(
+        ids_BR=put(chosen(live.ids_BR), token_B, place),
+        log_probabilities_BR=put(log_probabilities_BR, each_B, place),
+        finished_B=ops.logical_or(live.finished_B, repeated(ended_B, width)),
+        node_B=next_node(shared, chosen(live.node_B), token_B, live.finished_B),
+        position=place + 1,
+        cache=chosen(live.cache),
     )
     return Beams(ids_BNR, log_probabilities_BNR, scores_BN, live, sums_BN)
 

@@ -6,8 +6,9 @@ from keras import ops
 from keras_paligemma.generation.noise import gumbel
 from keras_paligemma.generation.recording import cond
 
-# Acts as minus infinity, but is finite.
-OUT = -1.0e30
+# Below any logit of a model, but finite: a row without a legal token takes
+# an arbitrary token instead of NaN.
+FORBIDDEN = -1.0e30
 
 
 def likeliest(logits_BV):
@@ -79,14 +80,14 @@ def _drawn(logits_BV, options, place):
     least_B = cond(
         ops.any(cuts_B),
         lambda: _least_kept(hot_BV, options["top_k"], options["top_p"]),
-        lambda: ops.full_like(hot_BV[:, 0], OUT),
+        lambda: ops.full_like(hot_BV[:, 0], FORBIDDEN),
     )
     # min-p is relative to the probability of the likeliest token.
     share_B = ops.log(ops.maximum(options["min_p"], 1e-30))
     least_B = ops.maximum(least_B, ops.max(hot_BV, axis=-1) + share_B)
     kept_BV = hot_BV >= least_B[:, None]
     noise_BV = gumbel(options["seed"], place, vocabulary_size)
-    return likeliest(ops.where(kept_BV, hot_BV + noise_BV, OUT))
+    return likeliest(ops.where(kept_BV, hot_BV + noise_BV, FORBIDDEN))
 
 
 def _least_kept(hot_BV, top_k_B, top_p_B):
@@ -94,7 +95,7 @@ def _least_kept(hot_BV, top_k_B, top_p_B):
     sorted_BV = -ops.sort(-hot_BV, axis=-1)
     rank_V = ops.arange(hot_BV.shape[-1], dtype="int32")
     among_BV = rank_V[None] < top_k_B[:, None]
-    sorted_BV = ops.where(among_BV, sorted_BV, OUT)
+    sorted_BV = ops.where(among_BV, sorted_BV, FORBIDDEN)
     share_BV = ops.softmax(sorted_BV, axis=-1)
     before_BV = ops.cumsum(share_BV, axis=-1) - share_BV
     kept_BV = ops.logical_and(among_BV, before_BV < top_p_B[:, None])

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_paligemma.generation.choosing import FORBIDDEN
 from keras_paligemma.generation.choosing import by_sampler
 from keras_paligemma.generation.choosing import likeliest
 from keras_paligemma.generation.choosing import sampled
@@ -19,9 +20,6 @@ from keras_paligemma.generation.prefill import resume
 from keras_paligemma.generation.recording import recorded
 from keras_paligemma.generation.state import State
 
-# Below any logit of a model, but finite: a row without a legal token takes
-# an arbitrary token instead of NaN.
-FORBIDDEN = -1.0e30
 # The entries of a row that only the prefill reads.
 OF_PREFILL = (*READ, "prefix_row")
 
@@ -254,10 +252,6 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, state):
     quiet_B = ops.logical_or(begun_B, state.finished_B)
     each_B1 = ops.take_along_axis(logits_BV, token_B[:, None], axis=1)
     each_B = ops.where(quiet_B, 0.0, (each_B1 - total_B1)[:, 0])
-    node_B = state.node_B
-    if "next_nodes" in shared:
-        following_B = follow(shared, node_B, token_B)
-        node_B = ops.where(state.finished_B, node_B, following_B)
     alternatives = state.alternatives
     if alternatives:
         values_BK, ids_BK = ops.top_k(logits_BV, plan.alternatives)
@@ -273,17 +267,23 @@ def _chosen(backbone, plan, rows, shared, hidden_BD, state):
         is_stop(token_B, shared), ops.logical_not(begun_B)
     )
     ended_B = ops.logical_or(stopped_B, place + 1 >= rows["max_new_tokens"])
-    return State(
-        put(state.ids_BR, token_B, place),
-        put(state.log_probabilities_BR, each_B, place),
-        ops.logical_or(state.finished_B, ended_B),
-        node_B,
-        place + 1,
-        state.cache,
-        variables,
-        alternatives,
-        hidden_states,
+    return state._replace(
+        ids_BR=put(state.ids_BR, token_B, place),
+        log_probabilities_BR=put(state.log_probabilities_BR, each_B, place),
+        finished_B=ops.logical_or(state.finished_B, ended_B),
+        node_B=next_node(shared, state.node_B, token_B, state.finished_B),
+        position=place + 1,
+        sampler=variables,
+        alternatives=alternatives,
+        hidden_states=hidden_states,
     )
+
+
+def next_node(shared, node_B, token_B, finished_B):
+    """Return the node of each row after a token; ended rows keep theirs."""
+    if "next_nodes" not in shared:
+        return node_B
+    return ops.where(finished_B, node_B, follow(shared, node_B, token_B))
 
 
 def is_stop(token_B, shared):

@@ -88,13 +88,18 @@ def _placed(finished):
 def _next_state(model, asked, state, until):
     """Run the next chunk; return the state and this process's rows."""
     programs = model.make_generate_function()
-    rows, here = rows_to_devices(asked.rows)
     if state is None:
+        rows, here = rows_to_devices(asked.rows)
         shared = asked.shared | {"sampler": _variables(asked.plan)}
         return programs(begun_state, asked.plan, rows, shared), here
-    rows = {
-        name: array for name, array in rows.items() if name not in OF_PREFILL
-    }
+    # Pictures were read by the first chunk, and are not placed again.
+    rows, here = rows_to_devices(
+        {
+            name: array
+            for name, array in asked.rows.items()
+            if name not in OF_PREFILL
+        }
+    )
     shared = {
         name: array for name, array in asked.shared.items() if name != "prefix"
     }

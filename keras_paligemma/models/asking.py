@@ -138,8 +138,7 @@ def detect(
     ```
     """
     return _find(
-        *(model, images, labels, prompts.detect, None),
-        *(one_by_one, overlap, score, options),
+        model, images, labels, None, one_by_one, overlap, score, options
     )
 
 
@@ -176,17 +175,14 @@ def segment(
             "A codec is read first. Expected: "
             f"codec=MaskCodec.load({str(codec)!r}). Received: its path."
         )
+    codec = codec or MaskCodec.embedded()
     return _find(
-        *(model, images, labels, prompts.segment),
-        *(codec or MaskCodec.embedded(),),
-        *(one_by_one, overlap, score, options),
+        model, images, labels, codec, one_by_one, overlap, score, options
     )
 
 
-def _find(
-    model, images, labels, prompt_of, codec, one_by_one, overlap, score, options
-):
-    """Detect objects: generate, parse and merge the answers."""
+def _find(model, images, labels, codec, one_by_one, overlap, score, options):
+    """Generate, parse and merge answers; with a codec, objects have masks."""
     if overlap is not None:
         check_overlap(overlap)
     pictures, several = to_pictures(images)
@@ -195,6 +191,7 @@ def _find(
         for row, names in enumerate(_labels_of(labels, len(pictures)))
         for wanted in ([[name] for name in names] if one_by_one else [names])
     ]
+    prompt_of = prompts.detect if codec is None else prompts.segment
     inputs = {
         "images": [pictures[row] for row, _ in asked],
         "prompts": [prompt_of(wanted) for _, wanted in asked],

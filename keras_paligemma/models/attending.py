@@ -5,7 +5,6 @@ from typing import Any
 
 from keras import ops
 
-from keras_paligemma.data.batches import in_parts
 from keras_paligemma.generation.texts import texts_of
 from keras_paligemma.layers.attention import MASKED
 from keras_paligemma.layers.attention import attention_mask
@@ -14,9 +13,9 @@ from keras_paligemma.layers.attention import rotate
 from keras_paligemma.layers.attention import soft_cap
 from keras_paligemma.layers.attention import token_positions
 from keras_paligemma.models.inputs import full_masks
-from keras_paligemma.models.passes import batched
 from keras_paligemma.models.passes import check_has_prompts
 from keras_paligemma.models.passes import check_preprocessor
+from keras_paligemma.models.passes import examples_of
 from keras_paligemma.models.passes import parts_of
 from keras_paligemma.models.passes import run_pass
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
@@ -79,23 +78,20 @@ def attention(self, inputs, *, average=AXES, batch_size=None):
     plan = Averages(*(axis in average for axis in AXES))
     found, single = [], False
     for part, count in parts_of(inputs, batch_size):
-        x, y, weights = self.preprocessor(part)
-        single = y.ndim == 1
-        rows = batched(x | {"targets": y, "weights": weights}, single)
-        targets, weights = rows.pop("targets"), rows.pop("weights")
+        examples = examples_of(self, part)
+        rows, single = examples.rows, examples.single
         if rows.keys().isdisjoint({"images", "image_embeddings"}):
             raise ValueError(
                 "Without a picture there is no attention to it. Received: "
                 f"{sorted(part)}. Expected: 'images' or 'image_embeddings'."
             )
-        rows, *_ = in_parts(rows, targets)
         shares = run_pass(self, attended, rows, plan)[:count]
         pictures = part.get("images")
         if pictures is None or single:
             pictures = [pictures] * len(shares)
         pictures = [*pictures]  # A column may have labels, not positions.
         for row, each in enumerate(shares):
-            ids = targets[row][weights[row] > 0].tolist()
+            ids = examples.ids(row).tolist()
             each = each[: len(ids)]
             each.flags.writeable = False
             tokens = texts_of(self.preprocessor.tokenizer, ids)

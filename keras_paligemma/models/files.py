@@ -15,7 +15,15 @@ from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.quantization import calibration as calibrating
 
 POSITIONS = "vision_encoder/position_embedding"
-BACKBONE_KEYS = ("form", "remat", "dropout", "quantize", "allow_nonfinite")
+BACKBONE_KEYS = (
+    "form",
+    "remat",
+    "dropout",
+    "image_size",
+    "quantize",
+    "calibration",
+    "allow_nonfinite",
+)
 TASK_KEYS = ("compile", "name", "preprocessor")
 QUANTIZE = (
     "A model in memory is not quantised: its weights are quantised as they are "
@@ -133,49 +141,55 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
         split_fields(kwargs),
         kwargs.pop("tokenizer", False),
     )
-    image_size = kwargs.pop("image_size", None)
-    calibration = kwargs.pop("calibration", None)
     backbone = {key: kwargs.pop(key) for key in BACKBONE_KEYS if key in kwargs}
     task = {key: kwargs.pop(key) for key in TASK_KEYS if key in kwargs}
-    # The preprocessor first: its missing files are found before the weights
-    # are read.
-    config = checkpoint.config
-    if image_size is not None:
-        backbone_config = replace(config.backbone, image_size=image_size)
-        config = replace(config, backbone=backbone_config)
-    wanted = config.preprocessor is not None
-    if not load_weights and checkpoint.tokenizer is None:
-        wanted = False
     if "preprocessor" not in task:
-        if wanted:
-            if "resize" not in kwargs:
-                checkpoint.say_assumed("resize")
-            preprocessor = cls.preprocessor_cls.from_files(
-                config, checkpoint.tokenizer, checkpoint.added_tokens, **kwargs
-            )
-        else:
-            # A backbone's preset may have a preprocessor saved beside it.
-            preprocessor = cls.preprocessor_cls.saved_in(preset, **kwargs)
+        # First, so that missing files are found before weights are read.
+        preprocessor = _load_preprocessor(
+            cls.preprocessor_cls,
+            preset,
+            checkpoint,
+            load_weights,
+            backbone.get("image_size"),
+            kwargs,
+        )
         if preprocessor is not None:
-            _check_tokenizer(preprocessor.tokenizer, config.backbone)
             task["preprocessor"], kwargs = preprocessor, {}
     if kwargs:
         raise TypeError(f"Unknown arguments: {sorted(kwargs)}.")
-    if calibration is not None:
+    if backbone.get("calibration") is not None:
         backbone["calibration"] = calibrating.batches_of(
-            calibration, task.get("preprocessor")
+            backbone["calibration"], task.get("preprocessor")
         )
     return cls(
         backbone=load_backbone(
-            cls.backbone_cls,
-            checkpoint,
-            load_weights,
-            dtype,
-            image_size,
-            **backbone,
+            cls.backbone_cls, checkpoint, load_weights, dtype, **backbone
         ),
         **task,
     )
+
+
+def _load_preprocessor(
+    cls, preset, checkpoint, load_weights, image_size, options
+):
+    """Build the preprocessor of a preset; `None` if it has none."""
+    config = checkpoint.config
+    if image_size is not None:
+        backbone = replace(config.backbone, image_size=image_size)
+        config = replace(config, backbone=backbone)
+    has_files = load_weights or checkpoint.tokenizer is not None
+    if config.preprocessor is None or not has_files:
+        # A backbone's preset may have a preprocessor saved beside it.
+        preprocessor = cls.saved_in(preset, **options)
+    else:
+        if "resize" not in options:
+            checkpoint.say_assumed("resize")
+        preprocessor = cls.from_files(
+            config, checkpoint.tokenizer, checkpoint.added_tokens, **options
+        )
+    if preprocessor is not None:
+        _check_tokenizer(preprocessor.tokenizer, config.backbone)
+    return preprocessor
 
 
 def _check_tokenizer(tokenizer, config):

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keras_paligemma.data.batches import in_batches
 from keras_paligemma.generation.loop import Plan
 from keras_paligemma.generation.loop import answer
 from keras_paligemma.generation.loop import row_defaults
@@ -19,6 +18,7 @@ from keras_paligemma.models.generation_inputs import prepare
 from keras_paligemma.models.generation_outputs import answers_of
 from keras_paligemma.models.generation_outputs import texts_so_far
 from keras_paligemma.models.inputs import check_compiled
+from keras_paligemma.models.passes import parts_of
 from keras_paligemma.models.prefixes import unpacked
 from keras_paligemma.preprocessing.inputs import prompt_text
 from keras_paligemma.preprocessing.inputs import to_length
@@ -93,24 +93,25 @@ def generate(
             f"tokens of the answer. Received: max_length={max_length!r}."
         )
     prefix, inputs = unpacked(self, inputs)
-    parts = batch_size is not None and in_batches(inputs, batch_size)
+    parts = parts_of(inputs, batch_size)
     options = checked(self, options)
     stops = stops_of(
         stop_token_ids, self.preprocessor, self.backbone.vocabulary_size
     )
-    if self.preprocessor is not None and not strip_prompt:
+    repeats_prompt = self.preprocessor is not None and not strip_prompt
+    if repeats_prompt:
         _check_has_prompts(inputs)
     options = options.seeded()
     rows, first = [], 0
-    if parts:
+    if len(parts) > 1:
         options.check_rows(sum(count for _, count in parts))
-    for part, count in parts or [(inputs, None)]:
+    for part, count in parts:
         asked = prepare(
             self, part, count, first, max_new_tokens, stops, options, prefix
         )
         rows += answers_of(self, asked, run(self, asked))
         first = len(rows)
-    if not strip_prompt and self.preprocessor is not None:
+    if repeats_prompt:
         rows = _with_prompts(rows, inputs["prompts"])
     if options.best_of:
         rows = [

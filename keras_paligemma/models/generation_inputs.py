@@ -195,26 +195,31 @@ def _constraint(model, inputs, count, stops, options):
             "A constraint ends by a stop token. Received: no stop_token_ids. "
             "Expected: 'auto', or ids."
         )
-    tokenizer, banned = model.preprocessor.tokenizer, options.banned_token_ids
+    tokenizer = model.preprocessor.tokenizer
     automaton = Automaton(model.backbone.vocabulary_size)
     if options.choices:
         starts = one_of(automaton, options.choices, tokenizer, stops)
-        return starts, automaton.arrays(banned, stops)
-    if options.regex:
+    elif options.regex:
         starts = matches_of(automaton, options.regex, tokenizer, stops)
-        return starts, automaton.arrays(banned, stops)
+    else:
+        starts = _starts_of_prompts(automaton, inputs, tokenizer, stops)[:count]
+    return starts, automaton.arrays(options.banned_token_ids, stops)
+
+
+def _starts_of_prompts(automaton, inputs, tokenizer, stops):
+    """Restrict each answer to the objects of its prompt; return start nodes."""
     if inputs.get("prompts") is None:
         raise ValueError(
             "Labels are read from prompts. Received: arrays, with "
             "legal_objects=True. Expected: 'prompts'."
         )
-    prompts, _ = to_strings(inputs["prompts"], "prompts")
+    strings, _ = to_strings(inputs["prompts"], "prompts")
+    prompts = [prompt_text(string) for string in strings]
     starts = {
         prompt: objects_of(automaton, prompt, tokenizer, stops)
-        for prompt in dict.fromkeys(map(prompt_text, prompts))
+        for prompt in dict.fromkeys(prompts)
     }
-    rows = [starts[prompt_text(prompt)] for prompt in prompts[:count]]
-    return rows, automaton.arrays(banned, stops)
+    return [starts[prompt] for prompt in prompts]
 
 
 def _check_possible(model, asked, automaton, options):

@@ -39,7 +39,7 @@ def answers_of(model, asked, found):
             texts[row] = cut(text, asked.stop_strings, given[row])
             if texts[row] != text:
                 finishes[row] = "stop_string"
-                counts[row] = _tokens_until(
+                counts[row] = tokens_until(
                     model, ids[row], asked.stop_strings, given[row]
                 )
     answers = [
@@ -110,8 +110,15 @@ def _texts(model, asked, ids, begun):
     return whole, [len(text) for text in given]
 
 
-def _tokens_until(model, ids, stop_strings, given):
-    """Count the tokens up to the first that completes a stop string."""
+def tokens_until(model, ids, stop_strings, given=0):
+    """Count the tokens up to the first that completes a stop string.
+
+    Args:
+        model: `PaliGemmaCausalLM` with a preprocessor.
+        ids: int array (tokens,) whose text has a stop string.
+        stop_strings: strs.
+        given: int, see `texts.cut`.
+    """
     for count in range(1, len(ids) + 1):
         text = model.preprocessor.generate_postprocess(
             {"token_ids": ids[:count]}

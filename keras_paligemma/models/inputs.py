@@ -135,15 +135,14 @@ def prompt_batch(inputs, image_size, text_config):
             given.get("response_mask", none), "response_mask", ids
         ),
     }
-    for name in given.keys() & {"images", "image_embeddings"}:
-        arrays[name] = to_numpy(given[name])
+    pictures = given.keys() & {"images", "image_embeddings"}
+    arrays |= {name: to_numpy(given[name]) for name in pictures}
     if single:
         arrays = {name: array[None] for name, array in arrays.items()}
     if "images" in arrays:
         check_images(arrays["images"], image_size)
-    for name in arrays.keys() & {"images", "image_embeddings"}:
-        rows = len(arrays["token_ids"])
-        arrays[name] = _floats(arrays[name], name, rows)
+    for name in pictures:
+        arrays[name] = _floats(arrays[name], name, len(arrays["token_ids"]))
     embeddings = arrays.get("image_embeddings")
     width = text_config.hidden_dim
     if embeddings is not None and embeddings.shape[2:] != (width,):

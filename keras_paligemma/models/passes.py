@@ -1,12 +1,15 @@
 """One forward pass over a user's inputs, for example to compute scores."""
 
 from typing import Any
+from typing import NamedTuple
 
+import keras
 import numpy as np
 
 from keras_paligemma.compat import rows_to_devices
 from keras_paligemma.compat import to_host
 from keras_paligemma.data.batches import in_batches
+from keras_paligemma.data.batches import in_parts
 from keras_paligemma.generation.requests import bucket
 from keras_paligemma.models.inputs import typed
 from keras_paligemma.preprocessing.inputs import check_dictionary
@@ -43,7 +46,7 @@ def check_has_prompts(inputs, method):
         )
 
 
-def parts_of(inputs, batch_size):
+def parts_of(inputs, batch_size) -> list[tuple[dict, Any]]:
     """Return pairs of a batch and its number of examples, `None` for all."""
     parts = batch_size is not None and in_batches(inputs, batch_size)
     return parts or [(inputs, None)]
@@ -54,6 +57,35 @@ def batched(arrays, single):
     if single:
         return {name: array[None] for name, array in arrays.items()}
     return dict(arrays)
+
+
+class Examples(NamedTuple):
+    """Prompts and their responses, as `fit` preprocesses them.
+
+    Fields:
+        rows: dict of arrays (B, …), as a program takes them.
+        targets: int32 array (B, R), the tokens of the responses.
+        real: bool array (B, R), False on padding.
+        single: bool, whether they came without a batch axis.
+    """
+
+    rows: dict
+    targets: np.ndarray
+    real: np.ndarray
+    single: bool
+
+    def ids(self, row):
+        """Return the tokens of a response without padding."""
+        return self.targets[row][self.real[row]]
+
+
+def examples_of(model, inputs):
+    """Preprocess a user's inputs with responses; return `Examples`."""
+    x, y, weights = model.preprocessor(inputs)
+    single = y.ndim == 1
+    targets, weights = np.atleast_2d(y, weights)
+    rows, *_ = in_parts(batched(x, single), targets)
+    return Examples(rows, targets, weights > 0, single)
 
 
 def run_pass(model, function, rows, plan=None, shared=None) -> Any:
@@ -67,9 +99,9 @@ def run_pass(model, function, rows, plan=None, shared=None) -> Any:
     """
     count = len(next(iter(rows.values())))
     found, here = run_on_device(model, function, rows, plan, shared)
-    if not isinstance(found, dict):
-        return to_host(found)[here][:count]
-    return {name: to_host(array)[here][:count] for name, array in found.items()}
+    return keras.tree.map_structure(
+        lambda array: to_host(array)[here][:count], found
+    )
 
 
 def run_on_device(model, function, rows, plan=None, shared=None):

@@ -3,13 +3,13 @@
 import numpy as np
 from keras import ops
 
-from keras_paligemma.data.batches import in_parts
 from keras_paligemma.generation.answer import Answer
 from keras_paligemma.generation.prefill import continued
 from keras_paligemma.models.inputs import full_masks
 from keras_paligemma.models.passes import batched
 from keras_paligemma.models.passes import check_has_prompts
 from keras_paligemma.models.passes import check_preprocessor
+from keras_paligemma.models.passes import examples_of
 from keras_paligemma.models.passes import parts_of
 from keras_paligemma.models.passes import run_pass
 from keras_paligemma.models.prefixes import continue_rows
@@ -58,16 +58,12 @@ def score(self, inputs, *, details=False, batch_size=None):
     prefix, inputs = unpacked(self, inputs)
     check_has_prompts(inputs, "score")
     for part, count in parts_of(inputs, batch_size):
-        x, y, weights = self.preprocessor(part)
-        single = y.ndim == 1
-        rows = batched(x | {"targets": y, "weights": weights}, single)
-        targets, weights = rows.pop("targets"), rows.pop("weights")
-        rows, *_ = in_parts(rows, targets)
+        examples = examples_of(self, part)
+        rows, single = examples.rows, examples.single
         shared = continue_rows(prefix, part, rows)
         each_BR = run_pass(self, scored, rows, shared=shared)[:count]
         for row, each_R in enumerate(each_BR):
-            real_R = weights[row] > 0
-            ids = targets[row][real_R]
+            ids = examples.ids(row)
             [text] = self.preprocessor.generate_postprocess(
                 {"token_ids": ids[None]}
             )
@@ -75,7 +71,7 @@ def score(self, inputs, *, details=False, batch_size=None):
                 Answer(
                     text,
                     tuple(ids.tolist()),
-                    tuple(each_R[real_R].tolist()),
+                    tuple(each_R[examples.real[row]].tolist()),
                     # A response that is too long is cut, as in `fit`.
                     "stop_token" if end in ids[-1:] else "length",
                 )

@@ -67,14 +67,13 @@ class TokenEmbedding(keras.layers.Layer):
             self.table, self.table_scale = add_quantized_weight(
                 self, self.quantized_format, normal(self.hidden_dim), "table"
             )
-            self.built = True
-            return
-        self.table = self.add_weight(
-            shape=(self.vocabulary_size, self.hidden_dim),
-            initializer=normal(self.hidden_dim),
-            autocast=False,
-            name="table",
-        )
+        else:
+            self.table = self.add_weight(
+                shape=(self.vocabulary_size, self.hidden_dim),
+                initializer=normal(self.hidden_dim),
+                autocast=False,
+                name="table",
+            )
         self.built = True
 
     def call(self, inputs, reverse=False, capped=True):
@@ -134,15 +133,16 @@ class TokenEmbedding(keras.layers.Layer):
                 self.table_scale,
                 hidden_states_BTD,
             )
-            return ops.cast(logits_BTV, "float32")
-        if should_use_cpu_products():
+        elif should_use_cpu_products():
             table = ops.convert_to_tensor(self.head_table)
             logits_BTV = product(table, hidden_states_BTD, (self.hidden_dim,))
-            return ops.cast(logits_BTV, "float32")
-        table = ops.cast(self.head_table, hidden_states_BTD.dtype)
-        # Not a matmul with the transpose: a loop over tokens would keep the
-        # transpose as a second table, 1.0 GiB of a 3b on a v5e.
-        logits_BTV = ops.tensordot(hidden_states_BTD, table, axes=[[-1], [1]])
+        else:
+            table = ops.cast(self.head_table, hidden_states_BTD.dtype)
+            # Not a matmul with the transpose: a loop over tokens would keep
+            # the transpose as a second table, 1.0 GiB of a 3b on a v5e.
+            logits_BTV = ops.tensordot(
+                hidden_states_BTD, table, axes=[[-1], [1]]
+            )
         return ops.cast(logits_BTV, "float32")
 
     def gradient_of_logits(self, gradient_BTV, dtype):
@@ -307,11 +307,9 @@ class TextDecoder(keras.layers.Layer):
         """
         config = self.config
         sizes = config.num_key_value_heads, config.head_dim
-        is_static = response_length is not None
-        windowed = config.sliding_window_size is not None
         if (
-            is_static
-            and not windowed
+            response_length is not None
+            and config.sliding_window_size is None
             and should_use_splash(valid_BT.shape[0], *sizes)
         ):
             prefix = valid_BT.shape[1] - response_length

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import field
@@ -177,3 +178,8 @@ async def events_of(replies):
             reply.left = True
         for task in tasks:
             task.cancel()
+
+
+def event_of(content):
+    """Return a server-sent event, str, that carries an object as JSON."""
+    return f"data: {json.dumps(content)}\n\n"

@@ -251,11 +251,11 @@ class Batches:
                     self._changed.wait()
                     continue
                 batch = self._together()
-                if not batch and self.closed:
-                    return []
-                if not batch and not self._wait(None if idles else QUIET):
-                    return None
                 if not batch:
+                    if self.closed:
+                        return []
+                    if not self._wait(None if idles else QUIET):
+                        return None
                     continue
                 rest = self._queue[0].since + self.seconds - time.monotonic()
                 waits = self._several and len(batch) < self.model.largest

@@ -65,11 +65,11 @@ class Guard:
             await self._answer(scope, receive, sending)
         except Disconnected:
             status[0] = 499
-        except Exception:  # noqa: BLE001  keeps serving
+        except Exception as error:  # noqa: BLE001  keeps serving
             log.exception("a request failed")
             if status[0] is None:
-                error = Refused(500, "The server failed to answer.")
-                await refusal(scope["path"], error)(scope, receive, sending)
+                reply = refusal(scope["path"], Refused.of(error))
+                await reply(scope, receive, sending)
         finally:
             self.metrics.requests.labels(path, str(status[0])).inc()
             self.metrics.latency.labels(path).observe(
@@ -104,8 +104,7 @@ class Guard:
         if hosts > 1 or hosts == 0 and scope["http_version"] != "1.0":
             raise Refused(400, f"Expected: one Host header. Received: {hosts}.")
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname if _is_host(host) else None
-        if self.hosts is not None and name not in self.hosts:
+        if self.hosts is not None and _hostname(host) not in self.hosts:
             raise Refused(421, f"Unknown host {host[:60]!r}.")
         origin = headers.get("origin")
         if origin is not None and origin.partition("//")[2] != host:
@@ -128,7 +127,10 @@ class Guard:
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()) or len(length) > 20:
             raise Refused(400, f"Not a length: {length[:40]!r}.")
-        if int(length) > self.limits.body:
+        self._check_size(int(length))
+
+    def _check_size(self, size):
+        if size > self.limits.body:
             raise Refused(413, f"Expected: at most {self.limits.body} bytes.")
 
     async def _body(self, scope, headers, receive):
@@ -143,10 +145,7 @@ class Guard:
                         raise Disconnected
                     part = message.get("body", b"")
                     size += len(part)
-                    if size > self.limits.body:
-                        raise Refused(
-                            413, f"Expected: at most {self.limits.body} bytes."
-                        )
+                    self._check_size(size)
                     parts.append(part)
                     more = message.get("more_body", False)
         except TimeoutError as error:
@@ -184,11 +183,12 @@ class Disconnected(Exception):
     """The client disconnected before its request was complete."""
 
 
-def _is_host(host):
+def _hostname(host):
+    """Return the name in a Host header, without port; `None` if it has none."""
     try:
-        return bool(urlsplit(f"//{host}").hostname)
+        return urlsplit(f"//{host}").hostname
     except ValueError:
-        return False
+        return None
 
 
 def refusal(path, error):

@@ -8,7 +8,6 @@ evaluation. `max_tokens` is limited to the model's longest answer.
 
 import asyncio
 import functools
-import json
 import time
 import uuid
 from typing import NoReturn
@@ -18,34 +17,35 @@ from starlette.responses import StreamingResponse
 
 from keras_paligemma.serve.asking import accepted
 from keras_paligemma.serve.asking import answers_of
+from keras_paligemma.serve.asking import event_of
 from keras_paligemma.serve.asking import events_of
 from keras_paligemma.serve.limits import openai_error
 from keras_paligemma.serve.requests import Choice
 from keras_paligemma.serve.requests import Field
 from keras_paligemma.serve.requests import Refused
+from keras_paligemma.serve.requests import check_prompt
 from keras_paligemma.serve.requests import read_base64
 from keras_paligemma.serve.requests import read_fields
 from keras_paligemma.serve.requests import read_json
-from keras_paligemma.serve.requests import read_prompt
 from keras_paligemma.serve.requests import read_stop
 from keras_paligemma.serve.tokens import BYTE
 
 FIELDS = {
-    "model": Field("string", "The model's name, or an adapter's", default=...),
-    "messages": Field("any", "One of the user: image_url, text", default=...),
+    "model": Field("string", "Name of the model or an adapter", default=...),
+    "messages": Field("any", "One: a user's image_url and text", default=...),
     "max_tokens": Field("integer", "Longest answer", 1, 2**31),
-    "max_completion_tokens": Field("integer", "The same", 1, 2**31),
-    "temperature": Field("number", "0: likeliest tokens", 0, 2, 0.0),
-    "top_p": Field("number", "Draw among so much probability", 1e-6, 1, 1.0),
-    "n": Field("integer", "Answers", 1, 128, 1),
-    "seed": Field("integer", "The same draws again", -(2**63), 2**63),
+    "max_completion_tokens": Field("integer", "As max_tokens", 1, 2**31),
+    "temperature": Field("number", "0 decodes greedily", 0, 2, 0.0),
+    "top_p": Field("number", "Sample from this probability", 1e-6, 1, 1.0),
+    "n": Field("integer", "Number of answers", 1, 128, 1),
+    "seed": Field("integer", "Repeats samples", -(2**63), 2**63),
     "stop": Field("strings", "Strings that end the answer"),
     "stream": Field("boolean", "Server-sent events", default=False),
-    "stream_options": Field("any", "include_usage"),
-    "logprobs": Field("boolean", "Tell log-probabilities", default=False),
-    "top_logprobs": Field("integer", "Likeliest tokens a place", 0, 20, 0),
-    "frequency_penalty": Field("number", "None", 0, 0, 0),
-    "presence_penalty": Field("number", "None", 0, 0, 0),
+    "stream_options": Field("any", "Object, with include_usage"),
+    "logprobs": Field("boolean", "Return log-probabilities", default=False),
+    "top_logprobs": Field("integer", "Likeliest tokens each", 0, 20, 0),
+    "frequency_penalty": Field("number", "0 alone", 0, 0, 0),
+    "presence_penalty": Field("number", "0 alone", 0, 0, 0),
 }
 # Fields for OpenAI's own bookkeeping: they change no answer.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier")
@@ -102,7 +102,7 @@ def chat(service):
         body = read_json(request.scope["body"])
         fields = read_fields(body, FIELDS, IGNORED)
         address, prompt = _message(fields["messages"])
-        read_prompt(prompt, service.limits, "messages")
+        check_prompt(prompt, service.limits, "messages")
         choice = _choice(service, fields)
         most = min(service.limits.copies, service.batches.room)
         if fields["n"] > most:
@@ -301,7 +301,7 @@ async def _stream(reply, replies, fields):
 
     def chunk(index, delta, **more):
         choice = {"index": index, "delta": delta, "finish_reason": None}
-        return _event(reply | {"choices": [choice | more]})
+        return event_of(reply | {"choices": [choice | more]})
 
     for index in range(len(replies)):
         yield chunk(index, {"role": "assistant", "content": ""})
@@ -315,18 +315,11 @@ async def _stream(reply, replies, fields):
             if fields["logprobs"]:
                 more["logprobs"] = _logprobs(event)
             yield chunk(index, {}, **more)
-    except Refused as error:
-        yield _event({"error": openai_error(error)})
     # The status has been sent already, so the error is an event.
-    except Exception:  # noqa: BLE001
-        failed = Refused(500, "The server failed to answer.")
-        yield _event({"error": openai_error(failed)})
+    except Exception as error:  # noqa: BLE001
+        yield event_of({"error": openai_error(Refused.of(error))})
     else:
         if isinstance(options, dict) and options.get("include_usage"):
             usage = {"choices": [], "usage": _usage(answers)}
-            yield _event(reply | usage)
+            yield event_of(reply | usage)
     yield "data: [DONE]\n\n"
-
-
-def _event(content):
-    return f"data: {json.dumps(content)}\n\n"

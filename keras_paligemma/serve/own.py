@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import io
 import itertools
-import json
 
 import numpy as np
 from PIL import Image
@@ -13,14 +12,15 @@ from starlette.responses import StreamingResponse
 
 from keras_paligemma.serve.asking import accepted
 from keras_paligemma.serve.asking import answers_of
+from keras_paligemma.serve.asking import event_of
 from keras_paligemma.serve.asking import events_of
 from keras_paligemma.serve.requests import Choice
 from keras_paligemma.serve.requests import Field
 from keras_paligemma.serve.requests import Refused
+from keras_paligemma.serve.requests import check_prompt
 from keras_paligemma.serve.requests import read_base64
 from keras_paligemma.serve.requests import read_fields
 from keras_paligemma.serve.requests import read_json
-from keras_paligemma.serve.requests import read_prompt
 from keras_paligemma.serve.requests import read_stop
 from keras_paligemma.serve.tokens import characters
 from keras_paligemma.tasks import prompts
@@ -29,10 +29,10 @@ from keras_paligemma.tasks.answers import read_objects
 COMMON = {
     "image": Field("string", "Picture in base64, or a data: URI", default=...),
     "max_new_tokens": Field("integer", "Longest answer", 1, 2**31 - 1),
-    "temperature": Field("number", "0: likeliest tokens", 0, 100, 0.0),
-    "top_p": Field("number", "Draw among so much probability", 1e-6, 1, 1.0),
-    "top_k": Field("integer", "Draw among so many tokens", 1, 2**31 - 1),
-    "seed": Field("integer", "The same draws again", 0, 2**31 - 1),
+    "temperature": Field("number", "0 decodes greedily", 0, 100, 0.0),
+    "top_p": Field("number", "Sample from this probability", 1e-6, 1, 1.0),
+    "top_k": Field("integer", "Sample from this many tokens", 1, 2**31 - 1),
+    "seed": Field("integer", "Repeats samples", 0, 2**31 - 1),
     "stop": Field("strings", "Strings that end the answer"),
     "adapter": Field("string", "Name of an adapter"),
 }
@@ -99,7 +99,7 @@ def segment(service):
 
 
 def _ask(service, fields, prompt, streams=False):
-    read_prompt(prompt, service.limits)
+    check_prompt(prompt, service.limits)
     longest = service.model.longest
     if (fields["max_new_tokens"] or 1) > longest:
         raise Refused(
@@ -122,16 +122,13 @@ def _ask(service, fields, prompt, streams=False):
 async def _stream(service, replies):
     try:
         async for _, event in events_of(replies):
-            if isinstance(event, str):
-                content = {"piece": event}
-            else:
-                content = _content(service, event)
-            yield f"data: {json.dumps(content)}\n\n"
-    except Refused as error:
-        yield f"data: {json.dumps({'error': str(error)})}\n\n"
+            is_piece = isinstance(event, str)
+            yield event_of(
+                {"piece": event} if is_piece else _content(service, event)
+            )
     # The status has been sent already, so the error is an event.
-    except Exception:  # noqa: BLE001
-        yield 'data: {"error": "The server failed to answer."}\n\n'
+    except Exception as error:  # noqa: BLE001
+        yield event_of({"error": str(Refused.of(error))})
 
 
 def _content(service, found, labels=None):

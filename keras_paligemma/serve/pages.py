@@ -111,7 +111,7 @@ def openapi(posts, version):
     """
     paths = {path: {"post": _post(path, posts[path])} for path in posts}
     for path in ("/v1/models", "/healthz", "/readyz", "/metrics"):
-        paths[path] = {"get": {"responses": {"200": {"description": "Good"}}}}
+        paths[path] = {"get": {"responses": {"200": {"description": "OK"}}}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "keras_paligemma", "version": version},

@@ -16,6 +16,7 @@ from keras_paligemma.models.answering import run
 from keras_paligemma.models.generation_inputs import arrays_of
 from keras_paligemma.models.generation_inputs import padded
 from keras_paligemma.models.generation_outputs import answers_of
+from keras_paligemma.models.generation_outputs import tokens_until
 from keras_paligemma.serve.requests import Answered
 from keras_paligemma.serve.requests import Choice
 from keras_paligemma.serve.requests import Refused
@@ -57,7 +58,7 @@ class PresetModel:
         self.longest = model.preprocessor.response_length
         self.adapters = tuple(model.adapters.configs)
 
-    def read(self, picture, prompt, choice, limits, field="image"):
+    def read(self, picture, prompt, choice, limits):
         """Decode and tokenize a request; runs outside the model's thread.
 
         Args:
@@ -65,7 +66,6 @@ class PresetModel:
             prompt: str.
             choice: `Choice`.
             limits: `Limits`.
-            field: str, name of the request's field with the picture.
 
         Returns:
             dict of arrays (1, …) of `arrays_of`.
@@ -80,7 +80,7 @@ class PresetModel:
                 f"{[*self.adapters]}.",
                 "adapter",
             )
-        pixels = decode_picture(picture, limits, field)
+        pixels = decode_picture(picture, limits)
         try:
             arrays, _ = arrays_of(
                 self.model, {"images": [pixels], "prompts": [prompt]}
@@ -196,14 +196,13 @@ class PresetModel:
             self.model, inputs, len(requests), 0, (stop,), chosen.seeded()
         )
         lengths = asked.rows["max_new_tokens"].copy()
-        lengths[: len(choices)] = [self._length(choice) for choice in choices]
+        lengths[: len(choices)] = [
+            choice.length(self.longest) for choice in choices
+        ]
         lengths[len(choices) :] = 1
         return dataclasses.replace(
             asked, rows=asked.rows | {"max_new_tokens": lengths}
         )
-
-    def _length(self, choice):
-        return min(choice.max_new_tokens or self.longest, self.longest)
 
     def _in_pieces(self, requests, asked, tell):
         """Answer in chunks, and pass on the new text of rows that stream.
@@ -233,19 +232,13 @@ class PresetModel:
 
     def _answered(self, request, answer):
         tokenizer = self.model.preprocessor.tokenizer
-        length = self._length(request.choice)
-        ids = answer.token_ids[:length]
-        text = cut(answer.text, request.choice.stop)
+        choice = request.choice
+        ids = answer.token_ids[: choice.length(self.longest)]
+        text = cut(answer.text, choice.stop)
         finish = "stop" if tokenizer.end_token_id in ids else "length"
         if text != answer.text:
             finish = "stop"
-            for count in range(1, len(ids) + 1):
-                begun = self.model.preprocessor.generate_postprocess(
-                    {"token_ids": np.array(ids[:count])}
-                )
-                if cut(begun, request.choice.stop) != begun:
-                    break
-            ids = ids[:count]
+            ids = ids[: tokens_until(self.model, np.array(ids), choice.stop)]
         return Answered(
             text,
             tuple(
@@ -261,7 +254,7 @@ class PresetModel:
                         _spelt(tokenizer, alternative.token_id, place),
                         alternative.log_probability,
                     )
-                    for alternative in likeliest[: request.choice.alternatives]
+                    for alternative in likeliest[: choice.alternatives]
                 )
                 for place, likeliest in enumerate(
                     answer.alternatives[: len(ids)]

@@ -39,6 +39,13 @@ class Refused(Exception):
         self.field = field
         self.headers = headers or {}
 
+    @classmethod
+    def of(cls, error):
+        """Return an error as clients may read it, others without details."""
+        if isinstance(error, cls):
+            return error
+        return cls(500, "The server failed to answer.")
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -84,6 +91,10 @@ class Choice:
     stop: tuple[str, ...] = ()
     adapter: str | None = None
     alternatives: int = 0
+
+    def length(self, longest):
+        """Return the longest answer, in tokens, of a model's `longest`."""
+        return min(self.max_new_tokens or longest, longest)
 
 
 @dataclass(frozen=True)
@@ -200,8 +211,7 @@ def read_json(body):
     Raises:
         Refused: if it is anything else.
     """
-
-    # A short body has no so many.
+    # Only long bodies are counted: a short one cannot have so many.
     if len(body) > MOST_VALUES and _values(body) > MOST_VALUES:
         raise Refused(
             400, f"The body has more than {MOST_VALUES:,} values of JSON."
@@ -254,7 +264,7 @@ def read_fields(body, fields, ignores=()):
     return found
 
 
-def read_prompt(prompt, limits, field="prompt"):
+def check_prompt(prompt, limits, field="prompt"):
     """Raise on prompts that are too long or not valid text."""
     if len(prompt) > limits.prompt:
         raise Refused(
@@ -264,7 +274,6 @@ def read_prompt(prompt, limits, field="prompt"):
             field,
         )
     check_text(prompt, field)
-    return prompt
 
 
 def check_text(text, field):
@@ -304,13 +313,12 @@ def read_base64(text, field="image"):
         )
 
 
-def open_picture(data, limits, field="image"):
+def open_picture(data, limits):
     """Open a file and check its number of pixels; nothing is decoded yet.
 
     Args:
         data: bytes of an encoded picture.
         limits: `Limits`.
-        field: str, name of the request's field.
 
     Returns:
         `PIL.Image.Image`, which reads its pixels when they are needed.
@@ -320,7 +328,9 @@ def open_picture(data, limits, field="image"):
     """
     # Other bytes 255 of a JPEG's data are followed by a zero.
     if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MOST_SCANS:
-        raise Refused(400, f"The JPEG has more than {MOST_SCANS} scans.", field)
+        raise Refused(
+            400, f"The JPEG has more than {MOST_SCANS} scans.", "image"
+        )
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         pixels = image.width * image.height
@@ -331,25 +341,24 @@ def open_picture(data, limits, field="image"):
         raise Refused(
             400,
             "The picture cannot be read. Expected: a JPEG, PNG, WebP or GIF.",
-            field,
+            "image",
         ) from error
     if pixels > limits.pixels:
         raise Refused(
             413,
             f"The picture is too large. Expected: at most {limits.pixels:,} "
             "pixels.",
-            field,
+            "image",
         )
     return image
 
 
-def decode_picture(data, limits, field="image") -> np.ndarray:
+def decode_picture(data, limits) -> np.ndarray:
     """Decode a picture as in the rest of the package; see `read_image`.
 
     Args:
         data: bytes of an encoded picture.
         limits: `Limits`.
-        field: str, name of the request's field.
 
     Returns:
         uint8 array (height, width, 3).
@@ -358,10 +367,10 @@ def decode_picture(data, limits, field="image") -> np.ndarray:
         Refused: if it is not a picture, or too large.
     """
     try:
-        with open_picture(data, limits, field) as image:
-            return read_image(image, field)
+        with open_picture(data, limits) as image:
+            return read_image(image)
     except ValueError as error:
-        raise Refused(400, str(error)[:300], field) from error
+        raise Refused(400, str(error)[:300], "image") from error
 
 
 def power_of_two(largest):

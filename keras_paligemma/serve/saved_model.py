@@ -70,7 +70,7 @@ class SavedModel:
         # The graph does not expose the names of its adapters.
         self.adapters = None if "adapter" in self.defaults else ()
 
-    def read(self, picture, prompt, choice, limits, field="image"):
+    def read(self, picture, prompt, choice, limits):
         """Validate what the graph cannot; see `PresetModel.read`."""
         for name, unset in OPTIONAL.items():
             if getattr(choice, name) != unset and name not in self.defaults:
@@ -80,7 +80,7 @@ class SavedModel:
                     f"{', '.join(sorted(self.defaults))}.",
                     name,
                 )
-        open_picture(picture, limits, field).close()
+        open_picture(picture, limits).close()
         return picture, prompt
 
     def key(self, request):
@@ -140,7 +140,7 @@ class SavedModel:
             name: getattr(choice, name) for name in ("temperature", *OPTIONAL)
         }
         given["max_new_tokens"] = max(
-            self._length(request.choice) for request in requests
+            request.choice.length(self.longest) for request in requests
         )
         if choice.seed is None and choice.temperature:
             given["seed"] = secrets.randbelow(2**31)
@@ -150,20 +150,18 @@ class SavedModel:
             if value is not None and name in self.defaults
         }
 
-    def _length(self, choice):
-        return min(choice.max_new_tokens or self.longest, self.longest)
-
     def _answered(self, outputs, row, choice):
         ids = outputs["token_ids"][row]
         written = int((ids != 0).sum())
-        count = min(written, self._length(choice))
+        count = min(written, choice.length(self.longest))
         text = outputs["text"][row].decode()
         tokens = _spelt(outputs["tokens"][row][:count], ids, text)
         if count < written or choice.stop:
             text = _text(tokens)
         finish = "stop" if END in ids[:count] else "length"
-        if cut(text, choice.stop) != text:
-            text, finish = cut(text, choice.stop), "stop"
+        kept = cut(text, choice.stop)
+        if kept != text:
+            text, finish = kept, "stop"
             while _stops(tokens[: count - 1], choice.stop):
                 count -= 1
         return Answered(

@@ -26,8 +26,8 @@ class PlainModel:
         if not held:
             self.go.set()
 
-    def read(self, picture, prompt, choice, limits, field="image"):
-        decode_picture(picture, limits, field)
+    def read(self, picture, prompt, choice, limits):
+        decode_picture(picture, limits)
         return prompt
 
     def key(self, request):
