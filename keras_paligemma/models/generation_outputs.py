@@ -99,15 +99,20 @@ def _texts(model, asked, ids, begun):
         begun: bool array (rows, tokens), True on given tokens.
 
     Returns:
-        list of str, and list of int, how many characters of each were given.
+        list of str, and list of int, how many characters of each were given;
+        0 where nothing depends on them.
     """
     pad = model.preprocessor.tokenizer.pad_token_id
-    ended = np.isin(ids, asked.stops or ()) & ~begun
-    whole, given = (
-        model.preprocessor.generate_postprocess({"token_ids": tokens})
-        for tokens in (np.where(ended, pad, ids), np.where(begun, ids, pad))
-    )
-    return whole, [len(text) for text in given]
+
+    def texts_at(wanted):
+        return model.preprocessor.generate_postprocess(
+            {"token_ids": np.where(wanted, ids, pad)}
+        )
+
+    texts = texts_at(begun | ~np.isin(ids, asked.stops or ()))
+    if not (asked.stop_strings and begun.any()):
+        return texts, [0] * len(texts)
+    return texts, [len(text) for text in texts_at(begun)]
 
 
 def tokens_until(model, ids, stop_strings, given=0):
