@@ -55,12 +55,18 @@ class Checkpoint:
             return self.rows
         return [engine.Row(name, name) for name in weights]
 
-    def say_assumed(self, argument):
-        """Warn if the value of an argument was assumed."""
+    def say_assumed(self, argument, stacklevel=4):
+        """Warn if the value of an argument was assumed.
+
+        Args:
+            argument: str, its name.
+            stacklevel: int, the place of the user's call, as `warnings.warn`
+                counts it.
+        """
         if argument in self.assumed:
             warnings.warn(
                 f"{self.assumed[argument]} Pass `{argument}=` for another.",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
 
     @contextlib.contextmanager

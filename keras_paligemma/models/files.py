@@ -183,7 +183,7 @@ def _load_preprocessor(
         preprocessor = cls.saved_in(preset, **options)
     else:
         if "resize" not in options:
-            checkpoint.say_assumed("resize")
+            checkpoint.say_assumed("resize", stacklevel=5)
         preprocessor = cls.from_files(
             config, checkpoint.tokenizer, checkpoint.added_tokens, **options
         )
