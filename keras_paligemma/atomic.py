@@ -102,24 +102,36 @@ def draft_folder(home, prefix):
         if path.name.startswith(prefix) and RANDOM.fullmatch(
             path.name[len(prefix) :]
         ):
-            with contextlib.suppress(OSError), _locked(path):
+            with contextlib.suppress(OSError), locked(path):
                 shutil.rmtree(path)
     draft = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
     try:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
-                stack.enter_context(_locked(draft))
+                stack.enter_context(locked(draft))
             yield draft
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _locked(folder):
-    """Lock a folder; an `OSError` if that cannot be, or another has it."""
-    import fcntl  # Windows has none, and reads presets all the same.
+def locked(path):
+    """Lock a file or folder until the end of the block, or of the process.
 
-    handle = os.open(folder, os.O_RDONLY)
+    Args:
+        path: path.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+        OSError: there are no locks, as on Windows and some network file
+            systems.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError("Windows has no such locks.") from error
+    # Some network file systems lock only files that are open to be written.
+    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 
+from keras_paligemma.atomic import locked
 from keras_paligemma.evaluation.run_record import RunRecord
 from keras_paligemma.evaluation.samples import check_unique
 
@@ -117,14 +118,10 @@ def only_writer(path: Path) -> Iterator[None]:
     Raises:
         ValueError: another run holds the lock.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(path, "ab") as file:
+    path.touch()
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(path))
         except BlockingIOError as error:
             raise ValueError(
                 f"{path} is in use. Received: the output of a run that still "
