@@ -46,7 +46,10 @@ def generate(
     cache_dtype: CacheDtype = None,
     multi_host: MultiHost = False,
 ) -> None:
-    """Answer prompts about many pictures; the same command resumes a run."""
+    """Answer prompts about many pictures; the same command resumes a run.
+
+    The exit status is 1 if no picture could be answered.
+    """
     from keras_paligemma.evaluation.answer_file import answer_file
     from keras_paligemma.evaluation.answer_file import open_pictures
     from keras_paligemma.evaluation.unread import errors_path
@@ -77,3 +80,5 @@ def generate(
     # Those of earlier calls too, which this one has not read again.
     unread = len(listed.read_bytes().splitlines()) if listed.is_file() else 0
     typer.echo(f"{len(pictures) - unread} of {len(pictures)} in {output}")
+    if unread == len(pictures):
+        raise typer.Exit(1)

@@ -210,9 +210,9 @@ def answer_file(
     )
     if failed and not compat.process()[0]:
         warnings.warn(
-            f"{len(failed)} pictures could not be read, the first: "
-            f"{pictures.where(failed[0])}. They are listed in "
-            f"{errors_path(output).name}.",
+            f"{len(failed)} pictures have no answer, since the picture or the "
+            f"prompt could not be read. The first: {pictures.where(failed[0])}."
+            f" All are listed in {errors_path(output).name}.",
             stacklevel=2,
         )
     return len(failed)

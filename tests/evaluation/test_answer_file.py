@@ -112,7 +112,7 @@ def test_what_cannot_be_read_is_listed_and_skipped(model, folder, tmp_path):
     (folder / "b.jpg").write_bytes(b"damaged")
     path.unlink()
     pictures = open_pictures(folder, "ocr")
-    with pytest.warns(UserWarning, match="1 pictures could not be read.*b.jpg"):
+    with pytest.warns(UserWarning, match="1 pictures have no answer.*b.jpg"):
         assert answer_file(model, pictures, path, **how) == 1
     assert rows_of(path) == right | {"b.jpg": ""}
     listed = tmp_path / "answers.jsonl.errors.jsonl"
@@ -356,7 +356,22 @@ def test_the_command_counts_the_errors_of_all_its_calls(folder, monkeypatch):
         assert result.output == (
             f"4 of 5 in {folder.parent / 'answers.jsonl'}\n"
         )
+        assert not result.exit_code
     assert not (folder / "~").exists()
+
+
+def test_the_command_fails_if_nothing_was_answered(tmp_path, monkeypatch):
+    """A script that goes on would use a file of empty answers."""
+    monkeypatch.setattr(PaliGemmaCausalLM, "from_preset", lambda name: Echo())
+    (tmp_path / "a.png").write_bytes(b"damaged")
+    output = tmp_path / "answers.jsonl"
+    arguments = ["generate", "--preset", "any", "--prompt", "ocr"]
+    arguments += [f"--data={tmp_path}", f"--output={output}"]
+    for _ in range(2):
+        with warnings.catch_warnings(action="ignore"):
+            result = CliRunner().invoke(app, arguments)
+        assert result.output == f"0 of 1 in {output}\n"
+        assert result.exit_code == 1
 
 
 def test_another_list_than_that_of_errors_is_kept(folder, tmp_path):
