@@ -18,9 +18,21 @@ def local(path):
     """Return a path of this machine, with `~` expanded.
 
     Raises:
-        ValueError: it is an address, such as "gs://bucket/model".
+        ValueError: it is an address, such as "gs://bucket/model", is empty, or
+            starts with "~" and a user who has no home here.
     """
-    path = Path(path).expanduser()
+    if not os.fspath(path):
+        raise ValueError(
+            "Files are written to a path of this machine. Received: ''. "
+            "Expected: a path; '.' is the current folder."
+        )
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"'~' and a name is the home of a user. Received: '{path}', a user "
+            "without one here. Expected: a path that starts with '/'."
+        ) from error
     if ADDRESS.match(str(path)):
         raise ValueError(
             "Files are written to a path of this machine. Received: an "

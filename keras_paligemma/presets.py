@@ -209,7 +209,7 @@ def replaced(folder: str | Path) -> AbstractContextManager[Path]:
     Raises:
         ValueError: the folder holds another format.
     """
-    folder = Path(folder).expanduser()
+    folder = atomic.local(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file. Expected: a folder.")
     path = atomic.current(folder, CONFIG) / CONFIG

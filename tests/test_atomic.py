@@ -184,6 +184,14 @@ def test_an_address_is_no_folder(tmp_path, monkeypatch, path):
     assert atomic.local("gs/a:b") == Path("gs/a:b")
 
 
+@pytest.mark.parametrize("path", ["", "~nobody_of_this_name/a"], ids=repr)
+def test_no_path_of_a_file(tmp_path, monkeypatch, path):
+    """An empty one, of a variable that is not set, is no current folder."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"Received: '{path}'"):
+        atomic.local(path)
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "settings.json"
     for _ in range(2):  # A draft that a killed writer left is replaced.

@@ -2,8 +2,8 @@
 
 import functools
 from dataclasses import replace
-from pathlib import Path
 
+from keras_paligemma import atomic
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import big_vision
 from keras_paligemma.checkpoints import engine
@@ -57,7 +57,7 @@ def write(
     """
     backbone = config.backbone
     _check_options(to, backbone, dtype, piece_size)
-    path = Path(path).expanduser()
+    path = atomic.local(path)
     if dtype is not None:
         config = replace(config, backbone=replace(backbone, dtype=dtype))
     if to == "big_vision":

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from keras_paligemma import atomic
 from keras_paligemma import shipped
 
 
@@ -19,7 +20,7 @@ def examples(
     With them and a few training lines, the code of its pages runs as it is
     printed, without a checkout.
     """
-    folder = folder.expanduser()
+    folder = atomic.local(folder)
     for name in ("pictures", "words", "finetune"):
         source, target = shipped.folder("examples") / name, folder / name
         # In a checkout both folders may be the same.

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from keras_paligemma import atomic
 from keras_paligemma.cli.environment import data_parallel
 from keras_paligemma.cli.environment import quiet_imports
 from keras_paligemma.cli.options import Adapter
@@ -55,6 +56,7 @@ def generate(
     from keras_paligemma.evaluation.unread import errors_path
 
     # Before the model is loaded, so that a typo fails at once.
+    output = atomic.local(output)
     pictures = open_pictures(data, prompt)
     with quiet_imports():
         from keras_paligemma import compat
@@ -65,7 +67,6 @@ def generate(
     )
     if adapter is not None:
         model.load_adapter(adapter)
-    output = output.expanduser()
     answer_file(
         model,
         pictures,

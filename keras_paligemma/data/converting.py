@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_paligemma.atomic import refuse_in_use
-from keras_paligemma.atomic import whole_file
-from keras_paligemma.atomic import whole_folder
+from keras_paligemma import atomic
 from keras_paligemma.data import coco_file
 from keras_paligemma.data import object_lines
 from keras_paligemma.data import voc
@@ -106,8 +104,8 @@ def convert(
             f"There is no such format. Expected: one of {FORMATS}, task "
             f"'detect', 'segment' or None. Received: {to!r}, task={task!r}."
         )
-    target = Path(target).expanduser()
-    refuse_in_use(target)
+    target = atomic.local(target)
+    atomic.refuse_in_use(target)
     if to not in _FOLDERS and (target.is_dir() or not target.suffix):
         raise ValueError(
             f"{to} is one file. Expected: a path such as objects.json or "
@@ -205,7 +203,7 @@ def _check(annotation, size):
 def _write_file(objects, target, to, task, codec):
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = os.fspath(target.parent)
-    with whole_file(target) as draft:
+    with atomic.whole_file(target) as draft:
         if to == "coco":
             return coco_file.write(objects, draft, folder)
         return object_lines.write(objects, draft, folder, task, codec)
@@ -214,7 +212,7 @@ def _write_file(objects, target, to, task, codec):
 def _write_folder(objects, target, to, task):
     entry, images = _FOLDERS[to]
     _check_names(objects)
-    with whole_folder(target, entry) as draft:
+    with atomic.whole_folder(target, entry) as draft:
         if to == "yolo":
             lost = yolo.write(objects, draft, task == "segment")
         else:

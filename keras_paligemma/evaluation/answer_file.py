@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_paligemma import atomic
 from keras_paligemma import compat
 from keras_paligemma.data.object_set import SUFFIXES
 from keras_paligemma.data.object_set import picture_files
@@ -190,7 +191,7 @@ def answer_file(
     if max_new_tokens is not None:
         length = to_length(max_new_tokens, "max_new_tokens")
     options = {**options, "max_new_tokens": length}
-    output = Path(output).expanduser()
+    output = atomic.local(output)
     _check_output(output, pictures.place)
     output.parent.mkdir(parents=True, exist_ok=True)
     record = _record(model, pictures, options)

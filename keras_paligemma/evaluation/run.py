@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from keras_paligemma import atomic
 from keras_paligemma import compat
 from keras_paligemma.evaluation.codecs import SIZES
 from keras_paligemma.evaluation.codecs import mask_codec
@@ -148,7 +149,7 @@ def evaluate(
     whole = len(samples)
     samples = samples if limit is None else samples.first(limit)
     _check_data(benchmark, samples, decode)
-    output = Path(output).expanduser()
+    output = atomic.local(output)
     opened = samples.benchmark.split
     on_card = opened == benchmark.split
     benchmark = replace(benchmark, split=opened)

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from safetensors.numpy import save_file
 
-from keras_paligemma.atomic import draft_folder
+from keras_paligemma import atomic
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.storage import safetensors
 
@@ -43,7 +43,7 @@ def write_in_backend(model, filepath, backend, module, *arguments):
     Raises:
         RuntimeError: the process failed; the message has its error output.
     """
-    target = Path(filepath).expanduser().resolve()
+    target = atomic.local(filepath).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     package = Path(__file__).parents[2]
     paths = [str(package), os.environ.get("PYTHONPATH", "")]
@@ -55,7 +55,9 @@ def write_in_backend(model, filepath, backend, module, *arguments):
         "JAX_PLATFORMS": "cpu",
     }
     # Beside the target: the default temporary folder may be in memory.
-    with draft_folder(target.parent, f".{target.name}.preset-") as preset:
+    with atomic.draft_folder(
+        target.parent, f".{target.name}.preset-"
+    ) as preset:
         _hand_over(model, preset)
         result = subprocess.run(
             [sys.executable, "-m", module, preset, target, *arguments],

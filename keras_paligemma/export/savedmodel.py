@@ -2,10 +2,8 @@
 
 import importlib.util
 import sys
-from pathlib import Path
 
-from keras_paligemma.atomic import refuse_in_use
-from keras_paligemma.atomic import whole_folder
+from keras_paligemma import atomic
 from keras_paligemma.export import backend_process
 
 ENTRY = "saved_model.pb"
@@ -112,7 +110,7 @@ def check_target(filepath):
                 f"An export needs {package}, which is not installed. Run: pip "
                 "install 'keras_paligemma[export]'."
             )
-    path = Path(filepath).expanduser().resolve().as_posix()
+    path = atomic.local(filepath).resolve().as_posix()
     found = [character for character in PATTERNS if character in path]
     if found:
         raise ValueError(
@@ -120,7 +118,7 @@ def check_target(filepath):
             f"names. Received: {path!r}, with {' '.join(found)}. Expected: a "
             f"path without any of {' '.join(PATTERNS)}."
         )
-    refuse_in_use(filepath)
+    atomic.refuse_in_use(filepath)
 
 
 def write(model, values, folder):
@@ -137,7 +135,7 @@ def write(model, values, folder):
     from keras_paligemma.export.signatures import Answering
 
     module = Answering(model)
-    with whole_folder(folder, ENTRY) as draft:
+    with atomic.whole_folder(folder, ENTRY) as draft:
         tf.saved_model.save(module, str(draft), module.functions)
         checkpoint.write(
             str(draft / "variables" / "variables"), module.values(values)

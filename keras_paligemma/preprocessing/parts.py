@@ -66,7 +66,7 @@ def folder_for(preset_dir) -> str:
         ValueError: the folder holds a model of another format, a preset with
             a preprocessor, or a foreign file with a part's name.
     """
-    folder = Path(preset_dir).expanduser()
+    folder = atomic.local(preset_dir)
     config = atomic.current(folder, presets.CONFIG) / presets.CONFIG
     if has_preprocessor(folder):
         raise ValueError(

@@ -374,6 +374,15 @@ def test_the_command_fails_if_nothing_was_answered(tmp_path, monkeypatch):
         assert result.exit_code == 1
 
 
+@pytest.mark.parametrize("output", ["gs://bucket/answers.jsonl", ""])
+def test_the_output_is_a_local_file(folder, monkeypatch, output):
+    monkeypatch.chdir(folder)
+    before = sorted(os.listdir())
+    with pytest.raises(ValueError, match="path of this machine"):
+        answer_file(Echo(), open_pictures(folder, "ocr"), output)
+    assert sorted(os.listdir()) == before
+
+
 def test_another_list_than_that_of_errors_is_kept(folder, tmp_path):
     listed = tmp_path / "answers.jsonl.errors.jsonl"
     for text in ('{"id": "a.png"}\n', "notes"):
