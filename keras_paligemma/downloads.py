@@ -222,7 +222,9 @@ def fetch_files(filesystem, path, folder, weights=True):
     """Copy a file, its pieces or a folder, resuming an interrupted copy.
 
     Files that were overwritten since are copied again. What tells them apart,
-    if the filesystem has it, is in a hidden file beside the copy.
+    if the filesystem has it, is in a hidden file beside the copy. Processes
+    with the same folder copy in turns, so that they do not write to the same
+    file and each is copied once.
 
     Args:
         filesystem: `fsspec` filesystem.
@@ -243,11 +245,20 @@ def fetch_files(filesystem, path, folder, weights=True):
         found = _matching(found, SMALL)
         if not found:
             raise FileNotFoundError(f"no configuration is at {path}")
+    missing = []
     for file in found:
         target = folder / filesystem._strip_protocol(file).lstrip("/")
         if folder.resolve() not in target.resolve().parents:
             raise OSError(f"the path {file!r} leaves the folder {folder}")
-        _fetch_file(filesystem, file, target)
+        if not _is_current(target, filesystem.info(file)):
+            missing.append((file, target))
+    if missing:
+        from filelock import FileLock
+
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            for file, target in missing:
+                _fetch_file(filesystem, file, target)
     return folder / filesystem._strip_protocol(path).lstrip("/")
 
 
@@ -269,21 +280,26 @@ def _matching(files, patterns):
     ]
 
 
-def _fetch_file(filesystem, path, target):
-    info = filesystem.info(path)
+def _is_current(target, info):
+    """Return whether a copy is complete and of the present version."""
     version = _version(info)
-    note = target.with_name(f".{target.name}.version")
-    if (
+    return (
         target.exists()
         and target.stat().st_size == info["size"]
-        and (not version or _text(note) == version)
-    ):
+        and (not version or _text(_note(target)) == version)
+    )
+
+
+def _fetch_file(filesystem, path, target):
+    info = filesystem.info(path)
+    if _is_current(target, info):
         return
     from tqdm import tqdm
 
     target.parent.mkdir(parents=True, exist_ok=True)
     # Size and version are in the draft's name, so that a copy is not resumed
     # from another version of the file.
+    version = _version(info)
     known = f"{info['size']}.{version}".rstrip(".")
     draft = target.with_name(f"{target.name}.{known}.incomplete")
     with (
@@ -307,7 +323,12 @@ def _fetch_file(filesystem, path, target):
         raise OSError(f"{path} arrived damaged and was removed: {problem}")
     os.replace(draft, target)
     if version:
-        note.write_text(version, encoding="utf-8")
+        _note(target).write_text(version, encoding="utf-8")
+
+
+def _note(target):
+    """Return the path of the file that holds the version of a copy."""
+    return target.with_name(f".{target.name}.version")
 
 
 def _version(info):

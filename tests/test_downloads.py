@@ -1,9 +1,12 @@
 """Downloads from stand-ins for hubs and buckets."""
 
 import base64
+import functools
 import hashlib
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
@@ -105,6 +108,25 @@ def test_a_cut_download_goes_on(bucket, tmp_path):
     downloads.fetch_files(bucket, "bucket/model/a.npz.part-0", tmp_path)
     assert target.read_bytes() == b"X" * 7 + (b"first" * 100)[7:]
     assert not draft.exists()
+
+
+def test_copies_at_the_same_time(bucket, tmp_path, monkeypatch):
+    """Processes that appended to the same draft removed it as damaged."""
+    opened, read = [], bucket.open
+
+    def slow(path, mode):
+        opened.append(path)
+        time.sleep(0.2)
+        return read(path, mode)
+
+    monkeypatch.setattr(bucket, "open", slow)
+    path = "bucket/model/a.npz.part-0"
+    with ThreadPoolExecutor(2) as pool:
+        fetch = functools.partial(downloads.fetch_files, bucket, path)
+        first, second = pool.map(fetch, [tmp_path] * 2)
+    assert first == second
+    assert first.read_bytes() == b"first" * 100
+    assert len(opened) == 1
 
 
 def test_what_is_there_is_not_fetched_again(bucket, tmp_path, monkeypatch):
