@@ -263,4 +263,4 @@ def _seeds(options, count):
     seed = options.seeded().seed
     if np.ndim(seed):
         return seed
-    return prompt_seeds(seed, np.arange(count)) % 2**31
+    return prompt_seeds(seed, np.arange(count))

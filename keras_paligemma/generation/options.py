@@ -298,20 +298,23 @@ class Options:
 def prompt_seeds(seed, indices):
     """Return a seed for each prompt, so that equal prompts differ.
 
-    The lower 32 bits count; integers of 32 bits may overflow.
+    Integers of 32 bits may overflow.
 
     Args:
         seed: integer scalar, of NumPy or TensorFlow.
         indices: integers (B,), of the prompts in the whole input.
 
     Returns:
-        Integers (B,).
+        Integers (B,), 0 to 2³¹ - 1, as a list of seeds has them.
     """
-    return seed * 1_000_003 + indices
+    return (seed * 1_000_003 + indices) & 0x7FFFFFFF
 
 
 def copy_seeds(seeds, copies):
-    """Return a seed for each copy (C,) of each prompt (B,), shape (B, C)."""
+    """Return a seed for each copy (C,) of each prompt (B,), shape (B, C).
+
+    The lower 32 bits count.
+    """
     return seeds[:, None] * 1_000_033 + copies
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from keras_paligemma.generation.options import Options
+from keras_paligemma.generation.options import prompt_seeds
 from keras_paligemma.generation.requests import bucket
 from keras_paligemma.generation.texts import cut
 from keras_paligemma.generation.texts import settled
@@ -174,9 +175,7 @@ class PresetModel:
         }
         if any(choice.temperature for choice in choices):
             vocabulary_size = self.model.backbone.vocabulary_size
-            any_seed = np.random.default_rng().integers(
-                2**31, size=len(choices)
-            )
+            drawn = np.random.default_rng().integers(2**31, size=len(choices))
             options |= {
                 "temperature": [choice.temperature for choice in choices],
                 "top_p": [choice.top_p for choice in choices],
@@ -184,9 +183,12 @@ class PresetModel:
                     min(choice.top_k or vocabulary_size, vocabulary_size)
                     for choice in choices
                 ],
+                # As a call with this prompt alone draws, whatever the batch.
                 "seed": [
-                    int(drawn) if choice.seed is None else choice.seed
-                    for choice, drawn in zip(choices, any_seed, strict=True)
+                    int(other)
+                    if choice.seed is None
+                    else prompt_seeds(choice.seed, 0)
+                    for choice, other in zip(choices, drawn, strict=True)
                 ],
             }
         stop = self.model.preprocessor.tokenizer.end_token_id

@@ -43,6 +43,21 @@ def test_requests_of_all_kinds_share_a_batch(model):
     )
 
 
+@pytest.mark.parametrize("seed", [1, 3000])
+def test_a_seed_draws_as_in_generate(model, seed):
+    served = PresetModel(model, largest=4)
+    choice = Choice(temperature=1.5, seed=seed, max_new_tokens=8)
+    inputs = served.read(PNG, "caption en", choice, Limits())
+    requests = [Request(inputs, Choice()), Request(inputs, choice)]
+    _, found = served.answer(requests, None)
+    assert found.text == model.generate(
+        {"images": picture(), "prompts": "caption en"},
+        temperature=1.5,
+        seed=seed,
+        max_new_tokens=8,
+    )
+
+
 def test_a_stop_inside_of_another_ends_an_answer_in_any_company(model):
     """A longer answer beside it goes on for another chunk."""
     served = PresetModel(model, largest=4)
