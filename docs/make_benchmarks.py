@@ -39,6 +39,10 @@ keras-paligemma evaluate --benchmark textvqa --preset RUN/preset --data DIR
 keras-paligemma benchmarks show textvqa
 ```
 
+`finetune --benchmark` trains all weights of a `pt` preset with the original's
+settings. Options override them: `--lora-rank 8 --learning-rate 0.0001` trains
+an adapter; then evaluate with `--adapter RUN/adapter`.
+
 The tables give the model card's numbers, for models that were fine-tuned for
 each task at full size. This project did not measure them.
 

@@ -42,7 +42,10 @@ def serve(
     cache_dtype: CacheDtype = None,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder of a LoRA adapter; may be repeated"),
+        typer.Option(
+            help="Folder of a LoRA adapter, which is named after it. May be "
+            "repeated"
+        ),
     ] = None,
     codec: Annotated[
         Path | None,

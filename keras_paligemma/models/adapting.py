@@ -163,8 +163,8 @@ def freeze(self, *patterns: str | Sequence[str]) -> None:
     """Freeze the weights whose names match a pattern.
 
     Args:
-        *patterns: str, such as "vision_encoder/*" or "*/mlp/*"; "*" also
-            matches "/". Names are those of `weights_by_name`.
+        *patterns: str, such as `"vision_encoder/*"` or `"*/mlp/*"`; `"*"`
+            also matches "/". Names are those of `weights_by_name`.
     """
     trainable.set_trainable(self, patterns, False)
 

@@ -393,9 +393,24 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         target_layer_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Train adapters alone, see `PaliGemmaBackbone`, and print the table.
+        """Add adapters, train them alone, and print what is trained.
 
-        Compile again afterwards, so that the optimizer sees the new variables.
+        Compile again afterwards, so that the optimizer sees the new variables,
+        with a higher learning rate than that for all weights.
+
+        Args:
+            rank: int, rank of the adapters.
+            target_layer_names: str or list of str, "decoder", "vision", "all"
+                and others; the decoder's attention if `None`.
+            **kwargs: as `PaliGemmaBackbone.enable_lora` takes them: `alpha`,
+                `dropout`, `targets`, `rslora`, `dora`, `name` and others.
+
+        Example:
+
+        ```python
+        model.enable_lora(8, targets="decoder")
+        model.compile(keras_paligemma.Adam(1e-3))
+        ```
         """
         self.backbone.enable_lora(rank, target_layer_names, **kwargs)
         print(self.backbone.trainable_table())

@@ -176,12 +176,6 @@ class Job:
             f"    response_length={self.response_length},",
             ")",
         ]
-        if self.lora is not None and self.config.lora is None:
-            targets = ""
-            if self.lora_targets:
-                named = ", ".join(f'"{name}"' for name in self.lora_targets)
-                targets = f", targets=[{named}]"
-            lines.append(f"model.enable_lora(rank={self.lora.rank}{targets})")
         return "\n".join(lines + last_lines)
 
 

@@ -163,7 +163,8 @@ def make_plan(
 
     Args:
         job: `Job`.
-        machine: str, see `machines.find`.
+        machine: str, a slice such as "v5e-8", a GPU ("a100-40", "a100-80",
+            "h100-80", "l4", "t4") or several of one, such as "l4x4".
         layout: str such as "weights 1x8", the only layout to try, or `None`.
         remat: str, the only `remat` to try: "none", "dots", "block" or "pair";
             "any" tries all. Ignored for generation.

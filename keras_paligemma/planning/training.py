@@ -206,14 +206,20 @@ class Training:
 
     def code(self, candidate):
         """Return Python code that uses a candidate."""
-        return self.job.code(
-            candidate.layout,
-            candidate.remat,
-            [
-                "model.compile()",
-                f"model.fit(examples, batch_size={self.job.batch_size})",
-            ],
-        )
+        job, lines = self.job, []
+        if job.lora is not None and job.config.lora is None:
+            targets = ""
+            if job.lora_targets:
+                named = ", ".join(f'"{name}"' for name in job.lora_targets)
+                targets = f", targets=[{named}]"
+            lines.append(f"model.enable_lora(rank={job.lora.rank}{targets})")
+        # The default learning rate is for all weights: adapters need more.
+        optimizer = "" if job.lora is None else "kp.Adam(1e-3)"
+        lines += [
+            f"model.compile({optimizer})",
+            f"model.fit(examples, batch_size={job.batch_size})",
+        ]
+        return job.code(candidate.layout, candidate.remat, lines)
 
     def title(self):
         """Return the beginning of a plan's title."""

@@ -336,7 +336,9 @@ def distribute(
     """Return a distribution for `keras.distribution.set_distribution`.
 
     Args:
-        strategy: str, "data", "weights", "tensor" or "both", see this module.
+        strategy: str, what a group of chips shares: "data", nothing; "weights",
+            the storage of weights; "tensor", the work on each example; "both",
+            the work, while all groups share the storage.
         shape: tuple (groups, chips per group); one group if `None`, or one
             chip per group for "data".
         devices: list of str, device names such as "tpu:0"; all if `None`.

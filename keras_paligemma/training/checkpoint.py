@@ -33,8 +33,7 @@ class RunCheckpoint(keras.callbacks.Callback):
     later, the newest intact checkpoint is restored, with a warning.
 
     It is the last of the callbacks, so that a checkpoint has what the others
-    changed, such as the learning rate. `fit` of this module shows how to use
-    it.
+    changed, such as the learning rate. `training.fit` uses it.
 
     Args:
         directory: str or path, a folder for this run alone.

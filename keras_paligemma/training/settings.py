@@ -33,8 +33,7 @@ class Settings(Checked):
         image_folder: str, folder of the pictures; the file's folder if none.
         validation: str, path of a validation set; or the same folder as data,
             whose split "val" is used.
-        task: str, detect or segment, the task to learn of a data set of
-            objects.
+        task: str, what to learn of a data set of objects: detect or segment.
         codec: str, path of vae-oid.npz, the mask codec of published models;
             the codec of the nano preset if none.
         allow_empty: bool, accept empty responses, such as those of pictures
@@ -47,7 +46,7 @@ class Settings(Checked):
         label_smoothing: float, probability that targets give to other tokens.
         gradient_accumulation: int, batches per update.
         lora_rank: int, rank of adapters; 0 trains the weights themselves.
-        lora_alpha: float, scale of adapters times their rank; the rank if none.
+        lora_alpha: float, adapters are scaled by alpha / rank; rank if none.
         lora_targets: strs, layers with adapters: decoder.attention, decoder,
             vision, all, …; see `enable_lora`.
         lora_dropout: float, dropout rate of an adapter's inputs.
@@ -55,7 +54,7 @@ class Settings(Checked):
             each decoder block.
         freeze: strs, patterns of weights that are not trained when
             lora_rank is 0, such as "vision_encoder/*".
-        quantize: str, int8 or int4, storage of frozen weights.
+        quantize: str, storage of frozen weights: int8 or int4.
         dtype: str, dtype policy; the preset's if none.
         remat: str, what the backward pass recomputes: block, dots, pair or
             none.

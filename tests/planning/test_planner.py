@@ -60,6 +60,8 @@ def test_weights_are_shared_where_they_must_be():
     text = str(found)
     assert "an estimate" in text and "bounds" in text
     assert "enable_lora(rank=8)" in text
+    # The default rate is for whole weights, and adapters need more.
+    assert "model.compile(kp.Adam(1e-3))" in text
 
 
 def test_what_does_not_fit_says_what_would():
@@ -223,6 +225,8 @@ def test_generating_is_planned():
     )
     assert found["smallest"] == "v5e-1"
     compile(found["code"], "paste", "exec")
+    # A new adapter would change no answer.
+    assert "enable_lora" not in found["code"]
     job = Job("pali_gemma2_pt_3b_224", 1, cache_dtype="int8")
     found = by_arithmetic(job, "v5e-1", generate=True)
     # In int8, a head of 256 has a float32 scale.

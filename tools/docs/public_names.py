@@ -9,10 +9,21 @@ public names, wherever their code is.
 import ast
 import contextlib
 import re
+import textwrap
 from pathlib import Path
 
 import griffe
 
+CHECKED = Path(__file__).parents[2] / "keras_paligemma" / "checked.py"
+# The place of the default among the arguments of a function that makes a field.
+DEFAULTS = {
+    function.name: names.index("default")
+    for function in ast.parse(CHECKED.read_text("utf-8")).body
+    if isinstance(function, ast.FunctionDef)
+    and "default" in (names := [arg.arg for arg in function.args.args])
+}
+# A heading and the indented lines right below it, if any.
+EXAMPLE = re.compile(r"(?m)^Example:\n((?: +.+\n?)*)")
 # A paragraph that begins like a Python session.
 SESSION = re.compile(r"(?m)^>>> .*(?:\n.+)*")
 
@@ -45,9 +56,21 @@ class PublicNames(griffe.Extension):
                     target = loader.modules_collection[value.canonical_path]
                     cls.members[name] = griffe.Alias(name, target, parent=cls)
 
+    def on_attribute_instance(self, *, attr, **kwargs):
+        # A field that is checked shows its default, not how it is made.
+        call = attr.value
+        if not isinstance(call, griffe.ExprCall):
+            return
+        module, _, name = call.canonical_path.rpartition(".")
+        if module == "keras_paligemma.checked" and name in DEFAULTS:
+            attr.value = next(iter(call.arguments[DEFAULTS[name] :]), None)
+
     def on_object(self, *, obj, **kwargs):
         if obj.docstring is not None:
-            text = re.sub("(?m)^Example:$", "**Example**", obj.docstring.value)
+            text = EXAMPLE.sub(
+                lambda match: f"**Example**\n\n{textwrap.dedent(match[1])}",
+                obj.docstring.value,
+            )
             obj.docstring.value = SESSION.sub(
                 lambda match: f"```pycon\n{match[0]}\n```", text
             )
