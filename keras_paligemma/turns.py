@@ -7,6 +7,8 @@ import threading
 
 import keras
 
+from keras_paligemma.interrupts import kept_interrupts
+
 
 class Turns:
     """A fair, reentrant lock for a model's variables.
@@ -145,14 +147,18 @@ class GiveWay(keras.callbacks.Callback):
     Args:
         turns: `Turns`, which this thread holds.
         name: str, the method that runs.
+        interrupted: function that raises a `KeyboardInterrupt` if there was
+            one that Keras dropped.
     """
 
-    def __init__(self, turns, name):
+    def __init__(self, turns, name, interrupted):
         super().__init__()
         self.turns = turns
         self.name = name
+        self.interrupted = interrupted
 
     def on_train_batch_begin(self, batch, logs=None):
+        self.interrupted()
         if self.turns.wanted():
             self.turns.give_way(self.name)
 
@@ -175,12 +181,12 @@ def batches_in_turn(model, name, callbacks):
     Raises:
         ValueError: such a method is paused in another thread.
     """
-    with model.turns as turns:
+    with model.turns as turns, kept_interrupts() as interrupted:
         turns.check_idle(name)
         # `fit` passes its own `CallbackList` to its validation.
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = keras.tree.flatten(callbacks or [])
-            callbacks = [*callbacks, GiveWay(turns, name)]
+            callbacks = [*callbacks, GiveWay(turns, name, interrupted)]
         with turns.held_by(model):
             yield callbacks
 

@@ -98,6 +98,25 @@ print({{"numpy", "keras", "tensorflow", "jax", "torch", "rich", "h5py"}}
     assert output.rstrip().endswith("set()")
 
 
+def test_an_interrupted_command_ends_at_once(monkeypatch):
+    """Python's own end crashed under XLA, which still computed a step."""
+    ended = []
+
+    def press(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def end(status):
+        ended.append(status)
+        raise SystemExit(status)
+
+    monkeypatch.setattr(sys, "argv", ["keras-paligemma", "benchmarks"])
+    monkeypatch.setattr("keras_paligemma.evaluation.registry.benchmarks", press)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert ended == [130]
+
+
 def test_version_and_completion():
     start = "from keras_paligemma import __main__; __main__.main()"
     code = f"import sys; sys.argv = ['keras-paligemma', '--version']; {start}"

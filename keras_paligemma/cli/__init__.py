@@ -5,6 +5,8 @@ a command runs, only typer is imported, so help and completion are fast and no
 command loads what another needs.
 """
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -22,6 +24,9 @@ from keras_paligemma.cli import inspect
 from keras_paligemma.cli import plan
 from keras_paligemma.cli import serve
 from keras_paligemma.cli.environment import command_environment
+
+# The exit status after Ctrl-C, which typer turns into a `SystemExit`.
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="PaliGemma 2 for Keras 3.",
@@ -50,6 +55,14 @@ def main():
         except (ValueError, OSError, ImportError) as error:
             typer.echo(f"Error: {error}", err=True)
             raise SystemExit(1) from error
+        except SystemExit as end:
+            if end.code == INTERRUPTED:
+                # XLA may still compute a step, and would crash if Python
+                # ended under it.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(INTERRUPTED)
+            raise
 
 
 def show_version(wanted: bool):
