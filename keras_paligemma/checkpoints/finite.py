@@ -49,7 +49,7 @@ def all_finite(array):
 
 
 def _is_within(array, most):
-    return max(array.max(initial=0), -array.min(initial=0)) <= most
+    return -most <= array.min(initial=0) and array.max(initial=0) <= most
 
 
 def cast(key, array, dtype):

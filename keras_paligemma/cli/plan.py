@@ -9,7 +9,6 @@ from typing import Any
 import typer
 
 from keras_paligemma.cli.options import CacheDtype
-from keras_paligemma.cli.options import Dtype
 from keras_paligemma.cli.options import LoraTargets
 from keras_paligemma.cli.options import Preset
 from keras_paligemma.cli.options import Quantize
@@ -46,7 +45,9 @@ def plan(
             "`benchmarks`"
         ),
     ] = None,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype policy; bfloat16 if not given")
+    ] = None,
     layout: Annotated[
         str | None,
         typer.Option(help='Only layout to try, such as "weights 1x8"'),

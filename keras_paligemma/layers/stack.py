@@ -142,6 +142,7 @@ class LayerStack(keras.layers.Layer):
         for name in ("quantized_format", "outputs_first"):
             if hasattr(variable, name):
                 setattr(stack, name, getattr(variable, name))
+        stack.layer_axes = 1
         return stack
 
     def enable_dropout(self):

@@ -29,9 +29,15 @@ class Generation:
 
     def __init__(self, job):
         self.prompts = job.batch_size
-        # `generate` fills up a batch to its bucket.
-        self.job = dataclasses.replace(job, batch_size=bucket(job.batch_size))
-        self.backbone, _ = job.model()
+        # `generate` fills up a batch to its bucket. A new adapter would answer
+        # as the model without it.
+        is_new = job.lora_rank is None and not job.lora_targets
+        self.job = dataclasses.replace(
+            job,
+            batch_size=bucket(job.batch_size),
+            lora_rank=0 if is_new else job.lora_rank,
+        )
+        self.backbone, _ = self.job.model()
 
     def candidates(self, machine):
         """Return all candidates of a machine, lowest bound of time first.

@@ -8,6 +8,7 @@ from typing import Any
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.compat import compiling_for
 from keras_paligemma.compat import without_values
+from keras_paligemma.config import DTYPES
 from keras_paligemma.config import BackboneConfig
 from keras_paligemma.layers.cache import check_cache_dtype
 from keras_paligemma.lora_config import LoraConfig
@@ -28,7 +29,7 @@ class Job:
         response_length: int, tokens.
         pictures: int, pictures or frames per prompt.
         lora_rank: int; 0 trains all weights. `None` is the adapter that the
-            preset has, or a new one of rank 8.
+            preset has, or to train, a new one of rank 8.
         lora_targets: tuple of str, see `enable_lora`; the decoder's attention
             if `None`.
         quantize: "int8", "int4" or `None`.
@@ -36,8 +37,8 @@ class Job:
         cache_dtype: "int8" or `None`, of keys and values in generation.
 
     Raises:
-        ValueError: a number that is no integer or below 1, or an unknown
-            `cache_dtype`.
+        ValueError: a number that is no integer or below 1, an unknown `dtype`
+            or `cache_dtype`, or targets of no adapter.
     """
 
     preset: str
@@ -66,6 +67,17 @@ class Job:
             object.__setattr__(self, name, int(value))
         if isinstance(self.lora_targets, str):
             object.__setattr__(self, "lora_targets", (self.lora_targets,))
+        if self.lora_rank == 0 and self.lora_targets:
+            raise ValueError(
+                "All weights are trained without adapters. Received: "
+                f"lora_rank=0 and lora_targets={self.lora_targets}. Expected: "
+                "one of them."
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"Unknown dtype policy of a model. Received: dtype="
+                f"{self.dtype!r}. Expected: one of {DTYPES}."
+            )
         check_cache_dtype(self.cache_dtype)
 
     @property

@@ -63,9 +63,13 @@ def batches_of(examples, preprocessor):
     # Text alone has "images": None, as in `fit`.
     columns = {key: rows for key, rows in columns.items() if rows is not None}
     lengths = set()
-    # An iterator, for example, has no length.
+    # An iterator, for example, has no length. That of a text is no number of
+    # examples.
     with contextlib.suppress(TypeError):
-        lengths = {len(rows) for rows in columns.values()}
+        lengths = {
+            0 if isinstance(rows, (str, dict)) else len(rows)
+            for rows in columns.values()
+        }
     if (
         set(columns) not in (set(EXPECTED), set(EXPECTED[1:]))
         or len(lengths) != 1

@@ -188,7 +188,7 @@ class _Weight:
 
     def _multiply(self, x):
         summed, _ = _axes(self.layout)
-        if self.layout.mode == "int8":
+        if self._scales_sums(x.dtype):
             # Outputs are scaled after the sum: a TPU then converts the
             # integers within the product.
             y = _contract(x, ops.cast(self.stored, x.dtype), summed)
@@ -197,12 +197,21 @@ class _Weight:
 
     def _back(self, gradient):
         _, kept = _axes(self.layout)
-        if self.layout.mode == "int8":
+        if self._scales_sums(gradient.dtype):
             gradient = gradient * self._of_outputs(gradient.dtype)
             kernel = ops.cast(self.stored, gradient.dtype)
         else:
             kernel = self._floats(gradient.dtype)
         return _contract(gradient, kernel, kept)
+
+    def _scales_sums(self, dtype):
+        """Return whether a product is one of integers, scaled afterwards.
+
+        float16 could hold neither sums of products with integers up to 127 nor
+        gradients that are as small as the scales.
+        """
+        is_half = keras.backend.standardize_dtype(dtype) == "float16"
+        return self.layout.mode == "int8" and not is_half
 
     def _floats(self, dtype):
         return self.layout.dequantize(self.stored, self.scale, dtype)

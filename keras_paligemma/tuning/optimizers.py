@@ -6,12 +6,16 @@ from typing import Any
 from typing import NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_paligemma.compat import optimizer_targets
 from keras_paligemma.compat import platform
+from keras_paligemma.compat import to_host
 from keras_paligemma.layers.remat import after
 from keras_paligemma.layers.stack import stable_name
+from keras_paligemma.layers.weight import as_variable
+from keras_paligemma.layers.weight import inputs_first
 from keras_paligemma.types import Config
 from keras_paligemma.types import Tensor
 
@@ -118,6 +122,29 @@ class Adam(keras.optimizers.Adam):
         dtype = "float32" if is_other else dtype
         return super().add_variable(*args, dtype=dtype, **kwargs)
 
+    def add_variable_from_reference(
+        self, reference_variable: keras.Variable, *args: Any, **kwargs: Any
+    ) -> Any:
+        moment = super().add_variable_from_reference(
+            reference_variable, *args, **kwargs
+        )
+        # Its axes have the weight's order.
+        moment.weight = reference_variable
+        return moment
+
+    def save_own_variables(self, store: Any) -> None:
+        for number, variable in enumerate(self.variables):
+            array = to_host(variable)
+            store[str(number)] = inputs_first(array, *_order(variable))
+
+    def load_own_variables(self, store: Any) -> None:
+        if len(store.keys()) != len(self.variables):
+            super().load_own_variables(store)  # Which warns.
+            return
+        for number, variable in enumerate(self.variables):
+            array = np.asarray(store[str(number)])
+            variable.assign(as_variable(array, *_order(variable)))
+
     def apply(
         self,
         grads: Sequence[Tensor],
@@ -199,6 +226,12 @@ class Adam(keras.optimizers.Adam):
             "multipliers": self.multipliers,
             "decayed": self.decayed,
         }
+
+
+def _order(variable):
+    """Return the weight of a moment, and its number of layer axes."""
+    weight = getattr(variable, "weight", variable)
+    return weight, getattr(weight, "layer_axes", 0)
 
 
 def transfer_recipe(

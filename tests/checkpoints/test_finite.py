@@ -9,6 +9,8 @@ import pytest
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma.checkpoints import finite
 from keras_paligemma.checkpoints import formats
+from keras_paligemma.checkpoints.engine import Arrays
+from keras_paligemma.checkpoints.finite import Finite
 from keras_paligemma.checkpoints.finite import all_finite
 from keras_paligemma.checkpoints.finite import cast
 from keras_paligemma.models import conversion
@@ -41,6 +43,10 @@ def test_what_has_no_such_values():
     assert all_finite(np.zeros((0, 3), "float32"))
     assert all_finite(np.float32(3).reshape(()))
     assert not all_finite(np.array(np.inf))
+    # -128 has no negative in int8.
+    packed = {"kernel": np.array([-128, 127], "int8")}
+    tensors = Finite(Arrays(packed), "a file", "float16")
+    assert tensors.read("kernel") is packed["kernel"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

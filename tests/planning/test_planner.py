@@ -183,6 +183,8 @@ def test_integers_of_numpy_reach_the_compiler():
         ("--quantize int8 --full", "lora_rank=8"),
         ("--generate --full", "Expected: one"),
         ("--full --lora-rank 16", "Received: --full and --lora-rank"),
+        ("--lora-rank 0 --lora-targets decoder", "Received: lora_rank=0 and"),
+        ("--dtype float8", "Received: dtype='float8'. Expected: one of"),
         ("--cache-dtype int8", "Expected: --generate with it"),
         ("--generate --cache-dtype int4", "Expected: one of (None, 'int8')"),
         ("--generate --layout data.2x4", "'data 8x1', the nearest"),
@@ -235,6 +237,12 @@ def test_generating_is_planned():
     )
     compile(found.code, "paste", "exec")
     assert 'cache_dtype="int8"' in found.code
+    assert "enable_lora" not in found.code
+    # A new adapter changes no answer; one that is asked for has its memory.
+    adapter = dataclasses.replace(job, lora_rank=4)
+    asked = by_arithmetic(adapter, "v5e-1", generate=True)
+    assert "enable_lora(rank=4)" in asked.code
+    assert asked.best.hbm_gib > found.best.hbm_gib
     job = Job("pali_gemma2_pt_28b_224", batch_size=64)
     found = by_arithmetic(job, "v5e-1", generate=True)
     assert not found.fits and found.smallest == "v5e-8"

@@ -161,6 +161,8 @@ def test_errors(random_preset, tmp_path):
         examples | {"prompts": ["a"]},
         examples | {"images": iter(examples["images"])},
         examples | {"prompts": None},
+        examples | {"responses": "no"},
+        examples | {"responses": {"first": "a", "second": "b"}},
         "pictures",
     ):
         with pytest.raises(ValueError, match="equally long lists"):

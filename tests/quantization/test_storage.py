@@ -255,6 +255,27 @@ def test_a_stack_lends_its_layers(mode, part, monkeypatch):
     np.testing.assert_allclose(gradient(stacked)[0], wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_float16_holds_products_and_gradients(mode):
+    """Sums of integers may exceed float16, and scaled gradients vanish."""
+    layer = Projection((64,), (16,), quantization=mode, dtype="float16")
+    layer.build()
+    kernel = np.random.default_rng(0).normal(size=(64, 16)) * 0.02
+    weight = Weight((layer.kernel,), scales=(layer.kernel_scale,))
+    weight.assign(kernel.astype("float32"))
+    kernel = weight.read()
+    x = np.zeros((2, 64), "float16")
+    x[:, 3], x[:, 5] = 600, -500
+    x = ops.convert_to_tensor(x)
+    found = ops.convert_to_numpy(run(layer, x))
+    wanted = ops.convert_to_numpy(x).astype("float32") @ kernel
+    np.testing.assert_allclose(found, wanted, atol=2e-3 * np.abs(wanted).max())
+    (found,) = differentiate(lambda x: ops.sum(layer(x[0]) * 2e-5), [x])
+    wanted = np.broadcast_to(2e-5 * kernel.sum(1), x.shape)
+    # The smallest float16.
+    np.testing.assert_allclose(found, wanted, atol=6e-8)
+
+
 def test_bfloat16_embedding_scale_is_rounded_as_of_floats():
     layer = TokenEmbedding(5, 2304, "int8", dtype="bfloat16")
     layer.build()
