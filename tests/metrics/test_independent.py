@@ -185,6 +185,8 @@ def test_mean_average_precision_equals_faster_coco_eval():
 
     found, right = objects_for(0)
     sizes = [(480, 640)] * 10
+    assert metrics.teds(page(""), page("")) == 1
+    assert metrics.teds(f"<body>{bare}", right[0]) == 1
     ours = metrics.mean_average_precision(found, right, sizes)
 
     def xywh(box):
