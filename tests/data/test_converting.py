@@ -134,10 +134,11 @@ def test_coco_comes_back_as_it_was(coco, tmp_path):
     before, after = (json.loads(p.read_text()) for p in (coco, made.path))
     for image in before["images"]:
         image["file_name"] = f"coco/{image['file_name']}"
+    areas = [each.pop("area") for each in after["annotations"]]
+    assert areas == [385.125, 100, RING.sum()]
     for annotation, other in zip(
         before["annotations"], after["annotations"], strict=True
     ):
-        assert other.pop("area") > 0
         assert other == annotation | {"bbox": pytest.approx(annotation["bbox"])}
     del before["annotations"], after["annotations"]
     assert after == before
@@ -416,6 +417,16 @@ def test_bad_objects_of_coco_are_skipped(coco, tmp_path, change, message):
     assert made.objects == 2
 
 
+def test_a_box_that_sticks_out_is_written_clipped(coco, tmp_path):
+    data = json.loads(coco.read_text())
+    data["annotations"][0]["bbox"] = [-0.5, 5, 30, 20]
+    coco.write_text(json.dumps(data))
+    made = convert(coco, f"{tmp_path}/new/out.json", "coco")
+    assert made.lost == {"boxes clipped": 1} and not made.skipped
+    found = json.loads(made.path.read_text())["annotations"][0]
+    assert found["bbox"] == [0, 5, 29.5, 20]
+
+
 def test_bad_pictures_are_skipped(coco, tmp_path):
     Image.new("RGB", (40, 80)).save(coco.parent / "images" / "a.jpg")
     (coco.parent / "images" / "b.jpg").unlink()
@@ -554,6 +565,8 @@ def test_targets_are_checked_first(coco, tmp_path):
         convert(coco, coco, "coco")
     with pytest.raises(ValueError, match="no such format.*'tfrecord'"):
         convert(coco, tmp_path / "x", "tfrecord")
+    with pytest.raises(ValueError, match="task 'detect'.*task='pose'"):
+        convert(coco, tmp_path / "x", "yolo", task="pose")
     with pytest.raises(ValueError, match="one file.*x"):
         convert(coco, tmp_path / "x", "jsonl")
     data = json.loads(coco.read_text())
