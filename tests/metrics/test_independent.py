@@ -9,6 +9,7 @@ import pytest
 from keras_paligemma import metrics
 from keras_paligemma.metrics.caption_tokens import caption_tokens
 from keras_paligemma.metrics.kern import symbols
+from keras_paligemma.metrics.referring import box_iou
 from keras_paligemma.tasks.objects import Object
 from tests.helpers.random_answers import captions_for
 from tests.helpers.random_answers import objects_for
@@ -43,6 +44,10 @@ def test_captions_that_share_no_words():
     values = metrics.captions(["two owls", ""], [["a cat", ""], ["a dog"]])
     assert set(values.columns["cider"]) == set(values.columns["rouge"]) == {0}
     assert metrics.rouge([""], [["a", ""]]).values() == {"rouge": 1}
+    # Without any 4-gram, and without any word.
+    for text in ("a", ""):
+        values = metrics.captions([text], [[text]]).values()
+        assert (values["cider"], values["rouge"]) == (0, 1)
 
 
 def test_captions_are_tokenized_unless_they_are():
@@ -76,6 +81,7 @@ def test_caption_tokens_are_javas():
 def test_captions_of_letters_alone_follow_the_rules():
     assert caption_tokens("we cannot see.") == ["we", "can", "not", "see"]
     assert caption_tokens("seen by dr.") == ["seen", "by", "dr."]
+    assert caption_tokens("seen by j.") == ["seen", "by", "j."]
     assert caption_tokens("plan a. is it an a.") == [
         *("plan", "a.", "is", "it", "an", "a"),
     ]
@@ -123,12 +129,14 @@ def test_error_rates_equal_jiwer():
 
 
 def test_published_character_rate_splits_marks_alone():
-    values = metrics.music(["16c\t4e"], ["16c\t4d"]).values()
+    scores = metrics.music(["16c\t4e"], ["16c\t4d"])
+    values = scores.values()
     # "16c", "<", "t", ">", "4d": one of five symbols is wrong.
     assert values["cer"] == 1 / 5
     assert values["ser"] == 1 / 3
     assert values["ler"] == 1
     assert values["cer_characters"] == 1 / 6
+    assert scores.quality.tolist() == [-1 / 3]
 
 
 CELLS = (
@@ -137,7 +145,7 @@ CELLS = (
     "<thead><tr><td><b>a</b></td></tr></thead><tbody><tr><td>b</td></tr></tbody>",
     "<tr><td>a</td></tr>",
     "<tr><td></td><td>b</td></tr>",
-    "<tr><td>é<!-- two --><b>a</b> or b</td></tr>",
+    "<tr>\n<td>é<!-- two --><b>a</b> or b</td>\n<td></td>\n</tr>",
 )
 
 
@@ -185,6 +193,8 @@ def test_tables():
     assert cut.values() == values
     bare = CELLS[0].join(["<table>", "</table>"])
     assert set(metrics.tables([bare], right[:1]).values().values()) == {1.0}
+    none = metrics.tables(["no table"], right[:1]).values()
+    assert set(none.values()) == {0} and metrics.teds(bare, "no table") == 0
     assert metrics.teds(page(""), page("")) == 1
     assert metrics.teds(f"<body>{bare}", right[0]) == 1
 
@@ -320,6 +330,7 @@ def test_box_f1():
     assert metrics.box_f1(*half, threshold=0.5).values()["f1"] == 1
     assert metrics.box_f1(*half, threshold=0.51).values()["f1"] == 0
     assert metrics.box_f1([[]], [[]]).quality.tolist() == [1]
+    assert np.isnan(box_iou((0, 0, 0, 1), (0.5, 0.5, 0.5, 0.5)))
 
 
 def test_refcoco_equals_the_original():
@@ -379,11 +390,15 @@ def test_refcoco_reads_run_lengths():
     each = scores.columns["miou"]
     assert each[0] == each[1] > 0.9
     assert each[2] == 0
-    # Both edges of a box are in one row of pixels, or in one column.
-    for thin in ("0256><loc0256><loc0257", "0256><loc0256><loc0767><loc0257"):
-        thin = f"<loc{thin}>" + text[len(f"<loc{thin}>") :]
+    # Both edges of a box are in one row of pixels, or in one column; or they
+    # are the wrong way round.
+    for y2, x2 in ((257, 767), (767, 257), (256, 767), (0, 767), (767, 0)):
+        edges = f"<loc0256><loc0256><loc{y2:04}><loc{x2:04}>"
+        thin = edges + text[len(edges) :]
         scores = metrics.refcoco([thin], [(0, 0, 1, 1)], [mask], ones)
-        assert scores.values()["invalid"] == 1
+        values = scores.values()
+        assert values["invalid"] == 1
+        assert values["miou"] == values["boxacc/0.5"] == 0
     for odd, kind in (([[1, 1, 99, 1]], "list"), (mask[..., None], "40, 60,")):
         with pytest.raises(ValueError, match=f"{kind}.*`from_polygons`"):
             metrics.refcoco([text], [(0, 0, 1, 1)], [odd], ones)
@@ -410,7 +425,7 @@ def spotted(match_text=True):
 
     flat, dot = [(0, 0), (9, 0), (5, 0)], "<loc0000>" * 4 + " dot"
     first = [box(20, "EXIT"), box(60, "open"), box(100, "blur"), dot]
-    other = [box(60, "more"), box(20, "more"), box(20, "more"), box(9, "less")]
+    other = [box(20, "more"), box(60, "more"), box(20, "more"), box(9, "less")]
     return metrics.text_detection(
         [" ; ".join(first), " ; ".join(other)],
         [

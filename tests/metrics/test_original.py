@@ -150,6 +150,10 @@ def refcoco(predictions, boxes):
         (metrics.music, [["a"], [5]], "'scores' is no text"),
         (metrics.music, [["a", "a"], ["a", ""]], r"none in the rows \[1\]"),
         (metrics.tables, [["a"], [None]], "'html' is no text"),
+        (
+            *(metrics.text_detection, [[""], [[]], [[None]], [(9, 9)]]),
+            "'texts' is no text",
+        ),
         (refcoco, [[""], [(0, 0, 9, 9)]], r"Row 0 .*\(0, 0, 9, 9\)"),
         (refcoco, [[""], [(0, 0.5, 1, 0.1)]], "Row 0 .*y1 <= y2"),
         (refcoco, [[""], [(0, 0, 1)]], "Row 0 has no box"),

@@ -66,6 +66,15 @@ def test_streamed_equals_all_at_once(name):
     assert streamed.result() == function(found[:7], right[:7]).values()
 
 
+def test_streamed_value_of_no_row_is_nan():
+    def part(texts):
+        return metrics.Scores({"part": np.full(len(texts), np.nan)})
+
+    streamed = metrics.Streamed(part)
+    streamed.update_state(["a", "b"])
+    assert np.isnan(streamed.result()["part"])
+
+
 def test_streamed_keeps_the_types_of_all_batches():
     streamed = metrics.Streamed(metrics.rsvqa, lower=False)
     rows = (["yes", "no"], [["yes"], ["No"]], ["comp", "presence"])
