@@ -226,6 +226,33 @@ def test_masks_are_kept_where_all_have_one(coco, tmp_path):
     assert (made.path / "labels" / "b.txt").read_text() == ""
 
 
+class Whole:
+    """A codec of one mask, which fills its box."""
+
+    def encode_mask(self, mask):
+        return [5] * 16
+
+    def decode(self, codes):
+        return np.ones((len(codes), 64, 64), "float32")
+
+
+def test_masks_are_of_the_codec_that_is_given(coco, tmp_path):
+    example = open_source(coco, task="segment", codec=Whole())[0]
+    assert example["responses"].count("<seg005>") == 3 * 16
+    target = tmp_path / "lines.jsonl"
+    made = convert(coco, target, "jsonl", task="segment", codec=Whole())
+    assert made.path.read_text().count("<seg005>") == 3 * 16
+    masks = masks_of(open_objects(made.path, codec=Whole()))
+    boxes = [
+        round(mark["bbox"][2])
+        for mark in json.loads(coco.read_text())["annotations"]
+    ]
+    assert [mask.any(0).sum() for mask in masks.values()] == boxes
+    assert all(
+        mask[mask.any(1)][:, mask.any(0)].all() for mask in masks.values()
+    )
+
+
 def test_scores_and_crowds(coco, tmp_path):
     data = json.loads(coco.read_text())
     data["annotations"][0]["score"] = 0.25
