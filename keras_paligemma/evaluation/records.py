@@ -99,7 +99,7 @@ def at_path(example: Mapping, path: str) -> Any:
     head, _, rest = path.partition(".")
     found = _PATH.fullmatch(head)
     name, index = found.groups() if found else (head, None)
-    if "/" in name and name not in example:
+    if name not in example:
         outer, _, inner = name.partition("/")
         name, rest = outer, ".".join(filter(None, (inner, rest)))
     if name not in example:

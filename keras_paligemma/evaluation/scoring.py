@@ -187,10 +187,8 @@ def _joined(scores, other):
             own = scores.combine(own, count)
         return own | {name: means[name] for name in other.columns}
 
-    quality = scores.quality
-    if quality is None:
-        quality = next(iter(scores.columns.values()))
-    return Scores({**scores.columns, **other.columns}, combine, quality)
+    columns = {**scores.columns, **other.columns}
+    return Scores(columns, combine, scores.quality)
 
 
 def _any(columns):

@@ -283,7 +283,7 @@ def _rouge(rows, right):
             length / max(len(other), 1)
             for length, other in zip(common, several, strict=True)
         )
-        if not precision or not recall:
+        if not precision:
             found.append(float(not words and not all(several)))
             continue
         weight = _BETA**2

@@ -78,7 +78,7 @@ def teds(prediction: str, table: str, structure_only: bool = False) -> float:
     nodes = max(len(found.xpath(".//*")), len(wanted.xpath(".//*")))
     trees = [_tree(table, structure_only) for table in (found, wanted)]
     distance = apted.APTED(*trees, _costs(apted)).compute_edit_distance()
-    return 1.0 - float(distance) / nodes if nodes else float(distance == 0)
+    return 1.0 - float(distance) / max(nodes, 1)
 
 
 def _costs(apted):
@@ -103,12 +103,11 @@ def _table(text):
     """Parse the first table of a page; return `None` if it has none."""
     lxml = needed("lxml.html", "TEDS")
     empty = needed("lxml.etree", "TEDS").ParserError
-    if "<body" not in text:
-        text = f"<html><body>{text}</body></html>"
     parser = lxml.HTMLParser(remove_comments=True, encoding="utf-8")
     # A model may write half of a character.
+    written = text.encode("utf-8", "replace")
     try:
-        page = lxml.fromstring(text.encode("utf-8", "replace"), parser=parser)
+        page = lxml.document_fromstring(written, parser=parser)
     except empty:  # Such as a comment that does not end.
         return None
     found = page.xpath("body/table")

@@ -124,9 +124,8 @@ def _parse(text):
     if found is None:
         return None
     numbers = [int(number) for number in found.groups()]
-    y1, x1, y2, x2 = numbers[:4]
     inside = max(numbers[:4]) <= LAST and max(numbers[4:]) < BOOK
-    return numbers if inside and y2 > y1 and x2 > x1 else None
+    return numbers if inside else None
 
 
 def _decode(parsed, decode):

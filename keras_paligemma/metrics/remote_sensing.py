@@ -44,7 +44,7 @@ def rsvqa(
 
     Source: big_vision `evaluators/proj/paligemma/transfers/rsvqa.py`.
     """
-    check_rows(predictions, answers=answers, question_types=question_types)
+    check_rows(predictions, question_types=question_types)
     check_kinds("types of questions", question_types, TYPES)
     columns = dict(vqa(predictions, answers, lower).columns)
     any_met = columns["acc_any"]

@@ -74,7 +74,7 @@ class Streamed(keras.metrics.Metric):
             for value in counted.tolist():
                 total += value
             self._sums[name] = (total, count + len(counted))
-        self._combine = scores.combine or self._combine
+        self._combine = scores.combine
 
     def result(self) -> dict[str, float]:
         """Return the values over all rows so far; `{}` before any rows."""

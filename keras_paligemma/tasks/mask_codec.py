@@ -157,7 +157,7 @@ class MaskCodec:
                 1.
         """
         squares = np.asarray(squares, "float32")
-        if squares.ndim != 3 or squares.shape[1:] != (SIDE, SIDE):
+        if squares.shape[1:] != (SIDE, SIDE):
             raise ValueError(
                 "Masks are encoded as squares. Expected: shape (masks, "
                 f"{SIDE}, {SIDE}). Received: {squares.shape}. A mask of "
@@ -205,7 +205,7 @@ class MaskCodec:
         codes = np.asarray(codes, "int64")
         if codes.size == 0:
             return np.zeros((0, SIDE, SIDE), "float32")
-        if codes.ndim != 2 or codes.shape[1] != CODES:
+        if codes.shape[1:] != (CODES,):
             raise ValueError(
                 f"A mask has {CODES} codes. Received: shape {codes.shape}."
             )

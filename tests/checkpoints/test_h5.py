@@ -52,6 +52,10 @@ def test_written_is_read(arrays, tmp_path, shard_size):
     sharded += [f"model_0000{number}.weights.h5" for number in range(2)]
     names = sharded if shard_size == 100 else ["model.weights.h5"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    if shard_size == 100:
+        index = json.loads((tmp_path / names[0]).read_text())
+        total = sum(array.nbytes for array in arrays.values())
+        assert index["metadata"] == {"total_size": total}
     dtypes, found = read_all(tmp_path / names[0])
     assert same(found, arrays)
     assert dtypes == {key: array.dtype.name for key, array in arrays.items()}

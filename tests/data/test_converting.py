@@ -134,10 +134,11 @@ def test_coco_comes_back_as_it_was(coco, tmp_path):
     before, after = (json.loads(p.read_text()) for p in (coco, made.path))
     for image in before["images"]:
         image["file_name"] = f"coco/{image['file_name']}"
+    areas = [each.pop("area") for each in after["annotations"]]
+    assert areas == [385.125, 100, RING.sum()]
     for annotation, other in zip(
         before["annotations"], after["annotations"], strict=True
     ):
-        assert other.pop("area") > 0
         assert other == annotation | {"bbox": pytest.approx(annotation["bbox"])}
     del before["annotations"], after["annotations"]
     assert after == before
@@ -223,6 +224,33 @@ def test_masks_are_kept_where_all_have_one(coco, tmp_path):
     assert [len(line.split()) for line in text.splitlines()][:2] == [9, 7]
     assert (made.path / "images" / "b.jpg").is_file()
     assert (made.path / "labels" / "b.txt").read_text() == ""
+
+
+class Whole:
+    """A codec of one mask, which fills its box."""
+
+    def encode_mask(self, mask):
+        return [5] * 16
+
+    def decode(self, codes):
+        return np.ones((len(codes), 64, 64), "float32")
+
+
+def test_masks_are_of_the_codec_that_is_given(coco, tmp_path):
+    example = open_source(coco, task="segment", codec=Whole())[0]
+    assert example["responses"].count("<seg005>") == 3 * 16
+    target = tmp_path / "lines.jsonl"
+    made = convert(coco, target, "jsonl", task="segment", codec=Whole())
+    assert made.path.read_text().count("<seg005>") == 3 * 16
+    masks = masks_of(open_objects(made.path, codec=Whole()))
+    boxes = [
+        round(mark["bbox"][2])
+        for mark in json.loads(coco.read_text())["annotations"]
+    ]
+    assert [mask.any(0).sum() for mask in masks.values()] == boxes
+    assert all(
+        mask[mask.any(1)][:, mask.any(0)].all() for mask in masks.values()
+    )
 
 
 def test_scores_and_crowds(coco, tmp_path):
@@ -416,6 +444,16 @@ def test_bad_objects_of_coco_are_skipped(coco, tmp_path, change, message):
     assert made.objects == 2
 
 
+def test_a_box_that_sticks_out_is_written_clipped(coco, tmp_path):
+    data = json.loads(coco.read_text())
+    data["annotations"][0]["bbox"] = [-0.5, 5, 30, 20]
+    coco.write_text(json.dumps(data))
+    made = convert(coco, f"{tmp_path}/new/out.json", "coco")
+    assert made.lost == {"boxes clipped": 1} and not made.skipped
+    found = json.loads(made.path.read_text())["annotations"][0]
+    assert found["bbox"] == [0, 5, 29.5, 20]
+
+
 def test_bad_pictures_are_skipped(coco, tmp_path):
     Image.new("RGB", (40, 80)).save(coco.parent / "images" / "a.jpg")
     (coco.parent / "images" / "b.jpg").unlink()
@@ -554,6 +592,8 @@ def test_targets_are_checked_first(coco, tmp_path):
         convert(coco, coco, "coco")
     with pytest.raises(ValueError, match="no such format.*'tfrecord'"):
         convert(coco, tmp_path / "x", "tfrecord")
+    with pytest.raises(ValueError, match="task 'detect'.*task='pose'"):
+        convert(coco, tmp_path / "x", "yolo", task="pose")
     with pytest.raises(ValueError, match="one file.*x"):
         convert(coco, tmp_path / "x", "jsonl")
     data = json.loads(coco.read_text())

@@ -1,5 +1,9 @@
 """Folders as the programs write them that people annotate pictures with."""
 
+import json
+import os
+
+import pytest
 from PIL import Image
 
 from keras_paligemma.data import open_source
@@ -29,6 +33,35 @@ def test_exports_of_label_studio(tmp_path):
         (example,) = open_source(tmp_path / kind)
         assert example["images"] == str(tmp_path / kind / "images" / "a.jpg")
         assert example["responses"].endswith("<loc0639> cat")
+
+
+@pytest.mark.parametrize(
+    "place", ["val2017", "images", "images/val2017", ".", "annotations"]
+)
+def test_pictures_of_coco_are_found(tmp_path, place):
+    picture(tmp_path / "coco" / place)
+    file = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    file.parent.mkdir(exist_ok=True)
+    image = {"id": 1, "file_name": "a.jpg", "height": 40, "width": 80}
+    found = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [30, 10, 20, 20]}
+    names = [{"id": 1, "name": "cat"}]
+    data = {"images": [image], "annotations": [found], "categories": names}
+    file.write_text(json.dumps(data))
+    (example,) = open_source(tmp_path / "coco", split="val")
+    assert os.path.samefile(
+        example["images"], tmp_path / "coco" / place / "a.jpg"
+    )
+
+
+def test_the_path_of_yolo_may_be_of_another_machine(tmp_path):
+    picture(tmp_path / "images")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("0 0.5 0.5 0.25 0.5")
+    (tmp_path / "data.yaml").write_text(
+        "path: /content/none\ntrain: images\nnames: [cat]\n"
+    )
+    (example,) = open_source(tmp_path)
+    assert example["images"] == str(tmp_path / "images" / "a.jpg")
 
 
 def test_links_to_folders_are_followed(tmp_path):

@@ -1,6 +1,7 @@
 """Readers of official archives, on synthetic archives of three samples."""
 
 import hashlib
+import json
 import pickle
 import re
 
@@ -188,12 +189,40 @@ def test_official_layout(make, tmp_path):
         for sample in (samples[n] for n in range(len(samples)))
     ]
     assert found == wanted
+    # The rows of a metric would hold the pictures of all samples.
+    assert not samples.truth(0).keys() & {"id", "images"}
     assert samples.missing_pictures() == []
     assert len(samples[0].images) == 2 or benchmark.pictures == 1
     # The same file can be used for training.
     if benchmark.response is not None:
         example = TrainingSource(samples)[0]
         assert example["responses"] == wanted[0][2]
+
+
+def test_coco_captions_without_karpathys_split(tmp_path):
+    images = [{"id": n, "file_name": f"{n}.jpg"} for n in (1, 2)]
+    captions = [
+        {"image_id": n, "caption": text, "id": 7}
+        for n, text in ((2, "a"), (1, "b"), (2, "c"))
+    ]
+    data = {"images": images, "annotations": captions}
+    put(tmp_path, "annotations/captions_val2014.json", data)
+    samples = open_samples(find_benchmark("coco_captions"), tmp_path)
+    found = [samples.unopened(n) for n in range(2)]
+    assert [each.truth["references"] for each in found] == [["b"], ["a", "c"]]
+    assert found[1].images == str(tmp_path / "val2014" / "2.jpg")
+
+
+def test_nlvr2_in_directories(tmp_path):
+    line = {"identifier": "train-1-2-0", "label": "True", "sentence": "One."}
+    put(tmp_path, "data/train.json", [])
+    text = json.dumps(line | {"directory": 30}) + "\n"
+    (tmp_path / "data" / "train.json").write_text(text)
+    samples = open_samples(find_benchmark("nlvr2"), tmp_path, "train")
+    home = tmp_path / "images" / "train" / "30"
+    assert samples.unopened(0).images == [
+        str(home / f"train-1-2-img{n}.png") for n in (0, 1)
+    ]
 
 
 def test_refcoco_masks_and_pickles(tmp_path):

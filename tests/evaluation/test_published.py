@@ -258,6 +258,8 @@ def test_paths():
     assert at_path(listed, "a.b") == [["x"], ["y"]]
     nested = {"caption": {"string": np.array([b"x", b"y"])}}
     assert at_path(nested, "caption/string") == ["x", "y"]
+    # A whole name may hold a slash, and a value may be of several fields.
+    assert at_path({"a/b": {"c": {"d": 1}}}, "a/b.c") == {"d": 1}
     with pytest.raises(
         ValueError, match=r"no field 'c'. Expected: one of \['a"
     ):

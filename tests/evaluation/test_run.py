@@ -199,6 +199,7 @@ def test_captions_are_searched_with_beams(data, tmp_path):
         (3, {"answers": []}, r"no right 'answers'.*\['q3'\]"),
         (3, {"answers": ["a", None]}, r"no right 'answers'.*\['q3'\]"),
         (4, {"question": None}, "id 'q4': The prompt .* needs .*'question'"),
+        (4, {"question": "\n"}, "id 'q4': The prompt .* needs .*'question'"),
         (4, {"id": "q2"}, r"1 ids more than once.*\['q2'\]"),
         (5, {"images": "none.png"}, r"no picture at their path.*\['q5'\]"),
         (5, {"images": None}, "line 6: a sample has `images`"),
@@ -286,6 +287,14 @@ def test_pictures_that_are_no_paths_are_named(images, tmp_path):
     (tmp_path / "samples.jsonl").write_text(json.dumps(line))
     with pytest.raises(ValueError, match="line 1: `images` is a path or a"):
         open_samples(BENCHMARK, tmp_path)
+
+
+@pytest.mark.parametrize("images", ["0.png", ["0.png"], ["0.png"] * 3])
+def test_another_number_of_pictures_is_named(images, data):
+    change_sample(data, 0, images=images, sentence="One.")
+    samples = open_samples(find_benchmark("nlvr2"), data)
+    with pytest.raises(ValueError, match="id 'q0': .* 2 pictures a prompt"):
+        samples.unopened(0)
 
 
 def test_picture_that_cannot_be_read_is_named(data, tmp_path):
@@ -400,6 +409,10 @@ def test_judge_is_asked_where_there_is_one(data):
     judges = {"nes": lambda texts, right: [0.25] * len(texts)}
     values = score(docci, texts, samples, judges=judges).values()
     assert values == {"avg_char": 15.0, "avg_sent": 2.0, "nes": 0.25}
+    others = {"toxicity": judges["nes"]}
+    assert (
+        "toxicity" not in score(docci, texts, samples, judges=others).values()
+    )
 
 
 def test_values_without_a_judge_are_said_to_need_one(data, tmp_path):
@@ -483,6 +496,8 @@ def test_refcoco_of_a_published_size_asks_for_its_codec(data, tmp_path):
         box, mask = [0, 0, 0.5, 0.5], {"size": [8, 8], "counts": [0, 64]}
         change_sample(data, row, sentence="it", boxes=box, masks=mask)
     samples = open_samples(refcoco, data)
+    with pytest.raises(ValueError, match="compares masks.*`decode`"):
+        score(refcoco, dict.fromkeys(samples.ids, ""), samples)
     oracle = Oracle(samples, [f"nothing {row}" for row in range(12)])
     with pytest.raises(ValueError, match="of the size 3B .*vae-oid.npz"):
         evaluate(oracle, refcoco, data, tmp_path / "run")
@@ -505,6 +520,7 @@ def test_mean_over_languages_is_not_that_over_samples(data):
     values = scores.values()
     assert values["acc"] == pytest.approx(1 / 7)
     assert (values["acc/de"], values["acc/bn"]) == (1, 0)
+    assert scores.quality.tolist() == [code == "de" for code in codes]
     # A resample may lack a language, which its mean then ignores.
     low, high = scores.intervals(draws=32)["acc"]
     assert 1 / 7 <= low <= high <= 1

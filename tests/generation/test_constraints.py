@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_paligemma.generation.automata import Automaton
 from keras_paligemma.generation.automata import objects_of
+from keras_paligemma.generation.constraints import legal
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,33 @@ def test_least_numbers_of_tokens_to_an_end():
     assert ends_in[: free + 1].tolist() == [3, 2, 1, 0, 4, 0]
 
 
+def test_each_row_has_its_own_time_to_an_end():
+    automaton = Automaton(8)
+    start = automaton.add_node()
+    automaton.add_path(start, [(1,), (2,), (3,)])
+    automaton.add_path(start, [(4,)])
+    shared = {
+        name: ops.convert_to_tensor(values)
+        for name, values in automaton.arrays().items()
+    }
+    node_B = ops.full((3,), start, "int32")
+    left_B = ops.convert_to_tensor([3, 1, 0], "int32")
+    legal_BV = ops.convert_to_numpy(legal(shared, node_B, left_B))
+    # The last row has no time for any end, so that it may be cut anywhere.
+    assert [np.flatnonzero(row).tolist() for row in legal_BV] == [
+        *([1, 4], [4], [1, 4]),
+    ]
+
+
+def test_sets_of_tokens_that_overlap_are_refused():
+    automaton = Automaton(8)
+    start = automaton.add_node()
+    automaton.add_path(start, [(1, 2)])
+    automaton.add_path(start, [(2,)])
+    with pytest.raises(ValueError, match=r"overlap.*the tokens \[2\]"):
+        automaton.arrays()
+
+
 def walk(automaton, node, tokens):
     arrays = automaton.arrays()
     for token in tokens:
@@ -224,6 +252,8 @@ def test_a_label_is_no_empty_text(model):
     assert walk(automaton, start, [*place, *tokenizer.tokenize(" cat"), 1])
     assert not walk(automaton, start, [*place, *tokenizer.tokenize(" "), 1])
     assert not walk(automaton, start, [*place, 1])
+    free = objects_of(automaton, "detect ;", tokenizer, (1,))
+    assert walk(automaton, free, tokenizer.tokenize("cat"))
 
 
 def test_constraints_that_cannot_be(model, examples):

@@ -9,6 +9,8 @@ import pytest
 from keras_paligemma import metrics
 from keras_paligemma.metrics.caption_tokens import caption_tokens
 from keras_paligemma.metrics.kern import symbols
+from keras_paligemma.metrics.referring import box_iou
+from keras_paligemma.tasks.objects import Object
 from tests.helpers.random_answers import captions_for
 from tests.helpers.random_answers import objects_for
 from tests.helpers.tiny_models import GOLDEN
@@ -37,6 +39,23 @@ def test_captions_equal_pycocoevalcap():
         assert alone == {name: values[name] for name in alone}
 
 
+def test_captions_that_share_no_words():
+    """The last words are the predictions', the last reference is empty."""
+    values = metrics.captions(["two owls", ""], [["a cat", ""], ["a dog"]])
+    assert set(values.columns["cider"]) == set(values.columns["rouge"]) == {0}
+    assert metrics.rouge([""], [["a", ""]]).values() == {"rouge": 1}
+    # Without any 4-gram, and without any word.
+    for text in ("a", ""):
+        values = metrics.captions([text], [[text]]).values()
+        assert (values["cider"], values["rouge"]) == (0, 1)
+
+
+def test_captions_are_tokenized_unless_they_are():
+    found, right = ["A cat."], [["a cat"]]
+    assert metrics.rouge(found, right).values() == {"rouge": 1}
+    assert metrics.rouge(found, right, False).values() == {"rouge": 0}
+
+
 def test_caption_tokens_are_javas():
     """Compare with the Java tokens in `caption_tokens.tsv`.
 
@@ -57,6 +76,16 @@ def test_caption_tokens_are_javas():
         ":) ;-) <3",
         "Un chat est assis sur l'herbe d'à côté.",
     ]
+
+
+def test_captions_of_letters_alone_follow_the_rules():
+    assert caption_tokens("we cannot see.") == ["we", "can", "not", "see"]
+    assert caption_tokens("seen by dr.") == ["seen", "by", "dr."]
+    assert caption_tokens("seen by j.") == ["seen", "by", "j."]
+    assert caption_tokens("plan a. is it an a.") == [
+        *("plan", "a.", "is", "it", "an", "a"),
+    ]
+    assert caption_tokens("") == caption_tokens(".") == []
 
 
 def test_anls_equals_the_package():
@@ -100,12 +129,14 @@ def test_error_rates_equal_jiwer():
 
 
 def test_published_character_rate_splits_marks_alone():
-    values = metrics.music(["4c\t4e"], ["4c\t4d"]).values()
-    # "4c", "<", "t", ">", "4d": one of five symbols is wrong.
+    scores = metrics.music(["16c\t4e"], ["16c\t4d"])
+    values = scores.values()
+    # "16c", "<", "t", ">", "4d": one of five symbols is wrong.
     assert values["cer"] == 1 / 5
     assert values["ser"] == 1 / 3
     assert values["ler"] == 1
-    assert values["cer_characters"] == 1 / 5
+    assert values["cer_characters"] == 1 / 6
+    assert scores.quality.tolist() == [-1 / 3]
 
 
 CELLS = (
@@ -114,6 +145,7 @@ CELLS = (
     "<thead><tr><td><b>a</b></td></tr></thead><tbody><tr><td>b</td></tr></tbody>",
     "<tr><td>a</td></tr>",
     "<tr><td></td><td>b</td></tr>",
+    "<tr>\n<td>é<!-- two --><b>a</b> or b</td>\n<td></td>\n</tr>",
 )
 
 
@@ -161,6 +193,10 @@ def test_tables():
     assert cut.values() == values
     bare = CELLS[0].join(["<table>", "</table>"])
     assert set(metrics.tables([bare], right[:1]).values().values()) == {1.0}
+    none = metrics.tables(["no table"], right[:1]).values()
+    assert set(none.values()) == {0} and metrics.teds(bare, "no table") == 0
+    assert metrics.teds(page(""), page("")) == 1
+    assert metrics.teds(f"<body>{bare}", right[0]) == 1
 
 
 def test_smiles():
@@ -254,11 +290,24 @@ def test_mean_average_precision_of_few():
     for turned in ((0.5, 0.1, 0.1, 0.5), (0.1, 0.5, 0.5, 0.1)):
         with pytest.raises(ValueError, match="y1 <= y2.*Received: .0.[15], 0."):
             compute([[]], [[(turned, "cat")]])
-    with pytest.raises(ValueError, match="1 of predictions, 2 of right"):
-        compute([[]], [[], []])
+    for function in (compute, metrics.box_f1):
+        with pytest.raises(ValueError, match="1 of predictions, 2 of right"):
+            function([[]], [[], []])
+        with pytest.raises(ValueError, match="Expected: one or more"):
+            function([], [])
+    with pytest.raises(ValueError, match="1 of right ones, 2 sizes"):
+        compute([[]], [[]], [(9, 9)] * 2)
     sizes = np.array([[20, 10]])
     found = compute([[(box, "cat", 0.5)]], [[(box, "cat")]], sizes)
     assert found["map_small"] == pytest.approx(1)
+
+
+def test_objects_are_compared_as_tuples_are():
+    """A score of an object that is right is not the mark of a crowd."""
+    some = [[Object((0.1, 0.1, 0.5, 0.5), "cat", score=0.5)]]
+    found = metrics.mean_average_precision(some, some)
+    assert found["map"] == pytest.approx(1)
+    assert metrics.box_f1(some, some).values()["f1"] == 1
 
 
 def test_box_f1():
@@ -277,6 +326,11 @@ def test_box_f1():
     assert scores.quality.tolist() == [2 / 5, 0]
     of_labels = metrics.box_f1([[(left, "cat")]], [[(left, "dog")]], 0.0)
     assert of_labels.values()["f1"] == 0
+    half = [[((0, 0, 1, 1), "cat")]], [[(left, "cat")]]
+    assert metrics.box_f1(*half, threshold=0.5).values()["f1"] == 1
+    assert metrics.box_f1(*half, threshold=0.51).values()["f1"] == 0
+    assert metrics.box_f1([[]], [[]]).quality.tolist() == [1]
+    assert np.isnan(box_iou((0, 0, 0, 1), (0.5, 0.5, 0.5, 0.5)))
 
 
 def test_refcoco_equals_the_original():
@@ -323,27 +377,42 @@ def test_refcoco_reads_run_lengths():
     mask[10:30, 15:45] = True
     runs = codec.encode(np.asfortranarray(mask, "uint8"))
     text = "<loc0256><loc0256><loc0767><loc0767>" + "<seg000>" * 16
+
+    def ones(codes):
+        return np.ones((len(codes), 64, 64), "float32")
+
     scores = metrics.refcoco(
         [text, text + " and more", "<loc0001>" + text],
         [(0.25, 0.25, 0.75, 0.75)] * 3,
         [runs, mask, mask],
-        lambda codes: np.ones((len(codes), 64, 64), "float32"),
+        ones,
     )
     each = scores.columns["miou"]
     assert each[0] == each[1] > 0.9
     assert each[2] == 0
-    polygons = [[1, 1, 99, 1, 1, 99]]
-    with pytest.raises(ValueError, match="Received: list. `from_polygons`"):
-        metrics.refcoco(
-            [text],
-            [(0, 0, 1, 1)],
-            [polygons],
-            lambda codes: np.ones((len(codes), 64, 64), "float32"),
-        )
+    # Both edges of a box are in one row of pixels, or in one column; or they
+    # are the wrong way round.
+    for y2, x2 in ((257, 767), (767, 257), (256, 767), (0, 767), (767, 0)):
+        edges = f"<loc0256><loc0256><loc{y2:04}><loc{x2:04}>"
+        thin = edges + text[len(edges) :]
+        scores = metrics.refcoco([thin], [(0, 0, 1, 1)], [mask], ones)
+        values = scores.values()
+        assert values["invalid"] == 1
+        assert values["miou"] == values["boxacc/0.5"] == 0
+    for odd, kind in (([[1, 1, 99, 1]], "list"), (mask[..., None], "40, 60,")):
+        with pytest.raises(ValueError, match=f"{kind}.*`from_polygons`"):
+            metrics.refcoco([text], [(0, 0, 1, 1)], [odd], ones)
+    with pytest.raises(ValueError, match=r"shape \(1, 64, 64\).*\(0,\)"):
+        metrics.refcoco([text], [(0, 0, 1, 1)], [mask], lambda codes: [])
 
 
 def spotted(match_text=True):
-    """Score two readable words, an unreadable one, and three boxes."""
+    """Score words and boxes of two pictures.
+
+    In the first, one word has a box, one a box with another text, one is
+    unreadable, and one has no area, as its box has none. In the second, one
+    word has two boxes and one beside it, and two words have one box.
+    """
 
     def square(x):
         return [(x, 10), (x + 20, 10), (x + 20, 30), (x, 30)]
@@ -354,19 +423,26 @@ def spotted(match_text=True):
             "".join(f"<loc{round(e * 1023):04d}>" for e in edges) + f" {word}"
         )
 
-    text = " ; ".join([box(20, "EXIT"), box(60, "open"), box(100, "blur")])
+    flat, dot = [(0, 0), (9, 0), (5, 0)], "<loc0000>" * 4 + " dot"
+    first = [box(20, "EXIT"), box(60, "open"), box(100, "blur"), dot]
+    other = [box(20, "more"), box(60, "more"), box(20, "more"), box(9, "less")]
     return metrics.text_detection(
-        [text, ""],
-        [[square(20), square(61), square(101)], [square(20)]],
-        [["EXIT", "OPEN", "###"], ["more"]],
+        [" ; ".join(first), " ; ".join(other)],
+        [
+            [square(20), square(61), square(101), flat],
+            [square(20), square(9), square(9)],
+        ],
+        [["EXIT", "OPEN", "###", "dot"], ["more", "less", "less"]],
         [(100, 200), (100, 200)],
         match_text,
     ).values()
 
 
 def test_text_detection():
-    assert spotted() == {"precision": 1 / 2, "recall": 1 / 3, "f1": 2 / 5}
-    assert spotted(False) == {"precision": 1, "recall": 2 / 3, "f1": 4 / 5}
+    assert spotted() == {"precision": 3 / 7, "recall": 1 / 2, "f1": 6 / 13}
+    assert spotted(False) == {"precision": 4 / 7, "recall": 2 / 3, "f1": 8 / 13}
+    with pytest.raises(ValueError, match="three or more corners"):
+        metrics.text_detection([""], [[[(0, 0), (1, 0)]]], [["a"]], [(9, 9)])
     with pytest.raises(ValueError, match="2 polygons and 1 texts"):
         metrics.text_detection(
             [""], [[[(0, 0), (1, 0), (1, 1)]] * 2], [["a"]], [(9, 9)]

@@ -43,6 +43,8 @@ def test_vqav2():
     scores = vqav2.vqav2(case["preds"], case["answers"], case["answer_type"])
     assert scores.columns["acc"].tolist() == case["per_example"]
     check(scores, case["result"])
+    # Space around an answer is none of it, even where all ten agree.
+    assert vqav2.vqav2([" a\n"], [["a"] * 10]).values() == {"acc": 1}
 
 
 @pytest.mark.parametrize("name", ["vqa_multi", "vqa_single"])
@@ -66,6 +68,9 @@ def test_relaxed_accuracy():
     case = CASES["chartqa"]
     scores = charts.relaxed_accuracy(case["preds"], case["answer"])
     check(scores, case["result_lower"])
+    for lower in (True, False):
+        scores = charts.relaxed_accuracy(["yes"], ["Yes"], lower=lower)
+        assert scores.values() == {"acc": lower, "relaxed_acc": lower}
 
 
 def test_relaxed_accuracy_averages_augmented_and_human():
@@ -101,6 +106,9 @@ def test_rsvqa():
 def test_pope():
     case = CASES["pope"]
     check(answers.yes_or_no(case["preds"], case["answer"]), case["result"])
+    # Half of the original's rows are right: which, their mean does not tell.
+    scores = answers.yes_or_no(case["preds"], case["answer"])
+    assert scores.columns["acc"].tolist() == [1, 0, 0, 1]
 
 
 def test_edit_distance_needs_no_library():
@@ -137,8 +145,15 @@ def refcoco(predictions, boxes):
         (answers.vqa, [["3"], [["3", None]]], r"Received: \['3', None\]"),
         (vqav2.vqav2, [["3"], [[3] * 10]], "Row 0 of 'answers' is no text"),
         (metrics.captions, [["a"], [["a", None]]], "'references' is no text"),
+        (metrics.captions, [["a"], ["a"]], "no list of references.*: 'a'"),
+        (metrics.captions, [["a"], [[]]], r"no list of references.*: \[\]"),
         (metrics.music, [["a"], [5]], "'scores' is no text"),
+        (metrics.music, [["a", "a"], ["a", ""]], r"none in the rows \[1\]"),
         (metrics.tables, [["a"], [None]], "'html' is no text"),
+        (
+            *(metrics.text_detection, [[""], [[]], [[None]], [(9, 9)]]),
+            "'texts' is no text",
+        ),
         (refcoco, [[""], [(0, 0, 9, 9)]], r"Row 0 .*\(0, 0, 9, 9\)"),
         (refcoco, [[""], [(0, 0.5, 1, 0.1)]], "Row 0 .*y1 <= y2"),
         (refcoco, [[""], [(0, 0, 1)]], "Row 0 has no box"),
@@ -146,6 +161,34 @@ def refcoco(predictions, boxes):
 )
 def test_bad_columns_are_refused(function, columns, message):
     with pytest.raises(ValueError, match=message):
+        function(*columns)
+
+
+@pytest.mark.parametrize(
+    ("function", "columns"),
+    [
+        (answers.yes_or_no, [["yes"], []]),
+        (charts.relaxed_accuracy, [["1"], []]),
+        (charts.relaxed_accuracy, [["1"] * 2, ["1"] * 2, ["human"]]),
+        (choices.science_qa, [["a"], []]),
+        (counting.tallyqa, [["1"], []]),
+        (counting.tallyqa, [["1"] * 2, ["1"] * 2, [1]]),
+        (remote_sensing.rsvqa, [["a"], [], ["comp"]]),
+        (remote_sensing.rsvqa, [["a"] * 2, [["a"]] * 2, ["comp"]]),
+        (vqav2.vqav2, [["a"] * 2, [["a"] * 10] * 2, ["other"]]),
+        (metrics.captions, [["a"], []]),
+        (metrics.description_lengths, [[]]),
+        (metrics.judged, ["nes", ["a"], [], lambda *_: [1]]),
+        (metrics.music, [["a"], []]),
+        (metrics.smiles, [["C"], []]),
+        (metrics.tables, [["a"], []]),
+        (metrics.text_detection, [[""], [], [[]], [(9, 9)]]),
+        (refcoco, [[""], [(0, 0, 1, 1)] * 2]),
+    ],
+)
+def test_columns_of_another_length_are_refused(function, columns):
+    """NumPy would repeat a column of one row."""
+    with pytest.raises(ValueError, match="Expected: columns of one length"):
         function(*columns)
 
 

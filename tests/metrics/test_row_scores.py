@@ -28,12 +28,23 @@ def test_interval_counts_the_rows_of_a_kind():
     low, high = scores.intervals()["part"]
     assert 0.65 < low < 0.75 < 0.85 < high < 0.95
     assert scores.intervals()["all"] == (1, 1)
+    # A third of the draws have no row of the part.
+    one = np.where(np.arange(500) == 0, 1.0, np.nan)
+    scores = metrics.Scores({"one": one, "none": np.full(500, np.nan)})
+    assert scores.intervals()["one"] == (1, 1)
+    assert np.isnan(
+        [scores.values()["none"], *scores.intervals()["none"]]
+    ).all()
 
 
 def test_worst_rows_come_first():
     scores = metrics.Scores({"acc": np.array([1, 0, np.nan, 0.5, 0])})
     assert scores.worst(3) == [1, 4, 3]
     assert scores.worst(9) == [1, 4, 3, 0]
+    scores = metrics.Scores(scores.columns, quality=np.arange(5.0))
+    assert scores.worst(2) == [0, 1]
+    many = metrics.Scores({"acc": np.arange(200) % 2.0})
+    assert many.worst(100) == list(range(0, 200, 2))
 
 
 @pytest.mark.parametrize("name", ["bleu", "rouge", "vqa", "music"])
@@ -43,6 +54,7 @@ def test_streamed_equals_all_at_once(name):
         right = [some[0] for some in right]
     function = getattr(metrics, name)
     streamed = metrics.Streamed(function)
+    assert streamed.name == name
     assert streamed.result() == {}
     for first in (0, 7, 14):
         rows = slice(first, first + 7)
@@ -52,6 +64,15 @@ def test_streamed_equals_all_at_once(name):
     streamed.reset_state()
     streamed.update_state(found[:7], right[:7])
     assert streamed.result() == function(found[:7], right[:7]).values()
+
+
+def test_streamed_value_of_no_row_is_nan():
+    def part(texts):
+        return metrics.Scores({"part": np.full(len(texts), np.nan)})
+
+    streamed = metrics.Streamed(part)
+    streamed.update_state(["a", "b"])
+    assert np.isnan(streamed.result()["part"])
 
 
 def test_streamed_keeps_the_types_of_all_batches():

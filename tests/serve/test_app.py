@@ -145,28 +145,30 @@ def test_objects_with_bytes_and_before_a_stop_have_scores():
 
 
 @pytest.mark.parametrize(
-    "content, headers, status",
+    ("content", "headers", "status", "error"),
     [
-        (b"{", {}, 400),
-        (b"[" * 60_000, {}, 400),
-        (b"[]", {}, 400),
-        (b'{"image": 1, "prompt": "a"}', {}, 400),
-        (b'{"image": "a", "prompt": "a", "temperature": NaN}', {}, 400),
-        (b'{"image": "AAAA", "prompt": "a"}', {}, 400),
-        (b'{"image": "AAAA", "prompt": "\\ud800"}', {}, 400),
-        (b'{"image": "AAAA", "prompt": "a", "other": 1}', {}, 400),
-        (b'{"image": "\\ud800", "prompt": "a"}', {}, 400),
-        (b"{}", {"Content-Type": "text/plain"}, 415),
-        (b"{}", {"Content-Type": ""}, 415),
-        (b"{}", {"Origin": "https://evil.example"}, 403),
-        (b" " * 70_000, {}, 413),
+        (b"{", {}, 400, "not JSON"),
+        (b"[" * 60_000, {}, 400, "not JSON"),
+        (b"[]", {}, 400, "no JSON object"),
+        (b"{}", {}, 400, "`image` is missing"),
+        (b'{"image": 1, "prompt": "a"}', {}, 400, "`image` is wrong"),
+        (b'{"image": "a", "temperature": NaN}', {}, 400, "NaN is no number"),
+        (b'{"image": "a", "prompt": "a"}', {}, 400, "not base64"),
+        (b'{"image": "AAAA", "prompt": "a"}', {}, 400, "cannot be read"),
+        (b'{"image": "AAAA", "prompt": "\\ud800"}', {}, 400, "`prompt` is no"),
+        (b'{"image": "AAAA", "other": 1}', {}, 400, "field 'other'"),
+        (b'{"image": "\\ud800", "prompt": "a"}', {}, 400, "`image` is no text"),
+        (b"{}", {"Content-Type": "text/plain"}, 415, "json"),
+        (b"{}", {"Content-Type": ""}, 415, "json"),
+        (b"{}", {"Origin": "https://evil.example"}, 403, "site"),
+        (b" " * 70_000, {}, 413, "bytes"),
     ],
 )
-def test_bad_requests(plain, content, headers, status):
+def test_bad_requests(plain, content, headers, status, error):
     headers = {"Content-Type": "application/json"} | headers
     reply = plain.post("/answer", content=content, headers=headers)
     assert reply.status_code == status
-    assert reply.json()["error"]
+    assert error in reply.json()["error"]
     assert ask(plain).status_code == 200
 
 

@@ -166,12 +166,28 @@ def test_doubtful_boxes_are_dashed():
                 [Object((0.2, 0.2, 0.8, 0.8), score=s)],
                 doubt=0.5,
             )
-        )[399, 100:400]
+        )[100:400, 100:400]
         for s in (0.6, 0.4)
     )
-    assert (sure == RED).all(-1).all()
-    share = (doubtful == RED).all(-1).mean()
-    assert 0.4 < share < 0.7 and not (doubtful == 128).any()
+    for edge in ([0], [-1], (slice(None), 0), (slice(None), -1)):
+        assert (sure[edge] == RED).all()
+        share = (doubtful[edge] == RED).all(-1).mean()
+        assert 0.4 < share < 0.7 and not (doubtful[edge] == 128).any()
+
+
+def test_a_line_leads_from_a_label_that_is_not_at_its_box(monkeypatch):
+    monkeypatch.setattr(drawing, "place_labels", lambda *_: [(400, 200)])
+    one = Object((0.2, 0.2, 0.4, 0.8), "cat")
+    pixels = np.asarray(draw_objects(grey(500, 500), [one]))
+    assert (pixels[210:390] == RED).all(-1).any(1).all()
+
+
+def test_a_mask_without_a_pixel_is_not_drawn():
+    bare, masked = (
+        draw_objects(grey(50, 50), [Object((0.5, 0.2, 0.5, 0.8), mask=mask)])
+        for mask in (None, np.ones((8, 8)))
+    )
+    assert bare.tobytes() == masked.tobytes()
 
 
 def test_masks_are_blended_and_outlined():

@@ -14,7 +14,7 @@ def test_examples_of_the_docstrings_run():
     assert result.attempted and not result.failed
 
 
-@pytest.mark.parametrize("values", [(1, 2, 254), (1, 256, 65535)])
+@pytest.mark.parametrize("values", [(1, 2, 254), (1, 2, 256), (1, 256, 65535)])
 def test_label_maps_come_back(tmp_path, values):
     random = np.random.default_rng(0)
     drawn = random.integers(0, 4, (9, 14))
@@ -53,6 +53,9 @@ def test_what_a_label_map_cannot_hold_is_refused():
     for wrong in ({}, {0: one}, {65536: one}, {1: one, 2: two[:2]}):
         with pytest.raises(ValueError, match="one size, numbered 1 to 65535"):
             to_label_map(wrong)
+    # As an index, a mask of integers would be the numbers of rows.
+    with pytest.raises(ValueError, match="bool array.*int64"):
+        to_label_map({1: np.ones((3, 3), "int64")})
 
 
 def test_what_is_no_label_map_is_refused(tmp_path):

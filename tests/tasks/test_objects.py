@@ -66,6 +66,9 @@ def test_masks_in_boxes_of_their_own():
     for box in ((0, 0, 0.5, 1), (1, 1, 1, 1)):
         with pytest.raises(ValueError, match="empty within its box"):
             Object(box).with_mask(mask)
+    for wrong in (mask.astype("float32"), mask[..., None]):
+        with pytest.raises(ValueError, match="bool array .height, width"):
+            wide.with_mask(wrong)
 
 
 def test_masks_at_another_size():

@@ -43,7 +43,7 @@ def test_questions_and_answers():
         prompts.multiple_choice("which?", ["1 a", "b"], "id")
         == "answer id  which? choose from: 1 a \t b"
     )
-    assert prompts.science_qa("Why?", ["x", "y", "z"]) == (
+    assert prompts.science_qa("Why?", ["x", " y", "z"]) == (
         "Question: Why?\nContext: \nOptions: (A) x, (B) y, (C) z\nAnswer:"
     )
 
@@ -64,8 +64,9 @@ def test_empty_words_are_refused(nothing):
 
 @pytest.mark.parametrize("options", [["one"], "ab", []])
 def test_too_few_options_are_refused(options):
-    with pytest.raises(ValueError, match="two or more"):
-        prompts.multiple_choice("which?", options)
+    for build in (prompts.multiple_choice, prompts.science_qa):
+        with pytest.raises(ValueError, match="two or more"):
+            build("which?", options)
 
 
 def test_more_options_than_letters_are_refused():

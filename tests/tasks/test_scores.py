@@ -108,6 +108,12 @@ def test_suppression_keeps_the_surest():
     assert suppress(everything, by_label=False) == [strong, other]
     assert suppress(everything, overlap=0.9) == [strong, shifted, dog, other]
     assert suppress([]) == []
+    # The overlap itself is kept, up to that of equal boxes.
+    part = Object((0, 0, 0.25, 0.5), "cat", 0.6)
+    assert suppress([strong, part], overlap=0.5) == [strong, part]
+    assert suppress([strong, weak], overlap=1) == [strong, weak]
+    with pytest.raises(ValueError, match="of 0 to 1. Received: 2"):
+        suppress([], overlap=2)
 
 
 def test_what_is_suppressed_does_not_suppress():
