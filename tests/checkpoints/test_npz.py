@@ -817,6 +817,21 @@ def test_every_byte_flipped_and_every_length(tmp_path, kind):
     assert 0 < held < 0.25 * len(data)
 
 
+def test_members_at_the_same_place(tmp_path):
+    """Newer versions of Python only warn of them."""
+    path = tmp_path / "x.npz"
+    data, _ = small(path, "ours")
+    with zipfile.ZipFile(path) as archive:
+        first, second, *_ = archive.infolist()
+    assert first.header_offset == 0
+    offset = second.header_offset.to_bytes(4, "little")
+    directory = data.rindex(b"PK\1\2", 0, data.rindex(second.filename.encode()))
+    at = data.index(offset, directory)
+    path.write_bytes(data[:at] + bytes(4) + data[at + 4 :])
+    with pytest.raises(ValueError, match="begin at the same byte"):
+        load(path)
+
+
 @pytest.mark.parametrize("kind", ["ours", "mixed"])
 def test_random_damage_to_pieces(tmp_path, kind):
     path = tmp_path / "x.npz"
