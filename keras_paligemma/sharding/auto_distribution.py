@@ -32,7 +32,8 @@ def auto(
 
     Args:
         preset: str, as `from_preset` takes it.
-        devices: list of str, device names such as "tpu:0"; all if `None`.
+        devices: list of device names such as "tpu:0", or of JAX's devices; all
+            if `None`.
         memory_gib: float, GiB per device; looked up for TPUs and GPUs if
             `None`.
         remat: `None`, "dots", "block" or "pair", the model's `remat`.
@@ -115,22 +116,34 @@ def _nearest(training, machine):
     return ""
 
 
-def _memory(name) -> float:
+def _memory(device) -> float:
     """Return a device's memory in GiB, by its kind or from the device."""
     import jax
 
-    platform, _, number = name.partition(":")
-    device = next(
-        found for found in jax.devices(platform) if found.id == int(number or 0)
-    )
+    if isinstance(device, str):
+        device = _named(device)
     if device.device_kind in machines.MEMORY:
         return machines.MEMORY[device.device_kind]
     # Only local devices report their memory; all are of the same kind.
-    here = jax.local_devices(backend=platform)[0]
+    here = jax.local_devices(backend=device.platform)[0]
     limit = (here.memory_stats() or {}).get("bytes_limit")
     if limit:
         return limit / GIB
     raise ValueError(
         "How much memory a device has is not known here. Received: "
         f"{device.device_kind!r}. Expected: memory_gib=16, say."
+    )
+
+
+def _named(name):
+    """Return the JAX device of a name such as "tpu:0"."""
+    import jax
+
+    platform = name.partition(":")[0]
+    for device in jax.devices(platform):
+        if name in (platform, f"{platform}:{device.id}"):
+            return device
+    raise ValueError(
+        f"There is no such device. Received: {name!r}. Expected: some of "
+        f"{distribution.list_devices(platform)}."
     )

@@ -329,13 +329,18 @@ def test_auto_asks_a_device_of_this_host(monkeypatch):
     """The first device belongs to another host and cannot be queried."""
     import jax
 
-    far = types.SimpleNamespace(id=0, device_kind="a GPU")
+    far = types.SimpleNamespace(id=0, platform="gpu", device_kind="a GPU")
     near = types.SimpleNamespace(
-        id=1, memory_stats=lambda: {"bytes_limit": 15.75 * 2**30}
+        id=1,
+        platform="gpu",
+        memory_stats=lambda: {"bytes_limit": 15.75 * 2**30},
     )
-    monkeypatch.setattr(jax, "devices", lambda platform: [far, near])
+    monkeypatch.setattr(jax, "devices", lambda backend: [far, near])
     monkeypatch.setattr(jax, "local_devices", lambda backend: [near])
     assert auto_distribution._memory("gpu:0") == 15.75
+    assert auto_distribution._memory(far) == 15.75
+    with pytest.raises(ValueError, match="no such device. Received: 'gpu:7'"):
+        auto_distribution._memory("gpu:7")
 
 
 @pytest.mark.parametrize(
