@@ -10,6 +10,14 @@ import pytest
 from keras_paligemma.interrupts import kept_interrupts
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Handle interrupts as Python does; pytest's workers ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Counts(keras.callbacks.Callback):
     """Counts the batches that ended; Keras waits for the loss of each."""
 

@@ -152,10 +152,12 @@ class Generation:
         """Return Python code that uses a candidate."""
         dtype = self.job.cache_dtype
         cache = [f'    cache_dtype="{dtype}",'] if dtype else []
+        is_apart = self.job.lora is not None and self.job.config.lora is None
         return self.job.code(
             candidate.layout,
             None,
             [
+                *(['model.load_adapter("adapter")'] if is_apart else []),
                 "model.generate(",
                 '    {"images": pictures, "prompts": prompts},',
                 *cache,

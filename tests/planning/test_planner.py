@@ -227,8 +227,7 @@ def test_generating_is_planned():
     )
     assert found["smallest"] == "v5e-1"
     compile(found["code"], "paste", "exec")
-    # A new adapter would change no answer.
-    assert "enable_lora" not in found["code"]
+    assert "adapter" not in found["code"]
     job = Job("pali_gemma2_pt_3b_224", 1, cache_dtype="int8")
     found = by_arithmetic(job, "v5e-1", generate=True)
     # In int8, a head of 256 has a float32 scale.
@@ -237,11 +236,11 @@ def test_generating_is_planned():
     )
     compile(found.code, "paste", "exec")
     assert 'cache_dtype="int8"' in found.code
-    assert "enable_lora" not in found.code
     # A new adapter changes no answer; one that is asked for has its memory.
     adapter = dataclasses.replace(job, lora_rank=4)
     asked = by_arithmetic(adapter, "v5e-1", generate=True)
-    assert "enable_lora(rank=4)" in asked.code
+    assert 'load_adapter("adapter")' in asked.code
+    assert "enable_lora" not in asked.code
     assert asked.best.hbm_gib > found.best.hbm_gib
     job = Job("pali_gemma2_pt_28b_224", batch_size=64)
     found = by_arithmetic(job, "v5e-1", generate=True)
