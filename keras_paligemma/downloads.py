@@ -250,15 +250,16 @@ def fetch_files(filesystem, path, folder, weights=True):
         target = folder / filesystem._strip_protocol(file).lstrip("/")
         if folder.resolve() not in target.resolve().parents:
             raise OSError(f"the path {file!r} leaves the folder {folder}")
-        if not _is_current(target, filesystem.info(file)):
-            missing.append((file, target))
+        info = filesystem.info(file)
+        if not _is_current(target, info):
+            missing.append((file, target, info))
     if missing:
         from filelock import FileLock
 
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
-            for file, target in missing:
-                _fetch_file(filesystem, file, target)
+            for file, target, info in missing:
+                _fetch_file(filesystem, file, target, info)
     return folder / filesystem._strip_protocol(path).lstrip("/")
 
 
@@ -290,8 +291,8 @@ def _is_current(target, info):
     )
 
 
-def _fetch_file(filesystem, path, target):
-    info = filesystem.info(path)
+def _fetch_file(filesystem, path, target, info):
+    # Another process may have copied it meanwhile.
     if _is_current(target, info):
         return
     from tqdm import tqdm

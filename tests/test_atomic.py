@@ -185,9 +185,8 @@ def test_an_address_is_no_folder(tmp_path, monkeypatch, path):
 
 
 @pytest.mark.parametrize("path", ["", "~nobody_of_this_name/a"], ids=repr)
-def test_no_path_of_a_file(tmp_path, monkeypatch, path):
+def test_no_path_of_a_file(path):
     """An empty one, of a variable that is not set, is no current folder."""
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"Received: '{path}'"):
         atomic.local(path)
 

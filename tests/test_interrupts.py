@@ -68,7 +68,7 @@ def test_at_the_end_and_once():
         check()
 
 
-def test_a_handler_that_raises_nothing_is_the_users(monkeypatch):
+def test_a_handler_that_raises_nothing_is_the_users():
     """Such as one that lets the epoch end first."""
     seen = []
     before = signal.signal(signal.SIGINT, lambda *given: seen.append(given))

@@ -152,7 +152,7 @@ class Generation:
         """Return Python code that uses a candidate."""
         dtype = self.job.cache_dtype
         cache = [f'    cache_dtype="{dtype}",'] if dtype else []
-        is_apart = self.job.lora is not None and self.job.config.lora is None
+        is_apart = self.job.adapter_apart is not None
         return self.job.code(
             candidate.layout,
             None,

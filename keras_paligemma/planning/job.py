@@ -116,6 +116,11 @@ class Job:
             )
         return stored
 
+    @property
+    def adapter_apart(self) -> LoraConfig | None:
+        """The adapter, if the preset does not have it."""
+        return self.lora if self.config.lora is None else None
+
     def image_tokens(self, backbone: PaliGemmaBackbone) -> int:
         """Return the number of image tokens of one prompt."""
         return self.pictures * backbone.image_sequence_length

@@ -206,13 +206,13 @@ class Training:
 
     def code(self, candidate):
         """Return Python code that uses a candidate."""
-        job, lines = self.job, []
-        if job.lora is not None and job.config.lora is None:
+        job, adapter, lines = self.job, self.job.adapter_apart, []
+        if adapter is not None:
             targets = ""
             if job.lora_targets:
                 named = ", ".join(f'"{name}"' for name in job.lora_targets)
                 targets = f", targets=[{named}]"
-            lines.append(f"model.enable_lora(rank={job.lora.rank}{targets})")
+            lines.append(f"model.enable_lora(rank={adapter.rank}{targets})")
         # The default learning rate is for all weights: adapters need more.
         optimizer = "" if job.lora is None else "kp.Adam(1e-3)"
         lines += [
