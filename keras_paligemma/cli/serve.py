@@ -41,10 +41,11 @@ def serve(
     quantize: Quantize = None,
     cache_dtype: CacheDtype = None,
     adapter: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
-            help="Folder of a LoRA adapter, which is named after it. May be "
-            "repeated"
+            metavar="[NAME=]FOLDER",
+            help="A LoRA adapter, and the name that clients give; default: "
+            "the folder's. May be repeated",
         ),
     ] = None,
     codec: Annotated[
@@ -158,8 +159,17 @@ def _preset_model(source, batch, cache_dtype=None, adapter=(), **options):
         from keras_paligemma.serve.preset_model import PresetModel
     model = PaliGemmaCausalLM.from_preset(source, **options)
     used = model.adapters.active
-    for folder in adapter:
-        model.load_adapter(folder, folder.resolve().name)
+    for name, folder in map(named_folder, adapter):
+        model.load_adapter(folder, name)
     # Clients name adapters; the source itself answers those that name none.
     model.adapters.select(used)
     return PresetModel(model, batch, cache_dtype)
+
+
+def named_folder(adapter):
+    """Return the name and the folder of `[NAME=]FOLDER`."""
+    name, equals, folder = adapter.partition("=")
+    # A folder's own name may have the sign.
+    if not equals or os.path.exists(adapter):
+        return Path(os.path.abspath(adapter)).name, adapter
+    return name, folder

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -79,13 +80,15 @@ def batches_of(examples, preprocessor):
             "A calibration takes a dict of equally long lists, of one example "
             f"at least. Expected: {EXPECTED}. Received: {examples!r:.200}."
         )
-    batches = []
     (length,) = lengths
-    for start in range(0, length, BATCH):
-        part = slice(start, start + BATCH)
-        batch = {key: list(rows[part]) for key, rows in columns.items()}
-        batches.append(preprocessor(examples | batch))
-    return batches
+    # All at once: an error names the number of its example.
+    arrays = preprocessor(examples | {k: list(v) for k, v in columns.items()})
+    return [
+        keras.tree.map_structure(
+            lambda array, start=start: array[start : start + BATCH], arrays
+        )
+        for start in range(0, length, BATCH)
+    ]
 
 
 def calibrate(backbone, floats, batches):

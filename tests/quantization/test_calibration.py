@@ -167,6 +167,10 @@ def test_errors(random_preset, tmp_path):
     ):
         with pytest.raises(ValueError, match="equally long lists"):
             load(calibration=wrong)
+    bad = draw(0, 10)
+    bad["images"][9] = "missing.jpg"
+    with pytest.raises(ValueError, match=r"images\[9\]"):
+        load(calibration=bad)
     PaliGemmaBackbone.from_preset(
         random_preset, quantize="int4"
     ).save_to_preset(tmp_path)

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from keras_paligemma import cli
+from keras_paligemma.cli.serve import named_folder
 from tests.helpers.processes import LEAN
 from tests.helpers.text_models import build_tiny_model
 from tests.serve.test_openai import PNG
@@ -31,7 +32,8 @@ def model(tmp_path_factory):
         random = np.random.default_rng(seed)
         for variable in model.trainable_variables:
             variable.assign(random.normal(size=variable.shape))
-        model.save_adapter(folder / name, name=name)
+        # As two runs of `finetune` leave them.
+        model.save_adapter(folder / name / "adapter", name=name)
     model.adapters.select(None)
     return model, folder
 
@@ -47,7 +49,7 @@ def test_who_names_an_adapter_gets_its_answers(model):
     command = [sys.executable, "-m", "keras_paligemma", "serve"]
     command += [folder / "tiny", "--port", "0", "--batch", "2"]
     for name in NAMES[1:]:
-        command += ["--adapter", folder / name]
+        command += ["--adapter", f"{name}={folder / name / 'adapter'}"]
     with subprocess.Popen(
         command,
         env=os.environ | LEAN,
@@ -75,6 +77,15 @@ def test_who_names_an_adapter_gets_its_answers(model):
         finally:
             server.terminate()
     assert texts == [expected[name] for name in asked]
+
+
+def test_an_adapter_is_named_or_has_its_folders_name(tmp_path, monkeypatch):
+    (tmp_path / "rate=1e-4").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert named_folder("cats=run=1/adapter") == ("cats", "run=1/adapter")
+    assert named_folder("runs/cats/") == ("cats", "runs/cats/")
+    assert named_folder(".") == (tmp_path.name, ".")
+    assert named_folder("rate=1e-4") == ("rate=1e-4", "rate=1e-4")
 
 
 def test_a_saved_model_takes_no_options_of_a_checkpoint(tmp_path):
