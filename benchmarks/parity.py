@@ -5,6 +5,8 @@ largest difference as a share of the largest value, in float32. Run it from a
 checkout that `make test` has set up.
 """
 
+import argparse
+
 import keras
 import numpy as np
 from keras import ops
@@ -83,6 +85,7 @@ def rows(form):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for form in ("unrolled", "scanned"):
         for what, whom, found in rows(form):
             backend = keras.backend.backend()

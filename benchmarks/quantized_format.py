@@ -6,6 +6,7 @@ weights of 3b's widths. The second shows how far the nano preset's logits and
 answers change for the pictures of `examples`.
 """
 
+import argparse
 import math
 import time
 from pathlib import Path
@@ -138,5 +139,6 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     keras.utils.set_random_seed(0)
     main()
