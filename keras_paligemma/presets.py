@@ -122,8 +122,9 @@ def published(source: str | Path) -> str | None:
     """
     if not isinstance(source, str):
         return None
-    name = _handles().get(source, source)
-    return name if name in _described() else None
+    if "://" in source:
+        return _handles().get(source)
+    return source if source in _described() else None
 
 
 @overload

@@ -7,8 +7,6 @@ import threading
 
 import keras
 
-from keras_paligemma.interrupts import kept_interrupts
-
 
 class Turns:
     """A fair, reentrant lock for a model's variables.
@@ -136,59 +134,6 @@ def alone(method):
             return method(self, *args, **kwargs)
 
     return in_turn
-
-
-class GiveWay(keras.callbacks.Callback):
-    """Callback that gives way to waiting threads before each batch.
-
-    It does so before a batch, since callbacks at the end of a batch make JAX
-    wait for the loss of each step.
-
-    Args:
-        turns: `Turns`, which this thread holds.
-        name: str, the method that runs.
-        interrupted: function that raises a `KeyboardInterrupt` if there was
-            one that Keras dropped.
-    """
-
-    def __init__(self, turns, name, interrupted):
-        super().__init__()
-        self.turns = turns
-        self.name = name
-        self.interrupted = interrupted
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.interrupted()
-        if self.turns.wanted():
-            self.turns.give_way(self.name)
-
-    on_test_batch_begin = on_train_batch_begin
-    on_predict_batch_begin = on_train_batch_begin
-
-
-@contextlib.contextmanager
-def batches_in_turn(model, name, callbacks):
-    """Hold a model's lock, and give way before each batch.
-
-    Args:
-        model: `PaliGemmaCausalLM`.
-        name: str, the method that runs: `fit`, `evaluate` or `predict`.
-        callbacks: as Keras takes them.
-
-    Yields:
-        The callbacks to pass to Keras.
-
-    Raises:
-        ValueError: such a method is paused in another thread.
-    """
-    with model.turns as turns, kept_interrupts() as interrupted:
-        turns.check_idle(name)
-        # `fit` passes its own `CallbackList` to its validation.
-        if not isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks = keras.tree.flatten(callbacks or [])
-            callbacks = [*callbacks, GiveWay(turns, name, interrupted)]
-        with turns.held_by(model):
-            yield callbacks
 
 
 def write_back(model):

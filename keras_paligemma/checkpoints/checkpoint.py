@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from keras_paligemma import presets
 from keras_paligemma.checked import shown
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints.finite import Finite
@@ -29,10 +30,11 @@ class Checkpoint:
         config: `ModelConfig`.
         rows: list of `engine.Row`, or `None` for names of this package.
         files: list of `pathlib.Path`, the files of the weights.
-        tokenizer: `pathlib.Path` for `read_tokenizer`, or `None`.
+        tokenizer: `pathlib.Path` of a SentencePiece model or a
+            `tokenizer.json`, or `None`.
         open_files: function that returns a context manager of the tensors;
             `None` for a configuration alone.
-        variant: str or `None`, a published model of the same sizes.
+        published: str or `None`, the published model that its source names.
         added_tokens: dict of id to str, tokens that are not in the
             SentencePiece model.
         assumed: dict of an argument of `from_preset` to a sentence about the
@@ -45,9 +47,14 @@ class Checkpoint:
     files: list = dataclasses.field(default_factory=list)
     tokenizer: Path | None = None
     open_files: Callable | None = None
-    variant: str | None = None
+    published: str | None = None
     added_tokens: dict = dataclasses.field(default_factory=dict)
     assumed: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def variant(self):
+        """Name of the published model of these sizes, or `None`."""
+        return self.published or presets.variant(self.config.backbone.to_dict())
 
     def rows_for(self, weights):
         """Return the rows; our own names map to themselves."""

@@ -64,7 +64,7 @@ def resolve(source, load_weights=True, fields=None, tokenizer=False):
         checkpoint.config = replace(
             known, backbone=replace(backbone, dtype=dtype)
         )
-        checkpoint.variant = name
+        checkpoint.published = name
         checkpoint.assumed.pop("resize", None)
     if given is not None:
         checkpoint.tokenizer = presets.locate(given)
@@ -111,7 +111,6 @@ def find(path, fields=None, load_weights=True, headers=None):
     config = checkpoint.config
     backbone = config.backbone.with_fields(**fields)
     checkpoint.config = replace(config, backbone=backbone)
-    checkpoint.variant = presets.variant(backbone.to_dict())
     if checkpoint.format != "keras" and config.preprocessor is not None:
         _set_preprocessor(checkpoint, config.preprocessor.resize)
     elif checkpoint.format == "transformers":
@@ -150,8 +149,9 @@ def _set_preprocessor(checkpoint, resize):
     of the published model with the same sizes are used.
     """
     preprocessor = PreprocessorConfig(resize)
-    if checkpoint.variant is not None:
-        known = presets.config(checkpoint.variant).preprocessor or preprocessor
+    variant = checkpoint.variant
+    if variant is not None:
+        known = presets.config(variant).preprocessor or preprocessor
         preprocessor = replace(known, resize=resize)
     checkpoint.config = replace(checkpoint.config, preprocessor=preprocessor)
     return preprocessor

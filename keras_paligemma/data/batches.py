@@ -15,8 +15,8 @@ from keras_paligemma.preprocessing.graph import is_symbolic
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.prompt_and_response import WHOLE_NAMES
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
-from keras_paligemma.preprocessing.prompt_and_response import ends_at_one_index
-from keras_paligemma.preprocessing.prompt_and_response import realign
+from keras_paligemma.preprocessing.realigning import ends_at_one_index
+from keras_paligemma.preprocessing.realigning import realign
 
 # Number of batches that Grain reads ahead.
 READ_AHEAD = 8

@@ -100,78 +100,55 @@ def search(backbone, plan, rows, shared):
 
 def _chosen(backbone, plan, rows, shared, hidden_BD, beams):
     """Decide the next position of all beams."""
-    width, live, place = plan.beams, beams.live, beams.live.position
-    given_BR, begun_BR = rows["response_ids"], rows["response_mask"]
-    done_BN = by_beam(live.finished_B, width)
-    none_BN = ops.zeros_like(done_BN)
-    begun_BN = ops.logical_or(column(begun_BR, place)[:, None], none_BN)
-    # Rows whose beams keep their order.
-    fixed_BN = ops.logical_or(begun_BN, done_BN)
-    raw_BV = backbone.logits(hidden_BD, capped=False)
-    logits_BV = soft_cap(raw_BV, backbone.text_config.final_logit_soft_cap)
-    log_BV = ops.log_softmax(logits_BV, axis=-1)
-    # The original searches with soft-capped logits, except for the first
-    # token; this finds its answers.
-    begun_B = repeated(ops.sum(ops.cast(begun_BR, "int32"), axis=1), width)
-    searched_BV = ops.where((begun_B == place)[:, None], raw_BV, logits_BV)
-    left_B = repeated(rows["max_new_tokens"], width) - place
-    searched_BV = hooked(plan, searched_BV, live)
-    total_B1 = ops.logsumexp(searched_BV, axis=-1, keepdims=True)
-    # What is forbidden still counts: it does not make the rest more probable.
-    barred_BV = restricted(shared, searched_BV, live, left_B) - total_B1
-    vocabulary_size = log_BV.shape[1]
-    is_stop_V = is_stop(ops.arange(vocabulary_size, dtype="int32"), shared)
+    live, place = beams.live, beams.live.position
+    begun_B1 = column(rows["response_mask"], place)[:, None]
+    # Beams that keep their order.
+    fixed_BN = ops.logical_or(begun_B1, by_beam(live.finished_B, plan.beams))
+    log_BV, ranked_BV = _log_probabilities(
+        backbone, plan, rows, shared, hidden_BD, live
+    )
+    ids_V = ops.arange(log_BV.shape[1], dtype="int32")
+    is_stop_1V = is_stop(ids_V, shared)[None]
+    stops_BV = ops.where(is_stop_1V, ranked_BV, NONE_YET)
     ids_BNR, log_probabilities_BNR, scores_BN = _with_stops(
-        rows,
-        shared,
-        beams,
-        ops.where(is_stop_V[None], barred_BV, NONE_YET),
-        log_BV,
-        fixed_BN,
+        rows, shared, beams, stops_BV, log_BV, fixed_BN
     )
     # The alternative: each beam continues.
-    going_BV = ops.where(is_stop_V[None], FORBIDDEN, barred_BV)
-    total_BNV = beams.sums_BN[..., None] + by_beam(going_BV, width)
-    sums_BN, flat_BN = ops.top_k(
-        ops.reshape(total_BNV, (-1, width * vocabulary_size)), width
-    )
-    flat_BN = ops.cast(flat_BN, "int32")
-    parent_BN = flat_BN // vocabulary_size
-    token_BN = flat_BN % vocabulary_size
-    # Given tokens have probability 1, and are equal in all beams.
-    same_BN = ops.arange(width, dtype="int32")[None] + 0 * parent_BN
-    parent_BN = ops.where(fixed_BN, same_BN, parent_BN)
-    token_BN = ops.where(begun_BN, column(given_BR, place)[:, None], token_BN)
-    token_BN = ops.where(done_BN, 0, token_BN)
-    sums_BN = ops.where(fixed_BN, beams.sums_BN, sums_BN)
-    rows_B1 = ops.arange(ops.shape(parent_BN)[0], dtype="int32")[:, None]
-    parent_B = ops.reshape(rows_B1 * width + parent_BN, (-1,))
-    token_B = ops.reshape(token_BN, (-1,))
-    fixed_B = ops.reshape(fixed_BN, (-1,))
+    going_BV = ops.where(is_stop_1V, FORBIDDEN, ranked_BV)
+    parent_B, token_B, sums_BN = _with_tokens(rows, beams, going_BV, fixed_BN)
     each_B = _of(ops.take(log_BV, parent_B, axis=0), token_B)
-    each_B = ops.where(fixed_B, 0.0, each_B)
-
-    def chosen(nest):
-        return keras.tree.map_structure(
-            lambda array: ops.take(array, parent_B, axis=0), nest
-        )
-
+    each_B = ops.where(ops.reshape(fixed_BN, (-1,)), 0.0, each_B)
     whole_B = place + 1 >= rows["max_new_tokens"]
     decided_B = _is_decided(rows, shared, scores_BN, sums_BN)
     # Beams that are given up before their end are not answers.
     given_up_B = ops.logical_and(decided_B, ops.logical_not(whole_B))
     sums_BN = ops.where(given_up_B[:, None], NONE_YET, sums_BN)
-    ended_B = ops.logical_or(decided_B, whole_B)
-    log_probabilities_BR = chosen(live.log_probabilities_BR)
-    live = live._replace(
-        ids_BR=put(chosen(live.ids_BR), token_B, place),
-        log_probabilities_BR=put(log_probabilities_BR, each_B, place),
-        finished_B=ops.logical_or(live.finished_B, repeated(ended_B, width)),
-        node_B=next_node(shared, chosen(live.node_B), token_B, live.finished_B),
-        position=place + 1,
-        cache=chosen(live.cache),
-    )
+    ended_B = repeated(ops.logical_or(decided_B, whole_B), plan.beams)
+    live = _advanced(shared, live, parent_B, token_B, each_B, ended_B)
     return Beams(ids_BNR, log_probabilities_BNR, scores_BN, live, sums_BN)
+
+
+def _log_probabilities(backbone, plan, rows, shared, hidden_BD, live):
+    """Return the log-probability of each next token, and that for ranking.
+
+    Returns:
+        Two float32 tensors (B × N, V): the model's, and the one that beams are
+        ranked by, in which hooks and restrictions apply.
+    """
+    raw_BV = backbone.logits(hidden_BD, capped=False)
+    logits_BV = soft_cap(raw_BV, backbone.text_config.final_logit_soft_cap)
+    log_BV = ops.log_softmax(logits_BV, axis=-1)
+    # The original searches with soft-capped logits, except for the first
+    # token; this finds its answers.
+    place, width = live.position, plan.beams
+    begun_B = ops.sum(ops.cast(rows["response_mask"], "int32"), axis=1)
+    is_first_B = repeated(begun_B, width) == place
+    ranked_BV = ops.where(is_first_B[:, None], raw_BV, logits_BV)
+    ranked_BV = hooked(plan, ranked_BV, live)
+    total_B1 = ops.logsumexp(ranked_BV, axis=-1, keepdims=True)
+    # What is forbidden still counts: it does not make the rest more probable.
+    left_B = repeated(rows["max_new_tokens"], width) - place
+    return log_BV, restricted(shared, ranked_BV, live, left_B) - total_B1
 
 
 def _with_stops(rows, shared, beams, stops_BV, log_BV, fixed_BN):
@@ -201,6 +178,68 @@ def _with_stops(rows, shared, beams, stops_BV, log_BV, fixed_BN):
         beside(beams.log_probabilities_BNR, by_beam(each_BR, width)),
         beside(beams.scores_BN, score_BN),
         width,
+    )
+
+
+def _with_tokens(rows, beams, going_BV, fixed_BN):
+    """Continue the beams by the N likeliest tokens of each row.
+
+    Args:
+        going_BV: float32 tensor, log-probability of each token for ranking.
+        fixed_BN: bool tensor, beams that keep their order: their next token is
+            given, or they have ended.
+
+    Returns:
+        parent_B, token_B: int32 (B × N,), the beam that each continues, among
+            those of all rows, and by which token.
+        sums_BN: float32, the new sums of log-probabilities.
+    """
+    width, live, place = fixed_BN.shape[1], beams.live, beams.live.position
+    vocabulary_size = going_BV.shape[1]
+    total_BNV = beams.sums_BN[..., None] + by_beam(going_BV, width)
+    sums_BN, flat_BN = ops.top_k(
+        ops.reshape(total_BNV, (-1, width * vocabulary_size)), width
+    )
+    flat_BN = ops.cast(flat_BN, "int32")
+    parent_BN = flat_BN // vocabulary_size
+    token_BN = flat_BN % vocabulary_size
+    # Given tokens have probability 1, and are equal in all beams.
+    same_BN = ops.arange(width, dtype="int32")[None] + 0 * parent_BN
+    parent_BN = ops.where(fixed_BN, same_BN, parent_BN)
+    given_B1, begun_B1 = (
+        column(rows[name], place)[:, None]
+        for name in ("response_ids", "response_mask")
+    )
+    token_BN = ops.where(begun_B1, given_B1, token_BN)
+    token_BN = ops.where(by_beam(live.finished_B, width), 0, token_BN)
+    sums_BN = ops.where(fixed_BN, beams.sums_BN, sums_BN)
+    rows_B1 = ops.arange(ops.shape(parent_BN)[0], dtype="int32")[:, None]
+    parent_B = ops.reshape(rows_B1 * width + parent_BN, (-1,))
+    return parent_B, ops.reshape(token_BN, (-1,)), sums_BN
+
+
+def _advanced(shared, live, parent_B, token_B, each_B, ended_B):
+    """Return the live beams after their next tokens.
+
+    Args:
+        parent_B, token_B: as `_with_tokens` returns them.
+        each_B: float32 tensor (B × N,), the model's log-probabilities.
+        ended_B: bool tensor (B × N,), beams that end here.
+    """
+
+    def chosen(nest):
+        return keras.tree.map_structure(
+            lambda array: ops.take(array, parent_B, axis=0), nest
+        )
+
+    place, log_probabilities_BR = live.position, live.log_probabilities_BR
+    return live._replace(
+        ids_BR=put(chosen(live.ids_BR), token_B, place),
+        log_probabilities_BR=put(chosen(log_probabilities_BR), each_B, place),
+        finished_B=ops.logical_or(live.finished_B, ended_B),
+        node_B=next_node(shared, chosen(live.node_B), token_B, live.finished_B),
+        position=place + 1,
+        cache=chosen(live.cache),
     )
 
 

@@ -221,25 +221,3 @@ def stop_array(stop_token_ids):
     """
     ids = list(stop_token_ids or ())
     return np.array(ids + [-1] * (bucket(len(ids), 8) - len(ids)), "int32")
-
-
-def ends_of(
-    ids: np.ndarray,
-    begun: np.ndarray,
-    stop_token_ids: tuple[int, ...] | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Count each row's tokens, and return whether a stop token ended it.
-
-    Args:
-        ids: int array (B, R).
-        begun: bool array (B, R), True on the given start of an answer. A stop
-            token there does not end it.
-        stop_token_ids: tuple of ints or `None`.
-
-    Returns:
-        int array (B,), the stop token included, and bool array (B,).
-    """
-    stops = np.isin(ids, stop_token_ids or ()) & ~begun
-    stopped = np.asarray(stops.any(axis=1))
-    counts = np.where(stopped, stops.argmax(axis=1) + 1, ids.shape[1])
-    return counts, stopped

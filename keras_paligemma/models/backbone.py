@@ -330,7 +330,7 @@ class PaliGemmaBackbone(keras_hub.models.Backbone):
 
     def head(self, capped: Any = True) -> Callable[[Tensor], Tensor]:
         """Return the tied head, as `StreamedCrossEntropy.stream` takes it."""
-        return self.text_decoder.head(capped)
+        return self.token_embedding.head(capped)
 
     def weights_by_name(self) -> dict[str, Any]:
         """Return the weights by name, equal in both forms of repetition.

@@ -5,7 +5,6 @@ import dataclasses
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import writing
-from keras_paligemma.checkpoints.hugging_face.tokenizer import read_tokenizer
 from keras_paligemma.checkpoints.hugging_face.tokenizer import with_added_tokens
 from keras_paligemma.checkpoints.lazy_tensors import lazy_tensors
 from keras_paligemma.layers.weight import dequantized
@@ -63,7 +62,7 @@ def write(
         config = dataclasses.replace(config, preprocessor=None)
     else:
         # Gemma's tokenizer is extended by PaliGemma's pieces.
-        proto = PaliGemmaTokenizer(read_tokenizer(checkpoint.tokenizer)).proto
+        proto = PaliGemmaTokenizer.from_file(checkpoint.tokenizer).proto
         size = config.backbone.text_decoder.vocabulary_size
         proto = with_added_tokens(proto, checkpoint.added_tokens, size)
     with checkpoint.open(allow_nonfinite) as tensors:

@@ -1,4 +1,6 @@
-"""`fit`, `evaluate` and `predict`: their inputs and preprocessing."""
+"""`fit`, `evaluate` and `predict`: their inputs, preprocessing and turns."""
+
+import contextlib
 
 import keras
 
@@ -8,10 +10,10 @@ from keras_paligemma.data.batches import filled
 from keras_paligemma.data.batches import in_parts
 from keras_paligemma.data.batches import split
 from keras_paligemma.data.batches import steps_of
+from keras_paligemma.interrupts import kept_interrupts
 from keras_paligemma.models.inputs import check_compiled
 from keras_paligemma.tuning.optimizers import check_built_for
 from keras_paligemma.tuning.optimizers import check_moments
-from keras_paligemma.turns import batches_in_turn
 
 
 def fit(
@@ -86,7 +88,7 @@ def fit(
     shuffle = shuffle and steps is None
     shuffle = shuffle and isinstance(x, keras.utils.PyDataset)
     callbacks = kwargs.pop("callbacks", None)
-    with batches_in_turn(model, "fit", callbacks) as callbacks:
+    with _batches_in_turn(model, "fit", callbacks) as callbacks:
         return keras.Model.fit(
             model, x, shuffle=shuffle, callbacks=callbacks, **kwargs
         )
@@ -101,7 +103,7 @@ def evaluate(
         check_compiled(model, "evaluate")
         kwargs.setdefault("steps", steps_of(x))
         x, y = _dataset(model, x, y, sample_weight, batch_size), None
-    with batches_in_turn(model, "evaluate", callbacks) as callbacks:
+    with _batches_in_turn(model, "evaluate", callbacks) as callbacks:
         return keras.Model.evaluate(model, x, y, callbacks=callbacks, **kwargs)
 
 
@@ -124,7 +126,7 @@ def predict(model, x=None, batch_size=None, callbacks=None, **kwargs):
     data = as_dataset(
         x, None, None, batch_size, model.preprocess_samples, apart=False
     )
-    with batches_in_turn(model, "predict", callbacks) as callbacks:
+    with _batches_in_turn(model, "predict", callbacks) as callbacks:
         found = keras.Model.predict(model, data, callbacks=callbacks, **kwargs)
     # The last batch of a dictionary may have been filled up.
     columns = x.values() if isinstance(x, dict) else ()
@@ -144,6 +146,59 @@ def test_on_batch(model, x, y=None, sample_weight=None, **kwargs):
     check_compiled(model, "test_on_batch")
     batch = _training_batch(model, x, y, sample_weight)
     return keras.Model.test_on_batch(model, *batch, **kwargs)
+
+
+class _GiveWay(keras.callbacks.Callback):
+    """Callback that gives way to waiting threads before each batch.
+
+    It does so before a batch, since callbacks at the end of a batch make JAX
+    wait for the loss of each step.
+
+    Args:
+        turns: `Turns`, which this thread holds.
+        name: str, the method that runs.
+        interrupted: function that raises a `KeyboardInterrupt` if there was
+            one that Keras dropped.
+    """
+
+    def __init__(self, turns, name, interrupted):
+        super().__init__()
+        self.turns = turns
+        self.name = name
+        self.interrupted = interrupted
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.interrupted()
+        if self.turns.wanted():
+            self.turns.give_way(self.name)
+
+    on_test_batch_begin = on_train_batch_begin
+    on_predict_batch_begin = on_train_batch_begin
+
+
+@contextlib.contextmanager
+def _batches_in_turn(model, name, callbacks):
+    """Hold a model's lock, and give way before each batch.
+
+    Args:
+        model: `PaliGemmaCausalLM`.
+        name: str, the method that runs: `fit`, `evaluate` or `predict`.
+        callbacks: as Keras takes them.
+
+    Yields:
+        The callbacks to pass to Keras.
+
+    Raises:
+        ValueError: such a method is paused in another thread.
+    """
+    with model.turns as turns, kept_interrupts() as interrupted:
+        turns.check_idle(name)
+        # `fit` passes its own `CallbackList` to its validation.
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = keras.tree.flatten(callbacks or [])
+            callbacks = [*callbacks, _GiveWay(turns, name, interrupted)]
+        with turns.held_by(model):
+            yield callbacks
 
 
 def _check_training(model, method):

@@ -8,7 +8,6 @@ from keras_paligemma.generation.answer import Alternative
 from keras_paligemma.generation.answer import Answer
 from keras_paligemma.generation.answer import Finish
 from keras_paligemma.generation.beams import LEAST_SCORE
-from keras_paligemma.generation.requests import ends_of
 from keras_paligemma.generation.texts import cut
 from keras_paligemma.generation.texts import settled
 
@@ -58,6 +57,28 @@ def answers_of(model, asked, found):
     if asked.plan.beams:
         return [[_with_beams(group)] for group in groups]
     return groups
+
+
+def ends_of(
+    ids: np.ndarray,
+    begun: np.ndarray,
+    stop_token_ids: tuple[int, ...] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Count each row's tokens, and return whether a stop token ended it.
+
+    Args:
+        ids: int array (B, R).
+        begun: bool array (B, R), True on the given start of an answer. A stop
+            token there does not end it.
+        stop_token_ids: tuple of ints or `None`.
+
+    Returns:
+        int array (B,), the stop token included, and bool array (B,).
+    """
+    stops = np.isin(ids, stop_token_ids or ()) & ~begun
+    stopped = np.asarray(stops.any(axis=1))
+    counts = np.where(stopped, stops.argmax(axis=1) + 1, ids.shape[1])
+    return counts, stopped
 
 
 def texts_so_far(model, asked, found):

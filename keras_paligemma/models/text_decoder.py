@@ -78,8 +78,7 @@ class TokenEmbedding(keras.layers.Layer):
 
     def call(self, inputs, reverse=False, capped=True):
         if reverse:
-            cap = self.logit_soft_cap if capped else None
-            return soft_cap(self.logits(inputs), cap)
+            return self.head(capped)(inputs)
         if self.quantized_format is not None:
             x_BTD = self._dequantized_rows(self.quantized_format, inputs)
         elif should_use_cpu_products():
@@ -123,6 +122,10 @@ class TokenEmbedding(keras.layers.Layer):
     def head_table(self):
         """The head's table: the embedding's, unless an adapter has its own."""
         return self.table if self.adapter_head is None else self.adapter_head
+
+    def head(self, capped=True):
+        """Return the tied `Head`, with or without the final soft cap."""
+        return Head(self, self.logit_soft_cap if capped else None)
 
     def logits(self, hidden_states_BTD):
         """Multiply by the table: float32 logits before the soft cap."""
@@ -347,8 +350,3 @@ class TextDecoder(keras.layers.Layer):
         distance_BTS = positions_BT[:, :, None] - positions_BS[:, None]
         near_BTS = ops.absolute(distance_BTS) < window
         return mask_BTS, angles, ops.logical_and(mask_BTS, near_BTS)
-
-    def head(self, capped=True):
-        """Return the tied head, with or without the final soft cap."""
-        cap = self.config.final_logit_soft_cap if capped else None
-        return Head(self.token_embedding, cap)

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 from typing import Self
 
@@ -184,7 +185,8 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
                 "for every size. Or load with `preprocessor=None` to do "
                 "without strings."
             )
-        return cls(read_tokenizer(path), **kwargs)
+        is_json = Path(path).suffix == ".json"
+        return cls(read_tokenizer(path) if is_json else path, **kwargs)
 
     def save_to_preset(self, preset_dir: PathLike) -> None:
         """Write configuration and vocabulary to a folder.

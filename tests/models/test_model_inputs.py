@@ -7,9 +7,9 @@ import pytest
 from keras import ops
 
 from keras_paligemma import PaliGemmaCausalLM
-from keras_paligemma.generation.requests import ends_of
 from keras_paligemma.generation.requests import stops_of
 from keras_paligemma.models import files
+from keras_paligemma.models.generation_outputs import ends_of
 from keras_paligemma.models.inputs import prompt_batch
 from keras_paligemma.preprocessing.prompt_and_response import split_prompt
 from tests.helpers.tiny_models import IMAGE_SIZE

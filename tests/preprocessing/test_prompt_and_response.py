@@ -9,7 +9,7 @@ from keras import ops
 from keras_paligemma.data.batches import in_parts
 from keras_paligemma.preprocessing.layout import pack
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
-from keras_paligemma.preprocessing.prompt_and_response import realign
+from keras_paligemma.preprocessing.realigning import realign
 
 PROMPTS = [[2, 7, 5], [2, 7, 8, 9, 5]]
 RESPONSES = [[11, 12, 1], [13, 1]]

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
@@ -12,7 +11,6 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[
 from keras_paligemma.checked import shown
 from keras_paligemma.checkpoints.hugging_face.config import IMAGE
 from keras_paligemma.checkpoints.hugging_face.config import to_json
-from keras_paligemma.checksums import read_checked
 from keras_paligemma.config import read_json
 
 SPACE = "▁"
@@ -64,12 +62,13 @@ def tokenizer_files(proto, vocabulary_size):
 
 
 def read_tokenizer(path):
-    """Read a tokenizer as a SentencePiece model.
+    """Read a `tokenizer.json` as a SentencePiece model.
+
+    It is the only file that transformers 5 saves. Its pieces and the order of
+    its merges determine the same model.
 
     Args:
-        path: str or path of a SentencePiece model, or of the only file that
-            transformers 5 saves, `tokenizer.json`: its pieces and the order
-            of its merges determine the same model.
+        path: str or path.
 
     Returns:
         bytes of a SentencePiece model.
@@ -77,9 +76,6 @@ def read_tokenizer(path):
     Raises:
         ValueError: a damaged file, or a tokenizer of another kind than Gemma's.
     """
-    path = Path(path)
-    if path.suffix != ".json":
-        return read_checked(path)
     content = read_json(path, TOKENIZER_LIMIT)
     try:
         return _to_sentencepiece(content)
