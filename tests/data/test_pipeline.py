@@ -239,6 +239,31 @@ def test_preprocessors_and_sources_of_another_kind():
 
 
 @pytest.mark.parametrize(
+    ("first", "second"),
+    [(None, "a"), ("a", None), ("a", ["a", "b"]), (["a", "b"], "a")],
+)
+def test_examples_of_a_batch_have_as_many_pictures(first, second):
+    """No picture is lost where the first example has none."""
+
+    def with_pictures(example):
+        x, y, weights = preprocessor({**example, "images": 0})
+        if example["images"] is None:
+            return x, y, weights
+        return x | {"images": np.ones(np.shape(example["images"]))}, y, weights
+
+    rows = [
+        {"images": images, "prompts": "p", "responses": "1"}
+        for images in (first, second, first)
+    ]
+    batches = Batches(rows, with_pictures, 3, shuffle=False)
+    with pytest.raises(ExampleError, match="example 1: The example fits no"):
+        next(iter(batches))
+    batches = Batches(rows, with_pictures, 3, shuffle=False, skip_errors=True)
+    with pytest.warns(UserWarning, match="skipped so far: 1. "):
+        assert take(batches, 1) == [[1, -1, 1]]
+
+
+@pytest.mark.parametrize(
     "changes",
     [{"seed": 8}, {"count": 12}, {"size": 2}, {"shuffle": False}],
 )
