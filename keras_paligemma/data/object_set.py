@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from PIL import Image
+from PIL.ExifTags import Base
 
 from keras_paligemma.preprocessing.images import is_uri
 from keras_paligemma.preprocessing.images import openable
@@ -187,6 +188,11 @@ def opened_size(path: PathLike) -> tuple[tuple[int, int], bool]:
         with Image.open(openable(path)) as opened:
             width, height = opened.size
             is_turned = orientation(opened) in _TURNED
+            # Of a turned TIFF, new versions of Pillow swap the sides when they
+            # open it, old ones when they decode it. Its tags are as stored.
+            tags = getattr(opened, "tag_v2", {})
+            width = tags.get(Base.ImageWidth, width)
+            height = tags.get(Base.ImageLength, height)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
