@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import os
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
@@ -371,11 +372,20 @@ def lines_of(file: Path) -> list[str]:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Return the paths of all pictures below a folder, sorted.
+    """Return the paths of all pictures below a folder, sorted."""
+    return sorted(files_below(folder, SUFFIXES))
+
+
+def files_below(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
+    """Yield the paths of all files below a folder that have a suffix.
 
     Links to folders are followed, but not to one that contains them.
+
+    Args:
+        folder: path.
+        suffixes: list of str in small letters, such as ".xml".
     """
-    files, above = [], {os.fspath(folder): frozenset()}
+    above = {os.fspath(folder): frozenset()}
     for place, folders, names in os.walk(folder, followlinks=True):
         here = above.pop(place) | {os.path.realpath(place)}
         paths = {name: os.path.join(place, name) for name in folders}
@@ -385,5 +395,5 @@ def picture_files(folder: Path) -> list[Path]:
             if os.path.realpath(path) not in here
         ]
         above |= {paths[name]: here for name in folders}
-        files += [Path(place, name) for name in names]
-    return sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+        files = (Path(place, name) for name in names)
+        yield from (file for file in files if file.suffix.lower() in suffixes)
