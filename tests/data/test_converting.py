@@ -313,6 +313,20 @@ def test_odd_names_of_classes_come_back_from_voc(coco, tmp_path):
     assert [*found.classes] == [name.strip() for name in names]
 
 
+@pytest.mark.parametrize("to", ["coco", "jsonl", "yolo", "voc"])
+def test_half_of_a_character_in_the_name_of_a_class(coco, tmp_path, to):
+    """JSON and YAML hold it as an escape; other formats name it."""
+    coco.write_text(coco.read_text().replace('"dog"', '"dog \\ud83d"'))
+    target = tmp_path / "x.json"
+    if to in ("coco", "yolo"):
+        found = open_objects(convert(coco, target, to).path).classes
+        assert [*found] == ["cat", "dog \ud83d", "hat"]
+        return
+    with pytest.raises(ValueError, match=r"lone surrogate.*dog \\ud83d"):
+        convert(coco, target, to)
+    assert {path.name for path in tmp_path.iterdir()} == {"coco"}
+
+
 def test_blanks_in_names_of_pictures_come_back_from_voc(coco, tmp_path):
     coco.write_text(coco.read_text().replace("a.jpg", "cat 1.jpg"))
     image = coco.parent / "images" / "a.jpg"
