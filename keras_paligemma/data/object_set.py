@@ -194,7 +194,9 @@ def opened_size(path: PathLike) -> tuple[tuple[int, int], bool]:
             tags = getattr(opened, "tag_v2", {})
             width = tags.get(Base.ImageWidth, width)
             height = tags.get(Base.ImageLength, height)
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's have no common base class.
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
             f"The picture cannot be read. Received: {str(path):.300} "

@@ -468,6 +468,16 @@ def test_a_box_that_sticks_out_is_written_clipped(coco, tmp_path):
     assert found["bbox"] == [0, 5, 29.5, 20]
 
 
+def test_pictures_that_pillow_takes_for_an_attack(coco, yolo, monkeypatch):
+    """Its error is no ValueError. COCO's file has their sizes."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    made = convert(coco, coco.parent / "a.jsonl", "jsonl", task="detect")
+    assert made.pictures == 2 and not made.skipped
+    made = convert(yolo, yolo / "a.json", "coco")
+    assert made.pictures == 0
+    assert all("exceeds limit of 2000 pixels" in line for line in made.skipped)
+
+
 def test_bad_pictures_are_skipped(coco, tmp_path):
     Image.new("RGB", (40, 80)).save(coco.parent / "images" / "a.jpg")
     (coco.parent / "images" / "b.jpg").unlink()
