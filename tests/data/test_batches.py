@@ -295,6 +295,46 @@ def test_batches_without_targets_are_predicted_from(packed_to_the_left):
         np.testing.assert_array_equal(found["token_ids"], x["token_ids"])
 
 
+def test_each_epoch_has_all_rows_of_a_dictionary_in_an_order_of_its_own():
+    numbers = np.arange(20)
+    x = {"token_ids": numbers.tolist(), "other": numbers[:, None], "none": None}
+    keras.utils.set_random_seed(0)
+    data = batches.Examples(x, numbers, numbers, 8, shuffle=True)
+    epochs = []
+    for _ in range(3):
+        rows = []
+        for x, y, weights in data:
+            np.testing.assert_array_equal(x["token_ids"], y)
+            np.testing.assert_array_equal(x["other"][:, 0], y)
+            np.testing.assert_array_equal(weights, y)
+            assert "none" not in x
+            rows.append(y.tolist())
+        assert [len(row) for row in rows] == [8, 8, 4]
+        epochs.append(sum(rows, []))
+        data.on_epoch_end()
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert all(sorted(epoch) == numbers.tolist() for epoch in epochs)
+    keras.utils.set_random_seed(0)
+    again = batches.Examples({}, numbers, None, 20, shuffle=True)
+    assert again[0][1].tolist() == epochs[0]
+
+
+def test_a_split_keeps_the_rows_together():
+    x = {"images": None, "prompts": ["a", "b", "c"]}
+    first, last = batches.split(x, np.arange(3), [0.5, 1.0, 2.0], 0.3)
+    assert first[0] == {"images": None, "prompts": ["a", "b"]}
+    assert last[0] == {"images": None, "prompts": ["c"]}
+    assert first[1].tolist() == [0, 1] and last[1].tolist() == [2]
+    assert first[2] == [0.5, 1.0] and last[2] == [2.0]
+
+
+@pytest.mark.parametrize("kind", [*SOURCES][2:])
+def test_lengths_that_are_known(examples, kind):
+    data = without_model((SOURCES[kind](examples), None, None), apart=False)
+    is_known = kind in ("tf.data", "tf.data of tuples", "list", "grain")
+    assert data.num_batches == (2 if is_known else None)
+
+
 def test_an_epoch_of_a_py_dataset_begins_and_ends():
     """As one does that draws its order when an epoch begins."""
     calls = []
