@@ -198,7 +198,11 @@ class Checked:
                 range, all of them listed; or fields contradict each other.
         """
         source = source or cls.__name__
-        _refuse(cls.problems(values), source)
+        problems = cls.problems(values)
+        if not (problems or isinstance(values, dict)):
+            # Of a class whose fields all have defaults.
+            problems = [f"it must be an object of fields, not {shown(values)}"]
+        _refuse(problems, source)
         values = dict(values)
         try:
             for spec in fields(cls):

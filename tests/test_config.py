@@ -78,11 +78,16 @@ def test_published_models_are_within_the_ranges(name):
         (TextDecoderConfig, {"final_logit_soft_cap": 0}, "or None, received 0"),
         (TextDecoderConfig, {"use_post_norms": 1}, "True or False, received 1"),
         (TextDecoderConfig, {"rope_base": 10**400}, "rope_base must be"),
+        (TextDecoderConfig, {"rope_base": 0.5}, "of 1 to .*received 0.5"),
+        (TextDecoderConfig, {"rms_norm_epsilon": True}, "received True"),
         (TextDecoderConfig, {"head_dim": 5}, "must be even"),
+        (TextDecoderConfig, {"num_query_heads": 6}, "heads=6, .*heads=4"),
+        (TextDecoderConfig, {"num_query_heads": 2}, "key-value heads"),
         (TextDecoderConfig, {"depth": 5}, "depth is unknown"),
         (LoraConfig, {}, "rank is missing"),
         (LoraConfig, {"rank": 4, "alpha": "x"}, "alpha must be a number"),
         (LoraConfig, {"rank": 4, "alpha": 1e-300}, "received 1e-300"),
+        (LoraConfig, {"rank": 4, "alpha": -1e31}, r"received -1e\+31"),
         (LoraConfig, {"rank": 4, "targets": "query"}, "a list of strings"),
         (BackboneConfig, {"lora": 1e-300}, "lora must be an object of fields"),
         (BackboneConfig, {"lora": {"rank": []}}, r"lora.rank must .* \[\]"),
@@ -90,6 +95,9 @@ def test_published_models_are_within_the_ranges(name):
         (BackboneConfig, {"image_size": 225}, "here: .*225, patch_size=14"),
         (BackboneConfig, {"vision_encoder": {"num_heads": 5}}, "here: .*heads"),
         (ModelConfig, [], "backbone is missing"),
+        (BackboneConfig, [], r"here is no .*an object of fields, not \[\]"),
+        (TextDecoderConfig, "x", "it must be an object of fields, not 'x'"),
+        (TextDecoderConfig, 5, "it must be an object of fields, not 5"),
         (PreprocessorConfig, {"resize": []}, r"'bicubic', received \[\]"),
         (PreprocessorConfig, {"resize": None}, "received None"),
         (
@@ -102,6 +110,13 @@ def test_published_models_are_within_the_ranges(name):
 def test_wrong_values(cls, values, message):
     with pytest.raises(ValueError, match=message):
         cls.from_dict(values, "here")
+
+
+def test_limits_are_valid():
+    assert LoraConfig(1, -1e30).alpha == -1e30
+    assert PreprocessorConfig("bicubic", 3, 1_048_576).prompt_length == 3
+    assert TextDecoderConfig(rope_base=1, rms_norm_epsilon=1).rope_base == 1
+    assert VisionEncoderConfig(patch_size=1024, num_layers=1).num_layers == 1
 
 
 def test_all_problems_are_listed_and_short():
@@ -178,6 +193,14 @@ def test_files_that_are_no_json(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as raised:
         read_json(path)
     assert str(path) in str(raised.value)
+
+
+def test_a_file_of_the_largest_size_is_read(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("[7]")
+    assert read_json(path, limit=3) == [7]
+    with pytest.raises(ValueError, match="3 bytes, expected at most 2"):
+        read_json(path, limit=2)
 
 
 def test_the_rules_to_resize_are_those_that_exist():

@@ -11,7 +11,6 @@ from keras_paligemma.compat import least
 from keras_paligemma.compat import process
 from keras_paligemma.compat import replicas
 from keras_paligemma.data.pipeline import Batches
-from keras_paligemma.preprocessing.graph import is_symbolic
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.prompt_and_response import WHOLE_NAMES
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
@@ -101,6 +100,9 @@ class PreprocessedBatches(keras.utils.PyDataset):
             self.dataset[index]
         )
         return self.preprocess(x, y, sample_weight)
+
+    def on_epoch_begin(self):
+        self.dataset.on_epoch_begin()
 
     def on_epoch_end(self):
         self.dataset.on_epoch_end()
@@ -323,7 +325,7 @@ def in_parts(x, y=None, sample_weight=None):
     """Replace the whole texts of a batch by prompt and response in two parts.
 
     Args:
-        x: dict of preprocessed arrays, of NumPy or of a TensorFlow graph.
+        x: dict of preprocessed arrays.
         y: int array (B, R), the responses; without them nothing changes.
         sample_weight: array (B, R) or `None`.
 
@@ -334,16 +336,15 @@ def in_parts(x, y=None, sample_weight=None):
         return x, y, sample_weight
     whole = {name: x[name] for name in WHOLE_NAMES if x.get(name) is not None}
     others = {name: x[name] for name in x if name not in WHOLE_NAMES}
-    if not is_symbolic(whole):
-        whole = {name: to_numpy(array) for name, array in whole.items()}
-        if not ends_at_one_index(whole, y.shape[1]):
-            if others.keys() & {"attention_mask", "positions"}:
-                raise ValueError(
-                    "A mask or positions of your own need prompts that end at "
-                    "one index in every row. Received: "
-                    f"{sorted(others)} beside prompts that do not."
-                )
-            whole, y, sample_weight = realign(whole, to_numpy(y), sample_weight)
+    whole = {name: to_numpy(array) for name, array in whole.items()}
+    if not ends_at_one_index(whole, y.shape[1]):
+        if others.keys() & {"attention_mask", "positions"}:
+            raise ValueError(
+                "A mask or positions of your own need prompts that end at "
+                f"one index in every row. Received: {sorted(others)} beside "
+                "prompts that do not."
+            )
+        whole, y, sample_weight = realign(whole, to_numpy(y), sample_weight)
     text = PromptAndResponse.cut(whole, y.shape[1])
     return others | text.arrays(), y, sample_weight
 
@@ -444,7 +445,9 @@ def as_dataset(
                 f"divide by the {rows_divide_by()} parts that the distribution "
                 "splits it into. Expected: a dictionary, or other batches."
             )
-        return keras.utils.pack_x_y_sample_weight(*full)
+        packed = keras.utils.pack_x_y_sample_weight(*full)
+        # Keras takes no iterables of dictionaries.
+        return packed if isinstance(packed, tuple) else (packed,)
 
     is_dict = isinstance(x, dict)
     multiple = rows_divide_by()
@@ -474,12 +477,6 @@ def as_dataset(
         x = Numbered(x)
     if isinstance(x, keras.utils.PyDataset):
         return PreprocessedBatches(x, prepared)
-    if "token_ids" in str(getattr(x, "element_spec", "")) and (
-        rows_divide_by() == 1
-    ):
-        # A `tf.data` pipeline of preprocessed batches is kept as one, if
-        # none must be filled up.
-        return x.map(in_parts) if apart else x
     if hasattr(x, "__iter__") and not hasattr(x, "shape"):
         return Iterated(x, prepared)
     raise ValueError(

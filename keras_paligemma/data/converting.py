@@ -89,7 +89,7 @@ def convert(
 
     Raises:
         ValueError: if the source's format is not recognised, `to` is unknown,
-            or the target exists.
+            the target exists, or the format cannot hold a name.
         ImportError: if a package that the format needs is not installed.
 
     Example:
@@ -125,10 +125,19 @@ def convert(
             annotation.has_mask() for annotation in annotations
         )
         task = "segment" if has_masks else "detect"
-    if to in _FOLDERS:
-        lost += _write_folder(objects, target, to, task)
-    else:
-        lost += _write_file(objects, target, to, task, codec)
+    try:
+        if to in _FOLDERS:
+            lost += _write_folder(objects, target, to, task)
+        else:
+            lost += _write_file(objects, target, to, task, codec)
+    except UnicodeEncodeError as error:
+        around = error.object[max(error.start - 40, 0) : error.end + 40]
+        raise ValueError(
+            f"{to} cannot hold half of a character, a lone surrogate. "
+            "Expected: Unicode text as names of classes and pictures. "
+            f"Received: {error.object[error.start]!r} in {around!r}. Rename "
+            f"them in {os.fspath(source)}."
+        ) from error
     return Conversion(
         target,
         pictures=len(objects.pictures),

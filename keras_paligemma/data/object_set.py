@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import os
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from PIL import Image
+from PIL.ExifTags import Base
 
 from keras_paligemma.preprocessing.images import is_uri
 from keras_paligemma.preprocessing.images import openable
@@ -187,7 +189,14 @@ def opened_size(path: PathLike) -> tuple[tuple[int, int], bool]:
         with Image.open(openable(path)) as opened:
             width, height = opened.size
             is_turned = orientation(opened) in _TURNED
-    except (OSError, ValueError) as error:
+            # Of a turned TIFF, new versions of Pillow swap the sides when they
+            # open it, old ones when they decode it. Its tags are as stored.
+            tags = getattr(opened, "tag_v2", {})
+            width = tags.get(Base.ImageWidth, width)
+            height = tags.get(Base.ImageLength, height)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's have no common base class.
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
             f"The picture cannot be read. Received: {str(path):.300} "
@@ -365,11 +374,20 @@ def lines_of(file: Path) -> list[str]:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Return the paths of all pictures below a folder, sorted.
+    """Return the paths of all pictures below a folder, sorted."""
+    return sorted(files_below(folder, SUFFIXES))
+
+
+def files_below(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
+    """Yield the paths of all files below a folder that have a suffix.
 
     Links to folders are followed, but not to one that contains them.
+
+    Args:
+        folder: path.
+        suffixes: list of str in small letters, such as ".xml".
     """
-    files, above = [], {os.fspath(folder): frozenset()}
+    above = {os.fspath(folder): frozenset()}
     for place, folders, names in os.walk(folder, followlinks=True):
         here = above.pop(place) | {os.path.realpath(place)}
         paths = {name: os.path.join(place, name) for name in folders}
@@ -379,5 +397,5 @@ def picture_files(folder: Path) -> list[Path]:
             if os.path.realpath(path) not in here
         ]
         above |= {paths[name]: here for name in folders}
-        files += [Path(place, name) for name in names]
-    return sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+        files = (Path(place, name) for name in names)
+        yield from (file for file in files if file.suffix.lower() in suffixes)

@@ -14,6 +14,7 @@ from keras_paligemma.data.conversations import ConversationSource
 from keras_paligemma.data.jsonl import JSONLSource
 from keras_paligemma.data.jsonl import starts_array
 from keras_paligemma.data.object_set import ObjectSet
+from keras_paligemma.data.object_set import files_below
 from keras_paligemma.data.object_source import ObjectSource
 from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.tasks.mask_codec import MaskCodec
@@ -182,17 +183,13 @@ def _in_folder(folder, split):
     found = []
     if any((folder / name).is_file() for name in ("data.yaml", "classes.txt")):
         found.append(("yolo", folder))
-    if _has(folder, "*.xml") or _has(folder / "Annotations", "*.xml"):
+    if any(files_below(folder, (".xml",))):
         found.append(("voc", folder))
     files = _of_split(folder.glob("*.jsonl"), split)
     found += [(_kind_of_file(file), file) for file in files]
     files = [*folder.glob("*.json"), *(folder / "annotations").glob("*.json")]
     files = [file for file in files if file.name not in _NOTES]
     return found + [("coco", file) for file in _of_split(files, split)]
-
-
-def _has(folder, pattern):
-    return next(folder.rglob(pattern), None) is not None
 
 
 def _of_split(files, split):

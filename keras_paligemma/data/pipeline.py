@@ -41,7 +41,7 @@ class Batches:
             example to `(x, y, sample_weight)`, with `x` a dict of arrays.
         batch_size: int, examples per batch on this host.
         shuffle: bool, whether to shuffle the order in each epoch.
-        seed: int, for the order and the drawn answers.
+        seed: int of 0 to 2³² - 1, for the order and the drawn answers.
         epochs: int, passes over the data; endless if `None`.
         workers: int, number of processes; 0 reads in a thread. Processes are
             spawned: a script needs `if __name__ == "__main__":`, and each
@@ -93,7 +93,8 @@ class Batches:
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         _check_integer("batch_size", batch_size, 1)
-        _check_integer("seed", seed, 0)
+        # What NumPy takes.
+        _check_integer("seed", seed, 0, 2**32 - 1)
         _check_integer("workers", workers, 0)
         if epochs is not None:
             _check_integer("epochs", epochs, 1)
@@ -319,9 +320,10 @@ def _end_with(parent):
     os._exit(1)
 
 
-def _check_integer(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _check_integer(name, value, least, most=None):
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < least or (most is not None and value > most):
+        wanted = f"at least {least}" if most is None else f"{least} to {most}"
         raise ValueError(
-            f"`{name}` must be an integer of at least {least}. "
-            f"Received: {value!r}."
+            f"`{name}` must be an integer of {wanted}. Received: {value!r}."
         )

@@ -143,12 +143,13 @@ class Reader:
     def _check_shapes(self, arrays):
         """Raise if the shapes differ from those of the first valid example."""
         blank, place = self._blank
-        for key, wanted in _shapes(blank).items():
-            found = _shapes(arrays).get(key)
-            if found != wanted:
+        wanted, found = _shapes(blank), _shapes(arrays)
+        for key in wanted | found:
+            if found.get(key) != wanted.get(key):
                 raise ValueError(
-                    f"The example fits no batch with {place}: its '{key}' "
-                    f"has shape {found}, and that one's {wanted}. {SAME_FRAMES}"
+                    f"The example fits no batch with {place}: its '{key}' has "
+                    f"shape {found.get(key)}, and that one's "
+                    f"{wanted.get(key)}. {SAME_FRAMES}"
                 )
 
 

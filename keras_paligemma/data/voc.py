@@ -11,6 +11,7 @@ from keras_paligemma.data.object_set import UNKNOWN
 from keras_paligemma.data.object_set import Annotation
 from keras_paligemma.data.object_set import ObjectSet
 from keras_paligemma.data.object_set import Picture
+from keras_paligemma.data.object_set import files_below
 from keras_paligemma.data.object_set import has_fields
 from keras_paligemma.data.object_set import lines_of
 from keras_paligemma.data.object_set import picture_files
@@ -63,7 +64,7 @@ def read(
     """
     folder = path / "Annotations"
     folder = folder if folder.is_dir() else path
-    files = sorted(folder.rglob("*.xml"))
+    files = sorted(files_below(folder, (".xml",)))
     if listed is not None:
         files = [_listed_file(folder, stem) for stem in lines_of(listed)]
     if not files:

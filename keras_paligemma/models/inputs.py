@@ -51,7 +51,8 @@ def check_images(images, image_size):
     """Raise on images of a wrong rank, size or dtype."""
     shape = tuple(images.shape)
     expected = (image_size, image_size, 3)
-    if len(shape) not in (4, 5) or shape[-3:] != expected:
+    known = len(shape) in (4, 5) and shape[-3:] == expected
+    if not known or 0 in shape[1:-3]:
         raise ValueError(
             f"The backbone takes pictures of shape (batch, {image_size}, "
             f"{image_size}, 3) or (batch, frames, {image_size}, {image_size}, "

@@ -15,6 +15,7 @@ from keras_paligemma.preprocessing import parts
 from keras_paligemma.preprocessing.images import read_image
 from keras_paligemma.preprocessing.images import to_bytes
 from keras_paligemma.preprocessing.images import to_rgb
+from keras_paligemma.preprocessing.inputs import is_list
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.resize import RULES
 from keras_paligemma.types import Config
@@ -181,7 +182,7 @@ class PaliGemmaImageConverter(keras_hub.layers.ImageConverter):
             elif image.ndim > 3:
                 image = to_bytes(image, name)
         nesting = image.ndim - 3 if isinstance(image, np.ndarray) else 1
-        if nesting < 1 or not isinstance(image, (list, tuple, np.ndarray)):
+        if nesting < 1 or not (is_list(image) or isinstance(image, np.ndarray)):
             return self._resize(read_image(image, name))
         if nesting > depth:
             raise ValueError(

@@ -71,7 +71,13 @@ def read_image(image, name: str = "image") -> np.ndarray:
         pixels = _decode(image, name)
     else:
         pixels = to_numpy(image)
-    return to_rgb(to_bytes(pixels, name), name)
+    pixels = to_rgb(to_bytes(pixels, name), name)
+    if pixels.ndim > 3:
+        raise ValueError(
+            f"{name} is several pictures. Expected: one, (height, width) or "
+            f"(height, width, channels). Received: shape {pixels.shape}."
+        )
+    return pixels
 
 
 def picture_path(name: str | os.PathLike[str], folder: str = "") -> str:

@@ -3,6 +3,7 @@
 import operator
 import re
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -79,9 +80,7 @@ def to_pictures(images) -> tuple[list, bool]:
     True
     """
     # A column has rank 1, a picture 2 or 3.
-    several = isinstance(images, (list, tuple)) or (
-        getattr(images, "ndim", 3) in (1, 4)
-    )
+    several = is_list(images) or getattr(images, "ndim", 3) in (1, 4)
     pictures = list(images) if several else [images]
     if not pictures or any(picture is None for picture in pictures):
         raise ValueError(
@@ -91,6 +90,22 @@ def to_pictures(images) -> tuple[list, bool]:
             "'images': None."
         )
     return pictures, several
+
+
+def is_list(x) -> bool:
+    """Return whether a value is a list, tuple or other sequence, but no text.
+
+    Args:
+        x: any value, such as a column of a data set of Hugging Face.
+
+    Example:
+
+    >>> is_list(range(3)), is_list(b"cat")
+    (True, False)
+    """
+    return isinstance(x, Sequence) and not isinstance(
+        x, (str, bytes, bytearray)
+    )
 
 
 def to_strings(x, name: str) -> tuple[list[str], bool]:

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_paligemma.data import batches
 from keras_paligemma.models import fitting
+from keras_paligemma.preprocessing.prompt_and_response import PART_NAMES
 from tests.helpers.text_models import build_tiny_model
 
 tf = pytest.importorskip("tensorflow")
@@ -255,6 +256,104 @@ def test_preprocessed_data_passes(model, losses, examples, attached):
         model.preprocessor = preprocessor
     wanted = model.predict(examples, batch_size=2, verbose=0)
     np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def packed_to_the_left():
+    """Return arrays as KerasHub packs them, targets and weights."""
+    ids = np.array([[2, 7, 5, 8, 1, 0], [2, 5, 9, 1, 0, 0]], "int32")
+    response = np.isin(ids, [8, 9, 1])
+    masks = {"padding_mask": ids > 0, "response_mask": response}
+    weights = response[:, -4:].astype("float32")
+    return {"token_ids": ids, **masks}, ids[:, -4:], weights
+
+
+def without_model(data, batch_size=None, **options):
+    return batches.as_dataset(
+        *data, batch_size, keras.utils.pack_x_y_sample_weight, **options
+    )
+
+
+def test_texts_packed_to_the_left_in_a_pipeline(packed_to_the_left):
+    """Prompts end at different indices; no token of them is hidden."""
+    pipeline = tf.data.Dataset.from_tensor_slices(packed_to_the_left).batch(2)
+    wanted = without_model(packed_to_the_left, 2)[0]
+    data = without_model((pipeline, None, None))
+    (found,) = data.get_numpy_iterator()
+    assert found[0].keys() == wanted[0].keys() == {*PART_NAMES}
+    for name, array in wanted[0].items():
+        np.testing.assert_array_equal(found[0][name], array)
+    np.testing.assert_array_equal(found[1:], wanted[1:])
+
+
+def test_batches_without_targets_are_predicted_from(packed_to_the_left):
+    x, _, _ = packed_to_the_left
+    pipeline = tf.data.Dataset.from_tensors(x)
+    for data in ([x], pipeline, iter([x])):
+        data = without_model((data, None, None), apart=False)
+        ((found,),) = data.get_numpy_iterator()
+        np.testing.assert_array_equal(found["token_ids"], x["token_ids"])
+
+
+def test_each_epoch_has_all_rows_of_a_dictionary_in_an_order_of_its_own():
+    numbers = np.arange(20)
+    x = {"token_ids": numbers.tolist(), "other": numbers[:, None], "none": None}
+    keras.utils.set_random_seed(0)
+    data = batches.Examples(x, numbers, numbers, 8, shuffle=True)
+    epochs = []
+    for _ in range(3):
+        rows = []
+        for x, y, weights in data:
+            np.testing.assert_array_equal(x["token_ids"], y)
+            np.testing.assert_array_equal(x["other"][:, 0], y)
+            np.testing.assert_array_equal(weights, y)
+            assert "none" not in x
+            rows.append(y.tolist())
+        assert [len(row) for row in rows] == [8, 8, 4]
+        epochs.append(sum(rows, []))
+        data.on_epoch_end()
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert all(sorted(epoch) == numbers.tolist() for epoch in epochs)
+    keras.utils.set_random_seed(0)
+    again = batches.Examples({}, numbers, None, 20, shuffle=True)
+    assert again[0][1].tolist() == epochs[0]
+
+
+def test_a_split_keeps_the_rows_together():
+    x = {"images": None, "prompts": ["a", "b", "c"]}
+    first, last = batches.split(x, np.arange(3), [0.5, 1.0, 2.0], 0.3)
+    assert first[0] == {"images": None, "prompts": ["a", "b"]}
+    assert last[0] == {"images": None, "prompts": ["c"]}
+    assert first[1].tolist() == [0, 1] and last[1].tolist() == [2]
+    assert first[2] == [0.5, 1.0] and last[2] == [2.0]
+
+
+@pytest.mark.parametrize("kind", [*SOURCES][2:])
+def test_lengths_that_are_known(examples, kind):
+    data = without_model((SOURCES[kind](examples), None, None), apart=False)
+    is_known = kind in ("tf.data", "tf.data of tuples", "list", "grain")
+    assert data.num_batches == (2 if is_known else None)
+
+
+def test_an_epoch_of_a_py_dataset_begins_and_ends():
+    """As one does that draws its order when an epoch begins."""
+    calls = []
+
+    class Epochs(keras.utils.PyDataset):
+        num_batches = 3
+
+        def on_epoch_begin(self):
+            calls.append("begin")
+
+        def on_epoch_end(self):
+            calls.append("end")
+
+    given = Epochs(workers=2, max_queue_size=5)
+    data = without_model((given, None, None))
+    assert (data.num_batches, data.workers, data.max_queue_size) == (3, 2, 5)
+    data.on_epoch_begin()
+    data.on_epoch_end()
+    assert calls == ["begin", "end"]
 
 
 def test_weights_of_examples(model, losses, examples):

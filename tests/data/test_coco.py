@@ -9,6 +9,8 @@ from PIL import Image
 from keras_paligemma.data import Batches
 from keras_paligemma.data import COCOSource
 from keras_paligemma.data import ExampleError
+from keras_paligemma.data.object_set import size_of_file
+from keras_paligemma.preprocessing.images import read_image
 from keras_paligemma.tasks.answers import read_objects
 from keras_paligemma.tasks.mask_codec import MaskCodec
 
@@ -380,11 +382,14 @@ def test_twins_of_an_id(write, kind, entry):
         ((40, 40), 1, False),
     ],
 )
-def test_sizes_of_files(write, tmp_path, size, orientation, fits):
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_sizes_of_files(write, tmp_path, size, orientation, fits, kind):
     """Boxes refer to the picture after its EXIF rotation, at any scale."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.new("RGB", size).save(tmp_path / "7.jpg", exif=exif)
+    Image.new("RGB", size).save(tmp_path / "7.jpg", kind, exif=exif)
+    read = read_image(tmp_path / "7.jpg").shape[:2]
+    assert size_of_file(tmp_path / "7.jpg") == read
     source = COCOSource(write(BOXES[1]), tmp_path)
     if fits:
         assert source[0]["responses"].endswith("cat")

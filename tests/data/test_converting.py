@@ -313,6 +313,20 @@ def test_odd_names_of_classes_come_back_from_voc(coco, tmp_path):
     assert [*found.classes] == [name.strip() for name in names]
 
 
+@pytest.mark.parametrize("to", ["coco", "jsonl", "yolo", "voc"])
+def test_half_of_a_character_in_the_name_of_a_class(coco, tmp_path, to):
+    """JSON and YAML hold it as an escape; other formats name it."""
+    coco.write_text(coco.read_text().replace('"dog"', '"dog \\ud83d"'))
+    target = tmp_path / "x.json"
+    if to in ("coco", "yolo"):
+        found = open_objects(convert(coco, target, to).path).classes
+        assert [*found] == ["cat", "dog \ud83d", "hat"]
+        return
+    with pytest.raises(ValueError, match=r"lone surrogate.*dog \\ud83d"):
+        convert(coco, target, to)
+    assert {path.name for path in tmp_path.iterdir()} == {"coco"}
+
+
 def test_blanks_in_names_of_pictures_come_back_from_voc(coco, tmp_path):
     coco.write_text(coco.read_text().replace("a.jpg", "cat 1.jpg"))
     image = coco.parent / "images" / "a.jpg"
@@ -452,6 +466,16 @@ def test_a_box_that_sticks_out_is_written_clipped(coco, tmp_path):
     assert made.lost == {"boxes clipped": 1} and not made.skipped
     found = json.loads(made.path.read_text())["annotations"][0]
     assert found["bbox"] == [0, 5, 29.5, 20]
+
+
+def test_pictures_that_pillow_takes_for_an_attack(coco, yolo, monkeypatch):
+    """Its error is no ValueError. COCO's file has their sizes."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    made = convert(coco, coco.parent / "a.jsonl", "jsonl", task="detect")
+    assert made.pictures == 2 and not made.skipped
+    made = convert(yolo, yolo / "a.json", "coco")
+    assert made.pictures == 0
+    assert all("exceeds limit of 2000 pixels" in line for line in made.skipped)
 
 
 def test_bad_pictures_are_skipped(coco, tmp_path):

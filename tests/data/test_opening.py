@@ -80,3 +80,23 @@ def test_links_to_folders_are_followed(tmp_path):
     (example,) = source
     assert example["images"] == str(home / "images" / "other" / "a.jpg")
     assert not source.left_out
+
+
+@pytest.mark.parametrize("part", ["", "part"])
+def test_linked_folders_of_voc(tmp_path, part):
+    """All of the XML files, or a part of them, are in another place."""
+    other, home = tmp_path / "other", tmp_path / "voc"
+    picture(other / "JPEGImages")
+    (other / "Annotations").mkdir()
+    (other / "Annotations" / "a.xml").write_text(
+        "<annotation><size><width>80</width><height>40</height></size>"
+        "<object><name>cat</name><bndbox><xmin>20</xmin><ymin>10</ymin>"
+        "<xmax>60</xmax><ymax>30</ymax></bndbox></object></annotation>"
+    )
+    for kind in ("Annotations", "JPEGImages"):
+        link = home / kind / part
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(other / kind)
+    (example,) = open_source(home)
+    assert example["images"] == str(home / "JPEGImages" / part / "a.jpg")
+    assert example["prompts"] == "detect cat"

@@ -12,6 +12,7 @@ import pytest
 
 from keras_paligemma.data import Batches
 from keras_paligemma.data import ExampleError
+from keras_paligemma.data import pipeline
 from keras_paligemma.data.reader import _shuffled
 
 
@@ -124,8 +125,9 @@ def test_resume_is_exact():
     fresh.set_state(batches.get_state(5))
     assert fresh.get_state(3) == batches.get_state(8)
     ended = make(epochs=1)
-    ended.set_state(make(epochs=1).get_state(3))
-    assert take(ended) == [] and ended.total == 0
+    for consumed in (3, 5):
+        ended.set_state(make(epochs=1).get_state(consumed))
+        assert take(ended) == [] and ended.total == 0
 
 
 def test_workers_change_nothing():
@@ -193,6 +195,14 @@ def test_skipped_examples_are_blank_and_counted():
     assert counts == [" 1", "10"]
 
 
+def test_a_number_of_messages_is_kept_and_all_are_counted(monkeypatch):
+    monkeypatch.setattr(pipeline, "_MOST_PROBLEMS", 3)
+    batches = make(12, 4, bad=range(5, 10), shuffle=False, skip_errors=True)
+    with pytest.warns(UserWarning, match="skipped so far: 1. "):
+        take(batches, 3)
+    assert batches.skipped == 5 and [*batches.problems] == [5, 6, 7]
+
+
 def test_all_examples_bad():
     batches = make(bad=range(10), skip_errors=True)
     with pytest.raises(ValueError, match="None of the 10 .*example 0: bad 0"):
@@ -218,10 +228,15 @@ def test_every_size_is_shuffled_whole(count):
         ({"count": 2}, "at least 3 .*Received: 2"),
         ({"count": 5, "shard": (0, 2)}, r"at least 6 \(3 a batch, 2 hosts\)"),
         ({"shard": (2, 2)}, "`shard` must be"),
+        ({"shard": (-1, 2)}, "`shard` must be"),
+        ({"shard": (0, 0)}, r"`shard\[1\]` must be"),
         ({"size": 0}, "`batch_size` must be"),
+        ({"size": True}, "`batch_size` must be"),
         ({"epochs": 0}, "`epochs` must be"),
         ({"workers": -1}, "`workers` must be"),
         ({"seed": 0.5}, "`seed` must be"),
+        ({"seed": -1}, "`seed` must be"),
+        ({"seed": 2**32}, "`seed` must be an integer of 0 to 4294967295"),
     ],
 )
 def test_arguments(changes, message):
@@ -236,6 +251,31 @@ def test_preprocessors_and_sources_of_another_kind():
     batches = Batches([{"images": 0, "prompts": "p"}], preprocessor, 1)
     with pytest.raises(ExampleError, match="example 0: The example lacks"):
         next(iter(batches))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(None, "a"), ("a", None), ("a", ["a", "b"]), (["a", "b"], "a")],
+)
+def test_examples_of_a_batch_have_as_many_pictures(first, second):
+    """No picture is lost where the first example has none."""
+
+    def with_pictures(example):
+        x, y, weights = preprocessor({**example, "images": 0})
+        if example["images"] is None:
+            return x, y, weights
+        return x | {"images": np.ones(np.shape(example["images"]))}, y, weights
+
+    rows = [
+        {"images": images, "prompts": "p", "responses": "1"}
+        for images in (first, second, first)
+    ]
+    batches = Batches(rows, with_pictures, 3, shuffle=False)
+    with pytest.raises(ExampleError, match="example 1: The example fits no"):
+        next(iter(batches))
+    batches = Batches(rows, with_pictures, 3, shuffle=False, skip_errors=True)
+    with pytest.warns(UserWarning, match="skipped so far: 1. "):
+        assert take(batches, 1) == [[1, -1, 1]]
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,16 @@ def test_frames_follow_one_another(golden_backbone, expected):
     assert error(logits, expected["f32/video/text_logits"]) < 2e-5
 
 
+def test_a_list_of_no_frames_is_no_picture(golden_backbone):
+    backbone = golden_backbone()
+    images = np.zeros((1, 0, IMAGE_SIZE, IMAGE_SIZE, 3), "float32")
+    ids = np.ones((1, 4), "int32")
+    inputs = {"images": images, "token_ids": ids, "padding_mask": ids > 0}
+    for call, given in ((backbone, inputs), (backbone.encode_images, images)):
+        with pytest.raises(ValueError, match=r"takes pictures.*\(1, 0, "):
+            call(given)
+
+
 def test_bfloat16_checkpoint_in_float32(expected):
     backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT)
     fill(backbone, load_arrays(GOLDEN / "tiny_headdim.b16.npz"))

@@ -1,6 +1,7 @@
 import io
 import json
 import pathlib
+from collections import UserList
 
 import keras
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from keras_paligemma.preprocessing.image_converter import (
     PaliGemmaImageConverter,
 )
+from keras_paligemma.preprocessing.inputs import to_pictures
 from keras_paligemma.preprocessing.resize import RULES
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "pp.npz"
@@ -80,6 +82,15 @@ def test_one_and_many(converter, tmp_path):
         assert received.shape == (9, 28, 28, 3)
         for row in received:
             np.testing.assert_array_equal(row, one)
+
+
+def test_columns_of_data_sets(converter):
+    """Hugging Face reads the values of a column one by one."""
+    column = UserList([PICTURES[0], PICTURES[2]])
+    pictures, several = to_pictures(column)
+    assert several and pictures[1] is PICTURES[2]
+    np.testing.assert_array_equal(converter(column), converter(pictures))
+    assert converter([UserList(column)] * 3).shape == (3, 2, 28, 28, 3)
 
 
 def test_lists_of_sizes(converter):

@@ -231,6 +231,7 @@ def test_the_input_stays_as_it_is():
         (np.zeros((3, 20, 20), "uint8"), "unknown shape.*channels last"),
         (np.zeros((0, 2, 3), "uint8"), "unknown shape"),
         (np.zeros(3, "uint8"), "unknown shape"),
+        (np.zeros((1, 2, 2, 3), "uint8"), r"is several.*\(1, 2, 2, 3\)"),
         (7, "unknown shape"),
         (b"", "could not be read"),
         ({"bytes": None, "path": None}, "holds no picture.*'bytes'"),
