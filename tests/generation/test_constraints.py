@@ -10,6 +10,7 @@ from keras import ops
 from keras_paligemma.generation.automata import Automaton
 from keras_paligemma.generation.automata import objects_of
 from keras_paligemma.generation.constraints import legal
+from keras_paligemma.generation.patterns import matches_of
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_a_pattern_ends_in_time(model, examples):
 def test_bad_patterns_are_refused(model, examples):
     pytest.importorskip("outlines_core")
     asked = {key: examples[key] for key in ("images", "prompts")}
-    for pattern in ("(a", "(?=a)b", r"(a)\1"):
+    for pattern in ("(a", "a)|(b", "(?=a)b", r"(a)\1"):
         with pytest.raises(ValueError, match="without look-around") as error:
             model.generate(asked, regex=pattern)
         assert repr(pattern) in str(error.value)
@@ -242,6 +243,29 @@ def test_what_is_legal(model, answer, legal):
     tokens = [*tokenizer.tokenize(answer), 1]
     assert walk(automaton, start, tokens) == legal
     assert walk(automaton, automaton.add_free_node(), np.arange(50))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "answers", "others"),
+    [
+        (r"[0-9]+(\.[0-9]+)?", ["12", "12.5"], ["12.", ".5", ""]),
+        ("cat|cats|cat and dog", ["cat", "cats", "cat and dog"], ["cat and"]),
+        ("yes(?: please)??", ["yes", "yes please"], ["yes "]),
+        # Bytes of characters that are no tokens, behind what may be the end.
+        (r"\w+", ["größe", "大きさ"], ["", "a b"]),
+        (r".*", ["", "🙂!", "a <b"], ["a\nb"]),
+        (r"\n?(a|)", ["", "\n", "\na", "a"], ["\n\n", "aa"]),
+        (r"a$", ["a"], ["", "a\n"]),
+    ],
+)
+def test_the_whole_answer_is_any_match(model, pattern, answers, others):
+    pytest.importorskip("outlines_core")
+    tokenizer = model.preprocessor.tokenizer
+    automaton = Automaton(2048)
+    start = matches_of(automaton, pattern, tokenizer, (1,))
+    for text in (*answers, *others):
+        tokens = [*tokenizer.tokenize(text), 1]
+        assert walk(automaton, start, tokens) == (text in answers), text
 
 
 def test_a_label_is_no_empty_text(model):
