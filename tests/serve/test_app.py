@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -123,25 +124,46 @@ def test_objects_have_scores_and_masks():
     assert wrong.status_code == 400
 
 
+def test_an_object_without_a_label_has_the_one_that_was_asked_for():
+    """As in `model.detect`, for models that were trained on RefCOCO."""
+    box = "<loc0000><loc0000><loc1023><loc1023>"
+
+    class Sees(PlainModel):
+        def answer(self, requests, tell):
+            return [Answered(box, (box, ""), (7, 1), (-2.0, -50.0), "stop")]
+
+    with TestClient(make_app(Sees(), "sees")) as client:
+        for asked, label in (["cat"], "cat"), ("cat", "cat"), (["a", "b"], ""):
+            fields = {"image": IMAGE, "labels": asked}
+            [found] = client.post("/detect", json=fields).json()["boxes"]
+            assert found["label"] == label
+            assert found["score"] == pytest.approx(math.exp(-2))
+
+
 def test_objects_with_bytes_and_before_a_stop_have_scores():
     box = [f"<loc{n:04}>" for n in (0, 0, 1023, 1023)]
     tokens = (*box, " caf", "<0xC3>", "<0xA9>", " ;", *box, " dog", "")
+    values = [-0.5] * len(tokens)
+    # What ends an answer is no part of a label; a label's last byte is.
+    values[6], values[7], values[-1] = -1.0, -50.0, -50.0
 
     class Sees(PlainModel):
         def answer(self, requests, tell):
             text = "".join(tokens).replace("<0xC3><0xA9>", "é")
             text = cut(text, requests[0].choice.stop)
-            values = (-0.5,) * len(tokens)
             return [Answered(text, tokens, (7,) * len(tokens), values, "stop")]
 
     fields = {"image": IMAGE, "labels": ["café", "dog"]}
     with TestClient(make_app(Sees(), "sees")) as client:
-        for stop, labels in ([], ["café", "dog"]), (";", ["café"]):
+        for stop in ([], ";"):
             reply = client.post("/detect", json=fields | {"stop": stop})
-            boxes = reply.json()["boxes"]
-            assert [box["label"] for box in boxes] == labels
-            for box in boxes:
-                assert box["score"] == pytest.approx(0.3679, abs=1e-3)
+            found = {
+                box["label"]: box["score"] for box in reply.json()["boxes"]
+            }
+            wanted = {"café": math.exp(-0.5 - 2 / 3), "dog": math.exp(-1)}
+            if stop:
+                del wanted["dog"]
+            assert found == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
