@@ -46,8 +46,10 @@ def test_what_is_banned_is_no_way_through_a_constraint(model, examples):
     asked = {key: examples[key] for key in ("images", "prompts")}
     choices = ["yes", "yes please", "no"]
     *_, yes = tokenizer.tokenize("yes")
-    found = model.generate(asked, choices=choices, banned_token_ids=[yes])
-    assert set(found) == {"no"}
+    # Tensors of the backend, and whole floats, are ids too.
+    for given in ([yes], [float(yes)], ops.convert_to_tensor([yes], "int32")):
+        found = model.generate(asked, choices=choices, banned_token_ids=given)
+        assert set(found) == {"no"}
     banned = [i for text in choices for i in tokenizer.tokenize(text)]
     with pytest.raises(ValueError, match="Prompt 0 has no answer.*banned"):
         model.generate(asked, choices=choices, banned_token_ids=banned)
