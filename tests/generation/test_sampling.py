@@ -71,6 +71,14 @@ def test_draws_are_of_the_distribution(options, kept):
     assert np.abs(found - wanted).max() < 5 * 0.5 / np.sqrt(4000)
 
 
+@pytest.mark.parametrize("shift", [0, -100])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"min_p": 0.1}])
+def test_the_lowest_temperature_is_greedy(shift, options):
+    lowest = np.finfo("float32").tiny
+    logits = np.array([50.0, 40.0, 60.0, -1e30]) + shift
+    assert (draw(logits, 4, seed=5, temperature=lowest, **options) == 2).all()
+
+
 def test_noise_is_gumbels_and_no_neighbour_matters():
     seeds = np.arange(50, dtype="int32") * 977
     place = ops.convert_to_tensor(2, "int32")
