@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_paligemma.generation.automata import NEVER
 from keras_paligemma.generation.automata import Automaton
 from keras_paligemma.generation.automata import objects_of
 from keras_paligemma.generation.constraints import legal
@@ -186,6 +187,27 @@ def test_least_numbers_of_tokens_to_an_end():
     free = automaton.add_free_node()
     ends_in = automaton.arrays()["ends_in"]
     assert ends_in[: free + 1].tolist() == [3, 2, 1, 0, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("banned", "allowed", "ends_in"),
+    [
+        ((), [1, 2], 2),
+        ((1,), [2], 2),
+        ((1, 2), [], NEVER),
+        ((3,), [1, 2], NEVER),
+    ],
+)
+def test_banned_tokens_leave_the_others_of_their_set(banned, allowed, ends_in):
+    automaton = Automaton(8)
+    start = automaton.add_node()
+    automaton.add_path(start, [(1, 2), (3,)])
+    free = automaton.add_free_node()
+    arrays = automaton.arrays(banned)
+    after = arrays["next_nodes"][:, arrays["token_classes"]]
+    assert np.flatnonzero(after[start] >= 0).tolist() == allowed
+    assert arrays["ends_in"][start] == ends_in
+    assert (after[free] == free).all()
 
 
 def test_each_row_has_its_own_time_to_an_end():

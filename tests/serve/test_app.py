@@ -99,6 +99,32 @@ def test_an_adapter_answers_who_asks_for_it(client, model):
     assert "styled" in ask(client, adapter="other").json()["error"]
 
 
+def test_the_fields_of_a_request_are_the_choice():
+    class Told(PlainModel):
+        def read(self, picture, prompt, choice, limits):
+            self.asked = prompt, choice
+            return super().read(picture, prompt, choice, limits)
+
+    model = Told()
+    with TestClient(make_app(model, "told")) as client:
+        fields = {"max_new_tokens": 8, "temperature": 100, "top_p": 0.5}
+        fields |= {"top_k": 3, "seed": 2**31 - 1, "adapter": "styled"}
+        assert ask(client, stop=["a", "b"], **fields).status_code == 200
+        wanted = Choice(stop=("a", "b"), **fields)
+        assert model.asked == ("caption en", wanted)
+        ask(client, stop=None, seed=None, max_new_tokens=None)
+        assert model.asked == ("caption en", Choice())
+        body = {"image": IMAGE, "labels": ["a", "b"], "top_k": 1}
+        client.post("/segment", json=body)
+        assert model.asked == ("segment a ; b", Choice(top_k=1))
+        long = ask(client, max_new_tokens=9)
+        assert long.status_code == 400
+        assert long.json()["error"] == "`max_new_tokens` is at most 8."
+        # As the page asks.
+        client.headers["Accept"] = "text/event-stream"
+        assert ask(client).text.startswith("data: {")
+
+
 def test_objects_have_scores_and_masks():
     box = [f"<loc{n:04}>" for n in (0, 0, 1023, 1023)]
     codes = [f"<seg{n:03}>" for n in range(16)]
