@@ -69,8 +69,8 @@ def sampled(logits_BV, options, place):
 
 def _drawn(logits_BV, options, place):
     """Sample each row as if its temperature were above 0."""
-    warm_B = options["temperature"] > 0
-    heat_B = ops.where(warm_B, options["temperature"], 1.0)
+    # Far below any difference of logits, but no logit becomes infinite.
+    heat_B = ops.maximum(options["temperature"], 1e-20)
     hot_BV = logits_BV / heat_B[:, None]
     vocabulary_size = logits_BV.shape[-1]
     cuts_B = ops.logical_or(

@@ -14,6 +14,9 @@ from keras_paligemma.layers.cache import check_cache_dtype
 from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.inputs import to_length
 
+# Temperatures and penalties are float32.
+LARGEST = float(np.finfo("float32").max)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -39,8 +42,8 @@ class Options:
         best_of: int n; samples n answers and returns the likeliest.
         banned_token_ids: ints, never chosen. Log-probabilities ignore the
             ban.
-        stop_strings: str or strs that end an answer and are cut from it. Those
-            in the given start of an answer do not end it.
+        stop_strings: str or strs that end an answer and are cut from it; `None`
+            for none. Those in the given start of an answer do not end it.
         beams: int, width of a beam search.
         length_penalty: float; beams are ranked by the sum of log-probabilities
             divided by tokens ** `length_penalty`. 0 ranks by the sum, as in
@@ -77,7 +80,7 @@ class Options:
     num_samples: int | None = None
     best_of: int | None = None
     banned_token_ids: Sequence[int] = ()
-    stop_strings: Sequence[str] = ()
+    stop_strings: Sequence[str] | str | None = ()
     beams: int | None = None
     length_penalty: float = 0.0
     alternatives: int = 0
@@ -89,8 +92,12 @@ class Options:
     cache_dtype: str | None = None
 
     def __post_init__(self):
-        if isinstance(self.stop_strings, str):
-            object.__setattr__(self, "stop_strings", (self.stop_strings,))
+        stops = self.stop_strings
+        if stops is None:
+            stops = ()
+        elif isinstance(stops, str):
+            stops = (stops,)
+        object.__setattr__(self, "stop_strings", stops)
 
     @classmethod
     def of(cls, options):
@@ -133,7 +140,7 @@ class Options:
         Raises:
             ValueError: names the option.
         """
-        _check("temperature", self.temperature, 0, np.inf, "0 or more")
+        _check("temperature", self.temperature, 0, LARGEST, "0 or more")
         _check(
             "top_k",
             self.top_k,
@@ -145,7 +152,9 @@ class Options:
         _check("top_p", self.top_p, 0, 1, "more than 0, at most 1", above=True)
         _check("min_p", self.min_p, 0, 1, "0 to 1")
         _check("seed", self.seed, 0, 2**31 - 1, "0 to 2³¹ - 1", whole=True)
-        _check("length_penalty", self.length_penalty, 0, np.inf, "0 or more")
+        # One number for all prompts, and not `None`.
+        penalty = [self.length_penalty]
+        _check("length_penalty", penalty, 0, LARGEST, "0 or more")
         for name in ("num_samples", "best_of", "beams"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
@@ -231,7 +240,7 @@ class Options:
 
     def _check_strings(self, name):
         given = getattr(self, name)
-        if given is None:
+        if given is None:  # No choices.
             return
         is_list = isinstance(given, (list, tuple))
         if not is_list or not all(isinstance(s, str) and s for s in given):
@@ -322,12 +331,12 @@ def _check(name, value, least, most, expected, whole=False, above=False):
     """Raise on numbers outside a range."""
     if value is None:
         return
-    for number in np.ravel(np.asarray(value, object)):
-        kind = numbers.Integral if whole else numbers.Real
-        good = isinstance(number, kind) and not isinstance(
-            number, (bool, np.bool_)
-        )
-        good = good and np.isfinite(float(number)) and least <= number <= most
+    kind = numbers.Integral if whole else numbers.Real
+    for number in np.atleast_1d(np.asarray(value, object)):
+        # NumPy's float16 cannot be compared with large numbers.
+        number = number.item() if isinstance(number, np.generic) else number
+        good = isinstance(number, kind) and not isinstance(number, bool)
+        good = good and least <= number <= most
         if not good or (above and number <= least):
             raise ValueError(
                 f"`{name}` is out of range. Expected: {expected}. Received: "

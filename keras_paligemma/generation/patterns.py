@@ -52,9 +52,14 @@ def _compiled(pattern, proto):
             "`regex` needs outlines_core. Expected: pip install "
             '"keras_paligemma[regex]".'
         ) from error
-    vocabulary, no_token = _vocabulary(proto)
+    vocabulary, before, after = _vocabulary(proto)
     try:
-        index = Index(pattern, vocabulary)
+        # By itself, since its parentheses could close those around it below.
+        Index(pattern, _every_byte())
+        # An index does not go on behind the first match, nor through the bytes
+        # between a match and a longer one: `\z` leaves one, at the end. What
+        # begins with it has no index, so that a newline stands before it.
+        index = Index(rf"\n(?:{pattern})\z", vocabulary)
     except ValueError as error:
         raise ValueError(
             "The pattern cannot be compiled for this vocabulary. Expected: a "
@@ -63,20 +68,23 @@ def _compiled(pattern, proto):
         ) from error
     finals = index.get_final_states()
     transitions = {state: {} for state in finals} | index.get_transitions()
+    start = transitions.pop(index.get_initial_state())[before]
     for leads in transitions.values():
-        leads.pop(no_token, None)
+        for token in (before, after):
+            leads.pop(token, None)
     edges = {state: {} for state in transitions}
     for tokens in _classes(transitions.values()):
         for state, leads in transitions.items():
             if tokens[0] in leads:
                 edges[state][tokens] = leads[tokens[0]]
-    return index.get_initial_state(), finals, edges
+    return start, finals, edges
 
 
 @functools.lru_cache(maxsize=2)
 def _vocabulary(proto):
-    """Return the pieces as `outlines_core` takes them, and an unused id.
+    """Return the pieces as `outlines_core` takes them, and two unused ids.
 
+    The first of them is a newline before each answer, the second its end.
     Pieces that are no text, such as the end token, are left out: the end of
     an answer is an edge of its own.
     """
@@ -93,7 +101,17 @@ def _vocabulary(proto):
         else:
             continue
         ids.setdefault(spelt, []).append(token)
-    return Vocabulary(len(pieces), ids), len(pieces)
+    before, after = len(pieces), len(pieces) + 1
+    ids.setdefault(b"\n", []).append(before)
+    return Vocabulary(after, ids), before, after
+
+
+@functools.cache
+def _every_byte():
+    """Return a vocabulary that spells all texts."""
+    from outlines_core import Vocabulary
+
+    return Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)})
 
 
 def _classes(transitions):

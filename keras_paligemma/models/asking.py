@@ -1,6 +1,5 @@
 """The model's task methods, such as `caption` and `detect`."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
@@ -12,7 +11,7 @@ from keras_paligemma.generation.texts import texts_of
 from keras_paligemma.preprocessing.inputs import to_pictures
 from keras_paligemma.tasks import prompts
 from keras_paligemma.tasks.answers import Score
-from keras_paligemma.tasks.answers import read_objects
+from keras_paligemma.tasks.answers import read_requested
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.tasks.objects import Objects
 from keras_paligemma.tasks.scores import box_and_label
@@ -219,7 +218,7 @@ def _candidates(answer, every):
 
 
 def _read(answer, tokenizer, labels, codec, score):
-    """Return the objects of an answer; fill in a missing single label."""
+    """Return the objects of an answer."""
     # The token that ended the answer is not part of its last label.
     count = len(answer.token_ids) - (answer.finish == "stop_token")
     tokens = texts_of(tokenizer, answer.token_ids[:count])
@@ -230,14 +229,7 @@ def _read(answer, tokenizer, labels, codec, score):
             for place in answer.alternatives[:count]
         ]
         values = with_neighbours(tokens, values, alternatives)
-    objects = read_objects(tokens, codec, [*labels, ""], None, values, score)
-    if len(labels) > 1:
-        return objects
-    named = [
-        item if item.label else dataclasses.replace(item, label=labels[0])
-        for item in objects
-    ]
-    return dataclasses.replace(objects, items=named)
+    return read_requested(tokens, labels, codec, values, score)
 
 
 def _merged(parts, picture, overlap):

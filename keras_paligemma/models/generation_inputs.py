@@ -203,7 +203,8 @@ def _constraint(model, inputs, count, stops, options):
         starts = matches_of(automaton, options.regex, tokenizer, stops)
     else:
         starts = _starts_of_prompts(automaton, inputs, tokenizer, stops)[:count]
-    return starts, automaton.arrays(options.banned_token_ids, stops)
+    banned = np.asarray(options.banned_token_ids, "int32").tolist()
+    return starts, automaton.arrays(banned, stops)
 
 
 def _starts_of_prompts(automaton, inputs, tokenizer, stops):

@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import io
-import itertools
 
 import numpy as np
 from PIL import Image
@@ -25,6 +24,7 @@ from keras_paligemma.serve.requests import read_stop
 from keras_paligemma.serve.tokens import characters
 from keras_paligemma.tasks import prompts
 from keras_paligemma.tasks.answers import read_objects
+from keras_paligemma.tasks.answers import read_requested
 
 COMMON = {
     "image": Field("string", "Picture in base64, or a data: URI", default=...),
@@ -139,14 +139,16 @@ def _content(service, found, labels=None):
     """
     boxes, skipped = [], []
     if labels is not None or "<" in found.text:
-        texts = _cut(characters(found.tokens), len(found.text))
-        spelt = found.tokens and "".join(texts) == found.text
-        objects_ = read_objects(
-            texts if spelt else found.text,
-            codec=service.codec,
-            labels=labels,
-            log_probabilities=found.log_probabilities if spelt else None,
-        )
+        texts = _said(found)
+        spelt = texts and "".join(texts) == found.text
+        answer = texts if spelt else found.text
+        values = found.log_probabilities[: len(texts)] if spelt else None
+        if labels is None:
+            objects_ = read_objects(
+                answer, service.codec, log_probabilities=values
+            )
+        else:
+            objects_ = read_requested(answer, labels, service.codec, values)
         boxes = [_object(item) for item in objects_]
         skipped = [dataclasses.asdict(part) for part in objects_.skipped]
     return {
@@ -158,13 +160,19 @@ def _content(service, found, labels=None):
     }
 
 
-def _cut(texts, length):
-    """Return the texts of tokens up to a stop string, which may be in one."""
-    ends = itertools.accumulate(map(len, texts))
-    return [
-        text[: max(length - end + len(text), 0)]
-        for text, end in zip(texts, ends, strict=True)
-    ]
+def _said(found):
+    """Return the texts of an answer's tokens, without those that ended it.
+
+    A stop string may begin within the last one.
+    """
+    texts, left = [], len(found.text)
+    for token, text in zip(found.tokens, characters(found.tokens), strict=True):
+        # Bytes behind the first of a character have no text, nor has the end.
+        if not left and (text or not token):
+            break
+        texts.append(text[:left])
+        left -= len(texts[-1])
+    return texts
 
 
 def _object(item):

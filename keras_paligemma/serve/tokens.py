@@ -24,6 +24,9 @@ def characters(tokens):
         run = list(run)
         if are_bytes:
             data = bytes(int(token[3:5], 16) for token in run)
-            run = [data.decode(errors="replace")] + [""] * (len(run) - 1)
+            # As SentencePiece, which replaces each byte of none.
+            text = data.decode(errors="surrogateescape")
+            text = re.sub("[\udc80-\udcff]", "\ufffd", text)
+            run = [text] + [""] * (len(run) - 1)
         texts += run
     return texts

@@ -115,6 +115,38 @@ def read_objects(
     return Objects(objects, skipped, text, image)
 
 
+def read_requested(
+    answer: str | Sequence[str],
+    labels: str | Iterable[str],
+    codec: MaskCodec | None = None,
+    log_probabilities: Sequence[float] | None = None,
+    score: Score = scores.box_and_label,
+) -> Objects:
+    """Parse the objects of an answer to a prompt that asked for labels.
+
+    Unlike `read_objects`, it keeps objects without a label, as in RefCOCO's
+    answers: if one label was asked for, they have that one.
+
+    Args, Returns and Raises are those of `read_objects`.
+
+    Example:
+
+    >>> read_requested("<loc0000><loc0000><loc1023><loc1023>", "cat")[0].label
+    'cat'
+    """
+    labels = [labels] if isinstance(labels, str) else list(labels)
+    objects = read_objects(
+        answer, codec, [*labels, ""], None, log_probabilities, score
+    )
+    if len(labels) > 1:
+        return objects
+    named = [
+        item if item.label else dataclasses.replace(item, label=labels[0])
+        for item in objects
+    ]
+    return dataclasses.replace(objects, items=named)
+
+
 def write_objects(
     objects: Iterable[Object], codec: MaskCodec | None = None, scale: int = LAST
 ) -> str:

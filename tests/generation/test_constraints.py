@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_paligemma.generation.automata import NEVER
 from keras_paligemma.generation.automata import Automaton
 from keras_paligemma.generation.automata import objects_of
 from keras_paligemma.generation.constraints import legal
+from keras_paligemma.generation.patterns import matches_of
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,10 @@ def test_what_is_banned_is_no_way_through_a_constraint(model, examples):
     asked = {key: examples[key] for key in ("images", "prompts")}
     choices = ["yes", "yes please", "no"]
     *_, yes = tokenizer.tokenize("yes")
-    found = model.generate(asked, choices=choices, banned_token_ids=[yes])
-    assert set(found) == {"no"}
+    # Tensors of the backend, and whole floats, are ids too.
+    for given in ([yes], [float(yes)], ops.convert_to_tensor([yes], "int32")):
+        found = model.generate(asked, choices=choices, banned_token_ids=given)
+        assert set(found) == {"no"}
     banned = [i for text in choices for i in tokenizer.tokenize(text)]
     with pytest.raises(ValueError, match="Prompt 0 has no answer.*banned"):
         model.generate(asked, choices=choices, banned_token_ids=banned)
@@ -121,7 +125,7 @@ def test_a_pattern_ends_in_time(model, examples):
 def test_bad_patterns_are_refused(model, examples):
     pytest.importorskip("outlines_core")
     asked = {key: examples[key] for key in ("images", "prompts")}
-    for pattern in ("(a", "(?=a)b", r"(a)\1"):
+    for pattern in ("(a", "a)|(b", "(?=a)b", r"(a)\1"):
         with pytest.raises(ValueError, match="without look-around") as error:
             model.generate(asked, regex=pattern)
         assert repr(pattern) in str(error.value)
@@ -185,6 +189,27 @@ def test_least_numbers_of_tokens_to_an_end():
     assert ends_in[: free + 1].tolist() == [3, 2, 1, 0, 4, 0]
 
 
+@pytest.mark.parametrize(
+    ("banned", "allowed", "ends_in"),
+    [
+        ((), [1, 2], 2),
+        ((1,), [2], 2),
+        ((1, 2), [], NEVER),
+        ((3,), [1, 2], NEVER),
+    ],
+)
+def test_banned_tokens_leave_the_others_of_their_set(banned, allowed, ends_in):
+    automaton = Automaton(8)
+    start = automaton.add_node()
+    automaton.add_path(start, [(1, 2), (3,)])
+    free = automaton.add_free_node()
+    arrays = automaton.arrays(banned)
+    after = arrays["next_nodes"][:, arrays["token_classes"]]
+    assert np.flatnonzero(after[start] >= 0).tolist() == allowed
+    assert arrays["ends_in"][start] == ends_in
+    assert (after[free] == free).all()
+
+
 def test_each_row_has_its_own_time_to_an_end():
     automaton = Automaton(8)
     start = automaton.add_node()
@@ -242,6 +267,29 @@ def test_what_is_legal(model, answer, legal):
     tokens = [*tokenizer.tokenize(answer), 1]
     assert walk(automaton, start, tokens) == legal
     assert walk(automaton, automaton.add_free_node(), np.arange(50))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "answers", "others"),
+    [
+        (r"[0-9]+(\.[0-9]+)?", ["12", "12.5"], ["12.", ".5", ""]),
+        ("cat|cats|cat and dog", ["cat", "cats", "cat and dog"], ["cat and"]),
+        ("yes(?: please)??", ["yes", "yes please"], ["yes "]),
+        # Bytes of characters that are no tokens, behind what may be the end.
+        (r"\w+", ["größe", "大きさ"], ["", "a b"]),
+        (r".*", ["", "🙂!", "a <b"], ["a\nb"]),
+        (r"\n?(a|)", ["", "\n", "\na", "a"], ["\n\n", "aa"]),
+        (r"a$", ["a"], ["", "a\n"]),
+    ],
+)
+def test_the_whole_answer_is_any_match(model, pattern, answers, others):
+    pytest.importorskip("outlines_core")
+    tokenizer = model.preprocessor.tokenizer
+    automaton = Automaton(2048)
+    start = matches_of(automaton, pattern, tokenizer, (1,))
+    for text in (*answers, *others):
+        tokens = [*tokenizer.tokenize(text), 1]
+        assert walk(automaton, start, tokens) == (text in answers), text
 
 
 def test_a_label_is_no_empty_text(model):

@@ -71,6 +71,14 @@ def test_draws_are_of_the_distribution(options, kept):
     assert np.abs(found - wanted).max() < 5 * 0.5 / np.sqrt(4000)
 
 
+@pytest.mark.parametrize("shift", [0, -100])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"min_p": 0.1}])
+def test_the_lowest_temperature_is_greedy(shift, options):
+    lowest = np.finfo("float32").tiny
+    logits = np.array([50.0, 40.0, 60.0, -1e30]) + shift
+    assert (draw(logits, 4, seed=5, temperature=lowest, **options) == 2).all()
+
+
 def test_noise_is_gumbels_and_no_neighbour_matters():
     seeds = np.arange(50, dtype="int32") * 977
     place = ops.convert_to_tensor(2, "int32")
@@ -194,13 +202,32 @@ def test_hidden_states_are_what_tokens_are_chosen_from(model, inputs):
         ({"beams": 2, "hidden_states": True}, "hidden_states=True.*without"),
         ({"temperature": -1}, "`temperature`.*0 or more. Received: -1"),
         ({"temperature": float("nan")}, "`temperature`.*Received: nan"),
+        ({"temperature": float("inf")}, "`temperature`.*Received: inf"),
+        # float32 has no such number.
+        ({"temperature": 1e39}, "`temperature`.*Received: 1e[+]39"),
+        ({"temperature": 10**400}, "`temperature`.*Received: 1000"),
+        ({"temperature": True}, "`temperature`.*Received: True"),
+        ({"temperature": [1.0, None]}, "`temperature`.*Received: None"),
+        ({"temperature": [[1.0] * 4]}, "`temperature`.*Received: array"),
         ({"top_p": 0}, "`top_p`.*more than 0, at most 1. Received: 0"),
         ({"top_p": 1.5}, "`top_p`.*Received: 1.5"),
         ({"top_k": 321}, "`top_k`.*1 to 320.*Received: 321"),
         ({"top_k": 2.0}, "`top_k`.*Received: 2.0"),
         ({"min_p": 2}, "`min_p`.*0 to 1. Received: 2"),
+        ({"top_p": [0.5, 0.0]}, "`top_p`.*Received: 0.0"),
+        ({"top_k": 0}, "`top_k`.*Received: 0"),
+        ({"min_p": -0.1}, "`min_p`.*Received: -0.1"),
         ({"seed": -1}, "`seed`.*Received: -1"),
+        ({"seed": 2**31}, "`seed`.*Received: 2147483648"),
+        ({"seed": 1.0}, "`seed`.*Received: 1.0"),
         ({"num_samples": 0}, "`num_samples`.*Received: 0"),
+        ({"best_of": 1.0}, "`best_of`.*Received: 1.0"),
+        ({"num_samples": 2, "best_of": 2}, "exclude each other"),
+        ({"num_samples": 2, "beams": 2}, "exclude each other"),
+        ({"alternatives": 321}, "`alternatives`.*0 to 320. Received: 321"),
+        ({"beams": 2, "alternatives": 1}, "alternatives=1.*without beams"),
+        ({"beams": 2, "length_penalty": None}, "`length_penalty`.*None"),
+        ({"beams": 2, "length_penalty": [1.0, 2.0]}, "`length_penalty`.*array"),
         ({"beams": True}, "`beams`.*Received: True"),
         ({"beams": 2, "temperature": 1.0}, "exclude each other"),
         ({"length_penalty": 1.0}, "without beams"),
@@ -210,12 +237,58 @@ def test_hidden_states_are_what_tokens_are_chosen_from(model, inputs):
         ({"logits_hook": 3}, "function of logits and state"),
         ({"logits_hook": Unhashable()}, "that can be called and hashed"),
         ({"stop_strings": [""]}, "`stop_strings`"),
+        ({"stop_strings": ""}, "`stop_strings`"),
+        ({"stop_strings": [b"a"]}, "`stop_strings`"),
         ({"temprature": 1}, "Did you mean 'temperature'"),
     ],
 )
 def test_options_that_mean_nothing(model, inputs, options, message):
     with pytest.raises(ValueError, match=message):
         model.generate(inputs, stop_token_ids=None, **options)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0, "top_k": 1, "top_p": 1, "min_p": 1, "seed": 0},
+        {"top_k": 320, "top_p": 1e-6, "min_p": 0, "seed": 2**31 - 1},
+        {"temperature": [0, np.float16(1)], "top_k": np.arange(1, 3)},
+        {"num_samples": np.int64(2), "alternatives": 320},
+        {"beams": 2, "length_penalty": np.float32(0.5)},
+        {"stop_strings": None, "choices": None, "regex": None},
+    ],
+)
+def test_options_at_the_ends_of_their_ranges(options):
+    options = Options(**options)
+    options.check(320)
+    assert options.stop_strings == ()
+
+
+@pytest.mark.any_backend
+def test_a_batch_has_its_own_rows_of_options():
+    """Its first prompt is the third of all."""
+    lists = {
+        "temperature": [0, 1, 2],
+        "top_k": [1, 2, 3],
+        "top_p": [0.5, 1, 1],
+        "min_p": [0, 0, 0.5],
+        "seed": [3, 4, 5],
+    }
+    for options in (Options(**lists), Options(seed=7)):
+        whole, last = (options.rows(i, 3 - i, 2, 320) for i in (0, 2))
+        for name in lists:
+            np.testing.assert_array_equal(last[name], whole[name][2:])
+        # Copies and prompts differ, even with one seed.
+        assert len(set(whole["seed"].ravel().tolist())) == 6
+    assert whole["temperature"].tolist() == whole["top_p"].tolist() == [1] * 3
+    assert whole["min_p"].tolist() == [0] * 3
+    assert whole["top_k"].tolist() == [320] * 3
+    for name, each in lists.items():
+        options = Options(**{name: each})
+        options.check_rows(3)
+        with pytest.raises(ValueError, match=f"`{name}` does not.*Received: 3"):
+            options.check_rows(2)
 
 
 @pytest.mark.parametrize(

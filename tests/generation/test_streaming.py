@@ -127,10 +127,22 @@ def test_the_token_that_ends_an_answer_is_not_in_its_text(nano, asked):
         ("one.", (".\n",), "one"),
         ("one.\ntwo", (".\n",), "one"),
         ("abab", ("abc",), "ab"),
+        ("abab", ("bx", "abc", "bxy"), "ab"),
+        # The stop string that may have begun is not the incomplete character.
+        ("one.\ufffd", (".\n",), "one"),
     ],
 )
 def test_what_is_settled(text, stops, wanted):
     assert settled(text, stops) == wanted
+
+
+def test_what_was_given_ends_nothing():
+    text, stops = "a, b, ", (", ",)
+    found = [cut(text, stops, given) for given in (0, 2, 3, 5, 6)]
+    assert found == ["a", "a", "a, b", "a, b", text]
+    assert settled("a, ", stops, given=2) == "a"
+    assert settled("a, ", stops, given=3) == "a, "
+    assert settled("a, b,", stops, given=3) == "a, b"
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,14 @@ def test_texts_of_tokens(model, text):
     assert pieces[:1] == [] or pieces[0]
 
 
+def test_the_first_byte_of_a_character_has_its_text(model):
+    tokenizer = model.preprocessor.tokenizer
+    ids = [*tokenizer.tokenize(" cat猫"), *tokenizer.tokenize(" dog é")[:-1]]
+    assert texts_of(tokenizer, ids) == [
+        *(" cat", "猫", "", "", " dog", " ", "\ufffd"),
+    ]
+
+
 def test_a_picture_of_pillow_is_one(model, says):
     asked = says("a")
     assert model.caption(Image.new("RGB", (4, 4))) == "a"

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +99,32 @@ def test_an_adapter_answers_who_asks_for_it(client, model):
     assert "styled" in ask(client, adapter="other").json()["error"]
 
 
+def test_the_fields_of_a_request_are_the_choice():
+    class Told(PlainModel):
+        def read(self, picture, prompt, choice, limits):
+            self.asked = prompt, choice
+            return super().read(picture, prompt, choice, limits)
+
+    model = Told()
+    with TestClient(make_app(model, "told")) as client:
+        fields = {"max_new_tokens": 8, "temperature": 100, "top_p": 0.5}
+        fields |= {"top_k": 3, "seed": 2**31 - 1, "adapter": "styled"}
+        assert ask(client, stop=["a", "b"], **fields).status_code == 200
+        wanted = Choice(stop=("a", "b"), **fields)
+        assert model.asked == ("caption en", wanted)
+        ask(client, stop=None, seed=None, max_new_tokens=None)
+        assert model.asked == ("caption en", Choice())
+        body = {"image": IMAGE, "labels": ["a", "b"], "top_k": 1}
+        client.post("/segment", json=body)
+        assert model.asked == ("segment a ; b", Choice(top_k=1))
+        long = ask(client, max_new_tokens=9)
+        assert long.status_code == 400
+        assert long.json()["error"] == "`max_new_tokens` is at most 8."
+        # As the page asks.
+        client.headers["Accept"] = "text/event-stream"
+        assert ask(client).text.startswith("data: {")
+
+
 def test_objects_have_scores_and_masks():
     box = [f"<loc{n:04}>" for n in (0, 0, 1023, 1023)]
     codes = [f"<seg{n:03}>" for n in range(16)]
@@ -123,25 +150,46 @@ def test_objects_have_scores_and_masks():
     assert wrong.status_code == 400
 
 
+def test_an_object_without_a_label_has_the_one_that_was_asked_for():
+    """As in `model.detect`, for models that were trained on RefCOCO."""
+    box = "<loc0000><loc0000><loc1023><loc1023>"
+
+    class Sees(PlainModel):
+        def answer(self, requests, tell):
+            return [Answered(box, (box, ""), (7, 1), (-2.0, -50.0), "stop")]
+
+    with TestClient(make_app(Sees(), "sees")) as client:
+        for asked, label in (["cat"], "cat"), ("cat", "cat"), (["a", "b"], ""):
+            fields = {"image": IMAGE, "labels": asked}
+            [found] = client.post("/detect", json=fields).json()["boxes"]
+            assert found["label"] == label
+            assert found["score"] == pytest.approx(math.exp(-2))
+
+
 def test_objects_with_bytes_and_before_a_stop_have_scores():
     box = [f"<loc{n:04}>" for n in (0, 0, 1023, 1023)]
     tokens = (*box, " caf", "<0xC3>", "<0xA9>", " ;", *box, " dog", "")
+    values = [-0.5] * len(tokens)
+    # What ends an answer is no part of a label; a label's last byte is.
+    values[6], values[7], values[-1] = -1.0, -50.0, -50.0
 
     class Sees(PlainModel):
         def answer(self, requests, tell):
             text = "".join(tokens).replace("<0xC3><0xA9>", "é")
             text = cut(text, requests[0].choice.stop)
-            values = (-0.5,) * len(tokens)
             return [Answered(text, tokens, (7,) * len(tokens), values, "stop")]
 
     fields = {"image": IMAGE, "labels": ["café", "dog"]}
     with TestClient(make_app(Sees(), "sees")) as client:
-        for stop, labels in ([], ["café", "dog"]), (";", ["café"]):
+        for stop in ([], ";"):
             reply = client.post("/detect", json=fields | {"stop": stop})
-            boxes = reply.json()["boxes"]
-            assert [box["label"] for box in boxes] == labels
-            for box in boxes:
-                assert box["score"] == pytest.approx(0.3679, abs=1e-3)
+            found = {
+                box["label"]: box["score"] for box in reply.json()["boxes"]
+            }
+            wanted = {"café": math.exp(-0.5 - 2 / 3), "dog": math.exp(-1)}
+            if stop:
+                del wanted["dog"]
+            assert found == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,12 @@ def test_what_can_be_read():
 
 
 def test_bytes_that_spell_no_character_are_replaced():
+    """One by one, as in the text that SentencePiece makes of them."""
     tokens = ["<0xE2>", "a", "<0xC3>", "<0xA9>", "<0xE9>", "b"]
     assert characters(tokens) == ["\ufffd", "a", "é\ufffd", "", "", "b"]
+    # Three of the four bytes of an emoji, at the end of the longest answer.
+    tokens = ["<0xF0>", "<0x9F>", "<0x99>"]
+    assert characters(tokens) == ["\ufffd" * 3, "", ""]
 
 
 def test_limits():
