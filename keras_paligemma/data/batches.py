@@ -11,6 +11,7 @@ from keras_paligemma.compat import least
 from keras_paligemma.compat import process
 from keras_paligemma.compat import replicas
 from keras_paligemma.data.pipeline import Batches
+from keras_paligemma.preprocessing.inputs import to_integer
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.prompt_and_response import WHOLE_NAMES
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
@@ -291,12 +292,7 @@ def in_batches(x, batch_size):
         last one, and the number of examples that are not padding. `None` if
         `x` is one example, or fits into one batch.
     """
-    if isinstance(batch_size, bool) or not (
-        isinstance(batch_size, int) and batch_size > 0
-    ):
-        raise ValueError(
-            f"`batch_size` is a positive integer. Received: {batch_size!r}."
-        )
+    batch_size = to_integer(batch_size, "batch_size")
     name = "token_ids" if "token_ids" in x else "prompts"
     if np.ndim(x.get(name, ())) < (2 if name == "token_ids" else 1):
         return None

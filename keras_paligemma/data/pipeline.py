@@ -11,6 +11,7 @@ from typing import Any
 from keras_paligemma.data.examples import ExampleError
 from keras_paligemma.data.reader import Reader
 from keras_paligemma.data.reader import grain_or_error
+from keras_paligemma.preprocessing.inputs import to_integer
 
 # The number of batches without `epochs`; larger numbers do not fit into `len`.
 _ENDLESS = 2**62
@@ -92,14 +93,14 @@ class Batches:
         drop_remainder: bool = True,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        _check_integer("batch_size", batch_size, 1)
+        batch_size = to_integer(batch_size, "batch_size")
         # What NumPy takes.
-        _check_integer("seed", seed, 0, 2**32 - 1)
-        _check_integer("workers", workers, 0)
+        seed = to_integer(seed, "seed", 0, 2**32 - 1)
+        workers = to_integer(workers, "workers", 0)
         if epochs is not None:
-            _check_integer("epochs", epochs, 1)
+            epochs = to_integer(epochs, "epochs")
         index, count = shard
-        _check_integer("shard[1]", count, 1)
+        count = to_integer(count, "shard[1]")
         if not 0 <= index < count:
             raise ValueError(
                 "`shard` must be (index, count) with 0 <= index < count. "
@@ -318,12 +319,3 @@ def _end_with(parent):
     """
     parent.join()
     os._exit(1)
-
-
-def _check_integer(name, value, least, most=None):
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or value < least or (most is not None and value > most):
-        wanted = f"at least {least}" if most is None else f"{least} to {most}"
-        raise ValueError(
-            f"`{name}` must be an integer of {wanted}. Received: {value!r}."
-        )

@@ -27,7 +27,7 @@ from keras_paligemma.evaluation.unread import errors_path
 from keras_paligemma.generation.options import prompt_seeds
 from keras_paligemma.models.generation_inputs import checked
 from keras_paligemma.preprocessing.images import picture_path
-from keras_paligemma.preprocessing.inputs import to_length
+from keras_paligemma.preprocessing.inputs import to_integer
 from keras_paligemma.types import PathLike
 
 
@@ -189,7 +189,7 @@ def answer_file(
     _check(found, batch_size, len(pictures))
     length = model.preprocessor.response_length
     if max_new_tokens is not None:
-        length = to_length(max_new_tokens, "max_new_tokens")
+        length = to_integer(max_new_tokens, "max_new_tokens")
     options = {**options, "max_new_tokens": length}
     output = atomic.local(output)
     _check_output(output, pictures.place)

@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_paligemma.layers.cache import check_cache_dtype
 from keras_paligemma.preprocessing.inputs import to_ids
-from keras_paligemma.preprocessing.inputs import to_length
+from keras_paligemma.preprocessing.inputs import to_integer
 
 # Temperatures and penalties are float32.
 LARGEST = float(np.finfo("float32").max)
@@ -157,8 +157,8 @@ class Options:
         _check("length_penalty", penalty, 0, LARGEST, "0 or more")
         for name in ("num_samples", "best_of", "beams"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
-        to_length(self.alternatives, "alternatives", 0, vocabulary_size)
+                to_integer(getattr(self, name), name)
+        to_integer(self.alternatives, "alternatives", 0, vocabulary_size)
         banned = to_ids(
             self.banned_token_ids, "banned_token_ids", vocabulary_size
         )
@@ -342,12 +342,3 @@ def _check(name, value, least, most, expected, whole=False, above=False):
                 f"`{name}` is out of range. Expected: {expected}. Received: "
                 f"{number!r}."
             )
-
-
-def _check_count(name, value):
-    """Raise on an invalid number of answers."""
-    good = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not good or value < 1:
-        raise ValueError(
-            f"`{name}` is a positive integer. Received: {value!r}."
-        )

@@ -21,7 +21,7 @@ from keras_paligemma.models.inputs import check_compiled
 from keras_paligemma.models.passes import parts_of
 from keras_paligemma.models.prefixes import unpacked
 from keras_paligemma.preprocessing.inputs import prompt_text
-from keras_paligemma.preprocessing.inputs import to_length
+from keras_paligemma.preprocessing.inputs import to_integer
 from keras_paligemma.preprocessing.inputs import to_strings
 
 
@@ -175,7 +175,7 @@ def stream(
     """
     check_compiled(self, "stream")
     prefix, inputs = unpacked(self, inputs)
-    chunk = to_length(chunk, "chunk")
+    chunk = to_integer(chunk, "chunk")
     if self.preprocessor is None:
         raise ValueError(
             "Without a preprocessor there is no text to stream. Received: a "

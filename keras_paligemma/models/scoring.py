@@ -14,7 +14,7 @@ from keras_paligemma.models.passes import parts_of
 from keras_paligemma.models.passes import run_pass
 from keras_paligemma.models.prefixes import continue_rows
 from keras_paligemma.models.prefixes import unpacked
-from keras_paligemma.preprocessing.inputs import to_length
+from keras_paligemma.preprocessing.inputs import to_integer
 from keras_paligemma.preprocessing.inputs import to_pictures
 from keras_paligemma.preprocessing.prompt_and_response import PART_NAMES
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
@@ -105,7 +105,7 @@ def encode(self, images, *, batch_size=None):
     found = []
     images, several = to_pictures(images)
     size = len(images) if batch_size is None else batch_size
-    size = to_length(size, "batch_size")
+    size = to_integer(size, "batch_size")
     for first in range(0, len(images), size):
         pixels = self.preprocessor.image_converter(images[first : first + size])
         found.append(run_pass(self, encoded, {"images": pixels}))

@@ -280,8 +280,8 @@ def check_dictionary(x) -> None:
     )
 
 
-def to_length(x, name: str, least: int = 1, most: int | None = None) -> int:
-    """Convert a number of tokens to a Python int.
+def to_integer(x, name: str, least: int = 1, most: int | None = None) -> int:
+    """Convert a count, such as a number of tokens, to a Python int.
 
     Args:
         x: int of Python or NumPy.
@@ -297,21 +297,20 @@ def to_length(x, name: str, least: int = 1, most: int | None = None) -> int:
 
     Example:
 
-    >>> to_length(np.int64(3), "max_new_tokens")
+    >>> to_integer(np.int64(3), "max_new_tokens")
     3
     """
     try:
-        length = None if isinstance(x, bool) else operator.index(x)
+        value = None if isinstance(x, bool) else operator.index(x)
     except TypeError:
-        length = None
-    too_long = most is not None and length is not None and length > most
-    if length is None or length < least or too_long:
-        upto = f"at least {least}" if most is None else f"{least} to {most}"
+        value = None
+    too_large = most is not None and value is not None and value > most
+    if value is None or value < least or too_large:
+        wanted = f"at least {least}" if most is None else f"{least} to {most}"
         raise ValueError(
-            f"`{name}` is no number of tokens. Expected: an integer, {upto}. "
-            f"Received: {x!r}."
+            f"`{name}` must be an integer of {wanted}. Received: {x!r}."
         )
-    return length
+    return value
 
 
 def to_ids(x, name: str, vocabulary_size: int) -> np.ndarray:

@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 
-from keras_paligemma.preprocessing.inputs import to_length
+from keras_paligemma.preprocessing.inputs import to_integer
 
 # Gemma's context length: the maximum length of an answer.
 LONGEST_RESPONSE = 8192
@@ -39,7 +39,9 @@ def part_lengths(
         prompt_length = 64 if prompt_length is None else prompt_length
         response_length = 64 if response_length is None else response_length
     else:
-        sequence_length = to_length(sequence_length, "sequence_length", least=4)
+        sequence_length = to_integer(
+            sequence_length, "sequence_length", least=4
+        )
         if prompt_length is None:
             if response_length is None:
                 response_length = sequence_length // 2
@@ -47,8 +49,8 @@ def part_lengths(
             prompt_length = sequence_length - response_length
         elif response_length is None:
             response_length = sequence_length - prompt_length
-    prompt_length = to_length(prompt_length, "prompt_length", least=3)
-    response_length = to_length(response_length, "response_length")
+    prompt_length = to_integer(prompt_length, "prompt_length", least=3)
+    response_length = to_integer(response_length, "response_length")
     if sequence_length not in (None, prompt_length + response_length):
         raise ValueError(
             "The parts do not make up the whole. Received: "

@@ -20,7 +20,7 @@ from keras_paligemma.preprocessing.image_converter import (
 )
 from keras_paligemma.preprocessing.image_inputs import convert_images
 from keras_paligemma.preprocessing.inputs import check_dictionary
-from keras_paligemma.preprocessing.inputs import to_length
+from keras_paligemma.preprocessing.inputs import to_integer
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.layout import LONGEST_RESPONSE
 from keras_paligemma.preprocessing.layout import fit_responses
@@ -355,7 +355,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """
         if sequence_length is None:
             return self.response_length
-        sequence_length = to_length(
+        sequence_length = to_integer(
             sequence_length, "sequence_length", least=self.prompt_length + 1
         )
         return sequence_length - self.prompt_length
@@ -397,7 +397,7 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         if max_new_tokens is None:
             length = self.response_length_of(sequence_length)
         else:
-            length = to_length(
+            length = to_integer(
                 max_new_tokens, "max_new_tokens", most=LONGEST_RESPONSE
             )
         prompts, responses, batched = self._texts(x)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_paligemma.preprocessing.inputs import to_length
+from keras_paligemma.preprocessing.inputs import to_integer
 from keras_paligemma.preprocessing.layout import LONGEST_RESPONSE
 from keras_paligemma.types import Tensor
 
@@ -145,7 +145,7 @@ def split_prompt(
     end = ends.pop()
     length = ids.shape[1] - end
     if max_new_tokens is not None:
-        length = to_length(
+        length = to_integer(
             max_new_tokens, "max_new_tokens", most=LONGEST_RESPONSE
         )
     if not length:

@@ -244,6 +244,10 @@ def test_arguments(changes, message):
         make(**changes)
 
 
+def test_counts_may_be_of_numpy():
+    assert len(list(make(5, np.int64(2), epochs=np.int64(1)))) == 2
+
+
 def test_preprocessors_and_sources_of_another_kind():
     batches = Batches(Numbers(3), lambda example: example, 1)
     with pytest.raises(ExampleError, match="no training example.*dict"):

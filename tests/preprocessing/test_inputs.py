@@ -5,7 +5,7 @@ import pytest
 from keras_paligemma.preprocessing.inputs import check_dictionary
 from keras_paligemma.preprocessing.inputs import plain_prompts
 from keras_paligemma.preprocessing.inputs import to_ids
-from keras_paligemma.preprocessing.inputs import to_length
+from keras_paligemma.preprocessing.inputs import to_integer
 from keras_paligemma.preprocessing.inputs import to_numpy
 from keras_paligemma.preprocessing.inputs import to_strings
 
@@ -149,9 +149,9 @@ def test_what_is_no_id_is_an_error(x, message):
 
 @pytest.mark.parametrize("x", [0, 9, -1, 1.5, 2.0, True, "3", None, [3]])
 def test_lengths_are_integers_in_a_range(x):
-    assert to_length(np.int64(8), "length", most=8) == 8
-    with pytest.raises(ValueError, match="`length` .*integer, 1 to 8. Rec"):
-        to_length(x, "length", most=8)
+    assert to_integer(np.int64(8), "length", most=8) == 8
+    with pytest.raises(ValueError, match="`length` .*integer of 1 to 8. Rec"):
+        to_integer(x, "length", most=8)
 
 
 @pytest.mark.parametrize(
