@@ -11,7 +11,7 @@ from keras_paligemma.atomic import whole_file
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.run_record import RunRecord
 from keras_paligemma.evaluation.run_record import describe_image
-from keras_paligemma.evaluation.run_record import fingerprint
+from keras_paligemma.evaluation.run_record import describe_model
 from keras_paligemma.evaluation.run_record import plain
 from keras_paligemma.evaluation.samples import Samples
 
@@ -20,7 +20,7 @@ def record_of(benchmark: Benchmark, samples: Samples, model: Any) -> RunRecord:
     """Return what the answers of an evaluation depend on.
 
     Every prompt is filled, so one that lacks a field is found here. Every
-    process must call this, see `fingerprint`.
+    process must call this, see `describe_model`.
 
     Args:
         benchmark: `Benchmark`.
@@ -41,8 +41,7 @@ def record_of(benchmark: Benchmark, samples: Samples, model: Any) -> RunRecord:
         "stride": benchmark.stride,
         "beams": benchmark.beams,
         "max_new_tokens": benchmark.text_length,
-        "image_size": model.backbone.image_size,
-        "model_sha256": fingerprint(model),
+        **describe_model(model),
     }
     rows = [_asked(samples.unopened(row)) for row in range(len(samples))]
     return RunRecord(settings, rows)

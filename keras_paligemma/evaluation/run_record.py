@@ -14,7 +14,7 @@ from keras_paligemma.atomic import whole_file
 from keras_paligemma.preprocessing.images import is_uri
 from keras_paligemma.preprocessing.images import picture_path
 
-# Largest weight, in values, that a model's fingerprint includes.
+# Largest weight, in values, that a model's fingerprint includes as a whole.
 _SMALL = 2**20
 _OF_A_ROW = ("image", "prompt")
 
@@ -106,10 +106,12 @@ def describe_model(model: Any) -> dict[str, Any]:
 
 
 def fingerprint(model: Any) -> str:
-    """Hash a model's small weights: norms, biases, adapters.
+    """Hash a model's small weights, and a part of each large one.
 
-    Any training changes some of them, and even those of a 28b model are only
-    megabytes. Every process must call this, since shards are gathered.
+    Training changes norms and biases, or adapters, and even those of a 28b
+    model are only megabytes. A merged adapter changes all of a kernel, whose
+    first row is enough. Every process must call this, since shards are
+    gathered.
 
     Args:
         model: `PaliGemmaCausalLM`.
@@ -118,10 +120,10 @@ def fingerprint(model: Any) -> str:
         str, a hash in hexadecimal.
     """
     found = hashlib.sha256()
-    for variable in model.backbone.weights:
-        if math.prod(variable.shape) <= _SMALL:
-            values = compat.to_host(variable).astype("float32")
-            found.update(values.tobytes())
+    for part in model.backbone.weights:
+        while math.prod(part.shape) > _SMALL:
+            part = part[0]
+        found.update(compat.to_host(part).astype("float32").tobytes())
     return found.hexdigest()
 
 

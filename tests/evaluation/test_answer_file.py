@@ -15,6 +15,7 @@ from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import compat
 from keras_paligemma.cli import app
 from keras_paligemma.evaluation import predictions
+from keras_paligemma.evaluation import run_record
 from keras_paligemma.evaluation.answer_file import answer_file
 from keras_paligemma.evaluation.answer_file import open_pictures
 from tests.helpers.text_models import build_tiny_model
@@ -235,6 +236,19 @@ def test_rows_of_another_call_are_refused(folder, tmp_path, change, message):
     path.unlink()
     answer_file(model, pictures, path, **options)
     assert len(model.calls) == 1
+
+
+def test_a_change_of_a_large_weight_alone_is_noticed(model, monkeypatch):
+    """As by an adapter that was merged: norms and biases stay."""
+    monkeypatch.setattr(run_record, "_SMALL", 64)
+    before = run_record.fingerprint(model)
+    for weight in model.backbone.weights:
+        if np.prod(weight.shape) > 64:
+            kept = compat.to_host(weight)
+            weight.assign(kept + 0.25)
+            assert run_record.fingerprint(model) != before, weight.path
+            weight.assign(kept)
+    assert run_record.fingerprint(model) == before
 
 
 def test_an_output_without_its_record_is_refused(folder, tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras_hub
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -346,6 +347,10 @@ def test_folder_of_another_run_is_refused(data, tmp_path):
     tuned = Oracle(samples, right, weight=1e-3)
     with pytest.raises(ValueError, match="'model_sha256': "):
         evaluate(tuned, BENCHMARK, data, tmp_path / "run")
+    drawn = make_oracle(samples)
+    drawn.sampler = keras_hub.samplers.TopKSampler(5)
+    with pytest.raises(ValueError, match="'sampler': .*'TopKSampler'"):
+        evaluate(drawn, BENCHMARK, data, tmp_path / "run")
     path = tmp_path / "run" / "predictions.jsonl"
     assert path.read_bytes() == before
     append(path, [("q99", "")])

@@ -6,6 +6,7 @@ the resulting arrays, so that a run that mixes up rows is detected.
 
 import types
 
+import keras_hub
 import numpy as np
 
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
@@ -39,10 +40,12 @@ class Oracle:
         self.backbone = types.SimpleNamespace(
             text_config=types.SimpleNamespace(hidden_dim=2304),
             image_size=224,
+            compute_dtype="float32",
             # A NumPy array, because JAX's threads do not survive a fork.
             weights=[np.array([float(weight)])],
         )
-        self.sampler = self.generate_function = None
+        self.sampler = keras_hub.samplers.GreedySampler()
+        self.generate_function = None
         self.calls = 0
         self.answers = {}
         for row, answer in enumerate(answers):
