@@ -196,6 +196,8 @@ def _find(model, images, labels, codec, one_by_one, overlap, score, options):
         "prompts": [prompt_of(wanted) for _, wanted in asked],
     }
     found = [[] for _ in pictures]
+    # The length of an answer's text says where a stop string has cut it.
+    options = options | {"strip_prompt": True}
     answers = model.generate(inputs, details=True, **options)
     tokenizer = model.preprocessor.tokenizer
     for (row, wanted), answer in zip(asked, answers, strict=True):
@@ -219,9 +221,8 @@ def _candidates(answer, every):
 
 def _read(answer, tokenizer, labels, codec, score):
     """Return the objects of an answer."""
-    # The token that ended the answer is not part of its last label.
-    count = len(answer.token_ids) - (answer.finish == "stop_token")
-    tokens = texts_of(tokenizer, answer.token_ids[:count])
+    tokens = _said(answer, tokenizer)
+    count = len(tokens)
     values = answer.log_probabilities[:count]
     if answer.alternatives:
         alternatives = [
@@ -230,6 +231,23 @@ def _read(answer, tokenizer, labels, codec, score):
         ]
         values = with_neighbours(tokens, values, alternatives)
     return read_requested(tokens, labels, codec, values, score)
+
+
+def _said(answer, tokenizer):
+    """Return the texts of an answer's tokens, without what ended it.
+
+    Neither a stop token nor a stop string, which may begin within a token, is
+    part of the last label.
+    """
+    count = len(answer.token_ids) - (answer.finish == "stop_token")
+    said, left = [], len(answer.text)
+    for text in texts_of(tokenizer, answer.token_ids[:count]):
+        # Bytes behind the first of a character have no text.
+        if text and not left:
+            break
+        said.append(text[:left])
+        left -= len(said[-1])
+    return said
 
 
 def _merged(parts, picture, overlap):

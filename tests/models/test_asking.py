@@ -113,6 +113,23 @@ def test_scores_of_what_was_asked_for(model, answers):
     assert len(model.detect(PICTURE, "cat")) == 0
 
 
+def test_a_stop_string_is_not_read_for_objects(model, monkeypatch):
+    ids = model.preprocessor.tokenizer.tokenize(f"{WHOLE} cat ; {HALF} dog")
+    values = [math.log(0.5)] * len(ids)
+    text = f"{WHOLE} cat ; {HALF[:-9]}"
+
+    def generate(self, inputs, strip_prompt=True, **options):
+        prompt = "" if strip_prompt else f"{inputs['prompts'][0]}\n"
+        return [Answer(prompt + text, (*ids,), (*values,), "stop_string")]
+
+    monkeypatch.setattr(type(model), "generate", generate)
+    how = {"stop_strings": "<loc0512> dog", "strip_prompt": False}
+    found = model.detect(PICTURE, ["cat", "dog"], **how)
+    assert [item.label for item in found] == ["cat"] and found.answer == text
+    assert found[0].score == pytest.approx(0.25)
+    assert [part.reason for part in found.skipped] == ["3 locations, not 4"]
+
+
 def test_alternatives_add_neighbouring_locations(model):
     """In a real model, scores are higher and everything else is the same."""
     begin = {"max_new_tokens": 8, "legal_objects": True}
