@@ -42,7 +42,7 @@ class Answer:
             first, if they were requested.
         beams: tuple of the answers of a beam search, the best first; fewer
             than its width if it has ended before more of them did.
-        score: float that beams are ranked by; else `log_probability`.
+        score: float that beams are ranked by; `None` without a beam search.
         hidden_states: float32 array (tokens, D), after the final norm, that
             each token was chosen from, if they were requested.
 

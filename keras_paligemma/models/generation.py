@@ -267,14 +267,17 @@ def _check_has_prompts(inputs):
 
 
 def _with_prompts(rows, prompts):
-    """Prepend its prompt and a newline to each answer."""
+    """Prepend its prompt and a newline to each answer and to its beams."""
     prompts, _ = to_strings(prompts, "prompts")
+
+    def behind(prompt, answer):
+        return dataclasses.replace(
+            answer,
+            text=f"{prompt}\n{answer.text}",
+            beams=tuple(behind(prompt, beam) for beam in answer.beams),
+        )
+
     return [
-        [
-            dataclasses.replace(
-                result, text=f"{prompt_text(prompt)}\n{result.text}"
-            )
-            for result in row
-        ]
+        [behind(prompt_text(prompt), answer) for answer in row]
         for prompt, row in zip(prompts, rows, strict=True)
     ]

@@ -110,3 +110,15 @@ def test_a_compiled_search_refuses_what_an_asked_one_does(options):
     model.compile(sampler="greedy")
     with pytest.raises(ValueError, match="Beams are looked at when they have"):
         model.generate(inputs, beams=2, details=True, **options)
+
+
+def test_a_repeated_prompt_is_in_the_text_of_all_beams():
+    asked = {"images": PICTURE, "prompts": "ocr"}
+    options = {"beams": 2, "details": True}
+    model = build_tiny_model()
+    answer = model.generate(asked, 3, **options)
+    whole = model.generate(asked, 3, **options, strip_prompt=False)
+    assert len(whole.beams) == 2 and whole.text == whole.beams[0].text
+    assert [beam.text for beam in whole.beams] == [
+        f"ocr\n{beam.text}" for beam in answer.beams
+    ]
