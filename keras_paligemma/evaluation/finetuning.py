@@ -187,7 +187,7 @@ class TrainingSource:
                 mask = to_mask(sample.truth["masks"])
                 found = Object(sample.truth["boxes"]).with_mask(mask)
                 return write_objects([found], self.codec)
-        answers = sample.truth[benchmark.response]
+        answers = sample.truth.get(benchmark.response)
         several = isinstance(answers, list)
         # Repeated answers stay, so they are drawn as often as in the original.
         texts = [
@@ -195,4 +195,5 @@ class TrainingSource:
         ]
         if benchmark.lower_answers:
             texts = [text.lower() for text in texts]
-        return texts if several else texts[0]
+        # An empty list is refused where examples are read, with their place.
+        return texts[0] if texts and not several else texts

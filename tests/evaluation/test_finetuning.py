@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from keras_paligemma import cli
 from keras_paligemma import metrics
+from keras_paligemma.data import Batches
 from keras_paligemma.evaluation import TrainingSource
 from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
@@ -22,6 +23,7 @@ from tests.helpers.benchmark_data import change_sample
 from tests.helpers.benchmark_data import chartqa_human
 from tests.helpers.benchmark_data import make_data
 from tests.helpers.benchmark_data import refcoco_testa
+from tests.helpers.oracle import make_preprocessor
 
 NANO = "pali_gemma2_nano_112"
 
@@ -94,6 +96,15 @@ def test_examples_are_prompts_and_all_answers(data):
     lowered = TrainingSource(open_samples(find_benchmark("stvqa"), data))
     assert lowered[1]["responses"] == ["a", "b"]
     assert source.where(1).endswith("id 'q1'")
+
+
+@pytest.mark.parametrize("answers", ["", None])
+def test_a_sample_without_an_answer_is_named(data, answers):
+    change_sample(data, 0, answers=answers)
+    source = TrainingSource(open_samples(find_benchmark("vizwizvqa"), data))
+    batches = Batches(source, make_preprocessor(), 2, shuffle=False)
+    with pytest.raises(ValueError, match="id 'q0': There is no answer. Exp"):
+        next(iter(batches))
 
 
 def test_refcoco_is_learned_in_the_codes_of_a_codec(tmp_path):
