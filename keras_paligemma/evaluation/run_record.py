@@ -96,9 +96,11 @@ def describe_model(model: Any) -> dict[str, Any]:
     Args:
         model: `PaliGemmaCausalLM`.
     """
+    converter = model.preprocessor.image_converter
     return {
         "model_sha256": fingerprint(model),
         "image_size": model.backbone.image_size,
+        "resize": converter and converter.resize,
         "compute_dtype": model.backbone.compute_dtype,
         "sampler": type(model.sampler).__name__,
         "sampler_config": plain(model.sampler.get_config()),

@@ -215,6 +215,7 @@ def test_two_runs_do_not_write_one_file(folder, tmp_path):
         ({"beams": 3}, "beams None, now 3"),
         ({"max_new_tokens": 5}, "max_new_tokens 8, now 5"),
         ({"weight": 1.0}, "model_sha256"),
+        ({"resize": "bicubic"}, "resize 'bilinear', now 'bicubic'"),
     ],
 )
 def test_rows_of_another_call_are_refused(folder, tmp_path, change, message):
@@ -226,6 +227,8 @@ def test_rows_of_another_call_are_refused(folder, tmp_path, change, message):
     kept = path.read_bytes()
     options, model = dict(change), Echo(change.get("weight", 0.0))
     options.pop("weight", None)
+    if "resize" in options:
+        model.preprocessor.image_converter.resize = options.pop("resize")
     for name in ("image", "prefix"):
         second[name] = options.pop(name, second[name])
     pictures = open_pictures(write_list(data, first, second))
