@@ -141,8 +141,7 @@ def read_requested(
     if len(labels) > 1:
         return objects
     named = [
-        item if item.label else dataclasses.replace(item, label=labels[0])
-        for item in objects
+        dataclasses.replace(item, label=labels[0].strip()) for item in objects
     ]
     return dataclasses.replace(objects, items=named)
 

@@ -180,7 +180,7 @@ def test_an_object_without_a_label_has_the_one_that_was_asked_for(
     model, answers
 ):
     answers((WHOLE, 0.5))
-    (found,) = model.detect(PICTURE, "the left cat")
+    (found,) = model.detect(PICTURE, " the left cat ")
     assert found.label == "the left cat" and found.box == (0, 0, 1, 1)
     assert found.score == pytest.approx(0.5)
 
