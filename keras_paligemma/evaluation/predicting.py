@@ -1,6 +1,7 @@
 """Predictions of all samples, batch by batch, on all devices and hosts."""
 
 import contextlib
+import dataclasses
 import sys
 
 import numpy as np
@@ -133,13 +134,16 @@ def _answers(model, options, samples, rows, skips):
             raise next(iter(errors.values())) from error
     good = [row for row in rows if row not in errors]
     if not good:
-        return [""] * len(rows), errors
+        if compat.process()[1] == 1:
+            return [""] * len(rows), errors
+        # Other hosts wait until this one runs the program of this batch too.
+        good, found = rows[:1], {rows[0]: _blank(model, samples[rows[0]])}
     # Padded to the same size, for which the program is compiled already.
     padded = (good + good[:1] * len(rows))[: len(rows)]
     inputs = _inputs([found[row] for row in padded])
     texts = model.generate(inputs, **_options_of(options, padded))
     by_row = dict(zip(padded, texts, strict=True))
-    return [by_row.get(row, "") for row in rows], errors
+    return ["" if row in errors else by_row[row] for row in rows], errors
 
 
 def _options_of(options, rows):
@@ -163,6 +167,14 @@ def _readable(model, samples, row, length):
     except ExampleError as error:
         return error
     return sample
+
+
+def _blank(model, sample):
+    """Return a sample of as many pictures, all black, without a prompt."""
+    picture = np.zeros((model.backbone.image_size,) * 2 + (3,), "uint8")
+    is_list = isinstance(sample.images, (list, tuple))
+    images = [picture] * len(sample.images) if is_list else picture
+    return dataclasses.replace(sample, images=images, prompt="")
 
 
 def _inputs(found):

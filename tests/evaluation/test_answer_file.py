@@ -422,17 +422,23 @@ def test_two_hosts_keep_a_record_of_each_file(folder, tmp_path, monkeypatch):
         for index in indices:
             place = (index, 2)
             monkeypatch.setattr(compat, "process", lambda at=place: at)
+            echo = Echo()
             unread += answer_file(
-                Echo(),
+                echo,
                 open_pictures(folder, prompt),
                 path,
                 batch_size=2,
                 shard=(index, 2),
             )
+            calls.append(len(echo.calls))
         return unread
+
+    calls = []
 
     with pytest.warns(UserWarning, match="1 pictures"):
         assert run("ocr") == 1
+    # Each host waits for the other, so both run both batches.
+    assert calls == [2, 2]
     # The other host fills its batch with the same picture.
     listed = tmp_path / "answers.jsonl.errors.jsonl"
     assert len(listed.read_text().splitlines()) == 1
