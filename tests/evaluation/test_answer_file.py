@@ -93,7 +93,7 @@ def test_a_folder_is_answered_in_order_and_resumed(model, folder, tmp_path):
     [
         ({"cache_dtype": "int4"}, "^Unknown dtype of the cache"),
         ({"beam": 2}, "^`generate` has no option 'beam'"),
-        ({"max_new_tokens": 0}, "^`max_new_tokens` is no number"),
+        ({"max_new_tokens": 0}, "^`max_new_tokens` must be an integer"),
     ],
 )
 def test_bad_options_are_no_error_of_a_picture(
