@@ -77,7 +77,7 @@ class Adapters:
 
         Raises:
             ValueError: the name is taken, the adapter is larger than
-                `capacity`, or an adapter is merged.
+                `capacity` or of another dropout, or an adapter is merged.
         """
         self._refuse_merged()
         if name in self.configs:
@@ -92,6 +92,12 @@ class Adapters:
             if pieces is None and lora.ranks:
                 pieces = self.variables.draw(lora)
         elif self.variables.fits(lora):
+            if lora.dropout != self.capacity.dropout:
+                raise ValueError(
+                    "Adapters share the dropout of the first one. Expected: "
+                    f"one of dropout {self.capacity.dropout}. Received: "
+                    f"{lora.dropout}."
+                )
             # Parts that the adapter lacks are zeros, trained and saved too.
             lora = dataclasses.replace(
                 lora, dora=self.capacity.dora, bias=self.capacity.bias

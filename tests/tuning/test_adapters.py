@@ -169,6 +169,9 @@ def test_adapters_that_do_not_fit_the_variables(tiny_model):
     for arguments in ({"rank": 3}, {"rank": 2, "targets": ["up"]}):
         with pytest.raises(ValueError, match="add the largest adapter first"):
             model.enable_lora(**arguments, name="other")
+    # It would be trained without dropout.
+    with pytest.raises(ValueError, match=r"of dropout 0.0. Received: 0.1"):
+        model.enable_lora(2, targets=["gate"], dropout=0.1, name="other")
     with pytest.raises(ValueError, match="'default' already"):
         model.enable_lora(2, targets=["gate"])
     with pytest.raises(ValueError, match="Unknown adapter"):
@@ -590,6 +593,33 @@ def test_moments_are_one_adapters(tiny_model, examples):
     model.adapters.select("other")
     model.compile()
     model.fit(examples, batch_size=2, verbose=0)
+
+
+def test_callbacks_cannot_change_what_is_trained(tiny_model, examples):
+    """The next step would change a merged adapter, or another one."""
+    model = tiny_model()
+    model.enable_lora(2, name="other")
+    model.enable_lora(2)
+    adapters, refused = model.adapters, "'other' to train, after 'default'"
+    for change, undo, message in (
+        (adapters.merge, adapters.unmerge, "adapters that are merged"),
+        (lambda: adapters.select("other"), None, refused),
+    ):
+        stop = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs, change=change: change()
+        )
+        with pytest.raises(ValueError, match=message):
+            model.fit(examples, batch_size=2, verbose=0, callbacks=[stop])
+        if undo is not None:
+            undo()
+
+    def look(batch, logs):
+        adapters.select("other")
+        adapters.select("default")
+
+    adapters.select("default")
+    look = keras.callbacks.LambdaCallback(on_train_batch_end=look)
+    model.fit(examples, batch_size=2, verbose=0, callbacks=[look])
 
 
 def test_scales_of_adapters_are_not_unfrozen(tiny_model):
