@@ -118,7 +118,7 @@ class Adapters:
             self.variables.assign(pieces)
         self.configs[name], self.loaded = lora, name
         self._whole[name] = dict(whole or {})
-        if HEAD in self._whole[name]:
+        if any(HEAD in whole for whole in self._whole.values()):
             self._make_head()
         self.select(name)
 
@@ -365,13 +365,11 @@ class Adapters:
             )
 
     def _make_head(self):
-        """Create a table for the head, equal to the embedding by default."""
+        """Give the head a table, by default that of the embedding."""
         embedding = self.backbone.token_embedding
-        if embedding.adapter_head is not None:
-            return
-        self._switch(self.loaded, None)
-        head = embedding.add_head()
-        head.assign(embedding.table)
+        if embedding.adapter_head is None:
+            self._switch(self.loaded, None)
+            embedding.add_head().assign(embedding.table)
         for whole in self._whole.values():
             if TABLE in whole:
                 whole.setdefault(HEAD, whole[TABLE])

@@ -9,6 +9,7 @@ from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import StreamedCrossEntropy
 from keras_paligemma.checkpoints.peft import HEAD
+from keras_paligemma.checkpoints.peft import TABLE
 from keras_paligemma.lora_config import GROUPS
 from keras_paligemma.lora_config import TARGETS
 from keras_paligemma.lora_config import LoraConfig
@@ -466,6 +467,11 @@ def test_a_head_of_an_adapters_own(tiny_model, examples, tmp_path):
     hidden = random[:5].astype("float32")
     found = ops.convert_to_numpy(model.backbone.logits(hidden, capped=False))
     assert error(found, hidden @ random.T) < 1e-5
+    # An adapter of a table for both has it for both, though it came later.
+    tied = {TABLE: 2 * random.astype("float32")}
+    model.adapters.add("tied", LoraConfig(2), whole=tied)
+    found = ops.convert_to_numpy(model.backbone.logits(hidden, capped=False))
+    assert error(found, 2 * hidden @ random.T) < 1e-5
     for write in (model.save_to_preset, model.export_to_transformers):
         model.adapters.select("one")
         with pytest.raises(ValueError, match="one table for both"):
