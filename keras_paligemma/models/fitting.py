@@ -15,6 +15,7 @@ from keras_paligemma.models.inputs import check_compiled
 from keras_paligemma.tuning.optimizers import check_built_for
 from keras_paligemma.tuning.optimizers import check_moments
 from keras_paligemma.tuning.trainable import check_trainable
+from keras_paligemma.turns import alone
 
 
 def fit(
@@ -136,6 +137,7 @@ def predict(model, x=None, batch_size=None, callbacks=None, **kwargs):
     return found[: counts[0]] if counts else found
 
 
+@alone
 def train_on_batch(model, x, y=None, sample_weight=None, **kwargs):
     """Train on one batch, given as in `fit`."""
     _check_training(model, "train_on_batch")
@@ -143,6 +145,7 @@ def train_on_batch(model, x, y=None, sample_weight=None, **kwargs):
     return keras.Model.train_on_batch(model, *batch, **kwargs)
 
 
+@alone
 def test_on_batch(model, x, y=None, sample_weight=None, **kwargs):
     """Compute loss and metrics of one batch, given as in `evaluate`."""
     check_compiled(model, "test_on_batch")
