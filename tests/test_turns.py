@@ -112,6 +112,8 @@ def test_answers_between_the_steps_of_a_fit(two_adapters, examples):
                 lambda: model.enable_lora(2, name="three"),
                 lambda: model.freeze("*"),
                 lambda: model.evaluate(examples),
+                lambda: model.train_on_batch(examples),
+                lambda: model.test_on_batch(examples),
                 model.compile,
             ):
                 with pytest.raises(ValueError, match="runs in another thread"):

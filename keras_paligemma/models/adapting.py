@@ -52,7 +52,8 @@ def enable_lora(
 
     Raises:
         ValueError: if targets are unknown, none, or given by both names, the
-            name exists, or the adapter exceeds the space of the first one.
+            name exists, or the adapter exceeds the space of the first one or
+            has another dropout.
     """
     if targets is not None and target_layer_names is not None:
         raise ValueError(

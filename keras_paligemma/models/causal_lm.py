@@ -201,6 +201,12 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         return config | {
             "sampler": keras_hub.samplers.serialize(self.sampler),
             "optimizer_built": self.optimizer.built,
+            # The optimizer's variables are those of these weights.
+            "trained": [
+                name
+                for name, weight in self.backbone.weights_by_name().items()
+                if weight.trainable
+            ],
         }
 
     def compile_from_config(self, config: Config) -> None:
@@ -208,6 +214,10 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
         config = dict(config)
         optimizer_built = config.pop("optimizer_built")
         sampler = keras_hub.samplers.deserialize(config.pop("sampler"))
+        trained = config.pop("trained", None)
+        if trained is not None:  # Files of earlier versions do not tell.
+            for name, weight in self.backbone.weights_by_name().items():
+                weight.set_trainable(name in trained)
         config = keras.saving.deserialize_keras_object(config)
         self.compile(**config, sampler=sampler)
         if optimizer_built:

@@ -14,6 +14,8 @@ from keras_paligemma.interrupts import kept_interrupts
 from keras_paligemma.models.inputs import check_compiled
 from keras_paligemma.tuning.optimizers import check_built_for
 from keras_paligemma.tuning.optimizers import check_moments
+from keras_paligemma.tuning.trainable import check_trainable
+from keras_paligemma.turns import alone
 
 
 def fit(
@@ -60,7 +62,8 @@ def fit(
 
     Raises:
         ValueError: if the model is not compiled or all its weights are frozen,
-            or `x` is of another type.
+            or `x` is of another type; or a callback leaves adapters off,
+            merged, or switched to another one before a step.
     """
     _check_training(model, "fit")
     if model.optimizer is not None and not model.optimizer.built:
@@ -134,6 +137,7 @@ def predict(model, x=None, batch_size=None, callbacks=None, **kwargs):
     return found[: counts[0]] if counts else found
 
 
+@alone
 def train_on_batch(model, x, y=None, sample_weight=None, **kwargs):
     """Train on one batch, given as in `fit`."""
     _check_training(model, "train_on_batch")
@@ -141,6 +145,7 @@ def train_on_batch(model, x, y=None, sample_weight=None, **kwargs):
     return keras.Model.train_on_batch(model, *batch, **kwargs)
 
 
+@alone
 def test_on_batch(model, x, y=None, sample_weight=None, **kwargs):
     """Compute loss and metrics of one batch, given as in `evaluate`."""
     check_compiled(model, "test_on_batch")
@@ -168,12 +173,16 @@ class _GiveWay(keras.callbacks.Callback):
         self.interrupted = interrupted
 
     def on_train_batch_begin(self, batch, logs=None):
+        self.on_test_batch_begin(batch)
+        # Another callback may have switched or merged adapters.
+        check_trainable(self.model.backbone, self.model.trained_adapter)
+
+    def on_test_batch_begin(self, batch, logs=None):
         self.interrupted()
         if self.turns.wanted():
             self.turns.give_way(self.name)
 
-    on_test_batch_begin = on_train_batch_begin
-    on_predict_batch_begin = on_train_batch_begin
+    on_predict_batch_begin = on_test_batch_begin
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_paligemma.data.pipeline import Batches
 from keras_paligemma.training.checkpoint_files import CheckpointFiles
@@ -121,14 +122,9 @@ class RunCheckpoint(keras.callbacks.Callback):
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         loss = float((logs or {}).get("loss", 0.0))
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"The loss is {loss} after step {self.step + 1}. The latest "
-                f"checkpoint is of step {self._files.latest() or 0}, before "
-                "that. Lower the learning rate, clip gradients, or look at the "
-                "examples of that step."
-            )
         self.step += 1
+        if not math.isfinite(loss):
+            self._stop(f"The loss is {loss}")
         left = -self.step % len(self.batches)
         if left == 1 or left and self.step % self.every == 0:
             self._save()
@@ -160,8 +156,19 @@ class RunCheckpoint(keras.callbacks.Callback):
             ],
         }
 
+    def _stop(self, what):
+        raise ValueError(
+            f"{what} after step {self.step}. The latest checkpoint is of step "
+            f"{self._files.latest() or 0}, before that. Lower the learning "
+            "rate, clip gradients, or look at the examples of that step."
+        )
+
     def _save(self):
         state = self._state()
+        # The loss was computed before the step. A mean needs no memory.
+        means = [ops.cast(ops.mean(v), "float32") for v in state["trained"]]
+        if not ops.all(ops.isfinite(ops.stack(means))):
+            self._stop("A trained weight is not finite")
         self._files.write(
             self.step,
             {"data": self._place(self.step), "shapes": _shapes(state)},
@@ -254,7 +261,7 @@ def fit(
     Raises:
         ValueError: the directory holds another run, or no checkpoint in it is
             intact; other data than `Batches`, or batches that end before
-            `epochs`; or the loss is not finite.
+            `epochs`; or the loss or a trained weight is not finite.
         OSError: a checkpoint cannot be written.
 
     Example:
@@ -317,7 +324,7 @@ def _values(state):
     if keras.backend.backend() == "jax":
         return keras.tree.map_structure(lambda variable: variable.value, state)
     return keras.tree.map_structure(
-        lambda variable: np.asarray(keras.ops.convert_to_numpy(variable)), state
+        lambda variable: np.asarray(ops.convert_to_numpy(variable)), state
     )
 
 

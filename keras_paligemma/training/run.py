@@ -175,7 +175,8 @@ def _check_output(settings, output):
 def _keep_settings(settings, output):
     """Write the settings of a run."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / "settings.json").write_text(_as_json(settings), encoding="utf-8")
+    with atomic.whole_file(output / "settings.json") as draft:
+        draft.write_text(_as_json(settings), encoding="utf-8")
 
 
 def _as_json(settings):

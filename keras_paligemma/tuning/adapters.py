@@ -77,7 +77,7 @@ class Adapters:
 
         Raises:
             ValueError: the name is taken, the adapter is larger than
-                `capacity`, or an adapter is merged.
+                `capacity` or of another dropout, or an adapter is merged.
         """
         self._refuse_merged()
         if name in self.configs:
@@ -92,6 +92,12 @@ class Adapters:
             if pieces is None and lora.ranks:
                 pieces = self.variables.draw(lora)
         elif self.variables.fits(lora):
+            if lora.dropout != self.capacity.dropout:
+                raise ValueError(
+                    "Adapters share the dropout of the first one. Expected: "
+                    f"one of dropout {self.capacity.dropout}. Received: "
+                    f"{lora.dropout}."
+                )
             # Parts that the adapter lacks are zeros, trained and saved too.
             lora = dataclasses.replace(
                 lora, dora=self.capacity.dora, bias=self.capacity.bias
@@ -112,7 +118,7 @@ class Adapters:
             self.variables.assign(pieces)
         self.configs[name], self.loaded = lora, name
         self._whole[name] = dict(whole or {})
-        if HEAD in self._whole[name]:
+        if any(HEAD in whole for whole in self._whole.values()):
             self._make_head()
         self.select(name)
 
@@ -359,13 +365,11 @@ class Adapters:
             )
 
     def _make_head(self):
-        """Create a table for the head, equal to the embedding by default."""
+        """Give the head a table, by default that of the embedding."""
         embedding = self.backbone.token_embedding
-        if embedding.adapter_head is not None:
-            return
-        self._switch(self.loaded, None)
-        head = embedding.add_head()
-        head.assign(embedding.table)
+        if embedding.adapter_head is None:
+            self._switch(self.loaded, None)
+            embedding.add_head().assign(embedding.table)
         for whole in self._whole.values():
             if TABLE in whole:
                 whole.setdefault(HEAD, whole[TABLE])

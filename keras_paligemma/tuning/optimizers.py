@@ -50,7 +50,8 @@ class Adam(keras.optimizers.Adam):
     """Keras's Adam with float32 moments and learning rates by pattern.
 
     In bfloat16, 0.999 rounds to 1 and the second moment never changes; here
-    moments and updates are computed in float32, whatever the weight's dtype.
+    moments, updates and averages are computed in float32, whatever the weight's
+    dtype.
 
     Args:
         learning_rate: float, or schedule.
@@ -158,13 +159,25 @@ class Adam(keras.optimizers.Adam):
             ]
         return super().apply(grads, trainable_variables)
 
-    def _overwrite_model_variables_with_average_value(
-        self, trainable_variables
-    ):
+    def _update_model_variables_moving_average(self, trainable_variables):
+        # As Keras does, but in float32: in bfloat16 a momentum of 0.999 rounds
+        # to 1, and the average would remain that of the first step.
+        is_later = ops.cast(ops.not_equal(self.iterations, 0), "float32")
+        momentum = is_later * self.ema_momentum
         averages = self._model_variables_moving_average
         for variable, average in zip(
             trainable_variables, averages, strict=True
         ):
+            value = ops.cast(variable, "float32")
+            average.assign(momentum * average + (1 - momentum) * value)
+
+    def _overwrite_model_variables_with_average_value(
+        self, trainable_variables
+    ):
+        averages = self._model_variables_moving_average
+        for variable in trainable_variables:
+            # By index: some weights may have been frozen since the build.
+            average = averages[self._get_variable_index(variable)]
             # TensorFlow does not convert the float32 average. Copies: in the
             # next `fit`, JAX cannot donate the same array both as the weight
             # and as its average.
@@ -331,7 +344,8 @@ def check_moments(optimizer, variables):
     for variable in variables:
         if variable.dtype not in ("bfloat16", "float16"):
             continue
-        for name in MOMENT_RATES:
+        rates = MOMENT_RATES + ("ema_momentum",) * optimizer.use_ema
+        for name in rates:
             beta = getattr(optimizer, name, None)
             if not isinstance(beta, float) or beta >= 1:
                 continue

@@ -11,6 +11,7 @@ from keras import ops
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaImageConverter
+from keras_paligemma.layers.stack import stable_name
 from tests.helpers.text_models import prompts_of
 from tests.helpers.tiny_models import FORMS_OF_BACKEND
 from tests.helpers.tiny_models import error
@@ -269,6 +270,26 @@ def test_keras_file_round_trip_is_exact(tiny_model, examples, tmp_path):
         ops.convert_to_numpy(run(read, x)), ops.convert_to_numpy(run(model, x))
     )
     assert read.generate(inputs) == model.generate(inputs)
+
+
+def test_keras_file_keeps_what_is_frozen(tiny_model, tmp_path):
+    """The moments in the file are those of the other weights."""
+    model = tiny_model()
+    model.enable_lora(2)
+    model.freeze("*/query/*")
+    model.unfreeze("text_decoder/final_norm/scale")
+    model.optimizer.build(model.trainable_variables)
+    for variable in model.optimizer.variables[2:]:
+        variable.assign(ops.ones(variable.shape))
+    model.save(tmp_path / "model.keras")
+    read = keras.saving.load_model(tmp_path / "model.keras")
+    wanted = [variable.path for variable in model.trainable_variables]
+    assert [variable.path for variable in read.trainable_variables] == wanted
+    assert "text_decoder/final_norm/scale" in {*map(stable_name, wanted)}
+    assert all(
+        ops.convert_to_numpy(variable).all()
+        for variable in read.optimizer.variables[2:]
+    )
 
 
 @pytest.mark.parametrize("state", ["active", "off", "merged"])

@@ -324,6 +324,22 @@ def test_a_loss_that_is_no_number_stops(model_and_batches, tmp_path):
 
 
 @pytest.mark.any_backend
+def test_weights_that_are_no_numbers_are_not_kept(model_and_batches, tmp_path):
+    """The loss of a step is known before its gradient changes weights."""
+    model, batches = model_and_batches
+    variable = model.trainable_variables[-1]
+
+    def spoil(batch, logs):
+        if batch == 4:
+            with model.turns:
+                variable.assign(np.full(variable.shape, np.inf))
+
+    spoil = keras.callbacks.LambdaCallback(on_train_batch_end=spoil)
+    with pytest.raises(ValueError, match="after step 5. .* is of step 3, be"):
+        fit(model, batches, tmp_path, 1, every=3, callbacks=[spoil], verbose=0)
+
+
+@pytest.mark.any_backend
 def test_arguments_out_of_range(model_and_batches, tmp_path):
     _, batches = model_and_batches
     with pytest.raises(ValueError, match="every=0"):

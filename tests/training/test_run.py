@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +120,23 @@ def test_runs_of_earlier_versions_go_on(data):
     with pytest.raises(ValueError, match=r"'allow_empty': \(False, True\)"):
         changed = dataclasses.replace(settings, allow_empty=True)
         run._check_output(changed, data / "run")
+
+
+def test_settings_are_replaced_whole(tmp_path, monkeypatch):
+    """A run that is killed while it writes them again goes on."""
+    settings = Settings(NANO, "train.jsonl", str(tmp_path))
+    run._keep_settings(settings, tmp_path)
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    write = Path.write_text
+
+    def die(path, text, **kwargs):
+        write(path, text[:9], **kwargs)
+        raise InterruptedError
+
+    monkeypatch.setattr(Path, "write_text", die)
+    with pytest.raises(InterruptedError):
+        run._keep_settings(settings, tmp_path)
+    run._check_output(settings, tmp_path)
 
 
 def test_accumulation_leaves_the_schedule_its_length():

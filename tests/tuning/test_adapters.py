@@ -9,6 +9,7 @@ from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import StreamedCrossEntropy
 from keras_paligemma.checkpoints.peft import HEAD
+from keras_paligemma.checkpoints.peft import TABLE
 from keras_paligemma.lora_config import GROUPS
 from keras_paligemma.lora_config import TARGETS
 from keras_paligemma.lora_config import LoraConfig
@@ -169,6 +170,9 @@ def test_adapters_that_do_not_fit_the_variables(tiny_model):
     for arguments in ({"rank": 3}, {"rank": 2, "targets": ["up"]}):
         with pytest.raises(ValueError, match="add the largest adapter first"):
             model.enable_lora(**arguments, name="other")
+    # It would be trained without dropout.
+    with pytest.raises(ValueError, match=r"of dropout 0.0. Received: 0.1"):
+        model.enable_lora(2, targets=["gate"], dropout=0.1, name="other")
     with pytest.raises(ValueError, match="'default' already"):
         model.enable_lora(2, targets=["gate"])
     with pytest.raises(ValueError, match="Unknown adapter"):
@@ -463,6 +467,11 @@ def test_a_head_of_an_adapters_own(tiny_model, examples, tmp_path):
     hidden = random[:5].astype("float32")
     found = ops.convert_to_numpy(model.backbone.logits(hidden, capped=False))
     assert error(found, hidden @ random.T) < 1e-5
+    # An adapter of a table for both has it for both, though it came later.
+    tied = {TABLE: 2 * random.astype("float32")}
+    model.adapters.add("tied", LoraConfig(2), whole=tied)
+    found = ops.convert_to_numpy(model.backbone.logits(hidden, capped=False))
+    assert error(found, 2 * hidden @ random.T) < 1e-5
     for write in (model.save_to_preset, model.export_to_transformers):
         model.adapters.select("one")
         with pytest.raises(ValueError, match="one table for both"):
@@ -590,6 +599,33 @@ def test_moments_are_one_adapters(tiny_model, examples):
     model.adapters.select("other")
     model.compile()
     model.fit(examples, batch_size=2, verbose=0)
+
+
+def test_callbacks_cannot_change_what_is_trained(tiny_model, examples):
+    """The next step would change a merged adapter, or another one."""
+    model = tiny_model()
+    model.enable_lora(2, name="other")
+    model.enable_lora(2)
+    adapters, refused = model.adapters, "'other' to train, after 'default'"
+    for change, undo, message in (
+        (adapters.merge, adapters.unmerge, "adapters that are merged"),
+        (lambda: adapters.select("other"), None, refused),
+    ):
+        stop = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs, change=change: change()
+        )
+        with pytest.raises(ValueError, match=message):
+            model.fit(examples, batch_size=2, verbose=0, callbacks=[stop])
+        if undo is not None:
+            undo()
+
+    def look(batch, logs):
+        adapters.select("other")
+        adapters.select("default")
+
+    adapters.select("default")
+    look = keras.callbacks.LambdaCallback(on_train_batch_end=look)
+    model.fit(examples, batch_size=2, verbose=0, callbacks=[look])
 
 
 def test_scales_of_adapters_are_not_unfrozen(tiny_model):

@@ -108,8 +108,9 @@ def test_default_optimizer_moves_bfloat16_weights(tiny_model, examples):
         keras.optimizers.RMSprop(rho=0.999),
         keras.optimizers.AdamW(beta_2=0.9999),
         keras.optimizers.Muon(),
+        keras.optimizers.SGD(use_ema=True, ema_momentum=0.999),
     ],
-    ids=["adam", "rmsprop", "adamw", "muon"],
+    ids=["adam", "rmsprop", "adamw", "muon", "ema"],
 )
 def test_what_would_stand_still_is_refused(tiny_model, examples, optimizer):
     model = tiny_model(dtype="bfloat16")
@@ -284,6 +285,31 @@ def test_means_of_weights_of_every_dtype(golden_backbone, expected, policy):
     model.optimizer.finalize_variable_values(model.trainable_variables)
     after = arrays_of(backbone)["text_decoder/final_norm/scale"]
     assert before.dtype == after.dtype and (before != after).any()
+
+
+def test_the_mean_of_bfloat16_weights_moves():
+    """In bfloat16, a momentum of 0.999 is 1."""
+    one, other = (keras.Variable([0.0], dtype="bfloat16") for _ in range(2))
+
+    def value(variable):
+        return float(ops.convert_to_numpy(ops.cast(variable, "float32"))[0])
+
+    optimizer = Adam(1.0, use_ema=True, ema_momentum=0.999)
+    optimizer.build([one, other])
+    seen = []
+    for _ in range(4):
+        optimizer.apply([ops.array([-1.0])] * 2, [one, other])
+        seen.append(value(one))
+    wanted = seen[0]
+    for each in seen[1:]:
+        wanted = 0.999 * wanted + 0.001 * each
+    assert wanted > 1.005
+    average = optimizer._model_variables_moving_average[1]
+    np.testing.assert_allclose(value(average), wanted, rtol=1e-6)
+    # The first was frozen after the optimizer was built.
+    optimizer.finalize_variable_values([other])
+    assert value(other) == value(ops.cast([wanted], "bfloat16"))
+    assert value(one) == seen[-1]
 
 
 def test_bfloat16_gradients_add_up(tiny_model, examples):
