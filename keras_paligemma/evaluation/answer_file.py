@@ -1,7 +1,6 @@
 """Write answers about pictures to a file; killed runs resume."""
 
 import json
-import numbers
 import os
 import warnings
 from dataclasses import dataclass
@@ -186,7 +185,8 @@ def answer_file(
     """
     # Later a mistake here would be reported as an error of the first picture.
     found = checked(model, options)
-    _check(found, batch_size, len(pictures))
+    _check(found, len(pictures))
+    batch_size = to_integer(batch_size, "batch_size")
     length = model.preprocessor.response_length
     if max_new_tokens is not None:
         length = to_integer(max_new_tokens, "max_new_tokens")
@@ -219,14 +219,8 @@ def answer_file(
     return len(failed)
 
 
-def _check(options, batch_size, count):
+def _check(options, count):
     """Raise on options that a file of one answer per picture cannot follow."""
-    whole = isinstance(batch_size, numbers.Integral)
-    if not whole or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(
-            "`batch_size` is no number of pictures. Expected: an integer, at "
-            f"least 1. Received: {batch_size!r}."
-        )
     if options.num_samples is not None:
         raise ValueError(
             "The file has one answer per picture. Expected: `best_of`, the "
