@@ -490,7 +490,10 @@ def test_lists_of_options_have_one_value_per_picture(folder, tmp_path):
     [
         ({"batch_size": 0}, "^`batch_size` must be an integer.*Received: 0"),
         ({"batch_size": -1}, "^`batch_size` must be an integer.*Received: -1"),
-        ({"batch_size": True}, "^`batch_size` must be an integer.*Received: True"),
+        (
+            {"batch_size": True},
+            "^`batch_size` must be an integer.*Received: True",
+        ),
         ({"num_samples": 2}, "one answer per picture.*num_samples=2"),
     ],
 )
