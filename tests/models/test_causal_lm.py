@@ -345,6 +345,32 @@ def test_text_alone_is_saved_in_two_parts(tiny_model, tmp_path):
     assert read.preprocessor.get_config() == model.preprocessor.get_config()
 
 
+def test_a_preprocessor_beside_a_backbone_keeps_its_settings(
+    tiny_model, tmp_path
+):
+    """Another tokenizer, picture size or resize rule changes that alone."""
+    model = tiny_model()
+    model.preprocessor.on_long_prompt = "truncate"
+    model.preprocessor.image_converter.resize = "bicubic"
+    model.backbone.save_to_preset(tmp_path / "parts")
+    model.preprocessor.save_to_preset(tmp_path / "parts")
+    file = tmp_path / "other.model"
+    file.write_bytes(model.preprocessor.tokenizer.proto)
+    size = model.backbone.image_size
+    for options, wanted in (
+        ({"tokenizer": file}, (size, "bicubic")),
+        ({"image_size": 2 * size}, (2 * size, "bicubic")),
+        ({"resize": "bilinear"}, (size, "bilinear")),
+    ):
+        read = PaliGemmaCausalLM.from_preset(
+            tmp_path / "parts", load_weights=False, compile=False, **options
+        ).preprocessor
+        assert read.sequence_length == model.preprocessor.sequence_length
+        assert read.on_long_prompt == "truncate"
+        converter = read.image_converter
+        assert (converter.image_size[0], converter.resize) == wanted
+
+
 def test_pictures_of_another_size_are_refused(tiny_model, tmp_path):
     """A preset has one size: it would be loaded with another preprocessor."""
     model = tiny_model()
