@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_paligemma.export import headers
+from keras_paligemma.export.orientation import orientation_of
 from keras_paligemma.preprocessing.images import MOST_SCANS
 
 # Above this, Pillow warns of a decompression bomb.
@@ -87,7 +88,7 @@ def _read(content, resize):
         fits &= (kind != headers.JPEG) | (headers.scans(data) <= MOST_SCANS)
 
         def decoded():
-            number = headers.orientation_of(kind, content, data)
+            number = orientation_of(kind, content, data)
             image = _turned(_decoded(kind, content, data), number)
             return resize(image), ""
 
