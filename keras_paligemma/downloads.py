@@ -299,10 +299,10 @@ def _fetch_file(filesystem, path, target, info):
 
     target.parent.mkdir(parents=True, exist_ok=True)
     # Size and version are in the draft's name, so that a copy is not resumed
-    # from another version of the file.
+    # from another version of the file. It is hidden, or it would be a piece.
     version = _version(info)
     known = f"{info['size']}.{version}".rstrip(".")
-    draft = target.with_name(f"{target.name}.{known}.incomplete")
+    draft = target.with_name(f".{target.name}.{known}.incomplete")
     with (
         filesystem.open(path, "rb") as source,
         open(draft, "ab") as copy,

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from keras_paligemma import checksums
 from keras_paligemma import downloads
+from keras_paligemma.checkpoints.storage.pieces import find_pieces
 
 
 @pytest.fixture
@@ -102,12 +103,27 @@ def test_the_stem_of_pieces(bucket, tmp_path):
 def test_a_cut_download_goes_on(bucket, tmp_path):
     target = tmp_path / "bucket/model/a.npz.part-0"
     target.parent.mkdir(parents=True)
-    draft = target.with_name(f"{target.name}.500.incomplete")
+    draft = target.with_name(f".{target.name}.500.incomplete")
     # Existing bytes are kept, so the X ends up in the file.
     draft.write_bytes(b"X" * 7)
     downloads.fetch_files(bucket, "bucket/model/a.npz.part-0", tmp_path)
     assert target.read_bytes() == b"X" * 7 + (b"first" * 100)[7:]
     assert not draft.exists()
+
+
+def test_what_was_cut_of_another_version_is_no_piece(
+    bucket, tmp_path, monkeypatch
+):
+    fetch = functools.partial(
+        downloads.fetch_files, bucket, "bucket/model/a.npz", tmp_path
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(downloads, "os", None)  # Cut before it is renamed.
+        with pytest.raises(AttributeError):
+            fetch()
+    bucket.pipe("/bucket/model/a.npz.part-0", b"second version")
+    names = [path.name for path in find_pieces(fetch())]
+    assert names == ["a.npz.part-0", "a.npz.part-1"]
 
 
 def test_copies_at_the_same_time(bucket, tmp_path, monkeypatch):

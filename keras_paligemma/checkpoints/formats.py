@@ -7,6 +7,7 @@ from pathlib import Path
 from keras_paligemma import atomic
 from keras_paligemma import presets
 from keras_paligemma.checkpoints.checkpoint import Checkpoint
+from keras_paligemma.checkpoints.readers import NPZ
 from keras_paligemma.checkpoints.readers import PUBLISHED_RESIZE
 from keras_paligemma.checkpoints.readers import READERS
 from keras_paligemma.checkpoints.readers import find_tokenizer
@@ -171,7 +172,7 @@ def _recognise(folder):
         if config.get("model_type") == "paligemma":
             return "transformers"
         what = f"a config.json with the keys {sorted(config)[:10]}"
-    elif any(folder.glob("*.npz*")):
+    elif any(folder.glob(NPZ)):
         return "big_vision"
     else:
         names = sorted(path.name for path in folder.iterdir())

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 from dataclasses import replace
-from pathlib import Path
 
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import big_vision
@@ -25,6 +24,9 @@ NOT_IN_SHAPES = (
     "attention_logit_soft_cap",
     "final_logit_soft_cap",
 )
+
+# What may be an `.npz` or a piece of one. Notes and drafts are hidden.
+NPZ = "[!.]*.npz*"
 
 # The resize rule that the published models were trained with.
 PUBLISHED_RESIZE = "bilinear_antialias"
@@ -131,14 +133,14 @@ def _big_vision(path, fields, load_weights, headers):
 
 def _npz_in(folder):
     """Return the path of the only `.npz`, whole or in pieces, of a folder."""
-    files = map(str, folder.glob("*.npz*"))
+    files = [file.name for file in folder.glob(NPZ)]
     names = sorted({file.partition(".npz")[0] + ".npz" for file in files})
     if len(names) > 1:
         raise ValueError(
             f"{folder} holds several checkpoints: {', '.join(names)}. Pass "
             "the path of one."
         )
-    return Path(names[0])
+    return folder / names[0]
 
 
 def _config_of_sizes(sizes, path, fields):

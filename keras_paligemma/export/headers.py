@@ -1,4 +1,4 @@
-"""Read format, size and orientation from image headers, in a graph.
+"""Read format and size from image headers, in a graph.
 
 Files are uint8 tensors of their bytes, padded with zeros, so that reading the
 header of a truncated file stays within the tensor.
@@ -143,76 +143,9 @@ def webp_frame(data):
         # ANMF contains chunks: skip its head only. Skip others as a whole.
         inside = tf.constant(24, tf.int64)
         moves = starts(data, at, b"ANMF")
-        return at + tf.where(moves, inside, _riff_size(data, at))
+        return at + tf.where(moves, inside, riff_size(data, at))
 
-    return _walk(data, 12, found, following)
-
-
-def orientation_of(kind, data):
-    """Return the EXIF orientation, 1 to 8; 1 if the file has none."""
-
-    def jpeg():
-        def found(at):
-            return starts(data, at, b"\xff\xe1") & starts(
-                data, at + 4, b"Exif\0\0"
-            )
-
-        def following(at):
-            # No segments follow the start of scan.
-            ended = ~starts(data, at, b"\xff") | starts(data, at, b"\xff\xda")
-            step = 2 + tf.maximum(integer(data, at + 2, 2, big=True), 2)
-            return tf.where(ended, tf.size(data, tf.int64), at + step)
-
-        return _walk(data, 2, found, following) + 10
-
-    def png():
-        def found(at):
-            return starts(data, at + 4, b"eXIf")
-
-        def following(at):
-            return at + 12 + integer(data, at, 4, big=True)
-
-        return _walk(data, 8, found, following) + 8
-
-    def gif():
-        return tf.constant(0, tf.int64)
-
-    def webp():
-        at = _walk(
-            data,
-            12,
-            lambda at: starts(data, at, b"EXIF"),
-            lambda at: at + _riff_size(data, at),
-        )
-        has_prefix = starts(data, at + 8, b"Exif\0\0")
-        return at + 8 + 6 * tf.cast(has_prefix, tf.int64)
-
-    return _orientation(data, tf.switch_case(kind, [jpeg, png, gif, webp]))
-
-
-def _orientation(data, start):
-    """Return the orientation in a TIFF block; 1 if it is not valid."""
-    little = starts(data, start, b"II*\0")
-    valid = little | starts(data, start, b"MM\0*")
-
-    def number(at, count):
-        return tf.where(
-            little,
-            integer(data, at, count),
-            integer(data, at, count, big=True),
-        )
-
-    table = start + number(start + 4, 4)
-    count: Any = number(table, 2)
-
-    def found(at):
-        # Of type SHORT: the first two bytes of the value field.
-        return (number(at, 2) == 0x0112) & (number(at + 2, 2) == 3)
-
-    at = _walk(data, table + 2, found, lambda at: at + 12, count)
-    value = number(at + 8, 2)
-    valid &= (at > 0) & (value >= 1) & (value <= 8)
-    return tf.where(valid, value, tf.constant(1, tf.int64))
+    return walk(data, 12, found, following)
 
 
 def starts(data, at, expected):
@@ -234,12 +167,13 @@ def _bytes(data, at, count):
     return tf.slice(data, [at], [count])
 
 
-def _riff_size(data, at):
+def riff_size(data, at):
+    """Return the bytes of a WebP's chunk at an offset, its head included."""
     size: Any = integer(data, at + 4, 4)
     return 8 + size + size % 2
 
 
-def _walk(data, start, found, following, count=MOST_CHUNKS):
+def walk(data, start, found, following, count=MOST_CHUNKS):
     """Search for a chunk; return its offset, or 0 if there is none."""
     end = tf.size(data, tf.int64) - ROOM
     count = tf.minimum(tf.cast(count, tf.int64), MOST_CHUNKS)

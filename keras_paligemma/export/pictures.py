@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_paligemma.export import headers
+from keras_paligemma.export.orientation import orientation_of
 from keras_paligemma.preprocessing.images import MOST_SCANS
 
 # Above this, Pillow warns of a decompression bomb.
@@ -36,7 +37,8 @@ def read_pictures(contents, size, rule):
         float32 tensor (N, *size, 3) in [-1, 1], zeros for bad files, and
         string tensor (N,) of error messages, "" for good files.
 
-    Source: `preprocessing.images.read_image`, whose pixels these equal.
+    Source: `preprocessing.images.read_image`, whose pixels these equal, except
+    around a GIF's first frame that is smaller than its picture: here black.
     """
     resize = RULES[rule]
 
@@ -86,7 +88,8 @@ def _read(content, resize):
         fits &= (kind != headers.JPEG) | (headers.scans(data) <= MOST_SCANS)
 
         def decoded():
-            image = _turned(_decoded(kind, content, data), kind, data)
+            number = orientation_of(kind, content, data)
+            image = _turned(_decoded(kind, content, data), number)
             return resize(image), ""
 
         def too_large():
@@ -158,9 +161,8 @@ def _still(content, data):
     return tf.strings.join([b"RIFF", length, b"WEBP", frame, padding])
 
 
-def _turned(image, kind, data):
-    """Rotate or flip a picture by its EXIF orientation."""
-    number = headers.orientation_of(kind, data)
+def _turned(image, number):
+    """Rotate or flip a picture by its orientation, 1 to 8."""
     image = tf.cond(
         number >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image
     )

@@ -4,7 +4,6 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 import tensorflow_text
 
@@ -57,14 +56,13 @@ class Functions:
         self.prompt_length = model.preprocessor.prompt_length
         self.response_length = model.preprocessor.response_length
         self.end = model.preprocessor.tokenizer.end_token_id
-        # Here, since this tokenizer runs in Python, not in a graph.
-        separator = model.preprocessor.tokenizer.tokenize("\n")
-        self.separator = np.array(separator).tolist()
+        # Alone: the preprocessor's own tokenizer may add bos and eos.
+        self.separator = tokenizer.tokenize("\n").numpy().tolist()
         self.options = {
             option.name: option
             for option in _options(self.backbone, self.response_length)
         }
-        # Traced once, for both signatures that call it.
+        # Traced once, for all signatures that call it.
         self._answer = tf.function(self._answer_eagerly, autograph=False)
 
     def signatures(self):
@@ -80,16 +78,15 @@ class Functions:
             tf.TensorSpec([None, None], tf.bool, "padding_mask"),
             tf.TensorSpec([None, None], tf.bool, "response_mask"),
         ]
+        defaults = self._defaults()
         adapters = []
-        if len(self.weights.names) > 1:
+        if "adapter" in defaults:
             adapters = [tf.TensorSpec([], tf.string, "adapter")]
         options = [
             tf.TensorSpec([], option.default.dtype, name)
             for name, option in self.options.items()
         ]
         options += adapters
-        defaults: dict[str, Any] = self._defaults()
-        defaults["adapter"] = tf.constant(self.weights.default)
         return {
             "serving_default": _signature(
                 self.serve, texts + options, defaults
@@ -192,7 +189,13 @@ class Functions:
         }
 
     def _defaults(self):
-        return {name: option.default for name, option in self.options.items()}
+        """Return the options of a request that names none."""
+        defaults: dict[str, Any] = {
+            name: option.default for name, option in self.options.items()
+        }
+        if len(self.weights.names) > 1:
+            defaults["adapter"] = tf.constant(self.weights.default)
+        return defaults
 
     def _answer_eagerly(self, inputs, wanted_B, adapter, options):
         """Answer by the loop that `model.generate` runs.

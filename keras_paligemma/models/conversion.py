@@ -62,8 +62,8 @@ def write(
         config = dataclasses.replace(config, preprocessor=None)
     else:
         # Gemma's tokenizer is extended by PaliGemma's pieces.
-        proto = PaliGemmaTokenizer.from_file(checkpoint.tokenizer).proto
         size = config.backbone.text_decoder.vocabulary_size
+        proto = PaliGemmaTokenizer.from_file(checkpoint.tokenizer, size).proto
         proto = with_added_tokens(proto, checkpoint.added_tokens, size)
     with checkpoint.open(allow_nonfinite) as tensors:
         writing.write(

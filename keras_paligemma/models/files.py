@@ -135,11 +135,9 @@ def _global_policy():
 def load_task(cls, preset, load_weights, dtype, kwargs):
     """Build a task with its backbone and preprocessor from a preset."""
     kwargs = dict(kwargs)
+    tokenizer = kwargs.pop("tokenizer", False)
     checkpoint = formats.resolve(
-        preset,
-        load_weights,
-        split_fields(kwargs),
-        kwargs.pop("tokenizer", False),
+        preset, load_weights, split_fields(kwargs), tokenizer
     )
     backbone = {key: kwargs.pop(key) for key in BACKBONE_KEYS if key in kwargs}
     task = {key: kwargs.pop(key) for key in TASK_KEYS if key in kwargs}
@@ -152,6 +150,7 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
             load_weights,
             backbone.get("image_size"),
             kwargs,
+            tokenizer,
         )
         if preprocessor is not None:
             task["preprocessor"], kwargs = preprocessor, {}
@@ -170,18 +169,22 @@ def load_task(cls, preset, load_weights, dtype, kwargs):
 
 
 def _load_preprocessor(
-    cls, preset, checkpoint, load_weights, image_size, options
+    cls, preset, checkpoint, load_weights, image_size, options, tokenizer
 ):
     """Build the preprocessor of a preset; `None` if it has none."""
     config = checkpoint.config
     if image_size is not None:
         backbone = replace(config.backbone, image_size=image_size)
         config = replace(config, backbone=backbone)
-    has_files = load_weights or checkpoint.tokenizer is not None
-    if config.preprocessor is None or not has_files:
+    preprocessor = None
+    if config.preprocessor is None or "resize" in checkpoint.assumed:
         # A backbone's preset may have a preprocessor saved beside it.
-        preprocessor = cls.saved_in(preset, **options)
-    else:
+        given = {"tokenizer": tokenizer} if tokenizer else {}
+        preprocessor = _saved_beside(
+            cls, preset, image_size, **options, **given
+        )
+    has_files = load_weights or checkpoint.tokenizer is not None
+    if preprocessor is None and config.preprocessor is not None and has_files:
         if "resize" not in options:
             checkpoint.say_assumed("resize", stacklevel=5)
         preprocessor = cls.from_files(
@@ -189,6 +192,25 @@ def _load_preprocessor(
         )
     if preprocessor is not None:
         _check_tokenizer(preprocessor.tokenizer, config.backbone)
+    return preprocessor
+
+
+def _saved_beside(cls, preset, image_size, resize=None, **options):
+    """Read the preprocessor that was saved beside a backbone, if any.
+
+    Args:
+        cls: the preprocessor's class.
+        preset: argument of `from_preset`.
+        image_size: int, another size of pictures, or `None`.
+        resize: str, another rule, or `None`.
+        **options: as `cls.saved_in` takes them.
+    """
+    preprocessor = cls.saved_in(preset, **options)
+    converter = getattr(preprocessor, "image_converter", None)
+    if converter is not None and (image_size or resize):
+        preprocessor.image_converter = cls.image_converter_cls(
+            image_size or converter.image_size, resize or converter.resize
+        )
     return preprocessor
 
 

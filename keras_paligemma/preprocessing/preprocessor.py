@@ -228,13 +228,13 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         Raises:
             ValueError: there is no tokenizer.
         """
-        tokenizer = PaliGemmaTokenizer.from_file(tokenizer)
+        size = config.backbone.text_decoder.vocabulary_size
+        tokenizer = PaliGemmaTokenizer.from_file(tokenizer, size)
         fields = _changed(config.preprocessor.to_dict(), kwargs)
         converter = PaliGemmaImageConverter(
             config.backbone.image_size, resize=fields.pop("resize")
         )
         if added_tokens:
-            size = config.backbone.text_decoder.vocabulary_size
             proto = with_added_tokens(tokenizer.proto, added_tokens, size)
             tokenizer = PaliGemmaTokenizer(proto)
         return cls(tokenizer, converter, **fields)

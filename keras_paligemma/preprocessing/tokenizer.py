@@ -1,5 +1,6 @@
 """SentencePiece with the location and segment pieces of PaliGemma."""
 
+import math
 import os
 import warnings
 from pathlib import Path
@@ -155,18 +156,29 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         config = parts.read(cls, preset, config_file)
         if config is None:
             checkpoint = formats.resolve(preset, False, tokenizer=True)
-            return cls.from_file(checkpoint.tokenizer, **kwargs)
+            return cls.from_file(
+                checkpoint.tokenizer,
+                checkpoint.config.backbone.text_decoder.vocabulary_size,
+                **kwargs,
+            )
         tokenizer = cls.from_config(config | kwargs)
         tokenizer.load_preset_assets(os.path.expanduser(preset))
         return tokenizer
 
     @classmethod
-    def from_file(cls, path: PathLike | None, **kwargs: Any) -> Self:
+    def from_file(
+        cls,
+        path: PathLike | None,
+        vocabulary_size: int | None = None,
+        **kwargs: Any,
+    ) -> Self:
         """Create the tokenizer from a checkpoint's file.
 
         Args:
             path: path of a SentencePiece model or a `tokenizer.json`; `None`
                 if the checkpoint has none, which raises an error.
+            vocabulary_size: int, rows of the checkpoint's embedding, or `None`
+                if unknown. Pieces that have no rows are not appended.
             **kwargs: arguments of the class.
 
         Returns:
@@ -186,7 +198,12 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
                 "without strings."
             )
         is_json = Path(path).suffix == ".json"
-        return cls(read_tokenizer(path) if is_json else path, **kwargs)
+        proto = read_tokenizer(path) if is_json else path
+        tokenizer = cls(proto, **kwargs)
+        if (vocabulary_size or math.inf) < tokenizer.vocabulary_size():
+            kwargs["add_location_and_segment_pieces"] = False
+            tokenizer = cls(proto, **kwargs)
+        return tokenizer
 
     def save_to_preset(self, preset_dir: PathLike) -> None:
         """Write configuration and vocabulary to a folder.

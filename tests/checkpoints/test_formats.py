@@ -316,6 +316,18 @@ def test_two_checkpoints_in_a_folder(tmp_path):
         formats.find(tmp_path)
 
 
+def test_hidden_files_are_no_checkpoints(tmp_path):
+    """A copy from a bucket has a note beside it, a killed write its draft."""
+    folder = tmp_path / "model.npz"
+    (folder / ".x.npz.draft-abcdefgh").mkdir(parents=True)
+    (folder / ".x.npz.version").write_text("1")
+    with pytest.raises(ValueError, match="no PaliGemma checkpoint"):
+        formats.find(folder)
+    shutil.copy(GOLDEN / "tiny_headdim.npz", folder / "x.npz")
+    found = formats.find(folder, NOT_IN_SHAPES)
+    assert found.files == [folder / "x.npz"]
+
+
 def test_an_npz_of_something_else(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.zeros((2, 3), "float32"))
     with pytest.raises(ValueError, match="not those of a PaliGemma"):

@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from PIL.PngImagePlugin import PngInfo
 
 from keras_paligemma import PaliGemmaImageConverter
 from tests.helpers.encoded_pictures import bomb
 from tests.helpers.encoded_pictures import encode
 from tests.helpers.encoded_pictures import picture
 from tests.helpers.encoded_pictures import pictures
+from tests.helpers.encoded_pictures import turned
 
 tf = pytest.importorskip("tensorflow")
 
@@ -59,6 +61,32 @@ def test_turned_pictures_differ(read):
     files = pictures()
     pixels, _ = read([files[f"turned {n}"] for n in range(1, 9)])
     assert len(np.unique(pixels.reshape(8, -1), axis=0)) == 8
+
+
+def test_xmp_turns_pictures_without_exif(read):
+    image = picture()
+
+    def described(format, text, **options):
+        if format == "PNG":
+            info = PngInfo()
+            info.add_itxt("XML:com.adobe.xmp", text)
+            return encode(image, format, pnginfo=info, **options)
+        return encode(image, format, xmp=text.encode(), **options)
+
+    files = []
+    for format in ("JPEG", "PNG", "WEBP"):
+        for text in ('tiff:Orientation="6"', "<tiff:Orientation>8<", "of é"):
+            files.append(described(format, text))
+        # That of EXIF is used, even if it is none.
+        for number in (3, 9):
+            files.append(
+                described(format, 'tiff:Orientation="6"', exif=turned(number))
+            )
+        files.append(described(format, 'tiff:Orientation="9"'))
+    pixels, errors = read(files)
+    assert errors == [""] * len(files)
+    np.testing.assert_array_equal(pixels, PaliGemmaImageConverter(40)(files))
+    assert len(np.unique(pixels[6:12].reshape(6, -1), axis=0)) == 4
 
 
 def test_bad_files_spoil_no_others(read):

@@ -1,6 +1,7 @@
 """The exported nano preset in a process without this package."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -8,6 +9,9 @@ import pytest
 
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
+from keras_paligemma import PaliGemmaCausalLMPreprocessor
+from keras_paligemma import PaliGemmaImageConverter
+from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma.compat import to_host
 from tests.helpers.encoded_pictures import ask_alone
 from tests.helpers.encoded_pictures import bomb
@@ -170,6 +174,7 @@ def answers(folder, model, batch, scored, tmp_path_factory):
         "third": served(one, adapter="third"),
         "typed": served(one | {"prompts": ["<image> <bos>caption en\n"]}),
         **{name: served(some, adapter=name) for name in LORAS},
+        "batched": ("batched", some),
         "generate": ("generate", begun | OPTIONS),
         "score": ("score", scored[0] | SCORED),
         # Prompts without the columns that are padding in all rows.
@@ -286,6 +291,30 @@ def test_a_request_chooses_its_adapter(answers, model, batch, name):
         answers[kind]["log_probabilities"][-3:, 0] for kind in (name, "good")
     )
     assert np.abs(first - bare).max() > 1e-3
+
+
+def test_without_options_the_active_adapter_answers(answers):
+    """As by the default of the signatures that take an adapter."""
+    batched, wanted = answers["batched"], answers["second"]
+    for name in ("token_ids", "log_probabilities"):
+        np.testing.assert_array_equal(batched[name][:, :12], wanted[name])
+
+
+def test_the_separator_is_the_newline_alone():
+    import tensorflow_text
+
+    from keras_paligemma.export.signatures import Functions
+
+    proto = (NANO / "tokenizer.model").read_bytes()
+    preprocessor = PaliGemmaCausalLMPreprocessor(
+        PaliGemmaTokenizer(proto, add_bos=True, add_eos=True),
+        PaliGemmaImageConverter(112),
+    )
+    backbone = SimpleNamespace(vocabulary_size=2048)
+    model = SimpleNamespace(backbone=backbone, preprocessor=preprocessor)
+    tokenizer = tensorflow_text.SentencepieceTokenizer(proto)
+    separator = Functions(model, None, tokenizer).separator
+    assert separator == PaliGemmaTokenizer(proto).tokenize("\n")
 
 
 def test_unknown_adapters_are_told(answers):

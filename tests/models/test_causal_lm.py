@@ -7,13 +7,21 @@ import keras_hub
 import numpy as np
 import pytest
 from keras import ops
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import PaliGemmaCausalLMPreprocessor
 from keras_paligemma import PaliGemmaImageConverter
+from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma.layers.stack import stable_name
+from keras_paligemma.models import conversion
+from tests.helpers.text_models import TOKENIZER
 from tests.helpers.text_models import prompts_of
 from tests.helpers.tiny_models import FORMS_OF_BACKEND
+from tests.helpers.tiny_models import IMAGE_SIZE
+from tests.helpers.tiny_models import TEXT
+from tests.helpers.tiny_models import VISION
 from tests.helpers.tiny_models import error
 from tests.helpers.tiny_models import golden_prompts
 from tests.helpers.tiny_models import randomize_adapters
@@ -364,6 +372,58 @@ def test_text_alone_is_saved_in_two_parts(tiny_model, tmp_path):
     read = PaliGemmaCausalLM.from_preset(tmp_path)
     assert read.preprocessor.image_converter is None
     assert read.preprocessor.get_config() == model.preprocessor.get_config()
+
+
+def test_a_preprocessor_beside_a_backbone_keeps_its_settings(
+    tiny_model, tmp_path
+):
+    """Another tokenizer, picture size or resize rule changes that alone."""
+    model = tiny_model()
+    model.preprocessor.on_long_prompt = "truncate"
+    model.preprocessor.image_converter.resize = "bicubic"
+    model.backbone.save_to_preset(tmp_path / "parts")
+    model.preprocessor.save_to_preset(tmp_path / "parts")
+    file = tmp_path / "other.model"
+    file.write_bytes(model.preprocessor.tokenizer.proto)
+    size = model.backbone.image_size
+    for options, wanted in (
+        ({"tokenizer": file}, (size, "bicubic")),
+        ({"image_size": 2 * size}, (2 * size, "bicubic")),
+        ({"resize": "bilinear"}, (size, "bilinear")),
+    ):
+        read = PaliGemmaCausalLM.from_preset(
+            tmp_path / "parts", load_weights=False, compile=False, **options
+        ).preprocessor
+        assert read.sequence_length == model.preprocessor.sequence_length
+        assert read.on_long_prompt == "truncate"
+        converter = read.image_converter
+        assert (converter.image_size[0], converter.resize) == wanted
+
+
+def test_a_tokenizer_without_locations_is_kept(tmp_path):
+    proto = ModelProto.FromString(TOKENIZER.read_bytes())
+    del proto.pieces[-1152:]
+    tokenizer = PaliGemmaTokenizer(
+        proto.SerializeToString(), add_location_and_segment_pieces=False
+    )
+    rows = tokenizer.vocabulary_size()
+    backbone = PaliGemmaBackbone(
+        IMAGE_SIZE, VISION, TEXT | {"vocabulary_size": rows}
+    )
+    preprocessor = PaliGemmaCausalLMPreprocessor(
+        tokenizer, PaliGemmaImageConverter(IMAGE_SIZE)
+    )
+    model = PaliGemmaCausalLM(preprocessor, backbone, compile=False)
+    model.save_to_preset(tmp_path / "model")
+    found = conversion.find(str(tmp_path / "model"))
+    conversion.write(*found, tmp_path / "converted", "keras")
+    for name in ("model", "converted"):
+        read = PaliGemmaCausalLM.from_preset(
+            tmp_path / name, load_weights=False, compile=False
+        )
+        assert read.preprocessor.tokenizer.proto == tokenizer.proto
+        read = PaliGemmaTokenizer.from_preset(tmp_path / name)
+        assert read.proto == tokenizer.proto
 
 
 def test_pictures_of_another_size_are_refused(tiny_model, tmp_path):
