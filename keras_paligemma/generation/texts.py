@@ -51,6 +51,28 @@ def settled(text, stop_strings, given=0):
     return text[: len(text) - max(begun, default=0)]
 
 
+def up_to(texts, length):
+    """Return the texts of an answer's tokens, as many as its text has.
+
+    A stop string, which may begin within a token, is not part of the answer.
+
+    Args:
+        texts: strs. Bytes behind the first one of a character have no text.
+        length: int, characters of the answer.
+
+    Example:
+        >>> up_to(["a", " cat.", " A", " dog"], 5)
+        ['a', ' cat']
+    """
+    kept = []
+    for text in texts:
+        if text and not length:
+            break
+        kept.append(text[:length])
+        length -= len(kept[-1])
+    return kept
+
+
 def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return the text of each token; joined, they are the whole text.
 

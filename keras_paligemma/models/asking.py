@@ -8,6 +8,7 @@ import keras
 
 from keras_paligemma.generation.answer import Answer
 from keras_paligemma.generation.texts import texts_of
+from keras_paligemma.generation.texts import up_to
 from keras_paligemma.preprocessing.inputs import to_pictures
 from keras_paligemma.tasks import prompts
 from keras_paligemma.tasks.answers import Score
@@ -221,7 +222,10 @@ def _candidates(answer, every):
 
 def _read(answer, tokenizer, labels, codec, score):
     """Return the objects of an answer."""
-    tokens = _said(answer, tokenizer)
+    # The token that ended the answer is not part of its last label.
+    count = len(answer.token_ids) - (answer.finish == "stop_token")
+    tokens = texts_of(tokenizer, answer.token_ids[:count])
+    tokens = up_to(tokens, len(answer.text))
     count = len(tokens)
     values = answer.log_probabilities[:count]
     if answer.alternatives:
@@ -231,23 +235,6 @@ def _read(answer, tokenizer, labels, codec, score):
         ]
         values = with_neighbours(tokens, values, alternatives)
     return read_requested(tokens, labels, codec, values, score)
-
-
-def _said(answer, tokenizer):
-    """Return the texts of an answer's tokens, without what ended it.
-
-    Neither a stop token nor a stop string, which may begin within a token, is
-    part of the last label.
-    """
-    count = len(answer.token_ids) - (answer.finish == "stop_token")
-    said, left = [], len(answer.text)
-    for text in texts_of(tokenizer, answer.token_ids[:count]):
-        # Bytes behind the first of a character have no text.
-        if text and not left:
-            break
-        said.append(text[:left])
-        left -= len(said[-1])
-    return said
 
 
 def _merged(parts, picture, overlap):

@@ -9,6 +9,7 @@ from PIL import Image
 from starlette.responses import JSONResponse
 from starlette.responses import StreamingResponse
 
+from keras_paligemma.generation.texts import up_to
 from keras_paligemma.serve.asking import accepted
 from keras_paligemma.serve.asking import answers_of
 from keras_paligemma.serve.asking import event_of
@@ -139,7 +140,10 @@ def _content(service, found, labels=None):
     """
     boxes, skipped = [], []
     if labels is not None or "<" in found.text:
-        texts = _said(found)
+        tokens = found.tokens
+        if tokens and not tokens[-1]:
+            tokens = tokens[:-1]  # The end has no text.
+        texts = up_to(characters(tokens), len(found.text))
         spelt = texts and "".join(texts) == found.text
         answer = texts if spelt else found.text
         values = found.log_probabilities[: len(texts)] if spelt else None
@@ -158,21 +162,6 @@ def _content(service, found, labels=None):
         "boxes": boxes,
         "skipped": skipped,
     }
-
-
-def _said(found):
-    """Return the texts of an answer's tokens, without those that ended it.
-
-    A stop string may begin within the last one.
-    """
-    texts, left = [], len(found.text)
-    for token, text in zip(found.tokens, characters(found.tokens), strict=True):
-        # Bytes behind the first of a character have no text, nor has the end.
-        if not left and (text or not token):
-            break
-        texts.append(text[:left])
-        left -= len(texts[-1])
-    return texts
 
 
 def _object(item):
