@@ -249,15 +249,19 @@ def _check_example(example, preprocessor):
     answers = answers_of(example)
     plain_prompts(to_strings(example["prompts"], "prompts")[0])
     check_no_special_tokens(to_strings(answers, "responses")[0], "responses")
-    images = [read_image(image) for image in frames_of(example["images"])]
+    images, count = example["images"], 0
+    if images is not None:  # Else text alone.
+        images = [read_image(image) for image in frames_of(images)]
+        count = len(images)
+        images = images[0] if count == 1 else images
     if preprocessor is None:
-        return len(images)
+        return count
     for answer in answers:
         preprocessor(
             {
-                "images": images if len(images) > 1 else images[0],
+                "images": images,
                 "prompts": example["prompts"],
                 "responses": answer,
             }
         )
-    return len(images)
+    return count

@@ -93,6 +93,15 @@ def test_streams_and_dictionaries_are_refused():
         FieldSource(table(ROWS))
 
 
+def test_text_alone_is_checked():
+    rows = [{"images": None, "prompts": "caption en", "responses": "a cat"}] * 2
+    found = []
+    assert check(rows, lambda example: found.append(example["images"])) == []
+    assert found == [None, None]
+    (problem,) = check([*rows, rows[0] | {"images": PICTURE}])
+    assert "has 1 frames" in problem and "has 0" in problem
+
+
 def test_pictures_as_hugging_face_stores_them():
     """Dicts of bytes and path, as in parquet files; one or several of them."""
     file = io.BytesIO()
