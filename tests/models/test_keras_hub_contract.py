@@ -371,7 +371,7 @@ def test_long_lists_are_answered_in_batches(golden_backbone, expected):
     inputs = {key: value[:3] for key, value in inputs.items()}
     answers = model.generate(inputs, stop_token_ids=None, batch_size=2)
     np.testing.assert_array_equal(answers, expected["f32/cache_f32/tokens"][:3])
-    with pytest.raises(ValueError, match="positive integer"):
+    with pytest.raises(ValueError, match="integer of at least 1. Received: 0"):
         model.generate(inputs, batch_size=0)
 
 
