@@ -159,27 +159,40 @@ def _undecoded(benchmark, found):
 def _tfds(benchmark, folder, split):
     """Open TensorFlow Datasets' files, of all languages if split by language.
 
+    ChartQA's kinds are a data set each; both are read if none is named.
     Pictures stay encoded, so that reading ids and answers is cheap.
     """
     import tensorflow_datasets as tfds
 
     if split == benchmark.split:
         split = benchmark.tfds_split or split
-    several = "{language}" in split
-    parts = []
-    for language in benchmark.languages if several else ("",):
-        found = tfds.data_source(
-            benchmark.tfds,
-            split=split.format(language=language),
-            data_dir=folder,
-            decoders={
-                path: tfds.decode.SkipDecoding()
-                for path in _pictures(benchmark)
-            },
+    fields = dict(benchmark.fields)
+    opened = [(benchmark.tfds, split, {})]
+    if "{language}" in split:
+        opened = [
+            (benchmark.tfds, split.format(language=code), {"language": code})
+            for code in benchmark.languages
+        ]
+    elif benchmark.task == "chartqa" and benchmark.subset is None:
+        opened = [
+            (f"chartqa/{kind}", split, {"kinds": kind})
+            for kind in ("human", "augmented")
+        ]
+        # Each kind counts its own from 0.
+        del fields["id"]
+    decoders = {
+        path: tfds.decode.SkipDecoding() for path in _pictures(benchmark)
+    }
+    parts = [
+        Mapped(
+            tfds.data_source(
+                name, split=part, data_dir=folder, decoders=decoders
+            ),
+            fields,
         )
-        parts.append(Mapped(found, benchmark.fields))
-    shared = [{"language": language} for language in benchmark.languages]
-    return Picked(parts, shared=shared if several else None)
+        for name, part, _ in opened
+    ]
+    return Picked(parts, shared=[shared for _, _, shared in opened])
 
 
 def _pictures(benchmark):
