@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from keras_paligemma.evaluation import benchmarks
 from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
+from keras_paligemma.evaluation import training_samples
 from keras_paligemma.evaluation.pictures import pick_frames
 from keras_paligemma.evaluation.records import at_path
 from keras_paligemma.evaluation.truth import truth_columns
@@ -253,6 +254,18 @@ def test_labels_become_words():
     assert sample.prompt == "answer en The cat is on it."
 
 
+@pytest.mark.parametrize("name", ["nlvr2", "marvl"])
+@pytest.mark.parametrize("label", [True, "True", 1])
+def test_labels_of_pairs_are_the_words_of_nlvr2(name, label):
+    """MaRVL's official files have true and false, NLVR2's the words."""
+    example = {"example_id": "1", "image_left": "1", "image_right": "2"}
+    example |= {"sentence": "One.", "label": label}
+    samples = open_samples(find_benchmark(name), [example])
+    assert samples.truth(0)["answers"] == "True"
+    no = [example | {"label": False}]
+    assert open_samples(find_benchmark(name), no).truth(0)["answers"] == "False"
+
+
 def test_paths():
     listed = {"a": [{"b": [b"x"]}, {"b": [b"y"]}]}
     assert at_path(listed, "a.b") == [["x"], ["y"]]
@@ -286,6 +299,27 @@ def test_frames(tmp_path):
         pick_frames(tmp_path / "film.mp4", 2, 2)
     with pytest.raises(ValueError, match="no frames"):
         pick_frames([], 2, 2)
+
+
+def test_both_kinds_of_charts_are_learned_from(tmp_path, monkeypatch):
+    """Each is a data set of its own, whose ids begin at 0."""
+    rows = {"chartqa/human": 2, "chartqa/augmented": 3}
+
+    def read(name, split, **options):
+        assert split == "train"
+        return [
+            distinct(fake(CHART, "", n), "question_id", n)
+            | {"question": f"{name} {n}?".encode()}
+            for n in range(rows[name])
+        ]
+
+    monkeypatch.setattr(tfds, "data_source", read)
+    (tmp_path / "chartqa").mkdir()
+    samples = training_samples(find_benchmark("chartqa_human"), tmp_path)
+    assert [samples.unopened(n).prompt for n in range(len(samples))] == [
+        *(f"chartqa/human {n}?" for n in range(2)),
+        *(f"chartqa/augmented {n}?" for n in range(3)),
+    ]
 
 
 def test_tensorflow_datasets_from_disk(tmp_path):
