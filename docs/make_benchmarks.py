@@ -67,6 +67,10 @@ Before you compare:
   differences. For strings that Java has tokenized, pass `tokenize=False`.
 - RefCOCO's masks are encoded by a mask codec. Published sizes need `--masks
   vae-oid.npz`. The nano preset uses the embedded codec.
+- Some of TextVQA's pictures lie on their side. They are turned, as in the
+  original, if OpenImages' `train-images-boxable-with-rotation.csv` is in the
+  archive, as `train_images/rotation.csv`; for the split test,
+  `test-images-with-rotation.csv` as `test_images/rotation.csv`.
 - A video is a folder of frames or an animated picture. Cut films with `ffmpeg`.
 - Values with "needs a judge" are decided by people or another model, passed as
   `evaluate(…, judges={…})`.

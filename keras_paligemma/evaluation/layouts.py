@@ -4,6 +4,7 @@ A reader takes folder, split and subset, and returns a list of records with
 the benchmark's field names.
 """
 
+import csv
 import hashlib
 import json
 import pickle
@@ -105,18 +106,36 @@ def _tfds_order(key, salt="validation"):
 
 
 def textvqa(folder, split, subset=None):
-    """TextVQA: `TextVQA_0.5.1_val.json` and `train_images/`."""
+    """TextVQA: `TextVQA_0.5.1_val.json` and `train_images/`.
+
+    Some pictures lie on their side. As in the original, they are turned as
+    OpenImages lists them, if its list is `train_images/rotation.csv`.
+    """
     data = read_json(folder, f"TextVQA_0.5.1_{split}.json")["data"]
-    pictures = "test_images" if split == "test" else "train_images"
+    pictures = folder / ("test_images" if split == "test" else "train_images")
+    turns = _turns(pictures / "rotation.csv")
     return [
         {
             "id": entry["question_id"],
-            "images": str(folder / pictures / f"{entry['image_id']}.jpg"),
+            "images": str(pictures / f"{entry['image_id']}.jpg"),
             "question": entry["question"],
             "answers": entry.get("answers"),
+            "turns": turns.get(entry["image_id"]),
         }
         for entry in data
     ]
+
+
+def _turns(path):
+    """Return the quarter turns to the left of OpenImages' rotated pictures."""
+    if not path.is_file():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        degrees = {
+            row["ImageID"]: float(row["Rotation"] or 0)
+            for row in csv.DictReader(file)
+        }
+    return {name: int(turn) // 90 for name, turn in degrees.items() if turn}
 
 
 def docvqa(folder, split, subset=None):

@@ -50,8 +50,9 @@ def record_of(benchmark: Benchmark, samples: Samples, model: Any) -> RunRecord:
 def _asked(sample):
     """Return the picture and prompt of a sample, ready for JSON."""
     image = describe_image(sample.images)
-    box = sample.truth.get("red_box")
-    return [image if box is None else [image, plain(box)], sample.prompt]
+    changes = [sample.truth.get(name) for name in ("red_box", "turns")]
+    made = [plain(value) for value in changes if value is not None]
+    return [[image, *made] if made else image, sample.prompt]
 
 
 def claim_folder(output: Path, here: Mapping[str, Any]) -> None:

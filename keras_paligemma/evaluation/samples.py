@@ -76,7 +76,7 @@ class Samples:
     def unopened(self, index: int) -> Sample:
         """Return a sample with its pictures as they are in the data.
 
-        Paths are not read, no frames are picked and no box is drawn.
+        Paths are not read, no frames are picked, nothing is drawn or turned.
         """
         with located(self.where(index)):
             record = dict(self.records[index])
@@ -182,15 +182,18 @@ def _images(record, benchmark):
 
 
 def _opened(sample, benchmark):
-    """Pick the frames of a sample's video, or draw the box it asks about."""
+    """Pick frames of a sample's video; draw the box it asks about; turn it."""
     # Imported here, since reading pictures imports Keras.
     from keras_paligemma.evaluation.pictures import draw_red_box
     from keras_paligemma.evaluation.pictures import pick_frames
+    from keras_paligemma.evaluation.pictures import turn
 
     if benchmark.frames is not None:
         return pick_frames(sample.images, benchmark.frames, benchmark.stride)
     if sample.truth.get("red_box") is not None:
         return draw_red_box(sample.images, sample.truth["red_box"])
+    if sample.truth.get("turns") is not None:
+        return turn(sample.images, sample.truth["turns"])
     return sample.images
 
 

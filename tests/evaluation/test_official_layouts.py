@@ -7,13 +7,17 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from keras_paligemma.evaluation import TrainingSource
 from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
+from keras_paligemma.evaluation.run_folder import record_of
+from keras_paligemma.preprocessing.images import read_image
 from tests.helpers.benchmark_data import chartqa_human
 from tests.helpers.benchmark_data import put
 from tests.helpers.benchmark_data import refcoco_testa
+from tests.helpers.oracle import Oracle
 
 
 def vqav2(folder):
@@ -211,6 +215,36 @@ def test_coco_captions_without_karpathys_split(tmp_path):
     found = [samples.unopened(n) for n in range(2)]
     assert [each.truth["references"] for each in found] == [["b"], ["a", "c"]]
     assert found[1].images == str(tmp_path / "val2014" / "2.jpg")
+
+
+def test_textvqa_turns_the_pictures_that_lie_on_their_side(tmp_path):
+    """The original undoes what OpenImages lists, by `tf.image.rot90`."""
+    textvqa(tmp_path)
+    pixels = np.zeros((8, 16, 3), "uint8")
+    pixels[:, 8:] = 255
+    Image.fromarray(pixels).save(tmp_path / "train_images" / "ab1.jpg")
+    benchmark = find_benchmark("textvqa")
+    whole = record_of_rows(open_samples(benchmark, tmp_path))
+    lines = ["ImageID,Subset,Rotation", "ab0,train,0.0", "ab1,train,90.0"]
+    lines += ["ab2,train,", "of another set,train,270.0"]
+    rotated = tmp_path / "train_images" / "rotation.csv"
+    rotated.write_text("\n".join(lines) + "\n")
+    samples = open_samples(benchmark, tmp_path)
+    found = read_image(samples[1].images)
+    assert found.shape == (16, 8, 3)
+    assert found[:7].min() > 200 and found[9:].max() < 50
+    assert [read_image(samples[n].images).shape for n in (0, 2)] == [
+        *((6, 8, 3),) * 2
+    ]
+    # Answers to the other picture are not taken for those to this one.
+    turned = record_of_rows(samples)
+    assert [a == b for a, b in zip(whole, turned, strict=True)] == [
+        *(True, False, True)
+    ]
+
+
+def record_of_rows(samples):
+    return record_of(samples.benchmark, samples, Oracle(samples, "abc")).rows
 
 
 def test_nlvr2_in_directories(tmp_path):
