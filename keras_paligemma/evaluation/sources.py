@@ -32,8 +32,8 @@ def open_samples(
             - the unpacked official archive, if there is a reader for it;
             - the output of `datasets.Dataset.save_to_disk`;
             - TensorFlow Datasets' data under the original's name;
-            or a data set in memory with the published fields; or `Samples`,
-            which are returned unchanged.
+            or a data set in memory with the published fields; or `Samples`
+            of the same benchmark, which are returned unchanged.
         split: str, name of a split; the benchmark's if `None`. Only archives
             and TensorFlow Datasets have several.
 
@@ -53,6 +53,12 @@ def open_samples(
     ```
     """
     if isinstance(source, Samples):
+        if source.benchmark.name != benchmark.name:
+            raise ValueError(
+                f"{source.place} was opened for another benchmark. Expected: "
+                f"samples of {benchmark.name}. Received: samples of "
+                f"{source.benchmark.name}."
+            )
         check_split(source.benchmark, split, source.place)
         return source
     if not isinstance(source, (str, os.PathLike)):

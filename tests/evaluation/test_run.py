@@ -460,6 +460,17 @@ def test_a_split_that_data_cannot_have_is_refused(data, tmp_path):
     assert len(open_samples(BENCHMARK, data, "val")) == 12
 
 
+def test_samples_of_another_benchmark_are_refused(data, tmp_path):
+    """They may be of another subset, and have prompts of their own."""
+    for row in range(12):
+        change_sample(data, row, answers=str(row))
+    samples = open_samples(find_benchmark("chartqa_human"), data)
+    oracle = Oracle(samples, [str(row) for row in range(12)])
+    with pytest.raises(ValueError, match="of chartqa_augmented.*chartqa_human"):
+        evaluate(oracle, "chartqa_augmented", samples, tmp_path / "run")
+    assert not oracle.calls and not (tmp_path / "run").exists()
+
+
 def test_kinds_of_charts_are_those_of_the_benchmark(data):
     human = find_benchmark("chartqa_human")
     assert len(open_samples(human, data)) == 12
