@@ -134,7 +134,9 @@ def training_samples(benchmark: Benchmark, source: Any) -> Samples:
     if benchmark.train_split is not None:
         # Any source may hold it, so it is no choice among a source's splits.
         benchmark = dataclasses.replace(
-            benchmark, split=benchmark.train_split, tfds_split=None
+            benchmark,
+            split=benchmark.train_split,
+            tfds_split=benchmark.tfds_train_split,
         )
     return open_samples(benchmark, source)
 

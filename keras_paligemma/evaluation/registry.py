@@ -43,6 +43,7 @@ class Benchmark:
         subset: str, part of the archive that is scored, or `None`.
         tfds: str, the original's name in TensorFlow Datasets, or `None`.
         tfds_split: str, the split's name there, if it differs.
+        tfds_train_split: str, that of the training split, if it differs.
         hugging_face: str, name of a data set on the hub, or `None`.
         pictures: int, pictures per prompt.
         frames: int, frames per video, or `None`.
@@ -79,6 +80,7 @@ class Benchmark:
     subset: str | None = None
     tfds: str | None = None
     tfds_split: str | None = None
+    tfds_train_split: str | None = None
     hugging_face: str | None = None
     pictures: int = 1
     frames: int | None = None

@@ -322,6 +322,21 @@ def test_both_kinds_of_charts_are_learned_from(tmp_path, monkeypatch):
     ]
 
 
+def test_captions_are_learned_from_karpathys_restval_too(tmp_path, monkeypatch):
+    def read(name, split, **options):
+        example = fake(FEATURES[name], "", 0)
+        return [
+            distinct(example, "image/id", n)
+            for n, _ in enumerate(split.split("+"))
+        ]
+
+    monkeypatch.setattr(tfds, "data_source", read)
+    (tmp_path / "coco_captions").mkdir()
+    benchmark = find_benchmark("coco_captions")
+    assert len(training_samples(benchmark, tmp_path)) == 2
+    assert len(open_samples(benchmark, tmp_path)) == 1
+
+
 def test_tensorflow_datasets_from_disk(tmp_path):
     """TensorFlow Datasets itself writes and reads a set of two languages."""
 
@@ -365,3 +380,7 @@ def test_tensorflow_datasets_from_disk(tmp_path):
     assert isinstance(samples[1].images, bytes)
     assert read_image(samples[1].images).shape == (6, 8, 3)
     assert samples.first(2).ids == ["1_bn", "1_de"]
+    both = open_samples(
+        find_benchmark("xgqa"), tmp_path, "test_zs_bn+test_zs_de"
+    )
+    assert both.ids == ["1_bn", "1_de"]
