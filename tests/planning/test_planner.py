@@ -207,6 +207,12 @@ def test_bad_options_are_told_without_a_trace(options, message, monkeypatch):
     assert "\n" not in text
 
 
+def test_no_remat_has_a_name():
+    job = Job("pali_gemma2_pt_3b_224")
+    with pytest.raises(ValueError, match="Received: None. Expected: 'none'"):
+        by_arithmetic(job, "v5e-1", remat=None)
+
+
 def test_generating_is_planned():
     arguments = "plan --preset pali_gemma2_pt_3b_224 --slice v5e-1 --generate"
     result = CliRunner().invoke(
