@@ -46,7 +46,7 @@ def without_values() -> Iterator[None]:
 
     `keras.StatelessScope(initialize_variables=False)` creates such variables
     but adds them to a global list; the next plain scope that closes would
-    initialise them all, so the list is cleared.
+    initialise them all, so the list is cleared, also after an error.
 
     Example:
         >>> from keras_paligemma import PaliGemmaBackbone
@@ -55,9 +55,11 @@ def without_values() -> Iterator[None]:
         >>> backbone.count_params()
         3032094960
     """
-    with keras.StatelessScope(initialize_variables=False):
-        yield
-    global_state.set_global_attribute("uninitialized_variables", [])
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute("uninitialized_variables", [])
 
 
 def initialize_seeds(layer):

@@ -159,7 +159,7 @@ class LayerStack(keras.layers.Layer):
         return self.seed_generator.next()
 
     def weights_by_name(self):
-        """Return a dict of name to `Weight`, in one order in both forms."""
+        """Return a dict of name to `Weight`, the same names in both forms."""
         if self.scanned:
             return {
                 name: Weight((stack,), "scanned")

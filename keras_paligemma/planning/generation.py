@@ -8,6 +8,7 @@ import numpy as np
 from keras_paligemma.generation.prefill import rows_at_once
 from keras_paligemma.generation.requests import bucket
 from keras_paligemma.planning.job import Candidate
+from keras_paligemma.planning.job import kernel_values
 from keras_paligemma.planning.job import layouts_of
 from keras_paligemma.sharding.layouts import Layout
 from keras_paligemma.sharding.layouts import chip_bytes
@@ -120,11 +121,7 @@ class Generation:
             reading or receiving the weights for each token, to seconds.
         """
         job, layout = self.job, candidate.layout
-        kernels = sum(
-            math.prod(variable.shape)
-            for variable in self.backbone.text_decoder.blocks.variables
-            if variable.path.endswith("kernel")
-        )
+        kernels = kernel_values(self.backbone, "text_decoder/blocks/")
         tokens = job.image_tokens(self.backbone) + job.prompt_length
         work = 2 * tokens * kernels
         whole = chip_bytes(Layout("data"), self.backbone.variables)

@@ -11,6 +11,7 @@ from keras_paligemma.compat import without_values
 from keras_paligemma.config import DTYPES
 from keras_paligemma.config import BackboneConfig
 from keras_paligemma.layers.cache import check_cache_dtype
+from keras_paligemma.layers.weight import dequantized
 from keras_paligemma.lora_config import LoraConfig
 from keras_paligemma.models.backbone import PaliGemmaBackbone
 from keras_paligemma.models.files import quantization_of
@@ -220,3 +221,21 @@ def layouts_of(chips):
         if group < chips:
             layouts.append(Layout("both", chips // group, group))
     return layouts
+
+
+def kernel_values(backbone, part):
+    """Count the values of kernels; each is one, in however few bits.
+
+    Args:
+        backbone: `PaliGemmaBackbone`.
+        part: str, beginning of the kernels' names.
+
+    Returns:
+        int.
+    """
+    weights = dequantized(backbone.weights_by_name())
+    return sum(
+        weight.size
+        for name, weight in weights.items()
+        if name.startswith(part) and name.endswith("kernel")
+    )

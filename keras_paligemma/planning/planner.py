@@ -301,7 +301,7 @@ def _advice(workload, tried, smallest):
 
 def _no_candidate(job, machine, layout, remat, known):
     """Return the error for a layout or `remat` that does not exist."""
-    if remat not in ("any", "none", *REMATS):
+    if remat is None or remat not in ("any", "none", *REMATS):
         return ValueError(
             f"Unknown remat. Received: {remat!r}. Expected: 'none', 'dots', "
             "'block' or 'pair'."

@@ -4,6 +4,7 @@ import math
 
 from keras_paligemma.layers.remat import REMATS
 from keras_paligemma.planning.job import Candidate
+from keras_paligemma.planning.job import kernel_values
 from keras_paligemma.planning.job import layouts_of
 from keras_paligemma.sharding.layouts import Layout
 from keras_paligemma.sharding.layouts import chip_bytes
@@ -139,7 +140,7 @@ class Training:
         )
         vision_flops = job.pictures * _tower_flops(
             patches,
-            _kernel_values(backbone.vision_encoder),
+            kernel_values(backbone, "vision_encoder/"),
             vision.num_layers * vision.hidden_dim,
             _recomputed(backbone.vision_encoder.blocks, remat),
             full,
@@ -147,7 +148,7 @@ class Training:
         )
         text_flops = _tower_flops(
             tokens,
-            _kernel_values(backbone.text_decoder.blocks),
+            kernel_values(backbone, "text_decoder/blocks/"),
             text.num_layers * text.num_query_heads * text.head_dim,
             _recomputed(backbone.text_decoder.blocks, remat),
             full,
@@ -265,14 +266,6 @@ def _largest_layer(backbone):
         whole = sum(math.prod(variable.shape) for variable in stack.variables)
         sizes.append(2 * whole // stack.num_layers)
     return max(sizes)
-
-
-def _kernel_values(layer):
-    return sum(
-        math.prod(variable.shape)
-        for variable in layer.variables
-        if variable.path.endswith("kernel")
-    )
 
 
 def _recomputed(stack, remat):

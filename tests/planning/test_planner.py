@@ -18,6 +18,7 @@ from keras_paligemma.planning import compiled
 from keras_paligemma.planning import machines
 from keras_paligemma.planning import make_plan
 from keras_paligemma.planning.compiled import has_compiler
+from keras_paligemma.planning.generation import Generation
 from keras_paligemma.planning.job import Candidate
 from keras_paligemma.planning.training import Training
 from keras_paligemma.sharding import auto
@@ -206,6 +207,12 @@ def test_bad_options_are_told_without_a_trace(options, message, monkeypatch):
     assert "\n" not in text
 
 
+def test_no_remat_has_a_name():
+    job = Job("pali_gemma2_pt_3b_224")
+    with pytest.raises(ValueError, match="Received: None. Expected: 'none'"):
+        by_arithmetic(job, "v5e-1", remat=None)
+
+
 def test_generating_is_planned():
     arguments = "plan --preset pali_gemma2_pt_3b_224 --slice v5e-1 --generate"
     result = CliRunner().invoke(
@@ -288,6 +295,23 @@ def test_flops_of_a_forward_pass_are_twice_the_parameters():
     assert again - plain == pytest.approx(2 * 384 * values, rel=0.03)
     full = Job("pali_gemma2_pt_3b_224", batch_size=1, lora_rank=0)
     assert Training(full, ("block",)).flops(None) > 1.4 * plain
+
+
+def test_low_bits_compute_as_much_as_floats():
+    # Two values of int4 lie in a byte, and each is multiplied.
+    floats, packed = (
+        Job("pali_gemma2_pt_3b_224", quantize=bits) for bits in (None, "int4")
+    )
+    trained = [
+        Training(job, ("block",)).flops("block") for job in (floats, packed)
+    ]
+    assert trained[0] == trained[1]
+    alone, chip = Candidate(Layout("data")), machines.find("v5e-1")
+    answered = [
+        Generation(job).bounds(alone, chip)["prefill"]
+        for job in (floats, packed)
+    ]
+    assert answered[0] == answered[1]
 
 
 def test_state_is_counted_by_its_dtype():
