@@ -11,6 +11,7 @@ from keras_paligemma.atomic import whole_file
 from keras_paligemma.data.examples import ExampleError
 from keras_paligemma.data.examples import located
 from keras_paligemma.evaluation import predictions as files
+from keras_paligemma.preprocessing.inputs import is_list
 
 # Options of `generate` that may have one value per prompt.
 OF_ROWS = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -172,8 +173,8 @@ def _readable(model, samples, row, length):
 def _blank(model, sample):
     """Return a sample of as many pictures, all black, without a prompt."""
     picture = np.zeros((model.backbone.image_size,) * 2 + (3,), "uint8")
-    is_list = isinstance(sample.images, (list, tuple))
-    images = [picture] * len(sample.images) if is_list else picture
+    several = is_list(sample.images)
+    images = [picture] * len(sample.images) if several else picture
     return dataclasses.replace(sample, images=images, prompt="")
 
 
