@@ -43,14 +43,23 @@ def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
             raise ValueError(
                 f"it has {size:,} bytes, expected at most {limit:,}"
             )
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read as JSON: {error}. Copy or save it again."
+        ) from error
+
+
+def parse_json(source: str | bytes) -> Any:
+    """Parse JSON of any depth, with one kind of error.
+
+    Raises:
+        ValueError: it is not JSON, or its brackets are nested too deeply.
+    """
+    try:
+        return json.loads(source)
     except RecursionError:
-        error = "its brackets are nested too deeply"
-    except (OSError, ValueError) as caught:
-        error = caught
-    raise ValueError(
-        f"{path} cannot be read as JSON: {error}. Copy or save it again."
-    )
+        raise ValueError("its brackets are nested too deeply") from None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_paligemma.config import parse_json
 from keras_paligemma.data.object_set import Annotation
 from keras_paligemma.data.object_set import ObjectSet
 from keras_paligemma.data.object_set import Picture
@@ -54,7 +55,7 @@ def _read(path):
         )
     wanted = {"images", "annotations", "categories"}
     try:
-        data = json.loads(path.read_bytes())
+        data = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(data, dict) or not wanted <= set(data):

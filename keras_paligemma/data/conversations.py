@@ -1,11 +1,11 @@
 """Conversations about pictures, as LLaVA and ms-swift write them."""
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+from keras_paligemma.config import parse_json
 from keras_paligemma.data.examples import frames_of
 from keras_paligemma.data.examples import located
 from keras_paligemma.data.fields import check_numbered
@@ -147,7 +147,7 @@ class _Records:
 
 def _read_array(path):
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_paligemma.config import parse_json
 from keras_paligemma.data.examples import located
 from keras_paligemma.preprocessing.images import picture_path
 
@@ -94,7 +95,7 @@ class JSONLSource:
             file.seek(self.starts[index])
             line = file.readline()
         try:
-            return json.loads(line)
+            return parse_json(line)
         except ValueError as error:
             raise ValueError(
                 f"The line is not JSON: {error}. Expected: an object on one "
@@ -191,6 +192,8 @@ def _check_lines(path, starts):
         second = file.readline().lstrip()
     try:
         json.loads(first)
+    except RecursionError:
+        return
     except json.JSONDecodeError as error:
         # The line ends within its JSON, and the next line is not an object.
         if error.pos >= len(first) and not second.startswith(b"{"):

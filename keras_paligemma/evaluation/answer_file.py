@@ -1,6 +1,5 @@
 """Write answers about pictures to a file; killed runs resume."""
 
-import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import numpy as np
 
 from keras_paligemma import atomic
 from keras_paligemma import compat
+from keras_paligemma.config import parse_json
 from keras_paligemma.data.object_set import SUFFIXES
 from keras_paligemma.data.object_set import picture_files
 from keras_paligemma.evaluation.predicting import predict
@@ -110,7 +110,7 @@ def _read_lines(path):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             image = record["image"]
             if image is None:
                 raise KeyError("image")

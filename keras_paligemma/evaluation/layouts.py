@@ -6,13 +6,13 @@ the benchmark's field names.
 
 import csv
 import hashlib
-import json
 import pickle
 import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from keras_paligemma.config import parse_json
 from keras_paligemma.metrics.needs import needed
 from keras_paligemma.tasks.prompts import lettered
 
@@ -43,7 +43,7 @@ def read_json(folder: Path, *names: str):
     """
     path = in_archive(folder, *names)
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
 
@@ -61,7 +61,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             place = f"{path}, line {number}"
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError as error:
                 raise ValueError(f"{place}, is not JSON: {error}.") from error
             yield place, record

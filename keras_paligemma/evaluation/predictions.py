@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keras_paligemma.atomic import locked
+from keras_paligemma.config import parse_json
 from keras_paligemma.evaluation.run_record import RunRecord
 from keras_paligemma.evaluation.samples import check_unique
 
@@ -194,7 +195,7 @@ def _begins(tail, following):
 
 def _parse(line, place):
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         id, text = record["id"], record["prediction"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

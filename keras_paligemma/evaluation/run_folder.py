@@ -8,6 +8,7 @@ from typing import Any
 
 from keras_paligemma import compat
 from keras_paligemma.atomic import whole_file
+from keras_paligemma.config import read_json
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.run_record import RunRecord
 from keras_paligemma.evaluation.run_record import describe_image
@@ -67,7 +68,7 @@ def claim_folder(output: Path, here: Mapping[str, Any]) -> None:
     """
     path = output / "settings.json"
     if path.is_file():
-        there = json.loads(path.read_text("utf-8"))
+        there = read_json(path)
         changed = {
             name: (there.get(name), value)
             for name, value in here.items()

@@ -11,6 +11,7 @@ from typing import Any
 
 from keras_paligemma import compat
 from keras_paligemma.atomic import whole_file
+from keras_paligemma.config import parse_json
 from keras_paligemma.preprocessing.images import is_uri
 from keras_paligemma.preprocessing.images import picture_path
 
@@ -168,7 +169,7 @@ def _read(place):
     if not place.exists():
         return None
     try:
-        found = json.loads(place.read_bytes())
+        found = parse_json(place.read_bytes())
         return RunRecord(dict(found["settings"]), list(found["rows"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keras_paligemma.atomic import whole_file
+from keras_paligemma.config import parse_json
 
 
 class Unread:
@@ -64,7 +65,7 @@ class Unread:
 
     def _id(self, line):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             id, _ = record["id"], record["error"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(

@@ -266,9 +266,10 @@ def test_files_that_are_not_coco(write, tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match="no COCO file"):
         COCOSource(path, "")
-    path.write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
-        COCOSource(path, "")
+    for text in ("{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="not JSON"):
+            COCOSource(path, "")
     path = write(BOXES[1], images=[{"id": 7, "file_name": "a"}])
     with pytest.raises(ExampleError, match="image 7: The picture lacks"):
         COCOSource(path, "")[0]

@@ -114,9 +114,10 @@ def test_what_is_refused(record, message):
 
 def test_files_of_another_kind(tmp_path):
     path = tmp_path / "train.json"
-    path.write_text("[1,")
-    with pytest.raises(ValueError, match="train.json is not JSON"):
-        ConversationSource(path)
+    for text in ("[1,", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="train.json is not JSON"):
+            ConversationSource(path)
     with pytest.raises(ValueError, match="does not exist.*none.json"):
         ConversationSource(tmp_path / "none.json")
     with pytest.raises(ValueError, match="by number"):

@@ -88,6 +88,7 @@ def test_blank_lines_are_passed_over(write, monkeypatch, chunk):
     [
         ("{'image': 1}", "The line is not JSON"),
         (json.dumps(GOOD)[:-4], "The line is not JSON"),
+        ("{" + '"a":{' * 100_000, "The line is not JSON: its brackets"),
         ("[1, 2]", "A field is missing"),
         ({"image": "a.png", "prefix": ""}, "A field is missing"),
         (GOOD | {"suffix": ""}, "`suffix` is empty"),
@@ -308,3 +309,11 @@ def test_memory_does_not_grow_with_text(tmp_path):
     )
     for number in (0, 77_777, 199_999):
         assert source[number]["responses"].split()[-1] == str(number)
+
+
+def test_a_first_line_of_deep_brackets(write):
+    """It is reported as a line, not as a file of another kind."""
+    source = JSONLSource(write("{" + '"a":{' * 100_000, GOOD))
+    with pytest.raises(ExampleError, match="line 1: The line is not JSON"):
+        source[0]
+    assert source[1]["responses"] == "a cat"

@@ -330,9 +330,11 @@ def test_lines_end_at_line_feeds_alone(make, name, tmp_path):
     file.write_bytes(text.encode("utf-8-sig"))
     samples = open_samples(find_benchmark(make.__name__), tmp_path)
     assert samples.ids == [row[0] for row in wanted]
-    file.write_text(text + "{", "utf-8")
-    with pytest.raises(ValueError, match=f"{file.name}, line 7, is not JSON"):
-        open_samples(find_benchmark(make.__name__), tmp_path)
+    for last in ("{", "[" * 100_000):
+        file.write_text(text + last, "utf-8")
+        where = f"{file.name}, line 7, is not JSON"
+        with pytest.raises(ValueError, match=where):
+            open_samples(find_benchmark(make.__name__), tmp_path)
 
 
 def test_languages_that_lack_are_named(tmp_path):
