@@ -31,7 +31,8 @@ class Guard:
         app: ASGI application; it may raise `Refused` and `HTTPException`.
         limits: `Limits`.
         metrics: `Metrics`.
-        paths: strs, paths with a label of their own in the metrics.
+        posts: strs, paths that take a JSON body by POST.
+        gets: strs, the other paths.
         token: str, the bearer token that requests must carry, or `None`.
         hosts: strs, names of the server; `None` accepts any. This prevents
             DNS rebinding, where a page's requests have another host name.
@@ -39,12 +40,22 @@ class Guard:
     """
 
     def __init__(
-        self, app, limits, metrics, paths, token=None, hosts=None, failed=None
+        self,
+        app,
+        limits,
+        metrics,
+        posts,
+        gets,
+        token=None,
+        hosts=None,
+        failed=None,
     ):
         self.app = app
         self.limits = limits
         self.metrics = metrics
-        self.paths = paths
+        self.posts = posts
+        # These have a label of their own in the metrics.
+        self.paths = [*posts, *gets]
         self.token = token
         self.hosts = hosts
         self.failed = failed
@@ -118,7 +129,7 @@ class Guard:
                     "Expected: Authorization: Bearer, and the token.",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-        if scope["method"] == "POST":
+        if scope["method"] == "POST" and scope["path"] in self.posts:
             kind = headers.get("content-type", "").partition(";")[0]
             if kind.strip().lower() != "application/json":
                 raise Refused(415, "Expected: Content-Type: application/json.")

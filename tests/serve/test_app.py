@@ -249,6 +249,11 @@ def test_bombs_and_failures(plain):
     assert plain.get("/nothing").status_code == 404
     wrong = plain.get("/answer")
     assert (wrong.status_code, wrong.headers["Allow"]) == (405, "POST")
+    assert plain.post("/nothing", content=b"a").status_code == 404
+    for path in ("/healthz", "/v1/models/plain"):
+        wrong = plain.post(path, content=b"a")
+        assert wrong.status_code == 405
+        assert set(wrong.headers["Allow"].split(", ")) == {"GET", "HEAD"}
     assert ask(plain).status_code == 200
 
 
