@@ -4,6 +4,9 @@ import ml_dtypes
 
 from keras_paligemma.tuning.losses import CHUNK_TOKENS
 
+# Weights whose gradients need no backward pass through the vision tower.
+_AFTER_BLOCKS = ("vision_encoder/projector/", "vision_encoder/final_norm/")
+
 
 def estimate_memory(
     backbone,
@@ -33,7 +36,7 @@ def estimate_memory(
     """
     weights = backbone.weights_by_name()
     stored = trained = 0
-    reached = set()
+    through_vision = False
     for name, weight in weights.items():
         stored += weight.size * _bytes(weight.dtype)
         if weight.trainable:
@@ -41,12 +44,14 @@ def estimate_memory(
             # the sum of gradients.
             floats = 3 if accumulates else 2
             trained += weight.size * (_bytes(weight.dtype) + 4 * floats)
-            reached.add(name.split("/")[0])
+            through_vision |= name.startswith("vision_encoder/") and (
+                not name.startswith(_AFTER_BLOCKS)
+            )
     compute = _bytes(backbone.compute_dtype)
     vision, text = backbone.vision_config, backbone.text_config
     patches = (backbone.image_size // vision.patch_size) ** 2
     kept = 0
-    if "vision_encoder" in reached:
+    if through_vision:
         kept += (
             pictures
             * _each(backbone.vision_encoder.blocks)
