@@ -143,8 +143,9 @@ def _orientation(data, start):
         lambda at: at + 12,
         count,
     )
-    # Of type SHORT: the first two bytes of the value field.
-    value = number(at + 8, 2)
-    good = (number(at + 2, 2) == 3) & (value >= 1) & (value <= 8)
+    # Of type SHORT, in the first two bytes of the value field, or LONG.
+    kind: Any = number(at + 2, 2)
+    value = tf.where(kind == 4, number(at + 8, 4), number(at + 8, 2))
+    good = ((kind == 3) | (kind == 4)) & (value >= 1) & (value <= 8)
     value = tf.where(good, value, tf.constant(1, tf.int64))
     return value * tf.cast(valid & (at > 0), tf.int64)

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,18 @@ def turned(number):
     exif = Image.Exif()
     exif[0x0112] = number
     return exif
+
+
+def long_turned(number, order):
+    """Return EXIF whose orientation has four bytes, as some writers do.
+
+    Args:
+        number: int, from 1 to 8.
+        order: "<" or ">", the order of bytes.
+    """
+    mark = b"II" if order == "<" else b"MM"
+    tiff = struct.pack(f"{order}HIHHHIII", 42, 8, 1, 0x0112, 4, 1, number, 0)
+    return b"Exif\0\0" + mark + tiff
 
 
 def pictures():
@@ -72,6 +85,9 @@ def pictures():
     for number in range(1, 9):
         exif = turned(number)
         files[f"turned {number}"] = encode(image, "JPEG", exif=exif)
+    for order in ("<", ">"):
+        exif = long_turned(6, order)
+        files[f"turned by {order}long"] = encode(image, "JPEG", exif=exif)
     files["turned png"] = encode(image, "PNG", exif=turned(6))
     files["turned webp"] = encode(image, "WEBP", exif=turned(8))
     return files
