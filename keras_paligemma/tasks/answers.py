@@ -316,6 +316,8 @@ def _score(parts, tokens, log_probabilities, score):
 
     def of(span):
         """Return the values of all tokens with a character in the span."""
+        if span[0] == span[1]:  # It may lie within the token of a separator.
+            return values[:0]
         first = bisect.bisect_right(ends, span[0])
         last = bisect.bisect_left(starts, span[1])
         while first < last < len(tokens) and not tokens[last]:

@@ -202,6 +202,15 @@ def test_scores_come_from_the_tokens_of_the_object():
     assert first.score == scores.box_and_label(*seen[0]) > second.score
 
 
+def test_what_separates_objects_without_labels_is_not_in_their_scores():
+    box = ["<loc0000>", "<loc0000>", "<loc1023>", "<loc1023>"]
+    tokens = [*box, " ;", " ", *box, " ; ", *box]
+    values = [-9.0 if ";" in token else -0.5 for token in tokens]
+    found = read_objects(tokens, log_probabilities=values)
+    wanted = scores.box_and_label([-0.5] * 4, [])
+    assert [item.score for item in found] == [wanted] * 3
+
+
 def test_scores_of_characters_that_several_tokens_make():
     box = ["<loc0000>", "<loc0000>", "<loc1023>", "<loc1023>"]
     tokens = [*box, " a", "猫", "", "", ";", *box, "猫", "", " "]
