@@ -9,6 +9,7 @@ from hypothesis import strategies
 from keras_paligemma.tasks import answers
 from keras_paligemma.tasks import scores
 from keras_paligemma.tasks.answers import read_objects
+from keras_paligemma.tasks.answers import write_object
 from keras_paligemma.tasks.answers import write_objects
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.tasks.objects import Object
@@ -171,6 +172,15 @@ def test_masks_are_written():
     empty = Object((0, 0, 1, 1), mask=np.full((3, 3), -1.0))
     with pytest.raises(ValueError, match="no mask to encode.*0 pixels"):
         write_objects([empty], codec)
+
+
+def test_codes_are_those_of_one_mask():
+    one, codes = Object((0, 0, 1, 1), "cat"), [7 * i for i in range(16)]
+    for form in (list, np.array, iter):
+        assert write_object(one, form(codes)) == f"{WHOLE}{MASK} cat"
+    for wrong in ([], [128] * 16, [-1] * 16, [0.5] * 16, codes[:15], [codes]):
+        with pytest.raises(ValueError, match="16 whole numbers of 0 to 127"):
+            write_object(one, wrong)
 
 
 def test_labels_that_could_not_be_read_again_are_refused():
