@@ -5,6 +5,7 @@ import re
 import numpy as np
 
 from keras_paligemma.generation.requests import bucket
+from keras_paligemma.preprocessing.texts import plain_rows
 
 # More tokens than any answer has.
 NEVER = 2**30
@@ -161,8 +162,7 @@ def node_after(arrays, node, ids):
 def one_of(automaton, choices, tokenizer, stops):
     """Restrict an answer to one of some texts; return its start node."""
     start = automaton.add_node()
-    for text in choices:
-        tokens = tokenizer.tokenize(text)
+    for tokens in plain_rows(tokenizer, list(choices)):
         automaton.add_path(start, [*((token,) for token in tokens), stops])
     return start
 
@@ -193,13 +193,14 @@ def objects_of(automaton, prompt, tokenizer, stops):
     labelled = automaton.add_path(start, place)
     for label in labels:
         # Tokenized within an answer, which may differ from the label alone.
-        text = f"<loc0000> {label} ; <loc0000>"
-        _, *between, _ = ((token,) for token in tokenizer.tokenize(text))
+        text = f"<loc0000> {label}"
+        ended, followed = plain_rows(tokenizer, [text, f"{text} ; <loc0000>"])
+        _, *between, _ = ((token,) for token in followed)
         # After the separator the next object begins with its first location.
         second = automaton.add_path(start, [locations])
         automaton.add_path(labelled, [*between, locations], end=second)
-        _, *alone = tokenizer.tokenize(f"<loc0000> {label}")
-        automaton.add_path(labelled, [*((token,) for token in alone), stops])
+        _, *alone = ((token,) for token in ended)
+        automaton.add_path(labelled, [*alone, stops])
     return start
 
 

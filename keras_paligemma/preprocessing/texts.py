@@ -34,7 +34,7 @@ def tokenize_texts(
         )
     strings, batched = to_strings(x["prompts"], "prompts")
     # One call: SentencePiece starts threads in each.
-    separator, *rows = _plain_rows(tokenizer, ["\n", *plain_prompts(strings)])
+    separator, *rows = plain_rows(tokenizer, ["\n", *plain_prompts(strings)])
     if not separator:
         raise ValueError(
             "The tokenizer drops newlines, which separate prompt and "
@@ -58,11 +58,19 @@ def tokenize_texts(
             f"{len(prompts)} prompts, {len(strings)} responses."
         )
     check_no_special_tokens(strings, "responses")
-    return prompts, _plain_rows(tokenizer, strings), batched
+    return prompts, plain_rows(tokenizer, strings), batched
 
 
-def _plain_rows(tokenizer, strings):
-    """Return token rows without the bos and eos that a tokenizer may add."""
+def plain_rows(tokenizer, strings: list[str]) -> list[list[int]]:
+    """Return the tokens of texts without what a tokenizer may add.
+
+    Args:
+        tokenizer: `PaliGemmaTokenizer`; `add_bos` and `add_eos` change nothing.
+        strings: list of str.
+
+    Returns:
+        list of lists of ids, without bos and eos.
+    """
     rows = tokenizer.tokenize(strings)
     start, end = tokenizer.start_token_id, tokenizer.end_token_id
     rows = [row[1:] if row[:1] == [start] else row for row in rows]

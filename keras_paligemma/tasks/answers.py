@@ -181,14 +181,16 @@ def write_object(
 
     Args:
         item: `Object`; its mask is ignored.
-        codes: 16 integers, 0 to 127, of its mask; `None` writes none.
+        codes: array or other iterable of 16 integers, 0 to 127, of its mask;
+            `None` writes none.
         scale: factor of fractions to locations; see `tasks.locations`.
 
     Returns:
         `"<loc…>×4 label"`, with `<seg…>` × 16 before the label.
 
     Raises:
-        ValueError: if the label contains a separator of labels.
+        ValueError: if the label contains a separator of labels, or the codes
+            are not those of a mask.
 
     Example:
 
@@ -197,7 +199,8 @@ def write_object(
     """
     locations = to_locations(item.box, scale).tolist()
     text = "".join(f"<loc{number:04d}>" for number in locations)
-    text += "".join(f"<seg{number:03d}>" for number in codes or ())
+    if codes is not None:
+        text += "".join(f"<seg{code:03d}>" for code in _check_codes(codes))
     return f"{text} {check_label(item.label)}" if item.label else text
 
 
@@ -210,6 +213,19 @@ def _codes(item, codec):
             f"`codec`, which writes boxes alone. Received: {item}."
         )
     return codec.encode_mask(item.mask > 0)
+
+
+def _check_codes(codes):
+    """Return the codes of a mask as ints; raise if they are none."""
+    codes = np.asarray([*codes])
+    whole = np.issubdtype(codes.dtype, np.integer)
+    inside = whole and np.all((codes >= 0) & (codes < BOOK))
+    if codes.shape != (CODES,) or not inside:
+        raise ValueError(
+            f"These are not the codes of a mask. Expected: {CODES} whole "
+            f"numbers of 0 to {BOOK - 1}. Received: {codes.tolist()}."
+        )
+    return codes.tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,6 +332,8 @@ def _score(parts, tokens, log_probabilities, score):
 
     def of(span):
         """Return the values of all tokens with a character in the span."""
+        if span[0] == span[1]:  # It may lie within the token of a separator.
+            return values[:0]
         first = bisect.bisect_right(ends, span[0])
         last = bisect.bisect_left(starts, span[1])
         while first < last < len(tokens) and not tokens[last]:

@@ -17,7 +17,8 @@ def contact_sheet(
 
     Args:
         pictures: of any size; those larger than a cell are reduced.
-        captions: one per picture; one that is too wide ends with "…".
+        captions: one per picture, drawn on one line; one that is too wide
+            ends with "…".
 
     Returns:
         `PIL.Image.Image` in RGB.
@@ -46,7 +47,8 @@ def contact_sheet(
 
 
 def _cut(caption, font):
-    """Shorten a caption to the width of a cell."""
+    """Put a caption on one line, shortened to the width of a cell."""
+    caption = " ".join(caption.split())
     if font.getlength(caption) <= CELL:
         return caption
     while font.getlength(f"{caption}…") > CELL:

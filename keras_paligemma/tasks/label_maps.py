@@ -94,12 +94,13 @@ def _values(picture):
     except OSError as error:
         raise ValueError(f"The map cannot be read: {error}.") from error
     is_panoptic = values.ndim == 3 and values.shape[-1] == 3
-    if is_panoptic:
-        values = values.astype("int64") @ (1, 256, 65536)
-    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
+    is_whole = np.issubdtype(values.dtype, np.integer)
+    if not (is_whole and (values.ndim == 2 or is_panoptic)):
         raise ValueError(
             "This is no map of objects. Expected: a picture of one channel "
             "or three, of whole numbers. Received: "
             f"{values.dtype} {values.shape}."
         )
+    if is_panoptic:
+        values = values.astype("int64") @ (1, 256, 65536)
     return values, is_panoptic

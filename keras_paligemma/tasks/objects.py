@@ -153,7 +153,9 @@ class Object:
         """
         mask = masks.check_mask(mask)
         y1, x1, y2, x2 = self.pixels(mask.shape)
-        # At least one pixel, even if rounding leaves none.
+        # At least one pixel, even if rounding leaves none: at the far edges
+        # the last one.
+        y1, x1 = min(y1, mask.shape[0] - 1), min(x1, mask.shape[1] - 1)
         part = mask[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)]
         if not part.any():
             raise ValueError(

@@ -65,10 +65,13 @@ class PictureAttention:
                 f"{self.text!r}. Received: {word!r}, occurrence {number} of "
                 f"{len(places)}, counted from 0."
             )
-        place = places[number]
+        start, end = places[number], places[number] + len(word)
         lengths = np.array([len(token) for token in self.tokens])
         ends = np.cumsum(lengths)
-        inside = (ends > place) & (ends - lengths < place + len(word))
+        inside = (ends > start) & (ends - lengths < end)
+        # Bytes behind the first one of a character have no text, and the last
+        # token of all, which ends the response, has none either.
+        inside[:-1] |= ((lengths == 0) & (ends == end))[:-1]
         return self.shares[inside].mean(axis=0)
 
     def overlay(self, word: str | None = None, number: int = 0) -> Image.Image:

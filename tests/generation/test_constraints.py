@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma.generation.automata import NEVER
 from keras_paligemma.generation.automata import Automaton
+from keras_paligemma.generation.automata import node_after
 from keras_paligemma.generation.automata import objects_of
+from keras_paligemma.generation.automata import one_of
 from keras_paligemma.generation.constraints import legal
 from keras_paligemma.generation.patterns import matches_of
 
@@ -302,6 +305,20 @@ def test_a_label_is_no_empty_text(model):
     assert not walk(automaton, start, [*place, 1])
     free = objects_of(automaton, "detect ;", tokenizer, (1,))
     assert walk(automaton, free, tokenizer.tokenize("cat"))
+
+
+def test_what_a_tokenizer_adds_is_no_part_of_an_answer(model):
+    plain = model.preprocessor.tokenizer
+    adding = PaliGemmaTokenizer(plain.proto, add_bos=True, add_eos=True)
+    for text, make, asked in (
+        ("yes", one_of, ["yes", "no"]),
+        ("<loc0001>" * 4 + " cat", objects_of, "detect cat"),
+    ):
+        automaton = Automaton(2048)
+        start = make(automaton, asked, adding, (1,))
+        arrays = automaton.arrays(stops=(1,))
+        end = node_after(arrays, start, [*plain.tokenize(text), 1])
+        assert end >= 0 and arrays["ends_in"][end] == 0
 
 
 def test_constraints_that_cannot_be(model, examples):

@@ -85,6 +85,17 @@ def test_words_are_means_of_their_tokens():
             found.word(word, number)
 
 
+def test_a_character_of_several_tokens_is_in_its_word_everywhere():
+    shares = np.arange(8 * 4, dtype="float32").reshape(8, 2, 2)
+    tokens = ("猫", "", "", " a", "猫", "", "", "")
+    found = PictureAttention(tokens, shares)
+    np.testing.assert_array_equal(found.word("猫"), shares[:3].mean(0))
+    np.testing.assert_array_equal(found.word("猫 a"), shares[:4].mean(0))
+    np.testing.assert_array_equal(found.word(" a"), shares[3])
+    # The last token, which ends the response, is in no word.
+    np.testing.assert_array_equal(found.word("猫", 1), shares[4:7].mean(0))
+
+
 def test_overlays_are_bright_where_attention_is():
     picture = np.full((448, 896, 3), 200, "uint8")
     shares = np.zeros((2, 2, 2), "float32")

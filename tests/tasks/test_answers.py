@@ -9,6 +9,7 @@ from hypothesis import strategies
 from keras_paligemma.tasks import answers
 from keras_paligemma.tasks import scores
 from keras_paligemma.tasks.answers import read_objects
+from keras_paligemma.tasks.answers import write_object
 from keras_paligemma.tasks.answers import write_objects
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.tasks.objects import Object
@@ -173,6 +174,15 @@ def test_masks_are_written():
         write_objects([empty], codec)
 
 
+def test_codes_are_those_of_one_mask():
+    one, codes = Object((0, 0, 1, 1), "cat"), [7 * i for i in range(16)]
+    for form in (list, np.array, iter):
+        assert write_object(one, form(codes)) == f"{WHOLE}{MASK} cat"
+    for wrong in ([], [128] * 16, [-1] * 16, [0.5] * 16, codes[:15], [codes]):
+        with pytest.raises(ValueError, match="16 whole numbers of 0 to 127"):
+            write_object(one, wrong)
+
+
 def test_labels_that_could_not_be_read_again_are_refused():
     assert write_objects([]) == ""
     assert write_objects([Object((0, 0, 1, 1))]) == WHOLE
@@ -200,6 +210,15 @@ def test_scores_come_from_the_tokens_of_the_object():
     ]
     first, second = read_objects(tokens, log_probabilities=values)
     assert first.score == scores.box_and_label(*seen[0]) > second.score
+
+
+def test_what_separates_objects_without_labels_is_not_in_their_scores():
+    box = ["<loc0000>", "<loc0000>", "<loc1023>", "<loc1023>"]
+    tokens = [*box, " ;", " ", *box, " ; ", *box]
+    values = [-9.0 if ";" in token else -0.5 for token in tokens]
+    found = read_objects(tokens, log_probabilities=values)
+    wanted = scores.box_and_label([-0.5] * 4, [])
+    assert [item.score for item in found] == [wanted] * 3
 
 
 def test_scores_of_characters_that_several_tokens_make():

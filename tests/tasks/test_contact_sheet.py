@@ -15,3 +15,12 @@ def test_a_long_caption_stays_below_its_picture():
     second = MARGIN + CELL + MARGIN
     np.testing.assert_array_equal(both[:, second:], alone[:, second:])
     assert (both[:, :second] != alone[:, :second]).any()
+
+
+def test_a_caption_of_several_lines_is_on_one():
+    pictures = [Image.new("RGB", (CELL, CELL), "blue")] * 2
+    found, wanted = (
+        contact_sheet(pictures, [caption, "dog"])
+        for caption in ("one\n two\r\n\tthree\n", "one two three")
+    )
+    assert found.tobytes() == wanted.tobytes()

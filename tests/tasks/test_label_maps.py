@@ -62,6 +62,10 @@ def test_what_is_no_label_map_is_refused(tmp_path):
     (tmp_path / "map.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="cannot be read"):
         from_label_map(tmp_path / "map.png")
-    for wrong in (np.ones((2, 2)), np.ones(3, int), np.ones((2, 2, 4), int)):
+    for wrong in (
+        *(np.ones((2, 2)), np.ones(3, int), np.ones((2, 2, 4), int)),
+        # As whole numbers, colours of 0 to 1 would be 0: no object at all.
+        *(np.full((2, 2, 3), 0.5), np.ones((2, 2, 3), bool)),
+    ):
         with pytest.raises(ValueError, match="no map of objects"):
             from_label_map(wrong)

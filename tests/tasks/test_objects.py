@@ -63,6 +63,12 @@ def test_masks_in_boxes_of_their_own():
     mask[:20] = False
     np.testing.assert_array_equal(narrow.mask_in((40, 40)), mask)
     assert Object((0.55, 0.2, 0.55, 0.2)).with_mask(mask).mask.shape == (1, 1)
+    # Rounding leaves boxes without a pixel, at the far edges too.
+    whole = np.ones((40, 40), bool)
+    for box in ((0.99, 0.2, 1, 0.5), (0.5, 0.2, 0.501, 0.5)):
+        assert Object(box).with_mask(whole).mask.shape == (1, 12)
+        turned = (*box[1::-1], *box[:1:-1])
+        assert Object(turned).with_mask(whole).mask.shape == (12, 1)
     for box in ((0, 0, 0.5, 1), (1, 1, 1, 1)):
         with pytest.raises(ValueError, match="empty within its box"):
             Object(box).with_mask(mask)
