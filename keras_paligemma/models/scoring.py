@@ -17,7 +17,9 @@ from keras_paligemma.models.prefixes import unpacked
 from keras_paligemma.preprocessing.inputs import to_integer
 from keras_paligemma.preprocessing.inputs import to_pictures
 from keras_paligemma.preprocessing.prompt_and_response import PART_NAMES
+from keras_paligemma.preprocessing.prompt_and_response import WHOLE_NAMES
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
+from keras_paligemma.preprocessing.prompt_and_response import split_prompt
 
 
 def score(self, inputs, *, details=False, batch_size=None):
@@ -155,10 +157,12 @@ def embed(self, inputs, *, batch_size=None):
         arrays = self.preprocessor.generate_preprocess(part)
         single = arrays["token_ids"].ndim == 1
         rows = batched(arrays, single)
-        prompt = self.preprocessor.prompt_length
-        columns = slice(prompt) if prefix is None else slice(prompt, None)
-        for name in ("token_ids", "padding_mask", "response_mask"):
-            rows[name] = rows[name][:, columns]
+        if prefix is None:
+            rows = prompts_alone(rows)
+        else:
+            start = self.preprocessor.prompt_length
+            for name in WHOLE_NAMES:
+                rows[name] = rows[name][:, start:]
         shared = continue_rows(prefix, part, rows)
         of_part = run_pass(self, embedded, rows, shared=shared)
         parts.append({name: array[:count] for name, array in of_part.items()})
@@ -169,6 +173,20 @@ def embed(self, inputs, *, batch_size=None):
     return (
         {name: array[0] for name, array in found.items()} if single else found
     )
+
+
+def prompts_alone(rows):
+    """Return the arrays of whole texts without the columns of responses."""
+    rows = split_prompt(rows, rows["token_ids"].shape[1])
+    rows.pop("response_ids")
+    if rows.pop("response_mask").any():
+        raise ValueError(
+            "The hidden states are those of images and prompts. Received: "
+            "arrays with a begun answer. Expected: none."
+        )
+    ids, valid = rows.pop("prompt_ids"), rows.pop("prompt_mask")
+    whole = zip(WHOLE_NAMES, (ids, valid, np.zeros_like(valid)), strict=True)
+    return rows | dict(whole)
 
 
 def scored(model, plan, rows, prefix=None):

@@ -1,5 +1,7 @@
 """Scores, embeddings, pictures encoded once, and text alone."""
 
+import copy
+
 import numpy as np
 import pytest
 from keras import ops
@@ -105,6 +107,24 @@ def test_embeddings(model, examples):
     np.testing.assert_allclose(
         one["hidden_states"][real], found["hidden_states"][2][real], atol=1e-4
     )
+
+
+def test_embeddings_of_arrays(model, examples):
+    """Their prompts end where they end, not at the model's own length."""
+    asked = {key: examples[key] for key in ("images", "prompts")}
+    longer = copy.copy(model.preprocessor)
+    longer.prompt_length += 4
+    arrays = longer.generate_preprocess(asked)
+    wanted, found = model.embed(asked), model.embed(arrays)
+    for name in ("hidden_states", "image_embeddings"):
+        first, second = (
+            each[name][each["padding_mask"]] if name[0] == "h" else each[name]
+            for each in (wanted, found)
+        )
+        np.testing.assert_allclose(second, first, atol=1e-4)
+    begun = longer.generate_preprocess(asked | {"responses": ["a"] * 4})
+    with pytest.raises(ValueError, match="Received: arrays with a begun"):
+        model.embed(begun)
 
 
 @pytest.mark.parametrize("method", ["score", "encode", "embed", "stream"])
