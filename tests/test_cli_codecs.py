@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from keras_paligemma import cli
+from keras_paligemma import downloads
 from keras_paligemma.evaluation import finetuning
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.training import run
@@ -42,3 +43,21 @@ def test_finetune_ignores_no_codec(runs):
     # Masks to validate with may have a codec of their own.
     call(*FINETUNE, *REFCOCO, "--masks", "x.npz", "--codec", "y.npz")
     assert [settings.codec for settings, *_ in runs] == ["x.npz", "y.npz"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("serve", "/no/such/preset"),
+        ("data", "convert", "/no/such/file", "target", "--to", "jsonl"),
+    ],
+)
+def test_a_codec_may_be_on_a_hub(monkeypatch, command):
+    """As for `evaluate --masks`; a `Path` has one slash of the two."""
+
+    def download(handle, weights):
+        raise OSError(f"offline: {handle}")
+
+    monkeypatch.setattr(downloads, "download", download)
+    with pytest.raises(OSError, match="offline: gs://bucket/vae-oid.npz"):
+        call(*command, "--codec", "gs://bucket/vae-oid.npz")
