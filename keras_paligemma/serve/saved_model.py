@@ -43,6 +43,8 @@ class SavedModel:
     """
 
     most_alternatives = 0
+    # The graph does not tell.
+    hidden_dim = None
 
     def __init__(self, folder, largest=16):
         import tensorflow as tf
