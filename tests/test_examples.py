@@ -68,6 +68,38 @@ def test_caption_a_folder_with_a_broken_picture(tmp_path, capsys):
         assert "a.png" in printed and "z.png" in printed
 
 
+class Parrot:
+    """A stand-in for a model, which answers with the name of the picture."""
+
+    preprocessor = None
+
+    @classmethod
+    def from_preset(cls, *args, **kwargs):
+        return cls()
+
+    def generate(self, inputs, batch_size):
+        assert all(text.startswith("detect") for text in inputs["prompts"])
+        return [""] * len(inputs["images"])
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.any_backend
+def test_captions_of_files_whose_names_are_no_utf_8(tmp_path, monkeypatch):
+    """As old archives unpack them; each call ended at the first."""
+    monkeypatch.setattr("keras_paligemma.PaliGemmaCausalLM", Parrot)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    name = os.fsdecode(b"caf\xe9.png")
+    shutil.copy(PICTURES / "scene_1.png", pictures / name)
+    output = tmp_path / "captions.jsonl"
+    for _ in range(2):
+        run("caption_folder", pictures, output, "--prompt", "detect bell")
+        (row,) = map(json.loads, output.read_text("utf-8").splitlines())
+        assert row["image"] == str(pictures / name)
+
+
 @pytest.mark.parametrize(
     "text", ["\n", "[1]\n", '{"a": 1}\n', "two\nlines\n"], ids=repr
 )
