@@ -286,6 +286,37 @@ def test_distil_answers(tmp_path, capsys):
         assert "other questions" in capsys.readouterr().err
 
 
+@pytest.mark.any_backend
+def test_a_teacher_that_finds_nothing_teaches_that(tmp_path, monkeypatch):
+    """The lines are read as `JSONLSource` reads them."""
+    trained = []
+    monkeypatch.setattr("keras_paligemma.PaliGemmaCausalLM", Parrot)
+    monkeypatch.setattr(
+        "keras_paligemma.data.Batches", lambda *given, **_: given
+    )
+    monkeypatch.setattr(
+        "keras_paligemma.training.fit", lambda *given: trained.append(given)
+    )
+    address = (PICTURES / "scene_2.png").as_uri()
+    images = [str(PICTURES / "scene_1.png"), address, "data:image/png;base64,"]
+    images.append(["a.png", "b.png"])
+    rows = [{"image": image, "prefix": "detect cat"} for image in images]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "asked.jsonl").write_text(lines, "utf-8-sig")
+    for _ in range(2):
+        run("distil_answers", tmp_path / "asked.jsonl", tmp_path / "run")
+    (_, (first, *_), *_), (_, (source, *_), *_) = trained
+    assert [*first] == [*source]
+    assert [example["responses"] for example in source] == [""] * 4
+    frames = [str(tmp_path / name) for name in images[3]]
+    scene = str(PICTURES / "scene_2.png")
+    wanted = [images[0], scene, images[2], frames]
+    assert [example["images"] for example in source] == wanted
+    (tmp_path / "asked.jsonl").write_text(f'{lines}{{"prefix": "detect cat"}}')
+    with pytest.raises(ValueError, match="line 5: KeyError: 'image'"):
+        run("distil_answers", tmp_path / "asked.jsonl", tmp_path / "run")
+
+
 def test_multi_host_starts(tmp_path):
     """Run a single host; `tests/sharding` runs two of them."""
     with socket.socket() as free:
