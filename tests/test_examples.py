@@ -334,3 +334,15 @@ def test_multi_host_starts(tmp_path):
         check=True,
     )
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.any_backend
+def test_every_host_has_an_equal_part_of_a_batch(tmp_path, monkeypatch, capsys):
+    """A batch of 8 on three hosts was one of 6."""
+    monkeypatch.setattr("keras.distribution.initialize", lambda: None)
+    monkeypatch.setattr("keras.distribution.set_distribution", lambda _: None)
+    monkeypatch.setattr("keras_paligemma.sharding.auto", lambda *_, **__: None)
+    monkeypatch.setattr("keras_paligemma.sharding.data_shard", lambda: (1, 3))
+    with pytest.raises(SystemExit):
+        run("multi_host", LINES, tmp_path, "--preset", "/no/such/preset")
+    assert "--batch-size is a multiple of 3" in capsys.readouterr().err
