@@ -72,7 +72,8 @@ def main(arguments=None):
     if not paths:
         return
     model = PaliGemmaCausalLM.from_preset(options.preset)
-    with options.output.open("a", encoding="utf-8") as file:
+    # Names of files may be no UTF-8; JSON can escape their bytes.
+    with options.output.open("a", -1, "utf-8", "backslashreplace") as file:
         for first in range(0, len(paths), options.batch_size):
             batch = read_pictures(paths[first : first + options.batch_size])
             if not batch:

@@ -18,21 +18,34 @@ from keras_paligemma import Adam
 from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma.data import Batches
 from keras_paligemma.data import JSONLSource
+from keras_paligemma.data.examples import located
+from keras_paligemma.preprocessing.images import is_uri
+from keras_paligemma.preprocessing.images import picture_path
 from keras_paligemma.training import fit
 
 
 def read_questions(data, teacher):
     """Return the file's examples as they are kept, without an answer."""
-    lines = data.read_text("utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line.strip()]
-    return [
-        {
-            "image": str((data.parent / row["image"]).resolve()),
-            "prefix": row["prefix"],
-            "teacher": teacher,
-        }
-        for row in rows
-    ]
+    source, questions = JSONLSource(data), []
+    for number in range(len(source)):
+        with located(source.where(number)):
+            row = source.record(number)
+            questions.append(
+                {
+                    "image": absolute(row["image"], data.parent),
+                    "prefix": row["prefix"],
+                    "teacher": teacher,
+                }
+            )
+    return questions
+
+
+def absolute(image, folder):
+    """Return a picture's absolute path, or its URI; of frames, a list."""
+    if isinstance(image, list):
+        return [absolute(frame, folder) for frame in image]
+    path = picture_path(image, str(folder))
+    return path if is_uri(path) else str(Path(path).resolve())
 
 
 def write_answers(teacher, questions, output, batch_size):
@@ -84,8 +97,11 @@ def main(arguments=None):
     model = PaliGemmaCausalLM.from_preset(options.student)
     model.enable_lora(16, targets="all")
     model.compile(Adam(options.learning_rate))
-    source = JSONLSource(answers)
-    batches = Batches(source, model.preprocessor, options.batch_size)
+    # A teacher may find nothing, or write half a box, which is skipped.
+    source = JSONLSource(answers, allow_empty=True)
+    batches = Batches(
+        source, model.preprocessor, options.batch_size, skip_errors=True
+    )
     fit(model, batches, options.output / "checkpoints", options.epochs)
     model.save_adapter(options.output / "adapter", base=options.student)
 

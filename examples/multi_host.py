@@ -46,12 +46,14 @@ def main(arguments=None):
         batch_size=options.batch_size,
     )
     keras.distribution.set_distribution(layout)
+    index, count = data_shard()
+    if options.batch_size % count:
+        parser.error(f"--batch-size is a multiple of {count}, the data's parts")
     model = PaliGemmaCausalLM.from_preset(
         options.preset, form="scanned", remat="block"
     )
     model.enable_lora(8)
     model.compile(Adam(1e-3))
-    index, count = data_shard()
     batches = Batches(
         JSONLSource(options.data),
         model.preprocessor,

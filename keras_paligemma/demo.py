@@ -21,10 +21,12 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from keras_paligemma import atomic
 from keras_paligemma import shipped
 from keras_paligemma.config import read_json
 from keras_paligemma.data.jsonl import JSONLSource
 from keras_paligemma.data.object_set import SUFFIXES
+from keras_paligemma.preprocessing.images import read_image
 from keras_paligemma.tasks.answers import read_objects
 from keras_paligemma.tasks.contact_sheet import contact_sheet
 from keras_paligemma.tasks.drawing import draw_objects
@@ -76,6 +78,15 @@ def read_truth(folder: Path) -> dict[str, str]:
     """Return file names with their true captions, from `scenes.json` if any."""
     path = folder / "scenes.json"
     scenes = read_json(path) if path.is_file() else {}
+    if not isinstance(scenes, dict) or not all(
+        isinstance(scene, dict) and isinstance(scene.get("caption", ""), str)
+        for scene in scenes.values()
+    ):
+        raise ValueError(
+            f"{path} does not say what is in the pictures. Expected: "
+            '{"cat.png": {"caption": "a cat"}}, or no such file. Received: '
+            f"{scenes!r:.80}."
+        )
     return {
         name: scene["caption"]
         for name, scene in scenes.items()
@@ -93,6 +104,11 @@ def read_examples(path: Path) -> dict[str, list]:
         dict of lists `images` (paths), `prompts`, `responses`, for `fit`.
     """
     rows = [*JSONLSource(path, allow_empty=True)]
+    if not all(isinstance(text, str) for row in rows for text in row.values()):
+        raise ValueError(
+            f"{path} has a line of several pictures or answers. Expected: one "
+            "of each. Received: lists."
+        )
     return {
         "images": [Path(row["images"]) for row in rows],
         "prompts": [row["prompts"] for row in rows],
@@ -339,12 +355,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=Path, default=EXAMPLES / "pictures")
     options = parser.parse_args(arguments)
     try:
-        paths = read_pictures(options.pictures)
-        truth = read_truth(options.pictures)
+        pictures = options.pictures.expanduser()
+        paths = read_pictures(pictures)
+        truth = read_truth(pictures)
         seen = read_examples(EXAMPLES / "finetune" / "train.jsonl")
         unseen = read_examples(EXAMPLES / "finetune" / "test.jsonl")
-        file = options.pictures / "prompts.jsonl"
+        file = pictures / "prompts.jsonl"
         others = read_examples(file) if file.is_file() else None
+        for path in [*paths, *(others["images"] if others else [])]:
+            read_image(path)
+        output = atomic.local(options.output)
+        output.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -358,7 +379,10 @@ def main(arguments: list[str] | None = None) -> None:
 
         from keras_paligemma import PaliGemmaCausalLM
 
-        model = PaliGemmaCausalLM.from_preset(options.preset)
+        try:
+            model = PaliGemmaCausalLM.from_preset(options.preset)
+        except (ImportError, OSError, ValueError) as error:
+            parser.error(str(error))
     console.print(
         f"[bold]{escape(options.preset)}[/] on {keras.backend.backend()}: "
         f"{model.count_params() / 1e6:.1f} million parameters"
@@ -368,7 +392,7 @@ def main(arguments: list[str] | None = None) -> None:
             "It knows 50 classes of emoji on small composed scenes, and "
             "nothing else: what it says of a photograph is a guess."
         )
-    sights = show_sights(console, model, paths, truth, options.output)
+    sights = show_sights(console, model, paths, truth, output)
     if others:
         show_prompts(console, model, others)
     show_learning(console, model, seen, unseen)

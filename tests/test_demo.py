@@ -113,6 +113,52 @@ def test_a_line_that_is_no_example_ends_in_one_line(
     assert demo.read_examples(file)["responses"] == ["a\u2028b"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("scenes.json", "[]", "scenes.json does not say what"),
+        ("scenes.json", '{"cat.png": "caption"}', "scenes.json does not say"),
+        ("scenes.json", '{"cat.png": {"caption": 1}}', "scenes.json does not"),
+        (
+            "prompts.jsonl",
+            '{"image": ["cat.png", "dog.png"], "prefix": "a", "suffix": "b"}',
+            "prompts.jsonl has a line of several",
+        ),
+        (
+            "prompts.jsonl",
+            '{"image": "none.png", "prefix": "a", "suffix": "b"}',
+            "none.png",
+        ),
+        ("owl.png", "no picture", "owl.png"),
+    ],
+)
+def test_a_folder_is_checked_before_a_model_is_loaded(
+    paths, capsys, name, content, match
+):
+    folder = paths[0].parent
+    (folder / name).write_text(content)
+    with pytest.raises(SystemExit):
+        demo.main(["--pictures", str(folder), "--preset", "/no/such/preset"])
+    assert match in capsys.readouterr().err
+
+
+def test_an_unknown_preset_ends_in_one_line(
+    paths, tmp_path, monkeypatch, capsys
+):
+    """Shells do not expand `--output=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--preset=/no/such/preset", "--output=~/output"]
+    with pytest.raises(SystemExit):
+        demo.main([f"--pictures=~/{paths[0].parent.name}", *arguments])
+    assert "/no/such/preset" in capsys.readouterr().err
+    assert (tmp_path / "output").is_dir()
+    arguments[1] = f"--output={paths[0]}"
+    with pytest.raises(SystemExit):
+        demo.main(arguments)
+    assert "File exists" in capsys.readouterr().err
+
+
 def test_a_folder_without_pictures_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="--pictures"):
         demo.read_pictures(tmp_path)

@@ -68,6 +68,38 @@ def test_caption_a_folder_with_a_broken_picture(tmp_path, capsys):
         assert "a.png" in printed and "z.png" in printed
 
 
+class Parrot:
+    """A stand-in for a model, which answers with the name of the picture."""
+
+    preprocessor = None
+
+    @classmethod
+    def from_preset(cls, *args, **kwargs):
+        return cls()
+
+    def generate(self, inputs, batch_size):
+        assert all(text.startswith("detect") for text in inputs["prompts"])
+        return [""] * len(inputs["images"])
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.any_backend
+def test_captions_of_files_whose_names_are_no_utf_8(tmp_path, monkeypatch):
+    """As old archives unpack them; each call ended at the first."""
+    monkeypatch.setattr("keras_paligemma.PaliGemmaCausalLM", Parrot)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    name = os.fsdecode(b"caf\xe9.png")
+    shutil.copy(PICTURES / "scene_1.png", pictures / name)
+    output = tmp_path / "captions.jsonl"
+    for _ in range(2):
+        run("caption_folder", pictures, output, "--prompt", "detect bell")
+        (row,) = map(json.loads, output.read_text("utf-8").splitlines())
+        assert row["image"] == str(pictures / name)
+
+
 @pytest.mark.parametrize(
     "text", ["\n", "[1]\n", '{"a": 1}\n', "two\nlines\n"], ids=repr
 )
@@ -254,6 +286,37 @@ def test_distil_answers(tmp_path, capsys):
         assert "other questions" in capsys.readouterr().err
 
 
+@pytest.mark.any_backend
+def test_a_teacher_that_finds_nothing_teaches_that(tmp_path, monkeypatch):
+    """The lines are read as `JSONLSource` reads them."""
+    trained = []
+    monkeypatch.setattr("keras_paligemma.PaliGemmaCausalLM", Parrot)
+    monkeypatch.setattr(
+        "keras_paligemma.data.Batches", lambda *given, **_: given
+    )
+    monkeypatch.setattr(
+        "keras_paligemma.training.fit", lambda *given: trained.append(given)
+    )
+    address = (PICTURES / "scene_2.png").as_uri()
+    images = [str(PICTURES / "scene_1.png"), address, "data:image/png;base64,"]
+    images.append(["a.png", "b.png"])
+    rows = [{"image": image, "prefix": "detect cat"} for image in images]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "asked.jsonl").write_text(lines, "utf-8-sig")
+    for _ in range(2):
+        run("distil_answers", tmp_path / "asked.jsonl", tmp_path / "run")
+    (_, (first, *_), *_), (_, (source, *_), *_) = trained
+    assert [*first] == [*source]
+    assert [example["responses"] for example in source] == [""] * 4
+    frames = [str(tmp_path / name) for name in images[3]]
+    scene = str(PICTURES / "scene_2.png")
+    wanted = [images[0], scene, images[2], frames]
+    assert [example["images"] for example in source] == wanted
+    (tmp_path / "asked.jsonl").write_text(f'{lines}{{"prefix": "detect cat"}}')
+    with pytest.raises(ValueError, match="line 5: KeyError: 'image'"):
+        run("distil_answers", tmp_path / "asked.jsonl", tmp_path / "run")
+
+
 def test_multi_host_starts(tmp_path):
     """Run a single host; `tests/sharding` runs two of them."""
     with socket.socket() as free:
@@ -271,3 +334,15 @@ def test_multi_host_starts(tmp_path):
         check=True,
     )
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.any_backend
+def test_every_host_has_an_equal_part_of_a_batch(tmp_path, monkeypatch, capsys):
+    """A batch of 8 on three hosts was one of 6."""
+    monkeypatch.setattr("keras.distribution.initialize", lambda: None)
+    monkeypatch.setattr("keras.distribution.set_distribution", lambda _: None)
+    monkeypatch.setattr("keras_paligemma.sharding.auto", lambda *_, **__: None)
+    monkeypatch.setattr("keras_paligemma.sharding.data_shard", lambda: (1, 3))
+    with pytest.raises(SystemExit):
+        run("multi_host", LINES, tmp_path, "--preset", "/no/such/preset")
+    assert "--batch-size is a multiple of 3" in capsys.readouterr().err

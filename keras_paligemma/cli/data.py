@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from keras_paligemma.cli.options import Codec
+from keras_paligemma.cli.options import read_codec
+
 data = typer.Typer(help="Data sets of objects.", no_args_is_help=True)
 
 # Number of messages about skipped objects to show.
@@ -42,19 +45,12 @@ def convert(
     split: Annotated[
         str, typer.Option(help="Split, if the source has several")
     ] = "train",
-    codec: Annotated[
-        Path | None,
-        typer.Option(
-            help="vae-oid.npz, for masks in JSONL of published models; "
-            "default: the codec of the nano preset"
-        ),
-    ] = None,
+    codec: Codec = None,
 ) -> None:
     """Convert a data set to another format, and report what is lost."""
     from keras_paligemma.data import convert as convert_objects
-    from keras_paligemma.tasks.mask_codec import MaskCodec
 
-    loaded = None if codec is None else MaskCodec.load(codec)
+    loaded = read_codec(codec)
     made = convert_objects(source, target, to, images, split, task, loaded)
     typer.echo(
         f"{made.path}: {made.pictures:,} pictures, {made.objects:,} objects"

@@ -43,6 +43,18 @@ def finetune(
 
         defaults, source = for_run(benchmark, read_file(config) | given, masks)
     settings = read_settings(config, defaults, **given)
+    encodes = getattr(source, "codec", None) is not None
+    if masks is not None and not encodes:
+        raise ValueError(
+            "--masks is the codec of a folder of RefCOCO's, with --benchmark. "
+            f"Received: --masks {masks} for other data. Expected, for a data "
+            f"set of objects: --codec {masks}."
+        )
+    if settings.codec is not None and masks is None and encodes:
+        raise ValueError(
+            "A benchmark's masks have a codec of their own. Received: "
+            f"codec={settings.codec!r}. Expected: --masks {settings.codec}."
+        )
     with quiet_imports():
         from keras_paligemma.models import causal_lm  # noqa: F401
     run.finetune(settings, dry_run, source)

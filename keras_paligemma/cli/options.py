@@ -47,6 +47,13 @@ Masks = Annotated[
         "models of published sizes need; default: the embedded one"
     ),
 ]
+Codec = Annotated[
+    str | None,
+    typer.Option(
+        help="Mask codec, path or handle of vae-oid.npz, which models of "
+        "published sizes need; default: the codec of the nano preset"
+    ),
+]
 MultiHost = Annotated[
     bool,
     typer.Option(
@@ -139,6 +146,16 @@ def _shown(field):
     if not isinstance(value, (int, float, str, tuple)) or value is False:
         return False
     return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def read_codec(source: str | None) -> Any:
+    """Return the `MaskCodec` of a path or handle; `None` if none is given."""
+    if source is None:
+        return None
+    from keras_paligemma.presets import locate
+    from keras_paligemma.tasks.mask_codec import MaskCodec
+
+    return MaskCodec.load(locate(source))
 
 
 def read_fields(pairs: list[str] | None) -> dict:

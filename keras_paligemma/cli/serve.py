@@ -8,10 +8,12 @@ import typer
 
 from keras_paligemma.cli.environment import quiet_imports
 from keras_paligemma.cli.options import CacheDtype
+from keras_paligemma.cli.options import Codec
 from keras_paligemma.cli.options import Dtype
 from keras_paligemma.cli.options import Quantize
 from keras_paligemma.cli.options import Source
 from keras_paligemma.cli.options import given
+from keras_paligemma.cli.options import read_codec
 
 
 def serve(
@@ -48,10 +50,7 @@ def serve(
             "the folder's. May be repeated",
         ),
     ] = None,
-    codec: Annotated[
-        Path | None,
-        typer.Option(help="Mask codec, such as vae-oid.npz"),
-    ] = None,
+    codec: Codec = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(help="Host name that clients use for this server"),
@@ -95,14 +94,10 @@ def serve(
         cache_dtype=cache_dtype,
         adapter=adapter or None,
     )
+    masks = read_codec(codec)
     is_saved_model = saved_model.is_saved_model(source)
     load = _saved_model if is_saved_model else _preset_model
     model = load(source, batch, **options)
-    masks = None
-    if codec is not None:
-        from keras_paligemma.tasks.mask_codec import MaskCodec
-
-        masks = MaskCodec.load(codec)
     hosts = None
     if allow_host or host in LOOPBACK:
         hosts = {*LOOPBACK, *(name.lower() for name in allow_host or ())}

@@ -7,7 +7,7 @@ from keras_paligemma.tasks.mask_codec import MaskCodec
 
 # Text decoder width to the model size that the card reports.
 SIZES = {2304: "3B", 3584: "10B", 4608: "28B"}
-_PUBLISHED = "gs://big_vision/paligemma/vae-oid.npz"
+PUBLISHED = "gs://big_vision/paligemma/vae-oid.npz"
 
 
 def mask_codec(hidden_dim: int, source: str | Path | None = None) -> MaskCodec:
@@ -36,7 +36,7 @@ def mask_codec(hidden_dim: int, source: str | Path | None = None) -> MaskCodec:
         raise ValueError(
             f"Models of the size {SIZES[hidden_dim]} write masks in the codes "
             "of vae-oid.npz. Received: no codec. Expected: --masks "
-            f"{_PUBLISHED}, or its path; in Python `decode=MaskCodec.load("
+            f"{PUBLISHED}, or its path; in Python `decode=MaskCodec.load("
             "path).decode`."
         )
     return MaskCodec.embedded()

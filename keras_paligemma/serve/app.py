@@ -14,6 +14,7 @@ from starlette.routing import Router
 
 import keras_paligemma
 from keras_paligemma import shipped
+from keras_paligemma.evaluation.codecs import SIZES
 from keras_paligemma.serve import openai
 from keras_paligemma.serve import own
 from keras_paligemma.serve import pages
@@ -47,7 +48,8 @@ def make_app(
         room: int, maximum number of waiting requests; more are refused with
             429.
         limits: `Limits`.
-        codec: `MaskCodec` that decodes masks; the nano preset's if `None`.
+        codec: `MaskCodec` that decodes masks. `None` is the nano preset's; a
+            model of a published size then has none, and segments nothing.
         token: str, the bearer token that requests must carry, or `None`.
         hosts: strs, names of the server; any if `None`.
         fetches: bool, whether to fetch pictures from http(s) URLs.
@@ -71,9 +73,10 @@ def make_app(
     limits = limits or Limits()
     metrics = Metrics()
     batches = Batches(model, milliseconds, room, metrics)
-    service = Service(
-        name, model, batches, limits, codec or MaskCodec.embedded(), fetches
-    )
+    # Its masks would be wrong, and look like masks.
+    if codec is None and model.hidden_dim not in SIZES:
+        codec = MaskCodec.embedded()
+    service = Service(name, model, batches, limits, codec, fetches)
     posts = {
         "/v1/chat/completions": (openai.chat, openai.DESCRIBED),
         "/answer": (own.answer, own.ANSWER),

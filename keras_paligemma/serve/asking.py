@@ -26,7 +26,7 @@ class Service:
         model: `PresetModel` or `SavedModel`.
         batches: `Batches`.
         limits: `Limits`.
-        codec: `MaskCodec` of the model's masks.
+        codec: `MaskCodec` of the model's masks, or `None`.
         fetches: bool, whether pictures are fetched from http(s) URLs.
         readers: thread pool that decodes pictures.
     """

@@ -9,6 +9,7 @@ from PIL import Image
 from starlette.responses import JSONResponse
 from starlette.responses import StreamingResponse
 
+from keras_paligemma.evaluation.codecs import PUBLISHED
 from keras_paligemma.generation.texts import up_to
 from keras_paligemma.serve.asking import accepted
 from keras_paligemma.serve.asking import answers_of
@@ -96,7 +97,18 @@ def detect(service):
 
 def segment(service):
     """Return the endpoint that finds boxes and masks."""
-    return objects(service, prompts.segment)
+    find = objects(service, prompts.segment)
+
+    async def endpoint(request):
+        if service.codec is None:
+            raise Refused(
+                400,
+                "This server has no codec of the model's masks. Expected: a "
+                f"server that was started with --codec {PUBLISHED}.",
+            )
+        return await find(request)
+
+    return endpoint
 
 
 def _ask(service, fields, prompt, streams=False):

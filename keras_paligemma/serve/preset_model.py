@@ -57,6 +57,7 @@ class PresetModel:
         self.largest = power_of_two(largest)
         self.adapter = model.adapters.active
         self.longest = model.preprocessor.response_length
+        self.hidden_dim = model.backbone.text_config.hidden_dim
         self.adapters = tuple(model.adapters.configs)
 
     def read(self, picture, prompt, choice, limits):

@@ -43,6 +43,8 @@ class SavedModel:
     """
 
     most_alternatives = 0
+    # The graph does not tell.
+    hidden_dim = None
 
     def __init__(self, folder, largest=16):
         import tensorflow as tf
@@ -52,7 +54,15 @@ class SavedModel:
         self.tf = tf
         self.largest = power_of_two(largest)
         self.loaded = tf.saved_model.load(str(folder))
-        self.function = self.loaded.signatures["serving_default"]
+        self.function = self.loaded.signatures.get("serving_default")
+        if self.function is None or (
+            "tokens" not in self.function.structured_outputs
+        ):
+            raise ValueError(
+                "The SavedModel has no signature `serving_default` with an "
+                f"output `tokens`. Received: {folder}, of an older version or "
+                "another program. Expected: an export by this one."
+            )
         content = (Path(folder) / "saved_model.pb").read_bytes()
         graph = saved_model_pb2.SavedModel.FromString(content).meta_graphs[0]
         defaults = graph.signature_def["serving_default"].defaults
@@ -60,12 +70,6 @@ class SavedModel:
             name: tf.constant(tf.make_ndarray(value))
             for name, value in defaults.items()
         }
-        if "tokens" not in self.function.structured_outputs:
-            raise ValueError(
-                "The SavedModel has no output `tokens`. Received: "
-                f"{folder}, of an older version. Expected: an export by this "
-                "one."
-            )
         self.longest = int(self.defaults["max_new_tokens"])
         # The graph does not expose the names of its adapters.
         self.adapters = None if "adapter" in self.defaults else ()

@@ -16,6 +16,7 @@ class PlainModel:
 
     longest = 8
     most_alternatives = 0
+    hidden_dim: int | None = None
     adapters: tuple[str, ...] = ()
 
     def __init__(self, held=False, largest=8):

@@ -110,6 +110,11 @@ def test_the_cache_may_be_int8(model):
     np.testing.assert_allclose(*numbers, rtol=0.05)
 
 
+def test_its_width_tells_which_codec_its_masks_have(model):
+    width = model.backbone.text_config.hidden_dim
+    assert PresetModel(model).hidden_dim == width > 0
+
+
 def test_little_is_compiled_before_the_server_is_ready(model):
     first, later = PresetModel(model, largest=8).warm_ups()
     assert [len(batch) for batch in first] == [1, 2, 4, 8]

@@ -113,6 +113,12 @@ def models(tmp_path_factory):
     return {name: load(name) for name in ("plain", "full")}
 
 
+def test_a_model_of_another_program_is_refused(tmp_path):
+    tf.saved_model.save(tf.Module(), str(tmp_path))
+    with pytest.raises(ValueError, match="signature `serving_default`.*Exp"):
+        SavedModel(tmp_path)
+
+
 def request(model, **options):
     choice = Choice(**options)
     inputs = model.read(PNG, "caption en", choice, Limits())
