@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from keras_paligemma import atomic
 from keras_paligemma import checksums
 from keras_paligemma.config import JSON_LIMIT
 
@@ -219,7 +220,7 @@ def cache() -> Path:
     """Return the cache folder for downloads without a client's own cache."""
     default = "~/.cache/keras_paligemma"
     given = os.environ.get("KERAS_PALIGEMMA_CACHE") or default
-    return Path(given).expanduser()
+    return atomic.local(given)
 
 
 def fetch_files(filesystem, path, folder, weights=True):

@@ -216,6 +216,12 @@ def test_the_cache_is_a_folder_of_the_user(
     assert downloads.cache() == tmp_path / wanted
 
 
+def test_a_cache_that_nobody_has(monkeypatch):
+    monkeypatch.setenv("KERAS_PALIGEMMA_CACHE", "~nobody_of_this_name/a")
+    with pytest.raises(ValueError, match="Expected: a path that starts with"):
+        downloads.cache()
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A client that is offline; returns what it was asked for."""
