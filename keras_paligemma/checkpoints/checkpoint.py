@@ -105,20 +105,17 @@ class Checkpoint:
         float16 and float64 are replaced, see `COMPUTED`.
 
         Args:
-            tensors: the opened tensors, see `engine`.
+            tensors: the opened tensors, see `engine`; `None` without weights,
+                for the dtype that the configuration names.
             source: path, for messages.
 
         Raises:
             ValueError: a tensor is not of a float dtype.
         """
-        sizes = {}
-        for key, dtype in tensors.dtypes.items():
-            if dtype not in FLOATS:
-                raise ValueError(
-                    f"{source} holds {shown(key)} as {shown(dtype)}. Expected: "
-                    f"one of {FLOATS}. Save the weights as floats."
-                )
-            sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensors.shapes[key])
+        if tensors is None:
+            sizes = {self.config.backbone.dtype: 1}
+        else:
+            sizes = _sizes(tensors, source)
         if not sizes:
             return
         stored = max(sizes, key=lambda dtype: sizes[dtype])
@@ -131,3 +128,16 @@ class Checkpoint:
                 f"{source} holds {' and '.join(sorted(sizes))}. Taken: "
                 f"dtype={dtype!r}."
             )
+
+
+def _sizes(tensors, source):
+    """Count the values of each dtype; raise if one is not of floats."""
+    sizes = {}
+    for key, dtype in tensors.dtypes.items():
+        if dtype not in FLOATS:
+            raise ValueError(
+                f"{source} holds {shown(key)} as {shown(dtype)}. Expected: "
+                f"one of {FLOATS}. Save the weights as floats."
+            )
+        sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensors.shapes[key])
+    return sizes
