@@ -56,6 +56,14 @@ class Checkpoint:
         """Name of the published model of these sizes, or `None`."""
         return self.published or presets.variant(self.config.backbone.to_dict())
 
+    @property
+    def has_preprocessor(self):
+        """Whether it says itself how pictures and text are prepared."""
+        return (
+            self.config.preprocessor is not None
+            and "resize" not in self.assumed
+        )
+
     def rows_for(self, weights):
         """Return the rows; our own names map to themselves."""
         if self.rows is not None:
