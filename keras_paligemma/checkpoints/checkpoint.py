@@ -39,6 +39,8 @@ class Checkpoint:
             SentencePiece model.
         assumed: dict of an argument of `from_preset` to a sentence about the
             value that was assumed, since the checkpoint lacks it.
+        stored_dtype: str or `None`, the dtype of most of the values in the
+            files, if it is known.
     """
 
     format: str | None
@@ -50,6 +52,7 @@ class Checkpoint:
     published: str | None = None
     added_tokens: dict = dataclasses.field(default_factory=dict)
     assumed: dict = dataclasses.field(default_factory=dict)
+    stored_dtype: str | None = None
 
     @property
     def variant(self):
@@ -126,8 +129,8 @@ class Checkpoint:
             sizes = _sizes(tensors, source)
         if not sizes:
             return
-        stored = max(sizes, key=lambda dtype: sizes[dtype])
-        dtype = COMPUTED.get(stored, stored)
+        self.stored_dtype = max(sizes, key=lambda dtype: sizes[dtype])
+        dtype = COMPUTED.get(self.stored_dtype, self.stored_dtype)
         config = self.config
         backbone = replace(config.backbone, dtype=dtype)
         self.config = replace(config, backbone=backbone)

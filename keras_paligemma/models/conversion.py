@@ -83,6 +83,10 @@ def write(
         )
         check_tokenizer(tokenizer, config.backbone)
         proto = tokenizer.proto
+    stored = checkpoint.stored_dtype
+    if dtype is None and to == "transformers" and stored in writing.DTYPES:
+        # Its files have one dtype; float16 is not that of the configuration.
+        dtype = stored
     with checkpoint.open(allow_nonfinite) as tensors:
         writing.write(
             target,

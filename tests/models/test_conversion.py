@@ -1,6 +1,10 @@
 """Conversion without a model, which gives what a model would export."""
 
+import json
+
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from keras_paligemma import PaliGemmaBackbone
 from keras_paligemma import PaliGemmaCausalLM
@@ -49,3 +53,21 @@ def test_a_tokenizer_of_another_size_is_refused(tmp_path):
     with pytest.raises(ValueError, match="2048 pieces, 2 fewer than the 2050"):
         conversion.write(checkpoint, weights, target, "keras")
     assert not target.exists()
+
+
+def test_float16_is_not_rounded(tmp_path):
+    """It is computed in bfloat16, which has three bits less."""
+    backbone = PaliGemmaBackbone(IMAGE_SIZE, VISION, TEXT_2048)
+    backbone.save_to_preset(tmp_path / "source")
+    half, again = tmp_path / "half", tmp_path / "again"
+    convert(tmp_path / "source", half, "transformers", dtype="float16")
+    convert(half, again, "transformers")
+    wanted = load_file(half / "model.safetensors")
+    for key, array in load_file(again / "model.safetensors").items():
+        assert array.dtype == "float16"
+        # Rows beyond the vocabulary are the mean of the others.
+        rows = 2048 if "embed_tokens" in key else None
+        np.testing.assert_array_equal(array[:rows], wanted[key][:rows], key)
+    for folder in (half, again):
+        config = json.loads((folder / "config.json").read_text())
+        assert config["torch_dtype"] == "float16"
