@@ -79,6 +79,8 @@ def whole_folder(folder, entry, replaced=()):
     """
     folder = local(folder).resolve()
     there = folder.exists()
+    if there and not folder.is_dir():
+        raise ValueError(f"{folder} is a file. Expected: a folder.")
     if there:
         _install(folder, entry, replaced)
         home, prefix = folder, DRAFT

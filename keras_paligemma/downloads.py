@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from keras_paligemma import atomic
 from keras_paligemma import checksums
 from keras_paligemma.config import JSON_LIMIT
 
@@ -175,17 +176,21 @@ def _hugging_face(path, weights):
 
     # `_ask` has matched it.
     model, revision, file = HUGGING_FACE.fullmatch(path).groups("")  # pyright: ignore[reportOptionalMemberAccess]
-    wanted = [f"{file}*"] if file else [*LARGE]
-    patterns = [] if file and weights else [*SMALL]
-    if weights:
-        patterns += wanted
+    file = file.rstrip("/")
+    small, wanted = [*SMALL], [*LARGE]
+    if file and weights:
+        # A file, its pieces, or a folder: no files of a longer name.
+        small = [f"{file}/{name}" for name in SMALL]
+        wanted = [file, f"{file}.part*", *(f"{file}/{name}" for name in LARGE)]
+    patterns = [*small, *wanted] if weights else small
     folder = Path(
         snapshot_download(
             model, revision=revision or None, allow_patterns=patterns
         )
     )
     # Offline, the client returns what is there.
-    if weights and not any(any(folder.rglob(name)) for name in wanted):
+    there = (path for name in wanted for path in folder.rglob(name))
+    if weights and not any(path.is_file() for path in there):
         raise FileNotFoundError(
             f"{folder} has no {' or '.join(wanted)}: the model has none, or "
             "its download was not complete and must go on, online"
@@ -215,7 +220,7 @@ def cache() -> Path:
     """Return the cache folder for downloads without a client's own cache."""
     default = "~/.cache/keras_paligemma"
     given = os.environ.get("KERAS_PALIGEMMA_CACHE") or default
-    return Path(given).expanduser()
+    return atomic.local(given)
 
 
 def fetch_files(filesystem, path, folder, weights=True):

@@ -7,6 +7,7 @@ holds a model in this package's own format. No model class is imported here.
 import difflib
 import functools
 import json
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
@@ -170,7 +171,7 @@ def locate(
         return _fetch(describe(name), load_weights)
     if source in names():
         return _HERE / source
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     try:
         if path.exists() or any(path.parent.glob(f"{path.name}.part*")):
             return path

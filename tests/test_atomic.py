@@ -137,6 +137,14 @@ def test_a_current_directory_stays_one(tmp_path, monkeypatch):
         assert os.listdir(".") == [ENTRY]
 
 
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="notes is a file. Expected: a folder"):
+        with atomic.whole_folder(tmp_path / "notes", ENTRY):
+            pass
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
 def test_what_is_in_use(tmp_path):
     atomic.refuse_in_use(tmp_path / "new")
     (tmp_path / f"{atomic.DRAFT}left").mkdir()

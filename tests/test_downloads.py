@@ -1,6 +1,7 @@
 """Downloads from stand-ins for hubs and buckets."""
 
 import base64
+import fnmatch
 import functools
 import hashlib
 import sys
@@ -215,6 +216,12 @@ def test_the_cache_is_a_folder_of_the_user(
     assert downloads.cache() == tmp_path / wanted
 
 
+def test_a_cache_that_nobody_has(monkeypatch):
+    monkeypatch.setenv("KERAS_PALIGEMMA_CACHE", "~nobody_of_this_name/a")
+    with pytest.raises(ValueError, match="Expected: a path that starts with"):
+        downloads.cache()
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A client that is offline; returns what it was asked for."""
@@ -231,6 +238,15 @@ def hub(tmp_path, monkeypatch):
     return asked
 
 
+def fetched(names, patterns):
+    """Return the names that the hub's client would fetch."""
+    return {
+        name
+        for name in names
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    }
+
+
 @pytest.mark.parametrize(
     ("handle", "revision", "file"),
     [
@@ -245,8 +261,39 @@ def hub(tmp_path, monkeypatch):
 )
 def test_revision_and_file_of_a_handle(hub, tmp_path, handle, revision, file):
     assert downloads.download(handle) == tmp_path / file
-    patterns = [f"{file}*"] if file else list(downloads.PATTERNS)
-    assert hub == [("me/m", revision, patterns)]
+    ((model, found, patterns),) = hub
+    assert (model, found) == ("me/m", revision)
+    assert fetched(["config.json", "pt_224.npz", "optimizer.pt"], patterns) == (
+        {file} if file else {"config.json", "pt_224.npz"}
+    )
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_folder_of_a_model_is_fetched_alone(
+    hub, bucket, tmp_path, monkeypatch, slash
+):
+    """Checkpoints of a training lie beside each other, with optimizers."""
+    wanted = {"run-1/config.json", "run-1/model.safetensors"}
+    others = {"run-1/optimizer.pt", "run-10/model.safetensors", "config.json"}
+    for name in wanted | others:
+        bucket.pipe(f"/me/m/{name}", b"")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(downloads, "_filesystem", {"hf": bucket}.get)
+    handle = f"hf://me/m/run-1{slash}"
+    assert downloads.download(handle) == tmp_path / "run-1"
+    assert fetched(wanted | others, hub[0][2]) == wanted
+    assert set(downloads.sizes(handle)) == {f"/me/m/{name}" for name in wanted}
+    (tmp_path / "run-1/model.safetensors").unlink()
+    with pytest.raises(OSError, match="download was not complete"):
+        downloads.download(handle)
+
+
+@pytest.mark.parametrize("file", ["a.npz", "a.npz.part-0"])
+def test_the_pieces_of_a_file_of_a_model(hub, tmp_path, file):
+    (tmp_path / file).touch()
+    downloads.download("hf://me/m/a.npz")
+    assert fetched([file, "a.npz.md"], hub[0][2]) == {file}
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,9 @@ def test_unknown_name():
         presets.describe("pali_gemma2_pt_3b_225")
 
 
-@pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "x/" * 5000])
+@pytest.mark.parametrize(
+    "source", ["x" * 5000, "a\0b", "x/" * 5000, "~nobody_of_this_name/a"]
+)
 def test_names_that_nothing_can_have(source):
     with pytest.raises(ValueError, match="no preset and no folder") as error:
         presets.locate(source)

@@ -39,6 +39,8 @@ class Checkpoint:
             SentencePiece model.
         assumed: dict of an argument of `from_preset` to a sentence about the
             value that was assumed, since the checkpoint lacks it.
+        stored_dtype: str or `None`, the dtype of most of the values in the
+            files, if it is known.
     """
 
     format: str | None
@@ -50,11 +52,20 @@ class Checkpoint:
     published: str | None = None
     added_tokens: dict = dataclasses.field(default_factory=dict)
     assumed: dict = dataclasses.field(default_factory=dict)
+    stored_dtype: str | None = None
 
     @property
     def variant(self):
         """Name of the published model of these sizes, or `None`."""
         return self.published or presets.variant(self.config.backbone.to_dict())
+
+    @property
+    def has_preprocessor(self):
+        """Whether it says itself how pictures and text are prepared."""
+        return (
+            self.config.preprocessor is not None
+            and "resize" not in self.assumed
+        )
 
     def rows_for(self, weights):
         """Return the rows; our own names map to themselves."""
@@ -105,24 +116,21 @@ class Checkpoint:
         float16 and float64 are replaced, see `COMPUTED`.
 
         Args:
-            tensors: the opened tensors, see `engine`.
+            tensors: the opened tensors, see `engine`; `None` without weights,
+                for the dtype that the configuration names.
             source: path, for messages.
 
         Raises:
             ValueError: a tensor is not of a float dtype.
         """
-        sizes = {}
-        for key, dtype in tensors.dtypes.items():
-            if dtype not in FLOATS:
-                raise ValueError(
-                    f"{source} holds {shown(key)} as {shown(dtype)}. Expected: "
-                    f"one of {FLOATS}. Save the weights as floats."
-                )
-            sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensors.shapes[key])
+        if tensors is None:
+            sizes = {self.config.backbone.dtype: 1}
+        else:
+            sizes = _sizes(tensors, source)
         if not sizes:
             return
-        stored = max(sizes, key=lambda dtype: sizes[dtype])
-        dtype = COMPUTED.get(stored, stored)
+        self.stored_dtype = max(sizes, key=lambda dtype: sizes[dtype])
+        dtype = COMPUTED.get(self.stored_dtype, self.stored_dtype)
         config = self.config
         backbone = replace(config.backbone, dtype=dtype)
         self.config = replace(config, backbone=backbone)
@@ -131,3 +139,16 @@ class Checkpoint:
                 f"{source} holds {' and '.join(sorted(sizes))}. Taken: "
                 f"dtype={dtype!r}."
             )
+
+
+def _sizes(tensors, source):
+    """Count the values of each dtype; raise if one is not of floats."""
+    sizes = {}
+    for key, dtype in tensors.dtypes.items():
+        if dtype not in FLOATS:
+            raise ValueError(
+                f"{source} holds {shown(key)} as {shown(dtype)}. Expected: "
+                f"one of {FLOATS}. Save the weights as floats."
+            )
+        sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensors.shapes[key])
+    return sizes

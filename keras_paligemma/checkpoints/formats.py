@@ -1,6 +1,7 @@
 """Recognise the format of a file or folder, and find its checkpoint."""
 
 import contextlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def find(path, fields=None, load_weights=True, headers=None):
         ValueError: no format is recognised; a file is missing or damaged; a
             field can neither be inferred nor is in `fields`.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     fields = fields or {}
     if path.is_file() and path.suffix in UNREADABLE:
         raise ValueError(f"{path} is {UNREADABLE[path.suffix]}.")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import re
 
 import numpy as np
@@ -108,7 +109,7 @@ def find(folder):
     Raises:
         ValueError: no adapter, or one of an unsupported kind.
     """
-    folder = atomic.current(folder, CONFIG)
+    folder = atomic.current(os.path.expanduser(folder), CONFIG)
     names = (CONFIG, WEIGHTS)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:

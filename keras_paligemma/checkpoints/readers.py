@@ -74,6 +74,8 @@ def _transformers(folder, fields, load_weights, headers):
             extra = max(extra, hugging_face.EXTRA_ROWS)
             checkpoint.rows = hugging_face.rows(backbone, tensors.shapes, extra)
             checkpoint.set_dtype(tensors, folder)
+    else:
+        checkpoint.set_dtype(None, folder)
     return checkpoint
 
 
@@ -92,6 +94,8 @@ def _keras_hub(folder, fields, load_weights, headers):
     if files or headers:
         with open_files() as tensors:
             checkpoint.set_dtype(tensors, folder)
+    else:
+        checkpoint.set_dtype(None, folder)
     return checkpoint
 
 

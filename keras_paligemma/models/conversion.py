@@ -5,10 +5,15 @@ import dataclasses
 from keras_paligemma.checkpoints import engine
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints import writing
-from keras_paligemma.checkpoints.hugging_face.tokenizer import with_added_tokens
 from keras_paligemma.checkpoints.lazy_tensors import lazy_tensors
 from keras_paligemma.layers.weight import dequantized
+from keras_paligemma.models.exports import config_of
+from keras_paligemma.models.files import check_tokenizer
 from keras_paligemma.models.inspection import empty_weights
+from keras_paligemma.preprocessing.image_converter import check_picture_size
+from keras_paligemma.preprocessing.preprocessor import (
+    PaliGemmaCausalLMPreprocessor,
+)
 from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
 
 
@@ -27,6 +32,16 @@ def find(source, fields=None, tokenizer=None):
     checkpoint = formats.resolve(
         source, fields=fields, tokenizer=tokenizer or False
     )
+    if not checkpoint.has_preprocessor:
+        # A backbone's preset may have a preprocessor saved beside it.
+        saved = PaliGemmaCausalLMPreprocessor.saved_in(source)
+        config = checkpoint.config
+        check_picture_size(saved, config.backbone.image_size)
+        if saved is not None:
+            checkpoint.config = dataclasses.replace(
+                config, preprocessor=config_of(saved)
+            )
+            checkpoint.assumed.pop("resize", None)
     return checkpoint, empty_weights(checkpoint)
 
 
@@ -44,7 +59,7 @@ def write(
 
     Args:
         checkpoint: `Checkpoint`; without a tokenizer no preprocessor
-            is written.
+            is written, nor to big_vision's files.
         weights: dict of its weights without values.
         target: path.
         to: str, one of `formats.FORMATS`.
@@ -58,13 +73,20 @@ def write(
         int, the number of parameters.
     """
     config, proto = checkpoint.config, None
-    if checkpoint.tokenizer is None:
+    if checkpoint.tokenizer is None or to == "big_vision":
         config = dataclasses.replace(config, preprocessor=None)
     else:
         # Gemma's tokenizer is extended by PaliGemma's pieces.
         size = config.backbone.text_decoder.vocabulary_size
-        proto = PaliGemmaTokenizer.from_file(checkpoint.tokenizer, size).proto
-        proto = with_added_tokens(proto, checkpoint.added_tokens, size)
+        tokenizer = PaliGemmaTokenizer.from_file(
+            checkpoint.tokenizer, size, checkpoint.added_tokens
+        )
+        check_tokenizer(tokenizer, config.backbone)
+        proto = tokenizer.proto
+    stored = checkpoint.stored_dtype
+    if dtype is None and to == "transformers" and stored in writing.DTYPES:
+        # Its files have one dtype; float16 is not that of the configuration.
+        dtype = stored
     with checkpoint.open(allow_nonfinite) as tensors:
         writing.write(
             target,

@@ -41,7 +41,7 @@ def export(path, to, backbone, preprocessor=None, bare=False, **options):
         architecture = backbone.architecture()
         config = ModelConfig(
             backbone=architecture if lora else replace(architecture, lora=None),
-            preprocessor=_config_of(preprocessor),
+            preprocessor=config_of(preprocessor),
         )
         proto = preprocessor.tokenizer.proto if preprocessor else None
         weights = backbone.weights_by_name()
@@ -154,7 +154,8 @@ def export_to_serve(model, filepath, format="savedmodel"):
     export(model, filepath, format)
 
 
-def _config_of(preprocessor):
+def config_of(preprocessor):
+    """Return the `PreprocessorConfig` of a preprocessor; `None` for `None`."""
     if preprocessor is None:
         return None
     if preprocessor.image_converter is None:

@@ -177,7 +177,7 @@ def _load_preprocessor(
         backbone = replace(config.backbone, image_size=image_size)
         config = replace(config, backbone=backbone)
     preprocessor = None
-    if config.preprocessor is None or "resize" in checkpoint.assumed:
+    if not checkpoint.has_preprocessor:
         # A backbone's preset may have a preprocessor saved beside it.
         given = {"tokenizer": tokenizer} if tokenizer else {}
         preprocessor = _saved_beside(
@@ -191,7 +191,7 @@ def _load_preprocessor(
             config, checkpoint.tokenizer, checkpoint.added_tokens, **options
         )
     if preprocessor is not None:
-        _check_tokenizer(preprocessor.tokenizer, config.backbone)
+        check_tokenizer(preprocessor.tokenizer, config.backbone)
     return preprocessor
 
 
@@ -214,7 +214,7 @@ def _saved_beside(cls, preset, image_size, resize=None, **options):
     return preprocessor
 
 
-def _check_tokenizer(tokenizer, config):
+def check_tokenizer(tokenizer, config):
     """Raise on a tokenizer whose size is not the embedding table's."""
     pieces, rows = (
         tokenizer.vocabulary_size(),

@@ -5,6 +5,7 @@ Each has KerasHub's files: `tokenizer.json` and its vocabulary below `assets`,
 `config.json` for all of them.
 """
 
+import os
 from pathlib import Path
 
 import keras
@@ -30,7 +31,7 @@ def read(cls, preset, file: str) -> dict | None:
     Raises:
         ValueError: the file is not JSON.
     """
-    folder = Path(preset).expanduser()
+    folder = Path(os.path.expanduser(preset))
     if not (folder / file).is_file() or has_preprocessor(folder):
         return None
     saved = presets.read_json(folder / file)

@@ -10,7 +10,6 @@ import numpy as np
 
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
-from keras_paligemma.checkpoints.hugging_face.tokenizer import with_added_tokens
 from keras_paligemma.compat import classproperty
 from keras_paligemma.preprocessing import parts
 from keras_paligemma.preprocessing.graph import call_in_python
@@ -229,14 +228,11 @@ class PaliGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             ValueError: there is no tokenizer.
         """
         size = config.backbone.text_decoder.vocabulary_size
-        tokenizer = PaliGemmaTokenizer.from_file(tokenizer, size)
+        tokenizer = PaliGemmaTokenizer.from_file(tokenizer, size, added_tokens)
         fields = _changed(config.preprocessor.to_dict(), kwargs)
         converter = PaliGemmaImageConverter(
             config.backbone.image_size, resize=fields.pop("resize")
         )
-        if added_tokens:
-            proto = with_added_tokens(tokenizer.proto, added_tokens, size)
-            tokenizer = PaliGemmaTokenizer(proto)
         return cls(tokenizer, converter, **fields)
 
     def save_to_preset(self, preset_dir: PathLike) -> None:

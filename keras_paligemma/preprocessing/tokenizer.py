@@ -17,6 +17,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
 from keras_paligemma.checkpoints.hugging_face.tokenizer import read_tokenizer
+from keras_paligemma.checkpoints.hugging_face.tokenizer import with_added_tokens
 from keras_paligemma.checksums import check_published
 from keras_paligemma.compat import classproperty
 from keras_paligemma.preprocessing import parts
@@ -159,6 +160,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             return cls.from_file(
                 checkpoint.tokenizer,
                 checkpoint.config.backbone.text_decoder.vocabulary_size,
+                checkpoint.added_tokens,
                 **kwargs,
             )
         tokenizer = cls.from_config(config | kwargs)
@@ -170,6 +172,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         cls,
         path: PathLike | None,
         vocabulary_size: int | None = None,
+        added_tokens: dict[int, str] | None = None,
         **kwargs: Any,
     ) -> Self:
         """Create the tokenizer from a checkpoint's file.
@@ -179,6 +182,8 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
                 if the checkpoint has none, which raises an error.
             vocabulary_size: int, rows of the checkpoint's embedding, or `None`
                 if unknown. Pieces that have no rows are not appended.
+            added_tokens: dict of id to str, tokens of transformers that the
+                SentencePiece model lacks; needs `vocabulary_size`.
             **kwargs: arguments of the class.
 
         Returns:
@@ -202,6 +207,11 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         tokenizer = cls(proto, **kwargs)
         if (vocabulary_size or math.inf) < tokenizer.vocabulary_size():
             kwargs["add_location_and_segment_pieces"] = False
+            tokenizer = cls(proto, **kwargs)
+        if added_tokens:
+            proto = with_added_tokens(
+                tokenizer.proto, added_tokens, vocabulary_size
+            )
             tokenizer = cls(proto, **kwargs)
         return tokenizer
 

@@ -174,6 +174,19 @@ def test_float16_of_the_fine_tuning_notebook(arrays, tmp_path):
     assert asked.dtype_policy.name == "float16"
 
 
+@pytest.mark.parametrize("to", ["transformers", "keras_hub"])
+def test_float16_of_a_configuration_alone(tiny_model, tmp_path, to):
+    """It is computed in the same dtype without the weights."""
+    path = tmp_path / "half"
+    exports.export(path, to, tiny_model().backbone, dtype="float16")
+    both = [formats.find(path, load_weights=flag) for flag in (True, False)]
+    assert {found.config.backbone.dtype for found in both} == {"bfloat16"}
+    assert both[0].assumed == both[1].assumed
+    with pytest.warns(UserWarning, match="float16. Taken: dtype='bfloat16'"):
+        backbone = PaliGemmaBackbone.from_preset(path, load_weights=False)
+    assert backbone.dtype_policy.name == "bfloat16"
+
+
 def test_integers_are_no_weights(arrays, tmp_path):
     changed = {key: array.view("int32") for key, array in arrays.items()}
     np.savez(tmp_path / "x.npz", **changed)

@@ -102,6 +102,14 @@ def test_added_tokens_are_said_as_in_transformers(folder, tmp_path):
     assert preset.text_decoder.vocabulary_size == PIECES + 4
 
 
+def test_a_tokenizer_alone_has_the_added_tokens(folder):
+    (folder / "added_tokens.json").write_text(f'{{"<cat>": {PIECES + 1}}}')
+    alone = PaliGemmaTokenizer.from_preset(folder, add_bos=True)
+    assert alone.tokenize("<cat>") == [2, PIECES + 1]
+    preprocessor = PaliGemmaCausalLMPreprocessor.from_preset(folder)
+    assert alone.proto == preprocessor.tokenizer.proto
+
+
 def test_rows_that_nobody_names_are_left_out(folder):
     """Rows are often padded to a multiple, for faster matrix products."""
     add_tokens(folder, ["<cat>"], rows=PIECES + 128)

@@ -439,9 +439,20 @@ def test_an_initialisation_that_changed_the_base(base, tmp_path):
     assert error(logits(backbone, inputs)[valid], wanted[valid]) < 1e-5
 
 
+def test_an_adapter_in_the_home_folder(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    backbone = transformers_backbone(base)
+    backbone.enable_lora(2)
+    backbone.save_adapter("~/adapter")
+    backbone.load_adapter("~/adapter", "again")
+    assert list(backbone.adapters.configs) == ["default", "again"]
+
+
 def test_no_adapter(base, tmp_path):
     backbone = transformers_backbone(base)
     with pytest.raises(ValueError, match="lacks adapter_config.json"):
         backbone.load_adapter(tmp_path)
+    with pytest.raises(ValueError, match="lacks adapter_config.json"):
+        backbone.load_adapter("~nobody_of_this_name/adapter")
     with pytest.raises(ValueError, match="no such adapter to write"):
         backbone.save_adapter(tmp_path)

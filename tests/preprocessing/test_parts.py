@@ -32,6 +32,12 @@ def parts():
 
 
 @pytest.mark.parametrize("which", range(3))
+def test_a_home_that_nobody_has(parts, which):
+    with pytest.raises(ValueError, match="no preset and no folder"):
+        type(parts[which]).from_preset("~nobody_of_this_name/a")
+
+
+@pytest.mark.parametrize("which", range(3))
 def test_saved_and_read_by_themselves(parts, which, tmp_path):
     part = parts[which]
     part.save_to_preset(tmp_path)
