@@ -40,9 +40,9 @@ def evaluate(
 ) -> None:
     """Run a benchmark of the model card; the same command resumes a run."""
     from keras_paligemma.checkpoints import formats
-    from keras_paligemma.evaluation.codecs import mask_codec
     from keras_paligemma.evaluation.registry import find_benchmark
     from keras_paligemma.evaluation.sources import open_samples
+    from keras_paligemma.tasks.published_codecs import mask_codec
 
     # Before the model is loaded, so that a typo fails at once.
     record = find_benchmark(benchmark)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from keras_paligemma.data.examples import located
-from keras_paligemma.evaluation.codecs import mask_codec
 from keras_paligemma.evaluation.registry import Benchmark
 from keras_paligemma.evaluation.registry import find_benchmark
 from keras_paligemma.evaluation.samples import Samples
@@ -17,6 +16,7 @@ from keras_paligemma.metrics.referring import to_mask
 from keras_paligemma.tasks.answers import write_objects
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.tasks.objects import Object
+from keras_paligemma.tasks.published_codecs import mask_codec
 
 # The original's transfer settings, unless a record overrides them.
 _COMMON = {"batch_size": 256, "label_smoothing": 0.0, "lora_rank": 0}
@@ -63,7 +63,7 @@ def for_run(
         given: dict of the user's settings: `preset`, `data`, and others, which
             override the record's.
         masks: str, path or handle of the mask codec for RefCOCO's answers; see
-            `codecs.mask_codec`.
+            `tasks.published_codecs`.
 
     Returns:
         Tuple of a dict of default settings, and the `TrainingSource` of the

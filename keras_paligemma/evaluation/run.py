@@ -10,8 +10,6 @@ from typing import Any
 
 from keras_paligemma import atomic
 from keras_paligemma import compat
-from keras_paligemma.evaluation.codecs import SIZES
-from keras_paligemma.evaluation.codecs import mask_codec
 from keras_paligemma.evaluation.predicting import predict
 from keras_paligemma.evaluation.predictions import read_predictions
 from keras_paligemma.evaluation.registry import Benchmark
@@ -23,6 +21,8 @@ from keras_paligemma.evaluation.scoring import check_truth
 from keras_paligemma.evaluation.scoring import score
 from keras_paligemma.evaluation.sources import open_samples
 from keras_paligemma.metrics.judges import JUDGES
+from keras_paligemma.tasks.published_codecs import SIZES
+from keras_paligemma.tasks.published_codecs import mask_codec
 
 PREDICTIONS = "predictions.jsonl"
 

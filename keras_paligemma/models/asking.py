@@ -15,6 +15,7 @@ from keras_paligemma.tasks.answers import Score
 from keras_paligemma.tasks.answers import read_requested
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from keras_paligemma.tasks.objects import Objects
+from keras_paligemma.tasks.published_codecs import mask_codec
 from keras_paligemma.tasks.scores import box_and_label
 from keras_paligemma.tasks.scores import check_overlap
 from keras_paligemma.tasks.scores import suppress
@@ -156,9 +157,10 @@ def segment(
     """Detect objects in pictures and segment them.
 
     Args:
-        codec: `MaskCodec` whose codes the model was trained on. `None` uses
-            that of the nano preset; published models use
-            `MaskCodec.load("vae-oid.npz")`.
+        codec: `MaskCodec` whose codes the model was trained on. Models of
+            published sizes need one, usually
+            `MaskCodec.load("vae-oid.npz")`. `None` uses that of the nano
+            preset for others.
 
     The other arguments, the return value and the errors are those of
     `detect`. An object whose codes do not form a mask has only its box;
@@ -175,7 +177,7 @@ def segment(
             "A codec is read first. Expected: "
             f"codec=MaskCodec.load({str(codec)!r}). Received: its path."
         )
-    codec = codec or MaskCodec.embedded()
+    codec = codec or mask_codec(model.backbone.text_config.hidden_dim)
     return _find(
         model, images, labels, codec, one_by_one, overlap, score, options
     )

@@ -14,7 +14,6 @@ from starlette.routing import Router
 
 import keras_paligemma
 from keras_paligemma import shipped
-from keras_paligemma.evaluation.codecs import SIZES
 from keras_paligemma.serve import openai
 from keras_paligemma.serve import own
 from keras_paligemma.serve import pages
@@ -25,6 +24,7 @@ from keras_paligemma.serve.metrics import Metrics
 from keras_paligemma.serve.requests import Limits
 from keras_paligemma.serve.requests import Refused
 from keras_paligemma.tasks.mask_codec import MaskCodec
+from keras_paligemma.tasks.published_codecs import SIZES
 
 
 def make_app(

@@ -9,7 +9,6 @@ from PIL import Image
 from starlette.responses import JSONResponse
 from starlette.responses import StreamingResponse
 
-from keras_paligemma.evaluation.codecs import PUBLISHED
 from keras_paligemma.generation.texts import up_to
 from keras_paligemma.serve.asking import accepted
 from keras_paligemma.serve.asking import answers_of
@@ -27,6 +26,7 @@ from keras_paligemma.serve.tokens import characters
 from keras_paligemma.tasks import prompts
 from keras_paligemma.tasks.answers import read_objects
 from keras_paligemma.tasks.answers import read_requested
+from keras_paligemma.tasks.published_codecs import PUBLISHED
 
 COMMON = {
     "image": Field("string", "Picture in base64, or a data: URI", default=...),

@@ -122,10 +122,16 @@ def _open_validation(settings):
 
 def open_data(settings, path, split="train"):
     """Open the examples at a path with the options of the settings."""
+    from keras_paligemma.checkpoints import formats
     from keras_paligemma.data import open_source
-    from keras_paligemma.tasks.mask_codec import MaskCodec
+    from keras_paligemma.data.opening import recognise
+    from keras_paligemma.tasks.published_codecs import mask_codec
 
-    codec = None if settings.codec is None else MaskCodec.load(settings.codec)
+    codec = None
+    kind, _ = recognise(path, split)
+    if settings.task == "segment" and kind not in ("jsonl", "conversations"):
+        config = formats.resolve(settings.preset, False).config.backbone
+        codec = mask_codec(config.text_decoder.hidden_dim, settings.codec)
     return open_source(
         path,
         settings.image_folder,

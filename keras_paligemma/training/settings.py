@@ -34,8 +34,9 @@ class Settings(Checked):
         validation: str, path of a validation set; or the same folder as data,
             whose split "val" is used.
         task: str, what to learn of a data set of objects: detect or segment.
-        codec: str, path of vae-oid.npz, the mask codec of published models;
-            the codec of the nano preset if none.
+        codec: str, path or handle of vae-oid.npz, the mask codec of models of
+            published sizes, which need it for masks; others take that of the
+            nano preset if none.
         allow_empty: bool, accept empty responses, such as those of pictures
             without objects.
         epochs: int, number of passes over the data.

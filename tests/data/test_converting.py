@@ -1,5 +1,6 @@
 """One data set converted to every format, and errors in data sets."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from keras_paligemma import cli
+from keras_paligemma import presets
 from keras_paligemma.data import ExampleError
 from keras_paligemma.data import convert
 from keras_paligemma.data import open_objects
@@ -17,6 +19,7 @@ from keras_paligemma.data import open_source
 from keras_paligemma.data.object_set import Annotation
 from keras_paligemma.data.object_set import Picture
 from keras_paligemma.data.object_set import object_of
+from keras_paligemma.tasks import published_codecs
 from keras_paligemma.tasks.masks import from_segmentation
 from keras_paligemma.tasks.masks import to_rle
 from keras_paligemma.training import Settings
@@ -639,6 +642,18 @@ def test_from_the_command_line(yolo, tmp_path):
     assert sum(line.startswith("skipped: ") for line in lines) == 6
     settings = Settings("", str(target), "", task="detect")
     assert open_data(settings, target)[0] == open_source(target)[0]
+
+
+def test_masks_of_published_sizes_need_their_codec(coco, monkeypatch):
+    """A fine-tune of one would learn the nano preset's codes."""
+    monkeypatch.setitem(published_codecs.SIZES, 128, "3B")
+    settings = Settings("pali_gemma2_nano_112", str(coco), "", task="segment")
+    with pytest.raises(ValueError, match="of the size 3B .*--codec"):
+        open_data(settings, coco)
+    codec = presets.locate(settings.preset) / "mask_codec.npz"
+    settings = dataclasses.replace(settings, codec=str(codec))
+    wanted = open_source(coco, task="segment")
+    assert open_data(settings, coco)[0] == wanted[0]
 
 
 def test_shares_of_the_sides_have_no_size_in_pixels():

@@ -14,9 +14,9 @@ from keras_paligemma.evaluation import TrainingSource
 from keras_paligemma.evaluation import find_benchmark
 from keras_paligemma.evaluation import open_samples
 from keras_paligemma.evaluation import training_samples
-from keras_paligemma.evaluation.codecs import mask_codec
 from keras_paligemma.evaluation.finetuning import for_run
 from keras_paligemma.tasks.mask_codec import MaskCodec
+from keras_paligemma.tasks.published_codecs import mask_codec
 from keras_paligemma.training import run
 from keras_paligemma.training.settings import read_settings
 from tests.helpers.benchmark_data import change_sample

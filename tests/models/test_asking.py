@@ -8,6 +8,7 @@ from PIL import Image
 
 from keras_paligemma.generation.answer import Answer
 from keras_paligemma.generation.texts import texts_of
+from keras_paligemma.tasks import published_codecs
 from keras_paligemma.tasks import scores
 from keras_paligemma.tasks.mask_codec import MaskCodec
 from tests.helpers.text_models import build_tiny_model
@@ -289,3 +290,14 @@ def test_an_overlap_is_a_fraction(model, overlap):
 def test_a_codec_is_read_first(model):
     with pytest.raises(ValueError, match=r"MaskCodec.load\('vae.npz'\)"):
         model.segment(PICTURE, "cat", "vae.npz")
+
+
+def test_a_published_size_needs_its_codec(model, answers, monkeypatch):
+    """The nano preset's would make other shapes of the codes."""
+    width = model.backbone.text_config.hidden_dim
+    monkeypatch.setitem(published_codecs.SIZES, width, "3B")
+    with pytest.raises(ValueError, match=r"size 3B .*`MaskCodec.load\(path\)`"):
+        model.segment(PICTURE, "cat")
+    answers((f"{HALF}{MASK} cat", 0.5))
+    (found,) = model.segment(PICTURE, "cat", MaskCodec.embedded())
+    assert found.mask is not None

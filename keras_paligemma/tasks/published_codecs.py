@@ -1,4 +1,4 @@
-"""The mask codec that a model's RefCOCO answers are written in."""
+"""The mask codec that a model's answers are written in."""
 
 from pathlib import Path
 
@@ -35,8 +35,9 @@ def mask_codec(hidden_dim: int, source: str | Path | None = None) -> MaskCodec:
     if hidden_dim in SIZES:
         raise ValueError(
             f"Models of the size {SIZES[hidden_dim]} write masks in the codes "
-            "of vae-oid.npz. Received: no codec. Expected: --masks "
-            f"{PUBLISHED}, or its path; in Python `decode=MaskCodec.load("
-            "path).decode`."
+            "of vae-oid.npz, and the nano preset's codec would make other "
+            "shapes of them. Received: no codec. Expected: `MaskCodec.load("
+            f"path)` of {PUBLISHED}; commands take its path or handle as "
+            "--codec or --masks."
         )
     return MaskCodec.embedded()
