@@ -80,17 +80,18 @@ def test_stop_strings_end_answers(nano, asked):
 
 def test_a_stop_string_in_the_given_start_ends_nothing(nano, asked):
     asked["prompts"][-1] = "caption en"
-    asked["responses"] = ["a, b", "a, b", "a", "a lion,"]
+    start, stops = "a, a bicycle", (" bicycle", ", a")
+    asked["responses"] = [start, start, "a", "a lion,"]
     wanted = nano.generate(asked, max_new_tokens=12)
-    options = {"max_new_tokens": 12, "stop_strings": ", "}
+    options = {"max_new_tokens": 12, "stop_strings": stops}
     found = nano.generate(asked, details=True, **options)
     given = [len(text) for text in asked["responses"]]
     texts = [
-        cut(text, (", ",), start)
-        for text, start in zip(wanted, given, strict=True)
+        cut(text, stops, length)
+        for text, length in zip(wanted, given, strict=True)
     ]
     assert [result.text for result in found] == texts
-    assert texts[0].startswith("a, b") and texts[0] != wanted[0]
+    assert texts[0].startswith(start) and texts[0] != wanted[0]
     # The last stop string is completed by the first new token.
     assert texts[-1] == "a lion" and len(wanted[-1]) > 7
     for result, text in zip(found, wanted, strict=True):
