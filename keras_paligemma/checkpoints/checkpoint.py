@@ -123,14 +123,17 @@ class Checkpoint:
         Raises:
             ValueError: a tensor is not of a float dtype.
         """
-        if tensors is None:
-            sizes = {self.config.backbone.dtype: 1}
-        else:
+        sizes: dict[str, int]
+        if tensors is not None:
             sizes = _sizes(tensors, source)
+        else:
+            named = self.config.backbone.dtype
+            sizes = {} if named is None else {named: 1}
         if not sizes:
             return
-        self.stored_dtype = max(sizes, key=lambda dtype: sizes[dtype])
-        dtype = COMPUTED.get(self.stored_dtype, self.stored_dtype)
+        stored = max(sizes, key=lambda dtype: sizes[dtype])
+        self.stored_dtype = stored
+        dtype = COMPUTED.get(stored, stored)
         config = self.config
         backbone = replace(config.backbone, dtype=dtype)
         self.config = replace(config, backbone=backbone)
