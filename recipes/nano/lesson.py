@@ -137,8 +137,7 @@ class Lessons(keras.utils.PyDataset):
             number = rng.integers(stage.fewest, 4)
             names = scenes.draw(rng, classes, number)
         sprites, words, fonts = self.material
-        # A share of one draws no number, as when the weights were trained.
-        varied = stage.varied == 1 or rng.random() < stage.varied
+        varied = rng.random() < stage.varied
         scene = scenes.compose(
             rng, sprites, TRAINED_STYLES, names, SIZE, varied
         )
