@@ -152,10 +152,9 @@ def read_codec(source: str | None) -> Any:
     """Return the `MaskCodec` of a path or handle; `None` if none is given."""
     if source is None:
         return None
-    from keras_paligemma.presets import locate
-    from keras_paligemma.tasks.mask_codec import MaskCodec
+    from keras_paligemma.tasks.published_codecs import load_codec
 
-    return MaskCodec.load(locate(source))
+    return load_codec(source)
 
 
 def read_fields(pairs: list[str] | None) -> dict:

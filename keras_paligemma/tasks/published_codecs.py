@@ -10,6 +10,11 @@ SIZES = {2304: "3B", 3584: "10B", 4608: "28B"}
 PUBLISHED = "gs://big_vision/paligemma/vae-oid.npz"
 
 
+def load_codec(source: str | Path) -> MaskCodec:
+    """Read the `MaskCodec` of a path or handle."""
+    return MaskCodec.load(locate(source))
+
+
 def mask_codec(hidden_dim: int, source: str | Path | None = None) -> MaskCodec:
     """Return the mask codec of a model.
 
@@ -31,7 +36,7 @@ def mask_codec(hidden_dim: int, source: str | Path | None = None) -> MaskCodec:
     True
     """
     if source is not None:
-        return MaskCodec.load(locate(source))
+        return load_codec(source)
     if hidden_dim in SIZES:
         raise ValueError(
             f"Models of the size {SIZES[hidden_dim]} write masks in the codes "

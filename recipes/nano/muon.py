@@ -13,7 +13,7 @@ class Muon(keras.optimizers.Muon):
 
     The kernels of attention have three axes: heads, and the width and inputs
     of a head, or outputs, heads and width. They are flattened to a matrix with
-    the outputs first.
+    the outputs first. Momentum is Nesterov's, as by default in Keras.
 
     Source: https://arxiv.org/abs/2502.16982.
     """
