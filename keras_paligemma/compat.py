@@ -32,6 +32,13 @@ def optimizer_targets(optimizer: Any) -> list[Any]:
     return optimizer._trainable_variables
 
 
+def sentence_piece_processor(tokenizer: Any) -> Any:
+    """Return the `SentencePieceProcessor` of a KerasHub tokenizer."""
+    tokenizer._check_vocabulary()
+    tokenizer._maybe_initialized_spm()
+    return tokenizer._sentence_piece_spm
+
+
 # Base class of iterables that `fit` restarts each epoch.
 GeneratorDataAdapter: Any = generator_data_adapter.GeneratorDataAdapter
 

@@ -75,10 +75,16 @@ def ends_of(
     Returns:
         int array (B,), the stop token included, and bool array (B,).
     """
-    stops = np.isin(ids, stop_token_ids or ()) & ~begun
+    stops = _are_stops(ids, stop_token_ids) & ~begun
     stopped = np.asarray(stops.any(axis=1))
     counts = np.where(stopped, stops.argmax(axis=1) + 1, ids.shape[1])
     return counts, stopped
+
+
+def _are_stops(ids, stop_token_ids):
+    """Return which ids are stop tokens; `np.isin` is slow for so few."""
+    stops = np.array(stop_token_ids or (), "int32")
+    return (ids[..., None] == stops).any(axis=-1)
 
 
 def texts_so_far(model, asked, found):
@@ -130,7 +136,7 @@ def _texts(model, asked, ids, begun):
             {"token_ids": np.where(wanted, ids, pad)}
         )
 
-    texts = texts_at(begun | ~np.isin(ids, asked.stops or ()))
+    texts = texts_at(begun | ~_are_stops(ids, asked.stops))
     if not (asked.stop_strings and begun.any()):
         return texts, [0] * len(texts)
     return texts, [len(text) for text in texts_at(begun)]

@@ -161,8 +161,10 @@ def split_prompt(
         )
 
     def resized(array):
-        more = max(end + length - array.shape[1], 0)
-        return np.pad(array, ((0, 0), (0, more)))[:, end : end + length]
+        more = end + length - array.shape[1]
+        if more > 0:
+            array = np.pad(array, ((0, 0), (0, more)))
+        return array[:, end : end + length]
 
     text = PromptAndResponse(
         ids[:, :end], valid[:, :end], resized(ids), resized(response)

@@ -33,7 +33,6 @@ def tokenize_texts(
             f"'images' and 'prompts'. Received: {sorted(x)}."
         )
     strings, batched = to_strings(x["prompts"], "prompts")
-    # One call: SentencePiece starts threads in each.
     separator, *rows = plain_rows(tokenizer, ["\n", *plain_prompts(strings)])
     if not separator:
         raise ValueError(

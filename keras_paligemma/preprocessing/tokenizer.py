@@ -20,6 +20,7 @@ from keras_paligemma.checkpoints.hugging_face.tokenizer import read_tokenizer
 from keras_paligemma.checkpoints.hugging_face.tokenizer import with_added_tokens
 from keras_paligemma.checksums import check_published
 from keras_paligemma.compat import classproperty
+from keras_paligemma.compat import sentence_piece_processor
 from keras_paligemma.preprocessing import parts
 from keras_paligemma.preprocessing.inputs import to_ids
 from keras_paligemma.preprocessing.inputs import to_numpy
@@ -29,6 +30,10 @@ from keras_paligemma.types import PathLike
 
 LOCATION_PIECES = [f"<loc{i:04d}>" for i in range(1024)]
 SEGMENT_PIECES = [f"<seg{i:03d}>" for i in range(128)]
+
+# Texts that are converted in turn. For a batch SentencePiece starts threads,
+# which takes longer than the conversion of some 50 short texts.
+FEW = 32
 
 
 def append_location_and_segment_pieces(proto: bytes) -> bytes:
@@ -321,7 +326,16 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             list of ids, or list of lists of ids.
         """
         strings, batched = to_strings(inputs, "inputs")
-        ids = super().tokenize(strings)
+        if len(strings) > FEW or self.sequence_length:
+            ids = super().tokenize(strings)
+        else:
+            processor = sentence_piece_processor(self)
+            ids = [
+                processor.Encode(
+                    string, add_bos=self.add_bos, add_eos=self.add_eos
+                )
+                for string in strings
+            ]
         return ids if batched else ids[0]
 
     def detokenize(self, inputs: Any) -> str | list[str]:
@@ -343,7 +357,11 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         rows = inputs if batched else [inputs]
         size = self.vocabulary_size()
         rows = [to_ids(row, "inputs", size).tolist() for row in rows]
-        texts = super().detokenize(rows)
+        if len(rows) > FEW:
+            texts = super().detokenize(rows)
+        else:
+            processor = sentence_piece_processor(self)
+            texts = [processor.Decode(row) for row in rows]
         return texts if batched else texts[0]
 
     def get_config(self) -> Config:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from sentencepiece import sentencepiece_model_pb2
 
+from keras_paligemma.compat import sentence_piece_processor
+from keras_paligemma.preprocessing.tokenizer import FEW
 from keras_paligemma.preprocessing.tokenizer import LOCATION_PIECES
 from keras_paligemma.preprocessing.tokenizer import SEGMENT_PIECES
 from keras_paligemma.preprocessing.tokenizer import PaliGemmaTokenizer
@@ -124,6 +126,34 @@ def test_detokenize_reads_lists_and_arrays(tokenizer):
 def test_ids_outside_the_vocabulary_are_an_error(tokenizer, id):
     with pytest.raises(ValueError, match=f"0…1571.*Received: {id} at"):
         tokenizer.detokenize([[404, id]])
+
+
+def test_few_texts_are_converted_as_many_are():
+    tokenizer = PaliGemmaTokenizer(TOY, add_bos=True, add_eos=True)
+    texts = [TEXT, "", "detect cat\n", "größe 日本", "  two  blanks "]
+    many = tokenizer.tokenize(texts * FEW)
+    assert tokenizer.tokenize(texts) * FEW == many
+    assert many[1] == [tokenizer.start_token_id, tokenizer.end_token_id]
+    assert tokenizer.detokenize(many[:5]) * FEW == tokenizer.detokenize(many)
+
+
+def test_few_texts_start_no_threads(tokenizer, monkeypatch):
+    processor = sentence_piece_processor(tokenizer)
+    seen = []
+
+    class Seeing:
+        def __getattr__(self, name):
+            def call(text, **options):
+                seen.append(type(text))
+                return getattr(processor, name)(text, **options)
+
+            return call
+
+    monkeypatch.setattr(tokenizer, "_sentence_piece_spm", Seeing())
+    ids = tokenizer.tokenize(["detect", "cat"])
+    tokenizer.detokenize(ids)
+    # Of a batch, SentencePiece would see a list of texts.
+    assert seen == [str, str, list, list]
 
 
 def test_config_and_assets_round_trip(tmp_path):
