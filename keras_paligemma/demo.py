@@ -355,7 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=Path, default=EXAMPLES / "pictures")
     options = parser.parse_args(arguments)
     try:
-        pictures = options.pictures.expanduser()
+        pictures = Path(os.path.expanduser(options.pictures))
         paths = read_pictures(pictures)
         truth = read_truth(pictures)
         seen = read_examples(EXAMPLES / "finetune" / "train.jsonl")

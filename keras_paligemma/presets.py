@@ -162,6 +162,12 @@ def locate(
         ValueError: unknown source.
         OSError: the download failed.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(
+            "A model is found by a name or a path. Received: "
+            f"{shown(source)}. Expected: one of `presets.names()`, a handle, "
+            "or a folder."
+        )
     name = published(source)
     if name and not load_weights and not tokenizer:
         return None

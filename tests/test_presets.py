@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from keras_paligemma import PaliGemmaCausalLM
 from keras_paligemma import downloads
 from keras_paligemma import presets
 from keras_paligemma.checkpoints import formats
@@ -293,6 +294,12 @@ def test_names_that_nothing_can_have(source):
     with pytest.raises(ValueError, match="no preset and no folder") as error:
         presets.locate(source)
     assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("source", [None, 5, ["a"]], ids=repr)
+def test_what_is_no_source(source):
+    with pytest.raises(ValueError, match="a name or a path. Received: "):
+        PaliGemmaCausalLM.from_preset(source)
 
 
 def test_unknown_folder(tmp_path):

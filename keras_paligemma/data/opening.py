@@ -131,7 +131,7 @@ def recognise(path: PathLike, split: str) -> tuple[str, Path]:
         ValueError: if the format is not recognised, or the folder contains
             several data sets.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_file():
         return _kind_of_file(path), path
     if not path.is_dir():

@@ -76,7 +76,7 @@ def open_pictures(data: PathLike, prompt: str | None = None) -> Pictures:
         ValueError: there are no pictures, a line is not valid, a picture has
             no prompt, or an id occurs twice.
     """
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if path.is_dir():
         records = [
             {"id": file.relative_to(path).as_posix(), "image": str(file)}

@@ -66,7 +66,7 @@ def open_samples(
         check_split(benchmark, split, place)
         records = selected(benchmark, _in_memory(benchmark, source), place)
         return Samples(benchmark, records, place)
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if not folder.is_dir():
         raise ValueError(
             "The data folder does not exist. Expected: a folder. Received: "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,9 @@ def read_file(path):
         return {}
     try:
         # Some editors on Windows write a byte order mark.
-        return tomllib.loads(Path(path).expanduser().read_text("utf-8-sig"))
+        return tomllib.loads(
+            Path(os.path.expanduser(path)).read_text("utf-8-sig")
+        )
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8, as TOML must be. Received: {error}. "

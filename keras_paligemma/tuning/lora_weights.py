@@ -122,7 +122,7 @@ def _check_shapes(backbone, lora, values):
 
 
 def _path(filepath):
-    path = Path(filepath).expanduser()
+    path = Path(os.path.expanduser(filepath))
     if not path.name.endswith(SUFFIX):
         raise ValueError(
             f"The file's name must end in {SUFFIX}. Received: {path}."

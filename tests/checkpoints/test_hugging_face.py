@@ -354,6 +354,15 @@ def test_the_rule_to_resize_is_read(tmp_path, where, resample, resize):
     assert found.config.preprocessor == PreprocessorConfig(resize)
 
 
+@pytest.mark.parametrize("content", [[1], "x", 3])
+def test_a_processor_that_is_no_object(tmp_path, content):
+    (tmp_path / "config.json").write_text(json.dumps(SECOND))
+    text = json.dumps({"image_processor": content})
+    (tmp_path / "processor_config.json").write_text(text)
+    with pytest.raises(ValueError, match="no JSON object. Received: "):
+        hugging_face.read_config(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("section", "change", "match"),
     [

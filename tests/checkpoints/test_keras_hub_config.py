@@ -194,6 +194,7 @@ def test_a_tokenizer_without_a_preprocessor(tmp_path):
         ({"offset": 0.0}, "scale and offset"),
         ({"offset": {}}, "scale and offset"),
         ({"scale": "x"}, "scale and offset"),
+        ({"scale": 10**400}, "scale and offset"),
         ({"mean": [], "variance": -1}, "scale and offset"),
         ({"interpolation": ["bilinear"]}, "expected one of"),
         ({"interpolation": "lanczos5"}, "interpolation='lanczos5'"),

@@ -100,3 +100,8 @@ def test_linked_folders_of_voc(tmp_path, part):
     (example,) = open_source(home)
     assert example["images"] == str(home / "JPEGImages" / part / "a.jpg")
     assert example["prompts"] == "detect cat"
+
+
+def test_homes_of_unknown_users_do_not_exist():
+    with pytest.raises(ValueError, match="does not exist.*~nobody_of_this_n"):
+        open_source("~nobody_of_this_name/a")

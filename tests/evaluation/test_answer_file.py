@@ -523,3 +523,8 @@ def test_frames_are_relative_to_their_list(folder):
     row = {"image": ["a.png", str(folder / "b.jpg")], "prefix": "ocr"}
     pictures = open_pictures(write_list(folder / "list.jsonl", row))
     assert pictures.images == [[str(folder / "a.png"), str(folder / "b.jpg")]]
+
+
+def test_homes_of_unknown_users_do_not_exist():
+    with pytest.raises(ValueError, match="~nobody_of_this_name"):
+        open_pictures("~nobody_of_this_name/a", "ocr")

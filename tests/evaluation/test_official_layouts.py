@@ -341,3 +341,8 @@ def test_languages_that_lack_are_named(tmp_path):
     xm3600_en(tmp_path)
     with pytest.raises(ValueError, match=r"Missing: \['ar', 'bn', 'cs'"):
         open_samples(find_benchmark("xm3600"), tmp_path)
+
+
+def test_homes_of_unknown_users_do_not_exist():
+    with pytest.raises(ValueError, match="not exist.*~nobody_of_this_name"):
+        open_samples(find_benchmark("coco_captions"), "~nobody_of_this_name/a")

@@ -100,3 +100,45 @@ def test_an_answer_is_shown_as_it_comes_and_its_mask_is_drawn():
         page.type("#prompt", "fail")
         page.click("#go")
         page.wait(f"{TEXT}.startsWith('The server failed')")
+
+
+def test_another_picture_ends_the_running_answer():
+    first, second = (
+        base64.b64encode(encode(picture(*size), "PNG")).decode()
+        for size in ((64, 64), (96, 32))
+    )
+    with process(code=SEGMENTS) as (server, port), browser.browser() as page:
+        page.open(f"http://127.0.0.1:{port}")
+        page.run(DROP, first)
+        page.wait(SHOWN)
+        page.clear("#prompt")
+        page.type("#prompt", "segment cat")
+        page.click("#go")
+        page.wait(f"{TEXT}.startsWith('<loc')")
+        page.run(DROP, second)
+        page.wait(ENABLED)
+        page.wait(f"{TEXT} === ''")
+        wanted = page.canvas()
+        server.stdin.close()
+        page.clear("#prompt")
+        page.type("#prompt", "caption en")
+        page.click("#go")
+        page.wait(f"{TEXT}.startsWith('caption')")
+        assert (page.canvas() == wanted).all()
+
+
+def test_an_answer_without_an_end_is_an_error():
+    data = base64.b64encode(encode(picture(), "PNG")).decode()
+    stub = """
+    window.fetch = async () => new Response('data: {"piece": "a c"}\\n\\n', {
+      headers: {"Content-Type": "text/event-stream"}});
+    """
+    with process(code=SEGMENTS) as (_, port), browser.browser() as page:
+        page.open(f"http://127.0.0.1:{port}")
+        page.run(DROP, data)
+        page.wait(SHOWN)
+        page.run(stub)
+        page.click("#go")
+        page.wait(ENABLED)
+        assert page.run(TEXT).endswith("no more than this came: a c")
+        assert page.run("return document.getElementById('text').className")

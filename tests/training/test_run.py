@@ -328,3 +328,8 @@ def test_a_broken_example_tells_the_commands_way_out(data):
     arguments += ["--output", data / "run", "--batch-size", 5]
     code, output = call_error("finetune", *arguments)
     assert code == 1 and "--skip-errors" in output
+
+
+def test_settings_of_unknown_users_do_not_exist():
+    with pytest.raises(FileNotFoundError, match="~nobody_of_this_name"):
+        read_settings("~nobody_of_this_name/settings.toml")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_paligemma import atomic
+from keras_paligemma.checked import shown
 from keras_paligemma.checkpoints.engine import Row
 from keras_paligemma.checkpoints.finite import cast
 from keras_paligemma.checkpoints.hugging_face.config import EXTRA_ROWS
@@ -323,6 +324,12 @@ def read_config(folder):
         # The file of transformers 5's processor.
         whole = _read_object(folder / "processor_config.json")
         processor = whole.get("image_processor")
+        if not isinstance(processor, dict | None):
+            raise ValueError(
+                f"{folder / 'processor_config.json'} has an image_processor "
+                f"that is no JSON object. Received: {shown(processor)}. "
+                "Copy it again."
+            )
     added = added_tokens(folder)
     found = from_transformers(config, processor, folder, added)
     num_rows = config["text_config"].get("vocab_size", 0)

@@ -252,7 +252,7 @@ def _gives_minus_one_to_one(fields):
         # Values that give NaN are wrong too, without a warning.
         with np.errstate(all="ignore"):
             ends = _ends(fields)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return np.allclose(ends, [[-1.0], [1.0]], atol=1e-3)
 
