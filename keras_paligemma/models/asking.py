@@ -185,6 +185,12 @@ def segment(
 
 def _find(model, images, labels, codec, one_by_one, overlap, score, options):
     """Generate, parse and merge answers; with a codec, objects have masks."""
+    if "details" in options:
+        raise ValueError(
+            "Objects are returned, not answers. Received: "
+            f"details={options['details']!r}. Expected: no `details`, or "
+            "`generate(…, details=True)` with a prompt of `tasks.prompts`."
+        )
     if overlap is not None:
         check_overlap(overlap)
     pictures, several = to_pictures(images)

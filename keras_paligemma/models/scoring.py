@@ -104,6 +104,11 @@ def encode(self, images, *, batch_size=None):
     ```
     """
     check_preprocessor(self, "encode")
+    if self.preprocessor.image_converter is None:
+        raise ValueError(
+            "The preprocessor reads no pictures. Received: image_converter="
+            "None. Expected: a preprocessor with a `PaliGemmaImageConverter`."
+        )
     found = []
     images, several = to_pictures(images)
     size = len(images) if batch_size is None else batch_size

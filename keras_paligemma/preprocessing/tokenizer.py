@@ -342,8 +342,8 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         """Convert token ids to text, without pad, eos and bos.
 
         Args:
-            inputs: list or array of ids, or a list of lists, or an array of
-                shape `(batch, length)`.
+            inputs: an id; list or array of ids; or a list of lists, or an
+                array of shape `(batch, length)`.
 
         Returns:
             str, or list of str.
@@ -352,7 +352,7 @@ class PaliGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             ValueError: an id is not an integer, or outside of the vocabulary.
         """
         if not isinstance(inputs, (list, tuple)):
-            inputs = to_numpy(inputs).tolist()
+            inputs = np.atleast_1d(to_numpy(inputs)).tolist()
         batched = bool(inputs) and np.ndim(inputs[0]) == 1
         rows = inputs if batched else [inputs]
         size = self.vocabulary_size()

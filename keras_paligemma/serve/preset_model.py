@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -53,12 +52,17 @@ class PresetModel:
     def __init__(self, model, largest=16, cache_dtype=None):
         check_cache_dtype(cache_dtype)
         self.model = model
-        self.cache_dtype = cache_dtype
         self.largest = power_of_two(largest)
         self.adapter = model.adapters.active
         self.longest = model.preprocessor.response_length
         self.hidden_dim = model.backbone.text_config.hidden_dim
         self.adapters = tuple(model.adapters.configs)
+        self._pieces = model.preprocessor.tokenizer.get_vocabulary()
+        # The options of greedy answers, by their number of alternatives.
+        self._greedy = {
+            count: Options(alternatives=count, cache_dtype=cache_dtype, seed=0)
+            for count in (0, self.most_alternatives)
+        }
 
     def read(self, picture, prompt, choice, limits):
         """Decode and tokenize a request; runs outside the model's thread.
@@ -170,34 +174,29 @@ class PresetModel:
                 for name in inputs
             }
         alternatives = any(choice.alternatives for choice in choices)
-        options: dict[str, Any] = {
-            "alternatives": self.most_alternatives if alternatives else 0,
-            "cache_dtype": self.cache_dtype,
-        }
+        options = self._greedy[self.most_alternatives if alternatives else 0]
         if any(choice.temperature for choice in choices):
             vocabulary_size = self.model.backbone.vocabulary_size
             drawn = np.random.default_rng().integers(2**31, size=len(choices))
-            options |= {
-                "temperature": [choice.temperature for choice in choices],
-                "top_p": [choice.top_p for choice in choices],
-                "top_k": [
+            options = dataclasses.replace(
+                options,
+                temperature=[choice.temperature for choice in choices],
+                top_p=[choice.top_p for choice in choices],
+                top_k=[
                     min(choice.top_k or vocabulary_size, vocabulary_size)
                     for choice in choices
                 ],
                 # As a call with this prompt alone draws, whatever the batch.
-                "seed": [
+                seed=[
                     int(other)
                     if choice.seed is None
                     else prompt_seeds(choice.seed, 0)
                     for choice, other in zip(choices, drawn, strict=True)
                 ],
-            }
+            )
+            options.check(vocabulary_size)
         stop = self.model.preprocessor.tokenizer.end_token_id
-        chosen = Options(**options)
-        chosen.check(self.model.backbone.vocabulary_size)
-        asked = padded(
-            self.model, inputs, len(requests), 0, (stop,), chosen.seeded()
-        )
+        asked = padded(self.model, inputs, len(requests), 0, (stop,), options)
         lengths = asked.rows["max_new_tokens"].copy()
         lengths[: len(choices)] = [
             choice.length(self.longest) for choice in choices
@@ -235,6 +234,7 @@ class PresetModel:
 
     def _answered(self, request, answer):
         tokenizer = self.model.preprocessor.tokenizer
+        pieces = self._pieces
         choice = request.choice
         ids = answer.token_ids[: choice.length(self.longest)]
         text = cut(answer.text, choice.stop)
@@ -245,7 +245,7 @@ class PresetModel:
         return Answered(
             text,
             tuple(
-                _spelt(tokenizer, token, place)
+                _spelt(tokenizer, pieces, token, place)
                 for place, token in enumerate(ids)
             ),
             ids,
@@ -254,7 +254,7 @@ class PresetModel:
             tuple(
                 tuple(
                     (
-                        _spelt(tokenizer, alternative.token_id, place),
+                        _spelt(tokenizer, pieces, alternative.token_id, place),
                         alternative.log_probability,
                     )
                     for alternative in likeliest[: choice.alternatives]
@@ -267,14 +267,14 @@ class PresetModel:
         )
 
 
-def _spelt(tokenizer, token, place):
+def _spelt(tokenizer, pieces, token, place):
     """Return the text of a token; joined, those of an answer are its text.
 
     The end is "". The bytes of a multi-byte character are spelt as "<0xE2>".
     """
     if token == tokenizer.end_token_id:
         return ""
-    text = tokenizer.id_to_token(token).replace("\u2581", " ")
+    text = pieces[token].replace("\u2581", " ")
     # Some tokenizers drop a space at the start of a text; PaliGemma's keeps it.
     if place == 0 and text.startswith(" "):
         kept = tokenizer.detokenize([token]).startswith(" ")

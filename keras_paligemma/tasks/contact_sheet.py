@@ -23,11 +23,19 @@ def contact_sheet(
     Returns:
         `PIL.Image.Image` in RGB.
 
+    Raises:
+        ValueError: there are no pictures, or another number of captions.
+
     Example:
 
     >>> contact_sheet([Image.new("RGB", (100, 50))] * 4, [""] * 4).size
     (1376, 1008)
     """
+    if not pictures or len(pictures) != len(captions):
+        raise ValueError(
+            "A sheet has one caption a picture. Expected: one picture or more. "
+            f"Received: {len(pictures)} pictures, {len(captions)} captions."
+        )
     width, height = CELL + MARGIN, CELL + MARGIN + 2 * FONT_SIZE
     columns = min(COLUMNS, len(pictures))
     rows = -(-len(pictures) // columns)

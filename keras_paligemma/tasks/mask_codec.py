@@ -124,6 +124,7 @@ class MaskCodec:
                 weights = {name: file[name] for name in file.files}
         except (
             *(OSError, ValueError, AttributeError, EOFError),
+            TypeError,  # A single array, of an .npy file.
             *(zipfile.BadZipFile, zlib.error),
         ) as error:
             raise ValueError(

@@ -91,6 +91,11 @@ class Object:
         """
         x1, y1, x2, y2 = edges
         height, width = size
+        if not (height > 0 and width > 0):
+            raise ValueError(
+                "A picture has a height and a width in pixels. Received: "
+                f"size={size}."
+            )
         box = (y1 / height, x1 / width, y2 / height, x2 / width)
         return cls(box, **fields)
 

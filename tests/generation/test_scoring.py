@@ -48,6 +48,14 @@ def test_nothing_to_encode_is_an_error(model, examples):
             model.encode(examples["images"], batch_size=size)
 
 
+def test_a_preprocessor_of_text_alone_encodes_nothing(model, examples):
+    preprocessor = copy.copy(model.preprocessor)
+    preprocessor.image_converter = None
+    other = PaliGemmaCausalLM(model.backbone, preprocessor)
+    with pytest.raises(ValueError, match="reads no pictures. Received"):
+        other.encode(examples["images"])
+
+
 def test_scores_are_log_probabilities_of_answers(model, examples):
     """The answer ends as in `score`: with eos as its last token."""
     asked = {key: examples[key] for key in ("images", "prompts")}

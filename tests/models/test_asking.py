@@ -287,6 +287,11 @@ def test_an_overlap_is_a_fraction(model, overlap):
         model.detect(PICTURE, "cat", overlap=overlap)
 
 
+def test_objects_are_returned_and_not_answers(model):
+    with pytest.raises(ValueError, match="not answers. Received: details=T"):
+        model.detect(PICTURE, "cat", details=True)
+
+
 def test_a_codec_is_read_first(model):
     with pytest.raises(ValueError, match=r"MaskCodec.load\('vae.npz'\)"):
         model.segment(PICTURE, "cat", "vae.npz")

@@ -115,6 +115,7 @@ def test_text_survives(tokenizer):
 
 def test_detokenize_reads_lists_and_arrays(tokenizer):
     assert tokenizer.detokenize([]) == ""
+    assert tokenizer.detokenize(404) == tokenizer.detokenize([404]) == "d"
     assert tokenizer.detokenize([[404, 346], []]) == ["detect", ""]
     assert tokenizer.detokenize(np.array([404, 346])) == "detect"
     assert tokenizer.detokenize((np.int32(404), np.int32(346))) == "detect"

@@ -1,6 +1,7 @@
 """Contact sheets: each caption stays below its own picture."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from keras_paligemma.tasks.contact_sheet import CELL
@@ -24,3 +25,10 @@ def test_a_caption_of_several_lines_is_on_one():
         for caption in ("one\n two\r\n\tthree\n", "one two three")
     )
     assert found.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_sheet_has_pictures_and_their_captions(count):
+    pictures = [Image.new("RGB", (CELL, CELL))] * count
+    with pytest.raises(ValueError, match=f"Received: {count} pictures, 0 c"):
+        contact_sheet(pictures, [])

@@ -182,6 +182,10 @@ def test_damaged_and_other_files_are_refused(tmp_path, monkeypatch):
         (tmp_path / "other.npz").write_bytes(other)
         with pytest.raises(ValueError, match="other.npz holds no arrays"):
             MaskCodec.load(tmp_path / "other.npz")
+    with open(tmp_path / "single.npz", "wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(ValueError, match="single.npz holds no arrays"):
+        MaskCodec.load(tmp_path / "single.npz")
     with pytest.raises(FileNotFoundError):
         MaskCodec.load(tmp_path / "missing.npz")
 

@@ -158,3 +158,9 @@ def test_a_sequence_that_shows_itself():
     assert Image.open(io.BytesIO(large._repr_png_())).size == (1024, 307)
     assert Objects([one])._repr_png_() is None
     assert not Objects() and "image" not in repr(found)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (10, 0), (-1, 5), (np.nan, 5)])
+def test_a_picture_without_pixels_is_refused(size):
+    with pytest.raises(ValueError, match="in pixels. Received: size="):
+        Object.from_xyxy((0, 0, 1, 1), size)
