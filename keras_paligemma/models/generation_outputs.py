@@ -82,9 +82,10 @@ def ends_of(
 
 
 def _are_stops(ids, stop_token_ids):
-    """Return which ids are stop tokens; `np.isin` is slow for so few."""
-    stops = np.array(stop_token_ids or (), "int32")
-    return (ids[..., None] == stops).any(axis=-1)
+    """Return which ids are stop tokens."""
+    stops = stop_token_ids or ()
+    # Most often the end token alone, which `np.isin` would compare slowly.
+    return ids == stops[0] if len(stops) == 1 else np.isin(ids, stops)
 
 
 def texts_so_far(model, asked, found):
