@@ -6,6 +6,7 @@ holds a model in this package's own format. No model class is imported here.
 
 import difflib
 import functools
+import glob
 import json
 import os
 from contextlib import AbstractContextManager
@@ -179,7 +180,8 @@ def locate(
         return _HERE / source
     path = Path(os.path.expanduser(source))
     try:
-        if path.exists() or any(path.parent.glob(f"{path.name}.part*")):
+        pieces = f"{glob.escape(path.name)}.part*"
+        if path.exists() or any(path.parent.glob(pieces)):
             return path
     except (OSError, ValueError):
         pass  # Not a valid path.

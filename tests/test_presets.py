@@ -522,3 +522,11 @@ def test_client_not_installed(monkeypatch, handle, client):
 def test_unknown_hub():
     with pytest.raises(ValueError, match="'hf://owner/model'"):
         presets.locate("s3://bucket/model")
+
+
+@pytest.mark.parametrize("name", ["model.npz", "model[1].npz", "a?*.npz"])
+def test_pieces_are_found_by_the_name_of_the_whole(tmp_path, name):
+    (tmp_path / f"{name}.part-00000-of-00001").touch()
+    assert presets.locate(tmp_path / name) == tmp_path / name
+    with pytest.raises(ValueError, match="no preset and no folder"):
+        presets.locate(tmp_path / "mode?.npz")
