@@ -15,6 +15,7 @@ from keras_paligemma.generation.loop import Plan
 from keras_paligemma.generation.loop import answer
 from keras_paligemma.generation.options import copy_seeds
 from keras_paligemma.generation.options import prompt_seeds
+from keras_paligemma.layers.cpu_products import answering_scope
 from keras_paligemma.preprocessing.prompt_and_response import WHOLE_NAMES
 from keras_paligemma.preprocessing.prompt_and_response import PromptAndResponse
 
@@ -171,7 +172,11 @@ class Functions:
         """Return log-probabilities of responses, and hidden states."""
         text, missing = self._in_parts(token_ids, padding_mask, response_mask)
         check = tf.debugging.assert_equal(self.weights.error(adapter), "")
-        with tf.control_dependencies([check]), self.weights.selected(adapter):
+        with (
+            tf.control_dependencies([check]),
+            self.weights.selected(adapter),
+            answering_scope(),
+        ):
             hidden_BLD = self.backbone({"images": images, **text.arrays()})
             logits_BRV = self.backbone.logits(text.predicting(hidden_BLD))
         each_BR = -tf.nn.sparse_softmax_cross_entropy_with_logits(
@@ -222,7 +227,7 @@ class Functions:
         each["wanted"] = wanted_B
         each["start_node"] = tf.zeros_like(given_BR[:, 0])
         shared = {"stop_ids": tf.constant([self.end]), "sampler": []}
-        with self.weights.selected(adapter):
+        with self.weights.selected(adapter), answering_scope():
             state = answer(
                 self.backbone, Plan(samples=True), inputs | each, shared
             )

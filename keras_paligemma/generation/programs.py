@@ -78,7 +78,8 @@ class Programs:
             if len(self._compiled) > MOST_PROGRAMS:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
-        return self._compiled[key][0](*arguments)
+        with answering_scope():
+            return self._compiled[key][0](*arguments)
 
     def __len__(self):
         return len(self._compiled)
@@ -134,7 +135,7 @@ def _of_jax(model, function, plan, donated):
         # Freezing does not change the order of `variables`. A compiled
         # function is found by the shapes of its arguments alone.
         mapping = list(zip(model.variables, values, strict=True))
-        with keras.StatelessScope(state_mapping=mapping), answering_scope():
+        with keras.StatelessScope(state_mapping=mapping):
             return function(model, plan, *arguments)
 
     numbers = () if donated is None else (donated + 1,)

@@ -35,7 +35,7 @@ _ANSWERING = contextvars.ContextVar("answering", default=False)
 
 @contextlib.contextmanager
 def answering_scope():
-    """Use special products for few rows within this context.
+    """Use special products for few rows, and no gradients, in this context.
 
     Programs that generate answers run in it. Training does not: a loss in
     chunks of few tokens must round as the whole loss does.
@@ -45,6 +45,11 @@ def answering_scope():
         yield
     finally:
         _ANSWERING.reset(token)
+
+
+def is_answering():
+    """Return whether the code here runs in `answering_scope`."""
+    return _ANSWERING.get()
 
 
 def should_use_cpu_products():
@@ -98,7 +103,7 @@ def take_rows(table, ids):
     from jax import lax
 
     table = ops.convert_to_tensor(table)
-    if table.dtype != "bfloat16" or not _ANSWERING.get():
+    if table.dtype != "bfloat16" or not is_answering():
         return ops.take(table, ids, axis=0)
     bits = lax.bitcast_convert_type(table, "uint16")
     return lax.bitcast_convert_type(ops.take(bits, ids, axis=0), table.dtype)
@@ -109,7 +114,7 @@ def should_use_integers(x, input_axes):
 
     It is for few rows, and with `has_integer_tiles` for any number of them.
     """
-    if not (should_use_cpu_products() and _ANSWERING.get()):
+    if not (should_use_cpu_products() and is_answering()):
         return False
     rows = math.prod(x.shape[: len(x.shape) - len(input_axes)])
     return isinstance(rows, int) and (rows <= FEW_ROWS or has_integer_tiles())
@@ -195,4 +200,4 @@ def _multiply(kernel_OI, x_RI, dtype):
 def _are_few(rows):
     """Return whether a number of rows is small; a symbolic one is not."""
     is_small = isinstance(rows, int) and rows <= FEW_ROWS
-    return is_small and _ANSWERING.get()
+    return is_small and is_answering()

@@ -62,6 +62,10 @@ def quantized_product(layout, stored, scale, x) -> Tensor:
         Tensor (..., *other axes), of the dtype of `x`.
     """
     weight = _Weight.of(layout, stored, scale)
+    if cpu_products.is_answering():
+        # A SavedModel would store a graph of each gradient, and Torch makes a
+        # class for each.
+        return weight.holding(*weight.tensors()).product(x)
 
     @ops.custom_gradient
     def product(x, *tensors):

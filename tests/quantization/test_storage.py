@@ -7,6 +7,7 @@ import pytest
 from keras import ops
 
 from keras_paligemma.config import TextDecoderConfig
+from keras_paligemma.layers import cpu_products
 from keras_paligemma.layers.projection import Projection
 from keras_paligemma.layers.stack import LayerStack
 from keras_paligemma.layers.weight import Weight
@@ -180,6 +181,25 @@ def test_projection_is_that_of_its_float_kernel(mode, part, monkeypatch):
         scale = np.abs(wanted).max()
         assert scale > 0
         np.testing.assert_allclose(found, wanted, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("part", [2**24, 60])
+def test_answers_define_no_gradients(mode, part, monkeypatch):
+    monkeypatch.setattr(products, "PART", part)
+    monkeypatch.setattr(products, "ALIGNED", (1,))
+    # Both multiply floats, as with many rows.
+    monkeypatch.setattr(cpu_products, "should_use_integers", lambda *_: False)
+    layer = Projection((3, 10), (4, 2), quantization=mode)
+    layer.build()
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 10)).astype("float32")
+    wanted = ops.convert_to_numpy(run(layer, x))
+    monkeypatch.delattr(ops, "custom_gradient")
+    with cpu_products.answering_scope():
+        found = ops.convert_to_numpy(run(layer, x))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    with pytest.raises(AttributeError, match="custom_gradient"):
+        run(layer, x)
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
