@@ -1,6 +1,6 @@
-"""The few private names of Keras that the package needs, each with the reason.
+"""The few private names of Keras and KerasHub that are used, with the reasons.
 
-Check this file first when Keras is updated.
+Check this file first when either is updated.
 """
 
 import contextlib
@@ -33,7 +33,10 @@ def optimizer_targets(optimizer: Any) -> list[Any]:
 
 
 def sentence_piece_processor(tokenizer: Any) -> Any:
-    """Return the `SentencePieceProcessor` of a KerasHub tokenizer."""
+    """Return the `SentencePieceProcessor` of a KerasHub tokenizer.
+
+    The tokenizer's methods always give it a list, for which it starts threads.
+    """
     tokenizer._check_vocabulary()
     tokenizer._maybe_initialized_spm()
     return tokenizer._sentence_piece_spm

@@ -123,8 +123,8 @@ class MaskCodec:
             with np.load(io.BytesIO(content)) as file:
                 weights = {name: file[name] for name in file.files}
         except (
-            *(OSError, ValueError, AttributeError, EOFError),
-            TypeError,  # A single array, of an .npy file.
+            # A TypeError if it is a single array, of an .npy file.
+            *(OSError, ValueError, TypeError, AttributeError, EOFError),
             *(zipfile.BadZipFile, zlib.error),
         ) as error:
             raise ValueError(
