@@ -192,6 +192,12 @@ class PaliGemmaCausalLM(keras_hub.models.CausalLM):
             return super().compute_loss(
                 x, y, logits_BRV, sample_weight, training
             )
+        if y is None:
+            raise ValueError(
+                "A loss needs the ids of the responses. Received: arrays "
+                "without targets, y=None. Expected: `x, y, sample_weight = "
+                "preprocessor(examples)`, all three passed on."
+            )
         if sample_weight is None:
             sample_weight = ops.ones_like(y, dtype="float32")
         if logits_BRV is None:

@@ -63,13 +63,15 @@ def fit(
     Raises:
         ValueError: if the model is not compiled or all its weights are frozen,
             or `x` is of another type; or a callback leaves adapters off,
-            merged, or switched to another one before a step.
+            merged, or switched to another one before a step; or if the model
+            was made for several devices by a strategy of TensorFlow.
     """
     _check_training(model, "fit")
     if model.optimizer is not None and not model.optimizer.built:
         # TensorFlow's trainer would create the optimizer's variables in the
         # first step, which would then be traced a second time.
-        model.optimizer.build(model.trainable_variables)
+        with _device_scope(model):
+            model.optimizer.build(model.trainable_variables)
     if validation_split and validation_data is None:
         (x, y, sample_weight), validation_data = split(
             x, y, sample_weight, validation_split
@@ -104,6 +106,7 @@ def evaluate(
     callbacks = kwargs.pop("callbacks", None)
     if not kwargs.get("_use_cached_eval_dataset"):
         check_compiled(model, "evaluate")
+        _check_devices(model, "evaluate")
         kwargs.setdefault("steps", steps_of(x))
         x, y = _dataset(model, x, y, sample_weight, batch_size), None
     with _batches_in_turn(model, "evaluate", callbacks) as callbacks:
@@ -218,6 +221,7 @@ def _check_training(model, method):
         method: str, name of the method that was called.
     """
     check_compiled(model, method)
+    _check_devices(model, method)
     trained = model.trainable_variables
     if not trained:
         raise ValueError(
@@ -227,6 +231,31 @@ def _check_training(model, method):
         )
     check_moments(model.optimizer, trained)
     check_built_for(model.optimizer, trained)
+
+
+def _check_devices(model, method):
+    """Raise `ValueError` if TensorFlow would split the batches.
+
+    Keras's trainer adds up the parts of a batch to read their shapes, which
+    TensorFlow refuses for the masks.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return
+    devices = model.distribute_strategy.num_replicas_in_sync
+    if devices > 1:
+        raise ValueError(
+            f"`{method}` on TensorFlow uses one device. Received: a model made "
+            f"in the scope of a strategy for {devices} devices. Expected: "
+            "the JAX backend and `keras_paligemma.sharding.distribute`, or a "
+            "model made outside of that scope."
+        )
+
+
+def _device_scope(model):
+    """Return the scope in which TensorFlow creates a model's variables."""
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    return model.distribute_strategy.scope()
 
 
 def _training_batch(model, x, y, sample_weight):

@@ -1,5 +1,6 @@
 """From JSONL to `fit`, through the real preprocessor."""
 
+import contextlib
 import json
 import pickle
 
@@ -15,6 +16,7 @@ from keras_paligemma import PaliGemmaTokenizer
 from keras_paligemma.data import Batches
 from keras_paligemma.data import ExampleError
 from keras_paligemma.data import JSONLSource
+from tests.helpers.text_models import build_tiny_model
 from tests.helpers.tiny_models import GOLDEN
 from tests.helpers.tiny_models import PRESETS
 
@@ -176,3 +178,50 @@ def test_bad_pictures_are_told_by_line(source, preprocessor):
             np.testing.assert_array_equal(
                 value, theirs[key] if key is not ... else theirs
             )
+
+
+def test_arrays_without_targets_are_refused(model):
+    images = [np.zeros((28, 28, 3), "uint8")] * 2
+    texts = {"prompts": ["caption en"] * 2, "responses": ["a", "b"]}
+    x, _, _ = model.preprocessor({"images": images, **texts})
+    for method in (model.fit, model.evaluate, model.train_on_batch):
+        with pytest.raises(ValueError, match="needs the ids of the responses"):
+            method(x)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="a strategy of TensorFlow"
+)
+def test_a_strategy_of_one_device_trains_and_of_two_is_refused(monkeypatch):
+    import tensorflow as tf
+
+    random = np.random.default_rng(0)
+    x = {
+        "images": list(random.integers(0, 256, (4, 28, 28, 3), "uint8")),
+        "prompts": ["caption en"] * 4,
+        "responses": ["a cat", "a dog", "two cats", "a bell"],
+    }
+    losses = []
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    for scope in (strategy.scope(), contextlib.nullcontext()):
+        keras.utils.set_random_seed(0)
+        with scope:
+            model = build_tiny_model()
+            model.compile(optimizer=keras.optimizers.Adam(1e-2))
+        # Outside of the scope, as Keras's own models are trained.
+        found = model.fit(x, batch_size=2, epochs=2, shuffle=False, verbose=0)
+        losses.append(found.history["loss"])
+        losses.append(model.evaluate(x, batch_size=2, verbose=0)[0])
+    np.testing.assert_allclose(losses[0], losses[2], rtol=1e-6)
+    np.testing.assert_allclose(losses[1], losses[3], rtol=1e-6)
+    with strategy.scope():
+        model = build_tiny_model()
+        model.compile()
+    kind = type(strategy)
+    monkeypatch.setattr(kind, "num_replicas_in_sync", 2)
+    before = [keras.ops.copy(value) for value in model.weights]
+    for method in (model.fit, model.evaluate, model.train_on_batch):
+        with pytest.raises(ValueError, match="for 2 devices"):
+            method(x)
+    for value, old in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(value, old)
