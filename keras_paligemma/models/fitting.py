@@ -61,10 +61,10 @@ def fit(
         `keras.callbacks.History`.
 
     Raises:
-        ValueError: if the model is not compiled or all its weights are frozen,
-            or `x` is of another type; or a callback leaves adapters off,
-            merged, or switched to another one before a step; or if the model
-            was made for several devices by a strategy of TensorFlow.
+        ValueError: if the model is not compiled, all its weights are frozen,
+            or a TensorFlow strategy made it for several devices; if `x` is of
+            another type, or arrays without `y`; if a callback leaves adapters
+            off, merged, or switched to another one before a step.
     """
     _check_training(model, "fit")
     if model.optimizer is not None and not model.optimizer.built:
